@@ -1,0 +1,455 @@
+"""One decoder for every family: norms, positions, attention, MLPs, blocks.
+
+    tokens (B, T) -> embed (B, T, C) -> n_layer blocks -> norm -> hidden (B, T, C) -> head -> logits (B, T, V)
+
+Which parts a model is made of is plain data (`ModelConfig`), looked up once in `__init__` in the small tables
+below; `forward` reads straight down. The KV cache belongs to generation and is passed in.
+
+Shapes: B rows, T tokens, C = n_embd, H heads (n_kv_head of them for keys and values), D = head_dim, V words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import ModelConfig
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens already read, kept by whoever generates."""
+
+    @property
+    def length(self) -> int:
+        """Tokens held so far, before the call under way."""
+        ...
+
+    def extend_documents(self, document_ids: Tensor) -> Tensor:
+        """Append (B, T) document ids of this call; returns (B, length + T)."""
+        ...
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this call's keys and values (B, H_kv, T, D); returns all, (B, H_kv, length + T, D)."""
+        ...
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a learned scale if `weight` (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, weight: bool, bias: bool = False):
+        super().__init__()
+        if bias:
+            raise ValueError("RMSNorm has no bias; set model.norm_bias to false or model.norm to layer")
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.size,), self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std, with learned scale and shift where asked for (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, size: int, eps: float, weight: bool, bias: bool):
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+def build_norm(config: ModelConfig, size: int) -> nn.Module:
+    return NORMS[config.norm](size, config.norm_eps, config.norm_weight, config.norm_bias)
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+class SinusoidalPosition(nn.Module):
+    """Fixed sines and cosines (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+
+    table: Tensor
+
+    def __init__(self, n_positions: int, size: int):
+        super().__init__()
+        frequency = torch.exp(torch.arange(0, size, 2).float() * (-math.log(10_000.0) / size))
+        angle = torch.arange(n_positions).float()[:, None] * frequency
+        table = torch.zeros(n_positions, size)
+        table[:, 0::2] = angle.sin()
+        table[:, 1::2] = angle.cos()[:, : size // 2]
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.table[positions]
+
+
+ABSOLUTE_POSITIONS: dict[str, type[nn.Embedding] | type[SinusoidalPosition]] = {
+    "learned": nn.Embedding,
+    "sinusoidal": SinusoidalPosition,
+}
+
+
+def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (B, T, 1, rotary_dim / 2), of position x frequency (RoFormer, arXiv:2104.09864).
+
+    Always computed in fp32: a bf16 angle is off by whole turns after some hundred positions.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
+    angle = positions[..., None].float() * theta**-exponent
+    return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + n/2]) of x (B, T, H, n), as Llama lays them out."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[2i], x[2i + 1]) of x (B, T, H, n), as CodeGen lays them out."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+ROTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "half": rotate_half,
+    "interleaved": rotate_interleaved,
+}
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attention_mask(query_documents: Tensor, key_documents: Tensor) -> Tensor:
+    """True where a query may look, (B, 1, T_query, T_key): its own document, at or before itself.
+
+    The queries are the last T_query of the T_key tokens. Padding is a document of its own (-1), so that every
+    row of the mask has at least one True and no softmax is taken over nothing.
+    """
+    n_query, n_key = query_documents.size(1), key_documents.size(1)
+    causal = torch.ones(n_query, n_key, dtype=torch.bool, device=query_documents.device).tril(n_key - n_query)
+    same = query_documents[:, :, None] == key_documents[:, None, :]
+    return (same & causal).unsqueeze(1)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v written out: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D)."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    if is_causal:
+        mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        # A large negative number would make a fully masked row uniform; -inf makes it NaN, seen at once.
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = F.softmax(scores.float(), dim=-1).to(v.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ v
+
+
+def fast_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float
+) -> Tensor:
+    """The same by PyTorch's fused kernels."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
+
+
+ATTENTIONS = {"reference": reference_attention, "fast": fast_attention}
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    rotary: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    is_causal: bool
+    cache: Cache | None
+
+
+class Attention(nn.Module):
+    """Multi-head attention; fewer key-value heads give grouped-query (arXiv:2305.13245) and multi-query."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.dropout = config.dropout
+        self.rotary_dim = config.rotary_dim
+        self.attend = ATTENTIONS[config.attention]
+        self.rotate = ROTATIONS[config.rotary_layout]
+        widths = [self.n_head * self.head_dim, self.n_kv_head * self.head_dim, self.n_kv_head * self.head_dim]
+        self.widths = widths
+        if config.fused_qkv:
+            self.qkv = nn.Linear(config.n_embd, sum(widths), bias=config.qkv_bias)
+        else:
+            self.q = nn.Linear(config.n_embd, widths[0], bias=config.qkv_bias)
+            self.k = nn.Linear(config.n_embd, widths[1], bias=config.qkv_bias)
+            self.v = nn.Linear(config.n_embd, widths[2], bias=config.qkv_bias)
+        self.project = self._project_fused if config.fused_qkv else self._project_separate
+        self.out = nn.Linear(widths[0], config.n_embd, bias=config.attention_bias)
+        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+
+    def _project_fused(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).split(self.widths, dim=-1)
+
+    def _project_separate(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.project(x)
+        q = self.q_norm(q.view(B, T, self.n_head, self.head_dim))
+        k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim))
+        v = v.view(B, T, self.n_kv_head, self.head_dim)
+        if context.rotary is not None:
+            q, k = self._rotated(q, context.rotary), self._rotated(k, context.rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
+        if self.n_kv_head != self.n_head:
+            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
+            v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q, k, v, context.mask, context.is_causal, dropout)
+        return self.out(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+
+    def _rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = (table.to(x.dtype) for table in rotary)
+        if self.rotary_dim == self.head_dim:
+            return self.rotate(x, cos, sin)
+        return torch.cat(
+            (self.rotate(x[..., : self.rotary_dim], cos, sin), x[..., self.rotary_dim :]), dim=-1
+        )
+
+
+# --- MLPs -----------------------------------------------------------------------------------------
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, arXiv:2109.08668)."""
+    return x * F.relu(x)  # a CPU takes 5 times as long over relu(x).square(): its gradient is a pow
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU that GPT-2, StarCoder and CodeGen were trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), SwiGLU with SiLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+MLPS: dict[str, tuple[type[MLP] | type[GatedMLP], Callable[[Tensor], Tensor]]] = {
+    "gelu": (MLP, F.gelu),
+    "gelu_tanh": (MLP, gelu_tanh),
+    "relu2": (MLP, relu_squared),
+    "swiglu": (GatedMLP, F.silu),
+}
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+class SequentialBlock(nn.Module):
+    """x + attention(norm(x)), then + mlp(norm(.)): GPT-2, StarCoder, Llama."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        mlp, activation = MLPS[config.mlp]
+        self.attention_norm = build_norm(config, config.n_embd)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = build_norm(config, config.n_embd)
+        self.mlp = mlp(config, activation)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(norm(x)) + mlp(norm(x)), one norm for both: CodeGen, Phi."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        mlp, activation = MLPS[config.mlp]
+        self.norm = build_norm(config, config.n_embd)
+        self.attention = Attention(config, layer)
+        self.mlp = mlp(config, activation)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = self.norm(x)
+        return x + self.dropout(self.attention(y, context)) + self.dropout(self.mlp(y))
+
+
+BLOCKS: dict[str, type[SequentialBlock] | type[ParallelBlock]] = {
+    "sequential": SequentialBlock,
+    "parallel": ParallelBlock,
+}
+
+
+# --- initialisation -------------------------------------------------------------------------------
+
+
+def init_normal(model: Decoder) -> None:
+    """N(0, 0.02), projections onto the residual stream divided by sqrt(2 n_layer) (GPT-2)."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.n_layer) if into_residual else 0.02
+            nn.init.normal_(parameter, std=std)
+
+
+def init_xavier(model: Decoder) -> None:
+    """Xavier uniform on every matrix (Glorot and Bengio 2010); embedding and head N(0, 1 / C)."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(("embed", "position", "head")):
+            nn.init.normal_(parameter, std=model.config.n_embd**-0.5)
+        elif parameter.dim() == 2:
+            nn.init.xavier_uniform_(parameter)
+
+
+def init_zero_output(model: Decoder) -> None:
+    """Every block starts as the identity and the head as uniform: their last matrices are zero.
+
+    The first loss is then exactly ln V. The others are uniform with standard deviation
+    1 / sqrt(fan in), and the embedding N(0, 1), since the first norm follows it at once.
+    """
+    for name, parameter in model.named_parameters():
+        if name.startswith(("embed", "position")):
+            nn.init.normal_(parameter, std=0.02 if model.config.tie_embeddings else 1.0)
+        elif name.endswith(("attention.out.weight", "mlp.down.weight")) or name == "head.weight":
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            bound = math.sqrt(3 / parameter.size(1))
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+INITS: dict[str, Callable[[Decoder], None]] = {
+    "normal": init_normal,
+    "xavier": init_xavier,
+    "zero_output": init_zero_output,
+}
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """A causal transformer over token ids.
+
+    Args:
+        config: The parts and sizes; `config.resolved()` is what `self.config` keeps.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config = config.resolved()
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position in ABSOLUTE_POSITIONS:
+            self.position = ABSOLUTE_POSITIONS[config.position](config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.n_layer))
+        self.norm = build_norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.checkpoint_activations = False
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        INITS[config.init](self)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); see `hidden` for the arguments."""
+        return self.head(self.hidden(tokens, positions, document_ids, cache))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The residual stream after the last norm, (B, T, C).
+
+        Args:
+            tokens: (B, T) ids.
+            positions: (B, T) position of each token in its document; None counts from the cache's length.
+            document_ids: (B, T); a token sees only its own document. None: one document a row.
+            cache: Keys and values of earlier tokens; updated in place.
+        """
+        B, T = tokens.shape
+        past = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
+        keys = document_ids
+        if cache is not None:
+            if document_ids is None:
+                document_ids = torch.zeros_like(tokens)
+            keys = cache.extend_documents(document_ids)
+        mask = None if document_ids is None or keys is None else attention_mask(document_ids, keys)
+        config = self.config
+        x = self.embed(tokens)
+        if config.position in ABSOLUTE_POSITIONS:
+            if past + T > config.block_size:
+                raise ValueError(
+                    f"{past + T} tokens do not fit the model's {config.block_size} positions; "
+                    "shorten the text or train with a larger model.block_size"
+                )
+            x = x + self.position(positions)
+        x = self.dropout(x)
+        rotary = None
+        if config.position == "rotary":
+            rotary = rotary_tables(positions, config.rotary_dim, config.rope_theta)
+        context = Context(rotary, mask, is_causal=mask is None, cache=cache)
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+        return self.norm(x)
