@@ -1,0 +1,171 @@
+"""Optimizers and learning-rate schedules: AdamW, Muon for matrices, and which of them trains what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import OptimizerConfig
+
+# Polar Express coefficients (Amsel et al. 2025, arXiv:2505.16932): each step is the best odd quintic for the
+# singular values that the steps before leave, so five of them bring [1e-3, 1] near 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, approximately: singular values between about 0.7 and 1.2.
+
+    Args:
+        matrices: (N, rows, columns), any scale.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, "Muon").
+
+    Matrices of one shape are orthogonalised together in one batched product. The step is scaled by
+    sqrt(max(1, rows / columns)), so that one learning rate fits all shapes.
+
+    Args:
+        params: Groups of two-dimensional parameters.
+        lr: Size of the orthogonal update.
+        momentum: Of the running mean of gradients; the update looks one step ahead (Nesterov).
+        weight_decay: Decoupled, times lr.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() != 2:
+                    raise ValueError(f"Muon trains matrices; a parameter has {p.dim()} dimensions")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, parameters in by_shape.items():
+                looked_ahead = []
+                for p in parameters:
+                    assert p.grad is not None
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    looked_ahead.append(p.grad.lerp(momentum, group["momentum"]))
+                updates = orthogonalise(torch.stack(looked_ahead))
+                size = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+                for p, update in zip(parameters, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+        return loss
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Vectors (norms, biases) never decay. Every trainable parameter is in exactly one group (asserted). Each group
+    keeps its own `initial_lr`, which the schedule scales.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices, embeddings, heads, vectors = {}, {}, {}, {}
+    for name, p in trainable.items():
+        if p.dim() < 2:
+            vectors[name] = p
+        elif name.startswith("blocks."):
+            matrices[name] = p
+        elif name.startswith("head."):
+            heads[name] = p
+        else:
+            embeddings[name] = p
+
+    def group(members: dict[str, Tensor], lr: float, weight_decay: float) -> dict[str, Any]:
+        return {"params": list(members.values()), "lr": lr, "weight_decay": weight_decay}
+
+    groups = [
+        group(embeddings, config.embedding_lr or config.lr, config.weight_decay),
+        group(heads, config.head_lr or config.lr, config.weight_decay),
+        group(vectors, config.lr, 0.0),
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.name == "muon" and matrices:
+        optimizers.append(Muon([group(matrices, config.muon_lr, config.weight_decay)], lr=config.muon_lr))
+    else:
+        groups.append(group(matrices, config.lr, config.weight_decay))
+    groups = [g for g in groups if g["params"]]
+    if groups:
+        fused = all(p.device.type in ("cpu", "cuda") for p in trainable.values())
+        betas = (config.beta1, config.beta2)
+        optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=fused))
+
+    grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in trainable.values()), (
+        "a parameter is in no group, or in two"
+    )
+    for optimizer in optimizers:
+        for g in optimizer.param_groups:
+            g["initial_lr"] = g["lr"]
+    return optimizers
+
+
+# --- schedules: from progress in [0, 1] to a factor in [0, 1] ----------------------------------------
+
+
+def cosine(progress: float, cooldown: float) -> float:
+    """Half a cosine from 1 to 0 (Loshchilov and Hutter 2016, arXiv:1608.03983)."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float, cooldown: float) -> float:
+    return 1 - progress
+
+
+def constant(progress: float, cooldown: float) -> float:
+    return 1.0
+
+
+def warmup_stable_decay(progress: float, cooldown: float) -> float:
+    """1, then linearly to 0 over the last `cooldown` share (Hu et al. 2024, arXiv:2404.06395)."""
+    return min(1.0, (1 - progress) / cooldown) if cooldown > 0 else 1.0
+
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "wsd": warmup_stable_decay,
+}
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
+    """What the learning rates are multiplied by.
+
+    Args:
+        step: Updates done so far; the first `warmup_steps` rise linearly.
+        progress: Share of the budget used, in [0, 1]: of steps, epochs or seconds, whichever ends first. A run
+            with a wall-clock budget can then decay to the end of a length that nobody knows in steps.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay = SCHEDULES[config.schedule](min(1.0, progress), config.cooldown)
+    return warmup * (config.min_lr_factor + (1 - config.min_lr_factor) * decay)
