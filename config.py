@@ -31,6 +31,7 @@ class DataConfig:
         group_field: Field whose value keeps documents together on one side of the split (a repository,
             say). Without it each document is its own group.
         validation_one_in: A group is validation where `sha1(group) % validation_one_in == 0`.
+            0 validates on the training files, which only `--overfit` allows.
         drop_comments: Remove comments and docstrings from Python files before they are tokenised.
         skip_undecodable: Leave out, and count, files that are not UTF-8 instead of stopping at the first.
         cache: Folder for trained tokenizers and token stores, keyed by content.
@@ -255,6 +256,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The layout of the YAML files: training's settings at the top, the other groups below their name."""
         plain = dataclasses.asdict(self)
+        plain["data"]["suffixes"] = list(self.data.suffixes)  # YAML knows no tuples
         return plain.pop("train") | plain
 
     @classmethod

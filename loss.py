@@ -7,6 +7,9 @@ computed while it is in cache, and only the gradients of the hidden states and o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from architecture import Decoder
 from dataset import IGNORE_INDEX, Batch
+from precision import Precision
 
 # Logits alive at a time. On a CPU 16 MB stay below glibc's largest mmap threshold (32 MB), so that the same
 # pages are used again; 93 MB chunks cost 8% of a step in page faults. A GPU wants large matrix products.
@@ -113,3 +117,47 @@ def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool
     )
     top1, top5 = hits.tolist()
     return TokenLoss(objective, cross_entropy, tokens, top1, top5)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Unsmoothed scores over the tokens that bore loss."""
+
+    nats: float  # summed
+    tokens: int
+    top1: float  # share of tokens, 0 to 1
+    top5: float
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def bits_per_byte(self, n_bytes: int) -> float:
+        """Over the UTF-8 bytes that the tokens stand for; comparable across tokenizers."""
+        return self.nats / math.log(2) / n_bytes
+
+
+@torch.no_grad()
+def score(model: Decoder, batches: Iterable[Batch], precision: Precision) -> Scores:
+    """Scores of `batches`, by the same function as training's loss, in eval mode; the mode is put back."""
+    was_training, device = model.training, precision.device
+    nats, tokens, top1, top5 = 0.0, 0, 0, 0
+    model.eval()
+    try:
+        for batch in batches:
+            with precision.autocast():
+                loss = token_loss(model, Batch(*(t.to(device) for t in batch)), ranks=True)
+            nats += loss.cross_entropy.item()
+            tokens, top1, top5 = tokens + loss.tokens, top1 + loss.top1, top5 + loss.top5
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise ValueError(
+            "no token of the validation data bears loss; it needs at least one file of two tokens"
+        )
+    return Scores(nats, tokens, top1 / tokens, top5 / tokens)

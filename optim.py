@@ -85,8 +85,8 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Vectors (norms, biases) never decay. Every trainable parameter is in exactly one group (asserted). Each group
-    keeps its own `initial_lr`, which the schedule scales.
+    Vectors (norms, biases) never decay. Every trainable parameter is in exactly one group (asserted). Each
+    group keeps its own `initial_lr`, which the schedule scales.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, embeddings, heads, vectors = {}, {}, {}, {}
@@ -163,8 +163,8 @@ def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) ->
 
     Args:
         step: Updates done so far; the first `warmup_steps` rise linearly.
-        progress: Share of the budget used, in [0, 1]: of steps, epochs or seconds, whichever ends first. A run
-            with a wall-clock budget can then decay to the end of a length that nobody knows in steps.
+        progress: Share of the budget used, in [0, 1]: of steps, epochs or seconds, whichever ends first. A
+            run with a wall-clock budget can then decay to the end of a length that nobody knows in steps.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay = SCHEDULES[config.schedule](min(1.0, progress), config.cooldown)

@@ -1,0 +1,305 @@
+"""Corpus -> documents: what is read, how duplicates go, and which side of the split a document is on.
+
+    for side, document in split_documents(config):  # side is "train" or "validation"
+
+A source is the running interpreter's standard library, a folder, or a JSONL(.gz) or Parquet file.
+Documents are streamed, exact duplicates are dropped, and each group goes whole to one side *before*
+anything is cut into windows, so that no text stands on both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from config import DataConfig
+
+SPLITS = ("train", "validation")
+STDLIB_LEFT_OUT = frozenset(
+    {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
+)
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 of any string: JSON may carry lone surrogates, and so may file names that are not UTF-8."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `group` decides its side of the split; without a group field it equals `name`."""
+
+    name: str
+    text: str
+    group: str
+
+
+@dataclass
+class Report:
+    """What became of every document. `documents == duplicates + sum(kept.values())`.
+
+    Args:
+        documents: Documents that were read.
+        undecodable: Files or rows left out because they are not UTF-8 (not part of `documents`).
+        unparsed: Python documents kept with their comments because they do not parse (`drop_comments`).
+        duplicates: Documents dropped because an earlier one has the same text.
+        kept: Documents on each side.
+        kept_bytes: UTF-8 bytes on each side.
+        fingerprint: SHA-256 over name, group and text of every document kept, in order; set at the end.
+    """
+
+    documents: int = 0
+    undecodable: int = 0
+    unparsed: int = 0
+    duplicates: int = 0
+    kept: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    kept_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    fingerprint: str = ""
+
+
+def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
+    """Yield the documents of `config.source` in a fixed order: files by relative POSIX path, rows as stored.
+
+    Text is byte exact: UTF-8 decoded strictly, line ends and a leading BOM kept. Of a folder, hidden folders,
+    symbolic links to folders and links that leave the folder are skipped. `report` collects the counts.
+
+    Raises:
+        ValueError: the source is missing, of an unknown kind or empty, or something in it cannot be read.
+    """
+    report = Report() if report is None else report
+    source = Path(config.source)
+    if config.source == "stdlib":
+        documents = _read_folder(Path(sysconfig.get_path("stdlib")), STDLIB_LEFT_OUT, config, report)
+    elif source.is_dir():
+        documents = _read_folder(source, frozenset(), config, report)
+    elif source.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) and source.is_file():
+        documents = _read_rows(source, config, report)
+    else:
+        problem = "is not a kind that can be read" if source.exists() else "does not exist"
+        raise ValueError(
+            f"the corpus {config.source} {problem}: set --data.source to a folder, a .jsonl, .jsonl.gz or "
+            ".parquet file, or stdlib"
+        )
+    python_files = 0
+    for document in documents:
+        report.documents += 1
+        if config.drop_comments and document.name.endswith(".py"):
+            python_files += 1
+            document = _without_comments(document, report)
+        yield document
+    if report.documents == 0:
+        left_out = f" ({report.undecodable} left out that are not UTF-8)" if report.undecodable else ""
+        files = config.source == "stdlib" or source.is_dir()
+        kind = f" with a name ending in {' or '.join(config.suffixes)}" if files else ""
+        raise ValueError(f"the corpus {config.source} holds no document{kind}{left_out}")
+    if config.drop_comments and python_files == 0:
+        raise ValueError(
+            f"--data.drop_comments is set, but none of the {report.documents} documents of {config.source} "
+            "is named *.py"
+        )
+
+
+def _without_comments(document: Document, report: Report) -> Document:
+    from tokenizer import drop_comments
+
+    try:
+        return dataclasses.replace(document, text=drop_comments(document.text))
+    except ValueError:
+        report.unparsed += 1
+        return document
+
+
+def _read_folder(
+    root: Path, left_out: frozenset[str], config: DataConfig, report: Report
+) -> Iterator[Document]:
+    for name in ("text_field", "group_field"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"--data.{name} {getattr(config, name)} names a field of JSONL or Parquet rows, and "
+                f"{config.source} is read as files"
+            )
+
+    def stop(error: OSError) -> NoReturn:  # os.walk would skip a folder it may not read without a word
+        raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+
+    real_root = root.resolve()
+    paths: list[str] = []
+    for folder, folders, files in os.walk(root, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
+        for file in files:
+            path = Path(folder, file)
+            inside = not path.is_symlink() or path.resolve().is_relative_to(real_root)
+            if file.endswith(tuple(config.suffixes)) and inside and path.is_file():
+                paths.append(path.relative_to(root).as_posix())
+    for name in sorted(paths):
+        text = _decoded((root / name).read_bytes(), str(root / name), 0, config, report)
+        if text is not None:
+            yield Document(name, text, name)
+
+
+def _decoded(data: bytes, where: str, offset: int, config: DataConfig, report: Report) -> str | None:
+    """Strict UTF-8; None when it is not and such documents are skipped. `data` begins at byte `offset`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if config.skip_undecodable:
+            report.undecodable += 1
+            return None
+        raise ValueError(
+            f"{where} is not UTF-8 at byte {offset + error.start}: convert it, or leave such documents out "
+            "with --data.skip_undecodable true"
+        ) from None
+
+
+def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Document]:
+    rows = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
+    for number, row in rows(path, config, report):
+        where = f"{path} {'row' if path.suffix == '.parquet' else 'line'} {number}"
+        field = _text_field(config, row, where)
+        if not isinstance(row[field], str):
+            raise ValueError(f"{where} holds {type(row[field]).__name__} in the field {field}, not text")
+        names = (row.get(key) for key in ("path", "name"))
+        name = next((value for value in names if isinstance(value, str) and value), str(number))
+        group = name
+        if config.group_field is not None:
+            if row.get(config.group_field) is None:
+                raise ValueError(
+                    f"{where} has nothing in the field {config.group_field} of --data.group_field; it has "
+                    f"{_listed(row)}"
+                )
+            group = str(row[config.group_field])
+        yield Document(name, row[field], group)
+
+
+def _listed(fields: Iterable[str]) -> str:
+    return ", ".join(sorted(fields)) or "no fields"
+
+
+def _text_field(config: DataConfig, fields: Iterable[str], where: str) -> str:
+    wanted = ("text", "content") if config.text_field is None else (config.text_field,)
+    for field in wanted:
+        if field in fields:
+            return field
+    raise ValueError(
+        f"{where} has no field {' or '.join(wanted)} but {_listed(fields)}: set --data.text_field"
+    )
+
+
+def _jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+    offset = 0
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                text = _decoded(line, f"{path} line {number}", offset, config, report)
+                offset += len(line)
+                if text is None or not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except ValueError as error:
+                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path} line {number} is a JSON {type(row).__name__}, not an object")
+                yield number, row
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+
+
+def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = itertools.count(1)
+    try:
+        with pq.ParquetFile(path) as file:
+            fields = file.schema_arrow.names
+            wanted = {_text_field(config, fields, str(path)), "path", "name", config.group_field}
+            for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):
+                # As bytes: pyarrow does not check that its strings are UTF-8, and one bad value would
+                # make the conversion of the whole batch fail.
+                columns = {
+                    field: (
+                        column.cast(pa.large_binary())
+                        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+                        else column
+                    ).to_pylist()
+                    for field, column in zip(batch.schema.names, batch.columns, strict=True)
+                }
+                for values in zip(*columns.values(), strict=True):
+                    row = dict(zip(columns, values, strict=True))
+                    n = next(number)
+                    for field, value in row.items():
+                        if isinstance(value, bytes):
+                            row[field] = _decoded(value, f"{path} row {n} field {field}", 0, config, report)
+                            if row[field] is None:
+                                break
+                    else:
+                        yield n, row
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Split
+
+
+def split_of(group: str, validation_one_in: int) -> str:
+    """The side of a group: `validation` for about one in `validation_one_in` (none for 0), else `train`."""
+    if validation_one_in == 0:
+        return "train"
+    digest = hashlib.sha1(utf8(group), usedforsecurity=False).hexdigest()
+    return "validation" if int(digest, 16) % validation_one_in == 0 else "train"
+
+
+def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
+    """Yield (side, document) without exact duplicates: of equal texts the first in order stays.
+
+    One copy of each text and one side for each group: so no text stands on both sides. Keeps one SHA-256 a
+    document in memory, never the texts.
+
+    Raises:
+        ValueError: as `read_documents`; or a side is left without a document.
+    """
+    if config.validation_one_in < 0:
+        raise ValueError(f"--data.validation_one_in is {config.validation_one_in}, and must be at least 2")
+    report = Report() if report is None else report
+    seen: set[bytes] = set()
+    content = hashlib.sha256()
+    for document in read_documents(config, report):
+        data = utf8(document.text)
+        digest = hashlib.sha256(data).digest()
+        if digest in seen:
+            report.duplicates += 1
+            continue
+        seen.add(digest)
+        content.update(json.dumps([document.name, document.group, digest.hex()]).encode())
+        side = split_of(document.group, config.validation_one_in)
+        report.kept[side] += 1
+        report.kept_bytes[side] += len(data)
+        yield side, document
+    if not report.kept["train"] or (config.validation_one_in and not report.kept["validation"]):
+        raise ValueError(
+            f"the split of {config.source} leaves {report.kept['train']} documents for training and "
+            f"{report.kept['validation']} for validation: change --data.validation_one_in "
+            f"{config.validation_one_in} or add documents"
+        )
+    report.fingerprint = content.hexdigest()
+
+
+def training_texts(config: DataConfig) -> Iterator[str]:
+    """The texts of the train side, in order: what a tokenizer may learn from. Errors as `split_documents`."""
+    return (document.text for side, document in split_documents(config) if side == "train")

@@ -1,0 +1,74 @@
+"""Device and number format of a run: chosen by what the hardware computes natively, and said aloud."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Weights stay fp32; matrix products run in `dtype` under autocast."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    def autocast(self) -> AbstractContextManager:
+        """Around each forward pass; backward runs outside."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto` is the first GPU, or else the CPU."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ValueError(f"device {asked!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {asked!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {asked!r} was asked for, but torch sees no GPU here; use --device cpu")
+    return device
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself.
+
+    torch answers "supported" on CPUs that emulate it, where a product takes 4.6 times as long as in fp32
+    (measured on a Xeon with AVX-512 but neither AVX512-BF16 nor AMX).
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose_precision(device: torch.device, asked: str) -> Precision:
+    """`auto`: bf16 where it is native, fp16 on other GPUs, else fp32.
+
+    Raises:
+        ValueError: bf16 was asked for on a GPU without it (it computes NaN or garbage), or fp16 on a CPU.
+    """
+    name = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
+    native = has_native_bf16(device)
+    if asked == "auto":
+        if native:
+            return Precision(device, torch.bfloat16, f"bf16, native on this {name}")
+        if device.type == "cuda":
+            return Precision(device, torch.float16, f"fp16 with loss scaling: {name} has no bf16")
+        return Precision(device, torch.float32, "fp32: this CPU has neither AVX512-BF16 nor AMX")
+    if asked == "bf16" and not native:
+        if device.type == "cuda":
+            raise ValueError(
+                f"precision bf16 was asked for, but {name} has none; use --precision fp16 or fp32"
+            )
+        return Precision(device, torch.bfloat16, "bf16, as asked; this CPU only emulates it, fp32 is faster")
+    if asked == "fp16" and device.type == "cpu":
+        raise ValueError("precision fp16 was asked for on a CPU, which has no fast fp16; use bf16 or fp32")
+    return Precision(device, DTYPES[asked], f"{asked}, as asked")

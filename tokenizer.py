@@ -1,0 +1,1037 @@
+"""Text to ids and back, byte for byte.
+
+Three tokenizers share one small interface (`encode`, `decode`, `save`, `load`, `vocab_size`,
+`fingerprint`): `CodeTokenizer` (hand-written, below), `BPETokenizer` (byte-level BPE trained by the
+`tokenizers` library) and `PretrainedTokenizer` (any Hugging Face `tokenizer.json` folder).
+`load_tokenizer` picks by what a folder holds. `drop_comments` strips Python source.
+
+    tokenizer = CodeTokenizer.train(texts, vocab_size=4096)
+    tokenizer.save(Path("tok"))
+    load_tokenizer(Path("tok")).decode(tokenizer.encode(text)) == text
+
+How CodeTokenizer works
+-----------------------
+One regular expression cuts text into units: an identifier (with the single space before it, where that
+space follows a letter or digit), punctuation with the spaces beside it, line breaks with the indentation
+after them, spaces, non-ASCII text. The ids of a unit depend on the unit alone, so they are looked up in a
+dictionary.
+
+Identifiers are cut at case changes, digits and underscores, and lower-cased. A *head* is a piece that
+starts a word, a *tail* is one that continues it. Marker tokens restore what was factored out:
+
+    LOW CAP UP      the next head is written so (`get`, `Get`, `GET`) and not in its usual case
+    JLOW JCAP JUP   the same, and it is joined to the letter or digit before it
+    SNAKE           an underscore inside an identifier
+
+Three rules save most markers. A head after a letter or digit has one space before it, unless it is joined.
+Each head has a usual case, learned from the corpus and shown by how it is stored (`None`). After SNAKE, a
+head is in capitals if the letter before the underscore is a capital.
+
+    return getHTTPResponse    return get JUP http JCAP response
+    get_http_response = None  get SNAKE http SNAKE response " = " None
+    MAX_SIZE                  UP max SNAKE size
+
+What has no piece becomes UTF-8 bytes, which have tokens of their own, so there is no unknown token and
+`decode(encode(s)) == s` for every string, lone surrogates included. Pieces are learned by byte-pair merges
+(Sennrich et al. 2016, arXiv:1508.07909), the least used are dropped again, and a word is written with the
+fewest pieces that make it.
+
+A trap: because spaces are implied, `decode(a) + decode(b)` may lack a space that `decode(a + b)` has.
+Decode a completion together with its prompt and cut the prompt's text off. For the same reason
+`encode(a) + encode(b)` decodes to `a + b` only where the cut is not between two letters or digits; after a
+line break it always does.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import heapq
+import json
+import os
+import re
+import tokenize
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, pairwise, takewhile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
+PAD, BOS, EOS = range(len(SPECIALS))
+
+
+class Tokenizer(ABC):
+    """What every tokenizer offers.
+
+    `encode` never adds bos or eos and never invents an id: all are below `vocab_size`, the number of rows a
+    model needs. `fingerprint` is a sha256 of the content: equal where two tokenizers encode and decode alike.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without bos and eos."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; pad, bos and eos give "", bytes that are not UTF-8 give U+FFFD.
+
+        Raises:
+            ValueError: An id is outside the vocabulary.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write readable files into `folder`, each under a temporary name first."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: A file is missing or not what it should be; the sentence names it.
+        """
+
+    def _checked(self, ids: Iterable[int]) -> Iterator[int]:
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                raise ValueError(
+                    f"token id {id} is outside this tokenizer's vocabulary of {self.vocab_size} rows: "
+                    "decode with the tokenizer that the ids came from"
+                )
+            yield int(id)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer saved in `folder`, whichever kind it is.
+
+    Raises:
+        ValueError: The folder holds no tokenizer, or a broken one.
+    """
+    folder = Path(folder)
+    if (folder / _CODE_FILE).exists():
+        return CodeTokenizer.load(folder)
+    if not (folder / _HF_FILE).exists():
+        raise ValueError(f"{folder} holds no tokenizer: expected {_CODE_FILE} or {_HF_FILE} in it")
+    config = folder / _HF_CONFIG
+    if config.exists() and _read_json(config).get(_OUR_MARK) == BPETokenizer.kind:
+        return BPETokenizer.load(folder)
+    return PretrainedTokenizer.load(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
+
+
+def _parse_json(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the tokenizer file {name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"the tokenizer file {name} holds a {type(value).__name__} where an object is expected"
+        )
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse_json(_read(path), str(path))
+
+
+def _hash(kind: str, content: Any) -> str:
+    text = json.dumps([kind, content], sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_training(texts: Iterable[str], vocab_size: int, smallest: int, why: str) -> None:
+    if isinstance(texts, str):
+        raise ValueError("train takes an iterable of texts, not one string: pass [text]")
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size {vocab_size} is below {smallest}, the room that {why} need: raise it")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CodeTokenizer
+
+_CODE_FILE = "code_tokenizer.json"
+_CODE_FORMAT = "plumb code tokenizer"
+_CODE_VERSION = 1
+
+_BYTE = len(SPECIALS)  # id of byte 0
+LOW, CAP, UP, JLOW, JCAP, JUP, SNAKE = range(_BYTE + 256, _BYTE + 263)
+_FIRST_PIECE = SNAKE + 1
+_JOIN = JLOW - LOW  # from the marker of a case to that of the same case, joined
+_USUAL, _JOINED = 0, -1  # what a word is expected to be, beside UP: see _words_of
+
+_PUNCTUATION = r"[!-/:-@\[-`{-~]"
+_IDENTIFIER = r"[A-Za-z0-9]++(?:_[A-Za-z0-9]++)*+"
+# The quantifiers are possessive: a line of a million characters is passed once. No unit both follows a letter
+# or digit and starts with one, so the character before is all a decoder needs to place the implied spaces.
+_UNIT = re.compile(
+    rf"(?<=[A-Za-z0-9]) {_IDENTIFIER}"
+    rf"|{_IDENTIFIER}"
+    rf"| *+{_PUNCTUATION}++(?: {_PUNCTUATION}++)*+(?: (?! ))?"
+    r"|(?:\r?\n)++[ \t]*+"
+    r"| ++|[^\x00-\x7f]++|[\x00-\x1f\x7f]"
+)
+_CHUNK = 64  # characters that are segmented together: bounds the work on runs of a million
+_WORD = re.compile(rf"[A-Z]{{1,{_CHUNK}}}(?![a-z])|[A-Z]?[a-z]{{1,{_CHUNK}}}|[0-9]{{1,{_CHUNK}}}|_")
+_MAX_PIECE = 24  # characters
+_MAX_CACHE = 1 << 18  # entries; 10 MB of source has 67,000 different units
+_SPARE = 1.25  # pieces learned for each one kept: the ones that later merges made idle are dropped
+_ROUNDS = 3
+
+_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+_DIGITS = frozenset("0123456789")
+_ALNUM = _LETTERS | _DIGITS
+_ALNUM_BYTES = frozenset(map(ord, _ALNUM))
+
+_HEAD, _TAIL, _PLAIN = "^", "-", "="  # first character of a symbol while pieces are learned
+
+Trie = dict[str, Any]  # nested by character; the id of a piece stands under "" at its end
+
+
+def _case_of(word: str) -> int:
+    """LOW, CAP or UP. One capital alone is UP, so that both words of `T_MAX` are."""
+    return LOW if word[-1] not in _LETTERS or word.islower() else UP if word.isupper() else CAP
+
+
+def _in_case(lower: str, case: int) -> str:
+    return lower.upper() if case == UP else lower.capitalize() if case == CAP else lower
+
+
+def _is_identifier(unit: str) -> bool:
+    return unit[0] in _ALNUM or (unit[0] == " " and unit[1:2] in _ALNUM)
+
+
+def _words_of(unit: str) -> Iterator[tuple[int, str]]:
+    """The words of an identifier, each with what is expected of it: _USUAL case, UP, or to be _JOINED.
+
+    The word after an underscore comes as UP or _USUAL; the underscore itself comes as the word "_".
+    """
+    expected, last = _USUAL, ""
+    for word in _WORD.findall(unit):
+        yield expected, word
+        expected = _JOINED if word != "_" else UP if last.isupper() else _USUAL
+        last = word[-1]
+
+
+def _chunks(unit: str) -> Iterator[str]:
+    return (unit[i : i + _CHUNK] for i in range(0, len(unit), _CHUNK))
+
+
+class _Memo(dict[Any, Iterable[int]]):
+    """A function's answers; all forgotten when they are too many, and none kept for a long key."""
+
+    def __init__(self, function: Callable[[Any], Iterable[int]]) -> None:
+        self.function = function
+
+    def __missing__(self, key: Any) -> Iterable[int]:
+        value = self.function(key)
+        if len(key) <= _CHUNK:
+            if len(self) >= _MAX_CACHE:
+                self.clear()
+            self[key] = value
+        return value
+
+
+class CodeTokenizer(Tokenizer):
+    """The tokenizer for source code that the module's docstring describes.
+
+    Args:
+        heads: Pieces that start a word or number, letters written in their usual case.
+        tails: Pieces that continue one, lower case.
+        plain: Pieces of everything else: punctuation, line breaks, spaces, non-ASCII text.
+
+    Ids are: 3 specials, 256 bytes, 7 markers, heads, tails, plain.
+
+    Raises:
+        ValueError: A piece is empty, too long, given twice, or not of its list's kind.
+    """
+
+    kind = "code"
+
+    def __init__(self, heads: Iterable[str], tails: Iterable[str], plain: Iterable[str]) -> None:
+        self.heads, self.tails, self.plain = tuple(heads), tuple(tails), tuple(plain)
+        _check_pieces("heads", self.heads, _is_head)
+        _check_pieces("tails", self.tails, _is_tail)
+        _check_pieces("plain", self.plain, _is_plain)
+        _check_pieces("heads, in lower case,", [head.lower() for head in self.heads], bool)
+        self._first_tail = _FIRST_PIECE + len(self.heads)
+        self._first_plain = self._first_tail + len(self.tails)
+        self.vocab_size = self._first_plain + len(self.plain)
+        self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
+        self.fingerprint = _hash(self.kind, [_CODE_VERSION, self.heads, self.tails, self.plain])
+
+        self._head_trie = _trie((head.lower() for head in self.heads), _FIRST_PIECE)
+        self._tail_trie = _trie(self.tails, self._first_tail)
+        self._plain_trie = _trie(self.plain, self._first_plain)
+        for ascii_char in map(chr, range(128)):
+            self._plain_trie.setdefault(ascii_char, {})[""] = _BYTE + ord(ascii_char)
+        # An id's usual case (numbers have none), and its bytes as LOW, CAP and UP.
+        self._usual = {
+            id: _case_of(head) for id, head in enumerate(self.heads, _FIRST_PIECE) if head.isalpha()
+        }
+        self._forms = [_forms(head.lower(), head=True) for head in self.heads]
+        self._forms += [_forms(tail, head=False) for tail in self.tails]
+        self._forms += [(piece.encode(),) * 3 for piece in self.plain]
+        self._unit_ids = _Memo(self._encode_unit)
+        self._word_ids: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._plain_ids = _Memo(self._encode_plain)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.heads, self.tails, self.plain)
+
+    def encode(self, text: str) -> list[int]:
+        return list(chain.from_iterable(map(self._unit_ids.__getitem__, _UNIT.findall(text))))
+
+    def _encode_unit(self, unit: str) -> tuple[int, ...]:
+        if not _is_identifier(unit):
+            return tuple(chain.from_iterable(map(self._plain_ids.__getitem__, _chunks(unit))))
+        ids: list[int] = []
+        known = self._word_ids
+        for key in _words_of(unit):
+            piece_ids = known.get(key)
+            if piece_ids is None:
+                if len(known) >= _MAX_CACHE:
+                    known.clear()
+                piece_ids = known[key] = self._encode_word(*key)
+            if not ids and unit[0] == " " and piece_ids[0] < LOW:
+                ids.append(_BYTE + ord(" "))  # bytes imply no space
+            ids += piece_ids
+        return tuple(ids)
+
+    def _encode_word(self, expected: int, word: str) -> tuple[int, ...]:
+        if word == "_":
+            return (SNAKE,)
+        joined, letters = expected == _JOINED, word[0] in _LETTERS
+        first = self._tail_trie if joined and not letters else self._head_trie
+        case = _case_of(word)
+        usual = self._usual if letters and expected == _USUAL else {}
+        ids = _fewest(word.lower(), first, self._tail_trie, byte_cost=2 * _CHUNK, usual=usual, case=case)
+        if min(ids) < _FIRST_PIECE:  # bytes know no case, so the whole word is bytes
+            return tuple(_BYTE + byte for byte in word.encode())
+        if not letters:
+            return tuple(ids)
+        if joined:
+            return (case + _JOIN, *ids)
+        return tuple(ids) if case == (expected or usual[ids[0]]) else (case, *ids)
+
+    def _encode_plain(self, chunk: str) -> list[int]:
+        return _fewest(chunk, self._plain_trie, self._plain_trie, byte_cost=1, usual={}, case=0)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        parts: list[bytes] = []
+        last = 0  # the byte before; 0 also after a special token, which no space is implied across
+        case, marker, capitals = LOW, 0, False  # capitals: SNAKE has just come after a capital
+        for id in self._checked(ids):
+            if id >= _FIRST_PIECE:
+                if id < self._first_tail:
+                    if last in _ALNUM_BYTES and marker < JLOW:
+                        parts.append(b" ")
+                    if marker:
+                        case = marker if marker < JLOW else marker - _JOIN
+                    else:
+                        case = UP if capitals else self._usual.get(id, LOW)
+                piece = self._forms[id - _FIRST_PIECE][case - LOW]
+                parts.append(piece)
+                last, marker, capitals = piece[-1], 0, False
+            elif id == SNAKE:
+                parts.append(b"_")
+                last, marker, capitals = ord("_"), 0, 65 <= last <= 90
+            elif id >= LOW:
+                marker = id
+            elif id >= _BYTE:
+                parts.append(bytes((id - _BYTE,)))
+                last, marker, capitals = id - _BYTE, 0, False
+            else:
+                last, marker, capitals = 0, 0, False
+        return _decode_utf8(b"".join(parts))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each id for a reader: `JUP`, `http` as it is stored, ` = `, `(`, `<0xE2>`, `<|eos|>`."""
+        names = [*SPECIALS, *map(chr, range(128)), *(f"<0x{byte:02X}>" for byte in range(128, 256))]
+        names += ["LOW", "CAP", "UP", "JLOW", "JCAP", "JUP", "SNAKE", *self.heads, *self.tails, *self.plain]
+        return [names[id] for id in self._checked(ids)]
+
+    def save(self, folder: Path) -> None:
+        content = {
+            "format": _CODE_FORMAT,
+            "version": _CODE_VERSION,
+            "heads": self.heads,
+            "tails": self.tails,
+            "plain": self.plain,
+        }
+        # Pieces hold no lone surrogates: a file cannot be UTF-8 with them, and as \u escapes two of them
+        # would come back as one character.
+        _write(Path(folder) / _CODE_FILE, json.dumps(content, ensure_ascii=False, indent=0) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> CodeTokenizer:
+        path = Path(folder) / _CODE_FILE
+        content = _read_json(path)
+        expected = {"format", "version", "heads", "tails", "plain"}
+        if set(content) != expected or content["format"] != _CODE_FORMAT:
+            raise ValueError(f"{path} is not a {_CODE_FORMAT}: its keys are {sorted(content)[:9]}")
+        if content["version"] != _CODE_VERSION:
+            raise ValueError(f"{path} has version {content['version']!r}; this Plumb reads {_CODE_VERSION}")
+        lists = [content[name] for name in ("heads", "tails", "plain")]
+        for pieces in lists:
+            if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+                raise ValueError(f"{path} must hold three lists of strings: heads, tails, plain")
+        try:
+            return cls(*lists)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, min_count: int = 10) -> CodeTokenizer:
+        """Learn pieces from `texts`.
+
+        Args:
+            texts: The corpus; it is read once.
+            vocab_size: Most ids the tokenizer may have, specials, bytes and markers included. There are fewer
+                where the corpus has too few pieces that are frequent enough.
+            min_count: A piece is taken only if it occurs more than this many times in `texts`.
+
+        Raises:
+            ValueError: `vocab_size` leaves no room, `min_count` is negative, or there is no text.
+        """
+        _check_training(texts, vocab_size, _FIRST_PIECE, "special tokens, bytes and markers")
+        if min_count < 0:
+            raise ValueError(f"min_count {min_count} is below 0")
+        units: Counter[str] = Counter()
+        for text in texts:
+            units.update(_UNIT.findall(text))
+        if not units:
+            raise ValueError("there is no text to train a tokenizer on: every document is empty")
+
+        words: Counter[tuple[int, str]] = Counter()
+        chunks: Counter[str] = Counter()
+        symbols: Counter[str] = Counter()  # the same, as _learn_pieces wants it
+        for unit, count in units.items():
+            if not _is_identifier(unit):
+                for chunk in _chunks(unit):
+                    chunks[chunk] += count
+                    symbols[_PLAIN + chunk] += count
+                continue
+            for expected, word in _words_of(unit):
+                if word != "_":
+                    words[expected, word] += count
+                    joined_digits = expected == _JOINED and word[0] in _DIGITS
+                    symbols[(_TAIL if joined_digits else _HEAD) + word.lower()] += count
+
+        room = vocab_size - _FIRST_PIECE
+        single, merged = _learn_pieces(symbols, room, min_count)
+        usual: dict[str, int] = {}
+        used: Counter[str] = Counter()
+        for left in range(_ROUNDS, -1, -1):
+            tokenizer = cls._of(single + merged, usual)
+            used, usual = tokenizer._count(words, chunks)
+            merged = sorted(
+                (piece for piece in merged if used[piece] > min_count), key=lambda piece: -used[piece]
+            )
+            fit = room - len(single)
+            merged = merged[: fit + (max(0, len(merged) - fit) * (left - 1) // _ROUNDS if left > 1 else 0)]
+        return cls._of(sorted(single + merged, key=lambda piece: (-used[piece], piece)), usual)
+
+    @classmethod
+    def _of(cls, symbols: list[str], usual: dict[str, int]) -> CodeTokenizer:
+        kinds = {
+            kind: [piece[1:] for piece in symbols if piece[0] == kind] for kind in (_HEAD, _TAIL, _PLAIN)
+        }
+        return cls(
+            [_in_case(head, usual.get(head, LOW)) for head in kinds[_HEAD]], kinds[_TAIL], kinds[_PLAIN]
+        )
+
+    def _count(
+        self, words: Counter[tuple[int, str]], chunks: Counter[str]
+    ) -> tuple[Counter[str], dict[str, int]]:
+        """Uses of each piece (written as _learn_pieces does), and the commonest case of each head."""
+        by_id: Counter[int] = Counter()
+        cases: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for (expected, word), count in words.items():
+            ids = self._encode_word(expected, word)
+            for id in ids:
+                by_id[id] += count
+            if expected == _USUAL and word[0] in _LETTERS and ids[-1] >= _FIRST_PIECE:
+                head = next(id for id in ids if id >= _FIRST_PIECE)
+                cases[self.heads[head - _FIRST_PIECE].lower()][_case_of(word)] += count
+        for chunk, count in chunks.items():
+            for id in self._encode_plain(chunk):
+                by_id[id] += count
+        pieces = [_HEAD + head.lower() for head in self.heads]
+        pieces += [_TAIL + tail for tail in self.tails]
+        pieces += [_PLAIN + piece for piece in self.plain]
+        used = Counter({piece: by_id[id] for id, piece in enumerate(pieces, _FIRST_PIECE)})
+        return used, {
+            head: max(counts, key=lambda case: (counts[case], -case)) for head, counts in cases.items()
+        }
+
+
+def _is_head(piece: str) -> bool:
+    return _is_tail(piece.lower()) and piece == _in_case(piece.lower(), _case_of(piece))
+
+
+def _is_tail(piece: str) -> bool:
+    return re.fullmatch(r"[a-z]+|[0-9]+", piece) is not None
+
+
+def _is_plain(piece: str) -> bool:
+    lone_surrogate = any("\ud800" <= char <= "\udfff" for char in piece)
+    return not (_ALNUM & set(piece) or lone_surrogate or (len(piece) == 1 and piece < "\x80"))
+
+
+def _check_pieces(name: str, pieces: Iterable[str], is_valid: Callable[[str], bool]) -> None:
+    seen: set[str] = set()
+    for piece in pieces:
+        if not 0 < len(piece) <= _MAX_PIECE:
+            raise ValueError(f"a piece of {name} has {len(piece)} characters; 1 to {_MAX_PIECE} are allowed")
+        if not is_valid(piece):
+            raise ValueError(f"{piece!r} cannot be a piece of {name}")
+        if piece in seen:
+            raise ValueError(f"{piece!r} is twice among the pieces of {name}")
+        seen.add(piece)
+
+
+def _trie(pieces: Iterable[str], first_id: int) -> Trie:
+    root: Trie = {}
+    for id, piece in enumerate(pieces, first_id):
+        node = root
+        for char in piece:
+            node = node.setdefault(char, {})
+        node[""] = id
+    return root
+
+
+def _forms(lower: str, head: bool) -> tuple[bytes, bytes, bytes]:
+    """A piece's bytes as LOW, CAP and UP; of a capitalised word only the head has the capital."""
+    capitalised = lower.capitalize() if head else lower
+    return lower.encode(), capitalised.encode(), lower.upper().encode()
+
+
+def _fewest(
+    text: str, first: Trie, rest: Trie, byte_cost: int, usual: dict[int, int], case: int
+) -> list[int]:
+    """`text` as the fewest tokens, one from `first` and then from `rest`; at a tie, longer ones first.
+
+    A character without a piece costs `byte_cost` for each of its bytes, and a first piece whose `usual` case
+    is not `case` costs one more, the marker's. Work is len(text) * _MAX_PIECE at most.
+    """
+    size = len(text)
+    costs = [0] * (size + 1)
+    steps: list[tuple[int, int]] = [(0, 0)] * size  # where the best piece from here ends, and its id or -1
+    for start in range(size - 1, -1, -1):
+        best = costs[start + 1] + byte_cost * len(text[start].encode("utf-8", "surrogatepass"))
+        step = (start + 1, -1)
+        node = rest if start else first
+        for end in range(start, size):
+            node = node.get(text[end])
+            if node is None:
+                break
+            id = node.get("")
+            if id is not None:
+                cost = costs[end + 1] + 1
+                if not start and usual.get(id, case) != case:
+                    cost += 1
+                if cost <= best:
+                    best, step = cost, (end + 1, id)
+        costs[start], steps[start] = best, step
+    ids: list[int] = []
+    at = 0
+    while at < size:
+        end, id = steps[at]
+        if id < 0:
+            ids += [_BYTE + byte for byte in text[at].encode("utf-8", "surrogatepass")]
+        else:
+            ids.append(id)
+        at = end
+    return ids
+
+
+def _decode_utf8(data: bytes) -> str:
+    """UTF-8 with lone surrogates as `surrogatepass` has them, and U+FFFD for what is no UTF-8."""
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        # 0xED never continues a character, so the cuts are at character boundaries.
+        parts = re.split(rb"(\xed[\xa0-\xbf][\x80-\xbf])", data)
+        modes = ("replace", "surrogatepass")
+        return "".join(part.decode("utf-8", modes[number % 2]) for number, part in enumerate(parts))
+
+
+def _learn_pieces(symbols: Counter[str], room: int, min_count: int) -> tuple[list[str], list[str]]:
+    """Single characters, and what byte-pair merges make of them, all with their kind as first character.
+
+    Args:
+        symbols: How often each word or plain unit occurs, its kind before it.
+        room: Pieces that the vocabulary has room for. Singles stay within it; there are more merges, by
+            `_SPARE`, because those that end up unused are to be dropped.
+    """
+    single: Counter[str] = Counter()
+    for symbol, count in symbols.items():
+        for char in _characters(symbol):
+            single[char] += count
+    frequent = [
+        char for char, count in sorted(single.items(), key=lambda x: (-x[1], x[0])) if count > min_count
+    ]
+    # ASCII characters of plain units need no piece: their bytes have tokens. Other single characters get an
+    # eighth of the room, lest thousands of ideographs leave none for words.
+    ascii_plain = {char for char in frequent if char[0] == _PLAIN and char[1] < "\x80"}
+    wide = [c for c in frequent if c[1] >= "\x80" and not "\ud800" <= c[1] <= "\udfff"][: room // 8]
+    kept = [char for char in frequent if char[0] != _PLAIN][: room - len(wide)] + wide
+    known = ascii_plain.union(kept)
+
+    sequences: list[list[str]] = []
+    counts: list[int] = []
+    for symbol, count in symbols.items():
+        run: list[str] = []
+        for char in [*_characters(symbol), ""]:
+            if char in known:
+                run.append(char)
+                continue
+            if len(run) > 1:
+                sequences.append(run)
+                counts.append(count)
+            run = []
+    return kept, _merge(sequences, counts, max(0, int(room * _SPARE) - len(kept)), min_count)
+
+
+def _characters(symbol: str) -> list[str]:
+    kind = symbol[0]
+    rest = _TAIL if kind == _HEAD else kind
+    return [kind + symbol[1], *(rest + char for char in symbol[2:])]
+
+
+def _merge(sequences: list[list[str]], counts: list[int], room: int, min_count: int) -> list[str]:
+    """The pieces made by joining the commonest adjacent pair, again and again; changes `sequences`.
+
+    Counts are kept up to date from the sequences a merge touches, so the work follows the number of changes.
+    The heap holds stale counts too: an entry is trusted only if it still agrees with the current count.
+    """
+    totals: Counter[tuple[str, str]] = Counter()
+    places: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+        for pair in pairwise(sequence):
+            totals[pair] += count
+            places[pair].add(index)
+    heap = [(-total, pair) for pair, total in totals.items()]
+    heapq.heapify(heap)
+    made: dict[str, None] = {}  # two pairs can make the same piece
+    while heap and len(made) < room:
+        negative, pair = heapq.heappop(heap)
+        left, right = pair
+        if -negative != totals[pair] or len(left) + len(right) - 2 > _MAX_PIECE:
+            continue
+        if -negative <= min_count:
+            break
+        piece = left + right[1:]
+        made[piece] = None
+        changed: set[tuple[str, str]] = set()
+        for index in places.pop(pair):
+            old, new, at = sequences[index], [], 0
+            while at < len(old):
+                if old[at] == left and old[at + 1 : at + 2] == [right]:
+                    new.append(piece)
+                    at += 2
+                else:
+                    new.append(old[at])
+                    at += 1
+            if len(new) == len(old):  # an earlier merge has taken the pair away from here
+                continue
+            for other in pairwise(old):
+                totals[other] -= counts[index]
+                changed.add(other)
+            for other in pairwise(new):
+                totals[other] += counts[index]
+                places[other].add(index)
+                changed.add(other)
+            sequences[index] = new
+        for other in changed:
+            if totals[other] > min_count:
+                heapq.heappush(heap, (-totals[other], other))
+    return list(made)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tokenizers library's
+
+_HF_FILE = "tokenizer.json"
+_HF_CONFIG = "tokenizer_config.json"
+_HF_SPECIALS = "special_tokens_map.json"
+_HF_ADDED = "added_tokens.json"
+_OUR_MARK = "plumb_kind"
+
+
+def _no_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of the text is the lone surrogate {text[error.start]!r}, which this "
+            "tokenizer cannot hold: remove it, or use the `code` tokenizer"
+        ) from error
+    return text
+
+
+def _backend(text: str, name: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{name} is not a tokenizer of the tokenizers library: {error}") from error
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE, as of GPT-2, trained by the `tokenizers` library; its folder opens in transformers.
+
+    The text of a special token inside a document is text: `encode("<|eos|>")` has no special id.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, tokenizer_json: str) -> None:
+        backend = _backend(tokenizer_json, "the tokenizer")
+        self._tokenizer = backend
+        ids = [backend.token_to_id(token) for token in SPECIALS]
+        if ids != [PAD, BOS, EOS]:
+            raise ValueError(f"the special tokens {SPECIALS} have ids {ids}; {[PAD, BOS, EOS]} are expected")
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        self.fingerprint = _hash(self.kind, json.loads(backend.to_str()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._tokenizer.to_str(),)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(
+            [id for id in self._checked(ids) if id > EOS], skip_special_tokens=False
+        )
+
+    def save(self, folder: Path) -> None:
+        pad, bos, eos = SPECIALS
+        config = {_OUR_MARK: self.kind, "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
+        config |= {"bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
+        # tokenizer.json comes last: a folder without it is refused, one without the mark would be misread.
+        _write(Path(folder) / _HF_CONFIG, json.dumps(config, indent=2) + "\n")
+        _write(Path(folder) / _HF_FILE, self._tokenizer.to_str(pretty=True) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> BPETokenizer:
+        path = Path(folder) / _HF_FILE
+        text = _read(path)
+        try:
+            return cls(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, min_count: int = 0) -> BPETokenizer:
+        """Learn merges from `texts`; a merge is taken if its pair occurs more than `min_count` times.
+
+        Raises:
+            ValueError: `vocab_size` leaves no room, or a text holds a lone surrogate.
+        """
+        _check_training(texts, vocab_size, _BYTE + 256, "special tokens and bytes")
+        if min_count < 0:
+            raise ValueError(f"min_count {min_count} is below 0")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_count + 1,
+            special_tokens=list(SPECIALS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(map(_no_surrogates, texts), trainer)
+        return cls(backend.to_str())
+
+
+class PretrainedTokenizer(Tokenizer):
+    """A Hugging Face tokenizer folder; ids are those of transformers with `add_special_tokens=False`.
+
+    Added and special tokens are recognised in text, as there: `encode("<|endoftext|>")` is one id.
+    `bos_id`, `eos_id` and `pad_id` are None where the folder names none. Only these three decode to "".
+
+    Args:
+        files: The text of `tokenizer.json` and, where there are, `tokenizer_config.json`,
+            `special_tokens_map.json` and `added_tokens.json`.
+    """
+
+    kind = "pretrained"
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self._files = dict(files)
+        backend = self._tokenizer = _backend(files[_HF_FILE], _HF_FILE)
+        # Files saved after a training run carry its truncation and padding; transformers resets both.
+        backend.no_truncation()
+        backend.no_padding()
+        config, special_map, added = (
+            _parse_json(files[name], name) if name in files else {}
+            for name in (_HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
+        )
+        self._set_prefix_space(config.get("add_prefix_space"))
+        self._add_tokens(config.get("added_tokens_decoder") or {}, added)
+        named = {**special_map, **config}
+        self._add_named_specials(named)
+        self.bos_id, self.eos_id, self.pad_id = (
+            self._special_id(named, f"{name}_token") for name in ("bos", "eos", "pad")
+        )
+        self._silent = frozenset(id for id in (self.bos_id, self.eos_id, self.pad_id) if id is not None)
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        content = json.loads(self._tokenizer.to_str())
+        self.fingerprint = _hash(self.kind, [content, self.bos_id, self.eos_id, self.pad_id])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._files,)
+
+    def _set_prefix_space(self, wanted: Any) -> None:
+        state = json.loads(self._tokenizer.to_str())
+        before = state.get("pre_tokenizer") or {}
+        if isinstance(wanted, bool) and before.get("add_prefix_space", wanted) != wanted:
+            before["add_prefix_space"] = wanted
+            self._tokenizer = _backend(json.dumps(state), _HF_FILE)
+
+    def _add_tokens(self, decoder: dict[str, Any], added: dict[str, Any]) -> None:
+        """Take in the tokens that tokenizer.json lacks, at the ids that the other files give them."""
+        declared: dict[int, tuple[tokenizers.AddedToken, str]] = {}
+        try:
+            for content, id in added.items():
+                declared[int(id)] = (tokenizers.AddedToken(content, normalized=False), _HF_ADDED)
+            for id, token in decoder.items():
+                declared[int(id)] = (_added_token(token, special=bool(token.get("special"))), _HF_CONFIG)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{_HF_CONFIG} or {_HF_ADDED} has a broken added token: {error}") from error
+        present = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        for id, (token, file) in sorted(declared.items()):
+            if token.content not in present:
+                self._tokenizer.add_tokens([token])
+            actual = self._tokenizer.token_to_id(token.content)
+            if actual != id:
+                raise ValueError(
+                    f"{file} gives the token {token.content!r} id {id}, {_HF_FILE} gives it {actual}"
+                )
+
+    def _add_named_specials(self, named: dict[str, Any]) -> None:
+        present = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        values = [value for key, value in named.items() if key.endswith("_token")]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            extra = named.get(key) or []
+            if not isinstance(extra, (dict, list)):
+                raise ValueError(f"{key} in {_HF_CONFIG} or {_HF_SPECIALS} is {extra!r}, which is no list")
+            values += list(extra.values() if isinstance(extra, dict) else extra)
+        for value in values:
+            if isinstance(value, (str, dict)) and _content(value) not in present:
+                self._tokenizer.add_special_tokens([_added_token(value, special=True)])
+
+    def _special_id(self, named: dict[str, Any], key: str) -> int | None:
+        value = named.get(key)
+        return None if value is None else self._tokenizer.token_to_id(_content(value))
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = [id for id in self._checked(ids) if id not in self._silent]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the files as they were loaded."""
+        for name, text in sorted(self._files.items(), key=lambda item: item[0] == _HF_FILE):
+            _write(Path(folder) / name, text)
+
+    @classmethod
+    def load(cls, folder: Path) -> PretrainedTokenizer:
+        folder = Path(folder)
+        if not (folder / _HF_FILE).exists():
+            raise ValueError(
+                f"{folder / _HF_FILE} is missing: a pretrained tokenizer is a folder with that file"
+            )
+        names = (_HF_FILE, _HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
+        files = {name: _read(folder / name) for name in names if (folder / name).exists()}
+        try:
+            return cls(files)
+        except ValueError as error:
+            raise ValueError(f"in {folder}: {error}") from error
+
+
+def _content(value: Any) -> str:
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"a special token in {_HF_CONFIG} or {_HF_SPECIALS} is {value!r}, which is no text")
+    return text
+
+
+def _added_token(value: str | dict[str, Any], special: bool) -> tokenizers.AddedToken:
+    flags = value if isinstance(value, dict) else {}
+    return tokenizers.AddedToken(
+        _content(value),
+        single_word=bool(flags.get("single_word", False)),
+        lstrip=bool(flags.get("lstrip", False)),
+        rstrip=bool(flags.get("rstrip", False)),
+        normalized=bool(flags.get("normalized", not special)),
+        special=special,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comments
+
+_CODING = re.compile(r"[ \t\f]*#.*?coding[:=][ \t]*[-\w.]+")  # PEP 263
+_LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)
+_Place = tuple[int, int]  # line from 0, character from 0
+
+
+def drop_comments(source: str) -> str:
+    """Python source without its comments and docstrings.
+
+    Comments are found by `tokenize` and docstrings by `ast`, so `"#FF00AA"` stays. A body that held nothing
+    but its docstring gets `pass`. String statements that follow a docstring go too: the first would become
+    the docstring. A `#!` line and a PEP 263 coding line stay, because they say how the file is run and read.
+    Line ends are kept as they are. Otherwise the result has the same syntax tree.
+
+    Raises:
+        ValueError: The source is not Python that this interpreter can parse.
+    """
+    mark = "\ufeff" if source.startswith("\ufeff") else ""
+    # As the parser does: a line ends at \n, \r\n or \r, and at no other of str.splitlines' ends.
+    lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", source.removeprefix(mark))
+    plain = [line.rstrip("\r\n") + "\n" * (line[-1] in "\r\n") for line in lines]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse("".join(plain))
+        tokens = list(tokenize.generate_tokens(iter([*plain, ""]).__next__))
+    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        raise ValueError(f"comments cannot be dropped from source that does not parse: {error}") from error
+
+    cuts = _docstring_cuts(tree, tokens, plain) + _comment_cuts(tokens, plain)
+    out: list[str] = [mark]
+    at: _Place = (0, 0)
+    for start, end, replacement in sorted(cuts):
+        if start >= at:
+            out += [_between(lines, at, start), replacement]
+        at = max(at, end)
+    return "".join([*out, _between(lines, at, (len(lines), 0))])
+
+
+_Cut = tuple[_Place, _Place, str]  # from, to, what stands there instead
+
+
+def _place(row: int, column: int) -> _Place:
+    return row - 1, column
+
+
+def _between(lines: list[str], start: _Place, end: _Place) -> str:
+    if start >= end:
+        return ""
+    if start[0] == end[0]:
+        return lines[start[0]][start[1] : end[1]]
+    first = lines[start[0]][start[1] :]
+    last = lines[end[0]][: end[1]] if end[0] < len(lines) else ""
+    return "".join([first, *lines[start[0] + 1 : end[0]], last])
+
+
+def _docstring_cuts(tree: ast.Module, tokens: list[tokenize.TokenInfo], lines: list[str]) -> list[_Cut]:
+    """Each docstring up to the next statement, which thereby takes its place, indentation and all."""
+    code = [token for token in tokens if token.type not in (*_LAYOUT, tokenize.INDENT, tokenize.DEDENT)]
+    index = {_place(*token.start): number for number, token in enumerate(code)}
+    cuts: list[_Cut] = []
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        strings = list(takewhile(_is_string, node.body))
+        if not strings:
+            continue
+        start = _ast_place(strings[0].lineno, strings[0].col_offset, lines)
+        final = strings[-1]
+        assert final.end_lineno is not None and final.end_col_offset is not None
+        end = _ast_place(final.end_lineno, final.end_col_offset, lines)
+        if len(strings) == len(node.body) and not isinstance(node, ast.Module):
+            cuts.append((start, end, "pass"))
+            continue
+        number = index[start]
+        while _place(*code[number].start) < end or code[number].string == ";":
+            number += 1
+        cuts.append((start, _place(*code[number].start), ""))
+    return cuts
+
+
+def _is_string(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def _ast_place(row: int, byte_column: int, lines: list[str]) -> _Place:
+    """ast counts columns in UTF-8 bytes, tokenize in characters."""
+    return row - 1, len(lines[row - 1].encode()[:byte_column].decode())
+
+
+def _comment_cuts(tokens: list[tokenize.TokenInfo], lines: list[str]) -> list[_Cut]:
+    cuts: list[_Cut] = []
+    before = None  # the token before, indentation aside
+    depth = 0  # inside f-strings, where `{x=  # why}` is text too (tokenize tells from Python 3.12 on)
+    for token in tokens:
+        if token.type == tokenize.COMMENT and not depth and not _is_kept(token, lines):
+            row, column = _place(*token.start)
+            if before is not None and before.type not in _LAYOUT:
+                cuts.append((_place(*before.end), (row, column + len(token.string)), ""))
+            else:
+                start, floor = row, 0 if before is None else before.end[0]
+                # A line of a lone backslash would otherwise be continued by the line after the comment.
+                while start > floor and lines[start - 1].endswith("\\\n"):
+                    start -= 1
+                cuts.append(((start, 0), (row + 1, 0), ""))
+        name = tokenize.tok_name[token.type]
+        depth += (name == "FSTRING_START") - (name == "FSTRING_END")
+        if token.type not in (tokenize.INDENT, tokenize.DEDENT):
+            before = token
+    return cuts
+
+
+def _is_kept(token: tokenize.TokenInfo, lines: list[str]) -> bool:
+    row = token.start[0]
+    if row == 1 and token.start[1] == 0 and token.string.startswith("#!"):
+        return True
+    first = lines[0].strip(" \t\f\n")
+    return (row == 1 or (row == 2 and first[:1] in ("", "#"))) and _CODING.match(lines[row - 1]) is not None

@@ -1,0 +1,473 @@
+"""Train a model: `python trainingmanager.py [--config FILE.yaml] [--flag value ...]`.
+
+One batch: Batches.batch(step) -> token_loss -> backward -> unscale -> clip -> step -> schedule -> log.
+With no arguments it trains for 300 seconds on the interpreter's own standard library.
+"""
+
+from __future__ import annotations
+
+from config import Config, one_sentence, parse_config
+
+# Before torch is imported, so that --help and a typo answer at once.
+CONFIG = parse_config(description="Train a code model from scratch.") if __name__ == "__main__" else Config()
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from architecture import Decoder
+from checkpoint import (
+    checkpoints,
+    code_fingerprint,
+    load_state,
+    load_weights,
+    remove_superseded,
+    save_checkpoint,
+    verify,
+)
+from config import DataConfig, TokenizerConfig, write_atomically
+from dataset import (
+    IGNORE_INDEX,
+    Batch,
+    Batches,
+    PreparedData,
+    prepare_data,
+    training_texts,
+    validation_batches,
+)
+from loss import Scores, score, token_loss
+from optim import build_optimizers, learning_rate_factor
+from precision import Precision, choose_device, choose_precision
+from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
+
+DEFAULT_SECONDS = 300.0
+RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
+HOUSE = Path(__file__).parent
+
+
+@dataclass
+class RunState:
+    """All that changes while a run goes on, besides weights, optimizers and random states. Saved whole."""
+
+    step: int = 0  # updates done; with the seed it is also the position in the data
+    tokens: int = 0  # that bore loss
+    seconds: float = 0.0  # of training, over all resumes
+    best_loss: float = math.inf
+    validations_without_better: int = 0
+    skipped_updates: int = 0  # for a gradient that was not finite
+
+
+class TrainingManager:
+    """Owns one run: model, optimizers, data order, logs and checkpoints.
+
+    Args:
+        config: The resolved settings.
+        model: On its device.
+        data: Token stores of both sides of the split.
+        folder: Of the run.
+    """
+
+    def __init__(
+        self, config: Config, model: Decoder, data: PreparedData, precision: Precision, folder: Path
+    ):
+        self.config, self.model, self.data, self.folder = config, model, data, folder
+        self.precision = precision
+        train = config.train
+        asked = train.eval_precision
+        self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
+        self.device = precision.device
+        self.state = RunState()
+        self.batches = Batches(data.train, train.batch_size, config.model.block_size, train.seed)
+        self.optimizers = build_optimizers(model, config.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_seconds = train.max_seconds
+        if not (train.max_seconds or train.max_steps or train.max_epochs):
+            self.max_seconds = DEFAULT_SECONDS
+        self.stop_signal: int | None = None
+        model.checkpoint_activations = train.activation_checkpointing
+        if train.compile:
+            compile_blocks(model)
+
+    # --- the loop ------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train until the budget is used, patience ends, or a signal asks for a stop; then save."""
+        log = Log(self.folder)
+        before = self.validate(limit=2)
+        print(
+            f"before step {self.state.step + 1}: loss {before.loss:.3f} on two validation batches; "
+            f"ln(vocabulary) is {math.log(self.config.model.vocab_size):.3f}"
+        )
+        train = self.config.train
+        started = time.perf_counter() - self.state.seconds
+        tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
+        with signals_noted(self), progress_bar() as bar:
+            saved = -1
+            while self.progress() < 1 and self.stop_signal is None:
+                values = self.update()
+                self.state.seconds = time.perf_counter() - started
+                step = self.state.step
+                rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)
+                self.show(bar, values["train/loss"], rate)
+                if step % train.log_every == 0:
+                    log.write(step, values | {"train/tokens_per_second": rate})
+                due = bool(train.validate_every) and step % train.validate_every == 0
+                if due or (train.save_every and step % train.save_every == 0):
+                    self.validate_and_save(log, bar)
+                    saved = step
+                    self.state.seconds = time.perf_counter() - started
+                if train.patience and self.state.validations_without_better >= train.patience:
+                    tqdm.write(
+                        f"stopped early: {train.patience} validations without a better loss", file=sys.stderr
+                    )
+                    break
+            if saved != self.state.step:
+                self.validate_and_save(log, bar)
+        log.close()
+
+    def update(self) -> dict[str, float]:
+        """One optimizer step over `accumulation` micro-batches; returns what is logged."""
+        train, optimizer_config = self.config.train, self.config.optimizer
+        first = self.state.step * train.accumulation
+        micro = [self.to_device(self.batches.batch(first + i)) for i in range(train.accumulation)]
+        # Divided by the loss-bearing tokens of the whole step: ragged micro-batches weigh what they hold.
+        tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro)
+        if tokens == 0:
+            raise ValueError(f"no token of step {self.state.step + 1} bears loss; check the data's labels")
+        self.model.train()
+        nats = 0.0
+        for batch in micro:
+            with self.precision.autocast():
+                loss = token_loss(self.model, batch, optimizer_config.label_smoothing)
+            self.scaler.scale(loss.objective / tokens).backward()
+            nats += loss.cross_entropy.item()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, optimizer_config.grad_clip or math.inf).item()
+        factor = learning_rate_factor(optimizer_config, self.state.step, self.progress())
+        finite = math.isfinite(norm) and math.isfinite(nats)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            if finite:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.tokens += tokens
+        self.count_skipped(finite)
+        return {
+            "train/loss": nats / tokens,
+            "train/learning_rate": self.optimizers[0].param_groups[0]["lr"],
+            "train/grad_norm": norm,
+            "train/epoch": self.epoch(),
+        }
+
+    def count_skipped(self, finite: bool) -> None:
+        """Skipped are updates that are not finite; three in a row end the run (fp16's scaler may skip 20)."""
+        self.skipped_in_a_row = 0 if finite else getattr(self, "skipped_in_a_row", 0) + 1
+        if finite:
+            return
+        self.state.skipped_updates += 1
+        limit = 20 if self.scaler.is_enabled() else 3
+        if self.skipped_in_a_row >= limit:
+            raise ValueError(
+                f"loss or gradient was not finite {limit} times in a row, up to step {self.state.step}; "
+                "lower the learning rate or use --precision fp32, and go on with --resume"
+            )
+
+    def epoch(self) -> float:
+        return self.state.step * self.config.train.accumulation / self.batches.steps_per_epoch
+
+    def progress(self) -> float:
+        """Share of the budget used: of steps, epochs or seconds, whichever is furthest."""
+        train, shares = self.config.train, [0.0]
+        if train.max_steps:
+            shares.append(self.state.step / train.max_steps)
+        if train.max_epochs:
+            shares.append(self.epoch() / train.max_epochs)
+        if self.max_seconds:
+            shares.append(self.state.seconds / self.max_seconds)
+        return max(shares)
+
+    # --- validation, checkpoints, what is shown ------------------------------------------------------
+
+    def validate(self, limit: int = 0) -> Scores:
+        """Scores on batches spread evenly over the validation files; 0 reads all of them."""
+        batches = list(
+            validation_batches(
+                self.data.validation, self.config.train.batch_size, self.config.model.block_size
+            )
+        )
+        stride = max(1, len(batches) // limit) if limit else 1
+        return score(self.model, batches[::stride][: limit or None], self.eval_precision)
+
+    def validate_and_save(self, log: Log, bar: tqdm) -> None:
+        """Validate, keep count of patience, save, and remove what is superseded."""
+        train, state = self.config.train, self.state
+        scores = self.validate(train.validation_batches)
+        better = scores.loss < state.best_loss
+        state.best_loss = min(scores.loss, state.best_loss)
+        state.validations_without_better = 0 if better else state.validations_without_better + 1
+        log.write(
+            state.step,
+            {"eval/loss": scores.loss, "eval/perplexity": scores.perplexity, "eval/top1": scores.top1},
+        )
+        bar.write(
+            f"step {state.step}: validation loss {scores.loss:.3f}, top-1 {scores.top1:.1%}"
+            + (", the best so far" if better else "")
+        )
+        folder = self.folder / "checkpoints"
+        keep = bool(train.save_every) and state.step % train.save_every == 0
+        save_checkpoint(folder, state.step, self.model, self.whole_state(), scores.loss, keep)
+        remove_superseded(folder, train.keep)
+
+    def whole_state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs besides the weights."""
+        random = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "run": dataclasses.asdict(self.state) | {"best_loss": repr(self.state.best_loss)},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "random": random,
+        }
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, saying which damaged ones were passed over.
+
+        Raises:
+            ValueError: None is whole.
+        """
+        manifests = checkpoints(self.folder / "checkpoints")
+        for manifest in reversed(manifests):
+            try:
+                verify(manifest)
+            except ValueError as error:
+                print(f"passed over: {error}", file=sys.stderr)
+                continue
+            load_weights(self.model, manifest)
+            state = load_state(manifest)
+            run = state["run"] | {"best_loss": float(state["run"]["best_loss"])}
+            self.state = RunState(**run)
+            for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+            self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["random"]["torch"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+            print(f"resumed from {manifest.folder} at step {self.state.step}")
+            return
+        raise ValueError(
+            f"{self.folder} has {len(manifests)} checkpoints and none is whole; start again in another --run"
+        )
+
+    def show(self, bar: tqdm, loss: float, rate: float) -> None:
+        progress = self.progress()
+        left = self.state.seconds * (1 / progress - 1) if progress else 0.0
+        bar.set_description_str(
+            f"step {self.state.step}  loss {loss:.3f}  {rate:,.0f} tokens/s"
+            f"  {left // 60:.0f}:{left % 60:02.0f} left"
+        )
+        bar.update(min(1.0, progress) - bar.n)
+
+    def to_device(self, batch: Batch) -> Batch:
+        return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, the same values under the same names."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.flush()
+        for tag, value in values.items():
+            self.tensorboard.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+
+def progress_bar() -> tqdm:
+    """From 0 to 1; silent where stderr is not a terminal."""
+    return tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", disable=None)
+
+
+@contextlib.contextmanager
+def signals_noted(manager: TrainingManager) -> Iterator[None]:
+    """SIGINT and SIGTERM let the step end, save, and leave; a second one ends at once."""
+
+    def note(number: int, frame: Any) -> None:
+        if manager.stop_signal is not None:
+            sys.exit(128 + number)
+        manager.stop_signal = number
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def compile_blocks(model: Decoder) -> None:
+    """torch.compile for each block, or a warning where this machine cannot compile."""
+    try:
+        probe = torch.compile(lambda x: x * 2 + 1)
+        probe(torch.ones(2, device=next(model.parameters()).device))
+    except Exception as error:  # whatever is missing (g++, Python's headers, triton), eager is right
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"torch.compile does not work here, running eager: {reason}", stacklevel=2)
+        return
+    for block in model.blocks:
+        block.compile()
+
+
+# --- a run, from settings to the final report --------------------------------------------------------
+
+
+def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
+    """Load `settings.path`, or train on the training files, cached by all that decides the result."""
+    if settings.path is not None:
+        return load_tokenizer(Path(settings.path))
+    if settings.kind == "pretrained":
+        raise ValueError(
+            "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
+        )
+    key = hashlib.sha256(repr(settings).encode())
+    key.update((HOUSE / "tokenizer.py").read_bytes())  # another algorithm makes another tokenizer
+    for text in training_texts(data):
+        key.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    folder = Path(data.cache) / "tokenizers" / key.hexdigest()[:32]
+    if not folder.is_dir():
+        print(f"training a {settings.kind} tokenizer of up to {settings.vocab_size} ids")
+        texts = training_texts(data)
+        if settings.kind == "code":
+            tokenizer: Tokenizer = CodeTokenizer.train(texts, settings.vocab_size, settings.min_count)
+        else:
+            tokenizer = BPETokenizer.train(texts, settings.vocab_size)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        tokenizer.save(temporary)
+        with contextlib.suppress(OSError):  # another run made the same one meanwhile
+            os.replace(temporary, folder)
+    return load_tokenizer(folder)
+
+
+def claim_folder(config: Config) -> Path:
+    """The run's folder, new or empty; with `resume`, one that holds a run."""
+    folder = Path(config.train.run)
+    taken = folder.is_dir() and any(folder.iterdir())
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder with --run")
+    if config.train.resume and not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} holds no run to resume; check --run, or leave --resume out")
+    if taken and not config.train.resume:
+        raise ValueError(
+            f"{folder} already holds another run; go on with --resume, or name a new folder with --run"
+        )
+    return folder
+
+
+RESUMABLE_KEYS = ("data", "tokenizer", "model", "optimizer")  # groups that a resumed run may not change
+
+
+def refuse_changes(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:
+    """ValueError if a resumed run would go on with other data, another tokenizer or another model."""
+    before = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    after = config.to_dict()
+    for group in RESUMABLE_KEYS:
+        for key, value in after[group].items():
+            old = before[group].get(key)
+            if (tuple(old) if isinstance(old, list) else old) != (
+                tuple(value) if isinstance(value, list) else value
+            ):
+                raise ValueError(
+                    f"{group}.{key} was {old} when {folder} began and is {value} now; set it back"
+                )
+    old_fingerprints = json.loads((folder / "fingerprints.json").read_text("utf-8"))
+    for name in ("data", "tokenizer"):
+        if old_fingerprints[name] != fingerprints[name]:
+            raise ValueError(f"the {name} changed since {folder} began; restore it, or start another --run")
+
+
+def train(config: Config) -> TrainingManager:
+    """One whole run, from settings to the last checkpoint; prints what it decides on the way.
+
+    Raises:
+        ValueError: The settings, the data or the folder do not fit; nothing that was there is touched.
+        OSError: The disk is full or read-only; older checkpoints stay.
+    """
+    folder = claim_folder(config)
+    device = choose_device(config.train.device)
+    precision = choose_precision(device, config.train.precision)
+    print(f"precision: {precision.reason}")
+    tokenizer = prepare_tokenizer(config.data, config.tokenizer)
+    data = prepare_data(config.data, tokenizer)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {vocab_size} does not hold the tokenizer's {tokenizer.vocab_size} ids; "
+            "leave model.vocab_size out, or train a smaller tokenizer"
+        )
+    model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
+    config = dataclasses.replace(config, model=model_config)
+    for side in (data.train, data.validation):
+        print(f"{side.split}: {side.n_documents:,} files, {side.n_bytes:,} bytes, {side.n_tokens:,} tokens")
+    fingerprints = {
+        "data": data.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "code": code_fingerprint(HOUSE),
+    }
+    torch.manual_seed(config.train.seed)
+    model = Decoder(model_config).to(device)
+    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    manager = TrainingManager(config, model, data, precision, folder)
+    if config.train.resume:
+        refuse_changes(folder, config, fingerprints)
+        manager.resume()
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder / "tokenizer")
+        write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    manager.fit()
+    return manager
+
+
+def main(config: Config) -> None:
+    with one_sentence():
+        manager = train(config)
+        if manager.stop_signal is not None:
+            print(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")
+            sys.exit(RESUMABLE)
+
+
+if __name__ == "__main__":
+    main(CONFIG)
