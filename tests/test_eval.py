@@ -1,0 +1,455 @@
+"""Evaluation on a small corpus, with a byte tokenizer and a model made here."""
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import eval as evaluation
+from architecture import Decoder
+from checkpoint import code_fingerprint, save_checkpoint
+from config import Config, DataConfig, ModelConfig, one_sentence
+from dataset import PreparedData, prepare_data, validation_batches
+from eval import EvalConfig, Example
+from generate import prompt_ids
+from loss import score
+from precision import choose_precision
+from tokenizer import CodeTokenizer
+
+HOUSE = Path(__file__).parent.parent
+FP32 = choose_precision(torch.device("cpu"), "fp32")
+BYTES = CodeTokenizer([], [], [])  # without pieces every byte is a token
+NAMES = ("alpha", "beta", "gamma", "delta", "ßeta")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def source(number: int) -> str:
+    """A Python file of some 10 to 25 lines, blank lines and classes included."""
+    draw = np.random.default_rng(number)
+    parts = [f'"""Module {number}."""\n\nimport os\n']
+    for i in range(draw.integers(1, 4)):
+        a, b = draw.choice(NAMES, 2)
+        parts.append(
+            f"\n\ndef {a}_{i}({b}, x={number}):\n    '''Add {a}.'''\n    y = {b} + x\n\n    return y * {i}\n"
+        )
+    return "".join(parts)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> PreparedData:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "corpus").mkdir()
+    for number in range(40):
+        (folder / "corpus" / f"m{number}.py").write_text(source(number), "utf-8")
+    config = DataConfig(str(folder / "corpus"), validation_one_in=4, cache=str(folder / "cache"), workers=1)
+    return prepare_data(config, BYTES)
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    torch.manual_seed(0)
+    shape = ModelConfig(BYTES.vocab_size, block_size=128, n_layer=2, n_head=2, n_embd=16, init="normal")
+    decoder = Decoder(shape)
+    with torch.no_grad():  # at its own initialisation every prediction would be nearly the same
+        for parameter in decoder.parameters():
+            parameter.normal_(std=0.4)
+    return decoder.eval()
+
+
+def documents_of(store) -> list[np.ndarray]:
+    return [store.document(number) for number in range(store.n_documents)]
+
+
+# --- token scores ------------------------------------------------------------------------------------
+
+
+def test_model_scores_equal_those_of_each_file_alone(data, model):
+    store = data.validation
+    log_p, rank = [], []
+    with torch.no_grad():
+        for document in documents_of(store):
+            tokens = torch.from_numpy(document)[None]
+            whole = model(tokens[:, :-1])[0].double().log_softmax(-1)
+            target = whole.gather(1, tokens[0, 1:, None])
+            log_p += target[:, 0].tolist()
+            rank += (whole > target).sum(1).tolist()
+    n_bytes = sum(len(source(int(name[1:-3])).encode()) for name in store.names)
+    # One row as long as everything: packed side by side, no file sees another.
+    found = score(model, validation_batches(store, 1, store.n_tokens), FP32)
+    assert found.tokens == len(log_p)
+    assert found.bits_per_byte(store.n_bytes) == pytest.approx(-sum(log_p) / np.log(2) / n_bytes, rel=1e-5)
+    assert found.perplexity == pytest.approx(np.exp(-np.mean(log_p)), rel=1e-5)
+    assert (found.top1, found.top5) == (np.mean(np.array(rank) < 1), np.mean(np.array(rank) < 5))
+
+
+def test_model_scores_do_not_depend_on_the_batch_size(data, model):
+    scores = [score(model, validation_batches(data.validation, n, 64), FP32) for n in (1, 5, 1000)]
+    for found in scores[1:]:
+        assert found.nats == pytest.approx(scores[0].nats, rel=1e-6)
+        assert (found.tokens, found.top1, found.top5) == (scores[0].tokens, scores[0].top1, scores[0].top5)
+
+
+def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, model, monkeypatch):
+    store, baseline = data.validation, evaluation.train_ngram(data.train)
+    found = evaluation.ngram_scores(baseline, store)
+    assert found.tokens == score(model, validation_batches(store, 4, 64), FP32).tokens
+    nats, hits = 0.0, []
+    for document in documents_of(store):
+        nats -= baseline.log_probs([document]).sum()
+        top = baseline.top([document], 5)
+        hits += [top[i].tolist().index(x) if x in top[i] else 9 for i, x in enumerate(document[1:])]
+    assert found.nats == pytest.approx(nats, rel=1e-12)
+    assert (found.top1, found.top5) == (np.mean(np.array(hits) < 1), np.mean(np.array(hits) < 5))
+    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 300)
+    assert evaluation.ngram_scores(baseline, store).nats == pytest.approx(nats, rel=1e-12)
+
+
+def test_the_baseline_is_far_from_chance_and_better_on_its_own_training_files(data):
+    baseline = evaluation.train_ngram(data.train)
+    held_out, seen = (evaluation.ngram_scores(baseline, side) for side in (data.validation, data.train))
+    assert seen.loss < held_out.loss < 0.5 * np.log(BYTES.vocab_size)
+
+
+def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monkeypatch):
+    monkeypatch.setattr(evaluation, "BASELINE_TOKENS", data.train.n_tokens // 3)
+    part = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation)
+    monkeypatch.undo()
+    whole = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation)
+    assert whole.loss < part.loss
+
+
+# --- examples ----------------------------------------------------------------------------------------
+
+
+def texts_of(data) -> dict[str, str]:
+    return {name: source(int(name[1:-3])) for name in data.validation.names}
+
+
+@pytest.mark.parametrize("room", [60, 120, 10_000])
+def test_next_line_examples_stand_in_their_files(data, room):
+    examples, texts = evaluation.next_line_examples(data.validation, BYTES, 60, room), texts_of(data)
+    assert len(examples) == len({(e.name, e.line) for e in examples}) == 60
+    assert {e.name for e in examples} == set(texts)
+    for example in examples:
+        lines = texts[example.name].split("\n")
+        assert lines[example.line - 1] == example.reference
+        assert example.reference.strip()
+        before = "\n".join(lines[: example.line - 1])
+        assert before.rstrip().endswith(example.prompt)
+        assert before.rstrip() == example.prompt or before.rstrip()[: -len(example.prompt)].endswith("\n")
+        assert example.prompt.count("\n") >= evaluation.CONTEXT_LINES - 1
+        assert len(prompt_ids(BYTES, example.prompt)) <= room
+
+
+def test_a_prompt_is_cut_no_shorter_than_it_must_be(data):
+    for example in evaluation.next_line_examples(data.validation, BYTES, 40, 100):
+        text = texts_of(data)[example.name]
+        start = text.index(example.prompt)
+        if start:
+            longer = text[text.rfind("\n", 0, start - 1) + 1 : start] + example.prompt
+            assert len(prompt_ids(BYTES, longer)) > 100
+
+
+def test_examples_depend_on_the_seed_only_and_take_every_file_first(data):
+    def chosen(n, seed):
+        return evaluation.next_line_examples(data.validation, BYTES, n, 100, seed)
+
+    files = data.validation.n_documents
+    assert chosen(30, 1) == chosen(30, 1)
+    assert chosen(30, 1) != chosen(30, 2)
+    assert len({e.name for e in chosen(files, 3)}) == files
+    assert evaluation.next_line_examples(data.validation, BYTES, 10**6, 5) == []  # nothing fits
+    lines = sum(bool(line.strip()) for text in texts_of(data).values() for line in text.split("\n"))
+    assert files < len(chosen(10**6, 1)) < lines
+
+
+FUNCTIONS = '''\
+import functools
+
+
+def one(): return 1
+
+
+@functools.cache
+def two(
+    a: int,
+    b=(1,
+       2),
+) -> int:
+    """Multiplies
+
+    them.
+    """
+    # first
+    return a * 2 + \\
+        sum(b)
+
+
+class C:
+    async def three(self):
+
+        @functools.wraps
+        def four():
+            x = self
+
+            return x
+        return four
+
+    def five(self): pass; """no
+docstring"""
+'''
+
+
+def test_function_bodies_begin_after_signature_and_docstring():
+    lines = FUNCTIONS.split("\n")
+    found = {
+        lines[function].strip(): (lines[function:first][-1].strip(), lines[first:last])
+        for function, first, last in evaluation._bodies(FUNCTIONS)
+    }
+    assert set(found) == {"def two(", "async def three(self):", "def four():"}
+    assert found["def two("] == ("# first", ["    return a * 2 + \\", "        sum(b)"])
+    assert found["async def three(self):"][1][0] == "        @functools.wraps"
+    assert found["def four():"][1] == ["            x = self", "", "            return x"]
+    assert (
+        evaluation._bodies("def broken(:\n")
+        == evaluation._bodies("\x00")
+        == evaluation._bodies("\ud800")
+        == []
+    )
+
+
+def test_function_examples_complete_to_valid_python(data):
+    examples = evaluation.function_examples(data.validation, BYTES, 6, 10_000)
+    assert len({e.name for e in examples}) == 6
+    for example in examples:
+        assert example.prompt.endswith("'''")
+        assert example.prompt[example.start :].startswith("def ")
+        ast.parse(f"{example.prompt}\n{example.reference}\n")
+        assert example.reference.split("\n")[-1].startswith("    return")
+    assert evaluation.function_examples(data.validation, BYTES, 6, 10) == []  # no signature fits
+
+
+# --- completions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("", ""),
+        ("\n\n  \n", "\n\n  \n"),
+        ("\n    x = 1", "\n    x = 1"),
+        ("\n\n    x = 1\n    y", "\n\n    x = 1"),
+        ("  # more\nx", "  # more"),
+        ("\r\nx\r\ny", "\r\nx\r"),
+    ],
+)
+def test_a_line_ends_where_the_first_one_with_text_does(text, kept):
+    assert evaluation.through_first_line(Example("", 1, "", "x"), text) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("\n        x\n\n        y", "\n        x\n\n        y"),
+        ("\n        x\n    def", "\n        x"),
+        ("\n        x\n    ", "\n        x\n    "),
+        ("  # more\n            x\nclass", "  # more\n            x"),
+    ],
+)
+def test_a_body_ends_where_the_indentation_does(text, kept):
+    assert evaluation.through_body(Example("", 1, "", "        return"), text) == kept
+
+
+def test_completions_are_greedy_alone_and_in_a_batch(data, model):
+    examples = evaluation.next_line_examples(data.validation, BYTES, 12, 100)
+    cut, n = evaluation.through_first_line, 12
+    batched = evaluation.complete(model, BYTES, examples, cut, n, FP32, batch_size=5)
+    assert batched == evaluation.complete(model, BYTES, examples, cut, n, FP32, batch_size=1)
+    for example, completion in zip(examples[:4], batched[:4], strict=True):
+        ids = before = prompt_ids(BYTES, example.prompt)
+        with torch.no_grad():
+            while len(ids) < len(before) + n and BYTES.eos_id not in ids:
+                ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
+        text = BYTES.decode(ids)
+        assert text.startswith(example.prompt)  # which the prediction leaves out
+        assert completion == cut(example, text[len(example.prompt) :])
+
+
+def test_the_baseline_completes_what_it_was_trained_on(data):
+    baseline = evaluation.NGramModel(documents_of(data.validation), BYTES.vocab_size, order=12)
+    examples = evaluation.next_line_examples(data.validation, BYTES, 30, 120)
+    cut = evaluation.through_first_line
+    scores = evaluation.line_scores(examples, evaluation.ngram_complete(baseline, BYTES, examples, cut, 40))
+    weak = evaluation.NGramModel(documents_of(data.train), BYTES.vocab_size, order=1)
+    worse = evaluation.line_scores(examples, evaluation.ngram_complete(weak, BYTES, examples, cut, 40))
+    assert worse.exact_match.high < scores.exact_match.low
+    assert worse.edit_similarity.high < scores.edit_similarity.low
+
+
+def test_references_have_the_maximum_and_a_prompt_in_the_prediction_does_not(data):
+    examples = evaluation.next_line_examples(data.validation, BYTES, 20, 100)
+    itself = evaluation.line_scores(examples, [f"\n  {e.reference}  \r" for e in examples])
+    assert itself.exact_match == itself.edit_similarity == (100, 100, 100, 20)
+    planted = evaluation.line_scores(examples, [f"{e.prompt}\n{e.reference}" for e in examples])
+    assert planted.exact_match.mean == 0
+    assert planted.edit_similarity.high < 60
+    with pytest.raises(ValueError, match="zip"):
+        evaluation.line_scores(examples, [""])
+
+
+def test_samples_show_signature_reference_and_completion(data, model):
+    samples = evaluation.sample_completions(model, BYTES, data.validation, FP32, n=2)
+    assert samples == evaluation.sample_completions(model, BYTES, data.validation, FP32, n=2)
+    assert len(samples) == 2
+    for sample in samples:
+        assert sample.prompt.startswith("def ")
+        assert sample.reference in texts_of(data)[sample.name]
+        assert sample.prompt not in sample.completion
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, data, model) -> Path:
+    """A finished run in a corpus of its own, which a test may change."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(40):
+        (tmp_path / "corpus" / f"m{number}.py").write_text(source(number), "utf-8")
+    folder = tmp_path / "run"
+    settings = DataConfig(
+        str(tmp_path / "corpus"), validation_one_in=4, cache=str(tmp_path / "cache"), workers=1
+    )
+    config = replace(Config(), data=settings, model=model.config)
+    BYTES.save(folder / "tokenizer")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), "utf-8")
+    fingerprints = {"data": data.fingerprint, "tokenizer": BYTES.fingerprint, "code": code_fingerprint(HOUSE)}
+    (folder / "fingerprints.json").write_text(json.dumps(fingerprints), "utf-8")
+    save_checkpoint(folder / "checkpoints", 7, model, {}, 2.5, keep=False)
+    return folder
+
+
+def command(*words: str | Path | int) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "eval.py", *map(str, words)],
+        cwd=HOUSE,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, model):
+    done = command("--checkpoint", run, "--samples", 8, "--max_new_tokens", 16, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "eval.json").read_text("utf-8"))
+    expected = score(model, validation_batches(data.validation, 16, 128), FP32)
+    assert result["model"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert result["step"] == 7
+    assert len(result["lines"]) == 8
+    assert "--samples 8" in result["command"]
+    rows = {line[: line.find("  ")]: line for line in done.stdout.splitlines()}
+    for key, name in (("loss", "loss, nats a token"), ("bits_per_byte", "bits per byte")):
+        for side in ("model", "n-gram"):
+            assert f" {result[side][key]:.4f} " in rows[name]
+    interval = result["model"]["next_line"]["edit_similarity"]
+    assert f"{interval['mean']:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]" in done.stdout
+    # The scores can be had again from the predictions that were kept.
+    examples = [Example(line["file"], line["line"], "", line["reference"]) for line in result["lines"]]
+    for side in ("model", "n-gram"):
+        again = evaluation.line_scores(examples, [line[side] for line in result["lines"]])
+        assert again.edit_similarity._asdict() == result[side]["next_line"]["edit_similarity"]
+
+
+def test_an_evaluation_can_be_repeated_and_names_a_single_checkpoint(run):
+    settings = EvalConfig(str(run), samples=6, max_new_tokens=8, precision="fp32", batch_size=3)
+    first = evaluation.evaluate(settings)
+    assert first == evaluation.evaluate(settings)
+    one = replace(settings, checkpoint=str(run / "checkpoints" / "step-00000007"))
+    assert first == evaluation.evaluate(one)
+    without = evaluation.evaluate(replace(settings, samples=0))
+    assert "next_line" not in without["model"]
+    assert without["model"].items() <= first["model"].items()
+    assert "next line" in evaluation.table(first)
+    assert "next line" not in evaluation.table(without)
+
+
+def refusal(settings: EvalConfig, capsys) -> str:
+    """What the command says on its error output, which is one line, before it exits with 2."""
+    with pytest.raises(SystemExit) as exit, one_sentence():
+        evaluation.main(settings)
+    assert exit.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    return said.err
+
+
+def test_changed_data_are_refused(run, capsys):
+    train = run.parent / "corpus" / "m0.py"
+    train.write_text(train.read_text("utf-8") + "x = 1\n", "utf-8")
+    said = refusal(EvalConfig(str(run)), capsys)
+    assert "fingerprint" in said
+    assert "restore the files" in said
+    assert not (run / "eval.json").exists()
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(run, capsys):
+    CodeTokenizer(["def"], [], []).save(run / "tokenizer")
+    assert "tokenizer" in refusal(EvalConfig(str(run)), capsys)
+
+
+def test_a_run_without_a_checkpoint_is_named(run, capsys):
+    (run / "checkpoints" / "step-00000007" / "manifest.json").unlink()
+    assert "no finished checkpoint" in refusal(EvalConfig(str(run)), capsys)
+    assert "holds no run" in refusal(EvalConfig(str(run / "nowhere")), capsys)
+    assert "holds no run" in refusal(EvalConfig(str(run.parent)), capsys)
+
+
+def test_files_without_a_line_that_fits_are_named_with_the_remedy(run, capsys):
+    saved = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    saved["model"]["block_size"] = 16
+    (run / "config.yaml").write_text(yaml.safe_dump(saved), "utf-8")
+    assert "--samples 0" in refusal(EvalConfig(str(run), precision="fp32"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "checkpoint"),
+        (("--checkpoint", "x", "--sampels", "3"), "did you mean samples"),
+        (("--checkpoint", "x", "--samples", "1"), "at least 2"),
+        (("--checkpoint", "x", "--batch_size", "0"), "at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_2(words, named):
+    done = command(*words)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_help_answers_without_torch():
+    words = [sys.executable, "-X", "importtime", "eval.py", "--help"]
+    done = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "--checkpoint" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "config" in imported
+    assert not imported & {"torch", "numpy", "dataset"}

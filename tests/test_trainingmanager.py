@@ -1,0 +1,402 @@
+"""Training: exact accumulation and resume, settings that do what they say, commands as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainingmanager
+from architecture import Decoder
+from checkpoint import checkpoints, load_run, load_state
+from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from dataset import IGNORE_INDEX, Batch
+from trainingmanager import RESUMABLE, TrainingManager, compile_blocks, train
+
+HOUSE = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Config:
+    """A run of six steps of a tiny model, with dropout, so that random states matter."""
+    return Config(
+        data=DataConfig(source=str(corpus), validation_one_in=4, cache=str(tmp_path / "cache"), workers=1),
+        tokenizer=TokenizerConfig(vocab_size=300, min_count=2),
+        model=ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.1),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        train=TrainConfig(
+            run=str(tmp_path / "run"), max_steps=6, batch_size=4, validate_every=3, log_every=1
+        ),
+    )
+
+
+def adapted(config: Config, **train: Any) -> Config:
+    return replace(config, train=replace(config.train, **train))
+
+
+def logged(manager: TrainingManager, tag: str) -> list[float]:
+    rows = [json.loads(line) for line in (manager.folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[tag] for row in rows if tag in row]
+
+
+def weights(manager: TrainingManager) -> dict[str, torch.Tensor]:
+    return {key: t.clone() for key, t in manager.model.state_dict().items()}
+
+
+def assert_equal(a: Any, b: Any, where: str = "state") -> None:
+    """Bit for bit, through nested dicts and lists; names the first item that differs."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+# --- exactness ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_resumed_equals_uninterrupted(config: Config, tmp_path: Path, name: Any) -> None:
+    config = replace(config, optimizer=replace(config.optimizer, name=name, schedule="constant"))
+    whole = train(config)
+    half = adapted(config, run=str(tmp_path / "halves"), max_steps=3)
+    train(half)
+    resumed = train(adapted(half, max_steps=6, resume=True))
+    assert whole.state.step == resumed.state.step == 6
+    assert_equal(weights(whole), weights(resumed))
+    states = [load_state(checkpoints(m.folder / "checkpoints")[-1]) for m in (whole, resumed)]
+    for state in states:
+        del state["run"]["seconds"]
+    assert_equal(states[0], states[1])
+    assert logged(whole, "train/loss") == logged(resumed, "train/loss")
+
+
+@pytest.mark.parametrize("forgotten", ["optimizers", "random", "step"])
+def test_a_resume_that_forgets_is_seen(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    """The pair above can fail: leave one item of the state out, and the weights differ."""
+    config = replace(config, optimizer=replace(config.optimizer, schedule="constant"))
+    whole = train(config)
+    half = adapted(config, run=str(tmp_path / "halves"), max_steps=3)
+    train(half)
+
+    def forgetful(manifest: Any) -> dict[str, Any]:
+        state = load_state(manifest)
+        if forgotten == "optimizers":
+            for optimizer in state["optimizers"]:
+                optimizer["state"] = {}
+        elif forgotten == "random":
+            state["random"]["torch"] = torch.Generator().manual_seed(99).get_state()
+        else:
+            state["run"]["step"] = 0
+        return state
+
+    monkeypatch.setattr(trainingmanager, "load_state", forgetful)
+    resumed = train(adapted(half, max_steps=6 if forgotten != "step" else 3, resume=True))
+    with pytest.raises(AssertionError):
+        assert_equal(weights(whole), weights(resumed))
+
+
+def test_micro_batches_equal_one_batch_although_ragged(config: Config) -> None:
+    """Rows that bear few tokens weigh little: a mean of the micro-batches' means would differ."""
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    one = train(adapted(config, max_steps=1, run=config.train.run + "1"))
+    whole = ragged(one.batches.batch(0))
+    gradients = []
+    for size in (4, 2, 1):
+        parts = [Batch(*(t[i : i + size] for t in whole)) for i in range(0, 4, size)]
+        bears = {int((part.labels != IGNORE_INDEX).sum()) for part in parts}
+        assert size == 4 or len(bears) > 1  # ragged indeed
+        manager = train(
+            adapted(
+                config, max_steps=1, batch_size=size, accumulation=4 // size, run=f"{config.train.run}-{size}"
+            )
+        )
+        fresh = Decoder(manager.config.model)
+        fresh.load_state_dict(one.model.state_dict())
+        manager.model, manager.parameters = fresh, list(fresh.parameters())
+        manager.optimizers = [Recorder(fresh)]  # type: ignore[list-item]
+        manager.config = replace(manager.config, optimizer=replace(manager.config.optimizer, grad_clip=0.0))
+        manager.batches = Fixed(parts)  # type: ignore[assignment]
+        manager.state.step = 0
+        manager.update()
+        gradients.append(manager.optimizers[0].seen)  # type: ignore[attr-defined]
+    for other in gradients[1:]:
+        for key in other:
+            torch.testing.assert_close(gradients[0][key], other[key], rtol=1e-5, atol=1e-6)
+
+
+def ragged(batch: Batch) -> Batch:
+    labels = batch.labels.clone()
+    for row in range(len(labels)):
+        labels[row, 3 + 5 * row :] = IGNORE_INDEX
+    return batch._replace(labels=labels)
+
+
+class Fixed:
+    """Batches that are given."""
+
+    steps_per_epoch = 10
+
+    def __init__(self, parts: list[Batch]):
+        self.parts = parts
+
+    def batch(self, step: int) -> Batch:
+        return self.parts[step]
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients of its step."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        super().__init__(model.parameters(), lr=0.0)
+        self.param_groups[0]["initial_lr"] = 0.0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+# --- settings do what they say -----------------------------------------------------------------------
+
+
+def test_clipping_is_applied_and_the_norm_before_it_is_logged(config: Config, tmp_path: Path) -> None:
+    free = replace(config, optimizer=replace(config.optimizer, name="adamw", eps=1.0, grad_clip=0.0))
+    tight = replace(free, optimizer=replace(free.optimizer, grad_clip=1e-3))
+    a, b = train(free), train(adapted(tight, run=str(tmp_path / "tight")))
+    first = logged(a, "train/grad_norm")[0]
+    assert first == logged(b, "train/grad_norm")[0] > 1e-2
+    # With a large eps AdamW's step grows with the gradient, so a clipped run moves far less.
+    torch.manual_seed(config.train.seed)
+    start = Decoder(a.config.model).state_dict()
+    moved = [sum(float((w[k] - start[k]).norm()) for k in start) for w in (weights(a), weights(b))]
+    assert moved[1] < moved[0] / 3
+
+
+def test_the_learning_rate_follows_the_schedule(config: Config) -> None:
+    manager = train(
+        replace(config, optimizer=replace(config.optimizer, schedule="linear", min_lr_factor=0.0))
+    )
+    rates = logged(manager, "train/learning_rate")
+    peak = manager.optimizers[0].param_groups[0]["initial_lr"]
+    expected = [peak * min(1, (i + 1) / 2) * (1 - i / 6) for i in range(6)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"batch_size": 3},
+        {"accumulation": 2},
+    ],
+)
+def test_a_setting_changes_the_run(config: Config, tmp_path: Path, other: dict[str, Any]) -> None:
+    a, b = train(config), train(adapted(config, run=str(tmp_path / "other"), **other))
+    assert logged(a, "train/loss")[1:] != logged(b, "train/loss")[1:]
+
+
+def test_the_same_run_twice_is_the_same(config: Config, tmp_path: Path) -> None:
+    a, b = train(config), train(adapted(config, run=str(tmp_path / "other")))
+    assert_equal(weights(a), weights(b))
+
+
+def test_activation_checkpointing_changes_nothing(config: Config, tmp_path: Path) -> None:
+    a = train(config)
+    b = train(adapted(config, run=str(tmp_path / "other"), activation_checkpointing=True))
+    assert logged(a, "train/loss") == pytest.approx(logged(b, "train/loss"), rel=1e-5)
+
+
+def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
+    still = replace(config.optimizer, lr=0.0, muon_lr=0.0, embedding_lr=1e-30, head_lr=1e-30)
+    manager = train(replace(adapted(config, max_steps=100, validate_every=2, patience=3), optimizer=still))
+    assert manager.state.step == 8  # the first validation is the best, then three without a better one
+
+
+def test_budgets_end_a_run(config: Config, tmp_path: Path) -> None:
+    epochs = train(adapted(config, max_steps=0, max_epochs=0.5, run=str(tmp_path / "a")))
+    assert epochs.state.step == math.ceil(0.5 * epochs.batches.steps_per_epoch)
+    seconds = train(adapted(config, max_steps=0, max_seconds=1.0, run=str(tmp_path / "b")))
+    assert 1.0 <= seconds.state.seconds < 20 and seconds.state.step > 1
+
+
+def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(config: Config) -> None:
+    manager = train(config)
+    before = weights(manager)
+    manager.model.blocks[0].register_forward_hook(
+        lambda module, inputs, output: torch.full_like(inputs[0], math.nan)
+    )
+    manager.update()
+    manager.update()
+    assert manager.state.skipped_updates == 2
+    assert_equal(before, weights(manager))
+    with pytest.raises(ValueError, match="not finite 3 times in a row"):
+        manager.update()
+    assert_equal(before, weights(manager))
+
+
+def test_logs_carry_the_conventional_tags(config: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    manager = train(config)
+    tags = {
+        "train/loss", "train/learning_rate", "train/grad_norm", "train/epoch", "train/tokens_per_second",
+        "eval/loss", "eval/perplexity", "eval/bits_per_byte",
+    }  # fmt: skip
+    events = EventAccumulator(str(manager.folder / "tensorboard"))
+    events.Reload()
+    assert tags <= set(events.Tags()["scalars"])
+    for tag in tags:
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx(logged(manager, tag), rel=1e-5)
+    assert [e.step for e in events.Scalars("eval/loss")] == [3, 6]
+
+
+def test_torch_compile_warns_and_runs_eager_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any) -> Any:
+        def call(*_: Any) -> Any:
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = Decoder(ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    with pytest.warns(UserWarning, match="running eager: InvalidCxxCompiler"):
+        compile_blocks(model)
+    assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 9)
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def test_a_folder_with_another_run_is_left_alone(config: Config) -> None:
+    manager = train(config)
+    before = {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="already holds another run"):
+        train(config)
+    with pytest.raises(ValueError, match=r"model.n_embd was 16 when .* is 32 now"):
+        train(replace(adapted(config, resume=True), model=replace(config.model, n_embd=32)))
+    Path(config.data.source, "part0.py").write_text("changed = 1\n")
+    with pytest.raises(ValueError, match=r"the data changed|the tokenizer changed"):
+        train(adapted(config, resume=True))
+    assert before == {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
+
+
+def test_damaged_checkpoints_are_passed_over_and_none_whole_is_refused(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = adapted(config, save_every=2)
+    manager = train(config)
+    last = checkpoints(manager.folder / "checkpoints")[-1]
+    (last.folder / "model.safetensors").write_bytes(b"")
+    resumed = train(adapted(config, resume=True))
+    assert "passed over" in capsys.readouterr().err and resumed.state.step == 6
+    for manifest in checkpoints(manager.folder / "checkpoints"):
+        (manifest.folder / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="none is whole"):
+        train(adapted(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": {"vocab_size": 20}}, "model.vocab_size 20 does not hold the tokenizer's"),
+        ({"data": {"source": "/no/such/corpus"}}, "/no/such/corpus"),
+        ({"data": {"validation_one_in": 0}}, "only --overfit may"),
+        ({"train": {"resume": True}}, "no run to resume"),
+        ({"tokenizer": {"kind": "pretrained"}}, "tokenizer.path is not set"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    config: Config, change: dict[str, dict[str, Any]], sentence: str
+) -> None:
+    for group, values in change.items():
+        config = replace(config, **{group: replace(getattr(config, group), **values)})
+    with pytest.raises(ValueError, match=sentence):
+        train(config)
+    assert not Path(config.train.run).exists()
+
+
+# --- the commands ------------------------------------------------------------------------------------
+
+
+TINY = [
+    *("--data.validation_one_in", "4", "--tokenizer.vocab_size", "300", "--tokenizer.min_count", "2"),
+    *("--model.n_layer", "1", "--model.n_embd", "16", "--model.n_head", "2", "--model.block_size", "64"),
+    *("--run", "r", "--data.source"),
+]
+
+
+def started(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(HOUSE / "trainingmanager.py"), *words]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(*words: str, cwd: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    process = started(*words, cwd=cwd)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def test_overfit_learns_the_tiny_corpus_by_heart(tmp_path: Path) -> None:
+    code, out, err = finished("--overfit", cwd=tmp_path)
+    assert code == 0, err
+    assert "check 1" in out and "check 2" in out and "FAILED" not in out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert load_run(run, "last").step <= 400
+
+
+def test_overfit_that_fails_says_which_check_and_exits_1(tmp_path: Path) -> None:
+    code, out, _ = finished("--overfit", "--max_steps", "3", cwd=tmp_path)
+    assert code == 1 and "accuracy 1.0): FAILED" in out and "FAILED at character" in out
+
+
+def test_the_main_command_reports_scores_completions_and_places(corpus: Path, tmp_path: Path) -> None:
+    code, out, err = finished(*TINY, str(corpus), "--max_steps", "4", cwd=tmp_path)
+    assert code == 0, err
+    for text in ("bits per byte", "top-5 accuracy", "-gram", "the model goes on", "TensorBoard", "eval.py"):
+        assert text in out
+    for name in ("loss", "learning_rate", "grad_norm", "accuracy"):
+        assert (tmp_path / "r" / "curves" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = finished(*TINY, str(corpus), "--max_steps", "4", cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "already holds another run" in err
+
+
+def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+    process = started(*TINY, str(corpus), "--max_steps", "1000000", "--log_every", "1", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == RESUMABLE, err
+    assert "go on with --resume" in out
+    (manifest,) = checkpoints(tmp_path / "r" / "checkpoints")
+    more = str(manifest.step + 2)
+    code, _, err = finished(*TINY, str(corpus), "--max_steps", more, "--resume", cwd=tmp_path)
+    assert code == 0, err
+    assert checkpoints(tmp_path / "r" / "checkpoints")[-1].step == manifest.step + 2
+
+
+def test_importing_has_no_side_effect(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(HOUSE)!r}); import trainingmanager"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir())
