@@ -47,8 +47,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, weight: bool, bias: bool = False):
         super().__init__()
-        if bias:
-            raise ValueError("RMSNorm has no bias; set model.norm_bias to false or model.norm to layer")
+        assert not bias, "config.resolved() refuses this"
         self.size, self.eps = size, eps
         self.weight = nn.Parameter(torch.ones(size)) if weight else None
 
@@ -449,12 +448,13 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
-        keys = document_ids
+        mask = None
         if cache is not None:
-            if document_ids is None:
-                document_ids = torch.zeros_like(tokens)
-            keys = cache.extend_documents(document_ids)
-        mask = None if document_ids is None or keys is None else attention_mask(document_ids, keys)
+            document_ids = torch.zeros_like(tokens) if document_ids is None else document_ids
+            mask = attention_mask(document_ids, cache.extend_documents(document_ids))
+        elif document_ids is not None and not torch.equal(document_ids, document_ids[:, :1].expand(B, T)):
+            # Rows that hold one document need no mask, and the kernels are faster without one.
+            mask = attention_mask(document_ids, document_ids)
         config = self.config
         x = self.embed(tokens)
         if config.position in ABSOLUTE_POSITIONS:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class ModelConfig:
     vocab_size: int = 0
     block_size: int = 256
     n_layer: int = 4
-    n_head: int = 4
+    n_head: int = 3
     n_kv_head: int = 0
-    n_embd: int = 256
+    n_embd: int = 192
     head_dim: int = 0
     n_inner: int = 0
     block: Literal["sequential", "parallel"] = "sequential"
@@ -118,7 +118,7 @@ class ModelConfig:
     rotary_dim: int = 0
     rotary_layout: Literal["half", "interleaved"] = "half"
     rope_theta: float = 10_000.0
-    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "relu2"
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     qk_norm: bool = True
     fused_qkv: bool = False
     qkv_bias: bool = False
@@ -134,6 +134,22 @@ class ModelConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("n_kv_head", "head_dim", "n_inner", "rotary_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}; it must be at least 1, or 0 for the default"
+                )
+        for name, kind in get_type_hints(ModelConfig).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)!r}; it must be one of {get_args(kind)}"
+                )
+        if not self.norm_eps > 0:
+            raise ValueError(f"model.norm_eps is {self.norm_eps}; it must be above 0")
+        if self.norm == "rms" and self.norm_bias:
+            raise ValueError(
+                "model.norm rms has no shift; set model.norm_bias to false or model.norm to layer"
+            )
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(
                 f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "

@@ -14,6 +14,7 @@ CONFIG = parse_config(description="Train a code model from scratch.") if __name_
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -215,14 +216,13 @@ class TrainingManager:
     # --- validation, checkpoints, what is shown ------------------------------------------------------
 
     def validate(self, limit: int = 0) -> Scores:
-        """Scores on batches spread evenly over the validation files; 0 reads all of them."""
-        batches = list(
-            validation_batches(
-                self.data.validation, self.config.train.batch_size, self.config.model.block_size
-            )
-        )
-        stride = max(1, len(batches) // limit) if limit else 1
-        return score(self.model, batches[::stride][: limit or None], self.eval_precision)
+        """Scores on `limit` batches spread evenly over the validation files; 0 reads all of them."""
+        rows, length = self.config.train.batch_size, self.config.model.block_size
+        batches = validation_batches(self.data.validation, rows, length)
+        if limit:
+            stride = max(1, self.data.validation.n_tokens // (rows * length) // limit)
+            batches = itertools.islice(batches, 0, limit * stride, stride)
+        return score(self.model, batches, self.eval_precision)
 
     def validate_and_save(self, log: Log, bar: tqdm) -> None:
         """Validate, keep count of patience, save, and remove what is superseded."""

@@ -32,7 +32,25 @@ from architecture import (
 )
 from config import ModelConfig
 
-SMALL = ModelConfig(vocab_size=30, block_size=16, n_layer=2, n_head=4, n_embd=16)
+# The parts are spelt out: a test says what it tests, whatever the default model becomes.
+SMALL = ModelConfig(
+    vocab_size=30,
+    block_size=16,
+    n_layer=2,
+    n_head=4,
+    n_embd=16,
+    norm="rms",
+    norm_weight=False,
+    norm_bias=False,
+    position="rotary",
+    mlp="relu2",
+    qk_norm=True,
+    qkv_bias=False,
+    attention_bias=False,
+    mlp_bias=False,
+    tie_embeddings=False,
+    init="zero_output",
+)
 BIASED = replace(
     SMALL, norm="layer", norm_weight=True, norm_bias=True, qkv_bias=True, attention_bias=True, mlp_bias=True
 )
@@ -543,7 +561,7 @@ def test_xavier_follows_the_paper():
         ({"rotary_dim": 6}, r"rotary_dim 6 must be .* at most the head's 4 dimensions"),
         ({"dropout": 1.0}, r"dropout is 1.0; .*below 1"),
         ({"dropout": -0.1}, r"dropout is -0.1; .*at least 0"),
-        ({"norm_bias": True}, r"RMSNorm has no bias; set model.norm_bias to false or model.norm to layer"),
+        ({"norm_bias": True}, r"norm rms has no shift; set model.norm_bias to false or model.norm to layer"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_refused_in_one_sentence(wrong, words):

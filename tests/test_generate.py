@@ -37,7 +37,24 @@ from generate import (
 )
 from tokenizer import Tokenizer
 
-SMALL = ModelConfig(vocab_size=40, block_size=32, n_layer=2, n_head=4, n_embd=16)
+# The parts are spelt out: a test says what it tests, whatever the default model becomes.
+SMALL = ModelConfig(
+    vocab_size=40,
+    block_size=32,
+    n_layer=2,
+    n_head=4,
+    n_embd=16,
+    norm="rms",
+    norm_weight=False,
+    norm_bias=False,
+    position="rotary",
+    mlp="relu2",
+    qk_norm=True,
+    qkv_bias=False,
+    attention_bias=False,
+    mlp_bias=False,
+    tie_embeddings=False,
+)
 BIASED = replace(
     SMALL, norm="layer", norm_weight=True, norm_bias=True, qkv_bias=True, attention_bias=True, mlp_bias=True
 )
@@ -68,7 +85,8 @@ def chain(rows: dict[int, dict[int, float]], vocab_size: int) -> Decoder:
 
     The blocks are the identity and the embedding one-hot, so the head's columns are the logits.
     """
-    config = ModelConfig(
+    config = replace(
+        SMALL,
         vocab_size=vocab_size,
         n_embd=vocab_size,
         n_layer=1,
@@ -77,6 +95,7 @@ def chain(rows: dict[int, dict[int, float]], vocab_size: int) -> Decoder:
         n_inner=2,
         position="none",
         norm_eps=1e-12,
+        init="zero_output",
     )
     model = Decoder(config)
     head = torch.full((vocab_size, vocab_size), -60.0)
