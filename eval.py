@@ -363,6 +363,11 @@ class Sample:
     completion: str
 
 
+def printable(text: str) -> str:
+    """`text` with control characters escaped: what a model writes must not steer the reader's terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def sample_completions(
     model: Decoder, tokenizer: Tokenizer, store: TokenStore, precision: Precision, n: int = 3, seed: int = 0
 ) -> list[Sample]:
@@ -433,16 +438,17 @@ def add_line_scores(
     precision: Precision,
     settings: EvalConfig,
 ) -> None:
-    """Put the next-line scores of both, and every prediction, into `result`."""
+    """Put the next-line scores of both, and every prediction, into `result`, or why there are none."""
     block_size, tokenizer = run.model.config.block_size, run.tokenizer
     max_new_tokens = min(settings.max_new_tokens, max(1, block_size // 2))
     room = block_size - max_new_tokens
     examples = next_line_examples(store, tokenizer, settings.samples, room, settings.seed)
     if len(examples) < 2:
-        raise ValueError(
-            f"the held-out files have {len(examples)} lines with {CONTEXT_LINES} lines before them that fit "
-            f"{room} tokens, and at least 2 are needed: leave the next-line scores out with --samples 0"
+        result["next_line_left_out"] = (
+            f"next line not scored: the held-out files have {len(examples)} lines with {CONTEXT_LINES} lines "
+            f"before them that fit {room} tokens, and an interval needs at least 2"
         )
+        return
     predictions = {
         "model": complete(
             run.model, tokenizer, examples, through_first_line, max_new_tokens, precision, settings.batch_size
@@ -486,6 +492,7 @@ def table(result: dict[str, Any]) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * max(map(len, lines)))
+    lines += [result["next_line_left_out"]] if "next_line_left_out" in result else []
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ from config import DataConfig, TokenizerConfig, write_atomically
 from corpus import training_texts
 from curves import draw_curves
 from dataset import IGNORE_INDEX, Batch, Batches, PreparedData, prepare_data, validation_batches
-from eval import EvalConfig, evaluate, sample_completions, table
+from eval import EvalConfig, evaluate, printable, sample_completions, table
 from generate import GenerationConfig, generate
 from loss import Scores, score, token_loss
 from optim import build_optimizers, learning_rate_factor
@@ -139,9 +139,7 @@ class TrainingManager:
                     bar.write("every token is predicted: accuracy is 1.0")
                     break
                 if train.patience and self.state.validations_without_better >= train.patience:
-                    tqdm.write(
-                        f"stopped early: {train.patience} validations without a better loss", file=sys.stderr
-                    )
+                    bar.write(f"stopped early: {train.patience} validations without a better loss")
                     break
             if saved != self.state.step:
                 self.validate_and_save(log, bar)
@@ -228,6 +226,11 @@ class TrainingManager:
         """Validate, keep count of patience, save, and remove what is superseded."""
         train, state = self.config.train, self.state
         scores = self.validate(train.validation_batches)
+        if not math.isfinite(scores.loss):
+            raise ValueError(
+                f"the validation loss of step {state.step} is {scores.loss}, so it was not saved; "
+                "lower the learning rate or use --precision fp32, and go on with --resume"
+            )
         self.top1 = scores.top1
         better = scores.loss < state.best_loss
         state.best_loss = min(scores.loss, state.best_loss)
@@ -454,7 +457,8 @@ def train(config: Config) -> TrainingManager:
             "leave model.vocab_size out, or train a smaller tokenizer"
         )
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
-    config = dataclasses.replace(config, model=model_config)
+    named = dataclasses.replace(config.train, run=str(folder))
+    config = dataclasses.replace(config, model=model_config, train=named)
     for side in (data.train, data.validation):
         print(f"{side.split}: {side.n_documents:,} files, {side.n_bytes:,} bytes, {side.n_tokens:,} tokens")
     fingerprints = {
@@ -501,7 +505,7 @@ def report(manager: TrainingManager) -> None:
         for s in samples
     )
     write_atomically(folder / "samples.txt", shown)
-    print(f"\n{shown}")
+    print(f"\n{printable(shown)}")
     pictures = draw_curves(folder)
     print(f"checkpoints  {folder / 'checkpoints'}")
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")

@@ -17,7 +17,7 @@ from architecture import Decoder
 from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig, ModelConfig, one_sentence
 from dataset import PreparedData, prepare_data, validation_batches
-from eval import EvalConfig, Example
+from eval import EvalConfig, Example, printable
 from generate import prompt_ids
 from loss import score
 from precision import choose_precision
@@ -453,3 +453,8 @@ def test_help_answers_without_torch():
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "config" in imported
     assert not imported & {"torch", "numpy", "dataset"}
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    shown = printable("a\tb\n\x1b[2J\x9b1m\u202e\r caf\u00e9")
+    assert shown == "a\tb\n\\x1b[2J\\x9b1m\\u202e\\r caf\u00e9"

@@ -252,6 +252,19 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(
     assert_equal(before, weights(manager))
 
 
+def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
+    manager = train(config)
+    before = checkpoints(manager.folder / "checkpoints")
+    torch.nn.init.constant_(manager.model.head.weight, math.nan)
+    manager.state.step += 1
+    with (
+        pytest.raises(ValueError, match="the validation loss of step 7 is nan"),
+        trainingmanager.progress_bar() as bar,
+    ):
+        manager.validate_and_save(trainingmanager.Log(manager.folder), bar)
+    assert checkpoints(manager.folder / "checkpoints") == before
+
+
 def test_logs_carry_the_conventional_tags(config: Config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
