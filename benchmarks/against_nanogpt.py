@@ -120,11 +120,25 @@ def speed(folder: Path) -> None:
     vocab_size, rows, length = 22_812, 16, 256
     device = choose_device("cpu")
     precision = choose_precision(device, "auto")
-    shape = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": length, "dropout": 0.1}
+    shape: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": length, "dropout": 0.1}
     peer = nanogpt(folder, vocab_size=vocab_size, bias=False, **shape)
-    ours = Decoder(ModelConfig(vocab_size=vocab_size, **shape))
-    peer_optimizers = [torch.optim.AdamW(peer.parameters(), lr=1e-3, fused=True)]
-    our_optimizers = build_optimizers(ours, OptimizerConfig(name="adamw"))
+    # The same function as nanoGPT's: learned positions, norms with a scale, GELU, a tied head.
+    same: dict[str, Any] = {
+        "position": "learned",
+        "qk_norm": False,
+        "norm_weight": True,
+        "mlp": "gelu",
+        "tie_embeddings": True,
+    }
+    ours = Decoder(ModelConfig(vocab_size=vocab_size, init="normal", **shape, **same))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
+    rate = (
+        1e-6  # random tokens teach nothing; at 1e-3 they drive both models to saturation and denormal numbers
+    )
+    peer_optimizers = [torch.optim.AdamW(peer.parameters(), lr=rate, fused=True)]
+    our_optimizers = build_optimizers(
+        ours, OptimizerConfig(name="adamw", lr=rate, embedding_lr=rate, head_lr=rate)
+    )
     positions, documents = (
         torch.arange(length).expand(rows, length),
         torch.zeros(rows, length, dtype=torch.long),

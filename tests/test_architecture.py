@@ -20,6 +20,7 @@ from architecture import (
     MLPS,
     Context,
     Decoder,
+    Dropout,
     LayerNorm,
     ParallelBlock,
     RMSNorm,
@@ -125,7 +126,7 @@ def test_attention_written_with_loops(kind):
     q, k, v = noise(2, 3, 4, 5, seed=1), noise(2, 3, 4, 5, seed=2), noise(2, 3, 4, 5, seed=3)
     mask = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(4)) < 0.6
     mask |= torch.eye(4, dtype=torch.bool)
-    y = ATTENTIONS[kind](q, k, v, mask, False, 0.0)
+    y = ATTENTIONS[kind](q, k, v, mask, False, Dropout(0.0))
     for b in range(2):
         for h in range(3):
             for t in range(4):
@@ -434,7 +435,7 @@ def test_dropout_is_applied_at_each_place_in_training_only(block, place):
         model.dropout.p = 0.0
     for layer in model.blocks:
         if place != "attention weights":
-            part(layer, "attention").dropout = 0.0
+            part(layer, "attention").dropout.p = 0.0
         if place not in ("attention output", "mlp output"):
             part(layer, "dropout").p = 0.0
         with torch.no_grad():  # an output of zeros shows no dropout: leaves the other output's alone
@@ -453,11 +454,28 @@ def test_dropout_is_applied_at_each_place_in_training_only(block, place):
     assert torch.equal(model(TOKENS), quiet)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_drops_each_element_alike_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.full((7, 100_001), 3.0, requires_grad=True)  # not a multiple of the four that share a number
+    y = Dropout(p)(x)
+    dropped = (y == 0).float()
+    for lane in range(4):  # of the 64 random bits
+        assert abs(dropped.flatten()[lane::4].mean() - p) < 0.005
+    kept = y[y != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 3 / (1 - p)), rtol=1e-2, atol=0)
+    assert abs(float(y.detach().mean()) - 3) < 3 * 0.005 / (1 - p)
+    y.sum().backward()
+    assert x.grad is not None
+    close(x.grad, y.detach() / 3)
+    assert Dropout(p).eval()(x) is x
+
+
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_attention_dropout_drops_that_share_of_the_weights(kind):
     q = torch.zeros(1, 1, 50, 4)
     torch.manual_seed(0)
-    y = ATTENTIONS[kind](q, q, torch.eye(50)[None, None], None, False, 0.25)
+    y = ATTENTIONS[kind](q, q, torch.eye(50)[None, None], None, False, Dropout(0.25))
     kept = y > 0
     assert 0.2 < (~kept).float().mean() < 0.3
     close(y[kept], torch.full_like(y[kept], 1 / 50 / 0.75))
