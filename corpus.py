@@ -210,7 +210,7 @@ def _jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tupl
                     continue
                 try:
                     row = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path} line {number} is not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{path} line {number} is a JSON {type(row).__name__}, not an object")
@@ -291,11 +291,11 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         report.kept[side] += 1
         report.kept_bytes[side] += len(data)
         yield side, document
-    if not report.kept["train"] or (config.validation_one_in and not report.kept["validation"]):
+    if not report.kept_bytes["train"] or (config.validation_one_in and not report.kept_bytes["validation"]):
         raise ValueError(
             f"the split of {config.source} leaves {report.kept['train']} documents for training and "
             f"{report.kept['validation']} for validation: change --data.validation_one_in "
-            f"{config.validation_one_in} or add documents"
+            f"{config.validation_one_in} or add documents that are not empty"
         )
     report.fingerprint = content.hexdigest()
 

@@ -190,17 +190,29 @@ class _SplitWriter:
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[np.ndarray]:
-    """Token ids of each document between bos and eos. Raises ValueError for an id outside the vocabulary."""
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    """Token ids of each document between bos and eos; a tokenizer without bos starts with its eos.
+
+    Raises:
+        ValueError: an id outside the vocabulary, or text that does not come back: its bits per byte would
+            mean nothing.
+    """
+    before = [] if tokenizer.start_id is None else [tokenizer.start_id]
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = []
     for document in documents:
-        ids = np.array([*before, *tokenizer.encode(document.text), *after], np.int64)
+        encoding = tokenizer.encode(document.text)
+        ids = np.array([*before, *encoding, *after], np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
             wrong = int(ids.max()) if ids.min() >= 0 else int(ids.min())
             raise ValueError(
                 f"the tokenizer gave the id {wrong} in {document.name}, outside its vocabulary of "
                 f"{tokenizer.vocab_size}"
+            )
+        if (text := tokenizer.decode(encoding)) != document.text:
+            same = len(os.path.commonprefix([text, document.text]))  # noqa: RUF071
+            raise ValueError(
+                f"the tokenizer loses text: {document.name} comes back different from character {same} on, "
+                f"{text[same : same + 20]!r} instead of {document.text[same : same + 20]!r}; use another one"
             )
         encoded.append(ids.astype(dtype))
     return encoded
@@ -374,6 +386,8 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
         ValueError: as `split_documents` and `build_store`; or the corpus changed while it was read.
         OSError: the cache cannot be written, or the disk is full; nothing half-written stays.
     """
+    if tokenizer.start_id is None:  # the first bytes of each document would count and never be predicted
+        raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     report = Report()
     with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
         for _ in split_documents(config, report):

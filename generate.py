@@ -268,11 +268,11 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """[bos] + encode(text), as every training document starts; without bos where the tokenizer has none.
+    """[start] + encode(text), as every training document starts; see `Tokenizer.start_id`.
 
     The one way to build a prompt, in training, evaluation and serving.
     """
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    before = [] if tokenizer.start_id is None else [tokenizer.start_id]
     return before + tokenizer.encode(text)
 
 

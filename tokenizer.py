@@ -80,6 +80,11 @@ class Tokenizer(ABC):
     pad_id: int | None
     fingerprint: str
 
+    @property
+    def start_id(self) -> int | None:
+        """What every document and prompt starts with: bos, or eos where there is no bos (as in GPT-2)."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos and eos."""

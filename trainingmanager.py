@@ -6,25 +6,42 @@ With no arguments it trains for 300 seconds on the interpreter's own standard li
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from config import Config, one_sentence, parse_config
 
+
+def command_line(words: list[str]) -> list[str]:
+    """With --resume the run's own settings come first, so that flags need not be given again."""
+    joined = [
+        part for word in words for part in (word.split("=", 1) if word.startswith("--run=") else [word])
+    ]
+    if "--resume" in joined and "--run" in joined[:-1]:
+        saved = Path(joined[joined.index("--run") + 1]) / "config.yaml"
+        if saved.is_file():
+            return ["--config", str(saved), *words]
+    return words
+
+
 # Before torch is imported, so that --help and a typo answer at once.
-CONFIG = parse_config(description="Train a code model from scratch.") if __name__ == "__main__" else Config()
+CONFIG = Config()
+if __name__ == "__main__":
+    CONFIG = parse_config(command_line(sys.argv[1:]), "Train a code model from scratch.")
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +73,7 @@ from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
 HOUSE = Path(__file__).parent
+LOCK = ".lock"
 
 
 @dataclass
@@ -101,8 +119,8 @@ class TrainingManager:
         held_out = data.validation
         self.targets_per_byte = (held_out.n_tokens - held_out.n_documents) / held_out.n_bytes
         self.stop_signal: int | None = None
+        self.saved_step: int | None = None
         self.skipped_in_a_row = 0
-        self.top1 = 0.0  # of the newest validation
         model.checkpoint_activations = train.activation_checkpointing
         if train.compile:
             compile_blocks(model)
@@ -111,7 +129,7 @@ class TrainingManager:
 
     def fit(self) -> None:
         """Train until the budget is used, patience ends, or a signal asks for a stop; then save."""
-        log = Log(self.folder)
+        log = Log(self.folder, self.state.step)
         before = self.validate(limit=2)
         print(
             f"before step {self.state.step + 1}: loss {before.loss:.3f} on two validation batches; "
@@ -121,7 +139,6 @@ class TrainingManager:
         started = time.perf_counter() - self.state.seconds
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
         with signals_noted(self), progress_bar() as bar:
-            saved = -1
             while self.progress() < 1 and self.stop_signal is None:
                 values = self.update()
                 self.state.seconds = time.perf_counter() - started
@@ -132,17 +149,15 @@ class TrainingManager:
                     log.write(step, values | {"train/tokens_per_second": rate})
                 due = bool(train.validate_every) and step % train.validate_every == 0
                 if due or (train.save_every and step % train.save_every == 0):
-                    self.validate_and_save(log, bar)
-                    saved = step
+                    self.validate_and_save(log)
                     self.state.seconds = time.perf_counter() - started
-                if train.overfit and due and self.top1 == 1.0:
-                    bar.write("every token is predicted: accuracy is 1.0")
+                if train.overfit and due and self.knows_by_heart(self.validate()):
                     break
                 if train.patience and self.state.validations_without_better >= train.patience:
-                    bar.write(f"stopped early: {train.patience} validations without a better loss")
+                    say(f"stopped early: {train.patience} validations without a better loss")
                     break
-            if saved != self.state.step:
-                self.validate_and_save(log, bar)
+            if self.saved_step != self.state.step:
+                self.validate_and_save(log)
         log.close()
 
     def update(self) -> dict[str, float]:
@@ -222,8 +237,12 @@ class TrainingManager:
             batches = itertools.islice(batches, 0, limit * stride, stride)
         return score(self.model, batches, self.eval_precision)
 
-    def validate_and_save(self, log: Log, bar: tqdm) -> None:
-        """Validate, keep count of patience, save, and remove what is superseded."""
+    def knows_by_heart(self, scores: Scores) -> bool:
+        """Whether every token is predicted; of the files' first ones, which nothing tells apart, one will do."""
+        return round((1 - scores.top1) * scores.tokens) < self.data.train.n_documents
+
+    def validate_and_save(self, log: Log) -> None:
+        """Validate, keep count of patience, save, and remove what is superseded; only then tell."""
         train, state = self.config.train, self.state
         scores = self.validate(train.validation_batches)
         if not math.isfinite(scores.loss):
@@ -231,10 +250,14 @@ class TrainingManager:
                 f"the validation loss of step {state.step} is {scores.loss}, so it was not saved; "
                 "lower the learning rate or use --precision fp32, and go on with --resume"
             )
-        self.top1 = scores.top1
         better = scores.loss < state.best_loss
         state.best_loss = min(scores.loss, state.best_loss)
         state.validations_without_better = 0 if better else state.validations_without_better + 1
+        folder = self.folder / "checkpoints"
+        keep = bool(train.save_every) and state.step % train.save_every == 0
+        save_checkpoint(folder, state.step, self.model, self.whole_state(), scores.loss, keep)
+        self.saved_step = state.step
+        remove_superseded(folder, train.keep)
         log.write(
             state.step,
             {
@@ -244,14 +267,10 @@ class TrainingManager:
                 "eval/top1": scores.top1,
             },
         )
-        bar.write(
+        say(
             f"step {state.step}: validation loss {scores.loss:.3f}, top-1 {scores.top1:.1%}"
             + (", the best so far" if better else "")
         )
-        folder = self.folder / "checkpoints"
-        keep = bool(train.save_every) and state.step % train.save_every == 0
-        save_checkpoint(folder, state.step, self.model, self.whole_state(), scores.loss, keep)
-        remove_superseded(folder, train.keep)
 
     def whole_state(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides the weights."""
@@ -285,6 +304,7 @@ class TrainingManager:
             for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
             self.scaler.load_state_dict(state["scaler"])
+            self.saved_step = self.state.step
             torch.set_rng_state(state["random"]["torch"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
@@ -310,11 +330,15 @@ class TrainingManager:
 class Log:
     """metrics.jsonl and TensorBoard, the same values under the same names."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        path = folder / "metrics.jsonl"
+        if path.exists():  # lines that a killed run wrote after its last checkpoint, and one cut short, go
+            kept = [line for line in path.read_text("utf-8").splitlines() if step_of(line) <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step} | values) + "\n")
@@ -327,6 +351,20 @@ class Log:
         self.tensorboard.close()
 
 
+def step_of(line: str) -> float:
+    """Of a line of metrics.jsonl; infinite for one that was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def say(text: str) -> None:
+    """Print beside the bar. A reader who went away (`| head`) does not end the run."""
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write(text)
+
+
 def progress_bar() -> tqdm:
     """From 0 to 1; silent where stderr is not a terminal."""
     return tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", disable=None)
@@ -334,15 +372,17 @@ def progress_bar() -> tqdm:
 
 @contextlib.contextmanager
 def signals_noted(manager: TrainingManager) -> Iterator[None]:
-    """SIGINT and SIGTERM let the step end, save, and leave; a second one ends at once."""
+    """SIGINT, SIGTERM and SIGHUP let the step end, save, and leave; a second one ends at once."""
 
     def note(number: int, frame: Any) -> None:
-        if manager.stop_signal is not None:
+        if manager.stop_signal is not None and manager.progress() < 1:
             sys.exit(128 + number)
         manager.stop_signal = number
         print(f"\n{signal.Signals(number).name}: finishing the step, then saving", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:
@@ -394,39 +434,70 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def claim_folder(config: Config) -> Path:
-    """The run's folder, new or empty; with `resume`, one that holds a run."""
-    folder = Path(config.train.run or time.strftime("runs/%Y-%m-%d-%H%M%S", time.gmtime()))
-    taken = folder.is_dir() and any(folder.iterdir())
+@contextlib.contextmanager
+def claimed_folder(config: Config) -> Iterator[Path]:
+    """The run's folder, new or empty, or with `resume` one that holds a run; locked while the run lasts.
+
+    The lock is the kernel's: a second run in the folder fails at once, and a killed run's lock is free. A run
+    that fails before anything is written leaves no folder behind.
+    """
+    train = config.train
+    if train.resume and not train.run:
+        raise ValueError("--resume needs the folder of the run to go on with: --run runs/NAME")
+    folder = Path(train.run) if train.run else new_folder()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder with --run")
-    if config.train.resume and not config.train.run:
-        raise ValueError("--resume needs the folder of the run to go on with: --run runs/NAME")
-    if config.train.resume and not (folder / "config.yaml").is_file():
+    if train.resume and not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no run to resume; check --run, or leave --resume out")
-    if taken and not config.train.resume:
-        raise ValueError(
-            f"{folder} already holds another run; go on with --resume, or name a new folder with --run"
-        )
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is under way in {folder}; wait for it, or name another --run"
+            ) from None
+        try:
+            if not train.resume and any(path.name != LOCK for path in folder.iterdir()):
+                raise ValueError(
+                    f"{folder} already holds another run; go on with --resume, or name a new --run"
+                )
+            yield folder
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if it is empty
 
 
-RESUMABLE_KEYS = ("data", "tokenizer", "model", "optimizer")  # groups that a resumed run may not change
+def new_folder() -> Path:
+    """A folder of `runs` named after the time, made here; runs that begin in the same second get a number."""
+    name = time.strftime("%Y-%m-%d-%H%M%S", time.gmtime())
+    for number in itertools.count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
+
+
+# What a resumed run may not change: the position in the data or the sense of the state would change too.
+# The data themselves are compared by their fingerprint, wherever they lie.
+FIXED_GROUPS = ("data", "tokenizer", "model", "optimizer")
+FIXED_KEYS = ("seed", "batch_size", "accumulation", "overfit")
+FREE_KEYS = ("data.source", "data.cache", "data.workers", "tokenizer.path")
 
 
 def refuse_changes(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:
-    """ValueError if a resumed run would go on with other data, another tokenizer or another model."""
-    before = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    """ValueError if a resumed run would go on with other data, another tokenizer or other settings."""
+    before = Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))).to_dict()
     after = config.to_dict()
-    for group in RESUMABLE_KEYS:
-        for key, value in after[group].items():
-            old = before[group].get(key)
-            if (tuple(old) if isinstance(old, list) else old) != (
-                tuple(value) if isinstance(value, list) else value
-            ):
-                raise ValueError(
-                    f"{group}.{key} was {old} when {folder} began and is {value} now; set it back"
-                )
+    pairs = {key: (before[key], after[key]) for key in FIXED_KEYS}
+    for group in FIXED_GROUPS:
+        pairs |= {f"{group}.{key}": (before[group][key], after[group][key]) for key in after[group]}
+    for key, (old, new) in pairs.items():
+        if old != new and key not in FREE_KEYS:
+            raise ValueError(f"{key} was {old} when {folder} began and is {new} now; set it back")
     old_fingerprints = json.loads((folder / "fingerprints.json").read_text("utf-8"))
     for name in ("data", "tokenizer"):
         if old_fingerprints[name] != fingerprints[name]:
@@ -440,7 +511,11 @@ def train(config: Config) -> TrainingManager:
         ValueError: The settings, the data or the folder do not fit; nothing that was there is touched.
         OSError: The disk is full or read-only; older checkpoints stay.
     """
-    folder = claim_folder(config)
+    with claimed_folder(config) as folder:
+        return _train_in(folder, config)
+
+
+def _train_in(folder: Path, config: Config) -> TrainingManager:
     if config.data.validation_one_in == 0 and not config.train.overfit:
         raise ValueError(
             "--data.validation_one_in 0 would validate on the training files; only --overfit may"
@@ -474,7 +549,6 @@ def train(config: Config) -> TrainingManager:
         refuse_changes(folder, config, fingerprints)
         manager.resume()
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "tokenizer")
         write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -504,8 +578,9 @@ def report(manager: TrainingManager) -> None:
         f"--- the file goes on\n{s.reference}\n"
         for s in samples
     )
+    shown = printable(shown)
     write_atomically(folder / "samples.txt", shown)
-    print(f"\n{printable(shown)}")
+    print(f"\n{shown}")
     pictures = draw_curves(folder)
     print(f"checkpoints  {folder / 'checkpoints'}")
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
@@ -515,14 +590,17 @@ def report(manager: TrainingManager) -> None:
 
 def prove_overfit(manager: TrainingManager) -> bool:
     """Whether each file of the tiny corpus comes back from its first line, character for character."""
-    passed = manager.top1 == 1.0
-    verdict = "passed" if passed else f"FAILED, it is {manager.top1:.4f}"
-    print(f"check 1, every token of the training files is predicted (accuracy 1.0): {verdict}")
+    scores = manager.validate()
+    passed = manager.knows_by_heart(scores)
+    verdict = "passed" if passed else "FAILED"
+    print(f"check 1, every token is predicted: {verdict}, accuracy is {scores.top1:.4f} of {scores.tokens}")
     run, store = load_run(manager.folder, "last"), manager.data.train
     for number in range(store.n_documents):
         text = run.tokenizer.decode(store.document(number).tolist())
-        first, _, rest = text.partition("\n")
-        expected = "\n" + rest
+        if not text:
+            continue
+        first = text.split("\n", 1)[0]
+        expected = text[len(first) :]
         settings = GenerationConfig(max_new_tokens=len(store.document(number)))
         (completion,) = generate(run.model, run.tokenizer, [first], settings)
         if completion.text == expected and completion.finish_reason == "eos":
@@ -540,7 +618,7 @@ def prove_overfit(manager: TrainingManager) -> bool:
 def main(config: Config) -> None:
     with one_sentence():
         manager = train(config)
-        if manager.stop_signal is not None:
+        if manager.stop_signal is not None and manager.progress() < 1:
             print(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")
             sys.exit(RESUMABLE)
         if config.train.overfit:

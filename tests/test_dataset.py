@@ -80,6 +80,23 @@ class Ranges(Bytes):
     def encode(self, text: str) -> list[int]:
         return list(range(*map(int, text.split())))
 
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = list(ids)
+        return f"{ids[0]} {ids[-1] + 1}" if ids else "0 0"
+
+
+class Lossy(Bytes):
+    """Forgets case, as a tokenizer with a lower-casing normaliser does."""
+
+    fingerprint = "lossy"
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text.lower())
+
+
+class Startless(Bytes):
+    bos_id = eos_id = None
+
 
 class OutOfRange(Bytes):
     def __init__(self, wrong: int):
@@ -127,7 +144,8 @@ def range_store(
     """A store whose documents have these lengths, and whose tokens are 0, 1, 2, ... with gaps between."""
     documents, start = [], 0
     for n, length in enumerate(lengths):
-        documents.append((split, Document(f"d{n}", f"{start} {start + length}", f"d{n}")))
+        text = f"{start} {start + length}" if length else "0 0"
+        documents.append((split, Document(f"d{n}", text, f"d{n}")))
         start += length + 1
     build_store(root, documents, Ranges(), shard_tokens=shard_tokens)
     return TokenStore(root, split)
@@ -716,3 +734,20 @@ def test_bad_sizes_are_refused(store: TokenStore, tmp_path: Path):
         Batches(range_store(tmp_path / "one", [1]), 2, 8, 0)
     with pytest.raises(ValueError, match="at least 1"):
         next(validation_batches(store, 0, 8))
+
+
+def test_a_tokenizer_that_loses_text_is_refused_by_name(tmp_path: Path):
+    documents = [("train", Document("a.py", "x = 1\n", "a")), ("train", Document("b.py", "y = None\n", "b"))]
+    with pytest.raises(
+        ValueError, match=r"b\.py comes back different from character 4 on, 'none.*' instead of 'None"
+    ):
+        build_store(tmp_path / "store", documents, Lossy(), workers=1)
+
+
+def test_a_tokenizer_without_bos_starts_documents_with_eos(tmp_path: Path):
+    tokenizer = Bytes()
+    tokenizer.bos_id = None
+    build_store(tmp_path / "store", [("train", Document("a", "hi", "a"))], tokenizer, workers=1)
+    assert open_store(tmp_path / "store")[0].document(0).tolist() == [257, *b"hi", 257]
+    with pytest.raises(ValueError, match="neither bos nor eos"):
+        prepare_data(DataConfig(source=str(tmp_path)), Startless())

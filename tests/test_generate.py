@@ -704,6 +704,8 @@ def test_prompt_ids_start_as_documents_do():
     tokenizer = Bytes()
     assert prompt_ids(tokenizer, "ab") == [1, 100, 101]
     tokenizer.bos_id = None
+    assert prompt_ids(tokenizer, "ab") == [2, 100, 101]  # eos, as GPT-2 does
+    tokenizer.eos_id = None
     assert prompt_ids(tokenizer, "ab") == [100, 101]
 
 
@@ -722,7 +724,7 @@ def test_an_empty_prompt_needs_bos():
     model = saying("abc", tokenizer)
     assert generate(model, tokenizer, [""], greedy(3))[0].text == "abc"
     assert generate(model, tokenizer, [], greedy(3)) == []
-    tokenizer.bos_id = None
+    tokenizer.bos_id = tokenizer.eos_id = None
     with pytest.raises(ValueError, match=r"prompt 1 holds no token and there is no bos; give"):
         generate(model, tokenizer, ["a", ""], greedy(3))
 

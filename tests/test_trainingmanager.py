@@ -257,11 +257,8 @@ def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
     before = checkpoints(manager.folder / "checkpoints")
     torch.nn.init.constant_(manager.model.head.weight, math.nan)
     manager.state.step += 1
-    with (
-        pytest.raises(ValueError, match="the validation loss of step 7 is nan"),
-        trainingmanager.progress_bar() as bar,
-    ):
-        manager.validate_and_save(trainingmanager.Log(manager.folder), bar)
+    with pytest.raises(ValueError, match="the validation loss of step 7 is nan"):
+        manager.validate_and_save(trainingmanager.Log(manager.folder, 6))
     assert checkpoints(manager.folder / "checkpoints") == before
 
 
@@ -309,6 +306,55 @@ def test_a_folder_with_another_run_is_left_alone(config: Config) -> None:
     with pytest.raises(ValueError, match=r"the data changed|the tokenizer changed"):
         train(adapted(config, resume=True))
     assert before == {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("changed", [{"seed": 7}, {"batch_size": 2}, {"accumulation": 2}])
+def test_a_resume_that_would_move_in_the_data_is_refused(config: Config, changed: dict[str, int]) -> None:
+    train(config)
+    with pytest.raises(ValueError, match=f"{next(iter(changed))} was .* set it back"):
+        train(adapted(config, resume=True, **changed))
+
+
+def test_a_resume_may_move_the_files_and_the_cache(config: Config, tmp_path: Path) -> None:
+    train(adapted(config, max_steps=3))
+    moved = Path(config.data.source).rename(tmp_path / "moved")
+    data = replace(config.data, source=str(moved), cache=str(tmp_path / "cache2"), workers=2)
+    assert train(replace(adapted(config, resume=True), data=data)).state.step == 6
+
+
+def test_resuming_a_finished_run_changes_nothing(config: Config) -> None:
+    manager = train(config)
+    before = checkpoints(manager.folder / "checkpoints"), (manager.folder / "metrics.jsonl").read_bytes()
+    again = train(adapted(config, resume=True))
+    assert replace(again.state, seconds=0) == replace(manager.state, seconds=0)
+    assert before == (
+        checkpoints(again.folder / "checkpoints"),
+        (again.folder / "metrics.jsonl").read_bytes(),
+    )
+
+
+def test_lines_that_a_killed_run_left_are_dropped_on_resume(config: Config) -> None:
+    manager = train(adapted(config, max_steps=3))
+    metrics = manager.folder / "metrics.jsonl"
+    before = metrics.read_text()
+    metrics.write_text(before + '{"step": 4, "train/loss": 9.0}\n{"step": 5, "train/lo')
+    resumed = train(adapted(config, resume=True))
+    assert resumed.state.step == 6 and metrics.read_text().startswith(before)
+    assert 9.0 not in logged(resumed, "train/loss") and len(logged(resumed, "train/loss")) == 6
+
+
+def test_a_second_run_in_a_folder_under_way_is_refused(config: Config) -> None:
+    with trainingmanager.claimed_folder(config) as folder:
+        with pytest.raises(ValueError, match="another run is under way"):
+            train(config)
+        (folder / "config.yaml").write_text("{}")
+        with pytest.raises(ValueError, match="another run is under way"):
+            train(adapted(config, resume=True))
+
+
+def test_new_folders_of_one_second_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len({trainingmanager.new_folder() for _ in range(5)}) == 5
 
 
 def test_damaged_checkpoints_are_passed_over_and_none_whole_is_refused(
@@ -378,7 +424,7 @@ def test_overfit_learns_the_tiny_corpus_by_heart(tmp_path: Path) -> None:
 
 def test_overfit_that_fails_says_which_check_and_exits_1(tmp_path: Path) -> None:
     code, out, _ = finished("--overfit", "--max_steps", "3", cwd=tmp_path)
-    assert code == 1 and "accuracy 1.0): FAILED" in out and "FAILED at character" in out
+    assert code == 1 and "is predicted: FAILED" in out and "FAILED at character" in out
 
 
 def test_the_main_command_reports_scores_completions_and_places(corpus: Path, tmp_path: Path) -> None:
@@ -407,6 +453,26 @@ def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> Non
     code, _, err = finished(*TINY, str(corpus), "--max_steps", more, "--resume", cwd=tmp_path)
     assert code == 0, err
     assert checkpoints(tmp_path / "r" / "checkpoints")[-1].step == manifest.step + 2
+
+
+def test_resume_takes_up_the_runs_own_settings(corpus: Path, tmp_path: Path) -> None:
+    code, _, err = finished(*TINY, str(corpus), "--max_steps", "2", "--batch_size", "3", cwd=tmp_path)
+    assert code == 0, err
+    code, _, err = finished("--resume", "--run", "r", "--max_steps", "4", cwd=tmp_path)
+    assert code == 0, err
+    run = load_run(tmp_path / "r", "last")
+    assert run.step == 4 and run.config.train.batch_size == 3 and run.config.model.n_embd == 16
+
+
+def test_overfit_proves_several_files(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "a.py").write_text("import os\n\n\ndef here():\n    return os.getcwd()\n")
+    (folder / "b.py").write_text("x = [1, 2, 3]\nprint(sum(x))")
+    (folder / "empty.py").write_text("")
+    code, out, err = finished("--overfit", "--data.source", str(folder), "--max_steps", "200", cwd=tmp_path)
+    assert code == 0, out + err
+    assert out.count("regenerated") == 2 and "FAILED" not in out
 
 
 def test_importing_has_no_side_effect(tmp_path: Path) -> None:
