@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -31,8 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from architecture import Decoder
-from config import Config, write_atomically
+from config import Config, ModelConfig, write_atomically
 from tokenizer import Tokenizer, load_tokenizer
+
+T = TypeVar("T")
+LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ def save_checkpoint(
 ) -> Manifest:
     """Write `folder/step-N` and return its manifest; an older folder of that step is replaced.
 
+    The older one is moved aside to `.step-N.old` until the new one is in its place. If the process is killed
+    between the two renames, only that hidden name is left: the next save puts it back, nothing else does.
+
     Args:
         folder: RUN/checkpoints.
         model: Its parameters and persistent buffers go to model.safetensors; tied ones once.
@@ -60,10 +68,10 @@ def save_checkpoint(
         OSError: The disk is full or read-only. The temporary folder is removed; older checkpoints stay.
     """
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.tmp"
+    temporary, old = folder / f".{final.name}.tmp", folder / f".{final.name}.old"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        _clear_leftovers(folder)
         temporary.mkdir()
         tensors: dict[str, Tensor] = {}
         plain = _take_tensors(state, "", tensors)
@@ -74,11 +82,14 @@ def save_checkpoint(
         manifest = {"step": step, "loss": loss, "keep": keep, "files": files}
         write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
         _flush(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
         os.replace(temporary, final)
         _flush(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            _clear_leftovers(folder)
         raise OSError(
             f"the checkpoint of step {step} could not be written to {folder} ({error}); "
             "older checkpoints are untouched: free some space and go on with --resume"
@@ -90,13 +101,8 @@ def checkpoints(folder: Path) -> list[Manifest]:
     """The manifests in `folder` by step; folders without a readable one do not count."""
     found = []
     for path in sorted(folder.glob("step-*/manifest.json")):
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            loss = None if values["loss"] is None else float(values["loss"])
-            files = {str(name): str(digest) for name, digest in values["files"].items()}
-            found.append(Manifest(path.parent, int(values["step"]), loss, bool(values["keep"]), files))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
+        with suppress(ValueError):
+            found.append(_read_run_file(path, _manifest))
     return sorted(found, key=lambda manifest: manifest.step)
 
 
@@ -141,25 +147,15 @@ def load_state(manifest: Manifest) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, manifest: Manifest) -> None:
     """Copy the parameters into `model`; ValueError lists what is missing, left over or of another shape."""
-    own = _untied(model)
-    with safe_open(manifest.folder / "model.safetensors", framework="pt") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        wrong = [f"{key} is missing" for key in own if key not in shapes]
-        wrong += [f"{key} is left over" for key in shapes if key not in own]
-        wrong += [
-            f"{key} is {shapes[key]}, the model's is {tuple(own[key].shape)}"
-            for key in own
-            if key in shapes and shapes[key] != tuple(own[key].shape)
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise ValueError(
-                f"{manifest.folder} was made by another config: {'; '.join(wrong[:4])}{more}; "
-                "use the settings in its run's config.yaml"
-            )
-        with torch.no_grad():
+    path, own = manifest.folder / "model.safetensors", _untied(model)
+    _refuse_other_shapes(own, _read_run_file(path, _shapes), manifest.folder)
+
+    def copy(path: Path) -> None:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(file.get_tensor(key))
+
+    _read_run_file(path, copy)
 
 
 @dataclass(frozen=True)
@@ -185,8 +181,8 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
     folder = path.parent.parent if one else path
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{path} holds no run (no config.yaml); give the folder that training wrote")
-    config = Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
-    fingerprints = json.loads((folder / "fingerprints.json").read_text("utf-8"))
+    config = _read_run_file(folder / "config.yaml", _config)
+    fingerprints = _read_run_file(folder / "fingerprints.json", _fingerprints)
     manifests = checkpoints(folder / "checkpoints")
     if one:
         manifest = next((m for m in manifests if m.folder.name == one), None)
@@ -195,9 +191,15 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
     if manifest is None:
         raise ValueError(f"{path} holds no finished checkpoint; train for longer, or look in another run")
     verify(manifest)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = _read_run_file(folder / "tokenizer", load_tokenizer)
     if tokenizer.fingerprint != fingerprints["tokenizer"]:
         raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer'} has {tokenizer.vocab_size} ids, and the model of config.yaml beside it "
+            f"{config.model.vocab_size}; restore both from a copy"
+        )
+    _refuse_giant(config.model, manifest)
     model = Decoder(config.model)
     load_weights(model, manifest)
     return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder)
@@ -206,13 +208,104 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
 # --- helpers -----------------------------------------------------------------------------------------
 
 
+def _read_run_file(path: Path, parse: Callable[[Path], T]) -> T:
+    """`parse(path)`; ValueError in one sentence if the file, or folder, is missing or `parse` raises."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing; restore it from a copy, or use another run or checkpoint")
+    try:
+        return parse(path)
+    except Exception as error:  # anyone may have written the file, and each parser has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path} is damaged ({reason}); restore it from a copy, or use another run or checkpoint"
+        ) from error
+
+
+def _config(path: Path) -> Config:
+    config = Config.from_dict(yaml.safe_load(path.read_text("utf-8")))
+    if config.model.block_size > LONGEST_BLOCK:
+        raise ValueError(f"model.block_size is {config.model.block_size}, and {LONGEST_BLOCK} is the most")
+    return replace(config, model=config.model.resolved())
+
+
+def _fingerprints(path: Path) -> dict[str, str]:
+    values = json.loads(path.read_text("utf-8"))
+    names = ("data", "tokenizer", "code")
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), str) for name in names):
+        raise ValueError(f"it must hold a string for each of {', '.join(names)}")
+    return {name: values[name] for name in names}
+
+
+def _manifest(path: Path) -> Manifest:
+    values = json.loads(path.read_text("utf-8"))
+    loss = None if values["loss"] is None else float(values["loss"])
+    if loss is not None and not math.isfinite(loss):  # JSON of Python's knows NaN and Infinity
+        raise ValueError(f"its loss is {loss}")
+    files = {str(name): str(digest) for name, digest in values["files"].items()}
+    return Manifest(path.parent, int(values["step"]), loss, bool(values["keep"]), files)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors in a safetensors file, whose header alone is read."""
+    with safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _refuse_other_shapes(own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    wrong = [f"{key} is missing" for key in own if key not in shapes]
+    wrong += [f"{key} is left over" for key in shapes if key not in own]
+    wrong += [
+        f"{key} is {shapes[key]}, the model's is {tuple(own[key].shape)}"
+        for key in own
+        if key in shapes and shapes[key] != tuple(own[key].shape)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(
+            f"{folder} was made by another config: {'; '.join(wrong[:4])}{more}; "
+            "use the settings in its run's config.yaml"
+        )
+
+
+def _refuse_giant(config: ModelConfig, manifest: Manifest) -> None:
+    """ValueError if `config` is not that of the manifest's weights, before memory is taken for its model."""
+    shapes = _read_run_file(manifest.folder / "model.safetensors", _shapes)
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    try:
+        # Even without memory a model takes time for each of its layers, and sizes may overflow.
+        if config.n_layer > len(shapes) or config.vocab_size * config.n_embd > elements:
+            raise ValueError(f"{len(shapes)} tensors of {elements} elements in all are not enough for it")
+        with torch.device("meta"):
+            own = _untied(Decoder(config))
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{manifest.folder} was made by another config ({reason}); "
+            "use the settings in its run's config.yaml"
+        ) from error
+    _refuse_other_shapes(own, shapes, manifest.folder)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what killed saves left under hidden names; the only whole checkpoint of a step is put back."""
+    for old in folder.glob(".step-*.old"):
+        final = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            with suppress(ValueError):
+                verify(_read_run_file(old / "manifest.json", _manifest))
+                os.replace(old, final)
+        shutil.rmtree(old, ignore_errors=True)
+    for temporary in folder.glob(".step-*.tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _untied(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with each shared tensor once, under its first name."""
     tensors, seen = {}, set()
-    for key, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
             tensors[key] = tensor
-            seen.add(tensor.data_ptr())
+            seen.add(id(tensor))
     return tensors
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -228,7 +229,8 @@ class TrainConfig:
         max_steps: Budget in updates; 0 is none.
         max_epochs: Budget in passes over the data; 0 is none.
         validate_every: Steps between validations; 0 validates only at the end.
-        validation_batches: Batches in each validation on the way; the last one always reads all.
+        validation_batches: Batches in each validation, spread evenly over the held-out files; the best
+            checkpoint is chosen by them. The scores at the end read all.
         patience: Stop after this many validations without a better loss; 0 never does.
         save_every: Steps between checkpoints that are kept for good; 0 keeps only the best and the last.
         keep: How many of those to keep; 0 keeps all.
@@ -278,13 +280,18 @@ class Config:
         return plain.pop("train") | plain
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`. ValueError for keys or types that it does not know."""
-        parser = make_parser(CONFIG_GROUPS, "", exit_on_error=False)
+    def from_dict(cls, values: Any) -> Config:
+        """The inverse of `to_dict`; a missing key takes its default, and no other file is ever read.
+
+        Raises:
+            ValueError: A key, type or value is not allowed; one sentence.
+        """
         try:
-            return _to_config(parser.instantiate(parser.parse_object(values)))
-        except Exception as error:  # jsonargparse's and argparse's errors share no base class of their own
+            config = _build(values)
+            check_ranges(config)
+        except ValueError as error:
             raise ValueError(f"the saved config cannot be read: {_one_line(str(error))}") from None
+        return config
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -295,23 +302,96 @@ CONFIG_GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
 }
+_LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
+# Key: least, most, and which of the two is itself refused. None is no bound but the type's own; what depends
+# on several keys is in ModelConfig.resolved. The model's upper bounds only keep out what no machine holds.
+RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"]]] = {
+    "seed": (0, None, ""),
+    "batch_size": (1, None, ""),
+    "accumulation": (1, None, ""),
+    "max_seconds": (0, None, ""),
+    "max_steps": (0, None, ""),
+    "max_epochs": (0, None, ""),
+    "validate_every": (0, None, ""),
+    "validation_batches": (1, None, ""),
+    "patience": (0, None, ""),
+    "save_every": (0, None, ""),
+    "keep": (0, None, ""),
+    "log_every": (1, None, ""),
+    "samples": (0, None, ""),
+    "data.validation_one_in": (0, None, ""),
+    "data.workers": (0, None, ""),
+    "tokenizer.vocab_size": (1, 2**24, ""),
+    "tokenizer.min_count": (0, None, ""),
+    "model.vocab_size": (0, 2**24, ""),
+    "model.block_size": (2, 2**24, ""),
+    "model.n_layer": (1, 10_000, ""),
+    "model.n_head": (1, 2**20, ""),
+    "model.n_embd": (1, 2**20, ""),
+    "model.head_dim": (0, 2**20, ""),
+    "model.n_inner": (0, 2**22, ""),
+    "model.rope_theta": (0, None, "above"),
+    "optimizer.lr": (0, None, ""),
+    "optimizer.muon_lr": (0, None, ""),
+    "optimizer.embedding_lr": (0, None, ""),
+    "optimizer.head_lr": (0, None, ""),
+    "optimizer.weight_decay": (0, None, ""),
+    "optimizer.beta1": (0, 1, "below"),
+    "optimizer.beta2": (0, 1, "below"),
+    "optimizer.eps": (0, None, "above"),
+    "optimizer.grad_clip": (0, None, ""),
+    "optimizer.warmup_steps": (0, None, ""),
+    "optimizer.cooldown": (0, 1, ""),
+    "optimizer.min_lr_factor": (0, 1, ""),
+    "optimizer.label_smoothing": (0, 1, "below"),
+}
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Config:
     """The Config of a command line: defaults, then each `--config FILE.yaml`, then single flags.
 
     A mistake prints one sentence and exits with 2: an unknown key (with the nearest known one), a value of
-    the wrong type, and a key that is set but that nothing would read.
+    the wrong type or out of range, a model that cannot be built, and a key that is set but that nothing
+    would read.
     """
     parser = make_parser(CONFIG_GROUPS, description)
     words = _switches(argv)
-    if any(word == "--overfit" and after == "true" for word, after in pairwise(words)):
-        preset = ["--config", str(RECIPES / "overfit.yaml"), "--data.source", str(RECIPES / "overfit")]
-        words = preset + words
-    config = _to_config(parser.instantiate(parser.parse_args(words)))
-    for key, reason in unused_keys(config):
-        parser.error(f"{key} is set, but {reason}; remove it")
-    return config
+    if any(word == "--overfit" and after.lower() in ("true", "yes", "on") for word, after in pairwise(words)):
+        words = ["--config", str(RECIPES / "overfit.yaml"), *words]
+    values = parser.parse_args(words).clone(with_meta=False).as_dict()
+    values.pop("config", None)
+    try:
+        config = _build(values)
+        sourced = any(word.split("=")[0] == "--data.source" for word in words)
+        if config.train.overfit and config.data.source == DataConfig.source and not sourced:
+            config = replace(config, data=replace(config.data, source=str(RECIPES / "overfit")))
+        check_ranges(config)
+        for key, reason in unused_keys(config):
+            raise ValueError(f"{key} is set, but {reason}; remove it")
+        return config
+    except ValueError as error:
+        return parser.error(str(error))  # exits
+
+
+def check_ranges(config: Config) -> None:
+    """ValueError in one sentence for a number outside RANGES, an empty source or a model without a shape."""
+    for key, value in _flat(config).items():
+        if type(value) not in _LARGEST:
+            continue
+        largest = _LARGEST[type(value)]
+        least, most, refused = RANGES.get(key, (None, None, ""))
+        if not abs(value) <= largest:  # also not a number
+            bound = "finite" if isinstance(value, float) else f"at most {largest}"
+        elif least is not None and (value < least or (refused == "above" and value == least)):
+            bound = f"{'above' if refused == 'above' else 'at least'} {least}"
+        elif most is not None and (value > most or (refused == "below" and value == most)):
+            bound = f"{'below' if refused == 'below' else 'at most'} {most}"
+        else:
+            continue
+        raise ValueError(f"{key} is {value}; it must be {bound}")
+    if not config.data.source:
+        raise ValueError("data.source is ''; it must be `stdlib`, a folder or a file")
+    replace(config.model, vocab_size=config.model.vocab_size or 1).resolved()
 
 
 def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
@@ -319,6 +399,10 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
     model, optimizer, tokenizer, train = config.model, config.optimizer, config.tokenizer, config.train
     trained = tokenizer.path is None
     rules = {
+        "tokenizer.kind": (
+            trained or tokenizer.kind == "pretrained",
+            "tokenizer.path loads a finished tokenizer",
+        ),
         "tokenizer.vocab_size": (trained, "tokenizer.path loads a finished tokenizer"),
         "tokenizer.min_count": (
             trained and tokenizer.kind == "code",
@@ -328,10 +412,11 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
         "model.rotary_layout": (model.position == "rotary", "model.position is not rotary"),
         "model.rope_theta": (model.position == "rotary", "model.position is not rotary"),
         "optimizer.muon_lr": (optimizer.name == "muon", "optimizer.name is not muon"),
+        "optimizer.head_lr": (not model.tie_embeddings, "model.tie_embeddings leaves no separate head"),
         "optimizer.cooldown": (optimizer.schedule == "wsd", "optimizer.schedule is not wsd"),
+        "optimizer.min_lr_factor": (optimizer.schedule != "constant", "optimizer.schedule is constant"),
         "keep": (train.save_every > 0, "save_every is 0"),
-        "validation_batches": (train.validate_every > 0, "validate_every is 0"),
-        "patience": (train.validate_every > 0, "validate_every is 0"),
+        "patience": (train.validate_every > 0 or train.save_every > 0, "validate_every and save_every are 0"),
     }
     default, values = _flat(Config()), _flat(config)
     for key, (is_read, reason) in rules.items():
@@ -339,18 +424,27 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
             yield key, reason
 
 
+# How torch words it: on CUDA, on Windows, on Linux.
+_MEMORY_IS_FULL = ("out of memory", "not enough memory", "allocate memory")
+
+
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """A user's mistake, or a full disk, ends the command with one sentence and exit code 2, no traceback.
+    """A user's mistake, a full disk or full memory ends the command with one sentence and exit code 2.
 
-    Set PLUMB_TRACEBACK=1 to see where it came from.
+    An interrupt exits with 130. Set PLUMB_TRACEBACK=1 to see where it came from.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("PLUMB_TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        full = isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_IS_FULL)
+        if os.environ.get("PLUMB_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
-        print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        sentence = "memory is full; a smaller batch_size or model needs less" if full else str(error)
+        print(f"error: {_one_line(sentence)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -371,20 +465,54 @@ def _flat(config: Config) -> dict[str, Any]:
     return flat | {key: value for key, value in nested.items() if key not in groups}
 
 
-def _to_config(namespace: Any) -> Config:
-    train = {f.name: namespace[f.name] for f in dataclasses.fields(TrainConfig)}
-    groups = {name: namespace[name] for name in CONFIG_GROUPS if name}
-    return Config(train=TrainConfig(**train), **groups)
+def _build(values: Any) -> Config:
+    """The Config of plain values laid out as by `to_dict`; ValueError for an unknown key or a wrong type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"it is {reprlib.repr(values)}; it must be a mapping of keys to values")
+    groups = {key: _group(key, CONFIG_GROUPS[key], values.get(key, {})) for key in CONFIG_GROUPS if key}
+    train = {key: value for key, value in values.items() if key not in groups}
+    return Config(train=_group("", TrainConfig, train), **groups)
+
+
+def _group(name: str, group: type, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is {reprlib.repr(values)}; it must be a mapping of keys to values")
+    kinds, typed = get_type_hints(group), {}
+    for key, value in values.items():
+        full = f"{name}.{key}".lstrip(".")
+        if key not in kinds:
+            raise ValueError(f"{full} is not a known key")
+        typed[key] = _typed(full, value, kinds[key])
+    return group(**typed)
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """The value as its field holds it: a whole number may be a float's value, a list a tuple's."""
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    if get_origin(kind) is tuple:
+        value = tuple(value) if isinstance(value, list) else value
+        fits = isinstance(value, tuple) and all(type(item) is str for item in value)
+    elif get_origin(kind) is Literal:
+        fits = type(value) is str and value in get_args(kind)
+    else:
+        fits = type(value) in (get_args(kind) or (kind,))  # exactly: True is no int
+    if not fits:
+        wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
+        raise ValueError(f"{key} is {reprlib.repr(value)}; it must be {str(wanted).removeprefix('typing.')}")
+    return value
 
 
 def _switches(argv: Sequence[str] | None) -> list[str]:
-    """`--overfit` alone means `--overfit true`."""
-    switches = {f.name for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
-    words = list(sys.argv[1:] if argv is None else argv)
+    """`--overfit` alone means `--overfit true`, and so does `--overfit=true`."""
+    switches = {f"--{f.name}" for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        words += word.split("=", 1) if word.split("=")[0] in switches else [word]
     spelled = []
     for word, following in zip(words, [*words[1:], "--"], strict=True):
         spelled.append(word)
-        if word.removeprefix("--") in switches and following.startswith("-"):
+        if word in switches and following.startswith("-"):
             spelled.append("true")
     return spelled
 
@@ -393,18 +521,24 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def make_parser(groups: dict[str, type], description: str, **options: Any) -> Any:
+def make_parser(groups: dict[str, type], description: str) -> Any:
     """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            if not self.exit_on_error:
-                raise ValueError(message)
+            if message.startswith("Unexpected config:"):  # and then the whole file
+                message = "a --config file must be a YAML mapping of keys to values"
             print(f"error: {_one_line(message)}{_suggestion(message, groups)}", file=sys.stderr)
             sys.exit(2)
 
-    parser = Parser(description=description, **options)
+        def parse_args(self, *args: Any, **options: Any) -> Any:
+            try:
+                return super().parse_args(*args, **options)
+            except (ValueError, TypeError, OSError, RecursionError) as error:  # a file that is no YAML
+                self.error(f"the settings cannot be read: {error}")
+
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; flags after it override it.")
     for name, group in groups.items():
         parser.add_class_arguments(group, name or None)

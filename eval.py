@@ -19,7 +19,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from config import make_parser, one_sentence, write_atomically
+from config import DataConfig, make_parser, one_sentence, write_atomically
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class EvalConfig:
         batch_size: Rows evaluated at a time.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
+        source: Where the files are now, if they moved; the fingerprint still has to match.
+        cache: Folder for token stores, keyed by content; the one that the run's config names is not touched.
     """
 
     checkpoint: str
@@ -45,6 +47,8 @@ class EvalConfig:
     batch_size: int = 16
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    source: str | None = None
+    cache: str = "cache"
 
 
 def parse_settings() -> EvalConfig:
@@ -65,6 +69,7 @@ SETTINGS = parse_settings() if __name__ == "__main__" else None
 
 import ast
 import json
+import math
 import platform
 import shlex
 import sys
@@ -368,12 +373,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+def _divided(block_size: int, max_new_tokens: int) -> tuple[int, int]:
+    """Tokens of a completion, half the block at most, and of its prompt; each at least 1."""
+    max_new_tokens = max(1, min(max_new_tokens, block_size // 2))
+    return max_new_tokens, max(1, block_size - max_new_tokens)
+
+
 def sample_completions(
     model: Decoder, tokenizer: Tokenizer, store: TokenStore, precision: Precision, n: int = 3, seed: int = 0
 ) -> list[Sample]:
     """Greedy completions of held-out Python functions, to look at; arguments as for `function_examples`."""
-    max_new_tokens = min(128, model.config.block_size // 2)
-    examples = function_examples(store, tokenizer, n, model.config.block_size - max_new_tokens, seed)
+    max_new_tokens, room = _divided(model.config.block_size, 128)
+    examples = function_examples(store, tokenizer, n, room, seed)
     completions = complete(model, tokenizer, examples, through_body, max_new_tokens, precision)
     return [
         Sample(e.name, e.line, e.prompt[e.start :], e.reference, completion)
@@ -388,21 +399,34 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
     """Everything that eval.json holds, but for the command and versions.
 
     Raises:
-        ValueError: there is no such run or checkpoint, or the data are not those that it was trained on.
+        ValueError: there is no such run or checkpoint, the data are not those that it was trained on, or the
+            model's loss is not finite.
     """
     run = load_run(settings.checkpoint, settings.which)
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
     model = run.model.to(device)
-    data = prepare_data(run.config.data, run.tokenizer)
+    source = run.config.data.source if settings.source is None else settings.source
+    # The run may be a stranger's: its config does not say where this machine writes, nor how busy it gets.
+    config = dataclasses.replace(
+        run.config.data, source=source, cache=settings.cache, workers=DataConfig.workers
+    )
+    data = prepare_data(config, run.tokenizer)
     if data.fingerprint != run.fingerprints["data"]:
         raise ValueError(
-            f"the data of {run.config.data.source} have fingerprint {data.fingerprint[:12]}, and those of "
+            f"the data of {source} have fingerprint {data.fingerprint[:12]}, and those of "
             f"{run.folder} had {run.fingerprints['data'][:12]}, so files held out now may have been trained "
-            "on: restore the files (for stdlib, use the same Python), or train a new run"
+            "on: restore the files (for stdlib, use the same Python), say with --source where they are now, "
+            "or train a new run"
+        )
+    batches = validation_batches(data.validation, settings.batch_size, model.config.block_size)
+    scores = score(model, batches, precision)
+    if not math.isfinite(scores.perplexity):
+        raise ValueError(
+            f"the loss of {run.folder} at step {run.step} is {scores.loss}: evaluate with --precision fp32, "
+            "or another checkpoint, or train again with a lower learning rate"
         )
     baseline = train_ngram(data.train)
-    batches = validation_batches(data.validation, settings.batch_size, model.config.block_size)
     result: dict[str, Any] = {
         "run": str(run.folder),
         "step": run.step,
@@ -410,7 +434,7 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
         "fingerprints": run.fingerprints,
         "files": data.validation.n_documents,
         "bytes": data.validation.n_bytes,
-        "model": _token_values(score(model, batches, precision), data.validation),
+        "model": _token_values(scores, data.validation),
         "n-gram": _token_values(ngram_scores(baseline, data.validation), data.validation),
         "n-gram order": baseline.order,
     }
@@ -440,8 +464,7 @@ def add_line_scores(
 ) -> None:
     """Put the next-line scores of both, and every prediction, into `result`, or why there are none."""
     block_size, tokenizer = run.model.config.block_size, run.tokenizer
-    max_new_tokens = min(settings.max_new_tokens, max(1, block_size // 2))
-    room = block_size - max_new_tokens
+    max_new_tokens, room = _divided(block_size, settings.max_new_tokens)
     examples = next_line_examples(store, tokenizer, settings.samples, room, settings.seed)
     if len(examples) < 2:
         result["next_line_left_out"] = (
@@ -496,11 +519,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(settings: EvalConfig) -> None:
-    """Evaluate, print the table, and write eval.json into the run's folder."""
-    result = evaluate(settings)
-    print(f"{result['run']}, step {result['step']}, {result['precision']}")
-    print(table(result))
+def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
+    """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path."""
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": dataclasses.asdict(settings),
@@ -513,8 +533,16 @@ def main(settings: EvalConfig) -> None:
         "evaluation_code": code_fingerprint(Path(__file__).parent),
     }
     path = Path(result["run"]) / "eval.json"
-    write_atomically(path, json.dumps(record | result, indent=1))
-    print(f"written to {path}")
+    write_atomically(path, json.dumps(record | result, indent=1, allow_nan=False))
+    return path
+
+
+def main(settings: EvalConfig) -> None:
+    """Evaluate, print the table, and write eval.json into the run's folder."""
+    result = evaluate(settings)
+    print(f"{result['run']}, step {result['step']}, {result['precision']}")
+    print(table(result))
+    print(f"written to {write_results(result, settings)}")
 
 
 if SETTINGS is not None:

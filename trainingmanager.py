@@ -63,7 +63,7 @@ from config import DataConfig, TokenizerConfig, write_atomically
 from corpus import training_texts
 from curves import draw_curves
 from dataset import IGNORE_INDEX, Batch, Batches, PreparedData, prepare_data, validation_batches
-from eval import EvalConfig, evaluate, printable, sample_completions, table
+from eval import EvalConfig, evaluate, printable, sample_completions, table, write_results
 from generate import GenerationConfig, generate
 from loss import Scores, score, token_loss
 from optim import build_optimizers, learning_rate_factor
@@ -238,7 +238,7 @@ class TrainingManager:
         return score(self.model, batches, self.eval_precision)
 
     def knows_by_heart(self, scores: Scores) -> bool:
-        """Whether every token is predicted; of the files' first ones, which nothing tells apart, one will do."""
+        """Whether every token is predicted, but for the files' first ones: nothing tells those apart."""
         return round((1 - scores.top1) * scores.tokens) < self.data.train.n_documents
 
     def validate_and_save(self, log: Log) -> None:
@@ -563,9 +563,13 @@ def report(manager: TrainingManager) -> None:
     if precision == "auto":
         precision = train.precision
     run = load_run(folder)
-    scores = evaluate(EvalConfig(str(folder), device=device, precision=precision))
+    data = manager.config.data
+    settings = EvalConfig(
+        str(folder), device=device, precision=precision, source=data.source, cache=data.cache
+    )
+    scores = evaluate(settings)
     print(f"\nbest checkpoint, step {run.step}, on all held-out files\n{table(scores)}")
-    write_atomically(folder / "eval.json", json.dumps(scores, indent=1))
+    write_results(scores, settings)
     samples = sample_completions(
         run.model.to(manager.device),
         run.tokenizer,

@@ -9,6 +9,7 @@ is that of `python trainingmanager.py` with each tokenizer after the same wall-c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def main(seconds: float, sizes: list[int]) -> None:
     print("|---|---|---|---|---|")
     for kind in ("code", "bpe"):
         for size in sizes:
-            tokenizer = prepare_tokenizer(DataConfig(), TokenizerConfig(kind=kind, vocab_size=size))
+            with contextlib.redirect_stdout(sys.stderr):
+                tokenizer = prepare_tokenizer(DataConfig(), TokenizerConfig(kind=kind, vocab_size=size))
             started = time.perf_counter()
             tokens = sum(len(tokenizer.encode(text)) for text in texts)
             rate = n_bytes / 1e6 / (time.perf_counter() - started)

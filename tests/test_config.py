@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from config import Config, ModelConfig, parse_config, unused_keys
+from config import RANGES, RECIPES, Config, ModelConfig, check_ranges, one_sentence, parse_config, unused_keys
 
 HOUSE = Path(__file__).parent.parent
 
@@ -37,6 +37,38 @@ def test_overfit_is_a_switch_and_flags_still_override_its_settings() -> None:
     assert not parse_config(["--overfit", "false"]).train.overfit
 
 
+OVERFIT = str(RECIPES / "overfit")
+
+
+@pytest.mark.parametrize(
+    ("words", "source"),
+    [
+        (["--overfit"], OVERFIT),
+        (["--overfit=true"], OVERFIT),
+        (["--overfit", "yes"], OVERFIT),
+        (["--overfit=Yes", "--max_steps", "3"], OVERFIT),
+        (["--config", str(RECIPES / "overfit.yaml")], OVERFIT),
+        (["--data.source", "mine", "--overfit"], "mine"),
+        (["--overfit", "--data.source=mine"], "mine"),
+        (["--data.source", "stdlib", "--overfit=true"], "stdlib"),
+        (["--config", str(RECIPES / "overfit.yaml"), "--data.source", "mine"], "mine"),
+    ],
+)
+def test_every_spelling_of_overfit_selects_its_preset_and_data(words: list[str], source: str) -> None:
+    config = parse_config(words)
+    assert config.train.overfit and config.data.source == source
+    assert config.data.validation_one_in == 0 and config.model.n_layer == 2
+
+
+def test_a_value_that_is_spelled_like_a_switch_is_no_switch() -> None:
+    assert parse_config(["--run", "overfit", "--seed", "3"]).train.run == "overfit"
+
+
+def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("n_layer: 7\n")
+    assert parse_config(["--model", str(tmp_path / "model.yaml")]).model.n_layer == 7
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -49,6 +81,23 @@ def test_overfit_is_a_switch_and_flags_still_override_its_settings() -> None:
         (["--model.position", "learned", "--model.rope_theta", "5"], "model.position is not rotary"),
         (["--optimizer.name", "adamw", "--optimizer.muon_lr", "1"], "optimizer.name is not muon"),
         (["--tokenizer.kind", "bpe", "--tokenizer.min_count", "1"], "only a new `code` tokenizer counts"),
+        (["--tokenizer.kind", "bpe", "--tokenizer.path", "x"], "tokenizer.kind is set, but tokenizer.path"),
+        (
+            ["--optimizer.schedule", "constant", "--optimizer.min_lr_factor", "0.5"],
+            "optimizer.schedule is constant",
+        ),
+        (["--model.tie_embeddings", "true", "--optimizer.head_lr", "1"], "no separate head"),
+        (["--validate_every", "0", "--patience", "3"], "validate_every and save_every are 0"),
+        (["--max_step", "5"], "did you mean max_steps?"),
+        (["--model.n_lay=5"], "did you mean model.n_layer?"),
+        (["--seed", "-1"], "seed is -1; it must be at least 0"),
+        (["--seed", str(2**63)], f"it must be at most {2**63 - 1}"),
+        (["--max_seconds", ".inf"], "max_seconds is inf; it must be finite"),
+        (["--optimizer.beta1", "1"], "optimizer.beta1 is 1.0; it must be below 1"),
+        (["--model.rope_theta", "0"], "model.rope_theta is 0.0; it must be above 0"),
+        (["--model.vocab_size", str(2**40)], f"it must be at most {2**24}"),
+        (["--data.source", ""], "data.source is ''"),
+        (["--model.n_embd", "10"], "model.n_embd 10 is not a multiple of model.n_head 3"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -69,8 +118,140 @@ def test_typos_in_a_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "did you mean optimizer.warmup_steps?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"model: 3\n", "model is 3; it must be a mapping"),
+        (b"model: [1]\n", "model is [1]; it must be a mapping"),
+        (b"- 1\n- 2\n", "must be a YAML mapping"),
+        (b"", "must be a YAML mapping"),
+        (b"\x00\xff\xfe\x01", "cannot be read"),
+        (b"a: &a [*a]\n", "cannot be read"),
+        (b"max_steps: [1\n", "Problems parsing config"),
+        (None, "is not a file"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_one_sentence(
+    content: bytes | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.yaml"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--config", str(file)])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def set_key(key: str, value: Any) -> Config:
+    group, _, name = key.rpartition(".")
+    config, group = Config(), group or "train"
+    return replace(config, **{group: replace(getattr(config, group), **{name: value})})
+
+
+def test_the_bounds_of_every_range_are_held() -> None:
+    for key, (least, most, refused) in RANGES.items():
+        outside = [float("nan"), float("inf"), float("-inf"), 2**2000]
+        if least is not None:
+            outside += [least - 1, -(2**70)] + [least] * (refused == "above")
+        if most is not None:
+            outside += [most + 1] + [most] * (refused == "below")
+        for value in outside:
+            with pytest.raises(ValueError, match=rf"^{key} is .*; it must be "):
+                check_ranges(set_key(key, value))
+    check_ranges(Config())
+    for key, value in [("optimizer.cooldown", 1.0), ("optimizer.lr", 0.0), ("seed", 2**63 - 1), ("keep", 0)]:
+        check_ranges(set_key(key, value))
+
+
+def test_a_float_without_a_range_must_still_be_finite() -> None:
+    with pytest.raises(ValueError, match=r"model.norm_eps is inf; it must be finite"):
+        check_ranges(set_key("model.norm_eps", float("inf")))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([], "it must be a mapping"),
+        (None, "it must be a mapping"),
+        ({"model": None}, "model is None; it must be a mapping"),
+        ({"model": 3}, "model is 3; it must be a mapping"),
+        ({"config": "other.yaml"}, "config is not a known key"),
+        ({"train": {}}, "train is not a known key"),
+        ({5: 3}, "5 is not a known key"),
+        ({"model": {"n_layr": 3}}, "model.n_layr is not a known key"),
+        ({"model": {"n_layer": True}}, "model.n_layer is True; it must be int"),
+        ({"model": {"n_layer": 3.0}}, "model.n_layer is 3.0; it must be int"),
+        ({"model": {"mlp": "gulu"}}, "model.mlp is 'gulu'; it must be Literal['gelu', "),
+        ({"model": {"mlp": ["gelu"]}}, "model.mlp is ['gelu']; it must be Literal['gelu', "),
+        ({"resume": 1}, "resume is 1; it must be bool"),
+        ({"run": 1}, "run is 1; it must be str"),
+        ({"max_seconds": "1"}, "max_seconds is '1'; it must be float"),
+        ({"max_seconds": True}, "max_seconds is True; it must be float"),
+        ({"max_seconds": 10**400}, "it must be float"),
+        ({"tokenizer": {"path": 3}}, "tokenizer.path is 3; it must be str | None"),
+        ({"data": {"suffixes": [".py", 3]}}, "it must be tuple[str, ...]"),
+        ({"data": {"suffixes": ".py"}}, "it must be tuple[str, ...]"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"model": {"n_head": 5}}, "192 is not a multiple of model.n_head 5"),
+    ],
+)
+def test_a_saved_config_is_read_strictly(values: Any, sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Config.from_dict(values)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_saved_config_reads_no_other_file(tmp_path: Path) -> None:
+    """Each of these is a file that jsonargparse would have opened."""
+    (tmp_path / "all.yaml").write_text("max_steps: 7\n")
+    (tmp_path / "model.yaml").write_text("n_layer: 7\n")
+    for values in ({"config": str(tmp_path / "all.yaml")}, {"model": str(tmp_path / "model.yaml")}):
+        with pytest.raises(ValueError, match="the saved config cannot be read"):
+            Config.from_dict(values)
+
+
+def test_a_saved_whole_number_is_read_as_the_float_that_it_was() -> None:
+    seconds = Config.from_dict({"max_seconds": 12}).train.max_seconds
+    assert seconds == 12 and isinstance(seconds, float)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (MemoryError(), 2, "error: memory is full; a smaller batch_size or model needs less\n"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: memory is full; a smaller "),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you"), 2, "error: memory is full; a smaller "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: memory is full; a smaller "),
+    ],
+)
+def test_a_command_ends_with_one_sentence(
+    error: BaseException, code: int, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop, one_sentence():
+        raise error
+    said = capsys.readouterr().err
+    assert stop.value.code == code and said.startswith(printed) and said.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"), one_sentence():
+        raise RuntimeError("shapes differ")
+
+
 def test_the_defaults_have_no_unused_key() -> None:
     assert list(unused_keys(Config())) == []
+
+
+def test_a_key_that_something_reads_is_not_called_unused() -> None:
+    parse_config(["--validate_every", "0", "--save_every", "5", "--patience", "3"])
+    parse_config(["--validate_every", "0", "--validation_batches", "3"])
+    parse_config(["--tokenizer.path", "x", "--tokenizer.kind", "pretrained"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,6 +344,11 @@ def run(tmp_path, data, model) -> Path:
     return folder
 
 
+def here(run: Path, **settings: Any) -> EvalConfig:
+    """Settings that keep the cache out of the house."""
+    return EvalConfig(str(run), cache=str(run.parent / "cache"), **settings)
+
+
 def command(*words: str | Path | int) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "eval.py", *map(str, words)],
@@ -355,7 +361,9 @@ def command(*words: str | Path | int) -> subprocess.CompletedProcess:
 
 
 def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, model):
-    done = command("--checkpoint", run, "--samples", 8, "--max_new_tokens", 16, "--precision", "fp32")
+    cache = run.parent / "cache"
+    words = ("--samples", 8, "--max_new_tokens", 16, "--precision", "fp32", "--cache", cache)
+    done = command("--checkpoint", run, *words)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "eval.json").read_text("utf-8"))
     expected = score(model, validation_batches(data.validation, 16, 128), FP32)
@@ -377,7 +385,7 @@ def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, mode
 
 
 def test_an_evaluation_can_be_repeated_and_names_a_single_checkpoint(run):
-    settings = EvalConfig(str(run), samples=6, max_new_tokens=8, precision="fp32", batch_size=3)
+    settings = here(run, samples=6, max_new_tokens=8, precision="fp32", batch_size=3)
     first = evaluation.evaluate(settings)
     assert first == evaluation.evaluate(settings)
     one = replace(settings, checkpoint=str(run / "checkpoints" / "step-00000007"))
@@ -403,7 +411,7 @@ def refusal(settings: EvalConfig, capsys) -> str:
 def test_changed_data_are_refused(run, capsys):
     train = run.parent / "corpus" / "m0.py"
     train.write_text(train.read_text("utf-8") + "x = 1\n", "utf-8")
-    said = refusal(EvalConfig(str(run)), capsys)
+    said = refusal(here(run), capsys)
     assert "fingerprint" in said
     assert "restore the files" in said
     assert not (run / "eval.json").exists()
@@ -411,21 +419,85 @@ def test_changed_data_are_refused(run, capsys):
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(run, capsys):
     CodeTokenizer(["def"], [], []).save(run / "tokenizer")
-    assert "tokenizer" in refusal(EvalConfig(str(run)), capsys)
+    assert "tokenizer" in refusal(here(run), capsys)
 
 
 def test_a_run_without_a_checkpoint_is_named(run, capsys):
     (run / "checkpoints" / "step-00000007" / "manifest.json").unlink()
-    assert "no finished checkpoint" in refusal(EvalConfig(str(run)), capsys)
+    assert "no finished checkpoint" in refusal(here(run), capsys)
     assert "holds no run" in refusal(EvalConfig(str(run / "nowhere")), capsys)
     assert "holds no run" in refusal(EvalConfig(str(run.parent)), capsys)
 
 
-def test_files_without_a_line_that_fits_are_named_with_the_remedy(run, capsys):
+def change_config(run: Path, group: str, **values: Any) -> None:
     saved = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    saved["model"]["block_size"] = 16
+    saved[group] |= values
     (run / "config.yaml").write_text(yaml.safe_dump(saved), "utf-8")
-    assert "--samples 0" in refusal(EvalConfig(str(run), precision="fp32"), capsys)
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 16])
+def test_files_without_a_line_that_fits_leave_the_line_scores_out_and_say_so(run, block_size):
+    change_config(run, "model", block_size=block_size)
+    result = evaluation.evaluate(here(run, precision="fp32"))
+    assert "next_line" not in result["model"]
+    assert "an interval needs at least 2" in evaluation.table(result)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_a_tiny_block_has_no_samples_and_does_not_crash(data, block_size):
+    shape = ModelConfig(BYTES.vocab_size, block_size=block_size, n_layer=1, n_head=1, n_embd=8)
+    assert evaluation.sample_completions(Decoder(shape).eval(), BYTES, data.validation, FP32) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_a_loss_that_is_not_finite_is_one_sentence_and_no_table(run, model, capsys, value):
+    broken = Decoder(model.config)
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.head.weight[1:].fill_(value)
+        broken.head.weight[1::2] *= -1
+    save_checkpoint(run / "checkpoints", 8, broken, {}, 1.0, keep=False)
+    said = refusal(here(run, precision="fp32"), capsys)
+    assert str(run) in said
+    assert "train again" in said
+    assert not (run / "eval.json").exists()
+
+
+def test_moved_files_are_found_and_other_ones_refused(run, capsys):
+    settings = here(run, samples=0, precision="fp32")
+    before = evaluation.evaluate(settings)
+    moved = (run.parent / "corpus").rename(run.parent / "moved")
+    assert "corpus" in refusal(settings, capsys)
+    assert evaluation.evaluate(replace(settings, source=str(moved))) == before
+    (moved / "m0.py").write_text("x = 1\n", "utf-8")
+    assert "fingerprint" in refusal(replace(settings, source=str(moved)), capsys)
+
+
+def test_a_strangers_config_does_not_say_where_the_cache_is_nor_how_many_work(run, monkeypatch):
+    change_config(run, "data", cache=str(run.parent / "theirs"), workers=10**6)
+    seen = []
+
+    def noted(config, tokenizer):
+        seen.append(config)
+        return prepare_data(config, tokenizer)
+
+    monkeypatch.setattr(evaluation, "prepare_data", noted)
+    evaluation.evaluate(here(run, samples=0, precision="fp32"))
+    assert [(c.cache, c.workers) for c in seen] == [(str(run.parent / "cache"), 0)]
+    assert not (run.parent / "theirs").exists()
+    assert EvalConfig("x").cache == "cache"
+
+
+def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(run):
+    settings = here(run, samples=0)
+    path = evaluation.write_results({"run": str(run), "step": 3}, settings)
+    written = json.loads(path.read_text("utf-8"))
+    assert path == run / "eval.json"
+    assert written["settings"]["cache"] == settings.cache
+    assert {"command", "versions", "evaluation_code", "step"} <= set(written)
+    with pytest.raises(ValueError, match="JSON"):
+        evaluation.write_results({"run": str(run), "loss": float("nan")}, settings)
+    assert json.loads(path.read_text("utf-8")) == written
 
 
 @pytest.mark.parametrize(
