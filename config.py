@@ -510,7 +510,7 @@ def _switches(argv: Sequence[str] | None) -> list[str]:
     for word in sys.argv[1:] if argv is None else argv:
         words += word.split("=", 1) if word.split("=")[0] in switches else [word]
     spelled = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in pairwise([*words, "--"]):
         spelled.append(word)
         if word in switches and following.startswith("-"):
             spelled.append("true")

@@ -24,6 +24,10 @@ def test_flags_override_files_and_files_override_defaults(tmp_path: Path) -> Non
     assert config.model.n_embd == ModelConfig().n_embd
 
 
+def test_no_flags_are_the_defaults() -> None:
+    assert parse_config([]) == Config()
+
+
 def test_a_saved_config_comes_back_equal() -> None:
     config = parse_config(["--model.n_layer", "3", "--data.suffixes", "[.py,.kt]", "--max_seconds", "12"])
     assert config.data.suffixes == (".py", ".kt")
