@@ -225,7 +225,8 @@ class TrainConfig:
         eval_precision: Precision of validation; `auto` is the training precision.
         batch_size: Rows in a micro-batch.
         accumulation: Micro-batches in a step.
-        max_seconds: Wall-clock budget of the training loop, its validations included; 0 is none.
+        max_seconds: Wall-clock budget of the training loop, its validations included; 0 is none, or 300 where
+            no other budget is set either.
         max_steps: Budget in updates; 0 is none.
         max_epochs: Budget in passes over the data; 0 is none.
         validate_every: Steps between validations; 0 validates only at the end.

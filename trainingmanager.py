@@ -129,6 +129,11 @@ class TrainingManager:
 
     def fit(self) -> None:
         """Train until the budget is used, patience ends, or a signal asks for a stop; then save."""
+        if self.saved_step is not None and self.progress() >= 1:
+            raise ValueError(
+                f"the budget of {self.folder} is used up at step {self.state.step}; to go on, raise what "
+                "ended it: --max_steps, --max_epochs and --max_seconds count from the run's beginning"
+            )
         log = Log(self.folder, self.state.step)
         before = self.validate(limit=2)
         print(
@@ -488,8 +493,8 @@ FIXED_KEYS = ("seed", "batch_size", "accumulation", "overfit")
 FREE_KEYS = ("data.source", "data.cache", "data.workers", "tokenizer.path")
 
 
-def refuse_changes(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:
-    """ValueError if a resumed run would go on with other data, another tokenizer or other settings."""
+def refuse_changes(folder: Path, config: Config) -> None:
+    """ValueError if a resumed run would go on with other settings."""
     before = Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))).to_dict()
     after = config.to_dict()
     pairs = {key: (before[key], after[key]) for key in FIXED_KEYS}
@@ -498,6 +503,10 @@ def refuse_changes(folder: Path, config: Config, fingerprints: dict[str, str]) -
     for key, (old, new) in pairs.items():
         if old != new and key not in FREE_KEYS:
             raise ValueError(f"{key} was {old} when {folder} began and is {new} now; set it back")
+
+
+def refuse_other_data(folder: Path, fingerprints: dict[str, str]) -> None:
+    """ValueError if a resumed run would go on with other data or another tokenizer."""
     old_fingerprints = json.loads((folder / "fingerprints.json").read_text("utf-8"))
     for name in ("data", "tokenizer"):
         if old_fingerprints[name] != fingerprints[name]:
@@ -525,6 +534,13 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     print(f"precision: {precision.reason}")
     tokenizer = prepare_tokenizer(config.data, config.tokenizer)
     data = prepare_data(config.data, tokenizer)
+    fingerprints = {
+        "data": data.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "code": code_fingerprint(HOUSE),
+    }
+    if config.train.resume:
+        refuse_other_data(folder, fingerprints)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
@@ -532,26 +548,21 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
             "leave model.vocab_size out, or train a smaller tokenizer"
         )
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
-    named = dataclasses.replace(config.train, run=str(folder))
-    config = dataclasses.replace(config, model=model_config, train=named)
-    for side in (data.train, data.validation):
+    config = dataclasses.replace(config, model=model_config)
+    for side in dict.fromkeys((data.train, data.validation)):
         print(f"{side.split}: {side.n_documents:,} files, {side.n_bytes:,} bytes, {side.n_tokens:,} tokens")
-    fingerprints = {
-        "data": data.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "code": code_fingerprint(HOUSE),
-    }
     torch.manual_seed(config.train.seed)
     model = Decoder(model_config).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     manager = TrainingManager(config, model, data, precision, folder)
     if config.train.resume:
-        refuse_changes(folder, config, fingerprints)
+        refuse_changes(folder, config)
         manager.resume()
     else:
         tokenizer.save(folder / "tokenizer")
         write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    saved = config.to_dict() | {"run": str(folder), "resume": False}
+    write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
     manager.fit()
     return manager
 
@@ -582,7 +593,7 @@ def report(manager: TrainingManager) -> None:
         f"--- the file goes on\n{s.reference}\n"
         for s in samples
     )
-    shown = printable(shown)
+    shown = printable(shown) if samples or not train.samples else "no held-out function to complete\n"
     write_atomically(folder / "samples.txt", shown)
     print(f"\n{shown}")
     pictures = draw_curves(folder)
@@ -614,8 +625,16 @@ def prove_overfit(manager: TrainingManager) -> bool:
             at = differs.index(True) if True in differs else len(differs)
             found, wanted = completion.text[at:][:20], expected[at:][:20]
             verdict = f"FAILED at character {at} of {len(expected)}: {found!r} instead of {wanted!r}"
+            if len(store.document(number)) > run.model.config.block_size:
+                verdict += (
+                    f"; its {len(store.document(number))} tokens do not fit one row of "
+                    f"{run.model.config.block_size}: raise --model.block_size or take a shorter file"
+                )
             passed = False
         print(f"check 2, {store.names[number]} regenerated from {first!r}: {verdict}")
+        if not passed:
+            break
+    print(f"run          {manager.folder}")
     return passed
 
 

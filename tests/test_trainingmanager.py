@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import trainingmanager
 from architecture import Decoder
@@ -322,15 +323,19 @@ def test_a_resume_may_move_the_files_and_the_cache(config: Config, tmp_path: Pat
     assert train(replace(adapted(config, resume=True), data=data)).state.step == 6
 
 
-def test_resuming_a_finished_run_changes_nothing(config: Config) -> None:
+def test_resuming_a_finished_run_says_so_and_changes_nothing(config: Config) -> None:
     manager = train(config)
-    before = checkpoints(manager.folder / "checkpoints"), (manager.folder / "metrics.jsonl").read_bytes()
-    again = train(adapted(config, resume=True))
-    assert replace(again.state, seconds=0) == replace(manager.state, seconds=0)
-    assert before == (
-        checkpoints(again.folder / "checkpoints"),
-        (again.folder / "metrics.jsonl").read_bytes(),
-    )
+    before = {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"the budget of .* is used up at step 6"):
+        train(adapted(config, resume=True))
+    assert before == {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
+
+
+def test_a_runs_config_makes_another_run(config: Config, tmp_path: Path) -> None:
+    train(adapted(config, max_steps=3))
+    train(adapted(config, resume=True))
+    saved = Config.from_dict(yaml.safe_load(Path(config.train.run, "config.yaml").read_text()))
+    assert train(adapted(saved, run=str(tmp_path / "again"))).state.step == 6
 
 
 def test_lines_that_a_killed_run_left_are_dropped_on_resume(config: Config) -> None:
