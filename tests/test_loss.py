@@ -88,6 +88,13 @@ def test_a_constant_output_has_no_hits() -> None:
     assert math.isclose(result.cross_entropy.item() / result.tokens, math.log(53), rel_tol=1e-5)
 
 
+def test_logits_that_are_not_numbers_have_no_hits() -> None:
+    model = scrambled()
+    torch.nn.init.constant_(model.head.weight, math.nan)
+    result = token_loss(model, random_batch(), ranks=True)
+    assert (result.top1, result.top5) == (0, 0) and math.isnan(result.cross_entropy.item())
+
+
 def test_scores_do_not_depend_on_how_rows_are_batched() -> None:
     model, batch = scrambled(dropout=0.5), random_batch(rows=6)
     whole = score(model, [batch], FP32)
