@@ -54,24 +54,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         n = max(1, min(h.size(0), CHUNK_ELEMENTS[device.type] // w.size(0)))
         # The same memory for every chunk: fresh pages cost more than the arithmetic on them.
         logits_buffer = torch.empty(n, w.size(0), dtype=dtype, device=device)
-        log_p_buffer = torch.empty(n, w.size(0), device=device)
+        softmax_buffer = torch.empty(n, w.size(0), device=device)
         for start in range(0, h.size(0), n):
             rows, target = h[start : start + n], labels[start : start + n, None]
             logits = torch.mm(rows, w.t(), out=logits_buffer[: len(rows)])
-            log_p = torch.log_softmax(logits, -1, torch.float32, out=log_p_buffer[: len(rows)])
-            target_log_p = log_p.gather(1, target)
+            softmax = torch.softmax(logits, -1, torch.float32, out=softmax_buffer[: len(rows)])
+            target_logit = logits.gather(1, target)
+            nll = -softmax.gather(1, target).log()
+            far = nll > 80  # where the softmax nears the end of fp32; log_softmax costs more and is exact
+            if far.any():
+                chosen = far.squeeze(1)
+                exact = torch.log_softmax(logits[chosen], -1, torch.float32).gather(1, target[chosen])
+                nll[chosen] = -exact
             if ranks:
                 # Counted are those below: a tie, as in a constant output, and NaN are then no hit.
-                above = log_p.size(1) - 1 - (log_p < target_log_p).sum(dim=1)
+                above = w.size(0) - 1 - (logits < target_logit).sum(dim=1)
                 hits += torch.stack(((above < 1).sum(), (above < 5).sum()))
-            nll = -target_log_p.sum()
-            smoothed = nll if smoothing == 0 else (1 - smoothing) * nll - smoothing * log_p.mean(dim=1).sum()
-            sums += torch.stack((smoothed, nll))
+            total = smoothed = nll.sum()
+            if smoothing:
+                log_sum = target_logit + nll
+                uniform = (log_sum - logits.mean(1, True, dtype=torch.float32)).sum()
+                smoothed = (1 - smoothing) * total + smoothing * uniform
+            sums += torch.stack((smoothed, total))
             if grad_hidden is None and grad_weight is None:
                 continue
-            # The softmax, in place; minus the smoothed target below. Under e^-60, which is nothing beside 1,
-            # denormal numbers begin to arise, and products with them took 5 times as long as a whole step.
-            grad_logits = log_p.clamp_(min=-60.0).exp_()
+            # Minus the smoothed target, the softmax is the gradient. Beside 1, 1e-26 is nothing, but below
+            # 1e-38 numbers are denormal, and products with them took 5 times as long as a whole step.
+            grad_logits = softmax.clamp_(min=1e-26)
             if smoothing:
                 grad_logits -= smoothing / w.size(0)
             grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, smoothing - 1))

@@ -67,7 +67,7 @@ from eval import EvalConfig, evaluate, printable, sample_completions, table, wri
 from generate import GenerationConfig, generate
 from loss import Scores, score, token_loss
 from optim import build_optimizers, learning_rate_factor
-from precision import Precision, choose_device, choose_precision
+from precision import Precision, choose_device, choose_precision, keep_freed_memory
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 
 DEFAULT_SECONDS = 300.0
@@ -640,6 +640,7 @@ def prove_overfit(manager: TrainingManager) -> bool:
 
 def main(config: Config) -> None:
     with one_sentence():
+        keep_freed_memory()
         manager = train(config)
         if manager.stop_signal is not None and manager.progress() < 1:
             print(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")

@@ -11,7 +11,8 @@ gets a byte-level BPE, AdamW, the learning rate and size that did best for it (4
 stands. Neither side's tokenizer training or final validation counts.
 
 speed: tokens/s of one training step (forward, backward, clip, AdamW) at 4 layers x 256, vocabulary 22,812,
-16 rows x 256, dropout 0.1, random tokens; the two take turns, and the median of each counts.
+16 rows x 256, dropout 0.1, random tokens. Each is set up as its own training command sets it up, in a
+process of its own; the two take turns, five each, and the median of each counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,8 +41,10 @@ from corpus import split_documents
 from dataset import Batch
 from loss import token_loss
 from optim import build_optimizers
-from precision import choose_device, choose_precision
+from precision import choose_device, choose_precision, keep_freed_memory
 from tokenizer import BPETokenizer
+
+SPEED_SHAPE = 22_812, 16, 256  # words, rows, tokens a row
 
 
 def nanogpt(folder: Path, **settings: Any) -> Any:
@@ -116,61 +118,58 @@ def quality(folder: Path, seconds: float) -> None:
     print(f"ours is {1 - ours['bits per byte'] / peer['bits per byte']:.1%} lower")
 
 
-def speed(folder: Path) -> None:
-    vocab_size, rows, length = 22_812, 16, 256
-    device = choose_device("cpu")
-    precision = choose_precision(device, "auto")
+def seconds_a_step(side: str, folder: Path) -> float:
+    """The median training step of one side, in this process."""
+    vocab_size, rows, length = SPEED_SHAPE
+    # Random tokens teach nothing; at 1e-3 they drive both models to saturation and denormal numbers.
+    rate = 1e-6
+    precision = choose_precision(choose_device("cpu"), "auto")
     shape: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": length, "dropout": 0.1}
-    peer = nanogpt(folder, vocab_size=vocab_size, bias=False, **shape)
-    # The same function as nanoGPT's: learned positions, norms with a scale, GELU, a tied head.
-    same: dict[str, Any] = {
-        "position": "learned",
-        "qk_norm": False,
-        "norm_weight": True,
-        "mlp": "gelu",
-        "tie_embeddings": True,
-    }
-    ours = Decoder(ModelConfig(vocab_size=vocab_size, init="normal", **shape, **same))
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
-    rate = (
-        1e-6  # random tokens teach nothing; at 1e-3 they drive both models to saturation and denormal numbers
-    )
-    peer_optimizers = [torch.optim.AdamW(peer.parameters(), lr=rate, fused=True)]
-    our_optimizers = build_optimizers(
-        ours, OptimizerConfig(name="adamw", lr=rate, embedding_lr=rate, head_lr=rate)
-    )
-    positions, documents = (
-        torch.arange(length).expand(rows, length),
-        torch.zeros(rows, length, dtype=torch.long),
-    )
-
-    def peer_loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        return peer(tokens, targets)[1]
-
-    def our_loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        return token_loss(ours, Batch(tokens, targets, documents, positions)).objective / targets.numel()
-
-    def seconds_of(
-        model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], optimizers: list
-    ) -> float:
+    if side == "nanoGPT":
+        model = nanogpt(folder, vocab_size=vocab_size, bias=False, **shape)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=rate, fused=True)]
+    else:
+        keep_freed_memory()
+        # The same function as nanoGPT's: learned positions, norms with a scale, GELU, a tied head.
+        shape |= {"position": "learned", "qk_norm": False, "norm_weight": True, "tie_embeddings": True}
+        model = Decoder(ModelConfig(vocab_size=vocab_size, init="normal", mlp="gelu", **shape))
+        settings = OptimizerConfig(name="adamw", lr=rate, embedding_lr=rate, head_lr=rate)
+        optimizers = build_optimizers(model, settings)
+    print(f"{side}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
+    positions = torch.arange(length).expand(rows, length)
+    documents = torch.zeros(rows, length, dtype=torch.long)
+    times = []
+    for _ in range(9):
         row = torch.randint(vocab_size, (rows, length + 1))
+        tokens, targets = row[:, :-1].contiguous(), row[:, 1:].contiguous()
         started = time.perf_counter()
         with precision.autocast():
-            loss = loss_of(row[:, :-1].contiguous(), row[:, 1:].contiguous())
+            if side == "nanoGPT":
+                loss = model(tokens, targets)[1]
+            else:
+                batch = Batch(tokens, targets, documents, positions)
+                loss = token_loss(model, batch).objective / targets.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return time.perf_counter() - started
+        times.append(time.perf_counter() - started)
+    return median(times[2:])
 
-    times: dict[str, list[float]] = {"nanoGPT": [], "ours": []}
-    for _ in range(9):
-        times["nanoGPT"].append(seconds_of(peer, peer_loss, peer_optimizers))
-        times["ours"].append(seconds_of(ours, our_loss, our_optimizers))
-    rates = {name: rows * length / median(values[2:]) for name, values in times.items()}
-    print(f"{precision.reason}\nnanoGPT {rates['nanoGPT']:,.0f} tokens/s, ours {rates['ours']:,.0f} tokens/s")
-    print(f"ours is {rates['ours'] / rates['nanoGPT']:.2f} times as fast")
+
+def speed(folder: Path) -> None:
+    _, rows, length = SPEED_SHAPE
+    rates: dict[str, list[float]] = {"nanoGPT": [], "ours": []}
+    for _ in range(5):
+        for side, values in rates.items():
+            command = [sys.executable, __file__, "speed", str(folder), "--side", side]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            values.append(rows * length / float(out.splitlines()[-1]))
+    print(choose_precision(choose_device("cpu"), "auto").reason)
+    for side, values in rates.items():
+        print(f"{side:8} {median(values):,.0f} tokens/s ({min(values):,.0f} to {max(values):,.0f})")
+    print(f"ours is {median(rates['ours']) / median(rates['nanoGPT']):.2f} times as fast")
 
 
 if __name__ == "__main__":
@@ -180,8 +179,11 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("quality", "speed"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--side", choices=("nanoGPT", "ours"), help="measure this one alone; print seconds")
     arguments = parser.parse_args()
-    if arguments.what == "quality":
+    if arguments.side:
+        print(seconds_a_step(arguments.side, arguments.folder))
+    elif arguments.what == "quality":
         quality(arguments.folder, arguments.seconds)
     else:
         speed(arguments.folder)

@@ -137,3 +137,23 @@ def test_no_full_matrix_of_logits_is_held() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         token_loss(model, batch)
     assert largest < 64 * 64 * 5000 / 50
+
+
+def test_targets_beyond_the_range_of_a_softmax() -> None:
+    """Where exp(logit - largest) is 0 in fp32 the loss is still that of log_softmax."""
+    model, batch = scrambled(), random_batch()
+    model.head.weight.data *= 100
+    result = token_loss(model, batch, 0.1)
+    result.objective.backward()
+    assert model.head.weight.grad is not None
+    ours = model.head.weight.grad.clone()
+    model.zero_grad()
+    logits = model(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1)
+    assert (logits.amax(1) - logits.amin(1)).max() > 200
+    settings: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
+    plain = F.cross_entropy(logits, batch.labels.flatten(), label_smoothing=0.1, **settings)
+    plain.backward()
+    torch.testing.assert_close(result.objective, plain, rtol=1e-5, atol=0)
+    unsmoothed = F.cross_entropy(logits, batch.labels.flatten(), **settings)
+    torch.testing.assert_close(result.cross_entropy, unsmoothed.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, model.head.weight.grad, rtol=1e-4, atol=1e-4)
