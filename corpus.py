@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from comments import drop_comments
 from config import DataConfig
 
 SPLITS = ("train", "validation")
@@ -114,8 +115,6 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
 
 
 def _without_comments(document: Document, report: Report) -> Document:
-    from tokenizer import drop_comments
-
     try:
         return dataclasses.replace(document, text=drop_comments(document.text))
     except ValueError:

@@ -85,13 +85,14 @@ import torch
 
 from architecture import Decoder
 from checkpoint import Run, code_fingerprint, load_run
-from dataset import TokenStore, prepare_data, validation_batches
+from dataset import prepare_data, validation_batches
 from generate import GenerationConfig, added_text, generate_ids, prompt_ids
 from loss import Scores, score
 from metrics import Interval, edit_similarity, exact_match, mean_interval
 from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from tokenizer import Tokenizer
+from tokenstore import TokenStore
 
 CONTEXT_LINES = 3  # fewest lines of a prompt
 # Its training takes about 170 bytes a token at its peak; of more tokens, it gets evenly spread documents.

@@ -31,12 +31,9 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import itertools
 import json
 import math
-import os
 import signal
 import time
 import warnings
@@ -59,21 +56,27 @@ from checkpoint import (
     save_checkpoint,
     verify,
 )
-from config import DataConfig, TokenizerConfig, write_atomically
-from corpus import training_texts
+from config import write_atomically
 from curves import draw_curves
-from dataset import IGNORE_INDEX, Batch, Batches, PreparedData, prepare_data, validation_batches
+from dataset import (
+    IGNORE_INDEX,
+    Batch,
+    Batches,
+    PreparedData,
+    prepare_data,
+    prepare_tokenizer,
+    validation_batches,
+)
 from eval import EvalConfig, evaluate, printable, sample_completions, table, write_results
 from generate import GenerationConfig, generate
 from loss import Scores, score, token_loss
 from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory
-from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
+from runfolder import claimed_folder, refuse_changes, refuse_other_data
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
 HOUSE = Path(__file__).parent
-LOCK = ".lock"
 
 
 @dataclass
@@ -409,108 +412,6 @@ def compile_blocks(model: Decoder) -> None:
 
 
 # --- a run, from settings to the final report --------------------------------------------------------
-
-
-def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
-    """Load `settings.path`, or train on the training files, cached by all that decides the result."""
-    if settings.path is not None:
-        return load_tokenizer(Path(settings.path))
-    if settings.kind == "pretrained":
-        raise ValueError(
-            "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
-        )
-    key = hashlib.sha256(repr(settings).encode())
-    key.update((HOUSE / "tokenizer.py").read_bytes())  # another algorithm makes another tokenizer
-    for text in training_texts(data):
-        key.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    folder = Path(data.cache) / "tokenizers" / key.hexdigest()[:32]
-    if not folder.is_dir():
-        print(f"training a {settings.kind} tokenizer of up to {settings.vocab_size} ids")
-        texts = training_texts(data)
-        if settings.kind == "code":
-            tokenizer: Tokenizer = CodeTokenizer.train(texts, settings.vocab_size, settings.min_count)
-        else:
-            tokenizer = BPETokenizer.train(texts, settings.vocab_size)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True)
-        tokenizer.save(temporary)
-        with contextlib.suppress(OSError):  # another run made the same one meanwhile
-            os.replace(temporary, folder)
-    return load_tokenizer(folder)
-
-
-@contextlib.contextmanager
-def claimed_folder(config: Config) -> Iterator[Path]:
-    """The run's folder, new or empty, or with `resume` one that holds a run; locked while the run lasts.
-
-    The lock is the kernel's: a second run in the folder fails at once, and a killed run's lock is free. A run
-    that fails before anything is written leaves no folder behind.
-    """
-    train = config.train
-    if train.resume and not train.run:
-        raise ValueError("--resume needs the folder of the run to go on with: --run runs/NAME")
-    folder = Path(train.run) if train.run else new_folder()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder with --run")
-    if train.resume and not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} holds no run to resume; check --run, or leave --resume out")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / LOCK
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run is under way in {folder}; wait for it, or name another --run"
-            ) from None
-        try:
-            if not train.resume and any(path.name != LOCK for path in folder.iterdir()):
-                raise ValueError(
-                    f"{folder} already holds another run; go on with --resume, or name a new --run"
-                )
-            yield folder
-        finally:
-            lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only if it is empty
-
-
-def new_folder() -> Path:
-    """A folder of `runs` named after the time, made here; runs that begin in the same second get a number."""
-    name = time.strftime("%Y-%m-%d-%H%M%S", time.gmtime())
-    for number in itertools.count(1):
-        folder = Path("runs", name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise AssertionError
-
-
-# What a resumed run may not change: the position in the data or the sense of the state would change too.
-# The data themselves are compared by their fingerprint, wherever they lie.
-FIXED_GROUPS = ("data", "tokenizer", "model", "optimizer")
-FIXED_KEYS = ("seed", "batch_size", "accumulation", "overfit")
-FREE_KEYS = ("data.source", "data.cache", "data.workers", "tokenizer.path")
-
-
-def refuse_changes(folder: Path, config: Config) -> None:
-    """ValueError if a resumed run would go on with other settings."""
-    before = Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))).to_dict()
-    after = config.to_dict()
-    pairs = {key: (before[key], after[key]) for key in FIXED_KEYS}
-    for group in FIXED_GROUPS:
-        pairs |= {f"{group}.{key}": (before[group][key], after[group][key]) for key in after[group]}
-    for key, (old, new) in pairs.items():
-        if old != new and key not in FREE_KEYS:
-            raise ValueError(f"{key} was {old} when {folder} began and is {new} now; set it back")
-
-
-def refuse_other_data(folder: Path, fingerprints: dict[str, str]) -> None:
-    """ValueError if a resumed run would go on with other data or another tokenizer."""
-    old_fingerprints = json.loads((folder / "fingerprints.json").read_text("utf-8"))
-    for name in ("data", "tokenizer"):
-        if old_fingerprints[name] != fingerprints[name]:
-            raise ValueError(f"the {name} changed since {folder} began; restore it, or start another --run")
 
 
 def train(config: Config) -> TrainingManager:

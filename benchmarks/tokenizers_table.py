@@ -22,7 +22,7 @@ sys.path.insert(0, str(HOUSE))
 
 from config import DataConfig, TokenizerConfig
 from corpus import split_documents
-from trainingmanager import prepare_tokenizer
+from dataset import prepare_tokenizer
 
 
 def main(seconds: float, sizes: list[int]) -> None:

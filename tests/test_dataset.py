@@ -33,20 +33,19 @@ from hypothesis import strategies as st
 
 import corpus
 import dataset
+import tokenstore
 from config import DataConfig
 from corpus import Document, Report, read_documents, split_documents, split_of, training_texts
 from dataset import (
     IGNORE_INDEX,
     Batch,
     Batches,
-    TokenStore,
-    build_store,
     next_token_labels,
-    open_store,
     prepare_data,
     validation_batches,
 )
 from tokenizer import Tokenizer
+from tokenstore import TokenStore, build_store, open_store
 
 
 class Bytes(Tokenizer):
@@ -183,7 +182,7 @@ def check_rows(batch: Batch, B: int, T: int, padding: int = 0) -> None:
 
 
 def test_importing_does_not_import_torch():
-    code = "import dataset, sys; assert 'torch' not in sys.modules"
+    code = "import tokenstore, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(dataset.__file__).parent, check=True)
 
 
@@ -437,7 +436,7 @@ def test_processes_write_the_same_bytes_as_one(folder: Path, monkeypatch: pytest
     (folder / "light.py").write_text(imports + inspect.getsource(Bytes) + inspect.getsource(OutOfRange))
     monkeypatch.syspath_prepend(folder)
     light = importlib.import_module("light")
-    monkeypatch.setattr(dataset, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(tokenstore, "CHUNK_CHARACTERS", 100)
     one = prepare_data(settings_for(folder), Bytes())
     monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
     elsewhere = dataclasses.replace(settings_for(folder, workers=2), cache=str(folder / "cache"))
@@ -588,7 +587,7 @@ def test_a_builder_that_comes_second_uses_the_first_one_s_store(folder: Path):
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dataset, "CHUNK_CHARACTERS", 1)
+    monkeypatch.setattr(tokenstore, "CHUNK_CHARACTERS", 1)
     config = settings_for(folder)
     with pytest.raises(ValueError, match="changed while it was read"):
         prepare_data(config, Hooked(lambda: (folder / "sub" / "file9.py").write_text("new")))

@@ -21,6 +21,7 @@ from architecture import Decoder
 from checkpoint import checkpoints, load_run, load_state
 from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from dataset import IGNORE_INDEX, Batch
+from runfolder import claimed_folder, new_folder
 from trainingmanager import RESUMABLE, TrainingManager, compile_blocks, train
 
 HOUSE = Path(__file__).parent.parent
@@ -349,7 +350,7 @@ def test_lines_that_a_killed_run_left_are_dropped_on_resume(config: Config) -> N
 
 
 def test_a_second_run_in_a_folder_under_way_is_refused(config: Config) -> None:
-    with trainingmanager.claimed_folder(config) as folder:
+    with claimed_folder(config) as folder:
         with pytest.raises(ValueError, match="another run is under way"):
             train(config)
         (folder / "config.yaml").write_text("{}")
@@ -359,7 +360,7 @@ def test_a_second_run_in_a_folder_under_way_is_refused(config: Config) -> None:
 
 def test_new_folders_of_one_second_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len({trainingmanager.new_folder() for _ in range(5)}) == 5
+    assert len({new_folder() for _ in range(5)}) == 5
 
 
 def test_damaged_checkpoints_are_passed_over_and_none_whole_is_refused(
