@@ -6,11 +6,12 @@
     RUN/checkpoints/step-00000600/
         model.safetensors                parameters
         state.safetensors, state.json    optimizers, random states, counters: all that a resumed run needs
-        manifest.json                    step, validation loss, and a SHA-256 for each file; written last
+        manifest.json                    step, validation loss, a SHA-256 for each file and for itself; last
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed; only its manifest makes it
-exist. The best one is the one with the lowest validation loss among the manifests: no pointer can go stale.
-Nothing is ever unpickled.
+A checkpoint is written under a temporary name, flushed to the disk and renamed, once: a name that a whole
+checkpoint has is never taken again. What begins with a dot is no checkpoint. The best one is the one with the
+lowest validation loss among the manifests: no pointer can go stale. Every SHA-256 is compared before a tensor
+or a state is parsed, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,6 +40,7 @@ from config import Config, ModelConfig, write_atomically
 from tokenizer import Tokenizer, load_tokenizer
 
 T = TypeVar("T")
+FILES = ("model.safetensors", "state.safetensors", "state.json")
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 
 
@@ -54,10 +58,10 @@ class Manifest:
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, state: dict[str, Any], loss: float | None, keep: bool
 ) -> Manifest:
-    """Write `folder/step-N` and return its manifest; an older folder of that step is replaced.
+    """Write `folder/step-N` and return its manifest; an older checkpoint of that step is removed afterwards.
 
-    The older one is moved aside to `.step-N.old` until the new one is in its place. If the process is killed
-    between the two renames, only that hidden name is left: the next save puts it back, nothing else does.
+    Killed at any instant, it leaves the new one whole or not there at all, and the older one untouched until
+    the new one is there: if `step-N` is whole, the new one is `step-N.1`.
 
     Args:
         folder: RUN/checkpoints.
@@ -67,10 +71,9 @@ def save_checkpoint(
     Raises:
         OSError: The disk is full or read-only. The temporary folder is removed; older checkpoints stay.
     """
-    final = folder / f"step-{step:08d}"
-    temporary, old = folder / f".{final.name}.tmp", folder / f".{final.name}.old"
-    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".step-{step:08d}.tmp"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder)
         temporary.mkdir()
         tensors: dict[str, Tensor] = {}
@@ -79,14 +82,25 @@ def save_checkpoint(
         _save_tensors(tensors, temporary / "state.safetensors")
         write_atomically(temporary / "state.json", json.dumps(plain))
         files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        manifest = {"step": step, "loss": loss, "keep": keep, "files": files}
-        write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        values = {"step": step, "loss": loss, "keep": keep, "files": files}
+        write_atomically(temporary / "manifest.json", _with_own_sha256(values))
         _flush(temporary)
-        if final.exists():
-            os.replace(final, old)
+        final, older = folder / f"step-{step:08d}", []
+        for path in _step_folders(folder):
+            if _number(path)[0] != step:
+                continue
+            try:
+                verify(read_manifest(path))
+                final = folder / f"step-{step:08d}.{_number(path)[1] + 1}"
+                older.append(path)
+            except ValueError:  # damaged: nothing is lost with it
+                _remove(path)
         os.replace(temporary, final)
         _flush(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _flush(folder.parent)
+        for path in older:
+            with suppress(OSError):
+                _remove(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             _clear_leftovers(folder)
@@ -98,12 +112,17 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Manifest]:
-    """The manifests in `folder` by step; folders without a readable one do not count."""
+    """The manifests in `folder`, oldest first; folders without a readable one do not count."""
     found = []
-    for path in sorted(folder.glob("step-*/manifest.json")):
+    for path in _step_folders(folder):
         with suppress(ValueError):
-            found.append(_read_run_file(path, _manifest))
-    return sorted(found, key=lambda manifest: manifest.step)
+            found.append(read_manifest(path))
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Of one checkpoint; ValueError if it is missing, is not what was written, or names another step."""
+    return _read_run_file(folder / "manifest.json", _manifest)
 
 
 def best_of(manifests: list[Manifest]) -> Manifest | None:
@@ -112,22 +131,44 @@ def best_of(manifests: list[Manifest]) -> Manifest | None:
     return min(scored, key=lambda m: (m.loss, -m.step)) if scored else None
 
 
+def newest_whole(folder: Path) -> Manifest:
+    """The newest checkpoint in `folder` that is whole; says on stderr which damaged ones it passed over.
+
+    Raises:
+        ValueError: There is none.
+    """
+    return _first_whole(_step_folders(folder)[::-1], folder.parent)
+
+
 def remove_superseded(folder: Path, keep: int) -> None:
-    """Delete all but the best, the last, and the `keep` newest of those to be kept (0: all of those)."""
+    """Delete all but the best, the last, and the `keep` newest of those to be kept (0: all of those).
+
+    Before anything is deleted the last one is read again: a damaged one does not count, and the newest whole
+    one stays too.
+    """
     manifests = checkpoints(folder)
     kept = [m for m in manifests if m.keep]
-    stay = {m.step for m in (kept[-keep:] if keep else kept)} | {m.step for m in manifests[-1:]}
+    stay = {m.folder for m in (kept[-keep:] if keep else kept)}
     best = best_of(manifests)
     if best:
-        stay.add(best.step)
-    for manifest in manifests:
-        if manifest.step not in stay:
-            shutil.rmtree(manifest.folder, ignore_errors=True)
+        stay.add(best.folder)
+    superseded = [m for m in manifests[:-1] if m.folder not in stay]
+    if not superseded:
+        return
+    for manifest in reversed(manifests):
+        stay.add(manifest.folder)
+        with suppress(ValueError):
+            verify(manifest)
+            break
+    for manifest in superseded:
+        if manifest.folder not in stay:
+            with suppress(OSError):
+                _remove(manifest.folder)
 
 
 def verify(manifest: Manifest) -> None:
     """ValueError that names the first file that is missing or whose SHA-256 is not the manifest's."""
-    for name in ("model.safetensors", "state.safetensors", "state.json"):
+    for name in FILES:
         path = manifest.folder / name
         if name not in manifest.files or not path.is_file():
             raise ValueError(f"{path} is missing; the checkpoint is damaged, use another one")
@@ -158,6 +199,51 @@ def load_weights(model: nn.Module, manifest: Manifest) -> None:
     _read_run_file(path, copy)
 
 
+def changed_weight(model: nn.Module, manifest: Manifest) -> str | None:
+    """Name of the first parameter or buffer of `model` that is not, bit for bit, the checkpoint's."""
+    with safe_open(manifest.folder / "model.safetensors", framework="pt") as file:
+        for key, tensor in _untied(model).items():
+            if first_difference(file.get_tensor(key), tensor) is not None:
+                return key
+    return None
+
+
+def first_difference(a: Any, b: Any, name: str = "") -> str | None:
+    """Where two nested states differ first, as in `optimizers/0/state/3/exp_avg`; None if nowhere.
+
+    Tensors are compared bit for bit, wherever they lie, and so are numbers: 1 is not 1.0, and NaN is NaN.
+    Tuples and lists are the same, as they are in a checkpoint.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return name
+        return None if torch.equal(_bytes_of(a), _bytes_of(b)) else name
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            inner = f"{name}/{key}" if name else str(key)
+            if key not in a or key not in b:
+                return inner
+            found = first_difference(a[key], b[key], inner)
+            if found is not None:
+                return found
+        return None
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return name
+        return first_difference(dict(enumerate(a)), dict(enumerate(b)), name)
+    return None if type(a) is type(b) and repr(a) == repr(b) else name
+
+
+def not_finite(model: nn.Module, state: dict[str, Any]) -> str | None:
+    """Name of the first tensor of floats, of weights or state, with a value that is not finite."""
+    tensors: dict[str, Tensor] = {}
+    _collect_tensors(state, "", tensors)
+    for key, tensor in (_untied(model) | tensors).items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return key
+    return None
+
+
 @dataclass(frozen=True)
 class Run:
     """A trained model with what belongs to it."""
@@ -173,6 +259,8 @@ class Run:
 def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
     """Open a run folder, or one checkpoint inside it, for evaluation; the model is in eval mode, on the CPU.
 
+    A damaged checkpoint is passed over, and named on stderr, unless `path` asks for that one.
+
     Raises:
         ValueError: There is no run or no checkpoint, a file is damaged, or weights and config disagree.
     """
@@ -183,14 +271,21 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
         raise ValueError(f"{path} holds no run (no config.yaml); give the folder that training wrote")
     config = _read_run_file(folder / "config.yaml", _config)
     fingerprints = _read_run_file(folder / "fingerprints.json", _fingerprints)
-    manifests = checkpoints(folder / "checkpoints")
+    found = _step_folders(folder / "checkpoints")[::-1]
     if one:
-        manifest = next((m for m in manifests if m.folder.name == one), None)
-    else:
-        manifest = (best_of(manifests) if which == "best" else None) or (manifests[-1] if manifests else None)
-    if manifest is None:
+        found = [path for path in found if path.name == one]
+    if which == "best":
+        losses = {m.folder: m.loss for m in checkpoints(folder / "checkpoints")}
+        # Unreadable manifests first, so that they are named: any of them may have been the best. The sort is
+        # stable: the later of two equals is ahead, and without a validation the newest.
+        found.sort(key=lambda path: _preference(losses, path))
+    if not any((folder / "manifest.json").exists() for folder in found):
         raise ValueError(f"{path} holds no finished checkpoint; train for longer, or look in another run")
-    verify(manifest)
+    if one:
+        manifest = read_manifest(found[0])
+        verify(manifest)
+    else:
+        manifest = _first_whole(found, path)
     tokenizer = _read_run_file(folder / "tokenizer", load_tokenizer)
     if tokenizer.fingerprint != fingerprints["tokenizer"]:
         raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with")
@@ -206,6 +301,40 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
 
 
 # --- helpers -----------------------------------------------------------------------------------------
+
+
+def _number(path: Path) -> tuple[int, int]:
+    """Step and generation of `step-00000600.1`; the generation is 0 where none is written."""
+    match = re.fullmatch(r"step-(\d{8,})(?:\.(\d+))?", path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Oldest first, whether whole or not."""
+    return sorted((path for path in folder.glob("step-*") if _number(path)[0] >= 0), key=_number)
+
+
+def _preference(losses: dict[Path, float | None], path: Path) -> tuple[bool, float]:
+    loss = losses.get(path)
+    return path in losses, math.inf if loss is None else loss
+
+
+def _first_whole(folders: list[Path], run: Path) -> Manifest:
+    reasons = []
+    for folder in folders:
+        try:
+            manifest = read_manifest(folder)
+            verify(manifest)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            print(f"passed over: {reason}", file=sys.stderr)
+        return manifest
+    first = f" ({reasons[0]})" if reasons else ""
+    raise ValueError(
+        f"{run} has {len(folders)} checkpoints and none is whole{first}; start again in another --run"
+    )
 
 
 def _read_run_file(path: Path, parse: Callable[[Path], T]) -> T:
@@ -236,8 +365,19 @@ def _fingerprints(path: Path) -> dict[str, str]:
     return {name: values[name] for name in names}
 
 
+def _with_own_sha256(values: dict[str, Any]) -> str:
+    """The text of a manifest; its last entry is the SHA-256 of the text without that entry."""
+    own = hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()
+    return json.dumps(values | {"sha256": own}, indent=1)
+
+
 def _manifest(path: Path) -> Manifest:
-    values = json.loads(path.read_text("utf-8"))
+    text = path.read_text("utf-8")
+    values = json.loads(text)
+    if text != _with_own_sha256({key: value for key, value in values.items() if key != "sha256"}):
+        raise ValueError("it is not what its own SHA-256 says")
+    if _number(path.parent)[0] != values["step"]:
+        raise ValueError(f"it is that of step {values['step']}")
     loss = None if values["loss"] is None else float(values["loss"])
     if loss is not None and not math.isfinite(loss):  # JSON of Python's knows NaN and Infinity
         raise ValueError(f"its loss is {loss}")
@@ -287,16 +427,16 @@ def _refuse_giant(config: ModelConfig, manifest: Manifest) -> None:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Remove what killed saves left under hidden names; the only whole checkpoint of a step is put back."""
-    for old in folder.glob(".step-*.old"):
-        final = folder / old.name.removeprefix(".").removesuffix(".old")
-        if not final.exists():
-            with suppress(ValueError):
-                verify(_read_run_file(old / "manifest.json", _manifest))
-                os.replace(old, final)
-        shutil.rmtree(old, ignore_errors=True)
-    for temporary in folder.glob(".step-*.tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Remove what killed saves and removals left under hidden names."""
+    for hidden in folder.glob(".step-*"):
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, under a hidden name: a kill on the way leaves nothing that looks like one."""
+    hidden = path.with_name(f".{path.name}.gone")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _untied(model: nn.Module) -> dict[str, Tensor]:
@@ -327,6 +467,19 @@ def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return {"list": [_take_tensors(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
     assert value is None or isinstance(value, bool | int | float | str), f"{key} is a {type(value).__name__}"
     return value
+
+
+def _collect_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> None:
+    """Collect the tensors of nested dicts and lists under names like `optimizers/0/state/3/exp_avg`."""
+    if isinstance(value, Tensor):
+        tensors[key] = value
+    elif isinstance(value, dict | list | tuple):
+        for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+            _collect_tensors(v, f"{key}/{k}" if key else str(k), tensors)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:

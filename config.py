@@ -30,11 +30,16 @@ class DataConfig:
             .parquet file.
         suffixes: Endings of the files that are read from a folder.
         text_field: Field that holds the text of a JSONL or Parquet row; by default `text`, else `content`.
+            Without it rows may be examples: prompt and completion; input and output; or instruction, input
+            (which may be missing) and output.
         group_field: Field whose value keeps documents together on one side of the split (a repository,
-            say). Without it each document is its own group.
+            say). Without it each document is its own group, and examples without a name go by their prompt.
+        regroup: Find what belongs together by its text (near duplicates, shared passages) and keep it on one
+            side of the split too.
         validation_one_in: A group is validation where `sha1(group) % validation_one_in == 0`.
             0 validates on the training files, which only `--overfit` allows.
-        drop_comments: Remove comments and docstrings from Python files before they are tokenised.
+        drop_comments: Remove comments and docstrings from Python files before they are tokenised. Not of
+            examples.
         skip_undecodable: Leave out, and count, files that are not UTF-8 instead of stopping at the first.
         cache: Folder for trained tokenizers and token stores, keyed by content.
         workers: Processes that tokenise; 0 means one for each core.
@@ -44,6 +49,7 @@ class DataConfig:
     suffixes: tuple[str, ...] = (".py",)
     text_field: str | None = None
     group_field: str | None = None
+    regroup: bool = False
     validation_one_in: int = 10
     drop_comments: bool = False
     skip_undecodable: bool = False
@@ -218,6 +224,7 @@ class TrainConfig:
         run: Folder of the run; it must be new or empty unless `resume` is set. By default a new one, named
             after the time, under `runs`.
         resume: Go on from the newest checkpoint in `run`.
+        prove_resume: Instead of a run, prove that one that is killed and resumed ends as one that never was.
         overfit: Train on a tiny corpus (recipes/overfit) until it is known by heart, then prove it.
         seed: Of the weights, the order of the data and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -238,11 +245,13 @@ class TrainConfig:
         log_every: Steps between lines in the logs.
         activation_checkpointing: Recompute each block in backward instead of keeping its activations.
         compile: Use torch.compile; where no compiler is, warn and run eager.
+        allow: Names of faults that may pass; they are recorded in the run and printed with its scores.
         samples: Held-out functions that are completed at the end.
     """
 
     run: str = ""
     resume: bool = False
+    prove_resume: bool = False
     overfit: bool = False
     seed: int = 0
     device: str = "auto"
@@ -261,6 +270,7 @@ class TrainConfig:
     log_every: int = 10
     activation_checkpointing: bool = False
     compile: bool = False
+    allow: tuple[str, ...] = ()
     samples: int = 3
 
 
@@ -278,6 +288,7 @@ class Config:
         """The layout of the YAML files: training's settings at the top, the other groups below their name."""
         plain = dataclasses.asdict(self)
         plain["data"]["suffixes"] = list(self.data.suffixes)  # YAML knows no tuples
+        plain["train"]["allow"] = list(self.train.allow)
         return plain.pop("train") | plain
 
     @classmethod

@@ -2,9 +2,10 @@
 
     for side, document in split_documents(config):  # side is "train" or "validation"
 
-A source is the running interpreter's standard library, a folder, or a JSONL(.gz) or Parquet file.
-Documents are streamed, exact duplicates are dropped, and each group goes whole to one side *before*
-anything is cut into windows, so that no text stands on both.
+A source is the running interpreter's standard library, a folder, or a JSONL(.gz) or Parquet file, whose
+rows hold plain text or examples (a prompt and its completion). Documents are streamed, exact duplicates
+are dropped, and each group goes whole to one side *before* anything is cut into windows, so that no text
+stands on both.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ from comments import drop_comments
 from config import DataConfig
 
 SPLITS = ("train", "validation")
+# Fields of a JSONL or Parquet row: of plain text, or of an example, whose completion is the last.
+ROW_KINDS = (
+    ("text",),
+    ("content",),
+    ("prompt", "completion"),
+    ("input", "output"),
+    ("instruction", "output"),
+    ("instruction", "input", "output"),
+)
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
 )
@@ -42,11 +52,16 @@ def utf8(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `group` decides its side of the split; without a group field it equals `name`."""
+    """A plain text, or an example: `text` is then the completion of `prompt`, which may be "".
+
+    `group` decides its side of the split. Without a group field it equals `name`, or the prompt of an example
+    whose row has no name: the completions of one prompt stay on one side.
+    """
 
     name: str
     text: str
     group: str
+    prompt: str | None = None  # None is plain text
 
 
 @dataclass
@@ -57,10 +72,11 @@ class Report:
         documents: Documents that were read.
         undecodable: Files or rows left out because they are not UTF-8 (not part of `documents`).
         unparsed: Python documents kept with their comments because they do not parse (`drop_comments`).
-        duplicates: Documents dropped because an earlier one has the same text.
+        duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
         kept: Documents on each side.
-        kept_bytes: UTF-8 bytes on each side.
-        fingerprint: SHA-256 over name, group and text of every document kept, in order; set at the end.
+        kept_bytes: UTF-8 bytes on each side, prompts included.
+        fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order; set at the
+            end.
     """
 
     documents: int = 0
@@ -98,6 +114,11 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
     python_files = 0
     for document in documents:
         report.documents += 1
+        if config.drop_comments and document.prompt is not None:
+            raise ValueError(
+                f"--data.drop_comments is set, and {config.source} holds examples: half a program does not "
+                "parse; leave it out"
+            )
         if config.drop_comments and document.name.endswith(".py"):
             python_files += 1
             document = _without_comments(document, report)
@@ -166,14 +187,17 @@ def _decoded(data: bytes, where: str, offset: int, config: DataConfig, report: R
 
 def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Document]:
     rows = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
+    first: tuple[str, str] | None = None
     for number, row in rows(path, config, report):
         where = f"{path} {'row' if path.suffix == '.parquet' else 'line'} {number}"
-        field = _text_field(config, row, where)
-        if not isinstance(row[field], str):
-            raise ValueError(f"{where} holds {type(row[field]).__name__} in the field {field}, not text")
+        prompt, text = example_of(row, config, where)
+        kind = "plain text" if prompt is None else "an example"
+        first = first or (where, kind)
+        if kind != first[1]:
+            raise ValueError(f"{where} holds {kind}, and {first[0]} {first[1]}: put them into two files")
         names = (row.get(key) for key in ("path", "name"))
-        name = next((value for value in names if isinstance(value, str) and value), str(number))
-        group = name
+        name = next((value for value in names if isinstance(value, str) and value), "")
+        group = name or prompt or str(number)
         if config.group_field is not None:
             if row.get(config.group_field) is None:
                 raise ValueError(
@@ -181,20 +205,75 @@ def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Docum
                     f"{_listed(row)}"
                 )
             group = str(row[config.group_field])
-        yield Document(name, row[field], group)
+        yield Document(name or str(number), text, group, prompt)
 
 
 def _listed(fields: Iterable[str]) -> str:
     return ", ".join(sorted(fields)) or "no fields"
 
 
-def _text_field(config: DataConfig, fields: Iterable[str], where: str) -> str:
-    wanted = ("text", "content") if config.text_field is None else (config.text_field,)
-    for field in wanted:
-        if field in fields:
-            return field
+def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str | None, str]:
+    """(prompt, completion) of a row that holds an example, (None, text) of one that holds plain text.
+
+    The one place that decides it.
+
+    Raises:
+        ValueError: the row is of no kind or of two, holds something that is not text, or completes nothing.
+    """
+    fields = _fields_of(row, config, where)
+    values: list[Any] = [row[field] for field in fields]
+    if len(fields) == 3 and values[1] is None:  # Parquet has no other way to leave the input out
+        values[1] = ""
+    for field, value in zip(fields, values, strict=True):
+        if not isinstance(value, str):
+            raise ValueError(f"{where} holds {type(value).__name__} in the field {field}, not text")
+    *prompt, text = values
+    if not prompt:
+        return None, text
+    if not text:
+        raise ValueError(
+            f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove it"
+        )
+    return alpaca_prompt(*prompt) if fields[0] == "instruction" else prompt[0], text
+
+
+def alpaca_prompt(instruction: str, given: str = "") -> str:
+    """The published template, train.py of github.com/tatsu-lab/stanford_alpaca: with and without an input."""
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"### Input:\n{given}\n\n" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that appropriately "
+        f"completes the request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:"
+    )
+
+
+def _fields_of(present: Iterable[str], config: DataConfig, where: str) -> tuple[str, ...]:
+    """The fields that are read of those present: the text's, or an example's with the completion last."""
+    present = set(present)
+    kinds = [kind for kind in ROW_KINDS if present.issuperset(kind)]
+    kinds = [kind for kind in kinds if not any(set(kind) < set(other) for other in kinds)]
+    if config.text_field in present:
+        return (config.text_field,)
+    if config.text_field is not None:
+        examples = any(len(kind) > 1 for kind in kinds)
+        remedy = "leave --data.text_field out to read examples" if examples else "set --data.text_field"
+        raise ValueError(f"{where} has no field {config.text_field} but {_listed(present)}: {remedy}")
+    if len(kinds) > 1 and kinds != [("text",), ("content",)]:
+        one, other = (" and ".join(kind) for kind in kinds[:2])
+        raise ValueError(
+            f"{where} holds {one}, and also {other}: take one kind out of the file, or set --data.text_field "
+            "to read one field as plain text"
+        )
+    if kinds:
+        return kinds[0]
+    if present.issuperset(("prefix", "suffix", "middle")):
+        raise ValueError(
+            f"{where} holds prefix, suffix and middle: filling in the middle takes special tokens that are "
+            "not supported; give prompt and completion, or set --data.text_field"
+        )
     raise ValueError(
-        f"{where} has no field {' or '.join(wanted)} but {_listed(fields)}: set --data.text_field"
+        f"{where} has no field text or content but {_listed(present)}: set --data.text_field, or give "
+        "prompt and completion"
     )
 
 
@@ -226,7 +305,7 @@ def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tu
     try:
         with pq.ParquetFile(path) as file:
             fields = file.schema_arrow.names
-            wanted = {_text_field(config, fields, str(path)), "path", "name", config.group_field}
+            wanted = {*_fields_of(fields, config, str(path)), "path", "name", config.group_field}
             for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):
                 # As bytes: pyarrow does not check that its strings are UTF-8, and one bad value would
                 # make the conversion of the whole batch fail.
@@ -267,8 +346,8 @@ def split_of(group: str, validation_one_in: int) -> str:
 def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
     """Yield (side, document) without exact duplicates: of equal texts the first in order stays.
 
-    One copy of each text and one side for each group: so no text stands on both sides. Keeps one SHA-256 a
-    document in memory, never the texts.
+    One copy of each text and one side for each group: so no text stands on both sides. Examples are equal if
+    both prompt and completion are. Keeps one SHA-256 a text in memory, and the texts only to regroup them.
 
     Raises:
         ValueError: as `read_documents`; or a side is left without a document.
@@ -276,19 +355,22 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
     if config.validation_one_in < 0:
         raise ValueError(f"--data.validation_one_in is {config.validation_one_in}, and must be at least 2")
     report = Report() if report is None else report
-    seen: set[bytes] = set()
     content = hashlib.sha256()
-    for document in read_documents(config, report):
-        data = utf8(document.text)
-        digest = hashlib.sha256(data).digest()
-        if digest in seen:
-            report.duplicates += 1
-            continue
-        seen.add(digest)
+    documents = _without_duplicates(config, report)
+    if config.regroup:
+        from leaks import regroup  # which reads documents itself
+
+        kept = list(documents)
+        groups = regroup([document for document, _, _ in kept])
+        documents = (
+            (dataclasses.replace(document, group=group), digest, size)
+            for (document, digest, size), group in zip(kept, groups, strict=True)
+        )
+    for document, digest, size in documents:
         content.update(json.dumps([document.name, document.group, digest.hex()]).encode())
         side = split_of(document.group, config.validation_one_in)
         report.kept[side] += 1
-        report.kept_bytes[side] += len(data)
+        report.kept_bytes[side] += size
         yield side, document
     if not report.kept_bytes["train"] or (config.validation_one_in and not report.kept_bytes["validation"]):
         raise ValueError(
@@ -299,6 +381,27 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
     report.fingerprint = content.hexdigest()
 
 
+def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Document, bytes, int]]:
+    """Each text once, with its SHA-256 (and its prompt's) and its size in UTF-8 bytes."""
+    seen: set[bytes] = set()
+    for document in read_documents(config, report):
+        data = utf8(document.text)
+        digest = hashlib.sha256(data).digest()
+        if document.prompt is not None:
+            data += utf8(document.prompt)
+            digest += hashlib.sha256(utf8(document.prompt)).digest()
+        if digest in seen:
+            report.duplicates += 1
+            continue
+        seen.add(digest)
+        yield document, digest, len(data)
+
+
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """The texts of the train side, in order: what a tokenizer may learn from. Errors as `split_documents`."""
-    return (document.text for side, document in split_documents(config) if side == "train")
+    """The texts of the train side, in order: what a tokenizer may learn from. Errors as `split_documents`.
+
+    Of an example the prompt and the completion, apart, as they are tokenised.
+    """
+    for side, document in split_documents(config):
+        if side == "train":
+            yield from (document.text,) if document.prompt is None else (document.prompt, document.text)

@@ -7,7 +7,8 @@
 
 The two sides of the split (corpus.py) are tokenised into a store (tokenstore.py), in a folder
 named after the content of the data, the tokenizer and the settings, so data that changed cannot meet an old
-store. The order of training is a pure function of (seed, epoch, step, rank, world size): the
+store. Plain texts are laid end to end and cut into rows; examples stand whole in them, and bear loss on
+their completions only. The order of training is a pure function of (seed, epoch, step, rank, world size): the
 whole position of a run is the integer `step`.
 """
 
@@ -22,6 +23,8 @@ import os
 import shutil
 import uuid
 import warnings
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +122,11 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
     if target.exists():
         try:
             prepared = _opened(target, report)
+            if prepared.train.fingerprint != report.fingerprint:
+                raise ValueError(
+                    f"{target} holds other data (fingerprint {prepared.train.fingerprint[:12]}, and the "
+                    f"corpus has {report.fingerprint[:12]}): build it again"
+                )
             prepared.train.verify()
             prepared.validation.verify()
             return prepared
@@ -174,13 +182,65 @@ class Batch(NamedTuple):
     positions: torch.Tensor
 
 
-def next_token_labels(tokens: np.ndarray, document_ids: np.ndarray) -> np.ndarray:
+def next_token_labels(
+    tokens: np.ndarray, document_ids: np.ndarray, is_prompt: np.ndarray | None = None
+) -> np.ndarray:
     """The one place where labels are made: (B, T + 1) tokens and document ids -> (B, T) labels.
 
-    A label is the next token, or `IGNORE_INDEX` where that is padding or belongs to another document.
+    A label is the next token, or `IGNORE_INDEX` where that is padding, belongs to another document, or is of
+    a prompt by `is_prompt`, (B, T + 1). So the last token of a prompt predicts the first of its completion.
     """
-    same = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] >= 0)
-    return np.where(same, tokens[:, 1:], IGNORE_INDEX)
+    bears = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] >= 0)
+    if is_prompt is not None:
+        bears &= ~is_prompt[:, 1:]
+    return np.where(bears, tokens[:, 1:], IGNORE_INDEX)
+
+
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... in each of the pieces of these lengths, laid end to end."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _filled(
+    store: TokenStore,
+    block_size: int,
+    count: np.ndarray,
+    start: np.ndarray,
+    source: np.ndarray,
+    length: np.ndarray,
+    prompt_length: np.ndarray | None = None,
+) -> Batch:
+    """The batch of pieces of documents, `count` (B,) in each row; the other arrays have one entry a piece.
+
+    Args:
+        store: Where the tokens are.
+        block_size: T.
+        count: Pieces in each row.
+        start: Where a piece begins in its row of T + 1.
+        source: Where it begins in the store.
+        length: Its tokens.
+        prompt_length: How many of them are prompt.
+    """
+    B, T = len(count), block_size
+    row = np.repeat(np.arange(B), count)
+    number, position = _counted(count), _counted(length)
+    place = np.repeat(row * (T + 1) + start, length) + position
+
+    tokens = np.full(B * (T + 1), store.pad_id or 0)
+    document_ids = np.full(B * (T + 1), -1)
+    positions = np.zeros(B * (T + 1), np.int64)
+    tokens[place] = store.gather(np.repeat(source, length) + position)
+    document_ids[place] = np.repeat(number, length)
+    positions[place] = position
+    tokens, document_ids, positions = (a.reshape(B, T + 1) for a in (tokens, document_ids, positions))
+    is_prompt = None
+    if prompt_length is not None:
+        is_prompt = np.zeros(B * (T + 1), bool)
+        is_prompt[place] = position < np.repeat(prompt_length, length)
+        is_prompt = is_prompt.reshape(B, T + 1)
+    labels = next_token_labels(tokens, document_ids, is_prompt)
+    shown = (tokens[:, :-1], labels, document_ids[:, :-1], positions[:, :-1])
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in shown))
 
 
 class _Rows:
@@ -203,45 +263,113 @@ class _Rows:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows (B,) by number, which may repeat; numbers from `n_rows` on give rows of padding."""
-        B, T = len(rows), self.block_size
+        T = self.block_size
         start = rows * T
         stop = np.minimum(start + T + 1, self.store.n_tokens)
         first = np.searchsorted(self.begin, start, "right") - 1
         last = np.searchsorted(self.begin, stop - 1, "right") - 1
         count = np.where(rows < self.n_rows, last - first + 1, 0)
-        # One entry for each piece of a document in a row, then one for each token of a piece.
-        row = np.repeat(np.arange(B), count)
-        number = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-        document = first[row] + number
-        begin = np.maximum(self.begin[document], start[row])
-        length = np.minimum(self.begin[document + 1], stop[row]) - begin
-        position = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        source = np.repeat(self.source[document] + begin - self.begin[document], length) + position
-        place = np.repeat(row * (T + 1) + begin - start[row], length) + position
+        # One entry for each piece of a document in a row.
+        document = np.repeat(first, count) + _counted(count)
+        row_start, row_stop = np.repeat(start, count), np.repeat(stop, count)
+        begin = np.maximum(self.begin[document], row_start)
+        length = np.minimum(self.begin[document + 1], row_stop) - begin
+        source = self.source[document] + begin - self.begin[document]
+        return _filled(self.store, T, count, begin - row_start, source, length)
 
-        tokens = np.full(B * (T + 1), self.store.pad_id or 0)
-        document_ids = np.full(B * (T + 1), -1)
-        positions = np.zeros(B * (T + 1), np.int64)
-        tokens[place] = self.store.gather(source)
-        document_ids[place] = np.repeat(number, length)
-        positions[place] = position
-        tokens, document_ids, positions = (a.reshape(B, T + 1) for a in (tokens, document_ids, positions))
-        labels = next_token_labels(tokens, document_ids)
-        shown = (tokens[:, :-1], labels, document_ids[:, :-1], positions[:, :-1])
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in shown))
+
+def fits_a_row(store: TokenStore, block_size: int) -> np.ndarray:
+    """(n_documents,) bool: which take part in training and validation. Of plain texts all: those are cut.
+
+    An example is never cut, and a row holds `block_size` + 1 of its tokens: the last is a target only.
+    """
+    if not store.holds_examples:
+        return np.ones(store.n_documents, bool)
+    return np.diff(store.offsets) <= block_size + 1
+
+
+def best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack pieces, longest first, each into the fullest row that has room: (row, start) of each piece.
+
+    Args:
+        lengths: (pieces,) from the longest on, none above `size`.
+        size: Of a row.
+    """
+    row, start = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    rooms: list[int] = []  # those that some row has, ascending
+    rows_with: dict[int, list[int]] = defaultdict(list)  # rows by their room
+    n_rows = 0
+    for piece, length in enumerate(lengths.tolist()):
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, chosen, n_rows = size, n_rows, n_rows + 1
+        else:
+            room = rooms[at]
+            chosen = rows_with[room].pop()
+            if not rows_with[room]:
+                del rooms[at]
+        left = room - length
+        if not rows_with[left]:
+            insort(rooms, left)
+        rows_with[left].append(chosen)
+        row[piece], start[piece] = chosen, size - room
+    return row, start
+
+
+class _ExampleRows:
+    """The examples of a store that fit a row of T tokens and the one after, several to a row, none cut.
+
+    Lengths alone decide which lengths share a row; `order` decides among examples of equal length. So every
+    order makes the same number of rows, and an epoch has the same number of steps.
+    """
+
+    def __init__(self, store: TokenStore, order: np.ndarray, block_size: int):
+        lengths = np.diff(store.offsets)
+        order = order[fits_a_row(store, block_size)[order]]
+        if not len(order):
+            raise ValueError(
+                f"none of the {store.n_documents} examples of the {store.split} store fits a row: the "
+                f"shortest has {lengths.min()} tokens, and model.block_size {block_size} makes room for "
+                f"{block_size + 1}; set --model.block_size to {lengths.min() - 1} or more"
+            )
+        self.store, self.block_size = store, block_size
+        order = order[np.argsort(-lengths[order], kind="stable")]
+        row, start = best_fit(lengths[order], block_size + 1)
+        by_row = np.argsort(row, kind="stable")
+        self.documents, self.start = order[by_row], start[by_row]
+        self.count = np.bincount(row)
+        self.n_rows = len(self.count)
+        self.first = np.cumsum(self.count) - self.count
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Rows (B,) by number, which may repeat; numbers from `n_rows` on give rows of padding."""
+        known = np.minimum(rows, self.n_rows - 1)
+        count = np.where(rows < self.n_rows, self.count[known], 0)
+        piece = np.repeat(self.first[known], count) + _counted(count)
+        document = self.documents[piece]
+        source = self.store.offsets[document]
+        length = self.store.offsets[document + 1] - source
+        prompt_length = self.store.prompt_lengths[document]
+        return _filled(self.store, self.block_size, count, self.start[piece], source, length, prompt_length)
+
+
+def _rows_of(store: TokenStore, order: np.ndarray, block_size: int) -> _Rows | _ExampleRows:
+    return (_ExampleRows if store.holds_examples else _Rows)(store, order, block_size)
 
 
 class Batches:
     """The training batches of one rank; `batch(step)` depends on nothing but its arguments and the settings.
 
-    Every epoch draws a new order of the documents, lays them end to end, cuts them into rows and deals the
-    rows, in a drawn order, to (step, rank, row of the batch). In an epoch each token is a target exactly
-    once, but for the first of each document, and for the rows that do not fill a last global batch of
-    `batch_size * world_size`. A store with fewer rows than one global batch repeats them to fill it, and an
-    epoch is then one step. Ranks together hold the rows that one rank would with their summed batch size.
+    Every epoch draws a new order of the documents, makes rows of them, and deals the rows, in a drawn order,
+    to (step, rank, row of the batch). In an epoch each token is a target exactly once, but for the first of
+    each document, for prompts and the `left_out` examples that are longer than a row, and for the rows that
+    do not fill a last global batch of `batch_size * world_size`. A store with fewer rows than one global
+    batch repeats them to fill it, and an epoch is then one step. Ranks together hold the rows that one rank
+    would with their summed batch size.
 
     Raises:
-        ValueError: a size below 1, a rank outside the world, or a store of less than two tokens.
+        ValueError: a size below 1, a rank outside the world, a store of less than two tokens, or one of
+            examples of which none fits a row.
     """
 
     def __init__(
@@ -260,14 +388,15 @@ class Batches:
             )
         self.store, self.batch_size, self.block_size, self.seed = store, batch_size, block_size, seed
         self.rank, self.world_size = rank, world_size
+        self.left_out = int((~fits_a_row(store, block_size)).sum())
         self._epoch = 0
         self._rows, self._order = self._shuffled(0)
         self.steps_per_epoch = max(1, self._rows.n_rows // (batch_size * world_size))
 
-    def _shuffled(self, epoch: int) -> tuple[_Rows, np.ndarray]:
+    def _shuffled(self, epoch: int) -> tuple[_Rows | _ExampleRows, np.ndarray]:
         # PCG64 by name: numpy may change the generator behind `default_rng`.
         draw = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        rows = _Rows(self.store, draw.permutation(self.store.n_documents), self.block_size)
+        rows = _rows_of(self.store, draw.permutation(self.store.n_documents), self.block_size)
         return rows, draw.permutation(rows.n_rows)
 
     def batch(self, step: int) -> Batch:
@@ -280,17 +409,26 @@ class Batches:
         return self._rows.batch(self._order[row % len(self._order)])
 
 
-def validation_batches(store: TokenStore, batch_size: int, block_size: int) -> Iterator[Batch]:
-    """Every batch of one pass in order. Each token but the first of its document is a target exactly once.
+def validation_batches(
+    store: TokenStore, batch_size: int, block_size: int, limit: int = 0
+) -> Iterator[Batch]:
+    """Every batch of one pass in order, or `limit` of them spread evenly; others are not made.
 
-    The end of the last row and the missing rows of the last batch are padding with `IGNORE_INDEX` labels, so
-    all batches have one shape.
+    In a whole pass each token is a target exactly once, but for the first of its document, prompts, and
+    examples longer than a row (`fits_a_row`). The end of a row and the missing rows of the last batch are
+    padding with `IGNORE_INDEX` labels, so all batches have one shape.
 
     Raises:
-        ValueError: a size below 1, or a store of less than two tokens.
+        ValueError: a size below 1, a store of less than two tokens, or one of examples of which none fits.
     """
-    if batch_size < 1:
-        raise ValueError(f"a validation batch of {batch_size} rows: it needs at least 1")
-    rows = _Rows(store, np.arange(store.n_documents), block_size)
-    for start in range(0, rows.n_rows, batch_size):
+    if batch_size < 1 or limit < 0:
+        raise ValueError(
+            f"a validation of {limit} batches of {batch_size} rows: it needs at least 1 row, and at least 0 "
+            "batches, which means all"
+        )
+    rows = _rows_of(store, np.arange(store.n_documents), block_size)
+    n_batches = -(-rows.n_rows // batch_size)
+    n_shown = min(limit, n_batches) or n_batches
+    for number in range(n_shown):
+        start = number * n_batches // n_shown * batch_size
         yield rows.batch(np.arange(start, start + batch_size))

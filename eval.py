@@ -85,12 +85,13 @@ import torch
 
 from architecture import Decoder
 from checkpoint import Run, code_fingerprint, load_run
-from dataset import prepare_data, validation_batches
+from dataset import fits_a_row, prepare_data, validation_batches
 from generate import GenerationConfig, added_text, generate_ids, prompt_ids
 from loss import Scores, score
 from metrics import Interval, edit_similarity, exact_match, mean_interval
 from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
+from preflight import overrides
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -111,22 +112,31 @@ def train_ngram(train: TokenStore) -> NGramModel:
     return NGramModel(documents, train.vocab_size)
 
 
-def ngram_scores(baseline: NGramModel, store: TokenStore) -> Scores:
-    """The baseline's scores over the same tokens as `loss.score` counts on `validation_batches`."""
+def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> Scores:
+    """The baseline's scores over the same tokens as `loss.score` counts on `validation_batches`.
+
+    Of examples these are the completions' tokens, of those examples that fit a row.
+    """
     nats, tokens, top1, top5 = 0.0, 0, 0, 0
-    for documents in _groups(store):
-        labels = np.concatenate([document[1:] for document in documents])
-        hits = baseline.top(documents, 5) == labels[:, None]
-        nats -= float(baseline.log_probs(documents).sum())
+    for numbers in _groups(store, block_size):
+        documents = [store.document(number) for number in numbers]
+        first = [max(1, int(store.prompt_lengths[number])) for number in numbers]
+        counts = np.concatenate([np.arange(1, len(d)) >= n for d, n in zip(documents, first, strict=True)])
+        labels = np.concatenate([document[1:] for document in documents])[counts]
+        hits = baseline.top(documents, 5)[counts] == labels[:, None]
+        nats -= float(baseline.log_probs(documents)[counts].sum())
         tokens, top1, top5 = tokens + len(labels), top1 + int(hits[:, 0].sum()), top5 + int(hits.sum())
     return Scores(nats, tokens, top1 / tokens, top5 / tokens)
 
 
-def _groups(store: TokenStore) -> Iterator[list[np.ndarray]]:
-    start = 0
+def _groups(store: TokenStore, block_size: int) -> Iterator[list[int]]:
+    """Numbers of the documents that are scored, in groups of about SCORED_TOKENS."""
+    fits, start = fits_a_row(store, block_size), 0
     while start < store.n_documents:
         end = int(np.searchsorted(store.offsets, store.offsets[start] + SCORED_TOKENS))
-        yield [store.document(number) for number in range(start, min(end, store.n_documents))]
+        numbers = [n for n in range(start, min(end, store.n_documents)) if fits[n]]
+        if numbers:
+            yield numbers
         start = end
 
 
@@ -428,15 +438,19 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
             "or another checkpoint, or train again with a lower learning rate"
         )
     baseline = train_ngram(data.train)
+    baseline_scores = ngram_scores(baseline, data.validation, model.config.block_size)
+    scored = fits_a_row(data.validation, model.config.block_size)
+    n_bytes = int(data.validation.byte_lengths[scored].sum())
     result: dict[str, Any] = {
         "run": str(run.folder),
         "step": run.step,
         "precision": precision.reason,
         "fingerprints": run.fingerprints,
-        "files": data.validation.n_documents,
-        "bytes": data.validation.n_bytes,
-        "model": _token_values(scores, data.validation),
-        "n-gram": _token_values(ngram_scores(baseline, data.validation), data.validation),
+        "allowed faults": overrides(run.folder),
+        "files": int(scored.sum()),
+        "bytes": n_bytes,
+        "model": _token_values(scores, n_bytes),
+        "n-gram": _token_values(baseline_scores, n_bytes),
         "n-gram order": baseline.order,
     }
     if settings.samples:
@@ -444,12 +458,12 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
     return result
 
 
-def _token_values(scores: Scores, store: TokenStore) -> dict[str, Any]:
+def _token_values(scores: Scores, n_bytes: int) -> dict[str, Any]:
     return {
         "tokens": scores.tokens,
         "loss": scores.loss,
         "perplexity": scores.perplexity,
-        "bits_per_byte": scores.bits_per_byte(store.n_bytes),
+        "bits_per_byte": scores.bits_per_byte(n_bytes),
         "top1": scores.top1,
         "top5": scores.top5,
     }
@@ -464,6 +478,9 @@ def add_line_scores(
     settings: EvalConfig,
 ) -> None:
     """Put the next-line scores of both, and every prediction, into `result`, or why there are none."""
+    if store.holds_examples:
+        result["next_line_left_out"] = "next line not scored: the corpus holds prompts and completions"
+        return
     block_size, tokenizer = run.model.config.block_size, run.tokenizer
     max_new_tokens, room = _divided(block_size, settings.max_new_tokens)
     examples = next_line_examples(store, tokenizer, settings.samples, room, settings.seed)
@@ -517,6 +534,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines.insert(1, "-" * max(map(len, lines)))
     lines += [result["next_line_left_out"]] if "next_line_left_out" in result else []
+    for name, evidence in result["allowed faults"].items():
+        lines.append(f"TRAINED WITH --allow {name}: {evidence}")
     return "\n".join(lines)
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import yaml
 
 from config import Config
 
 LOCK = ".lock"
+LOCK_TRIES = 1000  # each fails only if another run ended in the same microseconds
 
 
 @contextlib.contextmanager
@@ -28,29 +33,60 @@ def claimed_folder(config: Config) -> Iterator[Path]:
     if train.resume and not train.run:
         raise ValueError("--resume needs the folder of the run to go on with: --run runs/NAME")
     folder = Path(train.run) if train.run else new_folder()
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder with --run")
     if train.resume and not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no run to resume; check --run, or leave --resume out")
-    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not train.resume and any(path.name != LOCK for path in folder.iterdir()):
+            raise ValueError(f"{folder} already holds another run; go on with --resume, or name a new --run")
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; make the folder, and at the end remove the lock file, and the folder if empty.
+
+    Raises:
+        ValueError: Another process holds the lock.
+    """
     lock = folder / LOCK
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run is under way in {folder}; wait for it, or name another --run"
-            ) from None
-        try:
-            if not train.resume and any(path.name != LOCK for path in folder.iterdir()):
-                raise ValueError(
-                    f"{folder} already holds another run; go on with --resume, or name a new --run"
-                )
-            yield folder
-        finally:
-            lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only if it is empty
+    file = next(filter(None, (_try_lock(folder) for _ in range(LOCK_TRIES))), None)
+    if file is None:
+        raise ValueError(f"{folder} could not be locked in {LOCK_TRIES} tries; name another --run")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: see _try_lock
+        file.close()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty
+
+
+def _try_lock(folder: Path) -> TextIO | None:
+    """The locked file, or None if it is no longer the one in the folder, so that one has to try again.
+
+    A holder removes the file at its end. Who had opened it before gets a lock on what nobody else can see,
+    while a third makes a new file and locks that: two runs in one folder. So the inodes are compared.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115
+    except (FileNotFoundError, FileExistsError):  # the holder before removed the folder, in open or in mkdir
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+            return file
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another run is under way in {folder}; wait for it, or name another --run"
+        ) from None
+    file.close()
+    return None
 
 
 def new_folder() -> Path:
@@ -64,28 +100,137 @@ def new_folder() -> Path:
     raise AssertionError
 
 
-# What a resumed run may not change: the position in the data or the sense of the state would change too.
-# The data themselves are compared by their fingerprint, wherever they lie.
-FIXED_GROUPS = ("data", "tokenizer", "model", "optimizer")
-FIXED_KEYS = ("seed", "batch_size", "accumulation", "overfit")
-FREE_KEYS = ("data.source", "data.cache", "data.workers", "tokenizer.path")
+# What a resumed run may change, for every key. `fixed` is refused: the position in the data or the sense of
+# the state would change too. `warned` goes on, but the run is no longer the one that was never stopped: its
+# numbers, its learning rates or what its best checkpoint was chosen by differ. `free` touches none of these.
+# The data and the tokenizer themselves are compared by their fingerprints, wherever they lie.
+FIXED, WARNED, FREE = "fixed", "warned", "free"
+KEY_CLASSES: dict[str, str] = {
+    "run": FREE,
+    "resume": FREE,
+    "prove_resume": FREE,
+    "overfit": FIXED,
+    "seed": FIXED,
+    "device": WARNED,
+    "precision": WARNED,
+    "eval_precision": WARNED,
+    "batch_size": FIXED,
+    "accumulation": FIXED,
+    "max_seconds": WARNED,
+    "max_steps": WARNED,
+    "max_epochs": WARNED,
+    "validate_every": FREE,
+    "validation_batches": WARNED,
+    "patience": FREE,
+    "save_every": FREE,
+    "keep": FREE,
+    "log_every": FREE,
+    "activation_checkpointing": WARNED,
+    "compile": WARNED,
+    "allow": FREE,
+    "samples": FREE,
+    "data.source": FREE,
+    "data.suffixes": FIXED,
+    "data.text_field": FIXED,
+    "data.group_field": FIXED,
+    "data.regroup": FIXED,
+    "data.validation_one_in": FIXED,
+    "data.drop_comments": FIXED,
+    "data.skip_undecodable": FIXED,
+    "data.cache": FREE,
+    "data.workers": FREE,
+    "tokenizer.kind": FIXED,
+    "tokenizer.vocab_size": FIXED,
+    "tokenizer.min_count": FIXED,
+    "tokenizer.path": FREE,
+    "model.vocab_size": FIXED,
+    "model.block_size": FIXED,
+    "model.n_layer": FIXED,
+    "model.n_head": FIXED,
+    "model.n_kv_head": FIXED,
+    "model.n_embd": FIXED,
+    "model.head_dim": FIXED,
+    "model.n_inner": FIXED,
+    "model.block": FIXED,
+    "model.norm": FIXED,
+    "model.norm_eps": FIXED,
+    "model.norm_weight": FIXED,
+    "model.norm_bias": FIXED,
+    "model.position": FIXED,
+    "model.rotary_dim": FIXED,
+    "model.rotary_layout": FIXED,
+    "model.rope_theta": FIXED,
+    "model.mlp": FIXED,
+    "model.qk_norm": FIXED,
+    "model.fused_qkv": FIXED,
+    "model.qkv_bias": FIXED,
+    "model.attention_bias": FIXED,
+    "model.mlp_bias": FIXED,
+    "model.tie_embeddings": FIXED,
+    "model.dropout": FIXED,
+    "model.attention": FIXED,
+    "model.init": FIXED,
+    "optimizer.name": FIXED,
+    "optimizer.lr": FIXED,
+    "optimizer.muon_lr": FIXED,
+    "optimizer.embedding_lr": FIXED,
+    "optimizer.head_lr": FIXED,
+    "optimizer.weight_decay": FIXED,
+    "optimizer.beta1": FIXED,
+    "optimizer.beta2": FIXED,
+    "optimizer.eps": FIXED,
+    "optimizer.grad_clip": FIXED,
+    "optimizer.schedule": FIXED,
+    "optimizer.warmup_steps": FIXED,
+    "optimizer.cooldown": FIXED,
+    "optimizer.min_lr_factor": FIXED,
+    "optimizer.label_smoothing": FIXED,
+}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The config's values by full key, as in `model.n_layer`."""
+    values: dict[str, Any] = {}
+    for key, value in config.to_dict().items():
+        values |= (
+            {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return values
+
+
+def config_fingerprint(config: Config) -> str:
+    """SHA-256 of the fixed keys' values: equal for all stretches of one run."""
+    fixed = {key: value for key, value in flat(config).items() if KEY_CLASSES.get(key, FIXED) == FIXED}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_changes(folder: Path, config: Config) -> None:
-    """ValueError if a resumed run would go on with other settings."""
-    before = Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))).to_dict()
-    after = config.to_dict()
-    pairs = {key: (before[key], after[key]) for key in FIXED_KEYS}
-    for group in FIXED_GROUPS:
-        pairs |= {f"{group}.{key}": (before[group][key], after[group][key]) for key in after[group]}
-    for key, (old, new) in pairs.items():
-        if old != new and key not in FREE_KEYS:
+    """ValueError if a resumed run would go on with another value of a fixed key; tells of warned ones."""
+    before = flat(Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))))
+    changed = {key: (before[key], new) for key, new in flat(config).items() if before[key] != new}
+    for key, (old, new) in changed.items():
+        if KEY_CLASSES.get(key, FIXED) == FIXED:
             raise ValueError(f"{key} was {old} when {folder} began and is {new} now; set it back")
+    for key, (old, new) in changed.items():
+        if KEY_CLASSES[key] == WARNED:
+            print(
+                f"warning: {key} was {old} so far and is {new} now; from here on the run differs from one "
+                "that was never stopped",
+                file=sys.stderr,
+            )
 
 
-def refuse_other_data(folder: Path, fingerprints: dict[str, str]) -> None:
+def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:
     """ValueError if a resumed run would go on with other data or another tokenizer."""
-    old_fingerprints = json.loads((folder / "fingerprints.json").read_text("utf-8"))
-    for name in ("data", "tokenizer"):
-        if old_fingerprints[name] != fingerprints[name]:
-            raise ValueError(f"the {name} changed since {folder} began; restore it, or start another --run")
+    before = json.loads((folder / "fingerprints.json").read_text("utf-8"))
+    places = {
+        "data": f"in {config.data.source}",
+        "tokenizer": f"in {config.tokenizer.path}" if config.tokenizer.path else "trained on the data",
+    }
+    for name, place in places.items():
+        if before[name] != fingerprints[name]:
+            raise ValueError(
+                f"the {name} changed since {folder} began: {place} now has the fingerprint "
+                f"{fingerprints[name][:12]}, {folder / 'fingerprints.json'} says {before[name][:12]}; "
+                "restore it, or start another --run"
+            )

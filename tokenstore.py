@@ -1,7 +1,7 @@
 """The token store: memory-mapped shards of ids, and for each split a table of starts, byte lengths and names.
 
-    FOLDER/index.json, and for each split train-00000.bin ..., train-offsets.npy, train-bytes.npy and
-    train-names.jsonl
+    FOLDER/index.json, and for each split train-00000.bin ..., train-offsets.npy, train-bytes.npy,
+    train-names.jsonl and, of examples only, train-prompts.npy
 
 Built in parallel; `index.json` comes last and makes the folder a store. Nothing here imports torch: worker
 processes import this module to tokenise.
@@ -43,9 +43,13 @@ class TokenStore:
     The tokens are one virtual stream, the concatenation of the shards; a document never straddles two.
 
     Attributes:
-        n_tokens, n_documents, n_bytes: Totals; `n_bytes` counts the UTF-8 bytes of the texts.
+        n_tokens, n_documents, n_bytes: Totals; `n_bytes` is the sum of `byte_lengths`.
         offsets: (n_documents + 1,) int64, where each document starts in the stream, and its end.
-        byte_lengths: (n_documents,) int64, UTF-8 bytes of each document.
+        byte_lengths: (n_documents,) int64, UTF-8 bytes of each text. Of an example, of its completion only:
+            bits per byte are over what bears loss.
+        holds_examples: Whether the documents are examples, each a prompt and its completion.
+        prompt_lengths: (n_documents,) int64, leading tokens that are prompt, the start token included; 0 for
+            plain text.
         vocab_size, pad_id: Of the tokenizer that made it.
         tokenizer_fingerprint, fingerprint: Of the tokenizer, and of the data.
 
@@ -76,6 +80,11 @@ class TokenStore:
         self.byte_lengths: np.ndarray = np.load(self.folder / f"{split}-bytes.npy")
         self.n_tokens, self.n_documents = int(self.offsets[-1]), len(self.byte_lengths)
         self.n_bytes = int(self.byte_lengths.sum())
+        prompts = f"{split}-prompts.npy"
+        self.holds_examples = any(file["name"] == prompts for file in self._files)
+        self.prompt_lengths: np.ndarray = (
+            np.load(self.folder / prompts) if self.holds_examples else np.zeros(self.n_documents, np.int64)
+        )
 
     def __reduce__(self):  # a numpy memmap would pickle as all of its data
         return TokenStore, (self.folder, self.split)
@@ -86,6 +95,11 @@ class TokenStore:
             with open(self.folder / file["name"], "rb") as data:
                 if hashlib.file_digest(data, "sha256").hexdigest() != file["sha256"]:
                     raise ValueError(f"{self.folder / file['name']} was changed on the disk: build it again")
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that bear loss in one pass: all but the first of each document and those of prompts."""
+        return int(np.maximum(np.diff(self.offsets) - np.maximum(self.prompt_lengths, 1), 0).sum())
 
     @cached_property
     def names(self) -> list[str]:
@@ -126,12 +140,12 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.offsets, self.byte_lengths = array("q", [0]), array("q")
+        self.offsets, self.byte_lengths, self.prompt_lengths = array("q", [0]), array("q"), array("q")
         self.files: list[dict[str, Any]] = []
         self.shard: BufferedRandom | None = None
         self.names: BufferedRandom = open(folder / f"{split}-names.jsonl", "w+b")  # noqa: SIM115
 
-    def add(self, document: Document, tokens: np.ndarray) -> None:
+    def add(self, document: Document, tokens: np.ndarray, prompt_length: int) -> None:
         if self.shard and self.shard.tell() // self.dtype.itemsize + len(tokens) > self.shard_tokens:
             self._finish(self.shard)
             self.shard = None
@@ -140,6 +154,8 @@ class _SplitWriter:
         self.shard.write(tokens.data)
         self.offsets.append(self.offsets[-1] + len(tokens))
         self.byte_lengths.append(len(utf8(document.text)))
+        if document.prompt is not None:
+            self.prompt_lengths.append(prompt_length)
         self.names.write(json.dumps(document.name).encode() + b"\n")
 
     def _finish(self, file: BufferedRandom) -> None:
@@ -155,7 +171,10 @@ class _SplitWriter:
         if self.shard:
             self._finish(self.shard)
         self._finish(self.names)
-        for name, values in (("offsets", self.offsets), ("bytes", self.byte_lengths)):
+        tables = {"offsets": self.offsets, "bytes": self.byte_lengths}
+        if self.prompt_lengths:
+            tables["prompts"] = self.prompt_lengths
+        for name, values in tables.items():
             with open(self.folder / f"{self.split}-{name}.npy", "w+b") as file:
                 np.save(file, np.array(values, np.int64))
                 self._finish(file)
@@ -166,33 +185,54 @@ class _SplitWriter:
                 file.close()
 
 
-def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[np.ndarray]:
+Encoded = tuple[np.ndarray, int]  # the ids of a document, and how many of them are prompt
+
+
+def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[Encoded]:
     """Token ids of each document between bos and eos; a tokenizer without bos starts with its eos.
 
+    Prompt and completion are encoded apart. At generation the prompt is encoded alone, so a token across the
+    two would be learned and could never be generated.
+
     Raises:
-        ValueError: an id outside the vocabulary, or text that does not come back: its bits per byte would
-            mean nothing.
+        ValueError: an id outside the vocabulary, or text that does not come back, apart or as prompt and
+            completion together: its bits per byte would mean nothing.
     """
     before = [] if tokenizer.start_id is None else [tokenizer.start_id]
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = []
     for document in documents:
-        encoding = tokenizer.encode(document.text)
-        ids = np.array([*before, *encoding, *after], np.int64)
+        text, prompt = document.text, document.prompt or ""
+        text_ids = tokenizer.encode(text)
+        prompt_ids = tokenizer.encode(prompt) if prompt else []
+        ids = np.array([*before, *prompt_ids, *text_ids, *after], np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
             wrong = int(ids.max()) if ids.min() >= 0 else int(ids.min())
             raise ValueError(
                 f"the tokenizer gave the id {wrong} in {document.name}, outside its vocabulary of "
                 f"{tokenizer.vocab_size}"
             )
-        if (text := tokenizer.decode(encoding)) != document.text:
-            same = len(os.path.commonprefix([text, document.text]))  # noqa: RUF071
-            raise ValueError(
-                f"the tokenizer loses text: {document.name} comes back different from character {same} on, "
-                f"{text[same : same + 20]!r} instead of {document.text[same : same + 20]!r}; use another one"
-            )
-        encoded.append(ids.astype(dtype))
+        _refuse_loss(tokenizer, text_ids, text, document.name)
+        if prompt:
+            _refuse_loss(tokenizer, prompt_ids, prompt, f"the prompt of {document.name}")
+            # Generation decodes the two in one piece; CodeTokenizer implies a space between two words.
+            if tokenizer.decode([*prompt_ids, *text_ids]) != prompt + text:
+                raise ValueError(
+                    f"the prompt of {document.name} ends with {prompt[-20:]!r} and its completion starts "
+                    f"with {text[:20]!r}, which the tokenizer does not keep together: put a space or a line "
+                    "break between them into the data, or use --tokenizer.kind bpe"
+                )
+        encoded.append((ids.astype(dtype), len(before) + len(prompt_ids)))
     return encoded
+
+
+def _refuse_loss(tokenizer: Tokenizer, ids: list[int], text: str, name: str) -> None:
+    if (back := tokenizer.decode(ids)) != text:
+        same = len(os.path.commonprefix([back, text]))  # noqa: RUF071
+        raise ValueError(
+            f"the tokenizer loses text: {name} comes back different from character {same} on, "
+            f"{back[same : same + 20]!r} instead of {text[same : same + 20]!r}; use another one"
+        )
 
 
 _worker_tokenizer: Tokenizer  # set in each worker process, so that it is not pickled with every chunk
@@ -203,7 +243,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     _worker_tokenizer = tokenizer
 
 
-def _encode_in_worker(documents: list[Document], dtype: np.dtype) -> list[np.ndarray]:
+def _encode_in_worker(documents: list[Document], dtype: np.dtype) -> list[Encoded]:
     return _encode(_worker_tokenizer, documents, dtype)
 
 
@@ -225,7 +265,7 @@ def _main_hidden(tokenizer: Tokenizer) -> Iterator[None]:
 
 def _encode_all(
     documents: Iterable[tuple[str, Document]], tokenizer: Tokenizer, workers: int, dtype: np.dtype
-) -> Iterator[tuple[str, Document, np.ndarray]]:
+) -> Iterator[tuple[str, Document, Encoded]]:
     """Encode in order, in processes when there are several workers; only a few chunks are in memory."""
     chunks = _chunks(documents)
     if workers == 1:
@@ -257,7 +297,7 @@ def _chunks(documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[list[st
     for side, document in documents:
         sides.append(side)
         chunk.append(document)
-        size += len(document.text)
+        size += len(document.text) + len(document.prompt or "")
         if size >= CHUNK_CHARACTERS:
             yield sides, chunk
             sides, chunk, size = [], [], 0
@@ -277,8 +317,9 @@ def build_store(
 ) -> None:
     """Write (side, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
 
-    Each document is [bos] + encode(text) + [eos]; a special token the tokenizer lacks is left out. Ids take 2
-    bytes for vocabularies up to 65,536 and 4 above. A shard holds at most `shard_tokens`, or one document.
+    Each document is [bos] + encode(text) + [eos], an example [bos] + encode(prompt) + encode(text) + [eos]; a
+    special token the tokenizer lacks is left out. Ids take 2 bytes for vocabularies up to 65,536 and 4 above.
+    A shard holds at most `shard_tokens`, or one document.
 
     Raises:
         ValueError: the tokenizer gave an id outside its vocabulary.
@@ -292,9 +333,9 @@ def build_store(
     bar = tqdm(total=total_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False)
     try:
         with bar:
-            for side, document, tokens in _encode_all(documents, tokenizer, workers, dtype):
-                writers[side].add(document, tokens)
-                bar.update(writers[side].byte_lengths[-1])
+            for side, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
+                writers[side].add(document, *encoded)
+                bar.update(writers[side].byte_lengths[-1] + len(utf8(document.prompt or "")))
         for writer in writers.values():
             writer.finish()
     finally:

@@ -31,30 +31,37 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
+import os
+import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from architecture import Decoder
 from checkpoint import (
-    checkpoints,
+    Manifest,
+    changed_weight,
     code_fingerprint,
+    first_difference,
     load_run,
     load_state,
     load_weights,
+    newest_whole,
+    not_finite,
     remove_superseded,
     save_checkpoint,
-    verify,
 )
 from config import write_atomically
 from curves import draw_curves
@@ -63,19 +70,23 @@ from dataset import (
     Batch,
     Batches,
     PreparedData,
+    fits_a_row,
     prepare_data,
     prepare_tokenizer,
     validation_batches,
 )
 from eval import EvalConfig, evaluate, printable, sample_completions, table, write_results
 from generate import GenerationConfig, generate
-from loss import Scores, score, token_loss
+from live import FirstSteps
+from loss import Scores, TokenLoss, score, token_loss
 from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory
-from runfolder import claimed_folder, refuse_changes, refuse_other_data
+from preflight import Fault, Subject, preflight, record_overrides
+from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
+SAME_SIGNAL = 0.1  # seconds
 HOUSE = Path(__file__).parent
 
 
@@ -88,7 +99,8 @@ class RunState:
     seconds: float = 0.0  # of training, over all resumes
     best_loss: float = math.inf
     validations_without_better: int = 0
-    skipped_updates: int = 0  # for a gradient that was not finite
+    skipped_updates: int = 0  # for a loss or gradient that was not finite
+    skipped_in_a_row: int = 0
 
 
 class TrainingManager:
@@ -120,17 +132,17 @@ class TrainingManager:
             self.max_seconds = DEFAULT_SECONDS
         # A validation on the way reads a part of the files only, so its bytes are taken from the average.
         held_out = data.validation
-        self.targets_per_byte = (held_out.n_tokens - held_out.n_documents) / held_out.n_bytes
+        self.targets_per_byte = held_out.n_targets / held_out.n_bytes
         self.stop_signal: int | None = None
         self.saved_step: int | None = None
-        self.skipped_in_a_row = 0
+        self.resumed_from: Manifest | None = None
         model.checkpoint_activations = train.activation_checkpointing
         if train.compile:
             compile_blocks(model)
 
     # --- the loop ------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
+    def fit(self, subject: Subject) -> None:
         """Train until the budget is used, patience ends, or a signal asks for a stop; then save."""
         if self.saved_step is not None and self.progress() >= 1:
             raise ValueError(
@@ -138,19 +150,23 @@ class TrainingManager:
                 "ended it: --max_steps, --max_epochs and --max_seconds count from the run's beginning"
             )
         log = Log(self.folder, self.state.step)
-        before = self.validate(limit=2)
-        print(
-            f"before step {self.state.step + 1}: loss {before.loss:.3f} on two validation batches; "
-            f"ln(vocabulary) is {math.log(self.config.model.vocab_size):.3f}"
-        )
         train = self.config.train
         started = time.perf_counter() - self.state.seconds
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
+        watch = FirstSteps(subject)
+        self.refuse_difference()  # again: between resume and here nothing may have changed
         with signals_noted(self), progress_bar() as bar:
-            while self.progress() < 1 and self.stop_signal is None:
+            while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
                 self.state.seconds = time.perf_counter() - started
                 step = self.state.step
+                try:
+                    watch.after(step - 1, self.progress())
+                except Fault as fault:
+                    if fault.name not in train.allow:
+                        raise
+                    record_overrides(self.folder, [fault])
+                    watch.close()
                 rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)
                 self.show(bar, values["train/loss"], rate)
                 if step == 1 or step % train.log_every == 0:
@@ -159,12 +175,13 @@ class TrainingManager:
                 if due or (train.save_every and step % train.save_every == 0):
                     self.validate_and_save(log)
                     self.state.seconds = time.perf_counter() - started
-                if train.overfit and due and self.knows_by_heart(self.validate()):
+                if train.overfit and not train.prove_resume and due and self.knows_by_heart(self.validate()):
                     break
-                if train.patience and self.state.validations_without_better >= train.patience:
-                    say(f"stopped early: {train.patience} validations without a better loss")
-                    break
-            if self.saved_step != self.state.step:
+            if self.out_of_patience():
+                say(f"stopped early: {train.patience} validations without a better loss")
+            if self.saved_step != self.state.step and self.stop_signal is not None and self.progress() < 1:
+                self.save(None)  # without a validation, which a run that is not stopped would not have here
+            elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
         log.close()
 
@@ -172,7 +189,7 @@ class TrainingManager:
         """One optimizer step over `accumulation` micro-batches; returns what is logged."""
         train, optimizer_config = self.config.train, self.config.optimizer
         first = self.state.step * train.accumulation
-        micro = [self.to_device(self.batches.batch(first + i)) for i in range(train.accumulation)]
+        micro = [self.micro_batch(first + i) for i in range(train.accumulation)]
         # Divided by the loss-bearing tokens of the whole step: ragged micro-batches weigh what they hold.
         tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro)
         if tokens == 0:
@@ -180,8 +197,7 @@ class TrainingManager:
         self.model.train()
         nats = 0.0
         for batch in micro:
-            with self.precision.autocast():
-                loss = token_loss(self.model, batch, optimizer_config.label_smoothing)
+            loss = self.loss(batch)
             self.scaler.scale(loss.objective / tokens).backward()
             nats += loss.cross_entropy.item()
         for optimizer in self.optimizers:
@@ -199,7 +215,7 @@ class TrainingManager:
             optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         self.state.tokens += tokens
-        self.count_skipped(finite)
+        self.count_skipped(finite, micro)
         return {
             "train/loss": nats / tokens,
             "train/learning_rate": self.optimizers[0].param_groups[0]["lr"],
@@ -207,18 +223,35 @@ class TrainingManager:
             "train/epoch": self.epoch(),
         }
 
-    def count_skipped(self, finite: bool) -> None:
+    def micro_batch(self, number: int) -> Batch:
+        return Batch(*(t.to(self.device, non_blocking=True) for t in self.batches.batch(number)))
+
+    def loss(self, batch: Batch) -> TokenLoss:
+        """Of training, in its precision."""
+        with self.precision.autocast():
+            return token_loss(self.model, batch, self.config.optimizer.label_smoothing)
+
+    def count_skipped(self, finite: bool, micro: list[Batch]) -> None:
         """Skipped are updates that are not finite; three in a row end the run (fp16's scaler may skip 20)."""
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        state = self.state
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         if finite:
             return
-        self.state.skipped_updates += 1
+        state.skipped_updates += 1
         limit = 20 if self.scaler.is_enabled() else 3
-        if self.skipped_in_a_row >= limit:
+        if state.skipped_in_a_row >= limit:
+            where = save_batches(self.folder / f"not-finite-step-{state.step}.safetensors", micro)
             raise ValueError(
-                f"loss or gradient was not finite {limit} times in a row, up to step {self.state.step}; "
-                "lower the learning rate or use --precision fp32, and go on with --resume"
+                f"loss or gradient was not finite {limit} times in a row, up to step {state.step}, whose "
+                f"batch is {where}; {self.remedy()}"
             )
+
+    def remedy(self) -> str:
+        """Against what is not finite. The learning rate of a run is fixed, its precision is not."""
+        slower = "start another --run with a lower learning rate"
+        if self.precision.dtype == torch.float32:
+            return slower
+        return f"go on with --resume --precision fp32, or {slower}"
 
     def epoch(self) -> float:
         return self.state.step * self.config.train.accumulation / self.batches.steps_per_epoch
@@ -234,38 +267,42 @@ class TrainingManager:
             shares.append(self.state.seconds / self.max_seconds)
         return max(shares)
 
+    def out_of_patience(self) -> bool:
+        patience = self.config.train.patience
+        return bool(patience) and self.state.validations_without_better >= patience
+
     # --- validation, checkpoints, what is shown ------------------------------------------------------
 
     def validate(self, limit: int = 0) -> Scores:
         """Scores on `limit` batches spread evenly over the validation files; 0 reads all of them."""
-        rows, length = self.config.train.batch_size, self.config.model.block_size
-        batches = validation_batches(self.data.validation, rows, length)
-        if limit:
-            stride = max(1, self.data.validation.n_tokens // (rows * length) // limit)
-            batches = itertools.islice(batches, 0, limit * stride, stride)
+        return self.score(self.validation_batches(limit))
+
+    def score(self, batches: Iterable[Batch]) -> Scores:
+        """Of validation, in its precision."""
         return score(self.model, batches, self.eval_precision)
+
+    def validation_batches(self, limit: int = 0) -> Iterator[Batch]:
+        rows, length = self.config.train.batch_size, self.config.model.block_size
+        return validation_batches(self.data.validation, rows, length, limit)
 
     def knows_by_heart(self, scores: Scores) -> bool:
         """Whether every token is predicted, but for the files' first ones: nothing tells those apart."""
-        return round((1 - scores.top1) * scores.tokens) < self.data.train.n_documents
+        unforeseen = 0 if self.data.train.holds_examples else self.data.train.n_documents - 1
+        return round((1 - scores.top1) * scores.tokens) <= unforeseen
 
     def validate_and_save(self, log: Log) -> None:
-        """Validate, keep count of patience, save, and remove what is superseded; only then tell."""
+        """Validate, keep count of patience, and save; only then tell."""
         train, state = self.config.train, self.state
         scores = self.validate(train.validation_batches)
         if not math.isfinite(scores.loss):
             raise ValueError(
                 f"the validation loss of step {state.step} is {scores.loss}, so it was not saved; "
-                "lower the learning rate or use --precision fp32, and go on with --resume"
+                f"{self.remedy()}"
             )
         better = scores.loss < state.best_loss
         state.best_loss = min(scores.loss, state.best_loss)
         state.validations_without_better = 0 if better else state.validations_without_better + 1
-        folder = self.folder / "checkpoints"
-        keep = bool(train.save_every) and state.step % train.save_every == 0
-        save_checkpoint(folder, state.step, self.model, self.whole_state(), scores.loss, keep)
-        self.saved_step = state.step
-        remove_superseded(folder, train.keep)
+        # Before the checkpoint exists: a resume drops the lines after its checkpoint, but could not add one.
         log.write(
             state.step,
             {
@@ -275,52 +312,86 @@ class TrainingManager:
                 "eval/top1": scores.top1,
             },
         )
+        self.save(scores.loss)
         say(
             f"step {state.step}: validation loss {scores.loss:.3f}, top-1 {scores.top1:.1%}"
             + (", the best so far" if better else "")
         )
 
+    def save(self, loss: float | None) -> None:
+        """Write a checkpoint and remove what is superseded; ValueError if a tensor of it is not finite."""
+        train, step, state = self.config.train, self.state.step, self.whole_state()
+        wrong = not_finite(self.model, state)
+        if wrong is not None:
+            raise ValueError(f"{wrong} of step {step} is not finite, so it was not saved; {self.remedy()}")
+        folder = self.folder / "checkpoints"
+        keep = bool(train.save_every) and step % train.save_every == 0
+        save_checkpoint(folder, step, self.model, state, loss, keep)
+        self.saved_step = step
+        remove_superseded(folder, train.keep)
+
     def whole_state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs besides the weights."""
-        random = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        """Everything that a resumed run needs besides the weights, and what it must find unchanged."""
         return {
             "run": dataclasses.asdict(self.state) | {"best_loss": repr(self.state.best_loss)},
+            "epoch": self.epoch(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "random": random,
+            "random": random_states(self.device),
+            "fingerprints": {
+                "config": config_fingerprint(self.config),
+                "data": self.data.fingerprint,
+                "tokenizer": self.data.train.tokenizer_fingerprint,
+            },
         }
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that is whole, saying which damaged ones were passed over.
 
         Raises:
-            ValueError: None is whole.
+            ValueError: None is whole, or what was restored is not what the checkpoint holds.
         """
-        manifests = checkpoints(self.folder / "checkpoints")
-        for manifest in reversed(manifests):
-            try:
-                verify(manifest)
-            except ValueError as error:
-                print(f"passed over: {error}", file=sys.stderr)
-                continue
-            load_weights(self.model, manifest)
-            state = load_state(manifest)
-            run = state["run"] | {"best_loss": float(state["run"]["best_loss"])}
-            self.state = RunState(**run)
-            for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(values)
+        manifest = newest_whole(self.folder / "checkpoints")
+        load_weights(self.model, manifest)
+        state = load_state(manifest)
+        self.state = RunState(**state["run"] | {"best_loss": float(state["run"]["best_loss"])})
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-            self.saved_step = self.state.step
-            torch.set_rng_state(state["random"]["torch"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-            print(f"resumed from {manifest.folder} at step {self.state.step}")
-            return
-        raise ValueError(
-            f"{self.folder} has {len(manifests)} checkpoints and none is whole; start again in another --run"
+        set_random_states(state["random"], self.device)
+        gpus, had = (
+            torch.cuda.device_count() if self.device.type == "cuda" else 0,
+            len(state["random"]["cuda"]),
         )
+        if had != gpus or bool(state["scaler"]) != self.scaler.is_enabled():
+            print(
+                f"warning: the run had {had} GPUs and has {gpus} now, or its precision is another one; "
+                "from here on it differs from one that was never stopped",
+                file=sys.stderr,
+            )
+        self.saved_step = self.state.step
+        self.resumed_from = manifest
+        self.refuse_difference()
+        print(f"resumed from {manifest.folder} at step {self.state.step}")
+
+    def refuse_difference(self) -> None:
+        """ValueError that names what is not, bit for bit, as in the checkpoint that the run goes on from."""
+        manifest = self.resumed_from
+        if manifest is None:
+            return
+        saved, own = load_state(manifest), self.whole_state()
+        if bool(saved["scaler"]) != bool(own["scaler"]):  # another precision, which was warned of
+            saved["scaler"] = own["scaler"]
+        if len(saved["random"]["cuda"]) != len(own["random"]["cuda"]):  # another device, likewise
+            saved["random"]["cuda"] = own["random"]["cuda"]
+        name = "run/step" if self.state.step != manifest.step else changed_weight(self.model, manifest)
+        name = name or first_difference(saved, own)
+        if name is not None:
+            raise ValueError(
+                f"{name} is not what {manifest.folder} holds, so the run would not go on as it was; if its "
+                "data, tokenizer and config.yaml are its own, report a fault of this program"
+            )
 
     def show(self, bar: tqdm, loss: float, rate: float) -> None:
         progress = self.progress()
@@ -330,9 +401,6 @@ class TrainingManager:
             f"  {left // 60:.0f}:{left % 60:02.0f} left"
         )
         bar.update(min(1.0, progress) - bar.n)
-
-    def to_device(self, batch: Batch) -> Batch:
-        return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
 
 
 class Log:
@@ -368,8 +436,8 @@ def step_of(line: str) -> float:
 
 
 def say(text: str) -> None:
-    """Print beside the bar. A reader who went away (`| head`) does not end the run."""
-    with contextlib.suppress(BrokenPipeError):
+    """Print beside the bar. A reader (`| head`) or a terminal that went away does not end the run."""
+    with contextlib.suppress(OSError):
         tqdm.write(text)
 
 
@@ -380,22 +448,78 @@ def progress_bar() -> tqdm:
 
 @contextlib.contextmanager
 def signals_noted(manager: TrainingManager) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP let the step end, save, and leave; a second one ends at once."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 let the step end, save, and leave; a second one ends at once.
+
+    The same one within SAME_SIGNAL is no second one: a closed terminal hangs up twice, through the shell and
+    through the kernel, and `timeout` signals its child and then the child's group.
+    """
+    first = 0.0
 
     def note(number: int, frame: Any) -> None:
-        if manager.stop_signal is not None and manager.progress() < 1:
-            sys.exit(128 + number)
-        manager.stop_signal = number
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving", file=sys.stderr)
+        nonlocal first
+        if manager.stop_signal == number and time.monotonic() - first < SAME_SIGNAL:
+            return
+        if manager.stop_signal is not None:
+            os._exit(128 + number)  # an exception may be swallowed, by a finalizer for one
+        manager.stop_signal, first = number, time.monotonic()
+        text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # print fails where it has itself been interrupted
 
-    before = {
-        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def seed_everything(seed: int) -> None:
+    """Of Python, numpy's global generator, which takes 32 bits, and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Of everything that `seed_everything` seeds, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    numpy_state = dict(np.random.get_state(legacy=False))
+    inner = dict(numpy_state["state"])
+    return {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": numpy_state | {"state": inner | {"key": torch.from_numpy(inner["key"].astype(np.int64))}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+    }
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `random_states`. GPUs keep their own states if there are more or fewer of them now."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    inner = states["numpy"]["state"]
+    key = inner["key"].numpy().astype(np.uint32)
+    np.random.set_state(states["numpy"] | {"state": inner | {"key": key}})
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save_batches(path: Path, micro: list[Batch]) -> str:
+    """Write the micro-batches of a step as `NUMBER/tokens` and so on; says where, or why not."""
+    tensors = {
+        f"{i}/{name}": t.detach().cpu().contiguous()
+        for i, batch in enumerate(micro)
+        for name, t in batch._asdict().items()
+        if isinstance(t, torch.Tensor)
+    }
+    try:
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        return f"lost ({error})"
+    return f"in {path}"
 
 
 def compile_blocks(model: Decoder) -> None:
@@ -441,7 +565,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         "code": code_fingerprint(HOUSE),
     }
     if config.train.resume:
-        refuse_other_data(folder, fingerprints)
+        refuse_other_data(folder, config, fingerprints)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
@@ -451,8 +575,14 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
     config = dataclasses.replace(config, model=model_config)
     for side in dict.fromkeys((data.train, data.validation)):
-        print(f"{side.split}: {side.n_documents:,} files, {side.n_bytes:,} bytes, {side.n_tokens:,} tokens")
-    torch.manual_seed(config.train.seed)
+        kind = "examples" if side.holds_examples else "files"
+        longer = int((~fits_a_row(side, model_config.block_size)).sum())
+        left_out = f"; {longer:,} left out, longer than a row of {model_config.block_size}" if longer else ""
+        print(
+            f"{side.split}: {side.n_documents:,} {kind}, {side.n_bytes:,} bytes, {side.n_tokens:,} tokens"
+            + left_out
+        )
+    seed_everything(config.train.seed)
     model = Decoder(model_config).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     manager = TrainingManager(config, model, data, precision, folder)
@@ -464,7 +594,22 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
     saved = config.to_dict() | {"run": str(folder), "resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
-    manager.fit()
+    subject = Subject(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        train=data.train,
+        validation=data.validation,
+        micro_batch=manager.micro_batch,
+        validation_batches=manager.validation_batches,
+        loss=manager.loss,
+        score=manager.score,
+        precision=precision,
+        optimizers=manager.optimizers,
+        start="resumed" if config.train.resume else "fresh",
+    )
+    record_overrides(folder, preflight(subject, config.train.allow))
+    manager.fit(subject)
     return manager
 
 
@@ -505,18 +650,20 @@ def report(manager: TrainingManager) -> None:
 
 
 def prove_overfit(manager: TrainingManager) -> bool:
-    """Whether each file of the tiny corpus comes back from its first line, character for character."""
+    """Whether each file comes back from its first line, or completion from its prompt, to the character."""
     scores = manager.validate()
     passed = manager.knows_by_heart(scores)
     verdict = "passed" if passed else "FAILED"
     print(f"check 1, every token is predicted: {verdict}, accuracy is {scores.top1:.4f} of {scores.tokens}")
     run, store = load_run(manager.folder, "last"), manager.data.train
     for number in range(store.n_documents):
-        text = run.tokenizer.decode(store.document(number).tolist())
-        if not text:
+        ids, prompt_length = store.document(number).tolist(), int(store.prompt_lengths[number])
+        first, expected = run.tokenizer.decode(ids[:prompt_length]), run.tokenizer.decode(ids[prompt_length:])
+        if not store.holds_examples:
+            first = expected.split("\n", 1)[0]
+            expected = expected[len(first) :]
+        if not first + expected:
             continue
-        first = text.split("\n", 1)[0]
-        expected = text[len(first) :]
         settings = GenerationConfig(max_new_tokens=len(store.document(number)))
         (completion,) = generate(run.model, run.tokenizer, [first], settings)
         if completion.text == expected and completion.finish_reason == "eos":
@@ -541,10 +688,14 @@ def prove_overfit(manager: TrainingManager) -> bool:
 
 def main(config: Config) -> None:
     with one_sentence():
+        if config.train.prove_resume:
+            from proofs import prove_resume
+
+            sys.exit(0 if prove_resume(config) else 1)
         keep_freed_memory()
         manager = train(config)
         if manager.stop_signal is not None and manager.progress() < 1:
-            print(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")
+            say(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")
             sys.exit(RESUMABLE)
         if config.train.overfit:
             sys.exit(0 if prove_overfit(manager) else 1)

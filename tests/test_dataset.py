@@ -750,3 +750,38 @@ def test_a_tokenizer_without_bos_starts_documents_with_eos(tmp_path: Path):
     assert open_store(tmp_path / "store")[0].document(0).tolist() == [257, *b"hi", 257]
     with pytest.raises(ValueError, match="neither bos nor eos"):
         prepare_data(DataConfig(source=str(tmp_path)), Startless())
+
+
+def test_a_cache_keyed_too_loosely_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The fault of a cache keyed by folder and size: the store is compared with the data, and built again."""
+    monkeypatch.setattr(dataset, "_store_key", lambda *args: "0" * 64)
+    source = tmp_path / "corpus"
+    source.mkdir()
+    config = DataConfig(str(source), (".txt",), validation_one_in=2, cache=str(tmp_path / "cache"))
+    for i in range(8):
+        (source / f"{i}.txt").write_text(f"text {i}")
+    prepare_data(config, Bytes())
+    for i in range(8):
+        (source / f"{i}.txt").write_text(f"data {i}")
+    with pytest.warns(UserWarning, match="holds other data"):
+        again = prepare_data(config, Bytes())
+    assert Bytes().decode(again.train.document(0).tolist()).startswith("data ")
+
+
+def test_regrouped_documents_that_belong_together_stay_on_one_side(tmp_path: Path):
+    """Twelve texts, each in four variants that differ by a word; grouped by name they stand on both sides."""
+    rows = []
+    for i in range(12):
+        words = [f"w{(i * 37 + j * j * (i + 3)) % 1009}" for j in range(80)]
+        rows += [{"text": " ".join([*words, f"variant{v}"]), "name": f"{i}-{v}.py"} for v in range(4)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    sides: dict[bool, list[set[str]]] = {}
+    for regroup in (False, True):
+        config = DataConfig(str(path), validation_one_in=3, regroup=regroup)
+        found: dict[str, set[str]] = {}
+        for side, document in split_documents(config):
+            found.setdefault(document.name.split("-")[0], set()).add(side)
+        sides[regroup] = list(found.values())
+    assert any(len(both) == 2 for both in sides[False])
+    assert all(len(both) == 1 for both in sides[True])

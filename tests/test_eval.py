@@ -106,7 +106,7 @@ def test_model_scores_do_not_depend_on_the_batch_size(data, model):
 
 def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, model, monkeypatch):
     store, baseline = data.validation, evaluation.train_ngram(data.train)
-    found = evaluation.ngram_scores(baseline, store)
+    found = evaluation.ngram_scores(baseline, store, 64)
     assert found.tokens == score(model, validation_batches(store, 4, 64), FP32).tokens
     nats, hits = 0.0, []
     for document in documents_of(store):
@@ -116,20 +116,20 @@ def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, m
     assert found.nats == pytest.approx(nats, rel=1e-12)
     assert (found.top1, found.top5) == (np.mean(np.array(hits) < 1), np.mean(np.array(hits) < 5))
     monkeypatch.setattr(evaluation, "SCORED_TOKENS", 300)
-    assert evaluation.ngram_scores(baseline, store).nats == pytest.approx(nats, rel=1e-12)
+    assert evaluation.ngram_scores(baseline, store, 64).nats == pytest.approx(nats, rel=1e-12)
 
 
 def test_the_baseline_is_far_from_chance_and_better_on_its_own_training_files(data):
     baseline = evaluation.train_ngram(data.train)
-    held_out, seen = (evaluation.ngram_scores(baseline, side) for side in (data.validation, data.train))
+    held_out, seen = (evaluation.ngram_scores(baseline, side, 64) for side in (data.validation, data.train))
     assert seen.loss < held_out.loss < 0.5 * np.log(BYTES.vocab_size)
 
 
 def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monkeypatch):
     monkeypatch.setattr(evaluation, "BASELINE_TOKENS", data.train.n_tokens // 3)
-    part = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation)
+    part = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation, 64)
     monkeypatch.undo()
-    whole = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation)
+    whole = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation, 64)
     assert whole.loss < part.loss
 
 

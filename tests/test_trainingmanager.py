@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import trainingmanager
 from architecture import Decoder
-from checkpoint import checkpoints, load_run, load_state
+from checkpoint import checkpoints, first_difference, load_run, load_state
 from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from dataset import IGNORE_INDEX, Batch
+from optim import Muon
+from proofs import run_difference
 from runfolder import claimed_folder, new_folder
-from trainingmanager import RESUMABLE, TrainingManager, compile_blocks, train
+from trainingmanager import RESUMABLE, RunState, TrainingManager, compile_blocks, train
 
 HOUSE = Path(__file__).parent.parent
 
@@ -54,20 +61,9 @@ def weights(manager: TrainingManager) -> dict[str, torch.Tensor]:
     return {key: t.clone() for key, t in manager.model.state_dict().items()}
 
 
-def assert_equal(a: Any, b: Any, where: str = "state") -> None:
+def assert_equal(a: Any, b: Any) -> None:
     """Bit for bit, through nested dicts and lists; names the first item that differs."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
+    assert (name := first_difference(a, b)) is None, name
 
 
 # --- exactness ---------------------------------------------------------------------------------------
@@ -82,18 +78,18 @@ def test_resumed_equals_uninterrupted(config: Config, tmp_path: Path, name: Any)
     resumed = train(adapted(half, max_steps=6, resume=True))
     assert whole.state.step == resumed.state.step == 6
     assert_equal(weights(whole), weights(resumed))
-    states = [load_state(checkpoints(m.folder / "checkpoints")[-1]) for m in (whole, resumed)]
-    for state in states:
-        del state["run"]["seconds"]
-    assert_equal(states[0], states[1])
-    assert logged(whole, "train/loss") == logged(resumed, "train/loss")
+    assert run_difference(whole.folder, resumed.folder) is None
 
 
-@pytest.mark.parametrize("forgotten", ["optimizers", "random", "step"])
-def test_a_resume_that_forgets_is_seen(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+@pytest.mark.parametrize(
+    ("forgotten", "first"), [("random", 4), ("optimizers", 5), ("moments", 5), ("skipped_in_a_row", 6)]
+)
+def test_a_checkpoint_that_lacks_something_is_seen(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str, first: int
 ) -> None:
-    """The pair above can fail: leave one item of the state out, and the weights differ."""
+    """The pair above can fail: falsify one item of what is loaded, and the runs differ from that step on.
+
+    Step 4 is the first after the resume; its loss is logged before its update, in which moments count."""
     config = replace(config, optimizer=replace(config.optimizer, schedule="constant"))
     whole = train(config)
     half = adapted(config, run=str(tmp_path / "halves"), max_steps=3)
@@ -104,16 +100,109 @@ def test_a_resume_that_forgets_is_seen(
         if forgotten == "optimizers":
             for optimizer in state["optimizers"]:
                 optimizer["state"] = {}
+        elif forgotten == "moments":
+            state["optimizers"][0]["state"][0]["momentum"][0] *= 2
         elif forgotten == "random":
             state["random"]["torch"] = torch.Generator().manual_seed(99).get_state()
         else:
-            state["run"]["step"] = 0
+            state["run"]["skipped_in_a_row"] = state["run"]["skipped_updates"] = 1
         return state
 
     monkeypatch.setattr(trainingmanager, "load_state", forgetful)
-    resumed = train(adapted(half, max_steps=6 if forgotten != "step" else 3, resume=True))
-    with pytest.raises(AssertionError):
-        assert_equal(weights(whole), weights(resumed))
+    resumed = train(adapted(half, max_steps=6, resume=True))
+    difference = run_difference(whole.folder, resumed.folder)
+    assert difference is not None and difference[0] == first
+
+
+def ignored(*_: Any, **__: Any) -> None:
+    """Restores nothing."""
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "named"),
+    [
+        (torch.optim.AdamW, "load_state_dict", "optimizers/1/state/0"),
+        (Muon, "load_state_dict", "optimizers/0/state/0"),
+        (torch.amp.GradScaler, "load_state_dict", "scaler/scale"),
+        (torch, "set_rng_state", "random/torch"),
+        (random, "setstate", "random/python/1"),
+        (np.random, "set_state", "random/numpy/state/key"),
+        (trainingmanager, "load_weights", "embed.weight"),
+        (trainingmanager, "config_fingerprint", "fingerprints/config"),
+        (RunState, "step", "run/step"),
+        (RunState, "tokens", "run/tokens"),
+        (RunState, "best_loss", "run/best_loss"),
+        (RunState, "validations_without_better", "run/validations_without_better"),
+        (RunState, "skipped_updates", "run/skipped_updates"),
+        (RunState, "skipped_in_a_row", "run/skipped_in_a_row"),
+        (RunState, "seconds", "run/seconds"),
+    ],
+)
+def test_a_resume_that_drops_something_is_refused_by_its_name(
+    config: Config, monkeypatch: pytest.MonkeyPatch, where: Any, what: str, named: str
+) -> None:
+    scaler = torch.amp.GradScaler  # of fp16 on a GPU; a CPU's works too, and is only asked for here
+    monkeypatch.setattr(trainingmanager.torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=8))
+    monkeypatch.setattr(TrainingManager, "validate_and_save", with_every_counter_moved)
+    train(adapted(config, max_steps=3))
+    if where is RunState:
+
+        def without(**values: Any) -> RunState:
+            return RunState(**{key: value for key, value in values.items() if key != what})
+
+        monkeypatch.setattr(trainingmanager, "RunState", without)
+    else:
+        monkeypatch.setattr(where, what, ignored)
+    with pytest.raises(ValueError, match=f"^{named}.* is not what .*step-00000003 holds"):
+        train(adapted(config, resume=True))
+
+
+def with_every_counter_moved(manager: TrainingManager, log: Any) -> None:
+    """A save before which nothing that a resume restores is as it was at the start."""
+    manager.scaler.update(new_scale=2.0)
+    manager.state.validations_without_better = manager.state.skipped_updates = 2
+    manager.state.skipped_in_a_row = 1
+    manager.state.best_loss = 5.0
+    random.random()
+    np.random.rand()
+    manager.save(5.0)
+
+
+def test_what_changes_between_the_resume_and_the_first_step_is_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(adapted(config, max_steps=3))
+    checks = trainingmanager.preflight
+
+    def draws(*arguments: Any) -> Any:
+        torch.rand(1)
+        return checks(*arguments)
+
+    monkeypatch.setattr(trainingmanager, "preflight", draws)
+    with pytest.raises(ValueError, match=r"^random/torch is not what"):
+        train(adapted(config, resume=True))
+
+
+def test_a_checkpoint_of_another_run_is_refused(config: Config, tmp_path: Path) -> None:
+    train(adapted(config, max_steps=3))
+    (Path(config.data.source) / "one_more.py").write_text("def f0(x, y=0):\n    return total\n")
+    other = replace(config, tokenizer=TokenizerConfig(path=f"{config.train.run}/tokenizer"))
+    stranger = train(adapted(other, run=str(tmp_path / "other"), max_steps=3))
+    (Path(config.data.source) / "one_more.py").unlink()
+    own = Path(config.train.run, "checkpoints")
+    shutil.rmtree(own)
+    shutil.copytree(stranger.folder / "checkpoints", own)
+    with pytest.raises(ValueError, match=r"^(epoch|fingerprints/\w+) is not what"):
+        train(adapted(config, resume=True))
+
+
+def test_a_changed_budget_is_warned_of_and_a_changed_log_is_not(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(adapted(config, max_steps=3))
+    train(adapted(config, resume=True, log_every=2, samples=1))
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 1 and "warning: max_steps was 3 so far and is 6 now" in told
 
 
 def test_micro_batches_equal_one_batch_although_ragged(config: Config) -> None:
@@ -181,6 +270,8 @@ class Recorder(torch.optim.SGD):
 
 def test_clipping_is_applied_and_the_norm_before_it_is_logged(config: Config, tmp_path: Path) -> None:
     free = replace(config, optimizer=replace(config.optimizer, name="adamw", eps=1.0, grad_clip=0.0))
+    free = adapted(free, allow=("parameter-did-not-move",))  # so slow is that
+    free = adapted(free, allow=("parameter-did-not-move",))  # so slow is that
     tight = replace(free, optimizer=replace(free.optimizer, grad_clip=1e-3))
     a, b = train(free), train(adapted(tight, run=str(tmp_path / "tight")))
     first = logged(a, "train/grad_norm")[0]
@@ -228,8 +319,11 @@ def test_activation_checkpointing_changes_nothing(config: Config, tmp_path: Path
 
 def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
     still = replace(config.optimizer, lr=0.0, muon_lr=0.0, embedding_lr=1e-30, head_lr=1e-30)
-    manager = train(replace(adapted(config, max_steps=100, validate_every=2, patience=3), optimizer=still))
+    patient = adapted(config, max_steps=100, validate_every=2, patience=3, allow=("parameter-did-not-move",))
+    manager = train(replace(patient, optimizer=still))
     assert manager.state.step == 8  # the first validation is the best, then three without a better one
+    resumed = train(replace(adapted(patient, resume=True), optimizer=still))
+    assert resumed.state.step == 8  # nor does it train on
 
 
 def test_budgets_end_a_run(config: Config, tmp_path: Path) -> None:
@@ -239,19 +333,76 @@ def test_budgets_end_a_run(config: Config, tmp_path: Path) -> None:
     assert 1.0 <= seconds.state.seconds < 20 and seconds.state.step > 1
 
 
+def broken_from(step: int, monkeypatch: pytest.MonkeyPatch, value: float = math.nan) -> None:
+    """Let the gradients of all updates after `step` be `value`."""
+    clip = torch.nn.utils.clip_grad_norm_
+    update = TrainingManager.update
+
+    def broken_update(manager: TrainingManager) -> dict[str, float]:
+        def broken_clip(parameters: Any, *arguments: Any) -> torch.Tensor:
+            if manager.state.step >= step:
+                parameters[0].grad.fill_(value)
+            return clip(parameters, *arguments)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken_clip)
+        return update(manager)
+
+    monkeypatch.setattr(TrainingManager, "update", broken_update)
+
+
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(config: Config) -> None:
     manager = train(config)
     before = weights(manager)
+    optimizers = copy.deepcopy(manager.whole_state()["optimizers"])
+    for optimizer in optimizers:
+        for group in optimizer["param_groups"]:
+            del group["lr"]
     manager.model.blocks[0].register_forward_hook(
         lambda module, inputs, output: torch.full_like(inputs[0], math.nan)
     )
     manager.update()
     manager.update()
-    assert manager.state.skipped_updates == 2
+    assert manager.state.skipped_updates == manager.state.skipped_in_a_row == 2
     assert_equal(before, weights(manager))
-    with pytest.raises(ValueError, match="not finite 3 times in a row"):
+    with pytest.raises(ValueError, match=r"not finite 3 times in a row, up to step 9, .* start another") as e:
         manager.update()
     assert_equal(before, weights(manager))
+    after = manager.whole_state()["optimizers"]
+    for optimizer in after:
+        for group in optimizer["param_groups"]:
+            del group["lr"]
+    assert_equal(optimizers, after)
+    path = manager.folder / "not-finite-step-9.safetensors"
+    assert f"in {path};" in str(e.value)
+    saved = load_file(path)
+    assert_equal(saved["0/tokens"], manager.batches.batch(8).tokens)
+    assert_equal(saved["0/labels"], manager.batches.batch(8).labels)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_ended_in_nan_resumes_as_if_there_had_been_none(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    whole = train(config)
+    broken = adapted(config, run=str(tmp_path / "broken"))
+    with monkeypatch.context() as plant:
+        broken_from(3, plant, value)
+        with pytest.raises(ValueError, match="not finite 3 times in a row, up to step 6"):
+            train(broken)
+    assert [m.step for m in checkpoints(Path(broken.train.run, "checkpoints"))] == [3]
+    resumed = train(adapted(broken, resume=True))
+    assert resumed.state.skipped_updates == 0
+    assert run_difference(whole.folder, resumed.folder) is None
+
+
+def test_skips_in_a_row_are_counted_over_a_resume(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = adapted(config, max_steps=9, allow=("parameter-did-not-move",))
+    broken_from(1, monkeypatch)
+    with monkeypatch.context() as plant:
+        plant.setattr(TrainingManager, "progress", lambda manager: manager.state.step / 3)
+        assert train(config).state.skipped_in_a_row == 2
+    with pytest.raises(ValueError, match="not finite 3 times in a row, up to step 4"):
+        train(adapted(config, resume=True))
 
 
 def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
@@ -260,6 +411,27 @@ def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
     torch.nn.init.constant_(manager.model.head.weight, math.nan)
     manager.state.step += 1
     with pytest.raises(ValueError, match="the validation loss of step 7 is nan"):
+        manager.validate_and_save(trainingmanager.Log(manager.folder, 6))
+    assert checkpoints(manager.folder / "checkpoints") == before
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_what_is_not_finite_is_never_saved_although_the_loss_is(
+    config: Config, where: str, value: float
+) -> None:
+    """The embedding of an id that no text has: no loss depends on it."""
+    manager = train(replace(config, model=replace(config.model, vocab_size=400)))
+    before = checkpoints(manager.folder / "checkpoints")
+    manager.state.step += 1
+    embedding = manager.model.embed.weight
+    if where == "weight":
+        with torch.no_grad():
+            embedding[399, 0] = value
+    else:
+        manager.optimizers[1].state[embedding]["exp_avg"][399, 0] = value
+    name = "embed.weight" if where == "weight" else "optimizers/1/state/0/exp_avg"
+    with pytest.raises(ValueError, match=f"{name} of step 7 is not finite, so it was not saved"):
         manager.validate_and_save(trainingmanager.Log(manager.folder, 6))
     assert checkpoints(manager.folder / "checkpoints") == before
 
@@ -305,7 +477,7 @@ def test_a_folder_with_another_run_is_left_alone(config: Config) -> None:
     with pytest.raises(ValueError, match=r"model.n_embd was 16 when .* is 32 now"):
         train(replace(adapted(config, resume=True), model=replace(config.model, n_embd=32)))
     Path(config.data.source, "part0.py").write_text("changed = 1\n")
-    with pytest.raises(ValueError, match=r"the data changed|the tokenizer changed"):
+    with pytest.raises(ValueError, match=f"the data changed since .*: in {config.data.source} now has"):
         train(adapted(config, resume=True))
     assert before == {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
 

@@ -1,0 +1,628 @@
+"""How much of the held-out data also stands in the training data: the measure behind the guard against leaks.
+
+    found = overlap(train_documents, held_out_documents)  # texts
+    found = store_overlap(store, validation_store, tokenizer)  # the stores of a run, cached beside them
+    if found.refused: ...
+    groups = regroup(documents)  # a group for each document, such that a split by group leaks no more
+
+A text is compared as a row of units: words and punctuation marks, or the tokens of a store, in both cases
+without white space, so that a function moved into a class is the same function. Held-out documents are looked
+for in four ways: exact duplicates by SHA-256, near duplicates by MinHash (Broder 1997) over shingles as in
+Lee et al. 2022 (arXiv:2107.06499), runs of 50 words by rolling hash (the same length as theirs, who use a
+suffix array), and short texts inside longer ones. What has a prompt is judged by its completion, since that
+is what is scored.
+
+The held-out side is held in memory; the train side is streamed, in time linear in its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # it has no stubs
+
+from config import write_atomically
+from corpus import Document, utf8
+from tokenizer import Tokenizer
+from tokenstore import TokenStore
+
+# Measured: clean splits by file leak 2% to 19% of their text, chunks of files that overlap, split at
+# random, 71% to 99%. Between them lie the FastAPI tutorials by file, 47%, whose files come in near-equal
+# pairs: a true leak.
+LEAKED_LIMIT = 0.25
+WINDOW = 50  # words; the length from which on Lee et al. remove a repetition
+SHINGLE = 5
+NEAR = 0.7
+WINDOW_BYTES = 240  # what 50 words of code take: the window of a store has as many tokens as fill these
+# A window in more training documents than this share and this many is a header, and not a leak.
+BOILERPLATE_SHARE, BOILERPLATE_DOCUMENTS = 0.05, 20
+PERMUTATIONS, BANDS = 128, 32  # finds 99.98% of pairs at Jaccard 0.7: 1 - (1 - 0.7**4)**32
+BUCKET = 32  # candidates looked at in a bucket of the index; more of them are near duplicates of each other
+BATCH_UNITS = 2**19
+HELD_OUT_UNITS = 2**22  # of a store; beyond that, whole documents are sampled by name
+REGROUP_WINDOWS = 2**22
+LINKED = 0.3  # `regroup` puts two documents together when this share of the shorter one stands in the other
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out document and the training document it was found in; `kind` is a count of `Overlap`."""
+
+    kind: str
+    held_out: str
+    train: str
+    similarity: float
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What of the held-out data stands in the training data too.
+
+    Args:
+        documents, of_documents: Held-out documents compared, and all there are; they differ if sampled.
+        units, leaked_units: Scored words or tokens of those compared, and how many of them are leaked.
+        exact: Documents whose scored text is that of a training document, but for white space.
+        near: Others whose Jaccard similarity with one is at least `NEAR`, by estimate.
+        contained: Others, shorter than a window, that stand inside training documents.
+        windows, windows_shared: Runs of `window` units that end in scored text, and those found anywhere in
+            the training data.
+        boilerplate: Runs found in so many training documents that they count as headers, and not as leaked.
+        groups: Groups, or files that documents are numbered pieces of, that stand on both sides.
+        examples: The largest leaks first.
+    """
+
+    documents: int
+    of_documents: int
+    units: int
+    leaked_units: int
+    exact: int
+    near: int
+    contained: int
+    window: int
+    windows: int
+    windows_shared: int
+    boilerplate: int
+    groups: int
+    examples: tuple[Example, ...]
+
+    @property
+    def leaked_share(self) -> float:
+        """The share of scored units that training saw: those of exact, near and contained documents, all of
+        them, and of the others the units inside shared windows.
+
+        Of units, not of documents, because the loss is a mean over them: this share of the score is recall.
+        """
+        return self.leaked_units / self.units if self.units else 0.0
+
+    @property
+    def duplicate_share(self) -> float:
+        """The share of documents that are exact or near duplicates, or contained."""
+        return (self.exact + self.near + self.contained) / self.documents if self.documents else 0.0
+
+    @property
+    def refused(self) -> bool:
+        """Whether scores on these held-out data would mean little: more than `LEAKED_LIMIT` of the text or of
+        the documents is leaked, or a group stands on both sides.
+
+        Of documents too, because repeated rows are short ones: of the lines of one file, split at random, 44%
+        were duplicates and made up 16% of the text.
+        """
+        return max(self.leaked_share, self.duplicate_share) > LEAKED_LIMIT or self.groups > 0
+
+    @property
+    def windows_share(self) -> float:
+        return self.windows_shared / self.windows if self.windows else 0.0
+
+    def __str__(self) -> str:
+        sampled = f" (a sample of {self.of_documents})" if self.documents < self.of_documents else ""
+        return (
+            f"{self.leaked_share:.1%} of the held-out text stands in the training data: of {self.documents} "
+            f"documents{sampled} {self.exact} are exact duplicates, {self.near} near ones and "
+            f"{self.contained} stand inside others; of {self.windows} runs of {self.window} units "
+            f"{self.windows_shared} are shared; {self.groups} groups stand on both sides"
+        )
+
+
+def overlap(train: Iterable[Document], held_out: Iterable[Document]) -> Overlap:
+    """Compare texts, in words and punctuation marks. The order of documents does not matter."""
+    documents, words = list(held_out), _Words()
+    held = [words.units(document) for document in documents]
+
+    def excerpt(number: int, unit: int) -> str:
+        text = (documents[number].prompt or "") + "\n" + documents[number].text
+        word = next(itertools.islice(UNIT.finditer(text), unit, None))
+        return text[word.start() : word.start() + 200]
+
+    return _compare(map(words.units, train), held, len(held), WINDOW, excerpt)
+
+
+def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
+    """Compare the stores of a run, token by token; cached as `leaks.json` in the folder of `held_out`.
+
+    All of the training tokens are read. Of a held-out store above `HELD_OUT_UNITS` tokens, documents are
+    drawn by the SHA-1 of their names until that many are there; `Overlap.of_documents` tells. A cached
+    result is used if both stores and this file are those it was made by.
+
+    Raises:
+        ValueError: a store was made by another tokenizer.
+    """
+    for store in (train, held_out):
+        if store.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"the {store.split} store was made by the tokenizer {store.tokenizer_fingerprint[:12]}, and "
+                f"this one is {tokenizer.fingerprint[:12]}: give that one, or build the store again"
+            )
+    path = held_out.folder / "leaks.json"
+    key = _store_key(train, held_out)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(path.read_text("utf-8"))
+        if saved.pop("key") == key:
+            return Overlap(**saved | {"examples": tuple(Example(**e) for e in saved["examples"])})
+    found = _compare_stores(train, held_out, tokenizer)
+    with contextlib.suppress(OSError):  # a cache that may only be read
+        write_atomically(path, json.dumps({"key": key} | asdict(found), indent=1))
+    return found
+
+
+def _store_key(train: TokenStore, held_out: TokenStore) -> str:
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    for store in (train, held_out):
+        key.update((store.folder / "index.json").read_bytes())  # holds the SHA-256 of each file
+        key.update(store.split.encode())
+    return key.hexdigest()
+
+
+def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
+    specials = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    blank = [i in specials or tokenizer.decode([i]).isspace() for i in range(held_out.vocab_size)]
+    solid = ~np.array(blank)
+    values = _mixed(np.arange(held_out.vocab_size, dtype=np.uint64))
+
+    def units(store: TokenStore, number: int) -> _Units:
+        tokens = store.document(number)
+        keep = solid[tokens]
+        start = int(keep[: int(store.prompt_lengths[number])].sum())
+        name = store.names[number]
+        # A store knows no groups, but was split by them. Equal names are no group: many repositories hold a
+        # setup.py. Names of pieces are one all the same.
+        group = name if PIECE.search(name[-40:]) else ""
+        return _Units(name, group, values[tokens[keep]], start)
+
+    chosen = np.arange(held_out.n_documents)
+    if held_out.n_tokens > HELD_OUT_UNITS:
+        order = sorted(chosen.tolist(), key=lambda i: hashlib.sha1(utf8(held_out.names[i])).digest())
+        ends = np.cumsum(np.diff(held_out.offsets)[order])
+        chosen = np.sort(order[: max(1, int(np.searchsorted(ends, HELD_OUT_UNITS, "right")))])
+    held = [units(held_out, int(i)) for i in chosen]
+    scored = sum(len(document.ids) - document.start for document in held)
+    window = round(WINDOW_BYTES * scored / max(1, int(held_out.byte_lengths[chosen].sum())))
+    window = min(max(window, WINDOW // 2), 4 * WINDOW_BYTES)
+
+    def excerpt(number: int, unit: int) -> str:
+        tokens = held_out.document(int(chosen[number]))
+        first = int(np.flatnonzero(solid[tokens])[unit])
+        return tokenizer.decode([i for i in tokens[first : first + window].tolist() if i not in specials])
+
+    stream = (units(train, number) for number in range(train.n_documents))
+    return _compare(stream, held, held_out.n_documents, window, excerpt)
+
+
+# --- units -------------------------------------------------------------------------------------------
+
+UNIT = re.compile(r"\w+|[^\w\s]")
+# Names of pieces: FILE.EXT:12, FILE.EXT#3, FILE.EXT@L1-L9, ..._chunk_3, ...-part12. A file that merely ends
+# in a number is none of these.
+PIECE = re.compile(
+    r"(?:(?<=\.\w)|(?<=\.\w\w)|(?<=\.\w{3})|(?<=\.\w{4})|(?<=\.\w{5}))[:#@]L?\d+(?:[-:]L?\d+)?$"
+    r"|[ ._:#/-]*(?:chunk|part|piece|window|segment|slice|block)[ ._:#-]*\d+$",
+    re.IGNORECASE,
+)
+
+
+class _Units(NamedTuple):
+    name: str
+    group: str  # "" is none
+    ids: np.ndarray  # (n,) uint64, of prompt and text
+    start: int  # the first that is scored
+
+
+class _Words(dict[str, int]):
+    """A 64-bit hash for each word. Not Python's own: that changes from process to process."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = value = int.from_bytes(hashlib.blake2b(utf8(word), digest_size=8).digest(), "little")
+        return value
+
+    def ids(self, text: str) -> np.ndarray:
+        words = UNIT.findall(text)
+        return np.fromiter(map(self.__getitem__, words), np.uint64, len(words))
+
+    def units(self, document: Document) -> _Units:
+        prompt, text = self.ids(document.prompt or ""), self.ids(document.text)
+        return _Units(document.name, document.group, np.concatenate((prompt, text)), len(prompt))
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """A one-to-one scramble of 64-bit numbers: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    values = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _digest(document: _Units, least: int) -> bytes:
+    """SHA-256 of the scored text; below `least` units the prompt belongs to it, for `return x` is no leak."""
+    ids = document.ids[document.start :]
+    return hashlib.sha256((ids if len(ids) >= least else document.ids).tobytes()).digest()
+
+
+def _group(document: _Units) -> str:
+    """The group without the number of a piece. Only the end is searched: a group may be a whole prompt."""
+    return document.group[:-40] + PIECE.sub("", document.group[-40:])
+
+
+class _Batch:
+    """Documents end to end. `of` is the document each unit belongs to."""
+
+    def __init__(self, documents: list[_Units]):
+        self.documents = documents
+        self.ids = np.concatenate([d.ids for d in documents]) if documents else np.empty(0, np.uint64)
+        self.lengths = np.array([len(d.ids) for d in documents], np.int64)
+        self.ends = np.cumsum(self.lengths)
+        self.starts = self.ends - self.lengths
+        self.scored_from = self.starts + np.array([d.start for d in documents], np.int64)
+        self.of = np.repeat(np.arange(len(documents)), self.lengths)
+        sums = np.cumsum(self.ids * _powers(len(self.ids))[0], dtype=np.uint64)
+        self._sums = np.concatenate((np.zeros(1, np.uint64), sums))
+
+    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(places, hashes) of all runs of `length` units inside one document.
+
+        The hash is the sum of unit times B**place modulo 2**64, from sums over the whole batch.
+        """
+        places = np.arange(len(self.ids) - length + 1)
+        if not len(places):
+            return places[:0], self.ids[:0]
+        hashes = (self._sums[length:] - self._sums[:-length]) * _powers(len(self.ids))[1][: len(places)]
+        inside = self.of[: len(places)] == self.of[length - 1 :]
+        return places[inside], hashes[inside]
+
+    def signatures(self, shingle: int, least: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents, MinHash signatures (n, PERMUTATIONS)) of the scored texts of at least `least` units."""
+        places, hashes = self.windows(shingle)
+        scored = places >= self.scored_from[self.of[places]]
+        rows = np.bincount(self.of[places[scored]], minlength=len(self.documents))
+        long = self.ends - self.scored_from >= least
+        keep = long[self.of[places[scored]]]
+        offsets = np.concatenate(([0], np.cumsum(rows[long]))).astype(np.uint64)
+        flat = np.ascontiguousarray(_mixed(hashes[scored][keep]))
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, PERMUTATIONS, 1)
+        return np.flatnonzero(long), np.array(matrix.to_rows(), np.uint32).reshape(-1, PERMUTATIONS)
+
+
+@lru_cache(maxsize=4)
+def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """B**0, B**1, ... modulo 2**64, and their inverses."""
+    base = 0x9E3779B97F4A7C15
+    both = []
+    for factor in (base, pow(base, -1, 2**64)):
+        powers = np.full(length, factor, np.uint64)
+        powers[:1] = 1
+        both.append(np.cumprod(powers, dtype=np.uint64))
+    return both[0], both[1]
+
+
+def _batches(documents: Iterable[_Units]) -> Iterator[_Batch]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.ids)
+        if size >= BATCH_UNITS:
+            yield _Batch(batch)
+            batch, size = [], 0
+    if batch:
+        yield _Batch(batch)
+
+
+def _bands(signatures: np.ndarray) -> np.ndarray:
+    """(n, BANDS) uint64: equal where two signatures agree in a whole band."""
+    rows = PERMUTATIONS // BANDS
+    bands = signatures.reshape(len(signatures), BANDS, rows).astype(np.uint64)
+    factors = _mixed(np.arange(rows, dtype=np.uint64)) | np.uint64(1)
+    return _mixed((bands * factors).sum(2, dtype=np.uint64) + _mixed(np.arange(BANDS, dtype=np.uint64)))
+
+
+# --- comparing ---------------------------------------------------------------------------------------
+
+
+class _Needles:
+    """Hashes of the held-out side that are looked for, and for each the training documents that hold it."""
+
+    def __init__(self, hashes: np.ndarray):
+        self.values = np.unique(hashes)
+        bits = min(26, max(10, len(self.values).bit_length() + 4))
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(2**bits, bool)  # most training windows end here, at a 16th of a search's cost
+        self._table[self._slots(self.values)] = True
+        self.documents = np.zeros(len(self.values), np.int64)
+        self.first = np.full(len(self.values), 2**64 - 1, np.uint64)  # the least key among their names
+
+    def _slots(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes * np.uint64(0xD6E8FEB86659FD93)) >> self._shift
+
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which of the hashes are needles, the needle of each)."""
+        maybe = np.flatnonzero(self._table[self._slots(hashes)])
+        needle = np.searchsorted(self.values, hashes[maybe])
+        needle[needle == len(self.values)] = 0
+        found = self.values[needle] == hashes[maybe] if len(self.values) else np.zeros(0, bool)
+        return maybe[found], needle[found]
+
+    def count(self, batch: _Batch, length: int, keys: np.ndarray) -> np.ndarray:
+        """Look through a batch of training documents; returns those in which something was found."""
+        places, hashes = batch.windows(length)
+        found, needle = self.find(hashes)
+        documents = batch.of[places[found]]
+        pairs = np.unique(needle * len(batch.documents) + documents)
+        needle, documents = np.divmod(pairs, len(batch.documents))
+        self.documents += np.bincount(needle, minlength=len(self.values))
+        np.minimum.at(self.first, needle, keys[documents])
+        return np.unique(documents)
+
+
+def _name_key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(utf8(name), digest_size=8).digest(), "little")
+
+
+def _compare(
+    train: Iterable[_Units],
+    held: list[_Units],
+    of_documents: int,
+    window: int,
+    excerpt: Callable[[int, int], str],
+) -> Overlap:
+    """`excerpt(number, unit)` is the held-out text from that unit on."""
+    least, shingle = window // 3, max(SHINGLE, window // 10)
+    ours = _Batch(held)
+    scored = ours.ends - ours.scored_from
+
+    places, hashes = ours.windows(window)
+    ending = places + window > ours.scored_from[ours.of[places]]
+    places, hashes = places[ending], hashes[ending]
+    needles = {window: _Needles(hashes)}
+    # Texts shorter than a window: their first and their last run of a length that covers them together.
+    short: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for length in (least, 2 * least):
+        documents = np.flatnonzero((scored >= length) & (scored < min(2 * length, window)))
+        at, values = ours.windows(length)
+        head = values[np.searchsorted(at, ours.scored_from[documents])]
+        tail = values[np.searchsorted(at, ours.ends[documents] - length)]
+        if len(documents):
+            short[length] = documents, head, tail
+            needles[length] = _Needles(np.concatenate((head, tail)))
+
+    signed, signatures = ours.signatures(shingle, least)
+    bands = _bands(signatures)
+    digests: dict[bytes, list[int]] = defaultdict(list)
+    for number, document in enumerate(held):
+        if scored[number]:
+            digests[_digest(document, least)].append(number)
+    our_groups = {_group(document) for document in held if document.group}
+    groups: dict[str, str] = {}
+    exact: dict[int, str] = {}
+    near: dict[int, tuple[float, str]] = {}
+    names: dict[int, str] = {}
+    n_train = 0
+    for batch in _batches(train):
+        n_train += len(batch.documents)
+        keys = np.array([_name_key(document.name) for document in batch.documents], np.uint64)
+        for length, needle in needles.items():
+            for number in needle.count(batch, length, keys).tolist():
+                names[int(keys[number])] = batch.documents[number].name
+        for document in batch.documents:
+            for number in digests.get(_digest(document, least), ()):
+                exact[number] = min(document.name, exact.get(number, document.name))
+            if (group := _group(document)) in our_groups:
+                groups[group] = min(document.name, groups.get(group, document.name))
+        theirs, others = batch.signatures(shingle, least)
+        for i, j, similarity in _near(bands, signatures, others):
+            name, number = batch.documents[theirs[j]].name, int(signed[i])
+            # The most similar; among equals the least name.
+            near[number] = min((-similarity, name), near.get(number, (0.0, "")))
+
+    limit = max(BOILERPLATE_DOCUMENTS, BOILERPLATE_SHARE * n_train)
+    needle = np.searchsorted(needles[window].values, hashes)
+    times = needles[window].documents[needle]
+    shared = (times > 0) & (times <= limit)
+    covered = _inside(places[shared], window, len(ours.ids))
+    # A window that reaches from a header into its file is rare, and only what is behind the header is leaked.
+    covered &= ~_inside(places[times > limit], window, len(ours.ids))
+    covered &= np.arange(len(ours.ids)) >= ours.scored_from[ours.of]
+    leaked = np.bincount(ours.of[covered], minlength=len(held))
+
+    contained: dict[int, str] = {}
+    for length, (documents, head, tail) in short.items():
+        seen = needles[length]
+        first, last = np.searchsorted(seen.values, head), np.searchsorted(seen.values, tail)
+        fewest = np.minimum(seen.documents[first], seen.documents[last])
+        for i in np.flatnonzero((fewest > 0) & (fewest <= limit)).tolist():
+            contained[int(documents[i])] = names[int(seen.first[first[i]])]
+
+    kinds: dict[int, tuple[str, str, float, int]] = {}  # kind, training document, similarity, unit to show
+    for i in np.flatnonzero(shared)[::-1].tolist():
+        number = int(ours.of[places[i]])
+        name = names[int(needles[window].first[needle[i]])]
+        share = float(leaked[number] / scored[number])
+        kinds[number] = "windows_shared", name, share, int(places[i] - ours.starts[number])
+    for number, name in contained.items():
+        kinds[number] = "contained", name, 1.0, held[number].start
+    for number, (similarity, name) in near.items():
+        kinds[number] = "near", name, -similarity, held[number].start
+    for number, name in exact.items():
+        kinds[number] = "exact", name, 1.0, held[number].start
+    whole = sorted(exact.keys() | near.keys() | contained.keys())
+    leaked[whole] = scored[whole]
+
+    largest = sorted(kinds, key=lambda number: (-leaked[number], held[number].name))[:EXAMPLES]
+    examples = []
+    for number in largest:
+        kind, name, similarity, unit = kinds[number]
+        line = " ".join(excerpt(number, unit).split())[:80]
+        examples.append(Example(kind, held[number].name, name, round(similarity, 3), line))
+    for group in sorted(groups)[: EXAMPLES // 2]:
+        name = min(document.name for document in held if _group(document) == group)
+        examples.append(Example("groups", name, groups[group], 1.0, group[:80]))
+    count = [kind for kind, *_ in kinds.values()].count
+    return Overlap(
+        documents=len(held),
+        of_documents=of_documents,
+        units=int(scored.sum()),
+        leaked_units=int(leaked.sum()),
+        exact=count("exact"),
+        near=count("near"),
+        contained=count("contained"),
+        window=window,
+        windows=len(places),
+        windows_shared=int(shared.sum()),
+        boilerplate=int((times > limit).sum()),
+        groups=len(groups),
+        examples=tuple(examples),
+    )
+
+
+def _inside(places: np.ndarray, window: int, n_units: int) -> np.ndarray:
+    """(n_units,) bool: the units inside a window that begins at one of the places."""
+    edges = np.bincount(places, minlength=n_units + 1) - np.bincount(places + window, minlength=n_units + 1)
+    return np.cumsum(edges)[:n_units] > 0
+
+
+def _near(bands: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """Pairs (i, j, similarity) of signatures that agree in a band and in at least `NEAR` of all places.
+
+    Of a bucket, the signatures equal in one band, the first `BUCKET` are looked at: time stays linear where
+    thousands of documents are variants of one.
+    """
+    if not len(ours) or not len(theirs):
+        return
+    keys = _bands(theirs)
+    order = np.argsort(keys, axis=None, kind="stable")
+    flat = keys.ravel()[order]
+    left = np.searchsorted(flat, bands.ravel())
+    pairs = []
+    for step in range(BUCKET):
+        at = np.minimum(left + step, len(flat) - 1)
+        hit = np.flatnonzero((left + step < len(flat)) & (flat[at] == bands.ravel()))
+        if not len(hit):
+            break
+        pairs.append(hit // BANDS * len(theirs) + order[at[hit]] // BANDS)
+    if not pairs:
+        return
+    i, j = np.divmod(np.unique(np.concatenate(pairs)), len(theirs))
+    similarity = np.empty(len(i))
+    for k in range(0, len(i), 2**16):
+        part = slice(k, k + 2**16)
+        similarity[part] = (ours[i[part]] == theirs[j[part]]).mean(1)
+    for k in np.flatnonzero(similarity >= NEAR).tolist():
+        yield int(i[k]), int(j[k]), float(similarity[k])
+
+
+# --- regrouping --------------------------------------------------------------------------------------
+
+
+def regroup(documents: Iterable[Document]) -> list[str]:
+    """A group for each document, in order, such that what would leak into each other is in one group.
+
+    Together go documents of one group (or pieces of one file), exact and near duplicates, and two of which
+    the shorter has `LINKED` of its runs of `WINDOW // 3` words in the other. The name is the least of the
+    groups joined, so that the order of documents does not matter. Above `REGROUP_WINDOWS` runs, those whose
+    hash ends in enough zeros are compared, the same ones in every document.
+    """
+    words, least = _Words(), WINDOW // 3
+    parents: list[int] = []
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = i = parents[parents[i]]
+        return i
+
+    def join(i: int, j: int) -> None:
+        parents[root(i)] = root(j)
+
+    names: list[str] = []
+    first: dict[bytes, int] = {}
+    signed, signatures = [], []
+    windows = np.empty((2, 0), np.uint64)  # hash and document
+    zeros = 0
+    for batch in _batches(map(words.units, documents)):
+        start = len(names)
+        for document in batch.documents:
+            number = len(names)
+            parents.append(number)
+            names.append(_group(document))
+            keys = [b"group" + utf8(names[-1])]
+            if len(document.ids) > document.start:
+                keys.append(b"text" + _digest(document, least))
+            for key in keys:
+                join(number, first.setdefault(key, number))
+        theirs, rows = batch.signatures(SHINGLE, least)
+        signed.append(theirs + start)
+        signatures.append(rows)
+        places, hashes = batch.windows(least)
+        scored = places >= batch.scored_from[batch.of[places]]
+        numbers = (batch.of[places[scored]] + start).astype(np.uint64)
+        windows = np.concatenate((windows, np.stack((_mixed(hashes[scored]), numbers))), 1)
+        while True:
+            windows = windows[:, windows[0] & np.uint64(2**zeros - 1) == 0]
+            if windows.shape[1] <= REGROUP_WINDOWS:
+                break
+            zeros += 1
+    if not names:
+        return []
+    numbers, rows = np.concatenate(signed), np.concatenate(signatures)
+    for i, j, _ in _near(_bands(rows), rows, rows):
+        join(int(numbers[i]), int(numbers[j]))
+    for i, j in _linked(windows, len(names)):
+        join(i, j)
+    least_name: dict[int, str] = {}
+    for number, name in enumerate(names):
+        least_name[root(number)] = min(name, least_name.get(root(number), name))
+    return [least_name[root(number)] for number in range(len(names))]
+
+
+def _linked(windows: np.ndarray, n_documents: int) -> Iterator[tuple[int, int]]:
+    """Pairs of documents that share `LINKED` of the windows of the one that has fewer."""
+    hashes, documents = windows[0], windows[1].astype(np.int64)
+    order = np.lexsort((documents, hashes))
+    hashes, documents = hashes[order], documents[order]
+    once = np.ones(len(hashes), bool)
+    once[1:] = (hashes[1:] != hashes[:-1]) | (documents[1:] != documents[:-1])
+    hashes, documents = hashes[once], documents[once]
+    sizes = np.bincount(documents, minlength=n_documents)
+    _, which, times = np.unique(hashes, return_inverse=True, return_counts=True)
+    rare = times[which] <= max(BOILERPLATE_DOCUMENTS, BOILERPLATE_SHARE * n_documents)
+    hashes, documents = hashes[rare], documents[rare]
+    pairs: list[np.ndarray] = []
+    for step in range(1, BUCKET):
+        same = hashes[step:] == hashes[:-step]
+        if not same.any():
+            break
+        pairs.append(documents[:-step][same] * n_documents + documents[step:][same])
+    if not pairs:
+        return
+    codes, shared = np.unique(np.concatenate(pairs), return_counts=True)
+    i, j = np.divmod(codes, n_documents)
+    enough = shared >= LINKED * np.minimum(sizes[i], sizes[j])
+    yield from zip(i[enough].tolist(), j[enough].tolist(), strict=True)

@@ -1,0 +1,715 @@
+"""Guards that run before every training: each names a silent fault, shows its evidence, and says what to do.
+
+    findings = preflight(subject, allowed)  # raises Fault, or returns what was allowed
+    python preflight.py --selftest          # plants each fault in a small healthy run and sees it caught
+
+A guard takes a `Subject`, the very objects that will train, and yields a `Fault` for each thing that is wrong
+and a string for each thing worth printing. It leaves weights, modes and random states as it found them, so
+that a run with guards equals one without them bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from architecture import ABSOLUTE_POSITIONS, Decoder
+from config import Config, ModelConfig, write_atomically
+from corpus import split_documents
+from dataset import IGNORE_INDEX, Batch
+from generate import GenerationConfig, generate, generate_ids, prompt_ids
+from leaks import store_overlap
+from loss import Scores, TokenLoss
+from precision import Precision
+from tokenizer import Tokenizer
+from tokenstore import TokenStore
+
+
+class Fault(ValueError):
+    """One thing that is wrong, under a name that `--allow` takes."""
+
+    def __init__(self, name: str, evidence: str, remedy: str):
+        self.name, self.evidence, self.remedy = name, evidence, remedy
+        super().__init__(f"{name}: {evidence}; {remedy}. To train all the same: --allow {name}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is about to train. The functions are the ones that training itself calls, not others like them."""
+
+    config: Config
+    model: Decoder
+    tokenizer: Tokenizer
+    train: TokenStore
+    validation: TokenStore
+    micro_batch: Callable[[int], Batch]  # of training, by number, on the device, after every transform
+    validation_batches: Callable[[int], Iterable[Batch]]  # that many, spread evenly
+    loss: Callable[[Batch], TokenLoss]  # of training, label smoothing included
+    score: Callable[[Iterable[Batch]], Scores]  # of validation
+    precision: Precision
+    optimizers: list[torch.optim.Optimizer]
+    start: str  # "fresh" weights, "loaded" ones, or "resumed" ones
+
+
+Guard = Callable[[Subject], Iterator["Fault | str"]]
+
+
+# --- probe: what an output depends on ----------------------------------------------------------------
+
+
+def probe(subject: Subject) -> Iterator[Fault | str]:
+    """By gradient: a prediction depends on its own document up to its own token, and on nothing else.
+
+    The gradient of one label's loss with respect to the embedding of every token of the batch must be zero at
+    later tokens, other rows, other documents and padding, and not zero at the token itself and before it.
+    """
+    batch = probe_rows(subject)
+    modes = (True, False) if subject.config.model.dropout else (True,)
+    places = probe_places(batch)
+    found: set[str] = set()
+    with awake(subject.model):
+        for training in modes:
+            subject.model.train(training)
+            for row, place in places:
+                found |= dependence_faults(batch, row, place, sensitivity(subject, batch, row, place))
+    for name, evidence in PROBE_FAULTS.items():
+        if name in found:
+            yield Fault(name, evidence, "check the attention mask and the order of axes (B, T, C)")
+    rows, length = batch.tokens.shape
+    documents = int((batch.document_ids.amax(1) > 0).sum())
+    yield f"{len(modes) * len(places)} predictions in {rows} rows of {length}, {documents} of them packed"
+
+
+PROBE_FAULTS = {
+    "gradient-not-finite": "the gradient of a prediction is not finite",
+    "other-row-visible": "a prediction depends on another row of the batch",
+    "future-visible": "a prediction depends on a later token",
+    "other-document-visible": "a prediction depends on another document packed in its row",
+    "padding-visible": "a prediction depends on padding",
+    "past-invisible": "a prediction does not depend on the tokens before it",
+    "token-invisible": "a prediction does not depend on its own token",
+}
+PROBE_ELEMENTS = 6e9  # parameters x tokens of a prediction: 0.2 s each on two cores
+PROBE_BATCHES = 16
+
+
+def probe_rows(subject: Subject) -> Batch:
+    """Up to four rows of real training batches, packed and padded ones first, cut to what is affordable."""
+    batches = [subject.micro_batch(i) for i in range(min(PROBE_BATCHES, subject.train.n_documents))]
+    whole = Batch(*(torch.cat([batch[i] for batch in batches]) for i in range(4)))
+    wanted = ((whole.document_ids > 0).any(1).long() + (whole.document_ids < 0).any(1).long()).cpu()
+    has_label = (whole.labels != IGNORE_INDEX).any(1).cpu()
+    order = torch.argsort(wanted * has_label + has_label.long(), descending=True, stable=True)
+    chosen = torch.cat((order[:2], order[len(order) // 2 :][:1], order[-1:])).unique()
+    rows = Batch(*(t[chosen.to(t.device)] for t in whole))
+    parameters = sum(p.numel() for p in subject.model.parameters())
+    length = min(rows.tokens.size(1), max(32, int(PROBE_ELEMENTS / parameters / len(chosen))))
+    if length == rows.tokens.size(1):
+        return rows
+    # Around the first boundary between documents, where there is one.
+    boundary = (rows.document_ids[:, 1:] != rows.document_ids[:, :-1]).any(0).nonzero()
+    at = int(boundary[0]) if len(boundary) else 0
+    start = max(0, min(at - length // 2, rows.tokens.size(1) - length))
+    return Batch(*(t[:, start : start + length].contiguous() for t in rows))
+
+
+def probe_places(batch: Batch) -> list[tuple[int, int]]:
+    """Predictions to look at: in each row the last, and the first after a boundary, that have a past."""
+    labels, documents = batch.labels.cpu(), batch.document_ids.cpu()
+    places = []
+    for row in range(len(labels)):
+        second = documents[row, 1:] == documents[row, :-1]  # the token before it is of the same document
+        second &= documents[row, 1:] >= 0
+        usable = ((labels[row, 1:] != IGNORE_INDEX) & second).nonzero().flatten() + 1
+        if not len(usable):
+            continue
+        later = usable[documents[row][usable] > 0]
+        middle = usable[len(usable) // 2 :][:1]  # a later token of its own document is there to be seen
+        places += [(row, int(t)) for t in {*middle.tolist(), *later[:1].tolist()}]
+    return places[:4]
+
+
+def sensitivity(subject: Subject, batch: Batch, row: int, place: int) -> Tensor:
+    """(B, T): the largest gradient of one label's loss with respect to each token's embedding."""
+    embedded: list[Tensor] = []
+
+    def hold(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    labels = torch.full_like(batch.labels, IGNORE_INDEX)
+    labels[row, place] = batch.labels[row, place]
+    handle = subject.model.embed.register_forward_hook(hold)
+    try:
+        with torch.enable_grad():
+            objective = subject.loss(batch._replace(labels=labels)).objective
+    finally:
+        handle.remove()
+    # Times 1,024, so that fp16 does not round a small gradient to zero.
+    gradients = torch.autograd.grad(objective * 1024, embedded, allow_unused=True)
+    used = [g.abs().amax(-1).float().cpu() for g in gradients if g is not None]
+    return torch.stack(used).amax(0) if used else torch.zeros(batch.tokens.shape)
+
+
+def dependence_faults(batch: Batch, row: int, place: int, gradient: Tensor) -> set[str]:
+    """The names in PROBE_FAULTS that the gradient (B, T) of the prediction at (row, place) shows."""
+    if not torch.isfinite(gradient).all():
+        return {"gradient-not-finite"}
+    documents = batch.document_ids.cpu()
+    seen = gradient > 0
+    faults = set()
+    if seen[torch.arange(len(seen)) != row].any():
+        faults.add("other-row-visible")
+    own, earlier = documents[row] == documents[row, place], torch.arange(seen.size(1)) <= place
+    if (seen[row] & (documents[row] < 0)).any():
+        faults.add("padding-visible")
+    if (seen[row] & ~own & (documents[row] >= 0)).any():
+        faults.add("other-document-visible")
+    if (seen[row] & own & ~earlier).any():
+        faults.add("future-visible")
+    past = own & earlier
+    past[place] = False
+    if not seen[row, place]:
+        faults.add("token-invisible")
+    if past.any() and not (seen[row] & past).any():
+        faults.add("past-invisible")
+    return faults
+
+
+@contextlib.contextmanager
+def awake(model: Decoder) -> Iterator[None]:
+    """Small random numbers in matrices that are all zero: a fresh model's blocks hand nothing on.
+
+    They are zero again afterwards, and the mode and the random states are what they were.
+    """
+    training = model.training
+    asleep = [p for p in model.parameters() if p.dim() > 1 and not p.any()]
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        try:
+            with torch.no_grad():
+                for p in asleep:
+                    p.normal_(std=p.size(-1) ** -0.5)
+            yield
+        finally:
+            with torch.no_grad():
+                for p in asleep:
+                    p.zero_()
+            model.train(training)
+
+
+# --- start: sizes and the first loss -----------------------------------------------------------------
+
+SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
+SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
+FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # nats; healthy initialisations stay within 0.3 of ln V
+
+
+def start(subject: Subject) -> Iterator[Fault | str]:
+    """Ids fit the vocabulary, rows fit the positions, and the first loss is that of knowing nothing."""
+    model, tokenizer = subject.config.model, subject.tokenizer
+    spare = model.vocab_size - tokenizer.vocab_size
+    if spare > max(SPARE_IDS, SPARE_SHARE * tokenizer.vocab_size):
+        yield Fault(
+            "vocabulary-too-large",
+            f"model.vocab_size is {model.vocab_size} and the tokenizer has {tokenizer.vocab_size} ids",
+            "leave model.vocab_size out to take the tokenizer's",
+        )
+    batches = [subject.micro_batch(0), *subject.validation_batches(2)]
+    largest = max(int(batch.tokens.max()) for batch in batches)
+    if largest >= model.vocab_size:
+        yield Fault(
+            "id-outside-vocabulary",
+            f"the data hold the id {largest} and the embedding has {model.vocab_size} rows",
+            "use the tokenizer that the model was made for",
+        )
+        return
+    furthest = max(int(batch.positions.max()) for batch in batches)
+    if model.position in ABSOLUTE_POSITIONS and furthest >= model.block_size:
+        yield Fault(
+            "too-few-positions",
+            f"a row reaches position {furthest} and the model has {model.block_size}",
+            "raise model.block_size or shorten the rows",
+        )
+        return
+    loss, uniform = subject.score(batches[1:]).loss, math.log(model.vocab_size)
+    yield f"loss {loss:.3f} on two validation batches; ln(vocabulary) is {uniform:.3f}"
+    if not math.isfinite(loss):
+        yield Fault("first-loss-not-finite", f"the first loss is {loss}", "check the weights and --precision")
+    elif subject.start == "fresh" and loss > uniform + FIRST_LOSS_ABOVE:
+        yield Fault(
+            "first-loss-too-high",
+            f"the first loss is {loss:.2f}, and knowing nothing costs ln({model.vocab_size}) = {uniform:.2f}",
+            "scale the initialisation of the embedding and the head down",
+        )
+    elif subject.start == "fresh" and loss < uniform - FIRST_LOSS_BELOW:
+        yield Fault(
+            "first-loss-too-low",
+            f"a model that was never trained has loss {loss:.2f}, and knowing nothing costs {uniform:.2f}",
+            "look for labels that can be seen in the inputs",
+        )
+    elif subject.start == "loaded" and loss > (entropy := unigram_entropy(batches[1:])):
+        yield Fault(
+            "worse-than-unigram",
+            f"the loaded weights have loss {loss:.2f}, and token frequencies alone {entropy:.2f}",
+            "check that weights, config and tokenizer belong together",
+        )
+
+
+def unigram_entropy(batches: Iterable[Batch]) -> float:
+    """Nats a token of a model that knows the frequencies of these labels and nothing else."""
+    labels = torch.cat([batch.labels[batch.labels != IGNORE_INDEX] for batch in batches])
+    shares = torch.bincount(labels).double() / len(labels)
+    return -float((shares[shares > 0] * shares[shares > 0].log()).sum())
+
+
+# --- labels: which tokens bear loss ------------------------------------------------------------------
+
+LABEL_BATCHES = 8
+SHOWN_TOKENS = 24
+
+
+def labels(subject: Subject) -> Iterator[Fault | str]:
+    """On real batches: which tokens bear loss, and whether those that should do and the others do not."""
+    sides = {
+        "training": [subject.micro_batch(i) for i in range(LABEL_BATCHES)],
+        "validation": list(subject.validation_batches(2)),
+    }
+    for side, batches in sides.items():
+        whole = Batch(*(torch.cat([batch[i] for batch in batches]).cpu() for i in range(4)))
+        yield from label_faults(subject, whole, side)
+        if side == "training":
+            yield label_summary(subject, whole)
+
+
+def label_faults(subject: Subject, batch: Batch, side: str) -> Iterator[Fault]:
+    """Faults of rows (B, T); the last label of a row is not compared, since its token is in no column."""
+    tokens, labels, documents, positions = batch
+    eos_id, bos_id, store = subject.tokenizer.eos_id, subject.tokenizer.bos_id, subject.train
+    bears = labels != IGNORE_INDEX
+    padding = documents < 0
+    same = (documents[:, 1:] == documents[:, :-1]) & ~padding[:, 1:]
+    inner, targets = bears[:, :-1], tokens[:, 1:]
+    first = (positions[:, :-1] == 0) & same & (tokens[:, :-1] == subject.tokenizer.start_id)
+    if store.holds_examples and store.prompt_lengths.min() > 1 and (first & inner).any():
+        yield Fault(
+            "prompt-bears-loss",
+            f"{int((first & inner).sum())} of {int(first.sum())} prompts of {side} bear loss",
+            "labels of a prompt must be -100, and nothing downstream may write them again",
+        )
+    elif (bears & padding).any() or (inner & padding[:, 1:]).any():
+        share = float((bears & padding).sum() / bears.sum())
+        yield Fault(
+            "padding-bears-loss",
+            f"{share:.1%} of the labels of {side} are of padding",
+            "labels of padding must be -100: padding is what the document id -1 says, not the pad id",
+        )
+    elif (inner & ~same).any():
+        yield Fault(
+            "label-crosses-documents",
+            f"{int((inner & ~same).sum())} labels of {side} are the first token of another document",
+            "a document's last token has no label",
+        )
+    wrong = inner & same & (labels[:, :-1] != targets)
+    if wrong.any():
+        yield Fault(
+            "labels-not-next-token",
+            f"{int(wrong.sum())} of {int((inner & same).sum())} labels of {side} are not the next token",
+            "labels are made from the very ids that the model reads, shifted by one, in dataset.py only",
+        )
+    has_text = same.any(1)
+    silent = has_text & ~bears.any(1)
+    if silent.any():
+        yield Fault(
+            "row-without-loss",
+            f"{int(silent.sum())} of {int(has_text.sum())} rows of {side} with text bear no loss at all",
+            "shorten the prompt from its left, never the answer from its right",
+        )
+    ends = same & (targets == eos_id) if eos_id is not None else torch.zeros_like(same)
+    if ends.any() and not (inner & ends).any():
+        yield Fault(
+            "end-never-learned",
+            f"none of {int(ends.sum())} ends of a document in {side} bears loss",
+            "do not mask the end with the padding: generation would never stop",
+        )
+    doubled = same & (tokens[:, :-1] == bos_id) & (targets == bos_id)
+    if bos_id is not None and bos_id != eos_id and doubled.any():
+        yield Fault(
+            "start-doubled",
+            f"{int(doubled.sum())} documents of {side} begin with two start tokens",
+            "either the tokenizer adds it or the data path does, not both",
+        )
+
+
+def label_summary(subject: Subject, batch: Batch) -> str:
+    bears = batch.labels != IGNORE_INDEX
+    text = batch.document_ids >= 0
+    eos_id = IGNORE_INDEX if subject.tokenizer.eos_id is None else subject.tokenizer.eos_id
+    ends = int((bears & (batch.labels == eos_id)).sum())
+    row = int((bears & text).sum(1).argmax())
+    first = int(bears[row].long().argmax())
+    window = slice(max(0, first - SHOWN_TOKENS // 2), first + SHOWN_TOKENS)
+    return (
+        f"{bears.sum() / text.sum():.1%} of {int(text.sum()):,} tokens bear loss, {ends} ends of a document "
+        f"among them, {int((~text).sum())} are padding; in [brackets] what is learned: "
+        f"{marked(subject.tokenizer, batch.tokens[row][window], bears[row][window])}"
+    )
+
+
+def marked(tokenizer: Tokenizer, tokens: Tensor, bears: Tensor) -> str:
+    """The text of a row (T,), targets that bear loss in brackets; the token after the row is not shown."""
+    learned = [False, *bears[:-1].tolist()]
+    pieces, ids = [], tokens.tolist()
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or learned[end] != learned[start]:
+            text = repr(tokenizer.decode(ids[start:end]))[1:-1]
+            pieces.append(f"[{text}]" if learned[start] else text)
+            start = end
+    return "".join(pieces)
+
+
+# --- split: what was held out was not trained on -----------------------------------------------------
+
+
+def split(subject: Subject) -> Iterator[Fault | str]:
+    """How much of the held-out text also stands in the training data, and refuses too much of it."""
+    if subject.config.train.overfit:
+        yield "left out: --overfit validates on what it trains on"
+        return
+    found = store_overlap(subject.train, subject.validation, subject.tokenizer)
+    yield str(found)
+    if found.refused:
+        largest = "".join(
+            f"; {e.held_out!r} and {e.train!r} share {' '.join(e.excerpt.split())[:60]!r}"
+            for e in found.examples[:1]
+        )
+        yield Fault(
+            "split-leaks",
+            f"{found}{largest}",
+            "name what belongs together with --data.group_field, or find it with --data.regroup true",
+        )
+
+
+# --- settings: each does what it says ----------------------------------------------------------------
+
+# The first two agree by design; the others are sizes of data or of the vocabulary, compared elsewhere.
+WITHOUT_EFFECT_ON_WEIGHTS = ("attention", "block_size", "vocab_size")
+
+
+def settings(subject: Subject) -> Iterator[Fault | str]:
+    """Dropout drops, evaluation is repeatable, smoothing smooths, and each key of the model changes it."""
+    yield from dropout_faults(subject)
+    yield from smoothing_faults(subject)
+    for key in ignored_keys(subject.config.model):
+        yield Fault(
+            "setting-ignored",
+            f"model.{key} was set to {getattr(subject.config.model, key)!r} and changes nothing",
+            "it is stored and never read: look for where the model should use it",
+        )
+    decay = subject.config.optimizer.weight_decay
+    decays = {group["weight_decay"] for o in subject.optimizers for group in o.param_groups}
+    if decay and decay not in decays:
+        yield Fault(
+            "setting-ignored",
+            f"optimizer.weight_decay is {decay} and the parameter groups have {decays}",
+            "hand it to the groups",
+        )
+
+
+def smoothing_faults(subject: Subject) -> Iterator[Fault]:
+    """The loss of one row against the textbook's, for what is minimised and for what is reported."""
+    batch = Batch(*(t[:1] for t in subject.micro_batch(0)))
+    smoothing = subject.config.optimizer.label_smoothing
+    with awake(subject.model), torch.no_grad():
+        subject.model.eval()
+        loss = subject.loss(batch)
+        with subject.precision.autocast():
+            logits = subject.model(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1).float()
+
+    def textbook(smoothing: float) -> float:
+        return F.cross_entropy(
+            logits,
+            batch.labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=smoothing,
+        ).item()
+
+    tolerance = FP32_TOLERANCE if subject.precision.dtype == torch.float32 else LOW_TOLERANCE
+    reported, minimised, plain = loss.cross_entropy.item(), loss.objective.item(), textbook(0.0)
+    if not math.isclose(reported, plain, rel_tol=tolerance):
+        yield Fault(
+            "score-not-plain-loss",
+            f"the loss reported for a row is {reported:.4f} nats, and its plain cross-entropy {plain:.4f}",
+            "perplexity and bits per byte come from the loss without label smoothing",
+        )
+    if not math.isclose(minimised, textbook(smoothing), rel_tol=tolerance):
+        yield Fault(
+            "objective-not-the-loss",
+            f"with label_smoothing {smoothing} a row's loss is {textbook(smoothing):.4f} nats, and what is "
+            f"minimised is {minimised:.4f}",
+            "smooth by the setting, over the labels that bear loss only",
+        )
+
+
+def dropout_faults(subject: Subject) -> Iterator[Fault]:
+    batch, p = subject.micro_batch(0), subject.config.model.dropout
+    batch = Batch(*(t[:2] for t in batch))
+
+    def twice(training: bool) -> bool:
+        with awake(subject.model), torch.no_grad():
+            subject.model.train(training)
+            with subject.precision.autocast():  # not the loss: a head of almost nothing hides all before it
+                first, second = (
+                    subject.model.hidden(batch.tokens, batch.positions, batch.document_ids) for _ in range(2)
+                )
+        return torch.equal(first, second)
+
+    if twice(training=True) and p:
+        yield Fault(
+            "dropout-ignored",
+            f"model.dropout is {p} and two passes over one batch in training mode are equal",
+            "two arms of a sweep over dropout would be one: apply it",
+        )
+    if not twice(training=False):
+        yield Fault(
+            "evaluation-not-repeatable",
+            "two passes over one batch in evaluation mode differ",
+            "switch dropout off in evaluation mode, and use no random number there",
+        )
+
+
+def ignored_keys(config: ModelConfig) -> Iterator[str]:
+    """Keys that are not the default although a model without them is the same: weights and outputs.
+
+    Compared are small twins, of at most two layers and 64 words, drawn from one seed.
+    """
+    default = ModelConfig()
+    small = replace(config, vocab_size=64, n_layer=min(config.n_layer, 2), block_size=8)
+    for key, value in vars(ModelConfig()).items():
+        if key in WITHOUT_EFFECT_ON_WEIGHTS or getattr(config, key) == value:
+            continue
+        other = replace(small, **{key: 1 if key == "n_layer" else getattr(default, key)})
+        with contextlib.suppress(ValueError):  # the default does not go with the other keys
+            if other.resolved() != small.resolved() and twins(small, other.resolved()):
+                yield key
+
+
+def twins(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two small models have the same weights from one seed and give the same logits in training."""
+    results = []
+    with torch.random.fork_rng([]):
+        for config in (one, other):
+            torch.manual_seed(0)
+            model = Decoder(config)
+            drawn = {name: p.clone() for name, p in model.named_parameters()}
+            for p in model.parameters():  # biases that start at zero and scales that start at one hide much
+                torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
+            torch.manual_seed(1)
+            with torch.no_grad():
+                results.append((drawn, model(torch.arange(16).view(2, 8))))
+    (weights, logits), (other_weights, other_logits) = results
+    same = weights.keys() == other_weights.keys() and all(
+        torch.equal(p, other_weights[name]) for name, p in weights.items()
+    )
+    return same and torch.equal(logits, other_logits)
+
+
+# --- one path ----------------------------------------------------------------------------------------
+
+PROMPTS = 4  # documents whose ids are compared
+FP32_TOLERANCE, LOW_TOLERANCE = 1e-4, 2e-2  # relative, between precisions of training and validation
+
+
+def same_path(subject: Subject) -> Iterator[Fault | str]:
+    """Validation scores as training does, and prompts begin as documents do."""
+    batch = subject.micro_batch(0)
+    with awake(subject.model), torch.no_grad():
+        subject.model.eval()
+        trained = subject.loss(batch)
+        mean = trained.cross_entropy.item() / max(1, trained.tokens)
+        scores = subject.score([batch])
+    low = subject.config.train.eval_precision != "auto" or subject.precision.dtype != torch.float32
+    if not math.isclose(scores.loss, mean, rel_tol=LOW_TOLERANCE if low else FP32_TOLERANCE):
+        yield Fault(
+            "validation-differs",
+            f"one batch has loss {mean:.4f} by training's function and {scores.loss:.4f} by validation's",
+            "let both call the same function",
+        )
+    yield from prompt_faults(subject)
+
+
+def prompt_faults(subject: Subject) -> Iterator[Fault]:
+    """What generation would read is what training read, id for id, in the first documents of the corpus."""
+    number = 0
+    for side, document in split_documents(subject.config.data):
+        if side != "train":
+            continue
+        text = document.text if document.prompt is None else document.prompt
+        asked = prompt_ids(subject.tokenizer, text)
+        read = subject.train.document(number)[: len(asked)].tolist()
+        if asked != read:
+            at = next(i for i in range(len(asked)) if asked[i : i + 1] != read[i : i + 1])
+            yield Fault(
+                "prompt-differs",
+                f"{document.name!r} is stored as {read[at : at + 4]} from token {at} on, and a prompt of its "
+                f"text is {asked[at : at + 4]}",
+                "build prompts by one function in training, evaluation and generation",
+            )
+            return
+        number += 1
+        if number == PROMPTS:
+            return
+
+
+# --- generation --------------------------------------------------------------------------------------
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 4
+BEAM_PROMPTS = 8
+BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
+
+
+def generation(subject: Subject) -> Iterator[Fault | str]:
+    """A batch continues as its rows do, a seed repeats, beams find the best, no prompt is in a prediction."""
+    length = min(PROMPT_TOKENS, subject.config.model.block_size - NEW_TOKENS)
+    row = subject.micro_batch(0).tokens[0].tolist()
+    if length < 4 or subject.config.model.vocab_size < BEAM_IDS:
+        yield "left out: the model's rows are too short to generate from"
+        return
+    prompts = [row[:length], row[length // 2 : length // 2 + 3]]
+    with awake(subject.model):
+        subject.model.eval()
+        yield from batch_faults(subject.model, prompts)
+        yield from seed_faults(subject.model, prompts)
+        yield from beam_faults(
+            subject.model, [row[i : i + 3] for i in range(min(BEAM_PROMPTS, len(row) - 3))]
+        )
+        yield from echo_faults(subject, prompts[0])
+
+
+def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS)
+    together = [g.ids for g in generate_ids(model, prompts, settings)]
+    alone = [generate_ids(model, [prompt], settings)[0].ids for prompt in prompts]
+    if together != alone:
+        yield Fault(
+            "batch-differs-from-single",
+            f"two prompts continue with {together} in one batch and with {alone} alone",
+            "pad on the left, give padding a document of its own, and count positions from the first token",
+        )
+
+
+def seed_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
+    first, second = ([g.ids for g in generate_ids(model, prompts, settings)] for _ in range(2))
+    if first != second:
+        yield Fault(
+            "sampling-not-repeatable",
+            f"one seed gave {first} and then {second}",
+            "draw from a generator of the seed and the row, not from the global one",
+        )
+
+
+def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
+    """As many beams as there are ids find the best two tokens of all."""
+    settings = GenerationConfig(max_new_tokens=2, num_beams=BEAM_IDS)
+    results = generate_ids(model, prompts, settings, vocab_size=BEAM_IDS)
+    for prompt, result in zip(prompts, results, strict=True):
+        texts = torch.tensor([[*prompt, id] for id in range(BEAM_IDS)], device=model.embed.weight.device)
+        with torch.no_grad():
+            log_probs = model(texts)[:, -2:, :BEAM_IDS].double().log_softmax(-1)
+        totals = (log_probs[0, 0][:, None] + log_probs[:, 1]).cpu()
+        first, second = result.ids
+        if totals[first, second] < totals.max() - 1e-4:
+            yield Fault(
+                "beams-not-by-probability",
+                f"beam search chose two tokens of log-probability {totals[first, second]:.4f} where the best "
+                f"have {totals.max():.4f}",
+                "rank beams by sums of log-probabilities, not of logits",
+            )
+            return
+
+
+def echo_faults(subject: Subject, prompt: list[int]) -> Iterator[Fault]:
+    text = subject.tokenizer.decode(prompt)
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS)
+    (completion,) = generate(subject.model, subject.tokenizer, [text], settings)
+    if text.strip() and completion.text.startswith(text):
+        yield Fault(
+            "prompt-in-prediction",
+            f"a prediction of {NEW_TOKENS} tokens begins with its own prompt {text[:40]!r}",
+            "return what was added only",
+        )
+
+
+GUARDS: dict[str, Guard] = {
+    "labels": labels,
+    "probe": probe,
+    "start": start,
+    "split": split,
+    "settings": settings,
+    "same path": same_path,
+    "generation": generation,
+}
+
+
+def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:
+    """Run every guard and print a line for each; returns the faults that `allowed` let pass.
+
+    Raises:
+        Fault: The first one that is not allowed.
+    """
+    passed, allowed = [], set(allowed)
+    for name, guard in GUARDS.items():
+        started = time.perf_counter()
+        said = []
+        for finding in guard(subject):
+            if isinstance(finding, str):
+                said.append(finding)
+            elif finding.name in allowed:
+                passed.append(finding)
+                print(f"ALLOWED {finding.name}: {finding.evidence}", file=sys.stderr)
+            else:
+                raise finding
+        seconds = time.perf_counter() - started
+        print(f"preflight, {name}: {'; '.join(said) or 'passed'} ({seconds:.1f} s)")
+    return passed
+
+
+def record_overrides(folder: Path, faults: Iterable[Fault]) -> None:
+    """Add what `--allow` let pass to RUN/overrides.json; it is printed with every later score."""
+    known = overrides(folder) | {fault.name: fault.evidence for fault in faults}
+    if known:
+        write_atomically(folder / "overrides.json", json.dumps(known, indent=1))
+
+
+def overrides(folder: Path) -> dict[str, str]:
+    """Name and evidence of the faults that a run was allowed to have."""
+    path = folder / "overrides.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def main() -> None:
+    """`--selftest`; exits with 1 if a planted fault is missed or a healthy run refused."""
+    if sys.argv[1:] != ["--selftest"]:
+        print("error: python preflight.py --selftest is the one command here", file=sys.stderr)
+        sys.exit(2)
+    from plants import selftest
+
+    sys.exit(0 if selftest() else 1)
+
+
+if __name__ == "__main__":
+    main()

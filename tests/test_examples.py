@@ -1,0 +1,520 @@
+"""Examples, a prompt and its completion: what is read and stored, and that only completions bear loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dataset import Bytes, Lossy, files_of, range_store, same, settings_for, write_rows
+
+import dataset
+import tokenstore
+from corpus import SPLITS, Document, Report, alpaca_prompt, read_documents, split_documents, training_texts
+from dataset import (
+    IGNORE_INDEX,
+    Batch,
+    Batches,
+    best_fit,
+    fits_a_row,
+    next_token_labels,
+    prepare_data,
+    validation_batches,
+)
+from generate import prompt_ids
+from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
+from tokenstore import TokenStore, build_store, open_store
+
+ROWS = [
+    {"prompt": f"def f{n}(x):\n    ", "completion": "return x\n" * (n % 5 + 1) + f"# é{n}"} for n in range(60)
+]
+
+
+def one_row(folder: Path, *rows: dict, **changes) -> list[Document]:
+    return list(read_documents(settings_for(write_rows(folder / "rows.jsonl", list(rows)), **changes)))
+
+
+class Characters(Bytes):
+    """A character is its code point."""
+
+    vocab_size = 2**20
+    bos_id, eos_id, pad_id = 2**20 - 3, 2**20 - 2, 2**20 - 1
+    fingerprint = "characters"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(chr(id) for id in ids if id < 2**20 - 3)
+
+
+EOS, PAD = 2**20 - 2, 2**20 - 1
+
+
+def example_store(root: Path, sizes: list[tuple[int, int]], **options) -> TokenStore:
+    """A store of examples with these numbers of prompt and completion tokens, each token another number."""
+    documents, start = [], 0
+    for n, (prompt, completion) in enumerate(sizes):
+        text = "".join(map(chr, range(start, start + prompt + completion)))
+        documents.append(("train", Document(f"d{n}", text[prompt:], f"d{n}", text[:prompt])))
+        start += len(text)
+    build_store(root, documents, Characters(), **options)
+    return TokenStore(root, "train")
+
+
+def slow_pass(sizes: list[tuple[int, int]], T: int) -> list[list[tuple[int, int]]]:
+    """(token, label) at each place of the examples of `example_store` that fit a row, one by one."""
+    examples, start = [], 0
+    for prompt, completion in sizes:
+        numbers = list(range(start, start + prompt + completion))
+        start += len(numbers)
+        if len(numbers) + 2 <= T + 1:
+            tokens = [Characters.bos_id, *numbers]
+            labels = [IGNORE_INDEX] * prompt + numbers[prompt:] + [EOS]
+            examples.append(list(zip(tokens, labels, strict=True)))
+    return examples
+
+
+def examples_of(batch: Batch, T: int) -> list[list[tuple[int, int]]]:
+    """The (token, label) pairs of each example of a batch; checks what holds in every row."""
+    found = []
+    for tokens, labels, ids, positions in zip(*(part.tolist() for part in batch), strict=True):
+        assert len(tokens) == T
+        known = [id for id in ids if id >= 0]
+        assert ids == known + [-1] * (T - len(known)) and known == sorted(known)
+        assert sorted(set(known)) == list(range(len(set(known))))
+        for id in sorted(set(known)):
+            places = [place for place in range(T) if ids[place] == id]
+            assert [positions[place] for place in places] == list(range(len(places)))
+            found.append([(tokens[place], labels[place]) for place in places])
+        for place in range(len(known), T):
+            assert (tokens[place], labels[place], positions[place]) == (PAD, IGNORE_INDEX, 0)
+    return found
+
+
+def without_eos(examples: list[list[tuple[int, int]]]) -> list[tuple[tuple[int, int], ...]]:
+    """Sorted, and without eos as a token: it predicts nothing, and in a full row it is a target only."""
+    assert all((EOS, label) not in example for example in examples for label in [EOS, *range(300)])
+    return sorted(tuple(pair for pair in example if pair[0] != EOS) for example in examples)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+@pytest.mark.parametrize("fields", [("prompt", "completion"), ("input", "output")])
+def test_examples_are_read_alike_from_every_kind_of_file(tmp_path: Path, name: str, fields: tuple[str, str]):
+    rows = [dict(zip(fields, row.values(), strict=True)) | {"path": f"p{n}"} for n, row in enumerate(ROWS)]
+    documents = list(read_documents(settings_for(write_rows(tmp_path / name, rows))))
+    assert documents == [
+        Document(f"p{n}", row["completion"], f"p{n}", row["prompt"]) for n, row in enumerate(ROWS)
+    ]
+
+
+ALPACA_WITHOUT = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+Sort it.
+
+### Response:"""
+ALPACA_WITH = """\
+Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Sort it.
+
+### Input:
+3 1 2
+
+### Response:"""
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_alpaca_rows_get_the_published_prompt(tmp_path: Path, name: str):
+    rows = [
+        {"instruction": "Sort it.", "input": "3 1 2", "output": "1 2 3"},
+        {"instruction": "Sort it.", "input": "", "output": "What?"},
+        {"instruction": "Sort it.", "input": None, "output": "Sort what?"},
+    ]
+    documents = list(read_documents(settings_for(write_rows(tmp_path / name, rows))))
+    assert [d.prompt for d in documents] == [ALPACA_WITH, ALPACA_WITHOUT, ALPACA_WITHOUT]
+    assert [d.text for d in documents] == [row["output"] for row in rows]
+    (bare,) = one_row(tmp_path, {"instruction": "Sort it.", "output": "What?"})
+    assert bare.prompt == ALPACA_WITHOUT == alpaca_prompt("Sort it.")
+
+
+GOOD = {"prompt": "a", "completion": "b"}
+BAD = {
+    "text after examples": (
+        [GOOD, {"text": "c"}],
+        {},
+        r"line 3 holds plain text, and .* line 1 an example: put",
+    ),
+    "examples after text": (
+        [{"text": "c"}, GOOD],
+        {},
+        r"line 3 holds an example, and .* line 1 plain text: put",
+    ),
+    "empty completion": (
+        [GOOD, {"input": "a", "output": ""}],
+        {},
+        r"line 3 holds nothing in the field output",
+    ),
+    "no completion": (
+        [{"prompt": "a"}],
+        {},
+        r"no field text or content but prompt: set .* prompt and completion",
+    ),
+    "null": (
+        [{"prompt": None, "completion": "b"}],
+        {},
+        r"line 1 holds NoneType in the field prompt, not text",
+    ),
+    "chat": ([{"prompt": "a", "completion": [{}]}], {}, r"holds list in the field completion, not text"),
+    "text field": (
+        [GOOD],
+        {"text_field": "text"},
+        r"no field text but .*: leave --data.text_field out to read",
+    ),
+    "both kinds": (
+        [{**GOOD, "content": "c"}],
+        {},
+        r"holds content, and also prompt and completion: take one",
+    ),
+    "two examples": (
+        [{**GOOD, "input": "c", "output": "d"}],
+        {},
+        r"and completion, and also input and output",
+    ),
+    "middle": (
+        [{"prefix": "a", "suffix": "c", "middle": "b"}],
+        {},
+        r"filling in the middle .* not supported",
+    ),
+    "comments": (
+        [{**GOOD, "path": "a.py"}],
+        {"drop_comments": True},
+        r"drop_comments is set, and .* examples",
+    ),
+}
+
+
+@pytest.mark.parametrize("rows, changes, message", BAD.values(), ids=BAD.keys())
+def test_bad_examples_are_refused_in_one_sentence(tmp_path: Path, rows, changes, message):
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare_data(config, Bytes())
+    assert "\n" not in str(error.value) and not Path(config.cache).exists()
+
+
+def test_parquet_refuses_by_its_columns(tmp_path: Path):
+    for row, message in (
+        ({**GOOD, "text": "c"}, "parquet holds text, and also"),
+        ({"prompt": "a"}, "no field"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(read_documents(settings_for(write_rows(tmp_path / "r.parquet", [row]))))
+
+
+def test_a_named_text_field_is_plain_text_even_in_a_row_that_could_be_an_example(tmp_path: Path):
+    (document,) = one_row(tmp_path, {**GOOD, "code": "c"}, text_field="code")
+    assert (document.text, document.prompt) == ("c", None)
+
+
+# Split
+
+
+def test_the_fingerprint_of_a_plain_corpus_is_what_it_always_was(tmp_path: Path):
+    """Planted: rows of examples with the same texts, which must not share it."""
+    rows = [{"text": f"text {n % 7}", "path": f"p{n}"} for n in range(10)]
+    formula = hashlib.sha256()
+    for n in range(7):
+        digest = hashlib.sha256(f"text {n}".encode()).hexdigest()
+        formula.update(f'["p{n}", "p{n}", "{digest}"]'.encode())
+    report = Report()
+    list(split_documents(settings_for(write_rows(tmp_path / "a.jsonl", rows), validation_one_in=0), report))
+    assert report.fingerprint == formula.hexdigest() and report.duplicates == 3
+    prints = {report.fingerprint}
+    for prompt in ("", "p", "q"):
+        examples = [{"prompt": prompt, "completion": r["text"], "path": r["path"]} for r in rows]
+        config = settings_for(write_rows(tmp_path / "b.jsonl", examples), validation_one_in=0)
+        list(split_documents(config, report := Report()))
+        prints.add(report.fingerprint)
+    assert len(prints) == 4
+
+
+def test_examples_are_duplicates_if_both_parts_are(tmp_path: Path):
+    """Planted: pairs whose parts are equal when run together."""
+    pairs = [("a", "b"), ("a", "b"), ("a", "c"), ("b", "a"), ("", "ab"), ("a", "bc"), ("ab", "c")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), validation_one_in=0)
+    report = Report()
+    kept = [(document.prompt, document.text) for _, document in split_documents(config, report)]
+    assert kept == [pairs[0], *pairs[2:]] and (report.documents, report.duplicates) == (7, 1)
+
+
+def test_completions_of_one_prompt_stay_on_one_side(tmp_path: Path):
+    """Planted: rows without a name, ten completions to a prompt. The row's number would deal them out."""
+    rows = [{"prompt": f"p{n % 20}", "completion": f"c{n}"} for n in range(200)]
+    sides: dict[str, set[str]] = {"train": set(), "validation": set()}
+    for side, document in split_documents(settings_for(write_rows(tmp_path / "rows.jsonl", rows))):
+        assert document.prompt
+        sides[side].add(document.prompt)
+    assert not sides["train"] & sides["validation"] and all(sides.values())
+    rows = [{"prompt": "", "completion": f"c{n}"} for n in range(200)]  # no prompt at all keeps none together
+    reports = Report()
+    list(split_documents(settings_for(write_rows(tmp_path / "rows.jsonl", rows)), reports))
+    assert all(reports.kept.values())
+
+
+def test_the_tokenizer_learns_both_parts_of_train_only(tmp_path: Path):
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", ROWS))
+    expected = []
+    for side, document in split_documents(config):
+        expected += [document.prompt, document.text] if side == "train" else []
+    assert list(training_texts(config)) == expected and len(expected) < 2 * len(ROWS)
+
+
+# Store
+
+
+def stored_parts(store: TokenStore, n: int) -> tuple[list[int], list[int]]:
+    ids, length = store.document(n).tolist(), int(store.prompt_lengths[n])
+    return ids[:length], ids[length:]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "code", "bpe"])
+def test_both_parts_come_back_and_start_as_generation_does(tmp_path: Path, kind: str):
+    """Planted: prompts that end, and completions that start, with letters, spaces, line breaks and bytes."""
+    ends = ["x =", "x = ", "x\n", "(", "\n    ", "naïve 日本", ".", "", "\r"]
+    starts = [" y", "\ny", "y()", "    return", "é", "\n", "_a", "🙂", "1"]
+    pairs = [(f"{i}{end}", start) for i in (1, 2) for end in ends for start in starts]
+    pairs = [(a, b) for a, b in pairs if kind != "code" or not (a[-1:].isalnum() and b[0] in "y_1")]
+    texts = [text for pair in pairs for text in pair]
+    tokenizer: Tokenizer = {
+        "bytes": Bytes,
+        "code": lambda: CodeTokenizer.train(texts, 400, 0),
+        "bpe": lambda: BPETokenizer.train(texts, 400),
+    }[kind]()
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows))
+    prepared = prepare_data(config, tokenizer)
+    wanted: dict[str, list[Document]] = {"train": [], "validation": []}
+    for side, document in split_documents(config):
+        wanted[side].append(document)
+    for store in (prepared.train, prepared.validation):
+        assert store.holds_examples and store.n_documents == len(wanted[store.split]) > 0
+        for n, document in enumerate(wanted[store.split]):
+            prompt, completion = stored_parts(store, n)
+            assert document.prompt is not None
+            assert prompt == prompt_ids(tokenizer, document.prompt)
+            assert completion == [*tokenizer.encode(document.text), tokenizer.eos_id]
+            assert tokenizer.decode(prompt) == document.prompt
+            assert tokenizer.decode(completion) == document.text
+            assert tokenizer.decode(prompt + completion) == document.prompt + document.text
+            assert store.byte_lengths[n] == len(document.text.encode())
+        assert store.n_targets == sum(len(stored_parts(store, n)[1]) for n in range(store.n_documents))
+
+
+def test_parts_that_a_tokenizer_does_not_keep_together_are_refused():
+    """`code` implies a space between two words: the completion would come back as " b"."""
+    tokenizer = CodeTokenizer.train(["a b"], 400, 0)
+    with pytest.raises(
+        ValueError, match=r"the prompt of x ends with 'a' .* with 'b', .* put a space or a line"
+    ):
+        tokenstore._encode(tokenizer, [Document("x", "b", "x", "a")], np.dtype("<u2"))
+    for prompt, completion in (("a ", "b"), ("a", " b"), ("a\n", "b")):
+        tokenstore._encode(tokenizer, [Document("x", completion, "x", prompt)], np.dtype("<u2"))
+
+
+@pytest.mark.parametrize("prompt, text, what", [("A", "b", "the prompt of x"), ("a", "B", "text: x")])
+def test_the_losslessness_of_both_parts_is_checked(prompt: str, text: str, what: str):
+    with pytest.raises(ValueError, match=f"{what} comes back different from character 0 on"):
+        tokenstore._encode(Lossy(), [Document("x", text, "x", prompt)], np.dtype("<u2"))
+
+
+def test_a_plain_store_has_no_table_of_prompts_and_an_example_store_needs_its_own(tmp_path: Path):
+    plain = range_store(tmp_path / "plain", [3, 0, 5])
+    assert not plain.holds_examples and plain.prompt_lengths.tolist() == [0, 0, 0] and plain.n_targets == 6
+    tables = {f"{side}-{name}" for side in SPLITS for name in ("bytes.npy", "names.jsonl", "offsets.npy")}
+    assert set(files_of(tmp_path / "plain")) == {"index.json", "train-00000.bin", *tables}
+    store = example_store(tmp_path / "examples", [(3, 2), (0, 1)])
+    assert store.holds_examples and store.prompt_lengths.tolist() == [4, 1] and store.n_targets == 5
+    (tmp_path / "examples" / "train-prompts.npy").unlink()
+    with pytest.raises(ValueError, match="not a whole token store"):  # and never plain text
+        open_store(tmp_path / "examples")
+
+
+def test_a_store_of_another_format_or_with_a_changed_table_is_built_again(tmp_path: Path):
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", ROWS))
+    folder = prepare_data(config, Bytes()).folder
+    files = files_of(folder)
+    index = json.loads(files["index.json"])
+    (folder / "index.json").write_text(json.dumps(index | {"format": 0}))
+    with pytest.warns(UserWarning, match="the store has format 0, and this program reads 1"):
+        assert prepare_data(config, Bytes()).folder == folder
+    assert files_of(folder) == files
+    table = bytearray(files["train-prompts.npy"])
+    table[-8] ^= 1  # one token more or less of the last prompt
+    (folder / "train-prompts.npy").write_bytes(table)
+    with pytest.warns(UserWarning, match="train-prompts.npy was changed on the disk"):
+        prepare_data(config, Bytes())
+    assert files_of(folder) == files
+
+
+def test_processes_write_the_same_bytes_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    imports = "from __future__ import annotations\nfrom tokenizer import Tokenizer\n"
+    (tmp_path / "light_bytes.py").write_text(imports + inspect.getsource(Bytes))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tokenstore, "CHUNK_CHARACTERS", 100)
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", ROWS))
+    one = prepare_data(config, Bytes())
+    monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
+    config = dataclasses.replace(config, workers=2, cache=str(tmp_path / "other"))
+    two = prepare_data(config, importlib.import_module("light_bytes").Bytes())
+    assert one.folder.name == two.folder.name and files_of(one.folder) == files_of(two.folder)
+
+
+# Batches
+
+
+def test_labels_are_completions_only():
+    tokens = np.array([[5, 6, 7, 8, 9, 1, 0]])
+    ids = np.array([[0, 0, 0, 0, 1, 1, -1]])
+    is_prompt = np.array([[True, True, False, False, True, False, False]])
+    x = IGNORE_INDEX
+    assert next_token_labels(tokens, ids, is_prompt).tolist() == [[x, 7, 8, x, 1, x]]
+
+
+SIZES = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=1, max_size=25)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes=SIZES, T=st.integers(3, 40), B=st.integers(1, 5), seed=st.integers(0, 2**32))
+def test_any_examples_are_packed_whole_and_bear_loss_where_they_should(sizes, T: int, B: int, seed: int):
+    with tempfile.TemporaryDirectory() as root:
+        store = example_store(Path(root) / "s", sizes, shard_tokens=50)
+        slow = slow_pass(sizes, T)
+        left_out = store.n_documents - len(slow)
+        assert left_out == sum(prompt + completion + 2 > T + 1 for prompt, completion in sizes)
+        assert left_out == int((~fits_a_row(store, T)).sum())
+        if not slow:
+            with pytest.raises(ValueError, match=rf"none of the {len(sizes)} examples .*_size {T} makes"):
+                Batches(store, B, T, seed)
+            return
+        wanted = sorted(map(tuple, slow))
+        shown = [example for batch in validation_batches(store, B, T) for example in examples_of(batch, T)]
+        assert without_eos(shown) == wanted
+
+        batches = Batches(store, B, T, seed)
+        assert batches.left_out == left_out
+        steps = batches.steps_per_epoch
+        rows = sum(int((b.document_ids[:, 0] >= 0).sum()) for b in validation_batches(store, B, T))
+        for epoch in range(3):
+            dealt = [batches.batch(epoch * steps + step) for step in range(steps)]
+            got = without_eos([example for batch in dealt for example in examples_of(batch, T)])
+            if rows % B == 0:
+                assert got == wanted
+            elif rows > B:  # the rows of the incomplete last batch are missing
+                assert not Counter(got) - Counter(wanted) and steps == rows // B
+            else:  # fewer rows than a batch repeat
+                assert set(got) == set(wanted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), extra=st.integers(0, 30))
+def test_rows_are_never_overfull_and_rarely_more_than_needed(lengths: list[int], extra: int):
+    size = max(lengths) + extra
+    row, start = best_fit(np.array(sorted(lengths, reverse=True)), size)
+    pieces = zip(row, start, sorted(lengths, reverse=True), strict=True)
+    taken = {(number, place) for number, begin, n in pieces for place in range(begin, begin + n)}
+    assert len(taken) == sum(lengths) and max(p for _, p in taken) < size  # no overlap, nothing outside
+    assert sorted(set(row)) == list(range(row.max() + 1))
+    # Best fit opens a row only if the piece fits none: no two rows could be made one.
+    used = np.bincount(row, sorted(lengths, reverse=True))
+    assert len(used) == 1 or np.sort(used)[:2].sum() > size
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    return example_store(tmp_path / "store", [(n * 7 % 11, n * 5 % 13 + 1) for n in range(150)])
+
+
+def test_resuming_is_one_integer(store: TokenStore):
+    straight = Batches(store, 4, 32, seed=1)
+    n = straight.steps_per_epoch
+    steps = [straight.batch(step) for step in range(3 * n)]
+    for step in (0, n - 1, n, 2 * n + 1):
+        assert same(Batches(store, 4, 32, seed=1).batch(step), steps[step])
+    assert all(same(straight.batch(step), steps[step]) for step in reversed(range(len(steps))))
+
+
+def test_every_epoch_and_seed_has_its_own_order_and_as_many_rows(store: TokenStore):
+    batches = Batches(store, 4, 32, seed=1)
+    n = batches.steps_per_epoch
+    firsts = [batches.batch(0), batches.batch(n), Batches(store, 4, 32, seed=2).batch(0)]
+    assert len({first.tokens.numpy().tobytes() for first in firsts}) == 3
+    orders = [np.random.default_rng(seed).permutation(store.n_documents) for seed in range(20)]
+    assert len({dataset._ExampleRows(store, order, 32).n_rows for order in orders}) == 1
+    packed = [dataset._ExampleRows(store, order, 32) for order in orders]
+    assert len({rows.documents.tobytes() for rows in packed}) > 1  # equal lengths change their places
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_hold_what_one_rank_holds(store: TokenStore, world_size: int):
+    one = Batches(store, 8, 32, seed=3)
+    ranks = [Batches(store, 8 // world_size, 32, 3, rank, world_size) for rank in range(world_size)]
+    for step in range(2 * one.steps_per_epoch):
+        parts = [batches.batch(step) for batches in ranks]
+        assert same(one.batch(step), Batch(*(torch.cat(fields) for fields in zip(*parts, strict=True))))
+    assert {batches.steps_per_epoch for batches in ranks} == {one.steps_per_epoch}
+
+
+def test_an_example_as_long_as_a_row_fits_and_one_token_more_is_left_out(tmp_path: Path):
+    """Planted: 16 and 17 tokens, start and eos included; a row has 15 and the last target."""
+    store = example_store(tmp_path / "store", [(5, 9), (5, 10)])
+    assert Batches(store, 1, 15, 0).left_out == 1 and fits_a_row(store, 15).tolist() == [True, False]
+    (batch,) = validation_batches(store, 1, 15)
+    assert batch.labels.tolist()[0][-1] == EOS and (batch.document_ids == 0).all()
+    assert Batches(store, 1, 16, 0).left_out == 0
+    with pytest.raises(
+        ValueError, match=r"shortest has 16 tokens, .* 14 makes room for 15; set .* to 15 or more"
+    ):
+        next(validation_batches(store, 1, 14))
+    assert fits_a_row(range_store(tmp_path / "plain", [99, 1]), 4).all()  # plain text is cut
+
+
+@pytest.mark.parametrize("kind", ["examples", "plain"])
+def test_a_limited_validation_makes_no_batch_it_does_not_show(tmp_path: Path, monkeypatch, kind: str):
+    make = {
+        "examples": lambda: example_store(tmp_path / "s", [(3, 4)] * 100),
+        "plain": lambda: range_store(tmp_path / "s", [90] * 10),
+    }[kind]
+    store = make()
+    whole = list(validation_batches(store, 2, 8))
+    made = []
+    filled = dataset._filled
+    monkeypatch.setattr(dataset, "_filled", lambda *args: made.append(1) or filled(*args))
+    for limit in (1, 3, 7, len(whole) * 2 // 3, len(whole) - 1, len(whole), len(whole) + 5):
+        made.clear()
+        shown = list(validation_batches(store, 2, 8, limit))
+        assert len(made) == len(shown) == min(limit, len(whole))
+        places = [next(i for i, batch in enumerate(whole) if same(batch, one)) for one in shown]
+        if kind == "plain":  # whose batches all differ
+            steps = np.diff([*places, len(whole)])
+            assert places[0] == 0 and (steps.max() - steps.min() <= 1 and steps.min() >= 1)
+    with pytest.raises(ValueError, match="at least 0 batches"):
+        next(validation_batches(store, 2, 8, -1))

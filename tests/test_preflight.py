@@ -1,0 +1,156 @@
+"""The guards: every planted fault is caught by name, healthy runs pass, and nothing is disturbed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import plants
+import preflight
+from config import Config
+from live import FirstSteps
+from plants import PLANTS, Plant, outcome, run_plants, small_config, write_data
+from trainingmanager import train
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+def test_a_planted_fault_is_caught_and_its_twin_passes(plant: Plant) -> None:
+    (result,) = run_plants([plant])
+    assert plant.expected in result.caught
+    assert not result.healthy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*preflight.GUARDS, "live"])
+def test_without_a_guard_the_selftest_is_red(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    disable(name, monkeypatch)
+    assert not plants.selftest()
+
+
+def disable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "live":
+        monkeypatch.setattr(FirstSteps, "after", lambda *args: None)
+    else:
+        monkeypatch.delitem(preflight.GUARDS, name)
+
+
+# One plant that only this guard catches.
+ALONE = {
+    "labels": "T4 end",
+    "probe": "M2 packing",
+    "start": "M8 vocabulary",
+    "split": "D1 variants",
+    "settings": "M6 dropout",
+    "same path": "M9 path",
+    "generation": "E4 batch",
+    "live": "M5 clip",
+}
+
+
+def test_every_guard_is_disabled_in_turn() -> None:
+    assert ALONE.keys() == {*preflight.GUARDS, "live"}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_without_its_guard_a_fault_goes_unseen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = next(plant for plant in PLANTS if plant.name == ALONE[name])
+    assert plants.selftest([plant])
+    disable(name, monkeypatch)
+    assert not plants.selftest([plant])
+
+
+HEALTHY: list[dict[str, dict[str, Any]]] = [
+    {"model": {"init": "normal", "tie_embeddings": True}},
+    {"model": {"init": "normal", "n_embd": 64, "norm_weight": True}},
+    {"model": {"init": "xavier", "mlp": "swiglu", "norm": "rms"}},
+    {"model": {"init": "xavier", "tie_embeddings": True, "norm": "rms", "norm_weight": True}},
+    {"model": {"init": "zero_output", "tie_embeddings": True, "n_embd": 128}},
+    {"model": {"position": "learned", "dropout": 0.0}},
+    {"model": {"position": "sinusoidal", "mlp": "relu2"}},
+    {"model": {"position": "none", "block": "parallel"}},
+    {"model": {"n_head": 4, "n_kv_head": 1, "fused_qkv": True, "qkv_bias": True}},
+    {"model": {"n_embd": 32, "n_head": 4, "n_kv_head": 2, "rotary_dim": 4, "rotary_layout": "interleaved"}},
+    {"model": {"attention": "reference", "dropout": 0.5}},
+    {"model": {"norm_weight": True, "norm_bias": True, "attention_bias": True, "mlp_bias": True}},
+    {"model": {"qk_norm": False, "rope_theta": 500_000.0, "head_dim": 16, "n_inner": 40}},
+    {"optimizer": {"name": "adamw", "lr": 1e-3, "embedding_lr": 0.0, "head_lr": 0.0, "weight_decay": 0.1}},
+    {"optimizer": {"schedule": "cosine", "warmup_steps": 0, "grad_clip": 0.0}},
+    {"optimizer": {"schedule": "linear", "label_smoothing": 0.1, "min_lr_factor": 0.0}},
+    {"optimizer": {"schedule": "constant", "grad_clip": 0.01}},
+    {"train": {"accumulation": 3, "batch_size": 1}},
+    {"train": {"precision": "bf16"}},
+    {"train": {"precision": "bf16", "eval_precision": "fp32", "activation_checkpointing": True}},
+    {"train": {"max_steps": 0, "max_seconds": 0.5}},
+    {"model": {"vocab_size": 384}, "tokenizer": {"kind": "bpe"}},
+    plants.EXAMPLES,
+    plants.EXAMPLES | {"train": {"accumulation": 2}},
+    {"model": {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}},
+]
+
+
+@pytest.mark.parametrize("settings", HEALTHY, ids=lambda settings: json.dumps(settings)[:60])
+def test_no_false_alarm_on_a_healthy_configuration(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+    assert outcome(small_config(folder, settings)) == ""
+
+
+def final_weights(config: Config) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in train(config).model.named_parameters()}
+
+
+def test_guards_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with every guard and one with none have the same weights, bit for bit, dropout included."""
+    with_guards = final_weights(small_config(folder, {}))
+    monkeypatch.setattr(preflight, "GUARDS", {})
+    monkeypatch.setattr(FirstSteps, "after", lambda *args: None)
+    without = final_weights(small_config(folder, {}))
+    assert all(torch.equal(p, without[name]) for name, p in with_guards.items())
+
+
+def test_a_fault_names_itself_its_evidence_its_remedy_and_its_override(folder: Path) -> None:
+    config = small_config(folder, {"model": {"vocab_size": 50_257}})
+    text = outcome(config)
+    assert text.startswith("vocabulary-too-large: model.vocab_size is 50257 and the tokenizer has ")
+    assert "leave model.vocab_size out" in text and text.endswith("--allow vocabulary-too-large")
+    assert "\n" not in text
+
+
+def test_an_override_is_recorded_and_printed_with_every_score(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from eval import EvalConfig, evaluate, table
+
+    settings = {"model": {"vocab_size": 50_257}, "train": {"allow": ("vocabulary-too-large",)}}
+    config = small_config(folder, settings)
+    run = train(config).folder
+    assert "ALLOWED vocabulary-too-large: " in capsys.readouterr().err
+    assert "50257" in json.loads((run / "overrides.json").read_text())["vocabulary-too-large"]
+    scores = evaluate(EvalConfig(str(run), samples=0, cache=config.data.cache))
+    assert "TRAINED WITH --allow vocabulary-too-large: model.vocab_size is 50257" in table(scores)
+    # Gone on with, the run keeps the record.
+    resumed = dataclasses.replace(config.train, run=str(run), resume=True, max_steps=6)
+    train(dataclasses.replace(config, train=resumed))
+    assert (run / "overrides.json").is_file()
+
+
+def test_a_run_without_overrides_says_nothing(folder: Path) -> None:
+    run = train(small_config(folder, {})).folder
+    assert preflight.overrides(run) == {} and not (run / "overrides.json").exists()
+
+
+def test_what_is_learned_is_shown_in_brackets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(small_config(folder, plants.EXAMPLES))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "in [brackets]" in line)
+    shown = line.split("what is learned: ")[1]
+    assert re.search(r"\):\\n\[    \w+ = \w+ [-+*] ", shown)  # the head is not learned, the body is
