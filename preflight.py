@@ -213,6 +213,7 @@ def awake(model: Decoder) -> Iterator[None]:
 
 SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
 SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
+PASS_ELEMENTS = 2.5e11  # parameters x tokens of a forward pass: 2 s on two cores
 FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # nats; healthy initialisations stay within 0.3 of ln V
 
 
@@ -243,7 +244,8 @@ def start(subject: Subject) -> Iterator[Fault | str]:
             "raise model.block_size or shorten the rows",
         )
         return
-    loss, uniform = subject.score(batches[1:]).loss, math.log(model.vocab_size)
+    held_out = [affordable(subject, batch) for batch in batches[1:]]
+    loss, uniform = subject.score(held_out).loss, math.log(model.vocab_size)
     yield f"loss {loss:.3f} on two validation batches; ln(vocabulary) is {uniform:.3f}"
     if not math.isfinite(loss):
         yield Fault("first-loss-not-finite", f"the first loss is {loss}", "check the weights and --precision")
@@ -259,12 +261,19 @@ def start(subject: Subject) -> Iterator[Fault | str]:
             f"a model that was never trained has loss {loss:.2f}, and knowing nothing costs {uniform:.2f}",
             "look for labels that can be seen in the inputs",
         )
-    elif subject.start == "loaded" and loss > (entropy := unigram_entropy(batches[1:])):
+    elif subject.start == "loaded" and loss > (entropy := unigram_entropy(held_out)):
         yield Fault(
             "worse-than-unigram",
             f"the loaded weights have loss {loss:.2f}, and token frequencies alone {entropy:.2f}",
             "check that weights, config and tokenizer belong together",
         )
+
+
+def affordable(subject: Subject, batch: Batch) -> Batch:
+    """The first rows: all of them for small models, one for those of 1B and more."""
+    parameters = sum(p.numel() for p in subject.model.parameters())
+    rows = max(1, int(PASS_ELEMENTS / parameters / batch.tokens.size(1)))
+    return Batch(*(t[:rows] for t in batch))
 
 
 def unigram_entropy(batches: Iterable[Batch]) -> float:
@@ -465,8 +474,7 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
 
 
 def dropout_faults(subject: Subject) -> Iterator[Fault]:
-    batch, p = subject.micro_batch(0), subject.config.model.dropout
-    batch = Batch(*(t[:2] for t in batch))
+    batch, p = affordable(subject, subject.micro_batch(0)), subject.config.model.dropout
 
     def twice(training: bool) -> bool:
         with awake(subject.model), torch.no_grad():
@@ -535,7 +543,7 @@ FP32_TOLERANCE, LOW_TOLERANCE = 1e-4, 2e-2  # relative, between precisions of tr
 
 def same_path(subject: Subject) -> Iterator[Fault | str]:
     """Validation scores as training does, and prompts begin as documents do."""
-    batch = subject.micro_batch(0)
+    batch = affordable(subject, subject.micro_batch(0))
     with awake(subject.model), torch.no_grad():
         subject.model.eval()
         trained = subject.loss(batch)
