@@ -575,12 +575,14 @@ def small_config(folder: Path, settings: dict[str, dict[str, Any]]) -> Config:
 
 
 def outcome(config: Config) -> str:
-    """What stopped the run, or an empty string."""
+    """What stopped the run, or an empty string; a crash is not a fault caught by name."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             trainingmanager.train(config)
     except ValueError as error:
         return str(error)
+    except Exception as error:
+        return f"a crash ({type(error).__name__})"
     return ""
 
 
