@@ -516,14 +516,15 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def _switches(argv: Sequence[str] | None) -> list[str]:
-    """`--overfit` alone means `--overfit true`, and so does `--overfit=true`."""
+    """`--overfit` alone means `--overfit true`, and so does `--overfit=true`; `--allow a,b` is a list."""
     switches = {f"--{f.name}" for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
+    lists = {"--allow", "--data.suffixes"}
     words = []
     for word in sys.argv[1:] if argv is None else argv:
-        words += word.split("=", 1) if word.split("=")[0] in switches else [word]
+        words += word.split("=", 1) if word.split("=")[0] in switches | lists else [word]
     spelled = []
     for word, following in pairwise([*words, "--"]):
-        spelled.append(word)
+        spelled.append(f"[{word}]" if spelled and spelled[-1] in lists and not word.startswith("[") else word)
         if word in switches and following.startswith("-"):
             spelled.append("true")
     return spelled

@@ -1,7 +1,8 @@
 """What the first updates of a run really did, watched from outside the training loop.
 
     watch = FirstSteps(subject)
-    for each of the first updates: update(); watch.after(step, progress)   # raises Fault
+    for each update: update(); watch.after(step, progress)   # raises Fault
+    watch.close()
 
 The loop cannot deceive the watch: gradients, learning rates and forward passes are read by hooks, at the
 moment the optimizer steps.
@@ -9,6 +10,7 @@ moment the optimizer steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,16 +20,23 @@ from optim import learning_rate_factor
 from preflight import Fault, Subject
 
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
-SAMPLED = 2**16  # elements of a parameter that are compared
+SAMPLED = 2**16  # elements of a frozen parameter that are compared
 
 
 class FirstSteps:
-    """Watches the first `WATCHED` updates, then takes its hooks away."""
+    """Watches gradients and frozen weights for `WATCHED` updates, the clip until it acts, and the schedule.
 
-    def __init__(self, subject: Subject):
-        self.subject, self.seen = subject, 0
-        self.forwards, self.norm, self.factors = 0, 0.0, set[float]()
-        self.before = {name: sample(p) for name, p in subject.model.named_parameters()}
+    Args:
+        allowed: Names of faults that are kept in `passed` instead of raised.
+    """
+
+    def __init__(self, subject: Subject, allowed: Iterable[str] = ()):
+        self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
+        self.seen, self.forwards, self.norm, self.factors = 0, 0, 0.0, set[float]()
+        self.clip_acted = not subject.config.optimizer.grad_clip
+        parameters = dict(subject.model.named_parameters())
+        self.still = {name for name, p in parameters.items() if p.requires_grad}
+        self.frozen = {name: sample(p) for name, p in parameters.items() if not p.requires_grad}
         self.hooks: list[Any] = [o.register_step_pre_hook(self._before_step) for o in subject.optimizers]
         self.hooks.append(subject.model.embed.register_forward_hook(self._count))
 
@@ -35,9 +44,13 @@ class FirstSteps:
         self.forwards += torch.is_grad_enabled()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        gradients = [p.grad for p in self.subject.model.parameters() if p.grad is not None]
-        self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
         self.factors |= {g["lr"] / g["initial_lr"] for g in optimizer.param_groups if g["initial_lr"]}
+        if self.seen < WATCHED and self.still:
+            named = self.subject.model.named_parameters()
+            self.still -= {name for name, p in named if p.grad is not None and p.grad.any()}
+        if not self.clip_acted:
+            gradients = [p.grad for p in self.subject.model.parameters() if p.grad is not None]
+            self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
 
     def after(self, step: int, progress: float) -> None:
         """Call after each update.
@@ -47,31 +60,31 @@ class FirstSteps:
             progress: Share of the budget used by now.
 
         Raises:
-            Fault: A setting had no effect, or a parameter moved that should not, or the reverse.
+            Fault: A setting had no effect, a parameter gets no gradient, or a frozen one moved.
         """
-        if not self.hooks:
-            return
         if not self.factors:  # the update was skipped: nothing stepped
             self.forwards = 0
             return
-        self._check(step, progress)
+        for fault in self._faults(step, progress):
+            if fault.name not in self.allowed:
+                raise fault
+            if fault.name not in {known.name for known in self.passed}:
+                self.passed.append(fault)
         self.seen += 1
         self.forwards, self.norm, self.factors = 0, 0.0, set()
-        if self.seen == WATCHED:
-            self._check_movement()
-            self.close()
 
-    def _check(self, step: int, progress: float) -> None:
+    def _faults(self, step: int, progress: float) -> Iterator[Fault]:
         optimizer, train = self.subject.config.optimizer, self.subject.config.train
-        if optimizer.grad_clip and self.norm > optimizer.grad_clip * 1.001:
-            raise Fault(
+        if not self.clip_acted and self.norm > optimizer.grad_clip * 1.001:
+            yield Fault(
                 "clip-ignored",
                 f"the gradient that update {step + 1} used has norm {self.norm:.4g}, and grad_clip is "
                 f"{optimizer.grad_clip}",
                 "clip after unscaling and before the optimizer steps",
             )
+        self.clip_acted |= self.norm > optimizer.grad_clip * 0.999
         if self.forwards != train.accumulation:
-            raise Fault(
+            yield Fault(
                 "accumulation-ignored",
                 f"update {step + 1} made {self.forwards} passes and accumulation is {train.accumulation}",
                 "step once in that many micro-batches",
@@ -80,35 +93,34 @@ class FirstSteps:
         least = learning_rate_factor(optimizer, step, progress)
         for factor in self.factors:
             if not least - 1e-6 <= factor <= most + 1e-6:
-                raise Fault(
+                yield Fault(
                     "schedule-ignored",
                     f"update {step + 1} had {factor:.4g} of the learning rate, and the schedule says "
-                    f"{most:.4g}",
+                    f"{least:.4g}",
                     "set the rate of every group before the optimizer steps",
                 )
+        if self.seen == WATCHED - 1:
+            yield from self._still_and_moved()
 
-    def _check_movement(self) -> None:
-        still, moved = [], []
-        for name, p in self.subject.model.named_parameters():
-            same = torch.equal(sample(p), self.before[name])
-            if same and p.requires_grad and self.subject.start != "resumed":  # a rate may end at zero
-                still.append(name)
-            if not same and not p.requires_grad:
-                moved.append(name)
+    def _still_and_moved(self) -> Iterator[Fault]:
+        parameters = dict(self.subject.model.named_parameters())
+        moved = [name for name, old in self.frozen.items() if not torch.equal(sample(parameters[name]), old)]
+        self.frozen = {}
         if moved:
-            raise Fault(
+            yield Fault(
                 "frozen-parameter-moved",
                 f"{listed(moved)} should be frozen and moved in {WATCHED} updates",
                 "leave frozen parameters out of the optimizer and of weight decay",
             )
-        if still:
-            raise Fault(
-                "parameter-did-not-move",
-                f"{listed(still)} did not move in {WATCHED} updates",
-                "look for a detached tensor, a parameter in no group, or a part that nothing reads",
+        if self.still:
+            yield Fault(
+                "parameter-without-gradient",
+                f"{listed(sorted(self.still))} had no gradient in {WATCHED} updates",
+                "look for a detached tensor, or a part that nothing reads",
             )
 
     def close(self) -> None:
+        """Take the hooks away. A run of fewer updates than WATCHED ends without its last check."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []

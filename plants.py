@@ -205,6 +205,16 @@ def labels_by(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     return plant
 
 
+def batches_by(change: Callable[[dataset.Batch], dataset.Batch]) -> Patch:
+    """Plants a loader that changes batches of training."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        right = dataset.Batches.batch
+        return patch.object(dataset.Batches, "batch", lambda self, step: change(right(self, step)))
+
+    return plant
+
+
 def masked_where(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(chosen, IGNORE_INDEX, labels)
 
@@ -325,6 +335,18 @@ PLANTS = [
     Plant("M2 mask", "a causal mask inverted", "future-visible", inverted_mask),
     Plant("M2 blind", "a mask that hides the past too", "past-invisible", blind),
     Plant("M2 packing", "packed documents see each other", "other-document-visible", documents_joined),
+    Plant(
+        "M2 ids",
+        "packed documents share one id",
+        "documents-not-separated",
+        batches_by(lambda batch: batch._replace(document_ids=batch.document_ids.clamp(max=0))),
+    ),
+    Plant(
+        "M2 positions",
+        "positions stay 0",
+        "positions-not-counted",
+        batches_by(lambda batch: batch._replace(positions=batch.positions * 0)),
+    ),
     Plant("M3 start", "first loss far above ln V", "first-loss-too-high", giant_weights),
     Plant("M4 numbers", "a boolean mask added as numbers", "future-visible", mask_as_numbers),
     Plant(
@@ -350,7 +372,7 @@ PLANTS = [
         half_the_micro_batches,
         {"train": {"accumulation": 2}},
     ),
-    Plant("M7 part", "a part that is cut off from training", "parameter-did-not-move", part_detached),
+    Plant("M7 part", "a part that is cut off from training", "parameter-without-gradient", part_detached),
     Plant(
         "M8 vocabulary",
         "vocabulary size left at its default",
@@ -367,9 +389,25 @@ PLANTS = [
     ),
     Plant(
         "T2 answer",
-        "cut on the right until no answer is left",
-        "row-without-loss",
-        labels_by(lambda tokens, documents, labels: masked_where(np.ones_like(labels, bool), labels)),
+        "cut on the right: some answers are lost",
+        "answer-not-learned",
+        labels_by(lambda tokens, documents, labels: masked_where(np.arange(labels.shape[1]) >= 128, labels)),
+        EXAMPLES,
+    ),
+    Plant(
+        "T1 late",
+        "half of each prompt bears loss",
+        "prompt-bears-loss",
+        labels_by(
+            lambda tokens, documents, labels: np.where(
+                (labels < 0)
+                & (documents[:, 1:] >= 0)
+                & (np.arange(labels.shape[1]) % 2 == 0)
+                & (documents[:, 1:] == documents[:, :-1]),
+                tokens[:, 1:],
+                labels,
+            )
+        ),
         EXAMPLES,
     ),
     Plant(
@@ -432,6 +470,33 @@ PLANTS = [
         "score-not-plain-loss",
         smoothing_in_the_score,
         {"optimizer": {"label_smoothing": 0.1}},
+    ),
+    Plant(
+        "E1 bf16",
+        "the same in low precision",
+        "score-not-plain-loss",
+        smoothing_in_the_score,
+        {"optimizer": {"label_smoothing": 0.1}, "train": {"precision": "bf16"}},
+    ),
+    Plant(
+        "M6 attention",
+        "dropout of attention ignored",
+        "dropout-ignored",
+        lambda: attention_by(
+            lambda q, k, v, mask, dropout: architecture.reference_attention(
+                q, k, v, mask, False, Dropout(0.0)
+            )
+        ),
+    ),
+    Plant(
+        "M2 window",
+        "only the token before is seen",
+        "past-invisible",
+        lambda: attention_by(
+            lambda q, k, v, mask, dropout: architecture.reference_attention(
+                q, k, v, mask & torch.ones_like(mask).triu(k.size(-2) - q.size(-2) - 1), False, dropout
+            )
+        ),
     ),
     Plant(
         "M10 moments",

@@ -81,7 +81,7 @@ from live import FirstSteps
 from loss import Scores, TokenLoss, score, token_loss
 from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory
-from preflight import Fault, Subject, preflight, record_overrides
+from preflight import Subject, preflight, record_overrides
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 
 DEFAULT_SECONDS = 300.0
@@ -137,8 +137,6 @@ class TrainingManager:
         self.saved_step: int | None = None
         self.resumed_from: Manifest | None = None
         model.checkpoint_activations = train.activation_checkpointing
-        if train.compile:
-            compile_blocks(model)
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -153,20 +151,16 @@ class TrainingManager:
         train = self.config.train
         started = time.perf_counter() - self.state.seconds
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
-        watch = FirstSteps(subject)
+        if self.config.train.compile:  # after the guards, which would compile for many shapes
+            compile_blocks(self.model)
+        watch = FirstSteps(subject, self.config.train.allow)
         self.refuse_difference()  # again: between resume and here nothing may have changed
         with signals_noted(self), progress_bar() as bar:
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
                 self.state.seconds = time.perf_counter() - started
                 step = self.state.step
-                try:
-                    watch.after(step - 1, self.progress())
-                except Fault as fault:
-                    if fault.name not in train.allow:
-                        raise
-                    record_overrides(self.folder, [fault])
-                    watch.close()
+                watch.after(step - 1, self.progress())
                 rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)
                 self.show(bar, values["train/loss"], rate)
                 if step == 1 or step % train.log_every == 0:
@@ -184,6 +178,8 @@ class TrainingManager:
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
         log.close()
+        watch.close()
+        record_overrides(self.folder, watch.passed)
 
     def update(self) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns what is logged."""
@@ -605,6 +601,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         loss=manager.loss,
         score=manager.score,
         precision=precision,
+        eval_precision=manager.eval_precision,
         optimizers=manager.optimizers,
         start="resumed" if config.train.resume else "fresh",
     )

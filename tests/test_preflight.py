@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,7 +14,7 @@ import torch
 
 import plants
 import preflight
-from config import Config
+from config import Config, parse_config
 from live import FirstSteps
 from plants import PLANTS, Plant, outcome, run_plants, small_config, write_data
 from trainingmanager import train
@@ -96,6 +97,12 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
     {"model": {"vocab_size": 384}, "tokenizer": {"kind": "bpe"}},
     plants.EXAMPLES,
     plants.EXAMPLES | {"train": {"accumulation": 2}},
+    {"model": {"n_layer": 1, "n_head": 1, "dropout": 0.9}},
+    {"model": {"dropout": 0.95}},
+    {"model": {"n_head": 8, "rope_theta": 500_000.0}},
+    {"model": {"norm_weight": True}, "optimizer": {"name": "adamw", "lr": 1e-4, "warmup_steps": 20_000}},
+    {"optimizer": {"label_smoothing": 0.1}, "train": {"precision": "bf16"}},
+    {"train": {"max_steps": 2}},
     {"model": {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}},
 ]
 
@@ -154,3 +161,36 @@ def test_what_is_learned_is_shown_in_brackets(folder: Path, capsys: pytest.Captu
     line = next(line for line in capsys.readouterr().out.splitlines() if "in [brackets]" in line)
     shown = line.split("what is learned: ")[1]
     assert re.search(r"\):\\n\[    \w+ = \w+ [-+*] ", shown)  # the head is not learned, the body is
+
+
+def test_an_unknown_name_to_allow_is_refused_with_the_nearest(folder: Path) -> None:
+    text = outcome(small_config(folder, {"train": {"allow": ("future-visable",)}}))
+    assert text == "--allow future-visable names no fault; did you mean future-visible?"
+
+
+def test_allow_takes_names_on_the_command_line() -> None:
+    for words in (["--allow", "a-b,c"], ["--allow=a-b,c"], ["--allow", "[a-b,c]"]):
+        assert parse_config(words).train.allow == ("a-b", "c")
+    assert parse_config(["--data.suffixes", ".kt"]).data.suffixes == (".kt",)
+
+
+def test_guards_restore_the_random_states_of_every_device(folder: Path) -> None:
+    """torch.manual_seed also sets the GPUs' generators: it may be called inside fork_rng only."""
+    depth, outside = [0], []
+    fork, seed = torch.random.fork_rng, torch.manual_seed
+
+    @contextlib.contextmanager
+    def noted(*args: Any, **options: Any) -> Any:
+        assert not args and not options  # a list of devices would leave others out
+        depth[0] += 1
+        with fork():
+            yield
+        depth[0] -= 1
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.random, "fork_rng", noted)
+        patched.setattr(
+            preflight.torch, "manual_seed", lambda n: (outside.append(n) if not depth[0] else None, seed(n))
+        )
+        train(small_config(folder, {}))
+    assert len(outside) <= 1  # the run's own seed

@@ -270,8 +270,8 @@ class Recorder(torch.optim.SGD):
 
 def test_clipping_is_applied_and_the_norm_before_it_is_logged(config: Config, tmp_path: Path) -> None:
     free = replace(config, optimizer=replace(config.optimizer, name="adamw", eps=1.0, grad_clip=0.0))
-    free = adapted(free, allow=("parameter-did-not-move",))  # so slow is that
-    free = adapted(free, allow=("parameter-did-not-move",))  # so slow is that
+    free = adapted(free, allow=("parameter-without-gradient",))  # so slow is that
+    free = adapted(free, allow=("parameter-without-gradient",))  # so slow is that
     tight = replace(free, optimizer=replace(free.optimizer, grad_clip=1e-3))
     a, b = train(free), train(adapted(tight, run=str(tmp_path / "tight")))
     first = logged(a, "train/grad_norm")[0]
@@ -319,7 +319,9 @@ def test_activation_checkpointing_changes_nothing(config: Config, tmp_path: Path
 
 def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
     still = replace(config.optimizer, lr=0.0, muon_lr=0.0, embedding_lr=1e-30, head_lr=1e-30)
-    patient = adapted(config, max_steps=100, validate_every=2, patience=3, allow=("parameter-did-not-move",))
+    patient = adapted(
+        config, max_steps=100, validate_every=2, patience=3, allow=("parameter-without-gradient",)
+    )
     manager = train(replace(patient, optimizer=still))
     assert manager.state.step == 8  # the first validation is the best, then three without a better one
     resumed = train(replace(adapted(patient, resume=True), optimizer=still))
@@ -396,7 +398,7 @@ def test_a_run_that_ended_in_nan_resumes_as_if_there_had_been_none(
 
 
 def test_skips_in_a_row_are_counted_over_a_resume(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = adapted(config, max_steps=9, allow=("parameter-did-not-move",))
+    config = adapted(config, max_steps=9, allow=("parameter-without-gradient",))
     broken_from(1, monkeypatch)
     with monkeypatch.context() as plant:
         plant.setattr(TrainingManager, "progress", lambda manager: manager.state.step / 3)
