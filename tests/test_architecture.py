@@ -27,6 +27,7 @@ from architecture import (
     SequentialBlock,
     SinusoidalPosition,
     attention_mask,
+    rotary_frequency,
     rotary_tables,
     rotate_half,
     rotate_interleaved,
@@ -273,7 +274,7 @@ def test_batch_order_does_not_matter():
 @pytest.mark.parametrize("theta", [100.0, 10_000.0])
 def test_rotary_turns_each_pair_by_position_times_frequency(theta):
     x, positions = noise(2, 3, 4, 6), torch.tensor([[0, 1, 7], [2, 900, 5]])
-    cos, sin = rotary_tables(positions, 6, theta)
+    cos, sin = rotary_tables(positions, rotary_frequency(6, theta))
     assert cos.shape == sin.shape == (2, 3, 1, 3)
     half, interleaved = rotate_half(x, cos, sin), rotate_interleaved(x, cos, sin)
     for b in range(2):
@@ -323,7 +324,7 @@ def test_partial_rotary_leaves_the_other_dimensions_alone():
 
 def test_rotary_angles_are_fp32_in_a_bf16_model():
     positions = torch.tensor([[4099]])
-    cos, sin = rotary_tables(positions, 4, 10_000.0)
+    cos, sin = rotary_tables(positions, rotary_frequency(4, 10_000.0))
     assert cos.dtype == sin.dtype == torch.float32
     assert cos[0, 0, 0].tolist() == pytest.approx([math.cos(4099), math.cos(40.99)], abs=1e-3)
     logits = scrambled(SMALL).bfloat16()(TOKENS, POSITIONS + 4099)
