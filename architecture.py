@@ -272,9 +272,10 @@ def split_heads(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tupl
 
 
 def split_shards(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
-    """Four shards, each query, key and value of a quarter of the heads: CodeGen, trained on four cores."""
+    """Four shards, each query, value and key of a quarter of the heads: CodeGen, trained on four cores."""
     shards = qkv.unflatten(-1, (4, 3, n_head // 4, head_dim))
-    return tuple(part.flatten(-3, -2) for part in shards.unbind(-3))
+    q, v, k = (part.flatten(-3, -2) for part in shards.unbind(-3))  # the value comes second
+    return q, k, v
 
 
 # The rows of a fused projection stay as published; its output (B, T, 3C) is split to q, k, v, each (B, T, HD)

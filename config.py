@@ -102,7 +102,7 @@ class ModelConfig:
         qk_norm: Normalise queries and keys (arXiv:2010.04245).
         fused_qkv: One projection for query, key and value.
         qkv_layout: Its rows: `blocks` (all queries, keys, values), `heads` (query, key, value of each head in
-            turn: GPTBigCode) or `shards` (query, key and value of a quarter of the heads, four times: CodeGen).
+            turn: GPTBigCode) or `shards` (query, value and key of a quarter of the heads at a time: CodeGen).
         qkv_bias: Bias in the query, key and value projections.
         attention_bias: Bias in attention's output projection.
         mlp_bias: Bias in the MLP.
