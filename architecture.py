@@ -35,10 +35,6 @@ class Cache(Protocol):
         """Append (B, T) document ids of this call; returns (B, length + T)."""
         ...
 
-    def extend_positions(self, positions: Tensor) -> Tensor:
-        """The same for positions; called after it, and by models with dynamic rotary scaling only."""
-        ...
-
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append this call's keys and values (B, H_kv, T, D); returns all, (B, H_kv, length + T, D)."""
         ...
@@ -295,7 +291,6 @@ class Context(NamedTuple):
     is_causal: bool
     cache: Cache | None
     window_mask: Tensor | None = None  # of layers with a sliding window
-    key_rotary: tuple[Tensor, Tensor] | None = None  # of all keys, where they are kept as they were projected
 
 
 class Attention(nn.Module):
@@ -313,8 +308,6 @@ class Attention(nn.Module):
         widths = [self.n_head * self.head_dim, self.n_kv_head * self.head_dim, self.n_kv_head * self.head_dim]
         self.split = QKV_SPLITS[config.qkv_layout]
         self.has_window = config.sliding_window > 0 and layer in (config.window_layers or (layer,))
-        # Dynamic scaling turns every key by the text's length: one kept rotated would have that of its time.
-        self.extend = self._extend_plain if config.rope_scaling == "dynamic" else self._extend_rotated
         if config.fused_qkv:
             self.qkv = nn.Linear(config.n_embd, sum(widths), bias=config.qkv_bias)
         else:
@@ -338,8 +331,11 @@ class Attention(nn.Module):
         q = self.q_norm(q.view(B, T, self.n_head, self.head_dim))
         k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim))
         v = v.view(B, T, self.n_kv_head, self.head_dim)
-        q = self._rotated(q, context.rotary).transpose(1, 2)  # (B, H, T, D)
-        k, v = self.extend(k, v, context)  # (B, H_kv, S, D)
+        if context.rotary is not None:
+            q, k = self._rotated(q, context.rotary), self._rotated(k, context.rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
         if self.n_kv_head != self.n_head:
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
@@ -347,19 +343,7 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, mask, context.is_causal and mask is None, self.dropout)
         return self.out(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
-    def _extend_rotated(self, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        k, v = self._rotated(k, context.rotary).transpose(1, 2), v.transpose(1, 2)
-        return (k, v) if context.cache is None else context.cache.update(self.layer, k, v)
-
-    def _extend_plain(self, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v)
-        return self._rotated(k.transpose(1, 2), context.key_rotary).transpose(1, 2), v
-
-    def _rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        if rotary is None:
-            return x
+    def _rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (table.to(x.dtype) for table in rotary)
         if self.rotary_dim == self.head_dim:
             return self.rotate(x, cos, sin)
@@ -583,7 +567,7 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
-        mask, key_documents, key_positions = None, document_ids, positions
+        mask, key_documents = None, document_ids
         if cache is not None:
             document_ids = torch.zeros_like(tokens) if document_ids is None else document_ids
             key_documents = cache.extend_documents(document_ids)
@@ -606,15 +590,17 @@ class Decoder(nn.Module):
                 )
             x = x + self.position(positions)
         x = self.dropout(x)
-        rotary = key_rotary = None
+        rotary = None
         if config.position == "rotary":
-            if cache is not None and config.rope_scaling == "dynamic":
-                key_positions = cache.extend_positions(positions)
+            if config.rope_scaling == "dynamic" and cache is not None and past + T > config.rope_context:
+                raise ValueError(
+                    f"{past + T} tokens pass the context of {config.rope_context}, where dynamic scaling has "
+                    "to read each length anew; shorten the text or read it without a cache"
+                )
             frequency = rotary_frequency(config.rotary_dim, config.rope_theta, tokens.device)
-            frequency = self.scale(frequency, config, key_positions.amax(dim=1, keepdim=True) + 1)
+            frequency = self.scale(frequency, config, positions.amax(dim=1, keepdim=True) + 1)
             rotary = rotary_tables(positions, frequency)
-            key_rotary = rotary if key_positions is positions else rotary_tables(key_positions, frequency)
-        context = Context(rotary, mask, mask is None, cache, window_mask, key_rotary)
+        context = Context(rotary, mask, mask is None, cache, window_mask)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)

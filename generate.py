@@ -145,7 +145,6 @@ class KVCache:
         self.length = 0  # counts this call's tokens as soon as `extend_documents` has run
         self._start = 0
         self._documents: Tensor | None = None
-        self._positions: Tensor | None = None
         self._keys: list[Tensor | None] = [None] * n_layer
         self._values: list[Tensor | None] = [None] * n_layer
 
@@ -163,11 +162,6 @@ class KVCache:
         self._documents = self._extended(self._documents, document_ids, 1)
         return self._documents[:, : self.length]
 
-    def extend_positions(self, positions: Tensor) -> Tensor:
-        """Append (B, T) positions; returns (B, length). Comes after the call's `extend_documents`."""
-        self._positions = self._extended(self._positions, positions, 1)
-        return self._positions[:, : self.length]
-
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, H_kv, T, D); returns all so far, (B, H_kv, length, D)."""
         self._keys[layer] = keys = self._extended(self._keys[layer], k, 2)
@@ -181,7 +175,6 @@ class KVCache:
             return None if x is None else x.index_select(0, rows)
 
         self._documents = selected(self._documents)
-        self._positions = selected(self._positions)
         for layer in range(len(self._keys)):
             self._keys[layer] = selected(self._keys[layer])
             self._values[layer] = selected(self._values[layer])

@@ -100,11 +100,13 @@ def from_model(family: Family, config: ModelConfig) -> Values:
 def lacks(family: Family, config: ModelConfig) -> list[str]:
     """What of a resolved ModelConfig the family cannot say; nothing means that it can be written in it."""
     wanted = _meaning(config)
+    said, unsaid = family.parts, []
     try:
         said = _meaning(to_model(family, from_model(family, config)))
     except ValueError as error:
-        return [str(error)]
-    return [f"model.{key} {wanted[key]}" for key in wanted if said.get(key) != wanted[key]]
+        unsaid = [f"way to say it ({error})"]
+    differ = [key for key in wanted if said.get(key, wanted[key]) != wanted[key]]
+    return [f"model.{key} {wanted[key]}" for key in differ] + unsaid
 
 
 def _meaning(config: ModelConfig) -> Values:

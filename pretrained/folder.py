@@ -27,7 +27,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
 LONGEST_JSON = 2**24  # bytes; the header of a model with 100,000 tensors has about 12 million
-CHUNK = 2**24  # bytes read at a time
+CHUNK = 2**22  # bytes read at a time
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,6 +37,10 @@ DTYPES = {
 }
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
 _SIZES |= {"I64": 8, "U64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+_repr = reprlib.Repr()
+_repr.maxstring = 160
+shown = _repr.repr  # of what a stranger wrote, into an error
 
 
 class Entry(NamedTuple):
@@ -99,7 +103,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {reprlib.repr(value)}; it must be an object")
+        raise ValueError(f"it holds {shown(value)}; it must be an object")
     return value
 
 
@@ -107,9 +111,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(
-            f"the key {reprlib.repr(next(k for k in keys if keys.count(k) > 1))} stands twice in it"
-        )
+        raise ValueError(f"the key {shown(next(k for k in keys if keys.count(k) > 1))} stands twice in it")
     return values
 
 
@@ -121,9 +123,7 @@ def inner_path(folder: Path, name: Any, linked: bool) -> Path:
         linked: Links may lead out of the folder, as they do in the hub's cache.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name.strip(".") == "":
-        raise ValueError(
-            f"{folder} names the file {reprlib.repr(name)}; only files of the folder itself are read"
-        )
+        raise ValueError(f"{folder} names the file {shown(name)}; only files of the folder itself are read")
     path = folder / name
     if not path.exists():
         raise ValueError(f"{path} is missing; fetch the whole folder again")
@@ -161,26 +161,20 @@ def parse_header(header: bytes, n_data: int, path: Path = Path()) -> dict[str, E
     entries, places = {}, []
     for key, value in values.items():
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(
-                f"{reprlib.repr(key)} must have a dtype, a shape and data_offsets, and nothing else"
-            )
+            raise ValueError(f"{shown(key)} must have a dtype, a shape and data_offsets, and nothing else")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _SIZES:
-            raise ValueError(f"{reprlib.repr(key)} has the unknown dtype {reprlib.repr(dtype)}")
+            raise ValueError(f"{shown(key)} has the unknown dtype {shown(dtype)}")
         if not _whole(shape) or len(shape) > 8:
-            raise ValueError(
-                f"{reprlib.repr(key)} has the shape {reprlib.repr(shape)}; up to 8 sizes are known"
-            )
+            raise ValueError(f"{shown(key)} has the shape {shown(shape)}; up to 8 sizes are known")
         if not _whole(offsets) or len(offsets) != 2:
-            raise ValueError(
-                f"{reprlib.repr(key)} has the data_offsets {reprlib.repr(offsets)}; two are needed"
-            )
+            raise ValueError(f"{shown(key)} has the data_offsets {shown(offsets)}; two are needed")
         start, end = offsets
         n_bytes = math.prod(shape) * _SIZES[dtype]
         if end - start != n_bytes:
             raise ValueError(
-                f"{reprlib.repr(key)} of dtype {dtype} and shape {reprlib.repr(shape)} needs "
-                f"{reprlib.repr(n_bytes)} bytes, its data_offsets hold {reprlib.repr(end - start)}"
+                f"{shown(key)} of dtype {dtype} and shape {shown(shape)} needs "
+                f"{shown(n_bytes)} bytes, its data_offsets hold {shown(end - start)}"
             )
         places.append((start, end))
         entries[key] = Entry(path, dtype, tuple(shape), 8 + len(header) + start)
@@ -250,7 +244,7 @@ def read_tensors(folder: Path, linked: bool) -> dict[str, Entry]:
     for name in where.values():
         if not isinstance(name, str) or not SHARD.fullmatch(name):
             raise ValueError(
-                f"{folder / found[0]} names the file {reprlib.repr(name)}; a shard is called "
+                f"{folder / found[0]} names the file {shown(name)}; a shard is called "
                 "model-00001-of-00002.safetensors and lies in the folder itself"
             )
     extra = {name for name in shards if name.endswith(Path(next(iter(where.values()))).suffix)} - set(
@@ -273,4 +267,4 @@ def read_tensors(folder: Path, linked: bool) -> dict[str, Entry]:
 
 def _some(names: set[str]) -> str:
     first = sorted(names)[:4]
-    return ", ".join(reprlib.repr(name) for name in first) + (" and others" if len(names) > 4 else "")
+    return ", ".join(shown(name) for name in first) + (" and others" if len(names) > 4 else "")

@@ -13,7 +13,18 @@ from torch import Tensor
 from architecture import Decoder
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
 from pretrained.family import Family, to_model
-from pretrained.folder import BIN, CONFIG, DTYPES, INDEX, SINGLE, Entry, read_json, read_tensors
+from pretrained.folder import (
+    BIN,
+    CONFIG,
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Entry,
+    inner_path,
+    read_json,
+    read_tensors,
+    shown,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 FAMILIES = {
@@ -21,13 +32,14 @@ FAMILIES = {
     for module in (gpt_bigcode, codegen, phi, llama, starcoder2, qwen2)
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TEXTS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
+TOKENIZER = (
+    "tokenizer.json",
+    "code_tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
 )
+TEXTS = (CONFIG, "generation_config.json", *TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def load_pretrained(
     """Open a model folder, or fetch one from the hub.
 
     The library that fetches reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE itself. Tensors are read
-    into place 16 MB at a time, so that memory holds the weights once.
+    into place 4 MB at a time, so that memory holds the weights once.
 
     Args:
         source: A folder with config.json and weights, or a hub id such as `bigcode/starcoder2-3b`.
@@ -80,8 +92,11 @@ def load_pretrained(
         raise ValueError(
             f"{folder} has {len(entries)} tensors, too few for the {config.n_layer} layers of {CONFIG}"
         )
-    with torch.device("meta"):
-        model = Decoder(config)
+    try:
+        with torch.device("meta"):
+            model = Decoder(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {error}") from None
     own = {family.key(name): name for name in model.state_dict()}
     head, embed = family.key("head.weight"), family.key("embed.weight")
     tied = config.tie_embeddings
@@ -105,7 +120,8 @@ def load_pretrained(
     model.load_state_dict(tensors, assign=True)
     if tied:
         model.head.weight = model.embed.weight  # assigning made two parameters of one memory
-    return Pretrained(model.eval(), _tokenizer(folder, config.vocab_size), family, str(source), commit)
+    tokenizer = _tokenizer(folder, config.vocab_size, linked)
+    return Pretrained(model.eval(), tokenizer, family, str(source), commit)
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
@@ -150,7 +166,7 @@ def _commit(snapshot: Path) -> str:
 
 def _refuse_other_keys(folder: Path, shapes: dict[str, tuple[int, ...]], entries: dict[str, Entry]) -> None:
     wrong = [f"{key} is missing" for key in shapes if key not in entries]
-    wrong += [f"{reprlib.repr(key)} is unexpected" for key in entries if key not in shapes]
+    wrong += [f"{shown(key)} is unexpected" for key in entries if key not in shapes]
     wrong += [
         f"{key} is {entries[key].dtype}{list(entries[key].shape)}, {list(shape)} of floats is expected"
         for key, shape in shapes.items()
@@ -188,9 +204,12 @@ def _refuse_other_twin(twin: Entry, embedding: Tensor, head: str, embed: str) ->
         )
 
 
-def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    if not any((folder / name).exists() for name in ("tokenizer.json", "code_tokenizer.json")):
+def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
+    if not any((folder / name).exists() for name in TOKENIZER[:2]):
         return None
+    for name in TOKENIZER:
+        if (folder / name).exists():
+            inner_path(folder, name, linked)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
