@@ -216,6 +216,8 @@ class ModelConfig:
                 f"model.qkv_layout shards needs a model.n_head that 4 divides, not {self.n_head}; "
                 "set model.qkv_layout to blocks"
             )
+        # Where nothing reads it, it stays as it is: a saved run would be refused for a key that nothing reads.
+        reaches = self.rope_scaling in ("dynamic", "llama3")
         dropouts = {
             name: self.dropout if getattr(self, name) is None else getattr(self, name)
             for name in ("dropout", "embed_dropout", "attention_dropout")
@@ -229,7 +231,7 @@ class ModelConfig:
             n_kv_head=n_kv_head,
             rotary_dim=rotary_dim,
             n_inner=self.n_inner or 4 * self.n_embd,
-            rope_context=self.rope_context or self.block_size,
+            rope_context=self.rope_context or reaches * self.block_size,
             **dropouts,
         )
 
