@@ -216,7 +216,7 @@ class ModelConfig:
                 f"model.qkv_layout shards needs a model.n_head that 4 divides, not {self.n_head}; "
                 "set model.qkv_layout to blocks"
             )
-        # Where nothing reads it, it stays as it is: a saved run would be refused for a key that nothing reads.
+        # Where nothing reads it, it stays 0: a run whose saved config sets what nothing reads is refused.
         reaches = self.rope_scaling in ("dynamic", "llama3")
         dropouts = {
             name: self.dropout if getattr(self, name) is None else getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -9,12 +10,15 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 
@@ -601,6 +605,84 @@ def test_a_folder_without_config_and_a_folder_with_a_revision_are_refused(folder
         load_pretrained(folder, revision="main")
     (folder / "config.json").unlink()
     refused(folder, "config.json is missing")
+
+
+# --- the hub ----------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for: what a revision means, its files, and each file."""
+
+    folder: Path
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.asked.append(path)
+        if path.startswith("/api/models/us/tiny/revision/"):
+            self.answer(json.dumps({"id": "us/tiny", "sha": self.commit, "siblings": []}).encode())
+        elif path == f"/api/models/us/tiny/tree/{self.commit}":
+            files = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": self.tag(file)}
+                for file in self.folder.iterdir()
+            ]
+            self.answer(json.dumps(files).encode())
+        elif path.startswith(f"/us/tiny/resolve/{self.commit}/"):
+            file = self.folder / path.rsplit("/", 1)[1]
+            self.answer(file.read_bytes(), {"ETag": f'"{self.tag(file)}"', "X-Repo-Commit": self.commit})
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def tag(self, file: Path) -> str:
+        return hashlib.sha1(file.read_bytes()).hexdigest()
+
+    def answer(self, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(200)
+        for key, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickle"])
+def test_a_model_of_the_hub_is_fetched_once_and_its_commit_recorded(pickled, folder, tmp_path, monkeypatch):
+    if pickled:
+        to_bin(folder, {})
+    else:
+        torch.save({"a": 1}, folder / "pytorch_model.bin")  # beside safetensors it is not even fetched
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    monkeypatch.setattr(Hub, "folder", folder, raising=False)
+    monkeypatch.setattr(Hub, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = (
+        "from pretrained import load_pretrained as load; f = load('us/tiny'); print(f.source, f.revision)"
+    )
+
+    def ran(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+        own = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        environment = os.environ | own | {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"} | more
+        house = Path(__file__).parents[1]
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=house)
+
+    online = ran(program)
+    assert online.stdout.split() == ["us/tiny", Hub.commit], online.stderr
+    fetched = {path.rsplit("/", 1)[1] for path in Hub.asked if "/resolve/" in path}
+    weights = "pytorch_model.bin" if pickled else "model.safetensors"
+    assert fetched == {"config.json", "generation_config.json", weights}
+    server.shutdown()
+    server.server_close()
+    assert ran(program, HF_HUB_OFFLINE="1").stdout.split() == ["us/tiny", Hub.commit]
+    missing = ran(program.replace("us/tiny", "us/huge"), HF_HUB_OFFLINE="1")
+    assert "ValueError: us/huge could not be fetched" in missing.stderr
 
 
 # --- tokenizers -------------------------------------------------------------------------------------
