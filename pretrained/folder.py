@@ -44,13 +44,13 @@ shown = _repr.repr  # of what a stranger wrote, into an error
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: its bytes from `start` of `file`, or, out of a pickle, the mapped tensor itself."""
+    """A tensor in a file: its bytes from `start` on, or what stands under `key` in a pickle."""
 
     file: Path
     dtype: str  # as a safetensors header names it
     shape: tuple[int, ...]
     start: int
-    tensor: Tensor | None = None
+    key: str | None = None
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(first element, elements) from front to back.
@@ -58,11 +58,14 @@ class Entry(NamedTuple):
         Read, not mapped: mapped pages count as memory in use, and to touch a file cut meanwhile kills the
         process.
         """
-        if self.tensor is not None:
-            yield 0, self.tensor.flatten()
-            return
         dtype = DTYPES[self.dtype]
         total = math.prod(self.shape)
+        if self.key is not None:
+            # A pickle has to be mapped. Opened anew for each part, it is unmapped before much is resident.
+            for first in range(0, total, 8 * CHUNK // dtype.itemsize):
+                tensor = _unpickled(self.file)[self.key].flatten()
+                yield first, tensor[first : first + 8 * CHUNK // dtype.itemsize]
+            return
         buffer = bytearray(min(CHUNK, total * dtype.itemsize))
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start)
@@ -206,7 +209,7 @@ def read_bin(path: Path) -> dict[str, Entry]:
             f"{path} is compressed, which torch.save never does; save it again, as safetensors best"
         )
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        values = _unpickled(path)
     except Exception as error:  # the file decides what goes wrong, and where
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
@@ -216,9 +219,13 @@ def read_bin(path: Path) -> dict[str, Entry]:
         raise ValueError(f"{path} holds {type(values).__name__}; it must be a dict of tensors by name")
     names = {dtype: name for name, dtype in DTYPES.items()}
     return {
-        str(key): Entry(path, names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.detach())
+        str(key): Entry(path, names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, key)
         for key, t in values.items()
     }
+
+
+def _unpickled(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 # --- the whole folder -----------------------------------------------------------------------------

@@ -108,6 +108,8 @@ def _save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
             folder / name,
             metadata={"format": "pt"},
         )
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
     if len(shards) > 1:
         write_atomically(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": where}))
 

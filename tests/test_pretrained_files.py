@@ -222,26 +222,26 @@ def test_memory_holds_the_weights_once(tmp_path):
     config = replace(LLAMA, vocab_size=20_000, n_embd=512, n_inner=2048)
     with torch.device("meta"):
         model = Decoder(config)
-    for dtype, name in ((torch.float32, "whole"), (torch.bfloat16, "half")):
+    for dtype, name in ((torch.float32, "pickle"), (torch.float32, "whole"), (torch.bfloat16, "half")):
         save_pretrained(model.to_empty(device="cpu").to(dtype), None, tmp_path / name)
+    to_bin(tmp_path / "pickle", {})
     size = sum(p.numel() for p in model.parameters()) * 4
+    save_pretrained(Decoder(LLAMA), None, tmp_path / "small")
     program = (
-        "import resource, sys, torch; from pretrained import load_pretrained; import pretrained.load\n"
+        "import resource, sys, torch; from pretrained import load_pretrained\n"
         "load_pretrained(sys.argv[1]); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); kept = load_pretrained(sys.argv[2], torch.float32)\n"
         "print((peak() - before) * 1024)"
     )
-    small = tmp_path / "small"
-    save_pretrained(Decoder(LLAMA), None, small)
-    for name in ("whole", "half"):
-        command = [sys.executable, "-c", program, str(small), str(tmp_path / name)]
-        out = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
-        )
-        assert int(out.stdout) < 1.1 * size + 2**24, (
-            name,
-            int(out.stdout) / size,
-        )  # and the 16 MB read at a time
+    house = Path(__file__).parents[1]
+    for name, most in (
+        ("whole", 1.1),
+        ("half", 1.1),
+        ("pickle", 1.1 + 2**25 / size),
+    ):  # mapped 32 MB at a time
+        command = [sys.executable, "-c", program, str(tmp_path / "small"), str(tmp_path / name)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=house)
+        assert int(out.stdout) < most * size, (name, int(out.stdout) / size)
 
 
 # --- saving -----------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def refused(folder: Path, match: str) -> None:
     with pytest.raises(ValueError, match=match) as error:
         load_pretrained(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 3000
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 30  # most of it torch importing what meta tensors need
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -740,6 +740,13 @@ def test_a_tokenizer_goes_with_its_model(tmp_path):
         assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     change_json(tmp_path / "model" / "tokenizer_config.json", extra_special_tokens=["<|one|>"])
     refused(tmp_path / "model", "has 307 ids and the model has 306; one of the two belongs to another model")
+
+
+def test_modules_have_the_names_that_adapters_use():
+    llama, bigcode = FAMILIES["llama"], FAMILIES["gpt_bigcode"]
+    assert llama.key("blocks.11.attention.q") == "model.layers.11.self_attn.q_proj"
+    assert bigcode.key("blocks.0.attention.qkv") == "transformer.h.0.attn.c_attn"
+    assert llama.key("head") == "lm_head" and llama.key("embed.weight") == "model.embed_tokens.weight"
 
 
 def test_from_model_and_to_model_are_inverse():
