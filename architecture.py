@@ -103,14 +103,54 @@ ABSOLUTE_POSITIONS: dict[str, type[nn.Embedding] | type[SinusoidalPosition]] = {
 }
 
 
-def rotary_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, T, 1, rotary_dim / 2), of position x frequency (RoFormer, arXiv:2104.09864).
+def rotary_frequency(rotary_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Radians a position, (rotary_dim / 2), from 1 down to nearly 1 / theta (RoFormer, arXiv:2104.09864)."""
+    exponent = torch.arange(0, rotary_dim, 2, device=device).float() / rotary_dim
+    return 1 / theta**exponent  # rounded as published models were trained with; theta**-exponent differs
+
+
+def rotary_tables(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (B, T, 1, N), of positions (B, T) x frequency (N) or (B, 1, N).
 
     Always computed in fp32: a bf16 angle is off by whole turns after some hundred positions.
     """
-    exponent = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
-    angle = positions[..., None].float() * theta**-exponent
+    angle = positions[..., None].float() * frequency
     return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+
+
+def scale_none(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
+    return frequency
+
+
+def scale_linear(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
+    """Positions squeezed together (Chen et al. 2023, arXiv:2306.15595)."""
+    return frequency / config.rope_factor
+
+
+def scale_dynamic(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
+    """NTK scaling by the length of each row's text, (B, 1) -> (B, 1, N) (arXiv:2309.00071, appendix B.2).
+
+    The lowest frequency is divided by `ratio`, the highest kept: a base grown by ratio^(2N / (2N - 2)).
+    """
+    factor, context = config.rope_factor, config.rope_context
+    ratio = factor * longest.clamp(min=context).float() / context - (factor - 1)
+    exponent = torch.linspace(0, 1, frequency.numel(), device=frequency.device)
+    return frequency * ratio[..., None] ** -exponent
+
+
+def scale_llama3(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
+    """Only frequencies with few turns in the first context are divided, with a ramp (arXiv:2407.21783)."""
+    turns = config.rope_context * frequency / (2 * math.pi)
+    kept = ((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+ROPE_SCALINGS: dict[str, Callable[[Tensor, ModelConfig, Tensor], Tensor]] = {
+    "none": scale_none,
+    "linear": scale_linear,
+    "dynamic": scale_dynamic,
+    "llama3": scale_llama3,
+}
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -172,14 +212,18 @@ class Dropout(nn.Module):
 # --- attention ------------------------------------------------------------------------------------
 
 
-def attention_mask(query_documents: Tensor, key_documents: Tensor) -> Tensor:
+def attention_mask(query_documents: Tensor, key_documents: Tensor, window: int = 0) -> Tensor:
     """True where a query may look, (B, 1, T_query, T_key): its own document, at or before itself.
+
+    With a window it sees at most that many tokens, itself included (Longformer, arXiv:2004.05150).
 
     The queries are the last T_query of the T_key tokens. Padding is a document of its own (-1), so that every
     row of the mask has at least one True and no softmax is taken over nothing.
     """
     n_query, n_key = query_documents.size(1), key_documents.size(1)
     causal = torch.ones(n_query, n_key, dtype=torch.bool, device=query_documents.device).tril(n_key - n_query)
+    if window:
+        causal = causal.triu(n_key - n_query - window + 1)
     same = query_documents[:, :, None] == key_documents[:, None, :]
     return (same & causal).unsqueeze(1)
 
@@ -212,6 +256,33 @@ def fast_attention(
 ATTENTIONS = {"reference": reference_attention, "fast": fast_attention}
 
 
+def split_blocks(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
+    """All queries, all keys, all values."""
+    widths = [n_head * head_dim, n_kv_head * head_dim, n_kv_head * head_dim]
+    return qkv.split(widths, dim=-1)
+
+
+def split_heads(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Query, key and value of the first head, then of the next: GPTBigCode without multi-query."""
+    return qkv.unflatten(-1, (n_head, 3, head_dim)).unbind(-2)
+
+
+def split_shards(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Four shards, each query, value and key of a quarter of the heads: CodeGen, trained on four cores."""
+    shards = qkv.unflatten(-1, (4, 3, n_head // 4, head_dim))
+    q, v, k = (part.flatten(-3, -2) for part in shards.unbind(-3))  # the value comes second
+    return q, k, v
+
+
+# The rows of a fused projection stay as published; its output (B, T, 3C) is split to q, k, v, each (B, T, HD)
+# or (B, T, H, D). So a weight is loaded byte for byte, and an adapter on it means what it does elsewhere.
+QKV_SPLITS: dict[str, Callable[[Tensor, int, int, int], tuple[Tensor, ...]]] = {
+    "blocks": split_blocks,
+    "heads": split_heads,
+    "shards": split_shards,
+}
+
+
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
@@ -219,6 +290,7 @@ class Context(NamedTuple):
     mask: Tensor | None
     is_causal: bool
     cache: Cache | None
+    window_mask: Tensor | None = None  # of layers with a sliding window
 
 
 class Attention(nn.Module):
@@ -228,12 +300,14 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.dropout = Dropout(config.dropout)
+        assert config.attention_dropout is not None, "config.resolved() fills it in"
+        self.dropout = Dropout(config.attention_dropout)
         self.rotary_dim = config.rotary_dim
         self.attend = ATTENTIONS[config.attention]
         self.rotate = ROTATIONS[config.rotary_layout]
         widths = [self.n_head * self.head_dim, self.n_kv_head * self.head_dim, self.n_kv_head * self.head_dim]
-        self.widths = widths
+        self.split = QKV_SPLITS[config.qkv_layout]
+        self.has_window = config.sliding_window > 0 and layer in (config.window_layers or (layer,))
         if config.fused_qkv:
             self.qkv = nn.Linear(config.n_embd, sum(widths), bias=config.qkv_bias)
         else:
@@ -246,7 +320,7 @@ class Attention(nn.Module):
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
     def _project_fused(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).split(self.widths, dim=-1)
+        return self.split(self.qkv(x), self.n_head, self.n_kv_head, self.head_dim)
 
     def _project_separate(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q(x), self.k(x), self.v(x)
@@ -265,7 +339,8 @@ class Attention(nn.Module):
         if self.n_kv_head != self.n_head:
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
-        y = self.attend(q, k, v, context.mask, context.is_causal, self.dropout)
+        mask = context.window_mask if self.has_window else context.mask
+        y = self.attend(q, k, v, mask, context.is_causal and mask is None, self.dropout)
         return self.out(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
     def _rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -401,7 +476,7 @@ def init_xavier(model: Decoder) -> None:
     Logits then have variance 1/4 and the first loss is 1/8 above ln V; at variance 1 it would be 1/2 above.
     """
     for name, parameter in model.named_parameters():
-        if name.startswith(("embed", "position", "head")):
+        if name.startswith(("embed", "position", "head.weight")):
             nn.init.normal_(parameter, std=0.5 * model.config.n_embd**-0.5)
         elif parameter.dim() == 2:
             nn.init.xavier_uniform_(parameter)
@@ -449,12 +524,14 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position in ABSOLUTE_POSITIONS:
             self.position = ABSOLUTE_POSITIONS[config.position](config.block_size, config.n_embd)
-        self.dropout = Dropout(config.dropout)
+        assert config.embed_dropout is not None, "config.resolved() fills it in"
+        self.dropout = Dropout(config.embed_dropout)
         self.blocks = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.n_layer))
         self.norm = build_norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.scale = ROPE_SCALINGS[config.rope_scaling]
         self.checkpoint_activations = False
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -490,14 +567,20 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
-        mask = None
+        mask, key_documents = None, document_ids
         if cache is not None:
             document_ids = torch.zeros_like(tokens) if document_ids is None else document_ids
-            mask = attention_mask(document_ids, cache.extend_documents(document_ids))
+            key_documents = cache.extend_documents(document_ids)
+            mask = attention_mask(document_ids, key_documents)
         elif document_ids is not None and not torch.equal(document_ids, document_ids[:, :1].expand(B, T)):
             # Rows that hold one document need no mask, and the kernels are faster without one.
             mask = attention_mask(document_ids, document_ids)
         config = self.config
+        window_mask = mask
+        if 0 < config.sliding_window < past + T:
+            if document_ids is None or key_documents is None:
+                document_ids = key_documents = tokens.new_zeros(1, T)
+            window_mask = attention_mask(document_ids, key_documents, config.sliding_window)
         x = self.embed(tokens)
         if config.position in ABSOLUTE_POSITIONS:
             if past + T > config.block_size:
@@ -509,8 +592,15 @@ class Decoder(nn.Module):
         x = self.dropout(x)
         rotary = None
         if config.position == "rotary":
-            rotary = rotary_tables(positions, config.rotary_dim, config.rope_theta)
-        context = Context(rotary, mask, is_causal=mask is None, cache=cache)
+            if config.rope_scaling == "dynamic" and cache is not None and past + T > config.rope_context:
+                raise ValueError(
+                    f"{past + T} tokens pass the context of {config.rope_context}, where dynamic scaling has "
+                    "to read each length anew; shorten the text or read it without a cache"
+                )
+            frequency = rotary_frequency(config.rotary_dim, config.rope_theta, tokens.device)
+            frequency = self.scale(frequency, config, positions.amax(dim=1, keepdim=True) + 1)
+            rotary = rotary_tables(positions, frequency)
+        context = Context(rotary, mask, mask is None, cache, window_mask)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)

@@ -96,14 +96,27 @@ class ModelConfig:
         rotary_dim: Leading dimensions of a head that are rotated; 0 means all.
         rotary_layout: `half` (Llama) or `interleaved` (CodeGen) pairs.
         rope_theta: Base of the rotary frequencies.
+        rope_scaling: How rotary frequencies reach past `rope_context`: `none`, `linear` (arXiv:2306.15595),
+            `dynamic` (by the text's length, arXiv:2309.00071 appendix B.2) or `llama3` (arXiv:2407.21783).
+        rope_factor: How many times further, at least 1.
+        rope_context: Tokens of the context the model was first trained on; 0 means block_size.
+        rope_low_freq: `llama3` divides frequencies with fewer turns than this in the first context.
+        rope_high_freq: `llama3` leaves frequencies with more turns than this as they are.
+        sliding_window: A token sees itself and the sliding_window - 1 tokens before it; 0 means all before.
+        window_layers: The layers it applies to, from 0; none named means all.
         mlp: `gelu`, `gelu_tanh`, `relu2` or `swiglu`.
         qk_norm: Normalise queries and keys (arXiv:2010.04245).
         fused_qkv: One projection for query, key and value.
+        qkv_layout: Its rows: `blocks` (all queries, keys, values), `heads` (query, key, value of each head in
+            turn: GPTBigCode) or `shards` (query, value and key of a quarter of the heads at a time: CodeGen).
         qkv_bias: Bias in the query, key and value projections.
         attention_bias: Bias in attention's output projection.
         mlp_bias: Bias in the MLP.
+        head_bias: Bias in the head.
         tie_embeddings: The head shares the embedding's weight.
         dropout: After the embedding, on attention weights, and on each block's outputs.
+        embed_dropout: After the embedding alone; none given means `dropout`.
+        attention_dropout: On attention weights alone; none given means `dropout`.
         attention: `fast` (fused kernels) or `reference` (written out).
         init: `normal`, `xavier` or `zero_output`; see architecture.INITS.
     """
@@ -125,14 +138,25 @@ class ModelConfig:
     rotary_dim: int = 0
     rotary_layout: Literal["half", "interleaved"] = "half"
     rope_theta: float = 10_000.0
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
+    rope_factor: float = 1.0
+    rope_context: int = 0
+    rope_low_freq: float = 1.0
+    rope_high_freq: float = 4.0
+    sliding_window: int = 0
+    window_layers: tuple[int, ...] = ()
     mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     qk_norm: bool = True
     fused_qkv: bool = False
+    qkv_layout: Literal["blocks", "heads", "shards"] = "blocks"
     qkv_bias: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     tie_embeddings: bool = False
     dropout: float = 0.0
+    embed_dropout: float | None = None
+    attention_dropout: float | None = None
     attention: Literal["fast", "reference"] = "fast"
     init: Literal["normal", "xavier", "zero_output"] = "zero_output"
 
@@ -141,7 +165,7 @@ class ModelConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("n_kv_head", "head_dim", "n_inner", "rotary_dim"):
+        for name in ("n_kv_head", "head_dim", "n_inner", "rotary_dim", "rope_context", "sliding_window"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)}; it must be at least 1, or 0 for the default"
@@ -171,10 +195,51 @@ class ModelConfig:
             raise ValueError(
                 f"model.rotary_dim {rotary_dim} must be even and at most the head's {head_dim} dimensions"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
-        n_inner = self.n_inner or 4 * self.n_embd
-        return replace(self, head_dim=head_dim, n_kv_head=n_kv_head, rotary_dim=rotary_dim, n_inner=n_inner)
+        if not self.rope_factor >= 1:
+            raise ValueError(f"model.rope_factor is {self.rope_factor}; it must be at least 1")
+        if self.rope_scaling == "dynamic" and rotary_dim < 4:
+            raise ValueError(
+                f"model.rope_scaling dynamic needs at least 4 rotated dimensions, not {rotary_dim}; "
+                "set model.rotary_dim or another scaling"
+            )
+        if self.rope_scaling == "llama3" and not 0 < self.rope_low_freq < self.rope_high_freq:
+            raise ValueError(
+                f"model.rope_low_freq {self.rope_low_freq} must be above 0 and below "
+                f"model.rope_high_freq {self.rope_high_freq}"
+            )
+        if any(not 0 <= layer < self.n_layer for layer in self.window_layers):
+            raise ValueError(
+                f"model.window_layers {list(self.window_layers)} must be among the {self.n_layer} layers "
+                f"0 to {self.n_layer - 1}"
+            )
+        if self.fused_qkv and self.qkv_layout != "blocks" and n_kv_head != self.n_head:
+            raise ValueError(
+                f"model.qkv_layout {self.qkv_layout} has as many key heads as query heads, not {n_kv_head} "
+                f"and {self.n_head}; set model.qkv_layout to blocks"
+            )
+        if self.fused_qkv and self.qkv_layout == "shards" and self.n_head % 4:
+            raise ValueError(
+                f"model.qkv_layout shards needs a model.n_head that 4 divides, not {self.n_head}; "
+                "set model.qkv_layout to blocks"
+            )
+        # Where nothing reads it, it stays 0: a run whose saved config sets what nothing reads is refused.
+        reaches = self.rope_scaling in ("dynamic", "llama3")
+        dropouts = {
+            name: self.dropout if getattr(self, name) is None else getattr(self, name)
+            for name in ("dropout", "embed_dropout", "attention_dropout")
+        }
+        for name, p in dropouts.items():
+            if not 0 <= p < 1:
+                raise ValueError(f"model.{name} is {p}; it must be at least 0 and below 1")
+        return replace(
+            self,
+            head_dim=head_dim,
+            n_kv_head=n_kv_head,
+            rotary_dim=rotary_dim,
+            n_inner=self.n_inner or 4 * self.n_embd,
+            rope_context=self.rope_context or reaches * self.block_size,
+            **dropouts,
+        )
 
 
 @dataclass(frozen=True)
@@ -289,6 +354,7 @@ class Config:
         plain = dataclasses.asdict(self)
         plain["data"]["suffixes"] = list(self.data.suffixes)  # YAML knows no tuples
         plain["train"]["allow"] = list(self.train.allow)
+        plain["model"]["window_layers"] = list(self.model.window_layers)
         return plain.pop("train") | plain
 
     @classmethod
@@ -343,6 +409,8 @@ RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"
     "model.head_dim": (0, 2**20, ""),
     "model.n_inner": (0, 2**22, ""),
     "model.rope_theta": (0, None, "above"),
+    "model.rope_context": (0, 2**32, ""),
+    "model.sliding_window": (0, 2**32, ""),
     "optimizer.lr": (0, None, ""),
     "optimizer.muon_lr": (0, None, ""),
     "optimizer.embedding_lr": (0, None, ""),
@@ -423,6 +491,16 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
         "model.rotary_dim": (model.position == "rotary", "model.position is not rotary"),
         "model.rotary_layout": (model.position == "rotary", "model.position is not rotary"),
         "model.rope_theta": (model.position == "rotary", "model.position is not rotary"),
+        "model.rope_scaling": (model.position == "rotary", "model.position is not rotary"),
+        "model.rope_factor": (model.rope_scaling != "none", "model.rope_scaling is none"),
+        "model.rope_context": (
+            model.rope_scaling in ("dynamic", "llama3"),
+            "model.rope_scaling is neither dynamic nor llama3",
+        ),
+        "model.rope_low_freq": (model.rope_scaling == "llama3", "model.rope_scaling is not llama3"),
+        "model.rope_high_freq": (model.rope_scaling == "llama3", "model.rope_scaling is not llama3"),
+        "model.window_layers": (model.sliding_window > 0, "model.sliding_window is 0"),
+        "model.qkv_layout": (model.fused_qkv, "model.fused_qkv is false"),
         "optimizer.muon_lr": (optimizer.name == "muon", "optimizer.name is not muon"),
         "optimizer.head_lr": (not model.tie_embeddings, "model.tie_embeddings leaves no separate head"),
         "optimizer.cooldown": (optimizer.schedule == "wsd", "optimizer.schedule is not wsd"),
@@ -504,7 +582,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         return float(value)
     if get_origin(kind) is tuple:
         value = tuple(value) if isinstance(value, list) else value
-        fits = isinstance(value, tuple) and all(type(item) is str for item in value)
+        fits = isinstance(value, tuple) and all(type(item) is get_args(kind)[0] for item in value)
     elif get_origin(kind) is Literal:
         fits = type(value) is str and value in get_args(kind)
     else:

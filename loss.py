@@ -39,7 +39,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, grad: bool, ranks: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        smoothing: float,
+        grad: bool,
+        ranks: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -48,6 +55,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(h) if grad and ctx.needs_input_grad[0] else None
         grad_weight = (
             torch.zeros_like(weight, dtype=torch.float32) if grad and ctx.needs_input_grad[1] else None
+        )
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32)
+            if bias is not None and grad and ctx.needs_input_grad[2]
+            else None
         )
         sums = torch.zeros(2, device=device)
         hits = torch.zeros(2, dtype=torch.long, device=device)
@@ -58,6 +70,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, h.size(0), n):
             rows, target = h[start : start + n], labels[start : start + n, None]
             logits = torch.mm(rows, w.t(), out=logits_buffer[: len(rows)])
+            if bias is not None:
+                logits += bias
             softmax = torch.softmax(logits, -1, torch.float32, out=softmax_buffer[: len(rows)])
             target_logit = logits.gather(1, target)
             nll = -softmax.gather(1, target).log()
@@ -76,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 uniform = (log_sum - logits.mean(1, True, dtype=torch.float32)).sum()
                 smoothed = (1 - smoothing) * total + smoothing * uniform
             sums += torch.stack((smoothed, total))
-            if grad_hidden is None and grad_weight is None:
+            if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
             # Minus the smoothed target, the softmax is the gradient. Beside 1, 1e-26 is nothing, but below
             # 1e-38 numbers are denormal, and products with them took 5 times as long as a whole step.
@@ -84,6 +98,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if smoothing:
                 grad_logits -= smoothing / w.size(0)
             grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, smoothing - 1))
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
             grad_logits = grad_logits.to(dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, w, out=grad_hidden[start : start + n])
@@ -91,18 +107,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.t(), rows)
             elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         cross_entropy = sums[1].clone()
         ctx.mark_non_differentiable(cross_entropy, hits)
         return sums[0].clone(), cross_entropy, hits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
             None if grad_hidden is None else (grad_hidden * grads[0]).to(ctx.dtypes[0]),
             None if grad_weight is None else (grad_weight * grads[0]).to(ctx.dtypes[1]),
+            None if grad_bias is None else (grad_bias * grads[0]).to(ctx.dtypes[2]),
             None,
             None,
             None,
@@ -114,7 +131,7 @@ def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool
     """Cross-entropy of a batch, summed over the tokens whose label is not IGNORE_INDEX.
 
     Args:
-        model: Its head's weight is (V, C).
+        model: Its head's weight is (V, C), and its bias, if any, (V).
         batch: tokens, labels, document ids and positions, each (B, T).
         smoothing: Share of the target spread evenly over the vocabulary (arXiv:1512.00567). It changes the
             objective only, and masked tokens stay out of it.
@@ -127,7 +144,7 @@ def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool
     if tokens < labels.numel():
         hidden, labels = hidden[bears], labels[bears]
     objective, cross_entropy, hits = _ChunkedCrossEntropy.apply(
-        hidden, model.head.weight, labels, smoothing, torch.is_grad_enabled(), ranks
+        hidden, model.head.weight, model.head.bias, labels, smoothing, torch.is_grad_enabled(), ranks
     )
     top1, top5 = hits.tolist()
     return TokenLoss(objective, cross_entropy, tokens, top1, top5)

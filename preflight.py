@@ -94,7 +94,7 @@ def probe(subject: Subject) -> Iterator[Fault | str]:
     seen without dropout.
     """
     batches = probe_batches(subject)
-    modes = (True, False) if subject.config.model.dropout else (False,)
+    modes = (True, False) if any(m.p for m in subject.model.modules() if isinstance(m, Dropout)) else (False,)
     found: set[str] = set()
     with awake(subject.model):
         for training in modes:
@@ -102,7 +102,8 @@ def probe(subject: Subject) -> Iterator[Fault | str]:
             for batch, places in batches:
                 for row, place in places:
                     gradient = sensitivity(subject, batch, row, place)
-                    found |= dependence_faults(batch, row, place, gradient, dropped=training)
+                    window = subject.config.model.sliding_window
+                    found |= dependence_faults(batch, row, place, gradient, window, dropped=training)
     for name, evidence in PROBE_FAULTS.items():
         if name in found:
             yield Fault(name, evidence, "check the attention mask and the order of axes (B, T, C)")
@@ -122,7 +123,7 @@ PROBE_FAULTS = {
     "token-invisible": "a prediction does not depend on its own token",
 }
 PROBE_ELEMENTS = 6e9  # parameters x tokens of a prediction: 0.2 s each on two cores
-PAST_SEEN = 0.9  # of the tokens before it; a window or a rounded weight may hide some
+PAST_SEEN = 0.9  # of the tokens before it; a weight that is rounded to zero may hide some
 
 
 def probe_batches(subject: Subject) -> list[tuple[Batch, list[tuple[int, int]]]]:
@@ -170,7 +171,9 @@ def sensitivity(subject: Subject, batch: Batch, row: int, place: int) -> Tensor:
     return gradient
 
 
-def dependence_faults(batch: Batch, row: int, place: int, gradient: Tensor, dropped: bool) -> set[str]:
+def dependence_faults(
+    batch: Batch, row: int, place: int, gradient: Tensor, window: int, dropped: bool
+) -> set[str]:
     """The names in PROBE_FAULTS that the gradient (B, T) of the prediction at (row, place) shows.
 
     With `dropped`, dropout may have hidden what else would be seen.
@@ -191,6 +194,8 @@ def dependence_faults(batch: Batch, row: int, place: int, gradient: Tensor, drop
         faults.add("future-visible")
     past = own & earlier
     past[place] = False
+    if window:
+        past[: max(0, place - window + 1)] = False
     if not dropped and not seen[row, place]:
         faults.add("token-invisible")
     if not dropped and (seen[row] & past).sum() < PAST_SEEN * past.sum():
@@ -475,8 +480,11 @@ def split(subject: Subject) -> Iterator[Fault | str]:
 
 # --- settings: each does what it says ----------------------------------------------------------------
 
-# The first two agree by design; the others are sizes of data or of the vocabulary, compared elsewhere.
-WITHOUT_EFFECT_ON_WEIGHTS = ("attention", "block_size", "vocab_size")
+# Two ways that agree by design, sizes that are compared elsewhere, and what acts on longer texts only.
+NOT_COMPARED = (
+    "attention block_size vocab_size rope_scaling rope_factor rope_context rope_low_freq rope_high_freq "
+    "sliding_window window_layers"
+)
 
 
 def settings(subject: Subject) -> Iterator[Fault | str]:
@@ -554,7 +562,7 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
 
 
 def dropout_faults(subject: Subject) -> Iterator[Fault]:
-    batch, p = affordable(subject, subject.micro_batch(0)), subject.config.model.dropout
+    batch, model = affordable(subject, subject.micro_batch(0)), subject.config.model
 
     def twice(training: bool) -> bool:
         with awake(subject.model), torch.no_grad():
@@ -565,20 +573,21 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
                 )
         return torch.equal(first, second)
 
-    for name, kept in dropout_sites(subject.model) if p else ():
+    for name, p, kept in dropout_sites(subject.model):
         with kept:
-            if twice(training=True):
+            if p and twice(training=True):
                 yield Fault(
                     "dropout-ignored",
-                    f"model.dropout is {p} and two passes with that of {name} alone are equal",
+                    f"dropout of {name} is {p} and two passes with it alone are equal",
                     "two arms of a sweep over dropout would be one: apply it",
                 )
                 return
-    wrong = {m.p for m in subject.model.modules() if isinstance(m, Dropout)} - {p}
+    asked = {model.dropout, model.embed_dropout, model.attention_dropout}
+    wrong = {m.p for m in subject.model.modules() if isinstance(m, Dropout)} - asked
     if wrong:
         yield Fault(
             "dropout-ignored",
-            f"model.dropout is {p} and the model was built with {wrong}",
+            f"the settings ask for dropout of {asked} and the model was built with {wrong}",
             "hand the setting to every part",
         )
     if not twice(training=False):
@@ -589,13 +598,14 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
         )
 
 
-def dropout_sites(model: Decoder) -> Iterator[tuple[str, contextlib.AbstractContextManager]]:
-    """One dropout of each kind, with a context in which it is the only one."""
+def dropout_sites(model: Decoder) -> Iterator[tuple[str, float, contextlib.AbstractContextManager]]:
+    """One dropout of each kind, as the settings have it, with a context in which it is the only one."""
+    config = model.config
     modules = dict(model.named_modules())
     sites = {
-        "the embedding": modules["dropout"],
-        "a block": modules["blocks.0.dropout"],
-        "attention": modules["blocks.0.attention.dropout"],
+        "the embedding": (config.embed_dropout, modules["dropout"]),
+        "a block": (config.dropout, modules["blocks.0.dropout"]),
+        "attention": (config.attention_dropout, modules["blocks.0.attention.dropout"]),
     }
 
     @contextlib.contextmanager
@@ -609,8 +619,8 @@ def dropout_sites(model: Decoder) -> Iterator[tuple[str, contextlib.AbstractCont
             for module, rate in rates.items():
                 module.p = rate
 
-    for name, site in sites.items():
-        yield name, alone(site)
+    for name, (p, site) in sites.items():
+        yield name, p or 0.0, alone(site)
 
 
 def ignored_keys(config: ModelConfig) -> Iterator[str]:
@@ -621,7 +631,7 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
     default = ModelConfig()
     small = replace(config, vocab_size=64, n_layer=min(config.n_layer, 2), block_size=8)
     for key, value in vars(ModelConfig()).items():
-        if key in WITHOUT_EFFECT_ON_WEIGHTS or getattr(config, key) == value:
+        if key in NOT_COMPARED.split() or getattr(config, key) == value:
             continue
         if key == "rope_theta" and config.rotary_dim <= 2:  # its one frequency is theta^0
             continue

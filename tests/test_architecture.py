@@ -27,6 +27,7 @@ from architecture import (
     SequentialBlock,
     SinusoidalPosition,
     attention_mask,
+    rotary_frequency,
     rotary_tables,
     rotate_half,
     rotate_interleaved,
@@ -61,6 +62,10 @@ MODELS = {
     "grouped-query": replace(SMALL, n_kv_head=2, qk_norm=False, mlp="swiglu", norm_weight=True),
     "multi-query": replace(BIASED, n_kv_head=1, fused_qkv=True, position="learned", mlp="gelu"),
     "sinusoidal": replace(BIASED, position="sinusoidal", tie_embeddings=True, mlp="gelu_tanh"),
+    "window": replace(SMALL, sliding_window=3, window_layers=(1,)),
+    "shards": replace(BIASED, block="parallel", fused_qkv=True, qkv_layout="shards", head_bias=True),
+    "heads": replace(BIASED, fused_qkv=True, qkv_layout="heads"),
+    "llama3": replace(SMALL, rope_scaling="llama3", rope_factor=4.0, rope_context=8, rope_high_freq=1.5),
 }
 TOKENS = torch.randint(30, (3, 7), generator=torch.Generator().manual_seed(1))
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0]])
@@ -146,6 +151,10 @@ def test_mask_lets_a_token_see_its_own_documents_past():
     assert attention_mask(keys, keys)[0, 0].tolist() == expected
     assert attention_mask(keys[:, 4:], keys)[0, 0].tolist() == expected[4:]  # queries are the last tokens
     assert attention_mask(keys, keys).shape == (1, 1, 6, 6)
+    for window in (1, 2, 3):
+        near = [[see and i - j < window for j, see in enumerate(row)] for i, row in enumerate(expected)]
+        assert attention_mask(keys, keys, window)[0, 0].tolist() == near
+        assert attention_mask(keys[:, 4:], keys, window)[0, 0].tolist() == near[4:]
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
@@ -273,7 +282,7 @@ def test_batch_order_does_not_matter():
 @pytest.mark.parametrize("theta", [100.0, 10_000.0])
 def test_rotary_turns_each_pair_by_position_times_frequency(theta):
     x, positions = noise(2, 3, 4, 6), torch.tensor([[0, 1, 7], [2, 900, 5]])
-    cos, sin = rotary_tables(positions, 6, theta)
+    cos, sin = rotary_tables(positions, rotary_frequency(6, theta))
     assert cos.shape == sin.shape == (2, 3, 1, 3)
     half, interleaved = rotate_half(x, cos, sin), rotate_interleaved(x, cos, sin)
     for b in range(2):
@@ -323,7 +332,7 @@ def test_partial_rotary_leaves_the_other_dimensions_alone():
 
 def test_rotary_angles_are_fp32_in_a_bf16_model():
     positions = torch.tensor([[4099]])
-    cos, sin = rotary_tables(positions, 4, 10_000.0)
+    cos, sin = rotary_tables(positions, rotary_frequency(4, 10_000.0))
     assert cos.dtype == sin.dtype == torch.float32
     assert cos[0, 0, 0].tolist() == pytest.approx([math.cos(4099), math.cos(40.99)], abs=1e-3)
     logits = scrambled(SMALL).bfloat16()(TOKENS, POSITIONS + 4099)

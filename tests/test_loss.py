@@ -40,11 +40,12 @@ def random_batch(rows: int = 3, length: int = 16, masked: float = 0.3, seed: int
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows_in_chunk", [1, 7, 1000])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 def test_chunked_equals_plain(
-    monkeypatch: pytest.MonkeyPatch, smoothing: float, rows_in_chunk: int, tied: bool
+    monkeypatch: pytest.MonkeyPatch, smoothing: float, rows_in_chunk: int, tied: bool, biased: bool
 ) -> None:
     monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 53 * rows_in_chunk)
-    model, batch = scrambled(tie_embeddings=tied), random_batch()
+    model, batch = scrambled(tie_embeddings=tied, head_bias=biased), random_batch()
     bears = int((batch.labels != IGNORE_INDEX).sum())
 
     result = token_loss(model, batch, smoothing)

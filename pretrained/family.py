@@ -1,0 +1,227 @@
+"""What a family of published models is, and its config.json translated to ModelConfig and back.
+
+A family is data: the names it gives to settings and modules, the parts that all its models have, and two
+small functions for what no renaming says. Saving is safe because it is checked by loading: a model can be
+written in a family's words if and only if those words, read again, give the same ModelConfig.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from config import RANGES, Config, ModelConfig
+
+Values = dict[str, Any]  # of config.json
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face `model_type`.
+
+    Args:
+        model_type: Its name in config.json.
+        architecture: The class that transformers opens it with.
+        defaults: What a key that config.json lacks means; transformers leaves out what is default.
+        names: ModelConfig field -> key of config.json, where the value is the same.
+        parts: ModelConfig fields that are the same in all models of the family.
+        modules: Our module -> the published one; `{}` stands for the layer's number.
+        ignored: Pattern of keys that hold no parameter: masks and tables that old files carry.
+        read: config.json -> the other ModelConfig fields.
+        write: ModelConfig -> the other keys of config.json.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Values
+    names: dict[str, str]
+    parts: Values
+    modules: dict[str, str]
+    ignored: str
+    read: Callable[[Values], Values]
+    write: Callable[[ModelConfig], Values]
+
+    def key(self, name: str) -> str:
+        """The published name of a parameter or module of ours: `head.weight` -> `lm_head.weight`."""
+        layer = re.match(r"blocks\.(\d+)\.", name)
+        general = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
+        module, _, suffix = general.rpartition(".")
+        published = self.modules.get(general) or f"{self.modules[module]}.{suffix}"
+        return published.format(layer[1]) if layer else published
+
+
+# Keys that may be null, with their kind; another key's kind is that of its default.
+OPTIONAL: dict[str, type] = {
+    "attention_dropout": float,
+    "head_dim": int,
+    "layer_types": list,
+    "n_inner": int,
+    "num_key_value_heads": int,
+    "original_max_position_embeddings": int,
+    "partial_rotary_factor": float,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "rope_theta": float,
+    "sliding_window": int,
+}
+
+
+def to_model(family: Family, values: Values) -> ModelConfig:
+    """The resolved ModelConfig of a config.json.
+
+    Raises:
+        ValueError: A value has the wrong type, is out of range, or asks for a part the decoder lacks.
+    """
+    if values.get("quantization_config") is not None:
+        raise ValueError("it is quantised (quantization_config); use the folder of the original weights")
+    values = family.defaults | {key: value for key, value in values.items() if key in family.defaults}
+    for key, value in values.items():
+        _check(key, value, family.defaults[key])
+    n_layer, most = family.names["n_layer"], RANGES["model.n_layer"][1]
+    if most is not None and values[n_layer] > most:  # before anything is made for each layer
+        raise ValueError(f"{n_layer} is {values[n_layer]}; it must be at most {most}")
+    fields = family.parts | {field: values[key] for field, key in family.names.items()}
+    fields |= family.read(values)
+    try:
+        return Config.from_dict({"model": fields}).model.resolved()
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("the saved config cannot be read: ")) from None
+
+
+def from_model(family: Family, config: ModelConfig) -> Values:
+    """The config.json of a ModelConfig in a family's words; `lacks` says whether they say it all."""
+    return {key: getattr(config, field) for field, key in family.names.items()} | family.write(config)
+
+
+def lacks(family: Family, config: ModelConfig) -> list[str]:
+    """What of a resolved ModelConfig the family cannot say; nothing means that it can be written in it."""
+    wanted = _meaning(config)
+    said, unsaid = family.parts, []
+    try:
+        said = _meaning(to_model(family, from_model(family, config)))
+    except ValueError as error:
+        unsaid = [f"way to say it ({error})"]
+    differ = [key for key in wanted if said.get(key, wanted[key]) != wanted[key]]
+    return [f"model.{key} {wanted[key]}" for key in differ] + unsaid
+
+
+def _meaning(config: ModelConfig) -> Values:
+    """The fields that bear on what the model computes, each in one spelling."""
+    fields = asdict(config)
+    unread = {"init", "attention"}
+    if config.position != "rotary":
+        unread |= {"rotary_dim", "rotary_layout"} | {key for key in fields if key.startswith("rope_")}
+    if config.rope_scaling == "none":
+        unread |= {"rope_factor"}
+    if config.rope_scaling in ("none", "linear"):
+        unread |= {"rope_context"}
+    if config.rope_scaling != "llama3":
+        unread |= {"rope_low_freq", "rope_high_freq"}
+    if not config.fused_qkv:
+        unread |= {"qkv_layout"}
+    every = tuple(range(config.n_layer)) if config.sliding_window else ()
+    fields["window_layers"] = tuple(sorted(set(config.window_layers))) or every
+    return {key: value for key, value in fields.items() if key not in unread}
+
+
+def _check(key: str, value: Any, default: Any) -> None:
+    kind = OPTIONAL.get(key) or type(default)
+    if value is None and key in OPTIONAL:
+        return
+    if type(value) not in ((int, float) if kind is float else (kind,)):
+        raise ValueError(f"{key} is {reprlib.repr(value)}; it must be {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}; it must be finite")
+    # 0 means "the default" in ModelConfig; in a published file it is a mistake.
+    least = 0 if key == "max_window_layers" else 1
+    if type(value) is int and kind is int and not least <= value < 2**63:
+        raise ValueError(f"{key} is {reprlib.repr(value)}; it must be at least {least} and below 2**63")
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+# transformers' spellings, which differ in rounding only.
+_PLAIN = {"gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh")}
+_PLAIN |= {"gelu": ("gelu", "gelu_python"), "relu2": ("relu2",)}
+_GATED = {"swiglu": ("silu", "swish")}
+
+
+def read_activation(key: str, value: str, gated: bool = False) -> str:
+    """ModelConfig.mlp of an activation's name; ValueError for one the decoder lacks."""
+    known = _GATED if gated else _PLAIN
+    for mlp, spellings in known.items():
+        if value in spellings:
+            return mlp
+    names = ", ".join(name for spellings in known.values() for name in spellings)
+    raise ValueError(f"{key} is {reprlib.repr(value)}; known are {names}")
+
+
+def write_activation(mlp: str, usual: str = "") -> str:
+    """A name of the activation: the family's usual one, where it means the same."""
+    spellings = (_PLAIN | _GATED)[mlp]
+    return usual if usual in spellings else spellings[0]
+
+
+# --- rotary positions -----------------------------------------------------------------------------
+
+ROPE_DEFAULTS: Values = {
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "rope_theta": None,
+    "original_max_position_embeddings": None,
+}
+
+
+def read_rope(values: Values) -> Values:
+    """rope_* fields from transformers 5's `rope_parameters`, or 4's `rope_theta` and `rope_scaling`."""
+    rope = values["rope_scaling"] or values["rope_parameters"] or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rope_parameters differ between layers; one set for all layers is known")
+    if kind not in ("default", "linear", "dynamic", "llama3"):
+        raise ValueError(f"rope_type is {reprlib.repr(kind)}; known are default, linear, dynamic and llama3")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and "partial_rotary_factor" not in values:
+        raise ValueError(f"partial_rotary_factor is {reprlib.repr(rope['partial_rotary_factor'])}; use 1.0")
+    theta = rope.get("rope_theta", values["rope_theta"])
+    numbers: Values = {"rope_theta": 10_000.0 if theta is None else theta}
+    if kind != "default":
+        numbers["rope_factor"] = rope.get("factor")
+    if kind == "llama3":
+        numbers |= {
+            "rope_low_freq": rope.get("low_freq_factor"),
+            "rope_high_freq": rope.get("high_freq_factor"),
+        }
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{key} of rope_type {kind} is {reprlib.repr(value)}; it must be a number above 0"
+            )
+    fields = numbers | {"rope_scaling": "none" if kind == "default" else kind}
+    if kind in ("dynamic", "llama3"):
+        fields["rope_context"] = values["max_position_embeddings"]
+    if kind == "llama3":
+        fields["rope_context"] = (
+            values["original_max_position_embeddings"]
+            or rope.get("original_max_position_embeddings")
+            or values["max_position_embeddings"]
+        )
+    return fields
+
+
+def write_rope(config: ModelConfig, partial: float | None = None) -> Values:
+    """The keys of transformers 4 and of 5: each takes its default in silence if it finds only the other's."""
+    kind = "default" if config.rope_scaling == "none" else config.rope_scaling
+    rope: Values = {"rope_type": kind, "rope_theta": config.rope_theta}
+    if partial is not None:
+        rope["partial_rotary_factor"] = partial
+    if kind != "default":
+        rope["factor"] = config.rope_factor
+    if kind == "llama3":
+        rope |= {"low_freq_factor": config.rope_low_freq, "high_freq_factor": config.rope_high_freq}
+        rope["original_max_position_embeddings"] = config.rope_context
+    values: Values = {"rope_theta": config.rope_theta, "rope_parameters": rope}
+    return values if kind == "default" else values | {"rope_scaling": rope}

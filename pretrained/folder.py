@@ -1,0 +1,277 @@
+"""A folder of a published model, read as if a stranger had written it.
+
+Nothing in it is run, no name in it leads out of it, and no memory is taken for what it merely claims: headers
+are checked against the size of the file before a tensor is made. Each fault is one sentence (ValueError).
+
+A safetensors file is 8 bytes with the header's length, the header (JSON: key -> dtype, shape, place), then
+the tensors' bytes without gap or overlap (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import reprlib
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
+LONGEST_JSON = 2**24  # bytes; the header of a model with 100,000 tensors has about 12 million
+CHUNK = 2**22  # bytes read at a time
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
+_SIZES |= {"I64": 8, "U64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+_repr = reprlib.Repr()
+_repr.maxstring = 160
+shown = _repr.repr  # of what a stranger wrote, into an error
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: its bytes from `start` on, or what stands under `key` in a pickle."""
+
+    file: Path
+    dtype: str  # as a safetensors header names it
+    shape: tuple[int, ...]
+    start: int
+    key: str | None = None
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first element, elements) from front to back.
+
+        Read, not mapped: mapped pages count as memory in use, and to touch a file cut meanwhile kills the
+        process.
+        """
+        dtype = DTYPES[self.dtype]
+        total = math.prod(self.shape)
+        if self.key is not None:
+            # A pickle has to be mapped. Opened anew for each part, it is unmapped before much is resident.
+            for first in range(0, total, 8 * CHUNK // dtype.itemsize):
+                tensor = _unpickled(self.file)[self.key].flatten()
+                yield first, tensor[first : first + 8 * CHUNK // dtype.itemsize]
+            return
+        buffer = bytearray(min(CHUNK, total * dtype.itemsize))
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start)
+            for first in range(0, total, CHUNK // dtype.itemsize):
+                count = min(CHUNK // dtype.itemsize, total - first)
+                _read_fully(file, memoryview(buffer)[: count * dtype.itemsize], self.file)
+                yield first, torch.frombuffer(buffer, dtype=dtype, count=count)
+
+
+def _read_fully(file: io.FileIO, view: memoryview, path: Path) -> None:
+    while view:
+        n = file.readinto(view)
+        if not n:
+            raise ValueError(f"{path} ends early; it was cut while it was read")
+        view = view[n:]
+
+
+def read_json(folder: Path, name: str, linked: bool) -> dict[str, Any]:
+    """A JSON object, at most LONGEST_JSON bytes long, without repeated keys and numbers that are none."""
+    path = inner_path(folder, name, linked)
+    size = path.stat().st_size
+    if size > LONGEST_JSON:
+        raise ValueError(f"{path} has {size} bytes; at most {LONGEST_JSON} are read")
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """ValueError if it is no JSON object, or one that two readers could understand differently."""
+
+    def refuse(number: str) -> NoReturn:
+        raise ValueError(f"{number} is no JSON number")
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {shown(value)}; it must be an object")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shown(next(k for k in keys if keys.count(k) > 1))} stands twice in it")
+    return values
+
+
+def inner_path(folder: Path, name: Any, linked: bool) -> Path:
+    """The path of a regular file of the folder.
+
+    Args:
+        name: A plain file name; one with a folder in it is refused.
+        linked: Links may lead out of the folder, as they do in the hub's cache.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name.strip(".") == "":
+        raise ValueError(f"{folder} names the file {shown(name)}; only files of the folder itself are read")
+    path = folder / name
+    if not path.exists():
+        raise ValueError(f"{path} is missing; fetch the whole folder again")
+    if not linked and path.resolve().parent != folder.resolve():
+        raise ValueError(f"{path} is a link out of its folder; put the file itself there")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is no regular file; put the file itself there")
+    return path
+
+
+# --- safetensors ----------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file; ValueError if its header and its size do not agree."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8 or length > LONGEST_JSON:
+            most = min(max(size - 8, 0), LONGEST_JSON)
+            raise ValueError(f"{path} says that its header has {length} bytes; at most {most} are possible")
+        header = file.read(length)
+    try:
+        return parse_header(header, size - 8 - length, path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no sound safetensors file: {error}") from None
+
+
+def parse_header(header: bytes, n_data: int, path: Path = Path()) -> dict[str, Entry]:
+    """The entries of a header before `n_data` bytes; ValueError if they do not fill these exactly."""
+    values = parse_json(header)
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ must hold texts only")
+    entries, places = {}, []
+    for key, value in values.items():
+        if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{shown(key)} must have a dtype, a shape and data_offsets, and nothing else")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _SIZES:
+            raise ValueError(f"{shown(key)} has the unknown dtype {shown(dtype)}")
+        if not _whole(shape) or len(shape) > 8:
+            raise ValueError(f"{shown(key)} has the shape {shown(shape)}; up to 8 sizes are known")
+        if not _whole(offsets) or len(offsets) != 2:
+            raise ValueError(f"{shown(key)} has the data_offsets {shown(offsets)}; two are needed")
+        start, end = offsets
+        n_bytes = math.prod(shape) * _SIZES[dtype]
+        if end - start != n_bytes:
+            raise ValueError(
+                f"{shown(key)} of dtype {dtype} and shape {shown(shape)} needs "
+                f"{shown(n_bytes)} bytes, its data_offsets hold {shown(end - start)}"
+            )
+        places.append((start, end))
+        entries[key] = Entry(path, dtype, tuple(shape), 8 + len(header) + start)
+    filled = 0
+    for start, end in sorted(places):
+        if start != filled:
+            raise ValueError(f"a tensor starts at byte {start} of the data where {filled} was expected")
+        filled = end
+    if filled != n_data:
+        raise ValueError(f"its tensors fill {filled} bytes, and {n_data} follow the header")
+    return entries
+
+
+def _whole(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
+
+def read_bin(path: Path) -> dict[str, Entry]:
+    """The tensors of a `pytorch_model.bin`; any other object in its pickle is refused, and nothing is run."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no zip file as torch.save writes it; save it again, as safetensors best")
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise ValueError(
+            f"{path} is compressed, which torch.save never does; save it again, as safetensors best"
+        )
+    try:
+        values = _unpickled(path)
+    except Exception as error:  # the file decides what goes wrong, and where
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged; nothing in it was run ({reason[:200]})"
+        ) from None
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise ValueError(f"{path} holds {type(values).__name__}; it must be a dict of tensors by name")
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {
+        str(key): Entry(path, names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, key)
+        for key, t in values.items()
+    }
+
+
+def _unpickled(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+# --- the whole folder -----------------------------------------------------------------------------
+
+
+def read_tensors(folder: Path, linked: bool) -> dict[str, Entry]:
+    """Every tensor of a model folder by key: one file, or shards that are exactly those of their index."""
+    present = {path.name for path in folder.iterdir()}
+    shards = {name for name in present if SHARD.fullmatch(name)}
+    found = [name for name in (SINGLE, INDEX) if name in present] or [
+        name for name in (BIN, BIN_INDEX) if name in present
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a whole model")
+    if len(found) == 2:
+        raise ValueError(f"{folder} holds both {found[0]} and {found[1]}; remove the one that is not meant")
+    read = read_bin if found[0] in (BIN, BIN_INDEX) else read_header
+    if found[0] in (SINGLE, BIN):
+        return read(inner_path(folder, found[0], linked))
+    where = read_json(folder, found[0], linked).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{folder / found[0]} has no weight_map of keys to files; fetch it again")
+    for name in where.values():
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise ValueError(
+                f"{folder / found[0]} names the file {shown(name)}; a shard is called "
+                "model-00001-of-00002.safetensors and lies in the folder itself"
+            )
+    extra = {name for name in shards if name.endswith(Path(next(iter(where.values()))).suffix)} - set(
+        where.values()
+    )
+    if extra:
+        raise ValueError(f"{folder / found[0]} does not name {_some(extra)}, which lies beside it; remove it")
+    entries: dict[str, Entry] = {}
+    for name in sorted(set(where.values())):
+        inside = read(inner_path(folder, name, linked))
+        wanted = {key for key, file in where.items() if file == name}
+        if inside.keys() != wanted:
+            raise ValueError(
+                f"{folder / name} and {found[0]} disagree about {_some(inside.keys() ^ wanted)}; "
+                "fetch the whole folder again"
+            )
+        entries |= inside
+    return entries
+
+
+def _some(names: set[str]) -> str:
+    first = sorted(names)[:4]
+    return ", ".join(shown(name) for name in first) + (" and others" if len(names) > 4 else "")

@@ -1,0 +1,219 @@
+"""A published model from a folder or the Hugging Face hub, into the house's decoder."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from architecture import Decoder
+from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
+from pretrained.family import Family, to_model
+from pretrained.folder import (
+    BIN,
+    CONFIG,
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Entry,
+    inner_path,
+    read_json,
+    read_tensors,
+    shown,
+)
+from tokenizer import Tokenizer, load_tokenizer
+
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (gpt_bigcode, codegen, phi, llama, starcoder2, qwen2)
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TOKENIZER = (
+    "tokenizer.json",
+    "code_tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TEXTS = (CONFIG, "generation_config.json", *TOKENIZER)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A published model with what belongs to it."""
+
+    model: Decoder  # in eval mode
+    tokenizer: Tokenizer | None  # None where the folder has none
+    family: Family
+    source: str  # the folder or hub id that was asked for
+    revision: str | None  # the hub's commit; None for a folder
+
+
+def load_pretrained(
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> Pretrained:
+    """Open a model folder, or fetch one from the hub.
+
+    The library that fetches reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE itself. Tensors are read
+    into place 4 MB at a time, so that memory holds the weights once.
+
+    Args:
+        source: A folder with config.json and weights, or a hub id such as `bigcode/starcoder2-3b`.
+        dtype: Of the parameters; None takes that of the file.
+        device: Where the parameters are made.
+        revision: Branch, tag or commit on the hub; `Pretrained.revision` is the commit it meant.
+
+    Raises:
+        ValueError: The source cannot be had, its family is not known, its keys are not exactly those that
+            its config asks for, or a file is not sound; one sentence.
+    """
+    folder, commit = _locate(str(source), revision)
+    linked = commit is not None
+    values = read_json(folder, CONFIG, linked)
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        raise ValueError(
+            f"{folder / CONFIG} has model_type {reprlib.repr(values.get('model_type'))}; "
+            f"known are {', '.join(FAMILIES)}"
+        )
+    try:
+        config = to_model(family, values)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a model known here: {error}") from None
+    entries = read_tensors(folder, linked)
+    if config.n_layer > len(entries):  # even without memory a model takes time for each layer
+        raise ValueError(
+            f"{folder} has {len(entries)} tensors, too few for the {config.n_layer} layers of {CONFIG}"
+        )
+    try:
+        with torch.device("meta"):
+            model = Decoder(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {error}") from None
+    own = {family.key(name): name for name in model.state_dict()}
+    head, embed = family.key("head.weight"), family.key("embed.weight")
+    tied = config.tie_embeddings
+    if tied:
+        del own[head]
+    entries = {key: entry for key, entry in entries.items() if not re.fullmatch(family.ignored, key)}
+    twin = entries.pop(head, None) if tied else None
+    if twin and embed not in entries:
+        entries[embed], twin = twin, None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
+    dtype = dtype or _one_dtype(folder, entries)
+    tensors = {
+        own[key]: _filled(entry, dtype, device)
+        for key, entry in sorted(entries.items(), key=lambda item: (str(item[1].file), item[1].start))
+    }
+    if tied:
+        tensors["head.weight"] = tensors["embed.weight"]
+        if twin:
+            _refuse_other_twin(twin, tensors["embed.weight"], head, embed)
+    model.load_state_dict(tensors, assign=True)
+    if tied:
+        model.head.weight = model.embed.weight  # assigning made two parameters of one memory
+    tokenizer = _tokenizer(folder, config.vocab_size, linked)
+    return Pretrained(model.eval(), tokenizer, family, str(source), commit)
+
+
+def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder, and the commit if it came from the hub."""
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{source} is a folder, which has no revision {revision}; leave the revision out"
+            )
+        return Path(source), None
+    if not HUB_ID.fullmatch(source):
+        raise ValueError(f"{source} is neither a folder nor a hub id such as bigcode/starcoder2-3b")
+    import huggingface_hub
+
+    try:
+        weights = [SINGLE, INDEX, "model-*-of-*.safetensors"]
+        folder = Path(
+            huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=[*TEXTS, *weights])
+        )
+        commit = _commit(folder)
+        if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+            weights = [BIN, f"{BIN}.index.json", "pytorch_model-*-of-*.bin"]
+            huggingface_hub.snapshot_download(source, revision=commit, allow_patterns=weights)
+    except Exception as error:  # of the network, of the hub, of the disk
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{source} could not be fetched ({reason}); check the name, network and HF_TOKEN, or use a folder"
+        ) from error
+    return folder, commit
+
+
+def _commit(snapshot: Path) -> str:
+    """The commit that a downloaded folder holds, asked of the library that laid it out."""
+    import huggingface_hub
+
+    for repo in huggingface_hub.scan_cache_dir().repos:
+        for revision in repo.revisions:
+            if revision.snapshot_path.resolve() == snapshot.resolve():
+                return revision.commit_hash
+    raise ValueError(f"{snapshot} is not in the hub's cache")
+
+
+def _refuse_other_keys(folder: Path, shapes: dict[str, tuple[int, ...]], entries: dict[str, Entry]) -> None:
+    wrong = [f"{key} is missing" for key in shapes if key not in entries]
+    wrong += [f"{shown(key)} is unexpected" for key in entries if key not in shapes]
+    wrong += [
+        f"{key} is {entries[key].dtype}{list(entries[key].shape)}, {list(shape)} of floats is expected"
+        for key, shape in shapes.items()
+        if key in entries and (entries[key].shape != shape or entries[key].dtype not in DTYPES)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 40} more" if len(wrong) > 40 else ""
+        raise ValueError(f"{folder} does not hold the model of its {CONFIG}: {'; '.join(wrong[:40])}{more}")
+
+
+def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
+    names = sorted({entry.dtype for entry in entries.values()})
+    if len(names) > 1:
+        raise ValueError(f"{folder} holds tensors of {' and '.join(names)}; say which dtype to load them in")
+    return DTYPES[names[0]]
+
+
+def _filled(entry: Entry, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    for first, chunk in entry.chunks():
+        tensor.view(-1)[first : first + len(chunk)].copy_(chunk)
+    return tensor
+
+
+def _refuse_other_twin(twin: Entry, embedding: Tensor, head: str, embed: str) -> None:
+    same = twin.shape == tuple(embedding.shape) and twin.dtype in DTYPES
+    flat = embedding.view(-1)
+    if not same or not all(
+        torch.equal(flat[first : first + len(chunk)], chunk.to(flat.device, flat.dtype))
+        for first, chunk in twin.chunks()
+    ):
+        raise ValueError(
+            f"{twin.file} has a {head} that is not its {embed}, and {CONFIG} ties the two; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
+    if not any((folder / name).exists() for name in TOKENIZER[:2]):
+        return None
+    for name in TOKENIZER:
+        if (folder / name).exists():
+            inner_path(folder, name, linked)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids and the model has {vocab_size}; "
+            "one of the two belongs to another model"
+        )
+    return tokenizer

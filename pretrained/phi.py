@@ -1,0 +1,119 @@
+"""Phi-1, Phi-1.5, Phi-2 (arXiv:2306.11644): parallel blocks, partial rotary positions, biases everywhere."""
+
+import math
+
+from config import ModelConfig
+from pretrained.family import (
+    ROPE_DEFAULTS,
+    Family,
+    Values,
+    read_activation,
+    read_rope,
+    write_activation,
+    write_rope,
+)
+
+
+def read(values: Values) -> Values:
+    usual = values["hidden_size"] // values["num_attention_heads"]
+    head_dim = values["head_dim"] or usual
+    if values["qk_layernorm"] and head_dim != usual:
+        raise ValueError(
+            f"qk_layernorm norms {usual} dimensions of a head (hidden_size / num_attention_heads), "
+            f"but head_dim is {head_dim}; leave one of the two out"
+        )
+    rope = values["rope_scaling"] or values["rope_parameters"] or {}
+    factor = rope.get("partial_rotary_factor", values["partial_rotary_factor"])
+    if type(factor) not in (int, float) or not 2 <= head_dim * factor <= head_dim:
+        raise ValueError(
+            f"partial_rotary_factor is {factor}; of {head_dim} dimensions of a head it must leave at least 2"
+        )
+    return {
+        "n_kv_head": values["num_key_value_heads"] or values["num_attention_heads"],
+        "head_dim": head_dim,
+        "rotary_dim": int(head_dim * factor),
+        "mlp": read_activation("hidden_act", values["hidden_act"]),
+        "attention_dropout": values["attention_dropout"] or 0.0,
+        **read_rope(values),
+    }
+
+
+def write(config: ModelConfig) -> Values:
+    factor = config.rotary_dim / config.head_dim
+    if int(config.head_dim * factor) < config.rotary_dim:  # it is rounded down when read
+        factor = math.nextafter(factor, 1)
+    return {
+        "num_key_value_heads": config.n_kv_head,
+        **({"head_dim": config.head_dim} if config.head_dim * config.n_head != config.n_embd else {}),
+        "hidden_act": write_activation(config.mlp, "gelu_new"),
+        "attention_dropout": config.attention_dropout,
+        "partial_rotary_factor": factor,
+        **write_rope(config, factor),
+    }
+
+
+FAMILY = Family(
+    model_type="phi",
+    architecture="PhiForCausalLM",
+    defaults={
+        "vocab_size": 51200,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu_new",
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "qk_layernorm": False,
+        "partial_rotary_factor": 0.5,
+        **ROPE_DEFAULTS,
+    },
+    names={
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "norm_eps": "layer_norm_eps",
+        "qk_norm": "qk_layernorm",
+        "tie_embeddings": "tie_word_embeddings",
+        "dropout": "resid_pdrop",
+        "embed_dropout": "embd_pdrop",
+    },
+    parts={
+        "block": "parallel",
+        "norm": "layer",
+        "norm_weight": True,
+        "norm_bias": True,
+        "position": "rotary",
+        "rotary_layout": "half",
+        "qkv_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_bias": True,
+    },
+    modules={
+        "embed": "model.embed_tokens",
+        "blocks.{}.norm": "model.layers.{}.input_layernorm",
+        "blocks.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+        "blocks.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+        "blocks.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+        "blocks.{}.attention.out": "model.layers.{}.self_attn.dense",
+        "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_layernorm",
+        "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_layernorm",
+        "blocks.{}.mlp.up": "model.layers.{}.mlp.fc1",
+        "blocks.{}.mlp.down": "model.layers.{}.mlp.fc2",
+        "norm": "model.final_layernorm",
+        "head": "lm_head",
+    },
+    ignored=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    read=read,
+    write=write,
+)

@@ -1,0 +1,118 @@
+"""A model of the house as a folder that transformers opens: the inverse of loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from architecture import Decoder
+from config import ModelConfig, write_atomically
+from pretrained.family import Family, from_model, lacks
+from pretrained.folder import CONFIG, INDEX, SINGLE
+from pretrained.load import FAMILIES
+from tokenizer import Tokenizer
+
+
+def save_pretrained(
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    family: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Family:
+    """Write config.json, weights and tokenizer, and return the family they are written in.
+
+    The folder appears whole: everything is written beside it under a hidden name, flushed and renamed.
+
+    Args:
+        model: Loaded or trained here; its parameters are written as they are, in their dtype.
+        tokenizer: Its files and special ids go with the model.
+        folder: A new or empty one.
+        family: A `model_type`; None takes the first that can express the model.
+        max_shard_bytes: A tensor that would pass it starts a new file.
+
+    Raises:
+        ValueError: No family has the model's parts, named in the sentence, or the folder is not empty.
+    """
+    folder = Path(folder)
+    chosen = choose_family(model.config, family)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _save_weights(_tensors(model, chosen), temporary, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+        head: dict[str, Any] = {"architectures": [chosen.architecture], "model_type": chosen.model_type}
+        dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+        values = head | from_model(chosen, model.config) | ids | {"dtype": dtype, "use_cache": True}
+        write_atomically(temporary / "generation_config.json", _json(ids))
+        write_atomically(temporary / CONFIG, _json(values))
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return chosen
+
+
+def choose_family(config: ModelConfig, model_type: str | None = None) -> Family:
+    """The family a model is written in; ValueError names what the nearest one lacks."""
+    if model_type is not None and model_type not in FAMILIES:
+        raise ValueError(f"the family {model_type!r} is not known; known are {', '.join(FAMILIES)}")
+    candidates = FAMILIES if model_type is None else {model_type: FAMILIES[model_type]}
+    lacking = {name: lacks(family, config) for name, family in candidates.items()}
+    nearest = min(lacking, key=lambda name: len(lacking[name]))
+    if lacking[nearest]:
+        who = "no published family" if model_type is None else model_type
+        near = f"; the nearest, {nearest}," if model_type is None else "; it"
+        raise ValueError(
+            f"{who} can express this model{near} has no {', no '.join(lacking[nearest])}: "
+            "keep it as a checkpoint of a run, or train one with the parts of a family"
+        )
+    return FAMILIES[nearest]
+
+
+def _tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
+    """The parameters by published name; a tied head is left out."""
+    state = model.state_dict()
+    names = [name for name in state if not (name == "head.weight" and model.config.tie_embeddings)]
+    return {family.key(name): state[name] for name in names}
+
+
+def _save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    where = {}
+    for i, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        where |= dict.fromkeys(shard, name)
+        save_file(
+            {key: tensor.cpu().contiguous() for key, tensor in shard.items()},
+            folder / name,
+            metadata={"format": "pt"},
+        )
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        write_atomically(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": where}))
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"

@@ -1,0 +1,384 @@
+"""Published families against transformers: every parameter scrambled, then logits, layers and gradients.
+
+At initialisation biases are 0 and norms 1, so that most faults would pass: see the planted ones below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from architecture import Decoder, rotate_half, rotate_interleaved, split_blocks
+from generate import GenerationConfig, KVCache, generate_ids, pad_left
+from pretrained import Pretrained, load_pretrained, save_pretrained
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 16,
+}
+SLIDING = "sliding_attention"
+GPT: dict[str, Any] = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": 53}
+CODEGEN = GPT | {"rotary_dim": 4}
+WIDE: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 53,
+}
+SHORT = {"max_position_embeddings": 12}  # the texts below are longer
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0} | more}
+
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bigcode mqa": ("gpt_bigcode", GPT),
+    "bigcode mha": ("gpt_bigcode", GPT | {"multi_query": False}),
+    "bigcode mha untied": ("gpt_bigcode", GPT | {"multi_query": False, "tie_word_embeddings": False}),
+    "bigcode one head": ("gpt_bigcode", GPT | {"n_head": 1, "vocab_size": 1}),
+    "bigcode inner": ("gpt_bigcode", GPT | {"n_inner": 17, "layer_norm_epsilon": 1e-3}),
+    "bigcode gelu": ("gpt_bigcode", GPT | {"activation_function": "gelu", "n_layer": 1, "vocab_size": 101}),
+    "bigcode gelu_new": ("gpt_bigcode", GPT | {"activation_function": "gelu_new", "n_head": 2}),
+    "codegen": ("codegen", CODEGEN),
+    "codegen all rotary": ("codegen", CODEGEN | {"rotary_dim": 6}),
+    "codegen two": ("codegen", CODEGEN | {"rotary_dim": 2, "vocab_size": 101}),
+    "codegen eight heads": ("codegen", CODEGEN | {"n_head": 8, "n_embd": 32}),
+    "codegen tied": ("codegen", CODEGEN | {"tie_word_embeddings": True}),
+    "codegen inner": ("codegen", CODEGEN | {"n_inner": 17, "layer_norm_epsilon": 1e-3, "n_layer": 1}),
+    "codegen gelu": ("codegen", CODEGEN | {"activation_function": "gelu"}),
+    "phi": ("phi", WIDE | {"num_key_value_heads": None} | rope("default", partial_rotary_factor=0.34)),
+    "phi qk norm": ("phi", WIDE | {"qk_layernorm": True} | rope("default", partial_rotary_factor=1.0)),
+    "phi mqa tied": ("phi", WIDE | {"num_key_value_heads": 1, "tie_word_embeddings": True}
+                     | rope("default", partial_rotary_factor=0.67)),
+    "phi head_dim": ("phi", WIDE | {"head_dim": 10} | rope("default", partial_rotary_factor=0.4)),
+    "phi theta": ("phi", WIDE | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0,
+                                                    "partial_rotary_factor": 1.0}}),
+    "phi linear": ("phi", WIDE | SHORT | rope("linear", factor=3.0, partial_rotary_factor=0.7)),
+    "phi dynamic": ("phi", WIDE | SHORT | rope("dynamic", factor=3.0, partial_rotary_factor=0.7)),
+    "phi gelu": ("phi", WIDE | {"hidden_act": "gelu"} | rope("default", partial_rotary_factor=0.5,)
+                 | {"hidden_size": 32}),
+    "llama gqa": ("llama", WIDE),
+    "llama mha tied": ("llama", WIDE | {"num_key_value_heads": None, "tie_word_embeddings": True}),
+    "llama mqa": ("llama", WIDE | {"num_key_value_heads": 1, "vocab_size": 101, "rms_norm_eps": 1e-3}),
+    "llama head_dim": ("llama", WIDE | {"head_dim": 10}),
+    "llama biases": ("llama", WIDE | {"attention_bias": True, "mlp_bias": True}),
+    "llama attention bias": ("llama", WIDE | {"attention_bias": True} | rope("default", rope_theta=123.0)),
+    "llama linear": ("llama", WIDE | SHORT | rope("linear", factor=2.5)),
+    "llama dynamic": ("llama", WIDE | SHORT | rope("dynamic", factor=2.5)),
+    "llama llama3": ("llama", WIDE | rope("llama3", **LLAMA3)),
+    "starcoder2": ("starcoder2", WIDE),
+    "starcoder2 window": ("starcoder2", WIDE | {"sliding_window": 5}),
+    "starcoder2 window of one": ("starcoder2", WIDE | {"sliding_window": 1, "num_key_value_heads": 1}),
+    "starcoder2 wide window": ("starcoder2", WIDE | {"sliding_window": 19, "num_key_value_heads": 4}),
+    "starcoder2 no bias": ("starcoder2", WIDE | {"use_bias": False, "tie_word_embeddings": False}),
+    "starcoder2 linear": ("starcoder2", WIDE | SHORT | {"sliding_window": 5} | rope("linear", factor=2.0)),
+    "starcoder2 head_dim": ("starcoder2", WIDE | {"head_dim": 8, "vocab_size": 101, "norm_epsilon": 1e-3}),
+    "qwen2": ("qwen2", WIDE),
+    "qwen2 tied mqa": ("qwen2", WIDE | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2 window": ("qwen2", WIDE | {"use_sliding_window": True, "sliding_window": 5,
+                                      "max_window_layers": 1}),
+    "qwen2 layer_types": ("qwen2", WIDE | {"use_sliding_window": True, "sliding_window": 4,
+                                            "layer_types": [SLIDING, "full_attention", SLIDING]}),
+    "qwen2 window unused": ("qwen2", WIDE | {"use_sliding_window": False, "sliding_window": 5}),
+    "qwen2 llama3": ("qwen2", WIDE | rope("llama3", **LLAMA3)),
+    "qwen2 dynamic": ("qwen2", WIDE | SHORT | {"use_sliding_window": True, "sliding_window": 5,
+                                                "max_window_layers": 0} | rope("dynamic", factor=2.0)),
+    "qwen2 head_dim": ("qwen2", WIDE | {"head_dim": 10, "vocab_size": 101} | rope("default", rope_theta=1e6)),
+}  # fmt: skip
+TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+class Pair(NamedTuple):
+    oracle: Any
+    ours: Decoder
+    found: Pretrained
+    folder: Path
+
+
+def scramble(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+
+
+def make_oracle(name: str) -> Any:
+    family, settings = CONFIGS[name]
+    settings: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None} | settings
+    config: Any = transformers.CONFIG_MAPPING[family](**settings)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    scramble(model)
+    return model.eval()
+
+
+def make_pair(name: str, folder: Path) -> Pair:
+    oracle = make_oracle(name)
+    oracle.save_pretrained(folder)
+    found = load_pretrained(folder)
+    return Pair(oracle, found.model, found, folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+
+    def pair(name: str) -> Pair:
+        if name not in made:
+            made[name] = make_pair(name, tmp_path_factory.mktemp("oracle"))
+        return made[name]
+
+    return pair
+
+
+def tokens_of(model: Decoder) -> Tensor:
+    return TOKENS % model.config.vocab_size
+
+
+def gap(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, of the largest element where that is above 1."""
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def layers_of(model: Decoder, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the residual stream after each block but the last, and after the last norm."""
+    states: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda *out: states.append(out[2])) for block in model.blocks]
+    hidden = model.hidden(*args)
+    for hook in hooks:
+        hook.remove()
+    return model.head(hidden), [*states[:-1], hidden]
+
+
+def parity(pair: Pair) -> dict[str, float]:
+    """The largest gap of logits, of layers and of gradients."""
+    tokens = tokens_of(pair.ours)
+    expected = pair.oracle(tokens, output_hidden_states=True, use_cache=False)
+    logits, states = layers_of(pair.ours, tokens)
+    assert len(states) == len(expected.hidden_states) - 1
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / logits.numel() ** 0.5
+    for model, result in ((pair.oracle, expected.logits), (pair.ours, logits)):
+        model.zero_grad()
+        (result * weights).sum().backward()
+    gradients = {name: p.grad for name, p in pair.oracle.named_parameters()}
+    own = {pair.found.family.key(name): p.grad for name, p in pair.ours.named_parameters()}
+    assert own.keys() == gradients.keys()
+    scale = max(1.0, *(g.abs().max().item() for g in gradients.values()))
+    return {
+        "logits": gap(logits, expected.logits),
+        "layers": max(gap(a, b) for a, b in zip(states, expected.hidden_states[1:], strict=True)),
+        "gradients": max((own[key] - gradients[key]).abs().max().item() for key in own) / scale,  # pyright: ignore
+    }
+
+
+# --- parity ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_layers_and_gradients_are_those_of_transformers(name, pairs):
+    gaps = parity(pairs(name))
+    assert max(gaps.values()) < 1e-5, gaps
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_left_padding_changes_nothing(name, pairs):
+    pair = pairs(name)
+    tokens = tokens_of(pair.ours)
+    rows = [tokens[0].tolist(), tokens[1, :13].tolist(), tokens[2, :7].tolist()]
+    padded, positions, documents = pad_left(rows)
+    ours = pair.ours(padded, positions, documents)
+    if pair.ours.config.rope_scaling == "dynamic":  # there, the longest row of a batch turns all the others
+        for row, ids in enumerate(rows):
+            expected = make_oracle(name)(torch.tensor([ids])).logits[0]
+            assert gap(ours[row, -len(ids) :], expected) < 1e-5
+        return
+    mask = (documents >= 0).long()
+    expected = pair.oracle(padded, attention_mask=mask, position_ids=positions).logits
+    assert gap(ours[documents >= 0], expected[documents >= 0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_equals_uncached(name, pairs):
+    model = pairs(name).ours
+    end = 12 if model.config.rope_scaling == "dynamic" else 20  # further on it takes no cache: see below
+    tokens = tokens_of(model)[:, :end]
+    cache = KVCache(model.config.n_layer, end)
+    with torch.inference_mode():
+        pieces = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, end))]
+        assert gap(torch.cat(pieces, dim=1), model(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generated_tokens_are_those_of_reading_all_again(name, pairs):
+    model = pairs(name).ours
+    n = 3 if model.config.rope_scaling == "dynamic" else 12
+    prompts = [tokens_of(model)[0, :9].tolist(), tokens_of(model)[1, :4].tolist()]
+    generated = generate_ids(model, prompts, GenerationConfig(max_new_tokens=n))
+    for prompt, result in zip(prompts, generated, strict=True):
+        ids = list(prompt)
+        for _ in range(n):
+            with torch.inference_mode():
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert result.ids == ids[len(prompt) :]
+
+
+def test_dynamic_scaling_refuses_a_cache_past_its_context(pairs):
+    model = pairs("llama dynamic").ours
+    cache = KVCache(model.config.n_layer, 20)
+    model(TOKENS[:, :12], cache=cache)
+    with pytest.raises(ValueError, match="13 tokens pass the context of 12"):
+        model(TOKENS[:, :1], cache=cache)
+
+
+def test_every_family_has_six_configurations():
+    counts = [family for family, _ in CONFIGS.values()]
+    assert min(counts.count(family) for family in set(counts)) >= 6 and len(set(counts)) == 6
+
+
+# --- planted faults ---------------------------------------------------------------------------------
+
+
+def each_block(change: Callable[[Any], None]) -> Callable[[Decoder], None]:
+    def fault(model: Decoder) -> None:
+        for block in model.blocks:
+            change(block)
+
+    return fault
+
+
+def assign(path: str, value: Any) -> Callable[[Any], None]:
+    """Set an attribute far inside: `attention.rotate`."""
+
+    def change(block: Any) -> None:
+        *folders, last = path.split(".")
+        for folder in folders:
+            block = getattr(block, folder)
+        setattr(block, last, value)
+
+    return change
+
+
+def zero(path: str) -> Callable[[Any], None]:
+    def change(block: nn.Module) -> None:
+        with torch.no_grad():
+            block.get_parameter(path).zero_()
+
+    return change
+
+
+def swap(a: str, b: str) -> Callable[[Any], None]:
+    def change(block: nn.Module) -> None:
+        with torch.no_grad():
+            for (_, x), (_, y) in zip(
+                block.get_submodule(a).named_parameters(),
+                block.get_submodule(b).named_parameters(),
+                strict=True,
+            ):
+                kept = x.clone()
+                x.copy_(y)
+                y.copy_(kept)
+
+    return change
+
+
+def settings(**changes: Any) -> Callable[[Decoder], None]:
+    """Settings that forward reads from the config."""
+
+    def fault(model: Decoder) -> None:
+        model.config = replace(model.config, **changes)
+
+    return fault
+
+
+def no_scaling(model: Decoder) -> None:
+    model.scale = lambda frequency, config, longest: frequency
+
+
+def shift_positions(model: Decoder) -> None:
+    with torch.no_grad():
+        model.position.weight.copy_(model.position.weight.roll(1, 0))  # pyright: ignore
+
+
+FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
+    "half for interleaved rotary": ("codegen", each_block(assign("attention.rotate", rotate_half))),
+    "interleaved for half rotary": ("llama gqa", each_block(assign("attention.rotate", rotate_interleaved))),
+    "keys and values swapped": ("llama gqa", each_block(swap("attention.k", "attention.v"))),
+    "query bias dropped": ("qwen2", each_block(zero("attention.q.bias"))),
+    "value bias dropped": ("phi", each_block(zero("attention.v.bias"))),
+    "output bias dropped": ("starcoder2", each_block(zero("attention.out.bias"))),
+    "MLP bias dropped": ("codegen", each_block(zero("mlp.down.bias"))),
+    "head bias dropped": ("phi", lambda model: zero("head.bias")(model)),
+    "norms swapped": ("llama gqa", each_block(swap("attention_norm", "mlp_norm"))),
+    "query and key norms swapped": ("phi qk norm", each_block(swap("attention.q_norm", "attention.k_norm"))),
+    "gate and up swapped": ("qwen2", each_block(swap("mlp.gate", "mlp.up"))),
+    "gelu for tanh gelu": ("starcoder2", each_block(assign("mlp.activation", F.gelu))),
+    "theta times 100": ("llama gqa", settings(rope_theta=1e6)),
+    "all of a head rotated": ("phi", lambda m: (settings(rotary_dim=6)(m),
+                                                each_block(assign("attention.rotary_dim", 6))(m))[0]),
+    "scaling ignored": ("llama llama3", no_scaling),
+    "dynamic scaling ignored": ("llama dynamic", no_scaling),
+    "no window": ("starcoder2 window", each_block(assign("attention.has_window", False))),
+    "window one too wide": ("qwen2 window", settings(sliding_window=6)),
+    "window in every layer": ("qwen2 layer_types", each_block(assign("attention.has_window", True))),
+    "one block of queries for shards": ("codegen", each_block(assign("attention.split", split_blocks))),
+    "one block of queries for heads": ("bigcode mha", each_block(assign("attention.split", split_blocks))),
+    "positions one off": ("bigcode mqa", shift_positions),
+    "norm eps 1e-6": ("llama mqa", each_block(assign("attention_norm.eps", 1e-6))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_sees_a_planted_fault(fault, tmp_path):
+    name, plant = FAULTS[fault]
+    pair = make_pair(name, tmp_path / "oracle")
+    tokens = tokens_of(pair.ours)
+    with torch.inference_mode():
+        expected = pair.oracle(tokens).logits
+        assert gap(pair.ours(tokens), expected) < 1e-5
+        plant(pair.ours)
+        assert gap(pair.ours(tokens), expected) > 1e-4
+
+
+# --- out and in again -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saving_gives_back_every_byte(name, pairs, tmp_path):
+    pair = pairs(name)
+    assert save_pretrained(pair.ours, None, tmp_path / "out") is pair.found.family
+    before, after = (load_file(f / "model.safetensors") for f in (pair.folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for key in before:
+        assert before[key].dtype == after[key].dtype
+        assert before[key].numpy().tobytes() == after[key].numpy().tobytes(), key
+    opened = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype="auto"
+    ).eval()
+    assert type(opened) is type(pair.oracle)
+    tokens = tokens_of(pair.ours)
+    with torch.inference_mode():
+        # Not bit for bit: of one activation's spellings the family's usual one is written.
+        assert gap(opened(tokens).logits, make_oracle(name)(tokens).logits) < 1e-6
+    assert load_pretrained(tmp_path / "out").model.config == pair.ours.config

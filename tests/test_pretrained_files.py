@@ -1,0 +1,755 @@
+"""Folders of published models: what is read and written, and those that a stranger broke on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from architecture import Decoder
+from config import ModelConfig
+from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
+from pretrained.family import from_model, lacks, to_model
+from pretrained.folder import parse_header
+from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
+
+transformers.logging.set_verbosity_error()
+
+LLAMA = ModelConfig(
+    vocab_size=300,
+    block_size=32,
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=16,
+    n_inner=24,
+    norm="rms",
+    norm_weight=True,
+    mlp="swiglu",
+    qk_norm=False,
+    init="normal",
+)
+TOKENS = torch.arange(20)[None]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small Llama."""
+    torch.manual_seed(0)
+    save_pretrained(Decoder(LLAMA), None, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """The same in several files."""
+    torch.manual_seed(0)
+    save_pretrained(Decoder(LLAMA), None, tmp_path / "shards", max_shard_bytes=20_000)
+    return tmp_path / "shards"
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = tensors_of(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+def same(a: Decoder, b: Decoder) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+# --- loading ----------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_as_one_file_is(folder, shards):
+    names = sorted(path.name for path in shards.glob("*.safetensors"))
+    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    assert all(sum(t.nbytes for t in load_file(shards / name).values()) <= 20_000 for name in names)
+    index = json.loads((shards / "model.safetensors.index.json").read_text("utf-8"))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(folder).values())
+    assert same(load_pretrained(folder).model, load_pretrained(shards).model)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(shards).eval()
+    torch.testing.assert_close(
+        opened(TOKENS).logits, load_pretrained(folder).model(TOKENS), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_shards_of_transformers_are_read(folder, tmp_path):
+    opened = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    opened.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    assert same(load_pretrained(folder).model, load_pretrained(tmp_path / "theirs").model)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("family", ["llama", "phi", "starcoder2", "qwen2"])
+def test_the_config_of_transformers_4_means_the_same(family, kind):
+    more = {} if kind == "default" else {"factor": 2.0}
+    if kind == "llama3":
+        more |= {"low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 64}
+    new = {"rope_parameters": {"rope_type": kind, "rope_theta": 5e5} | more}
+    old: dict[str, Any] = {"rope_theta": 5e5, "rope_scaling": {"type": kind} | more if more else None}
+    if family == "phi":
+        new["rope_parameters"]["partial_rotary_factor"] = old["partial_rotary_factor"] = 0.25
+    config = to_model(FAMILIES[family], new)
+    assert config == to_model(FAMILIES[family], old)
+    assert config.rope_scaling == ("none" if kind == "default" else kind) and config.rope_theta == 5e5
+    assert config.rotary_dim == config.head_dim // (4 if family == "phi" else 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family):
+    """transformers leaves out what is default, so that a config.json may hold hardly anything."""
+    theirs = transformers.CONFIG_MAPPING[family]().to_dict()
+    assert to_model(FAMILIES[family], {}) == to_model(FAMILIES[family], theirs)
+    for key, value in FAMILIES[family].defaults.items():
+        if value is not None and key in theirs and key != "sliding_window":
+            assert theirs[key] == value, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_is_that_of_the_file_or_the_one_asked_for(dtype, folder, tmp_path):
+    save_pretrained(load_pretrained(folder, dtype).model, None, tmp_path / "cast")
+    assert json.loads((tmp_path / "cast" / "config.json").read_text("utf-8"))["dtype"] == str(dtype)[6:]
+    found = load_pretrained(tmp_path / "cast").model
+    assert {p.dtype for p in found.parameters()} == {dtype}
+    assert torch.equal(found.embed.weight, tensors_of(folder)["model.embed_tokens.weight"].to(dtype))
+    back = load_pretrained(tmp_path / "cast", torch.float32).model
+    assert {p.dtype for p in back.parameters()} == {torch.float32} and back.embed.weight.requires_grad
+
+
+def test_two_dtypes_need_one_asked_for(folder):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()}))
+    with pytest.raises(ValueError, match="holds tensors of F16 and F32; say which dtype"):
+        load_pretrained(folder)
+    assert load_pretrained(folder, torch.float32).model.head.weight.dtype == torch.float32
+
+
+def test_a_tied_head_is_one_parameter_and_is_left_out(tmp_path):
+    torch.manual_seed(0)
+    model = Decoder(replace(LLAMA, tie_embeddings=True))
+    save_pretrained(model, None, tmp_path / "tied")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
+    found = load_pretrained(tmp_path / "tied").model
+    assert found.head.weight is found.embed.weight and same(found, model)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+
+    embedding = tensors_of(tmp_path / "tied")["model.embed_tokens.weight"]
+    change_tensors(tmp_path / "tied", lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    assert same(load_pretrained(tmp_path / "tied").model, model)
+    change_tensors(tmp_path / "tied", lambda t: t.pop("model.embed_tokens.weight"))
+    assert same(load_pretrained(tmp_path / "tied").model, model)
+    change_tensors(tmp_path / "tied", lambda t: t.update({"model.embed_tokens.weight": embedding + 1}))
+    with pytest.raises(ValueError, match=r"has a lm_head\.weight that is not its model.embed_tokens.weight"):
+        load_pretrained(tmp_path / "tied")
+
+
+def test_every_wrong_key_is_in_one_error(folder):
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2, 3)
+        tensors["lm_head.bias"] = torch.zeros(300)
+        del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.k_proj.weight"]
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(24, 17)
+        tensors["lm_head.weight"] = torch.zeros(300, 16, dtype=torch.int64)
+
+    change_tensors(folder, change)
+    with pytest.raises(ValueError, match=r"does not hold the model of its config\.json") as error:
+        load_pretrained(folder)
+    for part in (
+        "model.norm.weight is missing",
+        "model.layers.1.self_attn.k_proj.weight is missing",
+        "layers.9.mlp.up_proj.weight' is unexpected",
+        "'lm_head.bias' is unexpected",
+        "model.layers.0.mlp.up_proj.weight is F32[24, 17], [24, 16] of floats is expected",
+        "lm_head.weight is I64[300, 16]",
+    ):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_buffers_of_old_files_are_passed_over(folder, tmp_path):
+    change_tensors(
+        folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    )
+    load_pretrained(folder)
+    for family, keys in {
+        "gpt_bigcode": ["transformer.h.1.attn.bias", "transformer.h.1.attn.masked_bias", "transformer.bias"],
+        "codegen": ["transformer.h.0.attn.causal_mask", "transformer.h.0.attn.masked_bias"],
+    }.items():
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 300}
+        config = to_model(FAMILIES[family], sizes | ({"rotary_dim": 4} if family == "codegen" else {}))
+        save_pretrained(Decoder(config), None, tmp_path / family)
+        buffers = {key: torch.ones(1, 1, 4, 4, dtype=torch.bool) for key in keys}
+        change_tensors(tmp_path / family, lambda t, buffers=buffers: t.update(buffers))
+        load_pretrained(tmp_path / family)
+
+
+def test_memory_holds_the_weights_once(tmp_path):
+    """The peak of another process that loads 107 MB, over what it held before: at most 1.1 times that."""
+    config = replace(LLAMA, vocab_size=20_000, n_embd=512, n_inner=2048)
+    with torch.device("meta"):
+        model = Decoder(config)
+    for dtype, name in ((torch.float32, "pickle"), (torch.float32, "whole"), (torch.bfloat16, "half")):
+        save_pretrained(model.to_empty(device="cpu").to(dtype), None, tmp_path / name)
+    to_bin(tmp_path / "pickle", {})
+    size = sum(p.numel() for p in model.parameters()) * 4
+    save_pretrained(Decoder(LLAMA), None, tmp_path / "small")
+    program = (
+        "import resource, sys, torch; from pretrained import load_pretrained\n"
+        "load_pretrained(sys.argv[1]); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); kept = load_pretrained(sys.argv[2], torch.float32)\n"
+        "print((peak() - before) * 1024)"
+    )
+    house = Path(__file__).parents[1]
+    for name, most in (
+        ("whole", 1.1),
+        ("half", 1.1),
+        ("pickle", 1.1 + 2**25 / size),
+    ):  # mapped 32 MB at a time
+        command = [sys.executable, "-c", program, str(tmp_path / "small"), str(tmp_path / name)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=house)
+        assert int(out.stdout) < most * size, (name, int(out.stdout) / size)
+
+
+# --- saving -----------------------------------------------------------------------------------------
+
+
+def test_a_model_from_scratch_is_written_in_the_family_that_has_its_parts():
+    assert choose_family(LLAMA.resolved()).model_type == "llama"
+    assert choose_family(replace(LLAMA, qkv_bias=True).resolved()).model_type == "qwen2"
+    layer = {"norm": "layer", "norm_bias": True, "mlp": "gelu_tanh"}
+    assert choose_family(replace(LLAMA, **layer).resolved()).model_type == "starcoder2"
+
+
+def test_what_no_family_has_is_named():
+    with pytest.raises(ValueError, match=r"no published family can express this model.*model\.qk_norm True"):
+        choose_family(ModelConfig(vocab_size=300).resolved())
+    with pytest.raises(ValueError, match=r"llama can express|llama.*has no model\.qkv_bias True"):
+        choose_family(replace(LLAMA, qkv_bias=True).resolved(), "llama")
+    with pytest.raises(ValueError, match="the family 'gpt9' is not known; known are gpt_bigcode, codegen"):
+        choose_family(LLAMA.resolved(), "gpt9")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": "sinusoidal"}, {"position": "none"}, {"mlp": "relu2"}, {"fused_qkv": True},
+        {"head_bias": True}, {"rotary_layout": "interleaved"}, {"rotary_dim": 2}, {"norm_weight": False},
+        {"block": "parallel"}, {"sliding_window": 4}, {"dropout": 0.1}, {"qk_norm": True}, {"norm": "layer"},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_no_part_is_dropped_in_silence(change):
+    config = replace(LLAMA, **change).resolved()
+    lacking = lacks(FAMILIES["llama"], config)
+    assert lacking and (
+        next(iter(change)) in " ".join(lacking) or "activation" in lacking[0] or "hidden_act" in lacking[0]
+    )
+
+
+def test_a_folder_with_something_in_it_is_left_alone(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+        save_pretrained(Decoder(LLAMA), None, folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    import pretrained.save
+
+    monkeypatch.setattr(pretrained.save, "write_atomically", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_pretrained(Decoder(LLAMA), None, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- hostile folders --------------------------------------------------------------------------------
+
+
+def write_safetensors(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def as_json(**entries: Any) -> bytes:
+    return json.dumps(entries).encode()
+
+
+HEADERS: dict[str, tuple[bytes, int, str]] = {
+    "empty": (b"", 0, "is no sound"),
+    "no JSON": (b"{'a': 1}", 0, "is no sound"),
+    "no object": (b"[1, 2]", 0, "must be an object"),
+    "no UTF-8": (b'{"\xff": 1}', 0, "is no sound"),
+    "deep": (b"[" * 100_000, 0, "is no sound|nested too deeply"),
+    "twice": (as_json(a=entry())[:-1] + b"," + as_json(a=entry())[1:], 8, "'a' stands twice"),
+    "not a number": (b'{"a": {"shape": [NaN]}}', 8, "NaN is no JSON number"),
+    "many digits": (b'{"a": {"shape": [' + b"9" * 9999 + b"]}}", 8, "is no sound"),
+    "no offsets": (
+        as_json(a={"dtype": "F32", "shape": [2]}),
+        8,
+        "must have a dtype, a shape and data_offsets",
+    ),
+    "overlap": (as_json(a=entry(), b=entry(offsets=(4, 12))), 12, "starts at byte 4 .* where 8"),
+    "gap": (as_json(a=entry(), b=entry(offsets=(12, 20))), 20, "starts at byte 12 .* where 8"),
+    "past the end": (as_json(a=entry()), 4, "fill 8 bytes, and 4 follow"),
+    "more behind": (as_json(a=entry()), 9, "fill 8 bytes, and 9 follow"),
+    "absurd": (as_json(a=entry(shape=(2**40, 2**40))), 8, "needs .* bytes, its data_offsets hold 8"),
+    "overflowing": (as_json(a=entry(shape=(2**32, 2**32, 4), offsets=(0, 0))), 0, "needs .* bytes"),
+    "negative": (as_json(a=entry(shape=(-2,), offsets=(8, 0))), 8, "has the shape"),
+    "no whole number": (as_json(a=entry(shape=(2.0,))), 8, "has the shape"),
+    "a truth": (as_json(a=entry(shape=(True, 2))), 8, "has the shape"),
+    "many sizes": (as_json(a=entry(shape=[2**62] * 1000)), 8, "has the shape"),
+    "three offsets": (as_json(a=entry(offsets=(0, 4, 8))), 8, "two are needed"),
+    "unknown dtype": (as_json(a=entry(dtype="F128")), 8, "unknown dtype 'F128'"),
+    "no dtype": (as_json(a=entry(dtype=["F32"])), 8, "unknown dtype"),
+    "metadata": (as_json(__metadata__={"format": 1}), 0, "must hold texts only"),
+}
+
+
+def refused(folder: Path, match: str) -> None:
+    """One sentence, at once."""
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=match) as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 3000
+    assert time.perf_counter() - start < 30  # most of it torch importing what meta tensors need
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_an_unsound_header_is_refused(name, folder):
+    header, n_data, match = HEADERS[name]
+    write_safetensors(folder / "model.safetensors", header, bytes(n_data))
+    refused(folder, match)
+
+
+@pytest.mark.parametrize("length", [0, 7, 9, 2**40, 2**63 - 1, 2**64 - 1])
+def test_a_header_longer_than_its_file_is_refused(length, folder):
+    write_safetensors(folder / "model.safetensors", b"{}", length=length)
+    refused(folder, "says that its header has|is no sound")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 50, 2000, 30_000])
+def test_a_cut_file_is_refused(kept, folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    assert kept < len(whole)
+    (folder / "model.safetensors").write_bytes(whole[:kept])
+    refused(folder, "says that its header has|is no sound")
+
+
+def test_ten_thousand_mutated_headers(folder):
+    """Each is refused by ValueError, or every tensor lies inside the data."""
+    whole = (folder / "model.safetensors").read_bytes()
+    n = struct.unpack("<Q", whole[:8])[0]
+    header, n_data = whole[8 : 8 + n], len(whole) - 8 - n
+    values = json.loads(header)
+    small = json.dumps({key: values[key] for key in list(values)[:4]}).encode()
+    words = [
+        b"9" * 30,
+        b"-1",
+        b"null",
+        b"[]",
+        b"{}",
+        b'"',
+        b"\x00",
+        b"\xff",
+        b"1e999",
+        b"NaN",
+        b"[" * 50,
+        b",",
+    ]
+    draw = random.Random(0)
+    accepted = 0
+    for i in range(10_000):
+        text = bytearray(header if i % 10 == 0 else small)
+        for _ in range(draw.choice((1, 1, 1, 2, 5))):
+            at, kind = draw.randrange(len(text)), draw.randrange(5)
+            if kind == 0:
+                text[at] = draw.randrange(256)
+            elif kind == 1:
+                del text[at : at + draw.randrange(1, 20)]
+            elif kind == 2:
+                text[at:at] = draw.choice(words)
+            elif kind == 3:
+                text[at:at] = text[at : at + draw.randrange(1, 90)]
+            else:
+                text[at : at + draw.randrange(1, 9)] = str(
+                    draw.choice((0, 1, 2**31, 2**63, 2**64 - 1))
+                ).encode()
+            text = text or bytearray(b" ")
+        try:
+            entries = parse_header(bytes(text), n_data)
+        except ValueError:
+            continue
+        accepted += 1
+        for found in entries.values():
+            assert 0 <= found.start - 8 - len(text) <= n_data
+    assert accepted < 2000
+
+
+def test_every_family_refuses_absurd_configs_by_value_error():
+    draw = random.Random(0)
+    absurd = [None, True, -1, 0, 1, 2**31, 2**62, 2**70, 1e300, float("nan"), float("inf"), "", "x", [], {},
+              [[]], {"rope_type": "yarn"}, {"rope_type": []}, {"rope_theta": "x"}, {"type": "linear"},
+              {"type": "linear", "factor": -1}, ["sliding_attention"] * 32, 0.5]  # fmt: skip
+    for family in FAMILIES.values():
+        keys = list(family.defaults)
+        for _ in range(500):
+            values = {key: draw.choice(absurd) for key in draw.sample(keys, draw.choice((1, 1, 2, 3)))}
+            try:
+                config = to_model(family, values)
+            except ValueError as error:
+                assert len(str(error)) < 500
+            else:
+                assert 1 <= config.n_layer <= 10_000 and 1 <= config.vocab_size <= 2**24
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown family": ({"model_type": "mamba"}, "has model_type 'mamba'; known are gpt_bigcode, codegen"),
+    "family of another type": ({"model_type": ["llama"]}, "has model_type"),
+    "wide": ({"hidden_size": 2**40}, "model.n_embd is 1099511627776; it must be at most"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; it must"),
+    "more layers than tensors": ({"num_hidden_layers": 9999}, "has 21 tensors, too few for the 9999 layers"),
+    "a large vocabulary": ({"vocab_size": 2**24}, "does not hold the model"),
+    "everything large": ({"hidden_size": 2**20, "intermediate_size": 2**22, "num_attention_heads": 2**20,
+                          "num_key_value_heads": 2**20, "head_dim": 2**20}, "does not hold|asks for tensors"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+    "a text": ({"hidden_size": "16"}, "hidden_size is '16'; it must be int"),
+    "a truth": ({"hidden_size": True}, "hidden_size is True; it must be int"),
+    "negative eps": ({"rms_norm_eps": -1.0}, "model.norm_eps is -1.0; it must be above 0"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; known are"),
+    "a factor below one": ({"rope_scaling": {"type": "linear", "factor": 0.1}}, "model.rope_factor is 0.1"),
+    "no factor": ({"rope_scaling": {"type": "linear"}}, "rope_factor of rope_type linear is None"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; known are silu"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "it is quantised"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_absurd_config_is_refused(name, folder):
+    values, match = CONFIGS[name]
+    if "rope_scaling" not in values:
+        change_json(folder / "config.json", **values)
+    else:
+        kept = json.loads((folder / "config.json").read_text("utf-8"))
+        del kept["rope_parameters"]
+        (folder / "config.json").write_text(json.dumps(kept | values), "utf-8")
+    refused(folder, match)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 10_000, '{"a": "\\ud800']
+)
+def test_a_config_that_is_no_json_object_is_refused(text, folder):
+    (folder / "config.json").write_text(text, "utf-8")
+    refused(folder, "config.json")
+
+
+def test_code_of_a_folder_is_never_run(folder, tmp_path):
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (folder / "modeling_evil.py").write_text(code)
+    (folder / "__init__.py").write_text(code)
+    change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    load_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def break_index(shards: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = shards / "model.safetensors.index.json"
+    values = json.loads(path.read_text("utf-8"))
+    change(values)
+    path.write_text(json.dumps(values), "utf-8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../model.safetensors", "/etc/passwd", "x/../model-00001-of-00003.safetensors", "", ".", "..", None, 3,
+     "model-00001-of-00003.safetensors/", "model\x00.safetensors", "..\\model-00001-of-00003.safetensors",
+     ["a"], "pytorch_model.bin", "config.json"],
+)  # fmt: skip
+def test_an_index_that_leads_elsewhere_is_refused(name, shards):
+    save_file(tensors_of(shards), shards.parent / "model.safetensors")
+    break_index(shards, lambda index: index["weight_map"].update({"model.norm.weight": name}))
+    refused(shards, "names the file|a shard is called|disagree|no weight_map")
+
+
+def test_missing_extra_and_disagreeing_shards_are_refused(shards):
+    names = sorted(path.name for path in shards.glob("*.safetensors"))
+    kept = (shards / names[0]).read_bytes()
+    (shards / names[0]).unlink()
+    refused(shards, f"{names[0]} is missing; fetch the whole folder again")
+    (shards / names[0]).write_bytes(kept)
+    (shards / "model-00009-of-00009.safetensors").write_bytes(kept)
+    refused(shards, "does not name 'model-00009-of-00009.safetensors', which lies beside it")
+    (shards / "model-00009-of-00009.safetensors").unlink()
+    load_pretrained(shards)
+    (shards / names[0]).write_bytes((shards / names[1]).read_bytes())
+    refused(shards, "disagree about")
+    (shards / names[0]).write_bytes(kept)
+    (shards / "model.safetensors").write_bytes(kept)
+    refused(shards, "holds both model.safetensors and model.safetensors.index.json")
+
+
+def test_an_index_of_no_map_is_refused(shards):
+    for value in ({}, [], None, "x", {"a": {}}):
+        break_index(shards, lambda index, value=value: index.update(weight_map=value))
+        refused(shards, "weight_map|a shard is called")
+
+
+def test_links_and_pipes_are_refused(folder, tmp_path):
+    weights = folder / "model.safetensors"
+    outside = tmp_path / "outside.safetensors"
+    weights.rename(outside)
+    weights.symlink_to(outside)
+    refused(folder, "is a link out of its folder")
+    weights.unlink()
+    weights.symlink_to("/dev/zero")
+    refused(folder, "is a link out of its folder")
+    weights.unlink()
+    os.mkfifo(weights)
+    refused(folder, "is no regular file")
+    weights.unlink()
+    refused(folder, "holds neither model.safetensors nor")
+    outside.rename(folder / "real.safetensors")
+    weights.symlink_to("real.safetensors")
+    load_pretrained(folder)
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    refused(folder, "is a link out of its folder")
+
+
+class Payload:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+def to_bin(folder: Path, extra: dict[str, Any]) -> None:
+    torch.save(tensors_of(folder) | extra, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def test_a_pickle_of_tensors_is_read(folder, tmp_path):
+    before = load_pretrained(folder).model
+    to_bin(folder, {})
+    found = load_pretrained(folder)
+    assert same(found.model, before)
+    save_pretrained(found.model, None, tmp_path / "again")
+    assert same(load_pretrained(tmp_path / "again").model, before)
+
+
+def test_a_pickle_of_more_is_refused_and_not_run(folder, tmp_path):
+    to_bin(folder, {"evil": Payload(str(tmp_path / "ran"))})
+    refused(folder, "holds more than tensors, or is damaged; nothing in it was run")
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"a": Payload(str(tmp_path / "ran"))}, file)
+    refused(folder, "is no zip file as torch.save writes it")
+    for value in ([torch.ones(2)], {"a": 1}, torch.ones(2)):
+        torch.save(value, folder / "pytorch_model.bin")
+        refused(folder, "it must be a dict of tensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_compressed_pickle_is_refused(folder):
+    to_bin(folder, {})
+    bomb = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+    refused(folder, "is compressed, which torch.save never does")
+
+
+@pytest.mark.parametrize("source", ["", "no/such/folder", "nowhere", "a b/c", "../up", "-x/y"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(source):
+    with pytest.raises(ValueError, match="is neither a folder nor a hub id"):
+        load_pretrained(source or "no such folder")
+
+
+def test_a_folder_without_config_and_a_folder_with_a_revision_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="which has no revision main"):
+        load_pretrained(folder, revision="main")
+    (folder / "config.json").unlink()
+    refused(folder, "config.json is missing")
+
+
+# --- the hub ----------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for: what a revision means, its files, and each file."""
+
+    folder: Path
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.asked.append(path)
+        if path.startswith("/api/models/us/tiny/revision/"):
+            self.answer(json.dumps({"id": "us/tiny", "sha": self.commit, "siblings": []}).encode())
+        elif path == f"/api/models/us/tiny/tree/{self.commit}":
+            files = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": self.tag(file)}
+                for file in self.folder.iterdir()
+            ]
+            self.answer(json.dumps(files).encode())
+        elif path.startswith(f"/us/tiny/resolve/{self.commit}/"):
+            file = self.folder / path.rsplit("/", 1)[1]
+            self.answer(file.read_bytes(), {"ETag": f'"{self.tag(file)}"', "X-Repo-Commit": self.commit})
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def tag(self, file: Path) -> str:
+        return hashlib.sha1(file.read_bytes()).hexdigest()
+
+    def answer(self, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(200)
+        for key, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickle"])
+def test_a_model_of_the_hub_is_fetched_once_and_its_commit_recorded(pickled, folder, tmp_path, monkeypatch):
+    if pickled:
+        to_bin(folder, {})
+    else:
+        torch.save({"a": 1}, folder / "pytorch_model.bin")  # beside safetensors it is not even fetched
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    monkeypatch.setattr(Hub, "folder", folder, raising=False)
+    monkeypatch.setattr(Hub, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = (
+        "from pretrained import load_pretrained as load; f = load('us/tiny'); print(f.source, f.revision)"
+    )
+
+    def ran(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+        own = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        environment = os.environ | own | {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"} | more
+        house = Path(__file__).parents[1]
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=house)
+
+    online = ran(program)
+    assert online.stdout.split() == ["us/tiny", Hub.commit], online.stderr
+    fetched = {path.rsplit("/", 1)[1] for path in Hub.asked if "/resolve/" in path}
+    weights = "pytorch_model.bin" if pickled else "model.safetensors"
+    assert fetched == {"config.json", "generation_config.json", weights}
+    server.shutdown()
+    server.server_close()
+    assert ran(program, HF_HUB_OFFLINE="1").stdout.split() == ["us/tiny", Hub.commit]
+    missing = ran(program.replace("us/tiny", "us/huge"), HF_HUB_OFFLINE="1")
+    assert "ValueError: us/huge could not be fetched" in missing.stderr
+
+
+# --- tokenizers -------------------------------------------------------------------------------------
+
+TEXTS = [
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n",
+    "  \t\r\n\n  x = 'é — 日本語 🙂'",
+    "<|endoftext|>", "a<|endoftext|>b <|fim_prefix|> c", "", " ", "\x00\x7f",
+    "don't we'll HTTPServer2 0xFF00AA",
+    "\n" * 30 + " " * 30, "ﬁ Å Å",
+]  # fmt: skip
+
+
+def published_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE folder as published ones are: specials in the config, added tokens of many spaces."""
+    ours = BPETokenizer.train([text * 20 for text in TEXTS], vocab_size=300)
+    ours.save(folder)
+    state = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    n = ours.vocab_size
+    specials = ["<|endoftext|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "  ", "        "]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    state["added_tokens"] += [
+        {"id": n + i, "content": text, "special": text.strip() != ""} | flags
+        for i, text in enumerate(specials)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def test_tokenizer_ids_are_those_of_transformers(tmp_path):
+    folder = published_tokenizer(tmp_path / "tokenizer")
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(ours, PretrainedTokenizer) and (ours.eos_id, ours.bos_id) == (theirs.eos_token_id,) * 2
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert ours.vocab_size == len(theirs)
+
+
+def test_a_tokenizer_goes_with_its_model(tmp_path):
+    tokenizer = load_tokenizer(published_tokenizer(tmp_path / "tokenizer"))
+    model = Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size))
+    save_pretrained(model, tokenizer, tmp_path / "model")
+    found = load_pretrained(tmp_path / "model")
+    assert found.tokenizer is not None and found.tokenizer.fingerprint == tokenizer.fingerprint
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.eos_token_id == theirs.eos_token_id == tokenizer.eos_id
+    for text in TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    change_json(tmp_path / "model" / "tokenizer_config.json", extra_special_tokens=["<|one|>"])
+    refused(tmp_path / "model", "has 307 ids and the model has 306; one of the two belongs to another model")
+
+
+def test_modules_have_the_names_that_adapters_use():
+    llama, bigcode = FAMILIES["llama"], FAMILIES["gpt_bigcode"]
+    assert llama.key("blocks.11.attention.q") == "model.layers.11.self_attn.q_proj"
+    assert bigcode.key("blocks.0.attention.qkv") == "transformer.h.0.attn.c_attn"
+    assert llama.key("head") == "lm_head" and llama.key("embed.weight") == "model.embed_tokens.weight"
+
+
+def test_from_model_and_to_model_are_inverse():
+    for family in FAMILIES.values():
+        config = to_model(family, {})
+        assert to_model(family, from_model(family, config)) == config and not lacks(family, config)
