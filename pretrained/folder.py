@@ -200,10 +200,14 @@ def _whole(values: Any) -> bool:
 
 def read_bin(path: Path) -> dict[str, Entry]:
     """The tensors of a `pytorch_model.bin`; any other object in its pickle is refused, and nothing is run."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no zip file as torch.save writes it; save it again, as safetensors best")
-    with zipfile.ZipFile(path) as archive:
-        infos = archive.infolist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except Exception as error:  # its own error, and those of whatever its fields hold
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is no zip file as torch.save writes it ({reason}); save it again, as safetensors best"
+        ) from None
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise ValueError(
             f"{path} is compressed, which torch.save never does; save it again, as safetensors best"

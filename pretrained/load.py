@@ -96,7 +96,8 @@ def load_pretrained(
         with torch.device("meta"):
             model = Decoder(config)
     except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {reason}") from None
     own = {family.key(name): name for name in model.state_dict()}
     head, embed = family.key("head.weight"), family.key("embed.weight")
     tied = config.tie_embeddings

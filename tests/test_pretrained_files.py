@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -592,6 +593,21 @@ def test_a_compressed_pickle_is_refused(folder):
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**7))
     refused(folder, "is compressed, which torch.save never does")
+
+
+def test_mutated_pickles_are_read_or_refused(folder):
+    to_bin(folder, {})
+    path = folder / "pytorch_model.bin"
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        text = bytearray(whole)
+        for _ in range(draw.choice((1, 3, 20))):
+            text[
+                draw.choice((draw.randrange(len(text)), draw.randrange(3000), -1 - draw.randrange(3000)))
+            ] ^= 255
+        path.write_bytes(text[: draw.choice((len(text), draw.randrange(len(text))))])
+        with contextlib.suppress(ValueError):
+            load_pretrained(folder)
 
 
 @pytest.mark.parametrize("source", ["", "no/such/folder", "nowhere", "a b/c", "../up", "-x/y"])
