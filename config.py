@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import reprlib
@@ -534,6 +535,8 @@ def one_sentence() -> Iterator[None]:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         sentence = "memory is full; a smaller batch_size or model needs less" if full else str(error)
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            sentence = f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
         print(f"error: {_one_line(sentence)}", file=sys.stderr)
         sys.exit(2)
 

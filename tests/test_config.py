@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from dataclasses import replace
@@ -286,3 +287,11 @@ def test_help_and_typos_answer_without_torch(command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=HOUSE, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("exit 0 set()")
+
+
+def test_a_folder_that_may_not_be_written_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit, one_sentence():
+        raise OSError(errno.EROFS, "Read-only file system", "/data/run")
+    assert exit.value.code == 2
+    expected = "error: /data/run cannot be used (Read-only file system); name a folder you may write to\n"
+    assert capsys.readouterr().err == expected
