@@ -160,7 +160,10 @@ class TrainingManager:
                 values = self.update()
                 self.state.seconds = time.perf_counter() - started
                 step = self.state.step
+                known = len(watch.passed)
                 watch.after(step - 1, self.progress())
+                if len(watch.passed) > known:  # at once: a killed run keeps the record too
+                    record_overrides(self.folder, watch.passed)
                 rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)
                 self.show(bar, values["train/loss"], rate)
                 if step == 1 or step % train.log_every == 0:
@@ -179,7 +182,6 @@ class TrainingManager:
                 self.validate_and_save(log)
         log.close()
         watch.close()
-        record_overrides(self.folder, watch.passed)
 
     def update(self) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns what is logged."""

@@ -17,7 +17,7 @@ import preflight
 from config import Config, parse_config
 from live import FirstSteps
 from plants import PLANTS, Plant, outcome, run_plants, small_config, write_data
-from trainingmanager import train
+from trainingmanager import TrainingManager, train
 
 
 @pytest.fixture
@@ -199,3 +199,21 @@ def test_guards_restore_the_random_states_of_every_device(folder: Path) -> None:
         )
         train(small_config(folder, {}))
     assert len(outside) <= 1  # the run's own seed
+
+
+def test_an_allowed_fault_of_the_first_steps_is_recorded_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first checkpoint, so that a run that is killed later has the record."""
+    seen = []
+    save = TrainingManager.save
+
+    def noted(self: TrainingManager, loss: float | None) -> None:
+        seen.append(list(preflight.overrides(self.folder)))
+        save(self, loss)
+
+    monkeypatch.setattr(TrainingManager, "save", noted)
+    settings = {"optimizer": {"grad_clip": 0.01}, "train": {"allow": ("clip-ignored",)}}
+    with plants.clip_stored_only():
+        train(small_config(folder, settings))
+    assert seen == [["clip-ignored"]]
