@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import json
+import math
 import os
 import re
 import reprlib
@@ -244,6 +246,42 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """What is trained on top of a pretrained `base`: low-rank adapters (LoRA, arXiv:2106.09685), or all of it.
+
+    Args:
+        r: Rank of the adapters; 0 trains the base's own weights instead.
+        alpha: Adapters are scaled by alpha / r.
+        dropout: On the adapters' input.
+        targets: The modules that get an adapter, by published name (`c_attn`, `q_proj`, `wte`), by role
+            (`attention`, `mlp`, `embedding`, `all-linear`) or by a pattern of full names with `*`.
+        rank_pattern: Other ranks for modules whose published name ends in the key.
+        alpha_pattern: Other alphas, likewise.
+        rslora: Scale by alpha / sqrt(r) instead (arXiv:2312.03732).
+        dora: Train the length of each output's weights apart from their direction (arXiv:2402.09353).
+        init: `default` (A random, B zero) or `pissa` (the base's largest singular parts, arXiv:2404.02948).
+        bias: Biases that train: `none`, `all`, or `lora_only`, those of modules with an adapter.
+        train_modules: Modules that are trained whole and saved with the adapter, by published name.
+        new_tokens: Tokens that are added to the tokenizer; of embedding and head only their rows train.
+        lr_ratio: B's learning rate over A's (LoRA+, arXiv:2402.12354).
+    """
+
+    r: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    init: Literal["default", "pissa"] = "default"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    train_modules: tuple[str, ...] = ()
+    new_tokens: tuple[str, ...] = ()
+    lr_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How the weights move.
 
@@ -292,6 +330,12 @@ class TrainConfig:
         resume: Go on from the newest checkpoint in `run`.
         prove_resume: Instead of a run, prove that one that is killed and resumed ends as one that never was.
         overfit: Train on a tiny corpus (recipes/overfit) until it is known by heart, then prove it.
+        base: Folder or hub id of a published model to start from; `lora` says what of it trains, and its
+            tokenizer is used unless `tokenizer.path` names another. Its defaults are recipes/finetune.yaml.
+        base_revision: Branch, tag or commit of `base` on the hub; the run's config.yaml names the commit.
+        base_format: How frozen weights are held: `fp32`, `bf16` or `nf4` (4.13 bits, arXiv:2305.14314);
+            `auto` is the number format of the run's matrix products.
+        row_length: Tokens in a training row; 0 means model.block_size, and 512 of it where `base` is given.
         seed: Of the weights, the order of the data and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
@@ -319,6 +363,10 @@ class TrainConfig:
     resume: bool = False
     prove_resume: bool = False
     overfit: bool = False
+    base: str | None = None
+    base_revision: str | None = None
+    base_format: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    row_length: int = 0
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -347,15 +395,18 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The layout of the YAML files: training's settings at the top, the other groups below their name."""
-        plain = dataclasses.asdict(self)
-        plain["data"]["suffixes"] = list(self.data.suffixes)  # YAML knows no tuples
-        plain["train"]["allow"] = list(self.train.allow)
-        plain["model"]["window_layers"] = list(self.model.window_layers)
+        plain = {
+            name: {
+                key: list(v) if isinstance(v, tuple) else v for key, v in group.items()
+            }  # YAML has no tuples
+            for name, group in dataclasses.asdict(self).items()
+        }
         return plain.pop("train") | plain
 
     @classmethod
@@ -379,6 +430,7 @@ CONFIG_GROUPS: dict[str, type] = {
     "data": DataConfig,
     "tokenizer": TokenizerConfig,
     "model": ModelConfig,
+    "lora": LoraConfig,
     "optimizer": OptimizerConfig,
 }
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
@@ -386,6 +438,7 @@ _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 # on several keys is in ModelConfig.resolved. The model's upper bounds only keep out what no machine holds.
 RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"]]] = {
     "seed": (0, None, ""),
+    "row_length": (0, 2**24, ""),
     "batch_size": (1, None, ""),
     "accumulation": (1, None, ""),
     "max_seconds": (0, None, ""),
@@ -412,6 +465,10 @@ RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"
     "model.rope_theta": (0, None, "above"),
     "model.rope_context": (0, 2**32, ""),
     "model.sliding_window": (0, 2**32, ""),
+    "lora.r": (0, 2**16, ""),
+    "lora.alpha": (0, None, "above"),
+    "lora.dropout": (0, 1, "below"),
+    "lora.lr_ratio": (0, None, "above"),
     "optimizer.lr": (0, None, ""),
     "optimizer.muon_lr": (0, None, ""),
     "optimizer.embedding_lr": (0, None, ""),
@@ -440,6 +497,9 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
     if any(word == "--overfit" and after.lower() in ("true", "yes", "on") for word, after in pairwise(words)):
         words = ["--config", str(RECIPES / "overfit.yaml"), *words]
     values = parser.parse_args(words).clone(with_meta=False).as_dict()
+    if values["base"] is not None:  # said in a flag or in a file
+        words = ["--config", str(RECIPES / "finetune.yaml"), *words]
+        values = parser.parse_args(words).clone(with_meta=False).as_dict()
     values.pop("config", None)
     try:
         config = _build(values)
@@ -470,6 +530,10 @@ def check_ranges(config: Config) -> None:
         else:
             continue
         raise ValueError(f"{key} is {value}; it must be {bound}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for module, value in getattr(config.lora, name).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"lora.{name}.{module} is {value}; it must be above 0")
     if not config.data.source:
         raise ValueError("data.source is ''; it must be `stdlib`, a folder or a file")
     replace(config.model, vocab_size=config.model.vocab_size or 1).resolved()
@@ -478,17 +542,26 @@ def check_ranges(config: Config) -> None:
 def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
     """Keys that differ from their default although nothing reads them, each with the reason."""
     model, optimizer, tokenizer, train = config.model, config.optimizer, config.tokenizer, config.train
-    trained = tokenizer.path is None
+    trained = tokenizer.path is None and train.base is None
+    adapted = train.base is not None and config.lora.r > 0
     rules = {
         "tokenizer.kind": (
             trained or tokenizer.kind == "pretrained",
-            "tokenizer.path loads a finished tokenizer",
+            "tokenizer.path or base brings a finished tokenizer",
         ),
-        "tokenizer.vocab_size": (trained, "tokenizer.path loads a finished tokenizer"),
+        "tokenizer.vocab_size": (trained, "tokenizer.path or base brings a finished tokenizer"),
         "tokenizer.min_count": (
             trained and tokenizer.kind == "code",
             "only a new `code` tokenizer counts pieces",
         ),
+        "base_revision": (train.base is not None, "base is not"),
+        "base_format": (adapted, "without base and lora.r nothing is frozen"),
+        "lora.r": (train.base is not None, "base is not"),
+        **{
+            f"lora.{f.name}": (adapted, "base and lora.r are not")
+            for f in dataclasses.fields(LoraConfig)
+            if f.name != "r"
+        },
         "model.rotary_dim": (model.position == "rotary", "model.position is not rotary"),
         "model.rotary_layout": (model.position == "rotary", "model.position is not rotary"),
         "model.rope_theta": (model.position == "rotary", "model.position is not rotary"),
@@ -588,6 +661,10 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         fits = isinstance(value, tuple) and all(type(item) is get_args(kind)[0] for item in value)
     elif get_origin(kind) is Literal:
         fits = type(value) is str and value in get_args(kind)
+    elif get_origin(kind) is dict:
+        if not isinstance(value, dict) or any(type(name) is not str for name in value):
+            raise ValueError(f"{key} is {reprlib.repr(value)}; it must be a mapping of names to values")
+        return {name: _typed(f"{key}.{name}", v, get_args(kind)[1]) for name, v in value.items()}
     else:
         fits = type(value) in (get_args(kind) or (kind,))  # exactly: True is no int
     if not fits:
@@ -599,13 +676,20 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 def _switches(argv: Sequence[str] | None) -> list[str]:
     """`--overfit` alone means `--overfit true`, and so does `--overfit=true`; `--allow a,b` is a list."""
     switches = {f"--{f.name}" for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
-    lists = {"--allow", "--data.suffixes"}
+    lists = {
+        f"--{name}.{f.name}".replace("--.", "--")
+        for name, group in CONFIG_GROUPS.items()
+        for f in dataclasses.fields(group)
+        if f.type == "tuple[str, ...]"
+    }
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         words += word.split("=", 1) if word.split("=")[0] in switches | lists else [word]
     spelled = []
     for word, following in pairwise([*words, "--"]):
-        spelled.append(f"[{word}]" if spelled and spelled[-1] in lists and not word.startswith("[") else word)
+        if spelled and spelled[-1] in lists and not word.startswith("["):
+            word = json.dumps(word.split(","))  # quoted: to YAML a leading * is no text
+        spelled.append(word)
         if word in switches and following.startswith("-"):
             spelled.append("true")
     return spelled

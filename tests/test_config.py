@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from config import RANGES, RECIPES, Config, ModelConfig, check_ranges, one_sentence, parse_config, unused_keys
 
@@ -251,6 +252,38 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
 
 def test_the_defaults_have_no_unused_key() -> None:
     assert list(unused_keys(Config())) == []
+
+
+def test_a_base_brings_its_own_defaults_from_a_flag_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "tune.yaml"
+    file.write_text("base: some/model\nlora:\n  rank_pattern: {c_attn: 8}\n")
+    for words in (["--base", "some/model", "--lora.rank_pattern", "{c_attn: 8}"], ["--config", str(file)]):
+        config = parse_config([*words, "--optimizer.lr", "1e-3", "--lora.targets", "*.attn.c_*,mlp"])
+        assert (config.lora.r, config.optimizer.name, config.optimizer.lr) == (16, "adamw", 1e-3)
+        assert config.lora.targets == ("*.attn.c_*", "mlp") and config.lora.rank_pattern == {"c_attn": 8}
+        assert Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--lora.r", "4"], "lora.r is set, but base is not; remove it"),
+        (["--base", "x", "--lora.r", "0", "--lora.dora", "true"], "lora.dora is set, but base and lora.r"),
+        (["--base", "x", "--lora.r", "0", "--base_format", "nf4"], "base_format is set, but without base"),
+        (["--base", "x", "--lora.alpha", "0"], "lora.alpha is 0.0; it must be above 0"),
+        (["--base", "x", "--lora.rank_pattern", "{a: 0}"], "lora.rank_pattern.a is 0; it must be above 0"),
+        (
+            ["--base", "x", "--tokenizer.vocab_size", "9"],
+            "tokenizer.vocab_size is set, but tokenizer.path or",
+        ),
+    ],
+)
+def test_settings_of_an_adapter_that_nothing_reads_are_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_config(words)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_a_key_that_something_reads_is_not_called_unused() -> None:
