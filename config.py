@@ -247,7 +247,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What is trained on top of a pretrained `base`: low-rank adapters (LoRA, arXiv:2106.09685), or all of it.
+    """What trains of a pretrained `base`: low-rank adapters (LoRA, arXiv:2106.09685), or all of it.
 
     Args:
         r: Rank of the adapters; 0 trains the base's own weights instead.
