@@ -25,7 +25,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one absmax of their own
@@ -271,11 +270,16 @@ def _chunks(
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight^T; what is saved for backward is the weight as it is stored, and nothing else."""
+    """x @ weight^T + bias; what is saved for backward is the weight as it is stored, and nothing else."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kind: type[FrozenLinear], shape: tuple[int, int], *stored: Tensor
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        kind: type[FrozenLinear],
+        shape: tuple[int, int],
+        *stored: Tensor,
     ) -> Tensor:
         ctx.kind, ctx.shape = kind, shape
         ctx.save_for_backward(*stored)
@@ -283,26 +287,30 @@ class _Product(torch.autograd.Function):
         x, rows_of_y = x.reshape(-1, shape[1]), y.view(-1, shape[0])
         with torch.autocast(x.device.type, enabled=False):
             for rows, weight in _chunks(kind, shape, stored, x.dtype):
-                torch.mm(x, weight.t(), out=rows_of_y[:, rows])
+                if bias is None:
+                    torch.mm(x, weight.t(), out=rows_of_y[:, rows])
+                else:
+                    torch.addmm(bias[rows], x, weight.t(), out=rows_of_y[:, rows])
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dtype, (out_features, in_features) = grads[0].dtype, ctx.shape
+        (out_features, in_features), dtype = ctx.shape, grads[0].dtype
         grad = grads[0].reshape(-1, out_features)
-        # Sums over chunks are kept in fp32, so that the chunks leave no trace in bf16.
-        total = torch.zeros(
-            grad.size(0), in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
-        )
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
+        others = None, None, *(None for _ in ctx.saved_tensors)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_bias, *others
+        # The sum over chunks is kept in fp32, so that they leave no trace in bf16.
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros(grad.size(0), in_features, dtype=wide, device=grad.device)
         with torch.autocast(grad.device.type, enabled=False):
             for rows, weight in _chunks(ctx.kind, ctx.shape, ctx.saved_tensors, dtype):
-                if total.dtype == dtype:
+                if dtype == wide:
                     total.addmm_(grad[:, rows], weight)
                 else:
                     total += grad[:, rows] @ weight
-        grad_x = total.to(dtype).view(*grads[0].shape[:-1], in_features)
-        return grad_x, None, None, *(None for _ in ctx.saved_tensors)
+        return total.to(dtype).view(*grads[0].shape[:-1], in_features), grad_bias, *others
 
 
 # --- the modules ----------------------------------------------------------------------------------
@@ -403,8 +411,8 @@ class FrozenLinear(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        y: Tensor = _Product.apply(x, type(self), (self.out_features, self.in_features), *self.stored)
-        return y if self.bias is None else y.add_(self.bias.to(y.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _Product.apply(x, bias, type(self), (self.out_features, self.in_features), *self.stored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A cast would round scales and change every weight: buffers are moved, never cast."""
@@ -416,7 +424,16 @@ class FrozenLinear(nn.Module):
                 setattr(self, name, held.to(moved.device))
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """torch would cast what it copies: an absmax in fp32 would become whole numbers."""
         for name, held in zip(self.names, self.stored, strict=True):
             given = state_dict.get(prefix + name)
@@ -425,7 +442,9 @@ class FrozenLinear(nn.Module):
                     f"{prefix}{name} is {given.dtype} {(*given.shape,)} in the file, but this "
                     f"{type(self).__name__} stores {held.dtype} {(*held.shape,)}; quantise the base again"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         return (
