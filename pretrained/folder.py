@@ -9,6 +9,7 @@ the tensors' bytes without gap or overlap (https://github.com/huggingface/safete
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -52,12 +53,31 @@ class Entry(NamedTuple):
     start: int
     key: str | None = None
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first element, elements) from front to back.
+    def read(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """The tensor.
 
-        Read, not mapped: mapped pages count as memory in use, and to touch a file cut meanwhile kills the
-        process.
+        Read, not mapped: to touch a mapped file that was cut meanwhile kills the process, and one that is
+        written to changes the weights in silence.
         """
+        tensor = torch.empty(self.shape, dtype=dtype, device=device)
+        if self.key is None and dtype == DTYPES[self.dtype] and tensor.device.type == "cpu":
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.start)
+                _read_fully(file, memoryview(tensor.view(-1).view(torch.uint8).numpy()), self.file)
+            return tensor
+        for first, chunk in self.chunks():
+            tensor.view(-1)[first : first + len(chunk)].copy_(chunk)
+        return tensor
+
+    def digest(self) -> str:
+        """SHA-256 of the elements as they are stored, in hexadecimal."""
+        hashed = hashlib.sha256()
+        for _, chunk in self.chunks():
+            hashed.update(chunk.contiguous().view(torch.uint8).numpy())
+        return hashed.hexdigest()
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first element, elements) from front to back, of one memory that the next overwrites."""
         dtype = DTYPES[self.dtype]
         total = math.prod(self.shape)
         if self.key is not None:
@@ -81,6 +101,15 @@ def _read_fully(file: io.FileIO, view: memoryview, path: Path) -> None:
         if not n:
             raise ValueError(f"{path} ends early; it was cut while it was read")
         view = view[n:]
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_json(folder: Path, name: str, linked: bool) -> dict[str, Any]:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
 import re
 import reprlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from architecture import Decoder
+from config import ModelConfig
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
-from pretrained.family import Family, to_model
+from pretrained.family import Family, Values, from_model, to_model
 from pretrained.folder import (
     BIN,
     CONFIG,
@@ -24,6 +35,7 @@ from pretrained.folder import (
     read_json,
     read_tensors,
     shown,
+    stamp,
 )
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -31,6 +43,8 @@ FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
     for module in (gpt_bigcode, codegen, phi, llama, starcoder2, qwen2)
 }
+THREADS = min(4, os.cpu_count() or 1)
+DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
     "tokenizer.json",
@@ -43,6 +57,40 @@ TEXTS = (CONFIG, "generation_config.json", *TOKENIZER)
 
 
 @dataclass(frozen=True)
+class Stored:
+    """The weights on the disk that a model was made of."""
+
+    settings: Values  # of config.json, in one spelling
+    entries: dict[str, Entry]
+    stamps: dict[Path, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, family: Family, config: ModelConfig, entries: dict[str, Entry]) -> Stored:
+        free = {family.names[field] for field in DROPOUTS if field in family.names}
+        settings = {key: value for key, value in from_model(family, config).items() if key not in free}
+        stamps = {entry.file: stamp(entry.file) for entry in entries.values()}
+        return cls({"model_type": family.model_type} | settings, entries, stamps)
+
+    def refuse_change(self) -> None:
+        for path, before in self.stamps.items():
+            if stamp(path) != before:
+                raise ValueError(f"{path} was changed while or after the model was loaded; load it again")
+
+    def fingerprint(self) -> str:
+        self.refuse_change()
+        keys = sorted(self.entries)
+        with ThreadPoolExecutor(THREADS) as pool:
+            digests = pool.map(lambda key: self.entries[key].digest(), keys)
+            weights = [
+                [key, self.entries[key].dtype, self.entries[key].shape, digest]
+                for key, digest in zip(keys, digests, strict=True)
+            ]
+        self.refuse_change()
+        text = json.dumps([self.settings, weights], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Pretrained:
     """A published model with what belongs to it."""
 
@@ -51,6 +99,20 @@ class Pretrained:
     family: Family
     source: str  # the folder or hub id that was asked for
     revision: str | None  # the hub's commit; None for a folder
+    stored: Stored  # the files as they were when they were read
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the folder holds: the settings, and each weight's key, dtype, shape and bytes.
+
+        Equal however the weights are cut into files and whichever spelling config.json has. Dropout does not
+        count, nor does the dtype in memory, nor what training did to the model since. When first asked for, it
+        reads the files once more, at about 2 GB/s on two cores.
+
+        Raises:
+            ValueError: A file was changed since the model was loaded.
+        """
+        return self.stored.fingerprint()
 
 
 def load_pretrained(
@@ -62,7 +124,7 @@ def load_pretrained(
     """Open a model folder, or fetch one from the hub.
 
     The library that fetches reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE itself. Tensors are read
-    into place 4 MB at a time, so that memory holds the weights once.
+    into place, or 4 MB at a time where their dtype changes, so that memory holds the weights once.
 
     Args:
         source: A folder with config.json and weights, or a hub id such as `bigcode/starcoder2-3b`.
@@ -93,7 +155,7 @@ def load_pretrained(
             f"{folder} has {len(entries)} tensors, too few for the {config.n_layer} layers of {CONFIG}"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             model = Decoder(config)
     except (RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())
@@ -110,10 +172,9 @@ def load_pretrained(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
     dtype = dtype or _one_dtype(folder, entries)
-    tensors = {
-        own[key]: _filled(entry, dtype, device)
-        for key, entry in sorted(entries.items(), key=lambda item: (str(item[1].file), item[1].start))
-    }
+    stored = Stored.of(family, config, entries)
+    tensors = {own[key]: tensor for key, tensor in _read_all(entries, dtype, device)}
+    stored.refuse_change()
     if tied:
         tensors["head.weight"] = tensors["embed.weight"]
         if twin:
@@ -122,7 +183,19 @@ def load_pretrained(
     if tied:
         model.head.weight = model.embed.weight  # assigning made two parameters of one memory
     tokenizer = _tokenizer(folder, config.vocab_size, linked)
-    return Pretrained(model.eval(), tokenizer, family, str(source), commit)
+    return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored)
+
+
+class _NoInit(TorchFunctionMode):
+    """Draws no first weights: on meta tensors, which hold none, to draw them imports sympy for 1.6 s."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
@@ -185,11 +258,18 @@ def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
     return DTYPES[names[0]]
 
 
-def _filled(entry: Entry, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
-    for first, chunk in entry.chunks():
-        tensor.view(-1)[first : first + len(chunk)].copy_(chunk)
-    return tensor
+def _read_all(
+    entries: dict[str, Entry], dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
+    """In the order of the files. Two threads fill new memory 1.6 times as fast as one."""
+    items = sorted(entries.items(), key=lambda item: (str(item[1].file), item[1].start))
+    total = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
+    bar = tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, delay=1, disable=None)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        tensors = pool.map(lambda item: item[1].read(dtype, device), items)
+        for (key, _), tensor in zip(items, tensors, strict=True):
+            bar.update(tensor.nbytes)
+            yield key, tensor
 
 
 def _refuse_other_twin(twin: Entry, embedding: Tensor, head: str, embed: str) -> None:

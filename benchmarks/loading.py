@@ -1,0 +1,165 @@
+"""Seconds and memory of loading a model folder, ours against transformers' `from_pretrained`.
+
+    python benchmarks/loading.py [--layers 24] [--repeats 5] [--folder FOLDER]
+
+Random weights at the shape of StarCoderBase-1B (GPTBigCode, multi-query; 1.1B parameters at 24 layers) are
+written once: bf16 in one file, bf16 in shards, fp32. Each load is a process of its own, and the two sides
+take turns with the files in the page cache. Medians of:
+
+- call: from an imported torch to the model, with the imports that each side needs;
+- again: the same call once more in the same process, after the first model is dropped, so without imports.
+  Where the dtype asked for is the file's, transformers maps the file and returns before a weight is copied,
+  so that there the two do not do the same;
+- read: the first pass over every weight after that;
+- peak: the most memory the process held by the end of the first model's first pass, less what it held with
+  torch imported, over the weights' size in the dtype asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HOUSE = Path(__file__).parent.parent
+sys.path.insert(0, str(HOUSE))
+
+import torch
+
+STARCODER_1B = {
+    "vocab_size": 49152,
+    "n_positions": 8192,
+    "n_embd": 2048,
+    "n_layer": 24,
+    "n_head": 16,
+    "n_inner": 8192,
+    "multi_query": True,
+}
+CASES = {
+    "bf16 -> bf16": ("bf16", "bfloat16"),
+    "bf16, shards -> bf16": ("shards", "bfloat16"),
+    "fp32 -> bf16": ("fp32", "bfloat16"),
+    "bf16 -> fp32": ("bf16", "float32"),
+}
+
+
+def write_folders(folder: Path, layers: int) -> int:
+    """Make what is not there yet; the number of parameters."""
+    from architecture import Decoder
+    from pretrained import FAMILIES, save_pretrained
+    from pretrained.family import to_model
+
+    config = to_model(FAMILIES["gpt_bigcode"], STARCODER_1B | {"n_layer": layers})
+    with torch.device("meta"):
+        model = Decoder(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    whole = 2**40
+    kinds = {  # fp32 first, before it is rounded
+        "fp32": (torch.float32, whole),
+        "bf16": (torch.bfloat16, whole),
+        "shards": (torch.bfloat16, 2**29),
+    }
+    missing = {name: kind for name, kind in kinds.items() if not (folder / name).exists()}
+    if missing:
+        model = model.to_empty(device="cpu")
+        model.head.weight = model.embed.weight
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02)
+        for name, (dtype, most) in missing.items():
+            save_pretrained(model.to(dtype), None, folder / name, max_shard_bytes=most)
+    return parameters
+
+
+def held() -> int:
+    """The most bytes this process held so far."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def child(side: str, folder: str, dtype: str) -> None:
+    """One process that loads twice and prints what it took."""
+    before = held()
+
+    def load() -> torch.nn.Module:
+        wanted = getattr(torch, dtype)
+        if side == "ours":
+            from pretrained import load_pretrained
+
+            return load_pretrained(folder, wanted).model
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
+
+    def seconds(action: Any) -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    kept: list[torch.nn.Module] = []
+    first = seconds(lambda: kept.append(load()))
+    touch(kept[0])
+    peak = held() - before
+    kept.clear()
+    again = seconds(lambda: kept.append(load()))
+    read = seconds(lambda: touch(kept[0]))
+    print(json.dumps({"call": first, "again": again, "read": read, "peak": peak}))
+
+
+def touch(model: torch.nn.Module) -> None:
+    """Bring every page of every weight into memory."""
+    for parameter in model.parameters():
+        flat = parameter.detach().view(-1)
+        flat[:: 4096 // flat.itemsize].sum()
+
+
+def main(folder: Path, layers: int, repeats: int) -> None:
+    parameters = write_folders(folder, layers)
+    print(f"{parameters:,} parameters, {repeats} processes a side in turn, medians\n")
+    print("| file -> model | | call, s | again, s | again and read, s | peak, GB | of the weights |")
+    print("|---|---|---|---|---|---|---|")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    for title, (name, dtype) in CASES.items():
+        size = parameters * getattr(torch, dtype).itemsize
+        runs: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
+        for _ in range(repeats):
+            for side, seen in runs.items():
+                command = [sys.executable, __file__, "--child", side, str(folder / name), dtype]
+                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+                seen.append(json.loads(out.stdout.splitlines()[-1]))
+        rows = {}
+        for side, seen in runs.items():
+            values = {key: median(run[key] for run in seen) for key in seen[0]}
+            values["read"] += values["again"]
+            values["peak"] /= 1e9
+            rows[side] = [values[key] for key in ("call", "again", "read", "peak")]
+            print(f"| {title} | {side} | " + " | ".join(f"{value:.2f}" for value in rows[side]), end="")
+            print(f" | {values['peak'] * 1e9 / size:.3f} |")
+        ratios = [ours / theirs for ours, theirs in zip(*rows.values(), strict=True)]
+        print("| | ratio | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " | |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the folders are kept; None: thrown away after")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(*arguments.child)
+    elif arguments.folder:
+        main(arguments.folder, arguments.layers, arguments.repeats)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            main(Path(temporary), arguments.layers, arguments.repeats)

@@ -1,0 +1,609 @@
+"""Frozen linears whose weights are stored in 4, 8 or 16 bits and multiplied in the input's precision.
+
+    quantize_linears(model, "nf4", names)                  every named nn.Linear, in place, one by one
+    replace_linear(model, name, "nf4", weight)             one, from a tensor just read: a loader's way in
+
+    kind   class         bits a weight   for
+    nf4    Linear4bit    4.127           QLoRA: 4-bit NormalFloat with double quantisation (arXiv:2305.14314)
+    int8   Int8Linear    8 + 32 / in     decoding: one scale an output row
+    bf16   StoredLinear  16              a frozen base on hardware that multiplies only in fp32
+
+A product decodes some rows of the weight at a time into memory that stays in the cache, multiplies, and
+decodes the next into the same memory. Neither the decoded weight nor the input is kept for the backward pass,
+which decodes once more. Weights get no gradient; inputs and biases do.
+
+NF4 follows bitsandbytes bit for bit, so that a base quantised here is the base that was quantised there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 64  # weights that share one absmax
+NESTED_BLOCK = 256  # absmax values that share one absmax of their own
+
+# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (arXiv:2305.14314, appendix E).
+NF4_CODE = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
+
+# Weights decoded at a time. On a CPU, 4 MB of fp32 come back from the cache to be multiplied; smaller chunks
+# make small matrix products, and the whole matrix at once is a third slower. A GPU wants large products.
+DECODE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+QUANTIZE_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class NF4(NamedTuple):
+    """A tensor of n values in 4-bit NormalFloat, blocks of 64 in row-major order."""
+
+    packed: Tensor  # (ceil(n / 2)) uint8, the first of two values in the high four bits
+    absmax: Tensor  # (ceil(n / 64)) uint8, codes of absmax - offset on the dynamic map
+    nested_absmax: Tensor  # (ceil(n / 64 / 256)) fp32, the scale of each 256 of them
+    offset: Tensor  # () fp32, the mean absmax
+
+
+# --- NF4 ------------------------------------------------------------------------------------------
+
+
+def dynamic_map() -> Tensor:
+    """The 256 values of the 8-bit dynamic format, ascending (Dettmers 2015, arXiv:1511.04561).
+
+    Seven decades of both signs, the uppermost of 64 values and each below of half as many, and 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        magnitudes = (10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += magnitudes + [-m for m in magnitudes]
+    return torch.tensor(sorted(values))
+
+
+class _Tables(NamedTuple):
+    pairs: Tensor  # (256) float64, whose bytes are the two fp32 values of a packed byte
+    codes_below: Tensor  # (CELLS + 2) uint8, the code at the lower edge of each cell of [-1, 1]
+    bound: Tensor  # (CELLS + 2) fp32, the bound between two codes inside the cell, or infinity
+    dynamic: Tensor  # (256) fp32
+    dynamic_codes: Tensor  # (65,536) uint8, the nearest code of each point of an even grid over [-1, 1]
+
+
+CELLS = 128  # of [-1, 1]; narrow enough that none holds two bounds
+
+
+def _cells(x: Tensor, out: Tensor) -> Tensor:
+    """The cell of each value of [-1, 1]; any monotonic function will do that is the same for bounds."""
+    return torch.add(x.new_tensor(CELLS / 2), x, alpha=CELLS / 2, out=out)
+
+
+@cache
+def _tables(device: torch.device) -> _Tables:
+    code = torch.tensor(NF4_CODE)
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.float64).squeeze(1)
+    bounds = ((code[:-1] + code[1:]) / 2).to(device)
+    cell = _cells(bounds, torch.empty_like(bounds)).int()
+    cells = torch.arange(CELLS + 2, dtype=torch.int32, device=device)
+    bound = torch.full((CELLS + 2,), math.inf, device=device).scatter_(0, cell.long(), bounds)
+    dynamic = dynamic_map()
+    grid = -1 + 2 * torch.arange(65_536, dtype=torch.float32) / 65_535
+    dynamic_codes = torch.searchsorted((dynamic[:-1] + dynamic[1:]) / 2, grid).to(torch.uint8)
+    return _Tables(
+        pairs.to(device),
+        (cells[:, None] > cell).sum(1).to(torch.uint8),
+        bound,
+        dynamic.to(device),
+        dynamic_codes.to(device),
+    )
+
+
+def quantize_nf4(weight: Tensor) -> NF4:
+    """The values of fp32, bf16 or fp16 `weight`, of any shape, in 4-bit NormalFloat.
+
+    Beside the result it takes some 20 bytes for each of QUANTIZE_ELEMENTS values; a `weight` that is not
+    contiguous is copied.
+
+    Raises:
+        ValueError: Another dtype, no values, NaN or infinity among them, or values whose mean overflows.
+    """
+    flat = _checked(weight).reshape(-1)
+    n, device = flat.numel(), flat.device
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(n // -BLOCK), device=device)
+    chunk = min(QUANTIZE_ELEMENTS[device.type], -(n // -BLOCK) * BLOCK)
+    scaled = torch.empty(chunk, device=device)
+    floats, cells = torch.empty_like(scaled), torch.empty(chunk, dtype=torch.int32, device=device)
+    codes, above = (torch.empty(chunk, dtype=dtype, device=device) for dtype in (torch.uint8, torch.bool))
+    tables = _tables(device)
+    for start in range(0, n, chunk):
+        x = flat[start : start + chunk]
+        end, m = start + x.numel(), x.numel()
+        values = scaled[:m].copy_(x)
+        _scale_down(values, absmax[start // BLOCK : -(end // -BLOCK)])
+        if m % 2:  # the last byte's low half is the code of zero
+            m += 1
+            scaled[m - 1] = 0
+        values, f, cell, code, over = (t[:m] for t in (scaled, floats, cells, codes, above))
+        # The code is the number of bounds below a value: those below its cell, and perhaps the one inside.
+        cell.copy_(_cells(values, f))
+        torch.index_select(tables.codes_below, 0, cell, out=code)
+        torch.index_select(tables.bound, 0, cell, out=f)
+        code += torch.gt(values, f, out=over).view(torch.uint8)
+        two = code.view(torch.int16)  # the first code in the low byte
+        packed[start // 2 : (end + 1) // 2] = (two << 4).bitwise_or_(two >> 8)
+    offset = absmax.mean()
+    if not torch.isfinite(offset):
+        raise ValueError(
+            "the weight's values are so large that the mean of their blocks overflows fp32; scale it"
+        )
+    return NF4(packed, *_quantize_dynamic(absmax.sub_(offset)), offset)
+
+
+def _scale_down(values: Tensor, absmax: Tensor) -> None:
+    """Divides each block of `values` (m) by its largest magnitude, kept in `absmax` (ceil(m / 64))."""
+    full = values.numel() // BLOCK
+    if full:
+        blocks = values[: full * BLOCK].view(full, BLOCK)
+        torch.maximum(blocks.amax(1), blocks.amin(1).neg_(), out=absmax[:full]).abs_()
+        # The bound on absmax, the reciprocal here and the quotient below round as bitsandbytes rounds.
+        blocks *= (1.0 / absmax[:full].clamp(min=1e-38)).unsqueeze(1)
+    if values.numel() % BLOCK:
+        rest = values[full * BLOCK :]
+        absmax[full] = rest.abs().max().clamp(min=1e-38)
+        rest /= absmax[full]
+
+
+def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n) uint8 on the dynamic map and scales (ceil(n / 256)) fp32 of fp32 `x` (n).
+
+    On a CPU, bitsandbytes 0.50 rounds a value to an even grid of 65,536 points and takes the code nearest to
+    that point: one code in 700 is a neighbour of the nearest. A block of zeros is all code 0.
+    """
+    blocks = nn.functional.pad(x, (0, -x.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / absmax).unsqueeze(1)
+    # Below 2**-128 the reciprocal is infinite, and its product with 0 is NaN.
+    scaled = scaled.nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0).clamp_(-1, 1)
+    point = ((scaled + 1) * 0.5 * 65_535 + 0.5).int()
+    codes = _tables(x.device).dynamic_codes.index_select(0, point.view(-1)).view_as(blocks)
+    codes.masked_fill_(absmax.eq(0).unsqueeze(1), 0)
+    return codes.view(-1)[: x.numel()].clone(), absmax
+
+
+def nf4_absmax(stored: NF4) -> Tensor:
+    """The largest magnitude of each block as decoding sees it, (ceil(n / 64)) fp32."""
+    values = _tables(stored.absmax.device).dynamic.index_select(0, stored.absmax.int())
+    return _scale_up(values, stored.nested_absmax, NESTED_BLOCK).add_(stored.offset)
+
+
+def _scale_up(values: Tensor, scales: Tensor, block: int) -> Tensor:
+    """Multiplies each block of `values` (n) by its scale, in place; the last block may be short."""
+    full = values.numel() // block
+    values[: full * block].view(full, block).mul_(scales[:full].unsqueeze(1))
+    if values.numel() % block:
+        values[full * block :].mul_(scales[full])
+    return values
+
+
+def dequantize_nf4(stored: NF4, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of `stored` as a tensor of `shape`: products in fp32, rounded once to `dtype`."""
+    weight = torch.empty(tuple(shape), dtype=dtype, device=stored.packed.device)
+    n = weight.numel()
+    if (n + 1) // 2 != stored.packed.numel():
+        raise ValueError(f"{stored.packed.numel():,} bytes of NF4 do not hold a tensor of shape {(*shape,)}")
+    rows = min(n, DECODE_ELEMENTS[weight.device.type])
+    decode = _nf4_decoder(stored, rows, 1, dtype)
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        weight.view(-1, 1)[start:stop] = decode(start, stop)
+    return weight
+
+
+Decoder = Callable[[int, int], Tensor]
+
+
+def _nf4_decoder(stored: NF4, rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    """Decodes rows [start, stop), at most `rows`, of a matrix; start x columns is a multiple of 64.
+
+    One lookup a byte gives both of its values; two lookups a byte take twice as long.
+    """
+    device, n = stored.packed.device, rows * columns
+    packed, pairs, scales = stored.packed.view(-1), _tables(device).pairs, nf4_absmax(stored)
+    index = torch.empty((n + 1) // 2, dtype=torch.int32, device=device)
+    values = torch.empty_like(index, dtype=torch.float64)
+    rounded = None if dtype == torch.float32 else torch.empty(n, dtype=dtype, device=device)
+
+    def decode(start: int, stop: int) -> Tensor:
+        first, last = start * columns, stop * columns
+        some = packed[first // 2 : (last + 1) // 2]
+        size = some.numel()
+        torch.index_select(pairs, 0, index[:size].copy_(some), out=values[:size])
+        weight = values.view(torch.float32)[: last - first]
+        _scale_up(weight, scales[first // BLOCK :], BLOCK)
+        if rounded is not None:
+            weight = rounded[: last - first].copy_(weight)
+        return weight.view(-1, columns)
+
+    return decode
+
+
+def _checked(weight: Tensor) -> Tensor:
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"a weight of {weight.dtype} cannot be quantised; convert it to torch.float32 first")
+    if weight.is_meta:
+        raise ValueError("a weight on the meta device holds no values to quantise; load it first")
+    if weight.numel() == 0:
+        raise ValueError(f"a weight of shape {(*weight.shape,)} holds no values to quantise")
+    weight = weight.detach()
+    if not torch.isfinite(torch.stack(weight.aminmax())).all():
+        bad = weight.numel() - int(weight.isfinite().sum())
+        raise ValueError(
+            f"{bad:,} of the weight's {weight.numel():,} values are NaN or infinite; mend it first"
+        )
+    return weight
+
+
+# --- the product ----------------------------------------------------------------------------------
+
+
+def _chunks(
+    kind: type[FrozenLinear], shape: tuple[int, int], stored: tuple[Tensor, ...], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of the weight at a time, decoded; the next chunk may overwrite the last."""
+    out_features, in_features = shape
+    align = BLOCK // math.gcd(in_features, BLOCK)  # rows whose end is the end of a block
+    rows = DECODE_ELEMENTS[stored[0].device.type] // in_features // align * align
+    rows = min(max(rows, align), out_features)
+    decode = kind.decoder(stored, rows, in_features, dtype)
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        yield slice(start, stop), decode(start, stop)
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight^T + bias; what is saved for backward is the weight as it is stored, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        kind: type[FrozenLinear],
+        shape: tuple[int, int],
+        *stored: Tensor,
+    ) -> Tensor:
+        ctx.kind, ctx.shape = kind, shape
+        ctx.save_for_backward(*stored)
+        y = x.new_empty(*x.shape[:-1], shape[0])
+        x, rows_of_y = x.reshape(-1, shape[1]), y.view(-1, shape[0])
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, weight in _chunks(kind, shape, stored, x.dtype):
+                if bias is None:
+                    torch.mm(x, weight.t(), out=rows_of_y[:, rows])
+                else:
+                    torch.addmm(bias[rows], x, weight.t(), out=rows_of_y[:, rows])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (out_features, in_features), dtype = ctx.shape, grads[0].dtype
+        grad = grads[0].reshape(-1, out_features)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
+        others = None, None, *(None for _ in ctx.saved_tensors)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_bias, *others
+        # The sum over chunks is kept in fp32, so that they leave no trace in bf16.
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros(grad.size(0), in_features, dtype=wide, device=grad.device)
+        with torch.autocast(grad.device.type, enabled=False):
+            for rows, weight in _chunks(ctx.kind, ctx.shape, ctx.saved_tensors, dtype):
+                if dtype == wide:
+                    total.addmm_(grad[:, rows], weight)
+                else:
+                    total += grad[:, rows] @ weight
+        return total.to(dtype).view(*grads[0].shape[:-1], in_features), grad_bias, *others
+
+
+# --- the modules ----------------------------------------------------------------------------------
+
+
+class FrozenLinear(nn.Module):
+    """y = x @ weight^T + bias with a stored weight (out, in) that is not trained.
+
+    The stored tensors are buffers under the names of `layout`, so `state_dict` holds them as they are. They
+    keep their dtypes whatever the module is cast to: `.to(torch.bfloat16)` changes the bias only. The bias is
+    a parameter, frozen at first.
+    """
+
+    names: ClassVar[tuple[str, ...]]  # of the buffers, in the order that decoder() takes them
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+    ):
+        """Zeros, to load a state into; `from_linear` and `from_weight` quantise."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        for name, (shape, dtype) in self.layout(in_features, out_features).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        zeros = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", zeros)
+
+    @staticmethod
+    def layout(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of each buffer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def encode(weight: Tensor) -> tuple[Tensor, ...]:
+        """The buffers that stand for `weight` (out, in)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+        """A function of (start, stop) that gives these rows of the weight, at most `rows`, in `dtype`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
+        """Quantises `weight` (out, in) where it lies; `bias` (out) is kept as it is, frozen.
+
+        Raises:
+            ValueError: The weight is no matrix, or holds NaN or infinity; or the bias has another length.
+        """
+        if weight.dim() != 2:
+            raise ValueError(f"a linear's weight has two dimensions, but this has shape {(*weight.shape,)}")
+        out_features, in_features = weight.shape
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(
+                f"a bias of shape {(*bias.shape,)} does not fit a weight of {out_features:,} rows"
+            )
+        module = cls(in_features, out_features, bias=False, device="meta")
+        with torch.no_grad():
+            for name, stored in zip(cls.names, cls.encode(_checked(weight)), strict=True):
+                setattr(module, name, stored.view(getattr(module, name).shape))
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return module
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Self:
+        """`from_weight` of a linear, which is left as it is."""
+        return cls.from_weight(linear.weight, linear.bias)
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.names)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the products use, (out, in) in fp32, decoded anew at each access."""
+        shape = self.out_features, self.in_features
+        weight = torch.empty(shape, device=self.stored[0].device)
+        with torch.no_grad():
+            for rows, values in _chunks(type(self), shape, self.stored, torch.float32):
+                weight[rows] = values
+        return weight
+
+    @property
+    def bits_per_weight(self) -> float:
+        """From the bytes held, without the bias."""
+        return 8 * sum(t.nbytes for t in self.stored) / (self.in_features * self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(-1) != self.in_features:
+            raise ValueError(
+                f"the input has {x.size(-1):,} features, but this linear takes {self.in_features:,}"
+            )
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _Product.apply(x, bias, type(self), (self.out_features, self.in_features), *self.stored)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A cast would round scales and change every weight: buffers are moved, never cast."""
+        before = self.stored
+        super()._apply(fn, recurse)
+        for name, held in zip(self.names, before, strict=True):
+            moved = getattr(self, name)
+            if moved.dtype != held.dtype:
+                setattr(self, name, held.to(moved.device))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """torch would cast what it copies: an absmax in fp32 would become whole numbers."""
+        for name, held in zip(self.names, self.stored, strict=True):
+            given = state_dict.get(prefix + name)
+            if given is not None and (given.dtype, given.shape) != (held.dtype, held.shape):
+                raise ValueError(
+                    f"{prefix}{name} is {given.dtype} {(*given.shape,)} in the file, but this "
+                    f"{type(self).__name__} stores {held.dtype} {(*held.shape,)}; quantise the base again"
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class Linear4bit(FrozenLinear):
+    """4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    names = NF4._fields
+
+    @staticmethod
+    def layout(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n = in_features * out_features
+        # By rows where rows are whole bytes, so that a transposed weight's state is seen to be another.
+        packed = (out_features, in_features // 2) if in_features % 2 == 0 else ((n + 1) // 2,)
+        return {
+            "packed": (packed, torch.uint8),
+            "absmax": ((-(n // -BLOCK),), torch.uint8),
+            "nested_absmax": ((-(n // -(BLOCK * NESTED_BLOCK)),), torch.float32),
+            "offset": ((), torch.float32),
+        }
+
+    @staticmethod
+    def encode(weight: Tensor) -> tuple[Tensor, ...]:
+        return quantize_nf4(weight)
+
+    @staticmethod
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+        return _nf4_decoder(NF4(*stored), rows, columns, dtype)
+
+
+class Int8Linear(FrozenLinear):
+    """Whole numbers from -127 to 127, times one scale an output row: the row's largest magnitude / 127."""
+
+    names = ("quantized", "scale")
+
+    @staticmethod
+    def layout(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "quantized": ((out_features, in_features), torch.int8),
+            "scale": ((out_features,), torch.float32),
+        }
+
+    @staticmethod
+    def encode(weight: Tensor) -> tuple[Tensor, ...]:
+        # A normal number at least: the reciprocal of a smaller one may be infinite.
+        scale = torch.maximum(weight.amax(1), weight.amin(1).neg()).float().div_(127)
+        scale.clamp_(min=torch.finfo(torch.float32).tiny)
+        quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        rows = max(1, QUANTIZE_ELEMENTS[weight.device.type] // weight.size(1))
+        for start in range(0, weight.size(0), rows):
+            some = slice(start, start + rows)
+            quantized[some] = (weight[some].float() / scale[some, None]).round_().clamp_(-127, 127)
+        return quantized, scale
+
+    @staticmethod
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+        quantized, scale = stored
+        values = torch.empty(rows, columns, device=scale.device)
+        rounded = None if dtype == torch.float32 else torch.empty_like(values, dtype=dtype)
+
+        def decode(start: int, stop: int) -> Tensor:
+            weight = values[: stop - start].copy_(quantized[start:stop]).mul_(scale[start:stop, None])
+            return weight if rounded is None else rounded[: stop - start].copy_(weight)
+
+        return decode
+
+
+class StoredLinear(FrozenLinear):
+    """The weight in 16 bits: fp16 where it comes in fp16, which bf16 would round, or else bf16."""
+
+    names = ("stored_weight",)
+
+    @staticmethod
+    def layout(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"stored_weight": ((out_features, in_features), torch.bfloat16)}
+
+    @staticmethod
+    def encode(weight: Tensor) -> tuple[Tensor, ...]:
+        return (weight if weight.dtype == torch.float16 else weight.to(torch.bfloat16),)
+
+    @staticmethod
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+        (weight,) = stored
+        if weight.dtype == dtype:
+            return lambda start, stop: weight[start:stop]
+        values = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+        return lambda start, stop: values[: stop - start].copy_(weight[start:stop])
+
+
+KINDS: dict[str, type[FrozenLinear]] = {"nf4": Linear4bit, "int8": Int8Linear, "bf16": StoredLinear}
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def quantize_linears(model: nn.Module, kind: str, names: Iterable[str]) -> None:
+    """Replaces the named nn.Linear modules of `model` in place, freeing each full weight before the next.
+
+    Raises:
+        ValueError: A name is unknown, is quantised already, is no nn.Linear, or shares its weight with
+            another module, which would keep it in full; nothing is replaced then. Or a weight holds NaN.
+    """
+    names = list(dict.fromkeys(names))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        linear = _linear(model, name)
+        shared = [owner for owner in owners[id(linear.weight)] if owner != f"{name}.weight"]
+        if shared:
+            raise ValueError(
+                f"{name}.weight is also {shared[0]}, which would keep it in full; leave {name} as it is"
+            )
+    for name in names:
+        replace_linear(model, name, kind, _linear(model, name).weight)
+
+
+def replace_linear(
+    model: nn.Module, name: str, kind: str, weight: Tensor, bias: Tensor | None = None
+) -> FrozenLinear:
+    """Puts `weight` (out, in), quantised, in the place of the nn.Linear called `name`; returns the module.
+
+    The nn.Linear may be on the meta device: a model that is loaded so, tensor by tensor, never stands in full
+    precision. Without `bias` the linear's own parameter is kept, to be loaded like any other.
+
+    Raises:
+        ValueError: As quantize_linears, or the shapes differ.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r} of quantised linear; use one of {', '.join(KINDS)}")
+    linear = _linear(model, name)
+    if weight.shape != linear.weight.shape:
+        raise ValueError(
+            f"the weight of {name} has shape {(*weight.shape,)}, but the model's is {(*linear.weight.shape,)}"
+        )
+    try:
+        module = KINDS[kind].from_weight(weight, linear.bias if bias is None else bias)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    module.train(linear.training)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    return module
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    modules = dict(model.named_modules())
+    module = modules.get(name)
+    if module is None:
+        linears = [known for known, m in modules.items() if isinstance(m, nn.Linear)]
+        close = get_close_matches(name, linears, 3, 0.4) or linears[:3]
+        raise ValueError(f"the model has no module {name!r}; did you mean {' or '.join(close) or 'another'}?")
+    if isinstance(module, FrozenLinear):
+        raise ValueError(
+            f"{name} is quantised already, as {type(module).__name__}; quantise a base in full precision"
+        )
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name} is {type(module).__name__}, which cannot be quantised; name an nn.Linear")
+    return module
