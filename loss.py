@@ -47,6 +47,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: float,
         grad: bool,
         ranks: bool,
+        u: Tensor | None = None,
+        v: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -61,6 +63,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if bias is not None and grad and ctx.needs_input_grad[2]
             else None
         )
+        grad_u = grad_v = pair = None
+        if u is not None and v is not None:
+            pair = u.to(dtype), v.to(dtype)
+            grad_u = torch.empty_like(pair[0]) if grad and ctx.needs_input_grad[7] else None
+            grad_v = torch.zeros_like(v, dtype=torch.float32) if grad and ctx.needs_input_grad[8] else None
         sums = torch.zeros(2, device=device)
         hits = torch.zeros(2, dtype=torch.long, device=device)
         n = max(1, min(h.size(0), CHUNK_ELEMENTS[device.type] // w.size(0)))
@@ -70,6 +77,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, h.size(0), n):
             rows, target = h[start : start + n], labels[start : start + n, None]
             logits = torch.mm(rows, w.t(), out=logits_buffer[: len(rows)])
+            if pair is not None:
+                logits.addmm_(pair[0][start : start + n], pair[1].t())
             if bias is not None:
                 logits += bias
             softmax = torch.softmax(logits, -1, torch.float32, out=softmax_buffer[: len(rows)])
@@ -90,7 +99,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 uniform = (log_sum - logits.mean(1, True, dtype=torch.float32)).sum()
                 smoothed = (1 - smoothing) * total + smoothing * uniform
             sums += torch.stack((smoothed, total))
-            if grad_hidden is None and grad_weight is None and grad_bias is None:
+            if all(g is None for g in (grad_hidden, grad_weight, grad_bias, grad_u, grad_v)):
                 continue
             # Minus the smoothed target, the softmax is the gradient. Beside 1, 1e-26 is nothing, but below
             # 1e-38 numbers are denormal, and products with them took 5 times as long as a whole step.
@@ -107,31 +116,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.t(), rows)
             elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+            if pair is not None and grad_u is not None:
+                torch.mm(grad_logits, pair[1], out=grad_u[start : start + n])
+            if pair is not None and grad_v is not None:
+                grad_v += grad_logits.t() @ pair[0][start : start + n]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_u, grad_v)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias, u, v))
         cross_entropy = sums[1].clone()
         ctx.mark_non_differentiable(cross_entropy, hits)
         return sums[0].clone(), cross_entropy, hits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else (grad_hidden * grads[0]).to(ctx.dtypes[0]),
-            None if grad_weight is None else (grad_weight * grads[0]).to(ctx.dtypes[1]),
-            None if grad_bias is None else (grad_bias * grads[0]).to(ctx.dtypes[2]),
-            None,
-            None,
-            None,
-            None,
-        )
+        scaled = [
+            None if grad is None else (grad * grads[0]).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled[:3], None, None, None, None, *scaled[3:])
 
 
 def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool = False) -> TokenLoss:
     """Cross-entropy of a batch, summed over the tokens whose label is not IGNORE_INDEX.
 
     Args:
-        model: Its head's weight is (V, C), and its bias, if any, (V).
+        model: Its head's weight is (V, C), and its bias, if any, (V). A head with adapters says by
+            `low_rank(hidden)` what they add to the logits: u (N, k) and v (V, k), u v^T.
         batch: tokens, labels, document ids and positions, each (B, T).
         smoothing: Share of the target spread evenly over the vocabulary (arXiv:1512.00567). It changes the
             objective only, and masked tokens stay out of it.
@@ -143,8 +152,10 @@ def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool
     tokens = int(bears.sum())
     if tokens < labels.numel():
         hidden, labels = hidden[bears], labels[bears]
+    low_rank = getattr(model.head, "low_rank", None)
+    pair = (low_rank(hidden) if low_rank is not None else None) or (None, None)
     objective, cross_entropy, hits = _ChunkedCrossEntropy.apply(
-        hidden, model.head.weight, model.head.bias, labels, smoothing, torch.is_grad_enabled(), ranks
+        hidden, model.head.weight, model.head.bias, labels, smoothing, torch.is_grad_enabled(), ranks, *pair
     )
     top1, top5 = hits.tolist()
     return TokenLoss(objective, cross_entropy, tokens, top1, top5)

@@ -1,0 +1,999 @@
+"""Low-rank adapters on any linear or embedding (LoRA, arXiv:2106.09685), held beside it and never copied in.
+
+    add_adapter(model, LoraConfig(r=16, targets=("c_attn", "c_proj")), family.key)
+    print(trainable_table(model))                # what trains
+    with adapters_disabled(model): ...           # the base alone
+    merge(model); unmerge(model)
+
+A module that an adapter changes is replaced by a wrapper that holds it as `.base` and, by adapter, one
+change: a low-rank term, rows of new tokens, a trained bias, or a whole trained copy. The base is only ever
+called and asked for its weight, so that it may be stored in 4 bits. It is never written to, not even by a
+PiSSA start; so any number of adapters share it, and switching them off gives it back bit for bit.
+
+The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/adapter.py` reads and writes its files.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import LoraConfig
+
+# --- dropout whose mask is drawn again in backward ----------------------------------------------------
+
+
+class _Drop(NamedTuple):
+    """A dropout mask as a seed: drawn in forward, and drawn again in backward, never held between."""
+
+    p: float
+    seed: int
+
+    @property
+    def factor(self) -> float:
+        """1 / (1 - p), for the p that the mask really has."""
+        return 2**16 / (2**16 - self._steps)
+
+    @property
+    def _steps(self) -> int:
+        return min(round(self.p * 2**16), 2**16 - 1)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """0 or 1 for each element of x, in its dtype."""
+        if x.device.type != "cpu":
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            return torch.empty_like(x).bernoulli_(1 / self.factor, generator=generator)
+        # Four elements share a random number of 64 bits; torch's own takes three times as long.
+        bits = torch.from_numpy(np.random.SFC64(self.seed).random_raw(-(-x.numel() // 4)).view(np.int16))
+        return bits[: x.numel()].view(x.shape).ge_(self._steps - 2**15).to(x.dtype)
+
+
+def _draw(p: float) -> _Drop | None:
+    """A new mask, seeded by torch's generator, so that its state is all there is to save; None without p."""
+    return _Drop(p, int(torch.randint(2**62, ()))) if p else None
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, drop: _Drop) -> Tensor:
+        ctx.drop = drop
+        return drop.mask(x).mul_(x).mul_(drop.factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.drop.mask(grads[0]).mul_(grads[0]).mul_(ctx.drop.factor), None
+
+
+def _dropped(x: Tensor, drop: _Drop | None) -> Tensor:
+    return x if drop is None else _Dropout.apply(x, drop)
+
+
+# --- the low-rank term ------------------------------------------------------------------------------
+
+
+class _AddLowRank(torch.autograd.Function):
+    """out (N, O) += scale * drop(x) a^T b^T, in place: x (N, I), a (r, I), b (O, r).
+
+    Kept for backward are x itself, x a^T (N, r) and the mask's seed. Written out by autograd the same takes
+    the dropped x, the term (N, O) and its scaled copy besides.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: _Drop | None
+    ) -> Tensor:
+        dtype = out.dtype  # that of autocast, where it is on
+        given = x.to(dtype)
+        if drop is not None:
+            given = drop.mask(given).mul_(given)
+            scale *= drop.factor
+        u = torch.mm(given, a.to(dtype).t()).to(dtype)
+        out.addmm_(u, b.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, u, a, b)
+        ctx.scale, ctx.drop, ctx.dtype = scale, drop, dtype
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        x, u, a, b = ctx.saved_tensors
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[3]:
+            grad_b = torch.mm(grad.t(), u).to(b.dtype).mul_(ctx.scale)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_u = torch.mm(grad, b.to(ctx.dtype)).to(ctx.dtype).mul_(ctx.scale)
+            given = x.to(ctx.dtype)
+            mask = None if ctx.drop is None else ctx.drop.mask(given)
+            if ctx.needs_input_grad[1]:
+                grad_x = torch.mm(grad_u, a.to(ctx.dtype)).to(x.dtype)
+                grad_x = grad_x if mask is None else grad_x.mul_(mask)
+            if ctx.needs_input_grad[2]:
+                given = given if mask is None else mask.mul_(given)
+                grad_a = torch.mm(grad_u.t(), given).to(a.dtype)
+        return grad, grad_x, grad_a, grad_b, None, None
+
+
+# --- what an adapter does to one module --------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """weight + scale * b a, for a linear's weight (O, I); for an embedding's (V, C) its transpose, I = V, O = C.
+
+    With DoRA (arXiv:2402.09353) the sum is rescaled to the learned length `magnitude` of each output; the
+    length it is divided by is a constant to backward.
+
+    A PiSSA start (arXiv:2404.02948) is a frozen second pair that is taken off: b a - start_b start_a is zero
+    at first. To subtract it from the base, as PEFT does, is the same sum, but rounds the base, cannot be
+    undone bit for bit, and takes a base of its own for each adapter.
+    """
+
+    start_a: Tensor | None
+    start_b: Tensor | None
+
+    def __init__(self, base: nn.Module, config: LoraConfig, r: int, alpha: float, bias: nn.Parameter | None):
+        super().__init__()
+        self.r, self.alpha, self.p = r, alpha, config.dropout
+        self.scale = alpha / (math.sqrt(r) if config.rslora else r)
+        self.of_embedding = is_embedding(base)
+        weight: Any = base.weight
+        size_out, size_in = weight.shape[::-1] if self.of_embedding else weight.shape
+        self.a = nn.Parameter(torch.zeros(r, size_in, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(size_out, r, device=weight.device))
+        self.register_parameter("magnitude", None)
+        self.register_parameter("bias", bias)
+        self.register_buffer("start_a", None)
+        self.register_buffer("start_b", None)
+        if self.of_embedding:
+            nn.init.normal_(self.b)
+        elif config.init == "pissa":
+            self._start_at_largest(weight)
+        else:
+            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        if config.dora:
+            self.magnitude = nn.Parameter(self._length(weight.detach().float() + self.delta().detach()))
+
+    @torch.no_grad()
+    def _start_at_largest(self, weight: Tensor) -> None:
+        if self.r > min(weight.shape):
+            raise ValueError(
+                f"a PiSSA start of rank {self.r} was asked for, but a weight of {list(weight.shape)} has "
+                f"rank {min(weight.shape)} at most; lower r"
+            )
+        u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        root = (s[: self.r] / self.scale).sqrt()
+        self.a.copy_(root[:, None] * vh[: self.r])
+        self.b.copy_(u[:, : self.r] * root)
+        self.start_a, self.start_b = self.a.detach().clone(), self.b.detach().clone()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b, with the start that is taken off as further ranks."""
+        if self.start_a is None or self.start_b is None:
+            return self.a, self.b
+        return torch.cat((self.a, self.start_a)), torch.cat((self.b, -self.start_b), dim=1)
+
+    def delta(self) -> Tensor:
+        """What is added to the weight, in its shape; without the rescaling of DoRA."""
+        a, b = self.factors()
+        delta = self.scale * (b @ a)
+        return delta.t() if self.of_embedding else delta
+
+    def _length(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=0 if self.of_embedding else 1)
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """What DoRA multiplies each output by, (O); None without it."""
+        if self.magnitude is None:
+            return None
+        with torch.no_grad():
+            length = self._length(weight.float() + self.delta())
+        return self.magnitude / length
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The whole change of a weight, in its shape and fp32."""
+        delta, gain = self.delta(), self.gain(weight)
+        if gain is None:
+            return delta
+        gain = gain if self.of_embedding else gain[:, None]
+        return (gain - 1) * weight.float() + gain * delta
+
+    def drawn(self) -> _Drop | None:
+        return _draw(self.p) if self.training else None
+
+    def merge_into(self, merged: Tensor, weight: Tensor, share: float) -> None:
+        merged.add_(self.change(weight), alpha=share)
+
+
+class Rows(nn.Module):
+    """Rows of a weight (V, C) that train while the rest is frozen: those of newly added tokens."""
+
+    ids: Tensor
+    original: Tensor
+    slots: Tensor
+
+    def __init__(
+        self, base: nn.Module, ids: Sequence[int], bias: nn.Parameter | None, rows: nn.Parameter | None = None
+    ):
+        super().__init__()
+        weight: Any = base.weight
+        index = torch.tensor(ids, device=weight.device)
+        original = weight.detach()[index].float()
+        self.rows = nn.Parameter(original.clone()) if rows is None else rows
+        self.register_parameter("bias", bias)
+        self.register_buffer("ids", index, persistent=False)
+        self.register_buffer("original", original, persistent=False)
+        slots = torch.full((weight.size(0),), -1, device=weight.device)
+        slots[index] = torch.arange(len(ids), device=weight.device)
+        self.register_buffer("slots", slots, persistent=False)
+
+    def delta(self) -> Tensor:
+        return self.rows - self.original
+
+    def merge_into(self, merged: Tensor, weight: Tensor, share: float) -> None:
+        rows = self.rows if share == 1 else merged[self.ids] + share * self.delta()
+        merged[self.ids] = rows.to(merged.dtype)
+
+
+class Whole(nn.Module):
+    """A trained copy that stands in for the module."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.copy = copy.deepcopy(base) if _is_plain(base) else _as_linear(base, _weight(base).detach())
+        self.copy.float()  # steps of a bf16 weight below 1 / 256 of it are lost
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.copy(x.float() if x.is_floating_point() else x)
+
+
+class Bias(nn.Module):
+    """A trained bias and nothing else."""
+
+    def __init__(self, bias: nn.Parameter):
+        super().__init__()
+        self.bias = bias
+
+
+Change = LowRank | Rows | Whole | Bias
+
+
+# --- wrappers ----------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A module with what its adapters do to it: here a bias or a whole copy, as a norm may have.
+
+    Attributes it lacks are its base's; `weight` and `bias` are those of a trained copy while it is active.
+    """
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.shares: dict[str, float] = {}  # of the active adapters, all over the model
+        self.enabled = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def active(self) -> list[tuple[Any, float]]:
+        """The changes in force, each with its share."""
+        if not self.enabled:
+            return []
+        return [(self.adapters[name], share) for name, share in self.shares.items() if name in self.adapters]
+
+    def whole(self) -> nn.Module | None:
+        return next((change.copy for change, _ in self.active() if isinstance(change, Whole)), None)
+
+    def trained_bias(self) -> Tensor | None:
+        for change, _ in self.active():
+            if getattr(change, "bias", None) is not None:
+                return change.bias
+        return None
+
+    @property
+    def weight(self) -> Any:
+        return _weight(self.whole() or self.base)
+
+    @property
+    def bias(self) -> Any:
+        whole, bias = self.whole(), self.trained_bias()
+        return getattr(whole or self.base, "bias", None) if bias is None else bias
+
+    def _by_base(self, x: Tensor) -> Tensor:
+        bias = self.trained_bias()
+        if bias is None:
+            return self.base(x)
+        kept: Any = self.base.bias
+        return torch.func.functional_call(self.base, {"bias": bias.to(kept.dtype)}, (x,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        changes = self.active()
+        if changes and isinstance(changes[0][0], Whole):
+            out = changes[0][0](x)
+            return out.to(x.dtype) if x.is_floating_point() else out.to(_weight(self.base).dtype)
+        return self._by_base(x)
+
+
+class LoraLinear(Adapted):
+    """A linear (in_features, out_features) with adapters: x (..., I) -> (..., O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        changes = self.active()
+        if not any(isinstance(change, LowRank | Rows) for change, _ in changes):
+            return super().forward(x)
+        # Flat first: of more dimensions the product is a view, which cannot be added to in place.
+        flat = x.reshape(-1, x.size(-1))
+        composed = torch.compiler.is_compiling() or any(
+            isinstance(change, LowRank) and change.magnitude is not None for change, _ in changes
+        )
+        out = self._composed(flat, changes) if composed else self._in_place(flat, changes)
+        return out.view(*x.shape[:-1], out.size(-1))
+
+    def _in_place(self, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
+        out = self._by_base(x)
+        for change, share in changes:
+            if isinstance(change, LowRank):
+                a, b = change.factors()
+                out = _AddLowRank.apply(out, x, a, b, share * change.scale, change.drawn())
+        return self._with_rows(out, x, changes)
+
+    def _composed(self, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
+        """The same by autograd, and DoRA: gain * (x W^T + scale * x a^T b^T) + bias."""
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        plain = self._without_bias(x)
+        out = plain
+        for change, share in changes:
+            if not isinstance(change, LowRank):
+                continue
+            (a, b), drop = change.factors(), change.drawn()
+            given = _dropped(x, drop)
+            term = F.linear(F.linear(given.to(out.dtype), a.to(out.dtype)), b.to(out.dtype)) * change.scale
+            gain = change.gain(_weight(self.base))
+            if gain is not None:
+                gain = gain.to(out.dtype)
+                term = gain * term + (gain - 1) * (plain if drop is None else self._without_bias(given))
+            out = out + (share * term).to(out.dtype)
+        trained = self.trained_bias()
+        bias = bias if trained is None else trained
+        out = out if bias is None else out + bias.to(out.dtype)
+        return self._with_rows(out, x, changes)
+
+    def _without_bias(self, x: Tensor) -> Tensor:
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        return self.base(x) if bias is None else self.base(x) - bias
+
+    def _with_rows(self, out: Tensor, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
+        for change, share in changes:
+            if isinstance(change, Rows):
+                term = F.linear(x, share * change.delta().to(x.dtype))
+                out = out.index_add(-1, change.ids, term.to(out.dtype))
+        return out
+
+    def low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What is added to hidden (N, I) x `weight`^T + `bias`, as u (N, k) and b (O, k): u b^T.
+
+        For a loss that makes logits in chunks. With DoRA b is the change of the whole weight, k = I.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for change, share in self.active():
+            if isinstance(change, LowRank):
+                drop = change.drawn()
+                given = _dropped(hidden, drop)
+                if change.magnitude is None:
+                    a, b = change.factors()
+                    u = F.linear(given, a.to(given.dtype)) * (share * change.scale)
+                    pairs.append((u.to(hidden.dtype), b))
+                else:
+                    pairs.append((given, share * change.change(_weight(self.base))))
+            elif isinstance(change, Rows):
+                u = F.linear(hidden, share * change.delta().to(hidden.dtype))
+                columns = torch.zeros(self.out_features, len(change.ids), device=u.device)
+                columns[change.ids, torch.arange(len(change.ids), device=u.device)] = 1
+                pairs.append((u.to(hidden.dtype), columns))
+        if not pairs:
+            return None
+        return torch.cat([u for u, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1)
+
+
+class LoraEmbedding(Adapted):
+    """An embedding (V, C) with adapters: ids (...) -> (..., C). An embedding's adapter has no dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        changes = self.active()
+        if not any(isinstance(change, LowRank | Rows) for change, _ in changes):
+            return super().forward(x)
+        out = plain = self.base(x)
+        for change, share in changes:
+            if isinstance(change, LowRank):
+                a, b = change.factors()
+                term = F.linear(F.embedding(x, a.t()), b) * change.scale
+                gain = change.gain(_weight(self.base))
+                if gain is not None:
+                    term = gain * term + (gain - 1) * plain
+            else:
+                slots = change.slots[x]
+                inside = (slots >= 0).unsqueeze(-1)
+                term = torch.where(inside, F.embedding(slots.clamp(min=0), change.delta()), 0.0)
+            out = out + (share * term).to(out.dtype)
+        return out
+
+
+# Duck typing: a 4-bit linear is no nn.Linear, and its `weight` is made when it is asked for.
+def is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_embedding(module: nn.Module) -> bool:
+    return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
+
+
+def _weight(module: nn.Module) -> Any:
+    return module.weight
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its weight is a floating-point parameter; where not, it is made of something smaller."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_floating_point()
+
+
+def _as_linear(base: Any, weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+    return linear
+
+
+# --- which modules -----------------------------------------------------------------------------------
+
+# By our own names. The head belongs to none: a head that trains by accident costs what the rest does.
+ROLES: dict[str, Callable[[str], bool]] = {
+    "attention": lambda name: ".attention." in f".{name}.",
+    "mlp": lambda name: ".mlp." in f".{name}.",
+    "embedding": lambda name: name == "embed",
+    "all-linear": lambda name: name.startswith("blocks."),
+}
+
+# What the families call the same part; a name that fits two parts, as c_proj, means both.
+_SYNONYMS = (
+    {"c_attn", "qkv_proj", "qkv", "query_key_value", "Wqkv", "W_pack", "q_proj", "k_proj", "v_proj", "q_attn"},
+    {"c_proj", "out_proj", "o_proj", "dense", "wo", "out"},
+    {"c_fc", "fc_in", "fc1", "up_proj", "gate_proj", "dense_h_to_4h", "w1", "w3"},
+    {"c_proj", "fc_out", "fc2", "down_proj", "dense_4h_to_h", "w2"},
+    {"wte", "embed_tokens", "word_embeddings", "embed_in", "embed"},
+    {"lm_head", "embed_out", "head", "output"},
+    {"ln_f", "norm", "final_layernorm"},
+)
+
+
+def matches(published: str, wanted: str) -> bool:
+    """Whether a published name is meant by a leaf, a dotted suffix of it, or a pattern with `*`."""
+    if "*" in wanted:
+        return re.fullmatch(".*".join(map(re.escape, wanted.split("*"))), published) is not None
+    return published == wanted or published.endswith(f".{wanted}")
+
+
+def select_targets(
+    modules: Mapping[str, str], wanted: Sequence[str], setting: str = "lora.targets"
+) -> list[str]:
+    """Our names of the modules that are meant, in the order of `modules`.
+
+    Args:
+        modules: Our name -> published name, of the modules that may be chosen.
+        wanted: Published leaf names or dotted suffixes, roles (`attention`, `mlp`, `embedding`,
+            `all-linear`: every linear of the blocks), or patterns with `*` of full published names.
+        setting: Where they were asked for, for the error.
+
+    Raises:
+        ValueError: One of them matches nothing; it lists what there is and what was probably meant.
+    """
+    chosen: set[str] = set()
+    absent = []
+    for name in wanted:
+        role = ROLES.get(name)
+        found = {our for our, full in modules.items() if (role(our) if role else matches(full, name))}
+        chosen |= found
+        if not found:
+            absent.append(name)
+    if absent:
+        raise ValueError(_absent(list(modules.values()), absent, setting))
+    return [our for our in modules if our in chosen]
+
+
+def _absent(published: Sequence[str], absent: list[str], setting: str) -> str:
+    leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in published))
+    likely: set[str] = set()
+    for name in absent:
+        leaf = name.rsplit(".", 1)[-1]
+        same = {other for group in _SYNONYMS if leaf in group for other in group if other in leaves}
+        likely |= same or set(difflib.get_close_matches(leaf, leaves, n=2))
+    meant = [leaf for leaf in leaves if leaf in likely]
+    hint = f"; probably meant: {', '.join(meant)}" if meant else ""
+    return f"{setting}: the model has no {', no '.join(absent)}; it has {', '.join(leaves)}{hint}"
+
+
+def pattern_value(patterns: Mapping[str, Any], published: str, default: Any) -> Any:
+    """The value of the first key that the name ends in, as PEFT chooses it."""
+    return next((value for key, value in patterns.items() if matches(published, key)), default)
+
+
+def held_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold weights, by name; a wrapper stands for what it wraps."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            full = f"{prefix}{name}"
+            if isinstance(child, Adapted) or getattr(child, "weight", None) is not None:
+                found[full] = child
+            if not isinstance(child, Adapted):
+                walk(child, f"{full}.")
+
+    walk(model, "")
+    return found
+
+
+# --- adapters of a model -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it was added."""
+
+    config: LoraConfig
+    published: dict[str, str]  # our name -> published, of every module of the model
+    rows: tuple[int, ...]  # token ids whose rows train
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters that were added, by name."""
+    return model.__dict__.setdefault("_adapters", {})
+
+
+def wrappers(model: nn.Module) -> dict[str, Adapted]:
+    return {name: module for name, module in held_modules(model).items() if isinstance(module, Adapted)}
+
+
+def changes_of(model: nn.Module, name: str) -> dict[str, Change]:
+    """What the adapter does, by our module name."""
+    found: Any = {our: module.adapters[name] for our, module in wrappers(model).items() if name in module.adapters}
+    return found
+
+
+def add_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    published: Callable[[str], str] = lambda name: name,
+    name: str = "default",
+    new_rows: Sequence[int] = (),
+) -> None:
+    """Freeze the model and add an adapter, which alone is active and alone trains.
+
+    Args:
+        model: Its linears and embeddings are replaced in place by wrappers that hold them.
+        config: What trains; `new_tokens` is not read, their ids are `new_rows`.
+        published: Our module name -> published name, as `pretrained.Family.key`.
+        name: Of the adapter, an identifier.
+        new_rows: Token ids whose rows of `embed` and `head` train while the rest of both is frozen; tied,
+            they are the same rows.
+
+    Raises:
+        ValueError: A name matches no module, a value is out of range, or the name is taken.
+    """
+    _refuse_bad(model, config, name)
+    modules = held_modules(model)
+    names = {our: published(our) for our in modules}
+    whole = select_targets(names, config.train_modules, "lora.train_modules")
+    able = {
+        our: full
+        for our, full in names.items()
+        if our not in whole and (is_linear(modules[our]) or is_embedding(modules[our]))
+    }
+    targets = select_targets(able, config.targets)
+    chosen = {our: names[our] for our in targets}
+    for setting, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        unmatched = [key for key in pattern if not any(matches(full, key) for full in chosen.values())]
+        if unmatched:
+            raise ValueError(_absent(list(chosen.values()), unmatched, f"lora.{setting}_pattern"))
+    rows = _row_modules(modules, new_rows, {*whole, *targets}, names)
+
+    changes: dict[str, Change] = {}
+    shared: nn.Parameter | None = None
+    for our, module in modules.items():
+        base = module.base if isinstance(module, Adapted) else module
+        has_bias = config.bias == "all" or (config.bias == "lora_only" and our in targets)
+        old = getattr(base, "bias", None)
+        bias = nn.Parameter(old.detach().float().clone()) if has_bias and old is not None else None
+        if our in whole:
+            changes[our] = Whole(base)
+        elif our in targets:
+            r = pattern_value(config.rank_pattern, names[our], config.r)
+            changes[our] = LowRank(base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias)
+        elif our in rows:
+            changes[our] = Rows(base, new_rows, bias, shared)
+            if _weight(base) is _weight(_base(modules["embed"])):
+                shared = changes[our].rows
+        elif bias is not None:
+            changes[our] = Bias(bias)
+
+    model.requires_grad_(False)
+    for our, change in changes.items():
+        module = modules[our]
+        if not isinstance(module, Adapted):
+            kind = LoraLinear if is_linear(module) else LoraEmbedding if is_embedding(module) else Adapted
+            wrapper = kind(module).train(module.training)
+            _put(model, our, wrapper)
+            module = wrapper
+        change.requires_grad_(True)
+        module.adapters[name] = change.train(module.training)
+    adapters_of(model)[name] = Adapter(config, names, tuple(new_rows))
+    use_adapters(model, {name: 1.0})
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, Adapted) else module
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _refuse_bad(model: nn.Module, config: LoraConfig, name: str) -> None:
+    _refuse_merged(model)
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"an adapter cannot be called {name!r}; use letters, digits and underscores")
+    if name in adapters_of(model):
+        raise ValueError(f"the model has an adapter {name!r} already; give the new one another name")
+    if not config.targets:
+        raise ValueError("lora.targets is empty; name at least one module, or use all-linear")
+    for setting, r in {"r": config.r, **{f"rank_pattern.{k}": v for k, v in config.rank_pattern.items()}}.items():
+        if type(r) is not int or r < 1:
+            raise ValueError(f"lora.{setting} is {r!r}; a rank is a whole number of at least 1")
+    for setting, alpha in {
+        "alpha": config.alpha,
+        **{f"alpha_pattern.{k}": v for k, v in config.alpha_pattern.items()},
+    }.items():
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"lora.{setting} is {alpha}; it must be above 0, or the adapter changes nothing")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"lora.dropout is {config.dropout}; it must be at least 0 and below 1")
+
+
+def _row_modules(
+    modules: Mapping[str, nn.Module], ids: Sequence[int], taken: set[str], names: Mapping[str, str]
+) -> list[str]:
+    """The modules whose rows of new tokens train."""
+    if not ids:
+        return []
+    found = [our for our in ("embed", "head") if our in modules]
+    if not found or found[0] != "embed":
+        raise ValueError("rows of new tokens were asked for, but the model has no module `embed`")
+    for our in found:
+        if our in taken:
+            raise ValueError(
+                f"{names[our]} trains already, as a target or whole; leave it out there, or train no rows of it"
+            )
+    size = _weight(modules["embed"]).size(0)
+    if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= size:
+        raise ValueError(
+            f"rows of the ids {min(ids)} to {max(ids)} were asked for; they must differ and be below {size}, "
+            "the model's vocabulary"
+        )
+    return found
+
+
+def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
+    """Make exactly these adapters active: the base plus the sum of share * change of each.
+
+    For low-rank terms this is what PEFT's `add_weighted_adapter` makes with `combination_type="cat"` (its
+    "linear" adds a and b apart, which gives products across adapters). Each DoRA's change is taken against
+    the base alone. An empty mapping gives the base. What trains is left as it is.
+
+    Raises:
+        ValueError: An adapter is not known, or whole copies or biases would have to be mixed.
+    """
+    _refuse_merged(model)
+    known = adapters_of(model)
+    for name, share in shares.items():
+        if name not in known:
+            raise ValueError(f"there is no adapter {name!r}; the model has {', '.join(known) or 'none'}")
+        if not math.isfinite(share):
+            raise ValueError(f"the adapter {name!r} was given the share {share}; it must be a number")
+    found = wrappers(model)
+    for our, module in found.items():
+        here = [(name, module.adapters[name]) for name in shares if name in module.adapters]
+        whole = [name for name, change in here if isinstance(change, Whole)]
+        biased = [name for name, change in here if getattr(change, "bias", None) is not None]
+        if (whole and len(here) > 1) or len(biased) > 1:
+            raise ValueError(
+                f"the adapters {' and '.join(name for name, _ in here)} cannot be active together: "
+                f"they train {our} whole, or its bias; use one of them at a time"
+            )
+        for name in whole + biased:
+            if shares[name] != 1:
+                raise ValueError(
+                    f"the adapter {name!r} trains {our} whole, or its bias, which has no share of "
+                    f"{shares[name]}; use 1"
+                )
+    for module in found.values():
+        module.shares = dict(shares)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base alone, bit for bit, inside the block."""
+    found = wrappers(model).values()
+    before = [module.enabled for module in found]
+    try:
+        for module in found:
+            module.enabled = False
+        yield
+    finally:
+        for module, enabled in zip(found, before, strict=True):
+            module.enabled = enabled
+
+
+# --- what trains -------------------------------------------------------------------------------------
+
+
+def trainable_table(model: nn.Module, published: Callable[[str], str] | None = None) -> str:
+    """What trains, by kind and published name, with counts and the share of all parameters."""
+    named: dict[str, str] = {}
+    for adapter in adapters_of(model).values():
+        named |= adapter.published
+    lines: dict[tuple[str, ...], list[int]] = {}
+    seen: set[int] = set()
+    for our, module in held_modules(model).items():
+        full = published(our) if published else named.get(our, our)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", full)
+        changes: Any = module.adapters.values() if isinstance(module, Adapted) else [module]
+        for change in changes:
+            fresh = [p for p in change.parameters() if p.requires_grad and id(p) not in seen]
+            if not fresh:
+                continue
+            seen |= {id(p) for p in fresh}
+            rank, alpha = ("", "")
+            kind = {Rows: "rows", Bias: "bias"}.get(type(change), "whole")
+            if isinstance(change, LowRank):
+                kind = "low rank" if change.magnitude is None else "DoRA"
+                rank, alpha = str(change.r), f"{change.alpha:g}"
+            elif isinstance(change, Rows):
+                rank = str(len(change.ids))
+            line = lines.setdefault((kind, pattern, rank, alpha), [0, 0])
+            line[0] += 1
+            line[1] += sum(p.numel() for p in fresh)
+    total = sum(count for _, count in lines.values())
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    width = max([len(key[1]) for key in lines] + [len("module")])
+    head = f"{'trains':<9} {'module':<{width}} {'modules':>7} {'rank':>5} {'alpha':>6} {'parameters':>13}"
+    body = [
+        f"{kind:<9} {pattern:<{width}} {modules:>7} {rank:>5} {alpha:>6} {count:>13,}"
+        for (kind, pattern, rank, alpha), (modules, count) in lines.items()
+    ]
+    share = 100 * total / max(total + frozen, 1)
+    last = f"{total:,} parameters train beside {frozen:,} frozen ones: {share:.2f}%"
+    return "\n".join([head, "-" * len(head), *body, last])
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("start_a", "start_b"):
+            state[name] = buffer  # frozen, but made by a decomposition that another machine rounds otherwise
+    return state
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that train, and the starts of PiSSA, by our names; not copied."""
+    return {name: tensor.detach() for name, tensor in _state(model).items()}
+
+
+@torch.no_grad()
+def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `trainable_state` gave; nothing is changed if a name or a shape differs (ValueError)."""
+    own = _state(model)
+    wrong = [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is left over" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, {list(tensor.shape)} is expected"
+        for name, tensor in own.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"these are not the tensors that train here: {'; '.join(wrong[:8])}{more}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+# --- merging -----------------------------------------------------------------------------------------
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    if "_merged" in model.__dict__:
+        raise ValueError("the model's adapters are merged into its weights; call unmerge first")
+
+
+@torch.no_grad()
+def merge(model: nn.Module, keep: bool = True) -> None:
+    """Put the active adapters into the weights: every wrapper gives way to a plain module.
+
+    What is added to is the weight that the adapter was trained on; where that is stored in fewer bits it is
+    dequantised, and a linear of the dequantised dtype takes its place. An embedding that shared its weight
+    with the head does so no longer, unless all that changed are rows of new tokens; `model.config` then says
+    so.
+
+    Args:
+        model: Changed in place.
+        keep: Keep the wrappers, and with them the old weights beside the new ones, for `unmerge`.
+    """
+    _refuse_merged(model)
+    found = wrappers(model)
+    if not any(module.active() for module in found.values()):
+        raise ValueError("no adapter is active, so that there is nothing to merge; call use_adapters first")
+    for name, tensor in trainable_state(model).items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is not finite; the adapter is broken and was not merged")
+    was_tied = _is_tied(model)
+    made: dict[tuple[Any, ...], nn.Parameter] = {}
+    for name in list(found):
+        module = found[name] if keep else found.pop(name)
+        _put(model, name, _merged(module, made).train(module.training))
+    config = getattr(model, "config", None)
+    if was_tied and not _is_tied(model) and is_dataclass(config) and hasattr(config, "tie_embeddings"):
+        changed: Any = config
+        model.config = replace(changed, tie_embeddings=False)
+    if keep:
+        model.__dict__["_merged"] = (found, config)
+    else:
+        adapters_of(model).clear()
+
+
+def _is_tied(model: nn.Module) -> bool:
+    modules = held_modules(model)
+    both = [_weight(_base(modules[name])) for name in ("embed", "head") if name in modules]
+    return len(both) == 2 and both[0] is both[1]
+
+
+def _merged(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) -> nn.Module:
+    base, changes, whole = module.base, module.active(), module.whole()
+    if not changes:
+        return base
+    weight = _weight(base)
+    dtype = weight.dtype
+    if whole is not None:
+        return copy.deepcopy(whole).requires_grad_(False).to(dtype)
+    plain = _as_linear(base, weight.detach()) if not _is_plain(base) else copy.copy(base)
+    plain._parameters = dict(plain._parameters)  # a shallow copy shares them
+    bias = module.trained_bias()
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
+    terms = [(change, share) for change, share in changes if isinstance(change, LowRank | Rows)]
+    if not terms:
+        return plain
+    rows_only = all(isinstance(change, Rows) for change, _ in terms)
+    key = (id(weight), *((id(change.rows), share) for change, share in terms)) if rows_only else (object(),)
+    if key not in made:
+        merged = weight.detach().float().clone()
+        for change, share in terms:
+            change.merge_into(merged, weight.detach(), share)
+        made[key] = nn.Parameter(merged.to(dtype), requires_grad=False)
+    plain.weight = made[key]
+    return plain
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`, bit for bit: the wrappers with the old weights are put back."""
+    if "_merged" not in model.__dict__:
+        raise ValueError("the model is not merged, or was merged with keep=False; there is nothing to undo")
+    found, config = model.__dict__.pop("_merged")
+    for name, module in found.items():
+        _put(model, name, module.train(model.training))
+    if config is not None:
+        model.config = config
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far merged weights are from the adapter beside its base, over the prompts' tokens."""
+
+    gap: float  # the largest difference of two logits
+    agreement: float  # share of tokens after which both choose the same next token, 0 to 1
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"merged: largest logit gap {self.gap:.2e}, greedy agreement {self.agreement:.2%} "
+            f"over {self.tokens} tokens"
+        )
+
+
+@torch.no_grad()
+def merge_report(
+    adapted: Callable[[Tensor], Tensor],
+    merged: Callable[[Tensor], Tensor],
+    prompts: Sequence[Sequence[int]],
+    tolerance: float = 0.01,
+    device: torch.device | str = "cpu",
+) -> MergeReport:
+    """Compare an adapter beside the base it was trained on with merged weights, by real prompts.
+
+    Args:
+        adapted: ids (1, T) -> logits (1, T, V); asked for all prompts before `merged` is asked for any.
+        merged: The same of the merged weights.
+        prompts: Token ids.
+        tolerance: The largest logit gap that passes. In fp32 a right merge stays below 1e-3; bf16 weights
+            are rounded when they are merged, which takes about 0.1.
+        device: Where the ids are put.
+
+    Raises:
+        ValueError: `merged-differs`, the gap is larger or not a number.
+    """
+    if not any(len(prompt) for prompt in prompts):
+        raise ValueError("a merge is judged by prompts, and none was given")
+    ids = [torch.tensor([list(prompt)], device=device) for prompt in prompts if len(prompt)]
+    before = [adapted(tokens).float() for tokens in ids]
+    after = [merged(tokens).float() for tokens in ids]
+    gap, same, tokens = 0.0, 0, 0
+    for old, new in zip(before, after, strict=True):
+        gap = max(gap, float((old - new).abs().max().nan_to_num(nan=math.inf)))
+        same += int((old.argmax(-1) == new.argmax(-1)).sum())
+        tokens += old.size(1)
+    report = MergeReport(gap, same / tokens, tokens)
+    if not gap <= tolerance:
+        raise ValueError(
+            f"merged-differs: the largest logit gap is {gap:.3g}, at most {tolerance:g} is allowed, and the "
+            f"greedy choice agrees after {report.agreement:.1%} of {tokens} tokens; merge into the weights that "
+            "the adapter was trained on, in the format they had then"
+        )
+    return report
+
+
+def merge_checked(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tolerance: float = 0.01, keep: bool = True
+) -> MergeReport:
+    """`merge`, judged by `merge_report`; above the tolerance it is undone (ValueError)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    state = {"merged": False}
+
+    def merged(tokens: Tensor) -> Tensor:
+        if not state["merged"]:
+            merge(model)
+            state["merged"] = True
+        return model(tokens)
+
+    try:
+        report = merge_report(model, merged, prompts, tolerance, device)
+    except ValueError:
+        if state["merged"]:
+            unmerge(model)
+        raise
+    finally:
+        model.train(was_training)
+    if not keep:
+        del model.__dict__["_merged"]
+        adapters_of(model).clear()
+    return report
