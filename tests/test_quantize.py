@@ -6,12 +6,15 @@ import copy
 import re
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import quantize
 from quantize import (
@@ -29,8 +32,6 @@ from quantize import (
     replace_linear,
 )
 
-bnb = pytest.importorskip("bitsandbytes.functional")
-
 EVERY_KIND = pytest.mark.parametrize("kind", list(KINDS))
 
 
@@ -40,6 +41,7 @@ def oracle(weight: Tensor) -> tuple[NF4, Tensor]:
     It decodes one row here: with AVX-512 its scales are wrong for rows of a multiple of 16 values, not of 64.
     An odd number of values goes through torch.compile there, so one more is decoded and dropped.
     """
+    bnb = pytest.importorskip("bitsandbytes.functional")
     packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     n = weight.numel()
     state.shape = torch.Size((1, n + n % 2))
@@ -77,7 +79,7 @@ def test_nf4_is_bit_for_bit_that_of_bitsandbytes(n: int, dtype: torch.dtype) -> 
     assert agrees(normal(n).to(dtype))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     n=st.integers(1, 40_000),
     exponent=st.integers(-149, 126),
@@ -127,6 +129,7 @@ def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dynamic_map_is_that_of_bitsandbytes() -> None:
+    bnb = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
 
 
@@ -225,9 +228,10 @@ def test_product_and_gradients_are_those_of_the_dense_weight(
     )
     dense = nn.functional.linear(dense_x, module.weight, dense_bias)
     dense.backward(grad)
-    torch.testing.assert_close(y, dense, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(module.bias.grad, dense_bias.grad, rtol=1e-6, atol=1e-6)
+    atol = 5e-6 if kind == "int8" else 1e-6  # int8 scales the outputs instead of the weight
+    torch.testing.assert_close(y, dense, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(module.bias.grad, dense_bias.grad, rtol=1e-6, atol=atol)
 
 
 @EVERY_KIND
@@ -263,6 +267,38 @@ def test_only_what_is_stored_is_saved_for_backward(kind: str) -> None:
     assert sum(t.nbytes for t in saved) == sum(t.nbytes for t in module.stored)
 
 
+class LargestMade(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return result
+
+
+@EVERY_KIND
+def test_no_tensor_of_the_size_of_the_full_weight_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 2**10)
+    monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 2**14)
+    linear = scrambled(512, 256)
+    with LargestMade() as quantising:
+        module = KINDS[kind].from_linear(linear)
+    assert quantising.bytes == max(t.nbytes for t in module.stored)
+    x = normal(4, 256).requires_grad_(True)
+    for tokens in (x, x[:1]):
+        with LargestMade() as multiplying:
+            module(tokens).sum().backward()
+        assert multiplying.bytes <= 4 * 2**14
+    with LargestMade() as dense:
+        _ = x @ module.weight.t()
+    assert dense.bytes == 4 * 512 * 256
+
+
 def test_a_weight_changed_before_backward_is_seen() -> None:
     module = Linear4bit.from_linear(scrambled(8, 64))
     y = module(normal(2, 64).requires_grad_(True))
@@ -282,7 +318,11 @@ def test_autocast_multiplies_in_its_dtype(kind: str, dtype: torch.dtype) -> None
         dense = nn.functional.linear(x, module.weight, module.bias)
         assert module(x.double()).dtype == torch.float64  # as autocast does with nn.Linear
     assert y.dtype == dense.dtype == dtype
-    torch.testing.assert_close(y, dense)
+    assert module.bias is not None
+    exact = nn.functional.linear(x.to(dtype).double(), module.weight.double(), module.bias.double())
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7)
+    if kind != "int8":  # which scales the outputs instead of rounding the weight
+        torch.testing.assert_close(y, dense)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.dtype == torch.float32
     torch.testing.assert_close(
@@ -395,7 +435,7 @@ def test_linears_are_replaced_and_freed_one_by_one(kind: str, monkeypatch: pytes
     encode = KINDS[kind].encode
     counted = lambda w: alive.append(sum(r() is not None for r in weights.values())) or encode(w)  # noqa: E731
     monkeypatch.setattr(KINDS[kind], "encode", staticmethod(counted))
-    expected = {name: KINDS[kind].from_weight(model.get_submodule(name).weight).weight for name in names}
+    expected = {name: KINDS[kind].from_weight(model.get_parameter(f"{name}.weight")).weight for name in names}
     alive.clear()
     quantize_linears(model, kind, names)
     assert alive == [2, 1]
