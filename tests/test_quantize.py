@@ -121,11 +121,31 @@ def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(300, 70)
     whole = quantize_nf4(weight)
     decoded = dequantize_nf4(whole, weight.shape)
-    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 64)
+    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 256)
     monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 128)
     assert all(torch.equal(a, b) for a, b in zip(quantize_nf4(weight), whole, strict=True))
     assert torch.equal(dequantize_nf4(whole, weight.shape), decoded)
     assert torch.equal(quantize_nf4(weight.t().contiguous().t()).packed, whole.packed)
+
+
+@EVERY_KIND
+def test_default_dtype_and_device_leave_no_trace(kind: str) -> None:
+    """A loader of models sets both."""
+    linear, x = scrambled(70, 64), normal(3, 64, scale=1.0)
+    module = KINDS[kind].from_linear(linear)
+    before, y = module.weight, module(x)
+    quantize._tables.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            again = KINDS[kind].from_linear(linear)
+            assert torch.equal(again.weight, before)
+            assert torch.equal(again(x), y)
+            if isinstance(again, Linear4bit):
+                assert torch.equal(Linear4bit.from_bitsandbytes(again.to_bitsandbytes()).weight, before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in again.stored] == [t.dtype for t in module.stored]
 
 
 def test_dynamic_map_is_that_of_bitsandbytes() -> None:
@@ -416,6 +436,63 @@ def test_a_state_that_was_cast_or_has_another_shape_is_refused(kind: str) -> Non
         KINDS[kind](128, 64).load_state_dict(cast)
     with pytest.raises(ValueError, match=r"\(64, \d+\) in the file"):
         KINDS[kind](64, 128).load_state_dict(module.state_dict())
+
+
+# --- the layout of bitsandbytes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (300, 128)])
+def test_layout_of_bitsandbytes_both_ways(shape: tuple[int, int]) -> None:
+    bnb_modules = pytest.importorskip("bitsandbytes.nn.modules")
+    linear = scrambled(*shape)
+    theirs = bnb_modules.Linear4bit(shape[1], shape[0], quant_type="nf4")
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu")  # quantises
+    state = {k: v for k, v in theirs.state_dict().items() if k != "bias"}
+    ours = Linear4bit.from_linear(linear)
+    written = ours.to_bitsandbytes()
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[k], v) for k, v in state.items() if "quant_state" not in k)
+    read = Linear4bit.from_bitsandbytes(state, linear.bias)
+    assert read.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(v, read.state_dict()[k]) for k, v in ours.state_dict().items())
+    parameter = bnb_modules.Params4bit.from_prequantized(
+        written["weight"],
+        {k.removeprefix("weight."): v for k, v in written.items() if k != "weight"},
+        device="cpu",
+    )
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(bnb.dequantize_4bit(parameter.data, parameter.quant_state), ours.weight)
+
+
+def test_a_layout_that_does_not_fit_is_refused_in_one_sentence() -> None:
+    good = Linear4bit.from_linear(scrambled(96, 64)).to_bitsandbytes()
+    state = quantize.BITSANDBYTES_STATE
+    text = bytes(good[state].tolist()).decode()
+
+    def described(old: str, new: str) -> dict[str, Tensor]:
+        assert old in text
+        return {**good, state: torch.tensor(list(text.replace(old, new).encode()), dtype=torch.uint8)}
+
+    cases = [
+        ({k: v for k, v in good.items() if "nested" not in k}, "nested_absmax, .* missing"),
+        (described("{", "["), "is not a description"),
+        (described("[96, 64]", "96"), "is not a description"),
+        (described("[96, 64]", "[0, 64]"), "only nf4"),
+        (described("[96, 64]", "[96, 128]"), "packed holds 3,072 values of torch.uint8, but .* has 6,144"),
+        (described('"blocksize": 64', '"blocksize": 128'), "only nf4 in blocks of 64 and 256"),
+        (described('"nf4"', '"fp4"'), "only nf4"),
+        (
+            described('"nested_offset": 0', '"nested_offset": Infinity, "x": 0'),
+            "offset holds NaN or infinity",
+        ),
+        ({**good, state: torch.full((9,), 300)}, "is not a description"),
+        ({**good, "weight.quant_map": good["weight.quant_map"].flip(0)}, "quant_map is another"),
+        ({**good, "weight.absmax": good["weight.absmax"].float()}, "absmax holds 96 values of torch.float32"),
+    ]
+    for tensors, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Linear4bit.from_bitsandbytes(tensors)
 
 
 # --- models ---------------------------------------------------------------------------------------
