@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -52,7 +51,7 @@ PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class NF4(NamedTuple):
-    """A tensor of n values in 4-bit NormalFloat, blocks of 64 in row-major order."""
+    """A tensor of n values in 4-bit NormalFloat, in row-major order."""
 
     packed: Tensor  # (ceil(n / 2)) uint8, the first of two values in the high four bits
     absmax: Tensor  # (ceil(n / 64)) uint8, codes of absmax - offset on the dynamic map
@@ -96,8 +95,16 @@ def _cells(x: Tensor, out: Tensor) -> Tensor:
     return torch.add(x.new_tensor(CELLS / 2), x, alpha=CELLS / 2, out=out)
 
 
-@cache
+_TABLES: dict[torch.device, _Tables] = {}  # not functools.cache, which torch.compile sees through
+
+
 def _tables(device: torch.device) -> _Tables:
+    if device not in _TABLES:
+        _TABLES[device] = _make_tables(device)
+    return _TABLES[device]
+
+
+def _make_tables(device: torch.device) -> _Tables:
     code = _nf4_code()
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.float64).squeeze(1)
     bounds = ((code[:-1] + code[1:]) / 2).to(device)
@@ -210,7 +217,7 @@ def _scale_up(values: Tensor, scales: Tensor, block: int) -> Tensor:
     return values
 
 
-def dequantize_nf4(stored: NF4, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_nf4(stored: NF4, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of `stored` as a tensor of `shape`: products in fp32, rounded once to `dtype`."""
     weight = torch.empty(tuple(shape), dtype=dtype, device=stored.packed.device)
     n = weight.numel()
@@ -224,10 +231,10 @@ def dequantize_nf4(stored: NF4, shape: Iterable[int], dtype: torch.dtype = torch
     return weight
 
 
-Decoder = Callable[[int, int], Tensor]
+DecodeRows = Callable[[int, int], Tensor]  # of (start, stop)
 
 
-def _nf4_decoder(stored: NF4, rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+def _nf4_decoder(stored: NF4, rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
     """Decodes rows [start, stop), at most `rows`, of a matrix; start x columns is a multiple of 64.
 
     One lookup a byte gives both of its values; two lookups a byte take twice as long.
@@ -384,7 +391,7 @@ class FrozenLinear(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         """A function of (start, stop) that gives these rows of the weight, at most `rows`, in `dtype`."""
         raise NotImplementedError
 
@@ -520,7 +527,7 @@ class Linear4bit(FrozenLinear):
         return quantize_nf4(weight)
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         return _nf4_decoder(NF4(*stored), rows, columns, dtype)
 
     def to_bitsandbytes(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -622,7 +629,7 @@ class Int8Linear(FrozenLinear):
         return quantized, scale
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         quantized, scale = stored
         values = torch.empty(rows, columns, dtype=dtype, device=scale.device)
 
@@ -649,10 +656,12 @@ class StoredLinear(FrozenLinear):
 
     @staticmethod
     def encode(weight: Tensor) -> tuple[Tensor, ...]:
-        return (weight if weight.dtype == torch.float16 else weight.to(torch.bfloat16),)
+        if weight.dtype == torch.float16:
+            return (weight,)
+        return (_checked(weight.to(torch.bfloat16)),)  # fp32 goes a little further than bf16
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         (weight,) = stored
         if weight.dtype == dtype:
             return lambda start, stop: weight[start:stop]

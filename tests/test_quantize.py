@@ -129,12 +129,12 @@ def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @EVERY_KIND
-def test_default_dtype_and_device_leave_no_trace(kind: str) -> None:
+def test_default_dtype_and_device_leave_no_trace(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader of models sets both."""
     linear, x = scrambled(70, 64), normal(3, 64, scale=1.0)
     module = KINDS[kind].from_linear(linear)
     before, y = module.weight, module(x)
-    quantize._tables.cache_clear()
+    monkeypatch.setattr(quantize, "_TABLES", {})
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
@@ -575,6 +575,10 @@ def test_every_refusal_is_one_sentence_and_changes_nothing() -> None:
             lambda: replace_linear(model, "1.c_attn", "nf4", normal(64, 96)),
             r"\(64, 96\), but the model's is \(96, 64\)",
         ),
+        (
+            lambda: StoredLinear.from_weight(torch.full((2, 2), 3.4e38)),
+            "4 of the weight's 4 values are NaN or inf",
+        ),
         (lambda: Linear4bit.from_weight(normal(64)), "has two dimensions"),
         (lambda: Linear4bit.from_weight(normal(8, 8), normal(7)), "bias of shape"),
         (lambda: quantize_nf4(normal(64).double()), "torch.float64 cannot be quantised"),
@@ -592,9 +596,12 @@ def test_every_refusal_is_one_sentence_and_changes_nothing() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @EVERY_KIND
 def test_a_gpu_stores_and_decodes_the_same(kind: str) -> None:
+    """The mean absmax is summed in another order there, so a scale may be one code off."""
     linear = scrambled(700, 320)
-    module = KINDS[kind].from_linear(linear)
-    there = KINDS[kind].from_linear(linear.cuda())
-    assert torch.equal(there.weight.cpu(), module.weight)
+    module, there = KINDS[kind].from_linear(linear), KINDS[kind].from_linear(linear.cuda())
+    assert torch.equal(there.stored[0].cpu(), module.stored[0])
+    torch.testing.assert_close(there.weight.cpu(), module.weight, rtol=2e-2, atol=1e-5)
+    moved = copy.deepcopy(module).cuda()
+    assert torch.equal(moved.weight.cpu(), module.weight)
     x = normal(5, 320, scale=1.0)
-    torch.testing.assert_close(there(x.cuda()).cpu(), module(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved(x.cuda()).cpu(), module(x), rtol=1e-4, atol=1e-4)
