@@ -17,10 +17,10 @@ NF4 follows bitsandbytes bit for bit, so that a base quantised here is the base 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -38,15 +38,20 @@ NF4_CODE = (
 )
 
 # Weights decoded at a time. On a CPU, 4 MB of fp32 come back from the cache to be multiplied; smaller chunks
-# make small matrix products, and the whole matrix at once is a third slower. A GPU wants large products.
+# make small matrix products, and the whole matrix at once is a third slower. With few tokens the product is
+# small anyway, and a quarter of that, which stays in the core's own cache, takes 0.7 of the time. A GPU wants
+# large products.
 DECODE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+FEW_TOKENS = 16
 QUANTIZE_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Tables are made so whatever the default dtype and device are: loaders of models change both.
+PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class NF4(NamedTuple):
-    """A tensor of n values in 4-bit NormalFloat, blocks of 64 in row-major order."""
+    """A tensor of n values in 4-bit NormalFloat, in row-major order."""
 
     packed: Tensor  # (ceil(n / 2)) uint8, the first of two values in the high four bits
     absmax: Tensor  # (ceil(n / 64)) uint8, codes of absmax - offset on the dynamic map
@@ -64,10 +69,14 @@ def dynamic_map() -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, **PLAIN)
         magnitudes = (10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += magnitudes + [-m for m in magnitudes]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), **PLAIN)
+
+
+def _nf4_code() -> Tensor:
+    return torch.tensor(NF4_CODE, **PLAIN)
 
 
 class _Tables(NamedTuple):
@@ -86,16 +95,24 @@ def _cells(x: Tensor, out: Tensor) -> Tensor:
     return torch.add(x.new_tensor(CELLS / 2), x, alpha=CELLS / 2, out=out)
 
 
-@cache
+_TABLES: dict[torch.device, _Tables] = {}  # not functools.cache, which torch.compile sees through
+
+
 def _tables(device: torch.device) -> _Tables:
-    code = torch.tensor(NF4_CODE)
+    if device not in _TABLES:
+        _TABLES[device] = _make_tables(device)
+    return _TABLES[device]
+
+
+def _make_tables(device: torch.device) -> _Tables:
+    code = _nf4_code()
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).view(torch.float64).squeeze(1)
     bounds = ((code[:-1] + code[1:]) / 2).to(device)
     cell = _cells(bounds, torch.empty_like(bounds)).int()
     cells = torch.arange(CELLS + 2, dtype=torch.int32, device=device)
-    bound = torch.full((CELLS + 2,), math.inf, device=device).scatter_(0, cell.long(), bounds)
+    bound = bounds.new_full((CELLS + 2,), math.inf).scatter_(0, cell.long(), bounds)
     dynamic = dynamic_map()
-    grid = -1 + 2 * torch.arange(65_536, dtype=torch.float32) / 65_535
+    grid = -1 + 2 * torch.arange(65_536, **PLAIN) / 65_535
     dynamic_codes = torch.searchsorted((dynamic[:-1] + dynamic[1:]) / 2, grid).to(torch.uint8)
     return _Tables(
         pairs.to(device),
@@ -118,9 +135,9 @@ def quantize_nf4(weight: Tensor) -> NF4:
     flat = _checked(weight).reshape(-1)
     n, device = flat.numel(), flat.device
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
-    absmax = torch.empty(-(n // -BLOCK), device=device)
+    absmax = torch.empty(-(n // -BLOCK), dtype=torch.float32, device=device)
     chunk = min(QUANTIZE_ELEMENTS[device.type], -(n // -BLOCK) * BLOCK)
-    scaled = torch.empty(chunk, device=device)
+    scaled = absmax.new_empty(chunk)
     floats, cells = torch.empty_like(scaled), torch.empty(chunk, dtype=torch.int32, device=device)
     codes, above = (torch.empty(chunk, dtype=dtype, device=device) for dtype in (torch.uint8, torch.bool))
     tables = _tables(device)
@@ -168,15 +185,21 @@ def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU, bitsandbytes 0.50 rounds a value to an even grid of 65,536 points and takes the code nearest to
     that point: one code in 700 is a neighbour of the nearest. A block of zeros is all code 0.
     """
-    blocks = nn.functional.pad(x, (0, -x.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks * (1.0 / absmax).unsqueeze(1)
-    # Below 2**-128 the reciprocal is infinite, and its product with 0 is NaN.
-    scaled = scaled.nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0).clamp_(-1, 1)
-    point = ((scaled + 1) * 0.5 * 65_535 + 0.5).int()
-    codes = _tables(x.device).dynamic_codes.index_select(0, point.view(-1)).view_as(blocks)
-    codes.masked_fill_(absmax.eq(0).unsqueeze(1), 0)
-    return codes.view(-1)[: x.numel()].clone(), absmax
+    n, chunk = x.numel(), QUANTIZE_ELEMENTS[x.device.type] // NESTED_BLOCK * NESTED_BLOCK
+    codes = torch.empty(n, dtype=torch.uint8, device=x.device)
+    absmax = x.new_empty(-(n // -NESTED_BLOCK))
+    for start in range(0, n, chunk):
+        some = x[start : start + chunk]
+        end = start + some.numel()
+        scaled = nn.functional.pad(some, (0, -some.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+        largest = absmax[start // NESTED_BLOCK : -(end // -NESTED_BLOCK)].copy_(scaled.abs().amax(1))
+        scaled = scaled * (1.0 / largest).unsqueeze(1)
+        # Below 2**-128 the reciprocal is infinite, and its product with 0 is NaN.
+        scaled.nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0).clamp_(-1, 1)
+        point = scaled.add_(1).mul_(0.5).mul_(65_535).add_(0.5).int().view(-1)
+        code = _tables(x.device).dynamic_codes.index_select(0, point).view_as(scaled)
+        codes[start:end] = code.masked_fill_(largest.eq(0).unsqueeze(1), 0).view(-1)[: end - start]
+    return codes, absmax
 
 
 def nf4_absmax(stored: NF4) -> Tensor:
@@ -194,7 +217,7 @@ def _scale_up(values: Tensor, scales: Tensor, block: int) -> Tensor:
     return values
 
 
-def dequantize_nf4(stored: NF4, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_nf4(stored: NF4, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of `stored` as a tensor of `shape`: products in fp32, rounded once to `dtype`."""
     weight = torch.empty(tuple(shape), dtype=dtype, device=stored.packed.device)
     n = weight.numel()
@@ -208,10 +231,10 @@ def dequantize_nf4(stored: NF4, shape: Iterable[int], dtype: torch.dtype = torch
     return weight
 
 
-Decoder = Callable[[int, int], Tensor]
+DecodeRows = Callable[[int, int], Tensor]  # of (start, stop)
 
 
-def _nf4_decoder(stored: NF4, rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+def _nf4_decoder(stored: NF4, rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
     """Decodes rows [start, stop), at most `rows`, of a matrix; start x columns is a multiple of 64.
 
     One lookup a byte gives both of its values; two lookups a byte take twice as long.
@@ -256,12 +279,18 @@ def _checked(weight: Tensor) -> Tensor:
 
 
 def _chunks(
-    kind: type[FrozenLinear], shape: tuple[int, int], stored: tuple[Tensor, ...], dtype: torch.dtype
+    kind: type[FrozenLinear],
+    shape: tuple[int, int],
+    stored: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    tokens: int,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of the weight at a time, decoded; the next chunk may overwrite the last."""
     out_features, in_features = shape
+    device = stored[0].device.type
+    elements = DECODE_ELEMENTS[device] // (4 if device == "cpu" and tokens < FEW_TOKENS else 1)
     align = BLOCK // math.gcd(in_features, BLOCK)  # rows whose end is the end of a block
-    rows = DECODE_ELEMENTS[stored[0].device.type] // in_features // align * align
+    rows = elements // in_features // align * align
     rows = min(max(rows, align), out_features)
     decode = kind.decoder(stored, rows, in_features, dtype)
     for start in range(0, out_features, rows):
@@ -285,12 +314,18 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(*stored)
         y = x.new_empty(*x.shape[:-1], shape[0])
         x, rows_of_y = x.reshape(-1, shape[1]), y.view(-1, shape[0])
+        scale = kind.row_scale(stored, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            for rows, weight in _chunks(kind, shape, stored, x.dtype):
-                if bias is None:
-                    torch.mm(x, weight.t(), out=rows_of_y[:, rows])
-                else:
-                    torch.addmm(bias[rows], x, weight.t(), out=rows_of_y[:, rows])
+            for rows, weight in _chunks(kind, shape, stored, x.dtype, x.size(0)):
+                out = rows_of_y[:, rows]
+                if scale is None and bias is not None:
+                    torch.addmm(bias[rows], x, weight.t(), out=out)
+                    continue
+                torch.mm(x, weight.t(), out=out)
+                if scale is not None:
+                    out *= scale[rows]
+                if bias is not None:
+                    out += bias[rows]
         return y
 
     @staticmethod
@@ -301,11 +336,14 @@ class _Product(torch.autograd.Function):
         others = None, None, *(None for _ in ctx.saved_tensors)
         if not ctx.needs_input_grad[0]:
             return None, grad_bias, *others
+        scale = ctx.kind.row_scale(ctx.saved_tensors, dtype)
+        if scale is not None:
+            grad = (grad * scale).to(dtype)
         # The sum over chunks is kept in fp32, so that they leave no trace in bf16.
         wide = torch.promote_types(dtype, torch.float32)
         total = torch.zeros(grad.size(0), in_features, dtype=wide, device=grad.device)
         with torch.autocast(grad.device.type, enabled=False):
-            for rows, weight in _chunks(ctx.kind, ctx.shape, ctx.saved_tensors, dtype):
+            for rows, weight in _chunks(ctx.kind, ctx.shape, ctx.saved_tensors, dtype, grad.size(0)):
                 if dtype == wide:
                     total.addmm_(grad[:, rows], weight)
                 else:
@@ -353,9 +391,14 @@ class FrozenLinear(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         """A function of (start, stop) that gives these rows of the weight, at most `rows`, in `dtype`."""
         raise NotImplementedError
+
+    @staticmethod
+    def row_scale(stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
+        """A factor (out) that the decoder leaves out of the rows, for the product to put into the outputs."""
+        return None
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
@@ -367,17 +410,19 @@ class FrozenLinear(nn.Module):
         if weight.dim() != 2:
             raise ValueError(f"a linear's weight has two dimensions, but this has shape {(*weight.shape,)}")
         out_features, in_features = weight.shape
-        if bias is not None and bias.shape != (out_features,):
-            raise ValueError(
-                f"a bias of shape {(*bias.shape,)} does not fit a weight of {out_features:,} rows"
-            )
         module = cls(in_features, out_features, bias=False, device="meta")
         with torch.no_grad():
             for name, stored in zip(cls.names, cls.encode(_checked(weight)), strict=True):
                 setattr(module, name, stored.view(getattr(module, name).shape))
-        if bias is not None:
-            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        module._set_bias(bias)
         return module
+
+    def _set_bias(self, bias: Tensor | None) -> None:
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(
+                f"a bias of shape {(*bias.shape,)} does not fit a weight of {self.out_features:,} rows"
+            )
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
@@ -391,12 +436,13 @@ class FrozenLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that the products use, (out, in) in fp32, decoded anew at each access."""
-        shape = self.out_features, self.in_features
-        weight = torch.empty(shape, device=self.stored[0].device)
+        shape, dtype = (self.out_features, self.in_features), torch.float32
+        weight = torch.empty(shape, dtype=dtype, device=self.stored[0].device)
+        scale = self.row_scale(self.stored, dtype)
         with torch.no_grad():
-            for rows, values in _chunks(type(self), shape, self.stored, torch.float32):
+            for rows, values in _chunks(type(self), shape, self.stored, dtype, shape[0]):
                 weight[rows] = values
-        return weight
+        return weight if scale is None else weight.mul_(scale.unsqueeze(1))
 
     @property
     def bits_per_weight(self) -> float:
@@ -452,6 +498,13 @@ class FrozenLinear(nn.Module):
         )
 
 
+BITSANDBYTES_STATE = "weight.quant_state.bitsandbytes__nf4"  # JSON in bytes
+BITSANDBYTES = (
+    *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
+    BITSANDBYTES_STATE,
+)
+
+
 class Linear4bit(FrozenLinear):
     """4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314)."""
 
@@ -474,12 +527,85 @@ class Linear4bit(FrozenLinear):
         return quantize_nf4(weight)
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         return _nf4_decoder(NF4(*stored), rows, columns, dtype)
+
+    def to_bitsandbytes(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """`weight`, `weight.absmax` and so on, as bitsandbytes and transformers save a linear in safetensors.
+
+        `dtype` is the one that bitsandbytes then decodes to. The bias is not among them.
+        """
+        stored = NF4(*self.stored)
+        tables = _tables(stored.packed.device)
+        values = {
+            "quant_type": "nf4",
+            "blocksize": BLOCK,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": [self.out_features, self.in_features],
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": stored.offset.item(),
+        }
+        return {
+            "weight": stored.packed.reshape(-1, 1),
+            "weight.absmax": stored.absmax,
+            "weight.quant_map": _nf4_code().to(stored.packed.device),
+            "weight.nested_absmax": stored.nested_absmax,
+            "weight.nested_quant_map": tables.dynamic.clone(),
+            BITSANDBYTES_STATE: stored.packed.new_tensor(list(json.dumps(values).encode())),
+        }
+
+    @classmethod
+    def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> Self:
+        """The linear that `to_bitsandbytes` describes, bit for bit.
+
+        Raises:
+            ValueError: Tensors are missing or do not fit together, or it is not NF4 with double quantisation
+                in blocks of 64 and 256.
+        """
+        missing = [name for name in BITSANDBYTES if name not in tensors]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)} missing; only bitsandbytes' NF4 with double quantisation is read"
+            )
+        try:
+            values = json.loads(bytes(tensors[BITSANDBYTES_STATE][:4096].tolist()))
+            out_features, in_features = (int(size) for size in values["shape"])
+            offset = float(values["nested_offset"])
+            kind = values["quant_type"], values["blocksize"], values["nested_blocksize"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{BITSANDBYTES_STATE} is not a description that bitsandbytes writes") from None
+        if kind != ("nf4", BLOCK, NESTED_BLOCK) or min(out_features, in_features) < 1:
+            raise ValueError(
+                f"only nf4 in blocks of 64 and 256 is read, but this is {kind} of {values['shape']}"
+            )
+        maps = _nf4_code(), dynamic_map()
+        for name, expected in zip(("weight.quant_map", "weight.nested_quant_map"), maps, strict=True):
+            if not torch.equal(tensors[name].cpu(), expected):
+                raise ValueError(f"{name} is another than that of NF4; quantise the base again")
+        module = cls(in_features, out_features, bias=False, device="meta")
+        stored = NF4(
+            tensors["weight"],
+            tensors["weight.absmax"],
+            tensors["weight.nested_absmax"],
+            tensors["weight"].new_tensor(offset, dtype=torch.float32),
+        )
+        for name, given in zip(cls.names, stored, strict=True):
+            held = module.get_buffer(name)
+            if (given.dtype, given.numel()) != (held.dtype, held.numel()):
+                raise ValueError(
+                    f"{name} holds {given.numel():,} values of {given.dtype}, but a weight of shape "
+                    f"{(out_features, in_features)} has {held.numel():,} of {held.dtype}"
+                )
+            if given.is_floating_point() and not given.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity; quantise the base again")
+            setattr(module, name, given.detach().reshape(held.shape))
+        module._set_bias(bias)
+        return module
 
 
 class Int8Linear(FrozenLinear):
-    """Whole numbers from -127 to 127, times one scale an output row: the row's largest magnitude / 127."""
+    """Whole numbers from -127 to 127, times one scale an output row, its largest magnitude / 127."""
 
     names = ("quantized", "scale")
 
@@ -503,16 +629,20 @@ class Int8Linear(FrozenLinear):
         return quantized, scale
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         quantized, scale = stored
-        values = torch.empty(rows, columns, device=scale.device)
-        rounded = None if dtype == torch.float32 else torch.empty_like(values, dtype=dtype)
+        values = torch.empty(rows, columns, dtype=dtype, device=scale.device)
 
         def decode(start: int, stop: int) -> Tensor:
-            weight = values[: stop - start].copy_(quantized[start:stop]).mul_(scale[start:stop, None])
-            return weight if rounded is None else rounded[: stop - start].copy_(weight)
+            weight = values[: stop - start].copy_(quantized[start:stop])
+            return weight if dtype != torch.float16 else weight.mul_(scale[start:stop, None])
 
         return decode
+
+    @staticmethod
+    def row_scale(stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
+        """Scaling the outputs is cheaper than scaling the rows, but unscaled sums would overflow fp16."""
+        return None if dtype == torch.float16 else stored[1]
 
 
 class StoredLinear(FrozenLinear):
@@ -526,10 +656,12 @@ class StoredLinear(FrozenLinear):
 
     @staticmethod
     def encode(weight: Tensor) -> tuple[Tensor, ...]:
-        return (weight if weight.dtype == torch.float16 else weight.to(torch.bfloat16),)
+        if weight.dtype == torch.float16:
+            return (weight,)
+        return (_checked(weight.to(torch.bfloat16)),)  # fp32 goes a little further than bf16
 
     @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> Decoder:
+    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
         (weight,) = stored
         if weight.dtype == dtype:
             return lambda start, stop: weight[start:stop]

@@ -1,10 +1,11 @@
-"""Time and memory of each kind of stored linear beside nn.Linear and bitsandbytes' Linear4bit, in one run.
+"""Time of each kind of stored linear beside nn.Linear and bitsandbytes' Linear4bit, in one run.
 
-    python benchmarks/quantized.py [--out 8192] [--in 2048] [--tokens 512 1] [--rounds 9] [--threads 2]
+    python benchmarks/quantized.py [--out 8192] [--in 2048] [--layers 4] [--tokens 512 8 1] [--rounds 7]
 
-Forward, and forward with the gradient of the input, of one linear on a CPU in fp32; every kind is timed once in
-each round, and its median is set against nn.Linear's. The quantisation of one such weight is timed the same way,
-as seconds for a thousand million weights. bitsandbytes is left out where it is not installed.
+Forward, and forward with the gradient of the input, on a CPU in fp32, through `layers` linears one after the
+other, as many as a cache does not hold, since a model's do not fit either. Every kind is timed once in each
+round; its median is set against nn.Linear's. Then quantisation, in seconds for 10**9 weights.
+bitsandbytes is left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,54 +50,55 @@ def table(title: str, seconds: dict[str, float]) -> None:
         print(f"  {name:24}{value * 1e3:10.2f} ms {value / first:8.2f} x")
 
 
-def modules(dense: nn.Linear) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {"nn.Linear fp32": dense}
-    found |= {name: kind.from_linear(dense) for name, kind in KINDS.items()}
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError:
-        return found
-    logging.disable(logging.WARNING)
-    theirs = Linear4bit(dense.in_features, dense.out_features, bias=False, quant_type="nf4")
-    theirs.weight = Params4bit(dense.weight.detach().clone(), requires_grad=False, quant_type="nf4")
-    return found | {"bitsandbytes nf4": theirs.to("cpu")}
+def of_bitsandbytes(dense: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    module = Linear4bit(dense.in_features, dense.out_features, bias=False, quant_type="nf4")
+    parameter: Any = Params4bit  # its arguments are those of __new__, which pyright does not see
+    module.weight = parameter(dense.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+    return module.to("cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=int, default=8192)
     parser.add_argument("--in", type=int, default=2048, dest="in_features")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8, 1])
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     keep_freed_memory()
-    dense = nn.Linear(args.in_features, args.out, bias=False).requires_grad_(False)
-    linears = modules(dense)
+    dense = [nn.Linear(args.in_features, args.out, bias=False) for _ in range(args.layers)]
+    linears: dict[str, list[Any]] = {"nn.Linear fp32": [layer.requires_grad_(False) for layer in dense]}
+    linears |= {name: [kind.from_linear(layer) for layer in dense] for name, kind in KINDS.items()}
+    if find_spec("bitsandbytes"):
+        logging.disable(logging.WARNING)
+        linears["bitsandbytes nf4"] = [of_bitsandbytes(layer) for layer in dense]
     for name in KINDS:
-        print(f"{name}: {linears[name].bits_per_weight:.3f} bits a weight")
+        print(f"{name}: {linears[name][0].bits_per_weight:.3f} bits a weight")
 
-    def run(module: nn.Module, x: Tensor, backward: bool) -> Work:
-        def work() -> None:
-            y = module(x)
-            if backward:
-                torch.autograd.grad(y, x, torch.ones_like(y))
+    def work(layers: list[Any], x: Tensor) -> Work:
+        def forward_and_backward() -> None:
+            for layer in layers:
+                y = layer(x)
+                if x.requires_grad:
+                    torch.autograd.grad(y, x, torch.ones_like(y))
 
-        return work
+        return forward_and_backward
 
     for tokens in args.tokens:
         x = torch.randn(tokens, args.in_features)
+        works = {name: work(layers, x) for name, layers in linears.items()}
         with torch.no_grad():
-            works = {name: run(module, x, False) for name, module in linears.items()}
             table(f"forward, {tokens} tokens", in_turns(works, args.rounds))
         if tokens > 1:
             x.requires_grad_(True)
-            works = {name: run(module, x, True) for name, module in linears.items()}
             table(f"forward and backward, {tokens} tokens", in_turns(works, args.rounds))
 
-    weight = dense.weight.detach()
+    weight = dense[0].weight.detach()
     quantise: dict[str, Work] = {"nf4": lambda: quantize_nf4(weight)}
     if "bitsandbytes nf4" in linears:
         from bitsandbytes.functional import quantize_4bit

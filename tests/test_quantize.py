@@ -6,12 +6,15 @@ import copy
 import re
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import quantize
 from quantize import (
@@ -29,8 +32,6 @@ from quantize import (
     replace_linear,
 )
 
-bnb = pytest.importorskip("bitsandbytes.functional")
-
 EVERY_KIND = pytest.mark.parametrize("kind", list(KINDS))
 
 
@@ -40,6 +41,7 @@ def oracle(weight: Tensor) -> tuple[NF4, Tensor]:
     It decodes one row here: with AVX-512 its scales are wrong for rows of a multiple of 16 values, not of 64.
     An odd number of values goes through torch.compile there, so one more is decoded and dropped.
     """
+    bnb = pytest.importorskip("bitsandbytes.functional")
     packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     n = weight.numel()
     state.shape = torch.Size((1, n + n % 2))
@@ -77,7 +79,7 @@ def test_nf4_is_bit_for_bit_that_of_bitsandbytes(n: int, dtype: torch.dtype) -> 
     assert agrees(normal(n).to(dtype))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     n=st.integers(1, 40_000),
     exponent=st.integers(-149, 126),
@@ -119,14 +121,35 @@ def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(300, 70)
     whole = quantize_nf4(weight)
     decoded = dequantize_nf4(whole, weight.shape)
-    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 64)
+    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 256)
     monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 128)
     assert all(torch.equal(a, b) for a, b in zip(quantize_nf4(weight), whole, strict=True))
     assert torch.equal(dequantize_nf4(whole, weight.shape), decoded)
     assert torch.equal(quantize_nf4(weight.t().contiguous().t()).packed, whole.packed)
 
 
+@EVERY_KIND
+def test_default_dtype_and_device_leave_no_trace(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader of models sets both."""
+    linear, x = scrambled(70, 64), normal(3, 64, scale=1.0)
+    module = KINDS[kind].from_linear(linear)
+    before, y = module.weight, module(x)
+    monkeypatch.setattr(quantize, "_TABLES", {})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            again = KINDS[kind].from_linear(linear)
+            assert torch.equal(again.weight, before)
+            assert torch.equal(again(x), y)
+            if isinstance(again, Linear4bit):
+                assert torch.equal(Linear4bit.from_bitsandbytes(again.to_bitsandbytes()).weight, before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in again.stored] == [t.dtype for t in module.stored]
+
+
 def test_dynamic_map_is_that_of_bitsandbytes() -> None:
+    bnb = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
 
 
@@ -225,9 +248,10 @@ def test_product_and_gradients_are_those_of_the_dense_weight(
     )
     dense = nn.functional.linear(dense_x, module.weight, dense_bias)
     dense.backward(grad)
-    torch.testing.assert_close(y, dense, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(module.bias.grad, dense_bias.grad, rtol=1e-6, atol=1e-6)
+    atol = 5e-6 if kind == "int8" else 1e-6  # int8 scales the outputs instead of the weight
+    torch.testing.assert_close(y, dense, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(module.bias.grad, dense_bias.grad, rtol=1e-6, atol=atol)
 
 
 @EVERY_KIND
@@ -263,6 +287,38 @@ def test_only_what_is_stored_is_saved_for_backward(kind: str) -> None:
     assert sum(t.nbytes for t in saved) == sum(t.nbytes for t in module.stored)
 
 
+class LargestMade(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return result
+
+
+@EVERY_KIND
+def test_no_tensor_of_the_size_of_the_full_weight_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 2**10)
+    monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 2**14)
+    linear = scrambled(512, 256)
+    with LargestMade() as quantising:
+        module = KINDS[kind].from_linear(linear)
+    assert quantising.bytes == max(t.nbytes for t in module.stored)
+    x = normal(4, 256).requires_grad_(True)
+    for tokens in (x, x[:1]):
+        with LargestMade() as multiplying:
+            module(tokens).sum().backward()
+        assert multiplying.bytes <= 4 * 2**14
+    with LargestMade() as dense:
+        _ = x @ module.weight.t()
+    assert dense.bytes == 4 * 512 * 256
+
+
 def test_a_weight_changed_before_backward_is_seen() -> None:
     module = Linear4bit.from_linear(scrambled(8, 64))
     y = module(normal(2, 64).requires_grad_(True))
@@ -282,7 +338,11 @@ def test_autocast_multiplies_in_its_dtype(kind: str, dtype: torch.dtype) -> None
         dense = nn.functional.linear(x, module.weight, module.bias)
         assert module(x.double()).dtype == torch.float64  # as autocast does with nn.Linear
     assert y.dtype == dense.dtype == dtype
-    torch.testing.assert_close(y, dense)
+    assert module.bias is not None
+    exact = nn.functional.linear(x.to(dtype).double(), module.weight.double(), module.bias.double())
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7)
+    if kind != "int8":  # which scales the outputs instead of rounding the weight
+        torch.testing.assert_close(y, dense)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.dtype == torch.float32
     torch.testing.assert_close(
@@ -378,6 +438,63 @@ def test_a_state_that_was_cast_or_has_another_shape_is_refused(kind: str) -> Non
         KINDS[kind](64, 128).load_state_dict(module.state_dict())
 
 
+# --- the layout of bitsandbytes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (300, 128)])
+def test_layout_of_bitsandbytes_both_ways(shape: tuple[int, int]) -> None:
+    bnb_modules = pytest.importorskip("bitsandbytes.nn.modules")
+    linear = scrambled(*shape)
+    theirs = bnb_modules.Linear4bit(shape[1], shape[0], quant_type="nf4")
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu")  # quantises
+    state = {k: v for k, v in theirs.state_dict().items() if k != "bias"}
+    ours = Linear4bit.from_linear(linear)
+    written = ours.to_bitsandbytes()
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[k], v) for k, v in state.items() if "quant_state" not in k)
+    read = Linear4bit.from_bitsandbytes(state, linear.bias)
+    assert read.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(v, read.state_dict()[k]) for k, v in ours.state_dict().items())
+    parameter = bnb_modules.Params4bit.from_prequantized(
+        written["weight"],
+        {k.removeprefix("weight."): v for k, v in written.items() if k != "weight"},
+        device="cpu",
+    )
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(bnb.dequantize_4bit(parameter.data, parameter.quant_state), ours.weight)
+
+
+def test_a_layout_that_does_not_fit_is_refused_in_one_sentence() -> None:
+    good = Linear4bit.from_linear(scrambled(96, 64)).to_bitsandbytes()
+    state = quantize.BITSANDBYTES_STATE
+    text = bytes(good[state].tolist()).decode()
+
+    def described(old: str, new: str) -> dict[str, Tensor]:
+        assert old in text
+        return {**good, state: torch.tensor(list(text.replace(old, new).encode()), dtype=torch.uint8)}
+
+    cases = [
+        ({k: v for k, v in good.items() if "nested" not in k}, "nested_absmax, .* missing"),
+        (described("{", "["), "is not a description"),
+        (described("[96, 64]", "96"), "is not a description"),
+        (described("[96, 64]", "[0, 64]"), "only nf4"),
+        (described("[96, 64]", "[96, 128]"), "packed holds 3,072 values of torch.uint8, but .* has 6,144"),
+        (described('"blocksize": 64', '"blocksize": 128'), "only nf4 in blocks of 64 and 256"),
+        (described('"nf4"', '"fp4"'), "only nf4"),
+        (
+            described('"nested_offset": 0', '"nested_offset": Infinity, "x": 0'),
+            "offset holds NaN or infinity",
+        ),
+        ({**good, state: torch.full((9,), 300)}, "is not a description"),
+        ({**good, "weight.quant_map": good["weight.quant_map"].flip(0)}, "quant_map is another"),
+        ({**good, "weight.absmax": good["weight.absmax"].float()}, "absmax holds 96 values of torch.float32"),
+    ]
+    for tensors, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Linear4bit.from_bitsandbytes(tensors)
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
@@ -395,7 +512,7 @@ def test_linears_are_replaced_and_freed_one_by_one(kind: str, monkeypatch: pytes
     encode = KINDS[kind].encode
     counted = lambda w: alive.append(sum(r() is not None for r in weights.values())) or encode(w)  # noqa: E731
     monkeypatch.setattr(KINDS[kind], "encode", staticmethod(counted))
-    expected = {name: KINDS[kind].from_weight(model.get_submodule(name).weight).weight for name in names}
+    expected = {name: KINDS[kind].from_weight(model.get_parameter(f"{name}.weight")).weight for name in names}
     alive.clear()
     quantize_linears(model, kind, names)
     assert alive == [2, 1]
@@ -458,6 +575,10 @@ def test_every_refusal_is_one_sentence_and_changes_nothing() -> None:
             lambda: replace_linear(model, "1.c_attn", "nf4", normal(64, 96)),
             r"\(64, 96\), but the model's is \(96, 64\)",
         ),
+        (
+            lambda: StoredLinear.from_weight(torch.full((2, 2), 3.4e38)),
+            "4 of the weight's 4 values are NaN or inf",
+        ),
         (lambda: Linear4bit.from_weight(normal(64)), "has two dimensions"),
         (lambda: Linear4bit.from_weight(normal(8, 8), normal(7)), "bias of shape"),
         (lambda: quantize_nf4(normal(64).double()), "torch.float64 cannot be quantised"),
@@ -475,9 +596,12 @@ def test_every_refusal_is_one_sentence_and_changes_nothing() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @EVERY_KIND
 def test_a_gpu_stores_and_decodes_the_same(kind: str) -> None:
+    """The mean absmax is summed in another order there, so a scale may be one code off."""
     linear = scrambled(700, 320)
-    module = KINDS[kind].from_linear(linear)
-    there = KINDS[kind].from_linear(linear.cuda())
-    assert torch.equal(there.weight.cpu(), module.weight)
+    module, there = KINDS[kind].from_linear(linear), KINDS[kind].from_linear(linear.cuda())
+    assert torch.equal(there.stored[0].cpu(), module.stored[0])
+    torch.testing.assert_close(there.weight.cpu(), module.weight, rtol=2e-2, atol=1e-5)
+    moved = copy.deepcopy(module).cuda()
+    assert torch.equal(moved.weight.cpu(), module.weight)
     x = normal(5, 320, scale=1.0)
-    torch.testing.assert_close(there(x.cuda()).cpu(), module(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved(x.cuda()).cpu(), module(x), rtol=1e-4, atol=1e-4)
