@@ -49,6 +49,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
     "tokenizer.json",
     "code_tokenizer.json",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -106,7 +108,7 @@ class Pretrained:
         """SHA-256 of what the folder holds: the settings, and each weight's key, dtype, shape and bytes.
 
         Equal however the weights are cut into files and whichever spelling config.json has. Dropout does not
-        count, nor does the dtype in memory, nor what training did to the model since. When first asked for, it
+        count, nor does the dtype in memory, nor what training did to the model since. When first asked, it
         reads the files once more, at about 2 GB/s on two cores.
 
         Raises:
@@ -286,7 +288,7 @@ def _refuse_other_twin(twin: Entry, embedding: Tensor, head: str, embed: str) ->
 
 
 def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
-    if not any((folder / name).exists() for name in TOKENIZER[:2]):
+    if not any((folder / name).exists() for name in TOKENIZER[:3]):
         return None
     for name in TOKENIZER:
         if (folder / name).exists():
