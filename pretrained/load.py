@@ -174,6 +174,7 @@ def load_pretrained(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
     dtype = dtype or _one_dtype(folder, entries)
+    _refuse_too_large(folder, entries, dtype, device)
     stored = Stored.of(family, config, entries)
     tensors = {own[key]: tensor for key, tensor in _read_all(entries, dtype, device)}
     stored.refuse_change()
@@ -258,6 +259,19 @@ def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
     if len(names) > 1:
         raise ValueError(f"{folder} holds tensors of {' and '.join(names)}; say which dtype to load them in")
     return DTYPES[names[0]]
+
+
+def _refuse_too_large(
+    folder: Path, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """A sparse file of any size takes no room on a disk."""
+    needed = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.device(device).type == "cpu" and needed > there:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.0f} GB of memory in {str(dtype)[6:]} and this machine has "
+            f"{there / 1e9:.0f} GB; load it in a smaller dtype or on a larger machine"
+        )
 
 
 def _read_all(

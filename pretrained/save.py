@@ -18,9 +18,8 @@ from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
 from tokenizer import CodeTokenizer, Tokenizer
 
-
-# transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer for
-# some families and says nothing; this one it refuses for all, and its error shows the sentence.
+# transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer
+# for some families and says nothing; this one it refuses for all, and its error shows the sentence.
 UNREADABLE = {
     "version": "none: this model has Plumb's code tokenizer; open it with pretrained.load_pretrained",
     "added_tokens": [],
