@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -683,6 +685,101 @@ def test_mutated_pickles_are_read_or_refused(folder):
         path.write_bytes(text[: draw.choice((len(text), draw.randrange(len(text))))])
         with contextlib.suppress(ValueError):
             load_pretrained(folder)
+
+
+CHILD = """
+import os, resource, sys, time
+from pathlib import Path
+import torch
+from config import one_sentence
+from pretrained import load_pretrained
+load_pretrained(sys.argv[1])  # what is imported late counts for no case
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000,) * 2)
+for folder in sorted(Path(sys.argv[2]).iterdir()):
+    start = time.perf_counter()
+    try:
+        with one_sentence():
+            load_pretrained(folder)
+    except SystemExit as end:
+        print(folder.name, end.code, time.perf_counter() - start < 5)
+    else:
+        print(folder.name, "loaded")
+"""
+
+
+def sparse(path: Path, size: int, start: bytes = b"") -> None:
+    path.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        file.write(start)
+        file.truncate(size)
+
+
+def test_no_hostile_folder_costs_memory_or_time(folder, shards, tmp_path):
+    """Each ends a command with one sentence and exit code 2, where 300 MB more than before are to be had."""
+    giant = json.dumps(
+        {"model.embed_tokens.weight": entry(shape=(2**24, 2**16), offsets=(0, 2**42))}
+    ).encode()
+    values = json.loads((folder / "config.json").read_text("utf-8"))
+    whole = tensors_of(folder) | {"model.embed_tokens.weight": torch.empty(0)}
+    header, at = {}, 2**42
+    for key, tensor in whole.items():
+        shape = (2**24, 2**16) if "embed" in key else tuple(tensor.shape)
+        wide = tuple({16: 2**16}.get(n, n) for n in shape) if "embed" not in key else shape
+        n_bytes = 4 * math.prod(wide)
+        header[key] = entry(shape=wide, offsets=(0, 2**42) if "embed" in key else (at, at + n_bytes))
+        at += 0 if "embed" in key else n_bytes
+    sound = json.dumps(header).encode()
+    cases: dict[str, Callable[[Path], Any]] = {
+        name.replace(" ", "-"): lambda case, changes=changes: change_json(case / "config.json", **changes)
+        for name, (changes, _) in CONFIGS.items()
+        if "rope_scaling" not in changes
+    }
+    cases |= {
+        "vocabulary": lambda case: change_json(case / "config.json", vocab_size=10**12),
+        "layers": lambda case: change_json(case / "config.json", num_hidden_layers=10**6),
+        "nan": lambda case: (case / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": NaN}'),
+        "deep-config": lambda case: (case / "config.json").write_text('{"a":' * 10_000),
+        "long-config": lambda case: sparse(case / "config.json", 2**40),
+        "long-tokenizer": lambda case: sparse(case / "tokenizer.json", 10**9),
+        "deep-tokenizer": lambda case: (case / "tokenizer.json").write_text('{"a":' * 10_000),
+        "long-merges": lambda case: [sparse(case / name, 10**9) for name in ("vocab.json", "merges.txt")],
+        "long-header": lambda case: sparse(case / "model.safetensors", 2**40, struct.pack("<Q", 2**39)),
+        "giant-tensor": lambda case: sparse(
+            case / "model.safetensors", 8 + len(giant) + 2**42, struct.pack("<Q", len(giant)) + giant
+        ),
+        "giant-model": lambda case: (
+            change_json(case / "config.json", vocab_size=2**24, hidden_size=2**16, head_dim=4),
+            sparse(case / "model.safetensors", 8 + len(sound) + at, struct.pack("<Q", len(sound)) + sound),
+        ),
+        "pickle": lambda case: to_bin(case, {"evil": Payload(str(tmp_path / "ran"))}),
+        "long-pickle": lambda case: (to_bin(case, {}), sparse(case / "pytorch_model.bin", 2**40)),
+        "pipe": lambda case: ((case / "config.json").unlink(), os.mkfifo(case / "config.json")),
+        "zero": lambda case: ((case / "config.json").unlink(), (case / "config.json").symlink_to("/dev/zero")),
+    }  # fmt: skip
+    sharded: dict[str, Callable[[Path], Any]] = {
+        "index": lambda case: break_index(case, lambda index: index["weight_map"].update({"a": "../x"})),
+        "absolute": lambda case: break_index(case, lambda index: index["weight_map"].update({"a": "/etc/x"})),
+        "long-index": lambda case: sparse(case / "model.safetensors.index.json", 2**40),
+        "missing": lambda case: next(case.glob("model-00001*")).unlink(),
+        "link": lambda case: (next(case.glob("model-00001*")).unlink(),
+                              next(case.glob("model-00002*")).rename(tmp_path / "x"),
+                              (case / "model-00001-of-00006.safetensors").symlink_to(tmp_path / "x")),
+    }  # fmt: skip
+    assert values["vocab_size"] == 300
+    root = tmp_path / "cases"
+    for name, change in (cases | sharded).items():
+        shutil.copytree(shards if name in sharded else folder, root / name)
+        change(root / name)
+    command = [sys.executable, "-c", CHILD, str(folder), str(root)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=HOUSE)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert set(ended.stdout.splitlines()) == {f"{name} 2 True" for name in cases | sharded}, ended.stdout
+    sentences = ended.stderr.splitlines()
+    assert len(sentences) == len(cases | sharded) and all(line.startswith("error: ") for line in sentences)
+    print(ended.stderr)
+    assert not any("memory is full" in line for line in sentences), ended.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("source", ["", "no/such/folder", "nowhere", "a b/c", "../up", "-x/y"])
