@@ -49,15 +49,19 @@ import heapq
 import json
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+_LONGEST = 2**26  # bytes of a file; those of large published vocabularies have up to 35 million
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
 PAD, BOS, EOS = range(len(SPECIALS))
@@ -126,7 +130,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     if (folder / _CODE_FILE).exists():
         return CodeTokenizer.load(folder)
-    if not (folder / _HF_FILE).exists():
+    if not any((folder / name).exists() for name in (_HF_FILE, _HF_VOCAB)):
         raise ValueError(f"{folder} holds no tokenizer: expected {_CODE_FILE} or {_HF_FILE} in it")
     config = folder / _HF_CONFIG
     if config.exists() and _read_json(config).get(_OUR_MARK) == BPETokenizer.kind:
@@ -149,6 +153,13 @@ def _write(path: Path, text: str) -> None:
 
 def _read(path: Path) -> str:
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"the tokenizer file {path} is no regular file; put the file itself there")
+        if found.st_size > _LONGEST:
+            raise ValueError(
+                f"the tokenizer file {path} has {found.st_size} bytes; at most {_LONGEST} are read"
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
@@ -692,6 +703,8 @@ _HF_FILE = "tokenizer.json"
 _HF_CONFIG = "tokenizer_config.json"
 _HF_SPECIALS = "special_tokens_map.json"
 _HF_ADDED = "added_tokens.json"
+_HF_VOCAB, _HF_MERGES = "vocab.json", "merges.txt"
+_END_OF_TEXT = "<|endoftext|>"
 _OUR_MARK = "plumb_kind"
 
 
@@ -709,8 +722,15 @@ def _no_surrogates(text: str) -> str:
 def _backend(text: str, name: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{name} is not a tokenizer of the tokenizers library: {error}") from error
+    except BaseException as error:
+        raise _library_error(error, f"{name} is not a tokenizer of the tokenizers library") from error
+
+
+def _library_error(error: BaseException, what: str) -> BaseException:
+    """What to raise: the library raises bare Exception, and a panic of Rust that is not even one."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        return error
+    return ValueError(f"{what}: {' '.join(str(error).split())[:300]}")
 
 
 class BPETokenizer(Tokenizer):
@@ -789,8 +809,15 @@ class BPETokenizer(Tokenizer):
 class PretrainedTokenizer(Tokenizer):
     """A Hugging Face tokenizer folder; ids are those of transformers with `add_special_tokens=False`.
 
-    Added and special tokens are recognised in text, as there: `encode("<|endoftext|>")` is one id.
+    There is one exception, since a corpus may hold anything: the text of a special token inside a document is
+    text, as with `split_special_tokens=True` in transformers. So `encode("<|endoftext|>")` is several ids and
+    decodes to what it was; `encode("<|endoftext|>", specials=True)` is the one id, and `token_id` gives the
+    ids that a prompt's layout is made of. Added tokens that are not special, such as runs of spaces, are
+    recognised either way.
+
     `bos_id`, `eos_id` and `pad_id` are None where the folder names none. Only these three decode to "".
+    `decode(encode(s)) == s` where the tokenizer loses nothing: byte-level BPE without a normaliser, as of
+    StarCoder, CodeGen, Phi and Llama 3.
 
     Args:
         files: The text of `tokenizer.json` and, where there are, `tokenizer_config.json`,
@@ -809,17 +836,28 @@ class PretrainedTokenizer(Tokenizer):
             _parse_json(files[name], name) if name in files else {}
             for name in (_HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
         )
+        if "added_tokens_decoder" in config:  # it holds all that the two older files would say
+            special_map, added = {}, {}
+        named = {**config, **special_map}
         self._set_prefix_space(config.get("add_prefix_space"))
-        self._add_tokens(config.get("added_tokens_decoder") or {}, added)
-        named = {**special_map, **config}
+        self._add_tokens(config.get("added_tokens_decoder") or {}, added, set(_named_specials(named)))
         self._add_named_specials(named)
         self.bos_id, self.eos_id, self.pad_id = (
             self._special_id(named, f"{name}_token") for name in ("bos", "eos", "pad")
         )
         self._silent = frozenset(id for id in (self.bos_id, self.eos_id, self.pad_id) if id is not None)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        content = json.loads(self._tokenizer.to_str())
-        self.fingerprint = _hash(self.kind, [content, self.bos_id, self.eos_id, self.pad_id])
+        state = json.loads(self._tokenizer.to_str())
+        self.fingerprint = _hash(
+            self.kind, [state, self.bos_id, self.eos_id, self.pad_id, "specials are text"]
+        )
+        unknown = state["model"].get("unk_token")  # which any text may give
+        self._controls = frozenset(
+            id
+            for id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special and token.content != unknown
+        )
+        self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._files,)
@@ -831,19 +869,25 @@ class PretrainedTokenizer(Tokenizer):
             before["add_prefix_space"] = wanted
             self._tokenizer = _backend(json.dumps(state), _HF_FILE)
 
-    def _add_tokens(self, decoder: dict[str, Any], added: dict[str, Any]) -> None:
-        """Take in the tokens that tokenizer.json lacks, at the ids that the other files give them."""
+    def _add_tokens(self, decoder: Any, added: dict[str, Any], specials: set[str]) -> None:
+        """Take in the tokens that tokenizer.json lacks or gives other rules, at the ids of the other files.
+
+        What `tokenizer_config.json` says of a token goes before what `tokenizer.json` says, and that before
+        `added_tokens.json`.
+        """
+        present = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
         declared: dict[int, tuple[tokenizers.AddedToken, str]] = {}
         try:
             for content, id in added.items():
-                declared[int(id)] = (tokenizers.AddedToken(content, normalized=False), _HF_ADDED)
+                token = _added_token(content, special=content in specials)
+                declared[int(id)] = (present.get(content, token), _HF_ADDED)
             for id, token in decoder.items():
                 declared[int(id)] = (_added_token(token, special=bool(token.get("special"))), _HF_CONFIG)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{_HF_CONFIG} or {_HF_ADDED} has a broken added token: {error}") from error
-        present = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         for id, (token, file) in sorted(declared.items()):
-            if token.content not in present:
+            before = present.get(token.content)
+            if before is None or before.__getstate__() != token.__getstate__():
                 self._tokenizer.add_tokens([token])
             actual = self._tokenizer.token_to_id(token.content)
             if actual != id:
@@ -852,46 +896,113 @@ class PretrainedTokenizer(Tokenizer):
                 )
 
     def _add_named_specials(self, named: dict[str, Any]) -> None:
-        present = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        values = [value for key, value in named.items() if key.endswith("_token")]
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            extra = named.get(key) or []
-            if not isinstance(extra, (dict, list)):
-                raise ValueError(f"{key} in {_HF_CONFIG} or {_HF_SPECIALS} is {extra!r}, which is no list")
-            values += list(extra.values() if isinstance(extra, dict) else extra)
-        for value in values:
-            if isinstance(value, (str, dict)) and _content(value) not in present:
-                self._tokenizer.add_special_tokens([_added_token(value, special=True)])
+        present = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        for content, value in _named_specials(named).items():
+            token = present.get(content) or _added_token(value, special=True)
+            token.special = True  # a file may name a token as the end and not say that it is special
+            self._tokenizer.add_special_tokens([token])
 
     def _special_id(self, named: dict[str, Any], key: str) -> int | None:
         value = named.get(key)
         return None if value is None else self._tokenizer.token_to_id(_content(value))
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        """The ids of `text`, without bos and eos.
+
+        Args:
+            specials: The spelling of a special token is that token, as is usual in transformers; only for
+                text from whoever may command the model.
+
+        Raises:
+            ValueError: A lone surrogate, or a special token's spelling that has no other pieces.
+        """
+        backend = self._with_specials if specials else self._tokenizer
+        text = _no_surrogates(text)
+        try:
+            ids = backend.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            raise _library_error(
+                error, "the rules of this tokenizer's added tokens fail on the text"
+            ) from error
+        if not specials and not self._controls.isdisjoint(ids):
+            token = self._tokenizer.id_to_token(next(id for id in ids if id in self._controls))
+            raise ValueError(
+                f"the text spells the special token {token!r}, which this tokenizer cannot write as text: "
+                "take it out of the text"
+            )
+        return ids
+
+    @cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """A second one, since what counts as text is a state of the whole."""
+        return _backend(self._tokenizer.to_str(), _HF_FILE)
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [id for id in self._checked(ids) if id not in self._silent]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
-        """Write the files as they were loaded."""
+        """Write the files as they were loaded; vocab.json and merges.txt have become tokenizer.json."""
         for name, text in sorted(self._files.items(), key=lambda item: item[0] == _HF_FILE):
             _write(Path(folder) / name, text)
 
     @classmethod
     def load(cls, folder: Path) -> PretrainedTokenizer:
         folder = Path(folder)
-        if not (folder / _HF_FILE).exists():
-            raise ValueError(
-                f"{folder / _HF_FILE} is missing: a pretrained tokenizer is a folder with that file"
-            )
         names = (_HF_FILE, _HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
         files = {name: _read(folder / name) for name in names if (folder / name).exists()}
+        if _HF_FILE not in files and not all((folder / name).exists() for name in (_HF_VOCAB, _HF_MERGES)):
+            raise ValueError(
+                f"{folder / _HF_FILE} is missing: a pretrained tokenizer is a folder with that file, "
+                f"or with {_HF_VOCAB} and {_HF_MERGES}"
+            )
         try:
+            if _HF_FILE not in files:
+                files |= _from_merges(_read(folder / _HF_VOCAB), _read(folder / _HF_MERGES), files)
             return cls(files)
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
+
+
+# Classes whose vocab.json and merges.txt are byte-level BPE as of GPT-2; None where no class is named. Others
+# cut text by rules that only their code or a tokenizer.json holds.
+_MERGES_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
+
+
+def _from_merges(vocab: str, merges: str, files: dict[str, str]) -> dict[str, str]:
+    """`tokenizer.json` and `tokenizer_config.json` of a folder that has vocab.json and merges.txt instead."""
+    config = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+    name = config.get("tokenizer_class")
+    if name not in _MERGES_CLASSES:
+        raise ValueError(
+            f"tokenizer_class is {name!r}, whose {_HF_VOCAB} and {_HF_MERGES} are not read; "
+            f"save it with transformers' fast tokenizer, which writes {_HF_FILE}"
+        )
+    ids = _parse_json(vocab, _HF_VOCAB)
+    lines = [line.split(" ") for line in merges.split("\n") if line and not line.startswith("#version")]
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(ids, [(left, right) for left, right in lines]))
+    except BaseException as error:
+        raise _library_error(error, f"{_HF_VOCAB} and {_HF_MERGES} do not belong together") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")))
+    backend.decoder = decoders.ByteLevel()
+    defaults = {key: _END_OF_TEXT for key in ("bos_token", "eos_token", "unk_token") if _END_OF_TEXT in ids}
+    return {_HF_FILE: backend.to_str(pretty=True) + "\n", _HF_CONFIG: json.dumps(defaults | config, indent=2)}
+
+
+def _named_specials(named: dict[str, Any]) -> dict[str, Any]:
+    """The special tokens that a folder names, by their text: `eos_token` and its like, and the lists."""
+    values = [value for key, value in named.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = named.get(key) or []
+        if not isinstance(extra, (dict, list)):
+            raise ValueError(f"{key} in {_HF_CONFIG} or {_HF_SPECIALS} is {extra!r}, which is no list")
+        values += list(extra.values() if isinstance(extra, dict) else extra)
+    return {_content(value): value for value in reversed(values) if isinstance(value, (str, dict))}
 
 
 def _content(value: Any) -> str:

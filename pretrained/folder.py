@@ -63,7 +63,7 @@ class Entry(NamedTuple):
         if self.key is None and dtype == DTYPES[self.dtype] and tensor.device.type == "cpu":
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.start)
-                _read_fully(file, memoryview(tensor.view(-1).view(torch.uint8).numpy()), self.file)
+                _read_fully(file, tensor.view(-1).view(torch.uint8).numpy().data, self.file)
             return tensor
         for first, chunk in self.chunks():
             tensor.view(-1)[first : first + len(chunk)].copy_(chunk)
@@ -73,7 +73,7 @@ class Entry(NamedTuple):
         """SHA-256 of the elements as they are stored, in hexadecimal."""
         hashed = hashlib.sha256()
         for _, chunk in self.chunks():
-            hashed.update(chunk.contiguous().view(torch.uint8).numpy())
+            hashed.update(chunk.contiguous().view(torch.uint8).numpy().data)
         return hashed.hexdigest()
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:

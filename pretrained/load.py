@@ -49,6 +49,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
     "tokenizer.json",
     "code_tokenizer.json",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -106,7 +108,7 @@ class Pretrained:
         """SHA-256 of what the folder holds: the settings, and each weight's key, dtype, shape and bytes.
 
         Equal however the weights are cut into files and whichever spelling config.json has. Dropout does not
-        count, nor does the dtype in memory, nor what training did to the model since. When first asked for, it
+        count, nor does the dtype in memory, nor what training did to the model since. When first asked, it
         reads the files once more, at about 2 GB/s on two cores.
 
         Raises:
@@ -172,6 +174,7 @@ def load_pretrained(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
     dtype = dtype or _one_dtype(folder, entries)
+    _refuse_too_large(folder, entries, dtype, device)
     stored = Stored.of(family, config, entries)
     tensors = {own[key]: tensor for key, tensor in _read_all(entries, dtype, device)}
     stored.refuse_change()
@@ -258,6 +261,19 @@ def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
     return DTYPES[names[0]]
 
 
+def _refuse_too_large(
+    folder: Path, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """A sparse file of any size takes no room on a disk."""
+    needed = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.device(device).type == "cpu" and needed > there:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.0f} GB of memory in {str(dtype)[6:]} and this machine has "
+            f"{there / 1e9:.0f} GB; load it in a smaller dtype or on a larger machine"
+        )
+
+
 def _read_all(
     entries: dict[str, Entry], dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
@@ -286,7 +302,7 @@ def _refuse_other_twin(twin: Entry, embedding: Tensor, head: str, embed: str) ->
 
 
 def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
-    if not any((folder / name).exists() for name in TOKENIZER[:2]):
+    if not any((folder / name).exists() for name in TOKENIZER[:3]):
         return None
     for name in TOKENIZER:
         if (folder / name).exists():

@@ -16,7 +16,15 @@ from config import ModelConfig, write_atomically
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
-from tokenizer import Tokenizer
+from tokenizer import CodeTokenizer, Tokenizer
+
+# transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer
+# for some families and says nothing; this one it refuses for all, and its error shows the sentence.
+UNREADABLE = {
+    "version": "none: this model has Plumb's code tokenizer; open it with pretrained.load_pretrained",
+    "added_tokens": [],
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
 
 
 def save_pretrained(
@@ -32,7 +40,8 @@ def save_pretrained(
 
     Args:
         model: Loaded or trained here; its parameters are written as they are, in their dtype.
-        tokenizer: Its files and special ids go with the model.
+        tokenizer: Its files and special ids go with the model. AutoTokenizer opens all but `code`, which it
+            refuses by name; the model it opens either way.
         folder: A new or empty one.
         family: A `model_type`; None takes the first that can express the model.
         max_shard_bytes: A tensor that would pass it starts a new file.
@@ -51,6 +60,8 @@ def save_pretrained(
         _save_weights(_tensors(model, chosen), temporary, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(temporary)
+        if isinstance(tokenizer, CodeTokenizer):
+            write_atomically(temporary / "tokenizer.json", _json(UNREADABLE))
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
         head: dict[str, Any] = {"architectures": [chosen.architecture], "model_type": chosen.model_type}
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")

@@ -469,8 +469,9 @@ class TestPretrained:
         tokenizer = load_tokenizer(hf_folder)
         assert isinstance(tokenizer, PretrainedTokenizer)
         added = json.loads((hf_folder / "added_tokens.json").read_text())
-        end = tokenizer.encode("<|endoftext|>")
+        end = tokenizer.encode("<|endoftext|>", specials=True)
         assert end == [tokenizer.eos_id] == [tokenizer.bos_id] == [tokenizer.pad_id]
+        assert end == [tokenizer.token_id("<|endoftext|>")] and tokenizer.token_id("<|none|>") is None
         assert tokenizer.encode("<|target|>") == [added["<|target|>"]]
         assert tokenizer.encode("    ") == [added["    "]]
         assert tokenizer.vocab_size == added["<|target|>"] + 1
@@ -486,8 +487,90 @@ class TestPretrained:
         assert len(tokenizer.encode("x")) == 1
 
     def test_only_pad_bos_eos_are_silent(self, hf_folder: Path) -> None:
+        tokenizer = PretrainedTokenizer.load(hf_folder)
+        ids = tokenizer.encode("a<|target|>b<|endoftext|>", specials=True)
+        assert tokenizer.decode(ids) == "a<|target|>b"
+
+    def test_the_text_of_a_special_token_is_text(self, hf_folder: Path) -> None:
+        tokenizer = PretrainedTokenizer.load(hf_folder)
+        text = "stop at <|endoftext|>, or<|endoftext|>    <|target|>"
+        for ids in (tokenizer.encode(text), pickle.loads(pickle.dumps(tokenizer)).encode(text)):
+            assert tokenizer.eos_id not in ids
+            assert tokenizer.decode(ids) == text
+        commanded = tokenizer.encode(text, specials=True)
+        assert commanded.count(tokenizer.eos_id) == 2
+        assert tokenizer.encode(text) == ids, "asking for specials once must not change the rule"
+
+    def test_what_is_named_as_the_end_is_special_though_no_flag_says_so(self, hf_folder: Path) -> None:
+        path = hf_folder / "tokenizer.json"
+        state = json.loads(path.read_text())
+        next(token for token in state["added_tokens"] if token["content"] == "<|endoftext|>")["special"] = (
+            False
+        )
+        path.write_text(json.dumps(state))
         tokenizer = load_tokenizer(hf_folder)
-        assert tokenizer.decode(tokenizer.encode("a<|target|>b<|endoftext|>")) == "a<|target|>b"
+        assert tokenizer.eos_id not in tokenizer.encode("a<|endoftext|>")
+
+    def test_a_special_token_without_other_pieces_is_refused_as_text(self, hf_folder: Path) -> None:
+        path = hf_folder / "tokenizer.json"
+        state = json.loads(path.read_text())
+        state["model"] = {"type": "WordLevel", "vocab": {"<s>": 0, "a": 1, "?": 2}, "unk_token": "?"}
+        state["added_tokens"] = [state["added_tokens"][0] | {"id": 0, "content": "<s>", "special": True}]
+        state["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+        path.write_text(json.dumps(state))
+        for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+            (hf_folder / name).unlink()
+        tokenizer = PretrainedTokenizer.load(hf_folder)
+        assert tokenizer.encode("a b a") == [1, 2, 1]
+        with pytest.raises(ValueError, match="spells the special token '<s>'"):
+            tokenizer.encode("a <s> a")
+        assert tokenizer.encode("a <s> a", specials=True) == [1, 0, 1]
+
+    def test_vocab_and_merges_are_read_as_tokenizer_json_is(self, hf_folder: Path, tmp_path: Path) -> None:
+        whole = PretrainedTokenizer.load(hf_folder)
+        path = hf_folder / "tokenizer.json"
+        model = json.loads(path.read_text())["model"]
+        ids = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
+        (hf_folder / "vocab.json").write_text(json.dumps(ids))
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (hf_folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+        path.unlink()
+        parts = PretrainedTokenizer.load(hf_folder)
+        assert isinstance(load_tokenizer(hf_folder), PretrainedTokenizer)
+        for text in (SMALL, SMALL * 3 + "    <|target|> é\r\n\t", "# <|endoftext|>"):
+            for specials in (False, True):
+                assert parts.encode(text, specials) == whole.encode(text, specials)
+            assert parts.decode(parts.encode(text)) == text
+        parts.save(tmp_path / "saved")
+        assert load_tokenizer(tmp_path / "saved").fingerprint == parts.fingerprint
+
+        config = hf_folder / "tokenizer_config.json"
+        config.write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+        with pytest.raises(ValueError, match="tokenizer_class is 'CLIPTokenizer', whose"):
+            load_tokenizer(hf_folder)
+        config.write_text(json.dumps({"tokenizer_class": "CodeGenTokenizer"}))
+        for broken in ("a", "a b c", "never seen", "\x00 \x01"):
+            (hf_folder / "merges.txt").write_text(broken)
+            with pytest.raises(ValueError, match="do not belong together"):
+                load_tokenizer(hf_folder)
+
+    @pytest.mark.parametrize(
+        "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    )
+    def test_a_file_of_a_gigabyte_a_pipe_and_a_deep_one_are_refused(self, hf_folder: Path, name: str) -> None:
+        with open(hf_folder / name, "wb") as file:
+            file.truncate(10**9)
+        with pytest.raises(ValueError, match=f"{name} has 1000000000 bytes; at most 67108864 are read"):
+            load_tokenizer(hf_folder)
+        for deep in ("[" * 10_000, '{"a":' * 10_000 + "1" + "}" * 10_000):
+            (hf_folder / name).write_text(deep)
+            with pytest.raises(ValueError, match=name) as error:
+                load_tokenizer(hf_folder)
+            assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+        (hf_folder / name).unlink()
+        os.mkfifo(hf_folder / name)
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            load_tokenizer(hf_folder)
 
     def test_same_after_save_and_load(self, hf_folder: Path, tmp_path: Path) -> None:
         before = load_tokenizer(hf_folder)
@@ -502,13 +585,14 @@ class TestPretrained:
         config = json.loads(path.read_text())
         plain = load_tokenizer(hf_folder)
         config["added_tokens_decoder"] = {
-            str(plain.vocab_size): {"content": "<|next|>", "special": True, "normalized": False}
+            str(plain.vocab_size - 1): {"content": "<|target|>", "special": False, "normalized": False},
+            str(plain.vocab_size): {"content": "<|next|>", "special": True, "normalized": False},
         }
         config["add_prefix_space"] = True
         config["additional_special_tokens"] = ["<|role|>"]
         path.write_text(json.dumps(config))
-        richer = load_tokenizer(hf_folder)
-        assert richer.encode("<|next|><|role|>") == [plain.vocab_size, plain.vocab_size + 1]
+        richer = PretrainedTokenizer.load(hf_folder)
+        assert richer.encode("<|next|><|role|>", specials=True) == [plain.vocab_size, plain.vocab_size + 1]
         assert richer.vocab_size == plain.vocab_size + 2
         assert richer.encode("url") == plain.encode(" url") != plain.encode("url")
         assert richer.fingerprint != plain.fingerprint
@@ -555,3 +639,20 @@ class TestPretrained:
             tokenizer.encode("\udfff")
         with pytest.raises(ValueError, match=rf"{tokenizer.vocab_size} is outside"):
             tokenizer.decode([tokenizer.vocab_size])
+
+    @pytest.mark.slow
+    @pytest.mark.skipif("PLUMB_TOKENIZER" not in os.environ, reason="PLUMB_TOKENIZER names no folder")
+    def test_a_published_tokenizer_on_the_standard_library(self) -> None:
+        """Ids are those of AutoTokenizer and text comes back, on each file; for byte-level tokenizers."""
+        import transformers
+
+        folder = Path(os.environ["PLUMB_TOKENIZER"])
+        ours, theirs = PretrainedTokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        files = stdlib_files(1)
+        assert len(files) > 1000
+        for path in files:
+            text = path.read_bytes().decode("utf-8", "replace")
+            ids = ours.encode(text)
+            assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), path
+            assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False), path
+            assert ours.decode(ids) == text, path
