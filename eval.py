@@ -86,7 +86,8 @@ import torch
 from architecture import Decoder
 from checkpoint import Run, code_fingerprint, load_run
 from dataset import fits_a_row, prepare_data, validation_batches
-from generate import GenerationConfig, added_text, generate_ids, prompt_ids
+from decoding import generate_ids
+from generate import GenerationConfig, added_text, prompt_ids
 from loss import Scores, score
 from metrics import Interval, edit_similarity, exact_match, mean_interval
 from ngram import NGramModel

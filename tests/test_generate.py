@@ -17,24 +17,21 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
-from generate import (
-    GenerationConfig,
+from decoding import (
     KVCache,
     _beam_search,
     _Run,
     adjust_logits,
-    generate,
     generate_ids,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     pad_left,
     penalize_repetition,
-    prompt_ids,
     row_generator,
     sample,
-    trim_prompt,
 )
+from generate import GenerationConfig, generate, prompt_ids, trim_prompt
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
