@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -237,7 +237,7 @@ def generate_ids(
     model: Decoder,
     prompts: Sequence[list[int]],
     settings: GenerationConfig,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
     stopped: Stopped | None = None,
     first_row: int = 0,
@@ -247,7 +247,7 @@ def generate_ids(
     Args:
         model, settings, first_row: As for `generate`.
         prompts: Ids, bos included.
-        eos_id: The token that ends a text.
+        eos_id: The token that ends a text, or several.
         vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.
         stopped: Asked after each token whether the text has ended.
 
@@ -258,11 +258,12 @@ def generate_ids(
     if not prompts:
         return []
     _check_prompts(model, prompts, settings)
+    ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
     with _evaluating(model), torch.inference_mode():
         run = _Run(model, prompts, settings, vocab_size)
         if settings.num_beams > 1:
-            return _beam_search(run, settings, eos_id, stopped)
-        return _token_by_token(run, settings, eos_id, stopped, first_row)
+            return _beam_search(run, settings, ends, stopped)
+        return _token_by_token(run, settings, ends, stopped, first_row)
 
 
 @contextmanager
@@ -329,7 +330,7 @@ class _Run:
 
 
 def _token_by_token(
-    run: _Run, settings: GenerationConfig, eos_id: int | None, stopped: Stopped | None, first_row: int
+    run: _Run, settings: GenerationConfig, ends: Collection[int], stopped: Stopped | None, first_row: int
 ) -> list[Generated]:
     """Greedy decoding or sampling; a finished row leaves the batch at once."""
     n_prompts = len(run.logits)
@@ -347,7 +348,7 @@ def _token_by_token(
         for row, (prompt, id) in enumerate(zip(prompts, chosen.tolist(), strict=True)):
             ids[prompt].append(id)
             log_prob[prompt] += gained[row]
-            if id == eos_id:
+            if id in ends:
                 reason[prompt] = "eos"
             elif stopped is not None and stopped(prompt, ids[prompt]):
                 reason[prompt] = "stop"
@@ -369,7 +370,7 @@ class _Beam(NamedTuple):
 
 
 def _beam_search(
-    run: _Run, settings: GenerationConfig, eos_id: int | None, stopped: Stopped | None
+    run: _Run, settings: GenerationConfig, ends: Collection[int], stopped: Stopped | None
 ) -> list[Generated]:
     """The best of `num_beams` hypotheses a prompt, by score / length ** length_penalty (eos counts).
 
@@ -407,7 +408,7 @@ def _beam_search(
                 parent, id = first + i // V, i % V
                 ids = [*running[parent].ids, id]
                 beam = _Beam(prompt, ids, running[parent].log_prob + log_prob, score, "length")
-                if id == eos_id:
+                if id in ends:
                     finished[prompt].append(beam._replace(reason="eos"))
                 elif stopped is not None and stopped(prompt, ids):
                     finished[prompt].append(beam._replace(reason="stop"))

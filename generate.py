@@ -1,11 +1,20 @@
-"""Text from a model."""
+"""Text from a model: `python generate.py --model FOLDER --prompt "def fib(n):"`.
+
+    [start] + encode(prompt) -> decoding.generate_ids -> text without the prompt, cut before a stop string
+
+With a suffix the prompt is that of fill-in-the-middle (`fim.py`). The command writes the completion to the
+standard output while it is made, and how it went to the standard error.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal
+
+from config import make_parser, one_sentence
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,79 @@ class GenerationConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(GenerationConfig):
+    """The command line of generation.
+
+    Args:
+        model: A model folder or a hub id such as `bigcode/starcoder2-3b`, or a run folder or checkpoint.
+        prompt: Text to go on from; several may be given.
+        prompt_file: A file that holds one more prompt; `-` is the standard input.
+        suffix: What follows the gap: the model fills in what stands between prompt and suffix.
+        which: The checkpoint of a run folder: `best` by validation loss, or `last`.
+        dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    """
+
+    model: str
+    prompt: tuple[str, ...] = ()
+    prompt_file: str = ""
+    suffix: str | None = None
+    which: Literal["best", "last"] = "best"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n_prompts = len(self.prompt) + bool(self.prompt_file)
+        if not n_prompts:
+            raise ValueError("there is no prompt; give --prompt TEXT or --prompt_file FILE (- is stdin)")
+        if self.suffix is not None and n_prompts > 1:
+            raise ValueError(f"--suffix belongs to one prompt, and there are {n_prompts}; give one")
+
+
+def parse_settings(argv: list[str]) -> CommandConfig:
+    """The CommandConfig of a command line; a mistake prints one sentence and exits with 2.
+
+    Texts are taken as they are, where the parser would read them as YAML.
+    """
+    texts: dict[str, list[str]] = {"--prompt": [], "--stop": [], "--suffix": []}
+    words, rest = [], iter(argv)
+    for word in rest:
+        flag, given, value = word.partition("=")
+        text = value if given else next(rest, None) if flag in texts else None
+        if flag in texts and text is not None:
+            texts[flag].append(text)
+        else:
+            words.append(word)
+    parser = make_parser({"": CommandConfig}, "Continue a prompt, or fill the gap before a suffix.")
+    values = parser.parse_args(words).clone(with_meta=False).as_dict()
+    values.pop("config", None)
+    if len(texts["--suffix"]) > 1:
+        parser.error(f"--suffix is given {len(texts['--suffix'])} times; give one")
+    values |= {flag[2:]: tuple(found) for flag, found in texts.items() if found and flag != "--suffix"}
+    if texts["--suffix"]:
+        values["suffix"] = texts["--suffix"][0]
+    try:
+        return CommandConfig(**values | {key: tuple(values[key]) for key in ("prompt", "stop")})
+    except ValueError as error:
+        return parser.error(str(error))  # exits
+
+
+# Before torch is imported, so that --help and a typo answer at once.
+SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
 from architecture import Decoder
+from checkpoint import load_run
 from decoding import Stopped, generate_ids
+from fim import fim_end_ids, fim_prompt_ids
+from precision import choose_device
 from tokenizer import Tokenizer
 
 
@@ -129,6 +209,8 @@ def generate(
     prompts: Sequence[str],
     settings: GenerationConfig,
     first_row: int = 0,
+    suffix: str | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Completion]:
     """Continue each prompt, in one batch.
 
@@ -139,26 +221,47 @@ def generate(
         settings: How to choose tokens.
         first_row: The seed's row of the first prompt. Who calls for some prompts at a time counts on, and
             gets the same samples in batches of any size.
+        suffix: What follows the gap that each completion fills.
+        on_text: Called with the parts of the completion of a single prompt while it is made, as soon as
+            nothing that follows can change them; together they are its text. A beam search gives one part.
 
     Raises:
         ValueError: A prompt is empty and there is no bos, does not fit the model's positions, or the
-            tokenizer has more words than the model.
+            tokenizer has more words than the model or lacks what a suffix needs.
     """
+    if on_text is not None and len(prompts) != 1:
+        raise ValueError(f"{len(prompts)} completions cannot be streamed as one text; give one prompt")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
             f"{model.config.vocab_size}; use the tokenizer the model was trained with"
         )
-    ids = [prompt_ids(tokenizer, text) for text in prompts]
-    stopped = _stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
+    if suffix is None:
+        ids = [prompt_ids(tokenizer, text) for text in prompts]
+        ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    else:
+        ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
+        ends = fim_end_ids(tokenizer)
+    found = _stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
+    stream = None if on_text is None else _Stream(tokenizer, ids[0], settings.stop, on_text)
+
+    def stopped(prompt: int, new: list[int]) -> bool:
+        if found is not None and found(prompt, new):
+            return True
+        if stream is not None and settings.num_beams == 1:
+            stream.read(new)
+        return False
+
     completions = []
-    results = generate_ids(model, ids, settings, tokenizer.eos_id, tokenizer.vocab_size, stopped, first_row)
+    results = generate_ids(model, ids, settings, ends, tokenizer.vocab_size, stopped, first_row)
     for prompt, result in zip(ids, results, strict=True):
         new = result.ids[:-1] if result.finish_reason == "eos" else result.ids
         text = added_text(tokenizer, prompt, new)
-        ends = [end for end in (text.find(string) for string in settings.stop) if end >= 0]
-        reason = "stop" if ends else result.finish_reason
-        completions.append(Completion(text[: min(ends, default=None)], result.ids, result.log_prob, reason))
+        cuts = [cut for cut in (text.find(string) for string in settings.stop) if cut >= 0]
+        reason = "stop" if cuts else result.finish_reason
+        completions.append(Completion(text[: min(cuts, default=None)], result.ids, result.log_prob, reason))
+    if stream is not None:
+        stream.end(completions[0].text)
     return completions
 
 
@@ -188,3 +291,128 @@ def _stop_finder(tokenizer: Tokenizer, prompts: list[list[int]], stop: Sequence[
         return any(string in text for string in stop)
 
     return stopped
+
+
+class _Stream:
+    """Gives out a text that grows by tokens, never what a later token may change.
+
+    Kept back are a character whose bytes have not all come, which decodes to U+FFFD; the beginning of a stop
+    string; and text that one more byte would change: some tokenizers decode a run of bytes to U+FFFD
+    altogether as long as its last character is not whole.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, before: list[int], stop: Sequence[str], on_text: Callable[[str], None]
+    ):
+        self.tokenizer, self.before, self.stop, self.on_text = tokenizer, before, stop, on_text
+        self.given = ""
+        self.skipped = len(tokenizer.decode(before))
+        rare = tokenizer.encode_ordinary("\U00013000")  # in no vocabulary, so that its ids are bytes
+        self.byte = [id for id in rare if "\ufffd" in tokenizer.decode([id])][:1]
+
+    def read(self, ids: list[int]) -> None:
+        """Give out what is certain after these ids, all so far."""
+        text, changed = (
+            self.tokenizer.decode(self.before + ids + more)[self.skipped :] for more in ([], self.byte)
+        )
+        same = (i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b)
+        text = text[: next(same, min(len(text), len(changed)))]
+        text = text.rstrip("\ufffd")
+        begun = [n for string in self.stop for n in range(1, len(string)) if text.endswith(string[:n])]
+        self._give(text[: len(text) - max(begun, default=0)])
+
+    def end(self, text: str) -> None:
+        """Give out the rest of the finished text."""
+        self._give(text)
+
+    def _give(self, text: str) -> None:
+        if text.startswith(self.given) and text != self.given:
+            self.on_text(text[len(self.given) :])
+            self.given = text
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: what a model writes must not steer the reader's terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
+    """The model and tokenizer that --model names, on the device and in the dtype that were asked for.
+
+    Raises:
+        ValueError: There is no such model, it cannot be read, or it has no tokenizer.
+    """
+    from pretrained import load_pretrained  # six families, which a run folder does not need
+
+    device = choose_device(settings.device)
+    dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
+    folder = Path(settings.model)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        run = load_run(folder, settings.which)
+        return run.model.to(device, dtype), run.tokenizer
+    found = load_pretrained(settings.model, dtype, device)
+    if found.tokenizer is None:
+        raise ValueError(
+            f"{settings.model} has no tokenizer; put the tokenizer.json of the model beside its weights"
+        )
+    if found.model.embed.weight.dtype == torch.float16 and device.type == "cpu":
+        found.model.float()  # a CPU has no fast fp16
+    return found.model, found.tokenizer
+
+
+def read_prompts(settings: CommandConfig) -> list[str]:
+    """The prompts of the command line, then that of the file.
+
+    Raises:
+        ValueError: The file cannot be read, or is not UTF-8.
+    """
+    prompts = list(settings.prompt)
+    if settings.prompt_file:
+        try:
+            here = settings.prompt_file == "-"
+            data = sys.stdin.buffer.read() if here else Path(settings.prompt_file).read_bytes()
+            prompts.append(data.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--prompt_file {settings.prompt_file} is not UTF-8: byte {error.start} cannot be read"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"--prompt_file {settings.prompt_file} cannot be read: {error.strerror}"
+            ) from None
+    return prompts
+
+
+def main(settings: CommandConfig) -> None:
+    """Write the completions to the standard output, and how they ended to the standard error."""
+    prompts = read_prompts(settings)
+    model, tokenizer = open_model(settings)
+    shown = printable if sys.stdout.isatty() else str
+
+    def write(text: str) -> None:
+        sys.stdout.buffer.write(shown(text).encode("utf-8", "surrogatepass"))
+        sys.stdout.buffer.flush()
+
+    one = len(prompts) == 1
+    started = time.perf_counter()
+    completions = generate(model, tokenizer, prompts, settings, 0, settings.suffix, write if one else None)
+    seconds = time.perf_counter() - started
+    for number, completion in enumerate(completions, 1):
+        if one:
+            write("\n")
+        else:
+            write(f"--- completion {number}\n{completion.text}\n")
+        if not one:
+            print(f"{number}: {completion.finish_reason}, {len(completion.ids)} tokens", file=sys.stderr)
+    n_tokens = sum(len(completion.ids) for completion in completions)
+    reason = f"{completions[0].finish_reason}, " if one else ""
+    rate = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s"
+    print(f"{reason}{rate}", file=sys.stderr)
+
+
+if SETTINGS is not None:
+    with one_sentence():
+        main(SETTINGS)

@@ -94,6 +94,14 @@ class Tokenizer(ABC):
             ValueError: An id is outside the vocabulary.
         """
 
+    def encode_ordinary(self, text: str) -> list[int]:
+        """As `encode`, but what looks like a control token is text: a file may hold "<fim_prefix>"."""
+        return self.encode(text)
+
+    def control_id(self, token: str) -> int | None:
+        """The id of an added or special token such as "<fim_prefix>"; None where there is no such token."""
+        return None
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write readable files into `folder`, each under a temporary name first."""
@@ -819,6 +827,8 @@ class PretrainedTokenizer(Tokenizer):
         self._silent = frozenset(id for id in (self.bos_id, self.eos_id, self.pad_id) if id is not None)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         content = json.loads(self._tokenizer.to_str())
+        self._added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        self._ordinary: tokenizers.Tokenizer | None = None
         self.fingerprint = _hash(self.kind, [content, self.bos_id, self.eos_id, self.pad_id])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -870,6 +880,22 @@ class PretrainedTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
 
+    def encode_ordinary(self, text: str) -> list[int]:
+        ordinary = self._ordinary
+        if ordinary is None:
+            state = json.loads(self._tokenizer.to_str())
+            # Runs of spaces are added tokens too (CodeGen's), and stay.
+            state["added_tokens"] = [token for token in state["added_tokens"] if not _is_control(token)]
+            ordinary = self._ordinary = _backend(json.dumps(state), _HF_FILE)
+        # By their names, since without the others the remaining added tokens may have moved up.
+        names = ordinary.encode(_no_surrogates(text), add_special_tokens=False).tokens
+        ids = [self._tokenizer.token_to_id(name) for name in names]
+        assert None not in ids, "what is left is a part of the whole vocabulary"
+        return ids
+
+    def control_id(self, token: str) -> int | None:
+        return self._added.get(token)
+
     def decode(self, ids: Iterable[int]) -> str:
         kept = [id for id in self._checked(ids) if id not in self._silent]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
@@ -892,6 +918,10 @@ class PretrainedTokenizer(Tokenizer):
             return cls(files)
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
+
+
+def _is_control(token: dict[str, Any]) -> bool:
+    return token["special"] or (token["content"][:1] == "<" and token["content"][-1:] == ">")
 
 
 def _content(value: Any) -> str:

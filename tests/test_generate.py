@@ -449,7 +449,7 @@ def test_one_beam_is_greedy(length_penalty):
     one = beams(1, 10)  # `generate_ids` itself decodes greedily then, and has no use for a length penalty
     object.__setattr__(one, "length_penalty", length_penalty)
     with torch.inference_mode():
-        results = _beam_search(_Run(model, prompts, one, None), one, eos, None)
+        results = _beam_search(_Run(model, prompts, one, None), one, () if eos is None else (eos,), None)
     for result, best in zip(results, expected, strict=True):
         assert (result.ids, result.finish_reason) == (best.ids, best.finish_reason)
         assert result.log_prob == pytest.approx(best.log_prob, abs=1e-6)
