@@ -30,8 +30,8 @@ BLOCK, LARGE_BLOCK = 2**18, 2**22  # elements that are made fp32 at a time, for 
 class Linear(nn.Linear):
     """x (..., in) -> x weight^T + bias, (..., out)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight, bias = input, self.weight, self.bias
         if torch.is_grad_enabled() or x.device.type != "cpu" or not weight.is_contiguous():
             return F.linear(x, weight, bias)
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):

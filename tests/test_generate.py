@@ -255,12 +255,28 @@ def test_rows_of_a_cache_do_not_share_memory_after_select():
     cache.extend_documents(torch.zeros(1, 2, dtype=torch.long))
     cache.update(0, torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 3))
     cache.select(torch.tensor([0, 0]))
-    assert cache.extend_documents(torch.tensor([[5], [6]])).tolist() == [[0, 0, 5], [0, 0, 6]]
+    documents = cache.extend_documents(torch.tensor([[5], [6]]))
+    assert documents is not None and documents.tolist() == [[0, 0, 5], [0, 0, 6]]
     k, v = cache.update(
         0, torch.tensor([2.0, 3.0]).expand(1, 1, 3, 2).permute(3, 0, 1, 2), torch.zeros(2, 1, 1, 3)
     )
     assert k[:, 0, :, 0].tolist() == [[1, 1, 2], [1, 1, 3]]
     assert v[:, 0, :, 0].tolist() == [[1, 1, 0], [1, 1, 0]]
+
+
+def test_rows_of_one_document_each_need_no_mask():
+    cache, zero = KVCache(1, 9), torch.zeros(2, 1, dtype=torch.long)
+    assert cache.extend_documents(torch.zeros(2, 3, dtype=torch.long)) is None
+    assert cache.extend_documents(zero) is None
+    padded = KVCache(1, 9)
+    assert padded.extend_documents(torch.tensor([[-1, 0], [0, 0]])) is not None
+    assert padded.extend_documents(zero) is not None
+    padded.select(torch.tensor([0]))
+    assert padded.extend_documents(zero[:1]) is not None
+    padded = KVCache(1, 9)
+    padded.extend_documents(torch.tensor([[-1, 0], [0, 0]]))
+    padded.select(torch.tensor([1]))  # the padded row has left
+    assert padded.extend_documents(zero[:1]) is None
 
 
 def test_cache_takes_the_models_precision():
