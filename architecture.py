@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
+from linear import Linear
 
 
 class Cache(Protocol):
@@ -31,8 +32,8 @@ class Cache(Protocol):
         """Tokens held so far, before the call under way."""
         ...
 
-    def extend_documents(self, document_ids: Tensor) -> Tensor:
-        """Append (B, T) document ids of this call; returns (B, length + T)."""
+    def extend_documents(self, document_ids: Tensor) -> Tensor | None:
+        """Append (B, T) document ids of this call; returns (B, length + T), or None: one document a row."""
         ...
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,10 +222,12 @@ def attention_mask(query_documents: Tensor, key_documents: Tensor, window: int =
     row of the mask has at least one True and no softmax is taken over nothing.
     """
     n_query, n_key = query_documents.size(1), key_documents.size(1)
+    same = query_documents[:, :, None] == key_documents[:, None, :]
+    if n_query == 1 and not window:
+        return same.unsqueeze(1)
     causal = torch.ones(n_query, n_key, dtype=torch.bool, device=query_documents.device).tril(n_key - n_query)
     if window:
         causal = causal.triu(n_key - n_query - window + 1)
-    same = query_documents[:, :, None] == key_documents[:, None, :]
     return (same & causal).unsqueeze(1)
 
 
@@ -309,13 +312,13 @@ class Attention(nn.Module):
         self.split = QKV_SPLITS[config.qkv_layout]
         self.has_window = config.sliding_window > 0 and layer in (config.window_layers or (layer,))
         if config.fused_qkv:
-            self.qkv = nn.Linear(config.n_embd, sum(widths), bias=config.qkv_bias)
+            self.qkv = Linear(config.n_embd, sum(widths), bias=config.qkv_bias)
         else:
-            self.q = nn.Linear(config.n_embd, widths[0], bias=config.qkv_bias)
-            self.k = nn.Linear(config.n_embd, widths[1], bias=config.qkv_bias)
-            self.v = nn.Linear(config.n_embd, widths[2], bias=config.qkv_bias)
+            self.q = Linear(config.n_embd, widths[0], bias=config.qkv_bias)
+            self.k = Linear(config.n_embd, widths[1], bias=config.qkv_bias)
+            self.v = Linear(config.n_embd, widths[2], bias=config.qkv_bias)
         self.project = self._project_fused if config.fused_qkv else self._project_separate
-        self.out = nn.Linear(widths[0], config.n_embd, bias=config.attention_bias)
+        self.out = Linear(widths[0], config.n_embd, bias=config.attention_bias)
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
@@ -336,12 +339,16 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        if self.n_kv_head != self.n_head:
+        if self.n_kv_head != self.n_head and T == 1:
+            # The queries of a group become rows of one head; copies of all keys took 3 ms a step of 8 rows.
+            q = q.reshape(B, self.n_kv_head, -1, self.head_dim)
+        elif self.n_kv_head != self.n_head:
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
         mask = context.window_mask if self.has_window else context.mask
         y = self.attend(q, k, v, mask, context.is_causal and mask is None, self.dropout)
-        return self.out(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+        y = y.transpose(1, 2) if T > 1 else y  # of one token the heads follow each other already
+        return self.out(y.reshape(B, T, self.n_head * self.head_dim))
 
     def _rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (table.to(x.dtype) for table in rotary)
@@ -386,8 +393,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.up = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -399,9 +406,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.gate = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.up = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -528,7 +535,7 @@ class Decoder(nn.Module):
         self.dropout = Dropout(config.embed_dropout)
         self.blocks = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.n_layer))
         self.norm = build_norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.scale = ROPE_SCALINGS[config.rope_scaling]
@@ -567,20 +574,20 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
-        mask, key_documents = None, document_ids
+        documents = None  # of the queries and of the keys; None where each row holds one document
         if cache is not None:
-            document_ids = torch.zeros_like(tokens) if document_ids is None else document_ids
-            key_documents = cache.extend_documents(document_ids)
-            mask = attention_mask(document_ids, key_documents)
+            own = torch.zeros_like(tokens) if document_ids is None else document_ids
+            seen = cache.extend_documents(own)
+            documents = None if seen is None else (own, seen)
         elif document_ids is not None and not torch.equal(document_ids, document_ids[:, :1].expand(B, T)):
-            # Rows that hold one document need no mask, and the kernels are faster without one.
-            mask = attention_mask(document_ids, document_ids)
+            documents = document_ids, document_ids
         config = self.config
-        window_mask = mask
+        one_document = tokens.new_zeros(1, T), tokens.new_zeros(1, past + T)
+        mask = window_mask = None  # the kernels are faster without one
+        if documents is not None or (past and T > 1):
+            mask = window_mask = attention_mask(*(documents or one_document))
         if 0 < config.sliding_window < past + T:
-            if document_ids is None or key_documents is None:
-                document_ids = key_documents = tokens.new_zeros(1, T)
-            window_mask = attention_mask(document_ids, key_documents, config.sliding_window)
+            window_mask = attention_mask(*(documents or one_document), config.sliding_window)
         x = self.embed(tokens)
         if config.position in ABSOLUTE_POSITIONS:
             if past + T > config.block_size:
@@ -600,7 +607,7 @@ class Decoder(nn.Module):
             frequency = rotary_frequency(config.rotary_dim, config.rope_theta, tokens.device)
             frequency = self.scale(frequency, config, positions.amax(dim=1, keepdim=True) + 1)
             rotary = rotary_tables(positions, frequency)
-        context = Context(rotary, mask, mask is None, cache, window_mask)
+        context = Context(rotary, mask, mask is None and T > 1, cache, window_mask)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)

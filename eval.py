@@ -86,7 +86,9 @@ import torch
 from architecture import Decoder
 from checkpoint import Run, code_fingerprint, load_run
 from dataset import fits_a_row, prepare_data, validation_batches
-from generate import GenerationConfig, added_text, generate_ids, prompt_ids
+from decoding import generate_ids
+from generate import GenerationConfig, added_text, prompt_ids
+from generate import printable as printable
 from loss import Scores, score
 from metrics import Interval, edit_similarity, exact_match, mean_interval
 from ngram import NGramModel
@@ -377,11 +379,6 @@ class Sample:
     prompt: str
     reference: str
     completion: str
-
-
-def printable(text: str) -> str:
-    """`text` with control characters escaped: what a model writes must not steer the reader's terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _divided(block_size: int, max_new_tokens: int) -> tuple[int, int]:

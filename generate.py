@@ -1,36 +1,20 @@
-"""Text from a model: the KV cache, sampling, beam search.
+"""Text from a model: `python generate.py --model FOLDER --prompt "def fib(n):"`.
 
-    [bos] + encode(prompt) -> one forward over the padded prompts -> a token a step -> text without the prompt
+    [start] + encode(prompt) -> decoding.generate_ids -> text without the prompt, cut before a stop string
 
-The cache belongs to generation: `KVCache` is made here, passed to the model, and gone when the text is done.
-Prompts of unequal length share a batch by padding on the left. Padding is document -1, which nothing else
-sees, and each row counts its positions from its own first token, so a batch gives what single prompts give.
-
-A model with a learned or sinusoidal position table refuses to run past it. Rotary positions have no such end,
-but the model was trained on `block_size` of them only. Nothing is trimmed here: a caller who wants to stay
-inside calls `trim_prompt` first.
-
-Shapes: n rows still running, V words.
+With a suffix the prompt is that of fill-in-the-middle (`fim.py`). The command writes the completion to the
+standard output while it is made, and how it went to the standard error.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from architecture import ABSOLUTE_POSITIONS, Decoder
-from tokenizer import Tokenizer
-
-Stopped = Callable[[int, list[int]], bool]  # (index of the prompt, ids generated so far) -> has it ended
+from config import make_parser, one_sentence
 
 
 @dataclass(frozen=True)
@@ -105,17 +89,80 @@ class GenerationConfig:
             )
 
 
-class Generated(NamedTuple):
-    """What one prompt was continued with.
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(GenerationConfig):
+    """The command line of generation.
 
-    ids: The generated tokens, the closing eos included.
-    log_prob: Sum of their natural-log probabilities under the model itself, before any setting changed them.
-    finish_reason: `eos`, `stop` (a stop string) or `length` (max_new_tokens).
+    Args:
+        model: A model folder or a hub id such as `bigcode/starcoder2-3b`, or a run folder or checkpoint.
+        prompt: Text to go on from; several may be given.
+        prompt_file: A file that holds one more prompt; `-` is the standard input.
+        suffix: What follows the gap: the model fills in what stands between prompt and suffix.
+        which: The checkpoint of a run folder: `best` by validation loss, or `last`.
+        dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
-    ids: list[int]
-    log_prob: float
-    finish_reason: str
+    model: str
+    prompt: tuple[str, ...] = ()
+    prompt_file: str = ""
+    suffix: str | None = None
+    which: Literal["best", "last"] = "best"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n_prompts = len(self.prompt) + bool(self.prompt_file)
+        if not n_prompts:
+            raise ValueError("there is no prompt; give --prompt TEXT or --prompt_file FILE (- is stdin)")
+        if self.suffix is not None and n_prompts > 1:
+            raise ValueError(f"--suffix belongs to one prompt, and there are {n_prompts}; give one")
+
+
+def parse_settings(argv: list[str]) -> CommandConfig:
+    """The CommandConfig of a command line; a mistake prints one sentence and exits with 2.
+
+    Texts are taken as they are, where the parser would read them as YAML.
+    """
+    texts: dict[str, list[str]] = {"--prompt": [], "--stop": [], "--suffix": []}
+    words, rest = [], iter(argv)
+    for word in rest:
+        flag, given, value = word.partition("=")
+        text = value if given else next(rest, None) if flag in texts else None
+        if flag in texts and text is not None:
+            texts[flag].append(text)
+        else:
+            words.append(word)
+    parser = make_parser({"": CommandConfig}, "Continue a prompt, or fill the gap before a suffix.")
+    values = parser.parse_args(words).clone(with_meta=False).as_dict()
+    values.pop("config", None)
+    if len(texts["--suffix"]) > 1:
+        parser.error(f"--suffix is given {len(texts['--suffix'])} times; give one")
+    values |= {flag[2:]: tuple(found) for flag, found in texts.items() if found and flag != "--suffix"}
+    if texts["--suffix"]:
+        values["suffix"] = texts["--suffix"][0]
+    try:
+        return CommandConfig(**values | {key: tuple(values[key]) for key in ("prompt", "stop")})
+    except ValueError as error:
+        return parser.error(str(error))  # exits
+
+
+# Before torch is imported, so that --help and a typo answer at once.
+SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from architecture import Decoder
+from checkpoint import load_run
+from decoding import Stopped, generate_ids
+from fim import fim_end_ids, fim_prompt_ids
+from precision import choose_device
+from tokenizer import Tokenizer
 
 
 class Completion(NamedTuple):
@@ -125,143 +172,6 @@ class Completion(NamedTuple):
     ids: list[int]
     log_prob: float
     finish_reason: str
-
-
-# --- the cache ------------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values (B, H_kv, max_length, D) of each layer, and document ids (B, max_length).
-
-    The memory is taken once, at the first call, when the model shows its shape, dtype and device.
-
-    Args:
-        n_layer: Layers of the model.
-        max_length: Most tokens a row will hold, padding included.
-    """
-
-    def __init__(self, n_layer: int, max_length: int):
-        self.max_length = max_length
-        self.length = 0  # counts this call's tokens as soon as `extend_documents` has run
-        self._start = 0
-        self._documents: Tensor | None = None
-        self._keys: list[Tensor | None] = [None] * n_layer
-        self._values: list[Tensor | None] = [None] * n_layer
-
-    def extend_documents(self, document_ids: Tensor) -> Tensor:
-        """Append (B, T) document ids; returns (B, length). Comes before the call's `update`s.
-
-        Raises:
-            ValueError: The tokens do not fit.
-        """
-        self._start, self.length = self.length, self.length + document_ids.size(1)
-        if self.length > self.max_length:
-            raise ValueError(
-                f"{self.length} tokens do not fit a cache of {self.max_length}; give it a larger max_length"
-            )
-        self._documents = self._extended(self._documents, document_ids, 1)
-        return self._documents[:, : self.length]
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, H_kv, T, D); returns all so far, (B, H_kv, length, D)."""
-        self._keys[layer] = keys = self._extended(self._keys[layer], k, 2)
-        self._values[layer] = values = self._extended(self._values[layer], v, 2)
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows (n,) in this order: drops finished rows, copies and reorders beams."""
-
-        def selected(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.index_select(0, rows)
-
-        self._documents = selected(self._documents)
-        for layer in range(len(self._keys)):
-            self._keys[layer] = selected(self._keys[layer])
-            self._values[layer] = selected(self._values[layer])
-
-    def _extended(self, buffer: Tensor | None, x: Tensor, dim: int) -> Tensor:
-        if buffer is None:
-            buffer = x.new_zeros(*x.shape[:dim], self.max_length, *x.shape[dim + 1 :])
-        buffer.narrow(dim, self._start, x.size(dim)).copy_(x)
-        return buffer
-
-
-# --- logits to logits -----------------------------------------------------------------------------
-# Each takes logits (n, V) and returns new ones; a token that may not be chosen has -inf.
-
-
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of `seen` tokens divided by the penalty, or times it where negative (CTRL, arXiv:1909.05858).
-
-    Args:
-        logits: (n, V).
-        seen: (n, V), True for tokens of the row's prompt and text so far.
-        penalty: Above 1 makes them less likely. The paper only divides, which would make a negative logit
-            more likely.
-    """
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest of a row, and all that tie with the last (Fan et al. 2018, arXiv:1805.04833)."""
-    last = logits.topk(min(k, logits.size(-1)), dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < last, -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest tokens whose probabilities reach p (nucleus sampling, arXiv:1904.09751)."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    before[:, 0] = 0.0  # the most likely token stays, whatever the rounding
-    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
-    return logits.masked_fill(dropped, -math.inf)
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Tokens at least p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082)."""
-    probabilities = logits.softmax(dim=-1, dtype=torch.float64)
-    return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), -math.inf)
-
-
-def adjust_logits(logits: Tensor, seen: Tensor | None, settings: GenerationConfig) -> Tensor:
-    """Repetition penalty, temperature, top-k, top-p, min-p: the order of transformers' `generate`.
-
-    Each works on what the one before has left: the nucleus is that of the k tokens, for instance. At
-    temperature 0 there is only the penalty.
-    """
-    if seen is not None:
-        logits = penalize_repetition(logits, seen, settings.repetition_penalty)
-    if settings.temperature > 0:
-        logits = logits / settings.temperature
-        if settings.top_k:
-            logits = keep_top_k(logits, settings.top_k)
-        if settings.top_p < 1:
-            logits = keep_top_p(logits, settings.top_p)
-        if settings.min_p > 0:
-            logits = keep_min_p(logits, settings.min_p)
-    return logits
-
-
-def row_generator(seed: int, row: int) -> torch.Generator:
-    """The random numbers of one row, whatever rows are beside it.
-
-    A trap: the CPU generator reads only the low 32 bits of its seed, so `seed << 32 | row` would
-    ignore `seed`.
-    """
-    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token (n,) a row from softmax(logits (n, V)), by inverting the cumulative distribution.
-
-    One number is drawn from each generator, on the CPU, so that a seed means the same on every device.
-    """
-    cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-    # right=True steps over tokens of probability 0, also for a draw of exactly 0.
-    return torch.searchsorted(cumulative, draws.to(logits.device) * cumulative[:, -1:], right=True)[:, 0]
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -290,42 +200,7 @@ def trim_prompt(ids: list[int], length: int, bos_id: int | None) -> list[int]:
     return before + ids[len(ids) - length + len(before) :]
 
 
-def pad_left(
-    prompts: Sequence[list[int]], device: torch.device | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and document ids, each (B, longest prompt), for `Decoder.forward`.
-
-    Padding stands on the left, so that the last column is the last token of every row. It is document -1 and
-    holds token 0, which no prompt token sees; a prompt is document 0 and its positions count from 0.
-    """
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    longest = int(lengths.max())
-    tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-    positions = torch.arange(longest) - (longest - lengths)[:, None]
-    document_ids = torch.where(positions < 0, -1, 0)
-    return tokens.to(device), positions.clamp(min=0).to(device), document_ids.to(device)
-
-
-def _check_prompts(model: Decoder, prompts: Sequence[list[int]], settings: GenerationConfig) -> None:
-    V, block_size = model.config.vocab_size, model.config.block_size
-    for i, ids in enumerate(prompts):
-        if not ids:
-            raise ValueError(f"prompt {i} holds no token and there is no bos; give at least one character")
-        if not 0 <= min(ids) <= max(ids) < V:
-            wrong = next(id for id in ids if not 0 <= id < V)
-            raise ValueError(
-                f"prompt {i} holds id {wrong}, outside the model's vocabulary of {V}; "
-                "use the tokenizer the model was trained with"
-            )
-        total = len(ids) + settings.max_new_tokens
-        if model.config.position in ABSOLUTE_POSITIONS and total > block_size:
-            raise ValueError(
-                f"prompt {i} of {len(ids)} tokens and max_new_tokens {settings.max_new_tokens} make {total}, "
-                f"more than the model's {block_size} positions; lower max_new_tokens or use trim_prompt"
-            )
-
-
-# --- decoding -------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def generate(
@@ -334,6 +209,8 @@ def generate(
     prompts: Sequence[str],
     settings: GenerationConfig,
     first_row: int = 0,
+    suffix: str | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Completion]:
     """Continue each prompt, in one batch.
 
@@ -344,218 +221,48 @@ def generate(
         settings: How to choose tokens.
         first_row: The seed's row of the first prompt. Who calls for some prompts at a time counts on, and
             gets the same samples in batches of any size.
+        suffix: What follows the gap that each completion fills.
+        on_text: Called with the parts of the completion of a single prompt while it is made, as soon as
+            nothing that follows can change them; together they are its text. A beam search gives one part.
 
     Raises:
         ValueError: A prompt is empty and there is no bos, does not fit the model's positions, or the
-            tokenizer has more words than the model.
+            tokenizer has more words than the model or lacks what a suffix needs.
     """
+    if on_text is not None and len(prompts) != 1:
+        raise ValueError(f"{len(prompts)} completions cannot be streamed as one text; give one prompt")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
             f"{model.config.vocab_size}; use the tokenizer the model was trained with"
         )
-    ids = [prompt_ids(tokenizer, text) for text in prompts]
-    stopped = _stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
+    if suffix is None:
+        ids = [prompt_ids(tokenizer, text) for text in prompts]
+        ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    else:
+        ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
+        ends = fim_end_ids(tokenizer)
+    found = _stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
+    stream = None if on_text is None else _Stream(tokenizer, ids[0], settings.stop, on_text)
+
+    def stopped(prompt: int, new: list[int]) -> bool:
+        if found is not None and found(prompt, new):
+            return True
+        if stream is not None and settings.num_beams == 1:
+            stream.read(new)
+        return False
+
     completions = []
-    results = generate_ids(model, ids, settings, tokenizer.eos_id, tokenizer.vocab_size, stopped, first_row)
+    results = generate_ids(model, ids, settings, ends, tokenizer.vocab_size, stopped, first_row)
     for prompt, result in zip(ids, results, strict=True):
         new = result.ids[:-1] if result.finish_reason == "eos" else result.ids
         text = added_text(tokenizer, prompt, new)
-        ends = [end for end in (text.find(string) for string in settings.stop) if end >= 0]
-        reason = "stop" if ends else result.finish_reason
-        completions.append(Completion(text[: min(ends, default=None)], result.ids, result.log_prob, reason))
+        cuts = [cut for cut in (text.find(string) for string in settings.stop) if cut >= 0]
+        reason = "stop" if cuts else result.finish_reason
+        completions.append(Completion(text[: min(cuts, default=None)], result.ids, result.log_prob, reason))
+    if stream is not None:
+        stream.end(completions[0].text)
     return completions
-
-
-def generate_ids(
-    model: Decoder,
-    prompts: Sequence[list[int]],
-    settings: GenerationConfig,
-    eos_id: int | None = None,
-    vocab_size: int | None = None,
-    stopped: Stopped | None = None,
-    first_row: int = 0,
-) -> list[Generated]:
-    """Continue each list of ids, in one batch. `settings.stop` is text: here `stopped` takes its place.
-
-    Args:
-        model, settings, first_row: As for `generate`.
-        prompts: Ids, bos included.
-        eos_id: The token that ends a text.
-        vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.
-        stopped: Asked after each token whether the text has ended.
-
-    Raises:
-        ValueError: A prompt is empty, holds an id outside the vocabulary or does not fit the model's
-            positions, or the model's logits are NaN.
-    """
-    if not prompts:
-        return []
-    _check_prompts(model, prompts, settings)
-    with _evaluating(model), torch.inference_mode():
-        run = _Run(model, prompts, settings, vocab_size)
-        if settings.num_beams > 1:
-            return _beam_search(run, settings, eos_id, stopped)
-        return _token_by_token(run, settings, eos_id, stopped, first_row)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again: `model.train()` would wake frozen parts too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-class _Run:
-    """The rows under way: the next token's logits, and all that must be reordered when rows are."""
-
-    def __init__(
-        self, model: Decoder, prompts: Sequence[list[int]], settings: GenerationConfig, vocab_size: int | None
-    ):
-        self.model, self.settings = model, settings
-        self.vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
-        self.device = model.embed.weight.device
-        tokens, positions, document_ids = pad_left(prompts, self.device)
-        self.cache = KVCache(model.config.n_layer, tokens.size(1) + settings.max_new_tokens)
-        self.positions = positions[:, -1:]  # (n, 1), of the last token read
-        self.seen: Tensor | None = None
-        if settings.repetition_penalty != 1:
-            V = model.config.vocab_size
-            self.seen = torch.zeros(len(prompts), V, dtype=torch.bool, device=self.device)
-            for row, ids in enumerate(prompts):  # not from `tokens`: the padding's token was not seen
-                self.seen[row, ids] = True
-        self._read(tokens, positions, document_ids)
-
-    def _read(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> None:
-        hidden = self.model.hidden(tokens, positions, document_ids, self.cache)
-        logits = self.model.head(hidden[:, -1]).float()
-        if logits.isnan().any():
-            raise ValueError("the model's logits are NaN; its weights hold NaN or its precision overflowed")
-        self.log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float64)  # (n, V), the model's own
-        logits[:, self.vocab_size :] = -math.inf
-        self.logits = adjust_logits(logits, self.seen, self.settings)  # (n, V), to choose from
-
-    def advance(self, rows: list[int], ids: list[int]) -> None:
-        """Keep `rows`, in this order, and read one token id for each."""
-        if rows != list(range(len(self.logits))):
-            index = torch.tensor(rows, device=self.device)
-            self.cache.select(index)
-            self.positions = self.positions[index]
-            if self.seen is not None:
-                self.seen = self.seen[index]
-        tokens = torch.tensor(ids, device=self.device)[:, None]
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens, True)
-        self.positions = self.positions + 1
-        self._read(tokens, self.positions, torch.zeros_like(tokens))
-
-
-def _token_by_token(
-    run: _Run, settings: GenerationConfig, eos_id: int | None, stopped: Stopped | None, first_row: int
-) -> list[Generated]:
-    """Greedy decoding or sampling; a finished row leaves the batch at once."""
-    n_prompts = len(run.logits)
-    generators = [row_generator(settings.seed, first_row + row) for row in range(n_prompts)]
-    ids: list[list[int]] = [[] for _ in range(n_prompts)]
-    log_prob, reason = [0.0] * n_prompts, ["length"] * n_prompts
-    prompts = list(range(n_prompts))  # of the rows under way
-    for step in range(1, settings.max_new_tokens + 1):
-        if settings.temperature == 0:
-            chosen = run.logits.argmax(dim=-1)
-        else:
-            chosen = sample(run.logits, [generators[prompt] for prompt in prompts])
-        gained = run.log_probs.gather(1, chosen[:, None])[:, 0].tolist()
-        rows = []
-        for row, (prompt, id) in enumerate(zip(prompts, chosen.tolist(), strict=True)):
-            ids[prompt].append(id)
-            log_prob[prompt] += gained[row]
-            if id == eos_id:
-                reason[prompt] = "eos"
-            elif stopped is not None and stopped(prompt, ids[prompt]):
-                reason[prompt] = "stop"
-            else:
-                rows.append(row)
-        if not rows or step == settings.max_new_tokens:
-            break
-        prompts = [prompts[row] for row in rows]
-        run.advance(rows, [ids[prompt][-1] for prompt in prompts])
-    return [Generated(*result) for result in zip(ids, log_prob, reason, strict=True)]
-
-
-class _Beam(NamedTuple):
-    prompt: int
-    ids: list[int]
-    log_prob: float  # under the model
-    score: float  # log-probability after the repetition penalty; without one, `log_prob`
-    reason: str
-
-
-def _beam_search(
-    run: _Run, settings: GenerationConfig, eos_id: int | None, stopped: Stopped | None
-) -> list[Generated]:
-    """The best of `num_beams` hypotheses a prompt, by score / length ** length_penalty (eos counts).
-
-    A finished hypothesis keeps its place: the search goes on with one beam fewer (Bahdanau et al. 2014,
-    arXiv:1409.0473), so that one beam is exactly greedy decoding, whatever the length penalty. It ends when
-    no place is left, or when no running beam can beat the best finished one.
-    """
-    last, alpha = settings.max_new_tokens, settings.length_penalty
-    running = [_Beam(prompt, [], 0.0, 0.0, "length") for prompt in range(len(run.logits))]
-    finished: list[list[_Beam]] = [[] for _ in running]
-
-    def rank(beam: _Beam) -> float:
-        return beam.score / len(beam.ids) ** alpha
-
-    def most(beam: _Beam) -> float:
-        """No continuation ranks higher: scores only fall, so the best is to end now or as late as can be."""
-        return max(beam.score / last**alpha, beam.score / (len(beam.ids) + 1) ** alpha)
-
-    for step in range(1, last + 1):
-        # Log-probabilities: sums of raw logits would rank beams by each model's arbitrary offset.
-        scores = F.log_softmax(run.logits, dim=-1, dtype=torch.float64)
-        scores += scores.new_tensor([beam.score for beam in running])[:, None]
-        V = scores.size(1)
-        rows, beams = [], []
-        for prompt, group in groupby(range(len(running)), key=lambda row: running[row].prompt):
-            first, *others = group
-            end = first + 1 + len(others)
-            width = min(settings.num_beams - len(finished[prompt]), (end - first) * V)
-            best, index = scores[first:end].flatten().topk(width)
-            gained = run.log_probs[first:end].flatten()[index].tolist()
-            parents, alive = [], []
-            for score, i, log_prob in zip(best.tolist(), index.tolist(), gained, strict=True):
-                if score == -math.inf:  # fewer tokens allowed than beams
-                    break
-                parent, id = first + i // V, i % V
-                ids = [*running[parent].ids, id]
-                beam = _Beam(prompt, ids, running[parent].log_prob + log_prob, score, "length")
-                if id == eos_id:
-                    finished[prompt].append(beam._replace(reason="eos"))
-                elif stopped is not None and stopped(prompt, ids):
-                    finished[prompt].append(beam._replace(reason="stop"))
-                elif step == last:
-                    finished[prompt].append(beam)
-                else:
-                    parents.append(parent)
-                    alive.append(beam)
-            to_beat = max(map(rank, finished[prompt]), default=-math.inf)
-            if any(most(beam) > to_beat for beam in alive):
-                rows += parents
-                beams += alive
-        running = beams
-        if not running:
-            break
-        run.advance(rows, [beam.ids[-1] for beam in running])
-    winners = [max(beams, key=rank) for beams in finished]
-    return [Generated(beam.ids, beam.log_prob, beam.reason) for beam in winners]
-
-
-# --- text -----------------------------------------------------------------------------------------
 
 
 def added_text(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
@@ -584,3 +291,128 @@ def _stop_finder(tokenizer: Tokenizer, prompts: list[list[int]], stop: Sequence[
         return any(string in text for string in stop)
 
     return stopped
+
+
+class _Stream:
+    """Gives out a text that grows by tokens, never what a later token may change.
+
+    Kept back are a character whose bytes have not all come, which decodes to U+FFFD; the beginning of a stop
+    string; and text that one more byte would change: some tokenizers decode a run of bytes to U+FFFD
+    altogether as long as its last character is not whole.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, before: list[int], stop: Sequence[str], on_text: Callable[[str], None]
+    ):
+        self.tokenizer, self.before, self.stop, self.on_text = tokenizer, before, stop, on_text
+        self.given = ""
+        self.skipped = len(tokenizer.decode(before))
+        rare = tokenizer.encode("\U00013000")  # in no vocabulary, so that its ids are bytes
+        self.byte = [id for id in rare if "\ufffd" in tokenizer.decode([id])][:1]
+
+    def read(self, ids: list[int]) -> None:
+        """Give out what is certain after these ids, all so far."""
+        text, changed = (
+            self.tokenizer.decode(self.before + ids + more)[self.skipped :] for more in ([], self.byte)
+        )
+        same = (i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b)
+        text = text[: next(same, min(len(text), len(changed)))]
+        text = text.rstrip("\ufffd")
+        begun = [n for string in self.stop for n in range(1, len(string)) if text.endswith(string[:n])]
+        self._give(text[: len(text) - max(begun, default=0)])
+
+    def end(self, text: str) -> None:
+        """Give out the rest of the finished text."""
+        self._give(text)
+
+    def _give(self, text: str) -> None:
+        if text.startswith(self.given) and text != self.given:
+            self.on_text(text[len(self.given) :])
+            self.given = text
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: what a model writes must not steer the reader's terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
+    """The model and tokenizer that --model names, on the device and in the dtype that were asked for.
+
+    Raises:
+        ValueError: There is no such model, it cannot be read, or it has no tokenizer.
+    """
+    from pretrained import load_pretrained  # six families, which a run folder does not need
+
+    device = choose_device(settings.device)
+    dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
+    folder = Path(settings.model)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        run = load_run(folder, settings.which)
+        return run.model.to(device, dtype), run.tokenizer
+    found = load_pretrained(settings.model, dtype, device)
+    if found.tokenizer is None:
+        raise ValueError(
+            f"{settings.model} has no tokenizer; put the tokenizer.json of the model beside its weights"
+        )
+    if found.model.embed.weight.dtype == torch.float16 and device.type == "cpu":
+        found.model.float()  # a CPU has no fast fp16
+    return found.model, found.tokenizer
+
+
+def read_prompts(settings: CommandConfig) -> list[str]:
+    """The prompts of the command line, then that of the file.
+
+    Raises:
+        ValueError: The file cannot be read, or is not UTF-8.
+    """
+    prompts = list(settings.prompt)
+    if settings.prompt_file:
+        try:
+            here = settings.prompt_file == "-"
+            data = sys.stdin.buffer.read() if here else Path(settings.prompt_file).read_bytes()
+            prompts.append(data.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--prompt_file {settings.prompt_file} is not UTF-8: byte {error.start} cannot be read"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"--prompt_file {settings.prompt_file} cannot be read: {error.strerror}"
+            ) from None
+    return prompts
+
+
+def main(settings: CommandConfig) -> None:
+    """Write the completions to the standard output, and how they ended to the standard error."""
+    prompts = read_prompts(settings)
+    model, tokenizer = open_model(settings)
+    shown = printable if sys.stdout.isatty() else str
+
+    def write(text: str) -> None:
+        sys.stdout.buffer.write(shown(text).encode("utf-8", "surrogatepass"))
+        sys.stdout.buffer.flush()
+
+    one = len(prompts) == 1
+    started = time.perf_counter()
+    completions = generate(model, tokenizer, prompts, settings, 0, settings.suffix, write if one else None)
+    seconds = time.perf_counter() - started
+    for number, completion in enumerate(completions, 1):
+        if one:
+            write("\n")
+        else:
+            write(f"--- completion {number}\n{completion.text}\n")
+        if not one:
+            print(f"{number}: {completion.finish_reason}, {len(completion.ids)} tokens", file=sys.stderr)
+    n_tokens = sum(len(completion.ids) for completion in completions)
+    reason = f"{completions[0].finish_reason}, " if one else ""
+    rate = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s"
+    print(f"{reason}{rate}", file=sys.stderr)
+
+
+if SETTINGS is not None:
+    with one_sentence():
+        main(SETTINGS)

@@ -476,7 +476,18 @@ ROLES: dict[str, Callable[[str], bool]] = {
 
 # What the families call the same part; a name that fits two parts, as c_proj, means both.
 _SYNONYMS = (
-    {"c_attn", "qkv_proj", "qkv", "query_key_value", "Wqkv", "W_pack", "q_proj", "k_proj", "v_proj", "q_attn"},
+    {
+        "c_attn",
+        "qkv_proj",
+        "qkv",
+        "query_key_value",
+        "Wqkv",
+        "W_pack",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "q_attn",
+    },
     {"c_proj", "out_proj", "o_proj", "dense", "wo", "out"},
     {"c_fc", "fc_in", "fc1", "up_proj", "gate_proj", "dense_h_to_4h", "w1", "w3"},
     {"c_proj", "fc_out", "fc2", "down_proj", "dense_4h_to_h", "w2"},
@@ -576,7 +587,9 @@ def wrappers(model: nn.Module) -> dict[str, Adapted]:
 
 def changes_of(model: nn.Module, name: str) -> dict[str, Change]:
     """What the adapter does, by our module name."""
-    found: Any = {our: module.adapters[name] for our, module in wrappers(model).items() if name in module.adapters}
+    found: Any = {
+        our: module.adapters[name] for our, module in wrappers(model).items() if name in module.adapters
+    }
     return found
 
 
@@ -628,7 +641,9 @@ def add_adapter(
             changes[our] = Whole(base)
         elif our in targets:
             r = pattern_value(config.rank_pattern, names[our], config.r)
-            changes[our] = LowRank(base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias)
+            changes[our] = LowRank(
+                base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias
+            )
         elif our in rows:
             changes[our] = Rows(base, new_rows, bias, shared)
             if _weight(base) is _weight(_base(modules["embed"])):
@@ -667,7 +682,10 @@ def _refuse_bad(model: nn.Module, config: LoraConfig, name: str) -> None:
         raise ValueError(f"the model has an adapter {name!r} already; give the new one another name")
     if not config.targets:
         raise ValueError("lora.targets is empty; name at least one module, or use all-linear")
-    for setting, r in {"r": config.r, **{f"rank_pattern.{k}": v for k, v in config.rank_pattern.items()}}.items():
+    for setting, r in {
+        "r": config.r,
+        **{f"rank_pattern.{k}": v for k, v in config.rank_pattern.items()},
+    }.items():
         if type(r) is not int or r < 1:
             raise ValueError(f"lora.{setting} is {r!r}; a rank is a whole number of at least 1")
     for setting, alpha in {

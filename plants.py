@@ -27,6 +27,7 @@ from torch import Tensor
 
 import architecture
 import dataset
+import decoding
 import generate
 import precision
 import tokenizer
@@ -245,12 +246,12 @@ def tokenizer_by(change: Callable[[list[int]], list[int]]) -> Patch:
 
 
 def padded_on_the_right() -> contextlib.AbstractContextManager:
-    right = generate.pad_left
+    right = decoding.pad_left
 
     def wrong(*args: Any, **options: Any) -> Any:
         return tuple(t.flip(1) if isinstance(t, Tensor) else t for t in right(*args, **options))
 
-    return patch.object(generate, "pad_left", wrong)
+    return patch.object(decoding, "pad_left", wrong)
 
 
 def seed_forgotten() -> contextlib.AbstractContextManager:
@@ -259,7 +260,7 @@ def seed_forgotten() -> contextlib.AbstractContextManager:
         generator.seed()
         return generator
 
-    return patch.object(generate, "row_generator", wrong)
+    return patch.object(decoding, "row_generator", wrong)
 
 
 def beams_by_logits() -> contextlib.AbstractContextManager:
@@ -267,7 +268,7 @@ def beams_by_logits() -> contextlib.AbstractContextManager:
         return logits.double()
 
     functional = types.SimpleNamespace(**vars(torch.nn.functional) | {"log_softmax": wrong})
-    return patch.object(generate, "F", functional)
+    return patch.object(decoding, "F", functional)
 
 
 def prompt_kept() -> contextlib.AbstractContextManager:

@@ -29,7 +29,8 @@ from architecture import ABSOLUTE_POSITIONS, Decoder, Dropout
 from config import Config, ModelConfig, write_atomically
 from corpus import split_documents
 from dataset import IGNORE_INDEX, Batch
-from generate import GenerationConfig, generate, generate_ids, prompt_ids
+from decoding import generate_ids
+from generate import GenerationConfig, generate, prompt_ids
 from leaks import store_overlap
 from loss import Scores, TokenLoss
 from precision import Precision

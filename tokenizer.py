@@ -98,6 +98,10 @@ class Tokenizer(ABC):
             ValueError: An id is outside the vocabulary.
         """
 
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
+        return None
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write readable files into `folder`, each under a temporary name first."""
@@ -812,8 +816,8 @@ class PretrainedTokenizer(Tokenizer):
     There is one exception, since a corpus may hold anything: the text of a special token inside a document is
     text, as with `split_special_tokens=True` in transformers. So `encode("<|endoftext|>")` is several ids and
     decodes to what it was; `encode("<|endoftext|>", specials=True)` is the one id, and `token_id` gives the
-    ids that a prompt's layout is made of. Added tokens that are not special, such as runs of spaces, are
-    recognised either way.
+    ids that a prompt's layout is made of. The markers of fill-in-the-middle count as special, whatever their
+    file says; other added tokens that are not special, such as runs of spaces, are recognised either way.
 
     `bos_id`, `eos_id` and `pad_id` are None where the folder names none. Only these three decode to "".
     `decode(encode(s)) == s` where the tokenizer loses nothing: byte-level BPE without a normaliser, as of
@@ -901,13 +905,16 @@ class PretrainedTokenizer(Tokenizer):
             token = present.get(content) or _added_token(value, special=True)
             token.special = True  # a file may name a token as the end and not say that it is special
             self._tokenizer.add_special_tokens([token])
+        for content, token in present.items():
+            if not token.special and _MARKER.fullmatch(content):
+                token.special = True
+                self._tokenizer.add_special_tokens([token])
 
     def _special_id(self, named: dict[str, Any], key: str) -> int | None:
         value = named.get(key)
         return None if value is None else self._tokenizer.token_to_id(_content(value))
 
     def token_id(self, token: str) -> int | None:
-        """The id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
@@ -967,6 +974,9 @@ class PretrainedTokenizer(Tokenizer):
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
 
+
+# Markers of layout, which Qwen2.5-Coder's files do not call special.
+_MARKER = re.compile(r"<\|?(fim[-_](prefix|suffix|middle|pad)|repo_name|file_sep)\|?>")
 
 # Classes whose vocab.json and merges.txt are byte-level BPE as of GPT-2; None where no class is named. Others
 # cut text by rules that only their code or a tokenizer.json holds.

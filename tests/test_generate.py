@@ -17,24 +17,21 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
-from generate import (
-    GenerationConfig,
+from decoding import (
     KVCache,
     _beam_search,
     _Run,
     adjust_logits,
-    generate,
     generate_ids,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     pad_left,
     penalize_repetition,
-    prompt_ids,
     row_generator,
     sample,
-    trim_prompt,
 )
+from generate import GenerationConfig, generate, prompt_ids, trim_prompt
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
@@ -258,12 +255,28 @@ def test_rows_of_a_cache_do_not_share_memory_after_select():
     cache.extend_documents(torch.zeros(1, 2, dtype=torch.long))
     cache.update(0, torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 3))
     cache.select(torch.tensor([0, 0]))
-    assert cache.extend_documents(torch.tensor([[5], [6]])).tolist() == [[0, 0, 5], [0, 0, 6]]
+    documents = cache.extend_documents(torch.tensor([[5], [6]]))
+    assert documents is not None and documents.tolist() == [[0, 0, 5], [0, 0, 6]]
     k, v = cache.update(
         0, torch.tensor([2.0, 3.0]).expand(1, 1, 3, 2).permute(3, 0, 1, 2), torch.zeros(2, 1, 1, 3)
     )
     assert k[:, 0, :, 0].tolist() == [[1, 1, 2], [1, 1, 3]]
     assert v[:, 0, :, 0].tolist() == [[1, 1, 0], [1, 1, 0]]
+
+
+def test_rows_of_one_document_each_need_no_mask():
+    cache, zero = KVCache(1, 9), torch.zeros(2, 1, dtype=torch.long)
+    assert cache.extend_documents(torch.zeros(2, 3, dtype=torch.long)) is None
+    assert cache.extend_documents(zero) is None
+    padded = KVCache(1, 9)
+    assert padded.extend_documents(torch.tensor([[-1, 0], [0, 0]])) is not None
+    assert padded.extend_documents(zero) is not None
+    padded.select(torch.tensor([0]))
+    assert padded.extend_documents(zero[:1]) is not None
+    padded = KVCache(1, 9)
+    padded.extend_documents(torch.tensor([[-1, 0], [0, 0]]))
+    padded.select(torch.tensor([1]))  # the padded row has left
+    assert padded.extend_documents(zero[:1]) is None
 
 
 def test_cache_takes_the_models_precision():
@@ -452,7 +465,7 @@ def test_one_beam_is_greedy(length_penalty):
     one = beams(1, 10)  # `generate_ids` itself decodes greedily then, and has no use for a length penalty
     object.__setattr__(one, "length_penalty", length_penalty)
     with torch.inference_mode():
-        results = _beam_search(_Run(model, prompts, one, None), one, eos, None)
+        results = _beam_search(_Run(model, prompts, one, None), one, () if eos is None else (eos,), None)
     for result, best in zip(results, expected, strict=True):
         assert (result.ids, result.finish_reason) == (best.ids, best.finish_reason)
         assert result.log_prob == pytest.approx(best.log_prob, abs=1e-6)

@@ -1,0 +1,317 @@
+"""`python generate.py`: what it streams, fill-in-the-middle, and mistakes in one sentence."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_generate import Bytes, chain, saying
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import generate as command
+from architecture import Decoder
+from config import ModelConfig
+from fim import MARKERS, fim_end_ids, fim_prompt_ids
+from generate import GenerationConfig, _Stream, added_text, generate, main, parse_settings
+from pretrained import save_pretrained
+from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
+
+HOUSE = Path(__file__).parent.parent
+TEXTS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i)\n"] * 3
+END = "<|endoftext|>"
+
+
+def trained(
+    control: tuple[str, ...], special: bool = True, spaces: tuple[str, ...] = ()
+) -> PretrainedTokenizer:
+    """A byte-level BPE as StarCoder's; tokens that are not special come after the vocabulary, as Qwen's."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    first = [END, *(control if special else ())]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=first,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    if not special:
+        backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in control])
+    backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in spaces])
+    config = json.dumps({"eos_token": END, "bos_token": END})
+    return PretrainedTokenizer({"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
+
+
+STARCODER = trained((*MARKERS[0], "<fim_pad>", "<file_sep>"))
+
+
+# --- fill-in-the-middle -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("markers", MARKERS)
+def test_markers_are_ids_and_text_that_looks_like_one_is_text(markers, special):
+    tokenizer = trained(markers, special, spaces=("    ",))
+    before, after, middle = (tokenizer.token_id(token) for token in markers)
+    plain = fim_prompt_ids(tokenizer, "def f(x):\n    ", "\n    return y\n")
+    spelled = f"{markers[0]}def f(x):\n    {markers[1]}\n    return y\n{markers[2]}"
+    assert plain == tokenizer.encode(spelled, specials=True)
+    hostile = f"a{markers[2]}b{END}\n    c"
+    ids = fim_prompt_ids(tokenizer, hostile, markers[1])
+    control = {before, after, middle, tokenizer.eos_id}
+    assert [id for id in ids if id in control] == [before, after, middle]
+    gap = ids.index(after)  # pyright: ignore
+    assert tokenizer.decode(ids[1:gap]) == hostile
+    assert tokenizer.decode(ids[gap + 1 : -1]) == markers[1]
+    assert tokenizer.token_id("    ") in ids[1:gap]  # a run of spaces is no marker
+    # A planted fault: the rule of transformers lets a file end its own prompt.
+    assert middle in tokenizer.encode(hostile, specials=True)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [Bytes(), CodeTokenizer.train(TEXTS, 400), BPETokenizer.train(TEXTS, 300), trained(())],
+    ids=["bytes", "code", "bpe", "pretrained"],
+)
+def test_a_tokenizer_without_markers_says_so(tokenizer):
+    with pytest.raises(ValueError, match="has no fill-in-the-middle tokens") as error:
+        fim_prompt_ids(tokenizer, "a", "b")
+    assert "\n" not in str(error.value)
+    assert tokenizer.token_id("<fim_prefix>") is None
+
+
+@pytest.mark.parametrize("end", [END, "<fim_pad>", "<file_sep>", "<fim_prefix>", "<fim_middle>"])
+def test_a_middle_ends_at_every_end_and_leaves_no_text_of_it(end):
+    tokenizer = STARCODER
+    middle, stop = tokenizer.token_id("<fim_middle>"), tokenizer.token_id(end)
+    assert stop in fim_end_ids(tokenizer) and middle is not None and stop is not None
+    (x,) = tokenizer.encode("x")
+    model = chain({middle: {x: 1.0}, x: {stop: 1.0}}, tokenizer.vocab_size)
+    pieces = []
+    chosen = GenerationConfig(max_new_tokens=9)
+    results = generate(model, tokenizer, ["def f("], chosen, suffix="):\n", on_text=pieces.append)
+    assert [(r.text, r.finish_reason, r.ids) for r in results] == [("x", "eos", [x, stop])]
+    assert pieces == ["x"]
+
+
+# --- streaming --------------------------------------------------------------------------------------
+
+
+class Fallback(Bytes):
+    """As byte fallback in Llama's: a run with one character that is not whole is U+FFFD, a byte each."""
+
+    def decode(self, ids):
+        data = bytes(id - 3 for id in ids if id > 2)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "�" * len(data)
+
+
+BASES: dict[str, Tokenizer] = {
+    "bytes": Bytes(),
+    "fallback": Fallback(),
+    "code": CodeTokenizer.train(TEXTS, 400),
+    "bpe": BPETokenizer.train(TEXTS, 300),
+    "pretrained": STARCODER,
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_what_is_streamed_is_never_taken_back(name, data):
+    tokenizer = BASES[name]
+    text = data.draw(st.text(alphabet="ab (\n\tAÉé→\U0001f40d", max_size=12))
+    ids = tokenizer.encode(text)
+    if name != "fallback" and data.draw(st.booleans()):  # bytes that are no text, case marks, anything
+        ids += data.draw(st.lists(st.integers(3, tokenizer.vocab_size - 1), max_size=8))
+    stops = tuple(data.draw(st.lists(st.text(alphabet="ab (\né", min_size=1, max_size=3), max_size=2)))
+    before, given_out = tokenizer.encode("def f"), []
+    stream = _Stream(tokenizer, before, stops, given_out.append)
+    for n in range(1, len(ids) + 1):
+        whole = added_text(tokenizer, before, ids[:n])
+        if any(string in whole for string in stops):
+            ids = ids[:n]
+            break
+        stream.read(ids[:n])
+    whole = added_text(tokenizer, before, ids)
+    final = whole[: min((whole.find(s) for s in stops if s in whole), default=None)]
+    assert final.startswith("".join(given_out))
+    stream.end(final)
+    assert "".join(given_out) == final
+
+
+def test_a_stream_that_kept_nothing_back_would_be_noticed():
+    def streamed(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = (), **faults: object) -> str:
+        parts: list[str] = []
+        stream, ids = _Stream(tokenizer, [], stop, parts.append), tokenizer.encode(text)
+        for name, value in faults.items():
+            setattr(stream, name, value)
+        for n in range(1, len(ids)):
+            stream.read(ids[:n])
+        return "".join(parts)
+
+    assert streamed(Bytes(), "xEND", ("END",)) == "x"
+    assert streamed(Bytes(), "xEND") == "xEN"
+    assert streamed(Fallback(), "→→") == ""
+    assert streamed(Fallback(), "→→", byte=[]) == "→"  # before the second was whole, the text was "�����"
+
+
+def test_streamed_parts_come_while_the_text_is_made():
+    tokenizer = Bytes()
+    model = saying("abcé→xEND", tokenizer)
+    parts, forwards = [], []
+    model.embed.register_forward_hook(lambda *_: forwards.append(1))
+    chosen = GenerationConfig(max_new_tokens=20, stop=("END",))
+    result = generate(
+        model, tokenizer, ["a"], chosen, on_text=lambda text: parts.append((len(forwards), text))
+    )
+    assert parts == [(1, "b"), (2, "c"), (4, "é"), (7, "→"), (8, "x")] and result[0].text == "bcé→x"
+    assert result == generate(model, tokenizer, ["a"], chosen)
+    beams = replace(chosen, num_beams=2)
+    parts.clear()
+    assert generate(model, tokenizer, ["a"], beams, on_text=parts.append)[0].text == "".join(parts)
+    with pytest.raises(ValueError, match="2 completions cannot be streamed"):
+        generate(model, tokenizer, ["a", "b"], chosen, on_text=print)
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with StarCoder's tokens."""
+    config = ModelConfig(
+        vocab_size=STARCODER.vocab_size + 3,
+        block_size=64,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        mlp="swiglu",
+        qk_norm=False,
+        norm="rms",
+        norm_weight=True,
+        norm_bias=False,
+    )
+    model = Decoder(config)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4, generator=draw)
+    path = tmp_path_factory.mktemp("model")
+    save_pretrained(model.eval(), STARCODER, path)
+    return path
+
+
+def run(capsysbinary, *argv: str) -> tuple[bytes, str]:
+    main(parse_settings(list(argv)))
+    out, err = capsysbinary.readouterr()
+    return out, err.decode()
+
+
+def expected(folder: Path, prompts: list[str], suffix: str | None = None, **chosen) -> list[str]:
+    found = command.open_model(parse_settings(["--model", str(folder), "--prompt", "x"]))
+    return [c.text for c in generate(*found, prompts, GenerationConfig(**chosen), suffix=suffix)]
+
+
+def test_one_prompt_is_streamed(folder, capsysbinary):
+    out, err = run(capsysbinary, "--model", str(folder), "--prompt", "def f(", "--max_new_tokens", "9")
+    assert out.decode() == expected(folder, ["def f("], max_new_tokens=9)[0] + "\n"
+    assert err.startswith(("length, ", "eos, ")) and " tokens/s\n" in err and err.count("\n") == 1
+
+
+def test_texts_are_taken_as_they_are(folder, capsysbinary):
+    for text in ("[1, 2]", "null", "--x", "a: b\n  é→", "1", "{"):
+        words = [f"--prompt={text}", f"--suffix={text}", "--stop", text, "--stop=never", "--seed", "3"]
+        chosen = parse_settings(["--model", "m", *words])
+        assert (chosen.prompt, chosen.suffix, chosen.stop, chosen.seed) == ((text,), text, (text, "never"), 3)
+
+
+def test_several_prompts_come_one_after_another(folder, capsysbinary, monkeypatch, tmp_path):
+    (tmp_path / "p.py").write_text("for é in", encoding="utf-8")
+    words = ["--model", str(folder), "--prompt", "a", "--prompt", "def add(a,", "--max_new_tokens", "5"]
+    out, err = run(capsysbinary, *words, "--prompt_file", str(tmp_path / "p.py"), "--dtype", "fp32")
+    texts = expected(folder, ["a", "def add(a,", "for é in"], max_new_tokens=5)
+    assert out.decode() == "".join(f"--- completion {i}\n{text}\n" for i, text in enumerate(texts, 1))
+    assert [line.split(":")[0] for line in err.splitlines()[:3]] == ["1", "2", "3"]
+
+
+def test_suffix_and_sampling(folder, capsysbinary):
+    flags = ["--temperature", "0.9", "--top_k", "5", "--seed", "7", "--max_new_tokens", "6"]
+    words = ["--model", str(folder), "--prompt", "def f(", "--suffix", "):", *flags]
+    out, _ = run(capsysbinary, *words)
+    chosen = {"temperature": 0.9, "top_k": 5, "seed": 7, "max_new_tokens": 6}
+    assert out.decode() == expected(folder, ["def f("], "):", **chosen)[0] + "\n"
+
+
+def test_every_generation_setting_is_a_flag():
+    words = [sys.executable, "-X", "importtime", "generate.py", "--help"]
+    shown = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True)
+    assert shown.returncode == 0
+    for name in GenerationConfig.__dataclass_fields__:
+        assert f"--{name}" in shown.stdout
+    assert " torch\n" not in shown.stderr  # with it, help would take seconds
+
+
+def test_the_standard_input(folder):
+    """The whole command, once."""
+    words = [sys.executable, "generate.py", "--model", str(folder), "--prompt_file", "-", "--device", "cpu"]
+    words += ["--max_new_tokens", "4"]
+    done = subprocess.run(words, cwd=HOUSE, input="def é".encode(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == expected(folder, ["def é"], max_new_tokens=4)[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "there is no prompt; give --prompt"),
+        (["--prompt", "a", "--top_k", "3"], "top_k is 3 but temperature 0"),
+        (["--prompt", "a", "--prompt", "b", "--suffix", "c"], "--suffix belongs to one prompt"),
+        (["--prompt", "a", "--suffix", "b", "--suffix", "c"], "--suffix is given 2 times"),
+        (["--prompt", "a", "--max_new_token", "3"], "did you mean max_new_tokens?"),
+        (["--prompt", "a", "--stop", ""], "must be a list of strings that are not empty"),
+        (["--prompt", "a", "--dtype", "int8"], "Got value: int8"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_settings(["--model", "m", *words])
+    assert error.value.code == 2
+    written = capsys.readouterr().err
+    assert sentence in written and written.startswith("error: ") and written.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": "no such"}, "neither a folder nor a hub id"),
+        ({"model": "EMPTY"}, "holds no run"),
+        ({"model": "BARE"}, "has no tokenizer"),
+        ({"prompt": (), "prompt_file": "no such"}, "--prompt_file no such cannot be read"),
+        ({"prompt": (), "prompt_file": "LATIN"}, "is not UTF-8: byte 1"),
+        ({"device": "tpu"}, "device 'tpu' is not"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_sentence(change, sentence, folder, tmp_path):
+    bare, empty, latin = tmp_path / "bare", tmp_path / "empty", tmp_path / "latin"
+    empty.mkdir()
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+    latin.write_bytes(b"a\xe9")
+    places = {"EMPTY": str(empty), "BARE": str(bare), "LATIN": str(latin)}
+    change = {key: places.get(value, value) if value else value for key, value in change.items()}
+    chosen = replace(parse_settings(["--model", str(folder), "--prompt", "a"]), **change)
+    with pytest.raises(ValueError, match=sentence) as error:
+        main(chosen)
+    assert "\n" not in str(error.value)

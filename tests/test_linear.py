@@ -1,0 +1,52 @@
+"""`Linear` against the product in fp64, and when it takes which way."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import linear
+from linear import Linear, emulated_bf16, few_rows
+
+
+def made(
+    rows: int, n_in: int, n_out: int, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    draw = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, n_in, generator=draw), torch.randn(n_out, n_in, generator=draw)
+    return x, weight, torch.randn(n_out, generator=draw) if bias else None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n_in", "n_out"), [(33, 128), (7, 130), (300, 1000), (5, 3)])
+@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+def test_products_are_those_of_fp64(rows, n_in, n_out, bias, monkeypatch):
+    monkeypatch.setattr(linear, "BLOCK", 2**12)  # several blocks, the last one short
+    x, weight, b = made(rows, n_in, n_out, bias)
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    torch.testing.assert_close(few_rows(x, weight, b).double(), exact, atol=1e-4, rtol=1e-5)
+    low = [None if t is None else t.bfloat16() for t in (x, weight, b)]
+    exact = F.linear(*[None if t is None else t.double() for t in low])  # pyright: ignore
+    result = emulated_bf16(*low)  # pyright: ignore
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), exact, atol=1e-3, rtol=2**-8)  # rounded once
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.bfloat16, 1), (torch.bfloat16, 3)])
+def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
+    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(linear, "EMULATED_BF16", True)
+    taken = []
+    for name in ("few_rows", "emulated_bf16"):
+        way = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda *args, way=way, name=name: taken.append(name) or way(*args))
+    layer = Linear(96, 70).to(dtype)
+    x = torch.randn(rows, 1, 96).to(dtype)
+    trained = layer(x)
+    assert torch.equal(trained, F.linear(x, layer.weight, layer.bias)) and not taken
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x.float())
+        assert not taken
+        torch.testing.assert_close(layer(x), trained.detach())
+    assert taken == ["few_rows" if dtype == torch.float32 else "emulated_bf16"]
+    assert layer(x[:0]).shape == (0, 1, 70)
