@@ -25,23 +25,19 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from architecture import Decoder
-from config import Config, ModelConfig, write_atomically
-from tokenizer import Tokenizer, load_tokenizer
+from config import write_atomically
 
 T = TypeVar("T")
 FILES = ("model.safetensors", "state.safetensors", "state.json")
-LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def save_checkpoint(
         temporary.mkdir()
         tensors: dict[str, Tensor] = {}
         plain = _take_tensors(state, "", tensors)
-        _save_tensors(_untied(model), temporary / "model.safetensors")
+        _save_tensors(kept_tensors(model), temporary / "model.safetensors")
         _save_tensors(tensors, temporary / "state.safetensors")
         write_atomically(temporary / "state.json", json.dumps(plain))
         files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
@@ -86,7 +82,7 @@ def save_checkpoint(
         write_atomically(temporary / "manifest.json", _with_own_sha256(values))
         _flush(temporary)
         final, older = folder / f"step-{step:08d}", []
-        for path in _step_folders(folder):
+        for path in step_folders(folder):
             if _number(path)[0] != step:
                 continue
             try:
@@ -114,7 +110,7 @@ def save_checkpoint(
 def checkpoints(folder: Path) -> list[Manifest]:
     """The manifests in `folder`, oldest first; folders without a readable one do not count."""
     found = []
-    for path in _step_folders(folder):
+    for path in step_folders(folder):
         with suppress(ValueError):
             found.append(read_manifest(path))
     return found
@@ -122,7 +118,7 @@ def checkpoints(folder: Path) -> list[Manifest]:
 
 def read_manifest(folder: Path) -> Manifest:
     """Of one checkpoint; ValueError if it is missing, is not what was written, or names another step."""
-    return _read_run_file(folder / "manifest.json", _manifest)
+    return read_run_file(folder / "manifest.json", _manifest)
 
 
 def best_of(manifests: list[Manifest]) -> Manifest | None:
@@ -137,7 +133,7 @@ def newest_whole(folder: Path) -> Manifest:
     Raises:
         ValueError: There is none.
     """
-    return _first_whole(_step_folders(folder)[::-1], folder.parent)
+    return first_whole(step_folders(folder)[::-1], folder.parent)
 
 
 def remove_superseded(folder: Path, keep: int) -> None:
@@ -188,21 +184,21 @@ def load_state(manifest: Manifest) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, manifest: Manifest) -> None:
     """Copy the parameters into `model`; ValueError lists what is missing, left over or of another shape."""
-    path, own = manifest.folder / "model.safetensors", _untied(model)
-    _refuse_other_shapes(own, _read_run_file(path, _shapes), manifest.folder)
+    path, own = manifest.folder / "model.safetensors", kept_tensors(model)
+    refuse_other_shapes(own, read_run_file(path, shapes_in), manifest.folder)
 
     def copy(path: Path) -> None:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(file.get_tensor(key))
 
-    _read_run_file(path, copy)
+    read_run_file(path, copy)
 
 
 def changed_weight(model: nn.Module, manifest: Manifest) -> str | None:
     """Name of the first parameter or buffer of `model` that is not, bit for bit, the checkpoint's."""
     with safe_open(manifest.folder / "model.safetensors", framework="pt") as file:
-        for key, tensor in _untied(model).items():
+        for key, tensor in kept_tensors(model).items():
             if first_difference(file.get_tensor(key), tensor) is not None:
                 return key
     return None
@@ -238,66 +234,10 @@ def not_finite(model: nn.Module, state: dict[str, Any]) -> str | None:
     """Name of the first tensor of floats, of weights or state, with a value that is not finite."""
     tensors: dict[str, Tensor] = {}
     _collect_tensors(state, "", tensors)
-    for key, tensor in (_untied(model) | tensors).items():
+    for key, tensor in (kept_tensors(model) | tensors).items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return key
     return None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model with what belongs to it."""
-
-    model: Decoder
-    tokenizer: Tokenizer
-    config: Config
-    step: int
-    fingerprints: dict[str, str]
-    folder: Path  # of the run
-
-
-def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
-    """Open a run folder, or one checkpoint inside it, for evaluation; the model is in eval mode, on the CPU.
-
-    A damaged checkpoint is passed over, and named on stderr, unless `path` asks for that one.
-
-    Raises:
-        ValueError: There is no run or no checkpoint, a file is damaged, or weights and config disagree.
-    """
-    path = Path(path)
-    one = path.name if path.parent.name == "checkpoints" else None
-    folder = path.parent.parent if one else path
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{path} holds no run (no config.yaml); give the folder that training wrote")
-    config = _read_run_file(folder / "config.yaml", _config)
-    fingerprints = _read_run_file(folder / "fingerprints.json", _fingerprints)
-    found = _step_folders(folder / "checkpoints")[::-1]
-    if one:
-        found = [path for path in found if path.name == one]
-    if which == "best":
-        losses = {m.folder: m.loss for m in checkpoints(folder / "checkpoints")}
-        # Unreadable manifests first, so that they are named: any of them may have been the best. The sort is
-        # stable: the later of two equals is ahead, and without a validation the newest.
-        found.sort(key=lambda path: _preference(losses, path))
-    if not any((folder / "manifest.json").exists() for folder in found):
-        raise ValueError(f"{path} holds no finished checkpoint; train for longer, or look in another run")
-    if one:
-        manifest = read_manifest(found[0])
-        verify(manifest)
-    else:
-        manifest = _first_whole(found, path)
-    tokenizer = _read_run_file(folder / "tokenizer", load_tokenizer)
-    if tokenizer.fingerprint != fingerprints["tokenizer"]:
-        raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with")
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"{folder / 'tokenizer'} has {tokenizer.vocab_size} ids, and the model of config.yaml beside it "
-            f"{config.model.vocab_size}; restore both from a copy"
-        )
-    _refuse_giant(config.model, manifest)
-    model = Decoder(config.model)
-    load_weights(model, manifest)
-    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder)
 
 
 # --- helpers -----------------------------------------------------------------------------------------
@@ -309,17 +249,12 @@ def _number(path: Path) -> tuple[int, int]:
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
-def _step_folders(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
     """Oldest first, whether whole or not."""
     return sorted((path for path in folder.glob("step-*") if _number(path)[0] >= 0), key=_number)
 
 
-def _preference(losses: dict[Path, float | None], path: Path) -> tuple[bool, float]:
-    loss = losses.get(path)
-    return path in losses, math.inf if loss is None else loss
-
-
-def _first_whole(folders: list[Path], run: Path) -> Manifest:
+def first_whole(folders: list[Path], run: Path) -> Manifest:
     reasons = []
     for folder in folders:
         try:
@@ -337,7 +272,7 @@ def _first_whole(folders: list[Path], run: Path) -> Manifest:
     )
 
 
-def _read_run_file(path: Path, parse: Callable[[Path], T]) -> T:
+def read_run_file(path: Path, parse: Callable[[Path], T]) -> T:
     """`parse(path)`; ValueError in one sentence if the file, or folder, is missing or `parse` raises."""
     if not path.exists():
         raise ValueError(f"{path} is missing; restore it from a copy, or use another run or checkpoint")
@@ -348,21 +283,6 @@ def _read_run_file(path: Path, parse: Callable[[Path], T]) -> T:
         raise ValueError(
             f"{path} is damaged ({reason}); restore it from a copy, or use another run or checkpoint"
         ) from error
-
-
-def _config(path: Path) -> Config:
-    config = Config.from_dict(yaml.safe_load(path.read_text("utf-8")))
-    if config.model.block_size > LONGEST_BLOCK:
-        raise ValueError(f"model.block_size is {config.model.block_size}, and {LONGEST_BLOCK} is the most")
-    return replace(config, model=config.model.resolved())
-
-
-def _fingerprints(path: Path) -> dict[str, str]:
-    values = json.loads(path.read_text("utf-8"))
-    names = ("data", "tokenizer", "code")
-    if not isinstance(values, dict) or not all(isinstance(values.get(name), str) for name in names):
-        raise ValueError(f"it must hold a string for each of {', '.join(names)}")
-    return {name: values[name] for name in names}
 
 
 def _with_own_sha256(values: dict[str, Any]) -> str:
@@ -385,13 +305,13 @@ def _manifest(path: Path) -> Manifest:
     return Manifest(path.parent, int(values["step"]), loss, bool(values["keep"]), files)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Of the tensors in a safetensors file, whose header alone is read."""
     with safe_open(path, framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def _refuse_other_shapes(own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+def refuse_other_shapes(own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     wrong = [f"{key} is missing" for key in own if key not in shapes]
     wrong += [f"{key} is left over" for key in shapes if key not in own]
     wrong += [
@@ -407,25 +327,6 @@ def _refuse_other_shapes(own: dict[str, Tensor], shapes: dict[str, tuple[int, ..
         )
 
 
-def _refuse_giant(config: ModelConfig, manifest: Manifest) -> None:
-    """ValueError if `config` is not that of the manifest's weights, before memory is taken for its model."""
-    shapes = _read_run_file(manifest.folder / "model.safetensors", _shapes)
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    try:
-        # Even without memory a model takes time for each of its layers, and sizes may overflow.
-        if config.n_layer > len(shapes) or config.vocab_size * config.n_embd > elements:
-            raise ValueError(f"{len(shapes)} tensors of {elements} elements in all are not enough for it")
-        with torch.device("meta"):
-            own = _untied(Decoder(config))
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{manifest.folder} was made by another config ({reason}); "
-            "use the settings in its run's config.yaml"
-        ) from error
-    _refuse_other_shapes(own, shapes, manifest.folder)
-
-
 def _clear_leftovers(folder: Path) -> None:
     """Remove what killed saves and removals left under hidden names."""
     for hidden in folder.glob(".step-*"):
@@ -439,11 +340,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _untied(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each shared tensor once, under its first name."""
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: all of the model's, or those that train if some of it is frozen.
+
+    What is frozen is the base that the run was started from. A shared tensor stands under its first name.
+    """
+    frozen = any(not p.requires_grad for p in model.parameters())
     tensors, seen = {}, set()
     for key, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen and (tensor.requires_grad or not frozen):
             tensors[key] = tensor
             seen.add(id(tensor))
     return tensors

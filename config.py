@@ -238,7 +238,7 @@ class ModelConfig:
             self,
             head_dim=head_dim,
             n_kv_head=n_kv_head,
-            rotary_dim=rotary_dim,
+            rotary_dim=rotary_dim if self.position == "rotary" else 0,
             n_inner=self.n_inner or 4 * self.n_embd,
             rope_context=self.rope_context or reaches * self.block_size,
             **dropouts,
@@ -399,6 +399,11 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @property
+    def row_length(self) -> int:
+        """Tokens in a training row."""
+        return self.train.row_length or self.model.block_size
+
     def to_dict(self) -> dict[str, Any]:
         """The layout of the YAML files: training's settings at the top, the other groups below their name."""
         plain = {
@@ -536,6 +541,12 @@ def check_ranges(config: Config) -> None:
                 raise ValueError(f"lora.{name}.{module} is {value}; it must be above 0")
     if not config.data.source:
         raise ValueError("data.source is ''; it must be `stdlib`, a folder or a file")
+    # A base brings its own block_size, which is compared as soon as it is known.
+    if config.row_length > config.model.block_size and config.train.base is None:
+        raise ValueError(
+            f"row_length is {config.row_length}; it must be at most model.block_size, "
+            f"{config.model.block_size}"
+        )
     replace(config.model, vocab_size=config.model.vocab_size or 1).resolved()
 
 

@@ -1,7 +1,8 @@
 """Scores of a trained model on the held-out files of its run: `python eval.py --checkpoint runs/default`.
 
-Beside every score stands that of an n-gram model of the same training files (`ngram.NGramModel`). Prints a
-table and writes RUN/eval.json: the scores, every predicted line, and what is needed to run it again.
+Beside every score stands that of an n-gram model of the same training files (`ngram.NGramModel`), and for a
+run with adapters that of its base. Prints a table and writes RUN/eval.json: the scores, every predicted line,
+and what is needed to run it again.
 
 Token scores are over every token after a document's first, by the function that training validates with.
 Bits per byte divides their nats by the UTF-8 bytes of all held-out files, whatever the tokenizer; the nats of
@@ -84,16 +85,18 @@ import rapidfuzz
 import torch
 
 from architecture import Decoder
-from checkpoint import Run, code_fingerprint, load_run
+from checkpoint import code_fingerprint
 from dataset import fits_a_row, prepare_data, validation_batches
 from decoding import generate_ids
 from generate import GenerationConfig, added_text, prompt_ids
 from generate import printable as printable
+from lora import adapters_disabled
 from loss import Scores, score
 from metrics import Interval, edit_similarity, exact_match, mean_interval
 from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from preflight import overrides
+from runmodel import Run, load_run
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -381,17 +384,28 @@ class Sample:
     completion: str
 
 
-def _divided(block_size: int, max_new_tokens: int) -> tuple[int, int]:
-    """Tokens of a completion, half the block at most, and of its prompt; each at least 1."""
-    max_new_tokens = max(1, min(max_new_tokens, block_size // 2))
-    return max_new_tokens, max(1, block_size - max_new_tokens)
+def _divided(length: int, max_new_tokens: int) -> tuple[int, int]:
+    """Tokens of a completion, half the length at most, and of its prompt; each at least 1."""
+    max_new_tokens = max(1, min(max_new_tokens, length // 2))
+    return max_new_tokens, max(1, length - max_new_tokens)
 
 
 def sample_completions(
-    model: Decoder, tokenizer: Tokenizer, store: TokenStore, precision: Precision, n: int = 3, seed: int = 0
+    model: Decoder,
+    tokenizer: Tokenizer,
+    store: TokenStore,
+    length: int,
+    precision: Precision,
+    n: int = 3,
+    seed: int = 0,
 ) -> list[Sample]:
-    """Greedy completions of held-out Python functions, to look at; arguments as for `function_examples`."""
-    max_new_tokens, room = _divided(model.config.block_size, 128)
+    """Greedy completions of held-out Python functions, to look at.
+
+    Args:
+        length: Most tokens of a prompt and its completion.
+        store, n, seed: As for `function_examples`.
+    """
+    max_new_tokens, room = _divided(length, 128)
     examples = function_examples(store, tokenizer, n, room, seed)
     completions = complete(model, tokenizer, examples, through_body, max_new_tokens, precision)
     return [
@@ -427,16 +441,21 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
             "on: restore the files (for stdlib, use the same Python), say with --source where they are now, "
             "or train a new run"
         )
-    batches = validation_batches(data.validation, settings.batch_size, model.config.block_size)
+    batches = validation_batches(data.validation, settings.batch_size, run.config.row_length)
     scores = score(model, batches, precision)
     if not math.isfinite(scores.perplexity):
         raise ValueError(
             f"the loss of {run.folder} at step {run.step} is {scores.loss}: evaluate with --precision fp32, "
             "or another checkpoint, or train again with a lower learning rate"
         )
+    base_scores = None
+    if run.config.lora.r:
+        with adapters_disabled(model):
+            base_batches = validation_batches(data.validation, settings.batch_size, run.config.row_length)
+            base_scores = score(model, base_batches, precision)
     baseline = train_ngram(data.train)
-    baseline_scores = ngram_scores(baseline, data.validation, model.config.block_size)
-    scored = fits_a_row(data.validation, model.config.block_size)
+    baseline_scores = ngram_scores(baseline, data.validation, run.config.row_length)
+    scored = fits_a_row(data.validation, run.config.row_length)
     n_bytes = int(data.validation.byte_lengths[scored].sum())
     result: dict[str, Any] = {
         "run": str(run.folder),
@@ -447,6 +466,7 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
         "files": int(scored.sum()),
         "bytes": n_bytes,
         "model": _token_values(scores, n_bytes),
+        **({"base": _token_values(base_scores, n_bytes)} if base_scores else {}),
         "n-gram": _token_values(baseline_scores, n_bytes),
         "n-gram order": baseline.order,
     }
@@ -474,12 +494,12 @@ def add_line_scores(
     precision: Precision,
     settings: EvalConfig,
 ) -> None:
-    """Put the next-line scores of both, and every prediction, into `result`, or why there are none."""
+    """Put the next-line scores of each, and every prediction, into `result`, or why there are none."""
     if store.holds_examples:
         result["next_line_left_out"] = "next line not scored: the corpus holds prompts and completions"
         return
-    block_size, tokenizer = run.model.config.block_size, run.tokenizer
-    max_new_tokens, room = _divided(block_size, settings.max_new_tokens)
+    tokenizer = run.tokenizer
+    max_new_tokens, room = _divided(run.config.row_length, settings.max_new_tokens)
     examples = next_line_examples(store, tokenizer, settings.samples, room, settings.seed)
     if len(examples) < 2:
         result["next_line_left_out"] = (
@@ -487,28 +507,35 @@ def add_line_scores(
             f"before them that fit {room} tokens, and an interval needs at least 2"
         )
         return
-    predictions = {
-        "model": complete(
+
+    def completed() -> list[str]:
+        return complete(
             run.model, tokenizer, examples, through_first_line, max_new_tokens, precision, settings.batch_size
-        ),
-        "n-gram": ngram_complete(baseline, tokenizer, examples, through_first_line, max_new_tokens),
-    }
+        )
+
+    predictions = {"model": completed()}
+    if "base" in result:
+        with adapters_disabled(run.model):
+            predictions["base"] = completed()
+    predictions["n-gram"] = ngram_complete(baseline, tokenizer, examples, through_first_line, max_new_tokens)
     for name, lines in predictions.items():
         result[name]["next_line"] = dataclasses.asdict(line_scores(examples, lines, settings.seed))
         for interval in result[name]["next_line"]:
             result[name]["next_line"][interval] = result[name]["next_line"][interval]._asdict()
     result["max_new_tokens"] = max_new_tokens
     result["lines"] = [
-        {"file": e.name, "line": e.line, "reference": e.reference, "model": a, "n-gram": b}
-        for e, a, b in zip(examples, predictions["model"], predictions["n-gram"], strict=True)
+        {"file": e.name, "line": e.line, "reference": e.reference}
+        | {name: lines[i] for name, lines in predictions.items()}
+        for i, e in enumerate(examples)
     ]
 
 
 def table(result: dict[str, Any]) -> str:
-    """The scores as aligned columns: metric, model, n-gram, what it is over."""
-    model, baseline = result["model"], result["n-gram"]
-    over_tokens = f"{model['tokens']:,} tokens of {result['files']:,} held-out files"
-    rows = [("metric", "model", f"{result['n-gram order']}-gram", "over")]
+    """The scores as aligned columns: metric, model, base where there is one, n-gram, what it is over."""
+    names = [name for name in ("model", "base", "n-gram") if name in result]
+    columns = [result[name] for name in names]
+    over_tokens = f"{result['model']['tokens']:,} tokens of {result['files']:,} held-out files"
+    rows = [["metric", *names[:-1], f"{result['n-gram order']}-gram", "over"]]
     for key, name, form, over in (
         ("loss", "loss, nats a token", "{:.4f}", over_tokens),
         ("perplexity", "perplexity", "{:.2f}", "the same"),
@@ -516,19 +543,19 @@ def table(result: dict[str, Any]) -> str:
         ("top1", "top-1 accuracy", "{:.2%}", over_tokens),
         ("top5", "top-5 accuracy", "{:.2%}", "the same"),
     ):
-        rows.append((name, form.format(model[key]), form.format(baseline[key]), over))
+        rows.append([name, *(form.format(values[key]) for values in columns), over])
     if "lines" in result:
         files = len({line["file"] for line in result["lines"]})
         over_lines = f"{len(result['lines'])} lines of {files} files; 95% bootstrap intervals"
         for key, name in (("exact_match", "exact match"), ("edit_similarity", "edit similarity")):
-            both = [values["next_line"][key] for values in (model, baseline)]
-            mine, its = ("{mean:.1f} [{low:.1f}, {high:.1f}]".format(**interval) for interval in both)
-            rows.append((f"next line, {name}", mine, its, over_lines))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
-        for row in rows
-    ]
+            intervals = (values["next_line"][key] for values in columns)
+            shown = ("{mean:.1f} [{low:.1f}, {high:.1f}]".format(**interval) for interval in intervals)
+            rows.append([f"next line, {name}", *shown, over_lines])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *values, over in rows:
+        cells = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False)]
+        lines.append("  ".join([f"{name:<{widths[0]}}", *cells, over]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     lines += [result["next_line_left_out"]] if "next_line_left_out" in result else []
     for name, evidence in result["allowed faults"].items():

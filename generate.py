@@ -158,10 +158,10 @@ from typing import NamedTuple
 import torch
 
 from architecture import Decoder
-from checkpoint import load_run
 from decoding import Stopped, generate_ids
 from fim import fim_end_ids, fim_prompt_ids
 from precision import choose_device
+from runmodel import load_run
 from tokenizer import Tokenizer
 
 

@@ -82,17 +82,24 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; adapters' matrices by AdamW.
 
     Vectors (norms, biases) never decay. Every trainable parameter is in exactly one group (asserted). Each
     group keeps its own `initial_lr`, which the schedule scales.
+
+    Args:
+        lr_ratio: Learning rate of the adapters' B over that of their A (LoRA+, arXiv:2402.12354).
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices, embeddings, heads, vectors = {}, {}, {}, {}
+    matrices, embeddings, heads, vectors, adapters_a, adapters_b = {}, {}, {}, {}, {}, {}
     for name, p in trainable.items():
         if p.dim() < 2:
             vectors[name] = p
+        elif ".adapters." in name and name.endswith((".a", ".b")):
+            (adapters_b if name.endswith(".b") else adapters_a)[name] = p
         elif name.startswith("blocks."):
             matrices[name] = p
         elif name.startswith("head."):
@@ -107,6 +114,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         group(embeddings, config.embedding_lr or config.lr, config.weight_decay),
         group(heads, config.head_lr or config.lr, config.weight_decay),
         group(vectors, config.lr, 0.0),
+        group(adapters_a, config.lr, config.weight_decay),
+        group(adapters_b, config.lr * lr_ratio, config.weight_decay),
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "muon" and matrices:

@@ -635,8 +635,8 @@ def small_config(folder: Path, settings: dict[str, dict[str, Any]]) -> Config:
         DataConfig(**groups["data"]),
         TokenizerConfig(**groups["tokenizer"]),
         ModelConfig(**groups["model"]),
-        OptimizerConfig(**groups["optimizer"]),
-        TrainConfig(**groups["train"]),
+        optimizer=OptimizerConfig(**groups["optimizer"]),
+        train=TrainConfig(**groups["train"]),
     )
 
 

@@ -255,10 +255,13 @@ def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]
         "data": f"in {config.data.source}",
         "tokenizer": f"in {config.tokenizer.path}" if config.tokenizer.path else "trained on the data",
     }
+    if "base" in fingerprints:
+        places["base"] = f"in {config.train.base}"
     for name, place in places.items():
-        if before[name] != fingerprints[name]:
+        was = before.get(name, "none")
+        if was != fingerprints[name]:
             raise ValueError(
                 f"the {name} changed since {folder} began: {place} now has the fingerprint "
-                f"{fingerprints[name][:12]}, {folder / 'fingerprints.json'} says {before[name][:12]}; "
+                f"{fingerprints[name][:12]}, {folder / 'fingerprints.json'} says {was[:12]}; "
                 "restore it, or start another --run"
             )

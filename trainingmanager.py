@@ -55,7 +55,6 @@ from checkpoint import (
     changed_weight,
     code_fingerprint,
     first_difference,
-    load_run,
     load_state,
     load_weights,
     newest_whole,
@@ -78,11 +77,13 @@ from dataset import (
 from eval import EvalConfig, evaluate, printable, sample_completions, table, write_results
 from generate import GenerationConfig, generate
 from live import FirstSteps
+from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
 from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory
 from preflight import Subject, preflight, record_overrides
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
+from runmodel import adopted, load_run, open_base, starting_model
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -123,8 +124,8 @@ class TrainingManager:
         self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
         self.device = precision.device
         self.state = RunState()
-        self.batches = Batches(data.train, train.batch_size, config.model.block_size, train.seed)
-        self.optimizers = build_optimizers(model, config.optimizer)
+        self.batches = Batches(data.train, train.batch_size, config.row_length, train.seed)
+        self.optimizers = build_optimizers(model, config.optimizer, config.lora.lr_ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_seconds = train.max_seconds
@@ -280,7 +281,7 @@ class TrainingManager:
         return score(self.model, batches, self.eval_precision)
 
     def validation_batches(self, limit: int = 0) -> Iterator[Batch]:
-        rows, length = self.config.train.batch_size, self.config.model.block_size
+        rows, length = self.config.train.batch_size, self.config.row_length
         return validation_batches(self.data.validation, rows, length, limit)
 
     def knows_by_heart(self, scores: Scores) -> bool:
@@ -555,34 +556,44 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     print(f"precision: {precision.reason}")
-    tokenizer = prepare_tokenizer(config.data, config.tokenizer)
+    base = open_base(config, precision.dtype, device)
+    if base is not None:
+        config = adopted(config, base, precision.dtype)
+    if base is not None and base.tokenizer is not None and config.tokenizer.path is None:
+        tokenizer = base.tokenizer
+    else:
+        tokenizer = prepare_tokenizer(config.data, config.tokenizer)
     data = prepare_data(config.data, tokenizer)
     fingerprints = {
         "data": data.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "code": code_fingerprint(HOUSE),
     }
+    if base is not None:
+        fingerprints["base"] = base.fingerprint
     if config.train.resume:
         refuse_other_data(folder, config, fingerprints)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size {vocab_size} does not hold the tokenizer's {tokenizer.vocab_size} ids; "
-            "leave model.vocab_size out, or train a smaller tokenizer"
+            "leave model.vocab_size out, or take a smaller tokenizer"
         )
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
     config = dataclasses.replace(config, model=model_config)
     for side in dict.fromkeys((data.train, data.validation)):
         kind = "examples" if side.holds_examples else "files"
-        longer = int((~fits_a_row(side, model_config.block_size)).sum())
-        left_out = f"; {longer:,} left out, longer than a row of {model_config.block_size}" if longer else ""
+        longer = int((~fits_a_row(side, config.row_length)).sum())
+        left_out = f"; {longer:,} left out, longer than a row of {config.row_length}" if longer else ""
         print(
             f"{side.split}: {side.n_documents:,} {kind}, {side.n_bytes:,} bytes, {side.n_tokens:,} tokens"
             + left_out
         )
     seed_everything(config.train.seed)
-    model = Decoder(model_config).to(device)
+    model = starting_model(config, base).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    if base is not None:
+        print(trainable_table(model, base.family.key))
     manager = TrainingManager(config, model, data, precision, folder)
     if config.train.resume:
         refuse_changes(folder, config)
@@ -605,7 +616,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         precision=precision,
         eval_precision=manager.eval_precision,
         optimizers=manager.optimizers,
-        start="resumed" if config.train.resume else "fresh",
+        start="resumed" if config.train.resume else "fresh" if base is None else "loaded",
     )
     record_overrides(folder, preflight(subject, config.train.allow))
     manager.fit(subject)
@@ -630,6 +641,7 @@ def report(manager: TrainingManager) -> None:
         run.model.to(manager.device),
         run.tokenizer,
         manager.data.validation,
+        manager.config.row_length,
         manager.eval_precision,
         train.samples,
     )
@@ -672,10 +684,10 @@ def prove_overfit(manager: TrainingManager) -> bool:
             at = differs.index(True) if True in differs else len(differs)
             found, wanted = completion.text[at:][:20], expected[at:][:20]
             verdict = f"FAILED at character {at} of {len(expected)}: {found!r} instead of {wanted!r}"
-            if len(store.document(number)) > run.model.config.block_size:
+            if len(store.document(number)) > run.config.row_length:
                 verdict += (
                     f"; its {len(store.document(number))} tokens do not fit one row of "
-                    f"{run.model.config.block_size}: raise --model.block_size or take a shorter file"
+                    f"{run.config.row_length}: raise --model.block_size or take a shorter file"
                 )
             passed = False
         print(f"check 2, {store.names[number]} regenerated from {first!r}: {verdict}")

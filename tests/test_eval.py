@@ -313,8 +313,10 @@ def test_references_have_the_maximum_and_a_prompt_in_the_prediction_does_not(dat
 
 
 def test_samples_show_signature_reference_and_completion(data, model):
-    samples = evaluation.sample_completions(model, BYTES, data.validation, FP32, n=2)
-    assert samples == evaluation.sample_completions(model, BYTES, data.validation, FP32, n=2)
+    samples = evaluation.sample_completions(model, BYTES, data.validation, 128, FP32, n=2)
+    assert samples == evaluation.sample_completions(
+        model, BYTES, data.validation, model.config.block_size, FP32, n=2
+    )
     assert len(samples) == 2
     for sample in samples:
         assert sample.prompt.startswith("def ")
@@ -446,7 +448,9 @@ def test_files_without_a_line_that_fits_leave_the_line_scores_out_and_say_so(run
 @pytest.mark.parametrize("block_size", [1, 2, 3])
 def test_a_tiny_block_has_no_samples_and_does_not_crash(data, block_size):
     shape = ModelConfig(BYTES.vocab_size, block_size=block_size, n_layer=1, n_head=1, n_embd=8)
-    assert evaluation.sample_completions(Decoder(shape).eval(), BYTES, data.validation, FP32) == []
+    assert (
+        evaluation.sample_completions(Decoder(shape).eval(), BYTES, data.validation, block_size, FP32) == []
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])

@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 
 import trainingmanager
 from architecture import Decoder
-from checkpoint import checkpoints, first_difference, load_run, load_state
+from checkpoint import checkpoints, first_difference, load_state
 from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from dataset import IGNORE_INDEX, Batch
 from optim import Muon
 from proofs import run_difference
 from runfolder import claimed_folder, new_folder
+from runmodel import load_run
 from trainingmanager import RESUMABLE, RunState, TrainingManager, compile_blocks, train
 
 HOUSE = Path(__file__).parent.parent

@@ -1,0 +1,210 @@
+"""A LoRA step at true shapes beside transformers with PEFT, in one run on one machine.
+
+    python benchmarks/adapters.py starcoder-small --rows 2
+    python benchmarks/adapters.py starcoder
+
+Random weights, the published sizes and the adapters of the five seeds; rows of 512 random tokens, the first
+half of each masked, as a prompt is. A step is forward, backward, clip and AdamW. Each side runs in a process
+of its own, in the precision that is best for it on this machine, and the two take turns; printed are tokens/s
+(the median of the steps, the first left out) and the most memory that the process ever held.
+
+The peer is not padded, and its frozen weights are in the precision of its products. Ours is set up as
+`python trainingmanager.py --base` sets it up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+HOUSE = Path(__file__).parent.parent
+sys.path.insert(0, str(HOUSE))
+
+from precision import choose_device, choose_precision, keep_freed_memory
+
+STARCODER = {"vocab_size": 49152, "n_positions": 8192, "multi_query": True}
+STARCODER |= {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+# family, config.json, and rank, alpha, dropout and targets of the adapters
+SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float, tuple[str, ...]]]] = {
+    "starcoder-small": (
+        "gpt_bigcode",
+        STARCODER | {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": 3072},
+        (16, 32, 0.08, ("c_attn", "c_proj")),
+    ),
+    "starcoder": (
+        "gpt_bigcode",
+        STARCODER | {"n_embd": 2048, "n_layer": 24, "n_head": 16, "n_inner": 8192},
+        (16, 32, 0.08, ("c_attn", "c_proj")),
+    ),
+    "codegen": (
+        "codegen",
+        {"vocab_size": 51200, "n_positions": 2048, "n_embd": 1024, "n_layer": 20, "n_head": 16,
+         "rotary_dim": 32},
+        (8, 32, 0.0, ("wte", "qkv_proj", "out_proj", "fc_in", "fc_out")),
+    ),
+    "phi": (
+        "phi",
+        {"vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+         "num_attention_heads": 32,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
+        (16, 32, 0.0, PHI_TARGETS),
+    ),
+    "llama": (
+        "llama",
+        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+        (16, 32, 0.05, ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ),
+}  # fmt: skip
+
+
+def peer(shape: str, dtype: torch.dtype) -> tuple[Callable[[torch.Tensor, torch.Tensor], Any], Any, int]:
+    """The loss of transformers with PEFT; its trained parameters; its vocabulary."""
+    import peft
+    import transformers
+
+    family, values, (r, alpha, dropout, targets) = SHAPES[shape]
+    config: Any = transformers.CONFIG_MAPPING[family](**values)
+    torch.set_default_dtype(dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    torch.set_default_dtype(torch.float32)
+    settings = peft.LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, settings).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # transformers shifts the labels itself; ours come shifted.
+        unshifted = torch.cat((labels.new_full((len(labels), 1), -100), labels[:, :-1]), 1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return model(input_ids=tokens, labels=unshifted, use_cache=False).loss
+
+    return loss, trained, config.vocab_size
+
+
+def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
+    """A model of N(0, 0.02), made tensor by tensor as a loader makes it."""
+    from torch import nn
+
+    from architecture import Decoder
+    from quantize import replace_linear
+
+    with torch.device("meta"):
+        model = Decoder(replace(config, init="normal"))
+    for name, module in list(model.named_modules()):
+        for part, p in list(module.named_parameters(recurse=False)):
+            value = torch.empty(p.shape, dtype=dtype).normal_(std=0.02)
+            if held and part == "weight" and isinstance(module, nn.Linear) and "blocks." in name:
+                module = replace_linear(model, name, held, value)
+            elif not (name == "head" and part == "weight" and config.tie_embeddings):
+                module.register_parameter(part, nn.Parameter(value))
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    return model
+
+
+def ours(shape: str, dtype: torch.dtype, held: str) -> tuple[Callable[..., Any], Any, int]:
+    from config import LoraConfig
+    from dataset import Batch
+    from lora import add_adapter
+    from loss import token_loss
+    from pretrained import FAMILIES
+    from pretrained.family import to_model
+
+    keep_freed_memory()
+    family, values, (r, alpha, dropout, targets) = SHAPES[shape]
+    config = to_model(FAMILIES[family], values)
+    model = drawn(config, dtype, None if held == "auto" else held)
+    add_adapter(model, LoraConfig(r, alpha, dropout, targets), FAMILIES[family].key)
+    model.train()
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        batch = Batch(tokens, labels, torch.zeros_like(tokens), positions)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = token_loss(model, batch)
+        return found.objective / found.tokens
+
+    return loss, [p for p in model.parameters() if p.requires_grad], config.vocab_size
+
+
+def worker(side: str, shape: str, rows: int, length: int, steps: int, held: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    precision = choose_precision(choose_device("cpu"), "auto")
+    if side == "peer":
+        loss, trained, vocabulary = peer(shape, precision.dtype)
+    else:
+        loss, trained, vocabulary = ours(shape, precision.dtype, held)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    draw = torch.Generator().manual_seed(1)
+    seconds = []
+    for _ in range(steps + 1):
+        tokens = torch.randint(vocabulary, (rows, length + 1), generator=draw)
+        tokens, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
+        labels[:, : length // 2 - 1] = -100
+        started = time.perf_counter()
+        loss(tokens, labels).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "side": side,
+        "trained": sum(p.numel() for p in trained),
+        "tokens_per_second": rows * length / median(seconds[1:]),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--held", default="auto", choices=("auto", "bf16", "nf4"), help="how ours holds frozen weights"
+    )
+    parser.add_argument("--side", choices=("peer", "ours"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.side:
+        result = worker(asked.side, asked.shape, asked.rows, asked.length, asked.steps, asked.held)
+        print(json.dumps(result))
+        return
+    results: dict[str, list[dict[str, Any]]] = {"peer": [], "ours": []}
+    for turn in range(asked.turns):
+        for side in ("peer", "ours") if turn % 2 == 0 else ("ours", "peer"):
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--side", side],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            results[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(results[side][-1], flush=True)
+    assert len({result["trained"] for side in results.values() for result in side}) == 1
+    rate = {side: median(r["tokens_per_second"] for r in found) for side, found in results.items()}
+    peak = {side: median(r["peak_gb"] for r in found) for side, found in results.items()}
+    print(f"{asked.shape}, {asked.rows} x {asked.length}, half masked, frozen weights of ours: {asked.held}")
+    print(f"transformers + PEFT  {rate['peer']:8.1f} tokens/s  {peak['peer']:5.2f} GB")
+    print(f"ours                 {rate['ours']:8.1f} tokens/s  {peak['ours']:5.2f} GB")
+    faster, smaller = rate["ours"] / rate["peer"], peak["ours"] / peak["peer"]
+    print(f"ratio                {faster:8.2f}           {smaller:5.2f}")
+
+
+if __name__ == "__main__":
+    main()

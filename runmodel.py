@@ -1,0 +1,220 @@
+"""The model of a run: drawn from a seed, or a published one with what trains on top of it.
+
+    settings -> open_base -> adopted settings -> starting_model    when a run begins or goes on
+    RUN -> load_run -> model, tokenizer, settings                  to evaluate it or to write text with it
+
+A run with adapters keeps only what it trains. Whoever opens it needs the base again, and it has to be the
+same one: the fingerprint of its weights is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+
+from architecture import Decoder
+from checkpoint import (
+    Manifest,
+    checkpoints,
+    first_whole,
+    kept_tensors,
+    load_weights,
+    read_manifest,
+    read_run_file,
+    refuse_other_shapes,
+    shapes_in,
+    step_folders,
+    verify,
+)
+from config import Config, ModelConfig
+from lora import add_adapter
+from precision import DTYPES
+from pretrained import Pretrained, load_pretrained
+from tokenizer import Tokenizer, load_tokenizer
+
+LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
+BASE_ROW = 512  # tokens in a training row of a base, whose context may be 131,072
+
+
+def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "cpu") -> Pretrained | None:
+    """The published model that `config.train.base` names, in eval mode; None where none is named.
+
+    Args:
+        dtype: Of the run's matrix products. Frozen weights are held in it, or as `base_format` says; weights
+            that train are held in fp32.
+
+    Raises:
+        ValueError: It cannot be had, or has no tokenizer although the settings name none.
+    """
+    train = config.train
+    if train.base is None:
+        return None
+    native = "bf16" if dtype == torch.bfloat16 else "fp32"  # what fp16 multiplies is held in fp32
+    asked = native if train.base_format == "auto" else train.base_format
+    if config.lora.r == 0:
+        base = load_pretrained(train.base, torch.float32, device, train.base_revision)
+    elif asked == native:
+        base = load_pretrained(train.base, DTYPES[native], device, train.base_revision)
+    else:
+        held = None if asked == "fp32" else asked
+        rest = torch.float32 if held is None else DTYPES[native]
+        base = load_pretrained(train.base, rest, device, train.base_revision, held)
+    if base.tokenizer is None and config.tokenizer.path is None:
+        raise ValueError(f"{train.base} holds no tokenizer; name its folder with --tokenizer.path")
+    return base
+
+
+def adopted(config: Config, base: Pretrained, dtype: torch.dtype) -> Config:
+    """The settings with what the base decides filled in: the model's shape, its commit, a row's length, and
+    how frozen weights are held, so that whoever opens the run holds them alike.
+
+    Raises:
+        ValueError: The settings ask for another model.
+    """
+    own, asked = base.model.config, config.model
+    default = ModelConfig()
+    for key, value in vars(asked).items():
+        if value != getattr(default, key) and value != getattr(own, key):
+            raise ValueError(
+                f"model.{key} is {value}, and {config.train.base} brings its own, {getattr(own, key)}; "
+                f"leave model.{key} out"
+            )
+    row_length = config.train.row_length or min(BASE_ROW, own.block_size)
+    if row_length > own.block_size:
+        raise ValueError(
+            f"row_length is {row_length}, and {config.train.base} has a context of {own.block_size} tokens; "
+            f"set --row_length to at most {own.block_size}"
+        )
+    revision = base.revision or config.train.base_revision
+    train = replace(config.train, row_length=row_length, base_revision=revision)
+    if config.lora.r and train.base_format == "auto":
+        train = replace(train, base_format="bf16" if dtype == torch.bfloat16 else "fp32")
+    return replace(config, model=own, train=train)
+
+
+def starting_model(config: Config, base: Pretrained | None) -> Decoder:
+    """The model before its first update: drawn, or the base, with fresh adapters if `lora.r` says so."""
+    if base is None:
+        return Decoder(config.model)
+    if config.lora.r:
+        add_adapter(base.model, config.lora, base.family.key)
+    return base.model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with what belongs to it."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+    fingerprints: dict[str, str]
+    folder: Path  # of the run
+
+
+def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
+    """Open a run folder, or one checkpoint inside it, for evaluation; the model is in eval mode, on the CPU.
+
+    A damaged checkpoint is passed over, and named on stderr, unless `path` asks for that one.
+
+    Raises:
+        ValueError: There is no run or no checkpoint, a file is damaged, or weights and config disagree.
+    """
+    path = Path(path)
+    one = path.name if path.parent.name == "checkpoints" else None
+    folder = path.parent.parent if one else path
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{path} holds no run (no config.yaml); give the folder that training wrote")
+    config = read_run_file(folder / "config.yaml", _config)
+    fingerprints = read_run_file(folder / "fingerprints.json", _fingerprints)
+    found = step_folders(folder / "checkpoints")[::-1]
+    if one:
+        found = [path for path in found if path.name == one]
+    if which == "best":
+        losses = {m.folder: m.loss for m in checkpoints(folder / "checkpoints")}
+        # Unreadable manifests first, so that they are named: any of them may have been the best. The sort is
+        # stable: the later of two equals is ahead, and without a validation the newest.
+        found.sort(key=lambda path: _preference(losses, path))
+    if not any((folder / "manifest.json").exists() for folder in found):
+        raise ValueError(f"{path} holds no finished checkpoint; train for longer, or look in another run")
+    if one:
+        manifest = read_manifest(found[0])
+        verify(manifest)
+    else:
+        manifest = first_whole(found, path)
+    tokenizer = read_run_file(folder / "tokenizer", load_tokenizer)
+    if tokenizer.fingerprint != fingerprints["tokenizer"]:
+        raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer'} has {tokenizer.vocab_size} ids, and the model of config.yaml beside it "
+            f"{config.model.vocab_size}; restore both from a copy"
+        )
+    base = _base_of_run(config, fingerprints) if config.lora.r else None
+    if base is None:
+        _refuse_giant(config.model, manifest)
+    model = starting_model(config, base)
+    load_weights(model, manifest)
+    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder)
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _preference(losses: dict[Path, float | None], path: Path) -> tuple[bool, float]:
+    loss = losses.get(path)
+    return path in losses, math.inf if loss is None else loss
+
+
+def _config(path: Path) -> Config:
+    config = Config.from_dict(yaml.safe_load(path.read_text("utf-8")))
+    if config.model.block_size > LONGEST_BLOCK:
+        raise ValueError(f"model.block_size is {config.model.block_size}, and {LONGEST_BLOCK} is the most")
+    return replace(config, model=config.model.resolved())
+
+
+def _fingerprints(path: Path) -> dict[str, str]:
+    values = json.loads(path.read_text("utf-8"))
+    names = ("data", "tokenizer", "code")
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), str) for name in names):
+        raise ValueError(f"it must hold a string for each of {', '.join(names)}")
+    return {name: str(values[name]) for name in (*names, "base") if name in values}
+
+
+def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
+    """The base of a run with adapters; ValueError if it is not the one that they were trained on."""
+    base = open_base(config, torch.float32)
+    if base is None:
+        raise ValueError("config.yaml has lora.r but no base; restore it from a copy")
+    if base.fingerprint != fingerprints.get("base"):
+        raise ValueError(
+            f"{config.train.base} is not the base that the run was trained on: its weights have fingerprint "
+            f"{base.fingerprint[:12]}, and the run's had {fingerprints.get('base', 'none')[:12]}; restore it"
+        )
+    return base
+
+
+def _refuse_giant(config: ModelConfig, manifest: Manifest) -> None:
+    """ValueError if `config` is not that of the manifest's weights, before memory is taken for its model."""
+    shapes = read_run_file(manifest.folder / "model.safetensors", shapes_in)
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    try:
+        # Even without memory a model takes time for each of its layers, and sizes may overflow.
+        if config.n_layer > len(shapes) or config.vocab_size * config.n_embd > elements:
+            raise ValueError(f"{len(shapes)} tensors of {elements} elements in all are not enough for it")
+        with torch.device("meta"):
+            own = kept_tensors(Decoder(config))
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{manifest.folder} was made by another config ({reason}); "
+            "use the settings in its run's config.yaml"
+        ) from error
+    refuse_other_shapes(own, shapes, manifest.folder)

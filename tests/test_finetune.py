@@ -1,0 +1,181 @@
+"""Runs that start from a published model: what trains, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from architecture import Decoder
+from config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from corpus import training_texts
+from eval import EvalConfig, evaluate, table
+from lora import adapters_disabled
+from preflight import Fault
+from pretrained import save_pretrained
+from proofs import run_difference
+from runmodel import load_run
+from tokenizer import BPETokenizer
+from trainingmanager import TrainingManager, train
+
+TOKENS = torch.arange(24).view(2, 12)
+SHAPE = ModelConfig(
+    block_size=64,
+    n_layer=2,
+    n_head=2,
+    n_kv_head=1,
+    n_embd=16,
+    norm_weight=True,
+    norm_bias=True,
+    position="learned",
+    qk_norm=False,
+    fused_qkv=True,
+    qkv_bias=True,
+    attention_bias=True,
+    mlp="gelu_tanh",
+    mlp_bias=True,
+    tie_embeddings=True,
+    dropout=0.1,
+    init="normal",
+)
+
+
+@pytest.fixture
+def base(corpus: Path, tmp_path: Path) -> Path:
+    """A folder like StarCoder's; its weights are drawn, so the guard for that has to be allowed to see it."""
+    tokenizer = BPETokenizer.train(training_texts(DataConfig(str(corpus), validation_one_in=4)), 300)
+    torch.manual_seed(0)
+    model = Decoder(replace(SHAPE, vocab_size=tokenizer.vocab_size))
+    save_pretrained(model, tokenizer, tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
+    return Config(
+        data=DataConfig(source=str(corpus), validation_one_in=4, cache=str(tmp_path / "cache"), workers=1),
+        lora=LoraConfig(r=4, alpha=8, dropout=0.1, targets=("c_attn", "c_proj")),
+        optimizer=OptimizerConfig(name="adamw", lr=1e-2, embedding_lr=0, head_lr=0, warmup_steps=1),
+        train=TrainConfig(
+            run=str(tmp_path / "run"),
+            base=str(base),
+            row_length=32,
+            max_steps=6,
+            batch_size=4,
+            validate_every=3,
+            log_every=1,
+            allow=("worse-than-unigram",),
+        ),
+    )
+
+
+def other(config: Config, group: str = "train", **values: Any) -> Config:
+    return replace(config, **{group: replace(getattr(config, group), **values)})
+
+
+def logits(model: Decoder) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS)
+
+
+def test_adapters_train_and_the_base_stays(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    manager = train(config)
+    printed = capsys.readouterr().out
+    assert "transformer.h.*.attn.c_attn" in printed and "parameters train beside" in printed
+    stored = load_file(Path(config.train.base or "") / "model.safetensors")
+    assert torch.equal(manager.model.embed.weight, stored["transformer.wte.weight"])
+    with adapters_disabled(manager.model):
+        plain = logits(manager.model)
+    assert not torch.equal(plain, logits(manager.model))
+    (kept,) = sorted((manager.folder / "checkpoints").glob("step-*6/model.safetensors"))
+    with safe_open(kept, framework="pt") as file:
+        names = list(file.keys())
+    assert names and all(".adapters." in name for name in names)
+    run = load_run(manager.folder, "last")
+    assert torch.equal(logits(run.model), logits(manager.model))
+    assert (run.config.row_length, run.config.model.block_size) == (32, 64)
+    scores = evaluate(EvalConfig(str(manager.folder), samples=0, cache=config.data.cache))
+    assert scores["base"]["loss"] != scores["model"]["loss"] and " base " in table(scores)
+
+
+@pytest.mark.parametrize("base_format", ["bf16", "nf4"])
+def test_a_base_held_in_fewer_bits_opens_again_as_it_was(config: Config, base_format: str) -> None:
+    manager = train(other(config, base_format=base_format, max_steps=2))
+    run = load_run(manager.folder)
+    assert torch.equal(logits(run.model), logits(manager.model))
+    assert run.config.train.base_format == base_format
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(config: Config, tmp_path: Path) -> None:
+    config = other(config, "optimizer", schedule="constant")  # others follow the budget, which differs
+    whole = train(config)
+    train(other(config, run=str(tmp_path / "halves"), max_steps=3))
+    halves = train(other(config, run=str(tmp_path / "halves"), resume=True))
+    assert run_difference(whole.folder, halves.folder) is None
+
+
+def test_all_of_a_base_trains_and_then_needs_it_no_more(config: Config) -> None:
+    manager = train(replace(config, lora=LoraConfig()))
+    stored = load_file(Path(config.train.base or "") / "model.safetensors")
+    assert not torch.equal(manager.model.embed.weight, stored["transformer.wte.weight"])
+    shutil.rmtree(config.train.base or "")
+    assert torch.equal(logits(load_run(manager.folder).model), logits(manager.model))
+
+
+def changed(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.bias"][3] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_another_base_is_refused_by_resume_and_by_evaluation(config: Config) -> None:
+    manager = train(other(config, max_steps=2))
+    changed(Path(config.train.base or ""))
+    with pytest.raises(ValueError, match=r"base changed since .* began: in .*base now has the fingerprint"):
+        train(other(config, resume=True))
+    with pytest.raises(ValueError, match=r"is not the base that the run was trained on: .* fingerprint"):
+        load_run(manager.folder)
+
+
+def test_weights_that_know_nothing_are_refused(config: Config) -> None:
+    with pytest.raises(Fault, match="worse-than-unigram: the loaded weights have loss"):
+        train(other(config, allow=()))
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "sentence"),
+    [
+        ("train", {"row_length": 65}, "row_length is 65, and .*base has a context of 64 tokens; set"),
+        (
+            "model",
+            {"n_layer": 3},
+            "model.n_layer is 3, and .*base brings its own, 2; leave",
+        ),
+        ("lora", {"targets": ("q_proj",)}, "q_proj.*c_attn"),
+        ("train", {"base": "no-such-folder"}, "no-such-folder is neither a folder nor a hub id"),
+    ],
+)
+def test_what_the_base_cannot_do_is_one_sentence(
+    config: Config, group: str, values: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence) as error:
+        train(other(config, group, **values))
+    assert "\n" not in str(error.value) and not (Path(config.train.run) / "config.yaml").exists()
+
+
+def test_a_base_without_a_tokenizer_needs_one(config: Config, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.move(base / name, tmp_path / "tokenizer" / name)
+    with pytest.raises(ValueError, match=r"base holds no tokenizer; name its folder with --tokenizer.path"):
+        train(config)
+    named = TokenizerConfig(kind="pretrained", path=str(tmp_path / "tokenizer"))
+    manager: TrainingManager = train(replace(other(config, max_steps=1), tokenizer=named))
+    assert json.loads((manager.folder / "fingerprints.json").read_text())["base"]
