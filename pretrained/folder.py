@@ -244,9 +244,10 @@ def read_bin(path: Path) -> dict[str, Entry]:
     try:
         values = _unpickled(path)
     except Exception as error:  # the file decides what goes wrong, and where
-        reason = str(error).split("\n")[0] or type(error).__name__
+        asked = re.search(r"GLOBAL ([\w.]{1,100})", str(error))  # the rest advises how to run it all the same
+        reason = f"it asks for {asked[1]}" if asked else type(error).__name__
         raise ValueError(
-            f"{path} holds more than tensors, or is damaged; nothing in it was run ({reason[:200]})"
+            f"{path} holds more than tensors, or is damaged; nothing in it was run ({reason})"
         ) from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise ValueError(f"{path} holds {type(values).__name__}; it must be a dict of tensors by name")

@@ -81,7 +81,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi gelu": ("phi", WIDE | {"hidden_act": "gelu"} | rope("default", partial_rotary_factor=0.5,)
                  | {"hidden_size": 32}),
     "phi llama3": ("phi", WIDE | rope("llama3", **LLAMA3, partial_rotary_factor=0.7)),
-    "phi six of twelve": ("phi", TWELVE | {"num_key_value_heads": 6} | rope("default", partial_rotary_factor=1.0)),
+    "phi six of twelve": ("phi", TWELVE | {"num_key_value_heads": 6}
+                          | rope("default", partial_rotary_factor=1.0)),
     "llama gqa": ("llama", WIDE),
     "llama two of twelve": ("llama", TWELVE | {"num_key_value_heads": 2}),
     "llama three of twelve": ("llama", TWELVE | {"num_key_value_heads": 3}),
@@ -436,7 +437,7 @@ def test_saving_gives_back_every_byte_of_half_precision(name, dtype, pairs, tmp_
     save_pretrained(found.model, None, tmp_path / "out")
     same_bytes(tmp_path / "in", tmp_path / "out")
     assert load_pretrained(tmp_path / "out").fingerprint == load_pretrained(tmp_path / "in").fingerprint
-    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert opened.dtype == dtype
     tied = pairs(name).ours.config.tie_embeddings
     assert (opened.get_output_embeddings().weight is opened.get_input_embeddings().weight) == tied
