@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import dropped_attention
 from config import ModelConfig
 from linear import Linear
 
@@ -231,10 +232,16 @@ def attention_mask(query_documents: Tensor, key_documents: Tensor, window: int =
     return (same & causal).unsqueeze(1)
 
 
+def of_every_head(x: Tensor, n_head: int) -> Tensor:
+    """Keys or values (B, K, S, D), each repeated for the n_head / K query heads that share it."""
+    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+
+
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v written out: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D)."""
+    """softmax(q k^T / sqrt(D)) v written out: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+    k, v = (of_every_head(x, q.size(1)) for x in (k, v))
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
     if is_causal:
         mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
@@ -249,10 +256,11 @@ def reference_attention(
 def fast_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
 ) -> Tensor:
-    """The same by PyTorch's fused kernels; on a CPU they have no dropout, so that it is written out there."""
+    """The same by fused kernels: PyTorch's, or `dropped_attention` on a CPU, where those have no dropout."""
     p = dropout.p if dropout.training else 0.0
-    if p and q.device.type == "cpu":
-        return reference_attention(q, k, v, mask, is_causal, dropout)
+    if p and q.device.type == "cpu" and (is_causal or mask is not None):
+        return dropped_attention(q, k, v, mask, p)
+    k, v = (of_every_head(x, q.size(1)) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=p)
 
 
@@ -342,9 +350,6 @@ class Attention(nn.Module):
         if self.n_kv_head != self.n_head and T == 1:
             # The queries of a group become rows of one head; copies of all keys took 3 ms a step of 8 rows.
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)
-        elif self.n_kv_head != self.n_head:
-            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
-            v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
         mask = context.window_mask if self.has_window else context.mask
         y = self.attend(q, k, v, mask, context.is_causal and mask is None, self.dropout)
         y = y.transpose(1, 2) if T > 1 else y  # of one token the heads follow each other already
