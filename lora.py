@@ -3,25 +3,24 @@
     add_adapter(model, LoraConfig(r=16, targets=("c_attn", "c_proj")), family.key)
     print(trainable_table(model))                # what trains
     with adapters_disabled(model): ...           # the base alone
-    merge(model); unmerge(model)
 
 A module that an adapter changes is replaced by a wrapper that holds it as `.base` and, by adapter, one
 change: a low-rank term, rows of new tokens, a trained bias, or a whole trained copy. The base is only ever
 called and asked for its weight, so that it may be stored in 4 bits. It is never written to, not even by a
 PiSSA start; so any number of adapters share it, and switching them off gives it back bit for bit.
 
-The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/adapter.py` reads and writes its files.
+The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/adapter.py` reads and writes its
+files, and `merging.py` puts adapters into the weights.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LoraConfig
+from targets import absent_sentence, matches, pattern_value, select_targets
 
 # --- dropout whose mask is drawn again in backward ----------------------------------------------------
 
@@ -129,7 +129,9 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class LowRank(nn.Module):
-    """weight + scale * b a, for a linear's weight (O, I); for an embedding's (V, C) its transpose, I = V, O = C.
+    """weight + scale * b a, for a linear's weight (O, I).
+
+    An embedding's weight (V, C) gets the transpose: I = V, O = C.
 
     With DoRA (arXiv:2402.09353) the sum is rescaled to the learned length `magnitude` of each output; the
     length it is divided by is a constant to backward.
@@ -250,7 +252,7 @@ class Whole(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.copy = copy.deepcopy(base) if _is_plain(base) else _as_linear(base, _weight(base).detach())
+        self.copy = copy.deepcopy(base) if is_plain(base) else as_linear(base, weight_of(base).detach())
         self.copy.float()  # steps of a bf16 weight below 1 / 256 of it are lost
 
     def forward(self, x: Tensor) -> Tensor:
@@ -311,7 +313,7 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Any:
-        return _weight(self.whole() or self.base)
+        return weight_of(self.whole() or self.base)
 
     @property
     def bias(self) -> Any:
@@ -329,7 +331,7 @@ class Adapted(nn.Module):
         changes = self.active()
         if changes and isinstance(changes[0][0], Whole):
             out = changes[0][0](x)
-            return out.to(x.dtype) if x.is_floating_point() else out.to(_weight(self.base).dtype)
+            return out.to(x.dtype) if x.is_floating_point() else out.to(weight_of(self.base).dtype)
         return self._by_base(x)
 
 
@@ -367,7 +369,7 @@ class LoraLinear(Adapted):
             (a, b), drop = change.factors(), change.drawn()
             given = _dropped(x, drop)
             term = F.linear(F.linear(given.to(out.dtype), a.to(out.dtype)), b.to(out.dtype)) * change.scale
-            gain = change.gain(_weight(self.base))
+            gain = change.gain(weight_of(self.base))
             if gain is not None:
                 gain = gain.to(out.dtype)
                 term = gain * term + (gain - 1) * (plain if drop is None else self._without_bias(given))
@@ -403,7 +405,7 @@ class LoraLinear(Adapted):
                     u = F.linear(given, a.to(given.dtype)) * (share * change.scale)
                     pairs.append((u.to(hidden.dtype), b))
                 else:
-                    pairs.append((given, share * change.change(_weight(self.base))))
+                    pairs.append((given, share * change.change(weight_of(self.base))))
             elif isinstance(change, Rows):
                 u = F.linear(hidden, share * change.delta().to(hidden.dtype))
                 columns = torch.zeros(self.out_features, len(change.ids), device=u.device)
@@ -426,7 +428,7 @@ class LoraEmbedding(Adapted):
             if isinstance(change, LowRank):
                 a, b = change.factors()
                 term = F.linear(F.embedding(x, a.t()), b) * change.scale
-                gain = change.gain(_weight(self.base))
+                gain = change.gain(weight_of(self.base))
                 if gain is not None:
                     term = gain * term + (gain - 1) * plain
             else:
@@ -446,17 +448,17 @@ def is_embedding(module: nn.Module) -> bool:
     return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
 
 
-def _weight(module: nn.Module) -> Any:
+def weight_of(module: nn.Module) -> Any:
     return module.weight
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether its weight is a floating-point parameter; where not, it is made of something smaller."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.is_floating_point()
 
 
-def _as_linear(base: Any, weight: Tensor) -> nn.Linear:
+def as_linear(base: Any, weight: Tensor) -> nn.Linear:
     linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     if base.bias is not None:
@@ -464,88 +466,7 @@ def _as_linear(base: Any, weight: Tensor) -> nn.Linear:
     return linear
 
 
-# --- which modules -----------------------------------------------------------------------------------
-
-# By our own names. The head belongs to none: a head that trains by accident costs what the rest does.
-ROLES: dict[str, Callable[[str], bool]] = {
-    "attention": lambda name: ".attention." in f".{name}.",
-    "mlp": lambda name: ".mlp." in f".{name}.",
-    "embedding": lambda name: name == "embed",
-    "all-linear": lambda name: name.startswith("blocks."),
-}
-
-# What the families call the same part; a name that fits two parts, as c_proj, means both.
-_SYNONYMS = (
-    {
-        "c_attn",
-        "qkv_proj",
-        "qkv",
-        "query_key_value",
-        "Wqkv",
-        "W_pack",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "q_attn",
-    },
-    {"c_proj", "out_proj", "o_proj", "dense", "wo", "out"},
-    {"c_fc", "fc_in", "fc1", "up_proj", "gate_proj", "dense_h_to_4h", "w1", "w3"},
-    {"c_proj", "fc_out", "fc2", "down_proj", "dense_4h_to_h", "w2"},
-    {"wte", "embed_tokens", "word_embeddings", "embed_in", "embed"},
-    {"lm_head", "embed_out", "head", "output"},
-    {"ln_f", "norm", "final_layernorm"},
-)
-
-
-def matches(published: str, wanted: str) -> bool:
-    """Whether a published name is meant by a leaf, a dotted suffix of it, or a pattern with `*`."""
-    if "*" in wanted:
-        return re.fullmatch(".*".join(map(re.escape, wanted.split("*"))), published) is not None
-    return published == wanted or published.endswith(f".{wanted}")
-
-
-def select_targets(
-    modules: Mapping[str, str], wanted: Sequence[str], setting: str = "lora.targets"
-) -> list[str]:
-    """Our names of the modules that are meant, in the order of `modules`.
-
-    Args:
-        modules: Our name -> published name, of the modules that may be chosen.
-        wanted: Published leaf names or dotted suffixes, roles (`attention`, `mlp`, `embedding`,
-            `all-linear`: every linear of the blocks), or patterns with `*` of full published names.
-        setting: Where they were asked for, for the error.
-
-    Raises:
-        ValueError: One of them matches nothing; it lists what there is and what was probably meant.
-    """
-    chosen: set[str] = set()
-    absent = []
-    for name in wanted:
-        role = ROLES.get(name)
-        found = {our for our, full in modules.items() if (role(our) if role else matches(full, name))}
-        chosen |= found
-        if not found:
-            absent.append(name)
-    if absent:
-        raise ValueError(_absent(list(modules.values()), absent, setting))
-    return [our for our in modules if our in chosen]
-
-
-def _absent(published: Sequence[str], absent: list[str], setting: str) -> str:
-    leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in published))
-    likely: set[str] = set()
-    for name in absent:
-        leaf = name.rsplit(".", 1)[-1]
-        same = {other for group in _SYNONYMS if leaf in group for other in group if other in leaves}
-        likely |= same or set(difflib.get_close_matches(leaf, leaves, n=2))
-    meant = [leaf for leaf in leaves if leaf in likely]
-    hint = f"; probably meant: {', '.join(meant)}" if meant else ""
-    return f"{setting}: the model has no {', no '.join(absent)}; it has {', '.join(leaves)}{hint}"
-
-
-def pattern_value(patterns: Mapping[str, Any], published: str, default: Any) -> Any:
-    """The value of the first key that the name ends in, as PEFT chooses it."""
-    return next((value for key, value in patterns.items() if matches(published, key)), default)
+# --- adapters of a model ---------------------------------------------------------------------------
 
 
 def held_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -562,9 +483,6 @@ def held_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     walk(model, "")
     return found
-
-
-# --- adapters of a model -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -627,7 +545,7 @@ def add_adapter(
     for setting, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
         unmatched = [key for key in pattern if not any(matches(full, key) for full in chosen.values())]
         if unmatched:
-            raise ValueError(_absent(list(chosen.values()), unmatched, f"lora.{setting}_pattern"))
+            raise ValueError(absent_sentence(list(chosen.values()), unmatched, f"lora.{setting}_pattern"))
     rows = _row_modules(modules, new_rows, {*whole, *targets}, names)
 
     changes: dict[str, Change] = {}
@@ -645,9 +563,9 @@ def add_adapter(
                 base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias
             )
         elif our in rows:
-            changes[our] = Rows(base, new_rows, bias, shared)
-            if _weight(base) is _weight(_base(modules["embed"])):
-                shared = changes[our].rows
+            change = changes[our] = Rows(base, new_rows, bias, shared)
+            if weight_of(base) is weight_of(base_of(modules["embed"])):
+                shared = change.rows
         elif bias is not None:
             changes[our] = Bias(bias)
 
@@ -657,7 +575,7 @@ def add_adapter(
         if not isinstance(module, Adapted):
             kind = LoraLinear if is_linear(module) else LoraEmbedding if is_embedding(module) else Adapted
             wrapper = kind(module).train(module.training)
-            _put(model, our, wrapper)
+            put(model, our, wrapper)
             module = wrapper
         change.requires_grad_(True)
         module.adapters[name] = change.train(module.training)
@@ -665,17 +583,22 @@ def add_adapter(
     use_adapters(model, {name: 1.0})
 
 
-def _base(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, Adapted) else module
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def refuse_merged(model: nn.Module) -> None:
+    if "_merged" in model.__dict__:
+        raise ValueError("the model's adapters are merged into its weights; call unmerge first")
+
+
 def _refuse_bad(model: nn.Module, config: LoraConfig, name: str) -> None:
-    _refuse_merged(model)
+    refuse_merged(model)
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ValueError(f"an adapter cannot be called {name!r}; use letters, digits and underscores")
     if name in adapters_of(model):
@@ -710,9 +633,9 @@ def _row_modules(
     for our in found:
         if our in taken:
             raise ValueError(
-                f"{names[our]} trains already, as a target or whole; leave it out there, or train no rows of it"
+                f"{names[our]} trains already, as a target or whole; leave it out there, or train no rows"
             )
-    size = _weight(modules["embed"]).size(0)
+    size = weight_of(modules["embed"]).size(0)
     if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= size:
         raise ValueError(
             f"rows of the ids {min(ids)} to {max(ids)} were asked for; they must differ and be below {size}, "
@@ -731,7 +654,7 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
     Raises:
         ValueError: An adapter is not known, or whole copies or biases would have to be mixed.
     """
-    _refuse_merged(model)
+    refuse_merged(model)
     known = adapters_of(model)
     for name, share in shares.items():
         if name not in known:
@@ -843,175 +766,3 @@ def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         raise ValueError(f"these are not the tensors that train here: {'; '.join(wrong[:8])}{more}")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
-
-
-# --- merging -----------------------------------------------------------------------------------------
-
-
-def _refuse_merged(model: nn.Module) -> None:
-    if "_merged" in model.__dict__:
-        raise ValueError("the model's adapters are merged into its weights; call unmerge first")
-
-
-@torch.no_grad()
-def merge(model: nn.Module, keep: bool = True) -> None:
-    """Put the active adapters into the weights: every wrapper gives way to a plain module.
-
-    What is added to is the weight that the adapter was trained on; where that is stored in fewer bits it is
-    dequantised, and a linear of the dequantised dtype takes its place. An embedding that shared its weight
-    with the head does so no longer, unless all that changed are rows of new tokens; `model.config` then says
-    so.
-
-    Args:
-        model: Changed in place.
-        keep: Keep the wrappers, and with them the old weights beside the new ones, for `unmerge`.
-    """
-    _refuse_merged(model)
-    found = wrappers(model)
-    if not any(module.active() for module in found.values()):
-        raise ValueError("no adapter is active, so that there is nothing to merge; call use_adapters first")
-    for name, tensor in trainable_state(model).items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} is not finite; the adapter is broken and was not merged")
-    was_tied = _is_tied(model)
-    made: dict[tuple[Any, ...], nn.Parameter] = {}
-    for name in list(found):
-        module = found[name] if keep else found.pop(name)
-        _put(model, name, _merged(module, made).train(module.training))
-    config = getattr(model, "config", None)
-    if was_tied and not _is_tied(model) and is_dataclass(config) and hasattr(config, "tie_embeddings"):
-        changed: Any = config
-        model.config = replace(changed, tie_embeddings=False)
-    if keep:
-        model.__dict__["_merged"] = (found, config)
-    else:
-        adapters_of(model).clear()
-
-
-def _is_tied(model: nn.Module) -> bool:
-    modules = held_modules(model)
-    both = [_weight(_base(modules[name])) for name in ("embed", "head") if name in modules]
-    return len(both) == 2 and both[0] is both[1]
-
-
-def _merged(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) -> nn.Module:
-    base, changes, whole = module.base, module.active(), module.whole()
-    if not changes:
-        return base
-    weight = _weight(base)
-    dtype = weight.dtype
-    if whole is not None:
-        return copy.deepcopy(whole).requires_grad_(False).to(dtype)
-    plain = _as_linear(base, weight.detach()) if not _is_plain(base) else copy.copy(base)
-    plain._parameters = dict(plain._parameters)  # a shallow copy shares them
-    bias = module.trained_bias()
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
-    terms = [(change, share) for change, share in changes if isinstance(change, LowRank | Rows)]
-    if not terms:
-        return plain
-    rows_only = all(isinstance(change, Rows) for change, _ in terms)
-    key = (id(weight), *((id(change.rows), share) for change, share in terms)) if rows_only else (object(),)
-    if key not in made:
-        merged = weight.detach().float().clone()
-        for change, share in terms:
-            change.merge_into(merged, weight.detach(), share)
-        made[key] = nn.Parameter(merged.to(dtype), requires_grad=False)
-    plain.weight = made[key]
-    return plain
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, bit for bit: the wrappers with the old weights are put back."""
-    if "_merged" not in model.__dict__:
-        raise ValueError("the model is not merged, or was merged with keep=False; there is nothing to undo")
-    found, config = model.__dict__.pop("_merged")
-    for name, module in found.items():
-        _put(model, name, module.train(model.training))
-    if config is not None:
-        model.config = config
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """How far merged weights are from the adapter beside its base, over the prompts' tokens."""
-
-    gap: float  # the largest difference of two logits
-    agreement: float  # share of tokens after which both choose the same next token, 0 to 1
-    tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"merged: largest logit gap {self.gap:.2e}, greedy agreement {self.agreement:.2%} "
-            f"over {self.tokens} tokens"
-        )
-
-
-@torch.no_grad()
-def merge_report(
-    adapted: Callable[[Tensor], Tensor],
-    merged: Callable[[Tensor], Tensor],
-    prompts: Sequence[Sequence[int]],
-    tolerance: float = 0.01,
-    device: torch.device | str = "cpu",
-) -> MergeReport:
-    """Compare an adapter beside the base it was trained on with merged weights, by real prompts.
-
-    Args:
-        adapted: ids (1, T) -> logits (1, T, V); asked for all prompts before `merged` is asked for any.
-        merged: The same of the merged weights.
-        prompts: Token ids.
-        tolerance: The largest logit gap that passes. In fp32 a right merge stays below 1e-3; bf16 weights
-            are rounded when they are merged, which takes about 0.1.
-        device: Where the ids are put.
-
-    Raises:
-        ValueError: `merged-differs`, the gap is larger or not a number.
-    """
-    if not any(len(prompt) for prompt in prompts):
-        raise ValueError("a merge is judged by prompts, and none was given")
-    ids = [torch.tensor([list(prompt)], device=device) for prompt in prompts if len(prompt)]
-    before = [adapted(tokens).float() for tokens in ids]
-    after = [merged(tokens).float() for tokens in ids]
-    gap, same, tokens = 0.0, 0, 0
-    for old, new in zip(before, after, strict=True):
-        gap = max(gap, float((old - new).abs().max().nan_to_num(nan=math.inf)))
-        same += int((old.argmax(-1) == new.argmax(-1)).sum())
-        tokens += old.size(1)
-    report = MergeReport(gap, same / tokens, tokens)
-    if not gap <= tolerance:
-        raise ValueError(
-            f"merged-differs: the largest logit gap is {gap:.3g}, at most {tolerance:g} is allowed, and the "
-            f"greedy choice agrees after {report.agreement:.1%} of {tokens} tokens; merge into the weights that "
-            "the adapter was trained on, in the format they had then"
-        )
-    return report
-
-
-def merge_checked(
-    model: nn.Module, prompts: Sequence[Sequence[int]], tolerance: float = 0.01, keep: bool = True
-) -> MergeReport:
-    """`merge`, judged by `merge_report`; above the tolerance it is undone (ValueError)."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    state = {"merged": False}
-
-    def merged(tokens: Tensor) -> Tensor:
-        if not state["merged"]:
-            merge(model)
-            state["merged"] = True
-        return model(tokens)
-
-    try:
-        report = merge_report(model, merged, prompts, tolerance, device)
-    except ValueError:
-        if state["merged"]:
-            unmerge(model)
-        raise
-    finally:
-        model.train(was_training)
-    if not keep:
-        del model.__dict__["_merged"]
-        adapters_of(model).clear()
-    return report

@@ -1,0 +1,89 @@
+"""Which modules a setting means: by published name, role or pattern; to match nothing is an error."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# By our own names. The head belongs to none: a head that trains by accident costs what the rest does.
+ROLES: dict[str, Callable[[str], bool]] = {
+    "attention": lambda name: ".attention." in f".{name}.",
+    "mlp": lambda name: ".mlp." in f".{name}.",
+    "embedding": lambda name: name == "embed",
+    "all-linear": lambda name: name.startswith("blocks."),
+}
+
+# What the families call the same part; a name that fits two parts, as c_proj, means both.
+_SYNONYMS = (
+    {
+        "c_attn",
+        "qkv_proj",
+        "qkv",
+        "query_key_value",
+        "Wqkv",
+        "W_pack",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "q_attn",
+    },
+    {"c_proj", "out_proj", "o_proj", "dense", "wo", "out"},
+    {"c_fc", "fc_in", "fc1", "up_proj", "gate_proj", "dense_h_to_4h", "w1", "w3"},
+    {"c_proj", "fc_out", "fc2", "down_proj", "dense_4h_to_h", "w2"},
+    {"wte", "embed_tokens", "word_embeddings", "embed_in", "embed"},
+    {"lm_head", "embed_out", "head", "output"},
+    {"ln_f", "norm", "final_layernorm"},
+)
+
+
+def matches(published: str, wanted: str) -> bool:
+    """Whether a published name is meant by a leaf, a dotted suffix of it, or a pattern with `*`."""
+    if "*" in wanted:
+        return re.fullmatch(".*".join(map(re.escape, wanted.split("*"))), published) is not None
+    return published == wanted or published.endswith(f".{wanted}")
+
+
+def select_targets(
+    modules: Mapping[str, str], wanted: Sequence[str], setting: str = "lora.targets"
+) -> list[str]:
+    """Our names of the modules that are meant, in the order of `modules`.
+
+    Args:
+        modules: Our name -> published name, of the modules that may be chosen.
+        wanted: Published leaf names or dotted suffixes, roles (`attention`, `mlp`, `embedding`,
+            `all-linear`: every linear of the blocks), or patterns with `*` of full published names.
+        setting: Where they were asked for, for the error.
+
+    Raises:
+        ValueError: One of them matches nothing; it lists what there is and what was probably meant.
+    """
+    chosen: set[str] = set()
+    absent = []
+    for name in wanted:
+        role = ROLES.get(name)
+        found = {our for our, full in modules.items() if (role(our) if role else matches(full, name))}
+        chosen |= found
+        if not found:
+            absent.append(name)
+    if absent:
+        raise ValueError(absent_sentence(list(modules.values()), absent, setting))
+    return [our for our in modules if our in chosen]
+
+
+def absent_sentence(published: Sequence[str], absent: list[str], setting: str) -> str:
+    leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in published))
+    likely: set[str] = set()
+    for name in absent:
+        leaf = name.rsplit(".", 1)[-1]
+        same = {other for group in _SYNONYMS if leaf in group for other in group if other in leaves}
+        likely |= same or set(difflib.get_close_matches(leaf, leaves, n=2))
+    meant = [leaf for leaf in leaves if leaf in likely]
+    hint = f"; probably meant: {', '.join(meant)}" if meant else ""
+    return f"{setting}: the model has no {', no '.join(absent)}; it has {', '.join(leaves)}{hint}"
+
+
+def pattern_value(patterns: Mapping[str, Any], published: str, default: Any) -> Any:
+    """The value of the first key that the name ends in, as PEFT chooses it."""
+    return next((value for key, value in patterns.items() if matches(published, key)), default)
