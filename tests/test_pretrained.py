@@ -262,7 +262,7 @@ def test_generated_tokens_are_those_of_reading_all_again(name, pairs):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_is_within_the_noise_of_bf16(name, pairs):
-    """Ours may differ from fp32 by 1.5 times what transformers differs by: both round, at other places."""
+    """Ours may differ from fp32 by 1.25 times what transformers differs by: both round, at other places."""
     pair = pairs(name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         pair.folder, dtype=torch.bfloat16, attn_implementation="eager"
@@ -276,7 +276,7 @@ def test_bf16_is_within_the_noise_of_bf16(name, pairs):
             for result in (ours(tokens), theirs(tokens).logits)
         )
     assert ours.embed.weight.dtype == torch.bfloat16 and own > 0
-    assert own <= 1.5 * noise, own / noise
+    assert own <= 1.25 * noise, own / noise
 
 
 def test_dynamic_scaling_refuses_a_cache_past_its_context(pairs):
