@@ -698,6 +698,17 @@ def quantize_linears(model: nn.Module, kind: str, names: Iterable[str]) -> None:
         replace_linear(model, name, kind, _linear(model, name).weight)
 
 
+def dequantize_linears(model: nn.Module) -> None:
+    """Replaces every quantised linear of `model` in place by an nn.Linear of what it stands for, in fp32."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FrozenLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            linear.register_parameter("bias", module.bias)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear.train(module.training))
+
+
 def replace_linear(
     model: nn.Module, name: str, kind: str, weight: Tensor, bias: Tensor | None = None
 ) -> FrozenLinear:

@@ -13,7 +13,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -32,10 +32,11 @@ from checkpoint import (
     step_folders,
     verify,
 )
-from config import Config, ModelConfig
+from config import Config, ModelConfig, TrainConfig, write_atomically
 from lora import add_adapter
 from precision import DTYPES
-from pretrained import Pretrained, load_pretrained
+from pretrained import Family, Pretrained, load_pretrained
+from pretrained.adapter import load_adapter, save_adapter
 from tokenizer import Tokenizer, load_tokenizer
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
@@ -117,6 +118,7 @@ class Run:
     step: int
     fingerprints: dict[str, str]
     folder: Path  # of the run
+    family: Family | None  # of the base that its adapters need; None where there is none
 
 
 def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
@@ -162,7 +164,64 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
         _refuse_giant(config.model, manifest)
     model = starting_model(config, base)
     load_weights(model, manifest)
-    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder)
+    family = None if base is None else base.family
+    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family)
+
+
+# --- adapters outside of their run ----------------------------------------------------------------
+
+BASE_FILE = "base.json"  # beside PEFT's two files: what PEFT does not record of the base
+
+
+def export_adapter(run: Run, folder: str | Path) -> None:
+    """Write the run's adapter as a folder that PEFT opens; ValueError if the run has none."""
+    train = run.config.train
+    if run.family is None:
+        raise ValueError(f"{run.folder} has no adapter to write; its model is exported whole")
+    save_adapter(run.model, run.family, folder, train.base, train.base_revision)
+    known = {"fingerprint": run.fingerprints["base"], "base_format": train.base_format}
+    write_atomically(Path(folder) / BASE_FILE, json.dumps(known, indent=1))
+
+
+def open_adapted(
+    source: str, adapter: str | Path, base_format: str = "auto", device: torch.device | str = "cpu"
+) -> tuple[Pretrained, str]:
+    """A published model with an adapter on it, and the format that its frozen weights are held in.
+
+    Args:
+        source: Folder or hub id of the base.
+        adapter: A PEFT folder.
+        base_format: Of the weights that the adapter was trained on; `auto` is what its folder says, or fp32.
+
+    Raises:
+        ValueError: One of the two cannot be opened, or the adapter was trained on another base, or on one
+            that was held in another format.
+    """
+    path, known = Path(adapter) / BASE_FILE, {}
+    if path.exists():
+        known = read_run_file(path, _base_file)
+    held = known.get("base_format", "fp32") if base_format == "auto" else base_format
+    if held != known.get("base_format", held):
+        raise ValueError(
+            f"{adapter} was trained on a base held in {known['base_format']}, not in {held}; on other "
+            "weights it means something else: leave --base_format out"
+        )
+    base = load_pretrained(source, torch.float32, device, held=None if held == "fp32" else held)
+    if base.fingerprint != known.get("fingerprint", base.fingerprint):
+        raise ValueError(
+            f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
+            f"{base.fingerprint[:12]}, and those had {known['fingerprint'][:12]}"
+        )
+    load_adapter(base.model, base.family, adapter)
+    return base, held
+
+
+def _base_file(path: Path) -> dict[str, str]:
+    values = json.loads(path.read_text("utf-8"))
+    formats = get_args(get_type_hints(TrainConfig)["base_format"])
+    if not isinstance(values, dict) or values.get("base_format") not in formats:
+        raise ValueError(f"base_format must be one of {', '.join(formats)}")
+    return {"base_format": values["base_format"], "fingerprint": str(values.get("fingerprint"))}
 
 
 # --- helpers --------------------------------------------------------------------------------------

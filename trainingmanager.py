@@ -35,6 +35,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -83,7 +84,7 @@ from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory
 from preflight import Subject, preflight, record_overrides
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
-from runmodel import adopted, load_run, open_base, starting_model
+from runmodel import adopted, export_adapter, load_run, open_base, starting_model
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -630,6 +631,9 @@ def report(manager: TrainingManager) -> None:
     if precision == "auto":
         precision = train.precision
     run = load_run(folder)
+    if run.family is not None:
+        shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier end of the same run
+        export_adapter(run, folder / "adapter")
     data = manager.config.data
     settings = EvalConfig(
         str(folder), device=device, precision=precision, source=data.source, cache=data.cache
@@ -655,6 +659,8 @@ def report(manager: TrainingManager) -> None:
     print(f"\n{shown}")
     pictures = draw_curves(folder)
     print(f"checkpoints  {folder / 'checkpoints'}")
+    if run.family is not None:
+        print(f"adapter      {folder / 'adapter'}")
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
     print(f"pictures     {', '.join(str(path) for path in pictures)}")
     print(f"score again  python eval.py --checkpoint {folder}")

@@ -16,6 +16,7 @@ from config import ModelConfig, write_atomically
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
+from quantize import FrozenLinear
 from tokenizer import CodeTokenizer, Tokenizer
 
 # transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer
@@ -50,6 +51,8 @@ def save_pretrained(
         ValueError: No family has the model's parts, named in the sentence, or the folder is not empty.
     """
     folder = Path(folder)
+    if any(isinstance(module, FrozenLinear) for module in model.modules()):
+        raise ValueError("the model is held in fewer bits; call quantize.dequantize_linears before saving it")
     chosen = choose_family(model.config, family)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty; give a new folder")

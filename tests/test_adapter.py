@@ -18,18 +18,18 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from test_pretrained import CONFIGS, TOKENS, make_oracle, scramble
+from safetensors.torch import load_file
+from test_pretrained import TOKENS, make_oracle
 from torch import Tensor, nn
 
 import lora
 from architecture import Decoder
 from config import LoraConfig
 from dataset import Batch
-from lora import LowRank, Rows, Whole, add_adapter, adapters_of, changes_of, use_adapters
+from lora import LowRank, Rows, Whole, adapters_of, add_adapter, changes_of
 from loss import token_loss
-from pretrained import FAMILIES, Family, load_pretrained
-from pretrained.adapter import adapter_base, load_adapter, save_adapter
+from pretrained import Family, load_pretrained
+from pretrained.adapter import load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

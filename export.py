@@ -1,0 +1,127 @@
+"""A run's model as a folder that other tools open: `python export.py --run runs/NAME --out FOLDER`.
+
+    a model from scratch, or a base trained whole    a Hugging Face folder
+    adapters                                         a PEFT folder, for the base that they were trained on
+    adapters, with --merge                           a Hugging Face folder with the adapters in its weights
+
+Merged weights are judged by real text before they are written: the largest gap of a logit between the
+adapters beside their base and the merged weights must stay below a tolerance. They are put into the weights
+that the adapters were trained on, in the format that those had: a 4-bit base is dequantised.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from config import make_parser, one_sentence
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written, and where.
+
+    Args:
+        out: Folder to write; new or empty.
+        run: Run folder, or one checkpoint inside it.
+        which: The checkpoint of a run folder: `best` by validation loss, or `last`.
+        base: Instead of a run: folder or hub id of a published model,
+        adapter: and folder of an adapter for it.
+        base_format: How the weights of `base` were held when the adapter was trained: `fp32`, `bf16` or
+            `nf4`; a run and an adapter written here know.
+        merge: Put the adapters into the weights.
+        tolerance: The largest logit gap that a merge may have; 0 is 0.001, or 0.25 for a base held in bf16.
+        text: A file of real text that judges a merge; by default a file of the interpreter's own library.
+    """
+
+    out: str
+    run: str | None = None
+    which: Literal["best", "last"] = "best"
+    base: str | None = None
+    adapter: str | None = None
+    base_format: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    merge: bool = False
+    tolerance: float = 0.0
+    text: str | None = None
+
+
+def parse_settings(argv: list[str]) -> ExportConfig:
+    """The ExportConfig of a command line; a mistake prints one sentence and exits with 2."""
+    parser = make_parser({"": ExportConfig}, "Write a model for other tools.")
+    words = [part for word in argv for part in ([word, "true"] if word == "--merge" else [word])]
+    values = parser.parse_args(words).clone(with_meta=False).as_dict()
+    values.pop("config", None)
+    settings = ExportConfig(**values)
+    if bool(settings.run) == bool(settings.base):
+        parser.error("give one of --run FOLDER and --base MODEL")
+    if bool(settings.base) != bool(settings.adapter):
+        parser.error("--base and --adapter belong together; give both, or --run")
+    if settings.base and not settings.merge:
+        parser.error("--base with --adapter is for --merge; without it there is nothing to write")
+    return settings
+
+
+# Before torch is imported, so that --help and a typo answer at once.
+SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
+
+import argparse as default_text
+
+from architecture import Decoder
+from merging import merge_checked
+from pretrained import save_pretrained
+from quantize import dequantize_linears
+from runmodel import export_adapter, load_run, open_adapted
+from tokenizer import Tokenizer
+
+PROMPTS, PROMPT_TOKENS = 8, 128
+TOLERANCES = {"fp32": 1e-3, "nf4": 1e-3, "bf16": 0.25}  # what merging into bf16 rounds
+
+
+def export(settings: ExportConfig) -> str:
+    """Write the folder; returns what was done, in a sentence or two.
+
+    Raises:
+        ValueError: The run, base or adapter cannot be opened or do not belong together, no family has the
+            model's parts, the merge is not what was trained, or the folder is not empty.
+    """
+    if settings.run is not None:
+        run = load_run(settings.run, settings.which)
+        model, tokenizer, family, held = run.model, run.tokenizer, run.family, run.config.train.base_format
+    else:
+        assert settings.base is not None and settings.adapter is not None, "parse_settings asks for them"
+        found, held = open_adapted(settings.base, settings.adapter, settings.base_format)
+        run, model, tokenizer, family = None, found.model, found.tokenizer, found.family
+    if settings.merge:
+        if family is None:
+            raise ValueError(f"{settings.run} has no adapters; leave --merge out")
+        if tokenizer is None:
+            raise ValueError(f"{settings.base} has no tokenizer, which judging the merge takes")
+        report = merged(model, tokenizer, held, settings)
+    elif run is not None and family is not None:
+        export_adapter(run, settings.out)
+        return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}"
+    else:
+        report = ""
+    written = save_pretrained(model, tokenizer, settings.out, None if family is None else family.model_type)
+    return f"{report}{written.model_type} model in {settings.out}"
+
+
+def merged(model: Decoder, tokenizer: Tokenizer, held: str, settings: ExportConfig) -> str:
+    """Merge in place, judged by text; says how it went."""
+    path = Path(settings.text or str(default_text.__file__))
+    try:
+        ids = tokenizer.encode(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, whose text should judge the merge, cannot be read: {error}") from None
+    length = min(PROMPT_TOKENS, model.config.block_size)
+    prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
+    report = merge_checked(model, prompts, settings.tolerance or TOLERANCES[held], keep=False)
+    dequantize_linears(model)  # those without an adapter
+    return f"{report} of {path.name}; "
+
+
+if SETTINGS is not None:
+    with one_sentence():
+        print(export(SETTINGS))
