@@ -587,7 +587,10 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
         "model.window_layers": (model.sliding_window > 0, "model.sliding_window is 0"),
         "model.qkv_layout": (model.fused_qkv, "model.fused_qkv is false"),
         "optimizer.muon_lr": (optimizer.name == "muon", "optimizer.name is not muon"),
-        "optimizer.head_lr": (not model.tie_embeddings, "model.tie_embeddings leaves no separate head"),
+        "optimizer.head_lr": (
+            not model.tie_embeddings or train.base is not None,
+            "model.tie_embeddings leaves no separate head",
+        ),
         "optimizer.cooldown": (optimizer.schedule == "wsd", "optimizer.schedule is not wsd"),
         "optimizer.min_lr_factor": (optimizer.schedule != "constant", "optimizer.schedule is constant"),
         "keep": (train.save_every > 0, "save_every is 0"),

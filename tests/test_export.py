@@ -36,8 +36,8 @@ def run(config: Config) -> Path:
 
 def test_an_adapter_opens_in_peft_on_its_base(run: Path, config: Config, tmp_path: Path) -> None:
     assert "belongs to" in export(ExportConfig(str(tmp_path / "adapter"), str(run)))
-    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(config.train.base)
-    model: Any = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(str(config.train.base))
+    model: Any = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
     with torch.no_grad():
         found = model.eval()(TOKENS).logits
     torch.testing.assert_close(found, logits(load_run(run).model), rtol=1e-5, atol=1e-6)

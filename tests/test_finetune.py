@@ -10,16 +10,27 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from architecture import Decoder
-from config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    parse_config,
+)
 from corpus import training_texts
 from eval import EvalConfig, evaluate, table
 from lora import adapters_disabled
 from preflight import Fault
-from pretrained import save_pretrained
+from pretrained import FAMILIES, save_pretrained
+from pretrained.family import to_model
 from proofs import run_difference
 from runmodel import load_run
 from tokenizer import BPETokenizer
@@ -179,3 +190,12 @@ def test_a_base_without_a_tokenizer_needs_one(config: Config, base: Path, tmp_pa
     named = TokenizerConfig(kind="pretrained", path=str(tmp_path / "tokenizer"))
     manager: TrainingManager = train(replace(other(config, max_steps=1), tokenizer=named))
     assert json.loads((manager.folder / "fingerprints.json").read_text())["base"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_settings_that_a_run_saves_are_taken_back(config: Config, family: str, tmp_path: Path) -> None:
+    """What a base decides stands in config.yaml, and no key of it may be called unused on resume."""
+    tuned = parse_config(["--base", "some/model", "--lora.targets", "all-linear"])
+    saved = replace(tuned, model=to_model(FAMILIES[family], {}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved.to_dict()), "utf-8")
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == saved
