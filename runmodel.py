@@ -17,6 +17,7 @@ from typing import Literal, get_args, get_type_hints
 
 import torch
 import yaml
+from torch import Tensor
 
 from architecture import Decoder
 from checkpoint import (
@@ -37,7 +38,7 @@ from lora import add_adapter
 from precision import DTYPES
 from pretrained import Family, Pretrained, load_pretrained
 from pretrained.adapter import load_adapter, save_adapter
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 BASE_ROW = 512  # tokens in a training row of a base, whose context may be 131,072
@@ -51,7 +52,7 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
             that train are held in fp32.
 
     Raises:
-        ValueError: It cannot be had, or has no tokenizer although the settings name none.
+        ValueError: It cannot be had.
     """
     train = config.train
     if train.base is None:
@@ -66,12 +67,10 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
         held = None if asked == "fp32" else asked
         rest = torch.float32 if held is None else DTYPES[native]
         base = load_pretrained(train.base, rest, device, train.base_revision, held)
-    if base.tokenizer is None and config.tokenizer.path is None:
-        raise ValueError(f"{train.base} holds no tokenizer; name its folder with --tokenizer.path")
     return base
 
 
-def adopted(config: Config, base: Pretrained, dtype: torch.dtype) -> Config:
+def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch.dtype) -> Config:
     """The settings with what the base decides filled in: the model's shape, its commit, a row's length, and
     how frozen weights are held, so that whoever opens the run holds them alike.
 
@@ -79,6 +78,8 @@ def adopted(config: Config, base: Pretrained, dtype: torch.dtype) -> Config:
         ValueError: The settings ask for another model.
     """
     own, asked = base.model.config, config.model
+    if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
+        own = replace(own, vocab_size=tokenizer.vocab_size)
     default = ModelConfig()
     for key, value in vars(asked).items():
         if value != getattr(default, key) and value != getattr(own, key):
@@ -99,13 +100,56 @@ def adopted(config: Config, base: Pretrained, dtype: torch.dtype) -> Config:
     return replace(config, model=own, train=train)
 
 
-def starting_model(config: Config, base: Pretrained | None) -> Decoder:
-    """The model before its first update: drawn, or the base, with fresh adapters if `lora.r` says so."""
+def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
+    """That of the base, or of `tokenizer.path`, with `lora.new_tokens`; ValueError where none can be added."""
+    path = config.tokenizer.path
+    tokenizer = base.tokenizer if path is None else load_tokenizer(Path(path))
+    if tokenizer is None:
+        raise ValueError(f"{config.train.base} holds no tokenizer; name its folder with --tokenizer.path")
+    if not config.lora.new_tokens:
+        return tokenizer
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise ValueError(
+            f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
+            "Hugging Face tokenizer with --tokenizer.path"
+        )
+    return tokenizer.with_tokens(config.lora.new_tokens)
+
+
+def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Decoder:
+    """The model before its first update: drawn, or the base, with fresh adapters if `lora.r` says so.
+
+    Args:
+        config: As `adopted`; its vocabulary has room for the new tokens.
+        tokenizer: With the new tokens.
+    """
     if base is None:
         return Decoder(config.model)
+    if config.model.vocab_size > base.model.config.vocab_size:
+        grow_vocabulary(base.model, config.model.vocab_size)
     if config.lora.r:
-        add_adapter(base.model, config.lora, base.family.key)
+        ids = [tokenizer.token_id(token) for token in config.lora.new_tokens]
+        new_rows = [id for id in ids if id is not None]
+        assert len(new_rows) == len(ids), "starting_tokenizer adds them"
+        add_adapter(base.model, config.lora, base.family.key, new_rows=new_rows)
     return base.model
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Decoder, size: int) -> None:
+    """More rows in embedding and head, each the mean of those that were there (Hewitt 2021)."""
+
+    def grown(old: Tensor) -> torch.nn.Parameter:
+        mean = old.float().mean(0, keepdim=True).to(old.dtype)
+        return torch.nn.Parameter(torch.cat((old, mean.expand(size - len(old), *old.shape[1:]))))
+
+    tied = model.head.weight is model.embed.weight
+    model.embed.weight = grown(model.embed.weight)
+    model.head.weight = model.embed.weight if tied else grown(model.head.weight)
+    if model.head.bias is not None:
+        model.head.bias = grown(model.head.bias)
+    model.embed.num_embeddings = model.head.out_features = size
+    model.config = replace(model.config, vocab_size=size)
 
 
 @dataclass(frozen=True)
@@ -162,7 +206,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
     base = _base_of_run(config, fingerprints) if config.lora.r else None
     if base is None:
         _refuse_giant(config.model, manifest)
-    model = starting_model(config, base)
+    model = starting_model(config, base, tokenizer)
     load_weights(model, manifest)
     family = None if base is None else base.family
     return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family)

@@ -917,6 +917,29 @@ class PretrainedTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def with_tokens(self, tokens: Iterable[str]) -> PretrainedTokenizer:
+        """The same with these tokens added, at the next free ids; text that spells one becomes that token.
+
+        Raises:
+            ValueError: One of them is empty, given twice or a token already.
+        """
+        backend, decoder = _backend(self._tokenizer.to_str(), _HF_FILE), {}
+        for number, token in enumerate(tokens, self.vocab_size):
+            if not token or backend.token_to_id(token) is not None:
+                raise ValueError(
+                    f"the new token {token!r} is empty, given twice or in the vocabulary already"
+                )
+            backend.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+            if backend.token_to_id(token) != number:  # an id in between was free
+                raise ValueError(f"the new token {token!r} would get id {backend.token_to_id(token)}")
+            decoder[str(number)] = {"content": token, "normalized": False, "special": False}
+        files = self._files | {_HF_FILE: backend.to_str()}
+        config = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+        if "added_tokens_decoder" in config:
+            config["added_tokens_decoder"] |= decoder
+            files[_HF_CONFIG] = json.dumps(config, indent=2)
+        return PretrainedTokenizer(files)
+
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of `text`, without bos and eos.
 

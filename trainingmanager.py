@@ -84,7 +84,7 @@ from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory
 from preflight import Subject, preflight, record_overrides
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
-from runmodel import adopted, export_adapter, load_run, open_base, starting_model
+from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -558,12 +558,11 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     precision = choose_precision(device, config.train.precision)
     print(f"precision: {precision.reason}")
     base = open_base(config, precision.dtype, device)
-    if base is not None:
-        config = adopted(config, base, precision.dtype)
-    if base is not None and base.tokenizer is not None and config.tokenizer.path is None:
-        tokenizer = base.tokenizer
-    else:
+    if base is None:
         tokenizer = prepare_tokenizer(config.data, config.tokenizer)
+    else:
+        tokenizer = starting_tokenizer(config, base)
+        config = adopted(config, base, tokenizer, precision.dtype)
     data = prepare_data(config.data, tokenizer)
     fingerprints = {
         "data": data.fingerprint,
@@ -591,7 +590,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
             + left_out
         )
     seed_everything(config.train.seed)
-    model = starting_model(config, base).to(device)
+    model = starting_model(config, base, tokenizer).to(device)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     if base is not None:
         print(trainable_table(model, base.family.key))
