@@ -1,11 +1,12 @@
 """Greedy decoding beside transformers' `generate`: tokens a second of both, with the same weights.
 
-    python benchmarks/decoding.py [--turns 5] [--limit]
+    python benchmarks/decoding.py [--turns 5] [--dtypes float32] [--rows 1 8] [--limit]
 
 The shape is that of a StarCoder of 117M parameters: 12 layers x 768, multi-query, a vocabulary of 49,152.
 transformers draws and writes the weights once, and both read that folder. They take turns in one process with
 the same threads; each turn continues the same prompts of 64 tokens by 128 greedy tokens. In fp32 all tokens
-have to agree. Medians over the turns, with the range of the ratio.
+have to agree. Medians over the turns, with the range of the ratio; the last column compares the fastest tenth
+of all single steps, which is what remains where other processes take the cores away in between.
 
 `--limit` also prints what the memory allows: the bytes of all weights that a step reads, over the rate at
 which a product of one row reads a weight that no cache holds. At one row in fp32 a step is little else.
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -55,6 +56,24 @@ def timed(function: Callable[[], list[list[int]]]) -> tuple[float, list[list[int
     return time.perf_counter() - started, result
 
 
+class Steps:
+    """Seconds between the calls of a module, that is of decoding's steps; the prompt's is left out."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.seconds: list[float] = []
+        self.started: list[float] = []
+        module.register_forward_pre_hook(lambda *_: self.started.append(time.perf_counter()))
+
+    def end(self) -> None:
+        """Close a text."""
+        self.seconds += [b - a for a, b in pairwise(self.started[1:])]
+        self.started.clear()
+
+    def quiet(self) -> float:
+        """The slowest of the fastest tenth."""
+        return sorted(self.seconds)[len(self.seconds) // 10]
+
+
 def row_limit(model: Decoder) -> float:
     """Steps a second at one row if nothing took time but reading the weights.
 
@@ -75,19 +94,22 @@ def row_limit(model: Decoder) -> float:
     return rate / read
 
 
-def main(turns: int, threads: int, limit: bool) -> None:
+def main(turns: int, threads: int, limit: bool, dtypes: list[str], batches: list[int]) -> None:
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(SHAPE).save_pretrained(folder)
-        print("| dtype | rows | transformers, tokens/s | ours, tokens/s | ratio (range) | equal tokens |")
-        print("|---|---|---|---|---|---|", flush=True)
-        for dtype in (torch.float32, torch.bfloat16):
+        print(
+            "| dtype | rows | transformers, tokens/s | ours, tokens/s | ratio (range) "
+            "| of quiet steps | equal tokens |"
+        )
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for dtype in (getattr(torch, name) for name in dtypes):
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
             ours = load_pretrained(folder, dtype).model
-            for rows in (1, 8):
+            for rows in batches:
                 prompts = torch.randint(30_000, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
 
                 def them(prompts: torch.Tensor = prompts, model: object = theirs) -> list[list[int]]:
@@ -107,14 +129,20 @@ def main(turns: int, threads: int, limit: bool) -> None:
                     return [result.ids for result in generate_ids(model, prompts.tolist(), settings)]
 
                 (_, expected), (_, actual) = timed(them), timed(we)  # which also warms up
-                times = [(timed(them)[0], timed(we)[0]) for _ in range(turns)]
+                sides = Steps(theirs.transformer.wte), Steps(ours.embed)
+                times = []
+                for _ in range(turns):
+                    times.append((timed(them)[0], timed(we)[0]))
+                    for side in sides:
+                        side.end()
+                quiet = sides[0].quiet() / sides[1].quiet()
                 pairs = zip(chain(*expected), chain(*actual), strict=True)
                 equal = sum(x == y for x, y in pairs) / (rows * NEW)
                 if dtype == torch.float32 and equal < 1:
                     sys.exit(f"error: in fp32 {1 - equal:.1%} of the tokens differ from transformers'")
                 ratios = sorted(a / b for a, b in times)
                 speeds = [rows * NEW / median(side) for side in zip(*times, strict=True)]
-                shown = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                shown = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {quiet:.2f}"
                 name = str(dtype).removeprefix("torch.")
                 print(
                     f"| {name} | {rows} | {speeds[0]:.1f} | {speeds[1]:.1f} | {shown} | {equal:.1%} |",
@@ -130,6 +158,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--limit", action="store_true")
     arguments = parser.parse_args()
-    main(arguments.turns, arguments.threads, arguments.limit)
+    main(arguments.turns, arguments.threads, arguments.limit, arguments.dtypes, arguments.rows)
