@@ -549,7 +549,7 @@ def add_adapter(
     rows = _row_modules(modules, new_rows, {*whole, *targets}, names)
 
     changes: dict[str, Change] = {}
-    shared: nn.Parameter | None = None
+    shared: Any = None
     for our, module in modules.items():
         base = module.base if isinstance(module, Adapted) else module
         has_bias = config.bias == "all" or (config.bias == "lora_only" and our in targets)
@@ -563,9 +563,9 @@ def add_adapter(
                 base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias
             )
         elif our in rows:
-            change = changes[our] = Rows(base, new_rows, bias, shared)
-            if weight_of(base) is weight_of(base_of(modules["embed"])):
-                shared = change.rows
+            tied = weight_of(base) is weight_of(base_of(modules["embed"]))
+            changes[our] = Rows(base, new_rows, bias, shared if tied else None)
+            shared = changes[our].rows
         elif bias is not None:
             changes[our] = Bias(bias)
 
