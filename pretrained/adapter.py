@@ -383,8 +383,8 @@ def _described(
     for our, found in _patterns(values, "alpha_pattern", chosen, alpha, _alpha).items():
         if len(found) > 1:
             raise ValueError(
-                f"alpha_pattern gives {names[our]} both {found[0]:g} and {found[1]:g}, and PEFT forgets the order "
-                "of its keys; name each module once"
+                f"alpha_pattern gives {names[our]} both {found[0]:g} and {found[1]:g}, and PEFT forgets the "
+                "order of its keys; name each module once"
             )
         alphas[our] = found[0]
     rows, row_modules = _rows(values, bases, names)
@@ -399,7 +399,7 @@ def _described(
         has_bias = getattr(base, "bias", None) is not None
         trains_bias = has_bias and (bias == "all" or (bias == "lora_only" and our in targets))
         if our in whole:
-            for part, tensor in base.state_dict().items() if isinstance(base, nn.Linear) else _parts(base):
+            for part, tensor in _parts(base):
                 expected[f"{key}.{part}"] = Expected(tuple(tensor.shape), our, f"copy.{part}")
             continue
         if our in targets:

@@ -43,7 +43,8 @@ ALL = {"r": 3, "alpha": 7.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "refactoring mqa": ("bigcode mqa", REFACTORING),
     "refactoring mha": ("bigcode mha", REFACTORING),
-    "refactoring untied head": ("bigcode mha untied", REFACTORING | {"targets": ("c_attn", "lm_head", "wte")}),
+    "refactoring untied head": (
+        "bigcode mha untied", REFACTORING | {"targets": ("c_attn", "lm_head", "wte")}),
     "fastapi": ("codegen", FASTAPI),
     "fastapi biased head": ("codegen", FASTAPI | {"targets": ("qkv_proj", "lm_head")}),
     "kotlin": ("phi", KOTLIN),
@@ -58,7 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora all": ("phi", KOTLIN | {"targets": ("all-linear", "embedding", "lm_head"), "dora": True}),
     "dora rslora bias": ("qwen2", ALL | {"dora": True, "rslora": True, "bias": "all"}),
     "rank and alpha": ("bigcode mqa", REFACTORING | {
-        "rank_pattern": {"mlp.c_proj": 2, "c_proj": 5}, "alpha_pattern": {"h.1.attn.c_proj": 64, "c_attn": 3.5}}),
+        "rank_pattern": {"mlp.c_proj": 2, "c_proj": 5},
+        "alpha_pattern": {"h.1.attn.c_proj": 64, "c_attn": 3.5}}),
     "bias all": ("bigcode mqa", REFACTORING | {"bias": "all"}),
     "bias lora_only": ("phi", KOTLIN | {"bias": "lora_only"}),
     "bias all with a head": ("codegen", FASTAPI | {"bias": "all", "train_modules": ("lm_head",)}),
@@ -269,9 +271,7 @@ def test_the_files_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Pat
     assert values["inference_mode"] is True and values["revision"] is None
 
 
-def test_embeddings_are_saved_with_their_base_where_peft_does(
-    bases: Callable[[str], Pair], tmp_path: Path
-) -> None:
+def test_embeddings_have_their_base_beside_them(bases: Callable[[str], Pair], tmp_path: Path) -> None:
     for name, targets in (("llama gqa", ["q_proj", "embed_tokens", "lm_head"]), ("codegen", ["wte", "lm_head"]),
                           ("codegen", ["wte"]), ("llama mha tied", ["embed_tokens"])):  # fmt: skip
         pair = bases(name)
@@ -302,7 +302,7 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
     for our, change in changes_of(pair.ours, "default").items():
         if not isinstance(change, LowRank) or change.of_embedding:
             continue
-        layer = theirs.base_model.model.get_submodule(pair.family.key(our))
+        layer: Any = theirs.base_model.model.get_submodule(pair.family.key(our))
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         assert_near(change.b @ change.a, product, our)
         assert torch.equal(
@@ -546,7 +546,7 @@ def test_another_family_or_base_is_named(written: tuple[Pair, Path], bases: Call
     _, folder = written
     for other in ("phi", "qwen2 head_dim", "codegen", "starcoder2 head_dim"):
         pair = bases(other)
-        with pytest.raises(ValueError, match="meta/llama|match no module"):
+        with pytest.raises(ValueError, match=r"meta/llama|match no module"):
             load_adapter(pair.ours, pair.family, folder)
     assert adapter_base(folder) == ("meta/llama", "abc")
 
@@ -557,7 +557,7 @@ def test_an_embedding_of_another_base_is_refused(bases: Callable[[str], Pair], t
     save_adapter(pair.ours, pair.family, tmp_path / "out", base="meta/llama")
     other = bases("llama gqa")
     other.ours.embed.weight.data[3] += 1
-    with pytest.raises(ValueError, match="base_layer.weight differs by 1 from this model's"):
+    with pytest.raises(ValueError, match=r"base_layer.weight differs by 1 from this model's"):
         load_adapter(other.ours, other.family, tmp_path / "out")
 
 

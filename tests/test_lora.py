@@ -52,9 +52,15 @@ def scramble(model: nn.Module, seed: int = 3) -> None:
                 parameter.normal_(std=0.3, generator=generator)
 
 
+def fused(model: Decoder) -> Any:
+    """The wrapper of the first block's projection, (..., 16) -> (..., 48)."""
+    return model.get_submodule("blocks.0.attention.qkv")
+
+
 def adapted(config: dict[str, Any] | None = None, rows: tuple[int, ...] = (), **settings: Any) -> Decoder:
     model = scrambled(**settings)
-    add_adapter(model, LoraConfig(**({"r": 4} | (config or {}))), new_rows=rows)
+    values: dict[str, Any] = {"r": 4} | (config or {})
+    add_adapter(model, LoraConfig(**values), new_rows=rows)
     scramble(model)
     return model
 
@@ -148,8 +154,9 @@ def test_roles_suffixes_and_patterns() -> None:
 )
 def test_a_bad_setting_is_one_sentence_and_changes_nothing(config: dict[str, Any], sentence: str) -> None:
     model = scrambled()
+    values: dict[str, Any] = {"r": 4} | config
     with pytest.raises(ValueError) as error:
-        add_adapter(model, LoraConfig(**({"r": 4} | config)))
+        add_adapter(model, LoraConfig(**values))
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not wrappers(model) and all(p.requires_grad for p in model.parameters())
 
@@ -191,7 +198,7 @@ def test_the_table_counts_what_trains() -> None:
 def test_the_input_is_kept_once() -> None:
     """Kept for backward: the frozen weight, a, b, x a^T and the input, which is no copy of the one given."""
     for dropout in (0.0, 0.5):
-        layer = adapted({"dropout": dropout}).blocks[0].attention.qkv.train()
+        layer = fused(adapted({"dropout": dropout})).train()
         x = torch.randn(2, 5, 16, requires_grad=True)
         kept: list[Tensor] = []
 
@@ -209,7 +216,7 @@ def test_the_input_is_kept_once() -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_is_on_the_adapters_input_and_its_gradient_is_that_of_its_mask(dora: bool) -> None:
-    layer = adapted({"dropout": 0.4, "dora": dora}).blocks[0].attention.qkv
+    layer = fused(adapted({"dropout": 0.4, "dora": dora}))
     change: Any = layer.adapters["default"]
     x = torch.randn(7, 16, requires_grad=True)
     wanted = plain_form(layer, x, None)
@@ -258,7 +265,7 @@ def test_a_share_of_the_elements_is_dropped() -> None:
 
 
 def test_gradients_by_finite_differences() -> None:
-    layer = adapted({"dropout": 0.3}).blocks[0].attention.qkv.double().train()
+    layer = fused(adapted({"dropout": 0.3})).double().train()
     drop = lora._Drop(0.3, 11)
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     change = layer.adapters["default"]
@@ -274,7 +281,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_fp32_adapters() -> None:
     model = adapted({"targets": ("all-linear", "embedding", "head")})
     exact = model(TOKENS)
     with torch.autocast("cpu", torch.bfloat16):
-        layer = model.blocks[0].attention.qkv
+        layer = fused(model)
         assert layer(torch.randn(2, 3, 16)).dtype == torch.bfloat16
         logits = model(TOKENS)
     assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
@@ -291,6 +298,19 @@ def test_frozen_weights_get_no_gradient_and_do_not_move() -> None:
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(trainable_state(model)) and all(".base." not in name for name in moved)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_recomputed_activations_draw_the_same_masks() -> None:
+    model = adapted({"dropout": 0.3, "targets": ("all-linear",)}).train()
+    found = []
+    for model.checkpoint_activations in (False, True):
+        model.zero_grad()
+        torch.manual_seed(4)
+        model(TOKENS).square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() == trainable_state(model).keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -354,7 +374,7 @@ def test_whole_copies_and_biases_are_not_mixed() -> None:
     with pytest.raises(ValueError, match=r"has no share of 0.5; use 1"):
         use_adapters(model, {"first": 0.5})
     with adapters_disabled(model):
-        assert torch.equal(model.head.weight, model.head.base.weight)
+        assert torch.equal(model.head.weight, model.get_parameter("head.base.weight"))
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------
@@ -404,7 +424,8 @@ def test_merged_is_adapted_and_unmerged_is_bit_equal(case: str, quantised: bool)
     config, rows, settings = MERGED[case]
     model = scrambled(**settings)
     model = rounded(model) if quantised else model
-    add_adapter(model, LoraConfig(**({"r": 4} | config)), new_rows=rows)
+    values: dict[str, Any] = {"r": 4} | config
+    add_adapter(model, LoraConfig(**values), new_rows=rows)
     scramble(model)
     before, held = model(TOKENS), {name: p.clone() for name, p in model.named_parameters()}
     was = model.config
