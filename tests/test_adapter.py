@@ -33,10 +33,10 @@ from pretrained.adapter import adapter_base, load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-REFACTORING = {"r": 16, "alpha": 32.0, "targets": ("c_attn", "c_proj")}
+REFACTORING = {"r": 16, "alpha": 32.0, "dropout": 0.08, "targets": ("c_attn", "c_proj")}
 FASTAPI = {"r": 8, "alpha": 32.0, "targets": ("wte", "qkv_proj", "out_proj", "fc_in", "fc_out")}
 KOTLIN = {"r": 16, "alpha": 32.0, "targets": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")}
-SUMMARIES = {"r": 16, "alpha": 32.0, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
+SUMMARIES = {"r": 16, "alpha": 32.0, "dropout": 0.05, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 ALL = {"r": 3, "alpha": 7.0}
 
 # A base of test_pretrained, and what is trained of it.
@@ -115,6 +115,7 @@ def peft_config(pair: Pair, settings: dict[str, Any]) -> peft.LoraConfig:
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
         target_modules=targets,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
@@ -272,8 +273,12 @@ def test_the_files_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Pat
 
 
 def test_embeddings_have_their_base_beside_them(bases: Callable[[str], Pair], tmp_path: Path) -> None:
-    for name, targets in (("llama gqa", ["q_proj", "embed_tokens", "lm_head"]), ("codegen", ["wte", "lm_head"]),
-                          ("codegen", ["wte"]), ("llama mha tied", ["embed_tokens"])):  # fmt: skip
+    for name, targets in (
+        ("llama gqa", ["q_proj", "embed_tokens", "lm_head"]),
+        ("codegen", ["wte", "lm_head"]),
+        ("codegen", ["wte"]),
+        ("llama mha tied", ["embed_tokens"]),
+    ):
         pair = bases(name)
         folder = tmp_path / f"{name} {len(targets)}"
         theirs = peft.get_peft_model(
@@ -296,13 +301,14 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
     config = peft_config(pair, {k: v for k, v in settings.items() if k != "init"})
     config.init_lora_weights = "pissa"
     theirs = peft.get_peft_model(pair.oracle, config)
+    model: Any = theirs.base_model.model
     weights = {name: p.clone() for name, p in pair.ours.named_parameters()}
     add_adapter(pair.ours, LoraConfig(**settings), pair.family.key)
     assert_near(pair.ours(TOKENS), base, "the start changes nothing")
     for our, change in changes_of(pair.ours, "default").items():
         if not isinstance(change, LowRank) or change.of_embedding:
             continue
-        layer: Any = theirs.base_model.model.get_submodule(pair.family.key(our))
+        layer: Any = model.get_submodule(pair.family.key(our))
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         assert_near(change.b @ change.a, product, our)
         assert torch.equal(
