@@ -16,6 +16,7 @@ files, and `merging.py` puts adapters into the weights.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,10 +150,10 @@ class LowRank(nn.Module):
         self.r, self.alpha, self.p = r, alpha, config.dropout
         self.scale = alpha / (math.sqrt(r) if config.rslora else r)
         self.of_embedding = is_embedding(base)
-        weight: Any = base.weight
-        size_out, size_in = weight.shape[::-1] if self.of_embedding else weight.shape
-        self.a = nn.Parameter(torch.zeros(r, size_in, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(size_out, r, device=weight.device))
+        size_out, size_in = sizes(base)
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
+        self.a = nn.Parameter(torch.zeros(r, size_in, device=device))
+        self.b = nn.Parameter(torch.zeros(size_out, r, device=device))
         self.register_parameter("magnitude", None)
         self.register_parameter("bias", bias)
         self.register_buffer("start_a", None)
@@ -160,11 +161,13 @@ class LowRank(nn.Module):
         if self.of_embedding:
             nn.init.normal_(self.b)
         elif config.init == "pissa":
-            self._start_at_largest(weight)
+            self._start_at_largest(weight_of(base))
         else:
             nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         if config.dora:
-            self.magnitude = nn.Parameter(self._length(weight.detach().float() + self.delta().detach()))
+            self.magnitude = nn.Parameter(
+                self._length(weight_of(base).detach().float() + self.delta().detach())
+            )
 
     @torch.no_grad()
     def _start_at_largest(self, weight: Tensor) -> None:
@@ -448,6 +451,13 @@ def is_embedding(module: nn.Module) -> bool:
     return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
 
 
+def sizes(base: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear, or of an embedding, whose inputs are the vocabulary."""
+    if is_embedding(base):
+        return base.embedding_dim, base.num_embeddings
+    return base.out_features, base.in_features
+
+
 def weight_of(module: nn.Module) -> Any:
     return module.weight
 
@@ -476,7 +486,8 @@ def held_modules(model: nn.Module) -> dict[str, nn.Module]:
     def walk(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             full = f"{prefix}{name}"
-            if isinstance(child, Adapted) or getattr(child, "weight", None) is not None:
+            # Linears first: the weight of a quantised one is made anew whenever it is asked for.
+            if is_linear(child) or is_embedding(child) or getattr(child, "weight", None) is not None:
                 found[full] = child
             if not isinstance(child, Adapted):
                 walk(child, f"{full}.")
@@ -549,7 +560,7 @@ def add_adapter(
     rows = _row_modules(modules, new_rows, {*whole, *targets}, names)
 
     changes: dict[str, Change] = {}
-    shared: nn.Parameter | None = None
+    shared: Any = None
     for our, module in modules.items():
         base = module.base if isinstance(module, Adapted) else module
         has_bias = config.bias == "all" or (config.bias == "lora_only" and our in targets)
@@ -563,9 +574,9 @@ def add_adapter(
                 base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias
             )
         elif our in rows:
-            change = changes[our] = Rows(base, new_rows, bias, shared)
-            if weight_of(base) is weight_of(base_of(modules["embed"])):
-                shared = change.rows
+            tied = weight_of(base) is weight_of(base_of(modules["embed"]))
+            changes[our] = Rows(base, new_rows, bias, shared if tied else None)
+            shared = changes[our].rows
         elif bias is not None:
             changes[our] = Bias(bias)
 

@@ -36,6 +36,7 @@ from lora import (
     held_modules,
     is_embedding,
     is_linear,
+    sizes,
     wrappers,
 )
 from pretrained.family import Family
@@ -326,8 +327,8 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     start = values.get("init_lora_weights", True)
     if not any(start is known or start == known for known in STARTS if type(start) is type(known)):
         raise ValueError(
-            f"init_lora_weights is {shown(start)}, a start that changes the base; let PEFT convert the adapter "
-            "(save_pretrained with path_initial_model_for_weight_conversion) and use that"
+            f"init_lora_weights is {shown(start)}, a start that changes the base; let PEFT convert the "
+            "adapter (save_pretrained with path_initial_model_for_weight_conversion) and use that"
         )
 
 
@@ -383,8 +384,8 @@ def _described(
     for our, found in _patterns(values, "alpha_pattern", chosen, alpha, _alpha).items():
         if len(found) > 1:
             raise ValueError(
-                f"alpha_pattern gives {names[our]} both {found[0]:g} and {found[1]:g}, and PEFT forgets the order "
-                "of its keys; name each module once"
+                f"alpha_pattern gives {names[our]} both {found[0]:g} and {found[1]:g}, and PEFT forgets the "
+                "order of its keys; name each module once"
             )
         alphas[our] = found[0]
     rows, row_modules = _rows(values, bases, names)
@@ -399,11 +400,11 @@ def _described(
         has_bias = getattr(base, "bias", None) is not None
         trains_bias = has_bias and (bias == "all" or (bias == "lora_only" and our in targets))
         if our in whole:
-            for part, tensor in base.state_dict().items() if isinstance(base, nn.Linear) else _parts(base):
+            for part, tensor in _parts(base):
                 expected[f"{key}.{part}"] = Expected(tuple(tensor.shape), our, f"copy.{part}")
             continue
         if our in targets:
-            size_out, size_in = base.weight.shape[::-1] if is_embedding(base) else base.weight.shape
+            size_out, size_in = sizes(base)
             n = ranks[our]
             a, b = _suffixes(is_embedding(base))
             expected[f"{key}.{a}"] = Expected((n, size_in), our, "a")

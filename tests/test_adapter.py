@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_pretrained import TOKENS, make_oracle
 from torch import Tensor, nn
 
@@ -26,24 +26,25 @@ import lora
 from architecture import Decoder
 from config import LoraConfig
 from dataset import Batch
-from lora import LowRank, Rows, Whole, adapters_of, add_adapter, changes_of
+from lora import LowRank, Rows, Whole, adapters_of, add_adapter, changes_of, use_adapters
 from loss import token_loss
 from pretrained import Family, load_pretrained
-from pretrained.adapter import load_adapter, save_adapter
+from pretrained.adapter import adapter_base, load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-REFACTORING = {"r": 16, "alpha": 32.0, "targets": ("c_attn", "c_proj")}
+REFACTORING = {"r": 16, "alpha": 32.0, "dropout": 0.08, "targets": ("c_attn", "c_proj")}
 FASTAPI = {"r": 8, "alpha": 32.0, "targets": ("wte", "qkv_proj", "out_proj", "fc_in", "fc_out")}
 KOTLIN = {"r": 16, "alpha": 32.0, "targets": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")}
-SUMMARIES = {"r": 16, "alpha": 32.0, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
+SUMMARIES = {"r": 16, "alpha": 32.0, "dropout": 0.05, "targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 ALL = {"r": 3, "alpha": 7.0}
 
 # A base of test_pretrained, and what is trained of it.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "refactoring mqa": ("bigcode mqa", REFACTORING),
     "refactoring mha": ("bigcode mha", REFACTORING),
-    "refactoring untied head": ("bigcode mha untied", REFACTORING | {"targets": ("c_attn", "lm_head", "wte")}),
+    "refactoring untied head": (
+        "bigcode mha untied", REFACTORING | {"targets": ("c_attn", "lm_head", "wte")}),
     "fastapi": ("codegen", FASTAPI),
     "fastapi biased head": ("codegen", FASTAPI | {"targets": ("qkv_proj", "lm_head")}),
     "kotlin": ("phi", KOTLIN),
@@ -58,7 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora all": ("phi", KOTLIN | {"targets": ("all-linear", "embedding", "lm_head"), "dora": True}),
     "dora rslora bias": ("qwen2", ALL | {"dora": True, "rslora": True, "bias": "all"}),
     "rank and alpha": ("bigcode mqa", REFACTORING | {
-        "rank_pattern": {"mlp.c_proj": 2, "c_proj": 5}, "alpha_pattern": {"h.1.attn.c_proj": 64, "c_attn": 3.5}}),
+        "rank_pattern": {"mlp.c_proj": 2, "c_proj": 5},
+        "alpha_pattern": {"h.1.attn.c_proj": 64, "c_attn": 3.5}}),
     "bias all": ("bigcode mqa", REFACTORING | {"bias": "all"}),
     "bias lora_only": ("phi", KOTLIN | {"bias": "lora_only"}),
     "bias all with a head": ("codegen", FASTAPI | {"bias": "all", "train_modules": ("lm_head",)}),
@@ -113,6 +115,7 @@ def peft_config(pair: Pair, settings: dict[str, Any]) -> peft.LoraConfig:
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
         target_modules=targets,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
@@ -269,11 +272,13 @@ def test_the_files_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Pat
     assert values["inference_mode"] is True and values["revision"] is None
 
 
-def test_embeddings_are_saved_with_their_base_where_peft_does(
-    bases: Callable[[str], Pair], tmp_path: Path
-) -> None:
-    for name, targets in (("llama gqa", ["q_proj", "embed_tokens", "lm_head"]), ("codegen", ["wte", "lm_head"]),
-                          ("codegen", ["wte"]), ("llama mha tied", ["embed_tokens"])):  # fmt: skip
+def test_embeddings_have_their_base_beside_them(bases: Callable[[str], Pair], tmp_path: Path) -> None:
+    for name, targets in (
+        ("llama gqa", ["q_proj", "embed_tokens", "lm_head"]),
+        ("codegen", ["wte", "lm_head"]),
+        ("codegen", ["wte"]),
+        ("llama mha tied", ["embed_tokens"]),
+    ):
         pair = bases(name)
         folder = tmp_path / f"{name} {len(targets)}"
         theirs = peft.get_peft_model(
@@ -285,3 +290,302 @@ def test_embeddings_are_saved_with_their_base_where_peft_does(
         ours, other = (load_file(folder / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
         assert ours.keys() == other.keys()
         assert all(torch.equal(ours[key], other[key]) for key in ours)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"dora": True, "targets": ("wte", "c_attn")}])
+def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
+    bases: Callable[[str], Pair], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings = REFACTORING | {"r": 3, "init": "pissa"} | settings
+    pair, base = bases("bigcode mqa"), bases("bigcode mqa").ours(TOKENS)
+    config = peft_config(pair, {k: v for k, v in settings.items() if k != "init"})
+    config.init_lora_weights = "pissa"
+    theirs = peft.get_peft_model(pair.oracle, config)
+    model: Any = theirs.base_model.model
+    weights = {name: p.clone() for name, p in pair.ours.named_parameters()}
+    add_adapter(pair.ours, LoraConfig(**settings), pair.family.key)
+    assert_near(pair.ours(TOKENS), base, "the start changes nothing")
+    for our, change in changes_of(pair.ours, "default").items():
+        if not isinstance(change, LowRank) or change.of_embedding:
+            continue
+        layer: Any = model.get_submodule(pair.family.key(our))
+        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        assert_near(change.b @ change.a, product, our)
+        assert torch.equal(
+            pair.ours.get_submodule(our).base.weight, weights[f"{our}.weight"]
+        )  # not written to
+    scramble_adapters(pair.ours)
+    save_adapter(pair.ours, pair.family, tmp_path / "out", base=None)
+    opened = peft.PeftModel.from_pretrained(bases("bigcode mqa").oracle, str(tmp_path / "out"))
+    assert_near(pair.ours(TOKENS), opened(TOKENS).logits, "as plain LoRA")
+
+
+def test_rows_under_a_biased_head_leave_as_pairs(bases: Callable[[str], Pair], tmp_path: Path) -> None:
+    """PEFT's own rows drop the head's bias; a pair of the rows' number keeps it."""
+    for name in ("codegen", "phi mqa tied"):
+        for dora in (False, True):
+            pair = bases(name)
+            add_adapter(pair.ours, LoraConfig(r=2, dora=dora), pair.family.key, new_rows=[50, 4])
+            scramble_adapters(pair.ours)
+            folder = tmp_path / f"{name} {dora}"
+            save_adapter(pair.ours, pair.family, folder, base=None)
+            opened = peft.PeftModel.from_pretrained(pair.oracle, str(folder))
+            assert_near(pair.ours(TOKENS), opened(TOKENS).logits, name)
+
+
+def test_weighted_adapters_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Path) -> None:
+    pair = bases("llama gqa")
+    theirs = peft.get_peft_model(pair.oracle, peft_config(pair, SUMMARIES))
+    theirs.add_adapter("second", peft_config(pair, SUMMARIES | {"r": 3, "targets": ("q_proj", "fc")[:1]}))
+    for name in ("default", "second"):
+        theirs.set_adapter(name)
+        scramble_adapters(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    load_adapter(pair.ours, pair.family, tmp_path, "first")
+    load_adapter(pair.ours, pair.family, tmp_path / "second", "second")
+    theirs.add_weighted_adapter(["default", "second"], [0.7, -1.5], "mixed", combination_type="cat")
+    for mine, name in (
+        ({"first": 1.0}, "default"),
+        ({"second": 1.0}, "second"),
+        ({"first": 0.7, "second": -1.5}, "mixed"),
+    ):
+        use_adapters(pair.ours, mine)
+        theirs.set_adapter(name)
+        assert_near(pair.ours(TOKENS), theirs.eval()(TOKENS).logits, name)
+
+
+# --- planted faults ------------------------------------------------------------------------------------
+
+
+def _swapped_rows(fused: Tensor) -> Tensor:
+    """B of CodeGen's fused projection, its keys and values in the other order."""
+    q, v, k = fused.unflatten(0, (4, 3, -1)).unbind(1)
+    return torch.stack((q, k, v), dim=1).flatten(0, 2)
+
+
+class _Transposed(LowRank):
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.a.flatten().view(self.a.size(1), -1).t(), self.b
+
+
+def _forget_scale(patch: pytest.MonkeyPatch) -> None:
+    add = lora._AddLowRank.apply
+    patch.setattr(lora._AddLowRank, "apply", lambda out, x, a, b, scale, drop: add(out, x, a, b, 1.0, drop))
+
+
+def _transpose(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LowRank, "factors", _Transposed.factors)
+
+
+def _swap_rows(patch: pytest.MonkeyPatch) -> None:
+    def swapped(self: LowRank) -> tuple[Tensor, Tensor]:
+        return self.a, _swapped_rows(self.b) if self.b.size(0) == 72 else self.b
+
+    patch.setattr(LowRank, "factors", swapped)
+
+
+def _last_pattern(patch: pytest.MonkeyPatch) -> None:
+    right = lora.pattern_value
+    patch.setattr(
+        lora, "pattern_value", lambda p, name, default: right(dict(reversed(p.items())), name, default)
+    )
+
+
+def _norm_with_gradient(patch: pytest.MonkeyPatch) -> None:
+    def gain(self: LowRank, weight: Tensor) -> Tensor | None:
+        if self.magnitude is None:
+            return None
+        return self.magnitude / self._length(weight.float() + self.delta())
+
+    patch.setattr(LowRank, "gain", gain)
+
+
+def _bias_scaled(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lora.LoraLinear, "_without_bias", lambda self, x: self.base(x))
+
+
+def _one_adapter_frozen(patch: pytest.MonkeyPatch) -> None:
+    """The gradient of B made of the input instead of x a^T's."""
+    right = lora._AddLowRank.backward
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out = list(right(ctx, *grads))
+        out[3] = None if out[3] is None else out[3] / ctx.scale
+        return tuple(out)
+
+    patch.setattr(lora._AddLowRank, "backward", staticmethod(backward))
+
+
+PLANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, dict[str, Any]]] = {
+    "scale forgotten": (_forget_scale, "refactoring mqa", {}),
+    "A transposed": (_transpose, "summaries", {}),
+    "keys and values swapped": (_swap_rows, "fastapi", {}),
+    "alpha of another module": (
+        _last_pattern, "refactoring mqa", {"alpha_pattern": {"mlp.c_proj": 5.0, "c_proj": 64.0}}),
+    "norm not detached": (_norm_with_gradient, "dora", {}),
+    "bias scaled by DoRA": (_bias_scaled, "dora all", {}),
+    "scale forgotten in backward": (_one_adapter_frozen, "kotlin", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_planted_faults_are_seen(
+    bases: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, plant: str
+) -> None:
+    fault, case, more = PLANTS[plant]
+    name, settings = CASES[case]
+    settings = settings | more
+
+    def run() -> None:
+        pair = bases(name)
+        theirs = peft.get_peft_model(pair.oracle, peft_config(pair, settings)).eval()
+        scramble_adapters(theirs)
+        add_adapter(pair.ours, LoraConfig(**settings), pair.family.key)
+        wanted = dict(theirs.named_parameters())
+        with torch.no_grad():
+            for our, change in changes_of(pair.ours, "default").items():
+                for part, p in change.named_parameters():
+                    p.copy_(wanted[peft_key(our, part, change, pair.family)])
+        compare(pair, theirs)
+
+    run()
+    with monkeypatch.context() as patch:
+        fault(patch)
+        with pytest.raises(AssertionError):
+            run()
+
+
+# --- folders of strangers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(bases: Callable[[str], Pair], tmp_path: Path) -> tuple[Pair, Path]:
+    pair = bases("llama gqa")
+    add_adapter(pair.ours, LoraConfig(r=2, targets=("q_proj", "v_proj")), pair.family.key)
+    scramble_adapters(pair.ours)
+    save_adapter(pair.ours, pair.family, tmp_path / "out", base="meta/llama", revision="abc")
+    return bases("llama gqa"), tmp_path / "out"
+
+
+def values_of(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def tensors_of(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+        ({"r": 0}, "r is 0; a rank is a whole number"),
+        ({"r": True}, "r is True"),
+        ({"r": 4}, "[2, 24], [4, 24] of floats is expected"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; it must be a number above 0"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"bias": "some"}, "bias is 'some'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, which is not known"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]], which is not known"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"made_up_in_2030": 1}, "made_up_in_2030 is 1, which is not known"),
+        ({"init_lora_weights": "olora"}, "a start that changes the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "a start that changes the base"),
+        ({"target_modules": ["c_attn"]}, "match no module of this model, which has embed_tokens"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj.lora_A.weight is missing"),
+        ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight' is left over"),
+        ({"target_modules": 3}, "target_modules is 3"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern has '(a+)+$'"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern of 'q_proj' is 0"),
+        ({"alpha_pattern": {"q_proj": 2, "0.self_attn.q_proj": 3}}, "both 2 and 3"),
+        ({"modules_to_save": ["score"]}, "modules_to_save has 'score', which this model lacks"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
+        ({"trainable_token_indices": [999]}, "known are ids below 53"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"bias": "all", "use_rslora": "yes"}, "use_rslora is 'yes'"),
+    ],
+)
+def test_bad_settings_are_one_sentence(
+    written: tuple[Pair, Path], changes: dict[str, Any], sentence: str
+) -> None:
+    pair, folder = written
+    values_of(folder, **changes)
+    with pytest.raises(ValueError) as error:
+        load_adapter(pair.ours, pair.family, folder)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not adapters_of(pair.ours) and not lora.wrappers(pair.ours)  # the model is as it was
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop(Q), f"written for 'meta/llama': {Q} is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "'extra' is left over"),
+        (lambda t: t[Q].fill_(float("nan")), f"{Q} with values that are not finite"),
+        (lambda t: t.update({Q: torch.zeros(2, 30)}), "is F32[2, 30], [2, 24] of floats is expected"),
+        (lambda t: t.update({Q: t[Q].to(torch.int32)}), "is I32[2, 24]"),
+        (lambda t: t.update({Q.replace("layers.0", "layers.9"): t[Q].clone()}), "is left over"),
+    ],
+)
+def test_bad_tensors_are_one_sentence(written: tuple[Pair, Path], change: Any, sentence: str) -> None:
+    pair, folder = written
+    tensors_of(folder, change)
+    with pytest.raises(ValueError) as error:
+        load_adapter(pair.ours, pair.family, folder)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not adapters_of(pair.ours)
+
+
+def test_another_family_or_base_is_named(written: tuple[Pair, Path], bases: Callable[[str], Pair]) -> None:
+    _, folder = written
+    for other in ("phi", "qwen2 head_dim", "codegen", "starcoder2 head_dim"):
+        pair = bases(other)
+        with pytest.raises(ValueError, match=r"meta/llama|match no module"):
+            load_adapter(pair.ours, pair.family, folder)
+    assert adapter_base(folder) == ("meta/llama", "abc")
+
+
+def test_an_embedding_of_another_base_is_refused(bases: Callable[[str], Pair], tmp_path: Path) -> None:
+    pair = bases("llama gqa")
+    add_adapter(pair.ours, LoraConfig(r=2, targets=("embed_tokens",)), pair.family.key)
+    save_adapter(pair.ours, pair.family, tmp_path / "out", base="meta/llama")
+    other = bases("llama gqa")
+    other.ours.embed.weight.data[3] += 1
+    with pytest.raises(ValueError, match=r"base_layer.weight differs by 1 from this model's"):
+        load_adapter(other.ours, other.family, tmp_path / "out")
+
+
+def test_a_pickle_is_read_for_its_tensors_alone(written: tuple[Pair, Path]) -> None:
+    pair, folder = written
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is missing"):
+        load_adapter(pair.ours, pair.family, folder)
+    torch.save({"run": os.system} | tensors, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="nothing in it was run"):
+        load_adapter(pair.ours, pair.family, folder)
+    torch.save(tensors, folder / "adapter_model.bin")
+    load_adapter(pair.ours, pair.family, folder)
+    assert not any(p.requires_grad for p in pair.ours.parameters())
+
+
+def test_saving_refuses_what_it_cannot_do(written: tuple[Pair, Path]) -> None:
+    pair, folder = written
+    with pytest.raises(ValueError, match="there is no adapter 'default' to save; the model has none"):
+        save_adapter(pair.ours, pair.family, folder, base=None)
+    load_adapter(pair.ours, pair.family, folder)
+    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+        save_adapter(pair.ours, pair.family, folder, base=None)

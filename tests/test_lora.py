@@ -1,0 +1,547 @@
+"""Adapters without PEFT: what is held, kept and trained; dropout, several at once, merging, the loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora
+from architecture import Decoder
+from config import LoraConfig, ModelConfig
+from dataset import IGNORE_INDEX, Batch
+from lora import (
+    LoraLinear,
+    LowRank,
+    adapters_disabled,
+    add_adapter,
+    held_modules,
+    load_trainable_state,
+    trainable_state,
+    trainable_table,
+    use_adapters,
+    wrappers,
+)
+from loss import token_loss
+from merging import merge, merge_checked, merge_report, unmerge
+from pretrained import FAMILIES
+from targets import matches, select_targets
+
+TOKENS = torch.randint(53, (3, 16), generator=torch.Generator().manual_seed(1))
+PROMPTS = [row.tolist() for row in TOKENS]
+
+
+def scrambled(**settings: Any) -> Decoder:
+    base: dict[str, Any] = {"vocab_size": 53, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    base |= {"fused_qkv": True, "norm_weight": True}
+    model = Decoder(ModelConfig(**(base | settings)))
+    scramble(model, 0)
+    return model.eval()
+
+
+def scramble(model: nn.Module, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3, generator=generator)
+
+
+def fused(model: Decoder) -> Any:
+    """The wrapper of the first block's projection, (..., 16) -> (..., 48)."""
+    return model.get_submodule("blocks.0.attention.qkv")
+
+
+def adapted(config: dict[str, Any] | None = None, rows: tuple[int, ...] = (), **settings: Any) -> Decoder:
+    model = scrambled(**settings)
+    values: dict[str, Any] = {"r": 4} | (config or {})
+    add_adapter(model, LoraConfig(**values), new_rows=rows)
+    scramble(model)
+    return model
+
+
+class Rounded(nn.Module):
+    """A linear stored as small integers: no nn.Linear, and its weight is made when it is asked for."""
+
+    scale: Tensor
+    stored: Tensor
+
+    def __init__(self, linear: nn.Linear, levels: int = 7):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax() / levels
+        self.register_buffer("scale", scale)
+        self.register_buffer("stored", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.stored.float() * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def rounded(model: Decoder) -> Decoder:
+    for name, module in held_modules(model).items():
+        if isinstance(module, nn.Linear) and name != "head":
+            lora.put(model, name, Rounded(module))
+    return model
+
+
+# --- targets -------------------------------------------------------------------------------------------
+
+
+def published(model_type: str, layers: int = 2) -> dict[str, str]:
+    family = FAMILIES[model_type]
+    linears = [our for our in family.modules if our.rsplit(".", 1)[-1] in
+               ("embed", "head", "qkv", "q", "k", "v", "out", "up", "gate", "down")]  # fmt: skip
+    names = [our.format(layer) for our in linears for layer in range(layers)]
+    return {our: family.key(our) for our in dict.fromkeys(names)}
+
+
+def test_wrong_names_are_answered_with_the_right_ones() -> None:
+    with pytest.raises(ValueError) as error:
+        select_targets(published("codegen"), ["c_attn", "c_proj", "c_fc"])
+    assert str(error.value) == (
+        "lora.targets: the model has no c_attn, no c_proj, no c_fc; it has wte, qkv_proj, out_proj, fc_in, "
+        "fc_out, lm_head; probably meant: qkv_proj, out_proj, fc_in, fc_out"
+    )
+    for model_type, wanted, meant in (
+        ("phi", ["o_proj"], "dense"),
+        ("llama", ["fc1", "fc2"], "gate_proj, up_proj, down_proj"),
+        ("gpt_bigcode", ["q_proj"], "c_attn"),
+        ("llama", ["q_porj"], "q_proj"),
+    ):
+        with pytest.raises(ValueError) as error:
+            select_targets(published(model_type), wanted)
+        assert str(error.value).split("probably meant: ")[1].startswith(meant)
+
+
+def test_roles_suffixes_and_patterns() -> None:
+    names = published("gpt_bigcode")
+    blocks = [our for our in names if our.startswith("blocks.")]
+    assert select_targets(names, ["all-linear"]) == blocks
+    assert select_targets(names, ["attention"]) == [our for our in blocks if ".attention." in our]
+    assert select_targets(names, ["mlp.c_proj"]) == ["blocks.0.mlp.down", "blocks.1.mlp.down"]
+    assert len(select_targets(names, ["c_proj"])) == 4
+    assert select_targets(names, ["embedding", "lm_head"]) == ["embed", "head"]
+    assert select_targets(names, ["transformer.h.1.*"]) == [our for our in blocks if ".1." in our]
+    assert not matches("transformer.h.0.attn.c_attn", "attn.*") and not matches("a.xc_proj", "c_proj")
+    with pytest.raises(ValueError, match=r"has no \*\.h\.7\.\*; it has wte"):
+        select_targets(names, ["c_attn", "*.h.7.*"])
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"alpha": 0.0}, "lora.alpha is 0.0; it must be above 0"),
+        ({"r": 0}, "lora.r is 0; a rank"),
+        ({"rank_pattern": {"up": 0}}, "lora.rank_pattern.up is 0"),
+        ({"rank_pattern": {"c_fc": 2}}, "lora.rank_pattern: the model has no c_fc"),
+        ({"alpha_pattern": {"attention": 2.0}}, "lora.alpha_pattern: the model has no attention"),
+        ({"targets": ("qkv",), "alpha_pattern": {"up": 2.0}}, "the model has no up; it has qkv"),
+        ({"train_modules": ("lm_head",)}, "lora.train_modules: the model has no lm_head"),
+        ({"targets": ()}, "lora.targets is empty"),
+        ({"dropout": 1.0}, "lora.dropout is 1.0"),
+        ({"r": 17, "init": "pissa"}, "has rank 16 at most; lower r"),
+    ],
+)
+def test_a_bad_setting_is_one_sentence_and_changes_nothing(config: dict[str, Any], sentence: str) -> None:
+    model = scrambled()
+    values: dict[str, Any] = {"r": 4} | config
+    with pytest.raises(ValueError) as error:
+        add_adapter(model, LoraConfig(**values))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not wrappers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_names_and_rows_are_checked() -> None:
+    model = adapted()
+    for name, sentence in (("default", "already"), ("a.b", "cannot be called"), ("keys", "cannot be called")):
+        with pytest.raises(ValueError, match=sentence):
+            add_adapter(model, LoraConfig(r=2), name=name)
+    for rows in ([53], [-1], [4, 4]):
+        with pytest.raises(ValueError, match="must differ and be below 53"):
+            add_adapter(model, LoraConfig(r=2), name="rows", new_rows=rows)
+    with pytest.raises(ValueError, match="embed trains already, as a target or whole"):
+        add_adapter(model, LoraConfig(r=2, targets=("embedding",)), name="rows", new_rows=[5])
+    with pytest.raises(ValueError, match="there is no adapter 'b'; the model has default"):
+        use_adapters(model, {"b": 1.0})
+
+
+def test_the_table_counts_what_trains() -> None:
+    model = adapted(
+        {"r": 4, "targets": ("qkv", "up"), "train_modules": ("norm",), "dora": True}, rows=(50, 51)
+    )
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    table = trainable_table(model)
+    assert (
+        f"{trains:,} parameters train beside {frozen:,} frozen ones: {100 * trains / (trains + frozen):.2f}%"
+        in table
+    )
+    lines = {tuple(line.split()[:2]): line.split() for line in table.splitlines()}
+    assert lines["DoRA", "blocks.*.attention.qkv"] == [
+        "DoRA", "blocks.*.attention.qkv", "2", "4", "32", f"{2 * (4 * 16 + 48 * 4 + 48)}"]  # fmt: skip
+    assert ("rows", "embed") in lines and ("low rank", "head") not in lines
+
+
+# --- forward and backward ------------------------------------------------------------------------------
+
+
+def test_the_input_is_kept_once() -> None:
+    """Kept for backward: the frozen weight, a, b, x a^T and the input, which is no copy of the one given."""
+    for dropout in (0.0, 0.5):
+        layer = fused(adapted({"dropout": dropout})).train()
+        x = torch.randn(2, 5, 16, requires_grad=True)
+        kept: list[Tensor] = []
+
+        def note(t: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            layer(x)
+        fresh = [t for t in kept if not any(t.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+                                            for p in [*layer.parameters(), x])]  # fmt: skip
+        inputs = [t for t in kept if t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
+        assert [tuple(t.shape) for t in fresh] == [(10, 4)] and len(inputs) == 1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_is_that_of_its_mask_on_the_input(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = fused(adapted({"dropout": 0.4, "dora": dora}))
+    change: Any = layer.adapters["default"]
+    x = torch.randn(7, 16, requires_grad=True)
+    torch.testing.assert_close(layer(x), plain_form(layer, x, None), rtol=1e-5, atol=1e-5)  # in eval: none
+    layer.train()
+
+    def compare() -> None:
+        torch.manual_seed(5)
+        ours = layer(x)
+        torch.manual_seed(5)
+        drop = lora._draw(0.4)
+        assert drop is not None
+        mask = drop.mask(x.detach()) * drop.factor
+        assert 0 < (mask == 0).float().mean() < 1 and math.isclose(drop.factor, 1 / 0.6, rel_tol=1e-4)
+        other = plain_form(layer, x, mask)
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+        weights = torch.randn_like(ours)
+        inputs = [*change.parameters(), x]
+        got = torch.autograd.grad((ours * weights).sum(), inputs)
+        for mine, wanted in zip(got, torch.autograd.grad((other * weights).sum(), inputs), strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+    compare()
+    if dora:
+        return
+
+    def on_output(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: Any) -> Tensor:
+        return out + lora._dropped(scale * x @ a.t() @ b.t(), drop)
+
+    monkeypatch.setattr(lora._AddLowRank, "apply", on_output)
+    with pytest.raises(AssertionError):
+        compare()
+
+
+def plain_form(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """PEFT's formula by autograd."""
+    change: LowRank = layer.adapters["default"]
+    given = x if mask is None else x * mask
+    term = change.scale * given @ change.a.t() @ change.b.t()
+    if change.magnitude is None:
+        return layer.base(x) + term
+    weight = layer.base.weight
+    length = (weight + change.scale * change.b @ change.a).norm(dim=1).detach()
+    gain = change.magnitude / length
+    return layer.base(x) + (gain - 1) * F.linear(given, weight) + gain * term
+
+
+def test_a_share_of_the_elements_is_dropped() -> None:
+    drop = lora._Drop(0.1, 7)
+    x = torch.ones(100_000)
+    assert abs(drop.mask(x).mean().item() - 0.9) < 0.005
+    assert torch.equal(drop.mask(x), drop.mask(x)) and not torch.equal(
+        drop.mask(x), lora._Drop(0.1, 8).mask(x)
+    )
+    assert abs(lora._dropped(x, drop).mean().item() - 1) < 0.005
+
+
+def test_gradients_by_finite_differences() -> None:
+    layer = fused(adapted({"dropout": 0.3})).double().train()
+    drop = lora._Drop(0.3, 11)
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    change = layer.adapters["default"]
+    a, b = (p.detach().double().requires_grad_() for p in (change.a, change.b))
+
+    def f(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora._AddLowRank.apply(layer.base(x), x, a, b, 1.7, drop)
+
+    assert torch.autograd.gradcheck(f, (x, a, b))
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_fp32_adapters() -> None:
+    model = adapted({"targets": ("all-linear", "embedding", "head")})
+    exact = model(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = fused(model)
+        assert layer(torch.randn(2, 3, 16)).dtype == torch.bfloat16
+        logits = model(TOKENS)
+    assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    logits.float().sum().backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_weights_get_no_gradient_and_do_not_move() -> None:
+    model = adapted({"bias": "all"}, rows=(50,))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(TOKENS).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(trainable_state(model)) and all(".base." not in name for name in moved)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_recomputed_activations_draw_the_same_masks() -> None:
+    model = adapted({"dropout": 0.3, "targets": ("all-linear",)}).train()
+    found = []
+    for model.checkpoint_activations in (False, True):
+        model.zero_grad()
+        torch.manual_seed(4)
+        model(TOKENS).square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() == trainable_state(model).keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_new_rows_train(tied: bool) -> None:
+    model = scrambled(tie_embeddings=tied)
+    plain = copy.deepcopy(model)
+    add_adapter(model, LoraConfig(r=2, targets=("qkv",)), new_rows=[50, 7])
+    rows = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("rows")]
+    assert len(rows) == (1 if tied else 2) and all(p.shape == (2, 16) for p in rows)
+    torch.testing.assert_close(model(TOKENS), plain(TOKENS), rtol=1e-6, atol=1e-6)
+    model(TOKENS).square().mean().backward()
+    plain(TOKENS).square().mean().backward()
+    wanted = [plain.embed.weight.grad, plain.head.weight.grad]
+    for p, grad in zip(rows, wanted[:1] if tied else wanted, strict=True):
+        assert p.grad is not None and grad is not None
+        torch.testing.assert_close(p.grad, grad[[50, 7]], rtol=1e-4, atol=1e-6)
+
+
+# --- several adapters ----------------------------------------------------------------------------------
+
+
+def test_several_adapters_share_one_base() -> None:
+    model = scrambled()
+    held = {name: p.data_ptr() for name, p in model.named_parameters()}
+    base = model(TOKENS)
+    for name, targets in (("first", ("all-linear",)), ("second", ("qkv", "embedding")), ("third", ("head",))):
+        add_adapter(model, LoraConfig(r=2, targets=targets, dora=name == "third"), name=name)
+        scramble(model, len(name))
+    after = {
+        name.replace(".base.", "."): p.data_ptr()
+        for name, p in model.named_parameters()
+        if ".adapters." not in name
+    }
+    assert after == held
+    alone = {}
+    for name in ("first", "second", "third"):
+        use_adapters(model, {name: 1.0})
+        alone[name] = model(TOKENS)
+        assert (alone[name] - base).abs().max() > 0.01
+        with adapters_disabled(model):
+            assert torch.equal(model(TOKENS), base)
+            with adapters_disabled(model):
+                pass
+            assert torch.equal(model(TOKENS), base)
+        assert torch.equal(model(TOKENS), alone[name])
+    use_adapters(model, {})
+    assert torch.equal(model(TOKENS), base)
+    use_adapters(model, {"first": 0.5, "second": -2.0, "third": 1.0})
+    mixed = model(TOKENS)
+    merge(model)
+    torch.testing.assert_close(model(TOKENS), mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_copies_and_biases_are_not_mixed() -> None:
+    model = scrambled(mlp_bias=True)
+    for name in ("first", "second"):
+        add_adapter(model, LoraConfig(r=2, bias="all", train_modules=("head",)), name=name)
+        scramble(model)
+    with pytest.raises(ValueError, match="cannot be active together"):
+        use_adapters(model, {"first": 1.0, "second": 1.0})
+    with pytest.raises(ValueError, match=r"has no share of 0.5; use 1"):
+        use_adapters(model, {"first": 0.5})
+    with adapters_disabled(model):
+        assert torch.equal(model.head.weight, model.get_parameter("head.base.weight"))
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------
+
+
+def test_the_state_is_what_trains_and_is_taken_strictly() -> None:
+    config = {"bias": "all", "dora": True, "init": "pissa", "train_modules": ("head",)}
+    model, other = adapted(config), adapted(config)
+    scramble(other, 9)
+    state = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
+    assert {name for name in state if ".start_" not in name} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+    load_trainable_state(other, state)
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    name = next(iter(state))
+    for wrong, sentence in (
+        ({key: t for key, t in state.items() if key != name}, f"{name} is missing"),
+        (state | {"more": torch.zeros(1)}, "more is left over"),
+        (state | {name: torch.zeros(3, 3)}, r"is \[3, 3\], "),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_trainable_state(other, wrong)
+
+
+# --- merging -------------------------------------------------------------------------------------------
+
+MERGED: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]] = {
+    "plain": ({}, (), {}),
+    "embedding and head": ({"targets": ("all-linear", "embedding", "head")}, (), {}),
+    "embedding, tied": ({"targets": ("embedding",)}, (), {"tie_embeddings": True}),
+    "dora and biases": (
+        {"dora": True, "bias": "all", "targets": ("*",)},
+        (),
+        {"mlp_bias": True, "head_bias": True},
+    ),
+    "pissa": ({"init": "pissa", "rslora": True}, (), {}),
+    "whole": ({"train_modules": ("head", "norm")}, (), {"norm_weight": True}),
+    "rows": ({}, (3, 52), {}),
+    "rows, tied": ({}, (3, 52), {"tie_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("case", MERGED)
+@pytest.mark.parametrize("quantised", [False, True])
+def test_merged_is_adapted_and_unmerged_is_bit_equal(case: str, quantised: bool) -> None:
+    config, rows, settings = MERGED[case]
+    model = scrambled(**settings)
+    model = rounded(model) if quantised else model
+    values: dict[str, Any] = {"r": 4} | config
+    add_adapter(model, LoraConfig(**values), new_rows=rows)
+    scramble(model)
+    before, held = model(TOKENS), {name: p.clone() for name, p in model.named_parameters()}
+    was = model.config
+    merge(model)
+    assert not wrappers(model)
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-4, atol=1e-4)
+    assert model.config.tie_embeddings == (model.head.weight is model.embed.weight)
+    with pytest.raises(ValueError, match="call unmerge first"):
+        merge(model)
+    unmerge(model)
+    assert model.config is was and torch.equal(model(TOKENS), before)
+    after = dict(model.named_parameters())
+    assert after.keys() == held.keys() and all(torch.equal(after[name], p) for name, p in held.items())
+
+
+def test_a_merge_can_let_go_of_the_old_weights() -> None:
+    model = adapted()
+    before = model(TOKENS)
+    report = merge_checked(model, PROMPTS, keep=False)
+    assert report.gap < 1e-4 and report.agreement == 1 and report.tokens == TOKENS.numel()
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="nothing to undo"):
+        unmerge(model)
+    add_adapter(model, LoraConfig(r=2))  # it is a plain model again
+
+
+def test_an_adapter_of_rounded_weights_is_not_merged_into_full_ones() -> None:
+    """Fault M14: it was trained beside what rounding made of the base."""
+    rough, full = rounded(scrambled()), scrambled()
+    for model in (rough, full):
+        add_adapter(model, LoraConfig(r=4))
+        scramble(model)
+    right = copy.deepcopy(rough)
+    merge(right)
+    assert merge_report(rough, right, PROMPTS).gap < 1e-4
+    merge(full)
+    with pytest.raises(ValueError, match="merged-differs: the largest logit gap is") as error:
+        merge_report(rough, full, PROMPTS)
+    assert "greedy choice agrees after" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_merge_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    before = model(TOKENS)
+    monkeypatch.setattr(
+        LowRank, "merge_into", lambda self, merged, weight, share: merged.add_(self.change(weight), alpha=2)
+    )
+    with pytest.raises(ValueError, match="merged-differs"):
+        merge_checked(model, PROMPTS)
+    assert torch.equal(model(TOKENS), before)
+
+
+def test_broken_adapters_and_empty_merges_are_refused() -> None:
+    model = adapted()
+    with pytest.raises(ValueError, match="none was given"):
+        merge_report(model, model, [[]])
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="is not finite; the adapter is broken"):
+        merge(model)
+    use_adapters(model, {})
+    with pytest.raises(ValueError, match="no adapter is active"):
+        merge(model)
+
+
+# --- the loss ------------------------------------------------------------------------------------------
+
+HEADS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "low rank": ({"targets": ("all-linear", "head")}, ()),
+    "dora": ({"targets": ("head",), "dora": True}, ()),
+    "pissa": ({"targets": ("head",), "init": "pissa"}, ()),
+    "rows": ({}, (50, 2)),
+    "whole": ({"train_modules": ("head",), "bias": "all"}, ()),
+    "bias": ({"targets": ("head",), "bias": "all"}, ()),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows_in_chunk", [7, 1000])
+def test_the_chunked_loss_reads_an_adapted_head(
+    monkeypatch: pytest.MonkeyPatch, head: str, smoothing: float, rows_in_chunk: int
+) -> None:
+    import loss as loss_module
+
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 53 * rows_in_chunk)
+    config, rows = HEADS[head]
+    model = adapted(config, rows, head_bias=True)
+    labels = TOKENS.roll(-1, 1).clone()
+    labels[:, :5] = IGNORE_INDEX
+    batch = Batch(TOKENS, labels, torch.zeros_like(TOKENS), torch.arange(16).expand(3, 16))
+    result = token_loss(model, batch, smoothing)
+    result.objective.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = model(TOKENS).flatten(0, 1)
+    plain = F.cross_entropy(logits, labels.flatten(), label_smoothing=smoothing, reduction="sum")
+    plain.backward()
+    torch.testing.assert_close(result.objective, plain, rtol=1e-5, atol=1e-5)
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == wanted.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, grad in wanted.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_the_composed_form_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile the term is left to autograd."""
+    model = adapted({"targets": ("all-linear", "head"), "bias": "all"}, mlp_bias=True)
+    fast = model(TOKENS)
+    monkeypatch.setattr(LoraLinear, "_in_place", LoraLinear._composed)
+    torch.testing.assert_close(model(TOKENS), fast, rtol=1e-5, atol=1e-5)
