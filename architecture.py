@@ -11,16 +11,16 @@ Shapes: B rows, T tokens, C = n_embd, H heads (n_kv_head of them for keys and va
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import dropped_attention
+from attention import dropped_attention, kept
 from config import ModelConfig
 from linear import Linear
 
@@ -178,18 +178,21 @@ ROTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 class _DropoutByBits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        # Seeded by torch's generator, so that its state is all there is to save; SFC64 takes half its time.
-        draw = np.random.SFC64(int(torch.randint(2**62, ())))
-        bits = torch.from_numpy(draw.random_raw(-(-x.numel() // 4)).view(np.int16))
-        # 0 or 1, in place and as numbers: with booleans, or by torch.where, this took 3 times as long.
-        keep = bits[: x.numel()].view(x.shape).ge_(dropped - 2**15)
-        ctx.factor = keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-        return x * ctx.factor
+    def forward(ctx: Any, x: Tensor, dropped: int, thin: bool) -> Tensor:
+        # Seeded by torch's generator, so that its state is all there is to save.
+        ctx.drawn = int(torch.randint(2**62, ())), x.shape, dropped, x.dtype
+        factor = dropout_factor(*ctx.drawn)
+        ctx.factor = None if thin else factor
+        return x * factor
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        factor = dropout_factor(*ctx.drawn) if ctx.factor is None else ctx.factor
+        return grads[0] * factor, None, None
+
+
+def dropout_factor(seed: int, shape: torch.Size, dropped: int, dtype: torch.dtype) -> Tensor:
+    return kept(seed, 0, shape, dropped, dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class Dropout(nn.Module):
@@ -202,13 +205,44 @@ class Dropout(nn.Module):
     def __init__(self, p: float):
         super().__init__()
         self.p = p
+        self.thin = False  # draw the numbers again in backward instead of keeping them
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        return _DropoutByBits.apply(x, min(round(self.p * 2**16), 2**16 - 1))
+        return _DropoutByBits.apply(x, min(round(self.p * 2**16), 2**16 - 1), self.thin)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def made_again(y: Tensor, thin: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
+    """Inside, and if `thin`, what autograd would keep of y is made again in backward: y = function(*inputs).
+
+    A norm or an activation keeps its input, and a linear that trains or has an adapter keeps its own, which
+    is the output of the former. Both are needed in backward, but one is cheap to make of the other.
+    """
+    if not thin or not y.requires_grad:
+        yield
+        return
+    device, address, size = y.device.type, y.data_ptr(), y.numel()  # not y: autograd keeps the hooks
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        is_y = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
+        return saved.shape if is_y else saved
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad(), torch.autocast(device, autocast[1], enabled=autocast[0]):
+            return function(*inputs).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -401,9 +435,13 @@ class MLP(nn.Module):
         self.up = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
         self.down = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
         self.activation = activation
+        self.thin = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        x = self.up(x)
+        y = self.activation(x)
+        with made_again(y, self.thin, self.activation, x):
+            return self.down(y)
 
 
 class GatedMLP(nn.Module):
@@ -415,9 +453,15 @@ class GatedMLP(nn.Module):
         self.up = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
         self.down = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
         self.activation = activation
+        self.thin = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, x = self.gate(x), self.up(x)
+        opened = self.activation(gate)
+        with made_again(opened, self.thin, self.activation, gate):
+            y = opened * x
+        with made_again(y, self.thin, lambda gate, x: self.activation(gate) * x, gate, x):
+            return self.down(y)
 
 
 MLPS: dict[str, tuple[type[MLP] | type[GatedMLP], Callable[[Tensor], Tensor]]] = {
@@ -442,10 +486,17 @@ class SequentialBlock(nn.Module):
         self.mlp_norm = build_norm(config, config.n_embd)
         self.mlp = mlp(config, activation)
         self.dropout = Dropout(config.dropout)
+        self.thin = False
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        y = self.attention_norm(x)
+        with made_again(y, self.thin, self.attention_norm, x):
+            y = self.attention(y, context)
+        x = x + self.dropout(y)
+        y = self.mlp_norm(x)
+        with made_again(y, self.thin, self.mlp_norm, x):
+            y = self.mlp(y)
+        return x + self.dropout(y)
 
 
 class ParallelBlock(nn.Module):
@@ -458,10 +509,13 @@ class ParallelBlock(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = mlp(config, activation)
         self.dropout = Dropout(config.dropout)
+        self.thin = False
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.norm(x)
-        return x + self.dropout(self.attention(y, context)) + self.dropout(self.mlp(y))
+        with made_again(y, self.thin, self.norm, x):
+            attended, fed = self.attention(y, context), self.mlp(y)
+        return x + self.dropout(attended) + self.dropout(fed)
 
 
 BLOCKS: dict[str, type[SequentialBlock] | type[ParallelBlock]] = {
@@ -549,6 +603,16 @@ class Decoder(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
         INITS[config.init](self)
+
+    def keep_less(self) -> None:
+        """Make cheap things again in backward: outputs of norms and activations, dropout's random numbers.
+
+        For a frozen base with adapters it is a third of what backward keeps, at 3% of a step; where weights
+        train, their gradients need the inputs of all linears, and whole blocks are made again instead.
+        """
+        for module in self.modules():
+            if isinstance(module, Dropout | MLP | GatedMLP | SequentialBlock | ParallelBlock):
+                module.thin = True
 
     def forward(
         self,

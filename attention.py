@@ -4,7 +4,9 @@ Written out, it keeps three (H, T, S) tensors a row and layer for the backward p
 at a time is scored against the keys up to its last one, and what is kept are q, k, v, the output and a seed:
 backward scores the block again and draws the same random numbers (as FlashAttention does, arXiv:2205.14135).
 
-Shapes: B rows, H query heads, K key and value heads, G = H / K, T queries, S keys, D = head_dim.
+Shapes: B rows, H query heads, K key and value heads, G = H / K, T queries, S keys, D = head_dim. Inside,
+tensors lie as the projections made them, (B, T, H, D): with multi-query the queries of a block are then rows
+of one matrix as they are, and no copy of them is made.
 """
 
 from __future__ import annotations
@@ -27,31 +29,44 @@ def kept(seed: int, part: int, shape: torch.Size, dropped: int, dtype: torch.dty
     """
     n = shape.numel()
     bits = torch.from_numpy(np.random.SFC64([seed, part]).random_raw(-(-n // 4)).view(np.int16))
-    # 0 or 1, in place and as numbers: with booleans, or by torch.where, this took 3 times as long.
-    return bits[:n].view(shape).ge_(dropped - 2**15).to(dtype)
+    # As numbers, not booleans, which take 3 times as long; every step is exact in fp32.
+    keep = bits[:n].view(shape).to(torch.float32).add_(2**15 + 1 - dropped).clamp_(0, 1)
+    return keep.to(dtype)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, int]]:
     """(number, queries, how many keys any of them may see) of each block."""
-    B, H, T, _ = q.shape
-    S = k.size(2)
+    B, T, H, _ = q.shape
+    S = k.size(1)
     size = max(16, min(T, BLOCK_ELEMENTS // (B * H * S)))
     for number, start in enumerate(range(0, T, size)):
         stop = min(T, start + size)
         yield number, slice(start, stop), stop + S - T
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, queries: slice, n_keys: int) -> Tensor:
-    """softmax(q k^T), (B, K, G, t, n_keys), of a block q (B, K, G, t, D), already scaled."""
-    B, K, G, t, D = q.shape
-    scores = (q.reshape(B, K, G * t, D) @ k[:, :, :n_keys].transpose(-2, -1)).view(B, K, G, t, n_keys)
+def _rows(x: Tensor, queries: slice, n_kv_head: int) -> Tensor:
+    """Of x (B, T, H, D) a block of t queries, (B, K, t G, D); a view where K is 1."""
+    return x[:, queries].unflatten(2, (n_kv_head, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _put_rows(x: Tensor, queries: slice, rows: Tensor) -> None:
+    """The inverse: rows (B, K, t G, D) into x (B, T, H, D)."""
+    block = x[:, queries].unflatten(2, (rows.size(1), -1))
+    block.copy_(rows.unflatten(2, (block.size(1), -1)).transpose(1, 2))
+
+
+def _weights(rows: Tensor, k: Tensor, mask: Tensor | None, queries: slice, n_keys: int) -> Tensor:
+    """softmax(q k^T), (B, K, t G, n_keys), of scaled queries (B, K, t G, D) and keys (B, K, S, D)."""
+    t = queries.stop - queries.start
+    scores = rows @ k[:, :, :n_keys].transpose(-2, -1)
+    by_query = scores.unflatten(2, (t, -1))  # (B, K, t, G, n_keys)
     if mask is None:
-        # Of a causal block only the last t keys are not seen by all of its queries.
-        corner = scores[..., n_keys - t :]
-        corner += torch.full((t, t), -math.inf, dtype=scores.dtype, device=q.device).triu_(1)
+        # Only the last t keys are not seen by all queries of the block.
+        hidden = torch.full((t, t), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+        by_query[..., n_keys - t :] += hidden.unsqueeze(1)
     else:
-        seen = mask[:, :, queries, :n_keys].unsqueeze(1)
-        scores += torch.zeros(seen.shape, dtype=scores.dtype, device=q.device).masked_fill_(~seen, -math.inf)
+        seen = mask[:, :, queries, :n_keys].unsqueeze(3)
+        by_query += torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, -math.inf)
     if scores.dtype in (torch.bfloat16, torch.float16):
         return torch.softmax(scores, -1, torch.float32).to(scores.dtype)
     return torch.softmax(scores, -1, out=scores)
@@ -62,16 +77,14 @@ class _DroppedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropped: int, seed: int
     ) -> Tensor:
-        B, H, T, D = q.shape
-        K = k.size(1)
-        y = torch.empty(B, H, T, D, dtype=q.dtype, device=q.device)
-        grouped, y_grouped = q.unflatten(1, (K, H // K)), y.unflatten(1, (K, H // K))
+        y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
         for number, queries, n_keys in _blocks(q, k):
-            block = grouped[:, :, :, queries] / math.sqrt(D)
-            weights = _weights(block, k, mask, queries, n_keys)
+            rows = _rows(q, queries, k.size(2)) / math.sqrt(q.size(3))
+            weights = _weights(rows, keys, mask, queries, n_keys)
             weights *= kept(seed, number, weights.shape, dropped, weights.dtype)
-            out = weights.flatten(2, 3) @ v[:, :, :n_keys]
-            torch.mul(out.view(block.shape), 2**16 / (2**16 - dropped), out=y_grouped[:, :, :, queries])
+            out = weights @ values[:, :, :n_keys]
+            _put_rows(y, queries, out.mul_(2**16 / (2**16 - dropped)))
         ctx.save_for_backward(q, k, v, y, mask)
         ctx.dropped, ctx.seed = dropped, seed
         return y
@@ -79,31 +92,24 @@ class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, mask = ctx.saved_tensors
-        B, H, T, D = q.shape
-        K = k.size(1)
-        grad_q = torch.empty(B, H, T, D, dtype=q.dtype, device=q.device)
-        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-
-        def grouped(x: Tensor) -> Tensor:
-            return x.unflatten(1, (K, H // K))
-
+        K, scale, grown = k.size(2), 1 / math.sqrt(q.size(3)), 2**16 / (2**16 - ctx.dropped)
+        grad_q = torch.empty_like(q)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (keys, values))
+        # Of each query, the sum over keys of weight times its gradient: by the output instead of the weights.
+        inner = (grads[0] * y).sum(-1, keepdim=True)
         for number, queries, n_keys in _blocks(q, k):
-            block, grad = (grouped(x)[:, :, :, queries] for x in (q, grads[0]))
-            block = block / math.sqrt(D)
-            weights = _weights(block, k, mask, queries, n_keys)
+            rows, grad = _rows(q, queries, K) * scale, _rows(grads[0], queries, K)
+            weights = _weights(rows, keys, mask, queries, n_keys)
             keep = kept(ctx.seed, number, weights.shape, ctx.dropped, weights.dtype)
-            # sum_j of weight times its gradient, by the output instead of by the weights.
-            inner = (grad * grouped(y)[:, :, :, queries]).sum(-1, keepdim=True)
-            rows = (grad * (2**16 / (2**16 - ctx.dropped))).reshape(B, K, -1, D)
-            grad_weights = (rows @ v[:, :, :n_keys].transpose(-2, -1)).view(weights.shape)
-            grad_weights *= keep
-            grad_scores = grad_weights.sub_(inner).mul_(weights).flatten(2, 3)
+            grad = grad * grown
+            grad_scores = grad @ values[:, :, :n_keys].transpose(-2, -1)
+            grad_scores.mul_(keep).sub_(_rows(inner, queries, K)).mul_(weights)
             weights *= keep
-            grad_v[:, :, :n_keys] += weights.flatten(2, 3).transpose(-2, -1) @ rows
-            grad_k[:, :, :n_keys] += grad_scores.transpose(-2, -1) @ block.reshape(B, K, -1, D)
-            out = (grad_scores @ k[:, :, :n_keys]).div_(math.sqrt(D))
-            grouped(grad_q)[:, :, :, queries] = out.view(block.shape)
-        return grad_q, grad_k, grad_v, None, None, None
+            grad_v[:, :, :n_keys] += weights.transpose(-2, -1) @ grad
+            grad_k[:, :, :n_keys] += grad_scores.transpose(-2, -1) @ rows
+            _put_rows(grad_q, queries, (grad_scores @ keys[:, :, :n_keys]).mul_(scale))
+        return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2), None, None, None
 
 
 def dropped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
@@ -117,6 +123,7 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: f
     """
     # Seeded by torch's generator, so that its state is all there is to save.
     seed = int(torch.randint(2**62, ()))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = _DroppedAttention.apply(q, k, v, mask, min(round(p * 2**16), 2**16 - 1), seed)
     assert isinstance(y, Tensor)
-    return y
+    return y.transpose(1, 2)

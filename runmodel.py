@@ -132,6 +132,7 @@ def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer
         new_rows = [id for id in ids if id is not None]
         assert len(new_rows) == len(ids), "starting_tokenizer adds them"
         add_adapter(base.model, config.lora, base.family.key, new_rows=new_rows)
+        base.model.keep_less()
     return base.model
 
 

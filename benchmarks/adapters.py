@@ -131,6 +131,7 @@ def ours(shape: str, dtype: torch.dtype, held: str) -> tuple[Callable[..., Any],
     config = to_model(FAMILIES[family], values)
     model = drawn(config, dtype, None if held == "auto" else held)
     add_adapter(model, LoraConfig(r, alpha, dropout, targets), FAMILIES[family].key)
+    model.keep_less()
     model.train()
 
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
