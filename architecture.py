@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import dropped_attention, kept
+from attention import dropped_attention
 from config import ModelConfig
+from dropout import Dropout
 from linear import Linear
 
 
@@ -171,48 +172,6 @@ ROTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "half": rotate_half,
     "interleaved": rotate_interleaved,
 }
-
-
-# --- dropout -----------------------------------------------------------------------------------------
-
-
-class _DropoutByBits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int, thin: bool) -> Tensor:
-        # Seeded by torch's generator, so that its state is all there is to save.
-        ctx.drawn = int(torch.randint(2**62, ())), x.shape, dropped, x.dtype
-        factor = dropout_factor(*ctx.drawn)
-        ctx.factor = None if thin else factor
-        return x * factor
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        factor = dropout_factor(*ctx.drawn) if ctx.factor is None else ctx.factor
-        return grads[0] * factor, None, None
-
-
-def dropout_factor(seed: int, shape: torch.Size, dropped: int, dtype: torch.dtype) -> Tensor:
-    return kept(seed, 0, shape, dropped, dtype).mul_(2**16 / (2**16 - dropped))
-
-
-class Dropout(nn.Module):
-    """Zero each element with probability p in training and scale the rest by 1 / (1 - p).
-
-    On a CPU p is taken to the nearest 1 / 65,536, and four elements share a random number of 64 bits: torch
-    draws a number for each element, on one thread, which takes 3 times as long and was 17% of a step.
-    """
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-        self.thin = False  # draw the numbers again in backward instead of keeping them
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        return _DropoutByBits.apply(x, min(round(self.p * 2**16), 2**16 - 1), self.thin)
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -15,23 +15,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dropout import kept, steps
+
 BLOCK_ELEMENTS = 2**20  # scores alive at a time: 4 MB, which stay in the cache
-
-
-def kept(seed: int, part: int, shape: torch.Size, dropped: int, dtype: torch.dtype) -> Tensor:
-    """0 with probability dropped / 65,536, else 1: the same for the same arguments.
-
-    Four elements share a random number of 64 bits: torch draws one for each, on one thread.
-    """
-    n = shape.numel()
-    bits = torch.from_numpy(np.random.SFC64([seed, part]).random_raw(-(-n // 4)).view(np.int16))
-    # As numbers, not booleans, which take 3 times as long; every step is exact in fp32.
-    keep = bits[:n].view(shape).to(torch.float32).add_(2**15 + 1 - dropped).clamp_(0, 1)
-    return keep.to(dtype)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, int]]:
@@ -124,6 +113,6 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: f
     # Seeded by torch's generator, so that its state is all there is to save.
     seed = int(torch.randint(2**62, ()))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = _DroppedAttention.apply(q, k, v, mask, min(round(p * 2**16), 2**16 - 1), seed)
+    y = _DroppedAttention.apply(q, k, v, mask, steps(p), seed)
     assert isinstance(y, Tensor)
     return y.transpose(1, 2)

@@ -22,109 +22,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LoraConfig
+from lowrank import Drop, add_term, dropped, linear_with_term
 from targets import absent_sentence, matches, pattern_value, select_targets
-
-# --- dropout whose mask is drawn again in backward ----------------------------------------------------
-
-
-class _Drop(NamedTuple):
-    """A dropout mask as a seed: drawn in forward, and drawn again in backward, never held between."""
-
-    p: float
-    seed: int
-
-    @property
-    def factor(self) -> float:
-        """1 / (1 - p), for the p that the mask really has."""
-        return 2**16 / (2**16 - self._steps)
-
-    @property
-    def _steps(self) -> int:
-        return min(round(self.p * 2**16), 2**16 - 1)
-
-    def mask(self, x: Tensor) -> Tensor:
-        """0 or 1 for each element of x, in its dtype."""
-        if x.device.type != "cpu":
-            generator = torch.Generator(x.device).manual_seed(self.seed)
-            return torch.empty_like(x).bernoulli_(1 / self.factor, generator=generator)
-        # Four elements share a random number of 64 bits; torch's own takes three times as long.
-        bits = torch.from_numpy(np.random.SFC64(self.seed).random_raw(-(-x.numel() // 4)).view(np.int16))
-        return bits[: x.numel()].view(x.shape).ge_(self._steps - 2**15).to(x.dtype)
-
-
-def _draw(p: float) -> _Drop | None:
-    """A new mask, seeded by torch's generator, so that its state is all there is to save; None without p."""
-    return _Drop(p, int(torch.randint(2**62, ()))) if p else None
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, drop: _Drop) -> Tensor:
-        ctx.drop = drop
-        return drop.mask(x).mul_(x).mul_(drop.factor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.drop.mask(grads[0]).mul_(grads[0]).mul_(ctx.drop.factor), None
-
-
-def _dropped(x: Tensor, drop: _Drop | None) -> Tensor:
-    return x if drop is None else _Dropout.apply(x, drop)
-
-
-# --- the low-rank term ------------------------------------------------------------------------------
-
-
-class _AddLowRank(torch.autograd.Function):
-    """out (N, O) += scale * drop(x) a^T b^T, in place: x (N, I), a (r, I), b (O, r).
-
-    Kept for backward are x itself, x a^T (N, r) and the mask's seed. Written out by autograd the same takes
-    the dropped x, the term (N, O) and its scaled copy besides.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: _Drop | None
-    ) -> Tensor:
-        dtype = out.dtype  # that of autocast, where it is on
-        given = x.to(dtype)
-        if drop is not None:
-            given = drop.mask(given).mul_(given)
-            scale *= drop.factor
-        u = torch.mm(given, a.to(dtype).t()).to(dtype)
-        out.addmm_(u, b.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, u, a, b)
-        ctx.scale, ctx.drop, ctx.dtype = scale, drop, dtype
-        ctx.mark_dirty(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        x, u, a, b = ctx.saved_tensors
-        grad_x = grad_a = grad_b = None
-        if ctx.needs_input_grad[3]:
-            grad_b = torch.mm(grad.t(), u).to(b.dtype).mul_(ctx.scale)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_u = torch.mm(grad, b.to(ctx.dtype)).to(ctx.dtype).mul_(ctx.scale)
-            given = x.to(ctx.dtype)
-            mask = None if ctx.drop is None else ctx.drop.mask(given)
-            if ctx.needs_input_grad[1]:
-                grad_x = torch.mm(grad_u, a.to(ctx.dtype)).to(x.dtype)
-                grad_x = grad_x if mask is None else grad_x.mul_(mask)
-            if ctx.needs_input_grad[2]:
-                given = given if mask is None else mask.mul_(given)
-                grad_a = torch.mm(grad_u.t(), given).to(a.dtype)
-        return grad, grad_x, grad_a, grad_b, None, None
-
 
 # --- what an adapter does to one module --------------------------------------------------------------
 
@@ -213,8 +119,8 @@ class LowRank(nn.Module):
         gain = gain if self.of_embedding else gain[:, None]
         return (gain - 1) * weight.float() + gain * delta
 
-    def drawn(self) -> _Drop | None:
-        return _draw(self.p) if self.training else None
+    def drawn(self) -> Drop | None:
+        return Drop.drawn(self.p) if self.training else None
 
     def merge_into(self, merged: Tensor, weight: Tensor, share: float) -> None:
         merged.add_(self.change(weight), alpha=share)
@@ -354,11 +260,15 @@ class LoraLinear(Adapted):
         return out.view(*x.shape[:-1], out.size(-1))
 
     def _in_place(self, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
+        terms = [(change, share) for change, share in changes if isinstance(change, LowRank)]
+        if is_plain(self.base) and self.trained_bias() is None and len(terms) == len(changes) == 1:
+            ((change, share),), base = terms, cast(nn.Linear, self.base)
+            return linear_with_term(
+                x, base.weight, base.bias, *change.factors(), share * change.scale, change.drawn()
+            )
         out = self._by_base(x)
-        for change, share in changes:
-            if isinstance(change, LowRank):
-                a, b = change.factors()
-                out = _AddLowRank.apply(out, x, a, b, share * change.scale, change.drawn())
+        for change, share in terms:
+            out = add_term(out, x, *change.factors(), share * change.scale, change.drawn())
         return self._with_rows(out, x, changes)
 
     def _composed(self, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
@@ -370,7 +280,7 @@ class LoraLinear(Adapted):
             if not isinstance(change, LowRank):
                 continue
             (a, b), drop = change.factors(), change.drawn()
-            given = _dropped(x, drop)
+            given = dropped(x, drop)
             term = F.linear(F.linear(given.to(out.dtype), a.to(out.dtype)), b.to(out.dtype)) * change.scale
             gain = change.gain(weight_of(self.base))
             if gain is not None:
@@ -402,7 +312,7 @@ class LoraLinear(Adapted):
         for change, share in self.active():
             if isinstance(change, LowRank):
                 drop = change.drawn()
-                given = _dropped(hidden, drop)
+                given = dropped(hidden, drop)
                 if change.magnitude is None:
                     a, b = change.factors()
                     u = F.linear(given, a.to(given.dtype)) * (share * change.scale)

@@ -101,7 +101,7 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
 
 
 def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
-    """That of the base, or of `tokenizer.path`, with `lora.new_tokens`; ValueError where none can be added."""
+    """That of the base, or of `tokenizer.path`, with `lora.new_tokens`; ValueError if none can be added."""
     path = config.tokenizer.path
     tokenizer = base.tokenizer if path is None else load_tokenizer(Path(path))
     if tokenizer is None:

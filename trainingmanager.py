@@ -200,6 +200,7 @@ class TrainingManager:
             loss = self.loss(batch)
             self.scaler.scale(loss.objective / tokens).backward()
             nats += loss.cross_entropy.item()
+            del loss  # its graph: the next forward pass needs the memory
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, optimizer_config.grad_clip or math.inf).item()
@@ -594,6 +595,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
     if base is not None:
         print(trainable_table(model, base.family.key))
+    keep_freed_memory()  # not before: what loading the data and the weights frees is not needed again
     manager = TrainingManager(config, model, data, precision, folder)
     if config.train.resume:
         refuse_changes(folder, config)
@@ -708,7 +710,6 @@ def main(config: Config) -> None:
             from proofs import prove_resume
 
             sys.exit(0 if prove_resume(config) else 1)
-        keep_freed_memory()
         manager = train(config)
         if manager.stop_signal is not None and manager.progress() < 1:
             say(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")

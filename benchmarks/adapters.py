@@ -126,13 +126,13 @@ def ours(shape: str, dtype: torch.dtype, held: str) -> tuple[Callable[..., Any],
     from pretrained import FAMILIES
     from pretrained.family import to_model
 
-    keep_freed_memory()
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     config = to_model(FAMILIES[family], values)
     model = drawn(config, dtype, None if held == "auto" else held)
     add_adapter(model, LoraConfig(r, alpha, dropout, targets), FAMILIES[family].key)
     model.keep_less()
     model.train()
+    keep_freed_memory()
 
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(tokens.size(1)).expand_as(tokens)

@@ -23,6 +23,7 @@ from test_pretrained import TOKENS, make_oracle
 from torch import Tensor, nn
 
 import lora
+import lowrank
 from architecture import Decoder
 from config import LoraConfig
 from dataset import Batch
@@ -311,9 +312,8 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
         layer: Any = model.get_submodule(pair.family.key(our))
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         assert_near(change.b @ change.a, product, our)
-        assert torch.equal(
-            pair.ours.get_submodule(our).base.weight, weights[f"{our}.weight"]
-        )  # not written to
+        wrapper: Any = pair.ours.get_submodule(our)
+        assert torch.equal(wrapper.base.weight, weights[f"{our}.weight"])  # not written to
     scramble_adapters(pair.ours)
     save_adapter(pair.ours, pair.family, tmp_path / "out", base=None)
     opened = peft.PeftModel.from_pretrained(bases("bigcode mqa").oracle, str(tmp_path / "out"))
@@ -369,8 +369,10 @@ class _Transposed(LowRank):
 
 
 def _forget_scale(patch: pytest.MonkeyPatch) -> None:
-    add = lora._AddLowRank.apply
-    patch.setattr(lora._AddLowRank, "apply", lambda out, x, a, b, scale, drop: add(out, x, a, b, 1.0, drop))
+    right = lora.linear_with_term
+    patch.setattr(
+        lora, "linear_with_term", lambda x, w, bias, a, b, scale, drop: right(x, w, bias, a, b, 1.0, drop)
+    )
 
 
 def _transpose(patch: pytest.MonkeyPatch) -> None:
@@ -406,14 +408,13 @@ def _bias_scaled(patch: pytest.MonkeyPatch) -> None:
 
 def _one_adapter_frozen(patch: pytest.MonkeyPatch) -> None:
     """The gradient of B made of the input instead of x a^T's."""
-    right = lora._AddLowRank.backward
+    right = lowrank._factor_gradients
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        out = list(right(ctx, *grads))
-        out[3] = None if out[3] is None else out[3] / ctx.scale
-        return tuple(out)
+    def wrong(ctx: Any, *rest: Any) -> tuple[Tensor | None, Tensor | None]:
+        grad_a, grad_b = right(ctx, *rest)
+        return grad_a, None if grad_b is None else grad_b / ctx.scale
 
-    patch.setattr(lora._AddLowRank, "backward", staticmethod(backward))
+    patch.setattr(lowrank, "_factor_gradients", wrong)
 
 
 PLANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, dict[str, Any]]] = {

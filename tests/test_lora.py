@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
+import lowrank
 from architecture import Decoder
 from config import LoraConfig, ModelConfig
 from dataset import IGNORE_INDEX, Batch
@@ -28,6 +29,7 @@ from lora import (
     wrappers,
 )
 from loss import token_loss
+from lowrank import Drop, add_term, dropped, linear_with_term
 from merging import merge, merge_checked, merge_report, unmerge
 from pretrained import FAMILIES
 from targets import matches, select_targets
@@ -226,9 +228,9 @@ def test_dropout_is_that_of_its_mask_on_the_input(dora: bool, monkeypatch: pytes
         torch.manual_seed(5)
         ours = layer(x)
         torch.manual_seed(5)
-        drop = lora._draw(0.4)
+        drop = Drop.drawn(0.4)
         assert drop is not None
-        mask = drop.mask(x.detach()) * drop.factor
+        mask = whole_mask(drop, x.detach()) * drop.factor
         assert 0 < (mask == 0).float().mean() < 1 and math.isclose(drop.factor, 1 / 0.6, rel_tol=1e-4)
         other = plain_form(layer, x, mask)
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
@@ -242,10 +244,10 @@ def test_dropout_is_that_of_its_mask_on_the_input(dora: bool, monkeypatch: pytes
     if dora:
         return
 
-    def on_output(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: Any) -> Tensor:
-        return out + lora._dropped(scale * x @ a.t() @ b.t(), drop)
+    def on_output(x: Tensor, w: Tensor, bias: Any, a: Tensor, b: Tensor, scale: float, drop: Any) -> Tensor:
+        return F.linear(x, w, bias) + dropped(scale * x @ a.t() @ b.t(), drop)
 
-    monkeypatch.setattr(lora._AddLowRank, "apply", on_output)
+    monkeypatch.setattr(lora, "linear_with_term", on_output)
     with pytest.raises(AssertionError):
         compare()
 
@@ -264,26 +266,35 @@ def plain_form(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def test_a_share_of_the_elements_is_dropped() -> None:
-    drop = lora._Drop(0.1, 7)
-    x = torch.ones(100_000)
-    assert abs(drop.mask(x).mean().item() - 0.9) < 0.005
-    assert torch.equal(drop.mask(x), drop.mask(x)) and not torch.equal(
-        drop.mask(x), lora._Drop(0.1, 8).mask(x)
-    )
-    assert abs(lora._dropped(x, drop).mean().item() - 1) < 0.005
+    drop = Drop(0.1, 7)
+    x = torch.ones(1000, 700)  # several parts
+    mask = whole_mask(drop, x)
+    assert abs(mask.mean().item() - 0.9) < 0.002 and torch.equal(mask, whole_mask(drop, x))
+    assert not torch.equal(mask, whole_mask(Drop(0.1, 8), x)) and not torch.equal(mask[:374], mask[374:748])
+    assert abs(dropped(x, drop).mean().item() - 1) < 0.002
 
 
-def test_gradients_by_finite_differences() -> None:
+def whole_mask(drop: Drop, x: Tensor) -> Tensor:
+    return torch.cat([mask for _, mask in drop.masks(x)])
+
+
+def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fused(adapted({"dropout": 0.3})).double().train()
-    drop = lora._Drop(0.3, 11)
+    drop = Drop(0.3, 11)
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     change = layer.adapters["default"]
     a, b = (p.detach().double().requires_grad_() for p in (change.a, change.b))
 
-    def f(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora._AddLowRank.apply(layer.base(x), x, a, b, 1.7, drop)
+    def added(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return add_term(layer.base(x), x, a, b, 1.7, drop)
 
-    assert torch.autograd.gradcheck(f, (x, a, b))
+    def fused_form(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return linear_with_term(x, layer.base.weight, layer.base.bias, a, b, 1.7, drop)
+
+    monkeypatch.setattr(lowrank, "MASK_ELEMENTS", 16)  # a row at a time
+    assert torch.equal(added(x, a, b), fused_form(x, a, b))
+    for f in (added, fused_form):
+        assert torch.autograd.gradcheck(f, (x, a, b))
 
 
 def test_autocast_computes_in_its_dtype_and_keeps_fp32_adapters() -> None:
