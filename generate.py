@@ -98,6 +98,8 @@ class CommandConfig(GenerationConfig):
         prompt: Text to go on from; several may be given.
         prompt_file: A file that holds one more prompt; `-` is the standard input.
         suffix: What follows the gap: the model fills in what stands between prompt and suffix.
+        adapter: A PEFT folder for `model`, which is then a published one.
+        held: How the matrices of a published model are held: `full`, or in fewer bits, `int8` or `nf4`.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -107,6 +109,8 @@ class CommandConfig(GenerationConfig):
     prompt: tuple[str, ...] = ()
     prompt_file: str = ""
     suffix: str | None = None
+    adapter: str = ""
+    held: Literal["full", "int8", "nf4"] = "full"
     which: Literal["best", "last"] = "best"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
@@ -161,7 +165,7 @@ from architecture import Decoder
 from decoding import Stopped, generate_ids
 from fim import fim_end_ids, fim_prompt_ids
 from precision import choose_device
-from runmodel import load_run
+from runmodel import load_run, open_adapted
 from tokenizer import Tokenizer
 
 
@@ -351,9 +355,18 @@ def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
     folder = Path(settings.model)
     if folder.is_dir() and not (folder / "config.json").exists():
+        if settings.adapter or settings.held != "full":
+            raise ValueError(f"{folder} is a run; --adapter and --held are for published models")
         run = load_run(folder, settings.which)
         return run.model.to(device, dtype), run.tokenizer
-    found = load_pretrained(settings.model, dtype, device)
+    if settings.adapter:
+        if settings.held == "int8":
+            raise ValueError("an adapter was trained on fp32, bf16 or nf4 weights; leave --held int8 out")
+        asked = "auto" if settings.held == "full" else settings.held
+        found, _ = open_adapted(settings.model, settings.adapter, asked, device)
+    else:
+        held = None if settings.held == "full" else settings.held
+        found = load_pretrained(settings.model, dtype, device, held=held)
     if found.tokenizer is None:
         raise ValueError(
             f"{settings.model} has no tokenizer; put the tokenizer.json of the model beside its weights"

@@ -32,6 +32,7 @@ from dataset import IGNORE_INDEX, Batch
 from decoding import generate_ids
 from generate import GenerationConfig, generate, prompt_ids
 from leaks import store_overlap
+from lora import Adapted, Bias, Rows, changes_of
 from loss import Scores, TokenLoss
 from precision import Precision
 from tokenizer import Tokenizer
@@ -46,8 +47,8 @@ FAULTS = (
     "other-document-visible other-row-visible padding-bears-loss padding-visible parameter-without-gradient "
     "past-invisible positions-not-counted prompt-bears-loss prompt-differs prompt-in-prediction "
     "row-without-loss sampling-not-repeatable schedule-ignored score-not-plain-loss setting-ignored "
-    "split-leaks start-doubled token-invisible too-few-positions validation-differs vocabulary-too-large "
-    "worse-than-unigram"
+    "split-leaks start-doubled token-invisible token-never-trained too-few-positions validation-differs "
+    "vocabulary-too-large worse-than-unigram"
 )
 
 
@@ -77,6 +78,7 @@ class Subject:
     eval_precision: Precision
     optimizers: list[torch.optim.Optimizer]
     start: str  # "fresh" weights, "loaded" ones, or "resumed" ones
+    known_ids: int | None = None  # of the base's own tokenizer; None without a base
 
 
 Guard = Callable[[Subject], Iterator["Fault | str"]]
@@ -254,6 +256,7 @@ def start(subject: Subject) -> Iterator[Fault | str]:
             "use the tokenizer that the model was made for",
         )
         return
+    yield from untrained_tokens(subject)
     furthest = max(int(batch.positions.max()) for batch in batches)
     if model.position in ABSOLUTE_POSITIONS and furthest >= model.block_size:
         yield Fault(
@@ -287,6 +290,33 @@ def start(subject: Subject) -> Iterator[Fault | str]:
         )
 
 
+def untrained_tokens(subject: Subject) -> Iterator[Fault]:
+    """Tokens of the data that the base never saw, whose rows of the embedding will not train either."""
+    known, embed = subject.known_ids, subject.model.embed
+    if known is None or any(p.requires_grad and p.dim() > 1 for p in embed.parameters(recurse=False)):
+        return
+    trained: set[int] = set()
+    for change in changes_of(subject.model, "default").values() if isinstance(embed, Adapted) else ():
+        if isinstance(change, Rows):
+            trained |= set(change.ids.tolist())
+    if isinstance(embed, Adapted) and not all(isinstance(c, Rows | Bias) for c in embed.adapters.values()):
+        return
+    seen = np.unique(counted_tokens(subject.train))
+    new = [int(id) for id in seen[seen >= known] if int(id) not in trained]
+    if new:
+        yield Fault(
+            "token-never-trained",
+            f"the data hold {subject.tokenizer.decode(new[:1])!r} (id {new[0]}), which is not among the base's "
+            f"{known} ids, and its row of the embedding is frozen",
+            "name it in --lora.new_tokens, so that its rows train, or take the base's own tokenizer",
+        )
+
+
+def counted_tokens(train: TokenStore) -> np.ndarray:
+    """Up to UNIGRAM_TOKENS of the training tokens, evenly spread."""
+    return train.gather(np.arange(0, train.n_tokens, -(-train.n_tokens // UNIGRAM_TOKENS)))
+
+
 def affordable(subject: Subject, batch: Batch) -> Batch:
     """The first rows: all of them for small models, one for those of 1B and more."""
     parameters = sum(p.numel() for p in subject.model.parameters())
@@ -299,9 +329,7 @@ def unigram_loss(train: TokenStore, batches: Iterable[Batch]) -> float:
 
     Not those of the labels themselves: of a thousand tokens they cost 2 nats less than of the language.
     """
-    stride = -(-train.n_tokens // UNIGRAM_TOKENS)
-    seen = train.gather(np.arange(0, train.n_tokens, stride))
-    counts = np.bincount(seen, minlength=train.vocab_size) + 1.0
+    counts = np.bincount(counted_tokens(train), minlength=train.vocab_size) + 1.0
     labels = torch.cat([batch.labels[batch.labels != IGNORE_INDEX] for batch in batches]).cpu().numpy()
     return float(np.log(counts.sum()) - np.log(counts[labels]).mean())
 

@@ -619,6 +619,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         eval_precision=manager.eval_precision,
         optimizers=manager.optimizers,
         start="resumed" if config.train.resume else "fresh" if base is None else "loaded",
+        known_ids=None if base is None or base.tokenizer is None else base.tokenizer.vocab_size,
     )
     record_overrides(folder, preflight(subject, config.train.allow))
     manager.fit(subject)
