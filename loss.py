@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 class TokenLoss(NamedTuple):
     """Sums over the tokens that bear loss; divide by `tokens` for means."""
 
-    objective: Tensor  # () what is minimised, label smoothing included
+    objective: Tensor  # () what is minimised, label smoothing and z-loss included
     cross_entropy: Tensor  # () nats, never smoothed: perplexity and bits per byte come from this
     tokens: int
     top1: int  # tokens whose target had the largest logit; 0 unless ranks were asked for
@@ -45,6 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         smoothing: float,
+        z_loss: float,
         grad: bool,
         ranks: bool,
         u: Tensor | None = None,
@@ -66,8 +67,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_u = grad_v = pair = None
         if u is not None and v is not None:
             pair = u.to(dtype), v.to(dtype)
-            grad_u = torch.empty_like(pair[0]) if grad and ctx.needs_input_grad[7] else None
-            grad_v = torch.zeros_like(v, dtype=torch.float32) if grad and ctx.needs_input_grad[8] else None
+            grad_u = torch.empty_like(pair[0]) if grad and ctx.needs_input_grad[8] else None
+            grad_v = torch.zeros_like(v, dtype=torch.float32) if grad and ctx.needs_input_grad[9] else None
         sums = torch.zeros(2, device=device)
         hits = torch.zeros(2, dtype=torch.long, device=device)
         n = max(1, min(h.size(0), CHUNK_ELEMENTS[device.type] // w.size(0)))
@@ -93,17 +94,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # Counted are those below: a tie, as in a constant output, and NaN are then no hit.
                 above = w.size(0) - 1 - (logits < target_logit).sum(dim=1)
                 hits += torch.stack(((above < 1).sum(), (above < 5).sum()))
-            total = smoothed = nll.sum()
+            total = objective = nll.sum()
+            log_sum = target_logit + nll  # of the exponentials: (n, 1)
             if smoothing:
-                log_sum = target_logit + nll
                 uniform = (log_sum - logits.mean(1, True, dtype=torch.float32)).sum()
-                smoothed = (1 - smoothing) * total + smoothing * uniform
-            sums += torch.stack((smoothed, total))
+                objective = (1 - smoothing) * total + smoothing * uniform
+            if z_loss:
+                objective = objective + z_loss * log_sum.square().sum()
+            sums += torch.stack((objective, total))
             if all(g is None for g in (grad_hidden, grad_weight, grad_bias, grad_u, grad_v)):
                 continue
             # Minus the smoothed target, the softmax is the gradient. Beside 1, 1e-26 is nothing, but below
             # 1e-38 numbers are denormal, and products with them took 5 times as long as a whole step.
             grad_logits = softmax.clamp_(min=1e-26)
+            if z_loss:
+                grad_logits *= 1 + 2 * z_loss * log_sum
             if smoothing:
                 grad_logits -= smoothing / w.size(0)
             grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, smoothing - 1))
@@ -132,10 +137,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * grads[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled[:3], None, None, None, None, *scaled[3:])
+        return (*scaled[:3], None, None, None, None, None, *scaled[3:])
 
 
-def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool = False) -> TokenLoss:
+def token_loss(
+    model: Decoder, batch: Batch, smoothing: float = 0.0, z_loss: float = 0.0, ranks: bool = False
+) -> TokenLoss:
     """Cross-entropy of a batch, summed over the tokens whose label is not IGNORE_INDEX.
 
     Args:
@@ -144,6 +151,7 @@ def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool
         batch: tokens, labels, document ids and positions, each (B, T).
         smoothing: Share of the target spread evenly over the vocabulary (arXiv:1512.00567). It changes the
             objective only, and masked tokens stay out of it.
+        z_loss: Weight of the squared log of the softmax's denominator (arXiv:2204.02311), likewise.
         ranks: Count top-1 and top-5 hits too; one more pass over the logits.
     """
     hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1)
@@ -155,7 +163,15 @@ def token_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, ranks: bool
     low_rank = getattr(model.head, "low_rank", None)
     pair = (low_rank(hidden) if low_rank is not None else None) or (None, None)
     objective, cross_entropy, hits = _ChunkedCrossEntropy.apply(
-        hidden, model.head.weight, model.head.bias, labels, smoothing, torch.is_grad_enabled(), ranks, *pair
+        hidden,
+        model.head.weight,
+        model.head.bias,
+        labels,
+        smoothing,
+        z_loss,
+        torch.is_grad_enabled(),
+        ranks,
+        *pair,
     )
     top1, top5 = hits.tolist()
     return TokenLoss(objective, cross_entropy, tokens, top1, top5)

@@ -561,7 +561,7 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
 def smoothing_faults(subject: Subject) -> Iterator[Fault]:
     """The loss of one row against the textbook's, for what is minimised and for what is reported."""
     batch = Batch(*(t[:1] for t in subject.micro_batch(0)))
-    smoothing = subject.config.optimizer.label_smoothing
+    smoothing, z_loss = subject.config.optimizer.label_smoothing, subject.config.optimizer.z_loss
     with awake(subject.model), torch.no_grad():
         subject.model.eval()
         with subject.precision.autocast():
@@ -588,11 +588,13 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
             f"the loss reported for a row is {reported:.4f} nats, and its plain cross-entropy {plain:.4f}",
             "perplexity and bits per byte come from the loss without label smoothing",
         )
-    if not math.isclose(minimised, textbook(smoothing), rel_tol=tolerance):
+    bears = batch.labels.flatten() != IGNORE_INDEX
+    expected = textbook(smoothing) + z_loss * logits[bears].logsumexp(-1).square().sum().item()
+    if not math.isclose(minimised, expected, rel_tol=tolerance):
         yield Fault(
             "objective-not-the-loss",
-            f"with label_smoothing {smoothing} a row's loss is {textbook(smoothing):.4f} nats, and what is "
-            f"minimised is {minimised:.4f}",
+            f"with label_smoothing {smoothing} and z_loss {z_loss} a row's loss is {expected:.4f} nats, and "
+            f"what is minimised is {minimised:.4f}",
             "smooth by the setting, over the labels that bear loss only",
         )
 

@@ -213,6 +213,7 @@ KEY_CLASSES: dict[str, str] = {
     "optimizer.cooldown": FIXED,
     "optimizer.min_lr_factor": FIXED,
     "optimizer.label_smoothing": FIXED,
+    "optimizer.z_loss": FIXED,
 }
 
 

@@ -230,7 +230,8 @@ class TrainingManager:
     def loss(self, batch: Batch) -> TokenLoss:
         """Of training, in its precision."""
         with self.precision.autocast():
-            return token_loss(self.model, batch, self.config.optimizer.label_smoothing)
+            optimizer = self.config.optimizer
+            return token_loss(self.model, batch, optimizer.label_smoothing, optimizer.z_loss)
 
     def count_skipped(self, finite: bool, micro: list[Batch]) -> None:
         """Skipped are updates that are not finite; three in a row end the run (fp16's scaler may skip 20)."""

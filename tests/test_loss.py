@@ -37,18 +37,23 @@ def random_batch(rows: int = 3, length: int = 16, masked: float = 0.3, seed: int
     return Batch(tokens, labels, torch.zeros_like(tokens), torch.arange(length).expand(rows, length))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.02)])
 @pytest.mark.parametrize("rows_in_chunk", [1, 7, 1000])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_chunked_equals_plain(
-    monkeypatch: pytest.MonkeyPatch, smoothing: float, rows_in_chunk: int, tied: bool, biased: bool
+    monkeypatch: pytest.MonkeyPatch,
+    smoothing: float,
+    z_loss: float,
+    rows_in_chunk: int,
+    tied: bool,
+    biased: bool,
 ) -> None:
     monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 53 * rows_in_chunk)
     model, batch = scrambled(tie_embeddings=tied, head_bias=biased), random_batch()
     bears = int((batch.labels != IGNORE_INDEX).sum())
 
-    result = token_loss(model, batch, smoothing)
+    result = token_loss(model, batch, smoothing, z_loss)
     (result.objective / bears).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -57,6 +62,8 @@ def test_chunked_equals_plain(
     plain = F.cross_entropy(
         logits, batch.labels.flatten(), label_smoothing=smoothing, ignore_index=IGNORE_INDEX
     )
+    kept = logits[batch.labels.flatten() != IGNORE_INDEX]
+    plain = plain + z_loss * kept.logsumexp(-1).square().mean()
     plain.backward()
     assert result.tokens == bears
     torch.testing.assert_close(result.objective / bears, plain, rtol=1e-5, atol=1e-5)
