@@ -306,8 +306,8 @@ def untrained_tokens(subject: Subject) -> Iterator[Fault]:
     if new:
         yield Fault(
             "token-never-trained",
-            f"the data hold {subject.tokenizer.decode(new[:1])!r} (id {new[0]}), which is not among the base's "
-            f"{known} ids, and its row of the embedding is frozen",
+            f"the data hold {subject.tokenizer.decode(new[:1])!r} (id {new[0]}), which is not among the "
+            f"base's {known} ids, and its row of the embedding is frozen",
             "name it in --lora.new_tokens, so that its rows train, or take the base's own tokenizer",
         )
 

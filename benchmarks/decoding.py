@@ -129,7 +129,7 @@ def main(turns: int, threads: int, limit: bool, dtypes: list[str], batches: list
                     return [result.ids for result in generate_ids(model, prompts.tolist(), settings)]
 
                 (_, expected), (_, actual) = timed(them), timed(we)  # which also warms up
-                sides = Steps(theirs.transformer.wte), Steps(ours.embed)
+                sides = Steps(theirs.get_input_embeddings()), Steps(ours.embed)
                 times = []
                 for _ in range(turns):
                     times.append((timed(them)[0], timed(we)[0]))
