@@ -35,6 +35,7 @@ from leaks import store_overlap
 from lora import Adapted, Bias, Rows, changes_of
 from loss import Scores, TokenLoss
 from precision import Precision
+from quantize import FrozenLinear
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -133,8 +134,7 @@ def probe_batches(subject: Subject) -> list[tuple[Batch, list[tuple[int, int]]]]
     """Batches of two rows of real tokens, each with the predictions (row, place) to look at."""
     tokens = subject.micro_batch(0).tokens
     tokens = tokens[[0, -1]] if len(tokens) > 1 else torch.cat((tokens, tokens.roll(1, 1)))
-    parameters = sum(p.numel() for p in subject.model.parameters())
-    length = min(tokens.size(1), max(32, int(PROBE_ELEMENTS / parameters / 2)))
+    length = min(tokens.size(1), max(32, int(PROBE_ELEMENTS / parameters_of(subject.model) / 2)))
     tokens = tokens[:, :length].contiguous()
     count = torch.arange(length, device=tokens.device).expand(2, length)
     alone = Batch(tokens, tokens, torch.zeros_like(tokens), count.contiguous())
@@ -213,7 +213,7 @@ def awake(model: Decoder) -> Iterator[None]:
     They are zero again afterwards, and the modes are what they were.
     """
     modes = {module: module.training for module in model.modules()}
-    asleep = [p for p in model.parameters() if p.dim() > 1 and not p.any()]
+    asleep = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad and not p.any()]
     torch.manual_seed(0)
     try:
         with torch.no_grad():
@@ -233,6 +233,7 @@ def awake(model: Decoder) -> Iterator[None]:
 SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
 SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
 PASS_ELEMENTS = 3e10  # parameters x tokens of a forward pass: 0.3 s on two cores
+SHORTEST_PASS = 16  # tokens
 UNIGRAM_TOKENS = 1_000_000  # that are counted, evenly spread
 FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # nats; healthy initialisations stay within 0.3 of ln V
 
@@ -265,7 +266,7 @@ def start(subject: Subject) -> Iterator[Fault | str]:
             "raise model.block_size or shorten the rows",
         )
         return
-    held_out = [affordable(subject, batch) for batch in batches[1:]]
+    held_out = [affordable(subject, batch, whole_rows=True) for batch in batches[1:]]
     loss, uniform = subject.score(held_out).loss, math.log(model.vocab_size)
     yield f"loss {loss:.3f} on two validation batches; ln(vocabulary) is {uniform:.3f}"
     if not math.isfinite(loss):
@@ -317,11 +318,23 @@ def counted_tokens(train: TokenStore) -> np.ndarray:
     return train.gather(np.arange(0, train.n_tokens, -(-train.n_tokens // UNIGRAM_TOKENS)))
 
 
-def affordable(subject: Subject, batch: Batch) -> Batch:
-    """The first rows: all of them for small models, one for those of 1B and more."""
-    parameters = sum(p.numel() for p in subject.model.parameters())
-    rows = max(1, int(PASS_ELEMENTS / parameters / batch.tokens.size(1)))
-    return Batch(*(t[:rows] for t in batch))
+def affordable(subject: Subject, batch: Batch, whole_rows: bool = False) -> Batch:
+    """The first rows: all of them for small models, for those of 1B and more a part of one, with labels."""
+    tokens = int(PASS_ELEMENTS / parameters_of(subject.model))
+    length = batch.tokens.size(1)
+    if whole_rows or tokens >= length:
+        return Batch(*(t[: max(1, tokens // length)] for t in batch))
+    bearing = (batch.labels != IGNORE_INDEX).nonzero()
+    row, place = bearing[0].tolist() if len(bearing) else (0, 0)
+    size = max(SHORTEST_PASS, tokens)
+    start = max(0, min(place - size // 2, length - size))
+    return Batch(*(t[row : row + 1, start : start + size] for t in batch))
+
+
+def parameters_of(model: Decoder) -> int:
+    """Weights that a token is multiplied with; those of a base in fewer bits are no parameters."""
+    frozen = (m for m in model.modules() if isinstance(m, FrozenLinear))
+    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in frozen)
 
 
 def unigram_loss(train: TokenStore, batches: Iterable[Batch]) -> float:
@@ -560,7 +573,7 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
 
 def smoothing_faults(subject: Subject) -> Iterator[Fault]:
     """The loss of one row against the textbook's, for what is minimised and for what is reported."""
-    batch = Batch(*(t[:1] for t in subject.micro_batch(0)))
+    batch = Batch(*(t[:1] for t in affordable(subject, subject.micro_batch(0))))
     smoothing, z_loss = subject.config.optimizer.label_smoothing, subject.config.optimizer.z_loss
     with awake(subject.model), torch.no_grad():
         subject.model.eval()
@@ -770,9 +783,8 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        yield from beam_faults(
-            subject.model, [row[i : i + 3] for i in range(min(BEAM_PROMPTS, len(row) - 3))]
-        )
+        count = max(1, min(BEAM_PROMPTS, int(PASS_ELEMENTS / parameters_of(subject.model) / BEAM_IDS)))
+        yield from beam_faults(subject.model, [row[i : i + 3] for i in range(min(count, len(row) - 3))])
         yield from echo_faults(subject, prompts[0])
 
 
