@@ -230,7 +230,7 @@ def encoded_by(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
         right = tokenstore._encode
 
         def wrong(*args: Any) -> Any:
-            return [(change(ids), prompt) for ids, prompt in right(*args)]
+            return [(change(ids), *places) for ids, *places in right(*args)]
 
         return patch.object(tokenstore, "_encode", wrong)
 
