@@ -563,7 +563,7 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
     trained = tokenizer.path is None and train.base is None
     adapted = train.base is not None and config.lora.r > 0
     rules = {
-        "data.fim_rate": (not trained, "a tokenizer trained here has no tokens for it; give base"),
+        "data.fim_rate": (not trained, "only base or tokenizer.path brings tokens for it"),
         "tokenizer.kind": (
             trained or tokenizer.kind == "pretrained",
             "tokenizer.path or base brings a finished tokenizer",

@@ -212,35 +212,37 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = []
     for document in documents:
+        name = document.where or document.name
         prompt, suffix, text = document.fim_parts or (document.prompt or "", None, document.text)
-        text_ids = tokenizer.encode(text)
         suffix_place = 0
-        if suffix is not None:
-            prompt_ids = fim_prompt_ids(tokenizer, prompt, suffix)
-            suffix_place = prompt_ids.index(fim_markers(tokenizer)[1])
-        else:
-            prompt_ids = [*before, *(tokenizer.encode(prompt) if prompt else [])]
+        try:
+            text_ids = tokenizer.encode(text)
+            if suffix is not None:
+                prompt_ids = fim_prompt_ids(tokenizer, prompt, suffix)
+                suffix_place = prompt_ids.index(fim_markers(tokenizer)[1])
+            else:
+                prompt_ids = [*before, *(tokenizer.encode(prompt) if prompt else [])]
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be tokenised: {error}") from None
         ids = np.array([*prompt_ids, *text_ids, *after], np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
             wrong = int(ids.max()) if ids.min() >= 0 else int(ids.min())
             raise ValueError(
-                f"the tokenizer gave the id {wrong} in {document.name}, outside its vocabulary of "
+                f"the tokenizer gave the id {wrong} in {name}, outside its vocabulary of "
                 f"{tokenizer.vocab_size}"
             )
-        _refuse_loss(tokenizer, text_ids, text, document.name)
+        _refuse_loss(tokenizer, text_ids, text, name)
         if suffix is not None:
-            _refuse_loss(tokenizer, prompt_ids[1:suffix_place], prompt, f"the prefix of {document.name}")
-            _refuse_loss(
-                tokenizer, prompt_ids[suffix_place + 1 : -1], suffix, f"the suffix of {document.name}"
-            )
+            _refuse_loss(tokenizer, prompt_ids[1:suffix_place], prompt, f"the prefix of {name}")
+            _refuse_loss(tokenizer, prompt_ids[suffix_place + 1 : -1], suffix, f"the suffix of {name}")
         elif prompt:
-            _refuse_loss(tokenizer, prompt_ids, prompt, f"the prompt of {document.name}")
+            _refuse_loss(tokenizer, prompt_ids, prompt, f"the prompt of {name}")
         if suffix is not None or prompt:
             # Generation decodes the two in one piece; CodeTokenizer implies a space between two words.
             shown = tokenizer.decode(prompt_ids)
             if tokenizer.decode([*prompt_ids, *text_ids]) != shown + text:
                 raise ValueError(
-                    f"the prompt of {document.name} ends with {shown[-20:]!r} and its completion starts "
+                    f"the prompt of {name} ends with {shown[-20:]!r} and its completion starts "
                     f"with {text[:20]!r}, which the tokenizer does not keep together: put a space or a line "
                     "break between them into the data, or use --tokenizer.kind bpe"
                 )

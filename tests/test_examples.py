@@ -8,10 +8,12 @@ import importlib
 import inspect
 import json
 import random
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,9 +55,10 @@ from eval import ngram_scores, train_ngram
 from fim import fim_markers, fim_prompt_ids, gap_of, in_text_order, trim_fim_prompt
 from generate import prompt_ids, trim_prompt
 from preflight import prompt_errors
+from proofs import run_difference
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
 from tokenstore import TokenStore, build_store, open_store
-from trainingmanager import train
+from trainingmanager import main, train
 
 ROWS = [
     {"prompt": f"def f{n}(x):\n    ", "completion": "return x\n" * (n % 5 + 1) + f"# é{n}"} for n in range(60)
@@ -636,8 +639,7 @@ def test_rows_with_a_gap_are_stored_as_generation_asks(tmp_path: Path, name: str
 )
 def test_a_prompt_with_a_gap_keeps_what_is_near_the_gap(sizes: list[tuple[int, int, int]], T: int):
     with tempfile.TemporaryDirectory() as root:
-        parts = ["ABCDEFGHI"[9 - p :] + "|" + "RSTUVWXYZ"[:s] + "|" + "M" * m for p, s, m in sizes]
-        documents = [Document("d", text.split("|")[2], "d", *text.split("|")[:2]) for text in parts]
+        documents = [Document("d", "M" * m, "d", "ABCDEFGHI"[9 - p :], "RSTUVWXYZ"[:s]) for p, s, m in sizes]
         build_store(Path(root) / "s", [("train", d) for d in documents], STARCODER)
         store = TokenStore(Path(root) / "s", "train")
         shown = []
@@ -889,3 +891,57 @@ def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(t
     scores = manager.validate()
     assert scores.tokens == held_out.n_targets
     assert ngram_scores(train_ngram(manager.data.train), held_out, 100).tokens == scores.tokens
+
+
+def test_a_resumed_run_with_gaps_equals_one_that_was_never_stopped(gap_config: Config, tmp_path: Path):
+    config = dataclasses.replace(
+        gap_config, optimizer=dataclasses.replace(gap_config.optimizer, schedule="constant")
+    )
+
+    def run(name: str, **changes: Any) -> Path:
+        changed = dataclasses.replace(config.train, run=str(tmp_path / name), **changes)
+        return train(dataclasses.replace(config, train=changed)).folder
+
+    whole = run("whole", max_steps=6, validate_every=3)
+    run("halves", max_steps=3, validate_every=3)
+    assert run_difference(whole, run("halves", max_steps=6, validate_every=3, resume=True)) is None
+    data = dataclasses.replace(config.data, fim_rate=0.4)
+    other = dataclasses.replace(config.train, run=str(whole), resume=True, max_steps=7)
+    with pytest.raises(ValueError, match=r"data.fim_rate was 0.5 when .* and is 0.4 now; set it back"):
+        train(dataclasses.replace(config, data=data, train=other))
+
+
+def test_text_that_a_tokenizer_refuses_is_named_by_its_line(tmp_path: Path):
+    rows = [GOOD, {"prompt": "a", "completion": "\ud800"}]
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), validation_one_in=0)
+    with pytest.raises(ValueError, match=r"rows.jsonl line 2 cannot be tokenised: .*surrogate"):
+        prepare_data(config, STARCODER)
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"prompt": "a", "completion": ', "line 3 is not JSON: "),
+        ('["a", "b"]', "line 3 is a JSON list, not an object"),
+        ('{"prompt": "a"}', "line 3 has no field text or content but prompt: "),
+        ('{"prompt": "a", "completion": null}', "line 3 holds NoneType in the field completion, not text"),
+        ('{"prompt": "a", "completion": ""}', "line 3 holds nothing in the field completion, "),
+        ('\n{"prompt": "a", "completion": "b"}', "line 3 is empty: remove it, "),
+        ('{"prompt": "a", "completion": " b b b b b b b b b b"}', "line 3 has a completion of "),
+    ],
+)
+def test_a_bad_line_ends_the_command_with_one_sentence_and_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, sentence: str
+):
+    path = tmp_path / "rows.jsonl"
+    good = [f'{{"prompt": "a {n}", "completion": " b"}}\n' for n in range(40)]
+    path.write_text("".join([*good[:2], line + "\n", *good[2:]]))
+    config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 8}})
+    shutil.rmtree(config.train.run)
+    with pytest.raises(SystemExit) as stop:
+        main(config)
+    printed = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and printed.startswith(f"error: {path} {sentence}") and printed.count("\n") == 1
+    )
+    assert not Path(config.train.run).exists()
