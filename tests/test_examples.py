@@ -911,6 +911,12 @@ def test_a_resumed_run_with_gaps_equals_one_that_was_never_stopped(gap_config: C
         train(dataclasses.replace(config, data=data, train=other))
 
 
+def test_labels_are_no_part_of_a_store(tmp_path: Path):
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", ROWS))
+    everywhere = dataclasses.replace(config, loss_on="all")
+    assert prepare_data(everywhere, Bytes()).folder == prepare_data(config, Bytes()).folder
+
+
 def test_text_that_a_tokenizer_refuses_is_named_by_its_line(tmp_path: Path):
     rows = [GOOD, {"prompt": "a", "completion": "\ud800"}]
     config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), validation_one_in=0)
