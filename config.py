@@ -33,8 +33,8 @@ class DataConfig:
             .parquet file.
         suffixes: Endings of the files that are read from a folder.
         text_field: Field that holds the text of a JSONL or Parquet row; by default `text`, else `content`.
-            Without it rows may be examples: prompt and completion; input and output; or instruction, input
-            (which may be missing) and output.
+            Without it rows may be examples: prompt and completion; input and output; instruction, input
+            (which may be missing) and output; or prefix, suffix and middle.
         group_field: Field whose value keeps documents together on one side of the split (a repository,
             say). Without it each document is its own group, and examples without a name go by their prompt.
         regroup: Find what belongs together by its text (near duplicates, shared passages) and keep it on one
@@ -44,6 +44,10 @@ class DataConfig:
         drop_comments: Remove comments and docstrings from Python files before they are tokenised. Not of
             examples.
         skip_undecodable: Leave out, and count, files that are not UTF-8 instead of stopping at the first.
+        loss_on: Tokens of an example that bear loss in training: its `completion`, or `all` but the first.
+            Validation scores completions either way, so that such runs compare.
+        fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
+            models with such tokens (arXiv:2207.14255).
         cache: Folder for trained tokenizers and token stores, keyed by content.
         workers: Processes that tokenise; 0 means one for each core.
     """
@@ -56,6 +60,8 @@ class DataConfig:
     validation_one_in: int = 10
     drop_comments: bool = False
     skip_undecodable: bool = False
+    loss_on: Literal["completion", "all"] = "completion"
+    fim_rate: float = 0.0
     cache: str = "cache"
     workers: int = 0
 
@@ -460,6 +466,7 @@ RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"
     "log_every": (1, None, ""),
     "samples": (0, None, ""),
     "data.validation_one_in": (0, None, ""),
+    "data.fim_rate": (0, 1, ""),
     "data.workers": (0, None, ""),
     "tokenizer.vocab_size": (1, 2**24, ""),
     "tokenizer.min_count": (0, None, ""),
@@ -560,6 +567,7 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
     trained = tokenizer.path is None and train.base is None
     adapted = train.base is not None and config.lora.r > 0
     rules = {
+        "data.fim_rate": (not trained, "only base or tokenizer.path brings tokens for it"),
         "tokenizer.kind": (
             trained or tokenizer.kind == "pretrained",
             "tokenizer.path or base brings a finished tokenizer",

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from comments import drop_comments
 from config import DataConfig
+from fim import gap_of
 
 SPLITS = ("train", "validation")
 # Fields of a JSONL or Parquet row: of plain text, or of an example, whose completion is the last.
@@ -35,6 +36,7 @@ ROW_KINDS = (
     ("input", "output"),
     ("instruction", "output"),
     ("instruction", "input", "output"),
+    ("prefix", "suffix", "middle"),
 )
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
@@ -62,6 +64,19 @@ class Document:
     text: str
     group: str
     prompt: str | None = None  # None is plain text
+    suffix: str | None = None  # what follows the text, of an example that fills the gap after its prompt
+    gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
+    where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
+
+    @property
+    def fim_parts(self) -> tuple[str, str, str] | None:
+        """(prefix, suffix, middle) where it is stored so."""
+        if self.suffix is not None:
+            return self.prompt or "", self.suffix, self.text
+        if self.gap is not None:
+            start, end = self.gap
+            return self.text[:start], self.text[end:], self.text[start:end]
+        return None
 
 
 @dataclass
@@ -75,6 +90,7 @@ class Report:
         duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
         kept: Documents on each side.
         kept_bytes: UTF-8 bytes on each side, prompts included.
+        gaps: Plain documents for training that `fim_rate` cuts.
         fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order; set at the
             end.
     """
@@ -85,6 +101,7 @@ class Report:
     duplicates: int = 0
     kept: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     kept_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    gaps: int = 0
     fingerprint: str = ""
 
 
@@ -118,6 +135,16 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
             raise ValueError(
                 f"--data.drop_comments is set, and {config.source} holds examples: half a program does not "
                 "parse; leave it out"
+            )
+        if config.fim_rate and document.prompt is not None:
+            raise ValueError(
+                f"--data.fim_rate is {config.fim_rate}, and {config.source} holds examples, which say "
+                "themselves what is asked for; leave it out"
+            )
+        if config.loss_on == "all" and document.prompt is None:
+            raise ValueError(
+                f"--data.loss_on is all, and {config.source} holds plain text, which has no prompt and bears "
+                "loss everywhere; leave it out"
             )
         if config.drop_comments and document.name.endswith(".py"):
             python_files += 1
@@ -168,7 +195,7 @@ def _read_folder(
     for name in sorted(paths):
         text = _decoded((root / name).read_bytes(), str(root / name), 0, config, report)
         if text is not None:
-            yield Document(name, text, name)
+            yield Document(name, text, name, where=str(root / name))
 
 
 def _decoded(data: bytes, where: str, offset: int, config: DataConfig, report: Report) -> str | None:
@@ -190,14 +217,14 @@ def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Docum
     first: tuple[str, str] | None = None
     for number, row in rows(path, config, report):
         where = f"{path} {'row' if path.suffix == '.parquet' else 'line'} {number}"
-        prompt, text = example_of(row, config, where)
+        text, prompt, suffix = example_of(row, config, where)
         kind = "plain text" if prompt is None else "an example"
         first = first or (where, kind)
         if kind != first[1]:
             raise ValueError(f"{where} holds {kind}, and {first[0]} {first[1]}: put them into two files")
         names = (row.get(key) for key in ("path", "name"))
         name = next((value for value in names if isinstance(value, str) and value), "")
-        group = name or prompt or str(number)
+        group = name or (prompt or "") + (suffix or "") or str(number)
         if config.group_field is not None:
             if row.get(config.group_field) is None:
                 raise ValueError(
@@ -205,15 +232,15 @@ def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Docum
                     f"{_listed(row)}"
                 )
             group = str(row[config.group_field])
-        yield Document(name or str(number), text, group, prompt)
+        yield Document(name or str(number), text, group, prompt, suffix, where=where)
 
 
 def _listed(fields: Iterable[str]) -> str:
     return ", ".join(sorted(fields)) or "no fields"
 
 
-def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str | None, str]:
-    """(prompt, completion) of a row that holds an example, (None, text) of one that holds plain text.
+def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str, str | None, str | None]:
+    """(completion, prompt, suffix) of a row that holds an example, (text, None, None) of plain text.
 
     The one place that decides it.
 
@@ -227,14 +254,16 @@ def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str
     for field, value in zip(fields, values, strict=True):
         if not isinstance(value, str):
             raise ValueError(f"{where} holds {type(value).__name__} in the field {field}, not text")
-    *prompt, text = values
-    if not prompt:
-        return None, text
+    *asked, text = values
+    if not asked:
+        return text, None, None
     if not text:
         raise ValueError(
             f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove it"
         )
-    return alpaca_prompt(*prompt) if fields[0] == "instruction" else prompt[0], text
+    if fields[0] == "instruction":
+        return text, alpaca_prompt(*asked), None
+    return text, asked[0], asked[1] if len(asked) == 2 else None
 
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
@@ -266,11 +295,6 @@ def _fields_of(present: Iterable[str], config: DataConfig, where: str) -> tuple[
         )
     if kinds:
         return kinds[0]
-    if present.issuperset(("prefix", "suffix", "middle")):
-        raise ValueError(
-            f"{where} holds prefix, suffix and middle: filling in the middle takes special tokens that are "
-            "not supported; give prompt and completion, or set --data.text_field"
-        )
     raise ValueError(
         f"{where} has no field text or content but {_listed(present)}: set --data.text_field, or give "
         "prompt and completion"
@@ -278,14 +302,19 @@ def _fields_of(present: Iterable[str], config: DataConfig, where: str) -> tuple[
 
 
 def _jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
-    offset = 0
+    offset = blank = 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 text = _decoded(line, f"{path} line {number}", offset, config, report)
                 offset += len(line)
-                if text is None or not text.strip():
+                if text is None:
                     continue
+                if not text.strip():
+                    blank = blank or number  # the last lines of a file may be empty
+                    continue
+                if blank:
+                    raise ValueError(f"{path} line {blank} is empty: remove it, or write the row it was for")
                 try:
                     row = json.loads(text)
                 except (ValueError, RecursionError) as error:
@@ -348,12 +377,18 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 
     One copy of each text and one side for each group: so no text stands on both sides. Examples are equal if
     both prompt and completion are. Keeps one SHA-256 a text in memory, and the texts only to regroup them.
+    Of training documents, and of those alone, a share gets a gap by `fim_rate`.
 
     Raises:
         ValueError: as `read_documents`; or a side is left without a document.
     """
     if config.validation_one_in < 0:
         raise ValueError(f"--data.validation_one_in is {config.validation_one_in}, and must be at least 2")
+    if config.fim_rate and not config.validation_one_in:
+        raise ValueError(
+            f"--data.fim_rate is {config.fim_rate}, and --data.validation_one_in 0 validates on the training "
+            "files, which it would cut; leave one of them out"
+        )
     report = Report() if report is None else report
     content = hashlib.sha256()
     documents = _without_duplicates(config, report)
@@ -371,6 +406,10 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         side = split_of(document.group, config.validation_one_in)
         report.kept[side] += 1
         report.kept_bytes[side] += size
+        if config.fim_rate and side == "train":
+            gap = gap_of(document.text, config.fim_rate)
+            report.gaps += gap is not None
+            document = dataclasses.replace(document, gap=gap)
         yield side, document
     if not report.kept_bytes["train"] or (config.validation_one_in and not report.kept_bytes["validation"]):
         raise ValueError(
@@ -382,14 +421,15 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 
 
 def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Document, bytes, int]]:
-    """Each text once, with its SHA-256 (and its prompt's) and its size in UTF-8 bytes."""
+    """Each text once, with its SHA-256 (and those of its prompt and suffix) and its size in UTF-8 bytes."""
     seen: set[bytes] = set()
     for document in read_documents(config, report):
         data = utf8(document.text)
         digest = hashlib.sha256(data).digest()
-        if document.prompt is not None:
-            data += utf8(document.prompt)
-            digest += hashlib.sha256(utf8(document.prompt)).digest()
+        for part in (document.prompt, document.suffix):
+            if part is not None:
+                data += utf8(part)
+                digest += hashlib.sha256(utf8(part)).digest()
         if digest in seen:
             report.duplicates += 1
             continue
@@ -400,8 +440,9 @@ def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Do
 def training_texts(config: DataConfig) -> Iterator[str]:
     """The texts of the train side, in order: what a tokenizer may learn from. Errors as `split_documents`.
 
-    Of an example the prompt and the completion, apart, as they are tokenised.
+    Of an example the prompt, the suffix and the completion, apart, as they are tokenised.
     """
     for side, document in split_documents(config):
         if side == "train":
-            yield from (document.text,) if document.prompt is None else (document.prompt, document.text)
+            parts = (document.prompt, document.suffix, document.text)
+            yield from (part for part in parts if part is not None)

@@ -7,9 +7,9 @@
 
 The two sides of the split (corpus.py) are tokenised into a store (tokenstore.py), in a folder
 named after the content of the data, the tokenizer and the settings, so data that changed cannot meet an old
-store. Plain texts are laid end to end and cut into rows; examples stand whole in them, and bear loss on
-their completions only. The order of training is a pure function of (seed, epoch, step, rank, world size): the
-whole position of a run is the integer `step`.
+store. Plain texts are laid end to end and cut into rows; examples stand in them with their whole completion
+and as much of their prompt as fits, and bear loss on their completions, or on all. The order of training is a
+pure function of (seed, epoch, step, rank, world size): the whole position of a run is the integer `step`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 from config import DataConfig, TokenizerConfig
 from corpus import Report, split_documents, training_texts
+from fim import fim_kept, fim_markers
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 from tokenstore import FORMAT, TokenStore, build_store, open_store
 
@@ -87,7 +89,7 @@ class PreparedData:
 def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> str:
     """Names a store by all that decides its bytes; where the data lies and who does the work do not."""
     settings = dataclasses.asdict(config)
-    for name in ("source", "cache", "workers"):
+    for name in ("source", "cache", "workers", "loss_on"):  # of the last, labels are made, not tokens
         del settings[name]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
@@ -109,14 +111,19 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
     that run at once each write a folder of their own, and the first to finish gives its to all.
 
     Raises:
-        ValueError: as `split_documents` and `build_store`; or the corpus changed while it was read.
+        ValueError: as `split_documents` and `build_store`; or the corpus changed while it was read, or holds
+            gaps that the tokenizer has no markers for.
         OSError: the cache cannot be written, or the disk is full; nothing half-written stays.
     """
     if tokenizer.start_id is None:  # the first bytes of each document would count and never be predicted
         raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
+    if config.fim_rate:
+        fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
     report = Report()
     with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
-        for _ in split_documents(config, report):
+        for _, document in split_documents(config, report):
+            if document.suffix is not None:
+                fim_markers(tokenizer, f"{document.where} cannot be learned; give prompt and completion")
             bar.update()
     target = Path(config.cache) / f"tokens-{_store_key(config, tokenizer, report.fingerprint)[:24]}"
     if target.exists():
@@ -209,6 +216,7 @@ def _filled(
     source: np.ndarray,
     length: np.ndarray,
     prompt_length: np.ndarray | None = None,
+    left_out: tuple[tuple[np.ndarray, np.ndarray], ...] = (),
 ) -> Batch:
     """The batch of pieces of documents, `count` (B,) in each row; the other arrays have one entry a piece.
 
@@ -219,7 +227,8 @@ def _filled(
         start: Where a piece begins in its row of T + 1.
         source: Where it begins in the store.
         length: Its tokens.
-        prompt_length: How many of them are prompt.
+        prompt_length: How many of them are a prompt that bears no loss.
+        left_out: Pairs of a place in the piece and how many of the store's tokens are left out there.
     """
     B, T = len(count), block_size
     row = np.repeat(np.arange(B), count)
@@ -229,7 +238,10 @@ def _filled(
     tokens = np.full(B * (T + 1), store.pad_id or 0)
     document_ids = np.full(B * (T + 1), -1)
     positions = np.zeros(B * (T + 1), np.int64)
-    tokens[place] = store.gather(np.repeat(source, length) + position)
+    where = np.repeat(source, length) + position
+    for at, skipped in left_out:
+        where += np.where(position >= np.repeat(at, length), np.repeat(skipped, length), 0)
+    tokens[place] = store.gather(where)
     document_ids[place] = np.repeat(number, length)
     positions[place] = position
     tokens, document_ids, positions = (a.reshape(B, T + 1) for a in (tokens, document_ids, positions))
@@ -278,14 +290,86 @@ class _Rows:
         return _filled(self.store, T, count, begin - row_start, source, length)
 
 
-def fits_a_row(store: TokenStore, block_size: int) -> np.ndarray:
-    """(n_documents,) bool: which take part in training and validation. Of plain texts all: those are cut.
+class Shown(NamedTuple):
+    """What a row shows of each example of a store, all (n_documents,) int64.
 
-    An example is never cut, and a row holds `block_size` + 1 of its tokens: the last is a target only.
+    length: Its tokens in the row.
+    prompt_length: How many of them are prompt.
+    left: Tokens of the prompt that are left out after its first.
+    right: Tokens that are left out before `right_place`, which counts in the row: the end of a suffix.
     """
-    if not store.holds_examples:
-        return np.ones(store.n_documents, bool)
-    return np.diff(store.offsets) <= block_size + 1
+
+    length: np.ndarray
+    prompt_length: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    right_place: np.ndarray
+
+
+def shown(store: TokenStore, block_size: int) -> Shown:
+    """The one place that trims: an example longer than a row loses of its prompt, never of its completion.
+
+    A row holds `block_size` + 1 of its tokens: the last is a target only. The prompt keeps its start token
+    and its last tokens, id for id as `generate.trim_prompt` does; one with a gap keeps its markers and what
+    is nearest to the gap, as `fim.trim_fim_prompt` does.
+
+    Raises:
+        ValueError: the completion of an example does not fit; see `refuse_long_answers`.
+    """
+    length, prompt = np.diff(store.offsets), store.prompt_lengths
+    excess = np.where(is_trimmed(store, block_size), length - (block_size + 1), 0)
+    is_fim = store.suffix_places > 0
+    kept = np.minimum(prompt, np.where(is_fim, 3, 1))
+    if len(unfit := np.flatnonzero(prompt - excess < kept)):
+        raise _LongAnswers(store, unfit, (length - prompt)[unfit], kept[unfit], block_size)
+    n_prefix = store.suffix_places - 1
+    n_suffix = prompt - store.suffix_places - 2
+    prefix_kept, suffix_kept = fim_kept(n_prefix, n_suffix, n_prefix + n_suffix - excess)
+    left = np.where(is_fim, n_prefix - prefix_kept, excess)
+    right = np.where(is_fim, n_suffix - suffix_kept, 0)
+    return Shown(length - excess, prompt - excess, left, right, prompt - excess - 1)
+
+
+def is_trimmed(store: TokenStore, block_size: int) -> np.ndarray:
+    """(n_documents,) bool: the examples that lose of their prompt in a row. Plain texts are cut instead."""
+    return store.holds_examples & (np.diff(store.offsets) > block_size + 1)
+
+
+def as_shown(store: TokenStore, number: int, rows: Shown) -> np.ndarray:
+    """Tokens of one document as rows show them, int64: of an example, trimmed."""
+    left, right, place = (int(part[number]) for part in (rows.left, rows.right, rows.right_place))
+    ids = np.delete(store.document(number), slice(1, 1 + left))
+    return np.delete(ids, slice(place, place + right))
+
+
+class _LongAnswers(ValueError):
+    """Examples (n,) by number whose completion does not fit a row beside what is kept of their prompt."""
+
+    def __init__(
+        self, store: TokenStore, numbers: np.ndarray, completion: np.ndarray, kept: np.ndarray, T: int
+    ):
+        self.number = int(numbers[0])
+        others = f", the first of {len(numbers):,}" if len(numbers) > 1 else ""
+        self.problem = (
+            f"has a completion of {completion[0]:,} tokens with its end{others}, and a row of {T:,} has room "
+            f"for {T + 1 - kept[0]:,}: set --row_length, and --model.block_size with it, to "
+            f"{(completion + kept).max() - 1} or more, or make it shorter"
+        )
+        super().__init__(f"{store.names[self.number]!r} {self.problem}")
+
+
+def refuse_long_answers(config: DataConfig, store: TokenStore, block_size: int) -> None:
+    """ValueError in one sentence, with file and line, for an example whose completion does not fit a row.
+
+    The file is read again to find the line, which the store does not hold: rows that were left out as
+    duplicates may move without any document changing.
+    """
+    try:
+        shown(store, block_size)
+    except _LongAnswers as error:
+        documents = (document for side, document in split_documents(config) if side == store.split)
+        where = next(itertools.islice(documents, error.number, None)).where
+        raise ValueError(f"{where} {error.problem}") from None
 
 
 def best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -317,22 +401,16 @@ def best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _ExampleRows:
-    """The examples of a store that fit a row of T tokens and the one after, several to a row, none cut.
+    """The examples of a store in rows of T tokens and the one after, several to a row, each `shown` in one.
 
     Lengths alone decide which lengths share a row; `order` decides among examples of equal length. So every
     order makes the same number of rows, and an epoch has the same number of steps.
     """
 
-    def __init__(self, store: TokenStore, order: np.ndarray, block_size: int):
-        lengths = np.diff(store.offsets)
-        order = order[fits_a_row(store, block_size)[order]]
-        if not len(order):
-            raise ValueError(
-                f"none of the {store.n_documents} examples of the {store.split} store fits a row: the "
-                f"shortest has {lengths.min()} tokens, and model.block_size {block_size} makes room for "
-                f"{block_size + 1}; set --model.block_size to {lengths.min() - 1} or more"
-            )
-        self.store, self.block_size = store, block_size
+    def __init__(self, store: TokenStore, order: np.ndarray, block_size: int, loss_on_prompts: bool = False):
+        self.store, self.block_size, self.loss_on_prompts = store, block_size, loss_on_prompts
+        self.shown = shown(store, block_size)
+        lengths = self.shown.length
         order = order[np.argsort(-lengths[order], kind="stable")]
         row, start = best_fit(lengths[order], block_size + 1)
         by_row = np.argsort(row, kind="stable")
@@ -347,14 +425,25 @@ class _ExampleRows:
         count = np.where(rows < self.n_rows, self.count[known], 0)
         piece = np.repeat(self.first[known], count) + _counted(count)
         document = self.documents[piece]
-        source = self.store.offsets[document]
-        length = self.store.offsets[document + 1] - source
-        prompt_length = self.store.prompt_lengths[document]
-        return _filled(self.store, self.block_size, count, self.start[piece], source, length, prompt_length)
+        example = Shown(*(part[document] for part in self.shown))
+        return _filled(
+            self.store,
+            self.block_size,
+            count,
+            self.start[piece],
+            self.store.offsets[document],
+            example.length,
+            None if self.loss_on_prompts else example.prompt_length,
+            ((np.ones_like(document), example.left), (example.right_place, example.right)),
+        )
 
 
-def _rows_of(store: TokenStore, order: np.ndarray, block_size: int) -> _Rows | _ExampleRows:
-    return (_ExampleRows if store.holds_examples else _Rows)(store, order, block_size)
+def _rows_of(
+    store: TokenStore, order: np.ndarray, block_size: int, loss_on_prompts: bool = False
+) -> _Rows | _ExampleRows:
+    if store.holds_examples:
+        return _ExampleRows(store, order, block_size, loss_on_prompts)
+    return _Rows(store, order, block_size)
 
 
 class Batches:
@@ -362,14 +451,13 @@ class Batches:
 
     Every epoch draws a new order of the documents, makes rows of them, and deals the rows, in a drawn order,
     to (step, rank, row of the batch). In an epoch each token is a target exactly once, but for the first of
-    each document, for prompts and the `left_out` examples that are longer than a row, and for the rows that
-    do not fill a last global batch of `batch_size * world_size`. A store with fewer rows than one global
-    batch repeats them to fill it, and an epoch is then one step. Ranks together hold the rows that one rank
-    would with their summed batch size.
+    each document, for prompts unless `loss_on_prompts`, and for the rows that do not fill a last global batch
+    of `batch_size * world_size`. A store with fewer rows than one global batch repeats them to fill it, and
+    an epoch is then one step. Ranks together hold the rows that one rank would with their summed batch size.
 
     Raises:
-        ValueError: a size below 1, a rank outside the world, a store of less than two tokens, or one of
-            examples of which none fits a row.
+        ValueError: a size below 1, a rank outside the world, a store of less than two tokens, or an example
+            whose completion does not fit a row.
     """
 
     def __init__(
@@ -380,6 +468,7 @@ class Batches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        loss_on_prompts: bool = False,
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -387,8 +476,7 @@ class Batches:
                 "rank lies between 0 and world_size - 1"
             )
         self.store, self.batch_size, self.block_size, self.seed = store, batch_size, block_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.left_out = int((~fits_a_row(store, block_size)).sum())
+        self.rank, self.world_size, self.loss_on_prompts = rank, world_size, loss_on_prompts
         self._epoch = 0
         self._rows, self._order = self._shuffled(0)
         self.steps_per_epoch = max(1, self._rows.n_rows // (batch_size * world_size))
@@ -396,7 +484,8 @@ class Batches:
     def _shuffled(self, epoch: int) -> tuple[_Rows | _ExampleRows, np.ndarray]:
         # PCG64 by name: numpy may change the generator behind `default_rng`.
         draw = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        rows = _rows_of(self.store, draw.permutation(self.store.n_documents), self.block_size)
+        order = draw.permutation(self.store.n_documents)
+        rows = _rows_of(self.store, order, self.block_size, self.loss_on_prompts)
         return rows, draw.permutation(rows.n_rows)
 
     def batch(self, step: int) -> Batch:
@@ -414,12 +503,13 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Every batch of one pass in order, or `limit` of them spread evenly; others are not made.
 
-    In a whole pass each token is a target exactly once, but for the first of its document, prompts, and
-    examples longer than a row (`fits_a_row`). The end of a row and the missing rows of the last batch are
-    padding with `IGNORE_INDEX` labels, so all batches have one shape.
+    In a whole pass each token is a target exactly once, but for the first of its document and prompts. The
+    end of a row and the missing rows of the last batch are padding with `IGNORE_INDEX` labels, so all batches
+    have one shape.
 
     Raises:
-        ValueError: a size below 1, a store of less than two tokens, or one of examples of which none fits.
+        ValueError: a size below 1, a store of less than two tokens, or an example whose completion does not
+            fit a row.
     """
     if batch_size < 1 or limit < 0:
         raise ValueError(

@@ -86,7 +86,7 @@ import torch
 
 from architecture import Decoder
 from checkpoint import code_fingerprint
-from dataset import fits_a_row, prepare_data, validation_batches
+from dataset import as_shown, prepare_data, shown, validation_batches
 from decoding import generate_ids
 from generate import GenerationConfig, added_text, prompt_ids
 from generate import printable as printable
@@ -120,12 +120,13 @@ def train_ngram(train: TokenStore) -> NGramModel:
 def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> Scores:
     """The baseline's scores over the same tokens as `loss.score` counts on `validation_batches`.
 
-    Of examples these are the completions' tokens, of those examples that fit a row.
+    Of examples these are the completions' tokens, each after as much of its prompt as a row shows.
     """
     nats, tokens, top1, top5 = 0.0, 0, 0, 0
-    for numbers in _groups(store, block_size):
-        documents = [store.document(number) for number in numbers]
-        first = [max(1, int(store.prompt_lengths[number])) for number in numbers]
+    rows = shown(store, block_size)
+    for numbers in _groups(store):
+        documents = [as_shown(store, number, rows) for number in numbers]
+        first = [max(1, int(rows.prompt_length[number])) for number in numbers]
         counts = np.concatenate([np.arange(1, len(d)) >= n for d, n in zip(documents, first, strict=True)])
         labels = np.concatenate([document[1:] for document in documents])[counts]
         hits = baseline.top(documents, 5)[counts] == labels[:, None]
@@ -134,14 +135,12 @@ def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> Sc
     return Scores(nats, tokens, top1 / tokens, top5 / tokens)
 
 
-def _groups(store: TokenStore, block_size: int) -> Iterator[list[int]]:
-    """Numbers of the documents that are scored, in groups of about SCORED_TOKENS."""
-    fits, start = fits_a_row(store, block_size), 0
+def _groups(store: TokenStore) -> Iterator[range]:
+    """Numbers of the documents, in groups of about SCORED_TOKENS."""
+    start = 0
     while start < store.n_documents:
         end = int(np.searchsorted(store.offsets, store.offsets[start] + SCORED_TOKENS))
-        numbers = [n for n in range(start, min(end, store.n_documents)) if fits[n]]
-        if numbers:
-            yield numbers
+        yield range(start, min(end, store.n_documents))
         start = end
 
 
@@ -455,15 +454,14 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
             base_scores = score(model, base_batches, precision)
     baseline = train_ngram(data.train)
     baseline_scores = ngram_scores(baseline, data.validation, run.config.row_length)
-    scored = fits_a_row(data.validation, run.config.row_length)
-    n_bytes = int(data.validation.byte_lengths[scored].sum())
+    n_bytes = data.validation.n_bytes
     result: dict[str, Any] = {
         "run": str(run.folder),
         "step": run.step,
         "precision": precision.reason,
         "fingerprints": run.fingerprints,
         "allowed faults": overrides(run.folder),
-        "files": int(scored.sum()),
+        "files": data.validation.n_documents,
         "bytes": n_bytes,
         "model": _token_values(scores, n_bytes),
         **({"base": _token_values(base_scores, n_bytes)} if base_scores else {}),

@@ -3,10 +3,16 @@
     [prefix] encode(before the gap) [suffix] encode(after the gap) [middle] -> the gap, until an end
 
 The three markers are tokens that the model was trained with; they are found in its tokenizer and put in as
-ids. The texts themselves hold no marker: "<fim_prefix>" inside one of them is encoded as the text it is.
+ids. The texts themselves hold no marker: "<fim_prefix>" inside one of them is encoded as the text it is. The
+first marker stands where other prompts have their start token, in training as in generation.
 """
 
 from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
 
 from tokenizer import Tokenizer
 
@@ -27,20 +33,34 @@ ENDS = (
     "<|im_end|>",
 )
 
+SALT = b"plumb fill-in-the-middle 1"  # another one would cut every document elsewhere
 
-def fim_markers(tokenizer: Tokenizer) -> tuple[int, int, int]:
-    """Ids of the tokens before the prefix, the suffix and the middle.
 
-    Raises:
-        ValueError: The tokenizer has none, so that the model was not trained to fill gaps.
-    """
+def known_markers(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
+    """Ids of the tokens before the prefix, the suffix and the middle; None if the tokenizer lacks one."""
     for markers in MARKERS:
         prefix, suffix, middle = (tokenizer.token_id(token) for token in markers)
         if prefix is not None and suffix is not None and middle is not None:
             return prefix, suffix, middle
+    return None
+
+
+def fim_markers(
+    tokenizer: Tokenizer, so: str = "the model cannot use a suffix; leave it out"
+) -> tuple[int, int, int]:
+    """`known_markers`, of which there must be some.
+
+    Args:
+        so: What follows for the user where there are none, and what to do.
+
+    Raises:
+        ValueError: The tokenizer has none, so that the model was not trained to fill gaps.
+    """
+    if (markers := known_markers(tokenizer)) is not None:
+        return markers
     raise ValueError(
-        f"the tokenizer has no fill-in-the-middle tokens such as {MARKERS[0][0]}, so the model cannot use a "
-        "suffix; leave it out, or use a model such as StarCoder or Qwen2.5-Coder"
+        f"the tokenizer has no fill-in-the-middle tokens such as {MARKERS[0][0]}, so {so}, or use a model "
+        "such as StarCoder or Qwen2.5-Coder"
     )
 
 
@@ -58,6 +78,58 @@ def fim_prompt_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
         *tokenizer.encode(suffix),
         middle,
     ]
+
+
+def fim_kept(n_prefix: Any, n_suffix: Any, room: Any) -> tuple[Any, Any]:
+    """Tokens that stay of a prefix and of a suffix which together get `room`; numbers or arrays of them.
+
+    Each loses what is far from the gap, the longer one first: a prefix its left, a suffix its right.
+    """
+    suffix = np.minimum(n_suffix, np.maximum(room - n_prefix, room // 2))
+    return np.minimum(n_prefix, room - suffix), suffix
+
+
+def trim_fim_prompt(tokenizer: Tokenizer, ids: list[int], length: int) -> list[int]:
+    """A prompt of `fim_prompt_ids` with at most `length` tokens; its markers stay. See `fim_kept`.
+
+    Raises:
+        ValueError: `length` is below 3: it leaves no room for the markers.
+    """
+    if length < 3:
+        raise ValueError(f"a prompt with a gap cannot be trimmed to {length} tokens; it has three markers")
+    at = ids.index(fim_markers(tokenizer)[1])
+    prefix, suffix = ids[1:at], ids[at + 1 : -1]
+    n_prefix, n_suffix = fim_kept(len(prefix), len(suffix), length - 3)
+    return [ids[0], *prefix[len(prefix) - n_prefix :], ids[at], *suffix[:n_suffix], ids[-1]]
+
+
+def gap_of(text: str, rate: float) -> tuple[int, int] | None:
+    """The characters (start, end) of a document that become its middle; None where it stays as it is.
+
+    A hash of the text alone draws that share `rate` of the documents and the two places, each as likely as
+    another (arXiv:2207.14255, section 3): order, processes and machine do not matter, and a higher rate cuts
+    the same documents at the same places, and more. CR LF and surrogate pairs are not cut in two.
+    """
+    digest = hashlib.sha256(SALT + text.encode("utf-8", "surrogatepass")).digest()
+    draw, *places = (int.from_bytes(digest[at : at + 8], "big") for at in (0, 8, 16))
+    if not text or draw >= rate * 2**64:
+        return None
+    start, end = sorted(_between_characters(text, place % (len(text) + 1)) for place in places)
+    return start, end
+
+
+def _between_characters(text: str, place: int) -> int:
+    left, right = text[place - 1 : place], text[place : place + 1]
+    pair = "\ud800" <= left <= "\udbff" and "\udc00" <= right <= "\udfff"
+    return place - 1 if pair or left + right == "\r\n" else place
+
+
+def in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> np.ndarray:
+    """Ids (n,) of a plain document; one with a gap put together again, without markers, eos before suffix."""
+    if markers is None or not len(ids) or ids[0] != markers[0]:
+        return ids
+    first, second = (int(np.flatnonzero(ids == id)[0]) for id in markers[1:])
+    return np.concatenate((ids[1:first], ids[second + 1 :], ids[first + 1 : second]))
 
 
 def fim_end_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -34,6 +34,7 @@ from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # it 
 
 from config import write_atomically
 from corpus import Document, utf8
+from fim import in_text_order, known_markers
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -142,7 +143,8 @@ def overlap(train: Iterable[Document], held_out: Iterable[Document]) -> Overlap:
     held = [words.units(document) for document in documents]
 
     def excerpt(number: int, unit: int) -> str:
-        text = (documents[number].prompt or "") + "\n" + documents[number].text
+        document = documents[number]
+        text = "\n".join((document.prompt or "", document.suffix or "", document.text))
         word = next(itertools.islice(UNIT.finditer(text), unit, None))
         return text[word.start() : word.start() + 200]
 
@@ -187,12 +189,15 @@ def _store_key(train: TokenStore, held_out: TokenStore) -> str:
 
 def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
     specials = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    specials |= {*(markers := known_markers(tokenizer) or ())}
     blank = [i in specials or tokenizer.decode([i]).isspace() for i in range(held_out.vocab_size)]
     solid = ~np.array(blank)
     values = _mixed(np.arange(held_out.vocab_size, dtype=np.uint64))
 
     def units(store: TokenStore, number: int) -> _Units:
         tokens = store.document(number)
+        if not store.holds_examples:
+            tokens = in_text_order(tokens, markers or None)
         keep = solid[tokens]
         start = int(keep[: int(store.prompt_lengths[number])].sum())
         name = store.names[number]
@@ -251,7 +256,8 @@ class _Words(dict[str, int]):
         return np.fromiter(map(self.__getitem__, words), np.uint64, len(words))
 
     def units(self, document: Document) -> _Units:
-        prompt, text = self.ids(document.prompt or ""), self.ids(document.text)
+        asked = "\n".join((document.prompt or "", document.suffix or ""))
+        prompt, text = self.ids(asked), self.ids(document.text)
         return _Units(document.name, document.group, np.concatenate((prompt, text)), len(prompt))
 
 

@@ -242,7 +242,7 @@ def encoded_by(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
         right = tokenstore._encode
 
         def wrong(*args: Any) -> Any:
-            return [(change(ids), prompt) for ids, prompt in right(*args)]
+            return [(change(ids), *places) for ids, *places in right(*args)]
 
         return patch.object(tokenstore, "_encode", wrong)
 
@@ -382,10 +382,24 @@ def train_files_held_out() -> contextlib.AbstractContextManager:
     return patch.object(dataset, "open_store", wrong)
 
 
+def merged(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: one.get(name, {}) | other.get(name, {}) for name in {*one, *other}}
+
+
 def split_by_row(name: str, story: str, file: str) -> Plant:
     """Rows of one origin on both sides of the split; the twin groups them by their origin."""
     settings = {"data": {"source": file, "group_field": "origin"}, "model": {"block_size": 256}}
     return Plant(name, story, "split-leaks", settings=settings, wrong={"data": {"group_field": None}})
+
+
+def truncated_on_the_right() -> contextlib.AbstractContextManager:
+    right = dataset.shown
+
+    def wrong(store: tokenstore.TokenStore, block_size: int) -> dataset.Shown:
+        rows = right(store, block_size)
+        return rows._replace(prompt_length=store.prompt_lengths, left=np.zeros_like(rows.left))
+
+    return patch.object(dataset, "shown", wrong)
 
 
 TUNED: dict[str, dict[str, Any]] = {
@@ -394,6 +408,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "optimizer": {"name": "adamw", "lr": 1e-3, "embedding_lr": 0.0, "head_lr": 0.0},
 }
 EXAMPLES: dict[str, dict[str, Any]] = {"data": {"source": "examples.jsonl"}, "model": {"block_size": 256}}
+LONG_PROMPTS: dict[str, dict[str, Any]] = {"data": {"source": "prompts.jsonl"}, "model": {"block_size": 256}}
 PLANTS = [
     split_by_row("D1 variants", "variants of one function on both sides", "variants.jsonl"),
     split_by_row("D2 lines", "lines of one page on both sides", "lines.jsonl"),
@@ -462,6 +477,20 @@ PLANTS = [
         "answer-not-learned",
         labels_by(lambda tokens, documents, labels: masked_where(np.arange(labels.shape[1]) >= 128, labels)),
         EXAMPLES,
+    ),
+    Plant(
+        "T1 all",
+        "prompts masked that should bear loss",
+        "setting-ignored",
+        labels_by(lambda tokens, documents, labels: masked_where(np.arange(labels.shape[1]) < 4, labels)),
+        merged(EXAMPLES, {"data": {"loss_on": "all"}}),
+    ),
+    Plant(
+        "T2 right",
+        "prompts too long: the end of the answer is cut",
+        "answer-not-learned",
+        truncated_on_the_right,
+        LONG_PROMPTS,
     ),
     Plant(
         "T1 late",
@@ -661,6 +690,17 @@ def write_examples(path: Path) -> None:
     write_rows(path, ({"prompt": head + "\n", "completion": body} for head, body in parts))
 
 
+def write_long_prompts(path: Path) -> None:
+    """The same after 12 functions more, which do not fit a row."""
+    draw = random.Random(48)
+    rows = []
+    for i in range(48):
+        head, body = (function(random.Random(i)).rstrip() + "\n").split("\n", 1)
+        before = "".join(function(draw) for _ in range(12))
+        rows.append({"prompt": f"{before}{head}\n", "completion": body})
+    write_rows(path, rows)
+
+
 def write_variants(path: Path) -> None:
     """Five degraded variants of each of 24 functions, to be turned back into it."""
     rows = []
@@ -700,6 +740,7 @@ def write_data(folder: Path) -> None:
     """What the plants train on."""
     write_corpus(folder / "long")
     write_examples(folder / "examples.jsonl")
+    write_long_prompts(folder / "prompts.jsonl")
     write_variants(folder / "variants.jsonl")
     write_lines(folder / "lines.jsonl")
     write_windows(folder / "windows.jsonl", size=8, stride=2)
@@ -784,10 +825,6 @@ def begun(config: Config, resumed: bool) -> Config:
     stopped_by = outcome(first)
     assert not stopped_by, stopped_by
     return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=True))
-
-
-def merged(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: one.get(name, {}) | other.get(name, {}) for name in {*one, *other}}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from config import Config, ModelConfig, write_atomically
 from corpus import split_documents
 from dataset import IGNORE_INDEX, Batch
 from decoding import generate_ids
-from generate import GenerationConfig, generate, prompt_ids
+from fim import fim_prompt_ids, known_markers, trim_fim_prompt
+from generate import GenerationConfig, generate, prompt_ids, trim_prompt
 from leaks import store_overlap
 from lora import Adapted, Bias, Rows, changes_of
 from loss import Scores, TokenLoss
@@ -375,7 +376,16 @@ def label_faults(subject: Subject, batch: Batch, side: str) -> Iterator[Fault]:
     padding = documents < 0
     same = (documents[:, 1:] == documents[:, :-1]) & ~padding[:, 1:]
     inner, targets = bears[:, :-1], tokens[:, 1:]
-    over, short = prompt_errors(store, batch) if store.holds_examples else (0, 0)
+    everywhere = side == "training" and subject.config.data.loss_on == "all"
+    over, short, under = (
+        prompt_errors(store, batch, subject.tokenizer, everywhere) if store.holds_examples else (0, 0, 0)
+    )
+    if under:
+        yield Fault(
+            "setting-ignored",
+            f"data.loss_on is all, and {under} examples of {side} bear no loss on some of their prompt",
+            "labels of a prompt must then be its tokens, but for the first",
+        )
     if over:
         yield Fault(
             "prompt-bears-loss",
@@ -450,14 +460,36 @@ def label_faults(subject: Subject, batch: Batch, side: str) -> Iterator[Fault]:
 EXAMPLES_KNOWN = 100_000  # of a store; in a larger one the others are not compared
 
 
-def prompt_errors(store: TokenStore, batch: Batch) -> tuple[int, int]:
-    """Examples in rows (B, T) with loss on their prompt, and with too little on their completion.
+def example_in_row(
+    store: TokenStore, number: int, length: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, int]:
+    """What a row that holds `length` tokens should show of an example, int64, and how many are prompt.
+
+    Not by the code that makes the rows, but by the one that trims the prompts of evaluation.
+    """
+    ids, n_prompt = store.document(number), int(store.prompt_lengths[number])
+    if len(ids) <= length:
+        return ids, n_prompt
+    prompt, room = ids[:n_prompt].tolist(), length - (len(ids) - n_prompt)
+    if (markers := known_markers(tokenizer)) is not None and prompt[0] == markers[0]:
+        prompt = trim_fim_prompt(tokenizer, prompt, room)
+    else:
+        prompt = trim_prompt(prompt, room, tokenizer.start_id)
+    return np.append(prompt, ids[n_prompt:]).astype(np.int64), len(prompt)
+
+
+def prompt_errors(
+    store: TokenStore, batch: Batch, tokenizer: Tokenizer, everywhere: bool = False
+) -> tuple[int, int, int]:
+    """Examples in rows (B, T) with loss on their prompt, with too little on their completion, and, where
+    prompts bear loss too (`everywhere`), with too little on their prompt.
 
     An example is known by its ids: what the store says of it does not come through the batch.
     """
     n_known = min(store.n_documents, EXAMPLES_KNOWN)
-    known = {store.document(i).tobytes(): int(store.prompt_lengths[i]) for i in range(n_known)}
-    over = short = 0
+    rows = (example_in_row(store, i, batch.tokens.size(1) + 1, tokenizer) for i in range(n_known))
+    known = {ids.tobytes(): n_prompt for ids, n_prompt in rows}
+    over = short = under = 0
     for tokens, labels, documents, _ in zip(*(t.numpy() for t in batch), strict=True):
         for number in np.unique(documents[documents >= 0]):
             places = np.flatnonzero(documents == number)
@@ -471,9 +503,10 @@ def prompt_errors(store: TokenStore, batch: Batch) -> tuple[int, int]:
             learned = np.flatnonzero(labels[places] != IGNORE_INDEX) + 1  # places of targets in the example
             learned = learned[learned < len(ids)]  # what follows is padding or another example
             wanted = np.arange(max(1, prompt_length), len(ids))
-            over += bool(np.setdiff1d(learned, wanted).size)
+            over += not everywhere and bool(np.setdiff1d(learned, wanted).size)
             short += bool(np.setdiff1d(wanted, learned).size)
-    return over, short
+            under += everywhere and bool(np.setdiff1d(np.arange(1, prompt_length), learned).size)
+    return over, short, under
 
 
 def label_summary(subject: Subject, batch: Batch) -> str:
@@ -738,6 +771,15 @@ def same_path(subject: Subject) -> Iterator[Fault | str]:
             f"one batch has loss {mean:.4f} by training's function and {scores.loss:.4f} by validation's",
             "let both call the same function",
         )
+    markers, held_out = known_markers(subject.tokenizer), subject.validation
+    if markers is not None and not held_out.holds_examples:
+        begin = held_out.gather(held_out.offsets[:-1][np.diff(held_out.offsets) > 0])
+        if n_gaps := int((begin == markers[0]).sum()):
+            yield Fault(
+                "validation-differs",
+                f"{n_gaps} held-out files are stored with a gap, so that other text would be scored",
+                "data.fim_rate is for training files only",
+            )
     yield from prompt_faults(subject)
 
 
@@ -747,8 +789,11 @@ def prompt_faults(subject: Subject) -> Iterator[Fault]:
     for side, document in split_documents(subject.config.data):
         if side != "train":
             continue
-        text = document.text if document.prompt is None else document.prompt
-        asked = prompt_ids(subject.tokenizer, text)
+        if document.fim_parts is not None:
+            asked = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
+        else:
+            text = document.text if document.prompt is None else document.prompt
+            asked = prompt_ids(subject.tokenizer, text)
         read = subject.train.document(number)[: len(asked)].tolist()
         if asked != read:
             at = next(i for i in range(len(asked)) if asked[i : i + 1] != read[i : i + 1])

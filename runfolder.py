@@ -141,6 +141,8 @@ KEY_CLASSES: dict[str, str] = {
     "data.validation_one_in": FIXED,
     "data.drop_comments": FIXED,
     "data.skip_undecodable": FIXED,
+    "data.loss_on": FIXED,
+    "data.fim_rate": FIXED,
     "data.cache": FREE,
     "data.workers": FREE,
     "tokenizer.kind": FIXED,

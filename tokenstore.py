@@ -1,7 +1,7 @@
 """The token store: memory-mapped shards of ids, and for each split a table of starts, byte lengths and names.
 
     FOLDER/index.json, and for each split train-00000.bin ..., train-offsets.npy, train-bytes.npy,
-    train-names.jsonl and, of examples only, train-prompts.npy
+    train-names.jsonl and, of examples only, train-prompts.npy and train-suffixes.npy
 
 Built in parallel; `index.json` comes last and makes the folder a store. Nothing here imports torch: worker
 processes import this module to tokenise.
@@ -30,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus import SPLITS, Document, utf8
+from fim import fim_markers, fim_prompt_ids
 from tokenizer import Tokenizer
 
 FORMAT = 1  # part of the cache key: raise it whenever the same data would be stored as other bytes
@@ -50,6 +51,8 @@ class TokenStore:
         holds_examples: Whether the documents are examples, each a prompt and its completion.
         prompt_lengths: (n_documents,) int64, leading tokens that are prompt, the start token included; 0 for
             plain text.
+        suffix_places: (n_documents,) int64, of an example that fills a gap the place of the marker between
+            prefix and suffix; 0 for all others.
         vocab_size, pad_id: Of the tokenizer that made it.
         tokenizer_fingerprint, fingerprint: Of the tokenizer, and of the data.
 
@@ -80,10 +83,11 @@ class TokenStore:
         self.byte_lengths: np.ndarray = np.load(self.folder / f"{split}-bytes.npy")
         self.n_tokens, self.n_documents = int(self.offsets[-1]), len(self.byte_lengths)
         self.n_bytes = int(self.byte_lengths.sum())
-        prompts = f"{split}-prompts.npy"
-        self.holds_examples = any(file["name"] == prompts for file in self._files)
-        self.prompt_lengths: np.ndarray = (
-            np.load(self.folder / prompts) if self.holds_examples else np.zeros(self.n_documents, np.int64)
+        present = {file["name"] for file in self._files}
+        self.holds_examples = f"{split}-prompts.npy" in present
+        self.prompt_lengths, self.suffix_places = (
+            np.load(self.folder / name) if name in present else np.zeros(self.n_documents, np.int64)
+            for name in (f"{split}-prompts.npy", f"{split}-suffixes.npy")
         )
 
     def __reduce__(self):  # a numpy memmap would pickle as all of its data
@@ -140,12 +144,13 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.offsets, self.byte_lengths, self.prompt_lengths = array("q", [0]), array("q"), array("q")
+        self.offsets, self.byte_lengths = array("q", [0]), array("q")
+        self.prompt_lengths, self.suffix_places = array("q"), array("q")
         self.files: list[dict[str, Any]] = []
         self.shard: BufferedRandom | None = None
         self.names: BufferedRandom = open(folder / f"{split}-names.jsonl", "w+b")  # noqa: SIM115
 
-    def add(self, document: Document, tokens: np.ndarray, prompt_length: int) -> None:
+    def add(self, document: Document, tokens: np.ndarray, prompt_length: int, suffix_place: int) -> None:
         if self.shard and self.shard.tell() // self.dtype.itemsize + len(tokens) > self.shard_tokens:
             self._finish(self.shard)
             self.shard = None
@@ -156,6 +161,7 @@ class _SplitWriter:
         self.byte_lengths.append(len(utf8(document.text)))
         if document.prompt is not None:
             self.prompt_lengths.append(prompt_length)
+            self.suffix_places.append(suffix_place)
         self.names.write(json.dumps(document.name).encode() + b"\n")
 
     def _finish(self, file: BufferedRandom) -> None:
@@ -174,6 +180,8 @@ class _SplitWriter:
         tables = {"offsets": self.offsets, "bytes": self.byte_lengths}
         if self.prompt_lengths:
             tables["prompts"] = self.prompt_lengths
+        if any(self.suffix_places):
+            tables["suffixes"] = self.suffix_places
         for name, values in tables.items():
             with open(self.folder / f"{self.split}-{name}.npy", "w+b") as file:
                 np.save(file, np.array(values, np.int64))
@@ -185,14 +193,16 @@ class _SplitWriter:
                 file.close()
 
 
-Encoded = tuple[np.ndarray, int]  # the ids of a document, and how many of them are prompt
+# The ids of a document, how many of them are prompt, and the place of the marker before its suffix, or 0.
+Encoded = tuple[np.ndarray, int, int]
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[Encoded]:
     """Token ids of each document between bos and eos; a tokenizer without bos starts with its eos.
 
     Prompt and completion are encoded apart. At generation the prompt is encoded alone, so a token across the
-    two would be learned and could never be generated.
+    two would be learned and could never be generated. What fills a gap begins with `fim_prompt_ids` as it is,
+    and so without bos.
 
     Raises:
         ValueError: an id outside the vocabulary, or text that does not come back, apart or as prompt and
@@ -202,27 +212,41 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = []
     for document in documents:
-        text, prompt = document.text, document.prompt or ""
-        text_ids = tokenizer.encode(text)
-        prompt_ids = tokenizer.encode(prompt) if prompt else []
-        ids = np.array([*before, *prompt_ids, *text_ids, *after], np.int64)
+        name = document.where or document.name
+        prompt, suffix, text = document.fim_parts or (document.prompt or "", None, document.text)
+        suffix_place = 0
+        try:
+            text_ids = tokenizer.encode(text)
+            if suffix is not None:
+                prompt_ids = fim_prompt_ids(tokenizer, prompt, suffix)
+                suffix_place = prompt_ids.index(fim_markers(tokenizer)[1])
+            else:
+                prompt_ids = [*before, *(tokenizer.encode(prompt) if prompt else [])]
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be tokenised: {error}") from None
+        ids = np.array([*prompt_ids, *text_ids, *after], np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
             wrong = int(ids.max()) if ids.min() >= 0 else int(ids.min())
             raise ValueError(
-                f"the tokenizer gave the id {wrong} in {document.name}, outside its vocabulary of "
+                f"the tokenizer gave the id {wrong} in {name}, outside its vocabulary of "
                 f"{tokenizer.vocab_size}"
             )
-        _refuse_loss(tokenizer, text_ids, text, document.name)
-        if prompt:
-            _refuse_loss(tokenizer, prompt_ids, prompt, f"the prompt of {document.name}")
+        _refuse_loss(tokenizer, text_ids, text, name)
+        if suffix is not None:
+            _refuse_loss(tokenizer, prompt_ids[1:suffix_place], prompt, f"the prefix of {name}")
+            _refuse_loss(tokenizer, prompt_ids[suffix_place + 1 : -1], suffix, f"the suffix of {name}")
+        elif prompt:
+            _refuse_loss(tokenizer, prompt_ids, prompt, f"the prompt of {name}")
+        if suffix is not None or prompt:
             # Generation decodes the two in one piece; CodeTokenizer implies a space between two words.
-            if tokenizer.decode([*prompt_ids, *text_ids]) != prompt + text:
+            shown = tokenizer.decode(prompt_ids)
+            if tokenizer.decode([*prompt_ids, *text_ids]) != shown + text:
                 raise ValueError(
-                    f"the prompt of {document.name} ends with {prompt[-20:]!r} and its completion starts "
+                    f"the prompt of {name} ends with {shown[-20:]!r} and its completion starts "
                     f"with {text[:20]!r}, which the tokenizer does not keep together: put a space or a line "
                     "break between them into the data, or use --tokenizer.kind bpe"
                 )
-        encoded.append((ids.astype(dtype), len(before) + len(prompt_ids)))
+        encoded.append((ids.astype(dtype), len(prompt_ids), suffix_place))
     return encoded
 
 
@@ -297,7 +321,7 @@ def _chunks(documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[list[st
     for side, document in documents:
         sides.append(side)
         chunk.append(document)
-        size += len(document.text) + len(document.prompt or "")
+        size += len(document.text) + len(document.prompt or "") + len(document.suffix or "")
         if size >= CHUNK_CHARACTERS:
             yield sides, chunk
             sides, chunk, size = [], [], 0
@@ -318,7 +342,8 @@ def build_store(
     """Write (side, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
 
     Each document is [bos] + encode(text) + [eos], an example [bos] + encode(prompt) + encode(text) + [eos]; a
-    special token the tokenizer lacks is left out. Ids take 2 bytes for vocabularies up to 65,536 and 4 above.
+    special token the tokenizer lacks is left out. What has a gap is fim_prompt_ids(prefix, suffix) +
+    encode(middle) + [eos]. Ids take 2 bytes for vocabularies up to 65,536 and 4 above.
     A shard holds at most `shard_tokens`, or one document.
 
     Raises:
@@ -335,7 +360,8 @@ def build_store(
         with bar:
             for side, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
                 writers[side].add(document, *encoded)
-                bar.update(writers[side].byte_lengths[-1] + len(utf8(document.prompt or "")))
+                asked = (document.prompt or "") + (document.suffix or "")
+                bar.update(writers[side].byte_lengths[-1] + len(utf8(asked)))
         for writer in writers.values():
             writer.finish()
     finally:

@@ -70,9 +70,10 @@ from dataset import (
     Batch,
     Batches,
     PreparedData,
-    fits_a_row,
+    is_trimmed,
     prepare_data,
     prepare_tokenizer,
+    refuse_long_answers,
     validation_batches,
 )
 from eval import EvalConfig, evaluate, printable, sample_completions, table, write_results
@@ -125,7 +126,13 @@ class TrainingManager:
         self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
         self.device = precision.device
         self.state = RunState()
-        self.batches = Batches(data.train, train.batch_size, config.row_length, train.seed)
+        self.batches = Batches(
+            data.train,
+            train.batch_size,
+            config.row_length,
+            train.seed,
+            loss_on_prompts=config.data.loss_on == "all",
+        )
         self.optimizers = build_optimizers(model, config.optimizer, config.lora.lr_ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -585,11 +592,13 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     config = dataclasses.replace(config, model=model_config)
     for side in dict.fromkeys((data.train, data.validation)):
         kind = "examples" if side.holds_examples else "files"
-        longer = int((~fits_a_row(side, config.row_length)).sum())
-        left_out = f"; {longer:,} left out, longer than a row of {config.row_length}" if longer else ""
+        refuse_long_answers(config.data, side, config.row_length)
+        longer = int(is_trimmed(side, config.row_length).sum())
+        gaps = data.report.gaps if side is data.train else 0
         print(
             f"{side.split}: {side.n_documents:,} {kind}, {side.n_bytes:,} bytes, {side.n_tokens:,} tokens"
-            + left_out
+            + (f"; {longer:,} trimmed to a row of {config.row_length}" if longer else "")
+            + (f"; {gaps:,} with a gap to fill" if gaps else "")
         )
     seed_everything(config.train.seed)
     model = starting_model(config, base, tokenizer).to(device)
@@ -679,13 +688,18 @@ def prove_overfit(manager: TrainingManager) -> bool:
     for number in range(store.n_documents):
         ids, prompt_length = store.document(number).tolist(), int(store.prompt_lengths[number])
         first, expected = run.tokenizer.decode(ids[:prompt_length]), run.tokenizer.decode(ids[prompt_length:])
+        gap, suffix = int(store.suffix_places[number]), None
+        if gap:
+            first, suffix = (
+                run.tokenizer.decode(part) for part in (ids[1:gap], ids[gap + 1 : prompt_length - 1])
+            )
         if not store.holds_examples:
             first = expected.split("\n", 1)[0]
             expected = expected[len(first) :]
         if not first + expected:
             continue
         settings = GenerationConfig(max_new_tokens=len(store.document(number)))
-        (completion,) = generate(run.model, run.tokenizer, [first], settings)
+        (completion,) = generate(run.model, run.tokenizer, [first], settings, suffix=suffix)
         if completion.text == expected and completion.finish_reason == "eos":
             verdict = f"passed, all {len(expected)} characters and the end of the file"
         else:

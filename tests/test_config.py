@@ -103,6 +103,9 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
         (["--model.rope_theta", "0"], "model.rope_theta is 0.0; it must be above 0"),
         (["--model.vocab_size", str(2**40)], f"it must be at most {2**24}"),
         (["--data.source", ""], "data.source is ''"),
+        (["--data.loss_on", "prompt"], "completion"),
+        (["--data.fim_rate", "1.5"], "data.fim_rate is 1.5; it must be at most 1"),
+        (["--data.fim_rate", "0.5"], "data.fim_rate is set, but only base or tokenizer.path brings"),
         (["--model.n_embd", "10"], "model.n_embd 10 is not a multiple of model.n_head 3"),
     ],
 )
@@ -290,6 +293,8 @@ def test_a_key_that_something_reads_is_not_called_unused() -> None:
     parse_config(["--validate_every", "0", "--save_every", "5", "--patience", "3"])
     parse_config(["--validate_every", "0", "--validation_batches", "3"])
     parse_config(["--tokenizer.path", "x", "--tokenizer.kind", "pretrained"])
+    parse_config(["--tokenizer.path", "x", "--data.fim_rate", "0.5"])
+    parse_config(["--base", "x", "--data.fim_rate", "1", "--data.loss_on", "all"])
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
     else:
-        data = "".join(json.dumps(row) + "\n\n" for row in rows).encode()
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode() + b"\n \n"
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
@@ -298,13 +298,24 @@ BAD = {
         r"ugly.py is not UTF-8 at byte 2: .*skip_undecodable",
     ),
     "latin-1 line": (lambda p: bad_lines(p, GOOD, b"a\xff"), {}, r"line 2 is not UTF-8 at byte 17"),
-    "broken JSON": (lambda p: bad_lines(p, GOOD, b"", b'{"text'), {}, r"bad.jsonl line 3 is not JSON"),
+    "broken JSON": (lambda p: bad_lines(p, GOOD, b'{"text'), {}, r"bad.jsonl line 2 is not JSON"),
+    "two objects": (lambda p: bad_lines(p, GOOD + GOOD), {}, r"bad.jsonl line 1 is not JSON: Extra data"),
+    "byte order mark": (lambda p: bad_lines(p, b"\xef\xbb\xbf" + GOOD), {}, r"line 1 is not JSON: .*BOM"),
+    "deep JSON": (lambda p: bad_lines(p, GOOD, b"[" * 99_999), {}, r"bad.jsonl line 2 is not JSON"),
+    "empty line": (lambda p: bad_lines(p, GOOD, b"", b" ", GOOD), {}, r"line 2 is empty: remove it, or"),
     "not an object": (lambda p: bad_lines(p, b"[1]"), {}, r"line 1 is a JSON list, not an object"),
     "no text": (lambda p: bad_lines(p, b'{"b":1,"a":2}'), {}, r"no field text or content but a, b: set"),
     "text not text": (
         lambda p: bad_lines(p, b'{"text":null}'),
         {},
         r"line 1 holds NoneType in the field text",
+    ),
+    "number": (lambda p: bad_lines(p, b'{"text":3}'), {}, r"line 1 holds int in the field text, not text"),
+    "no fields": (lambda p: bad_lines(p, GOOD, b"{}"), {}, r"line 2 has no field text or content but no fi"),
+    "loss on prompts": (
+        lambda p: bad_lines(p, GOOD),
+        {"loss_on": "all"},
+        r"loss_on is all, and .* holds plain text, .* leave it out",
     ),
     "no such field": (lambda p: bad_lines(p, GOOD), {"text_field": "body"}, r"no field body but text: set"),
     "no group": (
@@ -495,7 +506,7 @@ def test_ids_take_two_bytes_while_they_fit(tmp_path: Path, vocab_size: int, dtyp
 @pytest.mark.parametrize("wrong", [-1, 259, 65536, 2**40])
 def test_an_id_outside_the_vocabulary_is_refused(folder: Path, wrong: int):
     config = settings_for(folder)
-    with pytest.raises(ValueError, match=rf"the id {wrong} in file\d+.py, outside its vocabulary of 259"):
+    with pytest.raises(ValueError, match=rf"the id {wrong} in .*/file\d+.py, outside its vocabulary of 259"):
         prepare_data(config, OutOfRange(wrong))
     assert list(Path(config.cache).iterdir()) == []
 

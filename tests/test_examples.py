@@ -7,34 +7,58 @@ import hashlib
 import importlib
 import inspect
 import json
+import random
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dataset import Bytes, Lossy, files_of, range_store, same, settings_for, write_rows
+from test_dataset import (
+    Bytes,
+    Lossy,
+    all_targets,
+    files_of,
+    range_store,
+    same,
+    settings_for,
+    targets,
+    write_rows,
+)
+from test_generate_command import STARCODER
 
+import corpus
 import dataset
+import plants
+import preflight
 import tokenstore
+from config import Config, TokenizerConfig
 from corpus import SPLITS, Document, Report, alpaca_prompt, read_documents, split_documents, training_texts
 from dataset import (
     IGNORE_INDEX,
     Batch,
     Batches,
     best_fit,
-    fits_a_row,
+    is_trimmed,
     next_token_labels,
     prepare_data,
+    refuse_long_answers,
     validation_batches,
 )
-from generate import prompt_ids
+from eval import ngram_scores, train_ngram
+from fim import fim_markers, fim_prompt_ids, gap_of, in_text_order, trim_fim_prompt
+from generate import prompt_ids, trim_prompt
+from preflight import prompt_errors
+from proofs import run_difference
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
 from tokenstore import TokenStore, build_store, open_store
+from trainingmanager import main, train
 
 ROWS = [
     {"prompt": f"def f{n}(x):\n    ", "completion": "return x\n" * (n % 5 + 1) + f"# é{n}"} for n in range(60)
@@ -73,16 +97,16 @@ def example_store(root: Path, sizes: list[tuple[int, int]], **options) -> TokenS
     return TokenStore(root, "train")
 
 
-def slow_pass(sizes: list[tuple[int, int]], T: int) -> list[list[tuple[int, int]]]:
-    """(token, label) at each place of the examples of `example_store` that fit a row, one by one."""
+def slow_pass(sizes: list[tuple[int, int]], T: int, everywhere: bool) -> list[list[tuple[int, int]]]:
+    """(token, label) at each place of the examples of `example_store`, trimmed as evaluation does."""
     examples, start = [], 0
-    for prompt, completion in sizes:
-        numbers = list(range(start, start + prompt + completion))
-        start += len(numbers)
-        if len(numbers) + 2 <= T + 1:
-            tokens = [Characters.bos_id, *numbers]
-            labels = [IGNORE_INDEX] * prompt + numbers[prompt:] + [EOS]
-            examples.append(list(zip(tokens, labels, strict=True)))
+    for n_prompt, n_completion in sizes:
+        prompt = [Characters.bos_id, *range(start, start + n_prompt)]
+        completion = [*range(start + n_prompt, start + n_prompt + n_completion), EOS]
+        start += n_prompt + n_completion
+        prompt = trim_prompt(prompt, T + 1 - len(completion), Characters.bos_id)
+        labels = (prompt[1:] if everywhere else [IGNORE_INDEX] * (len(prompt) - 1)) + completion
+        examples.append(list(zip(prompt + completion[:-1], labels, strict=True)))
     return examples
 
 
@@ -161,17 +185,17 @@ BAD = {
     "text after examples": (
         [GOOD, {"text": "c"}],
         {},
-        r"line 3 holds plain text, and .* line 1 an example: put",
+        r"line 2 holds plain text, and .* line 1 an example: put",
     ),
     "examples after text": (
         [{"text": "c"}, GOOD],
         {},
-        r"line 3 holds an example, and .* line 1 plain text: put",
+        r"line 2 holds an example, and .* line 1 plain text: put",
     ),
     "empty completion": (
         [GOOD, {"input": "a", "output": ""}],
         {},
-        r"line 3 holds nothing in the field output",
+        r"line 2 holds nothing in the field output",
     ),
     "no completion": (
         [{"prompt": "a"}],
@@ -199,10 +223,25 @@ BAD = {
         {},
         r"and completion, and also input and output",
     ),
-    "middle": (
-        [{"prefix": "a", "suffix": "c", "middle": "b"}],
+    "empty middle": (
+        [GOOD, {"prefix": "a", "suffix": "c", "middle": ""}],
         {},
-        r"filling in the middle .* not supported",
+        r"line 2 holds nothing in the field middle, and so nothing to learn",
+    ),
+    "suffix not text": (
+        [{"prefix": "a", "suffix": 3, "middle": "b"}],
+        {},
+        r"line 1 holds int in the field suffix, not text",
+    ),
+    "middle and text": (
+        [{"prefix": "a", "suffix": "c", "middle": "b", "text": "abc"}],
+        {},
+        r"line 1 holds text, and also prefix and suffix and middle: take one",
+    ),
+    "middle without tokens": (
+        [{**GOOD, "path": f"{n}"} for n in range(9)] + [{"prefix": "a", "suffix": "c", "middle": "b"}],
+        {},
+        r"no fill-in-the-middle tokens such as <fim_prefix>, so .*line 10 cannot be learned; give prompt and",
     ),
     "comments": (
         [{**GOOD, "path": "a.py"}],
@@ -403,24 +442,32 @@ SIZES = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=1, 
 
 
 @settings(max_examples=80, deadline=None)
-@given(sizes=SIZES, T=st.integers(3, 40), B=st.integers(1, 5), seed=st.integers(0, 2**32))
-def test_any_examples_are_packed_whole_and_bear_loss_where_they_should(sizes, T: int, B: int, seed: int):
+@given(
+    sizes=SIZES,
+    T=st.integers(3, 40),
+    B=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+    everywhere=st.booleans(),
+)
+def test_any_examples_are_packed_trimmed_and_bear_loss_where_they_should(
+    sizes, T: int, B: int, seed: int, everywhere: bool
+):
+    """The ids of each are those of `trim_prompt` and of its whole completion."""
     with tempfile.TemporaryDirectory() as root:
         store = example_store(Path(root) / "s", sizes, shard_tokens=50)
-        slow = slow_pass(sizes, T)
-        left_out = store.n_documents - len(slow)
-        assert left_out == sum(prompt + completion + 2 > T + 1 for prompt, completion in sizes)
-        assert left_out == int((~fits_a_row(store, T)).sum())
-        if not slow:
-            with pytest.raises(ValueError, match=rf"none of the {len(sizes)} examples .*_size {T} makes"):
+        long = [n for n, (_, completion) in enumerate(sizes) if completion + 1 > T]
+        if long:
+            n = sizes[long[0]][1] + 1
+            with pytest.raises(ValueError, match=rf"'d{long[0]}' has a completion of {n} .* row of {T} has"):
                 Batches(store, B, T, seed)
             return
-        wanted = sorted(map(tuple, slow))
+        trimmed = [prompt + completion + 2 > T + 1 for prompt, completion in sizes]
+        assert is_trimmed(store, T).tolist() == trimmed
         shown = [example for batch in validation_batches(store, B, T) for example in examples_of(batch, T)]
-        assert without_eos(shown) == wanted
+        assert without_eos(shown) == sorted(map(tuple, slow_pass(sizes, T, everywhere=False)))
 
-        batches = Batches(store, B, T, seed)
-        assert batches.left_out == left_out
+        wanted = sorted(map(tuple, slow_pass(sizes, T, everywhere)))
+        batches = Batches(store, B, T, seed, loss_on_prompts=everywhere)
         steps = batches.steps_per_epoch
         rows = sum(int((b.document_ids[:, 0] >= 0).sum()) for b in validation_batches(store, B, T))
         for epoch in range(3):
@@ -483,18 +530,285 @@ def test_ranks_together_hold_what_one_rank_holds(store: TokenStore, world_size: 
     assert {batches.steps_per_epoch for batches in ranks} == {one.steps_per_epoch}
 
 
-def test_an_example_as_long_as_a_row_fits_and_one_token_more_is_left_out(tmp_path: Path):
+def test_an_example_as_long_as_a_row_fits_and_one_token_more_is_trimmed(tmp_path: Path):
     """Planted: 16 and 17 tokens, start and eos included; a row has 15 and the last target."""
     store = example_store(tmp_path / "store", [(5, 9), (5, 10)])
-    assert Batches(store, 1, 15, 0).left_out == 1 and fits_a_row(store, 15).tolist() == [True, False]
-    (batch,) = validation_batches(store, 1, 15)
-    assert batch.labels.tolist()[0][-1] == EOS and (batch.document_ids == 0).all()
-    assert Batches(store, 1, 16, 0).left_out == 0
+    assert is_trimmed(store, 15).tolist() == [False, True] and not is_trimmed(store, 16).any()
+    rows = list(validation_batches(store, 1, 15))
+    assert all(batch.labels.tolist()[0][-1] == EOS and (batch.document_ids == 0).all() for batch in rows)
+    assert [batch.tokens.tolist()[0][:6] for batch in rows] == [
+        [Characters.bos_id, 0, 1, 2, 3, 4],
+        [Characters.bos_id, 15, 16, 17, 18, 19],
+    ]
+    assert not is_trimmed(range_store(tmp_path / "plain", [99, 1]), 4).any()  # plain text is cut
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_an_answer_that_cannot_fit_is_refused_with_file_and_line(tmp_path: Path, name: str):
+    """Planted: a duplicate before it, so that it is not the document of that number."""
+    rows = [{"prompt": f"p{n}", "completion": "x" * (40 if n in (7, 9) else 10)} for n in range(12)]
+    path = write_rows(tmp_path / name, [rows[0], *rows])
+    config = settings_for(path, validation_one_in=0)
+    store = prepare_data(config, Bytes()).train
+    refuse_long_answers(config, store, 41)
+    with pytest.raises(ValueError) as error:
+        refuse_long_answers(config, store, 40)
+    assert str(error.value) == (
+        f"{path} {'row' if name.endswith('parquet') else 'line'} 9 has a completion of 41 tokens with its "
+        "end, the first of 2, and a row of 40 has room for 40: set --row_length, and --model.block_size with "
+        "it, to 41 or more, or make it shorter"
+    )
+    with pytest.raises(ValueError, match="'9' has a completion of 41 tokens"):
+        next(validation_batches(store, 1, 40))
+
+
+def test_truncation_on_the_right_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Planted: what most collators do. Neither the labels' guard nor the slow pass lets it through."""
+    store = example_store(tmp_path / "store", [(12, 5), (3, 4)])
+    right = dataset.shown
+
+    def wrong(store: TokenStore, block_size: int) -> dataset.Shown:
+        rows = right(store, block_size)
+        return rows._replace(left=np.zeros_like(rows.left), prompt_length=store.prompt_lengths)
+
+    def errors() -> tuple[int, int, int]:
+        (batch,) = validation_batches(store, 3, 10)
+        return prompt_errors(store, batch, Characters())
+
+    assert errors() == (0, 0, 0)
+    monkeypatch.setattr(dataset, "shown", wrong)
+    assert errors() == (0, 1, 0)
+
+
+def test_the_guard_of_labels_follows_the_setting(tmp_path: Path):
+    store = example_store(tmp_path / "store", [(12, 5), (3, 4)])
+    for everywhere in (False, True):
+        batch = Batches(store, 3, 10, 0, loss_on_prompts=everywhere).batch(0)
+        assert prompt_errors(store, batch, Characters(), everywhere) == (0, 0, 0)
+        other = prompt_errors(store, batch, Characters(), not everywhere)
+        assert other == ((3, 0, 0) if everywhere else (0, 0, 3))  # one row repeats
+        batch.labels[:] = IGNORE_INDEX
+        assert prompt_errors(store, batch, Characters(), everywhere)[1] > 0
+
+
+# Filling in the middle
+
+GAPS = [
+    {
+        "prefix": f"def f{n}(x):\n    ",
+        "suffix": "\n    return y\n" * (n % 4),
+        "middle": f"y = {n}" * (n % 3 + 1),
+    }
+    for n in range(60)
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_rows_with_a_gap_are_stored_as_generation_asks(tmp_path: Path, name: str):
+    """Planted: texts that spell the markers, which must stay text."""
+    rows = [
+        *GAPS,
+        {"prefix": "a<fim_middle>", "suffix": "<fim_prefix><fim_suffix>", "middle": "<fim_middle>b"},
+    ]
+    config = settings_for(write_rows(tmp_path / name, rows))
+    prepared = prepare_data(config, STARCODER)
+    markers = fim_markers(STARCODER)
+    seen = 0
+    numbers = {"train": 0, "validation": 0}
+    for side, document in split_documents(config):
+        store, n = getattr(prepared, side), numbers[side]
+        numbers[side] += 1
+        prompt, completion = stored_parts(store, n)
+        assert document.prompt is not None and document.suffix is not None
+        assert prompt == fim_prompt_ids(STARCODER, document.prompt, document.suffix)
+        assert [id for id in prompt + completion if id in markers] == list(markers)
+        assert completion == [*STARCODER.encode(document.text), STARCODER.eos_id]
+        assert prompt[store.suffix_places[n]] == markers[1]
+        assert store.byte_lengths[n] == len(document.text.encode())
+        seen += "<fim_middle>" in document.prompt
+    assert seen == 1 and sum(numbers.values()) == len(rows)
+    assert all(
+        store.n_documents == numbers[store.split] > 0 for store in (prepared.train, prepared.validation)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(*[st.integers(0, 9)] * 2, st.integers(1, 9)), min_size=1, max_size=12),
+    T=st.integers(13, 30),
+)
+def test_a_prompt_with_a_gap_keeps_what_is_near_the_gap(sizes: list[tuple[int, int, int]], T: int):
+    with tempfile.TemporaryDirectory() as root:
+        documents = [Document("d", "M" * m, "d", "ABCDEFGHI"[9 - p :], "RSTUVWXYZ"[:s]) for p, s, m in sizes]
+        build_store(Path(root) / "s", [("train", d) for d in documents], STARCODER)
+        store = TokenStore(Path(root) / "s", "train")
+        shown = []
+        for batch in validation_batches(store, 2, T):
+            assert prompt_errors(store, batch, STARCODER) == (0, 0, 0)
+            for tokens, labels, ids in zip(*(t.tolist() for t in batch[:3]), strict=True):
+                for id in set(ids) - {-1}:
+                    places = [place for place in range(T) if ids[place] == id]
+                    shown.append([tokens[place] for place in places])
+                    if labels[places[-1]] >= 0:
+                        shown[-1].append(labels[places[-1]])
+        wanted = []
+        for n in range(store.n_documents):
+            prompt, completion = stored_parts(store, n)
+            kept = trim_fim_prompt(STARCODER, prompt, T + 1 - len(completion))
+            wanted.append(kept + completion)
+            prefix, suffix = STARCODER.decode(kept).removeprefix("<fim_prefix>").split("<fim_suffix>")
+            suffix, end = suffix.split("<fim_middle>")
+            document = documents[n]
+            assert end == "" and (document.prompt or "").endswith(prefix)
+            assert (document.suffix or "").startswith(suffix)
+            if len(kept) < len(prompt):  # and each loses only while it is the longer one
+                assert len(kept) + len(completion) == T + 1
+                lost = len(prefix) < len(document.prompt or ""), len(suffix) < len(document.suffix or "")
+                assert abs(len(prefix) - len(suffix)) <= 1 or lost == (
+                    len(prefix) > len(suffix),
+                    len(prefix) < len(suffix),
+                )
+        assert sorted(shown) == sorted(wanted)
+
+
+def test_a_prompt_with_a_long_prefix_is_trimmed_as_any_other():
+    ids = fim_prompt_ids(STARCODER, "0123456789", "xy")
+    for length in range(7, len(ids) + 3):
+        assert trim_fim_prompt(STARCODER, ids, length) == trim_prompt(ids, length, ids[0])
+    with pytest.raises(ValueError, match="cannot be trimmed to 2 tokens"):
+        trim_fim_prompt(STARCODER, ids, 2)
+
+
+TEXTS = ["", "x", "\r\n", "a\r\n" * 30, "naïve 日本 🙂\n" * 9, "\ud83d\ude42" * 40, "<fim_middle>" * 5] + [
+    f"def f{n}(x):\n    return x + {n}\n" for n in range(200)
+]
+
+
+@given(text=st.text(st.sampled_from("a\r\n\ud83d\ude42日🙂")), rate=st.floats(0, 1))
+def test_a_gap_cuts_no_character_and_grows_with_the_rate(text: str, rate: float):
+    gap = gap_of(text, 1.0)
+    assert (gap is None) == (text == "") and gap_of(text, 0.0) is None and gap_of(text, rate) in (None, gap)
+    if gap is not None:
+        start, end = gap
+        assert 0 <= start <= end <= len(text)
+        for place in gap:
+            assert text[place - 1 : place + 1] not in ("\r\n", "\ud83d\ude42") or not 0 < place < len(text)
+
+
+def test_a_share_of_the_documents_has_a_gap_anywhere():
+    gaps = [gap for n in range(4000) if (gap := gap_of(f"{n:0100}", 0.3)) is not None]
+    assert abs(len(gaps) - 1200) < 120  # four standard deviations
+    starts, ends = np.array(gaps).T
+    assert abs(starts.mean() - 100 / 3) < 3 and abs(ends.mean() - 200 / 3) < 3
+    assert starts.min() <= 2 and ends.max() >= 98
+    assert gap_of("def f(x):\n    return x\n", 1.0) == (13, 17)  # on every machine, in every version
+
+
+def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [{"text": text, "path": f"p{n}"} for n, text in enumerate(TEXTS) if "\ud83d" not in text]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    config = settings_for(path, fim_rate=0.5)
+    plain = prepare_data(settings_for(path), STARCODER)
+    prepared = prepare_data(config, STARCODER)
+    assert prepared.folder != plain.folder and prepared.fingerprint == plain.fingerprint
+    assert files_of(prepared.folder)["validation-00000.bin"] == files_of(plain.folder)["validation-00000.bin"]
+    assert prepared.train.byte_lengths.tolist() == plain.train.byte_lengths.tolist()
+    assert not prepared.train.holds_examples and not prepared.train.prompt_lengths.any()
+    markers = fim_markers(STARCODER)
+    documents = [document for side, document in split_documents(config) if side == "train"]
+    gaps = 0
+    for n, document in enumerate(documents):
+        ids = prepared.train.document(n)
+        together = in_text_order(ids, markers)
+        assert STARCODER.decode(together.tolist()) == document.text
+        if document.gap is None:
+            assert ids.tolist() == plain.train.document(n).tolist()
+            continue
+        gaps += 1
+        start, end = document.gap
+        asked = fim_prompt_ids(STARCODER, document.text[:start], document.text[end:])
+        assert ids.tolist() == [*asked, *STARCODER.encode(document.text[start:end]), STARCODER.eos_id]
+        assert [id for id in ids.tolist() if id in markers] == list(markers)
+    assert prepared.report.gaps == gaps and 70 < gaps < 130
+    every = [label for batch in validation_batches(prepared.train, 4, 16) for label in targets(batch)]
+    assert sorted(every) == all_targets(prepared.train)  # loss everywhere, as plain text bears it
+    held_out = prepare_data(dataclasses.replace(config, fim_rate=1.0), STARCODER).validation
+    assert files_of(held_out.folder)["validation-00000.bin"] == files_of(plain.folder)["validation-00000.bin"]
+
+    # Planted: gaps on both sides.
+    right = corpus.split_of
+    monkeypatch.setattr(corpus, "split_of", lambda *args: Side(right(*args)))
+    planted = prepare_data(dataclasses.replace(config, cache=str(tmp_path / "planted")), STARCODER)
+    monkeypatch.undo()
+    begins = [planted.validation.document(n)[:1].tolist() for n in range(planted.validation.n_documents)]
+    assert [markers[0]] in begins
+
+
+class Side(str):
+    """A side of the split that passes for training where it is asked."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "train" or str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_markers_that_are_encoded_as_text_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Planted: the prompt as one string, which a tokenizer that keeps text text does not take for markers."""
+    monkeypatch.setattr(
+        tokenstore,
+        "fim_prompt_ids",
+        lambda tokenizer, prefix, suffix: tokenizer.encode(
+            f"<fim_prefix>{prefix}<fim_suffix>{suffix}<fim_middle>"
+        ),
+    )
+    with pytest.raises(ValueError):
+        prepare_data(settings_for(write_rows(tmp_path / "rows.jsonl", GAPS)), STARCODER)
+
+
+def test_gaps_without_tokens_are_refused_before_anything_is_read(tmp_path: Path):
     with pytest.raises(
-        ValueError, match=r"shortest has 16 tokens, .* 14 makes room for 15; set .* to 15 or more"
+        ValueError, match=r"tokens .*, so --data.fim_rate 0.5 cannot be had; leave it out, or u"
     ):
-        next(validation_batches(store, 1, 14))
-    assert fits_a_row(range_store(tmp_path / "plain", [99, 1]), 4).all()  # plain text is cut
+        prepare_data(settings_for(tmp_path / "no such file", fim_rate=0.5), Bytes())
+
+
+def test_gaps_in_examples_are_refused(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"fim_rate is 0.5, and .*rows.jsonl holds examples, .* leave it out"
+    ):
+        one_row(tmp_path, GOOD, fim_rate=0.5)
+
+
+def test_gaps_without_held_out_files_are_refused(tmp_path: Path):
+    config = settings_for(
+        write_rows(tmp_path / "rows.jsonl", [{"text": "a"}]), fim_rate=0.5, validation_one_in=0
+    )
+    with pytest.raises(ValueError, match=r"fim_rate is 0.5, and --data.validation_one_in 0 validates on the"):
+        prepare_data(config, STARCODER)
+
+
+@pytest.mark.parametrize("rows, changes", [(GAPS, {}), ([{"text": t} for t in TEXTS[7:]], {"fim_rate": 0.7})])
+def test_processes_cut_the_same_gaps_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows, changes):
+    monkeypatch.setattr(tokenstore, "CHUNK_CHARACTERS", 1000)
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), **changes)
+    one = prepare_data(config, STARCODER)
+    monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
+    two = prepare_data(dataclasses.replace(config, workers=2, cache=str(tmp_path / "other")), STARCODER)
+    assert one.folder.name == two.folder.name and files_of(one.folder) == files_of(two.folder)
+    steps = [Batches(one.train, 2, 32, 1).batch(step) for step in range(6)]
+    assert all(same(Batches(two.train, 2, 32, 1).batch(step), steps[step]) for step in (5, 0, 3))
+
+
+def test_rows_with_equal_parts_but_another_suffix_are_no_duplicates(tmp_path: Path):
+    rows = [{"prefix": "a", "suffix": s, "middle": "b"} for s in ("c", "c", "d")] + [
+        {"prompt": "a", "completion": "b"}
+    ]
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), validation_one_in=0)
+    report = Report()
+    kept = [(d.prompt, d.suffix, d.text) for _, d in split_documents(config, report)]
+    assert kept == [("a", "c", "b"), ("a", "d", "b"), ("a", None, "b")] and report.duplicates == 1
+    assert list(training_texts(config)) == ["a", "c", "b", "a", "d", "b", "a", "b"]
 
 
 @pytest.mark.parametrize("kind", ["examples", "plain"])
@@ -518,3 +832,122 @@ def test_a_limited_validation_makes_no_batch_it_does_not_show(tmp_path: Path, mo
             assert places[0] == 0 and (steps.max() - steps.min() <= 1 and steps.min() >= 1)
     with pytest.raises(ValueError, match="at least 0 batches"):
         next(validation_batches(store, 2, 8, -1))
+
+
+# Training
+
+
+@pytest.fixture
+def gap_config(tmp_path: Path) -> Config:
+    plants.write_corpus(tmp_path / "long")
+    STARCODER.save(tmp_path)
+    config = plants.small_config(tmp_path, {"data": {"fim_rate": 0.5}})
+    return dataclasses.replace(config, tokenizer=TokenizerConfig("pretrained", path=str(tmp_path)))
+
+
+def test_a_run_with_gaps_passes_every_guard(gap_config: Config, capsys: pytest.CaptureFixture[str]):
+    manager = train(gap_config)
+    store = manager.data.train
+    gaps = sum(store.document(n)[0] == fim_markers(STARCODER)[0] for n in range(store.n_documents))
+    assert gaps and f"tokens; {gaps} with a gap to fill\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "owner, name, planted, fault",
+    [
+        (corpus, "split_of", lambda right: lambda *args: Side(right(*args)), "validation-differs: .* a gap"),
+        (
+            preflight,
+            "fim_prompt_ids",
+            lambda right: lambda tokenizer, *parts: [tokenizer.start_id, *right(tokenizer, *parts)],
+            "prompt-differs",
+        ),
+    ],
+    ids=["held out", "start token"],
+)
+def test_a_fault_of_gaps_stops_the_run_by_name(
+    gap_config: Config, monkeypatch: pytest.MonkeyPatch, owner, name: str, planted, fault: str
+):
+    """Planted: gaps in held-out files, and generation that puts a start token before the first marker."""
+    monkeypatch.setattr(owner, name, planted(getattr(owner, name)))
+    with pytest.raises(ValueError, match=fault):
+        train(gap_config)
+
+
+def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(tmp_path: Path):
+    STARCODER.save(tmp_path)
+    texts = [plants.function(random.Random(n)) * 2 for n in range(60)]
+    rows = [{"prefix": text[:60], "suffix": text[90:], "middle": text[60:90]} for text in texts]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, source=str(source)),
+        tokenizer=TokenizerConfig("pretrained", path=str(tmp_path)),
+    )
+    manager = train(config)
+    held_out = manager.data.validation
+    assert is_trimmed(held_out, 100).any() and is_trimmed(manager.data.train, 100).any()
+    scores = manager.validate()
+    assert scores.tokens == held_out.n_targets
+    assert ngram_scores(train_ngram(manager.data.train), held_out, 100).tokens == scores.tokens
+
+
+def test_a_resumed_run_with_gaps_equals_one_that_was_never_stopped(gap_config: Config, tmp_path: Path):
+    config = dataclasses.replace(
+        gap_config, optimizer=dataclasses.replace(gap_config.optimizer, schedule="constant")
+    )
+
+    def run(name: str, **changes: Any) -> Path:
+        changed = dataclasses.replace(config.train, run=str(tmp_path / name), **changes)
+        return train(dataclasses.replace(config, train=changed)).folder
+
+    whole = run("whole", max_steps=6, validate_every=3)
+    run("halves", max_steps=3, validate_every=3)
+    assert run_difference(whole, run("halves", max_steps=6, validate_every=3, resume=True)) is None
+    data = dataclasses.replace(config.data, fim_rate=0.4)
+    other = dataclasses.replace(config.train, run=str(whole), resume=True, max_steps=7)
+    with pytest.raises(ValueError, match=r"data.fim_rate was 0.5 when .* and is 0.4 now; set it back"):
+        train(dataclasses.replace(config, data=data, train=other))
+
+
+def test_labels_are_no_part_of_a_store(tmp_path: Path):
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", ROWS))
+    everywhere = dataclasses.replace(config, loss_on="all")
+    assert prepare_data(everywhere, Bytes()).folder == prepare_data(config, Bytes()).folder
+
+
+def test_text_that_a_tokenizer_refuses_is_named_by_its_line(tmp_path: Path):
+    rows = [GOOD, {"prompt": "a", "completion": "\ud800"}]
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), validation_one_in=0)
+    with pytest.raises(ValueError, match=r"rows.jsonl line 2 cannot be tokenised: .*surrogate"):
+        prepare_data(config, STARCODER)
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"prompt": "a", "completion": ', "line 3 is not JSON: "),
+        ('["a", "b"]', "line 3 is a JSON list, not an object"),
+        ('{"prompt": "a"}', "line 3 has no field text or content but prompt: "),
+        ('{"prompt": "a", "completion": null}', "line 3 holds NoneType in the field completion, not text"),
+        ('{"prompt": "a", "completion": ""}', "line 3 holds nothing in the field completion, "),
+        ('\n{"prompt": "a", "completion": "b"}', "line 3 is empty: remove it, "),
+        ('{"prompt": "a", "completion": " b b b b b b b b b b"}', "line 3 has a completion of "),
+    ],
+)
+def test_a_bad_line_ends_the_command_with_one_sentence_and_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, sentence: str
+):
+    path = tmp_path / "rows.jsonl"
+    good = [f'{{"prompt": "a {n}", "completion": " b"}}\n' for n in range(40)]
+    path.write_text("".join([*good[:2], line + "\n", *good[2:]]))
+    config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 8}})
+    shutil.rmtree(config.train.run)
+    with pytest.raises(SystemExit) as stop:
+        main(config)
+    printed = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and printed.startswith(f"error: {path} {sentence}") and printed.count("\n") == 1
+    )
+    assert not Path(config.train.run).exists()

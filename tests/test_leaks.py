@@ -470,3 +470,23 @@ def test_another_tokenizer_is_refused(tmp_path: Path):
     other.fingerprint = "other"
     with pytest.raises(ValueError, match="made by the tokenizer bytes, and this one is other"):
         store_overlap(*stores(tmp_path / "s", documents[1:], documents[:1]), other)
+
+
+def test_a_document_stored_with_a_gap_is_the_same_document(tmp_path: Path, monkeypatch):
+    from test_generate_command import STARCODER
+
+    text = source(random.Random(0), 60)
+    lines = text.splitlines(keepends=True)
+    gap = len("".join(lines[:20])), len("".join(lines[:40]))
+    documents = [
+        ("train", Document("a.py", text, "a.py", gap=gap)),
+        ("validation", Document("b.py", text, "b.py")),
+    ]
+    build_store(tmp_path / "store", documents, STARCODER)
+    train, held_out = open_store(tmp_path / "store")
+    assert len(train.document(0)) >= len(held_out.document(0)) + 2
+    assert leaks.store_overlap(train, held_out, STARCODER).exact == 1
+    # Planted: the order of the store.
+    monkeypatch.setattr(leaks, "in_text_order", lambda tokens, markers: tokens)
+    (tmp_path / "store" / "leaks.json").unlink()
+    assert leaks.store_overlap(train, held_out, STARCODER).exact == 0
