@@ -444,7 +444,7 @@ class SequentialBlock(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = build_norm(config, config.n_embd)
         self.mlp = mlp(config, activation)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout or 0.0)
         self.thin = False
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -467,7 +467,7 @@ class ParallelBlock(nn.Module):
         self.norm = build_norm(config, config.n_embd)
         self.attention = Attention(config, layer)
         self.mlp = mlp(config, activation)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout or 0.0)
         self.thin = False
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

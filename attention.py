@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dropout import kept, steps
 
@@ -79,7 +80,8 @@ class _DroppedAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, k, v, y, mask = ctx.saved_tensors
         K, scale, grown = k.size(2), 1 / math.sqrt(q.size(3)), 2**16 / (2**16 - ctx.dropped)
         grad_q = torch.empty_like(q)

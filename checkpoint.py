@@ -341,14 +341,15 @@ def _remove(path: Path) -> None:
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: all of the model's, or those that train if some of it is frozen.
+    """The tensors of a checkpoint: all of the model's, or if some of it is frozen, what trains and adapters.
 
-    What is frozen is the base that the run was started from. A shared tensor stands under its first name.
+    What is frozen is the base that the run was started from; an adapter's start is, and is no base's. A
+    shared tensor stands under its first name.
     """
     frozen = any(not p.requires_grad for p in model.parameters())
     tensors, seen = {}, set()
     for key, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and (tensor.requires_grad or not frozen):
+        if id(tensor) not in seen and (tensor.requires_grad or ".adapters." in key or not frozen):
             tensors[key] = tensor
             seen.add(id(tensor))
     return tensors

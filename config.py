@@ -123,7 +123,8 @@ class ModelConfig:
         mlp_bias: Bias in the MLP.
         head_bias: Bias in the head.
         tie_embeddings: The head shares the embedding's weight.
-        dropout: After the embedding, on attention weights, and on each block's outputs.
+        dropout: After the embedding, on attention weights, and on each block's outputs; none given means 0,
+            or that of `base`.
         embed_dropout: After the embedding alone; none given means `dropout`.
         attention_dropout: On attention weights alone; none given means `dropout`.
         attention: `fast` (fused kernels) or `reference` (written out).
@@ -163,7 +164,7 @@ class ModelConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     tie_embeddings: bool = False
-    dropout: float = 0.0
+    dropout: float | None = None
     embed_dropout: float | None = None
     attention_dropout: float | None = None
     attention: Literal["fast", "reference"] = "fast"
@@ -234,7 +235,7 @@ class ModelConfig:
         # Where nothing reads it, it stays 0: a run whose saved config sets what nothing reads is refused.
         reaches = self.rope_scaling in ("dynamic", "llama3")
         dropouts = {
-            name: self.dropout if getattr(self, name) is None else getattr(self, name)
+            name: (self.dropout or 0.0) if getattr(self, name) is None else getattr(self, name)
             for name in ("dropout", "embed_dropout", "attention_dropout")
         }
         for name, p in dropouts.items():
@@ -546,6 +547,9 @@ def check_ranges(config: Config) -> None:
         else:
             continue
         raise ValueError(f"{key} is {value}; it must be {bound}")
+    for name in ("targets", "train_modules", "new_tokens"):
+        if not all(getattr(config.lora, name)):
+            raise ValueError(f"lora.{name} is {list(getattr(config.lora, name))}; none of them may be empty")
     for name in ("rank_pattern", "alpha_pattern"):
         for module, value in getattr(config.lora, name).items():
             if not 0 < value < math.inf:
@@ -581,7 +585,7 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
         "base_format": (adapted, "without base and lora.r nothing is frozen"),
         "lora.r": (train.base is not None, "base is not"),
         **{
-            f"lora.{f.name}": (adapted, "base and lora.r are not")
+            f"lora.{f.name}": (adapted, "lora.r is 0" if train.base else "base is not")
             for f in dataclasses.fields(LoraConfig)
             if f.name != "r"
         },

@@ -32,7 +32,7 @@ class ExportConfig:
         base_format: How the weights of `base` were held when the adapter was trained: `fp32`, `bf16` or
             `nf4`; a run and an adapter written here know.
         merge: Put the adapters into the weights.
-        tolerance: The largest logit gap that a merge may have; 0 is 0.001, or 0.25 for a base held in bf16.
+        tolerance: The largest logit gap that a merge may have. Weights are merged and written in fp32.
         text: A file of real text that judges a merge; by default a file of the interpreter's own library.
     """
 
@@ -43,17 +43,21 @@ class ExportConfig:
     adapter: str | None = None
     base_format: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
     merge: bool = False
-    tolerance: float = 0.0
+    tolerance: float = 1e-3
     text: str | None = None
 
 
 def parse_settings(argv: list[str]) -> ExportConfig:
     """The ExportConfig of a command line; a mistake prints one sentence and exits with 2."""
     parser = make_parser({"": ExportConfig}, "Write a model for other tools.")
-    words = [part for word in argv for part in ([word, "true"] if word == "--merge" else [word])]
+    words = []
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        words += [word, "true"] if word == "--merge" and after.startswith("-") else [word]
     values = parser.parse_args(words).clone(with_meta=False).as_dict()
     values.pop("config", None)
     settings = ExportConfig(**values)
+    if not settings.tolerance > 0:
+        parser.error(f"--tolerance is {settings.tolerance}; it must be above 0")
     if bool(settings.run) == bool(settings.base):
         parser.error("give one of --run FOLDER and --base MODEL")
     if bool(settings.base) != bool(settings.adapter):
@@ -76,7 +80,6 @@ from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import Tokenizer
 
 PROMPTS, PROMPT_TOKENS = 8, 128
-TOLERANCES = {"fp32": 1e-3, "nf4": 1e-3, "bf16": 0.25}  # what merging into bf16 rounds
 
 
 def export(settings: ExportConfig) -> str:
@@ -88,27 +91,33 @@ def export(settings: ExportConfig) -> str:
     """
     if settings.run is not None:
         run = load_run(settings.run, settings.which)
-        model, tokenizer, family, held = run.model, run.tokenizer, run.family, run.config.train.base_format
+        model, tokenizer, family = run.model, run.tokenizer, run.family
     else:
         assert settings.base is not None and settings.adapter is not None, "parse_settings asks for them"
-        found, held = open_adapted(settings.base, settings.adapter, settings.base_format)
+        found = open_adapted(settings.base, settings.adapter, settings.base_format)
         run, model, tokenizer, family = None, found.model, found.tokenizer, found.family
     if settings.merge:
         if family is None:
             raise ValueError(f"{settings.run} has no adapters; leave --merge out")
         if tokenizer is None:
             raise ValueError(f"{settings.base} has no tokenizer, which judging the merge takes")
-        report = merged(model, tokenizer, held, settings)
+        report = merged(model, tokenizer, settings)
     elif run is not None and family is not None:
         export_adapter(run, settings.out)
-        return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}"
+        held = run.config.train.base_format
+        note = (
+            ""
+            if held == "fp32"
+            else f", held in {held}: on other weights, as PEFT loads, it is another model"
+        )
+        return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}{note}"
     else:
         report = ""
     written = save_pretrained(model, tokenizer, settings.out, None if family is None else family.model_type)
     return f"{report}{written.model_type} model in {settings.out}"
 
 
-def merged(model: Decoder, tokenizer: Tokenizer, held: str, settings: ExportConfig) -> str:
+def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
     """Merge in place, judged by text; says how it went."""
     path = Path(settings.text or str(default_text.__file__))
     try:
@@ -117,7 +126,7 @@ def merged(model: Decoder, tokenizer: Tokenizer, held: str, settings: ExportConf
         raise ValueError(f"{path}, whose text should judge the merge, cannot be read: {error}") from None
     length = min(PROMPT_TOKENS, model.config.block_size)
     prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
-    report = merge_checked(model, prompts, settings.tolerance or TOLERANCES[held], keep=False)
+    report = merge_checked(model, prompts, settings.tolerance, keep=False)
     dequantize_linears(model)  # those without an adapter
     return f"{report} of {path.name}; "
 

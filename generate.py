@@ -363,7 +363,7 @@ def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
         if settings.held == "int8":
             raise ValueError("an adapter was trained on fp32, bf16 or nf4 weights; leave --held int8 out")
         asked = "auto" if settings.held == "full" else settings.held
-        found, _ = open_adapted(settings.model, settings.adapter, asked, device)
+        found = open_adapted(settings.model, settings.adapter, asked, device)
     else:
         held = None if settings.held == "full" else settings.held
         found = load_pretrained(settings.model, dtype, device, held=held)

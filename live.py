@@ -34,9 +34,12 @@ class FirstSteps:
         self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
         self.seen, self.forwards, self.norm, self.factors = 0, 0, 0.0, set[float]()
         self.clip_acted = not subject.config.optimizer.grad_clip
-        parameters = dict(subject.model.named_parameters())
-        self.still = {name for name, p in parameters.items() if p.requires_grad}
-        self.frozen = {name: sample(p) for name, p in parameters.items() if not p.requires_grad}
+        # Rows of new tokens get none as long as the tokens do not occur.
+        parameters = subject.model.named_parameters()
+        self.still = {n for n, p in parameters if p.requires_grad and not n.endswith(".rows")}
+        # Buffers too: the matrices of a base that is held in fewer bits.
+        state = subject.model.state_dict(keep_vars=True)
+        self.frozen = {name: sample(t) for name, t in state.items() if not t.requires_grad}
         self.hooks: list[Any] = [o.register_step_pre_hook(self._before_step) for o in subject.optimizers]
         self.hooks.append(subject.model.embed.register_forward_hook(self._count))
 
@@ -103,8 +106,8 @@ class FirstSteps:
             yield from self._still_and_moved()
 
     def _still_and_moved(self) -> Iterator[Fault]:
-        parameters = dict(self.subject.model.named_parameters())
-        moved = [name for name, old in self.frozen.items() if not torch.equal(sample(parameters[name]), old)]
+        state = self.subject.model.state_dict(keep_vars=True)
+        moved = [name for name, old in self.frozen.items() if not torch.equal(sample(state[name]), old)]
         self.frozen = {}
         if moved:
             yield Fault(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from config import LoraConfig
 from lowrank import Drop, add_term, dropped, linear_with_term
+from quantize import n_weights
 from targets import absent_sentence, matches, pattern_value, select_targets
 
 # --- what an adapter does to one module --------------------------------------------------------------
@@ -58,6 +59,11 @@ class LowRank(nn.Module):
         self.of_embedding = is_embedding(base)
         size_out, size_in = sizes(base)
         device = next(itertools.chain(base.parameters(), base.buffers())).device
+        if r > max(size_in, size_out):
+            raise ValueError(
+                f"a rank of {r} was asked for, and a weight is {size_out} x {size_in}; lower lora.r or its "
+                "pattern"
+            )
         self.a = nn.Parameter(torch.zeros(r, size_in, device=device))
         self.b = nn.Parameter(torch.zeros(size_out, r, device=device))
         self.register_parameter("magnitude", None)
@@ -646,7 +652,7 @@ def trainable_table(model: nn.Module, published: Callable[[str], str] | None = N
             line[0] += 1
             line[1] += sum(p.numel() for p in fresh)
     total = sum(count for _, count in lines.values())
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = n_weights(model) - sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = max([len(key[1]) for key in lines] + [len("module")])
     head = f"{'trains':<9} {'module':<{width}} {'modules':>7} {'rank':>5} {'alpha':>6} {'parameters':>13}"
     body = [

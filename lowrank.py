@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dropout import kept, steps
 
@@ -58,7 +59,8 @@ class _Dropout(torch.autograd.Function):
         return _masked(x, drop)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         return _masked(grads[0], ctx.drop), None
 
 
@@ -122,7 +124,8 @@ class _AddTerm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad = grads[0]
         x, u, a, b = ctx.saved_tensors
         grad_x = torch.zeros(x.shape, dtype=ctx.dtype, device=x.device) if ctx.needs_input_grad[1] else None
@@ -155,7 +158,8 @@ class _LinearWithTerm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad = grads[0]
         x, u, a, b, weight = ctx.saved_tensors
         grad_x = torch.mm(grad, weight.to(ctx.dtype)) if ctx.needs_input_grad[0] else None

@@ -36,7 +36,7 @@ from leaks import store_overlap
 from lora import Adapted, Bias, Rows, changes_of
 from loss import Scores, TokenLoss
 from precision import Precision
-from quantize import FrozenLinear
+from quantize import n_weights
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -135,7 +135,7 @@ def probe_batches(subject: Subject) -> list[tuple[Batch, list[tuple[int, int]]]]
     """Batches of two rows of real tokens, each with the predictions (row, place) to look at."""
     tokens = subject.micro_batch(0).tokens
     tokens = tokens[[0, -1]] if len(tokens) > 1 else torch.cat((tokens, tokens.roll(1, 1)))
-    length = min(tokens.size(1), max(32, int(PROBE_ELEMENTS / parameters_of(subject.model) / 2)))
+    length = min(tokens.size(1), max(32, int(PROBE_ELEMENTS / n_weights(subject.model) / 2)))
     tokens = tokens[:, :length].contiguous()
     count = torch.arange(length, device=tokens.device).expand(2, length)
     alone = Batch(tokens, tokens, torch.zeros_like(tokens), count.contiguous())
@@ -284,10 +284,11 @@ def start(subject: Subject) -> Iterator[Fault | str]:
             f"a model that was never trained has loss {loss:.2f}, and knowing nothing costs {uniform:.2f}",
             "look for labels that can be seen in the inputs",
         )
-    elif subject.start == "loaded" and loss > (entropy := unigram_loss(subject.train, held_out)):
+    elif subject.start == "loaded" and loss > (bound := least_knowledge(subject, held_out)):
+        known = "nothing" if bound == uniform else "token frequencies alone"
         yield Fault(
             "worse-than-unigram",
-            f"the loaded weights have loss {loss:.2f}, and token frequencies alone {entropy:.2f}",
+            f"the loaded weights have loss {loss:.2f}, and knowing {known} costs {bound:.2f}",
             "check that weights, config and tokenizer belong together",
         )
 
@@ -321,7 +322,7 @@ def counted_tokens(train: TokenStore) -> np.ndarray:
 
 def affordable(subject: Subject, batch: Batch, whole_rows: bool = False) -> Batch:
     """The first rows: all of them for small models, for those of 1B and more a part of one, with labels."""
-    tokens = int(PASS_ELEMENTS / parameters_of(subject.model))
+    tokens = int(PASS_ELEMENTS / n_weights(subject.model))
     length = batch.tokens.size(1)
     if whole_rows or tokens >= length:
         return Batch(*(t[: max(1, tokens // length)] for t in batch))
@@ -332,10 +333,13 @@ def affordable(subject: Subject, batch: Batch, whole_rows: bool = False) -> Batc
     return Batch(*(t[row : row + 1, start : start + size] for t in batch))
 
 
-def parameters_of(model: Decoder) -> int:
-    """Weights that a token is multiplied with; those of a base in fewer bits are no parameters."""
-    frozen = (m for m in model.modules() if isinstance(m, FrozenLinear))
-    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in frozen)
+def least_knowledge(subject: Subject, held_out: Iterable[Batch]) -> float:
+    """What loaded weights must do better than: token frequencies, and on answers, whose form a base cannot
+    know before it is tuned ("yes" or "no"), knowing nothing.
+    """
+    if subject.train.holds_examples:
+        return math.log(subject.config.model.vocab_size)
+    return unigram_loss(subject.train, held_out)
 
 
 def unigram_loss(train: TokenStore, batches: Iterable[Batch]) -> float:
@@ -828,7 +832,7 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        count = max(1, min(BEAM_PROMPTS, int(PASS_ELEMENTS / parameters_of(subject.model) / BEAM_IDS)))
+        count = max(1, min(BEAM_PROMPTS, int(PASS_ELEMENTS / n_weights(subject.model) / BEAM_IDS)))
         yield from beam_faults(subject.model, [row[i : i + 3] for i in range(min(count, len(row) - 3))])
         yield from echo_faults(subject, prompts[0])
 

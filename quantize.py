@@ -698,6 +698,12 @@ def quantize_linears(model: nn.Module, kind: str, names: Iterable[str]) -> None:
         replace_linear(model, name, kind, _linear(model, name).weight)
 
 
+def n_weights(model: nn.Module) -> int:
+    """Parameters, and the weights that quantised linears stand for."""
+    held = (m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    return sum(p.numel() for p in model.parameters()) + sum(held)
+
+
 def dequantize_linears(model: nn.Module) -> None:
     """Replaces every quantised linear of `model` in place by an nn.Linear of what it stands for, in fp32."""
     for name, module in list(model.named_modules()):

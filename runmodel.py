@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -19,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from architecture import Decoder
+from architecture import Decoder, ParallelBlock, SequentialBlock
 from checkpoint import (
     Manifest,
     checkpoints,
@@ -35,12 +36,13 @@ from checkpoint import (
 )
 from config import Config, ModelConfig, TrainConfig, write_atomically
 from lora import add_adapter
-from precision import DTYPES
 from pretrained import Family, Pretrained, load_pretrained
-from pretrained.adapter import load_adapter, save_adapter
-from tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
+from pretrained.adapter import adapter_base, load_adapter, save_adapter
+from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
+DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
+MOST_NEW_TOKENS = 10_000  # of a stranger's adapter
 BASE_ROW = 512  # tokens in a training row of a base, whose context may be 131,072
 
 
@@ -57,16 +59,41 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
     train = config.train
     if train.base is None:
         return None
-    native = "bf16" if dtype == torch.bfloat16 else "fp32"  # what fp16 multiplies is held in fp32
-    asked = native if train.base_format == "auto" else train.base_format
-    if config.lora.r == 0:
-        base = load_pretrained(train.base, torch.float32, device, train.base_revision)
-    elif asked == native:
-        base = load_pretrained(train.base, DTYPES[native], device, train.base_revision)
-    else:
-        held = None if asked == "fp32" else asked
-        rest = torch.float32 if held is None else DTYPES[native]
-        base = load_pretrained(train.base, rest, device, train.base_revision, held)
+    held = "fp32" if config.lora.r == 0 else resolved_format(train.base_format, dtype)
+    return base_held_in(held, train.base, dtype, device, train.base_revision)
+
+
+def resolved_format(base_format: str, dtype: torch.dtype) -> str:
+    """`auto` is the number format of the run's matrix products; what fp16 multiplies is held in fp32."""
+    if base_format != "auto":
+        return base_format
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def base_held_in(
+    base_format: str,
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    revision: str | None = None,
+    local_only: bool = False,
+) -> Pretrained:
+    """A base whose weights have the values of a format, whatever the machine multiplies.
+
+    Args:
+        base_format: `fp32`; `bf16`, to which all is rounded; or `nf4`, which the blocks' matrices are put
+            into from bf16, while the rest is bf16.
+        dtype: Of the matrix products. Where it is not bf16, bf16 matrices are held as such and multiplied in
+            fp32, and the rest becomes fp32.
+    """
+    if base_format == "fp32":
+        return load_pretrained(source, torch.float32, device, revision, local_only=local_only)
+    if base_format == "bf16" and dtype == torch.bfloat16:
+        return load_pretrained(source, torch.bfloat16, device, revision, local_only=local_only)
+    base = load_pretrained(source, torch.bfloat16, device, revision, base_format, local_only)
+    if dtype != torch.bfloat16:
+        for p in base.model.parameters():
+            p.data = p.data.float()
     return base
 
 
@@ -81,6 +108,9 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
     default = ModelConfig()
+    for key in DROPOUTS:  # not given, `dropout` stands for the other two
+        value = getattr(asked, key) if getattr(asked, key) is not None else asked.dropout
+        own = own if value is None else replace(own, **{key: value})
     for key, value in vars(asked).items():
         if value != getattr(default, key) and value != getattr(own, key):
             raise ValueError(
@@ -94,9 +124,11 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
             f"set --row_length to at most {own.block_size}"
         )
     revision = base.revision or config.train.base_revision
-    train = replace(config.train, row_length=row_length, base_revision=revision)
+    folder = Path(str(config.train.base))
+    place = str(folder.resolve()) if folder.is_dir() else config.train.base  # found from any folder
+    train = replace(config.train, base=place, row_length=row_length, base_revision=revision)
     if config.lora.r and train.base_format == "auto":
-        train = replace(train, base_format="bf16" if dtype == torch.bfloat16 else "fp32")
+        train = replace(train, base_format=resolved_format(train.base_format, dtype))
     return replace(config, model=own, train=train)
 
 
@@ -108,6 +140,10 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         raise ValueError(f"{config.train.base} holds no tokenizer; name its folder with --tokenizer.path")
     if not config.lora.new_tokens:
         return tokenizer
+    if isinstance(tokenizer, BPETokenizer):  # a base that was trained here
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(Path(folder))
+            tokenizer = PretrainedTokenizer.load(Path(folder))
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
@@ -125,6 +161,7 @@ def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer
     """
     if base is None:
         return Decoder(config.model)
+    set_dropout(base.model, config.model)
     if config.model.vocab_size > base.model.config.vocab_size:
         grow_vocabulary(base.model, config.model.vocab_size)
     if config.lora.r:
@@ -132,8 +169,17 @@ def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer
         new_rows = [id for id in ids if id is not None]
         assert len(new_rows) == len(ids), "starting_tokenizer adds them"
         add_adapter(base.model, config.lora, base.family.key, new_rows=new_rows)
-        base.model.keep_less()
     return base.model
+
+
+def set_dropout(model: Decoder, config: ModelConfig) -> None:
+    """That of `config` in the place of the model's own."""
+    own = {key: getattr(config, key) for key in DROPOUTS}
+    model.config = replace(model.config, **own)
+    model.dropout.p = own["embed_dropout"]
+    for block in model.blocks:
+        assert isinstance(block, SequentialBlock | ParallelBlock)
+        block.dropout.p, block.attention.dropout.p = own["dropout"], own["attention_dropout"]
 
 
 @torch.no_grad()
@@ -226,12 +272,14 @@ def export_adapter(run: Run, folder: str | Path) -> None:
     save_adapter(run.model, run.family, folder, train.base, train.base_revision)
     known = {"fingerprint": run.fingerprints["base"], "base_format": train.base_format}
     write_atomically(Path(folder) / BASE_FILE, json.dumps(known, indent=1))
+    if run.config.lora.new_tokens:
+        run.tokenizer.save(Path(folder))
 
 
 def open_adapted(
     source: str, adapter: str | Path, base_format: str = "auto", device: torch.device | str = "cpu"
-) -> tuple[Pretrained, str]:
-    """A published model with an adapter on it, and the format that its frozen weights are held in.
+) -> Pretrained:
+    """A published model with an adapter on it, and the adapter's tokenizer where it added tokens.
 
     Args:
         source: Folder or hub id of the base.
@@ -251,21 +299,28 @@ def open_adapted(
             f"{adapter} was trained on a base held in {known['base_format']}, not in {held}; on other "
             "weights it means something else: leave --base_format out"
         )
-    base = load_pretrained(source, torch.float32, device, held=None if held == "fp32" else held)
+    named, revision = adapter_base(adapter)
+    base = base_held_in(held, source, torch.float32, device, revision if named == source else None)
     if base.fingerprint != known.get("fingerprint", base.fingerprint):
         raise ValueError(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
             f"{base.fingerprint[:12]}, and those had {known['fingerprint'][:12]}"
         )
+    if (Path(adapter) / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(Path(adapter))
+        room = base.model.config.vocab_size
+        if room < tokenizer.vocab_size <= room + MOST_NEW_TOKENS:
+            grow_vocabulary(base.model, tokenizer.vocab_size)
+        base = replace(base, tokenizer=tokenizer)
     load_adapter(base.model, base.family, adapter)
-    return base, held
+    return base
 
 
 def _base_file(path: Path) -> dict[str, str]:
     values = json.loads(path.read_text("utf-8"))
     formats = get_args(get_type_hints(TrainConfig)["base_format"])
-    if not isinstance(values, dict) or values.get("base_format") not in formats:
-        raise ValueError(f"base_format must be one of {', '.join(formats)}")
+    if not isinstance(values, dict) or values.get("base_format") not in formats[1:]:  # not auto
+        raise ValueError(f"base_format must be one of {', '.join(formats[1:])}")
     return {"base_format": values["base_format"], "fingerprint": str(values.get("fingerprint"))}
 
 
@@ -294,14 +349,21 @@ def _fingerprints(path: Path) -> dict[str, str]:
 
 def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
     """The base of a run with adapters; ValueError if it is not the one that they were trained on."""
-    base = open_base(config, torch.float32)
-    if base is None:
+    train = config.train
+    if train.base is None:
         raise ValueError("config.yaml has lora.r but no base; restore it from a copy")
+    held = resolved_format(train.base_format, torch.float32)
+    # The run may be a stranger's: it does not make this machine fetch anything.
+    base = base_held_in(held, train.base, torch.float32, "cpu", train.base_revision, local_only=True)
     if base.fingerprint != fingerprints.get("base"):
         raise ValueError(
             f"{config.train.base} is not the base that the run was trained on: its weights have fingerprint "
             f"{base.fingerprint[:12]}, and the run's had {fingerprints.get('base', 'none')[:12]}; restore it"
         )
+    own, grown = base.model.config, config.model.vocab_size - base.model.config.vocab_size
+    free = {key: getattr(config.model, key) for key in (*DROPOUTS, "vocab_size", "attention", "init")}
+    if replace(own, **free) != config.model or not 0 <= grown <= len(config.lora.new_tokens):
+        raise ValueError(f"config.yaml describes another model than {train.base}; restore it from a copy")
     return base
 
 

@@ -935,9 +935,10 @@ class PretrainedTokenizer(Tokenizer):
             decoder[str(number)] = {"content": token, "normalized": False, "special": False}
         files = self._files | {_HF_FILE: backend.to_str()}
         config = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+        config.pop(_OUR_MARK, None)  # with tokens of its own it is no plain byte-level BPE any more
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] |= decoder
-            files[_HF_CONFIG] = json.dumps(config, indent=2)
+        files[_HF_CONFIG] = json.dumps(config, indent=2)
         return PretrainedTokenizer(files)
 
     def encode(self, text: str, specials: bool = False) -> list[int]:

@@ -15,7 +15,9 @@ from config import Config, one_sentence, parse_config
 def command_line(words: list[str]) -> list[str]:
     """With --resume the run's own settings come first, so that flags need not be given again."""
     joined = [
-        part for word in words for part in (word.split("=", 1) if word.startswith("--run=") else [word])
+        part
+        for word in words
+        for part in (word.split("=", 1) if word.startswith(("--run=", "--resume=")) else [word])
     ]
     if "--resume" in joined and "--run" in joined[:-1]:
         saved = Path(joined[joined.index("--run") + 1]) / "config.yaml"
@@ -84,6 +86,7 @@ from loss import Scores, TokenLoss, score, token_loss
 from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory
 from preflight import Subject, preflight, record_overrides
+from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 
@@ -146,6 +149,8 @@ class TrainingManager:
         self.saved_step: int | None = None
         self.resumed_from: Manifest | None = None
         model.checkpoint_activations = train.activation_checkpointing
+        if config.lora.r and not train.activation_checkpointing:  # whole blocks are made again there
+            model.keep_less()
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -602,7 +607,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         )
     seed_everything(config.train.seed)
     model = starting_model(config, base, tokenizer).to(device)
-    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    print(f"model: {n_weights(model):,} parameters on {device}")
     if base is not None:
         print(trainable_table(model, base.family.key))
     keep_freed_memory()  # not before: what loading the data and the weights frees is not needed again
@@ -610,11 +615,6 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     if config.train.resume:
         refuse_changes(folder, config)
         manager.resume()
-    else:
-        tokenizer.save(folder / "tokenizer")
-        write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
-    saved = config.to_dict() | {"run": str(folder), "resume": False}
-    write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
     subject = Subject(
         config=config,
         model=model,
@@ -631,7 +631,14 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         start="resumed" if config.train.resume else "fresh" if base is None else "loaded",
         known_ids=None if base is None or base.tokenizer is None else base.tokenizer.vocab_size,
     )
-    record_overrides(folder, preflight(subject, config.train.allow))
+    passed = preflight(subject, config.train.allow)
+    # Only now: a run that a guard refuses leaves its folder as it was, free for the next try.
+    if not config.train.resume:
+        tokenizer.save(folder / "tokenizer")
+        write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
+    saved = config.to_dict() | {"run": str(folder), "resume": False}
+    write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
+    record_overrides(folder, passed)
     manager.fit(subject)
     return manager
 

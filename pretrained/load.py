@@ -125,6 +125,7 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     held: str | None = None,
+    local_only: bool = False,
 ) -> Pretrained:
     """Open a model folder, or fetch one from the hub.
 
@@ -139,11 +140,13 @@ def load_pretrained(
         held: How the blocks' matrices are held, a kind of `quantize`: each is frozen, and quantised as soon
             as it is read, so that at most two stand in full. None leaves them as parameters.
 
+        local_only: Of the hub take only what was fetched before.
+
     Raises:
         ValueError: The source cannot be had, its family is not known, its keys are not exactly those that
             its config asks for, or a file is not sound; one sentence.
     """
-    folder, commit = _locate(str(source), revision)
+    folder, commit = _locate(str(source), revision, local_only)
     linked = commit is not None
     values = read_json(folder, CONFIG, linked)
     family = FAMILIES.get(str(values.get("model_type")))
@@ -214,7 +217,7 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
+def _locate(source: str, revision: str | None, local_only: bool) -> tuple[Path, str | None]:
     """The folder, and the commit if it came from the hub."""
     if Path(source).is_dir():
         if revision is not None:
@@ -229,12 +232,19 @@ def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
     try:
         weights = [SINGLE, INDEX, "model-*-of-*.safetensors"]
         folder = Path(
-            huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=[*TEXTS, *weights])
+            huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=[*TEXTS, *weights],
+                local_files_only=local_only,
+            )
         )
         commit = _commit(folder)
         if not any((folder / name).exists() for name in (SINGLE, INDEX)):
             weights = [BIN, f"{BIN}.index.json", "pytorch_model-*-of-*.bin"]
-            huggingface_hub.snapshot_download(source, revision=commit, allow_patterns=weights)
+            huggingface_hub.snapshot_download(
+                source, revision=commit, allow_patterns=weights, local_files_only=local_only
+            )
     except Exception as error:  # of the network, of the hub, of the disk
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

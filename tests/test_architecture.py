@@ -676,3 +676,36 @@ def test_forward_is_the_head_of_hidden():
     model = scrambled(MODELS["parallel"])
     close(model(TOKENS, POSITIONS, DOCUMENTS), model.head(model.hidden(TOKENS, POSITIONS, DOCUMENTS)))
     assert model.hidden(TOKENS).shape == (3, 7, 16)
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"mlp": "gelu_tanh"},
+        {"mlp": "swiglu", "norm": "rms"},
+        {"block": "parallel", "mlp": "gelu"},
+        {"mlp": "relu2"},
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_made_again_in_backward_is_what_was_there(parts: dict[str, Any], autocast: bool) -> None:
+    config = ModelConfig(
+        50, 32, n_layer=2, n_head=2, n_embd=16, dropout=0.1, norm_weight=True, init="normal", **parts
+    )
+    results = []
+    for less in (False, True):
+        torch.manual_seed(0)
+        model = Decoder(config)
+        if less:
+            model.keep_less()
+
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(torch.arange(40).view(2, 20))
+        y.float().square().sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in results[0].items():
+        assert torch.equal(grad, results[1][name]), name

@@ -271,7 +271,7 @@ def test_a_base_brings_its_own_defaults_from_a_flag_and_from_a_file(tmp_path: Pa
     ("words", "sentence"),
     [
         (["--lora.r", "4"], "lora.r is set, but base is not; remove it"),
-        (["--base", "x", "--lora.r", "0", "--lora.dora", "true"], "lora.dora is set, but base and lora.r"),
+        (["--base", "x", "--lora.r", "0", "--lora.dora", "true"], "lora.dora is set, but lora.r is 0"),
         (["--base", "x", "--lora.r", "0", "--base_format", "nf4"], "base_format is set, but without base"),
         (["--base", "x", "--lora.alpha", "0"], "lora.alpha is 0.0; it must be above 0"),
         (["--base", "x", "--lora.rank_pattern", "{a: 0}"], "lora.rank_pattern.a is 0; it must be above 0"),

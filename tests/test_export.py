@@ -15,6 +15,7 @@ from test_finetune import base, config, logits, other
 
 from config import Config
 from export import ExportConfig, export
+from lora import LowRank
 from runmodel import load_run, open_adapted
 from trainingmanager import train
 
@@ -41,8 +42,8 @@ def test_an_adapter_opens_in_peft_on_its_base(run: Path, config: Config, tmp_pat
     with torch.no_grad():
         found = model.eval()(TOKENS).logits
     torch.testing.assert_close(found, logits(load_run(run).model), rtol=1e-5, atol=1e-6)
-    ours, held = open_adapted(str(config.train.base), tmp_path / "adapter")
-    assert torch.equal(logits(ours.model), logits(load_run(run).model)) and held == "fp32"
+    ours = open_adapted(str(config.train.base), tmp_path / "adapter")
+    assert torch.equal(logits(ours.model), logits(load_run(run).model))
 
 
 def test_merged_weights_open_in_transformers(run: Path, config: Config, tmp_path: Path) -> None:
@@ -92,3 +93,18 @@ def test_a_mistake_is_one_sentence(words: list[str], sentence: str) -> None:
         [sys.executable, str(HOUSE / "export.py"), *words], capture_output=True, text=True, cwd=HOUSE
     )
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_merge_that_forgets_some_modules_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = LowRank.merge_into
+
+    def wrong(self: LowRank, merged: torch.Tensor, weight: torch.Tensor, share: float) -> None:
+        if weight.size(0) > weight.size(1):  # the fused projection alone is merged
+            right(self, merged, weight, share)
+
+    monkeypatch.setattr(LowRank, "merge_into", wrong)
+    with pytest.raises(ValueError, match="merged-differs"):
+        export(ExportConfig(str(tmp_path / "merged"), str(run), merge=True))
+    assert not (tmp_path / "merged").exists()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import trainingmanager
 from architecture import Decoder
 from config import (
     Config,
@@ -26,13 +29,15 @@ from config import (
     parse_config,
 )
 from corpus import training_texts
+from dropout import Dropout
 from eval import EvalConfig, evaluate, table
 from lora import adapters_disabled
 from preflight import Fault
 from pretrained import FAMILIES, save_pretrained
 from pretrained.family import to_model
 from proofs import run_difference
-from runmodel import load_run
+from quantize import Linear4bit
+from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import BPETokenizer
 from trainingmanager import TrainingManager, train
 
@@ -199,3 +204,90 @@ def test_the_settings_that_a_run_saves_are_taken_back(config: Config, family: st
     saved = replace(tuned, model=to_model(FAMILIES[family], {}))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved.to_dict()), "utf-8")
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == saved
+
+
+@pytest.mark.parametrize(
+    ("lora", "base_format"),
+    [
+        ({"new_tokens": ("<|a|>", "<|b|>"), "bias": "all"}, "fp32"),
+        ({"init": "pissa", "dora": True, "rslora": True}, "nf4"),
+        ({"train_modules": ("lm_head",), "lr_ratio": 4.0}, "bf16"),
+    ],
+)
+def test_every_kind_of_adapter_resumes_and_opens_as_it_was(
+    config: Config, tmp_path: Path, lora: dict[str, Any], base_format: str
+) -> None:
+    config = other(other(config, "optimizer", schedule="constant"), "lora", **lora)
+    config = other(config, base_format=base_format, accumulation=2)
+    whole = train(config)
+    train(other(config, run=str(tmp_path / "halves"), max_steps=3))
+    halves = train(other(config, run=str(tmp_path / "halves"), resume=True))
+    assert run_difference(whole.folder, halves.folder) is None
+    assert torch.equal(logits(load_run(whole.folder, "last").model), logits(whole.model))
+
+
+def test_new_tokens_get_ids_and_rows_and_go_with_the_adapter(config: Config, tmp_path: Path) -> None:
+    manager = train(other(config, "lora", new_tokens=("<|a|>", "<|b|>")))
+    run = load_run(manager.folder, "last")
+    ids = run.tokenizer.encode("x<|b|>")
+    size = run.config.model.vocab_size
+    assert ids[-1] == size - 1 == run.tokenizer.vocab_size - 1 and run.tokenizer.decode(ids) == "x<|b|>"
+    export_adapter(run, tmp_path / "adapter")
+    opened = open_adapted(str(config.train.base), tmp_path / "adapter")
+    assert opened.tokenizer is not None and opened.tokenizer.encode("x<|b|>") == ids
+    assert torch.equal(logits(opened.model), logits(run.model))
+
+
+def test_dropout_is_the_bases_unless_it_is_given(config: Config) -> None:
+    manager = train(other(config, max_steps=1))
+    assert {m.p for m in manager.model.modules() if isinstance(m, Dropout)} == {0.1}
+    chosen = other(other(config, max_steps=1, run=config.train.run + "2"), "model", dropout=0.0)
+    manager = train(other(chosen, "model", attention_dropout=0.3))
+    assert {m.p for m in manager.model.modules() if isinstance(m, Dropout)} == {0.0, 0.3}
+    assert load_run(manager.folder).config.model.attention_dropout == 0.3
+
+
+def test_a_run_that_a_guard_refuses_leaves_its_folder_free(config: Config) -> None:
+    with pytest.raises(Fault):
+        train(other(config, allow=()))
+    assert not Path(config.train.run).exists()
+
+
+def test_a_base_in_4_bits_that_moves_is_seen(config: Config) -> None:
+    right = trainingmanager.build_optimizers
+
+    def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
+        optimizers = right(model, *args)
+        held = next(m for m in model.modules() if isinstance(m, Linear4bit))
+
+        def move(*args: Any) -> None:
+            held.get_buffer("packed").add_(1)
+
+        optimizers[0].register_step_post_hook(move)
+        return optimizers
+
+    with patch.object(trainingmanager, "build_optimizers", wrong), pytest.raises(Fault, match="frozen-param"):
+        train(other(config, base_format="nf4"))
+
+
+def test_what_is_counted_does_not_depend_on_the_format(config: Config, capsys: Any) -> None:
+    lines = []
+    for base_format in ("fp32", "nf4"):
+        train(other(config, base_format=base_format, max_steps=1, run=config.train.run + base_format))
+        lines.append(re.findall(r"(?m)^.* parameters (?:on|train beside) .*$", capsys.readouterr().out))
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("model", {"n_layer": 7}), ("model", {"vocab_size": 10**7}), ("lora", {"r": 60_000})],
+)
+def test_a_run_that_lies_about_its_base_is_refused(
+    config: Config, section: str, values: dict[str, int]
+) -> None:
+    folder = train(other(config, max_steps=1)).folder
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved[section] |= values
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ValueError, match=r"describes another model|rank of 60000|must be at most"):
+        load_run(folder)

@@ -556,3 +556,18 @@ def test_the_composed_form_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = model(TOKENS)
     monkeypatch.setattr(LoraLinear, "_in_place", LoraLinear._composed)
     torch.testing.assert_close(model(TOKENS), fast, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pattern_takes_linear_time_and_means_what_a_glob_means() -> None:
+    name = "transformer.h.10.attn.c_attn"
+    for wanted in ("*", "*c_attn", "*.attn.*", "transformer.*", "*h.*.attn*", "*a*a*a*"):
+        assert matches(name, wanted), wanted
+    for wanted in (
+        "*c_proj",
+        "h.*",
+        "*.mlp.*",
+        "*c_attn*c_attn",
+        "*" * 40 + "Q",
+        "transformer.*transformer*",
+    ):
+        assert not matches(name, wanted), wanted
