@@ -37,6 +37,7 @@ class EvalConfig:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
         source: Where the files are now, if they moved; the fingerprint still has to match.
+        base: Where the base of a run with adapters is now, likewise.
         cache: Folder for token stores, keyed by content; the one that the run's config names is not touched.
     """
 
@@ -49,6 +50,7 @@ class EvalConfig:
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     source: str | None = None
+    base: str | None = None
     cache: str = "cache"
 
 
@@ -423,7 +425,7 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
         ValueError: there is no such run or checkpoint, the data are not those that it was trained on, or the
             model's loss is not finite.
     """
-    run = load_run(settings.checkpoint, settings.which)
+    run = load_run(settings.checkpoint, settings.which, settings.base)
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
     model = run.model.to(device)

@@ -212,10 +212,15 @@ class Run:
     family: Family | None  # of the base that its adapters need; None where there is none
 
 
-def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
+def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: str | None = None) -> Run:
     """Open a run folder, or one checkpoint inside it, for evaluation; the model is in eval mode, on the CPU.
 
     A damaged checkpoint is passed over, and named on stderr, unless `path` asks for that one.
+
+    Args:
+        path: Of the run, or of the checkpoint.
+        which: `best` by validation loss, or `last`.
+        base: Where the base of a run with adapters is now, if it moved; its fingerprint has to match.
 
     Raises:
         ValueError: There is no run or no checkpoint, a file is damaged, or weights and config disagree.
@@ -250,12 +255,14 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best") -> Run:
             f"{folder / 'tokenizer'} has {tokenizer.vocab_size} ids, and the model of config.yaml beside it "
             f"{config.model.vocab_size}; restore both from a copy"
         )
-    base = _base_of_run(config, fingerprints) if config.lora.r else None
-    if base is None:
+    if base is not None:
+        config = replace(config, train=replace(config.train, base=base))
+    opened = _base_of_run(config, fingerprints) if config.lora.r else None
+    if opened is None:
         _refuse_giant(config.model, manifest)
-    model = starting_model(config, base, tokenizer)
+    model = starting_model(config, opened, tokenizer)
     load_weights(model, manifest)
-    family = None if base is None else base.family
+    family = None if opened is None else opened.family
     return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family)
 
 
@@ -354,10 +361,15 @@ def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
         raise ValueError("config.yaml has lora.r but no base; restore it from a copy")
     held = resolved_format(train.base_format, torch.float32)
     # The run may be a stranger's: it does not make this machine fetch anything.
-    base = base_held_in(held, train.base, torch.float32, "cpu", train.base_revision, local_only=True)
+    try:
+        base = base_held_in(held, train.base, torch.float32, "cpu", train.base_revision, local_only=True)
+    except ValueError as error:
+        raise ValueError(
+            f"the base of the run cannot be opened: {error}; if it moved, say with --base"
+        ) from None
     if base.fingerprint != fingerprints.get("base"):
         raise ValueError(
-            f"{config.train.base} is not the base that the run was trained on: its weights have fingerprint "
+            f"{train.base} is not the base that the run was trained on: its weights have fingerprint "
             f"{base.fingerprint[:12]}, and the run's had {fingerprints.get('base', 'none')[:12]}; restore it"
         )
     own, grown = base.model.config, config.model.vocab_size - base.model.config.vocab_size

@@ -291,3 +291,22 @@ def test_a_run_that_lies_about_its_base_is_refused(
     (folder / "config.yaml").write_text(yaml.safe_dump(saved))
     with pytest.raises(ValueError, match=r"describes another model|rank of 60000|must be at most"):
         load_run(folder)
+
+
+def test_a_base_that_moved_is_named_and_can_be_pointed_to(config: Config, tmp_path: Path) -> None:
+    manager = train(other(config, max_steps=1))
+    shutil.move(str(config.train.base), tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"the base of the run cannot be opened: .*; if it moved, say with"):
+        load_run(manager.folder)
+    run = load_run(manager.folder, base=str(tmp_path / "moved"))
+    assert torch.equal(logits(run.model), logits(manager.model))
+
+
+def test_a_tuned_run_keeps_less_unless_blocks_are_made_again(config: Config) -> None:
+    held = []
+    for checkpointing in (False, True):
+        chosen = other(config, activation_checkpointing=checkpointing, max_steps=1)
+        manager = train(other(chosen, run=f"{config.train.run}{checkpointing}"))
+        blocks = list(manager.model.blocks)
+        held.append([getattr(block, "thin", None) for block in blocks])
+    assert held == [[True, True], [False, False]]
