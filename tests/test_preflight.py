@@ -14,6 +14,7 @@ import torch
 
 import plants
 import preflight
+from architecture import Decoder
 from config import Config, parse_config
 from live import FirstSteps
 from plants import PLANTS, Plant, outcome, run_plants, small_config, write_data
@@ -217,3 +218,23 @@ def test_an_allowed_fault_of_the_first_steps_is_recorded_at_once(
     with plants.clip_stored_only():
         train(small_config(folder, settings))
     assert seen == [["clip-ignored"]]
+
+
+def test_a_large_model_is_looked_at_through_four_blocks_and_a_part_of_a_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults are seen as in all of it, also in the last block, and the model is whole again afterwards."""
+    monkeypatch.setattr(preflight, "LARGE", 0)
+    monkeypatch.setattr(preflight, "PASS_ELEMENTS", 1)
+    settings: dict[str, dict[str, Any]] = {"model": {"n_layer": 6}}
+    healthy = train(small_config(folder, settings))
+    assert len(healthy.model.blocks) == 6
+    right = Decoder.__init__
+
+    def wrong(self: Decoder, *args: Any) -> None:
+        right(self, *args)
+        attention = self.blocks[5].get_submodule("attention")
+        monkeypatch.setattr(attention, "attend", lambda q, k, v, *rest: v.mean(2, keepdim=True) + 0 * q)
+
+    monkeypatch.setattr(Decoder, "__init__", wrong)
+    assert "future-visible" in outcome(small_config(folder, settings))
