@@ -140,10 +140,11 @@ def parse_json(text: bytes) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(k for k in keys if keys.count(k) > 1))} stands twice in it")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {shown(key)} stands twice in it")
+        values[key] = value
     return values
 
 

@@ -11,7 +11,7 @@ import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,17 +157,12 @@ def load_pretrained(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model known here: {error}") from None
     entries = read_tensors(folder, linked)
-    if config.n_layer > len(entries):  # even without memory a model takes time for each layer
+    if config.n_layer > len(entries):
         raise ValueError(
             f"{folder} has {len(entries)} tensors, too few for the {config.n_layer} layers of {CONFIG}"
         )
-    try:
-        with torch.device("meta"), _NoInit():
-            model = Decoder(config)
-    except (RuntimeError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {reason}") from None
-    own = {family.key(name): name for name in model.state_dict()}
+    shapes = _shapes(folder, config)
+    own = {family.key(name): name for name in shapes}
     head, embed = family.key("head.weight"), family.key("embed.weight")
     tied = config.tie_embeddings
     if tied:
@@ -176,8 +171,8 @@ def load_pretrained(
     twin = entries.pop(head, None) if tied else None
     if twin and embed not in entries:
         entries[embed], twin = twin, None
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
+    model = _on_meta(folder, config)  # only now, since it takes time for each layer
     dtype = dtype or _one_dtype(folder, entries)
     _refuse_too_large(folder, entries, dtype, device)
     stored = Stored.of(family, config, entries)
@@ -200,6 +195,28 @@ def load_pretrained(
         model.head.weight = model.embed.weight  # assigning made two parameters of one memory
     tokenizer = _tokenizer(folder, config.vocab_size, linked)
     return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored)
+
+
+def _on_meta(folder: Path, config: ModelConfig) -> Decoder:
+    """The model without memory; ValueError if its sizes overflow."""
+    try:
+        with torch.device("meta"), _NoInit():
+            return Decoder(config)
+    except (RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {reason}") from None
+
+
+def _shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape by name; of the layers, which are alike, only the first is made."""
+    windows = tuple(layer for layer in config.window_layers if layer == 0)
+    one = _on_meta(folder, replace(config, n_layer=1, window_layers=windows))
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in one.state_dict().items():
+        inner = name.removeprefix("blocks.0.")
+        names = [name] if inner == name else [f"blocks.{layer}.{inner}" for layer in range(config.n_layer)]
+        found |= dict.fromkeys(names, tuple(tensor.shape))
+    return found
 
 
 class _NoInit(TorchFunctionMode):
