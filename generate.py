@@ -246,6 +246,7 @@ def generate(
     else:
         ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
         ends = fim_end_ids(tokenizer)
+    ends |= frozenset(tokenizer.eos_ids)
     found = _stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
     stream = None if on_text is None else _Stream(tokenizer, ids[0], settings.stop, on_text)
 

@@ -80,6 +80,7 @@ class Tokenizer(ABC):
     eos_id: int | None
     pad_id: int | None
     fingerprint: str
+    eos_ids: tuple[int, ...] = ()  # at which a published model ends too, as its configs name them
 
     @property
     def start_id(self) -> int | None:
@@ -864,7 +865,7 @@ class PretrainedTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._files,)
+        return type(self), (self._files,), {"eos_ids": self.eos_ids}
 
     def _set_prefix_space(self, wanted: Any) -> None:
         state = json.loads(self._tokenizer.to_str())
@@ -938,7 +939,9 @@ class PretrainedTokenizer(Tokenizer):
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] |= decoder
             files[_HF_CONFIG] = json.dumps(config, indent=2)
-        return PretrainedTokenizer(files)
+        grown = PretrainedTokenizer(files)
+        grown.eos_ids = self.eos_ids
+        return grown
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of `text`, without bos and eos.

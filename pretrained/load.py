@@ -48,6 +48,7 @@ FAMILIES = {
 THREADS = min(4, os.cpu_count() or 1)
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+GENERATION = "generation_config.json"
 TOKENIZER = (
     "tokenizer.json",
     "code_tokenizer.json",
@@ -57,7 +58,7 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-TEXTS = (CONFIG, "generation_config.json", *TOKENIZER)
+TEXTS = (CONFIG, GENERATION, *TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Pretrained:
     source: str  # the folder or hub id that was asked for
     revision: str | None  # the hub's commit; None for a folder
     stored: Stored  # the files as they were when they were read
+    eos_ids: tuple[int, ...] = ()  # each ends a text, as the tokenizer's own does; it carries them too
 
     @cached_property
     def fingerprint(self) -> str:
@@ -156,6 +158,7 @@ def load_pretrained(
         config = to_model(family, values)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model known here: {error}") from None
+    eos_ids = _eos_ids(folder, values, config.vocab_size, linked)
     entries = read_tensors(folder, linked)
     if config.n_layer > len(entries):
         raise ValueError(
@@ -194,7 +197,26 @@ def load_pretrained(
     if tied:
         model.head.weight = model.embed.weight  # assigning made two parameters of one memory
     tokenizer = _tokenizer(folder, config.vocab_size, linked)
-    return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored)
+    if tokenizer is not None:
+        tokenizer.eos_ids = eos_ids
+    return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored, eos_ids)
+
+
+def _eos_ids(folder: Path, values: Values, vocab_size: int, linked: bool) -> tuple[int, ...]:
+    """The ids that end a text: one or a list, of generation_config.json, or else of config.json."""
+    name = CONFIG
+    if (folder / GENERATION).exists():
+        other = read_json(folder, GENERATION, linked)
+        if other.get("eos_token_id") is not None:
+            name, values = GENERATION, other
+    given = values.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
+        raise ValueError(
+            f"{folder / name} has eos_token_id {shown(given)}; it must be an id below the vocabulary's "
+            f"{vocab_size}, or a list of such ids"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def _on_meta(folder: Path, config: ModelConfig) -> Decoder:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
+from generate import GenerationConfig, generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
 from pretrained.folder import parse_header, parse_json
@@ -1085,6 +1086,42 @@ def test_a_tokenizer_goes_with_its_model(tmp_path):
         same_ids(tokenizer, theirs, text)
     change_json(tmp_path / "model" / "tokenizer_config.json", extra_special_tokens=["<|one|>"])
     refused(tmp_path / "model", "has 307 ids and the model has 306; one of the two belongs to another model")
+
+
+def test_every_end_of_a_text_goes_with_its_model(tmp_path):
+    """As in Llama 3 Instruct, whose texts end at one of three ids, and not at its tokenizer's eos alone."""
+    tokenizer = load_tokenizer(published_tokenizer(tmp_path / "tokenizer"))
+    one, other = tokenizer.encode("a") + tokenizer.encode("b")
+    save_pretrained(Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size)), tokenizer, tmp_path / "model")
+    config, generation = (tmp_path / "model" / name for name in ("config.json", "generation_config.json"))
+    assert load_pretrained(tmp_path / "model").eos_ids == (tokenizer.eos_id,)
+    change_json(config, eos_token_id=[7, 8])
+    change_json(generation, eos_token_id=[one, other])
+    found = load_pretrained(tmp_path / "model")
+    assert found.eos_ids == (one, other) and found.tokenizer is not None
+    with torch.no_grad():  # whatever the last token was, `other` comes next
+        found.model.embed.weight.fill_(1)
+        found.model.head.weight.fill_(0)
+        found.model.head.weight[other] = 1
+        for name, parameter in found.model.named_parameters():
+            if "blocks" in name:
+                parameter.fill_(0)
+    copied = pickle.loads(pickle.dumps(found.tokenizer))
+    for ends in (found.tokenizer, copied, copied.with_tokens([])):
+        (text,) = generate(found.model, ends, ["x"], GenerationConfig(max_new_tokens=4))
+        assert (text.text, text.ids, text.finish_reason) == ("", [other], "eos")
+    save_pretrained(found.model, found.tokenizer, tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").eos_ids == (one, other)
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [
+        one,
+        other,
+    ]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [one, other]
+    generation.unlink()
+    assert load_pretrained(tmp_path / "model").eos_ids == (7, 8)
+    for wrong in ("x", [1, True], 306, -1, [[1]], {"a": 1}, 1.0):
+        change_json(config, eos_token_id=wrong)
+        refused(tmp_path / "model", "has eos_token_id .*; it must be an id below the vocabulary's 306")
 
 
 def test_modules_have_the_names_that_adapters_use():
