@@ -850,17 +850,21 @@ class PretrainedTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = (
             self._special_id(named, f"{name}_token") for name in ("bos", "eos", "pad")
         )
-        self._silent = frozenset(id for id in (self.bos_id, self.eos_id, self.pad_id) if id is not None)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         state = json.loads(self._tokenizer.to_str())
         self.fingerprint = _hash(
             self.kind, [state, self.bos_id, self.eos_id, self.pad_id, "specials are text"]
         )
         unknown = state["model"].get("unk_token")  # which any text may give
+        # A folder may fill up with a piece of plain text, such as "!", that every text may hold.
+        plain = {self.pad_id} - {self.bos_id, self.eos_id, None}
+        plain = {id for id in plain if id is not None and _is_plain_piece(state["model"], id)}
+        silent = {self.bos_id, self.eos_id, self.pad_id} - plain
+        self._silent = frozenset(id for id in silent if id is not None)
         self._controls = frozenset(
             id
             for id, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special and token.content != unknown
+            if token.special and token.content != unknown and id not in plain
         )
         self._tokenizer.encode_special_tokens = True
 
@@ -1028,6 +1032,15 @@ def _from_merges(vocab: str, merges: str, files: dict[str, str]) -> dict[str, st
     backend.decoder = decoders.ByteLevel()
     defaults = {key: _END_OF_TEXT for key in ("bos_token", "eos_token", "unk_token") if _END_OF_TEXT in ids}
     return {_HF_FILE: backend.to_str(pretty=True) + "\n", _HF_CONFIG: json.dumps(defaults | config, indent=2)}
+
+
+def _is_plain_piece(model: dict[str, Any], id: int) -> bool:
+    """Whether a BPE model makes this id of text: a character, or what a merge gives."""
+    if model.get("type") != "BPE":
+        return False
+    piece = next((piece for piece, own in model["vocab"].items() if own == id), "")
+    made = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
+    return len(piece) == 1 or piece in made
 
 
 def _named_specials(named: dict[str, Any]) -> dict[str, Any]:
