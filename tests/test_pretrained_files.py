@@ -36,7 +36,7 @@ from config import ModelConfig
 from generate import GenerationConfig, generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
-from pretrained.folder import parse_header, parse_json
+from pretrained.folder import parse_header, parse_json, read_tensors
 from pretrained.load import Stored, _NoInit
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, load_tokenizer
 
@@ -712,6 +712,51 @@ def test_a_pickle_of_tensors_is_read(folder, tmp_path):
     assert same(found.model, before)
     save_pretrained(found.model, None, tmp_path / "again")
     assert same(load_pretrained(tmp_path / "again").model, before)
+
+
+def test_views_in_a_pickle_are_read_as_what_they_show(folder):
+    before = load_pretrained(folder)
+    fingerprint = before.fingerprint
+    tensors = tensors_of(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for key in (name, "model.norm.weight"):  # transposed, and each other element from the fifth on
+        wide = torch.randn(5 + 2 * tensors[key].numel())
+        part = wide[5::2].view(*reversed(tensors[key].shape)).t() if key == name else wide[5::2]
+        tensors[key] = part.copy_(tensors[key])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = load_pretrained(folder)
+    assert same(found.model, before.model) and found.fingerprint == fingerprint
+    low = load_pretrained(folder, torch.bfloat16).model
+    assert same(low, before.model.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_pickle_cut_while_it_is_read_is_refused(dtype, folder):
+    """Mapped, it would end the process with SIGBUS, which no `except` sees."""
+    to_bin(folder, {})
+    entries = read_tensors(folder, False)
+    path = folder / "pytorch_model.bin"
+    os.truncate(path, 4096)
+    for found in entries.values():
+        if found.start > 4096:
+            with pytest.raises(ValueError, match="ends early; it was cut while it was read"):
+                found.read(dtype or torch.float32, "cpu")
+
+
+def test_a_pickle_that_claims_more_than_its_file_holds_is_refused(folder):
+    to_bin(folder, {})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    # The embedding's 4,800 elements become 65,535, and its 300 rows 4,095, in 16 bits each.
+    for small, large in ((b"M\xc0\x12", b"M\xff\xff"), (b"M\x2c\x01", b"M\xff\x0f")):
+        assert parts["pytorch_model/data.pkl"].count(small) >= 1
+        parts["pytorch_model/data.pkl"] = parts["pytorch_model/data.pkl"].replace(small, large)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    refused(folder, "holds '.*' of 262080 bytes, more than it has; fetch it again")
 
 
 def test_a_pickle_of_more_is_refused_and_not_run(folder, tmp_path):
