@@ -38,7 +38,7 @@ from pretrained.folder import (
     shown,
     stamp,
 )
-from quantize import replace_linear
+from quantize import KINDS, replace_linear
 from tokenizer import Tokenizer, load_tokenizer
 
 FAMILIES = {
@@ -139,7 +139,7 @@ def load_pretrained(
         device: Where the parameters are made.
         revision: Branch, tag or commit on the hub; `Pretrained.revision` is the commit it meant.
         held: How the blocks' matrices are held, a kind of `quantize`: each is frozen, and quantised as soon
-            as it is read, so that at most two stand in full. None leaves them as parameters.
+            as it is read, so that at most THREADS + 1 stand in full. None leaves them as parameters.
 
     Raises:
         ValueError: The source cannot be had, its family is not known, its keys are not exactly those that
@@ -177,14 +177,14 @@ def load_pretrained(
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
     model = _on_meta(folder, config)  # only now, since it takes time for each layer
     dtype = dtype or _one_dtype(folder, entries)
-    _refuse_too_large(folder, entries, dtype, device)
+    modules = model.named_modules() if held is not None else ()
+    matrices = {f"{name}.weight" for name, m in modules if isinstance(m, nn.Linear) and "blocks." in name}
+    _refuse_too_large(folder, entries, dtype, device, held, {key for key in entries if own[key] in matrices})
     stored = Stored.of(family, config, entries)
-    matrices = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in name]
     tensors = {}
     for key, tensor in _read_all(entries, dtype, device):
-        module = own[key].removesuffix(".weight")
-        if held is not None and module in matrices:
-            replace_linear(model, module, held, tensor)
+        if held is not None and own[key] in matrices:
+            replace_linear(model, own[key].removesuffix(".weight"), held, tensor)
         else:
             tensors[own[key]] = tensor
     tensors |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
@@ -314,14 +314,27 @@ def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
 
 
 def _refuse_too_large(
-    folder: Path, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device | str
+    folder: Path,
+    entries: dict[str, Entry],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    held: str | None,
+    matrices: set[str],
 ) -> None:
-    """A sparse file of any size takes no room on a disk."""
-    needed = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
+    """A sparse file of any size takes no room on a disk. The keys `matrices` take what `held` says."""
+    needed = 0
+    for key, entry in entries.items():
+        if held is not None and key in matrices and held in KINDS:
+            n_out, n_in = entry.shape
+            buffers = KINDS[held].layout(n_in, n_out).values()
+            needed += sum(math.prod(shape) * kind.itemsize for shape, kind in buffers)
+        else:
+            needed += math.prod(entry.shape) * dtype.itemsize
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.device(device).type == "cpu" and needed > there:
+        form = held or str(dtype)[6:]
         raise ValueError(
-            f"{folder} needs {needed / 1e9:.0f} GB of memory in {str(dtype)[6:]} and this machine has "
+            f"{folder} needs {needed / 1e9:.0f} GB of memory in {form} and this machine has "
             f"{there / 1e9:.0f} GB; load it in a smaller dtype or on a larger machine"
         )
 

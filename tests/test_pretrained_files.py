@@ -1169,6 +1169,23 @@ def test_every_end_of_a_text_goes_with_its_model(tmp_path):
         refused(tmp_path / "model", "has eos_token_id .*; it must be an id below the vocabulary's 306")
 
 
+@pytest.mark.parametrize("held", [None, "int8", "nf4"])
+def test_memory_is_asked_for_as_the_weights_are_held(held, folder, monkeypatch):
+    """A model that fits a machine in 4 bits was refused for its size in the files."""
+    whole = sum(tensor.nbytes for tensor in tensors_of(folder).values())
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": whole - 1}
+    monkeypatch.setattr(os, "sysconf", lambda name: memory[name])
+    if held is None:
+        refused(folder, "GB of memory in float32 and this machine has")
+        return
+    found = load_pretrained(folder, held=held).model
+    monkeypatch.setitem(memory, "SC_PHYS_PAGES", sum(t.nbytes for t in found.state_dict().values()))
+    load_pretrained(folder, held=held)
+    monkeypatch.setitem(memory, "SC_PHYS_PAGES", memory["SC_PHYS_PAGES"] - 1)
+    with pytest.raises(ValueError, match=f"GB of memory in {held} and this machine has"):
+        load_pretrained(folder, held=held)
+
+
 def test_modules_have_the_names_that_adapters_use():
     llama, bigcode = FAMILIES["llama"], FAMILIES["gpt_bigcode"]
     assert llama.key("blocks.11.attention.q") == "model.layers.11.self_attn.q_proj"
