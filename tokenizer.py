@@ -1005,8 +1005,10 @@ class PretrainedTokenizer(Tokenizer):
             raise ValueError(f"in {folder}: {error}") from error
 
 
-# Markers of layout, which Qwen2.5-Coder's files do not call special.
-_MARKER = re.compile(r"<\|?(fim[-_](prefix|suffix|middle|pad)|repo_name|file_sep)\|?>")
+# Markers of layout, which the files of Qwen2.5-Coder and DeepSeek-Coder do not call special.
+_MARKER = re.compile(
+    r"<\|?(fim[-_](prefix|suffix|middle|pad)|repo_name|file_sep|filename)\|?>|<｜fim▁(begin|hole|end)｜>"
+)
 
 # Classes whose vocab.json and merges.txt are byte-level BPE as of GPT-2; None where no class is named. Others
 # cut text by rules that only their code or a tokenizer.json holds.
