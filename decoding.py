@@ -96,16 +96,21 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Keep these rows (n,) in this order: drops finished rows, copies and reorders beams."""
 
-        def selected(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.index_select(0, rows)
+        def selected(x: Tensor | None, dim: int) -> Tensor | None:
+            """Of new memory; what nothing was written to is not copied."""
+            if x is None:
+                return None
+            new = x.new_empty(len(rows), *x.shape[1:])
+            torch.index_select(x.narrow(dim, 0, self.length), 0, rows, out=new.narrow(dim, 0, self.length))
+            return new
 
-        self._documents = selected(self._documents)
+        self._documents = selected(self._documents, 1)
         if self._mixed and self._documents is not None:  # the padded rows may be the ones that left
             read = self._documents[:, : self.length]
             self._mixed = not torch.equal(read, read[:, :1].expand_as(read))
         for layer in range(len(self._keys)):
-            self._keys[layer] = selected(self._keys[layer])
-            self._values[layer] = selected(self._values[layer])
+            self._keys[layer] = selected(self._keys[layer], 2)
+            self._values[layer] = selected(self._values[layer], 2)
 
     def _extended(self, buffer: Tensor | None, x: Tensor, dim: int) -> Tensor:
         if buffer is None:

@@ -20,6 +20,7 @@ MARKERS = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, StarCoder2
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
 )
 # What else such a model writes where the gap is full: another file begins, or the text ends.
 ENDS = (
@@ -29,7 +30,11 @@ ENDS = (
     "<|endoftext|>",
     "<file_sep>",
     "<|file_sep|>",
+    "<repo_name>",
     "<|repo_name|>",
+    "<filename>",
+    "<｜end▁of▁sentence｜>",
+    "<|EOT|>",
     "<|im_end|>",
 )
 

@@ -9,6 +9,7 @@ standard output while it is made, and how it went to the standard error.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class CommandConfig(GenerationConfig):
         adapter: A PEFT folder for `model`, which is then a published one.
         held: How the matrices of a published model are held: `full`, or in fewer bits, `int8` or `nf4`.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
-        dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`.
+        dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`. An adapter says it itself.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
@@ -246,6 +247,7 @@ def generate(
     else:
         ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
         ends = fim_end_ids(tokenizer)
+    ends |= frozenset(tokenizer.eos_ids)
     found = _stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
     stream = None if on_text is None else _Stream(tokenizer, ids[0], settings.stop, on_text)
 
@@ -359,7 +361,14 @@ def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
             raise ValueError(f"{folder} is a run; --adapter and --held are for published models")
         run = load_run(folder, settings.which)
         return run.model.to(device, dtype), run.tokenizer
+    if settings.which != "best":
+        raise ValueError(f"{settings.model} is a published model, and --which {settings.which} is for runs")
     if settings.adapter:
+        if settings.dtype != "auto":
+            raise ValueError(
+                "an adapter's folder says which weights it was trained on; "
+                f"leave --dtype {settings.dtype} out, or --adapter"
+            )
         if settings.held == "int8":
             raise ValueError("an adapter was trained on fp32, bf16 or nf4 weights; leave --held int8 out")
         asked = "auto" if settings.held == "full" else settings.held
@@ -428,4 +437,7 @@ def main(settings: CommandConfig) -> None:
 
 if SETTINGS is not None:
     with one_sentence():
-        main(SETTINGS)
+        try:
+            main(SETTINGS)
+        except BrokenPipeError:  # as of `| head`: who reads has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

@@ -80,6 +80,7 @@ class Tokenizer(ABC):
     eos_id: int | None
     pad_id: int | None
     fingerprint: str
+    eos_ids: tuple[int, ...] = ()  # at which a published model ends too, as its configs name them
 
     @property
     def start_id(self) -> int | None:
@@ -849,22 +850,26 @@ class PretrainedTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = (
             self._special_id(named, f"{name}_token") for name in ("bos", "eos", "pad")
         )
-        self._silent = frozenset(id for id in (self.bos_id, self.eos_id, self.pad_id) if id is not None)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         state = json.loads(self._tokenizer.to_str())
         self.fingerprint = _hash(
             self.kind, [state, self.bos_id, self.eos_id, self.pad_id, "specials are text"]
         )
         unknown = state["model"].get("unk_token")  # which any text may give
+        # A folder may fill up with a piece of plain text, such as "!", that every text may hold.
+        plain = {self.pad_id} - {self.bos_id, self.eos_id, None}
+        plain = {id for id in plain if id is not None and _is_plain_piece(state["model"], id)}
+        silent = {self.bos_id, self.eos_id, self.pad_id} - plain
+        self._silent = frozenset(id for id in silent if id is not None)
         self._controls = frozenset(
             id
             for id, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special and token.content != unknown
+            if token.special and token.content != unknown and id not in plain
         )
         self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._files,)
+        return type(self), (self._files,), {"eos_ids": self.eos_ids}
 
     def _set_prefix_space(self, wanted: Any) -> None:
         state = json.loads(self._tokenizer.to_str())
@@ -939,7 +944,9 @@ class PretrainedTokenizer(Tokenizer):
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] |= decoder
         files[_HF_CONFIG] = json.dumps(config, indent=2)
-        return PretrainedTokenizer(files)
+        grown = PretrainedTokenizer(files)
+        grown.eos_ids = self.eos_ids
+        return grown
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of `text`, without bos and eos.
@@ -999,8 +1006,10 @@ class PretrainedTokenizer(Tokenizer):
             raise ValueError(f"in {folder}: {error}") from error
 
 
-# Markers of layout, which Qwen2.5-Coder's files do not call special.
-_MARKER = re.compile(r"<\|?(fim[-_](prefix|suffix|middle|pad)|repo_name|file_sep)\|?>")
+# Markers of layout, which the files of Qwen2.5-Coder and DeepSeek-Coder do not call special.
+_MARKER = re.compile(
+    r"<\|?(fim[-_](prefix|suffix|middle|pad)|repo_name|file_sep|filename)\|?>|<｜fim▁(begin|hole|end)｜>"
+)
 
 # Classes whose vocab.json and merges.txt are byte-level BPE as of GPT-2; None where no class is named. Others
 # cut text by rules that only their code or a tokenizer.json holds.
@@ -1026,6 +1035,15 @@ def _from_merges(vocab: str, merges: str, files: dict[str, str]) -> dict[str, st
     backend.decoder = decoders.ByteLevel()
     defaults = {key: _END_OF_TEXT for key in ("bos_token", "eos_token", "unk_token") if _END_OF_TEXT in ids}
     return {_HF_FILE: backend.to_str(pretty=True) + "\n", _HF_CONFIG: json.dumps(defaults | config, indent=2)}
+
+
+def _is_plain_piece(model: dict[str, Any], id: int) -> bool:
+    """Whether a BPE model makes this id of text: a character, or what a merge gives."""
+    if model.get("type") != "BPE":
+        return False
+    piece = next((piece for piece, own in model["vocab"].items() if own == id), "")
+    made = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]}
+    return len(piece) == 1 or piece in made
 
 
 def _named_specials(named: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import math
 import re
 import reprlib
 import stat
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,13 +46,13 @@ shown = _repr.repr  # of what a stranger wrote, into an error
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: its bytes from `start` on, or what stands under `key` in a pickle."""
+    """A tensor in a file: its bytes from `start` on, in their order unless `strides` say else."""
 
     file: Path
     dtype: str  # as a safetensors header names it
     shape: tuple[int, ...]
     start: int
-    key: str | None = None
+    strides: tuple[int, ...] | None = None  # of a tensor in a pickle that is a view, such as a transposed one
 
     def read(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """The tensor.
@@ -60,7 +61,7 @@ class Entry(NamedTuple):
         written to changes the weights in silence.
         """
         tensor = torch.empty(self.shape, dtype=dtype, device=device)
-        if self.key is None and dtype == DTYPES[self.dtype] and tensor.device.type == "cpu":
+        if self.strides is None and dtype == DTYPES[self.dtype] and tensor.device.type == "cpu":
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.start)
                 _read_fully(file, tensor.view(-1).view(torch.uint8).numpy().data, self.file)
@@ -80,11 +81,9 @@ class Entry(NamedTuple):
         """(first element, elements) from front to back, of one memory that the next overwrites."""
         dtype = DTYPES[self.dtype]
         total = math.prod(self.shape)
-        if self.key is not None:
-            # A pickle has to be mapped. Opened anew for each part, it is unmapped before much is resident.
-            for first in range(0, total, 8 * CHUNK // dtype.itemsize):
-                tensor = _unpickled(self.file)[self.key].flatten()
-                yield first, tensor[first : first + 8 * CHUNK // dtype.itemsize]
+        if self.strides is not None:
+            if total:
+                yield 0, self._view(dtype, self.strides).flatten()
             return
         buffer = bytearray(min(CHUNK, total * dtype.itemsize))
         with open(self.file, "rb", buffering=0) as file:
@@ -93,6 +92,19 @@ class Entry(NamedTuple):
                 count = min(CHUNK // dtype.itemsize, total - first)
                 _read_fully(file, memoryview(buffer)[: count * dtype.itemsize], self.file)
                 yield first, torch.frombuffer(buffer, dtype=dtype, count=count)
+
+    def _view(self, dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:
+        """What `strides` span, read at once."""
+        memory = torch.empty(_span(self.shape, strides), dtype=dtype)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start)
+            _read_fully(file, memory.view(torch.uint8).numpy().data, self.file)
+        return memory.as_strided(self.shape, strides)
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements of memory from the first to the last of a tensor that has some."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _read_fully(file: io.FileIO, view: memoryview, path: Path) -> None:
@@ -140,10 +152,11 @@ def parse_json(text: bytes) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(k for k in keys if keys.count(k) > 1))} stands twice in it")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {shown(key)} stands twice in it")
+        values[key] = value
     return values
 
 
@@ -243,6 +256,7 @@ def read_bin(path: Path) -> dict[str, Entry]:
         )
     try:
         values = _unpickled(path)
+        order = _byte_order(path)
     except Exception as error:  # the file decides what goes wrong, and where
         asked = re.search(r"GLOBAL ([\w.]{1,100})", str(error))  # the rest advises how to run it all the same
         reason = f"it asks for {asked[1]}" if asked else type(error).__name__
@@ -251,15 +265,44 @@ def read_bin(path: Path) -> dict[str, Entry]:
         ) from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise ValueError(f"{path} holds {type(values).__name__}; it must be a dict of tensors by name")
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return {
-        str(key): Entry(path, names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, key)
-        for key, t in values.items()
-    }
+    if order != sys.byteorder:
+        raise ValueError(f"{path} has its bytes in another order; save it again on a machine like this one")
+    return {str(key): _entry(path, str(key), tensor) for key, tensor in values.items()}
 
 
 def _unpickled(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """What the pickle says, with tensors that hold no memory and know their places in the file.
+
+    A mapped file that is cut meanwhile kills the process, and reading the tensors here would hold them twice.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second, and few folders hold a pickle
+
+    with FakeTensorMode():
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _byte_order(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/byteorder")]
+        if not names:  # a file of before torch 2.1
+            return sys.byteorder
+        with archive.open(names[0]) as file:
+            return file.read(16).decode()
+
+
+def _entry(path: Path, key: str, tensor: Tensor) -> Entry:
+    """The place of a tensor of a pickle; ValueError if that is not within its file."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtype, shape = names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+    first = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if tensor.layout != torch.strided or first is None:
+        raise ValueError(f"{path} holds {shown(key)} in a layout that is not known; save it again, dense")
+    start = first + tensor.storage_offset() * tensor.element_size()
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    span = (_span(shape, tensor.stride()) if tensor.numel() else 0) * tensor.element_size()
+    if start + span > path.stat().st_size:
+        raise ValueError(f"{path} holds {shown(key)} of {span} bytes, more than it has; fetch it again")
+    return Entry(path, dtype, shape, start, strides)
 
 
 # --- the whole folder -----------------------------------------------------------------------------

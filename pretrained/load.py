@@ -11,7 +11,7 @@ import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from pretrained.folder import (
     shown,
     stamp,
 )
-from quantize import replace_linear
+from quantize import KINDS, replace_linear
 from tokenizer import Tokenizer, load_tokenizer
 
 FAMILIES = {
@@ -48,6 +48,7 @@ FAMILIES = {
 THREADS = min(4, os.cpu_count() or 1)
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+GENERATION = "generation_config.json"
 TOKENIZER = (
     "tokenizer.json",
     "code_tokenizer.json",
@@ -57,7 +58,7 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-TEXTS = (CONFIG, "generation_config.json", *TOKENIZER)
+TEXTS = (CONFIG, GENERATION, *TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Pretrained:
     source: str  # the folder or hub id that was asked for
     revision: str | None  # the hub's commit; None for a folder
     stored: Stored  # the files as they were when they were read
+    eos_ids: tuple[int, ...] = ()  # each ends a text, as the tokenizer's own does; it carries them too
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,7 +140,7 @@ def load_pretrained(
         device: Where the parameters are made.
         revision: Branch, tag or commit on the hub; `Pretrained.revision` is the commit it meant.
         held: How the blocks' matrices are held, a kind of `quantize`: each is frozen, and quantised as soon
-            as it is read, so that at most two stand in full. None leaves them as parameters.
+            as it is read, so that at most THREADS + 1 stand in full. None leaves them as parameters.
 
         local_only: Of the hub take only what was fetched before.
 
@@ -159,18 +161,14 @@ def load_pretrained(
         config = to_model(family, values)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model known here: {error}") from None
+    eos_ids = _eos_ids(folder, values, config.vocab_size, linked)
     entries = read_tensors(folder, linked)
-    if config.n_layer > len(entries):  # even without memory a model takes time for each layer
+    if config.n_layer > len(entries):
         raise ValueError(
             f"{folder} has {len(entries)} tensors, too few for the {config.n_layer} layers of {CONFIG}"
         )
-    try:
-        with torch.device("meta"), _NoInit():
-            model = Decoder(config)
-    except (RuntimeError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {reason}") from None
-    own = {family.key(name): name for name in model.state_dict()}
+    shapes = _shapes(folder, config)
+    own = {family.key(name): name for name in shapes}
     head, embed = family.key("head.weight"), family.key("embed.weight")
     tied = config.tie_embeddings
     if tied:
@@ -179,17 +177,17 @@ def load_pretrained(
     twin = entries.pop(head, None) if tied else None
     if twin and embed not in entries:
         entries[embed], twin = twin, None
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
+    model = _on_meta(folder, config)  # only now, since it takes time for each layer
     dtype = dtype or _one_dtype(folder, entries)
-    _refuse_too_large(folder, entries, dtype, device)
+    modules = model.named_modules() if held is not None else ()
+    matrices = {f"{name}.weight" for name, m in modules if isinstance(m, nn.Linear) and "blocks." in name}
+    _refuse_too_large(folder, entries, dtype, device, held, {key for key in entries if own[key] in matrices})
     stored = Stored.of(family, config, entries)
-    matrices = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in name]
     tensors = {}
     for key, tensor in _read_all(entries, dtype, device):
-        module = own[key].removesuffix(".weight")
-        if held is not None and module in matrices:
-            replace_linear(model, module, held, tensor)
+        if held is not None and own[key] in matrices:
+            replace_linear(model, own[key].removesuffix(".weight"), held, tensor)
         else:
             tensors[own[key]] = tensor
     tensors |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
@@ -202,7 +200,48 @@ def load_pretrained(
     if tied:
         model.head.weight = model.embed.weight  # assigning made two parameters of one memory
     tokenizer = _tokenizer(folder, config.vocab_size, linked)
-    return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored)
+    if tokenizer is not None:
+        tokenizer.eos_ids = eos_ids
+    return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored, eos_ids)
+
+
+def _eos_ids(folder: Path, values: Values, vocab_size: int, linked: bool) -> tuple[int, ...]:
+    """The ids that end a text: one or a list, of generation_config.json, or else of config.json."""
+    name = CONFIG
+    if (folder / GENERATION).exists():
+        other = read_json(folder, GENERATION, linked)
+        if other.get("eos_token_id") is not None:
+            name, values = GENERATION, other
+    given = values.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
+        raise ValueError(
+            f"{folder / name} has eos_token_id {shown(given)}; it must be an id below the vocabulary's "
+            f"{vocab_size}, or a list of such ids"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _on_meta(folder: Path, config: ModelConfig) -> Decoder:
+    """The model without memory; ValueError if its sizes overflow."""
+    try:
+        with torch.device("meta"), _NoInit():
+            return Decoder(config)
+    except (RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / CONFIG} asks for tensors that nothing holds: {reason}") from None
+
+
+def _shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape by name; of the layers, which are alike, only the first is made."""
+    windows = tuple(layer for layer in config.window_layers if layer == 0)
+    one = _on_meta(folder, replace(config, n_layer=1, window_layers=windows))
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in one.state_dict().items():
+        inner = name.removeprefix("blocks.0.")
+        names = [name] if inner == name else [f"blocks.{layer}.{inner}" for layer in range(config.n_layer)]
+        found |= dict.fromkeys(names, tuple(tensor.shape))
+    return found
 
 
 class _NoInit(TorchFunctionMode):
@@ -285,14 +324,27 @@ def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
 
 
 def _refuse_too_large(
-    folder: Path, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device | str
+    folder: Path,
+    entries: dict[str, Entry],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    held: str | None,
+    matrices: set[str],
 ) -> None:
-    """A sparse file of any size takes no room on a disk."""
-    needed = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
+    """A sparse file of any size takes no room on a disk. The keys `matrices` take what `held` says."""
+    needed = 0
+    for key, entry in entries.items():
+        if held is not None and key in matrices and held in KINDS:
+            n_out, n_in = entry.shape
+            buffers = KINDS[held].layout(n_in, n_out).values()
+            needed += sum(math.prod(shape) * kind.itemsize for shape, kind in buffers)
+        else:
+            needed += math.prod(entry.shape) * dtype.itemsize
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.device(device).type == "cpu" and needed > there:
+        form = held or str(dtype)[6:]
         raise ValueError(
-            f"{folder} needs {needed / 1e9:.0f} GB of memory in {str(dtype)[6:]} and this machine has "
+            f"{folder} needs {needed / 1e9:.0f} GB of memory in {form} and this machine has "
             f"{there / 1e9:.0f} GB; load it in a smaller dtype or on a larger machine"
         )
 

@@ -15,7 +15,7 @@ from architecture import Decoder
 from config import ModelConfig, write_atomically
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
-from pretrained.load import FAMILIES
+from pretrained.load import FAMILIES, GENERATION
 from quantize import FrozenLinear
 from tokenizer import CodeTokenizer, Tokenizer
 
@@ -65,11 +65,15 @@ def save_pretrained(
             tokenizer.save(temporary)
         if isinstance(tokenizer, CodeTokenizer):
             write_atomically(temporary / "tokenizer.json", _json(UNREADABLE))
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+        ids: dict[str, Any] = {
+            f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")
+        }
+        if tokenizer is not None and tokenizer.eos_ids:
+            ids["eos_token_id"] = list(tokenizer.eos_ids) if tokenizer.eos_ids[1:] else tokenizer.eos_ids[0]
         head: dict[str, Any] = {"architectures": [chosen.architecture], "model_type": chosen.model_type}
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         values = head | from_model(chosen, model.config) | ids | {"dtype": dtype, "use_cache": True}
-        write_atomically(temporary / "generation_config.json", _json(ids))
+        write_atomically(temporary / GENERATION, _json(ids))
         write_atomically(temporary / CONFIG, _json(values))
         if folder.exists():
             folder.rmdir()

@@ -14,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import linear
 from architecture import Decoder
 from config import ModelConfig
 from decoding import (
@@ -216,6 +218,20 @@ def test_batched_cached_greedy_equals_single_uncached(name):
         assert generate_ids(model, [prompt], greedy())[0].ids == ids
 
 
+def test_products_of_few_rows_give_the_same_tokens(monkeypatch):
+    """What large matrices take, which no small model has: fp32, batched and single, cached and not."""
+    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(linear, "OUTPUTS", 8)
+    rows: set[int] = set()
+    way = linear.few_rows
+    monkeypatch.setattr(linear, "few_rows", lambda x, *rest: rows.add(len(x)) or way(x, *rest))
+    for name in ("learned", "grouped-query"):
+        test_batched_cached_greedy_equals_single_uncached(name)
+        test_cached_logits_equal_uncached_at_every_position(name)
+        assert {len(PROMPTS), len(PROMPTS[-1])} <= rows  # of a step, and of a prompt
+        rows.clear()
+
+
 @pytest.mark.parametrize("fault", ["padding on the right", "padding seen", "positions count padding"])
 def test_a_faulty_batch_would_be_noticed(fault):
     model = scrambled(MODELS["learned"])
@@ -262,6 +278,29 @@ def test_rows_of_a_cache_do_not_share_memory_after_select():
     )
     assert k[:, 0, :, 0].tolist() == [[1, 1, 2], [1, 1, 3]]
     assert v[:, 0, :, 0].tolist() == [[1, 1, 0], [1, 1, 0]]
+
+
+def test_select_copies_what_was_written_and_no_more():
+    class Copied(TorchDispatchMode):
+        read = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func in (torch.ops.aten.new_empty.default, torch.ops.aten.slice.Tensor)
+            if not made:  # memory, and a part of it: neither reads
+                self.read += sum(
+                    x.numel() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)
+                )
+            return func(*args, **(kwargs or {}))
+
+    read = []
+    for max_length in (8, 4096):
+        cache = KVCache(1, max_length)
+        cache.extend_documents(torch.zeros(3, 5, dtype=torch.long))
+        cache.update(0, *torch.randn(2, 3, 2, 5, 4))
+        with Copied() as copied:
+            cache.select(torch.tensor([2, 0]))
+        read.append(copied.read)
+    assert read[0] == read[1]
 
 
 def test_rows_of_one_document_each_need_no_mask():

@@ -49,7 +49,7 @@ def trained(
     return PretrainedTokenizer({"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
 
 
-STARCODER = trained((*MARKERS[0], "<fim_pad>", "<file_sep>"))
+STARCODER = trained((*MARKERS[0], "<fim_pad>", "<file_sep>", "<repo_name>", "<filename>"))
 
 
 # --- fill-in-the-middle -----------------------------------------------------------------------------
@@ -87,7 +87,10 @@ def test_a_tokenizer_without_markers_says_so(tokenizer):
     assert tokenizer.token_id("<fim_prefix>") is None
 
 
-@pytest.mark.parametrize("end", [END, "<fim_pad>", "<file_sep>", "<fim_prefix>", "<fim_middle>"])
+@pytest.mark.parametrize(
+    "end",
+    [END, "<fim_pad>", "<file_sep>", "<repo_name>", "<filename>", "<fim_prefix>", "<fim_middle>"],
+)
 def test_a_middle_ends_at_every_end_and_leaves_no_text_of_it(end):
     tokenizer = STARCODER
     middle, stop = tokenizer.token_id("<fim_middle>"), tokenizer.token_id(end)
@@ -271,6 +274,16 @@ def test_the_standard_input(folder):
     assert done.stdout.decode() == expected(folder, ["def é"], max_new_tokens=4)[0] + "\n"
 
 
+def test_a_reader_that_has_enough_is_no_mistake(folder):
+    words = [sys.executable, "generate.py", "--model", str(folder), "--prompt", "x", "--device", "cpu"]
+    words += ["--max_new_tokens", "9"]
+    command = subprocess.Popen(words, cwd=HOUSE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None and command.stderr is not None
+    command.stdout.close()  # before anything is written
+    assert command.stderr.read() == b"" and command.wait() == 0
+    command.stderr.close()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -300,6 +313,8 @@ def test_a_wrong_command_line_is_one_sentence(words, sentence, capsys):
         ({"prompt": (), "prompt_file": "no such"}, "--prompt_file no such cannot be read"),
         ({"prompt": (), "prompt_file": "LATIN"}, "is not UTF-8: byte 1"),
         ({"device": "tpu"}, "device 'tpu' is not"),
+        ({"which": "last"}, "is a published model, and --which last is for runs"),
+        ({"adapter": "a", "dtype": "bf16"}, "leave --dtype bf16 out, or --adapter"),
     ],
 )
 def test_what_cannot_be_opened_is_one_sentence(change, sentence, folder, tmp_path):

@@ -33,9 +33,10 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
+from generate import GenerationConfig, generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
-from pretrained.folder import parse_header
+from pretrained.folder import parse_header, parse_json, read_tensors
 from pretrained.load import Stored, _NoInit
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, load_tokenizer
 
@@ -464,7 +465,7 @@ def refused(folder: Path, match: str) -> None:
     start = time.perf_counter()
     with pytest.raises(ValueError, match=match) as error:
         load_pretrained(folder)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 3000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 4000
     assert time.perf_counter() - start < 5
 
 
@@ -597,6 +598,28 @@ def test_a_config_that_is_no_json_object_is_refused(text, folder):
     refused(folder, "config.json")
 
 
+def test_a_key_that_stands_twice_behind_many_costs_no_time():
+    keys = [*range(60_000), 59_999]  # to count each would take a minute
+    text = "{" + ",".join(f'"{key}":0' for key in keys) + "}"
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="the key '59999' stands twice"):
+        parse_json(text.encode())
+    assert time.perf_counter() - start < 5
+
+
+def test_layers_of_empty_tensors_are_refused_before_they_are_made(folder):
+    """They fill no byte, so that a small file can hold as many tensors as config.json asks for layers."""
+    keys, n = tensors_of(folder), 3_000
+    header = {f"t{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(n)}
+    write_safetensors(folder / "model.safetensors", json.dumps(header).encode())
+    change_json(folder / "config.json", num_hidden_layers=n)
+    refused(folder, "model.layers.0.input_layernorm.weight is missing")
+    keys = {key.replace("layers.0.", f"layers.{i}.") for key in keys for i in range(n)}
+    header = {key: entry(shape=(0,), offsets=(0, 0)) for key in keys}
+    write_safetensors(folder / "model.safetensors", json.dumps(header).encode())
+    refused(folder, r"is F32\[0\], \[.*\] of floats is expected")  # the keys are right
+
+
 def test_code_of_a_folder_is_never_run(folder, tmp_path):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     (folder / "modeling_evil.py").write_text(code)
@@ -689,6 +712,51 @@ def test_a_pickle_of_tensors_is_read(folder, tmp_path):
     assert same(found.model, before)
     save_pretrained(found.model, None, tmp_path / "again")
     assert same(load_pretrained(tmp_path / "again").model, before)
+
+
+def test_views_in_a_pickle_are_read_as_what_they_show(folder):
+    before = load_pretrained(folder)
+    fingerprint = before.fingerprint
+    tensors = tensors_of(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for key in (name, "model.norm.weight"):  # transposed, and each other element from the fifth on
+        wide = torch.randn(5 + 2 * tensors[key].numel())
+        part = wide[5::2].view(*reversed(tensors[key].shape)).t() if key == name else wide[5::2]
+        tensors[key] = part.copy_(tensors[key])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = load_pretrained(folder)
+    assert same(found.model, before.model) and found.fingerprint == fingerprint
+    low = load_pretrained(folder, torch.bfloat16).model
+    assert same(low, before.model.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_pickle_cut_while_it_is_read_is_refused(dtype, folder):
+    """Mapped, it would end the process with SIGBUS, which no `except` sees."""
+    to_bin(folder, {})
+    entries = read_tensors(folder, False)
+    path = folder / "pytorch_model.bin"
+    os.truncate(path, 4096)
+    for found in entries.values():
+        if found.start > 4096:
+            with pytest.raises(ValueError, match="ends early; it was cut while it was read"):
+                found.read(dtype or torch.float32, "cpu")
+
+
+def test_a_pickle_that_claims_more_than_its_file_holds_is_refused(folder):
+    to_bin(folder, {})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    # The embedding's 4,800 elements become 65,535, and its 300 rows 4,095, in 16 bits each.
+    for small, large in ((b"M\xc0\x12", b"M\xff\xff"), (b"M\x2c\x01", b"M\xff\x0f")):
+        assert parts["pytorch_model/data.pkl"].count(small) >= 1
+        parts["pytorch_model/data.pkl"] = parts["pytorch_model/data.pkl"].replace(small, large)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    refused(folder, "holds '.*' of 262080 bytes, more than it has; fetch it again")
 
 
 def test_a_pickle_of_more_is_refused_and_not_run(folder, tmp_path):
@@ -1063,6 +1131,59 @@ def test_a_tokenizer_goes_with_its_model(tmp_path):
         same_ids(tokenizer, theirs, text)
     change_json(tmp_path / "model" / "tokenizer_config.json", extra_special_tokens=["<|one|>"])
     refused(tmp_path / "model", "has 307 ids and the model has 306; one of the two belongs to another model")
+
+
+def test_every_end_of_a_text_goes_with_its_model(tmp_path):
+    """As in Llama 3 Instruct, whose texts end at one of three ids, and not at its tokenizer's eos alone."""
+    tokenizer = load_tokenizer(published_tokenizer(tmp_path / "tokenizer"))
+    one, other = tokenizer.encode("a") + tokenizer.encode("b")
+    save_pretrained(Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size)), tokenizer, tmp_path / "model")
+    config, generation = (tmp_path / "model" / name for name in ("config.json", "generation_config.json"))
+    assert load_pretrained(tmp_path / "model").eos_ids == (tokenizer.eos_id,)
+    change_json(config, eos_token_id=[7, 8])
+    change_json(generation, eos_token_id=[one, other])
+    found = load_pretrained(tmp_path / "model")
+    assert found.eos_ids == (one, other) and found.tokenizer is not None
+    with torch.no_grad():  # whatever the last token was, `other` comes next
+        found.model.embed.weight.fill_(1)
+        found.model.head.weight.fill_(0)
+        found.model.head.weight[other] = 1
+        for name, parameter in found.model.named_parameters():
+            if "blocks" in name:
+                parameter.fill_(0)
+    copied = pickle.loads(pickle.dumps(found.tokenizer))
+    for ends in (found.tokenizer, copied, copied.with_tokens([])):
+        (text,) = generate(found.model, ends, ["x"], GenerationConfig(max_new_tokens=4))
+        assert (text.text, text.ids, text.finish_reason) == ("", [other], "eos")
+    save_pretrained(found.model, found.tokenizer, tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").eos_ids == (one, other)
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [
+        one,
+        other,
+    ]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [one, other]
+    generation.unlink()
+    assert load_pretrained(tmp_path / "model").eos_ids == (7, 8)
+    for wrong in ("x", [1, True], 306, -1, [[1]], {"a": 1}, 1.0):
+        change_json(config, eos_token_id=wrong)
+        refused(tmp_path / "model", "has eos_token_id .*; it must be an id below the vocabulary's 306")
+
+
+@pytest.mark.parametrize("held", [None, "int8", "nf4"])
+def test_memory_is_asked_for_as_the_weights_are_held(held, folder, monkeypatch):
+    """A model that fits a machine in 4 bits was refused for its size in the files."""
+    whole = sum(tensor.nbytes for tensor in tensors_of(folder).values())
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": whole - 1}
+    monkeypatch.setattr(os, "sysconf", lambda name: memory[name])
+    if held is None:
+        refused(folder, "GB of memory in float32 and this machine has")
+        return
+    found = load_pretrained(folder, held=held).model
+    monkeypatch.setitem(memory, "SC_PHYS_PAGES", sum(t.nbytes for t in found.state_dict().values()))
+    load_pretrained(folder, held=held)
+    monkeypatch.setitem(memory, "SC_PHYS_PAGES", memory["SC_PHYS_PAGES"] - 1)
+    with pytest.raises(ValueError, match=f"GB of memory in {held} and this machine has"):
+        load_pretrained(folder, held=held)
 
 
 def test_modules_have_the_names_that_adapters_use():

@@ -391,6 +391,15 @@ def test_stored_linear_keeps_16_bit_weights_exactly() -> None:
     assert torch.equal(StoredLinear.from_weight(normal(8, 8)).weight, normal(8, 8).bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_linear_loads_its_own_state(dtype: torch.dtype) -> None:
+    module = StoredLinear.from_weight(normal(6, 8).to(dtype))
+    for first in (torch.bfloat16, torch.float16):
+        other = StoredLinear.from_weight(normal(6, 8).to(first))
+        other.load_state_dict(module.state_dict())
+        assert other.stored[0].dtype == dtype and torch.equal(other.weight, module.weight)
+
+
 @EVERY_KIND
 @pytest.mark.parametrize(
     "cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)]

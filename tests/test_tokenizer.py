@@ -525,6 +525,21 @@ class TestPretrained:
             tokenizer.encode("a <s> a")
         assert tokenizer.encode("a <s> a", specials=True) == [1, 0, 1]
 
+    @pytest.mark.parametrize("piece", ["!", "merged"])
+    def test_a_piece_of_text_that_is_the_pad_token_stays_text(self, hf_folder: Path, piece: str) -> None:
+        before = PretrainedTokenizer.load(hf_folder)
+        merges = json.loads((hf_folder / "tokenizer.json").read_text())["model"]["merges"]
+        pieces = ["".join(merge).replace(" ", "") for merge in merges]
+        piece = next(p for p in pieces if p.isascii()) if piece == "merged" else piece
+        named = {"eos_token": "<|endoftext|>", "pad_token": piece}
+        (hf_folder / "special_tokens_map.json").write_text(json.dumps(named))
+        text = "return a if a != b else <|endoftext|>!" + piece
+        tokenizer = PretrainedTokenizer.load(hf_folder)
+        assert [tokenizer.pad_id] == before.encode(piece)
+        assert tokenizer.encode(text) == before.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.eos_id is not None and tokenizer.decode([tokenizer.eos_id]) == ""
+
     def test_vocab_and_merges_are_read_as_tokenizer_json_is(self, hf_folder: Path, tmp_path: Path) -> None:
         whole = PretrainedTokenizer.load(hf_folder)
         path = hf_folder / "tokenizer.json"
