@@ -34,6 +34,8 @@ class Linear(nn.Linear):
         x, weight, bias = input, self.weight, self.bias
         if torch.is_grad_enabled() or x.device.type != "cpu" or not weight.is_contiguous():
             return F.linear(x, weight, bias)
+        if x.dtype != weight.dtype:  # which it refuses
+            return F.linear(x, weight, bias)
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)
         rows = x.numel() // x.size(-1)

@@ -670,12 +670,14 @@ class StoredLinear(FrozenLinear):
         values = torch.empty(rows, columns, dtype=dtype, device=weight.device)
         return lambda start, stop: values[: stop - start].copy_(weight[start:stop])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Either dtype of 16 bits is taken as it comes."""
         held, given = self.stored_weight, state_dict.get(prefix + "stored_weight")
         if given is not None and given.shape == held.shape and given.dtype in (torch.float16, torch.bfloat16):
             self.stored_weight = held.to(given.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 KINDS: dict[str, type[FrozenLinear]] = {"nf4": Linear4bit, "int8": Int8Linear, "bf16": StoredLinear}

@@ -50,3 +50,13 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
         torch.testing.assert_close(layer(x), trained.detach())
     assert taken == ["few_rows" if dtype == torch.float32 else "emulated_bf16"]
     assert layer(x[:0]).shape == (0, 1, 70)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_two_dtypes_are_refused_as_f_linear_does(rows, monkeypatch):
+    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(linear, "EMULATED_BF16", True)
+    with torch.no_grad():
+        for x, weight in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+            with pytest.raises(RuntimeError, match="dtype"):
+                Linear(8, 70).to(weight)(torch.randn(rows, 8, dtype=x))
