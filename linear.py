@@ -1,11 +1,11 @@
 """`Linear`: nn.Linear whose products of few rows are fast on a CPU, which is where decoding spends its time.
 
-A step of decoding multiplies every weight by as many rows as texts are under way. At one row in fp32 the time
-is that of reading the weights from memory, and nothing is gained here. The libraries behind `F.linear` lose
-time elsewhere, measured on two cores with AVX-512 and without native bf16, on 3072 x 768 and 49152 x 768:
+A step of decoding multiplies every weight by as many rows as texts are under way. At one row the time is that
+of reading the weights from memory, if torch's own kernel does it: see `one_row_bf16`. With more rows the
+libraries behind `F.linear` lose time, measured on two cores with AVX-512 and without native bf16, on
+3072 x 768 and 49152 x 768:
 
     fp32, 8 rows    they pack the whole weight first: products of 64 of its rows take 0.6 and 0.4 of the time
-    bf16, 1 row     `mv` takes 0.8 to 0.9 of the time
     bf16, 8 rows    a block of the weight made fp32 while it is in the cache takes 0.5 of the time
 
 Training and everything that takes gradients, autocast and other devices use `F.linear` itself. Sums are in
@@ -39,13 +39,32 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)
         rows = x.numel() // x.size(-1)
-        if weight.dtype == torch.bfloat16 and EMULATED_BF16 and rows:
+        emulated = weight.dtype == torch.bfloat16 and EMULATED_BF16
+        if rows <= 1:
+            return one_row_bf16(x, weight, bias) if emulated and rows else F.linear(x, weight, bias)
+        if emulated:
             y = emulated_bf16(x.reshape(rows, -1), weight, bias)
-        elif weight.dtype == torch.float32 and 1 < rows <= FEW_ROWS and weight.numel() >= LEAST:
+        elif weight.dtype == torch.float32 and rows <= FEW_ROWS and weight.numel() >= LEAST:
             y = few_rows(x.reshape(rows, -1), weight, bias)
         else:
             return F.linear(x, weight, bias)
         return y.view(*x.shape[:-1], -1)
+
+
+def one_row_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by torch's own kernel, where the CPU has no instruction for it: x (1, in) in bf16, (1, out).
+
+    On a CPU with AVX-512 `F.linear` prefers oneDNN, which emulates bf16 arithmetic. torch's kernel sums in
+    fp32 what it reads, rounds once with the bias in, and reads at the speed of memory. (`torch.addmv` is the
+    same product 8 times as slow, since a kernel is there without a bias only.)
+    """
+    backend = torch.backends.mkldnn
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        backend.enabled = before
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,8 +80,6 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def emulated_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (n, in) times weight (out, in), both bf16, where the CPU has no instruction for it: (n, out)."""
-    if len(x) == 1:
-        return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
     n_out, n_in = weight.shape
     step = min(n_out, max(1, (BLOCK if len(x) <= 2 * FEW_ROWS else LARGE_BLOCK) // n_in))
     block = torch.empty(step, n_in)
