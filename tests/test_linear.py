@@ -56,7 +56,7 @@ def test_one_row_of_bf16_goes_to_torchs_own_kernel(bias, emulated, before, monke
     assert torch.backends.mkldnn.enabled == before
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.bfloat16, 3)])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.bfloat16, 5)])
 def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     monkeypatch.setattr(linear, "LEAST", 0)
     monkeypatch.setattr(linear, "EMULATED_BF16", True)
@@ -71,9 +71,11 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             layer(x.float())
+        layer(x[: linear.DOT_ROWS] if dtype == torch.bfloat16 else x[:1])
         assert not taken
         torch.testing.assert_close(layer(x), trained.detach())
-    assert taken == ["few_rows" if dtype == torch.float32 else "emulated_bf16"]
+    # The blocks of a bf16 weight are multiplied as a weight in fp32 is.
+    assert taken == (["few_rows"] if dtype == torch.float32 else ["emulated_bf16", "few_rows"])
     assert layer(x[:0]).shape == (0, 1, 70)
 
 
