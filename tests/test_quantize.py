@@ -351,6 +351,23 @@ def test_autocast_multiplies_in_its_dtype(kind: str, dtype: torch.dtype) -> None
     assert module(x.to(dtype)).dtype == dtype
 
 
+@EVERY_KIND
+@pytest.mark.parametrize("bias", [False, True])
+def test_bf16_outputs_and_gradients_are_rounded_once(kind: str, bias: bool) -> None:
+    whole = normal(256, 192).bfloat16()
+    module = KINDS[kind].from_weight(whole, normal(256, seed=1, scale=0.1).bfloat16() if bias else None)
+    x = normal(16, 192, seed=2, scale=1.0).bfloat16().requires_grad_(True)
+    grad = normal(16, 256, seed=3, scale=1.0).bfloat16()
+    weight = module.weight if kind == "int8" else module.weight.bfloat16()  # as it is multiplied
+    y = module(x)
+    exact = nn.functional.linear(
+        x.double(), weight.double(), None if module.bias is None else module.bias.double()
+    )
+    torch.testing.assert_close(y.double(), exact, rtol=1.01 * 2**-8, atol=2e-6)
+    (ours,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(ours.double(), grad.double() @ weight.double(), rtol=1.01 * 2**-8, atol=2e-6)
+
+
 def test_half_precision_sums_over_chunks_are_kept_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     module = StoredLinear.from_weight(normal(64 * 32, 64).bfloat16())
     x = torch.zeros(2, 64, dtype=torch.bfloat16, requires_grad=True)
