@@ -339,17 +339,18 @@ class _Product(torch.autograd.Function):
         (out_features, in_features), dtype = ctx.shape, grads[0].dtype
         grad = grads[0].reshape(-1, out_features)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
-        others = None, None, *(None for _ in ctx.saved_tensors)
+        stored = ctx.saved_tensors  # once: a block that is made again gives them a single time
+        others = None, None, *(None for _ in stored)
         if not ctx.needs_input_grad[0]:
             return None, grad_bias, *others
-        scale = ctx.kind.row_scale(ctx.saved_tensors, dtype)
+        scale = ctx.kind.row_scale(stored, dtype)
         # The sum over chunks is kept in fp32, so that they leave no trace in bf16.
         wide = torch.promote_types(dtype, torch.float32)
         if scale is not None:
             grad = grad * scale  # wide, and rounded once, at the end
         total = torch.zeros(grad.size(0), in_features, dtype=wide, device=grad.device)
         with torch.autocast(grad.device.type, enabled=False):
-            for rows, weight in _chunks(ctx.kind, ctx.shape, ctx.saved_tensors, grad.dtype, grad.size(0)):
+            for rows, weight in _chunks(ctx.kind, ctx.shape, stored, grad.dtype, grad.size(0)):
                 if grad.dtype == wide:
                     total.addmm_(grad[:, rows], weight)
                 else:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import quantize
 from quantize import (
@@ -325,6 +326,16 @@ def test_a_weight_changed_before_backward_is_seen() -> None:
     module.get_buffer("packed").zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@EVERY_KIND
+def test_a_block_that_is_made_again_in_backward_gives_the_same(kind: str) -> None:
+    module = KINDS[kind].from_weight(normal(96, 64), normal(96, seed=1))
+    x = normal(5, 64, seed=2, scale=1.0).requires_grad_(True)
+    (plain,) = torch.autograd.grad(module(x).square().sum(), x)
+    again = checkpoint(lambda x: module(x).square().sum(), x, use_reentrant=False)
+    assert isinstance(again, torch.Tensor)
+    assert torch.equal(torch.autograd.grad(again, x)[0], plain)
 
 
 @EVERY_KIND
