@@ -192,9 +192,11 @@ def show_curves(shape: str, rows: int, length: int, steps: int) -> None:
     runs = {"bf16": ("bf16", 1), "bf16, another seed": ("bf16", 2), "nf4": ("nf4", 1)}
     losses = {name: torch.tensor(curve(shape, rows, length, steps, *run)) for name, run in runs.items()}
     print(f"{shape}, {rows} x {length}, losses by step")
-    print("  step  " + "  ".join(losses))
+    print("  step  " + "  ".join(f"{name:>8}" for name in losses))
     for step in sorted({0, *range(9, steps, 10), steps - 1}):
-        print(f"{step + 1:6}  " + "  ".join(f"{v[step]:{len(name)}.4f}" for name, v in losses.items()))
+        print(
+            f"{step + 1:6}  " + "  ".join(f"{v[step]:{max(8, len(name))}.4f}" for name, v in losses.items())
+        )
     for name, other in list(losses.items())[1:]:
         gap = other - losses["bf16"]
         print(f"{name} less bf16: mean {gap.mean():+.4f}, mean distance {gap.abs().mean():.4f}")
