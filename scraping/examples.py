@@ -53,7 +53,7 @@ _PROMPT = re.compile(r"(?:>>>|\.\.\.)(?: |$)|In \[\d+\]: ?| +\.\.\.: ?")
 
 @dataclass(frozen=True)
 class Example:
-    """A piece of code on a page: the ending that names its language, and its text, with a line break at the end."""
+    """A piece of code on a page: the file extension of its language, and its text in whole lines."""
 
     extension: str
     text: str
@@ -170,7 +170,7 @@ def _tag_end(page: str, at: int) -> int:
         if stop.group() == ">":
             return stop.start()
         at = stop.end()
-        if page[: stop.start()][-20:].rstrip().endswith("="):
+        if page[max(stop.start() - 20, 0) : stop.start()].rstrip().endswith("="):
             at = page.find(stop.group(), at) + 1
             if at == 0:
                 return -1

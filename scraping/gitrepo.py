@@ -7,10 +7,10 @@
         for id, data in repository.blobs(ids):
             ...
 
-A bare repository without history takes the trees first and then the wanted blobs in one batch (git's partial
-clone). Nothing is checked out, so no hook, filter, submodule or attribute of it is ever looked at. The settings
-of the user and of the system are not read, and no credential is asked for or sent. git itself runs with limits
-of time, memory and bytes.
+A bare repository without history takes the trees first and then the wanted blobs in one batch (git's
+partial clone). Nothing is checked out, so no hook, filter, submodule or attribute of it is ever looked at.
+The settings of the user and of the system are not read, and no credential is asked for or sent. git itself
+runs with limits of time, memory and bytes.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ class Repository:
 
 @contextlib.contextmanager
 def _deadline(process: subprocess.Popen, seconds: float) -> Iterator[list[bool]]:
-    """End a process and all that it started with the block, or when time is over, which the list then tells."""
+    """End a process and all that it started with the block, or late, as the list then tells."""
     late: list[bool] = []
 
     def end() -> None:

@@ -40,7 +40,7 @@ def parse(text: str, agent: str) -> Robots:
     sitemaps: list[str] = []
     names: list[str] = []
     in_rules = True
-    for line in text[:MAX_BYTES].splitlines():
+    for line in text[:MAX_BYTES].removeprefix("\ufeff").splitlines():
         key, colon, value = line.split("#", 1)[0].partition(":")
         key, value = key.strip().lower(), value.strip()
         if not colon:
