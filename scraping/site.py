@@ -1,8 +1,8 @@
 """python -m scraping site: the code examples of a documentation site.
 
 The pages are those of its sitemap that lie on its host and that robots.txt lets anybody read; each `<pre>` of
-a page is a file `page#number.ext`. In the ledger a page is a file too: it waits until it was read, and is then
-dropped with what became of it as its reason, so that a killed run goes on with the pages that wait.
+a page is a file `page#number.ext`. In the ledger a page is a file too: it waits until it was read, and is
+then dropped with what became of it as its reason, so that a killed run goes on with the pages that wait.
 """
 
 from __future__ import annotations
