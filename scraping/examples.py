@@ -203,10 +203,8 @@ def _extension(places: list[frozenset[str]]) -> str:
 def _tidy(extension: str, text: str) -> Example:
     """As a file would hold it; of a session in an interpreter, what was typed."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ").split("\n")
-    while lines and not lines[0].strip():
-        lines.pop(0)
-    while lines and not lines[-1].strip():
-        lines.pop()
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    lines = lines[filled[0] : filled[-1] + 1] if filled else []
     if lines and re.match(r">>> |In \[\d+\]: ", lines[0]) and extension in (".py", UNKNOWN_EXTENSION):
         typed = [(match, line) for line in lines if (match := _PROMPT.match(line))]
         lines = [line[match.end() :] for match, line in typed]
