@@ -109,28 +109,28 @@ def test_no_page_raises(parts: list[str]) -> None:
 
 
 HOSTILE = {
-    "opens": "<pre " * 400_000,
-    "lesser": "<" * 2_000_000,
-    "quotes": "<a b='" * 300_000,
-    "more quotes": "<a b=\"'" * 300_000,
-    "ends": "</" * 900_000,
+    "opens": "<pre " * 100_000,
+    "lesser": "<" * 500_000,
+    "quotes": "<a b='" * 80_000,
+    "more quotes": "<a b=\"'" * 80_000,
+    "ends": "</" * 250_000,
     "comments": "<!--" * 500_000,
-    "declarations": "<!" * 900_000,
-    "boxes": "<div>" * 400_000 + "</td>" * 200_000,
-    "hidden": "<pre>" + "<button><i>" * 200_000 + "</b>" * 200_000,
-    "spaces": "<pre class" + " " * 1_900_000,
-    "attributes": "<pre " + "class=" * 300_000 + ">",
-    "entities": "<pre>" + "&#" + "9" * 1_900_000 + ";&amp" * 1000 + "</pre>",
+    "declarations": "<!" * 250_000,
+    "boxes": "<div>" * 100_000 + "</td>" * 50_000,
+    "hidden": "<pre>" + "<button><i>" * 50_000 + "</b>" * 50_000,
+    "spaces": "<pre class" + " " * 1_250_000,
+    "attributes": "<pre " + "class=" * 80_000 + ">",
+    "entities": "<pre>" + "&#" + "9" * 1_250_000 + ";&amp" * 1000 + "</pre>",
     "scripts": "<script>" * 250_000,
-    "lines": "<pre>" + "\n" * 1_900_000 + "</pre>",
+    "lines": "<pre>" + "\n" * 1_250_000 + "</pre>",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_page_of_two_megabytes_takes_time_that_grows_with_its_length(name: str) -> None:
+def test_a_hostile_page_takes_time_that_grows_with_its_length(name: str) -> None:
     began = time.process_time()
     examples(HOSTILE[name])
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 3
 
 
 def test_a_page_is_decoded_by_what_is_said_of_it() -> None:
@@ -457,7 +457,7 @@ def test_what_never_ends_is_ended_and_what_fails_is_asked_again(site: Site) -> N
 
 
 def test_a_compressed_page_is_counted_as_it_unpacks(site: Site) -> None:
-    bomb = gzip.compress(b"x" * 10**8)
+    bomb = gzip.compress(b"x" * 10**7)
     site.replies["/bomb"] = (200, {"Content-Encoding": "gzip"}, bomb)
     with pytest.raises(Refused, match="too large a page"):
         client(site).get(f"{site.address}/bomb", 10**6)
