@@ -372,14 +372,16 @@ def embedding_shuffled() -> contextlib.AbstractContextManager:
     return patch.object(trainingmanager, "starting_model", wrong)
 
 
-def train_files_held_out() -> contextlib.AbstractContextManager:
-    right = dataset.open_store
+def sides_read(*sides: str) -> Patch:
+    """Plants a loader that opens these sides as train, validation and test."""
 
-    def wrong(folder: Path) -> Any:
-        train, _ = right(folder)
-        return train, train
+    def plant() -> contextlib.AbstractContextManager:
+        def wrong(folder: Path) -> Any:
+            return tuple(tokenstore.TokenStore(folder, side) for side in sides)
 
-    return patch.object(dataset, "open_store", wrong)
+        return patch.object(dataset, "open_store", wrong)
+
+    return plant
 
 
 def merged(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -414,7 +416,24 @@ PLANTS = [
     split_by_row("D2 lines", "lines of one page on both sides", "lines.jsonl"),
     split_by_row("D3 windows", "overlapping windows on both sides", "windows.jsonl"),
     split_by_row("D4 chunks", "chunks of one file on both sides", "chunks.jsonl"),
-    Plant("E3 trained on", "evaluated on training data", "split-leaks", train_files_held_out),
+    Plant(
+        "E3 trained on",
+        "evaluated on training data",
+        "split-leaks",
+        sides_read("train", "validation", "train"),
+    ),
+    Plant(
+        "E3 validated",
+        "validated on training data",
+        "split-leaks",
+        sides_read("train", "train", "test"),
+    ),
+    Plant(
+        "E3 chosen by",
+        "evaluated on what checkpoints were chosen by",
+        "split-leaks",
+        sides_read("train", "validation", "validation"),
+    ),
     Plant("M1 axes", "batch and time swapped, hidden by a flatten", "other-row-visible", swapped_axes),
     Plant("M2 mask", "a causal mask inverted", "future-visible", inverted_mask),
     Plant("M2 blind", "a mask that hides the past too", "past-invisible", blind),
@@ -752,12 +771,14 @@ def write_base(folder: Path) -> None:
 
     `other-base` has one other weight; `more-tokens` is its tokenizer with a token that it never saw.
     """
-    tokenizer = BPETokenizer.train(training_texts(DataConfig(str(folder / "long"), validation_one_in=4)), 290)
+    tokenizer = BPETokenizer.train(
+        training_texts(DataConfig(str(folder / "long"), validation_one_in=4, test_one_in=4)), 290
+    )
     shape = pretrained.gpt_bigcode.FAMILY.parts | {"n_kv_head": 1, "mlp": "gelu_tanh", "tie_embeddings": True}
     shape |= {"vocab_size": 300, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32, "init": "normal"}
     torch.manual_seed(0)
     model = Decoder(ModelConfig(**shape))
-    texts = training_texts(DataConfig(str(folder / "long"), validation_one_in=4))
+    texts = training_texts(DataConfig(str(folder / "long"), validation_one_in=4, test_one_in=4))
     ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
     rows = ids[: len(ids) // 33 * 33].view(-1, 33)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -779,7 +800,7 @@ def write_base(folder: Path) -> None:
 def small_config(folder: Path, settings: dict[str, dict[str, Any]]) -> Config:
     """Five updates of a tiny model in `folder`."""
     groups: dict[str, dict[str, Any]] = {
-        "data": {"source": "long", "validation_one_in": 4, "workers": 1},
+        "data": {"source": "long", "validation_one_in": 4, "test_one_in": 4, "workers": 1},
         "tokenizer": {"vocab_size": 300, "min_count": 2},
         "model": {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1},
         "optimizer": {"warmup_steps": 2},

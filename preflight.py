@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import math
 import sys
@@ -28,7 +29,7 @@ from torch import Tensor
 from architecture import ABSOLUTE_POSITIONS, Decoder, Dropout
 from config import Config, ModelConfig, write_atomically
 from corpus import split_documents
-from dataset import IGNORE_INDEX, Batch
+from dataset import IGNORE_INDEX, Batch, validation_batches
 from decoding import generate_ids
 from fim import fim_prompt_ids, known_markers, trim_fim_prompt
 from generate import GenerationConfig, generate, prompt_ids, trim_prompt
@@ -72,6 +73,7 @@ class Subject:
     tokenizer: Tokenizer
     train: TokenStore
     validation: TokenStore
+    test: TokenStore  # the validation store, where there is no such side
     micro_batch: Callable[[int], Batch]  # of training, by number, on the device, after every transform
     validation_batches: Callable[[int], Iterable[Batch]]  # that many, spread evenly
     loss: Callable[[Batch], TokenLoss]  # of training, label smoothing included
@@ -360,27 +362,31 @@ SHOWN_TOKENS = 24
 
 def labels(subject: Subject) -> Iterator[Fault | str]:
     """On real batches: which tokens bear loss, and whether those that should do and the others do not."""
-    sides = {
-        "training": [subject.micro_batch(i) for i in range(LABEL_BATCHES)],
-        "validation": list(subject.validation_batches(2)),
-    }
-    for side, batches in sides.items():
+    sides = [
+        (subject.train, [subject.micro_batch(i) for i in range(LABEL_BATCHES)]),
+        (subject.validation, list(subject.validation_batches(2))),
+    ]
+    if subject.test is not subject.validation:
+        rows, length = sides[1][1][0].tokens.shape
+        sides.append((subject.test, list(validation_batches(subject.test, rows, length, 2))))
+    for store, batches in sides:
         whole = Batch(*(torch.cat([batch[i] for batch in batches]).cpu() for i in range(4)))
-        yield from label_faults(subject, whole, side)
-        if side == "training":
+        training = batches is sides[0][1]
+        yield from label_faults(subject, whole, store, training)
+        if training:
             yield label_summary(subject, whole)
 
 
-def label_faults(subject: Subject, batch: Batch, side: str) -> Iterator[Fault]:
+def label_faults(subject: Subject, batch: Batch, store: TokenStore, training: bool) -> Iterator[Fault]:
     """Faults of rows (B, T); the last label of a row is not compared, since its token is in no column."""
     tokens, labels, documents, positions = batch
     eos_id, bos_id = subject.tokenizer.eos_id, subject.tokenizer.bos_id
-    store = subject.train if side == "training" else subject.validation
+    side = "training" if training else store.split
     bears = labels != IGNORE_INDEX
     padding = documents < 0
     same = (documents[:, 1:] == documents[:, :-1]) & ~padding[:, 1:]
     inner, targets = bears[:, :-1], tokens[:, 1:]
-    everywhere = side == "training" and subject.config.data.loss_on == "all"
+    everywhere = training and subject.config.data.loss_on == "all"
     over, short, under = (
         prompt_errors(store, batch, subject.tokenizer, everywhere) if store.holds_examples else (0, 0, 0)
     )
@@ -545,22 +551,25 @@ def marked(tokenizer: Tokenizer, tokens: Tensor, bears: Tensor) -> str:
 
 
 def split(subject: Subject) -> Iterator[Fault | str]:
-    """How much of the held-out text also stands in the training data, and refuses too much of it."""
+    """How much of the text of one side also stands in another, and refuses too much of it."""
     if subject.config.train.overfit:
         yield "left out: --overfit validates on what it trains on"
         return
-    found = store_overlap(subject.train, subject.validation, subject.tokenizer)
-    yield str(found)
-    if found.refused:
-        largest = "".join(
-            f"; {e.held_out!r} and {e.train!r} share {' '.join(e.excerpt.split())[:60]!r}"
-            for e in found.examples[:1]
-        )
-        yield Fault(
-            "split-leaks",
-            f"{found}{largest}",
-            "name what belongs together with --data.group_field, or find it with --data.regroup true",
-        )
+    sides = [subject.train, subject.validation]
+    sides += [] if subject.test is subject.validation else [subject.test]
+    for known, held_out in itertools.combinations(sides, 2):
+        found = store_overlap(known, held_out, subject.tokenizer)
+        yield f"of {held_out.split} in {known.split} {found.counts}"
+        if found.refused:
+            largest = "".join(
+                f"; {e.held_out!r} and {e.train!r} share {' '.join(e.excerpt.split())[:60]!r}"
+                for e in found.examples[:1]
+            )
+            yield Fault(
+                "split-leaks",
+                f"of {held_out.split} in {known.split}: {found}{largest}",
+                "name what belongs together with --data.group_field, or find it with --data.regroup true",
+            )
 
 
 # --- settings: each does what it says ----------------------------------------------------------------
@@ -782,13 +791,15 @@ def same_path(subject: Subject) -> Iterator[Fault | str]:
             f"one batch has loss {mean:.4f} by training's function and {scores.loss:.4f} by validation's",
             "let both call the same function",
         )
-    markers, held_out = known_markers(subject.tokenizer), subject.validation
-    if markers is not None and not held_out.holds_examples:
+    markers = known_markers(subject.tokenizer)
+    for held_out in dict.fromkeys((subject.validation, subject.test)):
+        if markers is None or held_out.holds_examples:
+            continue
         begin = held_out.gather(held_out.offsets[:-1][np.diff(held_out.offsets) > 0])
         if n_gaps := int((begin == markers[0]).sum()):
             yield Fault(
                 "validation-differs",
-                f"{n_gaps} held-out files are stored with a gap, so that other text would be scored",
+                f"{n_gaps} {held_out.split} files are stored with a gap, so that other text would be scored",
                 "data.fim_rate is for training files only",
             )
     yield from prompt_faults(subject)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from config import Config, one_sentence, parse_config
+from config import BEFORE, Config, one_sentence, parse_config
 
 
 def command_line(words: list[str]) -> list[str]:
@@ -22,7 +22,8 @@ def command_line(words: list[str]) -> list[str]:
     if "--resume" in joined and "--run" in joined[:-1]:
         saved = Path(joined[joined.index("--run") + 1]) / "config.yaml"
         if saved.is_file():
-            return ["--config", str(saved), *words]
+            before = [part for key, value in BEFORE.items() for part in (f"--{key}", str(value))]
+            return [*before, "--config", str(saved), *words]
     return words
 
 
@@ -115,7 +116,7 @@ class TrainingManager:
     Args:
         config: The resolved settings.
         model: On its device.
-        data: Token stores of both sides of the split.
+        data: Token stores of the sides of the split.
         folder: Of the run.
     """
 
@@ -595,7 +596,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         )
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
     config = dataclasses.replace(config, model=model_config)
-    for side in dict.fromkeys((data.train, data.validation)):
+    for side in dict.fromkeys((data.train, data.validation, data.test)):
         kind = "examples" if side.holds_examples else "files"
         refuse_long_answers(config.data, side, config.row_length)
         longer = int(is_trimmed(side, config.row_length).sum())
@@ -621,6 +622,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         tokenizer=tokenizer,
         train=data.train,
         validation=data.validation,
+        test=data.test,
         micro_batch=manager.micro_batch,
         validation_batches=manager.validation_batches,
         loss=manager.loss,
@@ -658,12 +660,12 @@ def report(manager: TrainingManager) -> None:
         str(folder), device=device, precision=precision, source=data.source, cache=data.cache
     )
     scores = evaluate(settings)
-    print(f"\nbest checkpoint, step {run.step}, on all held-out files\n{table(scores)}")
+    print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
     write_results(scores, settings)
     samples = sample_completions(
         run.model.to(manager.device),
         run.tokenizer,
-        manager.data.validation,
+        manager.data.test,
         manager.config.row_length,
         manager.eval_precision,
         train.samples,
