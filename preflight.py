@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -954,20 +954,26 @@ def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:
         near = difflib.get_close_matches(name, FAULTS.split(), 1, 0.0)[0]
         raise ValueError(f"--allow {name} names no fault; did you mean {near}?")
     with torch.random.fork_rng():  # of every device: torch.manual_seed sets them all
-        for name, guard in GUARDS.items():
-            started = time.perf_counter()
-            said = []
-            with shortened(subject.model) if name in BY_BLOCKS else contextlib.nullcontext():
-                for finding in guard(subject):
-                    if isinstance(finding, str):
-                        said.append(finding)
-                    elif finding.name in allowed:
-                        passed.append(finding)
-                        print(f"ALLOWED {finding.name}: {finding.evidence}", file=sys.stderr)
-                    else:
-                        raise finding
-            seconds = time.perf_counter() - started
-            print(f"preflight, {name}: {'; '.join(said) or 'passed'} ({seconds:.1f} s)")
+        for name in GUARDS:
+            passed += run_guard(subject, name, allowed)
+    return passed
+
+
+def run_guard(subject: Subject, name: str, allowed: Collection[str]) -> list[Fault]:
+    """One guard by name, as `preflight` runs it."""
+    started = time.perf_counter()
+    passed, said = [], []
+    with shortened(subject.model) if name in BY_BLOCKS else contextlib.nullcontext():
+        for finding in GUARDS[name](subject):
+            if isinstance(finding, str):
+                said.append(finding)
+            elif finding.name in allowed:
+                passed.append(finding)
+                print(f"ALLOWED {finding.name}: {finding.evidence}", file=sys.stderr)
+            else:
+                raise finding
+    seconds = time.perf_counter() - started
+    print(f"preflight, {name}: {'; '.join(said) or 'passed'} ({seconds:.1f} s)")
     return passed
 
 

@@ -90,6 +90,7 @@ from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
+from tokenizer import Tokenizer
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -152,6 +153,26 @@ class TrainingManager:
         model.checkpoint_activations = train.activation_checkpointing
         if config.lora.r and not train.activation_checkpointing:  # whole blocks are made again there
             model.keep_less()
+
+    def subject(self, tokenizer: Tokenizer, start: str, known_ids: int | None) -> Subject:
+        """What the guards look at; `start` and `known_ids` as they say."""
+        return Subject(
+            config=self.config,
+            model=self.model,
+            tokenizer=tokenizer,
+            train=self.data.train,
+            validation=self.data.validation,
+            test=self.data.test,
+            micro_batch=self.micro_batch,
+            validation_batches=self.validation_batches,
+            loss=self.loss,
+            score=self.score,
+            precision=self.precision,
+            eval_precision=self.eval_precision,
+            optimizers=self.optimizers,
+            start=start,
+            known_ids=known_ids,
+        )
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -616,22 +637,10 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     if config.train.resume:
         refuse_changes(folder, config)
         manager.resume()
-    subject = Subject(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        train=data.train,
-        validation=data.validation,
-        test=data.test,
-        micro_batch=manager.micro_batch,
-        validation_batches=manager.validation_batches,
-        loss=manager.loss,
-        score=manager.score,
-        precision=precision,
-        eval_precision=manager.eval_precision,
-        optimizers=manager.optimizers,
-        start="resumed" if config.train.resume else "fresh" if base is None else "loaded",
-        known_ids=None if base is None or base.tokenizer is None else base.tokenizer.vocab_size,
+    subject = manager.subject(
+        tokenizer,
+        "resumed" if config.train.resume else "fresh" if base is None else "loaded",
+        None if base is None or base.tokenizer is None else base.tokenizer.vocab_size,
     )
     passed = preflight(subject, config.train.allow)
     # Only now: a run that a guard refuses leaves its folder as it was, free for the next try.
