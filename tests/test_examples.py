@@ -35,8 +35,9 @@ from test_generate_command import STARCODER
 
 import corpus
 import dataset
+import guards.same_path
+import planted_data
 import plants
-import preflight
 import tokenstore
 from config import Config, TokenizerConfig
 from corpus import SPLITS, Document, Report, alpaca_prompt, read_documents, split_documents, training_texts
@@ -54,7 +55,7 @@ from dataset import (
 from eval import ngram_scores, train_ngram
 from fim import fim_markers, fim_prompt_ids, gap_of, in_text_order, trim_fim_prompt
 from generate import prompt_ids, trim_prompt
-from preflight import prompt_errors
+from guards.labels import prompt_errors
 from proofs import run_difference
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
 from tokenstore import TokenStore, build_store, open_store
@@ -841,7 +842,7 @@ def test_a_limited_validation_makes_no_batch_it_does_not_show(tmp_path: Path, mo
 
 @pytest.fixture
 def gap_config(tmp_path: Path) -> Config:
-    plants.write_corpus(tmp_path / "long")
+    planted_data.write_corpus(tmp_path / "long")
     STARCODER.save(tmp_path)
     config = plants.small_config(tmp_path, {"data": {"fim_rate": 0.5}})
     return dataclasses.replace(config, tokenizer=TokenizerConfig("pretrained", path=str(tmp_path)))
@@ -859,7 +860,7 @@ def test_a_run_with_gaps_passes_every_guard(gap_config: Config, capsys: pytest.C
     [
         (corpus, "split_of", lambda right: lambda *args: Side(right(*args)), "validation-differs: .* a gap"),
         (
-            preflight,
+            guards.same_path,
             "fim_prompt_ids",
             lambda right: lambda tokenizer, *parts: [tokenizer.start_id, *right(tokenizer, *parts)],
             "prompt-differs",
@@ -878,7 +879,7 @@ def test_a_fault_of_gaps_stops_the_run_by_name(
 
 def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(tmp_path: Path):
     STARCODER.save(tmp_path)
-    texts = [plants.function(random.Random(n)) * 2 for n in range(60)]
+    texts = [planted_data.function(random.Random(n)) * 2 for n in range(60)]
     rows = [{"prefix": text[:60], "suffix": text[90:], "middle": text[60:90]} for text in texts]
     source = write_rows(tmp_path / "rows.jsonl", rows)
     config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})

@@ -31,8 +31,8 @@ from config import (
 from corpus import training_texts
 from dropout import Dropout
 from eval import EvalConfig, evaluate, table
+from guards.subject import Fault
 from lora import adapters_disabled
-from preflight import Fault
 from pretrained import FAMILIES, save_pretrained
 from pretrained.family import to_model
 from proofs import run_difference

@@ -1,7 +1,7 @@
-"""Seconds of each guard at a true shape: `python benchmarks/guards.py [starcoder] [--held bf16] [--full]`.
+"""Seconds of each guard at a true shape: `python benchmarks/guard_times.py [SHAPE] [--held bf16] [--full]`.
 
-Random weights of the published size, adapters as in `adapters.py` (or, with --full, every weight trains), rows of
-512 tokens of the interpreter's own standard library. Beside the wall clock stands the processor time of the
+Random weights of the published size, adapters as in `adapters.py` (with --full all weights train), rows of
+512 tokens of this repository. Beside the wall clock stands the processor time of the
 guard over the number of threads: on a machine that does other things too, that is nearer to what it takes.
 Before the guards one forward pass of one row is timed: no guard that goes through the whole model takes less.
 """
@@ -54,7 +54,7 @@ def subject_of(shape: str, held: str, full: bool, folder: Path) -> preflight.Sub
     if not full:
         add_adapter(model, lora, FAMILIES[family].key)
     config = Config(
-        data=DataConfig(cache=str(folder / "cache")),
+        data=DataConfig(str(HOUSE), cache=str(folder / "cache"), workers=1),
         model=model.config,
         lora=lora,
         optimizer=OptimizerConfig(name="adamw", lr=2e-4, embedding_lr=0.0, head_lr=0.0),
@@ -77,7 +77,8 @@ def main() -> None:
         subject = subject_of(asked.shape, asked.held, asked.full, Path(name))
         # Random weights of another vocabulary know less than nothing; that is not what is measured.
         allowed = {"worse-than-unigram", "vocabulary-too-large"}
-        print(f"{asked.shape}: {n_weights(subject.model) / 1e9:.2f}e9 weights, {torch.get_num_threads()} threads")
+        size = n_weights(subject.model) / 1e9
+        print(f"{asked.shape}: {size:.2f}e9 weights, {torch.get_num_threads()} threads", flush=True)
         batch = next(iter(subject.validation_batches(1)))
         row = type(batch)(*(t[:1] for t in batch))
         seconds = timed(lambda: subject.score([row]))
