@@ -11,7 +11,9 @@ from decoding import generate_ids
 from generate import GenerationConfig, generate
 from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 4
+PROMPT_TOKENS = 16
+NEW_TOKENS = 4
+FEWEST_TOKENS = 2  # of models of which a pass takes so long that each token counts
 BEAM_PROMPTS = 8
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
 
@@ -28,13 +30,17 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        count = max(1, min(BEAM_PROMPTS, tokens_of_a_pass(subject.model) // BEAM_IDS))
+        count = max(1, min(BEAM_PROMPTS, tokens_of_a_pass(subject.model) // 4 // BEAM_IDS))
         yield from beam_faults(subject.model, [row[i : i + 3] for i in range(min(count, len(row) - 3))])
         yield from echo_faults(subject, prompts[0])
 
 
+def new_tokens(model: Decoder) -> int:
+    return max(FEWEST_TOKENS, min(NEW_TOKENS, tokens_of_a_pass(model) // 256))
+
+
 def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS)
+    settings = GenerationConfig(max_new_tokens=new_tokens(model))
     together = [g.ids for g in generate_ids(model, prompts, settings)]
     alone = [generate_ids(model, [prompt], settings)[0].ids for prompt in prompts]
     if together != alone:
@@ -46,7 +52,7 @@ def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
 
 
 def seed_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
+    settings = GenerationConfig(max_new_tokens=new_tokens(model), temperature=1.0, seed=1)
     first, second = ([g.ids for g in generate_ids(model, prompts, settings)] for _ in range(2))
     if first != second:
         yield Fault(
@@ -78,11 +84,11 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
 
 def echo_faults(subject: Subject, prompt: list[int]) -> Iterator[Fault]:
     text = subject.tokenizer.decode(prompt)
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS)
+    settings = GenerationConfig(max_new_tokens=new_tokens(subject.model))
     (completion,) = generate(subject.model, subject.tokenizer, [text], settings)
     if text.strip() and completion.text.startswith(text):
         yield Fault(
             "prompt-in-prediction",
-            f"a prediction of {NEW_TOKENS} tokens begins with its own prompt {text[:40]!r}",
+            f"a prediction of {settings.max_new_tokens} tokens begins with its own prompt {text[:40]!r}",
             "return what was added only",
         )
