@@ -14,7 +14,7 @@ from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
 FEWEST_TOKENS = 2  # of models of which a pass takes so long that each token counts
-BEAM_PROMPTS = 8
+BEAM_PROMPTS, FEWEST_PROMPTS = 8, 4
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
 
 
@@ -30,7 +30,7 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        count = max(1, min(BEAM_PROMPTS, tokens_of_a_pass(subject.model) // 4 // BEAM_IDS))
+        count = max(FEWEST_PROMPTS, min(BEAM_PROMPTS, tokens_of_a_pass(subject.model) // BEAM_IDS))
         yield from beam_faults(subject.model, [row[i : i + 3] for i in range(min(count, len(row) - 3))])
         yield from echo_faults(subject, prompts[0])
 
@@ -66,10 +66,11 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
     """As many beams as there are ids find the best two tokens of all."""
     settings = GenerationConfig(max_new_tokens=2, num_beams=BEAM_IDS)
     results = generate_ids(model, prompts, settings, vocab_size=BEAM_IDS)
-    for prompt, result in zip(prompts, results, strict=True):
-        texts = torch.tensor([[*prompt, id] for id in range(BEAM_IDS)], device=model.embed.weight.device)
-        with torch.no_grad():
-            log_probs = model(texts)[:, -2:, :BEAM_IDS].double().log_softmax(-1)
+    texts = [[*prompt, id] for prompt in prompts for id in range(BEAM_IDS)]
+    with torch.no_grad():  # in one pass, which reads the weights once
+        hidden = model.hidden(torch.tensor(texts, device=model.embed.weight.device))
+        logits = model.head(hidden[:, -2:])[..., :BEAM_IDS].unflatten(0, (-1, BEAM_IDS))
+    for log_probs, result in zip(logits.double().log_softmax(-1), results, strict=True):
         totals = (log_probs[0, 0][:, None] + log_probs[:, 1]).cpu()
         first, second = result.ids
         if totals[first, second] < totals.max() - 1e-4:
