@@ -472,8 +472,9 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> list[str]:
     """The group that the text gives each document; cached by all that decides it, for a run asks thrice."""
     import leaks  # which reads documents itself
+    import shingles
 
-    key = hashlib.sha256(Path(leaks.__file__).read_bytes())
+    key = hashlib.sha256(Path(leaks.__file__).read_bytes() + Path(shingles.__file__).read_bytes())
     for document, digest, _ in kept:
         key.update(json.dumps([document.name, document.group, digest.hex()]).encode())
     path = Path(config.cache) / f"groups-{key.hexdigest()[:32]}.json"
