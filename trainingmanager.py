@@ -66,6 +66,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import write_atomically
+from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
     IGNORE_INDEX,
@@ -129,12 +130,15 @@ class TrainingManager:
         self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
         self.device = precision.device
         self.state = RunState()
+        by_difficulty = config.data.order not in ("shuffled", "sequential")
         self.batches = Batches(
             data.train,
             train.batch_size,
             config.row_length,
             train.seed,
             loss_on_prompts=config.data.loss_on == "all",
+            order=config.data.order,
+            difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
         )
         self.optimizers = build_optimizers(model, config.optimizer, config.lora.lr_ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
