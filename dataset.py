@@ -5,7 +5,7 @@
     batches = Batches(prepared.train, batch_size=16, block_size=256, seed=0)
     tokens, labels, document_ids, positions = batches.batch(step)
 
-The two sides of the split (corpus.py) are tokenised into a store (tokenstore.py), in a folder
+The sides of the split (corpus.py) are tokenised into a store (tokenstore.py), in a folder
 named after the content of the data, the tokenizer and the settings, so data that changed cannot meet an old
 store. Plain texts are laid end to end and cut into rows; examples stand in them with their whole completion
 and as much of their prompt as fits, and bear loss on their completions, or on all. The order of training is a
@@ -78,10 +78,14 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Both stores, the folder they lie in, what became of every document, and the data's fingerprint."""
+    """The stores, the folder they lie in, what became of every document, and the data's fingerprint.
+
+    Without a test side `test` is `validation`, and without that one both are `train`.
+    """
 
     train: TokenStore
     validation: TokenStore
+    test: TokenStore
     folder: Path
     report: Report
     fingerprint: str
@@ -99,10 +103,11 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> st
 
 
 def _opened(folder: Path, report: Report) -> PreparedData:
-    train, validation = open_store(folder)
+    train, validation, test = open_store(folder)
     # Without a split (validation_one_in 0, for overfitting) validation reads what was trained on.
     validation = validation if validation.n_documents else train
-    return PreparedData(train, validation, folder, report, report.fingerprint)
+    test = test if test.n_documents else validation
+    return PreparedData(train, validation, test, folder, report, report.fingerprint)
 
 
 def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
@@ -136,8 +141,8 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
                     f"{target} holds other data (fingerprint {prepared.train.fingerprint[:12]}, and the "
                     f"corpus has {report.fingerprint[:12]}): build it again"
                 )
-            prepared.train.verify()
-            prepared.validation.verify()
+            for store in {prepared.train, prepared.validation, prepared.test}:
+                store.verify()
             return prepared
         except ValueError as error:
             warnings.warn(f"{error}; doing so now", stacklevel=2)
