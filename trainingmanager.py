@@ -168,6 +168,7 @@ class TrainingManager:
             validation=self.data.validation,
             test=self.data.test,
             micro_batch=self.micro_batch,
+            batches=self.batches,
             validation_batches=self.validation_batches,
             loss=self.loss,
             score=self.score,
