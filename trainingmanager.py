@@ -383,6 +383,7 @@ class TrainingManager:
                 "config": config_fingerprint(self.config),
                 "data": self.data.fingerprint,
                 "tokenizer": self.data.train.tokenizer_fingerprint,
+                "corpus": self.data.report.corpus,
             },
         }
 
@@ -610,6 +611,8 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         "tokenizer": tokenizer.fingerprint,
         "code": code_fingerprint(HOUSE),
     }
+    if data.report.corpus:
+        fingerprints["corpus"] = data.report.corpus
     if base is not None:
         fingerprints["base"] = base.fingerprint
     if config.train.resume:
