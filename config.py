@@ -51,6 +51,10 @@ class DataConfig:
             Validation scores completions either way, so that such runs compare.
         fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
             models with such tokens (arXiv:2207.14255).
+        order: Of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard they
+            are: `easy-first`, `hard-first`, or `hybrid`, drawn from the easiest, whose share grows to all.
+        difficulty: How hard a document is: `rarity` of its tokens, `entropy` of their distribution, or `loss`
+            of an n-gram model that did not see it.
         cache: Folder for trained tokenizers and token stores, keyed by content.
         workers: Processes that tokenise; 0 means one for each core.
     """
@@ -66,6 +70,8 @@ class DataConfig:
     skip_undecodable: bool = False
     loss_on: Literal["completion", "all"] = "completion"
     fim_rate: float = 0.0
+    order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = "shuffled"
+    difficulty: Literal["rarity", "entropy", "loss"] = "rarity"
     cache: str = "cache"
     workers: int = 0
 
@@ -579,6 +585,7 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
     trained = tokenizer.path is None and train.base is None
     adapted = train.base is not None and config.lora.r > 0
     rules = {
+        "data.difficulty": (config.data.order not in ("shuffled", "sequential"), "data.order goes by none"),
         "data.fim_rate": (not trained, "only base or tokenizer.path brings tokens for it"),
         "tokenizer.kind": (
             trained or tokenizer.kind == "pretrained",

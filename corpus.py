@@ -2,10 +2,10 @@
 
     for side, document in split_documents(config):  # side is one of SPLITS
 
-A source is the running interpreter's standard library, a folder, or a JSONL(.gz) or Parquet file, whose
-rows hold plain text or examples (a prompt and its completion). Documents are streamed, exact duplicates
-are dropped, and each group goes whole to one side *before* anything is cut into windows, so that no text
-stands on two of them.
+A source is the running interpreter's standard library, a folder, a corpus that `python -m scraping build`
+wrote, or a JSONL(.gz) or Parquet file, whose rows hold plain text or examples (a prompt and its completion).
+Documents are streamed, exact duplicates are dropped, and each group goes whole to one side *before* anything
+is cut into windows, so that no text stands on two of them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ ROW_KINDS = (
 )
 # Files of rows that give the split themselves, also in shards (train-00000-of-00002.parquet).
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.(jsonl|jsonl\.gz|parquet)")
+NAME_FIELDS = ("path", "name", "repository")
+CORPUS = "corpus.json"  # of a corpus that `scraping` built
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
 )
@@ -99,6 +101,7 @@ class Report:
         gaps: Plain documents for training that `fim_rate` cuts.
         fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
             which are test; set at the end.
+        corpus: Fingerprint of a corpus that `scraping` built, by its corpus.json; "" of other sources.
     """
 
     documents: int = 0
@@ -109,6 +112,7 @@ class Report:
     kept_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     gaps: int = 0
     fingerprint: str = ""
+    corpus: str = ""
 
 
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
@@ -128,6 +132,8 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
     source = Path(config.source)
     if config.source == "stdlib":
         documents = _read_folder(Path(sysconfig.get_path("stdlib")), STDLIB_LEFT_OUT, config, report)
+    elif (source / CORPUS).is_file():
+        documents = _read_corpus(source, config, report)
     elif split_files := _split_files(source):
         documents = itertools.chain.from_iterable(
             _read_rows(path, config, report, side) for side, path in split_files
@@ -174,6 +180,31 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
             f"--data.drop_comments is set, but none of the {report.documents} documents of {config.source} "
             "is named *.py"
         )
+
+
+def _read_corpus(folder: Path, config: DataConfig, report: Report) -> Iterator[Document]:
+    """The parts that corpus.json lists, each compared with its SHA-256 first; a cluster is a group."""
+    path = folder / CORPUS
+    try:
+        corpus = json.loads(path.read_text("utf-8"))
+        parts = [(folder / part["file"], str(part["sha256"])) for part in corpus["parts"]]
+        report.corpus = str(corpus["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a corpus: {error}") from None
+    rows = dataclasses.replace(config, text_field="text", group_field=config.group_field or "cluster")
+    for part, sha256 in parts:
+        if not part.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} lists {part}, which lies outside of its folder: it is not read")
+        try:
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{part}, which {path} lists, cannot be read: {error.strerror}") from None
+        if found != sha256:
+            raise ValueError(
+                f"{part} has the SHA-256 {found[:12]}, and {path} says {sha256[:12]}: build the corpus again"
+            )
+        yield from _read_rows(part, rows, report)
 
 
 def _split_files(source: Path) -> list[tuple[str, Path]]:
@@ -250,6 +281,8 @@ def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None 
             raise ValueError(f"{where} holds {kind}, and {first[0]} {first[1]}: put them into two files")
         names = (row.get(key) for key in ("path", "name"))
         name = next((value for value in names if isinstance(value, str) and value), "")
+        if name and isinstance(row.get("repository"), str):  # many hold a setup.py
+            name = f"{row['repository']}/{name}"
         group = name or (prompt or "") + (suffix or "") or str(number)
         if config.group_field is not None:
             if row.get(config.group_field) is None:
@@ -360,7 +393,13 @@ def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tu
     try:
         with pq.ParquetFile(path) as file:
             fields = file.schema_arrow.names
-            wanted = {*_fields_of(fields, config, str(path)), "path", "name", config.group_field}
+            wanted = {
+                *_fields_of(fields, config, str(path)),
+                "path",
+                "name",
+                "repository",
+                config.group_field,
+            }
             for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):
                 # As bytes: pyarrow does not check that its strings are UTF-8, and one bad value would
                 # make the conversion of the whole batch fail.

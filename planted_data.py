@@ -43,6 +43,16 @@ def write_corpus(folder: Path, lines: int = 6) -> None:
         (folder / f"part{i}.py").write_text(text, encoding="utf-8")
 
 
+def write_graded(folder: Path) -> None:
+    """24 files, of which each has more different words than the one before."""
+    folder.mkdir()
+    for i in range(24):
+        draw = random.Random(i)
+        words = WORDS.split()[: 3 * i + 3]
+        lines = (f"{draw.choice(words)} = {draw.choice(words)}\n" for _ in range(40))
+        (folder / f"part{i}.py").write_text("".join(lines), encoding="utf-8")
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -103,6 +113,7 @@ def write_lines(path: Path) -> None:
 def write_data(folder: Path) -> None:
     """What the plants train on."""
     write_corpus(folder / "long")
+    write_graded(folder / "graded")
     write_examples(folder / "examples.jsonl")
     write_long_prompts(folder / "prompts.jsonl")
     write_variants(folder / "variants.jsonl")

@@ -118,6 +118,15 @@ def schedule_ignored() -> contextlib.AbstractContextManager:
     return patch.object(trainingmanager, "learning_rate_factor", lambda *args: 1.0)
 
 
+def order_unread() -> contextlib.AbstractContextManager:
+    return patch.object(dataset, "order_of", lambda difficulty, kind, draw: draw.permutation(len(difficulty)))
+
+
+def rarity_inverted() -> contextlib.AbstractContextManager:
+    right = trainingmanager.difficulties
+    return patch.object(trainingmanager, "difficulties", lambda store, kind: -right(store, kind))
+
+
 def half_the_micro_batches() -> contextlib.AbstractContextManager:
     right = trainingmanager.TrainingManager.update
 

@@ -56,11 +56,13 @@ from planted_faults import (
     moments_dropped,
     moments_not_finite,
     old_gpu,
+    order_unread,
     other_base,
     padded_on_the_right,
     part_detached,
     prompt_kept,
     random_states_dropped,
+    rarity_inverted,
     schedule_ignored,
     seed_forgotten,
     sides_read,
@@ -112,9 +114,12 @@ TUNED: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "targets": ("c_attn", "c_proj")},
     "optimizer": {"name": "adamw", "lr": 1e-3, "embedding_lr": 0.0, "head_lr": 0.0},
 }
+GRADED: dict[str, dict[str, Any]] = {"data": {"source": "graded", "order": "easy-first"}}
 EXAMPLES: dict[str, dict[str, Any]] = {"data": {"source": "examples.jsonl"}, "model": {"block_size": 256}}
 LONG_PROMPTS: dict[str, dict[str, Any]] = {"data": {"source": "prompts.jsonl"}, "model": {"block_size": 256}}
 PLANTS = [
+    Plant("D6 order", "scores of difficulty were never read", "order-ignored", order_unread, GRADED),
+    Plant("D7 rarity", "the rarest tokens were scored as easiest", "order-inverted", rarity_inverted, GRADED),
     split_by_row("D1 variants", "variants of one function on both sides", "variants.jsonl"),
     split_by_row("D2 lines", "lines of one page on both sides", "lines.jsonl"),
     split_by_row("D3 windows", "overlapping windows on both sides", "windows.jsonl"),
@@ -367,8 +372,8 @@ ROOMS = {
     "E2 best": "the best checkpoint is chosen by the loss that M9 guards",
     "E10 interval": "eval.py prints a bootstrap interval beside every score of samples",
 }
-# Faults of rooms that are not built yet: curricula, degradation, scraping, generated metrics.
-NOT_YET = "D6 D7 D8 D9 D10 D11 E6 E9 E11"
+# Faults of rooms that are not built yet: degradation, scraping, generated metrics.
+NOT_YET = "D8 D9 D10 D11 E6 E9 E11"
 
 
 # --- running them ------------------------------------------------------------------------------------

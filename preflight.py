@@ -21,6 +21,7 @@ import torch
 from config import write_atomically
 from guards.generation import generation
 from guards.labels import labels
+from guards.order import order
 from guards.probe import probe
 from guards.same_path import same_path
 from guards.settings import settings
@@ -30,6 +31,7 @@ from guards.subject import FAULTS, Fault, Guard, Subject, shortened
 
 GUARDS: dict[str, Guard] = {
     "labels": labels,
+    "order": order,
     "probe": probe,
     "start": start,
     "split": split,

@@ -144,6 +144,8 @@ KEY_CLASSES: dict[str, str] = {
     "data.skip_undecodable": FIXED,
     "data.loss_on": FIXED,
     "data.fim_rate": FIXED,
+    "data.order": FIXED,
+    "data.difficulty": FIXED,
     "data.cache": FREE,
     "data.workers": FREE,
     "tokenizer.kind": FIXED,

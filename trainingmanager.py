@@ -67,6 +67,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import write_atomically
+from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
     IGNORE_INDEX,
@@ -131,12 +132,15 @@ class TrainingManager:
         self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
         self.device = precision.device
         self.state = RunState()
+        by_difficulty = config.data.order not in ("shuffled", "sequential")
         self.batches = Batches(
             data.train,
             train.batch_size,
             config.row_length,
             train.seed,
             loss_on_prompts=config.data.loss_on == "all",
+            order=config.data.order,
+            difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
         )
         self.optimizers = build_optimizers(model, config.optimizer, config.lora.lr_ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
@@ -164,6 +168,7 @@ class TrainingManager:
             validation=self.data.validation,
             test=self.data.test,
             micro_batch=self.micro_batch,
+            batches=self.batches,
             validation_batches=self.validation_batches,
             loss=self.loss,
             score=self.score,
@@ -378,6 +383,7 @@ class TrainingManager:
                 "config": config_fingerprint(self.config),
                 "data": self.data.fingerprint,
                 "tokenizer": self.data.train.tokenizer_fingerprint,
+                "corpus": self.data.report.corpus,
             },
         }
 
@@ -605,6 +611,8 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         "tokenizer": tokenizer.fingerprint,
         "code": code_fingerprint(HOUSE),
     }
+    if data.report.corpus:
+        fingerprints["corpus"] = data.report.corpus
     if base is not None:
         fingerprints["base"] = base.fingerprint
     if config.train.resume:

@@ -15,7 +15,7 @@ import torch
 
 from architecture import Decoder
 from config import Config
-from dataset import IGNORE_INDEX, Batch
+from dataset import IGNORE_INDEX, Batch, Batches
 from loss import Scores, TokenLoss
 from precision import Precision
 from quantize import n_weights
@@ -28,7 +28,8 @@ FAULTS = (
     "first-loss-not-finite first-loss-too-high first-loss-too-low frozen-parameter-moved future-visible "
     "gradient-not-finite "
     "id-outside-vocabulary label-crosses-documents labels-not-next-token objective-not-the-loss "
-    "other-document-visible other-row-visible padding-bears-loss padding-visible parameter-without-gradient "
+    "order-ignored order-inverted other-document-visible other-row-visible padding-bears-loss "
+    "padding-visible parameter-without-gradient "
     "past-invisible positions-not-counted prompt-bears-loss prompt-differs prompt-in-prediction "
     "row-without-loss sampling-not-repeatable schedule-ignored score-not-plain-loss setting-ignored "
     "split-leaks start-doubled token-invisible token-never-trained too-few-positions validation-differs "
@@ -56,6 +57,7 @@ class Subject:
     validation: TokenStore
     test: TokenStore  # the validation store, where there is no such side
     micro_batch: Callable[[int], Batch]  # of training, by number, on the device, after every transform
+    batches: Batches  # that it takes them from
     validation_batches: Callable[[int], Iterable[Batch]]  # that many, spread evenly
     loss: Callable[[Batch], TokenLoss]  # of training, label smoothing included
     score: Callable[[Iterable[Batch]], Scores]  # of validation
