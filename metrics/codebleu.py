@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.bleu import ORDERS, ngrams, precision_of_sums
-from metrics.texts import KEYWORDS, Pair, code_tokens
+from metrics.bleu import ORDERS, precision_of_sums
+from metrics.texts import KEYWORDS, Pair, code_tokens, ngrams
 from metrics.trees import Tree, check_language, parse
 
 WORD_WEIGHT = 0.2  # of a token that is no keyword

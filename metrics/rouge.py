@@ -7,10 +7,11 @@ Its tokens are for numbers beside published ones; for code, `texts.code_tokens`.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import LCSseq
+
+from metrics.texts import ngrams, shared_ngrams
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -32,9 +33,7 @@ def rouge_tokens(text: str, stem: Callable[[str], str] | None = None) -> list[st
 
 def rouge_n(prediction: Sequence[str], reference: Sequence[str], n: int) -> float:
     """100 times the F1 of n-grams, counted with repetition; 0 where either side has none of them."""
-    found = Counter(zip(*(prediction[i:] for i in range(n)), strict=False))
-    wanted = Counter(zip(*(reference[i:] for i in range(n)), strict=False))
-    shared = sum(min(count, wanted[ngram]) for ngram, count in found.items() if ngram in wanted)
+    shared = shared_ngrams(ngrams(prediction, n), ngrams(reference, n))
     return _f1(shared, max(0, len(prediction) - n + 1), max(0, len(reference) - n + 1))
 
 

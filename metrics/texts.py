@@ -7,6 +7,7 @@ reference that is not empty has 0.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -87,6 +88,19 @@ def code_tokens(text: str) -> list[str]:
     It is the same for every language: an operator of two marks is two tokens, and a string is its words.
     """
     return _TOKEN.findall(text)
+
+
+Ngrams = Counter[tuple[str, ...]]
+
+
+def ngrams(tokens: Sequence[str], order: int) -> Ngrams:
+    """The n-grams of one order, and how often each occurs."""
+    return Counter(zip(*(tokens[i:] for i in range(order)), strict=False))
+
+
+def shared_ngrams(found: Ngrams, wanted: Ngrams) -> int:
+    """How many n-grams both sides have, each as often as it occurs on the side that has fewer of it."""
+    return sum(min(count, wanted[gram]) for gram, count in found.items() if gram in wanted)
 
 
 # --- scores --------------------------------------------------------------------------------------------
