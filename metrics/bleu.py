@@ -57,7 +57,7 @@ def _scores(name: str, sums: np.ndarray) -> np.ndarray:
     return scores.reshape(sums.shape[:-1])
 
 
-# A mark that stands alone, or a word: `'` is no such mark, and `.`, `,` and `-` depend on what is beside them.
+# A mark that stands alone, or a word; `'` is no such mark, `.`, `,` and `-` depend on what is beside them.
 _PIECE = re.compile(r"[!-&(-+/:-@\[-`{-~]|[^\s!-&(-+/:-@\[-`{-~]+")
 _PERIODS = (
     (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
@@ -71,8 +71,8 @@ def tokens_13a(text: str) -> list[str]:
     """sacrebleu's default tokens, those of mteval-v13a.
 
     Its own function goes through the text four times and was half the time of all metrics together. The
-    passes over periods, commas and dashes see one mark beyond a white space at most, so that here each word is
-    passed once, and remembered.
+    passes over periods, commas and dashes see one mark beyond a white space at most, so that here each word
+    is passed once, and remembered.
     """
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     if "&" in text:
@@ -213,4 +213,3 @@ def precision_of_sums(lengths: np.ndarray, shared: np.ndarray, of: np.ndarray) -
         found, wanted = lengths[..., 0], lengths[..., 1]
         penalty = np.where(found >= wanted, 1.0, np.exp(1 - wanted / found))
     return np.where(shared[..., 0] > 0, mean * penalty, 0.0)
-

@@ -1,5 +1,5 @@
-"""CodeBLEU (arXiv:2009.10297) of Python, Kotlin and Java: shared n-grams, n-grams weighted by keywords, syntax
-trees and flow of data, a quarter each.
+"""CodeBLEU (arXiv:2009.10297) of Python, Kotlin and Java: shared n-grams, n-grams weighted by keywords,
+syntax trees and flow of data, a quarter each.
 
 The arithmetic is that of the authors' code, which published numbers come from, also where the paper's
 formulas differ: weighted n-grams are a recall without a penalty for brevity, keywords count 1 and other words
@@ -127,7 +127,9 @@ def _subtrees(tree: Tree, known: dict[tuple[object, ...], int]) -> list[int]:
 # --- flow of data --------------------------------------------------------------------------------------
 
 
-_SEVERAL = frozenset({"pattern_list", "tuple_pattern", "list_pattern", "multi_variable_declaration"})  # targets
+_SEVERAL = frozenset(
+    {"pattern_list", "tuple_pattern", "list_pattern", "multi_variable_declaration"}
+)  # targets
 _DEEPEST = 150  # levels that are read with their structure; what lies deeper is its leaves, in order
 _LOOPS = 3  # loops inside each other that are passed twice; deeper ones once, or passes would multiply
 
@@ -156,11 +158,20 @@ class _Kinds:
 
 
 def _kinds(
-    atoms: str, declares: str, assigns: str, steps: str, branches: str, each: str, repeats: str, first: str = ""
+    atoms: str,
+    declares: str,
+    assigns: str,
+    steps: str,
+    branches: str,
+    each: str,
+    repeats: str,
+    first: str = "",
 ) -> _Kinds:
     binds = dict.fromkeys(declares.split(), "comesFrom") | dict.fromkeys(assigns.split(), "computedFrom")
     return _Kinds(
-        frozenset(atoms.split()), binds, *(frozenset(s.split()) for s in (steps, branches, each, repeats, first))
+        frozenset(atoms.split()),
+        binds,
+        *(frozenset(s.split()) for s in (steps, branches, each, repeats, first)),
     )
 
 
@@ -218,12 +229,14 @@ def _flows(tree: Tree, language: str) -> Counter[tuple[int, str, tuple[int, ...]
 
 
 class _Reader:
-    """Goes through a tree in the order in which it runs; `state` holds the leaves that last wrote each name."""
+    """Goes through a tree in the order in which it runs; `state` has the leaves that last wrote each name."""
 
     def __init__(self, tree: Tree, kinds: _Kinds) -> None:
         self.tree, self.kinds = tree, kinds
         self.state: dict[str, frozenset[int]] = {}
-        self.edges: dict[int, tuple[str, str, set[int]]] = {}  # leaf: its name, the edge, the leaves behind it
+        self.edges: dict[
+            int, tuple[str, str, set[int]]
+        ] = {}  # leaf: its name, the edge, the leaves behind it
         self.loops = 0
 
     def edge(self, i: int, name: str, kind: str, origins: Iterable[int]) -> None:
@@ -303,7 +316,9 @@ class _Reader:
         """a, b = x, y element by element; else every name of the target comes from the whole value."""
         targets = values = []
         if self.tree.kinds[target] in _SEVERAL:
-            targets, values = ([c for c in self.tree.children[side] if self.tree.named[c]] for side in (target, value))
+            targets, values = (
+                [c for c in self.tree.children[side] if self.tree.named[c]] for side in (target, value)
+            )
         if not targets or len(targets) != len(values):
             targets, values = [target], [value]
         self.all(values, depth)

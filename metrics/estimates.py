@@ -41,9 +41,13 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
             caller, and a result would be biased.
     """
     if not 0 <= correct <= n:
-        raise ValueError(f"{correct} of {n} samples passed: the first number must lie between 0 and the second")
+        raise ValueError(
+            f"{correct} of {n} samples passed: the first number must lie between 0 and the second"
+        )
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} of {n} samples: k must be at least 1, and there must be at least {k} samples")
+        raise ValueError(
+            f"pass@{k} of {n} samples: k must be at least 1, and there must be at least {k} samples"
+        )
     if n - correct < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))

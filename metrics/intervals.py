@@ -63,14 +63,14 @@ def interval(
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """The score of all samples with its expanded percentile bootstrap interval (Hesterberg 2015, section 5.3).
+    """The score of all samples with its expanded percentile bootstrap interval (Hesterberg 2015, 5.3).
 
-    The plain percentile interval of 25 scores is too narrow twice over: by sqrt((n - 1) / n), and since it has
-    the width of a normal distribution where Student's is due. Its quantiles are moved out by both.
+    The plain percentile interval of 25 scores is too narrow twice over: by sqrt((n - 1) / n), and since it
+    has the width of a normal distribution where Student's is due. Its quantiles are moved out by both.
 
     Read on simulated scores, 95% intervals of 25 to 400 of them held the true mean 93% to 97% of the time:
-    uniform ones, of beta distributions, half perfect and half not, shares from 0.3 to 0.7. Below that range are
-    rare events on few samples: 93% for a share of 0.1 on 25 samples, 71% for 0.05, where most resamples
+    uniform ones, of beta distributions, half perfect and half not, shares from 0.3 to 0.7. Below that range
+    are rare events on few samples: 93% for a share of 0.1 on 25 samples, 71% for 0.05, where most resamples
     hold none (`share_interval`), and 91% for 25 scores that are nearly all close to 0.
 
     The samples must be independent of each other.
@@ -100,7 +100,9 @@ def share_interval(successes: int, n: int, confidence: float = 0.95) -> Interval
         ValueError: no samples, or counts that cannot be.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n} samples: they must lie between 0 and at least 1 sample")
+        raise ValueError(
+            f"{successes} successes of {n} samples: they must lie between 0 and at least 1 sample"
+        )
     z = _NORMAL.inv_cdf((1 + confidence) / 2)
     middle = (successes + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(successes * (n - successes) / n + z * z / 4)

@@ -97,7 +97,9 @@ class Scored:
             ValueError: another metric, another number of pairs, or fewer than two.
         """
         if self.metric.name != other.metric.name:
-            raise ValueError(f"{self.metric.name} is compared with {other.metric.name}: they must be the same")
+            raise ValueError(
+                f"{self.metric.name} is compared with {other.metric.name}: they must be the same"
+            )
         return compare(self.rows, other.rows, self.metric.of_sums, seed, confidence)
 
 

@@ -1,6 +1,6 @@
 """ROUGE-1, 2 and L as F1 (Lin 2004), over the tokens of the rouge-score package or over those of code.
 
-rouge-score keeps letters and digits of ASCII alone, in lower case: it scores `a + b` against `a - b` as equal.
+rouge-score keeps letters and digits of ASCII alone, in lower case: `a + b` against `a - b` has 100 there.
 Its tokens are for numbers beside published ones; for code, `texts.code_tokens`.
 """
 

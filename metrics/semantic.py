@@ -39,8 +39,8 @@ def token_similarity(
     Args:
         prediction: (tokens, dimensions), any scale.
         reference: (tokens, dimensions).
-        prediction_weights: (tokens,) at least 0, such as `inverse_frequencies` gives; all alike if None, or if
-            their sum is 0.
+        prediction_weights: (tokens,) at least 0, such as `inverse_frequencies` gives; all alike if None, or
+            if their sum is 0.
         reference_weights: (tokens,) likewise.
 
     Raises:
@@ -49,8 +49,8 @@ def token_similarity(
     found, wanted = np.asarray(prediction, np.float64), np.asarray(reference, np.float64)
     if found.ndim != 2 or wanted.ndim != 2 or found.shape[1] != wanted.shape[1]:
         raise ValueError(
-            f"token vectors of shapes {found.shape} and {wanted.shape}: each must be (tokens, dimensions), with "
-            "the same number of dimensions"
+            f"token vectors of shapes {found.shape} and {wanted.shape}: each must be (tokens, dimensions), "
+            "with the same number of dimensions"
         )
     weights = [
         _weights(given, len(vectors), side)
@@ -99,7 +99,9 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def _weights(given: Sequence[float] | np.ndarray | None, n: int, side: str) -> np.ndarray:
     weights = np.ones(n) if given is None else np.asarray(given, np.float64)
     if weights.shape != (n,):
-        raise ValueError(f"{weights.size} weights for the {n} tokens of the {side}: there must be one for each")
+        raise ValueError(
+            f"{weights.size} weights for the {n} tokens of the {side}: there must be one for each"
+        )
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"weights of the {side} must be finite and at least 0")
     if weights.sum() == 0:

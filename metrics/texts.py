@@ -134,6 +134,7 @@ def edit_similarity_rounded(prediction: str, reference: str) -> float:
 # --- identifiers ---------------------------------------------------------------------------------------
 
 # fmt: off
+# ruff: noqa: SIM905
 KEYWORDS = {
     "python": frozenset(
         "False None True and as assert async await break class continue def del elif else except finally for "
@@ -148,8 +149,8 @@ KEYWORDS = {
     # The hard keywords of the Kotlin reference, and the soft and modifier ones that declare or control.
     "kotlin": frozenset(
         "as break class continue do else false for fun if in interface is null object package return super "
-        "this throw true try typealias typeof val var when while by catch constructor finally get import init "
-        "set where abstract companion const data enum external final infix inline inner internal lateinit "
+        "this throw true try typealias typeof val var when while by catch constructor finally get import "
+        "init set where abstract companion const data enum external final infix inline inner internal lateinit "
         "open operator out override private protected public reified sealed suspend tailrec vararg".split()
     ),
 }
@@ -159,7 +160,9 @@ _NO_NAMES = {"java": {"true", "false", "null"}}  # literals that Java's list of 
 # quantifiers that could try again are possessive: a text of one line is passed once.
 _NAME = r"(?P<name>[^\W\d]\w*+)|\d[\w.]*+"
 _SHORT = r"\"(?:[^\"\\\n]|\\.)*+\"?|'(?:[^'\\\n]|\\.)*+'?"
-_CURLY = rf"//[^\n]*+|/\*(?s:.*?)(?:\*/|\Z)|\"\"\"(?s:.*?)(?:\"\"\"|\Z)|{_SHORT}|`(?P<quoted>[^`\n]++)`|{_NAME}"
+_CURLY = (
+    rf"//[^\n]*+|/\*(?s:.*?)(?:\*/|\Z)|\"\"\"(?s:.*?)(?:\"\"\"|\Z)|{_SHORT}|`(?P<quoted>[^`\n]++)`|{_NAME}"
+)
 _WORDS = {
     "python": re.compile(
         rf"\#[^\n]*+|(?i:[bfru]{{0,2}})(?:\"\"\"(?s:.*?)(?:\"\"\"|\Z)|'''(?s:.*?)(?:'''|\Z)|{_SHORT})|{_NAME}"

@@ -1,5 +1,5 @@
-"""Syntax trees of Python, Kotlin and Java, and whether a text parses. Texts are untrusted: a hostile one costs
-time that is bounded by its length, and never the process.
+"""Syntax trees of Python, Kotlin and Java, and whether a text parses. Texts are untrusted: a hostile one
+costs time that is bounded by its length, and never the process.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def _parser(language: str) -> Any:
 
 
 def parses(text: str, language: str) -> bool:
-    """Whether the whole text is a program of the language: Python by this interpreter's own parser, Kotlin and
-    Java by tree-sitter without an error anywhere.
+    """Whether the whole text is a program of the language: Python by this interpreter's own parser, Kotlin
+    and Java by tree-sitter without an error anywhere.
 
     Only the grammar is asked: a `return` outside a function parses. An indented piece of a body does not;
     put it behind its prompt first. The empty text parses. Texts longer than LONGEST do not, and neither does

@@ -41,7 +41,8 @@ def hostile_pairs(n: int, seed: int = 0) -> list[tuple[str, str]]:
     draw = random.Random(seed)
     texts = hostile_texts(n, seed)
     return [
-        (draw.choice([text, text[1:], draw.choice(texts), text + draw.choice(PIECES)]), text) for text in texts
+        (draw.choice([text, text[1:], draw.choice(texts), text + draw.choice(PIECES)]), text)
+        for text in texts
     ]
 
 
@@ -162,14 +163,16 @@ CODEXGLUE = [
     ("the the the the", "the cat is on the mat", 24.117803988461297, 25.466654589274857),
     ("x", "y", 84.08964152537145, 1.2213386697554703e-75),
     ("self . x = foo_bar ( 1 )", "self . x = foo_baz ( 1 , 2 )", 41.33650395148845, 53.92583506906533),
-    ("Get the FOO's value.", 'gets the foo value', 35.93041119630843, 25.276007695044328),
+    ("Get the FOO's value.", "gets the foo value", 35.93041119630843, 25.276007695044328),
     ("日本 語 é", "日本 語 è", 70.71067811865474, 68.65890479690393),
 ]
 
 
 @pytest.mark.parametrize(("prediction", "reference", "method", "summary"), CODEXGLUE)
 def test_numbers_of_codexglues_own_evaluators(prediction, reference, method, summary):
-    assert float(bleu_codexglue_of_sums(bleu_codexglue([(prediction, reference)])[0])) == pytest.approx(method, abs=1e-9)
+    assert float(bleu_codexglue_of_sums(bleu_codexglue([(prediction, reference)])[0])) == pytest.approx(
+        method, abs=1e-9
+    )
     assert bleu_codexglue_summary([(prediction, reference)])[0] == pytest.approx(summary, abs=1e-9)
 
 

@@ -15,12 +15,14 @@ from metrics.intervals import (
     share_interval,
 )
 
-
 SCORES = {
     "uniform": (lambda draw, n: draw.random(n), 0.5),
     "at both ends": (lambda draw, n: draw.beta(0.4, 0.6, n), 0.4),
     "some perfect": (lambda draw, n: np.where(draw.random(n) < 0.15, 1, draw.beta(2, 3, n)), 0.49),
-    "most perfect": (lambda draw, n: np.where(draw.random(n) < 0.7, 1, draw.beta(5, 2, n)), 0.7 + 0.3 * 5 / 7),
+    "most perfect": (
+        lambda draw, n: np.where(draw.random(n) < 0.7, 1, draw.beta(5, 2, n)),
+        0.7 + 0.3 * 5 / 7,
+    ),
     "share": (lambda draw, n: draw.random(n) < 0.4, 0.4),
 }
 
@@ -64,7 +66,8 @@ def bleu_population() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("n", "trials"), [(100, 300), *(pytest.param(n, 3000, marks=pytest.mark.slow) for n in (25, 50, 100, 400))]
+    ("n", "trials"),
+    [(100, 300), *(pytest.param(n, 3000, marks=pytest.mark.slow) for n in (25, 50, 100, 400))],
 )
 def test_intervals_cover_the_bleu_of_the_population(n, trials):
     population = bleu_population()
@@ -148,7 +151,10 @@ def test_enough_samples_show_the_same_gap():
     # (1.96 + 0.84)**2 spreads over gaps squared.
     found = compare(*paired(1.6, 2000), mean_of_sums)
     assert found.distinguishable
-    assert found.verdict("the base model") == f"better than the base model by {found.difference.mean:.1f} on 2000 samples"
+    assert (
+        found.verdict("the base model")
+        == f"better than the base model by {found.difference.mean:.1f} on 2000 samples"
+    )
     assert compare(*paired(1.6, 2000)[::-1], mean_of_sums).verdict("B").startswith("worse than B by ")
     assert compare(*paired(1.6, 2000), mean_of_sums).verdict("B", higher_is_better=False).startswith("worse")
     assert found.needed == pytest.approx((2.8016 * 10 / found.difference.mean) ** 2, rel=0.15)
@@ -158,7 +164,9 @@ def test_enough_samples_show_the_same_gap():
 def test_the_number_needed_finds_the_gap_four_times_in_five(n):
     gap = 2.8016 * 10 / math.sqrt(n)  # of which n samples are needed
     trials = 150
-    seen = sum(compare(*paired(gap, n, seed), mean_of_sums, resamples=400).distinguishable for seed in range(trials))
+    seen = sum(
+        compare(*paired(gap, n, seed), mean_of_sums, resamples=400).distinguishable for seed in range(trials)
+    )
     assert seen / trials == pytest.approx(0.8, abs=3 * math.sqrt(0.16 / trials))
 
 

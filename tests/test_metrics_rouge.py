@@ -12,14 +12,35 @@ from benchmarks.metrics_speed import realistic_pairs
 from metrics.rouge import rouge_l, rouge_n, rouge_tokens
 from metrics.texts import code_tokens
 
-PIECES = ["a", "b", "running", "runner", "ponies", "+", "-", "(", " ", "  ", "\n", "é", "日", "İ", "K", "7", "_", "'s"]
+PIECES = [
+    "a",
+    "b",
+    "running",
+    "runner",
+    "ponies",
+    "+",
+    "-",
+    "(",
+    " ",
+    "  ",
+    "\n",
+    "é",
+    "日",
+    "İ",
+    "K",
+    "7",
+    "_",
+    "'s",
+]
 
 
 def pairs(n: int) -> list[tuple[str, str]]:
     draw = random.Random(0)
     made = ["".join(draw.choices(PIECES, k=draw.choice([0, 1, 3, 8, 30]))) for _ in range(n)]
     folder = Path(json.__file__).parent
-    return realistic_pairs(n // 2, 2, folder if n < 1000 else None) + list(zip(made[::2], made[1::2], strict=True))
+    return realistic_pairs(n // 2, 2, folder if n < 1000 else None) + list(
+        zip(made[::2], made[1::2], strict=True)
+    )
 
 
 @pytest.mark.parametrize("n", [120, pytest.param(2000, marks=pytest.mark.slow)])

@@ -140,7 +140,11 @@ def test_keywords_are_those_of_the_interpreter():
         ("python", "'''a\nb''' c \"open d\ne", {"c", "e"}),
         ("python", "0xff + 1e5 + 3.14j + _n", {"_n"}),
         ("python", "s = '''never closed\nx", {"s"}),
-        ("java", "int x = /* y */ z; // w\nString s = \"q\"; char c = '\\''; true", {"x", "z", "String", "s", "c"}),
+        (
+            "java",
+            "int x = /* y */ z; // w\nString s = \"q\"; char c = '\\''; true",
+            {"x", "z", "String", "s", "c"},
+        ),
         ("kotlin", 'val `my name` = """a\n"b""" + foo // bar', {"my name", "foo"}),
         ("kotlin", "when (x) { is Int -> y }", {"x", "Int", "y"}),
     ],
@@ -157,7 +161,14 @@ def test_identifier_f1():
 
 
 def test_hostile_text_takes_linear_time():
-    for text in ("'" * 200_000, '"""' * 70_000, "/*" * 100_000, "b" * 200_000, '"\\' * 100_000, "`" * 200_000):
+    for text in (
+        "'" * 200_000,
+        '"""' * 70_000,
+        "/*" * 100_000,
+        "b" * 200_000,
+        '"\\' * 100_000,
+        "`" * 200_000,
+    ):
         for language in KEYWORDS:
             identifiers(text, language)
 
