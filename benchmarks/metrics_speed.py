@@ -4,8 +4,8 @@
 
 References are functions of 4 to 30 lines; predictions are what models make of them: the function cut short,
 with other names, without a line, another function, nothing, or the very same. Metrics that share their work
-are timed together, and the time for an interval of the dearest of each is shown beside. One process; CPU seconds
-stand beside the wall clock's, since on a busy machine they are the steadier ones.
+are timed together, and the time for an interval of the dearest of each is shown beside. One process; on
+a busy machine the CPU seconds are the steadier ones.
 """
 
 from __future__ import annotations
