@@ -151,7 +151,8 @@ KEYWORDS = {
         "as break class continue do else false for fun if in interface is null object package return super "
         "this throw true try typealias typeof val var when while by catch constructor finally get import "
         "init set where abstract companion const data enum external final infix inline inner internal "
-        "lateinit open operator out override private protected public reified sealed suspend tailrec vararg".split()
+        "lateinit open operator out override private protected public reified sealed suspend tailrec "
+        "vararg".split()
     ),
 }
 # fmt: on
