@@ -131,7 +131,11 @@ def by_definition(pairs: list[tuple[list[str], list[str]]], smoothed_from: int, 
 def some_words(n: int, seed: int) -> list[tuple[str, str]]:
     draw = random.Random(seed)
     words = ["a", "b", "c", "(", ")", "foo_bar", "x.y", "3.14", "5-3", "Return", "İx"]
-    return [tuple(" ".join(draw.choices(words, k=draw.randrange(1, 14))) for _ in range(2)) for _ in range(n)]
+
+    def text() -> str:
+        return " ".join(draw.choices(words, k=draw.randrange(1, 14)))
+
+    return [(text(), text()) for _ in range(n)]
 
 
 def test_method_generation_bleu_equals_its_definition():

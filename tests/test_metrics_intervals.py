@@ -142,6 +142,7 @@ def test_few_samples_are_not_enough_and_the_verdict_says_how_many_are():
     gaps = 1.6 + 8.5 * np.tile([1, -1, 0, 1, -1], 5)  # spread 7.6, so that (2.80 * 7.76 / 1.6)**2 are needed
     found = compare(mean_rows(scores + gaps), mean_rows(scores), mean_of_sums)
     assert found.difference.low < 0 < found.difference.high
+    assert found.needed is not None
     assert found.needed == pytest.approx(184, rel=0.1)
     said = f"about {-(-found.needed // 10) * 10} would be needed"
     assert found.verdict("the base model") == f"not distinguishable from the base model on 25 samples; {said}"
@@ -155,7 +156,11 @@ def test_enough_samples_show_the_same_gap():
         found.verdict("the base model")
         == f"better than the base model by {found.difference.mean:.1f} on 2000 samples"
     )
-    assert compare(*paired(1.6, 2000)[::-1], mean_of_sums).verdict("B").startswith("worse than B by ")
+    assert (
+        compare(*reversed(paired(1.6, 2000)), of_sums=mean_of_sums)
+        .verdict("B")
+        .startswith("worse than B by ")
+    )
     assert compare(*paired(1.6, 2000), mean_of_sums).verdict("B", higher_is_better=False).startswith("worse")
     assert found.needed == pytest.approx((2.8016 * 10 / found.difference.mean) ** 2, rel=0.15)
 
