@@ -213,7 +213,7 @@ HOSTILE = {
     "elifs": "if a: b\n" + "elif a: b\n" * 60_000,
     "else ifs": "if (a) b; " + "else if (a) b; " * 8_000,
     "lambdas": "lambda: " * 100_000 + "1",
-    "generics": "A<" * 40_000,
+    "generics": "A<" * 100_000,
     "strings": '"' * 500_001,
     "loops": "".join(" " * i + "for x in y:\n" for i in range(60)) + " " * 60 + "x = x + y",
 }
@@ -250,6 +250,12 @@ def test_hostile_texts_cost_bounded_time_and_never_the_process(name):
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
     )
     assert child.stdout == "alive\n", child.stderr[-2000:]
+
+
+def test_the_parser_is_stopped_and_works_on():
+    assert not parses("A<" * 40_000, "java")
+    assert parse("A<" * 40_000, "java") is None
+    assert parses(PROGRAMS["java"], "java")
 
 
 def test_too_long_texts_are_not_parsed():
