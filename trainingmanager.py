@@ -80,8 +80,8 @@ from dataset import (
     refuse_long_answers,
     validation_batches,
 )
-from eval import EvalConfig, evaluate, printable, sample_completions, table, write_results
-from generate import GenerationConfig, generate
+from eval import EvalConfig, evaluate, table, write_results
+from generate import GenerationConfig, generate, printable
 from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
@@ -91,6 +91,7 @@ from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
+from suites.functions import sample_completions
 from tokenizer import Tokenizer
 
 DEFAULT_SECONDS = 300.0

@@ -33,7 +33,7 @@ from decoding import (
     row_generator,
     sample,
 )
-from generate import GenerationConfig, generate, prompt_ids, trim_prompt
+from generate import GenerationConfig, generate, printable, prompt_ids, trim_prompt
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
@@ -849,3 +849,8 @@ def test_a_wrong_setting_is_one_sentence(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
         GenerationConfig(**wrong)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    shown = printable("a\tb\n\x1b[2J\x9b1m\u202e\r caf\u00e9")
+    assert shown == "a\tb\n\\x1b[2J\\x9b1m\\u202e\\r caf\u00e9"

@@ -1,0 +1,129 @@
+"""Held-out Python functions and what a model makes of them, to look at."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+from architecture import Decoder
+from precision import Precision
+from suites.completing import complete
+from suites.lines import divided, fitting
+from suites.scoring import Example
+from tokenizer import Tokenizer
+from tokenstore import TokenStore
+
+FUNCTION_LINES = range(2, 16)  # of the bodies shown as samples
+
+
+def function_examples(
+    store: TokenStore, tokenizer: Tokenizer, n: int, room: int, seed: int = 0
+) -> list[Example]:
+    """Python functions to complete, one from a file: at most `n`, and none where no file is Python.
+
+    The prompt holds the whole signature and ends with it, or with the docstring where there is one; the
+    reference is the rest of the body, of as many lines as FUNCTION_LINES allows. Arguments as for
+    `next_line_examples`.
+    """
+    draw = np.random.Generator(np.random.PCG64(seed))
+    examples: list[Example] = []
+    for number in draw.permutation(store.n_documents):
+        if len(examples) == n:
+            break
+        text = tokenizer.decode(store.document(int(number)).tolist())
+        lines, bodies = text.split("\n"), _bodies(text)
+        for i in draw.permutation(len(bodies)):
+            function, first, last = bodies[i]
+            prompt = fitting("\n".join(lines[:first]).rstrip(), tokenizer, room)
+            shown = "\n".join(lines[function:first]).rstrip()
+            if prompt.endswith(shown):
+                name, reference = store.names[int(number)], "\n".join(lines[first:last])
+                examples.append(Example(name, first + 1, prompt, reference, start=len(prompt) - len(shown)))
+                break
+    return examples
+
+
+def _bodies(text: str) -> list[tuple[int, int, int]]:
+    """(its `def`, the body after the docstring, the line after it) of each function FUNCTION_LINES admits.
+
+    All are line numbers counted from 0.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in the corpus are not the user's
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    if "\r" in text or "\f" in text:  # where Python's count of lines may differ
+        return []
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            has_docstring = ast.get_docstring(node, clean=False) is not None
+            body = node.body[1:] if has_docstring else node.body
+            last = node.end_lineno or 0
+            if body:
+                before = node.body[0].end_lineno if has_docstring else _signature_end(node)
+                first = min(_first_line(statement) for statement in body) - 1
+                if (before or 0) <= first and last - first in FUNCTION_LINES:
+                    found.append((node.lineno - 1, first, last))
+    return found
+
+
+def _signature_end(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    parts = [*ast.walk(node.args), *([node.returns] if node.returns else [])]
+    return max([node.lineno, *(getattr(part, "end_lineno", None) or 0 for part in parts)])
+
+
+def _first_line(statement: ast.stmt) -> int:
+    """Decorators belong to the statement, but stand above its `lineno`."""
+    decorators = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
+
+
+def through_body(example: Example, text: str) -> str:
+    """Up to the line that is indented less than the reference begins."""
+    lines = text.split("\n")
+    indent = len(example.reference) - len(example.reference.lstrip())
+    for i, line in enumerate(lines[1:], 1):
+        if line.strip() and len(line) - len(line.lstrip()) < indent:
+            return "\n".join(lines[:i])
+    return text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out function and what the model makes of it; `prompt` begins with the `def`."""
+
+    name: str
+    line: int
+    prompt: str
+    reference: str
+    completion: str
+
+
+def sample_completions(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    store: TokenStore,
+    length: int,
+    precision: Precision,
+    n: int = 3,
+    seed: int = 0,
+) -> list[Sample]:
+    """Greedy completions of held-out Python functions, to look at.
+
+    Args:
+        length: Most tokens of a prompt and its completion.
+        store, n, seed: As for `function_examples`.
+    """
+    max_new_tokens, room = divided(length, 128)
+    examples = function_examples(store, tokenizer, n, room, seed)
+    completions = complete(model, tokenizer, examples, through_body, max_new_tokens, length, precision).texts
+    return [
+        Sample(e.name, e.where, e.prompt[e.start :], e.reference, completion)
+        for e, completion in zip(examples, completions, strict=True)
+    ]

@@ -1,0 +1,121 @@
+"""An evaluation scored again from the predictions that it holds: `python eval.py --rescore RUN/eval.json`.
+
+A number that was copied, rounded or edited by hand, or that other code made, is named with the one that the
+predictions have. No torch, so that it takes a second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from suites.scoring import SUITES, Example, Predictions, scored
+
+
+def rescore(path: str | Path) -> int:
+    """Score the predictions in an eval.json again, say whether all is equal, and return the exit code.
+
+    Raises:
+        ValueError: it cannot be read, or holds no predictions.
+    """
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    suite = record.get("suite") if isinstance(record, dict) else None
+    if suite is None:
+        raise ValueError(
+            f"{path} holds no predictions of a suite; give the eval.json of an evaluation "
+            "with --samples above 0"
+        )
+    try:
+        found = list(differences(suite))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for sentence in found:
+        print("".join(c if c.isprintable() else "?" for c in sentence))  # the file may be a stranger's
+    if found:
+        return 1
+    scores = suite["scores"]
+    count = sum(len(by_name) for by_name in scores.values())
+    print(f"equal: {count} scores of {', '.join(scores)} from {len(suite['samples'])} samples each")
+    return 0
+
+
+def differences(record: Any) -> Iterator[str]:
+    """What the record says that its own predictions do not score: a sentence each, with both numbers.
+
+    Raises:
+        ValueError: it is no record of a suite.
+    """
+    try:
+        suite, samples = SUITES[record["suite"]], record["samples"]
+        systems = list(record["scores"])
+        examples = [
+            Example(str(s["name"]), int(s["where"]), str(s["prompt"]), s["reference"]) for s in samples
+        ]
+        texts = {system: [sample["predictions"][system] for sample in samples] for system in systems}
+        strings = [example.reference for example in examples]
+        strings += [text for made in texts.values() for text in made]
+        if not all(isinstance(text, str) for text in strings):
+            raise ValueError("a prediction or a reference is not text")
+        names = list(record["signatures"])
+        again = scored(
+            suite,
+            examples,
+            {system: Predictions(made) for system, made in texts.items()},
+            names,
+            record["language"],
+            int(record["seed"]),
+        )
+        said = {
+            (system, name): record["scores"][system][name]
+            for system in systems
+            for name in [*names, *record["scores"][system]]
+        }
+        missing = [name for _, name in said if name not in again["signatures"]]
+        if missing:
+            raise ValueError(f"{missing[0]} has a score and no signature")
+        for (system, name), values in said.items():
+            what, fresh = f"{suite.name}, {system}, {name}", again["scores"][system][name]
+            if record["signatures"][name] != again["signatures"][name]:
+                what += f" (by {record['signatures'][name]}, and now by {again['signatures'][name]})"
+            if not _near(values["mean"], fresh["mean"]):
+                yield f"{what}: the file says {_both(values['mean'], fresh['mean'])}"
+            elif not all(_near(values[end], fresh[end]) for end in ("low", "high", "n")):
+                ends = ("[{low:.4f}, {high:.4f}] of {n}".format(**one) for one in (values, fresh))
+                yield "{}: the file has the interval {}, and its predictions {}".format(what, *ends)
+        for name in names:
+            own, fresh = record["verdicts"][name], again["verdicts"][name]
+            for system, verdict in fresh["against"].items():
+                if own["against"][system] != verdict:
+                    yield (
+                        f"{suite.name}, {name}: the file says {own['against'][system]!r}, and its "
+                        f"predictions are {verdict!r}"
+                    )
+            if own["best"] != fresh["best"]:
+                yield (
+                    f"{suite.name}, {name}: the file names {own['best']} as the best baseline, and by its "
+                    f"predictions it is {fresh['best']}"
+                )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"no whole record of a suite: {type(error).__name__} {error}; evaluate again"
+        ) from None
+
+
+def _near(one: Any, other: float) -> bool:
+    return isinstance(one, int | float) and math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def _both(said: Any, found: float) -> str:
+    """Both numbers, as short as they still differ."""
+    if not isinstance(said, int | float):
+        raise TypeError(f"{said!r} is not a score")
+    for digits in range(2, 10):
+        if f"{said:.{digits}f}" != f"{found:.{digits}f}":
+            return f"{said:.{digits}f}, and its predictions score {found:.{digits}f}"
+    return f"{said!r}, and its predictions score {found!r}"
