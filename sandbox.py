@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
+import marshal
 import os
 import platform
 import selectors
@@ -42,6 +44,7 @@ import sandbox_filter
 from sandbox_child import CandidateError, Over, Remote, decode, encode, framed
 
 CHILD = Path(__file__).resolve().with_name("sandbox_child.py")
+INSIDE = "/sandbox_child.pyc"
 REPORT_BYTES = 1 << 16
 PARENT_BYTES = 1 << 20  # of an answer that this process decodes; as empty sets they are 75 times as much
 UNSAFE = "none: it ran with this user's rights"
@@ -158,13 +161,28 @@ def _arguments(user_namespace: bool) -> Iterator[str]:
         else:
             yield from ("--ro-bind-try", path, path)
     yield from ("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache")
-    yield from ("--ro-bind", str(bound), str(bound), "--ro-bind", str(CHILD), "/sandbox_child.py")
+    yield from ("--ro-bind", str(bound), str(bound))
     for device in ("null", "zero", "random", "urandom"):
         yield from ("--dev-bind", f"/dev/{device}", f"/dev/{device}")
 
 
 def _interpreter() -> str:
     return os.path.realpath(sys.executable)
+
+
+@functools.cache
+def _compiled() -> bytes:
+    """sandbox_child.py as the interpreter would cache it; compiling it each time takes as long as a start."""
+    code = compile(CHILD.read_bytes(), CHILD.name, "exec", dont_inherit=True)
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+
+def _pipe_holding(data: bytes) -> int:
+    """The reading end of a pipe with these bytes in it; they must be fewer than the 64 KiB a pipe holds."""
+    end, start = os.pipe()
+    with open(start, "wb") as pipe:
+        pipe.write(data)
+    return end
 
 
 # --- processes
@@ -179,17 +197,16 @@ class Sandbox:
     def __init__(
         self, found: Isolation, role: str, limits: Limits, fds: tuple[int, ...] = (), output: bool = False
     ) -> None:
-        words = [_interpreter(), "-s", "-S", "-P", "-B", "/sandbox_child.py" if found.prefix else str(CHILD)]
+        words = [_interpreter(), "-s", "-S", "-P", "-B", INSIDE if found.prefix else str(CHILD)]
         words += [role, *map(str, fds)]
-        filter_fd = None
+        read: list[int] = []
         if found.prefix:
-            filter_fd, end = os.pipe()
-            with open(end, "wb") as pipe:
-                pipe.write(sandbox_filter.program(platform.machine()))
+            read = [_pipe_holding(data) for data in (sandbox_filter.program(platform.machine()), _compiled())]
             words = [
                 *found.prefix,
                 *("--perms", "1777", "--size", str(limits.disk), "--tmpfs", "/tmp", "--chdir", "/tmp"),
-                *("--remount-ro", "/", "--seccomp", str(filter_fd), *words),
+                *("--perms", "0444", "--ro-bind-data", str(read[1]), INSIDE),
+                *("--remount-ro", "/", "--seccomp", str(read[0]), *words),
             ]
         quiet = subprocess.DEVNULL
         self.started = time.monotonic()
@@ -199,13 +216,13 @@ class Sandbox:
                 stdin=subprocess.PIPE,
                 stdout=quiet if role == "candidate" else subprocess.PIPE,
                 stderr=subprocess.PIPE if output else quiet,
-                pass_fds=fds if filter_fd is None else (*fds, filter_fd),
+                pass_fds=(*fds, *read),
                 env=ENVIRONMENT,
                 start_new_session=True,
             )
         finally:
-            if filter_fd is not None:
-                os.close(filter_fd)
+            for fd in read:
+                os.close(fd)
 
     def finish(self, deadline: float) -> int | None:
         """Wait until it has ended; its exit code, or None where it had to be killed at the deadline."""

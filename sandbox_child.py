@@ -15,8 +15,11 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # typing costs more than the rest of the start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 DEPTH = 200  # of nested containers; far below Python's own recursion limit
 MESSAGE_BYTES = 16 << 20
