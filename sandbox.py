@@ -75,6 +75,9 @@ class Limits:
     threads: int = 32
 
 
+LIMITS = Limits()
+
+
 class Outcome(NamedTuple):
     """How a program ended: "ended" with its exit code (negative: a signal), "timed out" or "output"."""
 
@@ -136,7 +139,7 @@ def _bubblewrap(command: str | None) -> Isolation:
     said = ""
     for user_namespace in (False, True) if os.getuid() == 0 else (True,):
         found = Isolation(version, (command, *_arguments(user_namespace)), not user_namespace)
-        outcome = _run(found, "print('inside')", "", Limits())
+        outcome = _run(found, "print('inside')", "", LIMITS)
         if outcome.stdout == "inside\n":
             return found
         said = (outcome.stderr.strip().splitlines() or [outcome.status])[-1]
@@ -324,7 +327,7 @@ def _exchange(
 # --- what is offered
 
 
-def run(program: str, stdin: str = "", limits: Limits = Limits(), allow_unsafe: bool = False) -> Outcome:
+def run(program: str, stdin: str = "", limits: Limits = LIMITS, allow_unsafe: bool = False) -> Outcome:
     """Run one program to its end.
 
     Raises:
@@ -355,7 +358,7 @@ def judge(
     test: str,
     entry: str | None = None,
     reference: str = "",
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     allow_unsafe: bool = False,
 ) -> Verdict:
     """Judge a program by a test that calls its functions; the two never share a process.
@@ -399,6 +402,7 @@ def _verdict(
     """What the judge reported, or why it could not."""
     try:
         kind, reason = map(str, decode(report[8:]))
+        reason = "".join(letter if letter.isprintable() else " " for letter in reason)  # a terminal obeys it
     except (ValueError, TypeError):
         kind, reason = "", ""
     if status == "timed out" or (not kind and judging.finish(deadline) is None):
@@ -416,9 +420,7 @@ def _verdict(
 
 
 @contextlib.contextmanager
-def calls(
-    program: str, limits: Limits = Limits(), allow_unsafe: bool = False
-) -> Iterator[Callable[..., Any]]:
+def calls(program: str, limits: Limits = LIMITS, allow_unsafe: bool = False) -> Iterator[Callable[..., Any]]:
     """Functions of a program, called by data from this process: `call(name, *args, **kwargs)`.
 
     For tests that are this project's own. What a call returns consists of builtins; what it raises is an
