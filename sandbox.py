@@ -45,6 +45,7 @@ from sandbox_child import CandidateError, Over, Remote, decode, encode, framed
 
 CHILD = Path(__file__).resolve().with_name("sandbox_child.py")
 INSIDE = "/sandbox_child.pyc"
+REPORTED = ("passed", "failed", "ended", "no data", "not judged")
 REPORT_BYTES = 1 << 16
 PARENT_BYTES = 1 << 20  # of an answer that this process decodes; as empty sets they are 75 times as much
 UNSAFE = "none: it ran with this user's rights"
@@ -79,7 +80,7 @@ LIMITS = Limits()
 
 
 class Outcome(NamedTuple):
-    """How a program ended: "ended" with its exit code (negative: a signal), "timed out" or "output"."""
+    """How a program ended: "ended" with its exit code (128 + n: by signal n), "timed out" or "output"."""
 
     status: str
     exit_code: int | None
@@ -149,7 +150,7 @@ def _bubblewrap(command: str | None) -> Isolation:
 def _arguments(user_namespace: bool) -> Iterator[str]:
     """bwrap's own arguments; `--size` asks for version 0.7 or newer."""
     yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
-    yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
+    yield from ("--die-with-parent", "--hostname", "sandbox")
     if user_namespace:
         yield from ("--unshare-user", "--uid", "65534", "--gid", "65534")
     else:
@@ -243,7 +244,11 @@ class Sandbox:
         return self.process.returncode in (128 + signal.SIGXCPU, -signal.SIGXCPU)
 
     def kill(self) -> None:
-        """bwrap's death is that of its first process inside, and that is the death of all of them."""
+        """End its group, which the first process inside is in too; with that one all inside end.
+
+        bwrap's --new-session would take the first process out of the group, and --die-with-parent alone
+        leaves it running if bwrap is killed while it sets up.
+        """
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -302,7 +307,7 @@ def _exchange(
         open_drains = len(drains)
         while open_drains and status == "ended":
             ready = waiting.select(max(0.0, deadline - time.monotonic()))
-            if not ready and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 status = "timed out"
             for key, _ in ready:
                 stream: Any = key.fileobj
@@ -402,6 +407,7 @@ def _verdict(
     """What the judge reported, or why it could not."""
     try:
         kind, reason = map(str, decode(report[8:]))
+        kind = kind if kind in REPORTED else ""
         reason = "".join(letter if letter.isprintable() else " " for letter in reason)  # a terminal obeys it
     except (ValueError, TypeError):
         kind, reason = "", ""

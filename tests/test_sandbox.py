@@ -442,6 +442,24 @@ def test_a_killed_parent_takes_its_sandboxes_along(isolated: sandbox.Isolation) 
     assert still_running(size) == []
 
 
+def test_a_sandbox_that_is_ended_while_it_starts_leaves_nothing(isolated: sandbox.Isolation) -> None:
+    """The judge gives up at once, when the candidate's sandbox is perhaps half made."""
+    size = (10 << 20) + 4096 * (os.getpid() % 1000)
+
+    def early(n: int) -> None:
+        with sandbox._started(isolated, "candidate", Limits(disk=size)) as started:
+            started.process.stdin.write(
+                sandbox._job(isolated, Limits(), program="import time\ntime.sleep(99)")
+            )  # type: ignore[union-attr]
+            started.process.stdin.flush()  # type: ignore[union-attr]
+            time.sleep(0.002 * n)
+
+    for n in range(20):
+        early(n)
+    time.sleep(1)
+    assert still_running(size) == []
+
+
 def test_runs_leave_no_open_files(isolated: sandbox.Isolation) -> None:
     kind(ADD)
     before = sorted(os.listdir("/proc/self/fd"))
