@@ -274,8 +274,8 @@ class CandidateError(Exception):
     """An exception of a type that is no builtin one."""
 
 
-class Over(BaseException):
-    """The candidate can no longer pass; tests that catch every Exception do not catch this."""
+class Over(Exception):
+    """The candidate can no longer pass. A test may catch this: `Remote.fault` stays."""
 
 
 class Remote:
