@@ -105,21 +105,21 @@ def read_problems(path: str | Path) -> dict[str, Problem]:
 
 def _problem(where: str, row: dict[str, Any]) -> Problem:
     if "test_list" in row:
-        task_id, solution = _field(where, row, "task_id", int | str), _field(where, row, "code", str)
+        task_id, solution = _task_id(where, row), _field(where, row, "code", str)
         imports, setup, tests = (
             "\n".join(_lines(where, row, name)) if name in row or name == "test_list" else ""
             for name in TESTS_OF_MBPP
         )
         before = imports and imports + "\n"
-        return Problem(str(task_id), before, "", solution, "", "\n".join([imports, setup, tests]), None)
+        return Problem(task_id, before, "", solution, "", "\n".join([imports, setup, tests]), None)
     names = ("prompt", "canonical_solution", "test", "entry_point")
-    task_id = _field(where, row, "task_id", int | str)
+    task_id = _task_id(where, row)
     prompt, solution, test, entry = (_field(where, row, name, str) for name in names)
     after = _field(where, row, "suffix", str) if "suffix" in row else ""
     if not entry.isidentifier():
         raise ValueError(f"{where} has entry_point {entry[:40]!r}; it must be the name of a function")
     whole = prompt + solution + after
-    return Problem(str(task_id), prompt, after, solution, whole, f"{test}\ncheck({entry})", entry)
+    return Problem(task_id, prompt, after, solution, whole, f"{test}\ncheck({entry})", entry)
 
 
 def _lines(where: str, row: dict[str, Any], name: str) -> list[str]:
@@ -133,6 +133,13 @@ def _lines(where: str, row: dict[str, Any], name: str) -> list[str]:
     if name == "test_list" and not lines:
         raise ValueError(f"{where} has an empty test_list: a problem needs at least 1 test")
     return lines
+
+
+def _task_id(where: str, row: dict[str, Any]) -> str:
+    task_id = str(_field(where, row, "task_id", int | str))
+    if not task_id.isprintable():  # it is printed, and a terminal obeys some characters
+        raise ValueError(f"{where} has task_id {task_id[:80]!r}; it must be of printable characters")
+    return task_id
 
 
 def _field(where: str, row: dict[str, Any], name: str, kind: Any) -> Any:
@@ -152,7 +159,7 @@ def read_samples(path: str | Path, problems: dict[str, Problem]) -> list[Sample]
     """
     samples = []
     for where, row in _rows(Path(path)):
-        task_id = str(_field(where, row, "task_id", int | str))
+        task_id = _task_id(where, row)
         if task_id not in problems:
             raise ValueError(f"{where} has task_id {task_id}, which is none of the {len(problems)} problems")
         samples.append(Sample(task_id, _field(where, row, "completion", str), row))
@@ -290,6 +297,7 @@ def evaluate(settings: FunctionalConfig) -> str:
     from tqdm import tqdm
 
     from metrics import mean_interval, pass_at_k
+    from metrics.intervals import share_interval
 
     problems = read_problems(settings.problems)
     samples = read_samples(settings.samples, problems)
@@ -309,16 +317,19 @@ def evaluate(settings: FunctionalConfig) -> str:
     if not found.solved:
         raise ValueError(f"no problem could be judged: {notes[1].strip()}")
     fewest = min(count for count, _ in found.solved.values())
-    values = {}
+    values: dict[str, float] = {}
+    intervals: dict[str, list[float] | None] = {}
     lines = notes if found.left_out else []
     for k in sorted(set(settings.k)):
         if k <= fewest:
             chances = [100 * pass_at_k(n, c, k) for n, c in found.solved.values()]
             values[f"pass@{k}"] = mean = sum(chances) / len(chances)
-            between = ""
-            if len(chances) > 1:
-                ends = mean_interval(chances)
-                between = f" [{ends.low:.1f}, {ends.high:.1f}]"
+            if set(chances) <= {0.0, 100.0}:
+                ends = share_interval(chances.count(100.0), len(chances))
+            else:
+                ends = mean_interval(chances) if len(chances) > 1 else None
+            intervals[f"pass@{k}"] = [ends.low, ends.high] if ends else None
+            between = f" [{ends.low:.1f}, {ends.high:.1f}]" if ends else ""
             lines.append(f"pass@{k}  {mean:.2f}%{between}  over {len(chances)} problems")
     kinds = Counter(verdict.kind for verdict in found.verdicts)
     lines.append(
@@ -328,6 +339,7 @@ def evaluate(settings: FunctionalConfig) -> str:
     lines.append(f"sandbox: {isolated}; results are in {results}")
     summary = {
         **values,
+        "intervals": intervals,
         "problems": len(found.solved),
         "samples": len(samples),
         "verdicts": dict(kinds),

@@ -153,6 +153,7 @@ def test_the_command_writes_what_human_eval_reads(isolated: None, tmp_path: Path
     ]
     scores = json.loads((tmp_path / "samples.jsonl_scores.json").read_text())
     assert (scores["pass@1"], scores["pass@2"], scores["problems"], scores["samples"]) == (50.0, 100.0, 2, 4)
+    assert scores["intervals"]["pass@1"] == [50.0, 50.0]
     assert scores["sandbox"].startswith("bubblewrap") and scores["left_out"] == {}
 
 
@@ -179,6 +180,7 @@ BAD_FILES = [
     ([{"task_id": "x", "prompt": ""}], [GOOD], r"line 1 has no field canonical_solution but task_id, prompt"),
     ([{**PROBLEMS[0], "test": 3}], [GOOD], r"line 1 has test of type int; it must be text"),
     ([{**PROBLEMS[0], "entry_point": "f()"}], [GOOD], r"line 1 has entry_point 'f\(\)'"),
+    ([{**PROBLEMS[0], "task_id": "\x1b[2J"}], [GOOD], r"line 1 has task_id '\\x1b\[2J'; it must be"),
     ([{**MBPP[0], "test_list": []}], [GOOD], r"line 1 has an empty test_list"),
     (
         [{**MBPP[0], "test_list": [3]}],
