@@ -253,6 +253,7 @@ def score(
             own = {problem.task_id: future.result() for problem, future in zip(unsolved, tried, strict=True)}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            sandbox.end_all()
             raise
     left_out = {
         name: f"its own solution: {v.kind}, {v.reason}" for name, v in own.items() if v.kind != "passed"

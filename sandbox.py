@@ -265,10 +265,21 @@ class Sandbox:
 @contextlib.contextmanager
 def _started(*args: Any, **kwargs: Any) -> Iterator[Sandbox]:
     sandbox = Sandbox(*args, **kwargs)
+    _live.add(sandbox)
     try:
         yield sandbox
     finally:
+        _live.discard(sandbox)
         sandbox.close()
+
+
+_live: set[Sandbox] = set()
+
+
+def end_all() -> None:
+    """Kill every sandbox of this process, for an interrupt; whoever waits for one then goes on."""
+    for sandbox in tuple(_live):
+        sandbox.kill()
 
 
 def _job(found: Isolation, limits: Limits, **fields: Any) -> bytes:

@@ -173,6 +173,26 @@ def test_without_a_sandbox_the_command_refuses_and_a_flag_is_recorded(tmp_path: 
     assert json.loads((tmp_path / "samples.jsonl_scores.json").read_text())["sandbox"] == sandbox.UNSAFE
 
 
+def test_an_interrupt_ends_the_command_and_its_sandboxes(isolated: None, tmp_path: Path) -> None:
+    write(tmp_path / "problems.jsonl", PROBLEMS[:1])
+    asleep = {"task_id": "HumanEval/0", "completion": "    import time\n    time.sleep(600)\n"}
+    write(tmp_path / "samples.jsonl", [asleep] * 4)
+    code = (
+        "import os, signal, threading, time, functional, sandbox\n"
+        "def soon():\n"
+        "    while len(sandbox._live) < 4: time.sleep(0.05)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Thread(target=soon, daemon=True).start()\n"
+        "settings = functional.FunctionalConfig('problems.jsonl', 'samples.jsonl', workers=2, wall=500.0)\n"
+        "with functional.one_sentence(): functional.evaluate(settings)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 130 and done.stderr.endswith("interrupted\n"), done.stderr
+    assert not (tmp_path / "samples.jsonl_results.jsonl").exists()
+
+
 GOOD = {"task_id": "HumanEval/0", "completion": "    pass\n"}
 BAD_FILES = [
     ([], [GOOD], r"problems\.jsonl has no problems"),
