@@ -310,7 +310,8 @@ class Remote:
     def error(self, name: str, text: str) -> BaseException:
         """What the candidate raised, as far as it is an Exception; SystemExit and its like end it."""
         kind = vars(builtins).get(name)
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)) or kind is StopIteration:
+            # StopIteration would end a `map` of the test as if all were well
             return CandidateError(f"{name}: {text}")
         if not issubclass(kind, Exception):
             return self.end("failed", f"{name}: {text}")

@@ -258,6 +258,8 @@ def test_exceptions_cross_by_type(isolated: sandbox.Isolation) -> None:
     assert kind(program, caught.format(2, "LookupError", "two"))[0] == "passed"
     assert kind(program, caught.format(3, "Exception", "three"))[0] == "passed"
     assert kind(program, caught.format(4, "BaseException", "0")) == ("failed", "SystemExit: 0")
+    stop = "def add(a, b): raise StopIteration"
+    assert kind(stop, "assert all(map(add, [1], [2]))") == ("failed", "CandidateError: StopIteration: ")
 
 
 def test_arguments_cross_by_value_and_come_back_from_functions_that_return_none(
