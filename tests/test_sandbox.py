@@ -449,11 +449,10 @@ def test_a_sandbox_that_is_ended_while_it_starts_leaves_nothing(isolated: sandbo
     size = (10 << 20) + 4096 * (os.getpid() % 1000)
 
     def early(n: int) -> None:
+        job = sandbox._job(isolated, Limits(), program="import time\ntime.sleep(99)")
         with sandbox._started(isolated, "candidate", Limits(disk=size)) as started:
-            started.process.stdin.write(
-                sandbox._job(isolated, Limits(), program="import time\ntime.sleep(99)")
-            )  # type: ignore[union-attr]
-            started.process.stdin.flush()  # type: ignore[union-attr]
+            assert started.process.stdin is not None
+            os.write(started.process.stdin.fileno(), job)
             time.sleep(0.002 * n)
 
     for n in range(20):
