@@ -57,11 +57,11 @@ WINDOW_SLACK = 2.0  # seconds; two resets nearer than that are one, told in whol
 T = TypeVar("T")
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """The server's considered no: a status of 4xx that asking again will not change."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"{status} {message}".strip())
+    def __init__(self, url: str, status: int, message: str) -> None:
+        super().__init__(f"{url} was refused: {status} {message}".strip())
         self.status = status
         self.message = message
 
@@ -74,7 +74,7 @@ class Malformed(Exception):
     """A body that is not what was asked for; a `read` raises it to have the request made again."""
 
 
-class TooLarge(Exception):
+class TooLarge(ValueError):
     """A body past the bytes that the caller takes."""
 
 
@@ -181,7 +181,8 @@ class Gate:
                     return now
             if opens - now > LONGEST_WAIT:
                 raise Unanswered(f"{host} wants no request for {opens - now:,.0f} seconds; run again then")
-            self._told(why, opens - now)
+            if opens - now > 1:
+                self._told(why, opens - now)
             self._clock.sleep(opens - now)
 
     def _opens(self, host: str, resource: str, now: float) -> tuple[str, float]:
@@ -203,9 +204,8 @@ class Gate:
             if resource:
                 bucket = self._buckets[resource]
                 bucket.in_flight -= 1
-                bucket.remaining += (
-                    reply.status == 304
-                )  # does not count: "Best practices", conditional requests
+                if reply.status == 304:
+                    bucket.remaining += 1  # it does not count: "Best practices", conditional requests
                 self._read(reply.headers, reply.headers.get("x-ratelimit-resource") or resource)
             if reply.limited:
                 self._refuse(host, resource, sent, reply)
@@ -213,8 +213,10 @@ class Gate:
                 self._strikes.pop(host, None)
 
     def learn(self, headers: dict[str, str], resource: str) -> None:
-        """What is left of a resource, told outside of an answer's own headers."""
+        """What is left of a resource, told by itself; it may be another token's than the last process had."""
         with self._lock:
+            if headers.get("x-ratelimit-remaining") != "0":
+                self._blocked.pop(resource, None)
             self._read(headers, resource)
 
     def _read(self, headers: dict[str, str], resource: str) -> None:
@@ -417,7 +419,7 @@ class GitHub:
                 )
             if reply.status == 408 or (reply.status == 409 and "empty" not in message.lower()):
                 raise Malformed(f"the status was {reply.status} {message}")  # it is under construction, say
-            raise Refused(reply.status, message)
+            raise Refused(_shown(url), reply.status, message)
         raise Malformed(f"there were more than {MAX_REDIRECTS} redirections")
 
     def _target(self, url: str, location: str) -> str:
@@ -433,6 +435,8 @@ class GitHub:
         home = _origin(url) == self._origin
         parts = urlsplit(url)
         resource = ("search" if parts.path.endswith("/search/repositories") else "core") if home else ""
+        if parts.path.endswith("/rate_limit"):  # counts for none: "Rate limits", Checking the status
+            resource = ""
         headers = {"Accept": accept, "User-Agent": USER_AGENT}
         if home:
             headers["X-GitHub-Api-Version"] = API_VERSION

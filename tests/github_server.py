@@ -676,6 +676,8 @@ class _Handler(BaseHTTPRequestHandler):
         since, until = (datetime.fromisoformat(t).timestamp() for t in (since, until))
         low, high = re.findall(r"stars:(\d+)\.\.(\d+|\*)", words)[0]
         language = re.findall(r'language:"?([^" ]*)', words)
+        if language and language[0] not in ("Python", "Kotlin"):
+            return 422, b'{"message": "Validation Failed"}', {}
         licence = re.findall(r'license:"?([^" ]*)', words)
         hits = [
             repo

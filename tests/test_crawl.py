@@ -26,7 +26,8 @@ import pytest
 from github_server import START, TOKEN, Repo, Server, SharedClock, blob_id, expected, schedule, source, world
 
 import scraping.search
-from scraping.crawl import CLONE, REQUEST, Settings, Stopped, crawl, route
+from scraping.crawl import Settings, Stopped, crawl
+from scraping.fetch import CLONE, REQUEST, route
 from scraping.github import Clock, GitHub, Unanswered
 from scraping.ledger import Ledger, claimed_ledger
 from scraping.search import Slice, begin, search, spdx
@@ -279,6 +280,12 @@ def test_what_is_searched_for(place) -> None:
     assert here.rows[0]["licence"] == "MIT"
 
 
+def test_a_search_that_github_refuses_is_one_sentence(place) -> None:
+    here = place([plain(1, "o/r")])
+    with pytest.raises(ValueError, match=r"/search/repositories was refused: 422 Validation Failed$"):
+        here.crawl(language="Pyhton")
+
+
 @pytest.mark.parametrize(
     ("licence", "known"),
     [
@@ -360,7 +367,7 @@ def test_trees_that_are_cut_are_walked(place) -> None:
 
 
 def test_a_tree_of_trees_without_end_is_dropped(place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scraping.crawl.MAX_TREES", 40)
+    monkeypatch.setattr("scraping.fetch.MAX_TREES", 40)
     repo = plain(1, "o/bomb")
     inner = repo.root
     for i in range(8):  # 10^8 files with 9 objects more
@@ -694,7 +701,7 @@ def test_a_real_repository_is_the_same_by_every_way(place, real: Repo, monkeypat
             ways.append((way, files))
             return way if way not in sizes[-1] else "blobs"  # type: ignore[operator]
 
-        monkeypatch.setattr("scraping.crawl.route", route)
+        monkeypatch.setattr("scraping.fetch.route", route)
         ledger = here.crawl()
         seen.append(list(ledger.files()))
         ledger.close()
