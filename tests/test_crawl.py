@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 from github_server import START, TOKEN, Repo, Server, SharedClock, blob_id, expected, schedule, source, world
 
+import scraping.clone
 import scraping.search
 from scraping.crawl import Settings, Stopped, crawl
 from scraping.fetch import CLONE, REQUEST, route
@@ -550,6 +551,39 @@ def test_an_interrupt_ends_the_threads_where_they_wait(place) -> None:
     assert here.server.violations == []
 
 
+def test_alone_not_one_request_comes_before_a_limit_ends(place) -> None:
+    limits = [(n, kind) for n in range(3, 60, 6) for kind in ("secondary", "silent", "429")]
+    here = place(world(9, 6, 60), faults=limits, core=40)
+    here.crawl(workers=1).close()
+    assert sum(here.server.injected.values()) > 15
+    assert (here.server.early, here.server.violations) == (0, [])
+    assert here.clock.now() - START > 3600
+
+
+def test_the_command_is_interrupted_while_it_waits_and_then_goes_on(place) -> None:
+    repos = [plain(i, f"o/r{i}") for i in range(6)]
+    here = place(repos, faults=[(9, "secondary")], latency=0.0)
+    flags = ["--folder", str(here.folder), "--min_stars", "1", "--api", here.server.api]
+    command = [sys.executable, "-m", "scraping", "crawl", *flags]
+    with subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        while not here.server.blocked_at:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=20) == (b"", b"interrupted\n")
+        assert child.returncode == 130
+    ledger = Ledger(here.folder / "ledger.sqlite")
+    assert next(iter(ledger.limits().values())) > time.time()
+    with ledger.transaction() as db:
+        db.execute("DELETE FROM limits")  # as if the time had passed
+    ledger.close()
+    here.server.blocked_until = 0.0
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True)
+    assert "18  stored" in done.stdout
+    assert done.stderr == ""
+    assert here.stored == expected(repos)
+
+
 def test_a_second_crawl_in_a_folder_is_refused(place) -> None:
     here = place([plain(1, "o/r")])
     with (
@@ -706,7 +740,18 @@ def test_a_real_repository_is_the_same_by_every_way(place, real: Repo, monkeypat
         seen.append(list(ledger.files()))
         ledger.close()
         assert list(here.folder.glob("git-*")) == []
-    assert seen[0] == seen[1] == seen[2]
+    settings = scraping.clone.Settings(
+        folder=str(here.folder.parent / "cloned"),
+        url=real.clone_url,
+        repository="o/real",
+        revision="main",
+        licence="MIT",
+    )
+    scraping.clone.run(settings)
+    ledger = Ledger(here.folder.parent / "cloned" / "ledger.sqlite")
+    seen.append(list(ledger.files()))
+    ledger.close()
+    assert seen[0] == seen[1] == seen[2] == seen[3]
     assert {(file.repository, file.path) for file in seen[0]} == set(expected([real]))
     # An archive leaves three to the next way: one is left out, two are changed. The others leave nothing.
     assert ways == [("tarball", 26), ("tarball", 3), ("blobs", 26), ("git", 26)]
