@@ -138,8 +138,10 @@ def _search(client: GitHub, ledger: Ledger, settings: Settings, whole: Slice, sh
     begin(ledger, whole)
     day = 86_400
     days = (whole.created_to - whole.created_from) / day
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(desc="search", total=days, disable=None, dynamic_ncols=True, bar_format=form) as bar:
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
+    with tqdm(
+        desc="search", total=days, unit=" days", disable=None, dynamic_ncols=True, bar_format=form
+    ) as bar:
         count = 0
 
         def told(until: int, new: int) -> None:

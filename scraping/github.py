@@ -14,7 +14,7 @@ What GitHub publishes about its limits and answers is at docs.github.com/en/rest
 - these times are kept in the ledger, so that a process that takes over from a killed one keeps them too.
 
 What fails by accident (5xx, 202, a reset, a body that is cut, slow or no JSON, or that `read` refuses) is
-asked for again, later each time. What GitHub says no to (404, 409, 410, 451, ...) raises `Refused`.
+asked for again, later each time. What GitHub itself says no to (404, 409, 410, 451, ...) raises `Refused`.
 
 The token goes to the API's own origin and nowhere else, and into no message.
 """
@@ -144,11 +144,11 @@ class Reply:
     @property
     def limited(self) -> bool:
         """Whether a limit refused it. Some 403 are no limit's: the thing itself is forbidden."""
-        if self.status == 403:
+        if self.status == 403 and self.trouble is None:
             message = _message(self.body).lower()
             spent = self.headers.get("x-ratelimit-remaining") == "0"
             return "retry-after" in self.headers or spent or "rate limit" in message or "abuse" in message
-        return self.status == 429 or (self.status == 503 and "retry-after" in self.headers)
+        return self.status in (403, 429) or (self.status == 503 and "retry-after" in self.headers)
 
 
 class Gate:
@@ -419,6 +419,8 @@ class GitHub:
                 )
             if reply.status == 408 or (reply.status == 409 and "empty" not in message.lower()):
                 raise Malformed(f"the status was {reply.status} {message}")  # it is under construction, say
+            if not message and _origin(url) == self._origin:  # a proxy or a portal speaks, and not GitHub
+                raise Malformed(f"the status was {reply.status} without a message")
             raise Refused(_shown(url), reply.status, message)
         raise Malformed(f"there were more than {MAX_REDIRECTS} redirections")
 
@@ -495,7 +497,8 @@ class GitHub:
                     if got > cap:
                         raise TooLarge(f"{_shown(url)} has more than {cap:,} bytes")
                     seconds = self.clock.now() - started
-                    if seconds > GRACE_SECONDS and got < seconds * SLOWEST:
+                    whole = response.raw.length_remaining == 0
+                    if not whole and seconds > GRACE_SECONDS and got < seconds * SLOWEST:
                         raise Malformed(f"only {got:,} bytes came in {seconds:.0f} seconds")
                     if into is None:
                         parts.append(piece)

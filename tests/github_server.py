@@ -629,7 +629,7 @@ class _Handler(BaseHTTPRequestHandler):
         server.by_route[what] += 1
         messages = {404: "Not Found", 409: "Git Repository is empty.", 451: "Repository access blocked"}
         if repo.status != 200:
-            return repo.status, json.dumps({"message": messages.get(repo.status, "")}).encode(), {}
+            return repo.status, json.dumps({"message": messages.get(repo.status, "No")}).encode(), {}
         if what == "repository":
             return 200, json.dumps(repo.item()).encode(), {}
         if what == "commits":

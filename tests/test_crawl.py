@@ -32,6 +32,7 @@ from scraping.fetch import CLONE, REQUEST, route
 from scraping.github import Clock, GitHub, Unanswered
 from scraping.ledger import Ledger, claimed_ledger
 from scraping.search import Slice, begin, search, spdx
+from scraping.status import status_lines
 
 Files = dict[str, tuple[str, bytes | int]]
 HERE = Path(__file__).parent
@@ -212,9 +213,9 @@ def test_every_repository_is_found_below_the_cap_of_a_query(place) -> None:
 
 def test_slices_meet_and_do_not_overlap() -> None:
     rng = random.Random(6)
-    points = [(rng.randrange(1000), rng.randrange(1, 5000)) for _ in range(300)]
-    slices = [Slice(0, 999, 1)]
-    for _ in range(200):
+    points = [(rng.randrange(10), rng.randrange(1, 200)) for _ in range(500)]
+    slices = [Slice(0, 9, 1)]
+    for _ in range(400):
         piece = slices.pop(rng.randrange(len(slices)))
         slices += piece.split(rng.choice((2, 1500, 40_000))) or [piece]
     for second, stars in points:
@@ -226,6 +227,7 @@ def test_slices_meet_and_do_not_overlap() -> None:
             and (piece.stars_to < 0 or stars <= piece.stars_to)
         ]
         assert len(holding) == 1
+    assert any(piece.stars_from == piece.stars_to for piece in slices)
 
 
 def test_a_slice_in_words() -> None:
@@ -239,6 +241,18 @@ def test_results_that_never_settle_are_told(place) -> None:
     assert ledger.counts("searches") == {("done", "results moved while they were read"): 1}
     ledger.close()
     assert len(here.stored) == 12
+
+
+def test_results_that_move_from_page_to_page_are_cut_into_pages(place, monkeypatch) -> None:
+    monkeypatch.setattr(scraping.search, "PAGE", 3)
+    repos = [plain(i, f"o/r{i}", created=1_500_000_000 + 10_000_000 * i) for i in range(9)]
+    here = place(repos, faults=[(n, "drift") for n in range(2, 11)])
+    ledger = here.crawl()
+    counts = ledger.counts("searches")
+    ledger.close()
+    assert ("split", "") in counts
+    assert ("done", "results moved while they were read") not in counts
+    assert here.stored == expected(repos)
 
 
 def test_incomplete_results_are_asked_for_again_and_then_told(place) -> None:
@@ -394,7 +408,9 @@ def test_an_archive_that_differs_from_the_commit_is_made_good(place) -> None:
 def test_files_that_are_none_have_their_reasons(place) -> None:
     repos = world(1, 5, 60)
     here = place(repos)
-    here.crawl().close()
+    ledger = here.crawl()
+    assert "4  more of other extensions" in status_lines(ledger)[-1]
+    ledger.close()
     reasons = {
         path.removeprefix("owner3/repo3/"): state
         for path, state in here.states.items()

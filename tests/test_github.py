@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import io
 import json
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -65,8 +66,8 @@ class Scripted:
                 outer.asked.append((self.path, dict(self.headers.items())))
                 outer.times.append(clock.server)
                 self.send_response_only(status)
-                values = {"Date": email.utils.formatdate(clock.server, usegmt=True)} | headers
-                for name, value in (values | {"Content-Length": str(len(body))}).items():
+                date = email.utils.formatdate(clock.server, usegmt=True)
+                for name, value in ({"Date": date, "Content-Length": str(len(body))} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)
@@ -234,6 +235,17 @@ def test_a_new_process_asks_what_is_left(memory: Ledger, host) -> None:
     assert START + 700 <= api.times[2] <= START + 702
 
 
+def test_another_token_does_not_wait_for_the_limit_of_the_last(memory: Ledger, host) -> None:
+    memory.limited("core", START + 3000)
+    clock = Time()
+    rates = {"resources": {"core": {"limit": 60, "remaining": 60, "reset": int(START) + 3600}}}
+    api = host(clock, (200, {}, json.dumps(rates).encode()), (200, {}, b"a"))
+    github = client(api.url, memory, clock)
+    github.learn_limits()
+    github.get("/x", text)
+    assert api.times[1] < START + 1
+
+
 def test_requests_go_out_below_900_a_minute(memory: Ledger, host) -> None:
     clock = Time()
     api = host(clock, (200, {}, b"a"))
@@ -277,13 +289,18 @@ def test_an_accident_is_asked_for_again(tmp_path: Path, memory: Ledger, kind: st
     clock = SharedClock(tmp_path / "clock")
     repo = Repo(1, "a/b", files={f"f{i}.py": ("100644", b"x" * i) for i in range(50)})
     server = Server([repo], clock, [(1, kind)])
-    github = GitHub(server.api, TOKEN, memory, Clock(clock.now, clock.sleep))
+    why = []
+    github = GitHub(
+        server.api, TOKEN, memory, Clock(clock.now, clock.sleep), told=lambda *said: why.append(said)
+    )
     url = f"/repositories/1/git/trees/{repo.root}"
     paths = github.get(url, lambda answer: {row["path"] for row in answer.json()["tree"]})
     server.close()
     assert paths == set(repo.files)
     assert server.injected == {kind: 1}
     assert server.count == 2
+    if kind == "drip":  # which is not waited for to the end
+        assert re.match(r"only \d bytes came in [34]\d seconds", why[0][0])
 
 
 def test_what_keeps_failing_is_given_up_later_each_time(memory: Ledger, host) -> None:
@@ -328,6 +345,20 @@ def test_a_considered_no_is_an_outcome(memory: Ledger, host, status: int, messag
     assert len(api.times) == 1
 
 
+@pytest.mark.parametrize("status", [403, 404, 451])
+def test_a_no_that_github_did_not_say_is_an_accident(memory: Ledger, host, status: int) -> None:
+    clock = Time()
+    api = host(clock, (status, {}, b"<html>Your company's proxy</html>"), (200, {}, b"a"))
+    assert client(api.url, memory, clock).get("/x", text) == "a"
+
+
+def test_a_403_that_is_cut_may_be_a_limit(memory: Ledger, host) -> None:
+    clock = Time()
+    api = host(clock, (403, {"Content-Length": "99", "Connection": "close"}, SECONDARY[:20]), (200, {}, b"a"))
+    assert client(api.url, memory, clock).get("/x", text) == "a"
+    assert api.waits[0] >= 60
+
+
 def test_a_repository_that_is_being_made_is_asked_for_again(memory: Ledger, host) -> None:
     clock = Time()
     api = host(clock, (409, {}, b'{"message": "Git Repository is being created."}'), (200, {}, b"a"))
@@ -362,17 +393,17 @@ def test_a_file_holds_the_last_try_alone(memory: Ledger, host) -> None:
 
 def test_what_has_not_changed_is_not_sent_again_and_does_not_count(tmp_path: Path, memory: Ledger) -> None:
     clock = SharedClock(tmp_path / "clock")
-    server = Server([Repo(1, "a/b")], clock)
+    server = Server([Repo(1, "a/b")], clock, core=3)
     github = GitHub(server.api, TOKEN, memory, Clock(clock.now, clock.sleep))
     answers = [github.get("/repositories/1", text, keep=True)]
-    for _ in range(2):
-        github = GitHub(server.api, TOKEN, memory, Clock(clock.now, clock.sleep))
-        answers.append(github.get("/repositories/1", text, keep=True))
+    github = GitHub(server.api, TOKEN, memory, Clock(clock.now, clock.sleep))
+    answers += [github.get("/repositories/1", text, keep=True) for _ in range(5)]
+    assert clock.now() < START + 60
     used = server.windows["core"].used
     server.repos[1].stars = 7
     assert json.loads(github.get("/repositories/1", text, keep=True))["stargazers_count"] == 7
     server.close()
-    assert answers[0] == answers[1] == answers[2]
+    assert answers == answers[:1] * 6
     assert used == 1
 
 
