@@ -53,7 +53,7 @@ _PROMPT = re.compile(r"(?:>>>|\.\.\.)(?: |$)|In \[\d+\]: ?| +\.\.\.: ?")
 
 @dataclass(frozen=True)
 class Example:
-    """A piece of code on a page: the ending that names its language, and its text, with a line break at the end."""
+    """A piece of code on a page: the file extension of its language, and its text in whole lines."""
 
     extension: str
     text: str
@@ -170,7 +170,7 @@ def _tag_end(page: str, at: int) -> int:
         if stop.group() == ">":
             return stop.start()
         at = stop.end()
-        if page[: stop.start()][-20:].rstrip().endswith("="):
+        if page[max(stop.start() - 20, 0) : stop.start()].rstrip().endswith("="):
             at = page.find(stop.group(), at) + 1
             if at == 0:
                 return -1
@@ -203,10 +203,8 @@ def _extension(places: list[frozenset[str]]) -> str:
 def _tidy(extension: str, text: str) -> Example:
     """As a file would hold it; of a session in an interpreter, what was typed."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ").split("\n")
-    while lines and not lines[0].strip():
-        lines.pop(0)
-    while lines and not lines[-1].strip():
-        lines.pop()
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    lines = lines[filled[0] : filled[-1] + 1] if filled else []
     if lines and re.match(r">>> |In \[\d+\]: ", lines[0]) and extension in (".py", UNKNOWN_EXTENSION):
         typed = [(match, line) for line in lines if (match := _PROMPT.match(line))]
         lines = [line[match.end() :] for match, line in typed]

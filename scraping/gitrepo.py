@@ -7,10 +7,10 @@
         for id, data in repository.blobs(ids):
             ...
 
-A bare repository without history takes the trees first and then the wanted blobs in one batch (git's partial
-clone). Nothing is checked out, so no hook, filter, submodule or attribute of it is ever looked at. The settings
-of the user and of the system are not read, and no credential is asked for or sent. git itself runs with limits
-of time, memory and bytes.
+A bare repository without history takes the trees first and then the wanted blobs in one batch (git's
+partial clone). Nothing is checked out, so no hook, filter, submodule or attribute of it is ever looked at.
+The settings of the user and of the system are not read, and no credential is asked for or sent. git itself
+runs with limits of time, memory and bytes.
 """
 
 from __future__ import annotations
@@ -90,14 +90,16 @@ def check_url(url: str, insecure: bool = False) -> None:
     Args:
         insecure: Let `http://` and `git://`, which anybody on the way can change, go to other machines too.
     """
+    if "@" in url:  # first, so that no message repeats a password
+        raise ValueError(
+            "the address holds a user name: only what anybody may read is fetched, by https://host/path"
+        )
     found = URL.fullmatch(url)
     if not found:
         told = "; a folder or an archive is read by the command local" if Path(url).exists() else ""
         raise ValueError(
             f"{path_text(os.fsencode(url[:200]))} is no https://host/path, which clone takes{told}"
         )
-    if "@" in found[4].split("/")[1] or "@" in url.split("/")[2]:
-        raise ValueError("the address holds a user name: private repositories are not fetched")
     if found[1] != "https" and not LOOPBACK.fullmatch(found[2]) and not insecure:
         raise ValueError(
             f"{url} is not encrypted, and anybody on the way can change it: use https://, or --insecure"
@@ -245,7 +247,8 @@ class Repository:
         command += words
         # A shell sets the limits: preexec_fn is not safe in a process with threads.
         kib = self.limits.memory // 1024
-        guard = f'ulimit -f {self.limits.bytes // 512}; ulimit -v {kib} 2>/dev/null; exec "$@"'
+        # Without the signal, git says that a write was too large.
+        guard = f'trap "" XFSZ; ulimit -f {self.limits.bytes // 512}; ulimit -v {kib} 2>/dev/null; exec "$@"'
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         environment |= {
             "HOME": str(self.folder),
@@ -283,11 +286,7 @@ class Repository:
     def _why(self, code: int, late: bool, errors: bytes) -> str:
         if late:
             return f"took more than {self.limits.seconds:g} seconds"
-        if (
-            code in (-signal.SIGXFSZ, 128 + signal.SIGXFSZ)
-            or b"File too large" in errors
-            or b"signal 25" in errors
-        ):
+        if b"File too large" in errors:
             return f"holds more than {self.limits.bytes:,} bytes"
         if b"not our ref" in errors:
             return "has no such commit"
@@ -298,7 +297,7 @@ class Repository:
 
 @contextlib.contextmanager
 def _deadline(process: subprocess.Popen, seconds: float) -> Iterator[list[bool]]:
-    """End a process and all that it started with the block, or when time is over, which the list then tells."""
+    """End a process and all that it started with the block, or late, as the list then tells."""
     late: list[bool] = []
 
     def end() -> None:

@@ -40,7 +40,7 @@ def parse(text: str, agent: str) -> Robots:
     sitemaps: list[str] = []
     names: list[str] = []
     in_rules = True
-    for line in text[:MAX_BYTES].splitlines():
+    for line in text[:MAX_BYTES].removeprefix("\ufeff").splitlines():
         key, colon, value = line.split("#", 1)[0].partition(":")
         key, value = key.strip().lower(), value.strip()
         if not colon:
@@ -65,7 +65,7 @@ def parse(text: str, agent: str) -> Robots:
 
 def _spelled(path: str) -> str:
     """One spelling for what percent-encoding can spell in several ways; reserved characters stay encoded."""
-    kept = re.sub(r"%(2[Ff]|3[Ff]|23|25|2[Aa]|24)", r"%25\1", path)
+    kept = re.sub("%(2[Ff]|3[Ff]|23|25|2[Aa]|24)", lambda found: f"%25{found[1].upper()}", path)
     return quote(unquote_to_bytes(kept), safe="/?#[]@!$&'()*+,;=:%-._~")
 
 

@@ -1,4 +1,4 @@
-"""python -m scraping stdlib: the running interpreter's own library, tests and all, without what was installed."""
+"""python -m scraping stdlib: the running interpreter's own library, tests too, without what was installed."""
 
 from __future__ import annotations
 
