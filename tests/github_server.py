@@ -689,6 +689,8 @@ class _Handler(BaseHTTPRequestHandler):
             and (not licence or (repo.licence or "").lower() == licence[0])
         ]
         hits.sort(key=lambda repo: (-repo.stars, repo.id))
+        if fault == "incomplete":  # what was found before the time was over
+            hits = hits[: len(hits) // 2]
         total = len(hits)
         shown = hits[: server.cap][(page - 1) * size : page * size]
         if fault == "drift":
@@ -696,8 +698,6 @@ class _Handler(BaseHTTPRequestHandler):
                 shown = shown[1:]  # one has moved to a page that was read before
             else:
                 total += 1
-        if fault == "incomplete":
-            shown = shown[: len(shown) // 2]
         body = {
             "total_count": total,
             "incomplete_results": fault == "incomplete",

@@ -263,6 +263,7 @@ def test_incomplete_results_are_asked_for_again_and_then_told(place) -> None:
     ledger.close()
     there = place([plain(i, f"o/r{i}") for i in range(4)], faults=[(n, "incomplete") for n in range(2, 30)])
     ledger = there.crawl()
+    assert ledger.counts("searches") == {("done", "incomplete results"): 1}
     ledger.close()
     assert there.states["o/r0"] == "done: "
 
