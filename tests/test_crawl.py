@@ -30,7 +30,7 @@ import scraping.search
 from scraping.crawl import Settings, Stopped, crawl
 from scraping.fetch import CLONE, REQUEST, route
 from scraping.github import Clock, GitHub, Unanswered
-from scraping.ledger import Ledger, claimed_ledger
+from scraping.ledger import Entry, Ledger, claimed_ledger
 from scraping.search import Slice, begin, search, spdx
 from scraping.status import status_lines
 
@@ -369,6 +369,18 @@ def test_bytes_that_another_repository_has_are_not_fetched_again(place) -> None:
     assert len(here.stored) == 6
 
 
+def test_an_address_that_another_source_gave_is_not_believed(place) -> None:
+    repo = plain(1, "o/r")
+    here = place([repo])
+    ledger = Ledger(here.folder / "ledger.sqlite")
+    ledger.found("x", "local", "", "")
+    ledger.listed("x", "", [Entry("m.py", blob_id(TEXTS[1]), 3)])
+    ledger.stored("x", [("m.py", b"abc")])
+    ledger.close()
+    here.crawl().close()
+    assert {file: sha for file, sha in here.stored.items() if file[0] == "o/r"} == expected([repo])
+
+
 def test_trees_that_are_cut_are_walked(place) -> None:
     files: Files = {
         f"{'abc'[i % 3]}/{'xyz'[i // 3 % 3]}/m{i}.py": ("100644", TEXTS[i % 40] + b"#%d\n" % i)
@@ -399,10 +411,13 @@ def test_a_tree_of_trees_without_end_is_dropped(place, monkeypatch: pytest.Monke
 
 
 def test_an_archive_that_differs_from_the_commit_is_made_good(place) -> None:
-    repo = plain(1, "o/r", archived={"m.py": None, "a/m.py": b"$Format$" * 200})
+    repo = plain(1, "o/r")
+    same_size = repo.files["a/b/m.py"][1]
+    assert isinstance(same_size, bytes)
+    repo.archived = {"m.py": None, "a/m.py": b"$Format$" * 200, "a/b/m.py": same_size[:-2] + b"?\n"}
     here = place([repo])
     here.crawl().close()
-    assert here.server.by_route["git/blobs"] == 2
+    assert here.server.by_route["git/blobs"] == 3
     assert here.stored == expected([repo])
 
 
