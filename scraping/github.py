@@ -52,6 +52,7 @@ GRACE_SECONDS, SLOWEST = 30.0, 10_000  # a body that has come at fewer bytes a s
 MAX_REDIRECTS = 5
 MAX_JSON = 64 * 2**20  # a tree is cut at 7 MB: docs.github.com/en/rest/git/trees
 CHUNK = 2**16
+ANSWER_SECONDS = 0.5
 WINDOW_SLACK = 2.0  # seconds; two resets nearer than that are one, told in whole seconds by two answers
 
 T = TypeVar("T")
@@ -124,6 +125,7 @@ class _Bucket:
     limit: float = float("inf")
     resets: float = 0.0  # on the local clock
     in_flight: int = 0
+    refilled: bool = False  # since the last answer
 
 
 @dataclass
@@ -193,8 +195,10 @@ class Gate:
             if bucket.remaining <= 0:
                 if now < bucket.resets:
                     waits.append((f"limit of {resource}", bucket.resets))
-                else:
-                    bucket.remaining = bucket.limit
+                elif bucket.refilled and bucket.in_flight:
+                    waits.append((f"answer about the limit of {resource}", now + ANSWER_SECONDS))
+                else:  # a new window, of which nothing is told before its first answer
+                    bucket.remaining, bucket.refilled = bucket.limit, True
             waits.append((f"{POINTS} a minute", self._next))
         return max(waits, key=lambda wait: wait[1])
 
@@ -240,6 +244,7 @@ class Gate:
         else:
             bucket.remaining = min(bucket.remaining, remaining)
         bucket.resets = max(bucket.resets, resets)
+        bucket.refilled = False
         bucket.limit = limit if limit is not None else float("inf")
         if bucket.remaining <= 0 and self._blocked.get(resource, 0.0) < bucket.resets:
             self._block(resource, bucket.resets)

@@ -192,12 +192,12 @@ def _is_new(ledger: Ledger, result: Hosted) -> bool:
 def _read_slice(client: GitHub, words: str, piece: Slice) -> tuple[list[Hosted], str, list[Slice]]:
     """(results, why some may be missing, the pieces that have to be read instead)."""
     results: dict[int, Hosted] = {}
-    incomplete = False
     totals: set[int] = set()
+    incomplete = False
     for _ in range(PASSES):
         url = "/search/repositories?" + urlencode({"q": words, "sort": "stars", "per_page": PAGE})
         seen: set[int] = set()
-        totals = set()
+        totals, incomplete = set(), False
         while url:
             page = _complete_page(client, url)
             incomplete |= page.incomplete
@@ -210,12 +210,12 @@ def _read_slice(client: GitHub, words: str, piece: Slice) -> tuple[list[Hosted],
         if max(totals) > RESULTS:
             return list(results.values()), f"more than {RESULTS:,} results that cannot be told apart", []
         # Results that move from page to page while they are read, are read twice or not at all.
-        if len(totals) == 1 and len(seen) == max(totals):
-            return list(results.values()), "incomplete results" if incomplete else "", []
-        incomplete = False
-    # A slice of one page has no pages to move between.
+        if len(totals) == 1 and len(seen) == max(totals) and not incomplete:
+            return list(results.values()), "", []
+    # A slice of one page has no pages to move between; and a smaller one is found in less time.
     pieces = piece.split(max(totals)) if max(totals) > PAGE else []
-    return list(results.values()), "" if pieces else "results moved while they were read", pieces
+    reason = "incomplete results" if incomplete else "results moved while they were read"
+    return list(results.values()), "" if pieces else reason, pieces
 
 
 def _complete_page(client: GitHub, url: str) -> Page:

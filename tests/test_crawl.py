@@ -346,10 +346,11 @@ def test_the_cheapest_way_is_taken() -> None:
 def test_files_of_one_name_and_branches_of_one_name_are_different_files(place) -> None:
     """Once, threads wrote files that were named after the branch: 11,000 of 97,711 were gone."""
     repos = [plain(i, f"o/r{i}", branch=("main", "m.py", "a/m.py")[i % 3]) for i in range(30)]
-    here = place(repos)
+    here = place(repos, core=7)
     ledger = here.crawl(workers=8)
     assert ledger.counts() == {("stored", ""): 90}
     ledger.close()
+    assert here.server.violations == []  # eight threads know from the start that seven requests are left
     assert here.stored == expected(repos)
 
 
