@@ -197,11 +197,7 @@ def fetch_files(client: GitHub, ledger: Ledger, repository: Repository, folder: 
     """Fetch every file that waits."""
     name = repository.name
     for entry in ledger.waiting(name):
-        known = ledger.by_address(entry.address)
-        if (
-            known is not None and blob_id(known) == entry.address
-        ):  # another repository, or another path, has it
-            ledger.stored(name, [(entry.path, known)])
+        reuse(ledger, name, entry)
     tried: list[str] = []
     while waiting := ledger.waiting(name):
         way = route(len(waiting), sum(entry.size for entry in waiting), repository.bytes, tried)
