@@ -13,7 +13,6 @@ import sys
 import tarfile
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,7 +238,7 @@ def test_an_archive_cut_anywhere_is_broken(compression: str) -> None:
     assert len(read(whole)) == 9
     # A plain tar ends in zeros of no fixed number: two blocks of them are its end.
     end = 9 * (512 + 1024) if compression == "plain" else len(whole) - 1
-    for at in random.Random(0).sample(range(end), 60):
+    for at in random.Random(0).sample(range(end), 30):
         with pytest.raises(BrokenArchive):
             read(whole[:at])
 
@@ -249,7 +248,7 @@ def test_a_damaged_archive_raises_or_says_so_and_never_gives_other_bytes(kind: s
     files = {f"{i}.py": random.Random(i).randbytes(300) for i in range(9)}
     whole = zip_of(files) if kind == "zip" else COMPRESSIONS[kind](tar_of(files))
     rng = random.Random(1)
-    for _ in range(300):
+    for _ in range(150):
         data = bytearray(whole)
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         try:
@@ -293,13 +292,16 @@ def test_a_pax_header_that_lies_is_broken(record: bytes) -> None:
 # Made to cost much
 
 
+def repeated(data: bytes, times: int) -> bytes:
+    """The same bytes again and again, each time as a gzip stream of its own, which is quick to make."""
+    return gzip.compress(data) * times
+
+
 def zeros(n: int) -> bytes:
     """gzip of `n` zeros after one tar header that claims them."""
-    engine = zlib.compressobj(9, zlib.DEFLATED, 31)
-    piece = b"\0" * 2**20
-    parts = [engine.compress(tar_block(b"zeros.py", n))]
-    parts += [engine.compress(piece) for _ in range(n // 2**20)]
-    return b"".join([*parts, engine.compress(TAR_END), engine.flush()])
+    return (
+        gzip.compress(tar_block(b"zeros.py", n)) + repeated(bytes(2**20), n // 2**20) + gzip.compress(TAR_END)
+    )
 
 
 def zip_of_entries(n: int, claimed: int, size: int = 9) -> bytes:
@@ -316,21 +318,19 @@ def zip_of_entries(n: int, claimed: int, size: int = 9) -> bytes:
 
 def chain(flag: bytes) -> bytes:
     """Headers, each about the next."""
-    return gzip.compress(tar_block(b"h", 9, flag, b"9 path=x\n") * 100_000, 1)
+    return repeated(tar_block(b"h", 9, flag, b"9 path=x\n") * 1000, 100)
 
 
 def long_names() -> bytes:
     noise = random.Random(0).randbytes(20_000)  # so that they do not pack too well
-    names = (b"%03d" % i + b"n" * (10**6 - 20_003) + noise for i in range(150))
-    parts = [tar_block(b"l", 10**6, b"L", name) + tar_block(b"x") for name in names]
-    return gzip.compress(b"".join(parts), 1)
+    return repeated(tar_block(b"l", 10**6, b"L", b"n" * (10**6 - 20_000) + noise) + tar_block(b"x"), 150)
 
 
 # What it is made by, and what is said.
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "zeros": (lambda: zeros(2**28), "unpacks to more than 200 times its size"),
-    "zeros twice": (lambda: gzip.compress(zeros(2**27)), "damaged, or of a kind"),
-    "members": (lambda: gzip.compress(tar_block(b"a.py") * 100_000, 1), "more than 20,000 members"),
+    "zeros twice": (lambda: gzip.compress(zeros(2**25)), "damaged, or of a kind"),
+    "members": (lambda: repeated(tar_block(b"a.py") * 1000, 100), "more than 20,000 members"),
     "entries": (lambda: zip_of_entries(100_000, 100_000), "holds 100,000 members, over 20,000"),
     "entries that are denied": (lambda: zip_of_entries(30_000, 3), "more than 20,000 members"),
     "one member many times": (

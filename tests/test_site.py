@@ -109,28 +109,28 @@ def test_no_page_raises(parts: list[str]) -> None:
 
 
 HOSTILE = {
-    "opens": "<pre " * 400_000,
-    "lesser": "<" * 2_000_000,
-    "quotes": "<a b='" * 300_000,
-    "more quotes": "<a b=\"'" * 300_000,
-    "ends": "</" * 900_000,
+    "opens": "<pre " * 100_000,
+    "lesser": "<" * 500_000,
+    "quotes": "<a b='" * 80_000,
+    "more quotes": "<a b=\"'" * 80_000,
+    "ends": "</" * 250_000,
     "comments": "<!--" * 500_000,
-    "declarations": "<!" * 900_000,
-    "boxes": "<div>" * 400_000 + "</td>" * 200_000,
-    "hidden": "<pre>" + "<button><i>" * 200_000 + "</b>" * 200_000,
-    "spaces": "<pre class" + " " * 1_900_000,
-    "attributes": "<pre " + "class=" * 300_000 + ">",
-    "entities": "<pre>" + "&#" + "9" * 1_900_000 + ";&amp" * 1000 + "</pre>",
+    "declarations": "<!" * 250_000,
+    "boxes": "<div>" * 100_000 + "</td>" * 50_000,
+    "hidden": "<pre>" + "<button><i>" * 50_000 + "</b>" * 50_000,
+    "spaces": "<pre class" + " " * 1_250_000,
+    "attributes": "<pre " + "class=" * 80_000 + ">",
+    "entities": "<pre>" + "&#" + "9" * 1_250_000 + ";&amp" * 1000 + "</pre>",
     "scripts": "<script>" * 250_000,
-    "lines": "<pre>" + "\n" * 1_900_000 + "</pre>",
+    "lines": "<pre>" + "\n" * 1_250_000 + "</pre>",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_page_of_two_megabytes_takes_time_that_grows_with_its_length(name: str) -> None:
+def test_a_hostile_page_takes_time_that_grows_with_its_length(name: str) -> None:
     began = time.process_time()
     examples(HOSTILE[name])
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 3
 
 
 def test_a_page_is_decoded_by_what_is_said_of_it() -> None:
@@ -269,7 +269,8 @@ class Site:
         self.replies[path] = (200, {"Content-Type": kind}, f"<html>{blocks}</html>".encode())
 
     def map(self, *paths: str) -> None:
-        self.replies["/sitemap.xml"] = (200, {}, sitemap(*(f"{self.address}{path}" for path in paths)))
+        places = (path if "://" in path else f"{self.address}{path}" for path in paths)
+        self.replies["/sitemap.xml"] = (200, {}, sitemap(*places))
 
 
 @pytest.fixture
@@ -293,7 +294,7 @@ def site() -> Iterator[Site]:
             with contextlib.suppress(OSError):
                 self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -340,13 +341,8 @@ def test_a_site_becomes_files_and_every_page_has_its_reason(site: Site, tmp_path
         "/doc/moved",
         "/doc/gone",
     ]
-    site.map(*paths, "/doc/away", "/doc/round", "/doc/into", "/doc/#part", "/doc/a b")
-    site.replies["/sitemap.xml"] = (
-        200,
-        {},
-        site.replies["/sitemap.xml"][2].replace(
-            b"</urlset>", b"<url><loc>https://elsewhere.org/x</loc></url></urlset>"
-        ),  # type: ignore[index]
+    site.map(
+        *paths, "/doc/away", "/doc/round", "/doc/into", "/doc/#part", "/doc/a b", "https://elsewhere.org/x"
     )
     found = take(site, tmp_path, "--licence", "MIT", path="/doc/")
     assert found == {
@@ -457,7 +453,7 @@ def test_what_never_ends_is_ended_and_what_fails_is_asked_again(site: Site) -> N
 
 
 def test_a_compressed_page_is_counted_as_it_unpacks(site: Site) -> None:
-    bomb = gzip.compress(b"x" * 10**8)
+    bomb = gzip.compress(b"x" * 10**7)
     site.replies["/bomb"] = (200, {"Content-Encoding": "gzip"}, bomb)
     with pytest.raises(Refused, match="too large a page"):
         client(site).get(f"{site.address}/bomb", 10**6)

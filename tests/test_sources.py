@@ -65,7 +65,7 @@ def fill(folder: Path) -> None:
     for i in range(40):
         path = folder / f"pkg{i % 4}" / f"m{i}.py"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(bytes(rng.choices(b"abc =\n", k=rng.choice([30, 2000, 90_000]))))
+        path.write_bytes(rng.randbytes(rng.choice([15, 1000, 45_000])).hex().encode())
     (folder / "big.py").write_bytes(b"# big\n" * 40_000)
     (folder / "empty.py").write_bytes(b"")
     (folder / "README.md").write_text("hello " * 300)
@@ -109,12 +109,6 @@ def make_repository(folder: Path, kind: str = "sha1") -> None:
     git(folder, "init", "--quiet", f"--object-format={kind}", "--initial-branch=main")
     fill(folder)
     git(folder, "add", "--all")
-    commit = (
-        git(folder, "rev-parse", "--verify", "--quiet", "HEAD")
-        if (folder / ".git/refs/heads/main").exists()
-        else b""
-    )
-    assert commit == b""
     # A path of 4,000 bytes, which no file system takes, and a submodule, put straight into the index.
     long = git(folder, "hash-object", "-w", "--stdin", given=b"long = 1\n" * 200).decode().strip()
     other = "1" * len(long)
@@ -125,16 +119,12 @@ def make_repository(folder: Path, kind: str = "sha1") -> None:
     git(folder, "config", "uploadpack.allowFilter", "true")
 
 
-class Backend(http.server.CGIHTTPRequestHandler):
+class Backend(http.server.BaseHTTPRequestHandler):
     """git's smart HTTP, by the program that git has for it."""
 
     base: Path
 
-    def is_cgi(self) -> bool:
-        self.cgi_info = "", self.path.lstrip("/")
-        return True
-
-    def run_cgi(self) -> None:
+    def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         size = int(self.headers.get("Content-Length") or 0)
         environment = GIT_ENVIRONMENT | {
@@ -162,7 +152,9 @@ class Backend(http.server.CGIHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
@@ -335,7 +327,7 @@ def test_killed_runs_go_on_to_the_same_end(way: str, served: tuple[Path, str], t
         "archive": ["local", "--path", str(archive)],
     }[way]
     command(*words, "--folder", tmp_path / "whole")
-    for kills in (1, 4, 9):
+    for kills in (1, 6):
         run = subprocess.Popen(
             [sys.executable, "-c", RUN, *words, "--folder", str(tmp_path / "killed")], stdout=subprocess.PIPE
         )
