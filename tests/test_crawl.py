@@ -28,7 +28,7 @@ from github_server import START, TOKEN, Repo, Server, SharedClock, blob_id, expe
 import scraping.clone
 import scraping.search
 from scraping.crawl import Settings, Stopped, crawl
-from scraping.fetch import CLONE, REQUEST, route
+from scraping.fetch import CLONE, REQUEST, TARBALL_TRIES, route
 from scraping.github import Clock, GitHub, Unanswered
 from scraping.ledger import Entry, Ledger, claimed_ledger
 from scraping.search import Slice, begin, search, spdx
@@ -425,6 +425,16 @@ def test_an_archive_that_differs_from_the_commit_is_made_good(place) -> None:
     assert here.stored == expected([repo])
 
 
+def test_a_tarball_that_never_comes_whole_is_done_without(place) -> None:
+    repo = plain(1, "o/r")
+    repo.tarball = lambda: b"no archive" * 100  # type: ignore[method-assign]
+    here = place([repo])
+    here.crawl().close()
+    assert here.server.by_route["tarball"] == TARBALL_TRIES
+    assert here.server.by_route["git/blobs"] == 3
+    assert here.stored == expected([repo])
+
+
 def test_files_that_are_none_have_their_reasons(place) -> None:
     repos = world(1, 5, 60)
     here = place(repos)
@@ -516,6 +526,8 @@ def test_a_repository_that_goes_while_it_is_fetched(place, status: int, reason: 
     assert counts == {("stored", ""): stored, ("dropped", reason): 9 - stored}
     assert stored < 9
     assert here.states["o/fine"] == "done: "
+    if status != 451:  # the rest of its files is not asked for one by one
+        assert here.server.by_route["git/blobs"] == stored - 3 + 1
 
 
 def test_a_failure_leaves_its_repository_for_the_next_run(place) -> None:
