@@ -25,6 +25,7 @@ from scraping.fetch import Repository, fetch, recheck
 from scraping.github import MAX_CONCURRENT, Clock, GitHub, Unanswered
 from scraping.ledger import Ledger, claimed_ledger
 from scraping.search import Slice, begin, search
+from scraping.shards import parse_shard
 from scraping.source import Selection
 from scraping.status import status_lines
 
@@ -81,7 +82,7 @@ def crawl(settings: Settings, clock: Clock, stop: threading.Event) -> None:
     """See `run`. The clock's `sleep` may raise Stopped once `stop` is set."""
     from tqdm import tqdm
 
-    shard = _shard(settings.shard)
+    shard = parse_shard(settings.shard)
     wanted = settings.wanted()
     whole = Slice(
         _seconds("created_after", settings.created_after),
@@ -259,13 +260,6 @@ def _seconds(name: str, text: str) -> int:
     except ValueError:
         raise ValueError(f"{name} is {text}; write a date such as 2015-01-01") from None
     return int(time.replace(tzinfo=time.tzinfo or UTC).timestamp())
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, slash, shards = text.partition("/")
-    if not slash or not number.isdecimal() or not shards.isdecimal() or int(number) >= int(shards):
-        raise ValueError(f"shard is {text}; write i/n with 0 <= i < n, as in 0/4")
-    return int(number), int(shards)
 
 
 def _refuse_changes(ledger: Ledger, settings: Settings) -> None:
