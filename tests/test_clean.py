@@ -236,7 +236,7 @@ def test_killed_anywhere_and_run_again_it_ends_with_equal_bytes(tmp_path: Path, 
     ("settings", "sentence"),
     [
         ({"shard": "3/3"}, "--shard is '3/3'; it must be i/n, with i from 0 to n - 1"),
-        ({"shard": "a"}, "--shard is a; it must be i/n"),
+        ({"shard": "a"}, "--shard is 'a'; it must be i/n"),
         ({"skip": ("syntaxx",)}, "--skip names syntaxx; the stages that can be skipped are licence, origin"),
         ({"skip": ("encoding",)}, "--skip names encoding"),
         ({"licences": ("MIT", "nonsense")}, "--licences names nonsense, which is no SPDX identifier"),

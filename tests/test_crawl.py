@@ -658,7 +658,7 @@ def test_a_crawl_keeps_the_settings_it_began_with(place) -> None:
     ("changes", "says"),
     [
         ({"shard": "4/4"}, "--shard is '4/4'; it must be i/n, with i from 0 to n - 1"),
-        ({"shard": "-1/4"}, "shard is -1/4"),
+        ({"shard": "-1/4"}, "--shard is '-1/4'"),
         ({"created_after": "soon"}, "created_after is soon; write a date"),
         ({"created_after": "2030-01-01"}, "set them the other way round"),
         ({"workers": 101}, "workers is 101; GitHub allows 1 to 100"),

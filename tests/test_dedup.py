@@ -235,14 +235,14 @@ def test_texts_far_apart_in_a_large_bucket_are_compared_with_its_first(
     monkeypatch.setattr(dedup, "BUCKET", 3)
     monkeypatch.setattr(dedup, "bands", lambda signatures, n: np.full((len(signatures), n), 7, np.uint64))
     rng, words = random.Random(1), [f"w{i}" for i in range(60)]
-    variants = [" ".join([*words, f"x{i}"]) for i in range(50)]
-    strangers = [" ".join(f"s{rng.getrandbits(40)}" for _ in range(60)) for _ in range(50)]
+    variants = [" ".join([*words, f"x{i}"]) for i in range(60)]
+    strangers = [" ".join(f"s{rng.getrandbits(40)}" for _ in range(60)) for _ in range(25)]
     names = list(corpus_of(tmp_path, variants + strangers, 1))
     deduplicated(tmp_path)
     monkeypatch.undo()
-    first = min(names[:50])
+    first = min(names[:60])
     assert {name: values[0] for name, values in clusters_of(tmp_path).items()} == dict.fromkeys(
-        names[:30], first
+        names[:60], first
     )
 
 
