@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from test_eval import BYTES, FP32, HOUSE
+from test_generate_command import STARCODER
 
 import eval as evaluation
 from architecture import Decoder
@@ -23,6 +24,7 @@ from config import Config, DataConfig, ModelConfig, one_sentence
 from corpus import alpaca_prompt, split_documents
 from dataset import PreparedData, prepare_data
 from eval import EvalConfig
+from fim import fim_end_ids, fim_prompt_ids
 from generate import prompt_ids
 from metrics.registry import METRICS
 from suites.baselines import copied, last_lines, nearest
@@ -30,6 +32,7 @@ from suites.completing import asked, complete, ngram_complete, uncut
 from suites.pairs import longest_completion, pair_examples
 from suites.rescoring import differences, rescore
 from suites.scoring import SUITES, Example, Predictions, metric_names, read_predictions, scored, suite_table
+from tokenizer import Tokenizer
 
 NAMES = ("alpha", "beta", "gamma", "delta", "ßeta", "total", "count")
 PAIRS = SUITES["pairs"]
@@ -43,12 +46,12 @@ def row(number: int) -> dict[str, str]:
     return {"input": before, "output": before.replace("x ", f"{c}_{a} ")}
 
 
-def prepared(folder: Path, rows: list[dict[str, str]]) -> PreparedData:
+def prepared(folder: Path, rows: list[dict[str, str]], tokenizer: Tokenizer = BYTES) -> PreparedData:
     (folder / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), "utf-8")
     config = DataConfig(
         str(folder / "rows.jsonl"), validation_one_in=4, test_one_in=3, cache=str(folder / "cache"), workers=1
     )
-    return prepare_data(config, BYTES)
+    return prepare_data(config, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,28 @@ def test_the_nearest_training_example_answers_for_its_like(tmp_path: Path):
     assert found == [answers[example.prompt] for example in examples]
 
 
+def test_a_gap_is_asked_for_as_training_shows_it_and_has_no_copy(tmp_path: Path):
+    rows = [
+        {"prefix": f"def f{i}(x):\n    ", "suffix": f"    return y + {i}\n", "middle": f"y = {i} * x\n"}
+        for i in range(40)
+    ]
+    data = prepared(tmp_path, rows, STARCODER)
+    examples = pair_examples(data.test, STARCODER, 100)
+    assert len(examples) > 4
+    for e in examples:
+        i = e.prompt[5 : e.prompt.index("(")]
+        assert {"prefix": e.prompt, "suffix": e.suffix, "middle": e.reference} == rows[int(i)]
+        stored = data.test.document(e.where)[: int(data.test.prompt_lengths[e.where])].tolist()
+        found = asked(STARCODER, e, 20, 200)
+        assert found.ids == stored == fim_prompt_ids(STARCODER, e.prompt, e.suffix or "")
+        assert found.ends == fim_end_ids(STARCODER) and STARCODER.eos_id in found.ends
+    assert copied(examples) == [""] * len(examples)
+    assert all("y = " in text for text in nearest(examples, data.test, data.train, STARCODER))
+    record = scored(PAIRS, examples, systems(examples, [e.reference for e in examples]), ["exact_match"])
+    assert record["samples"][0]["suffix"] == examples[0].suffix
+    assert list(differences(json.loads(json.dumps(record)))) == []
+
+
 # --- completions -------------------------------------------------------------------------------------
 
 
@@ -310,10 +335,11 @@ def test_a_run_of_examples_is_scored_on_its_test_side_beside_all_baselines(run, 
 def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_named(tmp_path, data, capsys):
     """A published 22.88 whose own predictions scored 20.88."""
     examples, path = pair_examples(data.test, BYTES, 6), tmp_path / "eval.json"
-    whole = {"suite": scored(PAIRS, examples, systems(examples, halves(examples)))}
+    metrics = ("exact_match", "edit_similarity", "chrf")
+    whole = {"suite": scored(PAIRS, examples, systems(examples, halves(examples)), metrics)}
     path.write_text(json.dumps(whole), "utf-8")
     assert rescore(path) == 0
-    assert capsys.readouterr().out == "equal: 12 scores of model, copy, empty from 6 samples each\n"
+    assert capsys.readouterr().out == "equal: 9 scores of model, copy, empty from 6 samples each\n"
 
     def said_of(change) -> str:
         changed = copy.deepcopy(whole)
@@ -327,8 +353,8 @@ def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_name
     assert said == f"pairs, model, chrf: the file says {true + 2:.2f}, and its predictions score {true:.2f}\n"
     said = said_of(lambda suite: suite["scores"]["model"]["chrf"].update(mean=true + 1e-5))
     assert f"{true + 1e-5:.5f}"[:-1] in said
-    said = said_of(lambda suite: suite["scores"]["copy"]["bleu_code"].update(low=0.5))
-    assert said.startswith("pairs, copy, bleu_code: the file has the interval [0.5000, ")
+    said = said_of(lambda suite: suite["scores"]["copy"]["chrf"].update(low=0.5))
+    assert said.startswith("pairs, copy, chrf: the file has the interval [0.5000, ")
     said = said_of(
         lambda suite: suite["samples"][2]["predictions"].update(model=suite["samples"][2]["reference"])
     )
