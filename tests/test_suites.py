@@ -90,6 +90,9 @@ def test_a_copy_model_on_a_copy_task_is_not_distinguishable_from_copying(data):
     examples = [replace(e, reference=e.prompt) for e in pair_examples(data.test, BYTES, 25)]
     record = scored(PAIRS, examples, systems(examples, [e.prompt for e in examples]))
     assert record["scores"]["model"]["chrf"]["mean"] == 100
+    copies = Predictions([e.prompt for e in examples])  # the base may copy too
+    tied = scored(PAIRS, examples, {"model": copies, "base": copies, "copy": copies}, ["chrf"])
+    assert tied["verdicts"]["chrf"]["best"] == "copy"
     table = suite_table(record)
     for name in PAIRS.metrics:
         assert (
