@@ -26,11 +26,11 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is split into training and validation files.
+    """What is read, and how it is split into training, validation and test files.
 
     Args:
         source: `stdlib` (the running interpreter's own library), a folder, or a .jsonl, .jsonl.gz or
-            .parquet file.
+            .parquet file. A folder that holds such files named train, validation and test is split by them.
         suffixes: Endings of the files that are read from a folder.
         text_field: Field that holds the text of a JSONL or Parquet row; by default `text`, else `content`.
             Without it rows may be examples: prompt and completion; input and output; instruction, input
@@ -39,8 +39,11 @@ class DataConfig:
             say). Without it each document is its own group, and examples without a name go by their prompt.
         regroup: Find what belongs together by its text (near duplicates, shared passages) and keep it on one
             side of the split too.
-        validation_one_in: A group is validation where `sha1(group) % validation_one_in == 0`.
-            0 validates on the training files, which only `--overfit` allows.
+        validation_one_in: Of the groups that are not test, those are validation where
+            `sha1(group) % validation_one_in == 0`. The best checkpoint is chosen by them. 0 validates on the
+            training files, which only `--overfit` allows.
+        test_one_in: A group is test where `sha256(group) % test_one_in == 0`: the scores at the end are over
+            these files, which nothing was chosen by. 0 scores the validation files instead.
         drop_comments: Remove comments and docstrings from Python files before they are tokenised. Not of
             examples.
         skip_undecodable: Leave out, and count, files that are not UTF-8 instead of stopping at the first.
@@ -48,6 +51,10 @@ class DataConfig:
             Validation scores completions either way, so that such runs compare.
         fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
             models with such tokens (arXiv:2207.14255).
+        order: Of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard they
+            are: `easy-first`, `hard-first`, or `hybrid`, drawn from the easiest, whose share grows to all.
+        difficulty: How hard a document is: `rarity` of its tokens, `entropy` of their distribution, or `loss`
+            of an n-gram model that did not see it.
         cache: Folder for trained tokenizers and token stores, keyed by content.
         workers: Processes that tokenise; 0 means one for each core.
     """
@@ -58,10 +65,13 @@ class DataConfig:
     group_field: str | None = None
     regroup: bool = False
     validation_one_in: int = 10
+    test_one_in: int = 10
     drop_comments: bool = False
     skip_undecodable: bool = False
     loss_on: Literal["completion", "all"] = "completion"
     fim_rate: float = 0.0
+    order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = "shuffled"
+    difficulty: Literal["rarity", "entropy", "loss"] = "rarity"
     cache: str = "cache"
     workers: int = 0
 
@@ -357,8 +367,8 @@ class TrainConfig:
         max_steps: Budget in updates; 0 is none.
         max_epochs: Budget in passes over the data; 0 is none.
         validate_every: Steps between validations; 0 validates only at the end.
-        validation_batches: Batches in each validation, spread evenly over the held-out files; the best
-            checkpoint is chosen by them. The scores at the end read all.
+        validation_batches: Batches in each validation, spread evenly over the validation files; the best
+            checkpoint is chosen by them. The scores at the end read all test files.
         patience: Stop after this many validations without a better loss; 0 never does.
         save_every: Steps between checkpoints that are kept for good; 0 keeps only the best and the last.
         keep: How many of those to keep; 0 keeps all.
@@ -426,13 +436,14 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Any) -> Config:
-        """The inverse of `to_dict`; a missing key takes its default, and no other file is ever read.
+        """The inverse of `to_dict`; a missing key takes its default, or what runs did before it was there
+        (`BEFORE`), and no other file is ever read.
 
         Raises:
             ValueError: A key, type or value is not allowed; one sentence.
         """
         try:
-            config = _build(values)
+            config = _build(values, BEFORE)
             check_ranges(config)
         except ValueError as error:
             raise ValueError(f"the saved config cannot be read: {_one_line(str(error))}") from None
@@ -448,6 +459,8 @@ CONFIG_GROUPS: dict[str, type] = {
     "lora": LoraConfig,
     "optimizer": OptimizerConfig,
 }
+# Keys whose default is not what runs did before they had the key: a run that was saved then has these values.
+BEFORE: dict[str, Any] = {"data.test_one_in": 0}
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 # Key: least, most, and which of the two is itself refused. None is no bound but the type's own; what depends
 # on several keys is in ModelConfig.resolved. The model's upper bounds only keep out what no machine holds.
@@ -467,6 +480,7 @@ RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"
     "log_every": (1, None, ""),
     "samples": (0, None, ""),
     "data.validation_one_in": (0, None, ""),
+    "data.test_one_in": (0, None, ""),
     "data.fim_rate": (0, 1, ""),
     "data.workers": (0, None, ""),
     "tokenizer.vocab_size": (1, 2**24, ""),
@@ -571,6 +585,7 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
     trained = tokenizer.path is None and train.base is None
     adapted = train.base is not None and config.lora.r > 0
     rules = {
+        "data.difficulty": (config.data.order not in ("shuffled", "sequential"), "data.order goes by none"),
         "data.fim_rate": (not trained, "only base or tokenizer.path brings tokens for it"),
         "tokenizer.kind": (
             trained or tokenizer.kind == "pretrained",
@@ -661,19 +676,26 @@ def _flat(config: Config) -> dict[str, Any]:
     return flat | {key: value for key, value in nested.items() if key not in groups}
 
 
-def _build(values: Any) -> Config:
-    """The Config of plain values laid out as by `to_dict`; ValueError for an unknown key or a wrong type."""
+def _build(values: Any, missing: dict[str, Any] | None = None) -> Config:
+    """The Config of plain values laid out as by `to_dict`; ValueError for an unknown key or a wrong type.
+
+    `missing` has values by full key for keys that are left out, instead of their defaults.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"it is {reprlib.repr(values)}; it must be a mapping of keys to values")
-    groups = {key: _group(key, CONFIG_GROUPS[key], values.get(key, {})) for key in CONFIG_GROUPS if key}
+    missing = missing or {}
+    groups = {
+        key: _group(key, CONFIG_GROUPS[key], values.get(key, {}), missing) for key in CONFIG_GROUPS if key
+    }
     train = {key: value for key, value in values.items() if key not in groups}
-    return Config(train=_group("", TrainConfig, train), **groups)
+    return Config(train=_group("", TrainConfig, train, missing), **groups)
 
 
-def _group(name: str, group: type, values: Any) -> Any:
+def _group(name: str, group: type, values: Any, missing: dict[str, Any]) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{name} is {reprlib.repr(values)}; it must be a mapping of keys to values")
-    kinds, typed = get_type_hints(group), {}
+    kinds = get_type_hints(group)
+    typed = {key: missing[full] for key in kinds if (full := f"{name}.{key}".lstrip(".")) in missing}
     for key, value in values.items():
         full = f"{name}.{key}".lstrip(".")
         if key not in kinds:

@@ -1,11 +1,11 @@
 """Corpus -> documents: what is read, how duplicates go, and which side of the split a document is on.
 
-    for side, document in split_documents(config):  # side is "train" or "validation"
+    for side, document in split_documents(config):  # side is one of SPLITS
 
-A source is the running interpreter's standard library, a folder, or a JSONL(.gz) or Parquet file, whose
-rows hold plain text or examples (a prompt and its completion). Documents are streamed, exact duplicates
-are dropped, and each group goes whole to one side *before* anything is cut into windows, so that no text
-stands on both.
+A source is the running interpreter's standard library, a folder, a corpus that `python -m scraping build`
+wrote, or a JSONL(.gz) or Parquet file, whose rows hold plain text or examples (a prompt and its completion).
+Documents are streamed, exact duplicates are dropped, and each group goes whole to one side *before* anything
+is cut into windows, so that no text stands on two of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,8 @@ from comments import drop_comments
 from config import DataConfig
 from fim import gap_of
 
-SPLITS = ("train", "validation")
+# What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
 # Fields of a JSONL or Parquet row: of plain text, or of an example, whose completion is the last.
 ROW_KINDS = (
     ("text",),
@@ -38,6 +40,10 @@ ROW_KINDS = (
     ("instruction", "input", "output"),
     ("prefix", "suffix", "middle"),
 )
+# Files of rows that give the split themselves, also in shards (train-00000-of-00002.parquet).
+SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.(jsonl|jsonl\.gz|parquet)")
+NAME_FIELDS = ("path", "name", "repository")
+CORPUS = "corpus.json"  # of a corpus that `scraping` built
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
 )
@@ -67,6 +73,7 @@ class Document:
     suffix: str | None = None  # what follows the text, of an example that fills the gap after its prompt
     gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
     where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
+    side: str | None = None  # of the split, where its file says it
 
     @property
     def fim_parts(self) -> tuple[str, str, str] | None:
@@ -91,8 +98,9 @@ class Report:
         kept: Documents on each side.
         kept_bytes: UTF-8 bytes on each side, prompts included.
         gaps: Plain documents for training that `fim_rate` cuts.
-        fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order; set at the
-            end.
+        fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
+            which are test; set at the end.
+        corpus: Fingerprint of a corpus that `scraping` built, by its corpus.json; "" of other sources.
     """
 
     documents: int = 0
@@ -103,10 +111,15 @@ class Report:
     kept_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     gaps: int = 0
     fingerprint: str = ""
+    corpus: str = ""
 
 
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
     """Yield the documents of `config.source` in a fixed order: files by relative POSIX path, rows as stored.
+
+    A folder with files named by SPLIT_FILE for training and for another side is read as these files, those
+    of test first: where sides share a text, it is training that loses it.
+
 
     Text is byte exact: UTF-8 decoded strictly, line ends and a leading BOM kept. Of a folder, hidden folders,
     symbolic links to folders and links that leave the folder are skipped. `report` collects the counts.
@@ -118,6 +131,12 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
     source = Path(config.source)
     if config.source == "stdlib":
         documents = _read_folder(Path(sysconfig.get_path("stdlib")), STDLIB_LEFT_OUT, config, report)
+    elif (source / CORPUS).is_file():
+        documents = _read_corpus(source, config, report)
+    elif split_files := _split_files(source):
+        documents = itertools.chain.from_iterable(
+            _read_rows(path, config, report, side) for side, path in split_files
+        )
     elif source.is_dir():
         documents = _read_folder(source, frozenset(), config, report)
     elif source.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) and source.is_file():
@@ -160,6 +179,43 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
             f"--data.drop_comments is set, but none of the {report.documents} documents of {config.source} "
             "is named *.py"
         )
+
+
+def _read_corpus(folder: Path, config: DataConfig, report: Report) -> Iterator[Document]:
+    """The parts that corpus.json lists, each compared with its SHA-256 first; a cluster is a group."""
+    path = folder / CORPUS
+    try:
+        corpus = json.loads(path.read_text("utf-8"))
+        parts = [(folder / part["file"], str(part["sha256"])) for part in corpus["parts"]]
+        report.corpus = str(corpus["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a corpus: {error}") from None
+    rows = dataclasses.replace(config, text_field="text", group_field=config.group_field or "cluster")
+    for part, sha256 in parts:
+        if not part.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} lists {part}, which lies outside of its folder: it is not read")
+        try:
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{part}, which {path} lists, cannot be read: {error.strerror}") from None
+        if found != sha256:
+            raise ValueError(
+                f"{part} has the SHA-256 {found[:12]}, and {path} says {sha256[:12]}: build the corpus again"
+            )
+        yield from _read_rows(part, rows, report)
+
+
+def _split_files(source: Path) -> list[tuple[str, Path]]:
+    """(side, file) of a folder that gives the split itself, test first; none of any other source."""
+    if not source.is_dir():
+        return []
+    names = sorted(path.name for path in source.iterdir() if path.is_file())
+    found = [(match[1], source / name) for name in names if (match := SPLIT_FILE.fullmatch(name))]
+    sides = {side for side, _ in found}
+    if "train" not in sides or len(sides) == 1:
+        return []
+    return sorted(found, key=lambda file: SPLITS.index(file[0]), reverse=True)
 
 
 def _without_comments(document: Document, report: Report) -> Document:
@@ -212,7 +268,7 @@ def _decoded(data: bytes, where: str, offset: int, config: DataConfig, report: R
         ) from None
 
 
-def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Document]:
+def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None = None) -> Iterator[Document]:
     rows = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
     first: tuple[str, str] | None = None
     for number, row in rows(path, config, report):
@@ -224,6 +280,8 @@ def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Docum
             raise ValueError(f"{where} holds {kind}, and {first[0]} {first[1]}: put them into two files")
         names = (row.get(key) for key in ("path", "name"))
         name = next((value for value in names if isinstance(value, str) and value), "")
+        if name and isinstance(row.get("repository"), str):  # many hold a setup.py
+            name = f"{row['repository']}/{name}"
         group = name or (prompt or "") + (suffix or "") or str(number)
         if config.group_field is not None:
             if row.get(config.group_field) is None:
@@ -232,7 +290,7 @@ def _read_rows(path: Path, config: DataConfig, report: Report) -> Iterator[Docum
                     f"{_listed(row)}"
                 )
             group = str(row[config.group_field])
-        yield Document(name or str(number), text, group, prompt, suffix, where=where)
+        yield Document(name or str(number), text, group, prompt, suffix, where=where, side=side)
 
 
 def _listed(fields: Iterable[str]) -> str:
@@ -334,7 +392,13 @@ def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tu
     try:
         with pq.ParquetFile(path) as file:
             fields = file.schema_arrow.names
-            wanted = {*_fields_of(fields, config, str(path)), "path", "name", config.group_field}
+            wanted = {
+                *_fields_of(fields, config, str(path)),
+                "path",
+                "name",
+                "repository",
+                config.group_field,
+            }
             for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):
                 # As bytes: pyarrow does not check that its strings are UTF-8, and one bad value would
                 # make the conversion of the whole batch fail.
@@ -364,26 +428,44 @@ def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tu
 # Split
 
 
-def split_of(group: str, validation_one_in: int) -> str:
-    """The side of a group: `validation` for about one in `validation_one_in` (none for 0), else `train`."""
-    if validation_one_in == 0:
-        return "train"
+def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
+    """The side of a group, by its name alone: `test` for about one in `test_one_in`, of the others
+    `validation` for about one in `validation_one_in` (none for 0), else `train`.
+
+    Two hashes: so another `validation_one_in` moves nothing into or out of test, and with `test_one_in` 0 the
+    two other sides are what they are without it.
+    """
+    digest = hashlib.sha256(utf8(group)).hexdigest()
+    if test_one_in and int(digest, 16) % test_one_in == 0:
+        return "test"
     digest = hashlib.sha1(utf8(group), usedforsecurity=False).hexdigest()
-    return "validation" if int(digest, 16) % validation_one_in == 0 else "train"
+    if validation_one_in and int(digest, 16) % validation_one_in == 0:
+        return "validation"
+    return "train"
 
 
 def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
     """Yield (side, document) without exact duplicates: of equal texts the first in order stays.
 
-    One copy of each text and one side for each group: so no text stands on both sides. Examples are equal if
-    both prompt and completion are. Keeps one SHA-256 a text in memory, and the texts only to regroup them.
+    One copy of each text and one side for each group: so no text stands on two sides. Where the source gives
+    the split, training documents are split further only for a side that it does not have. Examples are equal
+    if both prompt and completion are. Keeps one SHA-256 a text in memory, and the texts only to regroup them.
     Of training documents, and of those alone, a share gets a gap by `fim_rate`.
 
     Raises:
         ValueError: as `read_documents`; or a side is left without a document.
     """
-    if config.validation_one_in < 0:
-        raise ValueError(f"--data.validation_one_in is {config.validation_one_in}, and must be at least 2")
+    one_in = {"validation": config.validation_one_in, "test": config.test_one_in}
+    for side, n in one_in.items():
+        if n < 0:
+            raise ValueError(f"--data.{side}_one_in is {n}, and must be at least 2")
+    given = dict(_split_files(Path(config.source)))
+    if given and config.regroup:
+        raise ValueError(
+            f"--data.regroup is set, and {config.source} gives the split itself, in files named "
+            f"{' and '.join(side for side in SPLITS if side in given)}; leave it out, or name one file"
+        )
+    one_in |= dict.fromkeys(given.keys() & one_in.keys(), 0)
     if config.fim_rate and not config.validation_one_in:
         raise ValueError(
             f"--data.fim_rate is {config.fim_rate}, and --data.validation_one_in 0 validates on the training "
@@ -402,8 +484,11 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
             for (document, digest, size), group in zip(kept, groups, strict=True)
         )
     for document, digest, size in documents:
-        content.update(json.dumps([document.name, document.group, digest.hex()]).encode())
-        side = split_of(document.group, config.validation_one_in)
+        side = document.side or "train"
+        if side == "train":
+            side = split_of(document.group, one_in["validation"], one_in["test"])
+        told = [side] if side == "test" or document.side else []
+        content.update(json.dumps([document.name, document.group, digest.hex(), *told]).encode())
         report.kept[side] += 1
         report.kept_bytes[side] += size
         if config.fim_rate and side == "train":
@@ -411,11 +496,16 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
             report.gaps += gap is not None
             document = dataclasses.replace(document, gap=gap)
         yield side, document
-    if not report.kept_bytes["train"] or (config.validation_one_in and not report.kept_bytes["validation"]):
+    asked = ["train", *given, *(side for side, n in one_in.items() if n)]
+    if empty := [side for side in SPLITS if side in asked and not report.kept_bytes[side]]:
+        counts = [f"{report.kept[side]} {side}" for side in SPLITS]
+        flags = [
+            f"--data.{side}_one_in {n}" for side, n in one_in.items() if n and empty[0] in ("train", side)
+        ]
+        change = f"change {' or '.join(flags)}, or " if flags else ""
         raise ValueError(
-            f"the split of {config.source} leaves {report.kept['train']} documents for training and "
-            f"{report.kept['validation']} for validation: change --data.validation_one_in "
-            f"{config.validation_one_in} or add documents that are not empty"
+            f"the split of {config.source} leaves {', '.join(counts)} documents, and text for {empty[0]} in "
+            f"none: {change}add documents that are not empty"
         )
     report.fingerprint = content.hexdigest()
 

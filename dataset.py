@@ -5,7 +5,7 @@
     batches = Batches(prepared.train, batch_size=16, block_size=256, seed=0)
     tokens, labels, document_ids, positions = batches.batch(step)
 
-The two sides of the split (corpus.py) are tokenised into a store (tokenstore.py), in a folder
+The sides of the split (corpus.py) are tokenised into a store (tokenstore.py), in a folder
 named after the content of the data, the tokenizer and the settings, so data that changed cannot meet an old
 store. Plain texts are laid end to end and cut into rows; examples stand in them with their whole completion
 and as much of their prompt as fits, and bear loss on their completions, or on all. The order of training is a
@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from config import DataConfig, TokenizerConfig
 from corpus import Report, split_documents, training_texts
+from curriculum import order_of
 from fim import fim_kept, fim_markers
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 from tokenstore import FORMAT, TokenStore, build_store, open_store
@@ -77,10 +78,14 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Both stores, the folder they lie in, what became of every document, and the data's fingerprint."""
+    """The stores, the folder they lie in, what became of every document, and the data's fingerprint.
+
+    Without a test side `test` is `validation`, and without that one both are `train`.
+    """
 
     train: TokenStore
     validation: TokenStore
+    test: TokenStore
     folder: Path
     report: Report
     fingerprint: str
@@ -89,7 +94,8 @@ class PreparedData:
 def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> str:
     """Names a store by all that decides its bytes; where the data lies and who does the work do not."""
     settings = dataclasses.asdict(config)
-    for name in ("source", "cache", "workers", "loss_on"):  # of the last, labels are made, not tokens
+    # Labels and batches are made of the last three, not tokens.
+    for name in ("source", "cache", "workers", "loss_on", "order", "difficulty"):
         del settings[name]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
@@ -97,10 +103,11 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> st
 
 
 def _opened(folder: Path, report: Report) -> PreparedData:
-    train, validation = open_store(folder)
+    train, validation, test = open_store(folder)
     # Without a split (validation_one_in 0, for overfitting) validation reads what was trained on.
     validation = validation if validation.n_documents else train
-    return PreparedData(train, validation, folder, report, report.fingerprint)
+    test = test if test.n_documents else validation
+    return PreparedData(train, validation, test, folder, report, report.fingerprint)
 
 
 def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
@@ -134,8 +141,8 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
                     f"{target} holds other data (fingerprint {prepared.train.fingerprint[:12]}, and the "
                     f"corpus has {report.fingerprint[:12]}): build it again"
                 )
-            prepared.train.verify()
-            prepared.validation.verify()
+            for store in {prepared.train, prepared.validation, prepared.test}:
+                store.verify()
             return prepared
         except ValueError as error:
             warnings.warn(f"{error}; doing so now", stacklevel=2)
@@ -272,6 +279,10 @@ class _Rows:
         self.source = store.offsets[order]  # (documents,) where each starts in the store
         self.begin = np.concatenate(([0], np.cumsum(np.diff(store.offsets)[order])))  # and in this order
         self.n_rows = -(-(store.n_tokens - 1) // block_size)
+
+    def as_documents_go(self, order: np.ndarray) -> np.ndarray:
+        """(n_rows,) the rows as the documents they were cut from go: as they are."""
+        return np.arange(self.n_rows)
 
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows (B,) by number, which may repeat; numbers from `n_rows` on give rows of padding."""
@@ -437,6 +448,12 @@ class _ExampleRows:
             ((np.ones_like(document), example.left), (example.right_place, example.right)),
         )
 
+    def as_documents_go(self, order: np.ndarray) -> np.ndarray:
+        """(n_rows,) the rows by the mean place of their documents in `order`."""
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        return np.argsort(np.add.reduceat(place[self.documents], self.first) / self.count, kind="stable")
+
 
 def _rows_of(
     store: TokenStore, order: np.ndarray, block_size: int, loss_on_prompts: bool = False
@@ -450,10 +467,11 @@ class Batches:
     """The training batches of one rank; `batch(step)` depends on nothing but its arguments and the settings.
 
     Every epoch draws a new order of the documents, makes rows of them, and deals the rows, in a drawn order,
-    to (step, rank, row of the batch). In an epoch each token is a target exactly once, but for the first of
-    each document, for prompts unless `loss_on_prompts`, and for the rows that do not fill a last global batch
-    of `batch_size * world_size`. A store with fewer rows than one global batch repeats them to fill it, and
-    an epoch is then one step. Ranks together hold the rows that one rank would with their summed batch size.
+    to (step, rank, row of the batch); if `order` is not `shuffled`, the rows go as their documents do. In an
+    epoch each token is a target exactly once, but for the first of each document, for prompts unless
+    `loss_on_prompts`, and for the rows that do not fill a last global batch of `batch_size * world_size`. A
+    store with fewer rows than one global batch repeats them to fill it, and an epoch is then one step. Ranks
+    together hold the rows that one rank would with their summed batch size.
 
     Raises:
         ValueError: a size below 1, a rank outside the world, a store of less than two tokens, or an example
@@ -469,7 +487,10 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         loss_on_prompts: bool = False,
+        order: str = "shuffled",
+        difficulty: np.ndarray | None = None,
     ):
+        """`order` is that of DataConfig, `difficulty` (n_documents,) for those that are by it."""
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size}, rank {rank}, world_size {world_size}: a batch needs a row, and a "
@@ -477,22 +498,29 @@ class Batches:
             )
         self.store, self.batch_size, self.block_size, self.seed = store, batch_size, block_size, seed
         self.rank, self.world_size, self.loss_on_prompts = rank, world_size, loss_on_prompts
+        self.order, self.difficulty = order, difficulty
         self._epoch = 0
-        self._rows, self._order = self._shuffled(0)
+        self._rows, self._order = self._arranged(0)
         self.steps_per_epoch = max(1, self._rows.n_rows // (batch_size * world_size))
 
-    def _shuffled(self, epoch: int) -> tuple[_Rows | _ExampleRows, np.ndarray]:
+    def _arranged(self, epoch: int) -> tuple[_Rows | _ExampleRows, np.ndarray]:
         # PCG64 by name: numpy may change the generator behind `default_rng`.
         draw = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        order = draw.permutation(self.store.n_documents)
+        order = np.arange(self.store.n_documents)
+        if self.difficulty is not None:
+            order = order_of(self.difficulty, self.order, draw)
+        elif self.order == "shuffled":
+            order = draw.permutation(self.store.n_documents)
         rows = _rows_of(self.store, order, self.block_size, self.loss_on_prompts)
-        return rows, draw.permutation(rows.n_rows)
+        if self.order == "shuffled":
+            return rows, draw.permutation(rows.n_rows)
+        return rows, rows.as_documents_go(order)
 
     def batch(self, step: int) -> Batch:
         """The batch of a global step, counted from 0 over all epochs."""
         epoch, step = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._rows, self._order = self._shuffled(epoch)
+            self._rows, self._order = self._arranged(epoch)
             self._epoch = epoch
         row = (step * self.world_size + self.rank) * self.batch_size + np.arange(self.batch_size)
         return self._rows.batch(self._order[row % len(self._order)])

@@ -1,11 +1,12 @@
-"""Scores of a trained model on the held-out files of its run: `python eval.py --checkpoint runs/default`.
+"""Scores of a trained model on the test files of its run: `python eval.py --checkpoint runs/default`.
 
+A run without a test side is scored on its validation files, by which its checkpoint was chosen, and says so.
 Beside every score stands that of an n-gram model of the same training files (`ngram.NGramModel`), and for a
 run with adapters that of its base. Prints a table and writes RUN/eval.json: the scores, every predicted line,
 and what is needed to run it again.
 
 Token scores are over every token after a document's first, by the function that training validates with.
-Bits per byte divides their nats by the UTF-8 bytes of all held-out files, whatever the tokenizer; the nats of
+Bits per byte divides their nats by the UTF-8 bytes of all test files, whatever the tokenizer; the nats of
 the tokens that end the files are counted.
 
 Next line: the prompt is a held-out file up to the end of a line, its line break left off, and the prediction
@@ -56,7 +57,7 @@ class EvalConfig:
 
 def parse_settings() -> EvalConfig:
     """The EvalConfig of the command line; a mistake prints one sentence and exits with 2."""
-    parser = make_parser({"": EvalConfig}, "Score a trained model on held-out files.")
+    parser = make_parser({"": EvalConfig}, "Score a trained model on its test files.")
     values = parser.parse_args()
     settings = EvalConfig(**{field.name: values[field.name] for field in dataclasses.fields(EvalConfig)})
     for name, least in (("samples", 0), ("max_new_tokens", 1), ("batch_size", 1), ("seed", 0)):
@@ -442,7 +443,8 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
             "on: restore the files (for stdlib, use the same Python), say with --source where they are now, "
             "or train a new run"
         )
-    batches = validation_batches(data.validation, settings.batch_size, run.config.row_length)
+    store = data.test
+    batches = validation_batches(store, settings.batch_size, run.config.row_length)
     scores = score(model, batches, precision)
     if not math.isfinite(scores.perplexity):
         raise ValueError(
@@ -452,18 +454,19 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
     base_scores = None
     if run.config.lora.r:
         with adapters_disabled(model):
-            base_batches = validation_batches(data.validation, settings.batch_size, run.config.row_length)
+            base_batches = validation_batches(store, settings.batch_size, run.config.row_length)
             base_scores = score(model, base_batches, precision)
     baseline = train_ngram(data.train)
-    baseline_scores = ngram_scores(baseline, data.validation, run.config.row_length)
-    n_bytes = data.validation.n_bytes
+    baseline_scores = ngram_scores(baseline, store, run.config.row_length)
+    n_bytes = store.n_bytes
     result: dict[str, Any] = {
         "run": str(run.folder),
         "step": run.step,
         "precision": precision.reason,
         "fingerprints": run.fingerprints,
         "allowed faults": overrides(run.folder),
-        "files": data.validation.n_documents,
+        "side": store.split,
+        "files": store.n_documents,
         "bytes": n_bytes,
         "model": _token_values(scores, n_bytes),
         **({"base": _token_values(base_scores, n_bytes)} if base_scores else {}),
@@ -471,7 +474,7 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
         "n-gram order": baseline.order,
     }
     if settings.samples:
-        add_line_scores(result, run, data.validation, baseline, precision, settings)
+        add_line_scores(result, run, store, baseline, precision, settings)
     return result
 
 
@@ -503,8 +506,8 @@ def add_line_scores(
     examples = next_line_examples(store, tokenizer, settings.samples, room, settings.seed)
     if len(examples) < 2:
         result["next_line_left_out"] = (
-            f"next line not scored: the held-out files have {len(examples)} lines with {CONTEXT_LINES} lines "
-            f"before them that fit {room} tokens, and an interval needs at least 2"
+            f"next line not scored: the {store.split} files have {len(examples)} lines with {CONTEXT_LINES} "
+            f"lines before them that fit {room} tokens, and an interval needs at least 2"
         )
         return
 
@@ -534,7 +537,7 @@ def table(result: dict[str, Any]) -> str:
     """The scores as aligned columns: metric, model, base where there is one, n-gram, what it is over."""
     names = [name for name in ("model", "base", "n-gram") if name in result]
     columns = [result[name] for name in names]
-    over_tokens = f"{result['model']['tokens']:,} tokens of {result['files']:,} held-out files"
+    over_tokens = f"{result['model']['tokens']:,} tokens of {result['files']:,} {result['side']} files"
     rows = [["metric", *names[:-1], f"{result['n-gram order']}-gram", "over"]]
     for key, name, form, over in (
         ("loss", "loss, nats a token", "{:.4f}", over_tokens),
@@ -558,6 +561,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append("  ".join([f"{name:<{widths[0]}}", *cells, over]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     lines += [result["next_line_left_out"]] if "next_line_left_out" in result else []
+    if result["side"] != "test":
+        told = "was trained on" if result["side"] == "train" else "was chosen by, so they are optimistic"
+        lines.append(
+            f"no test side: the scores are of the {result['side']} files, which this checkpoint {told}"
+        )
     for name, evidence in result["allowed faults"].items():
         lines.append(f"TRAINED WITH --allow {name}: {evidence}")
     return "\n".join(lines)

@@ -126,6 +126,15 @@ class Overlap:
     def windows_share(self) -> float:
         return self.windows_shared / self.windows if self.windows else 0.0
 
+    @property
+    def counts(self) -> str:
+        """The same as `str`, in short."""
+        return (
+            f"{self.leaked_share:.1%} of the text, {self.exact} exact, {self.near} near and {self.contained} "
+            f"contained of {self.documents} documents, {self.windows_shared} of {self.windows} runs, "
+            f"{self.groups} groups"
+        )
+
     def __str__(self) -> str:
         sampled = f" (a sample of {self.of_documents})" if self.documents < self.of_documents else ""
         return (
@@ -151,7 +160,8 @@ def overlap(train: Iterable[Document], held_out: Iterable[Document]) -> Overlap:
 
 
 def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
-    """Compare the stores of a run, token by token; cached as `leaks.json` in the folder of `held_out`.
+    """Compare two stores of a run, token by token; cached as `leaks-TRAIN-HELD_OUT.json` in the folder of
+    `held_out`, by the names of their sides.
 
     All of the training tokens are read. Of a held-out store above `HELD_OUT_UNITS` tokens, documents are
     drawn by the SHA-1 of their names until that many are there; `Overlap.of_documents` tells. A cached
@@ -166,7 +176,7 @@ def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer)
                 f"the {store.split} store was made by the tokenizer {store.tokenizer_fingerprint[:12]}, and "
                 f"this one is {tokenizer.fingerprint[:12]}: give that one, or build the store again"
             )
-    path = held_out.folder / "leaks.json"
+    path = held_out.folder / f"leaks-{train.split}-{held_out.split}.json"
     key = _store_key(train, held_out)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads(path.read_text("utf-8"))

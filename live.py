@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guards.subject import Fault, Subject
 from optim import learning_rate_factor
-from preflight import Fault, Subject
 
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
 SAMPLED = 2**16  # elements of a frozen parameter that are compared

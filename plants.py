@@ -1,8 +1,8 @@
-"""Planted faults: each of the silent faults that cost someone a result, put into a small healthy run.
+"""The plants: each of the silent faults that cost someone a result, put into a small healthy run.
 
 `python preflight.py --selftest` runs every plant and its healthy twin by `trainingmanager.train`, the
 function that trains; no guard knows of the plants. A plant patches one place of the product as the fault had
-it, or sets one thing in the configuration, and names the fault that must stop the run.
+it (`planted_faults.py`), or sets one thing in the configuration, and names the fault that must stop the run.
 """
 
 from __future__ import annotations
@@ -10,32 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
-import random
 import tempfile
 import time
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import architecture
-import dataset
-import decoding
-import generate
-import lora
-import precision
-import pretrained.gpt_bigcode
-import tokenizer
-import tokenstore
 import trainingmanager
-from architecture import Decoder, Dropout
+from architecture import Dropout
 from config import (
     Config,
     DataConfig,
@@ -45,11 +32,48 @@ from config import (
     TokenizerConfig,
     TrainConfig,
 )
-from corpus import training_texts
-from dataset import IGNORE_INDEX
-from tokenizer import BPETokenizer, PretrainedTokenizer
-
-Patch = Callable[[], contextlib.AbstractContextManager]
+from planted_data import write_base, write_data
+from planted_faults import (
+    EOS,
+    Patch,
+    attention_by,
+    base_moved,
+    batches_by,
+    beams_by_logits,
+    blind,
+    clip_stored_only,
+    documents_joined,
+    dropout_argument_ignored,
+    dropout_in_evaluation,
+    embedding_shuffled,
+    encoded_by,
+    giant_weights,
+    half_the_micro_batches,
+    inverted_mask,
+    labels_by,
+    mask_as_numbers,
+    masked_where,
+    moments_dropped,
+    moments_not_finite,
+    old_gpu,
+    order_unread,
+    other_base,
+    padded_on_the_right,
+    part_detached,
+    prompt_kept,
+    random_states_dropped,
+    rarity_inverted,
+    schedule_ignored,
+    seed_forgotten,
+    sides_read,
+    smoothing_in_the_score,
+    swapped_axes,
+    term_dropped,
+    tokenizer_by,
+    truncated_on_the_right,
+    validation_of_its_own,
+    weights_dropped,
+)
 
 
 @dataclass(frozen=True)
@@ -75,313 +99,6 @@ class Plant:
     resumed: bool = False
 
 
-# --- model -------------------------------------------------------------------------------------------
-
-
-def swapped_axes() -> contextlib.AbstractContextManager:
-    hidden = Decoder.hidden
-
-    def wrong(self: Decoder, *args: Any, **options: Any) -> Tensor:
-        x = hidden(self, *args, **options)
-        return x.transpose(0, 1).reshape(x.shape)  # what a flatten hides
-
-    return patch.object(Decoder, "hidden", wrong)
-
-
-def attention_by(
-    compute: Callable[[Tensor, Tensor, Tensor, Tensor, Dropout], Tensor],
-) -> contextlib.AbstractContextManager:
-    """Attention computed from (q, k, v, mask, dropout), the causal mask written out where there is none."""
-
-    def wrong(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
-    ) -> Tensor:
-        if mask is None:
-            mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool).tril()
-        return compute(q, k, v, mask, dropout)
-
-    return patch.dict(architecture.ATTENTIONS, fast=wrong)
-
-
-def inverted_mask() -> contextlib.AbstractContextManager:
-    return attention_by(
-        lambda q, k, v, mask, dropout: architecture.reference_attention(
-            q, k, v, mask.transpose(-1, -2), False, dropout
-        )
-    )
-
-
-def mask_as_numbers() -> contextlib.AbstractContextManager:
-    return attention_by(
-        lambda q, k, v, mask, dropout: (
-            dropout((q @ k.transpose(-2, -1) / q.size(-1) ** 0.5 + mask.float()).softmax(-1)) @ v
-        )
-    )
-
-
-def blind() -> contextlib.AbstractContextManager:
-    return attention_by(lambda q, k, v, mask, dropout: v.clone())
-
-
-def documents_joined() -> contextlib.AbstractContextManager:
-    mask = architecture.attention_mask
-
-    def wrong(query_documents: Tensor, key_documents: Tensor) -> Tensor:
-        return mask(torch.zeros_like(query_documents), torch.zeros_like(key_documents))
-
-    return patch.object(architecture, "attention_mask", wrong)
-
-
-def giant_weights() -> contextlib.AbstractContextManager:
-    def wrong(model: Decoder) -> None:
-        for p in model.parameters():
-            torch.nn.init.normal_(p)
-
-    return patch.dict(architecture.INITS, zero_output=wrong)
-
-
-# --- training ----------------------------------------------------------------------------------------
-
-
-def clip_stored_only() -> contextlib.AbstractContextManager:
-    clip = torch.nn.utils.clip_grad_norm_
-    return patch.object(torch.nn.utils, "clip_grad_norm_", lambda p, limit: clip(p, float("inf")))
-
-
-def dropout_argument_ignored() -> contextlib.AbstractContextManager:
-    return patch.object(Dropout, "forward", lambda self, x: x)
-
-
-def dropout_in_evaluation() -> contextlib.AbstractContextManager:
-    def wrong(self: Dropout, x: Tensor) -> Tensor:
-        return torch.nn.functional.dropout(x, self.p)
-
-    return patch.object(Dropout, "forward", wrong)
-
-
-def schedule_ignored() -> contextlib.AbstractContextManager:
-    return patch.object(trainingmanager, "learning_rate_factor", lambda *args: 1.0)
-
-
-def half_the_micro_batches() -> contextlib.AbstractContextManager:
-    right = trainingmanager.TrainingManager.update
-
-    def update(self: Any) -> dict[str, float]:
-        config = self.config
-        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
-        try:
-            return right(self)
-        finally:
-            self.config = config
-
-    return patch.object(trainingmanager.TrainingManager, "update", update)
-
-
-def part_detached() -> contextlib.AbstractContextManager:
-    forward = architecture.MLP.forward
-    return patch.object(architecture.MLP, "forward", lambda self, x: forward(self, x).detach())
-
-
-def validation_of_its_own() -> contextlib.AbstractContextManager:
-    score = trainingmanager.score
-
-    def wrong(model: Decoder, batches: Any, precision: Any) -> Any:
-        return score(model, (b._replace(labels=b.labels.roll(1, 1)) for b in batches), precision)
-
-    return patch.object(trainingmanager, "score", wrong)
-
-
-def smoothing_in_the_score() -> contextlib.AbstractContextManager:
-    token_loss = trainingmanager.token_loss
-
-    def wrong(*args: Any, **options: Any) -> Any:
-        result = token_loss(*args, **options)
-        return result._replace(cross_entropy=result.objective.detach())
-
-    return patch.object(trainingmanager, "token_loss", wrong)
-
-
-# --- labels and tokens -------------------------------------------------------------------------------
-
-
-def labels_by(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Patch:
-    """Plants a collator that rewrites labels, (tokens (B, T + 1), document ids (B, T + 1), labels (B, T))."""
-
-    def plant() -> contextlib.AbstractContextManager:
-        right = dataset.next_token_labels
-
-        def wrong(tokens: np.ndarray, document_ids: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
-            return change(tokens, document_ids, right(tokens, document_ids, *args, **options))
-
-        return patch.object(dataset, "next_token_labels", wrong)
-
-    return plant
-
-
-def batches_by(change: Callable[[dataset.Batch], dataset.Batch]) -> Patch:
-    """Plants a loader that changes batches of training."""
-
-    def plant() -> contextlib.AbstractContextManager:
-        right = dataset.Batches.batch
-        return patch.object(dataset.Batches, "batch", lambda self, step: change(right(self, step)))
-
-    return plant
-
-
-def masked_where(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.where(chosen, IGNORE_INDEX, labels)
-
-
-EOS = 2  # of tokenizers trained here
-
-
-def encoded_by(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
-    """Plants a data path that changes the ids of a document, start and end included."""
-
-    def plant() -> contextlib.AbstractContextManager:
-        right = tokenstore._encode
-
-        def wrong(*args: Any) -> Any:
-            return [(change(ids), *places) for ids, *places in right(*args)]
-
-        return patch.object(tokenstore, "_encode", wrong)
-
-    return plant
-
-
-def tokenizer_by(change: Callable[[list[int]], list[int]]) -> Patch:
-    def plant() -> contextlib.AbstractContextManager:
-        right = tokenizer.CodeTokenizer.encode
-        return patch.object(tokenizer.CodeTokenizer, "encode", lambda self, text: change(right(self, text)))
-
-    return plant
-
-
-def padded_on_the_right() -> contextlib.AbstractContextManager:
-    right = decoding.pad_left
-
-    def wrong(*args: Any, **options: Any) -> Any:
-        return tuple(t.flip(1) if isinstance(t, Tensor) else t for t in right(*args, **options))
-
-    return patch.object(decoding, "pad_left", wrong)
-
-
-def seed_forgotten() -> contextlib.AbstractContextManager:
-    def wrong(seed: int, row: int) -> torch.Generator:
-        generator = torch.Generator()
-        generator.seed()
-        return generator
-
-    return patch.object(decoding, "row_generator", wrong)
-
-
-def beams_by_logits() -> contextlib.AbstractContextManager:
-    def wrong(logits: Tensor, *args: Any, **options: Any) -> Tensor:
-        return logits.double()
-
-    functional = types.SimpleNamespace(**vars(torch.nn.functional) | {"log_softmax": wrong})
-    return patch.object(decoding, "F", functional)
-
-
-def prompt_kept() -> contextlib.AbstractContextManager:
-    return patch.object(generate, "added_text", lambda tokenizer, before, ids: tokenizer.decode(before + ids))
-
-
-def moments_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(torch.optim.Optimizer, "load_state_dict", lambda self, values: None)
-
-
-def random_states_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(trainingmanager, "set_random_states", lambda states, device: None)
-
-
-def weights_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(trainingmanager, "load_weights", lambda model, manifest: None)
-
-
-def moments_not_finite() -> contextlib.AbstractContextManager:
-    right = torch.optim.Optimizer.load_state_dict
-
-    def wrong(self: torch.optim.Optimizer, values: dict[str, Any]) -> None:
-        right(self, values)
-        for state in self.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor) and value.dim():
-                    value.fill_(float("nan"))
-
-    return patch.object(torch.optim.Optimizer, "load_state_dict", wrong)
-
-
-def old_gpu() -> contextlib.AbstractContextManager:
-    """A GPU that does not multiply bf16; nothing is computed on it."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(patch.object(trainingmanager, "choose_device", lambda asked: torch.device("cuda")))
-    stack.enter_context(patch.object(precision, "has_native_bf16", lambda device: False))
-    stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda device: "GPU of 2018"))
-    return stack
-
-
-# --- a base and its adapters -------------------------------------------------------------------------
-
-
-def term_dropped() -> contextlib.AbstractContextManager:
-    """Of the MLP's adapters only: without any, autograd itself would complain."""
-    right = lora.linear_with_term
-
-    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        if weight.size(1) > weight.size(0):
-            return torch.nn.functional.linear(x, weight, bias)
-        return right(x, weight, bias, *rest)
-
-    return patch.object(lora, "linear_with_term", wrong)
-
-
-def other_base() -> contextlib.AbstractContextManager:
-    right = trainingmanager.open_base
-
-    def wrong(config: Config, *args: Any) -> Any:
-        base = str(Path(str(config.train.base)).with_name("other-base"))
-        return right(dataclasses.replace(config, train=dataclasses.replace(config.train, base=base)), *args)
-
-    return patch.object(trainingmanager, "open_base", wrong)
-
-
-def base_moved() -> contextlib.AbstractContextManager:
-    right = trainingmanager.build_optimizers
-
-    def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
-        def move(*args: Any) -> None:
-            model.embed.weight.data.mul_(0.999)  # as weight decay of frozen parameters does
-
-        optimizers = right(model, *args)
-        optimizers[0].register_step_post_hook(move)
-        return optimizers
-
-    return patch.object(trainingmanager, "build_optimizers", wrong)
-
-
-def embedding_shuffled() -> contextlib.AbstractContextManager:
-    right = trainingmanager.starting_model
-
-    def wrong(*args: Any) -> Decoder:
-        model = right(*args)
-        weight = model.embed.weight.data
-        weight.copy_(weight.flip(0))
-        return model
-
-    return patch.object(trainingmanager, "starting_model", wrong)
-
-
-def train_files_held_out() -> contextlib.AbstractContextManager:
-    right = dataset.open_store
-
-    def wrong(folder: Path) -> Any:
-        train, _ = right(folder)
-        return train, train
-
-    return patch.object(dataset, "open_store", wrong)
-
-
 def merged(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: one.get(name, {}) | other.get(name, {}) for name in {*one, *other}}
 
@@ -392,29 +109,39 @@ def split_by_row(name: str, story: str, file: str) -> Plant:
     return Plant(name, story, "split-leaks", settings=settings, wrong={"data": {"group_field": None}})
 
 
-def truncated_on_the_right() -> contextlib.AbstractContextManager:
-    right = dataset.shown
-
-    def wrong(store: tokenstore.TokenStore, block_size: int) -> dataset.Shown:
-        rows = right(store, block_size)
-        return rows._replace(prompt_length=store.prompt_lengths, left=np.zeros_like(rows.left))
-
-    return patch.object(dataset, "shown", wrong)
-
-
 TUNED: dict[str, dict[str, Any]] = {
     "train": {"base": "base"},
     "lora": {"r": 4, "targets": ("c_attn", "c_proj")},
     "optimizer": {"name": "adamw", "lr": 1e-3, "embedding_lr": 0.0, "head_lr": 0.0},
 }
+GRADED: dict[str, dict[str, Any]] = {"data": {"source": "graded", "order": "easy-first"}}
 EXAMPLES: dict[str, dict[str, Any]] = {"data": {"source": "examples.jsonl"}, "model": {"block_size": 256}}
 LONG_PROMPTS: dict[str, dict[str, Any]] = {"data": {"source": "prompts.jsonl"}, "model": {"block_size": 256}}
 PLANTS = [
+    Plant("D6 order", "scores of difficulty were never read", "order-ignored", order_unread, GRADED),
+    Plant("D7 rarity", "the rarest tokens were scored as easiest", "order-inverted", rarity_inverted, GRADED),
     split_by_row("D1 variants", "variants of one function on both sides", "variants.jsonl"),
     split_by_row("D2 lines", "lines of one page on both sides", "lines.jsonl"),
     split_by_row("D3 windows", "overlapping windows on both sides", "windows.jsonl"),
     split_by_row("D4 chunks", "chunks of one file on both sides", "chunks.jsonl"),
-    Plant("E3 trained on", "evaluated on training data", "split-leaks", train_files_held_out),
+    Plant(
+        "E3 trained on",
+        "evaluated on training data",
+        "split-leaks",
+        sides_read("train", "validation", "train"),
+    ),
+    Plant(
+        "E3 validated",
+        "validated on training data",
+        "split-leaks",
+        sides_read("train", "train", "test"),
+    ),
+    Plant(
+        "E3 chosen by",
+        "evaluated on what checkpoints were chosen by",
+        "split-leaks",
+        sides_read("train", "validation", "validation"),
+    ),
     Plant("M1 axes", "batch and time swapped, hidden by a flatten", "other-row-visible", swapped_axes),
     Plant("M2 mask", "a causal mask inverted", "future-visible", inverted_mask),
     Plant("M2 blind", "a mask that hides the past too", "past-invisible", blind),
@@ -645,141 +372,17 @@ ROOMS = {
     "E2 best": "the best checkpoint is chosen by the loss that M9 guards",
     "E10 interval": "eval.py prints a bootstrap interval beside every score of samples",
 }
-# Faults of rooms that are not built yet: curricula, degradation, scraping, generated metrics.
-NOT_YET = "D6 D7 D8 D9 D10 D11 E6 E9 E11"
+# Faults of rooms that are not built yet: degradation, scraping, generated metrics.
+NOT_YET = "D8 D9 D10 D11 E6 E9 E11"
 
 
 # --- running them ------------------------------------------------------------------------------------
 
 
-WORDS = (
-    "add all any ask bag bar bit box bus cap car cat cup cut day dog dot ear egg end eye fan far fit fly fog "
-    "gap gas hat hen ice ink jar jet key kid lab leg lid log map mat net nut oak oil owl pan pen pin pot rat "
-    "row sea sky sun tea tip toe toy urn van wax web zip"
-)
-
-
-def function(draw: random.Random) -> str:
-    """A small function of drawn words; two of them share little but their form."""
-    words = WORDS.split()
-    name, x, y, z = draw.sample(words, 4)
-    other, n, operator = draw.choice(words), draw.randrange(100), draw.choice("+-*")
-    return (
-        f"def {name}_{other}({x}, {y}={n}):\n    {z} = {x} {operator} {y}\n"
-        f"    return [{z} for {other} in range({draw.randrange(100)})]\n\n\n"
-    )
-
-
-def write_corpus(folder: Path, lines: int = 6) -> None:
-    """24 different files of Python, each of that many functions."""
-    folder.mkdir()
-    for i in range(24):
-        draw = random.Random(i)
-        text = "".join(function(draw) for _ in range(lines))
-        (folder / f"part{i}.py").write_text(text, encoding="utf-8")
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_examples(path: Path) -> None:
-    """48 examples, the head of a function as the prompt and its body as the completion."""
-    texts = [function(random.Random(i)).rstrip() + "\n" for i in range(48)]
-    parts = (text.split("\n", 1) for text in texts)
-    write_rows(path, ({"prompt": head + "\n", "completion": body} for head, body in parts))
-
-
-def write_long_prompts(path: Path) -> None:
-    """The same after 12 functions more, which do not fit a row."""
-    draw = random.Random(48)
-    rows = []
-    for i in range(48):
-        head, body = (function(random.Random(i)).rstrip() + "\n").split("\n", 1)
-        before = "".join(function(draw) for _ in range(12))
-        rows.append({"prompt": f"{before}{head}\n", "completion": body})
-    write_rows(path, rows)
-
-
-def write_variants(path: Path) -> None:
-    """Five degraded variants of each of 24 functions, to be turned back into it."""
-    rows = []
-    for i in range(24):
-        text = function(random.Random(i)).rstrip() + "\n"
-        for j in range(5):
-            worse = text.replace(" = ", " =" + " " * (j + 1)).replace("    ", " " * (j + 1))
-            rows.append({"input": worse, "output": text, "origin": str(i)})
-    write_rows(path, rows)
-
-
-def write_windows(path: Path, size: int, stride: int) -> None:
-    """Windows of that many lines of 12 files, a row each."""
-    rows = []
-    for i in range(12):
-        draw = random.Random(i)
-        lines = "".join(function(draw) for _ in range(12)).splitlines(keepends=True)
-        for start in range(0, len(lines) - size + 1, stride):
-            text = "".join(lines[start : start + size])
-            rows.append({"text": text, "path": f"file{i}.py:{start}", "origin": str(i)})
-    write_rows(path, rows)
-
-
-def write_lines(path: Path) -> None:
-    """Pages that repeat their lines, a row each; they differ in white space only."""
-    rows = []
-    for i in range(12):
-        draw = random.Random(i)
-        lines = [function(draw) for _ in range(6)]
-        for j in range(24):
-            text = lines[j % 6] + "\n" * (j // 6)
-            rows.append({"text": text, "origin": str(i)})
-    write_rows(path, rows)
-
-
-def write_data(folder: Path) -> None:
-    """What the plants train on."""
-    write_corpus(folder / "long")
-    write_examples(folder / "examples.jsonl")
-    write_long_prompts(folder / "prompts.jsonl")
-    write_variants(folder / "variants.jsonl")
-    write_lines(folder / "lines.jsonl")
-    write_windows(folder / "windows.jsonl", size=8, stride=2)
-    write_windows(folder / "chunks.jsonl", size=8, stride=8)
-
-
-def write_base(folder: Path) -> None:
-    """A published model in small, like StarCoder, that knows the corpus a little; and two that do not fit it.
-
-    `other-base` has one other weight; `more-tokens` is its tokenizer with a token that it never saw.
-    """
-    tokenizer = BPETokenizer.train(training_texts(DataConfig(str(folder / "long"), validation_one_in=4)), 290)
-    shape = pretrained.gpt_bigcode.FAMILY.parts | {"n_kv_head": 1, "mlp": "gelu_tanh", "tie_embeddings": True}
-    shape |= {"vocab_size": 300, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32, "init": "normal"}
-    torch.manual_seed(0)
-    model = Decoder(ModelConfig(**shape))
-    texts = training_texts(DataConfig(str(folder / "long"), validation_one_in=4))
-    ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
-    rows = ids[: len(ids) // 33 * 33].view(-1, 33)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        chosen = rows[torch.randint(len(rows), (32,))]
-        logits = model(chosen[:, :-1])
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    pretrained.save_pretrained(model, tokenizer, folder / "base")
-    with torch.no_grad():
-        model.norm.get_parameter("bias")[0] += 1
-    pretrained.save_pretrained(model, tokenizer, folder / "other-base")
-    more = PretrainedTokenizer.load(folder / "base").with_tokens([":\n    "])
-    (folder / "more-tokens").mkdir()
-    more.save(folder / "more-tokens")
-
-
 def small_config(folder: Path, settings: dict[str, dict[str, Any]]) -> Config:
     """Five updates of a tiny model in `folder`."""
     groups: dict[str, dict[str, Any]] = {
-        "data": {"source": "long", "validation_one_in": 4, "workers": 1},
+        "data": {"source": "long", "validation_one_in": 4, "test_one_in": 4, "workers": 1},
         "tokenizer": {"vocab_size": 300, "min_count": 2},
         "model": {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1},
         "optimizer": {"warmup_steps": 2},

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from config import Config
+from config import BEFORE, Config
 
 LOCK = ".lock"
 LOCK_TRIES = 1000  # each fails only if another run ended in the same microseconds
@@ -139,10 +139,13 @@ KEY_CLASSES: dict[str, str] = {
     "data.group_field": FIXED,
     "data.regroup": FIXED,
     "data.validation_one_in": FIXED,
+    "data.test_one_in": FIXED,
     "data.drop_comments": FIXED,
     "data.skip_undecodable": FIXED,
     "data.loss_on": FIXED,
     "data.fim_rate": FIXED,
+    "data.order": FIXED,
+    "data.difficulty": FIXED,
     "data.cache": FREE,
     "data.workers": FREE,
     "tokenizer.kind": FIXED,
@@ -230,8 +233,15 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def config_fingerprint(config: Config) -> str:
-    """SHA-256 of the fixed keys' values: equal for all stretches of one run."""
-    fixed = {key: value for key, value in flat(config).items() if KEY_CLASSES.get(key, FIXED) == FIXED}
+    """SHA-256 of the fixed keys' values: equal for all stretches of one run.
+
+    A key that has the value of before it was there is left out: so a run that was saved then can go on.
+    """
+    fixed = {
+        key: value
+        for key, value in flat(config).items()
+        if KEY_CLASSES.get(key, FIXED) == FIXED and not (key in BEFORE and BEFORE[key] == value)
+    }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 

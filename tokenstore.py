@@ -33,7 +33,7 @@ from corpus import SPLITS, Document, utf8
 from fim import fim_markers, fim_prompt_ids
 from tokenizer import Tokenizer
 
-FORMAT = 1  # part of the cache key: raise it whenever the same data would be stored as other bytes
+FORMAT = 2  # part of the cache key: raise it whenever the same data would be stored as other bytes
 SHARD_TOKENS = 2**27
 CHUNK_CHARACTERS = 2**18  # of text handed to a worker at a time
 
@@ -134,9 +134,9 @@ class TokenStore:
         return self.gather(np.arange(self.offsets[number], self.offsets[number + 1]))
 
 
-def open_store(folder: str | Path) -> tuple[TokenStore, TokenStore]:
-    """The train and the validation store of a folder. Raises ValueError when it is not whole."""
-    return TokenStore(folder, "train"), TokenStore(folder, "validation")
+def open_store(folder: str | Path) -> tuple[TokenStore, TokenStore, TokenStore]:
+    """The train, the validation and the test store of a folder. Raises ValueError when it is not whole."""
+    return TokenStore(folder, "train"), TokenStore(folder, "validation"), TokenStore(folder, "test")
 
 
 class _SplitWriter:

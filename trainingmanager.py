@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from config import Config, one_sentence, parse_config
+from config import BEFORE, Config, one_sentence, parse_config
 
 
 def command_line(words: list[str]) -> list[str]:
@@ -22,7 +22,8 @@ def command_line(words: list[str]) -> list[str]:
     if "--resume" in joined and "--run" in joined[:-1]:
         saved = Path(joined[joined.index("--run") + 1]) / "config.yaml"
         if saved.is_file():
-            return ["--config", str(saved), *words]
+            before = [part for key, value in BEFORE.items() for part in (f"--{key}", str(value))]
+            return [*before, "--config", str(saved), *words]
     return words
 
 
@@ -66,6 +67,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import write_atomically
+from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
     IGNORE_INDEX,
@@ -89,6 +91,7 @@ from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
+from tokenizer import Tokenizer
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -115,7 +118,7 @@ class TrainingManager:
     Args:
         config: The resolved settings.
         model: On its device.
-        data: Token stores of both sides of the split.
+        data: Token stores of the sides of the split.
         folder: Of the run.
     """
 
@@ -129,12 +132,15 @@ class TrainingManager:
         self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
         self.device = precision.device
         self.state = RunState()
+        by_difficulty = config.data.order not in ("shuffled", "sequential")
         self.batches = Batches(
             data.train,
             train.batch_size,
             config.row_length,
             train.seed,
             loss_on_prompts=config.data.loss_on == "all",
+            order=config.data.order,
+            difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
         )
         self.optimizers = build_optimizers(model, config.optimizer, config.lora.lr_ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
@@ -151,6 +157,27 @@ class TrainingManager:
         model.checkpoint_activations = train.activation_checkpointing
         if config.lora.r and not train.activation_checkpointing:  # whole blocks are made again there
             model.keep_less()
+
+    def subject(self, tokenizer: Tokenizer, start: str, known_ids: int | None) -> Subject:
+        """What the guards look at; `start` and `known_ids` as they say."""
+        return Subject(
+            config=self.config,
+            model=self.model,
+            tokenizer=tokenizer,
+            train=self.data.train,
+            validation=self.data.validation,
+            test=self.data.test,
+            micro_batch=self.micro_batch,
+            batches=self.batches,
+            validation_batches=self.validation_batches,
+            loss=self.loss,
+            score=self.score,
+            precision=self.precision,
+            eval_precision=self.eval_precision,
+            optimizers=self.optimizers,
+            start=start,
+            known_ids=known_ids,
+        )
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -356,6 +383,7 @@ class TrainingManager:
                 "config": config_fingerprint(self.config),
                 "data": self.data.fingerprint,
                 "tokenizer": self.data.train.tokenizer_fingerprint,
+                "corpus": self.data.report.corpus,
             },
         }
 
@@ -583,6 +611,8 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         "tokenizer": tokenizer.fingerprint,
         "code": code_fingerprint(HOUSE),
     }
+    if data.report.corpus:
+        fingerprints["corpus"] = data.report.corpus
     if base is not None:
         fingerprints["base"] = base.fingerprint
     if config.train.resume:
@@ -595,7 +625,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
         )
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
     config = dataclasses.replace(config, model=model_config)
-    for side in dict.fromkeys((data.train, data.validation)):
+    for side in dict.fromkeys((data.train, data.validation, data.test)):
         kind = "examples" if side.holds_examples else "files"
         refuse_long_answers(config.data, side, config.row_length)
         longer = int(is_trimmed(side, config.row_length).sum())
@@ -615,21 +645,10 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     if config.train.resume:
         refuse_changes(folder, config)
         manager.resume()
-    subject = Subject(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        train=data.train,
-        validation=data.validation,
-        micro_batch=manager.micro_batch,
-        validation_batches=manager.validation_batches,
-        loss=manager.loss,
-        score=manager.score,
-        precision=precision,
-        eval_precision=manager.eval_precision,
-        optimizers=manager.optimizers,
-        start="resumed" if config.train.resume else "fresh" if base is None else "loaded",
-        known_ids=None if base is None or base.tokenizer is None else base.tokenizer.vocab_size,
+    subject = manager.subject(
+        tokenizer,
+        "resumed" if config.train.resume else "fresh" if base is None else "loaded",
+        None if base is None or base.tokenizer is None else base.tokenizer.vocab_size,
     )
     passed = preflight(subject, config.train.allow)
     # Only now: a run that a guard refuses leaves its folder as it was, free for the next try.
@@ -658,12 +677,12 @@ def report(manager: TrainingManager) -> None:
         str(folder), device=device, precision=precision, source=data.source, cache=data.cache
     )
     scores = evaluate(settings)
-    print(f"\nbest checkpoint, step {run.step}, on all held-out files\n{table(scores)}")
+    print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
     write_results(scores, settings)
     samples = sample_completions(
         run.model.to(manager.device),
         run.tokenizer,
-        manager.data.validation,
+        manager.data.test,
         manager.config.row_length,
         manager.eval_precision,
         train.samples,

@@ -12,6 +12,8 @@ from typing import Literal
 
 import pytest
 
+from config import DataConfig
+from corpus import Report, read_documents, split_documents
 from scraping import frequencies
 from scraping.build import Settings, build_part, fingerprint, finish, run, table
 from scraping.card import _plain, _size
@@ -274,3 +276,49 @@ def test_above_the_limit_counts_are_near_and_memory_is_bounded(monkeypatch: pyte
     found = counted([words(1), words(2)])
     assert len(found._counts) <= 300 < len(true)
     assert sum(found.curve().values()) == pytest.approx(len(true), rel=0.25)
+
+
+# --- what training reads -----------------------------------------------------------------------------
+
+
+def test_training_reads_what_was_built_by_cluster_or_by_repository(tmp_path: Path) -> None:
+    corpus, kept = built(cleaned(tmp_path, documents(), 3))
+    config = DataConfig(source=str(tmp_path / "corpus"))
+    report = Report()
+    read = list(read_documents(config, report))
+    assert report.corpus == corpus["fingerprint"]
+    assert [(d.name, d.group, d.text) for d in read] == [(d.name, d.cluster, d.text) for d in kept]
+    by_repository = read_documents(replace(config, group_field="repository"))
+    assert [d.group for d in by_repository] == [d.repository for d in kept]
+
+
+def test_a_cluster_stands_on_one_side_of_the_split(tmp_path: Path) -> None:
+    near = [Document(code(1) + f"n = {i}\n", "o/r", f"n{i}.py", "c", "MIT") for i in range(12)]
+    far = [Document(code(100 + i), "o/r", f"f{i}.py", "c", "MIT") for i in range(30)]
+    built(replace(cleaned(tmp_path, near + far), near="keep"))
+    sides = {}
+    for side, document in split_documents(DataConfig(source=str(tmp_path / "corpus"), validation_one_in=3)):
+        sides.setdefault(document.name.startswith("o/r/n"), set()).add(side)
+    assert len(sides[True]) == 1 and len(sides[False]) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["parts"][0].update(sha256="0" * 64), r"has the SHA-256 .*, and .* says 0000"),
+        (
+            lambda c: c["parts"][0].update(file="../clean/part-00000-of-00001.parquet"),
+            "lies outside of its folder",
+        ),
+        (lambda c: c["parts"][0].update(file="data/none.parquet"), "cannot be read: No such file"),
+        (lambda c: c.pop("parts"), "does not describe a corpus"),
+    ],
+)
+def test_a_corpus_that_is_not_what_it_says_is_refused(tmp_path: Path, change, message: str) -> None:
+    built(cleaned(tmp_path, documents()))
+    path = tmp_path / "corpus" / "corpus.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(DataConfig(source=str(tmp_path / "corpus"))))

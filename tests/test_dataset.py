@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -134,6 +135,7 @@ def folder(tmp_path: Path) -> Path:
 
 def settings_for(source: Path, **changes) -> DataConfig:
     changes = {"validation_one_in": 4, "workers": 1, **changes}
+    changes.setdefault("test_one_in", changes["validation_one_in"] and 4)
     return DataConfig(source=str(source), cache=str(source.parent / "cache"), **changes)
 
 
@@ -216,22 +218,24 @@ def test_hidden_folders_other_suffixes_and_links_that_leave_are_skipped(folder: 
 def test_the_standard_library_is_split_by_the_published_rule():
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
-    sides: dict[str, list[str]] = {"train": [], "validation": []}
+    sides: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if not left_out & set(path.relative_to(root).parts) and not path.is_symlink():
-            one = int(hashlib.sha1(name.encode()).hexdigest(), 16) % 10 == 0
-            sides["validation" if one else "train"].append(name)
+            scored = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
+            chosen_by = int(hashlib.sha1(name.encode()).hexdigest(), 16) % 10 == 0
+            sides["test" if scored else "validation" if chosen_by else "train"].append(name)
     report = Report()
-    got: dict[str, list[str]] = {"train": [], "validation": []}
+    got: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
     for side, document in split_documents(DataConfig(), report):
         got[side].append(document.name)
     for side in sides:
         assert set(got[side]) <= set(sides[side])
         assert report.kept[side] == len(got[side]) > 20
-    assert report.documents == len(sides["train"]) + len(sides["validation"])
+    assert report.documents == sum(map(len, sides.values()))
     assert report.documents == report.duplicates + sum(report.kept.values())
-    assert report.kept_bytes["validation"] == sum((root / n).stat().st_size for n in got["validation"])
+    for side in ("validation", "test"):
+        assert report.kept_bytes[side] == sum((root / n).stat().st_size for n in got[side])
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -335,7 +339,16 @@ BAD = {
         {},
         r"r.parquet has no field text or",
     ),
-    "one side": (lambda p: bad_folder(p, b"x"), {"validation_one_in": 1}, r"leaves 0 .* and 2 .*one_in 1 or"),
+    "one side": (
+        lambda p: bad_folder(p, b"x"),
+        {"validation_one_in": 1, "test_one_in": 0},
+        r"leaves 0 train, 2 validation, 0 test documents, and text for train in none: .*_one_in 1, or",
+    ),
+    "no test": (
+        lambda p: bad_folder(p, b"x"),
+        {"validation_one_in": 0, "test_one_in": 10**6},
+        r", 0 test documents, and text for test in none: change --data.test_one_in 1000000, or",
+    ),
     "split in -1": (
         lambda p: bad_folder(p, b"x"),
         {"validation_one_in": -1},
@@ -391,22 +404,78 @@ def test_comments_are_dropped_before_anything_else(tmp_path: Path):
 
 
 def test_no_group_stands_on_both_sides_and_no_text_does(tmp_path: Path):
-    """Planted: every text of a train group stands in a validation group too, and the other way round."""
-    train, validation = (
-        next(g for g in map(str, range(99)) if split_of(g, 4) == side) for side in corpus.SPLITS
-    )
-    rows = [{"text": f"text {n}", "repo": group} for n in range(10) for group in (train, validation)]
-    rows += [{"text": f"text {n}", "repo": group} for n in range(10, 20) for group in (validation, train)]
+    """Planted: every text of a group of one side stands in a group of each other side too, in every order."""
+    owners = [next(g for g in map(str, range(99)) if split_of(g, 4, 4) == side) for side in corpus.SPLITS]
+    rows = [
+        {"text": f"text {n} {order}", "repo": group}
+        for order in itertools.permutations(owners)
+        for n in range(5)
+        for group in order
+    ]
     report = Report()
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    texts: dict[str, set[str]] = {"train": set(), "validation": set()}
-    groups: dict[str, set[str]] = {"train": set(), "validation": set()}
+    texts: dict[str, set[str]] = {side: set() for side in corpus.SPLITS}
+    groups: dict[str, set[str]] = {side: set() for side in corpus.SPLITS}
     for side, document in split_documents(settings_for(source, group_field="repo"), report):
         texts[side].add(document.text)
         groups[side].add(document.group)
-    assert not texts["train"] & texts["validation"] and len(texts["train"] | texts["validation"]) == 20
-    assert groups == {"train": {train}, "validation": {validation}}
-    assert (report.documents, report.duplicates, report.kept) == (40, 20, {"train": 10, "validation": 10})
+    assert sum(map(len, texts.values())) == len(set().union(*texts.values())) == 30
+    assert groups == {side: {owner} for side, owner in zip(corpus.SPLITS, owners, strict=True)}
+    assert (report.documents, report.duplicates) == (90, 60)
+    assert report.kept == dict.fromkeys(corpus.SPLITS, 10)
+
+
+def test_the_test_side_does_not_depend_on_the_validation_side():
+    names = [f"file{n}.py" for n in range(2000)]
+
+    def side(test_one_in: int, validation_one_in: int, name: str) -> set[str]:
+        return {n for n in names if split_of(n, validation_one_in, test_one_in) == name}
+
+    tested = side(10, 10, "test")
+    assert 140 < len(tested) < 260  # four standard deviations
+    assert tested == side(10, 2, "test") == side(10, 0, "test") and side(20, 10, "test") < tested
+    # What a run without the test side validated on or trained on stays so, but for what is test.
+    for name in ("train", "validation"):
+        assert side(10, 10, name) == side(0, 10, name) - tested
+    # Independent of each other: a tenth of the validation files are test, not all of them and not none.
+    assert 4 < len(side(0, 10, "validation") & tested) < 40
+
+
+def test_files_named_by_their_side_give_the_split(tmp_path: Path):
+    """Planted: a text of the test file stands in training too, which loses it."""
+    source = tmp_path / "rows"
+    source.mkdir()
+    write_rows(source / "train-00000-of-00002.jsonl", [{"text": f"train {n}"} for n in range(20)])
+    write_rows(source / "train-00001-of-00002.jsonl.gz", [{"text": "test 3"}, {"text": "train too"}])
+    write_rows(source / "test.parquet", [{"text": f"test {n}"} for n in range(9)])
+    (source / "README.md").write_text("text")
+
+    def sides(report: Report | None = None, **changes) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
+        for side, document in split_documents(settings_for(source, **changes), report):
+            found[side].append(document.text)
+        return found
+
+    found, report = sides(), Report()
+    assert found["test"] == [f"test {n}" for n in range(9)]
+    assert len(found["validation"]) > 1 and sorted(found["train"] + found["validation"]) == sorted(
+        [f"train {n}" for n in range(20)] + ["train too"]
+    )
+    write_rows(source / "validation.jsonl", [{"text": f"validation {n}"} for n in range(4)])
+    found = sides(report)
+    assert found["validation"] == [f"validation {n}" for n in range(4)] and len(found["train"]) == 21
+    assert (report.documents, report.duplicates, report.kept["test"]) == (35, 1, 9)
+    # The same rows on another side are other data.
+    (source / "validation.jsonl").rename(source / "train-00002.jsonl")
+    sides(again := Report())
+    (source / "train-00002.jsonl").rename(source / "train-00002-of-00003.jsonl")
+    sides(moved := Report())
+    assert len({report.fingerprint, again.fingerprint, moved.fingerprint}) == 3
+    with pytest.raises(ValueError, match=r"--data.regroup is set, and .*rows gives the split itself"):
+        sides(regroup=True)
+    (source / "test.parquet").unlink()  # training files alone are no split
+    with pytest.raises(ValueError, match=r"holds no document with a name ending in \.py"):
+        sides()
 
 
 def test_the_tokenizer_never_sees_validation(folder: Path):
@@ -423,11 +492,11 @@ def test_the_tokenizer_never_sees_validation(folder: Path):
 def test_the_store_holds_every_document_byte_for_byte(folder: Path):
     prepared = prepare_data(settings_for(folder), Bytes())
     seen = []
-    for side in (prepared.train, prepared.validation):
+    for side in (prepared.train, prepared.validation, prepared.test):
         for n, name in enumerate(side.names):
             data = (folder / name).read_bytes()
             assert side.document(n).tolist() == [256, *data, 257]
-            assert side.byte_lengths[n] == len(data) and split_of(name, 4) == side.split
+            assert side.byte_lengths[n] == len(data) and split_of(name, 4, 4) == side.split
         assert side.n_bytes == sum((folder / name).stat().st_size for name in side.names)
         assert side.n_tokens == side.n_bytes + 2 * side.n_documents and side.pad_id == 258
         assert prepared.report.kept[side.split] == side.n_documents > 0
@@ -498,7 +567,7 @@ def test_ids_take_two_bytes_while_they_fit(tmp_path: Path, vocab_size: int, dtyp
     tokenizer.vocab_size = vocab_size
     last = f"{vocab_size - 3} {vocab_size}"
     build_store(tmp_path / "s", [("train", Document("d", last, "d"))], tokenizer)
-    store, empty = open_store(tmp_path / "s")
+    store, empty, _ = open_store(tmp_path / "s")
     assert store.dtype.str == dtype and store.document(0).tolist() == list(range(*map(int, last.split())))
     assert empty.n_documents == empty.n_tokens == 0
 
@@ -538,7 +607,7 @@ def test_the_store_is_reused_only_for_the_same_data_tokenizer_and_settings(folde
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     new = prepare_data(config, Bytes())
     assert new.fingerprint != first.fingerprint
-    assert {*new.train.names, *new.validation.names} == {*first.train.names, *first.validation.names}
+    assert new.train.names == first.train.names and new.test.names == first.test.names
     folders.append(new.folder)
     (moved / "file0.py").rename(moved / "file00.py")  # the same texts in the same order, by another name
     folders.append(prepare_data(config, Bytes()).folder)
@@ -768,7 +837,9 @@ def test_a_cache_keyed_too_loosely_is_seen(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(dataset, "_store_key", lambda *args: "0" * 64)
     source = tmp_path / "corpus"
     source.mkdir()
-    config = DataConfig(str(source), (".txt",), validation_one_in=2, cache=str(tmp_path / "cache"))
+    config = DataConfig(
+        str(source), (".txt",), validation_one_in=2, test_one_in=0, cache=str(tmp_path / "cache")
+    )
     for i in range(8):
         (source / f"{i}.txt").write_text(f"text {i}")
     prepare_data(config, Bytes())
@@ -789,10 +860,10 @@ def test_regrouped_documents_that_belong_together_stay_on_one_side(tmp_path: Pat
     path.write_text("\n".join(map(json.dumps, rows)))
     sides: dict[bool, list[set[str]]] = {}
     for regroup in (False, True):
-        config = DataConfig(str(path), validation_one_in=3, regroup=regroup)
+        config = DataConfig(str(path), validation_one_in=3, test_one_in=3, regroup=regroup)
         found: dict[str, set[str]] = {}
         for side, document in split_documents(config):
             found.setdefault(document.name.split("-")[0], set()).add(side)
         sides[regroup] = list(found.values())
-    assert any(len(both) == 2 for both in sides[False])
+    assert any(len(both) == 3 for both in sides[False])
     assert all(len(both) == 1 for both in sides[True])

@@ -56,7 +56,9 @@ def data(tmp_path_factory) -> PreparedData:
     (folder / "corpus").mkdir()
     for number in range(40):
         (folder / "corpus" / f"m{number}.py").write_text(source(number), "utf-8")
-    config = DataConfig(str(folder / "corpus"), validation_one_in=4, cache=str(folder / "cache"), workers=1)
+    config = DataConfig(
+        str(folder / "corpus"), validation_one_in=4, test_one_in=4, cache=str(folder / "cache"), workers=1
+    )
     return prepare_data(config, BYTES)
 
 
@@ -79,7 +81,7 @@ def documents_of(store) -> list[np.ndarray]:
 
 
 def test_model_scores_equal_those_of_each_file_alone(data, model):
-    store = data.validation
+    store = data.test
     log_p, rank = [], []
     with torch.no_grad():
         for document in documents_of(store):
@@ -98,14 +100,14 @@ def test_model_scores_equal_those_of_each_file_alone(data, model):
 
 
 def test_model_scores_do_not_depend_on_the_batch_size(data, model):
-    scores = [score(model, validation_batches(data.validation, n, 64), FP32) for n in (1, 5, 1000)]
+    scores = [score(model, validation_batches(data.test, n, 64), FP32) for n in (1, 5, 1000)]
     for found in scores[1:]:
         assert found.nats == pytest.approx(scores[0].nats, rel=1e-6)
         assert (found.tokens, found.top1, found.top5) == (scores[0].tokens, scores[0].top1, scores[0].top5)
 
 
 def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, model, monkeypatch):
-    store, baseline = data.validation, evaluation.train_ngram(data.train)
+    store, baseline = data.test, evaluation.train_ngram(data.train)
     found = evaluation.ngram_scores(baseline, store, 64)
     assert found.tokens == score(model, validation_batches(store, 4, 64), FP32).tokens
     nats, hits = 0.0, []
@@ -121,15 +123,15 @@ def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, m
 
 def test_the_baseline_is_far_from_chance_and_better_on_its_own_training_files(data):
     baseline = evaluation.train_ngram(data.train)
-    held_out, seen = (evaluation.ngram_scores(baseline, side, 64) for side in (data.validation, data.train))
+    held_out, seen = (evaluation.ngram_scores(baseline, side, 64) for side in (data.test, data.train))
     assert seen.loss < held_out.loss < 0.5 * np.log(BYTES.vocab_size)
 
 
 def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monkeypatch):
     monkeypatch.setattr(evaluation, "BASELINE_TOKENS", data.train.n_tokens // 3)
-    part = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation, 64)
+    part = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.test, 64)
     monkeypatch.undo()
-    whole = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.validation, 64)
+    whole = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.test, 64)
     assert whole.loss < part.loss
 
 
@@ -137,13 +139,13 @@ def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monke
 
 
 def texts_of(data) -> dict[str, str]:
-    return {name: source(int(name[1:-3])) for name in data.validation.names}
+    return {name: source(int(name[1:-3])) for name in data.test.names}
 
 
 @pytest.mark.parametrize("room", [60, 120, 10_000])
 def test_next_line_examples_stand_in_their_files(data, room):
-    examples, texts = evaluation.next_line_examples(data.validation, BYTES, 60, room), texts_of(data)
-    assert len(examples) == len({(e.name, e.line) for e in examples}) == 60
+    examples, texts = evaluation.next_line_examples(data.test, BYTES, 40, room), texts_of(data)
+    assert len(examples) == len({(e.name, e.line) for e in examples}) == 40
     assert {e.name for e in examples} == set(texts)
     for example in examples:
         lines = texts[example.name].split("\n")
@@ -157,7 +159,7 @@ def test_next_line_examples_stand_in_their_files(data, room):
 
 
 def test_a_prompt_is_cut_no_shorter_than_it_must_be(data):
-    for example in evaluation.next_line_examples(data.validation, BYTES, 40, 100):
+    for example in evaluation.next_line_examples(data.test, BYTES, 40, 100):
         text = texts_of(data)[example.name]
         start = text.index(example.prompt)
         if start:
@@ -167,13 +169,13 @@ def test_a_prompt_is_cut_no_shorter_than_it_must_be(data):
 
 def test_examples_depend_on_the_seed_only_and_take_every_file_first(data):
     def chosen(n, seed):
-        return evaluation.next_line_examples(data.validation, BYTES, n, 100, seed)
+        return evaluation.next_line_examples(data.test, BYTES, n, 100, seed)
 
-    files = data.validation.n_documents
+    files = data.test.n_documents
     assert chosen(30, 1) == chosen(30, 1)
     assert chosen(30, 1) != chosen(30, 2)
     assert len({e.name for e in chosen(files, 3)}) == files
-    assert evaluation.next_line_examples(data.validation, BYTES, 10**6, 5) == []  # nothing fits
+    assert evaluation.next_line_examples(data.test, BYTES, 10**6, 5) == []  # nothing fits
     lines = sum(bool(line.strip()) for text in texts_of(data).values() for line in text.split("\n"))
     assert files < len(chosen(10**6, 1)) < lines
 
@@ -234,14 +236,14 @@ def test_function_bodies_begin_after_signature_and_docstring():
 
 
 def test_function_examples_complete_to_valid_python(data):
-    examples = evaluation.function_examples(data.validation, BYTES, 6, 10_000)
+    examples = evaluation.function_examples(data.test, BYTES, 6, 10_000)
     assert len({e.name for e in examples}) == 6
     for example in examples:
         assert example.prompt.endswith("'''")
         assert example.prompt[example.start :].startswith("def ")
         ast.parse(f"{example.prompt}\n{example.reference}\n")
         assert example.reference.split("\n")[-1].startswith("    return")
-    assert evaluation.function_examples(data.validation, BYTES, 6, 10) == []  # no signature fits
+    assert evaluation.function_examples(data.test, BYTES, 6, 10) == []  # no signature fits
 
 
 # --- completions -------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_a_body_ends_where_the_indentation_does(text, kept):
 
 
 def test_completions_are_greedy_alone_and_in_a_batch(data, model):
-    examples = evaluation.next_line_examples(data.validation, BYTES, 12, 100)
+    examples = evaluation.next_line_examples(data.test, BYTES, 12, 100)
     cut, n = evaluation.through_first_line, 12
     batched = evaluation.complete(model, BYTES, examples, cut, n, FP32, batch_size=5)
     assert batched == evaluation.complete(model, BYTES, examples, cut, n, FP32, batch_size=1)
@@ -291,8 +293,8 @@ def test_completions_are_greedy_alone_and_in_a_batch(data, model):
 
 
 def test_the_baseline_completes_what_it_was_trained_on(data):
-    baseline = evaluation.NGramModel(documents_of(data.validation), BYTES.vocab_size, order=12)
-    examples = evaluation.next_line_examples(data.validation, BYTES, 30, 120)
+    baseline = evaluation.NGramModel(documents_of(data.test), BYTES.vocab_size, order=12)
+    examples = evaluation.next_line_examples(data.test, BYTES, 30, 120)
     cut = evaluation.through_first_line
     scores = evaluation.line_scores(examples, evaluation.ngram_complete(baseline, BYTES, examples, cut, 40))
     weak = evaluation.NGramModel(documents_of(data.train), BYTES.vocab_size, order=1)
@@ -302,7 +304,7 @@ def test_the_baseline_completes_what_it_was_trained_on(data):
 
 
 def test_references_have_the_maximum_and_a_prompt_in_the_prediction_does_not(data):
-    examples = evaluation.next_line_examples(data.validation, BYTES, 20, 100)
+    examples = evaluation.next_line_examples(data.test, BYTES, 20, 100)
     itself = evaluation.line_scores(examples, [f"\n  {e.reference}  \r" for e in examples])
     assert itself.exact_match == itself.edit_similarity == (100, 100, 100, 20)
     planted = evaluation.line_scores(examples, [f"{e.prompt}\n{e.reference}" for e in examples])
@@ -313,9 +315,9 @@ def test_references_have_the_maximum_and_a_prompt_in_the_prediction_does_not(dat
 
 
 def test_samples_show_signature_reference_and_completion(data, model):
-    samples = evaluation.sample_completions(model, BYTES, data.validation, 128, FP32, n=2)
+    samples = evaluation.sample_completions(model, BYTES, data.test, 128, FP32, n=2)
     assert samples == evaluation.sample_completions(
-        model, BYTES, data.validation, model.config.block_size, FP32, n=2
+        model, BYTES, data.test, model.config.block_size, FP32, n=2
     )
     assert len(samples) == 2
     for sample in samples:
@@ -335,7 +337,7 @@ def run(tmp_path, data, model) -> Path:
         (tmp_path / "corpus" / f"m{number}.py").write_text(source(number), "utf-8")
     folder = tmp_path / "run"
     settings = DataConfig(
-        str(tmp_path / "corpus"), validation_one_in=4, cache=str(tmp_path / "cache"), workers=1
+        str(tmp_path / "corpus"), validation_one_in=4, test_one_in=4, cache=str(tmp_path / "cache"), workers=1
     )
     config = replace(Config(), data=settings, model=model.config)
     BYTES.save(folder / "tokenizer")
@@ -368,7 +370,7 @@ def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, mode
     done = command("--checkpoint", run, *words)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "eval.json").read_text("utf-8"))
-    expected = score(model, validation_batches(data.validation, 16, 128), FP32)
+    expected = score(model, validation_batches(data.test, 16, 128), FP32)
     assert result["model"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert result["step"] == 7
     assert len(result["lines"]) == 8
@@ -448,9 +450,7 @@ def test_files_without_a_line_that_fits_leave_the_line_scores_out_and_say_so(run
 @pytest.mark.parametrize("block_size", [1, 2, 3])
 def test_a_tiny_block_has_no_samples_and_does_not_crash(data, block_size):
     shape = ModelConfig(BYTES.vocab_size, block_size=block_size, n_layer=1, n_head=1, n_embd=8)
-    assert (
-        evaluation.sample_completions(Decoder(shape).eval(), BYTES, data.validation, block_size, FP32) == []
-    )
+    assert evaluation.sample_completions(Decoder(shape).eval(), BYTES, data.test, block_size, FP32) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])

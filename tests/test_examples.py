@@ -35,8 +35,9 @@ from test_generate_command import STARCODER
 
 import corpus
 import dataset
+import guards.same_path
+import planted_data
 import plants
-import preflight
 import tokenstore
 from config import Config, TokenizerConfig
 from corpus import SPLITS, Document, Report, alpaca_prompt, read_documents, split_documents, training_texts
@@ -54,7 +55,7 @@ from dataset import (
 from eval import ngram_scores, train_ngram
 from fim import fim_markers, fim_prompt_ids, gap_of, in_text_order, trim_fim_prompt
 from generate import prompt_ids, trim_prompt
-from preflight import prompt_errors
+from guards.labels import prompt_errors
 from proofs import run_difference
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
 from tokenstore import TokenStore, build_store, open_store
@@ -308,11 +309,11 @@ def test_examples_are_duplicates_if_both_parts_are(tmp_path: Path):
 def test_completions_of_one_prompt_stay_on_one_side(tmp_path: Path):
     """Planted: rows without a name, ten completions to a prompt. The row's number would deal them out."""
     rows = [{"prompt": f"p{n % 20}", "completion": f"c{n}"} for n in range(200)]
-    sides: dict[str, set[str]] = {"train": set(), "validation": set()}
+    sides: dict[str, set[str]] = {side: set() for side in SPLITS}
     for side, document in split_documents(settings_for(write_rows(tmp_path / "rows.jsonl", rows))):
         assert document.prompt
         sides[side].add(document.prompt)
-    assert not sides["train"] & sides["validation"] and all(sides.values())
+    assert sum(map(len, sides.values())) == 20 and all(sides.values())
     rows = [{"prompt": "", "completion": f"c{n}"} for n in range(200)]  # no prompt at all keeps none together
     reports = Report()
     list(split_documents(settings_for(write_rows(tmp_path / "rows.jsonl", rows)), reports))
@@ -351,10 +352,10 @@ def test_both_parts_come_back_and_start_as_generation_does(tmp_path: Path, kind:
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     config = settings_for(write_rows(tmp_path / "rows.jsonl", rows))
     prepared = prepare_data(config, tokenizer)
-    wanted: dict[str, list[Document]] = {"train": [], "validation": []}
+    wanted: dict[str, list[Document]] = {side: [] for side in SPLITS}
     for side, document in split_documents(config):
         wanted[side].append(document)
-    for store in (prepared.train, prepared.validation):
+    for store in (prepared.train, prepared.validation, prepared.test):
         assert store.holds_examples and store.n_documents == len(wanted[store.split]) > 0
         for n, document in enumerate(wanted[store.split]):
             prompt, completion = stored_parts(store, n)
@@ -403,7 +404,7 @@ def test_a_store_of_another_format_or_with_a_changed_table_is_built_again(tmp_pa
     files = files_of(folder)
     index = json.loads(files["index.json"])
     (folder / "index.json").write_text(json.dumps(index | {"format": 0}))
-    with pytest.warns(UserWarning, match="the store has format 0, and this program reads 1"):
+    with pytest.warns(UserWarning, match="the store has format 0, and this program reads 2"):
         assert prepare_data(config, Bytes()).folder == folder
     assert files_of(folder) == files
     table = bytearray(files["train-prompts.npy"])
@@ -614,7 +615,7 @@ def test_rows_with_a_gap_are_stored_as_generation_asks(tmp_path: Path, name: str
     prepared = prepare_data(config, STARCODER)
     markers = fim_markers(STARCODER)
     seen = 0
-    numbers = {"train": 0, "validation": 0}
+    numbers = dict.fromkeys(SPLITS, 0)
     for side, document in split_documents(config):
         store, n = getattr(prepared, side), numbers[side]
         numbers[side] += 1
@@ -628,7 +629,8 @@ def test_rows_with_a_gap_are_stored_as_generation_asks(tmp_path: Path, name: str
         seen += "<fim_middle>" in document.prompt
     assert seen == 1 and sum(numbers.values()) == len(rows)
     assert all(
-        store.n_documents == numbers[store.split] > 0 for store in (prepared.train, prepared.validation)
+        store.n_documents == numbers[store.split] > 0
+        for store in (prepared.train, prepared.validation, prepared.test)
     )
 
 
@@ -729,11 +731,12 @@ def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkey
         asked = fim_prompt_ids(STARCODER, document.text[:start], document.text[end:])
         assert ids.tolist() == [*asked, *STARCODER.encode(document.text[start:end]), STARCODER.eos_id]
         assert [id for id in ids.tolist() if id in markers] == list(markers)
-    assert prepared.report.gaps == gaps and 70 < gaps < 130
+    assert prepared.report.gaps == gaps and len(documents) / 3 < gaps < len(documents) * 2 / 3
     every = [label for batch in validation_batches(prepared.train, 4, 16) for label in targets(batch)]
     assert sorted(every) == all_targets(prepared.train)  # loss everywhere, as plain text bears it
-    held_out = prepare_data(dataclasses.replace(config, fim_rate=1.0), STARCODER).validation
-    assert files_of(held_out.folder)["validation-00000.bin"] == files_of(plain.folder)["validation-00000.bin"]
+    whole = prepare_data(dataclasses.replace(config, fim_rate=1.0), STARCODER).folder
+    for name in ("validation-00000.bin", "test-00000.bin"):
+        assert files_of(whole)[name] == files_of(plain.folder)[name]
 
     # Planted: gaps on both sides.
     right = corpus.split_of
@@ -839,7 +842,7 @@ def test_a_limited_validation_makes_no_batch_it_does_not_show(tmp_path: Path, mo
 
 @pytest.fixture
 def gap_config(tmp_path: Path) -> Config:
-    plants.write_corpus(tmp_path / "long")
+    planted_data.write_corpus(tmp_path / "long")
     STARCODER.save(tmp_path)
     config = plants.small_config(tmp_path, {"data": {"fim_rate": 0.5}})
     return dataclasses.replace(config, tokenizer=TokenizerConfig("pretrained", path=str(tmp_path)))
@@ -857,7 +860,7 @@ def test_a_run_with_gaps_passes_every_guard(gap_config: Config, capsys: pytest.C
     [
         (corpus, "split_of", lambda right: lambda *args: Side(right(*args)), "validation-differs: .* a gap"),
         (
-            preflight,
+            guards.same_path,
             "fim_prompt_ids",
             lambda right: lambda tokenizer, *parts: [tokenizer.start_id, *right(tokenizer, *parts)],
             "prompt-differs",
@@ -876,7 +879,7 @@ def test_a_fault_of_gaps_stops_the_run_by_name(
 
 def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(tmp_path: Path):
     STARCODER.save(tmp_path)
-    texts = [plants.function(random.Random(n)) * 2 for n in range(60)]
+    texts = [planted_data.function(random.Random(n)) * 2 for n in range(60)]
     rows = [{"prefix": text[:60], "suffix": text[90:], "middle": text[60:90]} for text in texts]
     source = write_rows(tmp_path / "rows.jsonl", rows)
     config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})

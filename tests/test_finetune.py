@@ -31,8 +31,8 @@ from config import (
 from corpus import training_texts
 from dropout import Dropout
 from eval import EvalConfig, evaluate, table
+from guards.subject import Fault
 from lora import adapters_disabled
-from preflight import Fault
 from pretrained import FAMILIES, save_pretrained
 from pretrained.family import to_model
 from proofs import run_difference
@@ -66,7 +66,9 @@ SHAPE = ModelConfig(
 @pytest.fixture
 def base(corpus: Path, tmp_path: Path) -> Path:
     """A folder like StarCoder's; its weights are drawn, so the guard for that has to be allowed to see it."""
-    tokenizer = BPETokenizer.train(training_texts(DataConfig(str(corpus), validation_one_in=4)), 300)
+    tokenizer = BPETokenizer.train(
+        training_texts(DataConfig(str(corpus), validation_one_in=4, test_one_in=4)), 300
+    )
     torch.manual_seed(0)
     model = Decoder(replace(SHAPE, vocab_size=tokenizer.vocab_size))
     save_pretrained(model, tokenizer, tmp_path / "base")
@@ -76,7 +78,9 @@ def base(corpus: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
     return Config(
-        data=DataConfig(source=str(corpus), validation_one_in=4, cache=str(tmp_path / "cache"), workers=1),
+        data=DataConfig(
+            source=str(corpus), validation_one_in=4, test_one_in=4, cache=str(tmp_path / "cache"), workers=1
+        ),
         lora=LoraConfig(r=4, alpha=8, dropout=0.1, targets=("c_attn", "c_proj")),
         optimizer=OptimizerConfig(name="adamw", lr=1e-2, embedding_lr=0, head_lr=0, warmup_steps=1),
         train=TrainConfig(

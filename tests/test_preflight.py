@@ -16,8 +16,11 @@ import plants
 import preflight
 from architecture import Decoder
 from config import Config, parse_config
+from guards import subject as looking
 from live import FirstSteps
-from plants import PLANTS, Plant, outcome, run_plants, small_config, write_data
+from planted_data import write_data
+from planted_faults import clip_stored_only
+from plants import PLANTS, Plant, outcome, run_plants, small_config
 from trainingmanager import TrainingManager, train
 
 
@@ -196,7 +199,7 @@ def test_guards_restore_the_random_states_of_every_device(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.random, "fork_rng", noted)
         patched.setattr(
-            preflight.torch, "manual_seed", lambda n: (outside.append(n) if not depth[0] else None, seed(n))
+            torch, "manual_seed", lambda n: (outside.append(n) if not depth[0] else None, seed(n))
         )
         train(small_config(folder, {}))
     assert len(outside) <= 1  # the run's own seed
@@ -215,7 +218,7 @@ def test_an_allowed_fault_of_the_first_steps_is_recorded_at_once(
 
     monkeypatch.setattr(TrainingManager, "save", noted)
     settings = {"optimizer": {"grad_clip": 0.01}, "train": {"allow": ("clip-ignored",)}}
-    with plants.clip_stored_only():
+    with clip_stored_only():
         train(small_config(folder, settings))
     assert seen == [["clip-ignored"]]
 
@@ -224,8 +227,8 @@ def test_a_large_model_is_looked_at_through_four_blocks_and_a_part_of_a_row(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Faults are seen as in all of it, also in the last block, and the model is whole again afterwards."""
-    monkeypatch.setattr(preflight, "LARGE", 0)
-    monkeypatch.setattr(preflight, "PASS_ELEMENTS", 1)
+    monkeypatch.setattr(looking, "LARGE", 0)
+    monkeypatch.setattr(looking, "PASS_ELEMENTS", 1)
     settings: dict[str, dict[str, Any]] = {"model": {"n_layer": 6}}
     healthy = train(small_config(folder, settings))
     assert len(healthy.model.blocks) == 6

@@ -42,7 +42,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 def config(corpus: Path, tmp_path: Path) -> Config:
     """Six steps with dropout, a checkpoint after each, of which some are removed again."""
     return Config(
-        data=DataConfig(source=str(corpus), validation_one_in=4, cache=str(tmp_path / "cache"), workers=1),
+        data=DataConfig(
+            source=str(corpus), validation_one_in=4, test_one_in=4, cache=str(tmp_path / "cache"), workers=1
+        ),
         tokenizer=TokenizerConfig(vocab_size=300, min_count=2),
         model=ModelConfig(block_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
         optimizer=OptimizerConfig(warmup_steps=2),

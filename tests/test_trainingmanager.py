@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import random
@@ -24,11 +25,20 @@ from safetensors.torch import load_file
 import trainingmanager
 from architecture import Decoder
 from checkpoint import checkpoints, first_difference, load_state
-from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    parse_config,
+)
+from corpus import SPLITS
 from dataset import IGNORE_INDEX, Batch
 from optim import Muon
 from proofs import run_difference
-from runfolder import claimed_folder, new_folder
+from runfolder import FIXED, KEY_CLASSES, claimed_folder, config_fingerprint, flat, new_folder
 from runmodel import load_run
 from trainingmanager import RESUMABLE, RunState, TrainingManager, compile_blocks, train
 
@@ -39,7 +49,9 @@ HOUSE = Path(__file__).parent.parent
 def config(corpus: Path, tmp_path: Path) -> Config:
     """A run of six steps of a tiny model, with dropout, so that random states matter."""
     return Config(
-        data=DataConfig(source=str(corpus), validation_one_in=4, cache=str(tmp_path / "cache"), workers=1),
+        data=DataConfig(
+            source=str(corpus), validation_one_in=4, test_one_in=4, cache=str(tmp_path / "cache"), workers=1
+        ),
         tokenizer=TokenizerConfig(vocab_size=300, min_count=2),
         model=ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.1),
         optimizer=OptimizerConfig(warmup_steps=2),
@@ -507,6 +519,68 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(config: Config) -> 
     assert before == {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
 
 
+def as_saved_before_there_was_a_test_side(run: Path) -> None:
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    del saved["data"]["test_one_in"]
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+
+
+def test_a_run_from_before_the_test_side_goes_on_without_one(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of its files some would be test by the default: it trained on them."""
+    from eval import EvalConfig, evaluate, table
+
+    config = replace(config, data=replace(config.data, test_one_in=0))
+    fixed = {key: value for key, value in flat(config).items() if KEY_CLASSES[key] == FIXED}
+    del fixed["data.test_one_in"]
+    assert (
+        config_fingerprint(config) == hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+    )
+    manager = train(adapted(config, max_steps=3))
+    assert manager.data.test is manager.data.validation
+    as_saved_before_there_was_a_test_side(manager.folder)
+    words = ["--resume", "--run", str(manager.folder), "--max_steps", "6"]
+    manager = train(parse_config(trainingmanager.command_line(words)))
+    assert manager.state.step == 6 and "warning: max_steps" in capsys.readouterr().err
+    as_saved_before_there_was_a_test_side(manager.folder)
+    result = evaluate(EvalConfig(str(manager.folder), samples=0, cache=config.data.cache))
+    assert result["side"] == "validation" and result["bytes"] == manager.data.validation.n_bytes
+    assert "no test side: the scores are of the validation files" in table(result)
+
+
+def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_from_test(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import eval as evaluation
+
+    read: list[tuple[str, str]] = []
+    for module in (trainingmanager, evaluation):
+        for name, number in (("validation_batches", 0), ("sample_completions", 2)):
+            right = getattr(module, name, None)
+
+            def noted(
+                *args: Any, right: Any = right, of: tuple = (module.__name__, number), **kw: Any
+            ) -> Any:
+                read.append((of[0], args[of[1]].split))
+                return right(*args, **kw)
+
+            if right is not None:
+                monkeypatch.setattr(module, name, noted)
+    manager = train(config)
+    assert {manager.data.train.split, manager.data.validation.split, manager.data.test.split} == set(SPLITS)
+    assert set(read) == {("trainingmanager", "validation")}
+    read.clear()
+    trainingmanager.report(manager)
+    assert set(read) == {("trainingmanager", "test"), ("eval", "test")}
+    result = json.loads((manager.folder / "eval.json").read_text())
+    assert result["side"] == "test" and result["files"] == manager.data.test.n_documents
+    out = capsys.readouterr().out
+    assert "on all test files" in out and "no test side" not in out
+    for store in (manager.data.train, manager.data.validation, manager.data.test):
+        assert f"{store.split}: {store.n_documents:,} files, {store.n_bytes:,} bytes, " in out
+
+
 def test_a_runs_config_makes_another_run(config: Config, tmp_path: Path) -> None:
     train(adapted(config, max_steps=3))
     train(adapted(config, resume=True))
@@ -577,7 +651,8 @@ def test_bad_settings_are_refused_before_anything_is_written(
 
 
 TINY = [
-    *("--data.validation_one_in", "4", "--tokenizer.vocab_size", "300", "--tokenizer.min_count", "2"),
+    *("--data.validation_one_in", "4", "--data.test_one_in", "4"),
+    *("--tokenizer.vocab_size", "300", "--tokenizer.min_count", "2"),
     *("--model.n_layer", "1", "--model.n_embd", "16", "--model.n_head", "2", "--model.block_size", "64"),
     *("--run", "r", "--data.source"),
 ]

@@ -1,0 +1,106 @@
+"""Seconds of each guard at a true shape: `python benchmarks/guard_times.py [SHAPE] [--held bf16] [--full]`.
+
+Random weights of the published size, adapters as in `adapters.py` (with --full all weights train), rows of
+512 tokens of this repository. Beside the wall clock stands the processor time of the
+guard over the number of threads: on a machine that does other things too, that is nearer to what it takes.
+Before the guards one forward pass of one row is timed: no guard that goes through the whole model takes less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HOUSE = Path(__file__).parent.parent
+sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(HOUSE / "benchmarks"))
+
+from adapters import SHAPES, drawn
+
+import preflight
+from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
+from dataset import prepare_data
+from lora import add_adapter
+from precision import choose_device, choose_precision, keep_freed_memory
+from pretrained import FAMILIES
+from pretrained.family import to_model
+from quantize import n_weights
+from tokenizer import BPETokenizer
+from trainingmanager import TrainingManager
+
+
+def timed(what: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor for each thread."""
+    wall, used = time.perf_counter(), time.process_time()
+    what()
+    return time.perf_counter() - wall, (time.process_time() - used) / torch.get_num_threads()
+
+
+def subject_of(shape: str, held: str, full: bool, folder: Path) -> preflight.Subject:
+    """What `trainingmanager.train` would hand to the guards, but for the weights."""
+    family, values, (r, alpha, dropout, targets) = SHAPES[shape]
+    precision = choose_precision(choose_device("cpu"), "auto")
+    lora = LoraConfig() if full else LoraConfig(r, alpha, dropout, targets)
+    tokenizer = BPETokenizer.train([path.read_text("utf-8") for path in HOUSE.glob("*.py")], 1000)
+    torch.manual_seed(0)
+    model = drawn(to_model(FAMILIES[family], values), precision.dtype, None if held == "auto" else held)
+    if not full:
+        add_adapter(model, lora, FAMILIES[family].key)
+    config = Config(
+        data=DataConfig(str(HOUSE), cache=str(folder / "cache"), workers=1),
+        model=model.config,
+        lora=lora,
+        optimizer=OptimizerConfig(name="adamw", lr=2e-4, embedding_lr=0.0, head_lr=0.0),
+        train=TrainConfig(base="drawn", row_length=512, batch_size=4),
+    )
+    keep_freed_memory()
+    data = prepare_data(config.data, tokenizer)
+    manager = TrainingManager(config, model, data, precision, folder)
+    return manager.subject(tokenizer, "loaded", tokenizer.vocab_size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("shape", choices=list(SHAPES), nargs="?", default="starcoder")
+    parser.add_argument("--held", default="auto", choices=("auto", "bf16", "nf4"))
+    parser.add_argument("--full", action="store_true", help="every weight trains, instead of adapters")
+    parser.add_argument("--profile", metavar="GUARD", help="print what this guard spends its time on")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        subject = subject_of(asked.shape, asked.held, asked.full, Path(name))
+        # Random weights of another vocabulary know less than nothing; that is not what is measured.
+        allowed = {"worse-than-unigram", "vocabulary-too-large"}
+        size = n_weights(subject.model) / 1e9
+        print(f"{asked.shape}: {size:.2f}e9 weights, {torch.get_num_threads()} threads", flush=True)
+        batch = next(iter(subject.validation_batches(1)))
+        row = type(batch)(*(t[:1] for t in batch))
+        seconds = timed(lambda: subject.score([row]))
+        print(f"{'one row forward':16}{seconds[0]:8.2f} s{seconds[1]:8.2f} s of the processor")
+        total = torch.zeros(2)
+        for guard in preflight.GUARDS:
+
+            def run(guard: str = guard) -> None:
+                preflight.run_guard(subject, guard, allowed)
+
+            if guard == asked.profile:
+                from torch.profiler import profile
+
+                with profile(record_shapes=True) as found:
+                    run()
+                print(found.key_averages(group_by_input_shape=True).table("self_cpu_time_total", 25))
+                continue
+            seconds = timed(run)
+            total += torch.tensor(seconds)
+            print(f"{guard:16}{seconds[0]:8.2f} s{seconds[1]:8.2f} s of the processor", flush=True)
+        print(f"{'together':16}{total[0]:8.2f} s{total[1]:8.2f} s of the processor")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Guard: validation scores as training does, and prompts begin as documents do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from corpus import split_documents
+from fim import fim_prompt_ids, known_markers
+from generate import prompt_ids
+from guards.subject import Fault, Subject, affordable, awake, tolerance_of
+
+PROMPTS = 4  # documents whose ids are compared
+OTHER_PRECISION_TOLERANCE = 2e-2  # relative, where validation has another precision than training
+
+
+def same_path(subject: Subject) -> Iterator[Fault | str]:
+    """Validation scores as training does, and prompts begin as documents do."""
+    batch = affordable(subject, subject.micro_batch(0))
+    with awake(subject.model), torch.no_grad():
+        subject.model.eval()
+        trained = subject.loss(batch)
+        mean = trained.cross_entropy.item() / max(1, trained.tokens)
+        scores = subject.score([batch])
+    same = subject.precision.dtype == subject.eval_precision.dtype
+    tolerance = tolerance_of(subject.precision) if same else OTHER_PRECISION_TOLERANCE
+    if not math.isclose(scores.loss, mean, rel_tol=tolerance):
+        yield Fault(
+            "validation-differs",
+            f"one batch has loss {mean:.4f} by training's function and {scores.loss:.4f} by validation's",
+            "let both call the same function",
+        )
+    markers = known_markers(subject.tokenizer)
+    for held_out in dict.fromkeys((subject.validation, subject.test)):
+        if markers is None or held_out.holds_examples:
+            continue
+        begin = held_out.gather(held_out.offsets[:-1][np.diff(held_out.offsets) > 0])
+        if n_gaps := int((begin == markers[0]).sum()):
+            yield Fault(
+                "validation-differs",
+                f"{n_gaps} {held_out.split} files are stored with a gap, so that other text would be scored",
+                "data.fim_rate is for training files only",
+            )
+    yield from prompt_faults(subject)
+
+
+def prompt_faults(subject: Subject) -> Iterator[Fault]:
+    """What generation would read is what training read, id for id, in the first documents of the corpus."""
+    number = 0
+    for side, document in split_documents(subject.config.data):
+        if side != "train":
+            continue
+        if document.fim_parts is not None:
+            asked = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
+        else:
+            text = document.text if document.prompt is None else document.prompt
+            asked = prompt_ids(subject.tokenizer, text)
+        read = subject.train.document(number)[: len(asked)].tolist()
+        if asked != read:
+            at = next(i for i in range(len(asked)) if asked[i : i + 1] != read[i : i + 1])
+            yield Fault(
+                "prompt-differs",
+                f"{document.name!r} is stored as {read[at : at + 4]} from token {at} on, and a prompt of its "
+                f"text is {asked[at : at + 4]}",
+                "build prompts by one function in training, evaluation and generation",
+            )
+            return
+        number += 1
+        if number == PROMPTS:
+            return

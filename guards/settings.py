@@ -1,0 +1,205 @@
+"""Guard: each setting does what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from architecture import Decoder, Dropout
+from config import ModelConfig
+from dataset import IGNORE_INDEX, Batch
+from guards.subject import Fault, Subject, affordable, awake, tolerance_of
+
+WIDE = 512
+# Two ways that agree by design, sizes that are compared elsewhere, and what acts on longer texts only.
+NOT_COMPARED = (
+    "attention block_size vocab_size rope_scaling rope_factor rope_context rope_low_freq rope_high_freq "
+    "sliding_window window_layers"
+)
+
+
+def settings(subject: Subject) -> Iterator[Fault | str]:
+    """Dropout drops, evaluation is repeatable, smoothing smooths, and each key of the model changes it."""
+    yield from dropout_faults(subject)
+    yield from smoothing_faults(subject)
+    for key in ignored_keys(subject.config.model):
+        yield Fault(
+            "setting-ignored",
+            f"model.{key} was set to {getattr(subject.config.model, key)!r} and changes nothing",
+            "it is stored and never read: look for where the model should use it",
+        )
+    yield from group_faults(subject)
+
+
+def group_faults(subject: Subject) -> Iterator[Fault]:
+    """Every setting of the optimizer stands in a parameter group."""
+    config = subject.config.optimizer
+    groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
+    adam = [group for group in groups if "betas" in group]
+    rates = {config.lr, config.muon_lr, config.embedding_lr or config.lr, config.head_lr or config.lr}
+    rates.add(config.lr * subject.config.lora.lr_ratio)
+    wrong = {
+        "lr": {g["initial_lr"] for g in groups} - rates,
+        "weight_decay": {g["weight_decay"] for g in groups} - {0.0, config.weight_decay},
+        "weight_decay of matrices": {config.weight_decay} - {g["weight_decay"] for g in groups},
+        "beta1, beta2": {tuple(g["betas"]) for g in adam} - {(config.beta1, config.beta2)},
+        "eps": {g["eps"] for g in adam} - {config.eps},
+    }
+    for key, values in wrong.items():
+        if values:
+            yield Fault(
+                "setting-ignored",
+                f"optimizer.{key} differs between the settings and the parameter groups: {values}",
+                "hand the settings to the groups",
+            )
+
+
+def smoothing_faults(subject: Subject) -> Iterator[Fault]:
+    """The loss of one row against the textbook's, for what is minimised and for what is reported."""
+    batch = Batch(*(t[:1] for t in affordable(subject, subject.micro_batch(0))))
+    smoothing, z_loss = subject.config.optimizer.label_smoothing, subject.config.optimizer.z_loss
+    with awake(subject.model), torch.no_grad():
+        subject.model.eval()
+        with subject.precision.autocast():
+            logits = subject.model(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1).float()
+        # Of the likeliest words, for which smoothing costs most: on drawn ones it is lost in rounding.
+        likely = logits.argmax(-1).view(batch.labels.shape)
+        batch = batch._replace(labels=torch.where(batch.labels == IGNORE_INDEX, batch.labels, likely))
+        loss = subject.loss(batch)
+
+    def textbook(smoothing: float) -> float:
+        return F.cross_entropy(
+            logits,
+            batch.labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=smoothing,
+        ).item()
+
+    tolerance = tolerance_of(subject.precision)
+    reported, minimised, plain = loss.cross_entropy.item(), loss.objective.item(), textbook(0.0)
+    if not math.isclose(reported, plain, rel_tol=tolerance):
+        yield Fault(
+            "score-not-plain-loss",
+            f"the loss reported for a row is {reported:.4f} nats, and its plain cross-entropy {plain:.4f}",
+            "perplexity and bits per byte come from the loss without label smoothing",
+        )
+    bears = batch.labels.flatten() != IGNORE_INDEX
+    expected = textbook(smoothing) + z_loss * logits[bears].logsumexp(-1).square().sum().item()
+    if not math.isclose(minimised, expected, rel_tol=tolerance):
+        yield Fault(
+            "objective-not-the-loss",
+            f"with label_smoothing {smoothing} and z_loss {z_loss} a row's loss is {expected:.4f} nats, and "
+            f"what is minimised is {minimised:.4f}",
+            "smooth by the setting, over the labels that bear loss only",
+        )
+
+
+def dropout_faults(subject: Subject) -> Iterator[Fault]:
+    batch, model = affordable(subject, subject.micro_batch(0)), subject.config.model
+
+    def twice(training: bool) -> bool:
+        with awake(subject.model), torch.no_grad():
+            subject.model.train(training)
+            with subject.precision.autocast():  # not the loss: a head of almost nothing hides all before it
+                first, second = (
+                    subject.model.hidden(batch.tokens, batch.positions, batch.document_ids) for _ in range(2)
+                )
+        return torch.equal(first, second)
+
+    for name, p, kept in dropout_sites(subject.model):
+        with kept:
+            if p and twice(training=True):
+                yield Fault(
+                    "dropout-ignored",
+                    f"dropout of {name} is {p} and two passes with it alone are equal",
+                    "two arms of a sweep over dropout would be one: apply it",
+                )
+                return
+    asked = {model.dropout, model.embed_dropout, model.attention_dropout}
+    wrong = {m.p for m in subject.model.modules() if isinstance(m, Dropout)} - asked
+    if wrong:
+        yield Fault(
+            "dropout-ignored",
+            f"the settings ask for dropout of {asked} and the model was built with {wrong}",
+            "hand the setting to every part",
+        )
+    if not twice(training=False):
+        yield Fault(
+            "evaluation-not-repeatable",
+            "two passes over one batch in evaluation mode differ",
+            "switch dropout off in evaluation mode, and use no random number there",
+        )
+
+
+def dropout_sites(model: Decoder) -> Iterator[tuple[str, float, contextlib.AbstractContextManager]]:
+    """One dropout of each kind, as the settings have it, with a context in which it is the only one."""
+    config = model.config
+    modules = dict(model.named_modules())
+    sites = {
+        "the embedding": (config.embed_dropout, modules["dropout"]),
+        "a block": (config.dropout, modules["blocks.0.dropout"]),
+        "attention": (config.attention_dropout, modules["blocks.0.attention.dropout"]),
+    }
+
+    @contextlib.contextmanager
+    def alone(site: torch.nn.Module) -> Iterator[None]:
+        rates = {m: m.p for m in model.modules() if isinstance(m, Dropout) and m is not site}
+        try:
+            for module in rates:
+                module.p = 0.0
+            yield
+        finally:
+            for module, rate in rates.items():
+                module.p = rate
+
+    for name, (p, site) in sites.items():
+        yield name, p or 0.0, alone(site)
+
+
+def ignored_keys(config: ModelConfig) -> Iterator[str]:
+    """Keys that are not the default although a model without them is the same: weights and outputs.
+
+    Compared are small twins, of at most two layers and 64 words, drawn from one seed.
+    """
+    default = ModelConfig()
+    small = replace(config, vocab_size=64, n_layer=min(config.n_layer, 2), block_size=8)
+    if (
+        config.n_embd > WIDE
+    ):  # the same parts in four heads: weights of the true width would take seconds a key
+        shared = {1: 1, config.n_head: 4}.get(config.n_kv_head, 2)
+        width = 4 * config.head_dim
+        small = replace(small, n_head=4, n_kv_head=shared, n_embd=width, n_inner=2 * width)
+    for key, value in vars(ModelConfig()).items():
+        if key in NOT_COMPARED.split() or getattr(config, key) == value:
+            continue
+        if key == "rope_theta" and config.rotary_dim <= 2:  # its one frequency is theta^0
+            continue
+        other = replace(small, **{key: 1 if key == "n_layer" else getattr(default, key)})
+        with contextlib.suppress(ValueError):  # the default does not go with the other keys
+            if other.resolved() != small.resolved() and twins(small, other.resolved()):
+                yield key
+
+
+def twins(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two small models have the same weights from one seed and give the same logits in training."""
+    results = []
+    for config in (one, other):
+        torch.manual_seed(0)
+        model = Decoder(config)
+        drawn = {name: p.clone() for name, p in model.named_parameters()}
+        for p in model.parameters():  # biases that start at zero and scales that start at one hide much
+            torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            results.append((drawn, model(torch.arange(16).view(2, 8))))
+    (weights, logits), (other_weights, other_logits) = results
+    same = weights.keys() == other_weights.keys() and all(
+        torch.equal(p, other_weights[name]) for name, p in weights.items()
+    )
+    return same and torch.equal(logits, other_logits)

@@ -1,0 +1,31 @@
+"""Guard: what was held out was not trained on, and what is scored was not chosen by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from guards.subject import Fault, Subject
+from leaks import store_overlap
+
+
+def split(subject: Subject) -> Iterator[Fault | str]:
+    """How much of the text of one side also stands in another, and refuses too much of it."""
+    if subject.config.train.overfit:
+        yield "left out: --overfit validates on what it trains on"
+        return
+    sides = [subject.train, subject.validation]
+    sides += [] if subject.test is subject.validation else [subject.test]
+    for known, held_out in itertools.combinations(sides, 2):
+        found = store_overlap(known, held_out, subject.tokenizer)
+        yield f"of {held_out.split} in {known.split} {found.counts}"
+        if found.refused:
+            largest = "".join(
+                f"; {e.held_out!r} and {e.train!r} share {' '.join(e.excerpt.split())[:60]!r}"
+                for e in found.examples[:1]
+            )
+            yield Fault(
+                "split-leaks",
+                f"of {held_out.split} in {known.split}: {found}{largest}",
+                "name what belongs together with --data.group_field, or find it with --data.regroup true",
+            )

@@ -1,0 +1,120 @@
+"""Guard: sizes, and the first loss against that of knowing nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from architecture import ABSOLUTE_POSITIONS
+from dataset import IGNORE_INDEX, Batch
+from guards.subject import Fault, Subject, affordable
+from lora import Adapted, Bias, Rows, changes_of
+from tokenstore import TokenStore
+
+SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
+SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
+UNIGRAM_TOKENS = 1_000_000  # that are counted, evenly spread
+FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # nats; healthy initialisations stay within 0.3 of ln V
+
+
+def start(subject: Subject) -> Iterator[Fault | str]:
+    """Ids fit the vocabulary, rows fit the positions, and the first loss is that of knowing nothing."""
+    model, tokenizer = subject.config.model, subject.tokenizer
+    spare = model.vocab_size - tokenizer.vocab_size
+    if spare > max(SPARE_IDS, SPARE_SHARE * tokenizer.vocab_size):
+        yield Fault(
+            "vocabulary-too-large",
+            f"model.vocab_size is {model.vocab_size} and the tokenizer has {tokenizer.vocab_size} ids",
+            "leave model.vocab_size out to take the tokenizer's",
+        )
+    batches = [subject.micro_batch(0), *subject.validation_batches(2)]
+    largest = max(int(batch.tokens.max()) for batch in batches)
+    if largest >= model.vocab_size:
+        yield Fault(
+            "id-outside-vocabulary",
+            f"the data hold the id {largest} and the embedding has {model.vocab_size} rows",
+            "use the tokenizer that the model was made for",
+        )
+        return
+    yield from untrained_tokens(subject)
+    furthest = max(int(batch.positions.max()) for batch in batches)
+    if model.position in ABSOLUTE_POSITIONS and furthest >= model.block_size:
+        yield Fault(
+            "too-few-positions",
+            f"a row reaches position {furthest} and the model has {model.block_size}",
+            "raise model.block_size or shorten the rows",
+        )
+        return
+    held_out = [affordable(subject, batch, whole_rows=True) for batch in batches[1:]]
+    loss, uniform = subject.score(held_out).loss, math.log(model.vocab_size)
+    yield f"loss {loss:.3f} on two validation batches; ln(vocabulary) is {uniform:.3f}"
+    if not math.isfinite(loss):
+        yield Fault("first-loss-not-finite", f"the first loss is {loss}", "check the weights and --precision")
+    elif subject.start == "fresh" and loss > uniform + FIRST_LOSS_ABOVE:
+        yield Fault(
+            "first-loss-too-high",
+            f"the first loss is {loss:.2f}, and knowing nothing costs ln({model.vocab_size}) = {uniform:.2f}",
+            "scale the initialisation of the embedding and the head down",
+        )
+    elif subject.start == "fresh" and loss < uniform - FIRST_LOSS_BELOW:
+        yield Fault(
+            "first-loss-too-low",
+            f"a model that was never trained has loss {loss:.2f}, and knowing nothing costs {uniform:.2f}",
+            "look for labels that can be seen in the inputs",
+        )
+    elif subject.start == "loaded" and loss > (bound := least_knowledge(subject, held_out)):
+        known = "nothing" if bound == uniform else "token frequencies alone"
+        yield Fault(
+            "worse-than-unigram",
+            f"the loaded weights have loss {loss:.2f}, and knowing {known} costs {bound:.2f}",
+            "check that weights, config and tokenizer belong together",
+        )
+
+
+def untrained_tokens(subject: Subject) -> Iterator[Fault]:
+    """Tokens of the data that the base never saw, whose rows of the embedding will not train either."""
+    known, embed = subject.known_ids, subject.model.embed
+    if known is None or any(p.requires_grad and p.dim() > 1 for p in embed.parameters(recurse=False)):
+        return
+    trained: set[int] = set()
+    for change in changes_of(subject.model, "default").values() if isinstance(embed, Adapted) else ():
+        if isinstance(change, Rows):
+            trained |= set(change.ids.tolist())
+    if isinstance(embed, Adapted) and not all(isinstance(c, Rows | Bias) for c in embed.adapters.values()):
+        return
+    seen = np.unique(counted_tokens(subject.train))
+    new = [int(id) for id in seen[seen >= known] if int(id) not in trained]
+    if new:
+        yield Fault(
+            "token-never-trained",
+            f"the data hold {subject.tokenizer.decode(new[:1])!r} (id {new[0]}), which is not among the "
+            f"base's {known} ids, and its row of the embedding is frozen",
+            "name it in --lora.new_tokens, so that its rows train, or take the base's own tokenizer",
+        )
+
+
+def counted_tokens(train: TokenStore) -> np.ndarray:
+    """Up to UNIGRAM_TOKENS of the training tokens, evenly spread."""
+    return train.gather(np.arange(0, train.n_tokens, -(-train.n_tokens // UNIGRAM_TOKENS)))
+
+
+def least_knowledge(subject: Subject, held_out: Iterable[Batch]) -> float:
+    """What loaded weights must do better than: token frequencies, and on answers, whose form a base cannot
+    know before it is tuned ("yes" or "no"), knowing nothing.
+    """
+    if subject.train.holds_examples:
+        return math.log(subject.config.model.vocab_size)
+    return unigram_loss(subject.train, held_out)
+
+
+def unigram_loss(train: TokenStore, batches: Iterable[Batch]) -> float:
+    """Nats a label of a model that knows the frequencies of the training tokens, each plus one, and no more.
+
+    Not those of the labels themselves: of a thousand tokens they cost 2 nats less than of the language.
+    """
+    counts = np.bincount(counted_tokens(train), minlength=train.vocab_size) + 1.0
+    labels = torch.cat([batch.labels[batch.labels != IGNORE_INDEX] for batch in batches]).cpu().numpy()
+    return float(np.log(counts.sum()) - np.log(counts[labels]).mean())

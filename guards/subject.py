@@ -1,0 +1,142 @@
+"""What a guard looks at and what it says, and how it looks without leaving a trace.
+
+A guard takes a `Subject`, the very objects that will train, and yields a `Fault` for each thing that is wrong
+and a string for each thing worth printing. It leaves weights, modes and random states as it found them, so
+that a run with guards equals one without them bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from architecture import Decoder
+from config import Config
+from dataset import IGNORE_INDEX, Batch, Batches
+from loss import Scores, TokenLoss
+from precision import Precision
+from quantize import n_weights
+from tokenizer import Tokenizer
+from tokenstore import TokenStore
+
+FAULTS = (
+    "accumulation-ignored answer-not-learned batch-differs-from-single beams-not-by-probability clip-ignored "
+    "documents-not-separated dropout-ignored end-never-learned evaluation-not-repeatable "
+    "first-loss-not-finite first-loss-too-high first-loss-too-low frozen-parameter-moved future-visible "
+    "gradient-not-finite "
+    "id-outside-vocabulary label-crosses-documents labels-not-next-token objective-not-the-loss "
+    "order-ignored order-inverted other-document-visible other-row-visible padding-bears-loss "
+    "padding-visible parameter-without-gradient "
+    "past-invisible positions-not-counted prompt-bears-loss prompt-differs prompt-in-prediction "
+    "row-without-loss sampling-not-repeatable schedule-ignored score-not-plain-loss setting-ignored "
+    "split-leaks start-doubled token-invisible token-never-trained too-few-positions validation-differs "
+    "vocabulary-too-large worse-than-unigram"
+)
+
+
+class Fault(ValueError):
+    """One thing that is wrong, under a name that `--allow` takes."""
+
+    def __init__(self, name: str, evidence: str, remedy: str):
+        assert name in FAULTS.split(), name
+        self.name, self.evidence, self.remedy = name, evidence, remedy
+        super().__init__(f"{name}: {evidence}; {remedy}. To train all the same: --allow {name}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is about to train. The functions are the ones that training itself calls, not others like them."""
+
+    config: Config
+    model: Decoder
+    tokenizer: Tokenizer
+    train: TokenStore
+    validation: TokenStore
+    test: TokenStore  # the validation store, where there is no such side
+    micro_batch: Callable[[int], Batch]  # of training, by number, on the device, after every transform
+    batches: Batches  # that it takes them from
+    validation_batches: Callable[[int], Iterable[Batch]]  # that many, spread evenly
+    loss: Callable[[Batch], TokenLoss]  # of training, label smoothing included
+    score: Callable[[Iterable[Batch]], Scores]  # of validation
+    precision: Precision
+    eval_precision: Precision
+    optimizers: list[torch.optim.Optimizer]
+    start: str  # "fresh" weights, "loaded" ones, or "resumed" ones
+    known_ids: int | None = None  # of the base's own tokenizer; None without a base
+
+
+Guard = Callable[[Subject], Iterator["Fault | str"]]
+
+
+@contextlib.contextmanager
+def awake(model: Decoder) -> Iterator[None]:
+    """Small random numbers in matrices that are all zero: a fresh model's blocks hand nothing on.
+
+    They are zero again afterwards, and the modes are what they were.
+    """
+    modes = {module: module.training for module in model.modules()}
+    asleep = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad and not p.any()]
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in asleep:
+                p.normal_(std=p.size(-1) ** -0.5)
+        yield
+    finally:
+        with torch.no_grad():
+            for p in asleep:
+                p.zero_()
+        for module, training in modes.items():
+            module.training = training
+
+
+PASS_ELEMENTS = 3e10  # parameters x tokens of a forward pass: 0.3 s on two cores
+SHORTEST_PASS = 16  # tokens
+
+
+def tokens_of_a_pass(model: Decoder) -> int:
+    """How many tokens a forward pass may have to take as long as PASS_ELEMENTS says."""
+    return int(PASS_ELEMENTS / n_weights(model))
+
+
+def affordable(subject: Subject, batch: Batch, whole_rows: bool = False) -> Batch:
+    """The first rows: all of them for small models, for those of 1B and more a part of one, with labels."""
+    tokens = tokens_of_a_pass(subject.model)
+    length = batch.tokens.size(1)
+    if whole_rows or tokens >= length:
+        return Batch(*(t[: max(1, tokens // length)] for t in batch))
+    bearing = (batch.labels != IGNORE_INDEX).nonzero()
+    row, place = bearing[0].tolist() if len(bearing) else (0, 0)
+    size = max(SHORTEST_PASS, tokens)
+    start = max(0, min(place - size // 2, length - size))
+    return Batch(*(t[row : row + 1, start : start + size] for t in batch))
+
+
+LARGE, SHOWN_BLOCKS = 3e8, 4
+
+
+@contextlib.contextmanager
+def shortened(model: Decoder) -> Iterator[None]:
+    """A model of hundreds of millions of weights with four of its blocks only, the first and last among them.
+
+    All blocks run one code; through 24 of them these guards would take a minute.
+    """
+    blocks = model.blocks
+    if n_weights(model) <= LARGE or len(blocks) <= SHOWN_BLOCKS:
+        yield
+        return
+    chosen = np.linspace(0, len(blocks) - 1, SHOWN_BLOCKS).round().astype(int)
+    try:
+        model.blocks = torch.nn.ModuleList(blocks[i] for i in chosen)
+        yield
+    finally:
+        model.blocks = blocks
+
+
+def tolerance_of(precision: Precision) -> float:
+    """Relative, of one function computed twice in one precision."""
+    return 1e-4 if precision.dtype == torch.float32 else 2e-3

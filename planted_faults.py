@@ -1,0 +1,358 @@
+"""Planted faults: patches of the product, each as the fault had it. `plants.py` says what each is for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import architecture
+import dataset
+import decoding
+import generate
+import lora
+import precision
+import tokenizer
+import tokenstore
+import trainingmanager
+from architecture import Decoder, Dropout
+from config import Config
+from dataset import IGNORE_INDEX
+
+Patch = Callable[[], contextlib.AbstractContextManager]
+
+
+# --- model -------------------------------------------------------------------------------------------
+
+
+def swapped_axes() -> contextlib.AbstractContextManager:
+    hidden = Decoder.hidden
+
+    def wrong(self: Decoder, *args: Any, **options: Any) -> Tensor:
+        x = hidden(self, *args, **options)
+        return x.transpose(0, 1).reshape(x.shape)  # what a flatten hides
+
+    return patch.object(Decoder, "hidden", wrong)
+
+
+def attention_by(
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor, Dropout], Tensor],
+) -> contextlib.AbstractContextManager:
+    """Attention computed from (q, k, v, mask, dropout), the causal mask written out where there is none."""
+
+    def wrong(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
+    ) -> Tensor:
+        if mask is None:
+            mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool).tril()
+        return compute(q, k, v, mask, dropout)
+
+    return patch.dict(architecture.ATTENTIONS, fast=wrong)
+
+
+def inverted_mask() -> contextlib.AbstractContextManager:
+    return attention_by(
+        lambda q, k, v, mask, dropout: architecture.reference_attention(
+            q, k, v, mask.transpose(-1, -2), False, dropout
+        )
+    )
+
+
+def mask_as_numbers() -> contextlib.AbstractContextManager:
+    return attention_by(
+        lambda q, k, v, mask, dropout: (
+            dropout((q @ k.transpose(-2, -1) / q.size(-1) ** 0.5 + mask.float()).softmax(-1)) @ v
+        )
+    )
+
+
+def blind() -> contextlib.AbstractContextManager:
+    return attention_by(lambda q, k, v, mask, dropout: v.clone())
+
+
+def documents_joined() -> contextlib.AbstractContextManager:
+    mask = architecture.attention_mask
+
+    def wrong(query_documents: Tensor, key_documents: Tensor) -> Tensor:
+        return mask(torch.zeros_like(query_documents), torch.zeros_like(key_documents))
+
+    return patch.object(architecture, "attention_mask", wrong)
+
+
+def giant_weights() -> contextlib.AbstractContextManager:
+    def wrong(model: Decoder) -> None:
+        for p in model.parameters():
+            torch.nn.init.normal_(p)
+
+    return patch.dict(architecture.INITS, zero_output=wrong)
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+def clip_stored_only() -> contextlib.AbstractContextManager:
+    clip = torch.nn.utils.clip_grad_norm_
+    return patch.object(torch.nn.utils, "clip_grad_norm_", lambda p, limit: clip(p, float("inf")))
+
+
+def dropout_argument_ignored() -> contextlib.AbstractContextManager:
+    return patch.object(Dropout, "forward", lambda self, x: x)
+
+
+def dropout_in_evaluation() -> contextlib.AbstractContextManager:
+    def wrong(self: Dropout, x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(x, self.p)
+
+    return patch.object(Dropout, "forward", wrong)
+
+
+def schedule_ignored() -> contextlib.AbstractContextManager:
+    return patch.object(trainingmanager, "learning_rate_factor", lambda *args: 1.0)
+
+
+def order_unread() -> contextlib.AbstractContextManager:
+    return patch.object(dataset, "order_of", lambda difficulty, kind, draw: draw.permutation(len(difficulty)))
+
+
+def rarity_inverted() -> contextlib.AbstractContextManager:
+    right = trainingmanager.difficulties
+    return patch.object(trainingmanager, "difficulties", lambda store, kind: -right(store, kind))
+
+
+def half_the_micro_batches() -> contextlib.AbstractContextManager:
+    right = trainingmanager.TrainingManager.update
+
+    def update(self: Any) -> dict[str, float]:
+        config = self.config
+        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
+        try:
+            return right(self)
+        finally:
+            self.config = config
+
+    return patch.object(trainingmanager.TrainingManager, "update", update)
+
+
+def part_detached() -> contextlib.AbstractContextManager:
+    forward = architecture.MLP.forward
+    return patch.object(architecture.MLP, "forward", lambda self, x: forward(self, x).detach())
+
+
+def validation_of_its_own() -> contextlib.AbstractContextManager:
+    score = trainingmanager.score
+
+    def wrong(model: Decoder, batches: Any, precision: Any) -> Any:
+        return score(model, (b._replace(labels=b.labels.roll(1, 1)) for b in batches), precision)
+
+    return patch.object(trainingmanager, "score", wrong)
+
+
+def smoothing_in_the_score() -> contextlib.AbstractContextManager:
+    token_loss = trainingmanager.token_loss
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        result = token_loss(*args, **options)
+        return result._replace(cross_entropy=result.objective.detach())
+
+    return patch.object(trainingmanager, "token_loss", wrong)
+
+
+# --- labels and tokens -------------------------------------------------------------------------------
+
+
+def labels_by(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Patch:
+    """Plants a collator that rewrites labels, (tokens (B, T + 1), document ids (B, T + 1), labels (B, T))."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        right = dataset.next_token_labels
+
+        def wrong(tokens: np.ndarray, document_ids: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
+            return change(tokens, document_ids, right(tokens, document_ids, *args, **options))
+
+        return patch.object(dataset, "next_token_labels", wrong)
+
+    return plant
+
+
+def batches_by(change: Callable[[dataset.Batch], dataset.Batch]) -> Patch:
+    """Plants a loader that changes batches of training."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        right = dataset.Batches.batch
+        return patch.object(dataset.Batches, "batch", lambda self, step: change(right(self, step)))
+
+    return plant
+
+
+def masked_where(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.where(chosen, IGNORE_INDEX, labels)
+
+
+EOS = 2  # of tokenizers trained here
+
+
+def encoded_by(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
+    """Plants a data path that changes the ids of a document, start and end included."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        right = tokenstore._encode
+
+        def wrong(*args: Any) -> Any:
+            return [(change(ids), *places) for ids, *places in right(*args)]
+
+        return patch.object(tokenstore, "_encode", wrong)
+
+    return plant
+
+
+def tokenizer_by(change: Callable[[list[int]], list[int]]) -> Patch:
+    def plant() -> contextlib.AbstractContextManager:
+        right = tokenizer.CodeTokenizer.encode
+        return patch.object(tokenizer.CodeTokenizer, "encode", lambda self, text: change(right(self, text)))
+
+    return plant
+
+
+def padded_on_the_right() -> contextlib.AbstractContextManager:
+    right = decoding.pad_left
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        return tuple(t.flip(1) if isinstance(t, Tensor) else t for t in right(*args, **options))
+
+    return patch.object(decoding, "pad_left", wrong)
+
+
+def seed_forgotten() -> contextlib.AbstractContextManager:
+    def wrong(seed: int, row: int) -> torch.Generator:
+        generator = torch.Generator()
+        generator.seed()
+        return generator
+
+    return patch.object(decoding, "row_generator", wrong)
+
+
+def beams_by_logits() -> contextlib.AbstractContextManager:
+    def wrong(logits: Tensor, *args: Any, **options: Any) -> Tensor:
+        return logits.double()
+
+    functional = types.SimpleNamespace(**vars(torch.nn.functional) | {"log_softmax": wrong})
+    return patch.object(decoding, "F", functional)
+
+
+def prompt_kept() -> contextlib.AbstractContextManager:
+    return patch.object(generate, "added_text", lambda tokenizer, before, ids: tokenizer.decode(before + ids))
+
+
+def moments_dropped() -> contextlib.AbstractContextManager:
+    return patch.object(torch.optim.Optimizer, "load_state_dict", lambda self, values: None)
+
+
+def random_states_dropped() -> contextlib.AbstractContextManager:
+    return patch.object(trainingmanager, "set_random_states", lambda states, device: None)
+
+
+def weights_dropped() -> contextlib.AbstractContextManager:
+    return patch.object(trainingmanager, "load_weights", lambda model, manifest: None)
+
+
+def moments_not_finite() -> contextlib.AbstractContextManager:
+    right = torch.optim.Optimizer.load_state_dict
+
+    def wrong(self: torch.optim.Optimizer, values: dict[str, Any]) -> None:
+        right(self, values)
+        for state in self.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.dim():
+                    value.fill_(float("nan"))
+
+    return patch.object(torch.optim.Optimizer, "load_state_dict", wrong)
+
+
+def old_gpu() -> contextlib.AbstractContextManager:
+    """A GPU that does not multiply bf16; nothing is computed on it."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(patch.object(trainingmanager, "choose_device", lambda asked: torch.device("cuda")))
+    stack.enter_context(patch.object(precision, "has_native_bf16", lambda device: False))
+    stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda device: "GPU of 2018"))
+    return stack
+
+
+# --- a base and its adapters -------------------------------------------------------------------------
+
+
+def term_dropped() -> contextlib.AbstractContextManager:
+    """Of the MLP's adapters only: without any, autograd itself would complain."""
+    right = lora.linear_with_term
+
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        if weight.size(1) > weight.size(0):
+            return torch.nn.functional.linear(x, weight, bias)
+        return right(x, weight, bias, *rest)
+
+    return patch.object(lora, "linear_with_term", wrong)
+
+
+def other_base() -> contextlib.AbstractContextManager:
+    right = trainingmanager.open_base
+
+    def wrong(config: Config, *args: Any) -> Any:
+        base = str(Path(str(config.train.base)).with_name("other-base"))
+        return right(dataclasses.replace(config, train=dataclasses.replace(config.train, base=base)), *args)
+
+    return patch.object(trainingmanager, "open_base", wrong)
+
+
+def base_moved() -> contextlib.AbstractContextManager:
+    right = trainingmanager.build_optimizers
+
+    def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
+        def move(*args: Any) -> None:
+            model.embed.weight.data.mul_(0.999)  # as weight decay of frozen parameters does
+
+        optimizers = right(model, *args)
+        optimizers[0].register_step_post_hook(move)
+        return optimizers
+
+    return patch.object(trainingmanager, "build_optimizers", wrong)
+
+
+def embedding_shuffled() -> contextlib.AbstractContextManager:
+    right = trainingmanager.starting_model
+
+    def wrong(*args: Any) -> Decoder:
+        model = right(*args)
+        weight = model.embed.weight.data
+        weight.copy_(weight.flip(0))
+        return model
+
+    return patch.object(trainingmanager, "starting_model", wrong)
+
+
+def sides_read(*sides: str) -> Patch:
+    """Plants a loader that opens these sides as train, validation and test."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        def wrong(folder: Path) -> Any:
+            return tuple(tokenstore.TokenStore(folder, side) for side in sides)
+
+        return patch.object(dataset, "open_store", wrong)
+
+    return plant
+
+
+def truncated_on_the_right() -> contextlib.AbstractContextManager:
+    right = dataset.shown
+
+    def wrong(store: tokenstore.TokenStore, block_size: int) -> dataset.Shown:
+        rows = right(store, block_size)
+        return rows._replace(prompt_length=store.prompt_lengths, left=np.zeros_like(rows.left))
+
+    return patch.object(dataset, "shown", wrong)
