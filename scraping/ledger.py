@@ -12,6 +12,7 @@ instant leaves nothing counted twice and nothing lost:
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import threading
 import zlib
@@ -46,6 +47,11 @@ CREATE TABLE IF NOT EXISTS contents (sha256 TEXT PRIMARY KEY, data BLOB NOT NULL
 CREATE INDEX IF NOT EXISTS files_by_address ON files (address);
 CREATE INDEX IF NOT EXISTS files_by_content ON files (sha256);
 """
+
+
+def fingerprint_line(name: str, path: str, pinned: str, licence: str, sha256: str) -> bytes:
+    """What a stored file adds to the fingerprint of a shard's input."""
+    return json.dumps([name, path, pinned, licence, sha256]).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,7 @@ class Ledger:
 
     def files(self, shard: tuple[int, int] = (0, 1)) -> Iterator[RawFile]:
         """Stored files by repository and path: those of shard `i` of `n`, by the repository's hash."""
-        number, shards = shard
-        names = self._db.execute("SELECT name, pinned, licence FROM repositories ORDER BY name").fetchall()
-        for name, pinned, licence in names:
-            if int(hashlib.sha256(name.encode()).hexdigest(), 16) % shards != number:
-                continue
+        for name, pinned, licence in self._repositories(shard):
             rows = self._db.execute(
                 "SELECT path, data FROM files JOIN contents USING (sha256)"
                 " WHERE repository = ? AND state = 'stored' ORDER BY path",
@@ -165,6 +167,28 @@ class Ledger:
             )
             for path, data in rows:
                 yield RawFile(name, path, pinned, licence, zlib.decompress(data))
+
+    def outline(self, shard: tuple[int, int] = (0, 1)) -> tuple[int, str]:
+        """How many files `files(shard)` yields, and a SHA-256 over their `fingerprint_line`s."""
+        fingerprint = hashlib.sha256()
+        count = 0
+        for name, pinned, licence in self._repositories(shard):
+            rows = self._db.execute(
+                "SELECT path, sha256 FROM files WHERE repository = ? AND state = 'stored' ORDER BY path",
+                (name,),
+            )
+            for path, sha256 in rows:
+                fingerprint.update(fingerprint_line(name, path, pinned, licence, sha256))
+                count += 1
+        return count, fingerprint.hexdigest()
+
+    def _repositories(self, shard: tuple[int, int]) -> list[tuple[str, str, str]]:
+        """(name, pinned, licence) of those in a shard, by name."""
+        number, shards = shard
+        rows = self._db.execute("SELECT name, pinned, licence FROM repositories ORDER BY name").fetchall()
+        return [
+            row for row in rows if int(hashlib.sha256(row[0].encode()).hexdigest(), 16) % shards == number
+        ]
 
     def counts(self, table: str = "files") -> dict[tuple[str, str], int]:
         """(state, reason) -> how many, of `files` or `repositories`; they add up to what was found."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from scraping.documents import RawFile
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Entry, Ledger, fingerprint_line
 
 
 @pytest.fixture
@@ -68,3 +69,17 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path: Path) -> None:
     (tmp_path / "l.sqlite").write_bytes(b"hello" * 1000)
     with pytest.raises(ValueError, match=r"l\.sqlite cannot be used as a ledger: file is not a database"):
         Ledger(tmp_path / "l.sqlite")
+
+
+def test_an_outline_names_the_input_of_a_shard_without_reading_it(ledger: Ledger) -> None:
+    ledger.stored("a/b", [("x.py", b"1")])
+    count, fingerprint = ledger.outline()
+    lines = [
+        fingerprint_line(f.repository, f.path, f.commit, f.licence, hashlib.sha256(f.data).hexdigest())
+        for f in ledger.files()
+    ]
+    assert (count, fingerprint) == (1, hashlib.sha256(b"".join(lines)).hexdigest())
+    ledger.stored("c/d", [("x.py", b"1")])
+    assert ledger.outline()[0] == 2
+    assert ledger.outline()[1] != fingerprint
+    assert sum(ledger.outline((number, 3))[0] for number in range(3)) == 2
