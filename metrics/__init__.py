@@ -1,7 +1,7 @@
 """Scores of predicted texts against references, and how sure they are. No torch.
 
-    from metrics.registry import metric, score
-    found = score("codebleu", cleaned(predictions, references, "plain"), language="python")
+    from metrics.registry import score
+    found = score(["codebleu"], cleaned(predictions, references, "plain"), language="python")
 
 Scores of texts go from 0 to 100, and a reference against itself has 100, the empty one too. Predictions and
 references are cleaned by the same function, `texts.cleaned`, before anything reads them. `texts`, `bleu`,

@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import signal
 import sys
 from collections import Counter, deque
@@ -31,6 +30,7 @@ from config import write_atomically
 from scraping.documents import Document, Drop, RawFile, shard_path, write_shard
 from scraping.ledger import Ledger, fingerprint_line
 from scraping.pool import Died, guarded
+from scraping.shards import parse_shard
 from scraping.stages import (
     Note,
     Stage,
@@ -55,6 +55,7 @@ class Settings:
     Args:
         folder: Of the corpus: its ledger is `folder/ledger.sqlite`, and `folder/clean` is written.
         shard: `i/n`: only the i-th of n parts of the repositories, counted from 0.
+        whole: This ledger is that part already, as one crawled with the same --shard: all of it is read.
         workers: Processes; 0 means one for each core.
         skip: Stages that are left out, of licence, origin, headers, shape, secrets, syntax.
         latin1: Read as latin-1 what is not UTF-8 and names no encoding, instead of dropping it.
@@ -78,6 +79,7 @@ class Settings:
 
     folder: str = "corpus"
     shard: str = "0/1"
+    whole: bool = False
     workers: int = 0
     skip: tuple[str, ...] = ()
     latin1: bool = False
@@ -182,14 +184,6 @@ def without_formatting(item: tuple[RawFile, bool]) -> tuple[RawFile, bool] | Non
 
 # ---------------------------------------------------------------------------------------------
 # One shard
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    """(i, n) of `i/n`; ValueError unless 0 <= i < n."""
-    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise ValueError(f"--shard is {text}; it must be i/n with i from 0 to n - 1, as in 0/16")
-    return int(match[1]), int(match[2])
 
 
 def how(settings: Settings) -> dict[str, Any]:
@@ -312,7 +306,8 @@ def clean_shard(
     path = shard_path(Path(settings.folder) / "clean", *shard)
     paths = {"record": path.with_suffix(".json"), "dropped": path.with_suffix(".dropped.jsonl.gz")}
     made = how(settings)
-    _, fingerprint = ledger.outline(shard)
+    read = (0, 1) if settings.whole else shard
+    _, fingerprint = ledger.outline(read)
     record = _read_record(paths["record"])
     if (
         record is not None
@@ -333,7 +328,7 @@ def clean_shard(
     outcomes = guarded(
         make_cleaner,
         (settings,),
-        _batches(ledger.files(shard), tally, names),
+        _batches(ledger.files(read), tally, names),
         workers=settings.workers or len(os.sched_getaffinity(0)),
         seconds=settings.seconds,
         memory_mb=settings.memory_mb,
@@ -394,7 +389,7 @@ def check(settings: Settings) -> tuple[int, int]:
     Raises:
         ValueError: there is no ledger, a value is out of its range, or shards of another number are there.
     """
-    shard = shard_of(settings.shard)
+    shard = parse_shard(settings.shard)
     folder = Path(settings.folder)
     if not (folder / "ledger.sqlite").is_file():
         raise ValueError(f"{folder} holds no ledger.sqlite: name a corpus folder with --folder")
@@ -438,7 +433,7 @@ def run(settings: Settings) -> None:
     shard = check(settings)
     ledger = Ledger(Path(settings.folder) / "ledger.sqlite")
     try:
-        files, _ = ledger.outline(shard)
+        files, _ = ledger.outline((0, 1) if settings.whole else shard)
         with tqdm(total=files, desc="cleaning", unit=" files", disable=None, leave=False) as bar:
             record = clean_shard(settings, ledger, shard, bar.update)
     finally:

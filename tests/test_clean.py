@@ -164,6 +164,14 @@ def test_shards_part_the_repositories_and_do_not_mix(tmp_path: Path) -> None:
         clean(folder)
 
 
+def test_a_ledger_that_is_one_part_is_read_whole(tmp_path: Path) -> None:
+    """As of machines that each crawled their part into a folder of its own."""
+    folder = fill(tmp_path, {f"o/r{i}": {"a.py": GOOD.encode()} for i in range(4)})
+    record = clean(folder, shard="2/3", whole=True)
+    assert record["input"]["files"] == record["output"]["documents"] == 4
+    assert [path.name for path in (folder / "clean").glob("*.parquet")] == ["part-00002-of-00003.parquet"]
+
+
 BOMBS = {
     "deep.py": "x = " + "-" * 100_000 + "1\ny = 1\nz = 1\n",
     "elif.py": "if x:\n    pass\n" + "elif x:\n    pass\n" * 30_000,
@@ -203,7 +211,7 @@ def test_a_file_that_takes_too_long_to_format_stays_as_it_is(tmp_path: Path) -> 
     }
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_anywhere_and_run_again_it_ends_with_equal_bytes(tmp_path: Path, kills: int) -> None:
     many = {f"o/r{i}": {**FILES, "n.py": GOOD.format(i=i).encode()} for i in range(20)}
     straight, killed = fill(tmp_path / "a", many), fill(tmp_path / "b", many)
@@ -227,8 +235,8 @@ def test_killed_anywhere_and_run_again_it_ends_with_equal_bytes(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"shard": "3/3"}, "--shard is 3/3; it must be i/n with i from 0 to n - 1"),
-        ({"shard": "a"}, "--shard is a; it must be i/n"),
+        ({"shard": "3/3"}, "--shard is '3/3'; it must be i/n, with i from 0 to n - 1"),
+        ({"shard": "a"}, "--shard is 'a'; it must be i/n"),
         ({"skip": ("syntaxx",)}, "--skip names syntaxx; the stages that can be skipped are licence, origin"),
         ({"skip": ("encoding",)}, "--skip names encoding"),
         ({"licences": ("MIT", "nonsense")}, "--licences names nonsense, which is no SPDX identifier"),

@@ -226,3 +226,29 @@ def test_missing_and_mixed_parts_are_named(tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path / "clean", 0, 2), [])
     with pytest.raises(ValueError, match="holds parts of 2 and of 3"):
         cluster(Settings(folder=str(tmp_path)))
+
+
+def test_texts_far_apart_in_a_large_bucket_are_compared_with_its_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bucket for all: between two variants stand more strangers than are compared side by side."""
+    monkeypatch.setattr(dedup, "BUCKET", 3)
+    monkeypatch.setattr(dedup, "bands", lambda signatures, n: np.full((len(signatures), n), 7, np.uint64))
+    rng, words = random.Random(1), [f"w{i}" for i in range(60)]
+    variants = [" ".join([*words, f"x{i}"]) for i in range(60)]
+    strangers = [" ".join(f"s{rng.getrandbits(40)}" for _ in range(60)) for _ in range(25)]
+    names = list(corpus_of(tmp_path, variants + strangers, 1))
+    deduplicated(tmp_path)
+    monkeypatch.undo()
+    first = min(names[:60])
+    assert {name: values[0] for name, values in clusters_of(tmp_path).items()} == dict.fromkeys(
+        names[:60], first
+    )
+
+
+def test_copies_of_one_text_are_not_compared_with_each_other(tmp_path: Path) -> None:
+    corpus_of(tmp_path, ["one text that is there many times over"] * 50, 2)
+    deduplicated(tmp_path)
+    (pairs,) = parts_of(tmp_path / "dedup", "pairs", "")
+    assert len(np.load(pairs / "near.npy")) == 0 and len(np.load(pairs / "exact.npy")) == 49
+    assert len(clusters_of(tmp_path)) == 50

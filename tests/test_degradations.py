@@ -101,6 +101,13 @@ def f(n):
     w = v
     return f'{v!r:>{w}} {n}'
 
+# (7,)
+def f(n):
+    v = n
+    return f'''
+  {v} and
+      {v} {n}'''
+
 # (7.5,)
 def f(n):
     import math as m

@@ -26,7 +26,7 @@ def make(base: int) -> Callable[[Any], Any]:
 
 
 def run(batches: list[list[Any]], workers: int = 2, retry: Callable[[Any], Any] | None = None) -> list[Any]:
-    limits = {"workers": workers, "seconds": 0.5, "memory_mb": 1024}
+    limits = {"workers": workers, "seconds": 0.3, "memory_mb": 1024}
     return list(guarded(make, (100,), iter(batches), retry=retry, **limits))
 
 
@@ -37,7 +37,7 @@ def test_results_come_in_order_whatever_the_number_of_children() -> None:
 
 
 def test_a_death_costs_its_one_item_and_is_named() -> None:
-    slow, large, crashed = "took longer than 0.5 s", "took more than 1024 MB", "the parser crashed"
+    slow, large, crashed = "took longer than 0.3 s", "took more than 1024 MB", "the parser crashed"
     batches = [[1, "hang", 2], [3, "eat"], ["crash", 4, "crash", 5], [6]]
     expected = [101, Died(slow), 102, 103, Died(large), Died(crashed), 104, Died(crashed), 105, 106]
     assert run(batches) == expected

@@ -370,7 +370,7 @@ def test_no_file_of_the_library_changes_its_syntax_tree_when_its_header_goes() -
         if stripped != text and len(text) < 30_000:
             changed += 1
             assert ast.dump(ast.parse(stripped)) == ast.dump(ast.parse(text)), path
-        if changed == 30:
+        if changed == 15:
             break
     assert changed > 5
 
@@ -485,7 +485,7 @@ def test_stages_take_linear_time_on_hostile_texts() -> None:
     from scraping.stages import secrets
 
     rng = random.Random(0)
-    n = 100_000
+    n = 50_000
     texts = [
         "\\u0041" * (n // 6),
         "1, " * (n // 3),
@@ -513,4 +513,4 @@ def test_stages_take_linear_time_on_hostile_texts() -> None:
         for stage in (LICENCE, origin.build()):
             stage(document(text))
         secrets.findings(document(text))
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 10
