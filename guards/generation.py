@@ -38,7 +38,7 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
 
 
 def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    """By the tokens chosen, and by the logits of the first: the largest may stay it though padding is seen."""
+    """By the tokens chosen, and by the first logits: the largest may stay it though padding is seen."""
     together, logits = continued(model, prompts)
     alone, of_one = zip(*(continued(model, [prompt]) for prompt in prompts), strict=True)
     alone, of_one = [ids for (ids,) in alone], torch.cat(of_one)
