@@ -10,6 +10,7 @@ is cut into windows, so that no text stands on two of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from comments import drop_comments
-from config import DataConfig
+from config import DataConfig, write_atomically
 from fim import gap_of
 
 # What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
@@ -475,13 +476,10 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
     content = hashlib.sha256()
     documents = _without_duplicates(config, report)
     if config.regroup:
-        from leaks import regroup  # which reads documents itself
-
         kept = list(documents)
-        groups = regroup([document for document, _, _ in kept])
         documents = (
             (dataclasses.replace(document, group=group), digest, size)
-            for (document, digest, size), group in zip(kept, groups, strict=True)
+            for (document, digest, size), group in zip(kept, _regrouped(config, kept), strict=True)
         )
     for document, digest, size in documents:
         side = document.side or "train"
@@ -508,6 +506,26 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
             f"none: {change}add documents that are not empty"
         )
     report.fingerprint = content.hexdigest()
+
+
+def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> list[str]:
+    """The group that the text gives each document; cached by all that decides it, for a run asks thrice."""
+    import leaks  # which reads documents itself
+    import shingles
+
+    key = hashlib.sha256(Path(leaks.__file__).read_bytes() + Path(shingles.__file__).read_bytes())
+    for document, digest, _ in kept:
+        key.update(json.dumps([document.name, document.group, digest.hex()]).encode())
+    path = Path(config.cache) / f"groups-{key.hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        groups = json.loads(path.read_text("utf-8"))
+        if isinstance(groups, list) and len(groups) == len(kept) and {*map(type, groups)} <= {str}:
+            return groups
+    groups = leaks.regroup([document for document, _, _ in kept])
+    with contextlib.suppress(OSError):  # a cache that may only be read
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(groups))
+    return groups
 
 
 def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Document, bytes, int]]:

@@ -39,7 +39,7 @@ GUARDS: dict[str, Guard] = {
     "same path": same_path,
     "generation": generation,
 }
-BY_BLOCKS = ("probe", "settings", "generation")  # guards that need not go through every block
+BY_BLOCKS = ("probe", "settings", "same path", "generation")  # guards that need not go through every block
 
 
 def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:

@@ -5,10 +5,10 @@
 
 NANOGPT_FOLDER is a checkout of github.com/karpathy/nanoGPT; only its model.py is used.
 
-quality: bits per byte of the standard library's validation files after the same wall-clock budget. nanoGPT
+quality: bits per byte of the standard library's test files after the same wall-clock budget. nanoGPT
 gets a byte-level BPE, AdamW, the learning rate and size that did best for it (4 layers x 256, vocabulary
 4,096), and the precision that the hardware computes natively. Ours is `python trainingmanager.py` as it
-stands. Neither side's tokenizer training or final validation counts.
+stands. Neither side's tokenizer training or final scoring counts.
 
 speed: tokens/s of one training step (forward, backward, clip, AdamW) at 4 layers x 256, vocabulary 22,812,
 16 rows x 256, dropout 0.1, random tokens. Each is set up as its own training command sets it up, in a
@@ -37,7 +37,7 @@ sys.path.insert(0, str(HOUSE))
 
 from architecture import Decoder
 from config import DataConfig, ModelConfig, OptimizerConfig
-from corpus import split_documents
+from corpus import SPLITS, split_documents
 from dataset import Batch
 from loss import token_loss
 from optim import build_optimizers
@@ -55,8 +55,8 @@ def nanogpt(folder: Path, **settings: Any) -> Any:
 
 
 def peer_bits_per_byte(folder: Path, seconds: float) -> dict[str, float]:
-    """nanoGPT trained for `seconds`; every validation token is scored once, in windows of 256."""
-    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    """nanoGPT trained for `seconds`; every test token is scored once, in windows of 256."""
+    texts: dict[str, list[str]] = {side: [] for side in SPLITS}
     for side, document in split_documents(DataConfig()):
         texts[side].append(document.text)
     tokenizer = BPETokenizer.train(texts["train"], 4096)
@@ -65,7 +65,7 @@ def peer_bits_per_byte(folder: Path, seconds: float) -> dict[str, float]:
         ids = [i for text in texts[side] for i in [tokenizer.eos_id, *tokenizer.encode(text)]]
         return torch.tensor(np.array(ids, dtype=np.int64))
 
-    x, y = stream("train"), stream("validation")
+    x, y = stream("train"), stream("test")
     rows, length, peak = 16, 256, 2e-3
     torch.manual_seed(0)
     model = nanogpt(
@@ -94,7 +94,7 @@ def peer_bits_per_byte(folder: Path, seconds: float) -> dict[str, float]:
         for i in range(0, len(y) - 1, length):
             tokens, targets = y[i : i + length], y[i + 1 : i + length + 1]
             nats += model(tokens[None, : len(targets)], targets[None])[1].item() * len(targets)
-    n_bytes = sum(len(text.encode()) for text in texts["validation"])
+    n_bytes = sum(len(text.encode()) for text in texts["test"])
     return {"bits per byte": nats / math.log(2) / n_bytes, "tokens/s": steps * rows * length / seconds}
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/tokenizers_table.py [--seconds 60]
 
-Characters a token and MB/s of encoding (one core, cold caches) are over the validation files; bits per byte
+Characters a token and MB/s of encoding (one core, cold caches) are over the test files; bits per byte
 is that of `python trainingmanager.py` with each tokenizer after the same wall-clock budget, all else equal.
 """
 
@@ -27,7 +27,7 @@ from dataset import prepare_tokenizer
 
 def main(seconds: float, sizes: list[int]) -> None:
     documents = split_documents(DataConfig())
-    texts = [document.text for side, document in documents if side == "validation"]
+    texts = [document.text for side, document in documents if side == "test"]
     characters, n_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
     print("| tokenizer | vocabulary | characters a token | encode, MB/s | bits per byte |")
     print("|---|---|---|---|---|")

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from architecture import Decoder
 from decoding import generate_ids
 from generate import GenerationConfig, generate
 from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 4
+PROMPT_TOKENS = 16
+NEW_TOKENS = 4
+FEWEST_TOKENS = 2  # of models of which each token takes a tenth of a second
+LOGITS_APART = 0.05  # of the largest: above what weights in 16 bits round
 BEAM_PROMPTS = 8
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
 
@@ -28,25 +32,43 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        count = max(1, min(BEAM_PROMPTS, tokens_of_a_pass(subject.model) // BEAM_IDS))
-        yield from beam_faults(subject.model, [row[i : i + 3] for i in range(min(count, len(row) - 3))])
+        starts = range(min(BEAM_PROMPTS, len(row) - 3))
+        yield from beam_faults(subject.model, [row[i : i + 3] for i in starts])
         yield from echo_faults(subject, prompts[0])
 
 
 def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS)
-    together = [g.ids for g in generate_ids(model, prompts, settings)]
-    alone = [generate_ids(model, [prompt], settings)[0].ids for prompt in prompts]
-    if together != alone:
+    """By the tokens chosen, and by the first logits: the largest may stay it though padding is seen."""
+    together, logits = continued(model, prompts)
+    alone, of_one = zip(*(continued(model, [prompt]) for prompt in prompts), strict=True)
+    alone, of_one = [ids for (ids,) in alone], torch.cat(of_one)
+    apart = float((logits - of_one).abs().max() / of_one.abs().max())
+    if together != alone or apart > LOGITS_APART:
         yield Fault(
             "batch-differs-from-single",
-            f"two prompts continue with {together} in one batch and with {alone} alone",
+            f"two prompts continue with {together} in one batch and with {alone} alone, and their first "
+            f"logits differ by {apart:.1%} of the largest",
             "pad on the left, give padding a document of its own, and count positions from the first token",
         )
 
 
+def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """Greedy continuations, and the logits (B, V) of their first tokens."""
+    logits: list[Tensor] = []
+    hook = model.head.register_forward_hook(lambda module, args, output: logits.append(output.float()))
+    try:
+        found = generate_ids(model, prompts, GenerationConfig(max_new_tokens=new_tokens(model)))
+    finally:
+        hook.remove()
+    return [g.ids for g in found], logits[0]
+
+
+def new_tokens(model: Decoder) -> int:
+    return max(FEWEST_TOKENS, min(NEW_TOKENS, tokens_of_a_pass(model) // 256))
+
+
 def seed_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
+    settings = GenerationConfig(max_new_tokens=new_tokens(model), temperature=1.0, seed=1)
     first, second = ([g.ids for g in generate_ids(model, prompts, settings)] for _ in range(2))
     if first != second:
         yield Fault(
@@ -60,10 +82,11 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
     """As many beams as there are ids find the best two tokens of all."""
     settings = GenerationConfig(max_new_tokens=2, num_beams=BEAM_IDS)
     results = generate_ids(model, prompts, settings, vocab_size=BEAM_IDS)
-    for prompt, result in zip(prompts, results, strict=True):
-        texts = torch.tensor([[*prompt, id] for id in range(BEAM_IDS)], device=model.embed.weight.device)
-        with torch.no_grad():
-            log_probs = model(texts)[:, -2:, :BEAM_IDS].double().log_softmax(-1)
+    texts = [[*prompt, id] for prompt in prompts for id in range(BEAM_IDS)]
+    with torch.no_grad():  # in one pass, which reads the weights once
+        hidden = model.hidden(torch.tensor(texts, device=model.embed.weight.device))
+        logits = model.head(hidden[:, -2:])[..., :BEAM_IDS].unflatten(0, (-1, BEAM_IDS))
+    for log_probs, result in zip(logits.double().log_softmax(-1), results, strict=True):
         totals = (log_probs[0, 0][:, None] + log_probs[:, 1]).cpu()
         first, second = result.ids
         if totals[first, second] < totals.max() - 1e-4:
@@ -78,11 +101,11 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
 
 def echo_faults(subject: Subject, prompt: list[int]) -> Iterator[Fault]:
     text = subject.tokenizer.decode(prompt)
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS)
+    settings = GenerationConfig(max_new_tokens=new_tokens(subject.model))
     (completion,) = generate(subject.model, subject.tokenizer, [text], settings)
     if text.strip() and completion.text.startswith(text):
         yield Fault(
             "prompt-in-prediction",
-            f"a prediction of {NEW_TOKENS} tokens begins with its own prompt {text[:40]!r}",
+            f"a prediction of {settings.max_new_tokens} tokens begins with its own prompt {text[:40]!r}",
             "return what was added only",
         )

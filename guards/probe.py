@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from architecture import Dropout
+from architecture import Decoder, Dropout
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject, awake
+from guards.subject import SHORTEST_PASS, Fault, Subject, awake, of_each_kind, through
 from quantize import n_weights
+
+
+class Look(NamedTuple):
+    """Predictions of one document, looked at together: the labels at `places` of a row of a batch."""
+
+    batch: Batch
+    row: int
+    places: Sequence[int]
+    training: bool
+    is_long: bool = False  # a whole row, which one block of each kind reads
 
 
 def probe(subject: Subject) -> Iterator[Fault | str]:
     """By gradient: a prediction depends on its own document up to its own token, and on nothing else.
 
-    The gradient of one label's loss with respect to the embedding of every token of the batch must be zero at
-    later tokens, other rows, other documents and padding, and not zero at the token itself and before it. The
-    tokens are real; packed and padded rows are made of them, and rows of one document, which need no mask.
-    What must not be seen is looked for in training mode, since dropout takes other kernels, and what must be
-    seen without dropout.
+    The gradient of labels' loss with respect to the embedding of every token of the batch must be zero at
+    tokens later than all of them, other rows, other documents and padding; that of a single label not zero at
+    the token itself and before it. The tokens are real; packed and padded rows are made of them, and rows of
+    one document, which need no mask. What must not be seen is looked for in training mode too, since dropout
+    takes other kernels, by many labels at once; what must be seen without dropout.
     """
-    batches = probe_batches(subject)
-    modes = (True, False) if any(m.p for m in subject.model.modules() if isinstance(m, Dropout)) else (False,)
+    dropped = any(m.p for m in subject.model.modules() if isinstance(m, Dropout))
     found: set[str] = set()
+    lengths = []
     with awake(subject.model):
-        for training in modes:
-            subject.model.train(training)
-            for batch, places in batches:
-                for row, place in places:
-                    gradient = sensitivity(subject, batch, row, place)
-                    window = subject.config.model.sliding_window
-                    found |= dependence_faults(batch, row, place, gradient, window, dropped=training)
+        for look in looks(subject, dropped):
+            subject.model.train(look.training)
+            whole = set(range(len(subject.model.blocks)))
+            with through(subject.model, of_each_kind(subject.model) if look.is_long else whole):
+                gradient = sensitivity(subject, look)
+            found |= dependence_faults(look, gradient, subject.config.model.sliding_window)
+            lengths.append(look.batch.tokens.size(1))
     for name, evidence in PROBE_FAULTS.items():
         if name in found:
             yield Fault(name, evidence, "check the attention mask and the order of axes (B, T, C)")
-    predictions = len(modes) * sum(len(places) for _, places in batches)
-    length = batches[0][0].tokens.size(1)
-    packed = "packed and padded" if len(batches) > 1 else "too short to be packed"
-    yield f"{predictions} predictions in rows of {length}, {packed}"
+    shorter = f" of {lengths[0]} tokens and" if lengths[0] < lengths[-1] else " of"
+    packed = "packed and padded" if max(lengths) >= SHORTEST_PACKED else "too short to be packed"
+    yield f"predictions of {len(lengths)} passes in rows{shorter} {lengths[-1]}, {packed}"
 
 
 PROBE_FAULTS = {
@@ -51,64 +62,102 @@ PROBE_FAULTS = {
     "past-invisible": "a prediction does not depend on the tokens before it",
     "token-invisible": "a prediction does not depend on its own token",
 }
-PROBE_ELEMENTS = 6e9  # parameters x tokens of a prediction: 0.2 s each on two cores
+PROBE_ELEMENTS = 6e9  # parameters x tokens of a pass: 0.2 s each on two cores
+SHORTEST_PACKED = 8  # tokens
+MOST_LABELS = 16  # of a long row: each costs a row of logits
 PAST_SEEN = 0.9  # of the tokens before it; a weight that is rounded to zero may hide some
 
 
-def probe_batches(subject: Subject) -> list[tuple[Batch, list[tuple[int, int]]]]:
-    """Batches of two rows of real tokens, each with the predictions (row, place) to look at."""
+def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
+    """Two rows of real tokens, cut to what is affordable; where they had to be cut, also one row that is not.
+
+    The structure shows in short rows; in a long one the kernels for the length that trains are run.
+    """
     tokens = subject.micro_batch(0).tokens
     tokens = tokens[[0, -1]] if len(tokens) > 1 else torch.cat((tokens, tokens.roll(1, 1)))
-    length = min(tokens.size(1), max(32, int(PROBE_ELEMENTS / n_weights(subject.model) / 2)))
-    tokens = tokens[:, :length].contiguous()
-    count = torch.arange(length, device=tokens.device).expand(2, length)
-    alone = Batch(tokens, tokens, torch.zeros_like(tokens), count.contiguous())
-    batches = [(alone, [(0, (length // 2) | 1), (1, length - 1)])]  # odd: swapped axes show
-    if length >= 8:
-        middle, end = length // 2, length - length // 8  # of the first document, of the second
-        documents = torch.where(count < middle, 0, torch.where(count < end, 1, -1))
-        positions = torch.where(count < middle, count, torch.where(count < end, count - middle, 0))
-        packed = Batch(tokens, tokens, documents, positions)
-        batches.append((packed, [(0, middle // 2), (1, middle + 1), (1, end - 1)]))
-    return batches
+    whole = tokens.size(1)
+    length = min(whole, max(SHORTEST_PASS, int(PROBE_ELEMENTS / n_weights(subject.model) / 2)))
+    alone, packed = rows_of(tokens[:, :length])
+    middle, end = halves(length)
+    if dropped:
+        yield Look(alone, 0, range(length // 2), True)
+    yield Look(alone, 0, [min(length - 1, (length // 2) | 1)], False)  # odd: swapped axes show
+    yield Look(alone, 1, [length - 1], False)
+    if length >= SHORTEST_PACKED:
+        if dropped:
+            yield Look(packed, 1, range(middle, max(middle + 1, end - 2)), True)
+        yield Look(packed, 0, [middle // 2], False)
+        yield Look(packed, 1, [end - 1], False)
+    if length < whole:
+        alone, packed = rows_of(tokens[:1])
+        middle, end = halves(whole)
+        yield Look(packed, 0, range(middle, end - 2, 1 + (end - middle) // MOST_LABELS), dropped, True)
+        yield Look(alone, 0, [whole - 2], False, True)
 
 
-def sensitivity(subject: Subject, batch: Batch, row: int, place: int) -> Tensor:
-    """(B, T): the largest gradient of one label's loss with respect to each token's embedding."""
+def halves(length: int) -> tuple[int, int]:
+    """Where the first document of a packed row ends, and where the second does; then comes padding."""
+    return length // 2, length - length // 8
+
+
+def rows_of(tokens: Tensor) -> tuple[Batch, Batch]:
+    """Batches of the tokens (B, T): one document a row, and two documents and padding."""
+    tokens = tokens.contiguous()
+    count = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens).contiguous()
+    middle, end = halves(tokens.size(1))
+    documents = torch.where(count < middle, 0, torch.where(count < end, 1, -1))
+    positions = torch.where(count < middle, count, torch.where(count < end, count - middle, 0))
+    return Batch(tokens, tokens, torch.zeros_like(tokens), count), Batch(tokens, tokens, documents, positions)
+
+
+@contextlib.contextmanager
+def frozen(model: Decoder) -> Iterator[None]:
+    """No gradient of a weight is made, which would take as long as all else."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def sensitivity(subject: Subject, look: Look) -> Tensor:
+    """(B, T): the largest gradient of the labels' loss with respect to each token's embedding."""
     embedded: list[Tensor] = []
 
     def hold(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
+    batch, places = look.batch, list(look.places)
     labels = torch.full_like(batch.labels, IGNORE_INDEX)
-    labels[row, place] = batch.labels[row, place]
+    labels[look.row, places] = batch.labels[look.row, places]
     handle = subject.model.embed.register_forward_hook(hold)
     try:
-        with torch.enable_grad():
+        with frozen(subject.model), torch.enable_grad():
             objective = subject.loss(batch._replace(labels=labels)).objective
+            # Times 1,024, so that fp16 does not round a small gradient to zero; once, if that is too large.
+            for scale in (1024, 1):
+                found = torch.autograd.grad(objective * scale, embedded, allow_unused=True, retain_graph=True)
+                used = [g.abs().amax(-1).float().cpu() for g in found if g is not None]
+                gradient = torch.stack(used).amax(0) if used else torch.zeros(batch.tokens.shape)
+                if torch.isfinite(gradient).all():
+                    break
     finally:
         handle.remove()
-    # Times 1,024, so that fp16 does not round a small gradient to zero; once, if that is too large for it.
-    for scale in (1024, 1):
-        gradients = torch.autograd.grad(objective * scale, embedded, allow_unused=True, retain_graph=True)
-        used = [g.abs().amax(-1).float().cpu() for g in gradients if g is not None]
-        gradient = torch.stack(used).amax(0) if used else torch.zeros(batch.tokens.shape)
-        if torch.isfinite(gradient).all():
-            break
     return gradient
 
 
-def dependence_faults(
-    batch: Batch, row: int, place: int, gradient: Tensor, window: int, dropped: bool
-) -> set[str]:
-    """The names in PROBE_FAULTS that the gradient (B, T) of the prediction at (row, place) shows.
+def dependence_faults(look: Look, gradient: Tensor, window: int) -> set[str]:
+    """The names in PROBE_FAULTS that the gradient (B, T) shows.
 
-    With `dropped`, dropout may have hidden what else would be seen.
+    What a single label must see is looked for in evaluation mode only: dropout may hide it.
     """
     if not torch.isfinite(gradient).all():
         return {"gradient-not-finite"}
-    documents = batch.document_ids.cpu()
+    documents, row, place = look.batch.document_ids.cpu(), look.row, max(look.places)
     seen = gradient > 0
     faults = set()
     if seen[torch.arange(len(seen)) != row].any():
@@ -120,12 +169,14 @@ def dependence_faults(
         faults.add("other-document-visible")
     if (seen[row] & own & ~earlier).any():
         faults.add("future-visible")
+    if look.training or len(look.places) > 1:
+        return faults
     past = own & earlier
     past[place] = False
     if window:
         past[: max(0, place - window + 1)] = False
-    if not dropped and not seen[row, place]:
+    if not seen[row, place]:
         faults.add("token-invisible")
-    if not dropped and (seen[row] & past).sum() < PAST_SEEN * past.sum():
+    if (seen[row] & past).sum() < PAST_SEEN * past.sum():
         faults.add("past-invisible")
     return faults

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from architecture import Decoder, Dropout
 from config import ModelConfig
@@ -175,6 +176,7 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
         shared = {1: 1, config.n_head: 4}.get(config.n_kv_head, 2)
         width = 4 * config.head_dim
         small = replace(small, n_head=4, n_kv_head=shared, n_embd=width, n_inner=2 * width)
+    own = None
     for key, value in vars(ModelConfig()).items():
         if key in NOT_COMPARED.split() or getattr(config, key) == value:
             continue
@@ -182,23 +184,26 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
             continue
         other = replace(small, **{key: 1 if key == "n_layer" else getattr(default, key)})
         with contextlib.suppress(ValueError):  # the default does not go with the other keys
-            if other.resolved() != small.resolved() and twins(small, other.resolved()):
-                yield key
+            if other.resolved() != small.resolved():
+                own = own or twin(small)
+                if same_twins(own, twin(other.resolved())):
+                    yield key
 
 
-def twins(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether two small models have the same weights from one seed and give the same logits in training."""
-    results = []
-    for config in (one, other):
-        torch.manual_seed(0)
-        model = Decoder(config)
-        drawn = {name: p.clone() for name, p in model.named_parameters()}
-        for p in model.parameters():  # biases that start at zero and scales that start at one hide much
-            torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            results.append((drawn, model(torch.arange(16).view(2, 8))))
-    (weights, logits), (other_weights, other_logits) = results
+def twin(config: ModelConfig) -> tuple[dict[str, Tensor], Tensor]:
+    """The weights that a small model has from one seed, and its logits in training from others."""
+    torch.manual_seed(0)
+    model = Decoder(config)
+    drawn = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():  # biases that start at zero and scales that start at one hide much
+        torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return drawn, model(torch.arange(16).view(2, 8))
+
+
+def same_twins(one: tuple[dict[str, Tensor], Tensor], other: tuple[dict[str, Tensor], Tensor]) -> bool:
+    (weights, logits), (other_weights, other_logits) = one, other
     same = weights.keys() == other_weights.keys() and all(
         torch.equal(p, other_weights[name]) for name, p in weights.items()
     )

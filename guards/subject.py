@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from architecture import Decoder
@@ -96,6 +95,7 @@ def awake(model: Decoder) -> Iterator[None]:
 
 PASS_ELEMENTS = 3e10  # parameters x tokens of a forward pass: 0.3 s on two cores
 SHORTEST_PASS = 16  # tokens
+LARGE = 3e8  # weights, from which on a guard looks at a part
 
 
 def tokens_of_a_pass(model: Decoder) -> int:
@@ -103,11 +103,18 @@ def tokens_of_a_pass(model: Decoder) -> int:
     return int(PASS_ELEMENTS / n_weights(model))
 
 
-def affordable(subject: Subject, batch: Batch, whole_rows: bool = False) -> Batch:
-    """The first rows: all of them for small models, for those of 1B and more a part of one, with labels."""
-    tokens = tokens_of_a_pass(subject.model)
+def is_large(model: Decoder) -> bool:
+    return n_weights(model) > LARGE
+
+
+def affordable(subject: Subject, batch: Batch, passes: float = 1) -> Batch:
+    """The first rows: all of them for small models, for those of 1B and more a part of one, with labels.
+
+    `passes` times as many tokens as of a pass.
+    """
+    tokens = int(passes * tokens_of_a_pass(subject.model))
     length = batch.tokens.size(1)
-    if whole_rows or tokens >= length:
+    if tokens >= length:
         return Batch(*(t[: max(1, tokens // length)] for t in batch))
     bearing = (batch.labels != IGNORE_INDEX).nonzero()
     row, place = bearing[0].tolist() if len(bearing) else (0, 0)
@@ -116,25 +123,31 @@ def affordable(subject: Subject, batch: Batch, whole_rows: bool = False) -> Batc
     return Batch(*(t[row : row + 1, start : start + size] for t in batch))
 
 
-LARGE, SHOWN_BLOCKS = 3e8, 4
+def of_each_kind(model: Decoder) -> set[int]:
+    """The first block of each kind: its attention has a window or none."""
+    kinds = [block.get_submodule("attention").has_window for block in model.blocks]
+    return {*map(kinds.index, kinds)}
 
 
 @contextlib.contextmanager
-def shortened(model: Decoder) -> Iterator[None]:
-    """A model of hundreds of millions of weights with four of its blocks only, the first and last among them.
-
-    All blocks run one code; through 24 of them these guards would take a minute.
-    """
+def through(model: Decoder, chosen: set[int]) -> Iterator[None]:
+    """The model with these of its blocks only."""
     blocks = model.blocks
-    if n_weights(model) <= LARGE or len(blocks) <= SHOWN_BLOCKS:
-        yield
-        return
-    chosen = np.linspace(0, len(blocks) - 1, SHOWN_BLOCKS).round().astype(int)
     try:
-        model.blocks = torch.nn.ModuleList(blocks[i] for i in chosen)
+        model.blocks = torch.nn.ModuleList(blocks[i] for i in sorted(chosen))
         yield
     finally:
         model.blocks = blocks
+
+
+def shortened(model: Decoder) -> contextlib.AbstractContextManager[None]:
+    """A large model with its first and its last block only, and the first of a kind that these are not of.
+
+    All blocks run one code; through 24 of them these guards would take a minute.
+    """
+    if not is_large(model):
+        return contextlib.nullcontext()
+    return through(model, {0, len(model.blocks) - 1} | of_each_kind(model))
 
 
 def tolerance_of(precision: Precision) -> float:

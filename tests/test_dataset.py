@@ -860,10 +860,37 @@ def test_regrouped_documents_that_belong_together_stay_on_one_side(tmp_path: Pat
     path.write_text("\n".join(map(json.dumps, rows)))
     sides: dict[bool, list[set[str]]] = {}
     for regroup in (False, True):
-        config = DataConfig(str(path), validation_one_in=3, test_one_in=3, regroup=regroup)
+        cache = str(tmp_path / "cache")
+        config = DataConfig(str(path), validation_one_in=3, test_one_in=3, regroup=regroup, cache=cache)
         found: dict[str, set[str]] = {}
         for side, document in split_documents(config):
             found.setdefault(document.name.split("-")[0], set()).add(side)
         sides[regroup] = list(found.values())
     assert any(len(both) == 3 for both in sides[False])
     assert all(len(both) == 1 for both in sides[True])
+
+
+def test_groups_are_found_once_for_the_same_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import leaks
+
+    right, calls = leaks.regroup, []
+
+    def counted(documents: list[Document]) -> list[str]:
+        calls.append(len(documents))
+        return right(documents)
+
+    monkeypatch.setattr(leaks, "regroup", counted)
+    rows = [{"text": f"text of document {n} " * 9, "path": f"p{n}"} for n in range(40)]
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), regroup=True)
+    first = list(split_documents(config))
+    assert list(split_documents(config)) == first and calls == [40]
+    prepare_data(config, Bytes())
+    assert calls == [40]
+    # A damaged file is made again, and other documents have groups of their own.
+    (file,) = Path(config.cache).glob("groups-*.json")
+    for damaged in (b"[", json.dumps(["p0"] * 39).encode(), json.dumps([0] * 40).encode(), b"\xff"):
+        file.write_bytes(damaged)
+        assert list(split_documents(config)) == first
+    assert calls == [40] * 5
+    write_rows(tmp_path / "rows.jsonl", [rows[0] | {"text": "other"}, *rows[1:]])
+    assert next(d.text for _, d in split_documents(config)) == "other" and len(calls) == 6

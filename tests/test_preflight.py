@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import guards.probe
 import plants
 import preflight
 from architecture import Decoder
@@ -223,14 +224,20 @@ def test_an_allowed_fault_of_the_first_steps_is_recorded_at_once(
     assert seen == [["clip-ignored"]]
 
 
-def test_a_large_model_is_looked_at_through_four_blocks_and_a_part_of_a_row(
+def test_a_large_model_is_looked_at_through_two_blocks_and_a_part_of_a_row(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Faults are seen as in all of it, also in the last block, and the model is whole again afterwards."""
     monkeypatch.setattr(looking, "LARGE", 0)
     monkeypatch.setattr(looking, "PASS_ELEMENTS", 1)
-    settings: dict[str, dict[str, Any]] = {"model": {"n_layer": 6}}
+    settings: dict[str, dict[str, Any]] = {
+        "model": {"n_layer": 6, "sliding_window": 9, "window_layers": (3,)}
+    }
+    seen = []
+    monkeypatch.setitem(preflight.GUARDS, "probe", lambda subject: seen.extend(subject.model.blocks) or ())
     healthy = train(small_config(folder, settings))
+    assert [block.get_submodule("attention").layer for block in seen] == [0, 3, 5]  # 3 is of another kind
+    monkeypatch.setitem(preflight.GUARDS, "probe", preflight.probe)
     assert len(healthy.model.blocks) == 6
     right = Decoder.__init__
 
@@ -241,3 +248,29 @@ def test_a_large_model_is_looked_at_through_four_blocks_and_a_part_of_a_row(
 
     monkeypatch.setattr(Decoder, "__init__", wrong)
     assert "future-visible" in outcome(small_config(folder, settings))
+
+
+# What a guard looks at by a part of a large model: all of these must be seen in the part too.
+OF_A_PART = [
+    plant
+    for plant in PLANTS
+    if plant.name.startswith(
+        ("M1 ", "M2 ", "M3 ", "M4 ", "M6 ", "M8 ", "M9 ", "E1 ", "E4 ", "E5 ", "E7 ", "E8 ")
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", OF_A_PART, ids=lambda plant: plant.name)
+def test_a_planted_fault_of_a_large_model_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe's short rows too, with one long one; and the fewest new tokens."""
+    for module, name, value in (
+        (looking, "LARGE", 0),
+        (looking, "PASS_ELEMENTS", 1),
+        (guards.probe, "PROBE_ELEMENTS", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    settings = {"model": {"n_layer": 4}} if "base" not in plant.settings.get("train", {}) else {}
+    (result,) = run_plants([dataclasses.replace(plant, settings=plants.merged(plant.settings, settings))])
+    assert plant.expected in result.caught
+    assert not result.healthy
