@@ -183,9 +183,11 @@ class Completion(NamedTuple):
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """[start] + encode(text), as every training document starts; see `Tokenizer.start_id`.
+    """[start] + encode(text), the one way to build a prompt, in training, evaluation and serving.
 
-    The one way to build a prompt, in training, evaluation and serving.
+    What stands before the text is a fact of the tokenizer's files. Those of whatever is trained here have a
+    start, as every document that was trained; those of a published model have what transformers puts before
+    a text, and for many families that is nothing: see `PretrainedTokenizer.start_id`.
     """
     before = [] if tokenizer.start_id is None else [tokenizer.start_id]
     return before + tokenizer.encode(text)

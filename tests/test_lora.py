@@ -6,6 +6,8 @@ import copy
 import math
 from typing import Any
 
+import bitsandbytes
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ from loss import token_loss
 from lowrank import Drop, add_term, dropped, linear_with_term
 from merging import merge, merge_checked, merge_report, unmerge
 from pretrained import FAMILIES
+from quantize import Linear4bit
 from targets import matches, select_targets
 
 TOKENS = torch.randint(53, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -470,6 +473,36 @@ def test_a_merge_can_let_go_of_the_old_weights() -> None:
     with pytest.raises(ValueError, match="nothing to undo"):
         unmerge(model)
     add_adapter(model, LoraConfig(r=2))  # it is a plain model again
+
+
+def test_a_requantised_merge_is_that_of_peft() -> None:
+    """PEFT adds the change to the dequantised weight and quantises the sum."""
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 192)
+    theirs: Any = nn.Sequential(
+        bitsandbytes.nn.Linear4bit(128, 192, quant_type="nf4", compress_statistics=True)
+    )
+    theirs[0].weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    theirs[0].bias = linear.bias
+    theirs.is_loaded_in_4bit = True
+    theirs = peft.get_peft_model(theirs.to("cpu"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
+    pair = theirs.base_model.model[0]
+    ours = nn.Sequential(Linear4bit.from_linear(linear))
+    add_adapter(ours, LoraConfig(r=4, alpha=8, targets=("0",)), lambda name: name)
+    (change,) = (module.adapters["default"] for module in wrappers(ours).values())
+    with torch.no_grad():
+        for a, b in ((pair.lora_A, change.a), (pair.lora_B, change.b)):
+            b.copy_(a["default"].weight.normal_(std=0.1))
+    before = ours[0].base.weight
+    merge(ours, keep=False, requantise=True)
+    with pytest.warns(UserWarning, match="rounding errors"):
+        pair.merge()
+    weight = pair.get_base_layer().weight
+    merged = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    assert isinstance(ours[0], Linear4bit) and not torch.equal(ours[0].weight, before)
+    assert float((ours[0].weight != merged).float().mean()) < 1e-3
 
 
 def test_an_adapter_of_rounded_weights_is_not_merged_into_full_ones() -> None:
