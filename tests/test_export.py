@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from test_finetune import base, config, logits, other
 
-from config import Config
+from config import Config, one_sentence
 from export import ExportConfig, export
 from generate import prompt_ids
 from lora import LowRank
@@ -162,6 +162,14 @@ def test_a_mistake_is_one_sentence(words: list[str], sentence: str) -> None:
         [sys.executable, str(HOUSE / "export.py"), *words], capture_output=True, text=True, cwd=HOUSE
     )
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (Path(__file__) / "x", Path("/proc/x")):
+        with pytest.raises(SystemExit), one_sentence():
+            path.mkdir()
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {path} cannot be used (") and "name another file or folder" in said
 
 
 def test_a_merge_that_forgets_some_modules_is_refused(

@@ -1,10 +1,12 @@
 """`python generate.py`: what it streams, fill-in-the-middle, and mistakes in one sentence."""
 
+import copy
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tokenizers
@@ -132,24 +134,44 @@ BASES: dict[str, Tokenizer] = {
 @given(data=st.data())
 def test_what_is_streamed_is_never_taken_back(name, data):
     tokenizer = BASES[name]
-    text = data.draw(st.text(alphabet="ab (\n\tAÉé→\U0001f40d", max_size=12))
+    text = data.draw(st.text(alphabet="ab_ (\n\tAÉé→\U0001f40d", max_size=24))
     ids = tokenizer.encode(text)
     if name != "fallback" and data.draw(st.booleans()):  # bytes that are no text, case marks, anything
         ids += data.draw(st.lists(st.integers(3, tokenizer.vocab_size - 1), max_size=8))
     stops = tuple(data.draw(st.lists(st.text(alphabet="ab (\né", min_size=1, max_size=3), max_size=2)))
-    before, given_out = tokenizer.encode("def f"), []
-    stream = _Stream(tokenizer, before, stops, given_out.append)
-    for n in range(1, len(ids) + 1):
-        whole = added_text(tokenizer, before, ids[:n])
-        if any(string in whole for string in stops):
-            ids = ids[:n]
-            break
-        stream.read(ids[:n])
+    asked = data.draw(
+        st.sampled_from(["def f", "A\nx = 1\n    return MAX_", "é\n→\n", "\n" + "é" * 9 + "\na"])
+    )
+    before, given_out = tokenizer.encode(asked), []
+    with patch.object(command, "SETTLED_EVERY", 1), patch.object(command, "CONTEXT", 4):
+        stream = _Stream(tokenizer, before, stops, given_out.append)
+        for n in range(1, len(ids) + 1):
+            whole = added_text(tokenizer, before, ids[:n])
+            if any(string in whole for string in stops):
+                ids = ids[:n]
+                break
+            stream.read(ids[:n])
     whole = added_text(tokenizer, before, ids)
     final = whole[: min((whole.find(s) for s in stops if s in whole), default=None)]
     assert final.startswith("".join(given_out))
     stream.end(final)
     assert "".join(given_out) == final
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in BASES if name != "fallback"]
+)  # of which nothing is certain before its end
+def test_a_token_of_a_stream_costs_the_same_after_a_long_prompt(name, monkeypatch):
+    tokenizer = copy.copy(BASES[name])
+    before = tokenizer.encode("def f(a_b, É):\n    return a_B\n" * 200)
+    ids = tokenizer.encode("def f(a_b):\n    return a_B # é\n" * 20)
+    decoded, given_out, right = [], [], tokenizer.decode
+    stream = _Stream(tokenizer, before, (), given_out.append)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: decoded.append(len(ids)) or right(ids))
+    for n in range(1, len(ids) + 1):
+        stream.read(ids[:n])
+    assert max(decoded) < 300 < len(before) and sum(decoded) < 1000 * len(ids)
+    assert "".join(given_out).rstrip() == added_text(tokenizer, before, ids).rstrip()
 
 
 def test_a_stream_that_kept_nothing_back_would_be_noticed():
