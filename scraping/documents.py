@@ -1,0 +1,178 @@
+"""What a corpus is made of: files as they were fetched, documents as they are cleaned, and shards of them.
+
+A `RawFile` is bytes from a stranger. A `Document` is text. A stage is a function from a `Document` to a
+`Document` or to a `Drop`, which says why it goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROW_GROUP_BYTES = 32 * 2**20  # of text, so that reading and writing take the same memory for any corpus
+UNKNOWN = ""  # the licence of what names none, or one that cannot be told
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A file as it was fetched.
+
+    Args:
+        repository: `owner/name`, or the name of a folder, site or package.
+        path: Inside the repository, with `/`; spelled by `path_text`.
+        commit: That it was read at, or a version; "" where there is none.
+        licence: SPDX expression that the repository claims; UNKNOWN where it does not.
+        data: The file's bytes.
+    """
+
+    repository: str
+    path: str
+    commit: str
+    licence: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text on its way through the stages; the fields are those of `RawFile`.
+
+    Args:
+        cluster: The group of near duplicates it belongs to: the least `name` among them. A split keeps
+            a cluster on one side. "" before clusters are known.
+    """
+
+    text: str
+    repository: str
+    path: str
+    commit: str
+    licence: str
+    cluster: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.repository}/{self.path}"
+
+    @property
+    def sha256(self) -> str:
+        """Of the text as it stands, in UTF-8."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Why a document goes.
+
+    Args:
+        reason: One of the stage's few reasons, counted by its spelling, as in `too short`.
+        evidence: What was found, for a reader; never a secret.
+    """
+
+    reason: str
+    evidence: str = ""
+
+
+def path_text(path: bytes) -> str:
+    """A path of any bytes as text that can be stored and shown; different paths have different texts.
+
+    UTF-8 that prints stays as it is; the bytes of anything else, and of a backslash, are written as `\\x0a`.
+    """
+    text = path.decode("utf-8", "surrogateescape")
+    if "\\" not in text and text.isprintable():
+        return text
+    return "".join(
+        c
+        if c.isprintable() and c != "\\"
+        else "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape"))
+        for c in text
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Shards
+
+
+def shard_path(folder: Path, number: int, shards: int) -> Path:
+    """`folder/part-00003-of-00016.parquet`."""
+    return folder / f"part-{number:05}-of-{shards:05}.parquet"
+
+
+def write_shard(path: Path, documents: Iterable[Document]) -> int:
+    """Write documents as Parquet with zstd, or as JSONL.gz by the path's ending; how many there were.
+
+    The same documents give the same bytes. The file appears whole or not at all.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    count = 0
+    try:
+        write = _write_jsonl if path.name.endswith(".jsonl.gz") else _write_parquet
+        count = write(partial, documents)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _row(document: Document) -> dict[str, str]:
+    return dataclasses.asdict(document) | {"sha256": document.sha256}
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[dict[str, str]]]:
+    rows: list[dict[str, str]] = []
+    size = 0
+    for document in documents:
+        rows.append(_row(document))
+        size += len(document.text)
+        if size >= ROW_GROUP_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _write_parquet(path: Path, documents: Iterable[Document]) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [*(field.name for field in dataclasses.fields(Document)), "sha256"]
+    schema = pa.schema([(field, pa.large_string() if field == "text" else pa.string()) for field in fields])
+    count = 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for rows in _groups(documents):
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            count += len(rows)
+    return count
+
+
+def _write_jsonl(path: Path, documents: Iterable[Document]) -> int:
+    count = 0
+    # Without a name and a time in its header, gzip of equal rows is equal.
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as lines:
+        for document in documents:
+            lines.write(json.dumps(_row(document), ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
+
+
+def read_shard(path: Path) -> Iterator[Document]:
+    """The documents of a Parquet shard, in order, with a bounded number in memory.
+
+    Raises:
+        ValueError: the file is not a whole shard.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [field.name for field in dataclasses.fields(Document)]
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64, columns=names):
+                for row in batch.to_pylist():
+                    yield Document(**row)
+    except (pa.ArrowException, OSError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a whole shard of documents: {str(error).splitlines()[0]}") from error
