@@ -1001,8 +1001,9 @@ class PretrainedTokenizer(Tokenizer):
         start = self.eos_id if self.bos_id is None else self.bos_id
         if self._start_id is not None or start is None:
             return self
-        state = json.loads(self._files[_HF_FILE])
-        state["post_processor"] = _put_before(self._tokenizer.id_to_token(start), start)
+        token, state = self._tokenizer.id_to_token(start), json.loads(self._files[_HF_FILE])
+        assert token is not None, "its id was found by its text"
+        state["post_processor"] = _put_before(token, start)
         started = PretrainedTokenizer(self._files | {_HF_FILE: json.dumps(state, ensure_ascii=False)})
         started.eos_ids = self.eos_ids
         return started

@@ -53,7 +53,7 @@ def trained(
     return PretrainedTokenizer({"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
 
 
-STARCODER = trained((*MARKERS[0], "<fim_pad>", "<file_sep>", "<repo_name>", "<filename>"))
+STARCODER = trained((*MARKERS[0], "<fim_pad>", "<file_sep>", "<repo_name>", "<filename>")).with_start()
 
 
 # --- fill-in-the-middle -----------------------------------------------------------------------------
