@@ -116,10 +116,9 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
         OSError: the cache cannot be written, or the disk is full; nothing half-written stays.
     """
     if tokenizer.start_id is None:  # the first bytes of each document would count and never be predicted
-        raise ValueError(
-            "the tokenizer has nothing to start a document with; take its `with_start()`, or name bos or eos "
-            "in its tokenizer_config.json"
-        )
+        if tokenizer.with_start().start_id is not None:
+            raise ValueError("the tokenizer puts nothing before a text; train with its with_start()")
+        raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
     report = Report()

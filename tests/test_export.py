@@ -100,7 +100,7 @@ def test_a_merge_that_is_requantised_is_judged_by_what_is_written(config: Config
     assert float((again - found).abs().max()) < 0.2 * gap
     with pytest.raises(ValueError, match="was not held in nf4"):
         plain = train(other(config, max_steps=1, run=f"{config.train.run}2")).folder
-        export(ExportConfig(str(tmp_path / "no"), **asked | {"run": str(plain)}))
+        export(ExportConfig(str(tmp_path / "no"), str(plain), merge=True, requantise=True))
 
 
 def test_prompts_and_ends_are_those_of_the_base_and_then_those_of_training(

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import re
 import subprocess
 import sys
@@ -141,7 +140,7 @@ def unsettled(tokenizer: Tokenizer, before: list[int], stops: tuple[str, ...] = 
     """One that decodes all at each token."""
     with patch.object(_Stream, "_settle"):
         stream = _Stream(tokenizer, before, stops, lambda text: None)
-    stream.next_settled = math.inf
+    stream.next_settled = 10**9
     return stream
 
 

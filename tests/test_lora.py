@@ -494,17 +494,16 @@ def test_a_requantised_merge_is_that_of_peft() -> None:
     """PEFT adds the change to the dequantised weight and quantises the sum."""
     torch.manual_seed(0)
     linear = nn.Linear(128, 192)
-    theirs: Any = nn.Sequential(
-        bitsandbytes.nn.Linear4bit(128, 192, quant_type="nf4", compress_statistics=True)
-    )
-    theirs[0].weight = bitsandbytes.nn.Params4bit(
+    bnb: Any = bitsandbytes
+    theirs: Any = nn.Sequential(bnb.nn.Linear4bit(128, 192, quant_type="nf4", compress_statistics=True))
+    theirs[0].weight = bnb.nn.Params4bit(
         linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
     )
     theirs[0].bias = linear.bias
     theirs.is_loaded_in_4bit = True
     theirs = peft.get_peft_model(theirs.to("cpu"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
-    pair = theirs.base_model.model[0]
-    ours = nn.Sequential(Linear4bit.from_linear(linear))
+    pair: Any = theirs.base_model.model[0]
+    ours: Any = nn.Sequential(Linear4bit.from_linear(linear))
     add_adapter(ours, LoraConfig(r=4, alpha=8, targets=("0",)), lambda name: name)
     (change,) = (module.adapters["default"] for module in wrappers(ours).values())
     with torch.no_grad():
@@ -515,7 +514,7 @@ def test_a_requantised_merge_is_that_of_peft() -> None:
     with pytest.warns(UserWarning, match="rounding errors"):
         pair.merge()
     weight = pair.get_base_layer().weight
-    merged = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    merged = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     assert isinstance(ours[0], Linear4bit) and not torch.equal(ours[0].weight, before)
     assert float((ours[0].weight != merged).float().mean()) < 1e-3
 

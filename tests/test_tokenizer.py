@@ -469,8 +469,8 @@ class TestSaveLoad:
 
     def test_ends_beside_the_own_one_are_kept(self, tmp_path: Path, bpe: BPETokenizer, tiny: Any) -> None:
         bpe.save(tmp_path / "hf")
-        for n, tokenizer in enumerate((tiny, bpe, PretrainedTokenizer.load(tmp_path / "hf"))):
-            tokenizer = copy.copy(tokenizer)
+        for n, kept in enumerate((tiny, bpe, PretrainedTokenizer.load(tmp_path / "hf"))):
+            tokenizer: Any = copy.copy(kept)
             assert load_tokenizer(saved(tokenizer, tmp_path / f"none{n}")).eos_ids == ()
             tokenizer.eos_ids = (tokenizer.eos_id,)  # which says nothing new
             assert not (saved(tokenizer, tmp_path / f"one{n}") / "generation_config.json").exists()
@@ -479,9 +479,9 @@ class TestSaveLoad:
             again = type(tokenizer).load(folder)
             assert again.eos_ids == (5, 2, 7) and again.fingerprint == tokenizer.fingerprint
             assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [5, 2, 7]
-            for ids, kept in ((9, (9,)), ([9, 10**6], (9,)), (None, ()), ([], ())):
+            for ids, left in ((9, (9,)), ([9, 10**6], (9,)), (None, ()), ([], ())):
                 (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-                assert load_tokenizer(folder).eos_ids == kept
+                assert load_tokenizer(folder).eos_ids == left
             for wrong in ("x", [1, True], -1, [[1]], {"a": 1}, 1.0):
                 (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
                 with pytest.raises(ValueError, match=r"config.json has eos_token_id .*must be an id"):
