@@ -505,6 +505,7 @@ def test_a_requantised_merge_is_that_of_peft() -> None:
     pair: Any = theirs.base_model.model[0]
     ours: Any = nn.Sequential(Linear4bit.from_linear(linear))
     add_adapter(ours, LoraConfig(r=4, alpha=8, targets=("0",)), lambda name: name)
+    change: Any
     (change,) = (module.adapters["default"] for module in wrappers(ours).values())
     with torch.no_grad():
         for a, b in ((pair.lora_A, change.a), (pair.lora_B, change.b)):
