@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -177,16 +177,22 @@ ROTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def made_again(y: Tensor, thin: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
+NOTHING = nullcontext()
+
+
+def made_again(
+    y: Tensor, thin: bool, function: Callable[..., Tensor], *inputs: Tensor
+) -> AbstractContextManager[None]:
     """Inside, and if `thin`, what autograd would keep of y is made again in backward: y = function(*inputs).
 
     A norm or an activation keeps its input, and a linear that trains or has an adapter keeps its own, which
     is the output of the former. Both are needed in backward, but one is cheap to make of the other.
     """
-    if not thin or not y.requires_grad:
-        yield
-        return
+    return _made_again(y, function, *inputs) if thin and y.requires_grad else NOTHING
+
+
+@contextmanager
+def _made_again(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
     device, address, size = y.device.type, y.data_ptr(), y.numel()  # not y: autograd keeps the hooks
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 

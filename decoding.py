@@ -91,7 +91,7 @@ class KVCache:
         """Append keys and values (B, H_kv, T, D); returns all so far, (B, H_kv, length, D)."""
         self._keys[layer] = keys = self._extended(self._keys[layer], k, 2)
         self._values[layer] = values = self._extended(self._values[layer], v, 2)
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows (n,) in this order: drops finished rows, copies and reorders beams."""

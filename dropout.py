@@ -33,12 +33,13 @@ class _DropoutByBits(torch.autograd.Function):
         # Seeded by torch's generator, so that its state is all there is to save.
         ctx.drawn = int(torch.randint(2**62, ())), x.shape, dropped, x.dtype
         factor = dropout_factor(*ctx.drawn)
-        ctx.factor = None if thin else factor
+        if not thin:
+            ctx.save_for_backward(factor)  # not as an attribute, which a block that is made again would keep
         return x * factor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        factor = dropout_factor(*ctx.drawn) if ctx.factor is None else ctx.factor
+        (factor,) = ctx.saved_tensors or (dropout_factor(*ctx.drawn),)
         return grads[0] * factor, None, None
 
 

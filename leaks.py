@@ -25,16 +25,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # it has no stubs
 
+import shingles
 from config import write_atomically
 from corpus import Document, utf8
 from fim import in_text_order, known_markers
+from shingles import UNIT, Batch, Units, Words, bands, batches, mixed
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -50,7 +50,6 @@ WINDOW_BYTES = 240  # what 50 words of code take: the window of a store has as m
 BOILERPLATE_SHARE, BOILERPLATE_DOCUMENTS = 0.05, 20
 PERMUTATIONS, BANDS = 128, 32  # finds 99.98% of pairs at Jaccard 0.7: 1 - (1 - 0.7**4)**32
 BUCKET = 32  # candidates looked at in a bucket of the index; more of them are near duplicates of each other
-BATCH_UNITS = 2**19
 HELD_OUT_UNITS = 2**22  # of a store; beyond that, whole documents are sampled by name
 REGROUP_WINDOWS = 2**22
 LINKED = 0.3  # `regroup` puts two documents together when this share of the shorter one stands in the other
@@ -139,8 +138,8 @@ class Overlap:
 
 def overlap(train: Iterable[Document], held_out: Iterable[Document]) -> Overlap:
     """Compare texts, in words and punctuation marks. The order of documents does not matter."""
-    documents, words = list(held_out), _Words()
-    held = [words.units(document) for document in documents]
+    documents, words = list(held_out), Words()
+    held = [_units(words, document) for document in documents]
 
     def excerpt(number: int, unit: int) -> str:
         document = documents[number]
@@ -148,7 +147,7 @@ def overlap(train: Iterable[Document], held_out: Iterable[Document]) -> Overlap:
         word = next(itertools.islice(UNIT.finditer(text), unit, None))
         return text[word.start() : word.start() + 200]
 
-    return _compare(map(words.units, train), held, len(held), WINDOW, excerpt)
+    return _compare(map(partial(_units, words), train), held, len(held), WINDOW, excerpt)
 
 
 def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
@@ -180,7 +179,7 @@ def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer)
 
 
 def _store_key(train: TokenStore, held_out: TokenStore) -> str:
-    key = hashlib.sha256(Path(__file__).read_bytes())
+    key = hashlib.sha256(Path(__file__).read_bytes() + Path(shingles.__file__).read_bytes())
     for store in (train, held_out):
         key.update((store.folder / "index.json").read_bytes())  # holds the SHA-256 of each file
         key.update(store.split.encode())
@@ -192,9 +191,9 @@ def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenize
     specials |= {*(markers := known_markers(tokenizer) or ())}
     blank = [i in specials or tokenizer.decode([i]).isspace() for i in range(held_out.vocab_size)]
     solid = ~np.array(blank)
-    values = _mixed(np.arange(held_out.vocab_size, dtype=np.uint64))
+    values = mixed(np.arange(held_out.vocab_size, dtype=np.uint64))
 
-    def units(store: TokenStore, number: int) -> _Units:
+    def units(store: TokenStore, number: int) -> Units:
         tokens = store.document(number)
         if not store.holds_examples:
             tokens = in_text_order(tokens, markers or None)
@@ -204,7 +203,7 @@ def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenize
         # A store knows no groups, but was split by them. Equal names are no group: many repositories hold a
         # setup.py. Names of pieces are one all the same.
         group = name if PIECE.search(name[-40:]) else ""
-        return _Units(name, group, values[tokens[keep]], start)
+        return Units(name, group, values[tokens[keep]], start)
 
     chosen = np.arange(held_out.n_documents)
     if held_out.n_tokens > HELD_OUT_UNITS:
@@ -227,7 +226,6 @@ def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenize
 
 # --- units -------------------------------------------------------------------------------------------
 
-UNIT = re.compile(r"\w+|[^\w\s]")
 # Names of pieces: FILE.EXT:12, FILE.EXT#3, FILE.EXT@L1-L9, ..._chunk_3, ...-part12. A file that merely ends
 # in a number is none of these.
 PIECE = re.compile(
@@ -237,118 +235,21 @@ PIECE = re.compile(
 )
 
 
-class _Units(NamedTuple):
-    name: str
-    group: str  # "" is none
-    ids: np.ndarray  # (n,) uint64, of prompt and text
-    start: int  # the first that is scored
+def _units(words: Words, document: Document) -> Units:
+    asked = "\n".join((document.prompt or "", document.suffix or ""))
+    prompt, text = words.ids(asked), words.ids(document.text)
+    return Units(document.name, document.group, np.concatenate((prompt, text)), len(prompt))
 
 
-class _Words(dict[str, int]):
-    """A 64-bit hash for each word. Not Python's own: that changes from process to process."""
-
-    def __missing__(self, word: str) -> int:
-        self[word] = value = int.from_bytes(hashlib.blake2b(utf8(word), digest_size=8).digest(), "little")
-        return value
-
-    def ids(self, text: str) -> np.ndarray:
-        words = UNIT.findall(text)
-        return np.fromiter(map(self.__getitem__, words), np.uint64, len(words))
-
-    def units(self, document: Document) -> _Units:
-        asked = "\n".join((document.prompt or "", document.suffix or ""))
-        prompt, text = self.ids(asked), self.ids(document.text)
-        return _Units(document.name, document.group, np.concatenate((prompt, text)), len(prompt))
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """A one-to-one scramble of 64-bit numbers: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    values = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _digest(document: _Units, least: int) -> bytes:
+def _digest(document: Units, least: int) -> bytes:
     """SHA-256 of the scored text; below `least` units the prompt belongs to it, for `return x` is no leak."""
     ids = document.ids[document.start :]
     return hashlib.sha256((ids if len(ids) >= least else document.ids).tobytes()).digest()
 
 
-def _group(document: _Units) -> str:
+def _group(document: Units) -> str:
     """The group without the number of a piece. Only the end is searched: a group may be a whole prompt."""
     return document.group[:-40] + PIECE.sub("", document.group[-40:])
-
-
-class _Batch:
-    """Documents end to end. `of` is the document each unit belongs to."""
-
-    def __init__(self, documents: list[_Units]):
-        self.documents = documents
-        self.ids = np.concatenate([d.ids for d in documents]) if documents else np.empty(0, np.uint64)
-        self.lengths = np.array([len(d.ids) for d in documents], np.int64)
-        self.ends = np.cumsum(self.lengths)
-        self.starts = self.ends - self.lengths
-        self.scored_from = self.starts + np.array([d.start for d in documents], np.int64)
-        self.of = np.repeat(np.arange(len(documents)), self.lengths)
-        sums = np.cumsum(self.ids * _powers(len(self.ids))[0], dtype=np.uint64)
-        self._sums = np.concatenate((np.zeros(1, np.uint64), sums))
-
-    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(places, hashes) of all runs of `length` units inside one document.
-
-        The hash is the sum of unit times B**place modulo 2**64, from sums over the whole batch.
-        """
-        places = np.arange(len(self.ids) - length + 1)
-        if not len(places):
-            return places[:0], self.ids[:0]
-        hashes = (self._sums[length:] - self._sums[:-length]) * _powers(len(self.ids))[1][: len(places)]
-        inside = self.of[: len(places)] == self.of[length - 1 :]
-        return places[inside], hashes[inside]
-
-    def signatures(self, shingle: int, least: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents, MinHash signatures (n, PERMUTATIONS)) of the scored texts of at least `least` units."""
-        places, hashes = self.windows(shingle)
-        scored = places >= self.scored_from[self.of[places]]
-        rows = np.bincount(self.of[places[scored]], minlength=len(self.documents))
-        long = self.ends - self.scored_from >= least
-        keep = long[self.of[places[scored]]]
-        offsets = np.concatenate(([0], np.cumsum(rows[long]))).astype(np.uint64)
-        flat = np.ascontiguousarray(_mixed(hashes[scored][keep]))
-        matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, PERMUTATIONS, 1)
-        return np.flatnonzero(long), np.array(matrix.to_rows(), np.uint32).reshape(-1, PERMUTATIONS)
-
-
-@lru_cache(maxsize=4)
-def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """B**0, B**1, ... modulo 2**64, and their inverses."""
-    base = 0x9E3779B97F4A7C15
-    both = []
-    for factor in (base, pow(base, -1, 2**64)):
-        powers = np.full(length, factor, np.uint64)
-        powers[:1] = 1
-        both.append(np.cumprod(powers, dtype=np.uint64))
-    return both[0], both[1]
-
-
-def _batches(documents: Iterable[_Units]) -> Iterator[_Batch]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.ids)
-        if size >= BATCH_UNITS:
-            yield _Batch(batch)
-            batch, size = [], 0
-    if batch:
-        yield _Batch(batch)
-
-
-def _bands(signatures: np.ndarray) -> np.ndarray:
-    """(n, BANDS) uint64: equal where two signatures agree in a whole band."""
-    rows = PERMUTATIONS // BANDS
-    bands = signatures.reshape(len(signatures), BANDS, rows).astype(np.uint64)
-    factors = _mixed(np.arange(rows, dtype=np.uint64)) | np.uint64(1)
-    return _mixed((bands * factors).sum(2, dtype=np.uint64) + _mixed(np.arange(BANDS, dtype=np.uint64)))
 
 
 # --- comparing ---------------------------------------------------------------------------------------
@@ -377,7 +278,7 @@ class _Needles:
         found = self.values[needle] == hashes[maybe] if len(self.values) else np.zeros(0, bool)
         return maybe[found], needle[found]
 
-    def count(self, batch: _Batch, length: int, keys: np.ndarray) -> np.ndarray:
+    def count(self, batch: Batch, length: int, keys: np.ndarray) -> np.ndarray:
         """Look through a batch of training documents; returns those in which something was found."""
         places, hashes = batch.windows(length)
         found, needle = self.find(hashes)
@@ -394,15 +295,15 @@ def _name_key(name: str) -> int:
 
 
 def _compare(
-    train: Iterable[_Units],
-    held: list[_Units],
+    train: Iterable[Units],
+    held: list[Units],
     of_documents: int,
     window: int,
     excerpt: Callable[[int, int], str],
 ) -> Overlap:
     """`excerpt(number, unit)` is the held-out text from that unit on."""
     least, shingle = window // 3, max(SHINGLE, window // 10)
-    ours = _Batch(held)
+    ours = Batch(held)
     scored = ours.ends - ours.scored_from
 
     places, hashes = ours.windows(window)
@@ -420,8 +321,8 @@ def _compare(
             short[length] = documents, head, tail
             needles[length] = _Needles(np.concatenate((head, tail)))
 
-    signed, signatures = ours.signatures(shingle, least)
-    bands = _bands(signatures)
+    signed, signatures = ours.signatures(shingle, least, PERMUTATIONS)
+    ours_in_bands = bands(signatures, BANDS)
     digests: dict[bytes, list[int]] = defaultdict(list)
     for number, document in enumerate(held):
         if scored[number]:
@@ -432,7 +333,7 @@ def _compare(
     near: dict[int, tuple[float, str]] = {}
     names: dict[int, str] = {}
     n_train = 0
-    for batch in _batches(train):
+    for batch in batches(train):
         n_train += len(batch.documents)
         keys = np.array([_name_key(document.name) for document in batch.documents], np.uint64)
         for length, needle in needles.items():
@@ -443,8 +344,8 @@ def _compare(
                 exact[number] = min(document.name, exact.get(number, document.name))
             if (group := _group(document)) in our_groups:
                 groups[group] = min(document.name, groups.get(group, document.name))
-        theirs, others = batch.signatures(shingle, least)
-        for i, j, similarity in _near(bands, signatures, others):
+        theirs, others = batch.signatures(shingle, least, PERMUTATIONS)
+        for i, j, similarity in _near(ours_in_bands, signatures, others):
             name, number = batch.documents[theirs[j]].name, int(signed[i])
             # The most similar; among equals the least name.
             near[number] = min((-similarity, name), near.get(number, (0.0, "")))
@@ -515,7 +416,7 @@ def _inside(places: np.ndarray, window: int, n_units: int) -> np.ndarray:
     return np.cumsum(edges)[:n_units] > 0
 
 
-def _near(bands: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, int, float]]:
+def _near(wanted: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, int, float]]:
     """Pairs (i, j, similarity) of signatures that agree in a band and in at least `NEAR` of all places.
 
     Of a bucket, the signatures equal in one band, the first `BUCKET` are looked at: time stays linear where
@@ -523,14 +424,14 @@ def _near(bands: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Iterator[t
     """
     if not len(ours) or not len(theirs):
         return
-    keys = _bands(theirs)
+    keys = bands(theirs, BANDS)
     order = np.argsort(keys, axis=None, kind="stable")
     flat = keys.ravel()[order]
-    left = np.searchsorted(flat, bands.ravel())
+    left = np.searchsorted(flat, wanted.ravel())
     pairs = []
     for step in range(BUCKET):
         at = np.minimum(left + step, len(flat) - 1)
-        hit = np.flatnonzero((left + step < len(flat)) & (flat[at] == bands.ravel()))
+        hit = np.flatnonzero((left + step < len(flat)) & (flat[at] == wanted.ravel()))
         if not len(hit):
             break
         pairs.append(hit // BANDS * len(theirs) + order[at[hit]] // BANDS)
@@ -556,7 +457,7 @@ def regroup(documents: Iterable[Document]) -> list[str]:
     groups joined, so that the order of documents does not matter. Above `REGROUP_WINDOWS` runs, those whose
     hash ends in enough zeros are compared, the same ones in every document.
     """
-    words, least = _Words(), WINDOW // 3
+    words, least = Words(), WINDOW // 3
     parents: list[int] = []
 
     def root(i: int) -> int:
@@ -572,7 +473,7 @@ def regroup(documents: Iterable[Document]) -> list[str]:
     signed, signatures = [], []
     windows = np.empty((2, 0), np.uint64)  # hash and document
     zeros = 0
-    for batch in _batches(map(words.units, documents)):
+    for batch in batches(map(partial(_units, words), documents)):
         start = len(names)
         for document in batch.documents:
             number = len(names)
@@ -583,13 +484,13 @@ def regroup(documents: Iterable[Document]) -> list[str]:
                 keys.append(b"text" + _digest(document, least))
             for key in keys:
                 join(number, first.setdefault(key, number))
-        theirs, rows = batch.signatures(SHINGLE, least)
+        theirs, rows = batch.signatures(SHINGLE, least, PERMUTATIONS)
         signed.append(theirs + start)
         signatures.append(rows)
         places, hashes = batch.windows(least)
         scored = places >= batch.scored_from[batch.of[places]]
         numbers = (batch.of[places[scored]] + start).astype(np.uint64)
-        windows = np.concatenate((windows, np.stack((_mixed(hashes[scored]), numbers))), 1)
+        windows = np.concatenate((windows, np.stack((mixed(hashes[scored]), numbers))), 1)
         while True:
             windows = windows[:, windows[0] & np.uint64(2**zeros - 1) == 0]
             if windows.shape[1] <= REGROUP_WINDOWS:
@@ -598,7 +499,7 @@ def regroup(documents: Iterable[Document]) -> list[str]:
     if not names:
         return []
     numbers, rows = np.concatenate(signed), np.concatenate(signatures)
-    for i, j, _ in _near(_bands(rows), rows, rows):
+    for i, j, _ in _near(bands(rows, BANDS), rows, rows):
         join(int(numbers[i]), int(numbers[j]))
     for i, j in _linked(windows, len(names)):
         join(i, j)

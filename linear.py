@@ -1,12 +1,12 @@
 """`Linear`: nn.Linear whose products of few rows are fast on a CPU, which is where decoding spends its time.
 
-A step of decoding multiplies every weight by as many rows as texts are under way. At one row in fp32 the time
-is that of reading the weights from memory, and nothing is gained here. The libraries behind `F.linear` lose
-time elsewhere, measured on two cores with AVX-512 and without native bf16, on 3072 x 768 and 49152 x 768:
+A step of decoding multiplies every weight by as many rows as texts are under way. At one row the time is that
+of reading the weights from memory, if torch's own kernel reads them. With more rows the libraries behind
+`F.linear` lose time, in fp32 since they pack the whole weight first. Shares of its time on two cores, without
+native bf16, on 3072 x 768 and 49152 x 768:
 
-    fp32, 8 rows    they pack the whole weight first: products of 64 of its rows take 0.6 and 0.4 of the time
-    bf16, 1 row     `mv` takes 0.8 to 0.9 of the time
-    bf16, 8 rows    a block of the weight made fp32 while it is in the cache takes 0.5 of the time
+    fp32, 8 rows    0.6 and 0.4 (AVX-512), 0.5 and 0.5 (AVX2)    products of 64 rows of the weight: `few_rows`
+    bf16, 8 rows    0.7 and 0.5 (AVX2)                           so from blocks made fp32: `emulated_bf16`
 
 Training and everything that takes gradients, autocast and other devices use `F.linear` itself. Sums are in
 fp32 everywhere; results differ by rounding only.
@@ -24,7 +24,8 @@ EMULATED_BF16 = not has_native_bf16(torch.device("cpu"))
 FEW_ROWS = 16  # from here on packing pays
 OUTPUTS = 64  # of one product of few rows
 LEAST = 2**20  # elements of a weight: smaller ones stay in the cache, and packing them costs little
-BLOCK, LARGE_BLOCK = 2**18, 2**22  # elements that are made fp32 at a time, for few rows and for many
+DOT_ROWS = 3  # for which dot products are fastest; each more takes as long again
+BLOCK, LARGE_BLOCK = 2**20, 2**22  # elements that are made fp32 at a time, for few rows and for many
 
 
 class Linear(nn.Linear):
@@ -40,12 +41,30 @@ class Linear(nn.Linear):
             return F.linear(x, weight, bias)
         rows = x.numel() // x.size(-1)
         if weight.dtype == torch.bfloat16 and EMULATED_BF16 and rows:
+            if rows <= DOT_ROWS:
+                return dotted_bf16(x, weight, bias)
             y = emulated_bf16(x.reshape(rows, -1), weight, bias)
         elif weight.dtype == torch.float32 and 1 < rows <= FEW_ROWS and weight.numel() >= LEAST:
             y = few_rows(x.reshape(rows, -1), weight, bias)
         else:
             return F.linear(x, weight, bias)
         return y.view(*x.shape[:-1], -1)
+
+
+def dotted_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` in bf16 by torch's own kernel, a dot product for each output.
+
+    On a CPU with AVX-512 `F.linear` prefers oneDNN, which emulates bf16 arithmetic. torch's kernel makes fp32
+    of what it reads, rounds once with the bias in, and at one row is as fast as memory. (`torch.addmv` is the
+    same product 8 times as slow: its kernel has no bias.)
+    """
+    backend = torch.backends.mkldnn
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        backend.enabled = before
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,14 +80,14 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def emulated_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (n, in) times weight (out, in), both bf16, where the CPU has no instruction for it: (n, out)."""
-    if len(x) == 1:
-        return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
     n_out, n_in = weight.shape
-    step = min(n_out, max(1, (BLOCK if len(x) <= 2 * FEW_ROWS else LARGE_BLOCK) // n_in))
+    few = len(x) <= FEW_ROWS
+    product = few_rows if few else F.linear
+    step = min(n_out, max(1, (BLOCK if few else LARGE_BLOCK) // n_in))
     block = torch.empty(step, n_in)
     x, y = x.float(), torch.empty(len(x), n_out, dtype=weight.dtype)
     for start in range(0, n_out, step):
         part = weight[start : start + step]
         added = None if bias is None else bias[start : start + step].float()
-        y[:, start : start + step] = F.linear(x, block[: len(part)].copy_(part), added)
+        y[:, start : start + step] = product(x, block[: len(part)].copy_(part), added)
     return y

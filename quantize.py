@@ -314,19 +314,24 @@ class _Product(torch.autograd.Function):
         ctx.kind, ctx.shape = kind, shape
         ctx.save_for_backward(*stored)
         y = x.new_empty(*x.shape[:-1], shape[0])
-        x, rows_of_y = x.reshape(-1, shape[1]), y.view(-1, shape[0])
         scale = kind.row_scale(stored, x.dtype)
+        # In bf16 a product that is scaled after it was rounded would be rounded twice.
+        dtype = x.dtype if scale is None else torch.promote_types(x.dtype, torch.float32)
+        x, rows_of_y = x.reshape(-1, shape[1]).to(dtype), y.view(-1, shape[0])
         with torch.autocast(x.device.type, enabled=False):
-            for rows, weight in _chunks(kind, shape, stored, x.dtype, x.size(0)):
+            for rows, weight in _chunks(kind, shape, stored, dtype, x.size(0)):
                 out = rows_of_y[:, rows]
                 if scale is None and bias is not None:
                     torch.addmm(bias[rows], x, weight.t(), out=out)
                     continue
-                torch.mm(x, weight.t(), out=out)
+                product = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=x.device)
+                torch.mm(x, weight.t(), out=product)
                 if scale is not None:
-                    out *= scale[rows]
+                    product *= scale[rows]
                 if bias is not None:
-                    out += bias[rows]
+                    product += bias[rows]
+                if product is not out:
+                    out.copy_(product)
         return y
 
     @staticmethod
@@ -334,18 +339,19 @@ class _Product(torch.autograd.Function):
         (out_features, in_features), dtype = ctx.shape, grads[0].dtype
         grad = grads[0].reshape(-1, out_features)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
-        others = None, None, *(None for _ in ctx.saved_tensors)
+        stored = ctx.saved_tensors  # once: a block that is made again gives them a single time
+        others = None, None, *(None for _ in stored)
         if not ctx.needs_input_grad[0]:
             return None, grad_bias, *others
-        scale = ctx.kind.row_scale(ctx.saved_tensors, dtype)
-        if scale is not None:
-            grad = (grad * scale).to(dtype)
+        scale = ctx.kind.row_scale(stored, dtype)
         # The sum over chunks is kept in fp32, so that they leave no trace in bf16.
         wide = torch.promote_types(dtype, torch.float32)
+        if scale is not None:
+            grad = grad * scale  # wide, and rounded once, at the end
         total = torch.zeros(grad.size(0), in_features, dtype=wide, device=grad.device)
         with torch.autocast(grad.device.type, enabled=False):
-            for rows, weight in _chunks(ctx.kind, ctx.shape, ctx.saved_tensors, dtype, grad.size(0)):
-                if dtype == wide:
+            for rows, weight in _chunks(ctx.kind, ctx.shape, stored, grad.dtype, grad.size(0)):
+                if grad.dtype == wide:
                     total.addmm_(grad[:, rows], weight)
                 else:
                     total += grad[:, rows] @ weight

@@ -1,7 +1,9 @@
 """A LoRA step at true shapes beside transformers with PEFT, in one run on one machine.
 
     python benchmarks/adapters.py starcoder-small --rows 2
-    python benchmarks/adapters.py starcoder
+    python benchmarks/adapters.py starcoder --held bf16
+    python benchmarks/adapters.py starcoder --held nf4 --recompute      # QLoRA in the least memory
+    python benchmarks/adapters.py starcoder-small --curve 100           # its losses beside those of bf16
 
 Random weights, the published sizes and the adapters of the five seeds; rows of 512 random tokens, the first
 half of each masked, as a prompt is. A step is forward, backward, clip and AdamW. Each side runs in a process
@@ -9,7 +11,11 @@ of its own, in the precision that is best for it on this machine, and the two ta
 (the median of the steps, the first left out) and the most memory that the process ever held.
 
 The peer is not padded, and its frozen weights are in the precision of its products. Ours is set up as
-`python trainingmanager.py --base` sets it up.
+`python trainingmanager.py --base` sets it up, with --recompute as by --train.activation_checkpointing true.
+
+With --curve ours alone trains on the bytes of Python's standard library, from one base: twice with the base
+in bf16, from two seeds of the adapters and their dropout, and once with it in nf4 and the first seed. The
+rows are the same. Printed are the losses, and the mean distance of the seeds beside that of the formats.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import json
 import resource
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,6 +77,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float, tuple[str, .
 }  # fmt: skip
 
 
+LAYERS = {
+    "gpt_bigcode": "n_layer",
+    "codegen": "n_layer",
+    "phi": "num_hidden_layers",
+    "llama": "num_hidden_layers",
+}
+
+
 def peer(shape: str, dtype: torch.dtype) -> tuple[Callable[[torch.Tensor, torch.Tensor], Any], Any, int]:
     """The loss of transformers with PEFT; its trained parameters; its vocabulary."""
     import peft
@@ -118,7 +133,10 @@ def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
     return model
 
 
-def ours(shape: str, dtype: torch.dtype, held: str) -> tuple[Callable[..., Any], Any, int]:
+def ours(
+    shape: str, dtype: torch.dtype, held: str, recompute: bool = False, seed: int = 0
+) -> tuple[Callable[..., Any], Any, int]:
+    """Like `peer`; the base is drawn by the random state as it is, the rest by `seed`."""
     from config import LoraConfig
     from dataset import Batch
     from lora import add_adapter
@@ -129,8 +147,11 @@ def ours(shape: str, dtype: torch.dtype, held: str) -> tuple[Callable[..., Any],
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     config = to_model(FAMILIES[family], values)
     model = drawn(config, dtype, None if held == "auto" else held)
+    torch.manual_seed(seed)
     add_adapter(model, LoraConfig(r, alpha, dropout, targets), FAMILIES[family].key)
-    model.keep_less()
+    model.checkpoint_activations = recompute
+    if not recompute:
+        model.keep_less()
     model.train()
     keep_freed_memory()
 
@@ -144,13 +165,52 @@ def ours(shape: str, dtype: torch.dtype, held: str) -> tuple[Callable[..., Any],
     return loss, [p for p in model.parameters() if p.requires_grad], config.vocab_size
 
 
-def worker(side: str, shape: str, rows: int, length: int, steps: int, held: str) -> dict[str, Any]:
+def curve(shape: str, rows: int, length: int, steps: int, held: str, seed: int) -> list[float]:
+    """Our loss of each step."""
+    library = Path(sysconfig.get_path("stdlib"))
+    text = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))
+    stream = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    torch.manual_seed(0)
+    dtype = choose_precision(choose_device("cpu"), "auto").dtype
+    loss, trained, _ = ours(shape, dtype, held, seed=seed)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    draw = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(stream) - length - 1, (rows,), generator=draw).tolist()
+        tokens = torch.stack([stream[start : start + length + 1] for start in starts])
+        objective = loss(tokens[:, :-1].contiguous(), tokens[:, 1:].clone())
+        objective.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(objective.item())
+    return losses
+
+
+def show_curves(shape: str, rows: int, length: int, steps: int) -> None:
+    runs = {"bf16": ("bf16", 1), "bf16, another seed": ("bf16", 2), "nf4": ("nf4", 1)}
+    losses = {name: torch.tensor(curve(shape, rows, length, steps, *run)) for name, run in runs.items()}
+    print(f"{shape}, {rows} x {length}, losses by step")
+    print("  step  " + "  ".join(f"{name:>8}" for name in losses))
+    for step in sorted({0, *range(9, steps, 10), steps - 1}):
+        print(
+            f"{step + 1:6}  " + "  ".join(f"{v[step]:{max(8, len(name))}.4f}" for name, v in losses.items())
+        )
+    for name, other in list(losses.items())[1:]:
+        gap = other - losses["bf16"]
+        print(f"{name} less bf16: mean {gap.mean():+.4f}, mean distance {gap.abs().mean():.4f}")
+
+
+def worker(
+    side: str, shape: str, rows: int, length: int, steps: int, held: str, recompute: bool
+) -> dict[str, Any]:
     torch.manual_seed(0)
     precision = choose_precision(choose_device("cpu"), "auto")
     if side == "peer":
         loss, trained, vocabulary = peer(shape, precision.dtype)
     else:
-        loss, trained, vocabulary = ours(shape, precision.dtype, held)
+        loss, trained, vocabulary = ours(shape, precision.dtype, held, recompute)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     draw = torch.Generator().manual_seed(1)
     seconds = []
@@ -183,9 +243,20 @@ def main() -> None:
         "--held", default="auto", choices=("auto", "bf16", "nf4"), help="how ours holds frozen weights"
     )
     parser.add_argument("--side", choices=("peer", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--recompute", action="store_true", help="ours makes each block again in backward")
+    parser.add_argument("--layers", type=int, default=0, help="fewer than the published number, of both")
+    parser.add_argument("--curve", type=int, default=0, help="steps of loss curves of ours, in bf16 and nf4")
     asked = parser.parse_args()
+    if asked.layers:
+        family, values, _ = SHAPES[asked.shape]
+        values[LAYERS[family]] = asked.layers
+    if asked.curve:
+        show_curves(asked.shape, asked.rows, asked.length, asked.curve)
+        return
     if asked.side:
-        result = worker(asked.side, asked.shape, asked.rows, asked.length, asked.steps, asked.held)
+        result = worker(
+            asked.side, asked.shape, asked.rows, asked.length, asked.steps, asked.held, asked.recompute
+        )
         print(json.dumps(result))
         return
     results: dict[str, list[dict[str, Any]]] = {"peer": [], "ours": []}
@@ -200,7 +271,10 @@ def main() -> None:
     assert len({result["trained"] for side in results.values() for result in side}) == 1
     rate = {side: median(r["tokens_per_second"] for r in found) for side, found in results.items()}
     peak = {side: median(r["peak_gb"] for r in found) for side, found in results.items()}
-    print(f"{asked.shape}, {asked.rows} x {asked.length}, half masked, frozen weights of ours: {asked.held}")
+    print(
+        f"{asked.shape}, {asked.rows} x {asked.length}, half masked, frozen weights of ours: {asked.held}"
+        + (", blocks made again in backward" if asked.recompute else "")
+    )
     print(f"transformers + PEFT  {rate['peer']:8.1f} tokens/s  {peak['peer']:5.2f} GB")
     print(f"ours                 {rate['ours']:8.1f} tokens/s  {peak['ours']:5.2f} GB")
     faster, smaller = rate["ours"] / rate["peer"], peak["ours"] / peak["peer"]

@@ -5,8 +5,13 @@
 The shape is that of a StarCoder of 117M parameters: 12 layers x 768, multi-query, a vocabulary of 49,152.
 transformers draws and writes the weights once, and both read that folder. They take turns in one process with
 the same threads; each turn continues the same prompts of 64 tokens by 128 greedy tokens. In fp32 all tokens
-have to agree. Medians over the turns, with the range of the ratio; the last column compares the fastest tenth
-of all single steps, which is what remains where other processes take the cores away in between.
+have to agree. Medians over the turns, with the range of the ratio; the column after it compares the fastest
+tenth of all single steps, which is what remains where other processes take the cores away in between.
+
+In bf16 two texts part for good at the first token where they round differently, which with random weights is
+soon; so how many tokens are equal says little. Instead both read the same text, ours in fp32, token by token
+through their caches, and the last columns say how far their logits are from those of fp32: the root of the
+mean square over the standard deviation of the logits of a step, and how often the likeliest token is fp32's.
 
 `--limit` also prints what the memory allows: the bytes of all weights that a step reads, over the rate at
 which a product of one row reads a weight that no cache holds. At one row in fp32 a step is little else.
@@ -22,6 +27,7 @@ from collections.abc import Callable
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,7 +36,7 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 from transformers.utils import logging
 
 from architecture import Decoder
-from decoding import generate_ids
+from decoding import KVCache, generate_ids
 from generate import GenerationConfig
 from pretrained import load_pretrained
 
@@ -94,6 +100,24 @@ def row_limit(model: Decoder) -> float:
     return rate / read
 
 
+def gaps(
+    logits: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]], texts: torch.Tensor, exact: torch.Tensor
+) -> tuple[float, float]:
+    """How far logits are from `exact` (rows, NEW, V), and how often the likeliest token is that one's.
+
+    Args:
+        logits: Of tokens (rows, T) and a cache: logits (rows, V) after the last of them, and the cache.
+        texts: (rows, PROMPT + NEW); every token after the prompt is read in a step of its own.
+    """
+    found, state = [], None
+    for start, stop in pairwise([0, *range(PROMPT, PROMPT + NEW)]):
+        step, state = logits(texts[:, start:stop], state)
+        found.append(step.float())
+    found = torch.stack(found, dim=1)
+    gap = (found - exact).square().mean().sqrt() / exact.std(dim=-1).mean()
+    return gap.item(), (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
+
+
 def main(turns: int, threads: int, limit: bool, dtypes: list[str], batches: list[int]) -> None:
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
@@ -103,12 +127,25 @@ def main(turns: int, threads: int, limit: bool, dtypes: list[str], batches: list
         AutoModelForCausalLM.from_config(SHAPE).save_pretrained(folder)
         print(
             "| dtype | rows | transformers, tokens/s | ours, tokens/s | ratio (range) "
-            "| of quiet steps | equal tokens |"
+            "| of quiet steps | equal tokens | gap to fp32, theirs, ours | its tokens |"
         )
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
         for dtype in (getattr(torch, name) for name in dtypes):
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
             ours = load_pretrained(folder, dtype).model
+
+            def their_logits(
+                tokens: torch.Tensor, cache: Any, model: Any = theirs
+            ) -> tuple[torch.Tensor, Any]:
+                found = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                return found.logits[:, -1], found.past_key_values
+
+            def our_logits(
+                tokens: torch.Tensor, cache: KVCache | None, model: Decoder = ours
+            ) -> tuple[torch.Tensor, KVCache]:
+                cache = cache or KVCache(model.config.n_layer, PROMPT + NEW)
+                return model.head(model.hidden(tokens, cache=cache)[:, -1]), cache
+
             for rows in batches:
                 prompts = torch.randint(30_000, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
 
@@ -143,9 +180,20 @@ def main(turns: int, threads: int, limit: bool, dtypes: list[str], batches: list
                 ratios = sorted(a / b for a, b in times)
                 speeds = [rows * NEW / median(side) for side in zip(*times, strict=True)]
                 shown = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {quiet:.2f}"
+                distances = " | "
+                if dtype != torch.float32:
+                    exact = load_pretrained(folder, torch.float32).model
+                    with torch.inference_mode():
+                        settings = GenerationConfig(max_new_tokens=NEW)
+                        ids = [result.ids for result in generate_ids(exact, prompts.tolist(), settings)]
+                        texts = torch.cat((prompts, torch.tensor(ids)), dim=1)
+                        reference = exact.head(exact.hidden(texts[:, :-1])[:, PROMPT - 1 :])
+                        found = [gaps(side, texts, reference) for side in (their_logits, our_logits)]
+                    distances = f"{found[0][0]:.4f}, {found[1][0]:.4f} | {found[0][1]:.1%}, {found[1][1]:.1%}"
                 name = str(dtype).removeprefix("torch.")
                 print(
-                    f"| {name} | {rows} | {speeds[0]:.1f} | {speeds[1]:.1f} | {shown} | {equal:.1%} |",
+                    f"| {name} | {rows} | {speeds[0]:.1f} | {speeds[1]:.1f} | {shown} | {equal:.1%} "
+                    f"| {distances} |",
                     flush=True,
                 )
             if limit:

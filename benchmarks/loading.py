@@ -12,7 +12,11 @@ take turns with the files in the page cache. Medians of:
   so that there the two do not do the same;
 - read: the first pass over every weight after that;
 - peak: the most memory the process held by the end of the first model's first pass, less what it held with
-  torch imported, over the weights' size in the dtype asked for.
+  torch imported. Pages of a mapped file count here, though the system may take them back and read them anew;
+- own: the most of it that was the process's own, which only swapping could take back, sampled each 2 ms.
+  Where transformers maps the file it is little, and grows with every weight that is then written to.
+
+Both are also shown over the weights' size in the dtype asked for.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from threading import Event, Thread
 from typing import Any
 
 HOUSE = Path(__file__).parent.parent
@@ -78,15 +83,35 @@ def write_folders(folder: Path, layers: int) -> int:
     return parameters
 
 
-def held() -> int:
-    """The most bytes this process held so far."""
+def held(kind: str) -> int:
+    """Bytes of this process: `VmHWM`, the most it held so far, or `RssAnon`, what is now in no file."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(kind + ":")).split()[1])
+
+
+class OwnPeak(Thread):
+    """The most memory in no file while it runs; the system keeps no such record itself."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.most = held("RssAnon")
+        self.ended = Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.002):
+            self.most = max(self.most, held("RssAnon"))
+
+    def end(self) -> int:
+        """Bytes above those at the start."""
+        self.ended.set()
+        self.join()
+        return max(self.most, held("RssAnon")) - self.first
 
 
 def child(side: str, folder: str, dtype: str) -> None:
     """One process that loads twice and prints what it took."""
-    before = held()
+    before, own = held("VmHWM"), OwnPeak()
+    own.start()
 
     def load() -> torch.nn.Module:
         wanted = getattr(torch, dtype)
@@ -107,11 +132,11 @@ def child(side: str, folder: str, dtype: str) -> None:
     kept: list[torch.nn.Module] = []
     first = seconds(lambda: kept.append(load()))
     touch(kept[0])
-    peak = held() - before
+    peak, most = held("VmHWM") - before, own.end()
     kept.clear()
     again = seconds(lambda: kept.append(load()))
     read = seconds(lambda: touch(kept[0]))
-    print(json.dumps({"call": first, "again": again, "read": read, "peak": peak}))
+    print(json.dumps({"call": first, "again": again, "read": read, "peak": peak, "own": most}))
 
 
 def touch(model: torch.nn.Module) -> None:
@@ -124,8 +149,8 @@ def touch(model: torch.nn.Module) -> None:
 def main(folder: Path, layers: int, repeats: int) -> None:
     parameters = write_folders(folder, layers)
     print(f"{parameters:,} parameters, {repeats} processes a side in turn, medians\n")
-    print("| file -> model | | call, s | again, s | again and read, s | peak, GB | of the weights |")
-    print("|---|---|---|---|---|---|---|")
+    print("| file -> model | | call, s | again, s | again, read, s | peak, GB | own, GB | of the weights |")
+    print("|---|---|---|---|---|---|---|---|")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     for title, (name, dtype) in CASES.items():
         size = parameters * getattr(torch, dtype).itemsize
@@ -139,10 +164,10 @@ def main(folder: Path, layers: int, repeats: int) -> None:
         for side, seen in runs.items():
             values = {key: median(run[key] for run in seen) for key in seen[0]}
             values["read"] += values["again"]
-            values["peak"] /= 1e9
-            rows[side] = [values[key] for key in ("call", "again", "read", "peak")]
+            rows[side] = [values[key] for key in ("call", "again", "read")]
+            rows[side] += [values[key] / 1e9 for key in ("peak", "own")]
             print(f"| {title} | {side} | " + " | ".join(f"{value:.2f}" for value in rows[side]), end="")
-            print(f" | {values['peak'] * 1e9 / size:.3f} |")
+            print(f" | {values['peak'] / size:.3f}, {values['own'] / size:.3f} |")
         ratios = [ours / theirs for ours, theirs in zip(*rows.values(), strict=True)]
         print("| | ratio | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " | |", flush=True)
 

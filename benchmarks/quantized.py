@@ -1,10 +1,10 @@
-"""Time of each kind of stored linear beside nn.Linear and bitsandbytes' Linear4bit, in one run.
+"""Time of each kind of stored linear beside the decoder's `Linear` and bitsandbytes' Linear4bit, in one run.
 
     python benchmarks/quantized.py [--out 8192] [--in 2048] [--layers 4] [--tokens 512 8 1] [--rounds 7]
 
 Forward, and forward with the gradient of the input, on a CPU in fp32, through `layers` linears one after the
 other, as many as a cache does not hold, since a model's do not fit either. Every kind is timed once in each
-round; its median is set against nn.Linear's. Then quantisation, in seconds for 10**9 weights.
+round; its median is set against that of `Linear` in fp32. Then quantisation, in seconds for 10**9 weights.
 bitsandbytes is left out where it is not installed.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from linear import Linear
 from precision import keep_freed_memory
 from quantize import KINDS, quantize_nf4
 
@@ -71,8 +72,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     keep_freed_memory()
-    dense = [nn.Linear(args.in_features, args.out, bias=False) for _ in range(args.layers)]
-    linears: dict[str, list[Any]] = {"nn.Linear fp32": [layer.requires_grad_(False) for layer in dense]}
+    dense = [Linear(args.in_features, args.out, bias=False) for _ in range(args.layers)]
+    linears: dict[str, list[Any]] = {"Linear fp32": [layer.requires_grad_(False) for layer in dense]}
     linears |= {name: [kind.from_linear(layer) for layer in dense] for name, kind in KINDS.items()}
     if find_spec("bitsandbytes"):
         logging.disable(logging.WARNING)

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,9 @@ class Drop:
     evidence: str = ""
 
 
+FIELDS = [field.name for field in dataclasses.fields(Document)]
+
+
 def path_text(path: bytes) -> str:
     """A path of any bytes as text that can be stored and shown; different paths have different texts.
 
@@ -139,8 +143,8 @@ def _write_parquet(path: Path, documents: Iterable[Document]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = [*(field.name for field in dataclasses.fields(Document)), "sha256"]
-    schema = pa.schema([(field, pa.large_string() if field == "text" else pa.string()) for field in fields])
+    kinds = {"text": pa.large_string()}
+    schema = pa.schema([(field, kinds.get(field, pa.string())) for field in (*FIELDS, "sha256")])
     count = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for rows in _groups(documents):
@@ -160,19 +164,29 @@ def _write_jsonl(path: Path, documents: Iterable[Document]) -> int:
 
 
 def read_shard(path: Path) -> Iterator[Document]:
-    """The documents of a Parquet shard, in order, with a bounded number in memory.
+    """The documents of a shard that `write_shard` wrote, in order, with a bounded number in memory.
 
     Raises:
         ValueError: the file is not a whole shard.
     """
-    import pyarrow as pa
+    try:
+        rows = _jsonl_rows(path) if path.name.endswith(".jsonl.gz") else _parquet_rows(path)
+        for row in rows:
+            yield Document(**{name: row[name] for name in FIELDS})
+    except (OSError, EOFError, zlib.error, KeyError, TypeError, ValueError) as error:
+        line = (str(error).splitlines() or ["it ends early"])[0]
+        raise ValueError(f"{path} is not a whole shard of documents: {line}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, str]]:
     import pyarrow.parquet as pq
 
-    names = [field.name for field in dataclasses.fields(Document)]
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64, columns=names):
-                for row in batch.to_pylist():
-                    yield Document(**row)
-    except (pa.ArrowException, OSError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a whole shard of documents: {str(error).splitlines()[0]}") from error
+    with pq.ParquetFile(path) as file:  # pyarrow's errors are ValueErrors and OSErrors
+        for batch in file.iter_batches(batch_size=64, columns=FIELDS):
+            yield from batch.to_pylist()
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, str]]:
+    with gzip.open(path) as lines:
+        for line in lines:
+            yield json.loads(line)

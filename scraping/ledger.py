@@ -6,12 +6,15 @@ instant leaves nothing counted twice and nothing lost:
     found -> stored | dropped (with a reason)          a file
     found -> listed -> done | dropped (with a reason)  a repository
 
-`found == stored + dropped + waiting` holds at all times, and `counts` shows it.
+`found == stored + dropped + waiting` holds at all times, and `counts` shows it. `claimed_ledger` keeps a
+second crawl out of the same file.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import sqlite3
 import threading
 import zlib
@@ -19,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scraping.documents import RawFile
 
@@ -45,7 +49,32 @@ CREATE TABLE IF NOT EXISTS files (
 CREATE TABLE IF NOT EXISTS contents (sha256 TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS files_by_address ON files (address);
 CREATE INDEX IF NOT EXISTS files_by_content ON files (sha256);
+CREATE TABLE IF NOT EXISTS hosted (  -- repositories of a crawl, as the server knows them
+    id INTEGER PRIMARY KEY,          -- stays when a repository is renamed
+    name TEXT NOT NULL UNIQUE REFERENCES repositories(name),
+    branch TEXT NOT NULL,
+    clone_url TEXT NOT NULL,
+    bytes INTEGER NOT NULL DEFAULT 0, -- of all files at the pinned commit, wanted or not
+    others INTEGER NOT NULL DEFAULT 0 -- files there of other extensions, which are counted and not listed
+) STRICT;
+CREATE TABLE IF NOT EXISTS searches ( -- slices of a crawl's search; both ends of a range are in it
+    created_from INTEGER NOT NULL,    -- seconds since 1970
+    created_to INTEGER NOT NULL,
+    stars_from INTEGER NOT NULL,
+    stars_to INTEGER NOT NULL,        -- -1: no end
+    state TEXT NOT NULL DEFAULT 'found', -- then split or done
+    reason TEXT NOT NULL DEFAULT '',  -- why results may be missing
+    PRIMARY KEY (created_from, created_to, stars_from, stars_to)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS crawl (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT; -- settings it began with
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, etag TEXT NOT NULL, body BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS limits (name TEXT PRIMARY KEY, until REAL NOT NULL) STRICT; -- no request before
 """
+
+
+def fingerprint_line(name: str, path: str, pinned: str, licence: str, sha256: str) -> bytes:
+    """What a stored file adds to the fingerprint of a shard's input."""
+    return json.dumps([name, path, pinned, licence, sha256]).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -83,15 +112,25 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of what is written inside, or nothing of it."""
+        """All of what is written inside, or nothing of it; one inside another is part of that.
+
+        Raises:
+            ValueError: the disk is full, or refuses.
+        """
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            if self._db.in_transaction:
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                return
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):  # a full disk, say
+                    raise ValueError(f"{self.path} cannot be written: {error}") from error
                 raise
-            self._db.execute("COMMIT")
 
     # --- what sources write ---
 
@@ -141,23 +180,83 @@ class Ledger:
             state = "dropped" if reason else "done"
             db.execute("UPDATE repositories SET state = ?, reason = ? WHERE name = ?", (state, reason, name))
 
+    def removed(self, name: str, reason: str) -> None:
+        """A repository may not be kept: its files are dropped, and bytes that no other file has are deleted.
+
+        They are overwritten on the disk, too, as far as SQLite can.
+        """
+        with self._lock:
+            self._db.execute("PRAGMA secure_delete=ON")
+            with self.transaction() as db:
+                rows = db.execute(
+                    "SELECT DISTINCT sha256 FROM files WHERE repository = ? AND state = 'stored'", (name,)
+                ).fetchall()
+                db.execute(
+                    "UPDATE files SET state = 'dropped', reason = ?, sha256 = NULL"
+                    " WHERE repository = ? AND state != 'dropped'",
+                    (reason, name),
+                )
+                db.executemany(
+                    "DELETE FROM contents WHERE sha256 = ?1"
+                    " AND NOT EXISTS (SELECT 1 FROM files WHERE sha256 = ?1)",
+                    rows,
+                )
+                self.done(name, reason)
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    # --- what a client of a server keeps ---
+
+    def remember(self, key: str, etag: str, body: bytes) -> None:
+        """An answer, and the tag by which the server tells whether it has changed."""
+        with self.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, etag, zlib.compress(body, 1)))
+
+    def recall(self, key: str) -> tuple[str, bytes] | None:
+        """The (tag, body) of an answer."""
+        rows = self.rows("SELECT etag, body FROM answers WHERE key = ?", key)
+        return (rows[0][0], zlib.decompress(rows[0][1])) if rows else None
+
+    def forget(self, prefix: str) -> None:
+        """Answers whose key begins with `prefix`."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM answers WHERE key >= ? AND key < ?", (prefix, prefix + "\U0010ffff"))
+
+    def limited(self, name: str, until: float) -> None:
+        """No request of a kind before a time: kept, so that it outlives the process."""
+        with self.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO limits VALUES (?, ?)", (name, until))
+
+    def limits(self) -> dict[str, float]:
+        """What `limited` was told last."""
+        return dict(self.rows("SELECT name, until FROM limits"))
+
     # --- what the rest reads ---
+
+    def rows(self, query: str, *values: Any) -> list[Any]:
+        """All rows of a query. Another thread's transaction is either seen whole or not at all."""
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
 
     def waiting(self, name: str) -> list[Entry]:
         """Files of a repository that are neither stored nor dropped, by path."""
-        rows = self._db.execute(
+        rows = self.rows(
             "SELECT path, address, size FROM files WHERE repository = ? AND state = 'found' ORDER BY path",
-            (name,),
+            name,
         )
         return [Entry(*row) for row in rows]
 
+    def by_address(self, address: str) -> bytes | None:
+        """The bytes of any stored file with this address."""
+        rows = self.rows(
+            "SELECT data FROM files JOIN contents USING (sha256)"
+            " WHERE address = ? AND state = 'stored' LIMIT 1",
+            address,
+        )
+        return zlib.decompress(rows[0][0]) if rows else None
+
     def files(self, shard: tuple[int, int] = (0, 1)) -> Iterator[RawFile]:
         """Stored files by repository and path: those of shard `i` of `n`, by the repository's hash."""
-        number, shards = shard
-        names = self._db.execute("SELECT name, pinned, licence FROM repositories ORDER BY name").fetchall()
-        for name, pinned, licence in names:
-            if int(hashlib.sha256(name.encode()).hexdigest(), 16) % shards != number:
-                continue
+        for name, pinned, licence in self._repositories(shard):
             rows = self._db.execute(
                 "SELECT path, data FROM files JOIN contents USING (sha256)"
                 " WHERE repository = ? AND state = 'stored' ORDER BY path",
@@ -166,8 +265,79 @@ class Ledger:
             for path, data in rows:
                 yield RawFile(name, path, pinned, licence, zlib.decompress(data))
 
+    def outline(self, shard: tuple[int, int] = (0, 1)) -> tuple[int, str]:
+        """How many files `files(shard)` yields, and a SHA-256 over their `fingerprint_line`s."""
+        fingerprint = hashlib.sha256()
+        count = 0
+        for name, pinned, licence in self._repositories(shard):
+            rows = self._db.execute(
+                "SELECT path, sha256 FROM files WHERE repository = ? AND state = 'stored' ORDER BY path",
+                (name,),
+            )
+            for path, sha256 in rows:
+                fingerprint.update(fingerprint_line(name, path, pinned, licence, sha256))
+                count += 1
+        return count, fingerprint.hexdigest()
+
+    def _repositories(self, shard: tuple[int, int]) -> list[tuple[str, str, str]]:
+        """(name, pinned, licence) of those in a shard, by name."""
+        number, shards = shard
+        rows = self._db.execute("SELECT name, pinned, licence FROM repositories ORDER BY name").fetchall()
+        return [
+            row for row in rows if int(hashlib.sha256(row[0].encode()).hexdigest(), 16) % shards == number
+        ]
+
     def counts(self, table: str = "files") -> dict[tuple[str, str], int]:
-        """(state, reason) -> how many, of `files` or `repositories`; they add up to what was found."""
-        assert table in ("files", "repositories")
-        rows = self._db.execute(f"SELECT state, reason, count(*) FROM {table} GROUP BY 1, 2 ORDER BY 1, 2")
+        """(state, reason) -> how many, of files, repositories or searches: they add up to what was found."""
+        assert table in ("files", "repositories", "searches")
+        rows = self.rows(f"SELECT state, reason, count(*) FROM {table} GROUP BY 1, 2 ORDER BY 1, 2")
         return {(state, reason): count for state, reason, count in rows}
+
+    def manifest(self) -> Iterator[str]:
+        """Every repository and, after each, its files, one line of JSON each, in order of their names.
+
+        It says what was found and what became of it, and nothing of when and in which order.
+        """
+        names = self.rows("SELECT name, pinned, licence, state, reason FROM repositories ORDER BY name")
+        for name, pinned, licence, state, reason in names:
+            yield _line(repository=name, pinned=pinned, licence=licence, state=state, reason=reason)
+            rows = self._db.execute(
+                "SELECT path, address, sha256, state, reason FROM files WHERE repository = ? ORDER BY path",
+                (name,),
+            )
+            for path, address, sha256, state, reason in rows:
+                yield _line(
+                    repository=name,
+                    path=path,
+                    pinned=pinned,
+                    address=address,
+                    sha256=sha256,
+                    state=state,
+                    reason=reason,
+                )
+
+
+def _line(**values: str | None) -> str:
+    return json.dumps(values, ensure_ascii=False)
+
+
+@contextmanager
+def claimed_ledger(folder: Path) -> Iterator[Ledger]:
+    """The ledger of a corpus folder, for this process alone. The lock is the kernel's: a kill frees it.
+
+    Raises:
+        ValueError: another process holds it, or the folder cannot be used.
+    """
+    ledger = Ledger(folder / "ledger.sqlite")
+    try:
+        # The file stays: if it were removed, two processes could hold locks on two files of one name.
+        with open(folder / "ledger.lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another crawl is under way in {folder}; wait for it, or name another --folder"
+                ) from None
+            yield ledger
+    finally:
+        ledger.close()

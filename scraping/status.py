@@ -20,14 +20,21 @@ class Settings:
 
 
 def status_lines(ledger: Ledger) -> list[str]:
-    """One line a state and reason, of repositories and of files, each block ending in its sum."""
+    """One line a state and reason, of searches, repositories and files, each block ending in its sum."""
     lines = []
-    for table in ("repositories", "files"):
+    for table in ("searches", "repositories", "files"):
         counts = ledger.counts(table)
+        if table == "searches":
+            counts.pop(("split", ""), None)  # each stands for the searches that it was split into
+            if not counts:
+                continue
         lines.append(table)
         for (state, reason), count in counts.items():
             lines.append(f"  {count:>12,}  {f'{state}: {reason}' if reason else state}")
         lines.append(f"  {sum(counts.values()):>12,}  found in all")
+    others = ledger.rows("SELECT sum(others) FROM hosted")[0][0]
+    if others:
+        lines.append(f"  {others:>12,}  more of other extensions in the repositories that were crawled")
     return lines
 
 

@@ -621,6 +621,20 @@ def test_activation_checkpointing_changes_memory_only(dropout):
     assert len(count) == 1
 
 
+def test_a_block_made_again_keeps_no_mask_of_dropout():
+    """Dropout's factor is a saved tensor, which checkpointing drops, not an attribute, which it cannot."""
+    x = torch.ones(64, 32, requires_grad=True)
+    layer = Dropout(0.5).train()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda _: layer_factor):
+        y = layer(x)
+    layer_factor = y.detach().clone()  # of ones
+    assert kept == [x.shape]
+    assert not any(isinstance(value, Tensor) for value in vars(y.grad_fn).values())
+    y.sum().backward()
+    assert torch.equal(x.grad, layer_factor)  # pyright: ignore[reportArgumentType]
+
+
 class Growing:
     """The least a cache can be; it notes its calls."""
 

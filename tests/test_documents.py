@@ -30,10 +30,13 @@ def test_a_plain_path_stays_and_a_strange_one_is_escaped() -> None:
     assert path_text(b"a\nb\xff\\.py") == r"a\x0ab\xff\x5c.py"
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl.gz"])
 @pytest.mark.parametrize("n", [0, 1, 200])
-def test_a_shard_comes_back_as_it_was_and_equal_documents_give_equal_bytes(tmp_path: Path, n: int) -> None:
-    path = shard_path(tmp_path, 3, 16)
-    assert path.name == "part-00003-of-00016.parquet"
+def test_a_shard_comes_back_as_it_was_and_equal_documents_give_equal_bytes(
+    tmp_path: Path, n: int, ending: str
+) -> None:
+    assert shard_path(tmp_path, 3, 16).name == "part-00003-of-00016.parquet"
+    path = tmp_path / f"part{ending}"
     assert write_shard(path, documents(n)) == n
     assert list(read_shard(path)) == documents(n)
     before = path.read_bytes()
@@ -64,9 +67,10 @@ def test_an_interrupted_write_leaves_the_shard_that_was_there(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_cut_shard_is_named(tmp_path: Path) -> None:
-    path = shard_path(tmp_path, 0, 1)
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl.gz"])
+def test_a_cut_shard_is_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"part{ending}"
     write_shard(path, documents(9))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"part-00000-of-00001\.parquet is not a whole shard"):
+    with pytest.raises(ValueError, match=rf"part\{ending} is not a whole shard"):
         list(read_shard(path))

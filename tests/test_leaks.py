@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import leaks
+import shingles
 from corpus import Document, split_of
 from leaks import LEAKED_LIMIT, NEAR, Overlap, overlap, regroup, store_overlap
 from tokenizer import Tokenizer
@@ -235,13 +236,13 @@ def test_windows_and_the_units_inside_equal_counts_by_sets(
         words = text.split()
         return [tuple(words[i : i + window]) for i in range(len(words) - window + 1)]
 
-    words = leaks._Words()
+    words = shingles.Words()
     sides = [
-        [words.units(Document(str(i), text, str(i))) for i, text in enumerate(side)]
+        [leaks._units(words, Document(str(i), text, str(i))) for i, text in enumerate(side)]
         for side in (train, held_out)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leaks, "BATCH_UNITS", 30)  # several batches
+        patch.setattr(shingles, "BATCH_UNITS", 30)  # several batches
         patch.setattr(leaks, "NEAR", 2)
         found = leaks._compare(sides[0], sides[1], len(held_out), window, lambda document, unit: "")
     there = {run for text in train for run in runs(text)}
@@ -259,27 +260,30 @@ def test_windows_and_the_units_inside_equal_counts_by_sets(
 def test_near_duplicates_are_those_of_brute_force():
     """Pairs well above the threshold are found, pairs well below it are not."""
     rng = random.Random(5)
-    texts, words = [], leaks._Words()
+    texts, words = [], shingles.Words()
     for _ in range(80):
         body = [rng.choice(WORDS) for _ in range(rng.randint(60, 300))]
         rate = rng.choice((0.005, 0.02, 0.06))
         changed = [rng.choice(WORDS) if rng.random() < rate else word for word in body]
         texts.append((" ".join(body), " ".join(changed)))
 
-    def shingles(text: str) -> set[tuple[str, ...]]:
+    def shingled(text: str) -> set[tuple[str, ...]]:
         w = text.split()
         return {tuple(w[i : i + leaks.SHINGLE]) for i in range(len(w) - leaks.SHINGLE + 1)}
 
     ours, theirs = (
-        leaks._Batch([words.units(Document("", text, "")) for text in side])
+        shingles.Batch([leaks._units(words, Document("", text, "")) for text in side])
         for side in zip(*texts, strict=True)
     )
-    (_, a), (_, b) = ours.signatures(leaks.SHINGLE, 16), theirs.signatures(leaks.SHINGLE, 16)
-    found = {(i, j): similarity for i, j, similarity in leaks._near(leaks._bands(a), a, b)}
+    (_, a), (_, b) = (
+        ours.signatures(leaks.SHINGLE, 16, leaks.PERMUTATIONS),
+        theirs.signatures(leaks.SHINGLE, 16, leaks.PERMUTATIONS),
+    )
+    found = {(i, j): similarity for i, j, similarity in leaks._near(shingles.bands(a, leaks.BANDS), a, b)}
     truth = {}
     for i, (left, _) in enumerate(texts):
         for j, (_, right) in enumerate(texts):
-            x, y = shingles(left), shingles(right)
+            x, y = shingled(left), shingled(right)
             truth[i, j] = len(x & y) / len(x | y)
     margin = 0.12  # three standard deviations of the estimate
     sure = {pair for pair, similarity in truth.items() if similarity > NEAR + margin}
@@ -314,7 +318,7 @@ def test_the_order_of_documents_does_not_matter(make):
         for side in (train, held_out, documents):
             random.Random(seed).shuffle(side)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(leaks, "BATCH_UNITS", (2000, 20_000, 10**9)[seed % 3])
+            patch.setattr(shingles, "BATCH_UNITS", (2000, 20_000, 10**9)[seed % 3])
             assert overlap(iter(train), iter(held_out)) == expected
             assert dict(zip(documents, regroup(documents), strict=True)) == groups
 
@@ -384,7 +388,7 @@ def test_healthy_documents_and_given_groups_stay_as_they_are():
 
 def test_regrouping_many_documents_compares_a_sample_of_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(leaks, "REGROUP_WINDOWS", 2000)
-    monkeypatch.setattr(leaks, "BATCH_UNITS", 3000)
+    monkeypatch.setattr(shingles, "BATCH_UNITS", 3000)
     rows = pieces(files(40), 20, 10)
     single = [replace(row, name=str(i), group=str(i)) for i, row in enumerate(rows)]
     groups = regroup(single)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from scraping.documents import RawFile
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Entry, Ledger, claimed_ledger, fingerprint_line
 
 
 @pytest.fixture
@@ -68,3 +72,102 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path: Path) -> None:
     (tmp_path / "l.sqlite").write_bytes(b"hello" * 1000)
     with pytest.raises(ValueError, match=r"l\.sqlite cannot be used as a ledger: file is not a database"):
         Ledger(tmp_path / "l.sqlite")
+
+
+def test_an_outline_names_the_input_of_a_shard_without_reading_it(ledger: Ledger) -> None:
+    ledger.stored("a/b", [("x.py", b"1")])
+    count, fingerprint = ledger.outline()
+    lines = [
+        fingerprint_line(f.repository, f.path, f.commit, f.licence, hashlib.sha256(f.data).hexdigest())
+        for f in ledger.files()
+    ]
+    assert (count, fingerprint) == (1, hashlib.sha256(b"".join(lines)).hexdigest())
+    ledger.stored("c/d", [("x.py", b"1")])
+    assert ledger.outline()[0] == 2
+    assert ledger.outline()[1] != fingerprint
+    assert sum(ledger.outline((number, 3))[0] for number in range(3)) == 2
+
+
+def test_what_may_not_be_kept_goes_with_the_bytes_that_nobody_else_has(ledger: Ledger) -> None:
+    ledger.stored("a/b", [("x.py", b"mine"), ("z.py", b"ours")])
+    ledger.stored("c/d", [("x.py", b"ours")])
+    ledger.removed("a/b", "by law")
+    assert [(file.repository, file.data) for file in ledger.files()] == [("c/d", b"ours")]
+    assert ledger.counts() == {
+        ("dropped", "by law"): 2,
+        ("dropped", "too large"): 2,
+        ("found", ""): 1,
+        ("stored", ""): 1,
+    }
+    assert ledger.counts("repositories") == {("dropped", "by law"): 1, ("listed", ""): 1}
+    assert ledger.rows("SELECT count(*) FROM contents") == [(1,)]
+
+
+def test_a_transaction_inside_another_is_part_of_it(ledger: Ledger) -> None:
+    with pytest.raises(KeyboardInterrupt), ledger.transaction():
+        ledger.stored("a/b", [("x.py", b"abc")])
+        ledger.done("a/b")
+        raise KeyboardInterrupt
+    assert list(ledger.files()) == []
+    assert ledger.counts("repositories") == {("listed", ""): 2}
+
+
+def test_the_manifest_says_what_became_of_each_in_any_order(tmp_path: Path) -> None:
+    lines = []
+    for number, order in enumerate((("a/b", "c/d"), ("c/d", "a/b"))):
+        ledger = Ledger(tmp_path / f"{number}.sqlite")
+        for name in order:
+            ledger.found(name, "crawl", "main", "MIT")
+            entries = [Entry("y\\x0a.py", "1", 3), Entry("x.py", "2", 9, "too large")]
+            ledger.listed(name, "c0", entries[::-1] if number else entries)
+            ledger.stored(name, [("y\\x0a.py", b"abc")])
+            ledger.done(name)
+        lines.append(list(ledger.manifest()))
+        ledger.close()
+    assert lines[0] == lines[1]
+    rows = [json.loads(line) for line in lines[0]]
+    assert [(row["repository"], row.get("path")) for row in rows] == [
+        (name, path) for name in ("a/b", "c/d") for path in (None, "x.py", "y\\x0a.py")
+    ]
+    assert rows[0] == {"repository": "a/b", "pinned": "c0", "licence": "MIT", "state": "done", "reason": ""}
+    assert rows[1]["state"] == "dropped"
+    assert rows[1]["reason"] == "too large"
+    assert rows[2]["sha256"] == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_bytes_are_found_by_their_address(ledger: Ledger) -> None:
+    ledger.stored("a/b", [("x.py", b"abc")])
+    assert ledger.by_address("1") == b"abc"
+    assert ledger.by_address("3") is None
+
+
+def test_answers_and_limits_outlive_the_process(ledger: Ledger) -> None:
+    ledger.remember("json /trees/a", "t1", b"old")
+    ledger.remember("json /trees/a", "t2", b"body" * 1000)
+    ledger.remember("json /blobs/a", "t3", b"")
+    ledger.limited("core", 5.0)
+    ledger.limited("core", 7.5)
+    again = Ledger(ledger.path)
+    assert again.recall("json /trees/a") == ("t2", b"body" * 1000)
+    assert again.limits() == {"core": 7.5}
+    again.forget("json /trees/")
+    assert again.recall("json /trees/a") is None
+    assert again.recall("json /blobs/a") == ("t3", b"")
+    again.close()
+
+
+def test_a_ledger_is_claimed_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, scraping.ledger as l\n"
+        "with l.claimed_ledger(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another crawl is under way in"), claimed_ledger(tmp_path):
+            pass
+        holder.kill()
+    with claimed_ledger(tmp_path) as ledger:
+        assert ledger.counts() == {}

@@ -31,7 +31,32 @@ def test_products_are_those_of_fp64(rows, n_in, n_out, bias, monkeypatch):
     torch.testing.assert_close(result.double(), exact, atol=1e-3, rtol=2**-8)  # rounded once
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.bfloat16, 1), (torch.bfloat16, 3)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("emulated", "before"), [(True, True), (True, False), (False, True)])
+def test_one_row_of_bf16_goes_to_torchs_own_kernel(bias, emulated, before, monkeypatch):
+    monkeypatch.setattr(linear, "EMULATED_BF16", emulated)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", before)
+    seen, product = [], F.linear
+
+    def spied(*args):
+        seen.append(torch.backends.mkldnn.enabled)
+        return product(*args)
+
+    monkeypatch.setattr(linear.F, "linear", spied)
+    layer = Linear(768, 3072, bias=bias).bfloat16()
+    x = torch.randn(1, 1, 768).bfloat16()
+    with torch.no_grad():
+        y = layer(x)
+    assert seen == [before and not emulated] and torch.backends.mkldnn.enabled == before
+    exact = product(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    # Rounded once, the bias within, in any of the ways.
+    torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=2**-8)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        layer(x[..., 1:])
+    assert torch.backends.mkldnn.enabled == before
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.bfloat16, 5)])
 def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     monkeypatch.setattr(linear, "LEAST", 0)
     monkeypatch.setattr(linear, "EMULATED_BF16", True)
@@ -46,9 +71,11 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             layer(x.float())
+        layer(x[: linear.DOT_ROWS] if dtype == torch.bfloat16 else x[:1])
         assert not taken
         torch.testing.assert_close(layer(x), trained.detach())
-    assert taken == ["few_rows" if dtype == torch.float32 else "emulated_bf16"]
+    # The blocks of a bf16 weight are multiplied as a weight in fp32 is.
+    assert taken == (["few_rows"] if dtype == torch.float32 else ["emulated_bf16", "few_rows"])
     assert layer(x[:0]).shape == (0, 1, 70)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import quantize
 from quantize import (
@@ -328,6 +329,16 @@ def test_a_weight_changed_before_backward_is_seen() -> None:
 
 
 @EVERY_KIND
+def test_a_block_that_is_made_again_in_backward_gives_the_same(kind: str) -> None:
+    module = KINDS[kind].from_weight(normal(96, 64), normal(96, seed=1))
+    x = normal(5, 64, seed=2, scale=1.0).requires_grad_(True)
+    (plain,) = torch.autograd.grad(module(x).square().sum(), x)
+    again = checkpoint(lambda x: module(x).square().sum(), x, use_reentrant=False)
+    assert isinstance(again, torch.Tensor)
+    assert torch.equal(torch.autograd.grad(again, x)[0], plain)
+
+
+@EVERY_KIND
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_multiplies_in_its_dtype(kind: str, dtype: torch.dtype) -> None:
     module = KINDS[kind].from_linear(scrambled(96, 64))
@@ -349,6 +360,23 @@ def test_autocast_multiplies_in_its_dtype(kind: str, dtype: torch.dtype) -> None
         grad, module.weight.to(dtype).float().sum(0).expand(4, -1), rtol=2e-2, atol=2e-2
     )
     assert module(x.to(dtype)).dtype == dtype
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("bias", [False, True])
+def test_bf16_outputs_and_gradients_are_rounded_once(kind: str, bias: bool) -> None:
+    whole = normal(256, 192).bfloat16()
+    module = KINDS[kind].from_weight(whole, normal(256, seed=1, scale=0.1).bfloat16() if bias else None)
+    x = normal(16, 192, seed=2, scale=1.0).bfloat16().requires_grad_(True)
+    grad = normal(16, 256, seed=3, scale=1.0).bfloat16()
+    weight = module.weight if kind == "int8" else module.weight.bfloat16()  # as it is multiplied
+    y = module(x)
+    exact = nn.functional.linear(
+        x.double(), weight.double(), None if module.bias is None else module.bias.double()
+    )
+    torch.testing.assert_close(y.double(), exact, rtol=1.01 * 2**-8, atol=2e-6)
+    (ours,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(ours.double(), grad.double() @ weight.double(), rtol=1.01 * 2**-8, atol=2e-6)
 
 
 def test_half_precision_sums_over_chunks_are_kept_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,215 @@
+"""BLEU in the forms that are published for code, and chrF: statistics of each pair, and scores of their sums.
+
+A score of a corpus is not the mean of its samples' scores. So each function of pairs gives a row of counts
+for each pair, and each `..._of_sums` the scores of summed rows, of which an interval needs thousands.
+
+sacrebleu (Post 2018) gives its own numbers, by its own functions, with one exception: where neither side of
+the whole corpus has any unit, it says 0 and this says 100.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from metrics.texts import Pair, code_tokens, ngrams, shared_ngrams
+
+ORDERS = 4  # of n-grams: each BLEU here is BLEU-4
+_CHAR_ORDERS = 6
+
+# --- sacrebleu -----------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _sacrebleu(name: str) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    # With `effective_order` a corpus without a single n-gram of some length is scored on the shorter ones;
+    # else three tokens against themselves have 0. It changes nothing where there is one.
+    # `force` drops the warning that code "looks tokenized": it often ends in " .".
+    if name in ("13a", "none"):
+        return BLEU(tokenize=name, effective_order=True, force=True)
+    return CHRF(word_order={"chrf": 0, "chrf++": 2}[name])
+
+
+def sacrebleu_signature(name: str) -> str:
+    """sacrebleu's own, of `13a`, `none`, `chrf` or `chrf++`; without a corpus it cannot say `nrefs`: 1."""
+    scorer = _sacrebleu(name)
+    scorer.num_refs = 1
+    return str(scorer.get_signature())
+
+
+def _rows(name: str, predictions: list[str], references: list[str]) -> np.ndarray:
+    # What sacrebleu's own bootstrap resamples; a public function would give the corpus' score alone.
+    return np.array(_sacrebleu(name)._extract_corpus_statistics(predictions, [references]), np.float64)
+
+
+def _scores(name: str, sums: np.ndarray) -> np.ndarray:
+    scorer = _sacrebleu(name)
+    flat = sums.reshape(-1, sums.shape[-1]).tolist()
+    scores = np.array([scorer._compute_score_from_stats(row).score for row in flat])
+    return scores.reshape(sums.shape[:-1])
+
+
+# A mark that stands alone, or a word; `'` is no such mark, `.`, `,` and `-` depend on what is beside them.
+_PIECE = re.compile(r"[!-&(-+/:-@\[-`{-~]|[^\s!-&(-+/:-@\[-`{-~]+")
+_PERIODS = (
+    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
+    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
+    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
+)
+_ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
+
+
+def tokens_13a(text: str) -> list[str]:
+    """sacrebleu's default tokens, those of mteval-v13a.
+
+    Its own function goes through the text four times and was half the time of all metrics together. The
+    passes over periods, commas and dashes see one mark beyond a white space at most, so that here each word
+    is passed once, and remembered.
+    """
+    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    if "&" in text:
+        for entity, mark in _ENTITIES:
+            text = text.replace(entity, mark)
+    tokens = []
+    for word in _PIECE.findall(text):
+        if "." in word or "," in word or "-" in word:
+            tokens += _by_periods(word)
+        else:
+            tokens.append(word)
+    return tokens
+
+
+@lru_cache(maxsize=2**16)
+def _by_periods(word: str) -> tuple[str, ...]:
+    word = f" {word} "
+    for pattern, apart in _PERIODS:
+        word = pattern.sub(apart, word)
+    return tuple(word.split())
+
+
+def bleu_13a(pairs: Sequence[Pair]) -> np.ndarray:
+    """(pairs, 10): length of the prediction, of the reference, shared n-grams, n-grams; for running text."""
+    return _rows_of_tokens(pairs, tokens_13a)
+
+
+def bleu_code(pairs: Sequence[Pair]) -> np.ndarray:
+    """The same of code tokens, which sacrebleu takes as they are (`tokenize="none"`)."""
+    return _rows_of_tokens(pairs, code_tokens)
+
+
+def _rows_of_tokens(pairs: Sequence[Pair], tokenize: Callable[[str], list[str]]) -> np.ndarray:
+    sides = ([" ".join(tokenize(text)) for text in side] for side in zip(*pairs, strict=True))
+    return _rows("none", *sides)
+
+
+def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
+    """(..., 10) -> (...): sacrebleu's score, smoothed by `exp`."""
+    return _full_if_empty(_scores("none", sums), sums[..., 0] + sums[..., 1])
+
+
+def chrf(pairs: Sequence[Pair]) -> np.ndarray:
+    """(pairs, 25): for each of six character and two word orders the n-grams of the prediction, those of the
+    reference, and the shared ones; then the characters of both. chrF (Popović 2015) reads the first 18,
+    chrF++ (2017) 24. sacrebleu does not count the n-grams of a prediction whose reference has none."""
+    rows = _rows("chrf++", [p for p, _ in pairs], [r for _, r in pairs])
+    return np.column_stack([rows, [len("".join(p.split())) + len("".join(r.split())) for p, r in pairs]])
+
+
+def chrf_of_sums(sums: np.ndarray) -> np.ndarray:
+    """(..., 25) -> (...)."""
+    return _full_if_empty(_scores("chrf", sums[..., : 3 * _CHAR_ORDERS]), sums[..., -1])
+
+
+def chrf_plus_of_sums(sums: np.ndarray) -> np.ndarray:
+    """(..., 25) -> (...)."""
+    return _full_if_empty(_scores("chrf++", sums[..., :-1]), sums[..., -1])
+
+
+def _full_if_empty(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
+    return np.where(units == 0, 100.0, scores)
+
+
+# --- CodeXGLUE -----------------------------------------------------------------------------------------
+
+
+def ngram_rows(pairs: Sequence[Pair], tokenize: Callable[[str], list[str]]) -> np.ndarray:
+    """(pairs, 10): as `bleu_13a`, of whatever tokens."""
+    rows = np.zeros((len(pairs), 2 + 2 * ORDERS))
+    for row, (prediction, reference) in zip(rows, pairs, strict=True):
+        found, wanted = tokenize(prediction), tokenize(reference)
+        row[:2] = len(found), len(wanted)
+        for order in range(1, ORDERS + 1):
+            row[1 + order] = shared_ngrams(ngrams(found, order), ngrams(wanted, order))
+            row[1 + ORDERS + order] = max(0, len(found) - order + 1)
+    return rows
+
+
+def bleu_codexglue(pairs: Sequence[Pair]) -> np.ndarray:
+    """(pairs, 10), of the tokens between white space: CodeXGLUE's method generation reads cleaned lines."""
+    return ngram_rows(pairs, str.split)
+
+
+def bleu_codexglue_of_sums(sums: np.ndarray) -> np.ndarray:
+    """(..., 10) -> (...): BLEU-4 of a corpus with 1 added to each precision's both counts (Lin and Och 2004).
+
+    CodeXGLUE's `bleu.py` of method generation, which rounds to two places. It divides by zero where all
+    predictions, or all references, are empty; here these score 0, or 100 where both are.
+    """
+    lengths, shared, of = sums[..., :2], sums[..., 2 : 2 + ORDERS], sums[..., 2 + ORDERS :]
+    found, wanted = lengths[..., 0], lengths[..., 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        penalty = np.where(found > wanted, 1.0, np.exp(1 - wanted / found))
+    mean = np.exp(np.log((shared + 1) / (of + 1)).mean(-1))
+    scores = np.where((found == 0) | (wanted == 0), 0.0, 100 * mean * penalty)
+    return _full_if_empty(scores, found + wanted)
+
+
+# What the evaluator's two passes of tokenisation come to: the second adds only that `_` stands alone.
+_SUMMARY_TOKEN = re.compile(r"[^\W_]+|_|[^\w\s]")
+_TINY = sys.float_info.min
+
+
+def summary_tokens(text: str) -> list[str]:
+    """The tokens of CodeXGLUE's code-to-text: lower case, words, single punctuation marks."""
+    return _SUMMARY_TOKEN.findall(text.strip().lower())
+
+
+def bleu_codexglue_summary(pairs: Sequence[Pair]) -> np.ndarray:
+    """(pairs,): BLEU-4 of each pair with 1 added to the counts of bigrams and longer ones (Lin and Och 2004),
+    as CodeXGLUE's code-to-text, whose score is the mean.
+
+    An empty prediction of a reference of n tokens has 100 exp(-n), as it has there, and not 0.
+    """
+    rows = ngram_rows(pairs, summary_tokens)
+    shared, of = rows[:, 2 : 2 + ORDERS], rows[:, 2 + ORDERS :]
+    added = np.array([0.0] + [1.0] * (ORDERS - 1)) + _TINY
+    precision = (np.log(shared + added) - np.log(of + added)).mean(1)
+    penalty = np.minimum(0.0, 1 - (rows[:, 1] + 1) / (rows[:, 0] + 1))
+    return 100 * np.exp(precision + penalty)
+
+
+# --- of code, weighted ---------------------------------------------------------------------------------
+
+
+def precision_of_sums(lengths: np.ndarray, shared: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """(..., 2), (..., orders), (..., orders) -> (...) in 0 to 1: the geometric mean of shared / of, times
+    exp(1 - wanted / found) where less was found than wanted.
+
+    An order that has nothing to share is left out, and one that shares nothing counts 0.1 (Chen and Cherry
+    2014, method 1).
+    """
+    has = of > 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(has, np.log(np.where(shared > 0, shared, 0.1) / of), 0.0)
+        mean = np.exp(logs.sum(-1) / has.sum(-1))
+        found, wanted = lengths[..., 0], lengths[..., 1]
+        penalty = np.where(found >= wanted, 1.0, np.exp(1 - wanted / found))
+    return np.where(shared[..., 0] > 0, mean * penalty, 0.0)

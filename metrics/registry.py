@@ -1,0 +1,263 @@
+"""Every score of texts by its name: how it is computed, what it is called in full, and how sure it is.
+
+    pairs = cleaned(predictions, references, "plain")
+    for name, scored in score(["codebleu", "chrf"], pairs, "python").items():
+        print(name, scored.value, scored.interval(), scored.metric.signature("python"))
+
+A metric makes one row of statistics a pair, and takes sums of rows to the score. Everything else follows: the
+score of the corpus is that of all rows, of a sample that of its row, and intervals resample rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+
+import numpy as np
+
+from metrics import bleu, codebleu, rouge, texts
+from metrics.intervals import Comparison, Interval, OfSums, compare, interval, share_interval
+from metrics.texts import Pair, code_tokens
+from metrics.trees import check_language, parses
+
+Rows = Callable[[Sequence[Pair], str], np.ndarray]  # pairs, language -> (pairs, k)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score from 0 to `maximum`, which a reference has against itself. Higher is better in all of them.
+
+    Args:
+        name: In the table `METRICS`.
+        rows: One row of statistics a pair. Metrics that share this function share its work.
+        of_sums: (..., k) sums of rows to (...) scores.
+        corpus: Whether the score of a corpus is one of its sums; else it is the mean of the samples' scores.
+        equals: What it is equal to, and how it is set up.
+        by_language: Whether it reads the text as code of one language.
+        all_or_nothing: Whether a sample has 0 or the maximum, so that a score is a share of successes.
+    """
+
+    name: str
+    rows: Rows
+    of_sums: OfSums
+    equals: str
+    corpus: bool = False
+    by_language: bool = False
+    all_or_nothing: bool = False
+    maximum: float = 100.0
+    higher_is_better: bool = True
+
+    def signature(self, language: str) -> str:
+        """What a number needs beside it to be compared with others."""
+        parts = [self.name, self.equals or bleu.sacrebleu_signature(SACREBLEU[self.name])]
+        if self.by_language:
+            parts.append(f"language:{language}")
+        return "|".join([*parts, "corpus" if self.corpus else "mean of samples"])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A metric of a list of pairs.
+
+    Args:
+        metric: Which.
+        rows: (pairs, k) its statistics.
+    """
+
+    metric: Metric
+    rows: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """The score of all pairs."""
+        return float(self.metric.of_sums(self.rows.sum(0)))
+
+    @property
+    def samples(self) -> np.ndarray:
+        """(pairs,) the score of each; their mean is `value` unless the metric is one of the corpus."""
+        return self.metric.of_sums(self.rows)
+
+    def interval(self, seed: int = 0, confidence: float = 0.95) -> Interval:
+        """The score with its interval: Wilson's for shares of successes, else the bootstrap's.
+
+        Raises:
+            ValueError: fewer than two pairs.
+        """
+        if self.metric.all_or_nothing and len(self.rows) > 1:
+            return share_interval(int((self.samples > 0).sum()), len(self.rows), confidence)
+        return interval(self.rows, self.metric.of_sums, seed, confidence)
+
+    def compare(self, other: Scored, seed: int = 0, confidence: float = 0.95) -> Comparison:
+        """This score against that of another system on the same pairs.
+
+        Raises:
+            ValueError: another metric, another number of pairs, or fewer than two.
+        """
+        if self.metric.name != other.metric.name:
+            raise ValueError(
+                f"{self.metric.name} is compared with {other.metric.name}: they must be the same"
+            )
+        return compare(self.rows, other.rows, self.metric.of_sums, seed, confidence)
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, 1)
+        meant = f", did you mean {near[0]}" if near else ""
+        raise ValueError(f"no metric is called {name!r}{meant}; there are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def score(names: Sequence[str], pairs: Sequence[Pair], language: str = "python") -> dict[str, Scored]:
+    """The metrics of these names, over pairs that `texts.cleaned` made.
+
+    Args:
+        names: Of `METRICS`.
+        pairs: Predictions and references.
+        language: Of the code; `python`, `kotlin` or `java`. Only some metrics read it.
+
+    Raises:
+        ValueError: an unknown name or language, or no pairs.
+    """
+    wanted = [metric(name) for name in names]
+    if not pairs:
+        raise ValueError("0 pairs to score: a score needs at least 1")
+    check_language(language)
+    made: dict[Rows, np.ndarray] = {}
+    for one in wanted:
+        if one.rows not in made:
+            made[one.rows] = one.rows(pairs, language)
+    return {one.name: Scored(one, made[one.rows]) for one in wanted}
+
+
+# --- the table -----------------------------------------------------------------------------------------
+
+
+def _with_ones(*columns: Sequence[float] | np.ndarray) -> np.ndarray:
+    return np.column_stack([*(np.asarray(c, np.float64) for c in columns), np.ones(len(columns[0]))])
+
+
+def _mean_of(column: int, sums: np.ndarray) -> np.ndarray:
+    return sums[..., column] / sums[..., -1]
+
+
+_first = partial(_mean_of, 0)
+
+
+def _each(one: Callable[[str, str], float]) -> Rows:
+    return lambda pairs, _: _with_ones([one(*pair) for pair in pairs])
+
+
+def _each_in(one: Callable[[str, str, str], float]) -> Rows:
+    return lambda pairs, language: _with_ones([one(*pair, language) for pair in pairs])
+
+
+def _of_pairs(rows: Callable[[Sequence[Pair]], np.ndarray]) -> Rows:
+    return lambda pairs, _: rows(pairs)
+
+
+def _rouge(tokens: Callable[[str], list[str]]) -> Rows:
+    def one(prediction: str, reference: str) -> tuple[float, float, float]:
+        if prediction == reference:  # rouge-score says 0 where there is no token, or no pair of tokens
+            return 100.0, 100.0, 100.0
+        found, wanted = tokens(prediction), tokens(reference)
+        return rouge.rouge_n(found, wanted, 1), rouge.rouge_n(found, wanted, 2), rouge.rouge_l(found, wanted)
+
+    return lambda pairs, _: _with_ones(*zip(*(one(*pair) for pair in pairs), strict=True))
+
+
+def _codebleu_part(part: int, sums: np.ndarray) -> np.ndarray:
+    scores = codebleu.codebleu_parts(sums)[..., part]
+    return np.where(np.isnan(scores), 100.0, 100 * scores)
+
+
+_chrf, _rouge_words, _rouge_code = _of_pairs(bleu.chrf), _rouge(rouge.rouge_tokens), _rouge(code_tokens)
+_RAPIDFUZZ = f"rapidfuzz {version('rapidfuzz')}"
+# sacrebleu says itself how it is set up, once it is imported.
+SACREBLEU = {"bleu": "13a", "bleu_code": "none", "chrf": "chrf", "chrf++": "chrf++"}
+
+_TABLE = [
+    Metric("exact_match", _each(texts.exact_match), _first, "equal strings", all_or_nothing=True),
+    Metric(
+        "exact_match_words",
+        _each(texts.exact_match_words),
+        _first,
+        "CodeXGLUE line completion: equal but for white space",
+        all_or_nothing=True,
+    ),
+    Metric("edit_similarity", _each(texts.edit_similarity), _first, f"Indel ratio, {_RAPIDFUZZ}"),
+    Metric(
+        "edit_similarity_rounded",
+        _each(texts.edit_similarity_rounded),
+        _first,
+        f"CodeXGLUE: Indel ratio rounded a sample, {_RAPIDFUZZ}",
+    ),
+    Metric(
+        "identifier_f1",
+        _each_in(texts.identifier_f1),
+        _first,
+        "F1 of the set of names outside strings and comments",
+        by_language=True,
+    ),
+    Metric(
+        "parses",
+        lambda pairs, language: _with_ones([100.0 * parses(prediction, language) for prediction, _ in pairs]),
+        _first,
+        "the prediction alone: ast for Python, tree-sitter for others",
+        by_language=True,
+        all_or_nothing=True,
+    ),
+    Metric("bleu", _of_pairs(bleu.bleu_13a), bleu.bleu_of_sums, "", corpus=True),
+    Metric("bleu_code", _of_pairs(bleu.bleu_code), bleu.bleu_of_sums, "", corpus=True),
+    Metric(
+        "bleu_codexglue",
+        _of_pairs(bleu.bleu_codexglue),
+        bleu.bleu_codexglue_of_sums,
+        "CodeXGLUE method generation: BLEU-4, +1 on all orders, split at white space",
+        corpus=True,
+    ),
+    Metric(
+        "bleu_summary",
+        lambda pairs, _: _with_ones(bleu.bleu_codexglue_summary(pairs)),
+        _first,
+        "CodeXGLUE code-to-text: BLEU-4 of each sample, +1 from bigrams on",
+    ),
+    Metric("chrf", _chrf, bleu.chrf_of_sums, "", corpus=True),
+    Metric("chrf++", _chrf, bleu.chrf_plus_of_sums, "", corpus=True),
+    *(
+        Metric(f"rouge{kind}{suffix}", rows, partial(_mean_of, column), f"F1, {says}")
+        for suffix, rows, says in (
+            ("", _rouge_words, "rouge-score's tokens, no stemming"),
+            ("_code", _rouge_code, "words and marks"),
+        )
+        for column, kind in enumerate("12L")
+    ),
+    Metric(
+        "codebleu",
+        codebleu.codebleu,
+        codebleu.codebleu_of_sums,
+        "arXiv:2009.10297, 0.25 each, words and marks",
+        corpus=True,
+        by_language=True,
+    ),
+    *(
+        Metric(
+            f"codebleu_{part}",
+            codebleu.codebleu,
+            partial(_codebleu_part, column),
+            "a part of codebleu",
+            corpus=True,
+            by_language=True,
+        )
+        for column, part in enumerate(codebleu.PARTS)
+    ),
+]
+METRICS = {one.name: one for one in _TABLE}

@@ -1,0 +1,561 @@
+"""A Python function -> the same function, written worse: five ways, each keeping what it computes.
+
+    source = "def twice(xs):\\n    return [x * 2 for x in xs]\\n"
+    degrade(source, "loops")     # a string, or None where this way finds nothing to do
+
+Each way edits the text at the places that the syntax tree gives, so that what it does not mean to change
+stays byte for byte. What cannot be changed with certainty is left as it is.
+
+    names       local variables lose their names; never parameters, which callers may spell
+    hints       annotations and docstrings go
+    loops       comprehensions become loops, whose variables get names that are free in the function
+    formatting  no optional blank is left, indentation is one column; the tree stays the same
+    redundant   needless steps, and constants of the module as bare numbers
+    mixed       all of these that apply, one after the other
+
+`degrade` holds each result against the tree that it must have and against the names that it may use, so that
+a rewrite which reaches for a variable of another scope is an error here and not a training example.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import symtable
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+Constants = Mapping[str, int | float]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef | Comprehension
+
+# With one of these a function may see its own names, annotations or docstring.
+REFLECTION = frozenset(
+    {"locals", "vars", "eval", "exec", "globals", "dir", "__doc__", "__annotations__", "inspect", "sys"}
+)
+
+
+def parsed(source: str) -> Function:
+    """The function that `source` is; ValueError if it is not one function."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(source, "function", "exec", dont_inherit=True)
+            body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"not a Python function: {error}") from None
+    if len(body) != 1 or not isinstance(body[0], Function):
+        raise ValueError("not one Python function")
+    return body[0]
+
+
+# --- text --------------------------------------------------------------------------------------------
+
+
+class _Edits:
+    """Replacements of pieces of a text, by the positions of its syntax nodes."""
+
+    def __init__(self, source: str) -> None:
+        self._data = source.encode()
+        self._starts = [0]
+        for line in self._data.split(b"\n"):
+            self._starts.append(self._starts[-1] + len(line) + 1)
+        self._edits: list[tuple[int, int, str]] = []
+
+    def place(self, line: int, column: int) -> int:
+        """The byte at a line, counted from 1, and a column in bytes, as `ast` counts."""
+        return self._starts[line - 1] + column
+
+    def span(self, node: Any) -> tuple[int, int]:
+        return self.place(node.lineno, node.col_offset), self.place(node.end_lineno, node.end_col_offset)
+
+    def text(self, start: int, end: int) -> str:
+        return self._data[start:end].decode()
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    def line(self, number: int) -> tuple[int, int]:
+        """Where a line begins and the next one does."""
+        return self._starts[number - 1], min(self._starts[number], len(self._data))
+
+    def indent(self, node: ast.stmt) -> str | None:
+        """The blanks before a statement that has its lines for itself; None if it shares one."""
+        start, end = self.span(node)
+        before = self.text(self.line(node.lineno)[0], start)
+        after = self.text(end, self.line(node.end_lineno or 0)[1])
+        return before if not before.strip() and not after.strip() else None
+
+    def replace(self, start: int, end: int, text: str) -> None:
+        self._edits.append((start, end, text))
+
+    def done(self) -> str | None:
+        """The text with all replacements, of those that overlap the first; None if there are none."""
+        if not self._edits:
+            return None
+        pieces, at = [], 0
+        for start, end, text in sorted(self._edits):
+            if start >= at:
+                pieces += [self._data[at:start], text.encode()]
+                at = end
+        return b"".join([*pieces, self._data[at:]]).decode()
+
+
+# --- scopes ------------------------------------------------------------------------------------------
+
+
+def _own_identifiers(node: ast.AST) -> list[str]:
+    """The variables that a node names by itself, without those of its children; no attributes or keywords."""
+    match node:
+        case ast.Name():
+            return [node.id]
+        case ast.arg():
+            return [node.arg]
+        case ast.alias():
+            return [(node.asname or node.name).split(".")[0]]
+        case ast.Global() | ast.Nonlocal():
+            return node.names
+        case ast.MatchMapping():
+            return [node.rest] if node.rest else []
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return [node.name]
+        case ast.ExceptHandler() | ast.MatchAs() | ast.MatchStar():
+            return [node.name] if node.name else []
+        case _:
+            return []
+
+
+def _identifiers(node: ast.AST) -> list[str]:
+    """The variables named anywhere in a node, as often as they are."""
+    return [name for inner in ast.walk(node) for name in _own_identifiers(inner)]
+
+
+def _fresh(function: Function, stem: str) -> Iterator[str]:
+    """`stem0`, `stem1`, ..., those that do not occur in the function."""
+    taken, number = set(_identifiers(function)), 0
+    while True:
+        if f"{stem}{number}" not in taken:
+            yield f"{stem}{number}"
+        number += 1
+
+
+def _plain_locals(function: Function) -> list[str]:
+    """Local variables of which every occurrence is a `Name` that means this very variable, by first place.
+
+    Not those that a nested scope binds, too, or that are bound by an import, a handler, a `def` or a pattern;
+    nor those inside an f-string, where Python before 3.12 does not tell places.
+    """
+    own: dict[str, None] = {}
+    other: set[str] = {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
+
+    def visit(node: ast.AST, nested: bool) -> None:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            other.add(node.id) if nested else own.setdefault(node.id)
+        elif isinstance(node, ast.JoinedStr):
+            other.update(_identifiers(node))
+        elif not isinstance(node, ast.Name):
+            other.update(_own_identifiers(node))
+        for child in ast.iter_child_nodes(node):
+            visit(child, nested or isinstance(node, Scope))
+
+    for statement in function.body:
+        visit(statement, False)
+    return [name for name in own if name not in other]
+
+
+def globals_of(source: str) -> set[str]:
+    """The names that a function takes from outside: of its module, or builtins."""
+    found: set[str] = set()
+
+    def visit(table: symtable.SymbolTable) -> None:
+        if table.get_type() != "module":
+            found.update(s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced())
+        for child in table.get_children():
+            visit(child)
+
+    visit(symtable.symtable(source, "function", "exec"))
+    return found
+
+
+# --- the ways ----------------------------------------------------------------------------------------
+
+
+def _names(source: str, constants: Constants) -> str | None:
+    function, edits = parsed(source), _Edits(source)
+    fresh = _fresh(function, "var")
+    new = {name: next(fresh) for name in _plain_locals(function)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and node.id in new:
+            edits.replace(*edits.span(node), new[node.id])
+    return edits.done()
+
+
+def _hints(source: str, constants: Constants) -> str | None:
+    function, edits = parsed(source), _Edits(source)
+    functions = [node for node in ast.walk(function) if isinstance(node, Function)]
+    if any(node.decorator_list for node in functions) or any(
+        isinstance(node, ast.ClassDef) for node in ast.walk(function)
+    ):
+        return None  # a decorator or a class may read them
+    for node in functions:
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg) and argument.annotation:
+                start = edits.place(argument.lineno, argument.col_offset + len(argument.arg.encode()))
+                _cut(edits, start, argument.annotation)
+        if node.returns:
+            head = edits.text(edits.span(node)[0], edits.span(node.returns)[0])
+            before = head[: head.rindex("->")].rstrip()
+            _cut(edits, edits.span(node)[0] + len(before.encode()), node.returns)
+        _without_docstring(node, edits)
+    for node in ast.walk(function):
+        if isinstance(node, ast.AnnAssign) and node.value:
+            _cut(edits, edits.span(node.target)[1], node.annotation)
+    return edits.done()
+
+
+def _cut(edits: _Edits, start: int, hint: ast.expr) -> None:
+    """Remove a hint from `start` on, and the brackets around it, which no node shows."""
+    first, end = edits.span(hint)
+    for _ in range(edits.text(start, first).count("(")):
+        end += len(re.match(r"\s*\)?", edits.text(end, edits.size))[0])  # pyright: ignore
+    edits.replace(start, end, "")
+
+
+def _without_docstring(node: Function, edits: _Edits) -> None:
+    if ast.get_docstring(node, clean=False) is None:
+        return
+    docstring = node.body[0]
+    if len(node.body) == 1:
+        edits.replace(*edits.span(docstring), "pass")
+    elif not _is_text(node.body[1]) and edits.indent(docstring) is not None:
+        first, last = edits.line(docstring.lineno)[0], edits.line(docstring.end_lineno or 0)[1]
+        edits.replace(first, last, "")
+
+
+def _is_text(node: ast.stmt) -> bool:
+    """Whether a statement would be the docstring if it came first."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _loops(source: str, constants: Constants) -> str | None:
+    function, edits = parsed(source), _Edits(source)
+    step = _step(function)
+    names = _identifiers(function)
+    results, targets = _fresh(function, "result"), _fresh(function, "item")
+    for statement in ast.walk(function):
+        if not isinstance(statement, ast.Assign | ast.Return) or statement.value is None:
+            continue
+        value, indent = statement.value, edits.indent(statement)
+        if not isinstance(value, ast.ListComp | ast.DictComp | ast.SetComp) or indent is None:
+            continue
+        start, end = edits.span(statement)
+        before, after = edits.span(value)
+        if (
+            after != end
+            or not re.fullmatch(r"return |(?s:.*)= ", edits.text(start, before))
+            or not _plain(value)
+        ):
+            continue
+        inside = _identifiers(value)
+        bound = {n.id for g in value.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+        # In a loop the variable is the function's own: it may be nobody else's.
+        renamed = {name: next(targets) for name in sorted(bound) if names.count(name) > inside.count(name)}
+        result = next(results)
+        lines = _loop(value, edits, renamed, result, step)
+        lines.append(edits.text(start, before) + result)
+        edits.replace(start, end, f"\n{indent}".join(lines))
+    return edits.done()
+
+
+def _plain(value: ast.ListComp | ast.DictComp | ast.SetComp) -> bool:
+    """Whether nothing in a comprehension has a scope, a binding or an order that a loop would change."""
+    refused = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.JoinedStr, *Scope.__args__)
+    nodes = [node for child in ast.iter_child_nodes(value) for node in ast.walk(child)]
+    if any(isinstance(node, refused) for node in nodes) or any(g.is_async for g in value.generators):
+        return False
+    targets = [node for g in value.generators for node in ast.walk(g.target)]
+    return all(
+        isinstance(t, ast.Name | ast.Tuple | ast.List | ast.Starred | ast.expr_context) for t in targets
+    )
+
+
+def _loop(
+    value: ast.ListComp | ast.DictComp | ast.SetComp,
+    edits: _Edits,
+    renamed: dict[str, str],
+    result: str,
+    step: str,
+) -> list[str]:
+    """The lines that fill `result` as a comprehension does."""
+
+    def text(node: ast.expr, names: dict[str, str]) -> str:
+        start, end = edits.span(node)
+        inner, at = [], start
+        for name in sorted((n for n in ast.walk(node) if isinstance(n, ast.Name)), key=edits.span):
+            first, last = edits.span(name)
+            inner += [edits.text(at, first), names.get(name.id, name.id)]
+            at = last
+        whole = "".join([*inner, edits.text(at, end)])
+        return f"({whole})" if "\n" in whole else whole
+
+    empty = {ast.ListComp: "[]", ast.DictComp: "{}", ast.SetComp: "set()"}[type(value)]
+    lines, depth = [f"{result} = {empty}"], ""
+    for number, generator in enumerate(value.generators):
+        over = text(generator.iter, renamed if number else {})  # the first is evaluated outside
+        lines.append(f"{depth}for {text(generator.target, renamed)} in {over}:")
+        depth += step
+        for condition in generator.ifs:
+            lines.append(f"{depth}if {text(condition, renamed)}:")
+            depth += step
+    if isinstance(value, ast.DictComp):
+        # The key first: `result[key] = value` would evaluate the value first.
+        lines.append(f"{depth}{result}.update([({text(value.key, renamed)}, {text(value.value, renamed)})])")
+    else:
+        method = "append" if isinstance(value, ast.ListComp) else "add"
+        lines.append(f"{depth}{result}.{method}({text(value.elt, renamed)})")
+    return lines
+
+
+def _step(function: Function) -> str:
+    """One level of indentation."""
+    first = function.body[0]
+    return " " * (first.col_offset - function.col_offset) if first.lineno > function.lineno else "    "
+
+
+def _formatting(source: str, constants: Constants) -> str | None:
+    words = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
+    pieces: list[str] = []
+    depth, last = 0, ""  # the last token's kind: word, number, other, or "" at the beginning of a line
+    inside = 0  # brackets that are open
+    for kind, text in _tokens(source):
+        if kind in (tokenize.INDENT, tokenize.DEDENT):
+            depth += 1 if kind == tokenize.INDENT else -1
+        elif kind in (tokenize.NEWLINE, tokenize.NL):
+            if last:  # no blank lines
+                pieces.append("\n")
+            last = ""
+        elif text:
+            word = kind in words
+            if not last and not inside:
+                pieces.append(" " * depth)
+            elif (word and last in ("word", "number")) or (text[0] == "." and last == "number"):
+                pieces.append(" ")
+            pieces.append(text)
+            inside += (text in "([{") - (text in ")]}") if kind == tokenize.OP else 0
+            last = "number" if kind == tokenize.NUMBER else "word" if word else "other"
+    text = "".join(pieces) + ("\n" if last else "")
+    return text if text != source else None
+
+
+def _tokens(source: str) -> Iterator[tuple[int, str]]:
+    """(kind, text) of the source's tokens, an f-string being one, as it was before Python 3.12."""
+    start, end = (getattr(tokenize, f"FSTRING_{which}", -1) for which in ("START", "END"))
+    lines, open_strings, began = source.splitlines(keepends=True), 0, (0, 0)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == start:
+            began = began if open_strings else token.start
+            open_strings += 1
+        elif token.type == end:
+            open_strings -= 1
+            if not open_strings:
+                (first, column), (row, after) = began, token.end
+                rows = [*lines[first - 1 : row - 1], lines[row - 1][:after]]
+                yield tokenize.STRING, "".join(rows)[column:]
+        elif not open_strings:
+            yield token.type, token.string
+
+
+def _redundant(source: str, constants: Constants) -> str | None:
+    with_numbers = _bare_numbers(source, constants) or source
+    result = _needless_steps(with_numbers) or with_numbers
+    return result if result != source else None
+
+
+def _bare_numbers(source: str, constants: Constants) -> str | None:
+    function, edits = parsed(source), _Edits(source)
+    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+    bound |= {
+        n for node in ast.walk(function) if not isinstance(node, ast.Name) for n in _own_identifiers(node)
+    }
+    texts = (node for node in ast.walk(function) if isinstance(node, ast.JoinedStr))
+    in_text = {id(inner) for text in texts for inner in ast.walk(text)}
+    for name in names:
+        if name.id in constants and name.id not in bound and id(name) not in in_text:
+            value = repr(constants[name.id])
+            edits.replace(*edits.span(name), value if value.isdigit() else f"({value})")
+    return edits.done()
+
+
+def _needless_steps(source: str) -> str | None:
+    function, edits = parsed(source), _Edits(source)
+    fresh, step = _fresh(function, "answer"), _step(function)
+    for node in ast.walk(function):
+        if isinstance(node, ast.If):
+            edits.replace(*edits.span(node.test), f"({edits.text(*edits.span(node.test))}) and True")
+        elif isinstance(node, ast.Return) and node.value and (indent := edits.indent(node)) is not None:
+            start, end = edits.span(node)
+            before, after = edits.span(node.value)
+            value = edits.text(before, after)
+            if after != end or edits.text(start, before) != "return " or "\n" in value:
+                continue
+            if _is_truth(node.value):
+                lines = [f"if {value}:", f"{step}return True", "else:", f"{step}return False"]
+            elif not isinstance(node.value, ast.Name | ast.Constant):
+                answer = next(fresh)
+                lines = [f"{answer} = {value}", f"return {answer}"]
+            else:
+                continue
+            edits.replace(start, end, f"\n{indent}".join(lines))
+    return edits.done()
+
+
+def _is_truth(node: ast.expr) -> bool:
+    """Whether an expression is True or False for any operands: a class cannot make it anything else."""
+    if isinstance(node, ast.Compare):
+        return len(node.ops) == 1 and isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn)
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+
+
+def _mixed(source: str, constants: Constants) -> str | None:
+    result, applied = source, 0
+    for name in ("hints", "names", "loops", "redundant", "formatting"):
+        changed = STRATEGIES[name](result, constants)
+        result, applied = changed or result, applied + (changed is not None)
+    return result if applied > 1 else None
+
+
+STRATEGIES: dict[str, Callable[[str, Constants], str | None]] = {
+    "names": _names,
+    "hints": _hints,
+    "loops": _loops,
+    "formatting": _formatting,
+    "redundant": _redundant,
+    "mixed": _mixed,
+}
+
+
+# --- what holds of every result ----------------------------------------------------------------------
+
+
+def degrade(source: str, strategy: str, constants: Constants | None = None) -> str | None:
+    """The function written worse, or None where this way finds nothing to do, or the function reads itself.
+
+    Args:
+        source: One function, without indentation.
+        strategy: A key of STRATEGIES.
+        constants: Numbers that the function's module gives a name to.
+
+    Raises:
+        ValueError: `source` is not one function; or, by `check`, the result would not be this function.
+    """
+    function = parsed(source)
+    seen = set(_identifiers(function)) | {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
+    if REFLECTION & seen:
+        return None
+    result = STRATEGIES[strategy](source, constants or {})
+    if result is None or result == source:
+        return None
+    check(source, result, strategy)
+    return result
+
+
+def check(source: str, result: str, strategy: str) -> None:
+    """ValueError if a rewritten function is not what its way may make of the first.
+
+    It must parse, take no other names from outside, and have the first one's tree: the same (formatting), but
+    for hints (hints), or but for a one-to-one renaming (names).
+    """
+    try:
+        function = parsed(result)
+    except ValueError as error:
+        raise ValueError(f"degradation-broken: {strategy} gives what is {error}") from None
+    outside = globals_of(result) - globals_of(source) - ({"set"} if strategy in ("loops", "mixed") else set())
+    if outside:
+        raise ValueError(
+            f"degradation-out-of-scope: {strategy} takes {', '.join(sorted(outside))} from outside the "
+            "function, which the first one does not"
+        )
+    first = parsed(source)
+    if strategy == "names":
+        same = _renamed_alike(first, function)
+    elif strategy == "formatting":
+        same = ast.dump(first) == ast.dump(function)
+    elif strategy == "hints":
+        same = ast.dump(_Stripped().visit(first)) == ast.dump(_Stripped().visit(function))
+    else:
+        same = True  # told by running both
+    if not same:
+        raise ValueError(f"degradation-changes-meaning: {strategy} gives another syntax tree")
+
+
+class _Stripped(ast.NodeTransformer):
+    """A tree without hints and docstrings."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return ast.arg(node.arg)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        return ast.Assign([node.target], node.value) if node.value else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self.generic_visit(node)
+        node.returns = None
+        while ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # pyright: ignore  # of one shape
+
+
+def _renamed_alike(one: ast.AST, other: ast.AST) -> bool:
+    """Whether two trees differ in names of variables alone, and these one to one."""
+    there: dict[str, str] = {}
+    back: dict[str, str] = {}
+    pairs = [(one, other)]
+    for a, b in pairs:
+        if type(a) is not type(b):
+            return False
+        for field, value in ast.iter_fields(a):
+            mine, theirs = ([v] if not isinstance(v, list) else v for v in (value, getattr(b, field)))
+            if len(mine) != len(theirs):
+                return False
+            for x, y in zip(mine, theirs, strict=True):
+                if isinstance(x, ast.AST):
+                    pairs.append((x, y))
+                elif isinstance(a, ast.Name) and field == "id":
+                    if there.setdefault(x, y) != y or back.setdefault(y, x) != x:
+                        return False
+                elif x != y or type(x) is not type(y):
+                    return False
+    return True
+
+
+def check_distinct(results: Mapping[str, list[str | None]]) -> None:
+    """ValueError if two ways give the same for a function that both change: one would be a copy of the other.
+
+    Args:
+        results: For each way what it makes of the same functions, in order.
+    """
+    for (one, mine), (other, theirs) in combinations(results.items(), 2):
+        both = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
+        same = sum(a == b for a, b in both)
+        if both and same == len(both):
+            raise ValueError(
+                f"degradation-is-a-copy: {one} and {other} give the same for all {same} functions that "
+                "both change"
+            )
+    for name, made in results.items():
+        if not any(text is not None for text in made):
+            raise ValueError(f"degradation-does-nothing: {name} changes none of {len(made)} functions")

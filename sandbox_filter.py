@@ -1,0 +1,97 @@
+"""The sandbox's seccomp filter: what generated code may not ask of the kernel; for `bwrap --seccomp`.
+
+It closes what namespaces leave open: new processes, so that one process's limits bound the whole sandbox;
+sockets of families that know no namespace (AF_VSOCK, AF_ALG); memory that no limit counts; namespaces of its
+own; and parts of the kernel with a history of faults. What needs capabilities is refused without a filter.
+
+The format is classic BPF (linux/filter.h, linux/seccomp.h, linux/audit.h); numbers are those of
+asm/unistd_64.h for x86-64 and of asm-generic/unistd.h for aarch64.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
+CLONE_THREAD = 0x10000
+AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+X32 = 0x40000000  # the bit of x86-64's second set of calls, which would pass by their numbers
+
+DENIED: dict[str, tuple[int | None, int | None]] = {  # on x86-64, on aarch64
+    "fork": (57, None),
+    "vfork": (58, None),
+    "socket": (41, 198),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "fanotify_init": (300, 262),
+    "modify_ldt": (154, None),
+    "syslog": (103, 116),
+}
+
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+NUMBER, ARCHITECTURE, FLAGS = 0, 4, 16  # offsets in struct seccomp_data; clone has its flags first
+ALLOW, ERROR, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+
+
+def program(machine: str) -> bytes:
+    """The filter for a machine, as `platform.machine()` names it.
+
+    Raises:
+        ValueError: a machine whose numbers are not known here.
+    """
+    if machine not in AUDIT:
+        raise ValueError(f"the sandbox has no system call filter for {machine}; it has {' and '.join(AUDIT)}")
+    column = list(AUDIT).index(machine)
+    numbers = [row[column] for row in DENIED.values() if row[column] is not None]
+    deny = ERROR | errno.EPERM
+    lines: list[tuple[int, int, int, int]] = [  # operation, jump if true, jump if false, operand
+        (LOAD, 0, 0, ARCHITECTURE),
+        (EQUAL, 1, 0, AUDIT[machine]),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER),
+        (AT_LEAST, 0, 1, X32),
+        (RETURN, 0, 0, deny),
+        (EQUAL, 0, 1, CLONE3),  # its flags are behind a pointer: the C library then takes clone
+        (RETURN, 0, 0, ERROR | errno.ENOSYS),
+    ]
+    for number in numbers:
+        lines += [(EQUAL, 0, 1, number), (RETURN, 0, 0, deny)]
+    lines += [
+        (EQUAL, 0, 3, CLONE[machine]),
+        (LOAD, 0, 0, FLAGS),
+        (ANY_BIT, 1, 0, CLONE_THREAD),
+        (RETURN, 0, 0, deny),
+        (RETURN, 0, 0, ALLOW),
+    ]
+    return b"".join(struct.pack("=HBBI", *line) for line in lines)

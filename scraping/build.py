@@ -1,0 +1,260 @@
+"""python -m scraping build: the last selection, and the corpus with its counts, its card and its fingerprint.
+
+Of each text the document with the least name stays, of each cluster of near duplicates likewise (or all, with
+`--near keep`), and no document that holds an example of a benchmark. Written are
+
+    corpus/data/part-*.parquet      text, repository, path, commit, licence, cluster, sha256
+    corpus/corpus.json              counts by stage and reason, licences, settings, fingerprint
+    corpus/README.md, pictures/     the dataset card
+    corpus/records/                 each document that went, and why
+
+`--shard i/n` makes one part, `--finish true` what describes them all; without either, both happen here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from config import write_atomically
+from scraping.decontaminate import Benchmarks
+from scraping.dedup import file_digest_of
+from scraping.documents import Document, Drop, read_shard, write_shard
+from scraping.frequencies import Frequencies
+from scraping.shards import parse_shard, parts_of
+
+VERSION = 1  # of the selection below
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stays, and where it goes.
+
+    Args:
+        folder: Of the corpus; reads `folder/clean` and `folder/dedup`, writes `folder/corpus`.
+        near: `drop` all but one document of a cluster, or `keep` them for a split by cluster.
+        benchmarks: JSONL(.gz) files whose examples no document may hold, as HumanEval and MBPP.
+        form: `parquet`, or `jsonl` for JSONL.gz.
+        title: Of the card.
+        shard: `i/n`: one part only; i from 0, n as clean made.
+        finish: Only what describes all parts.
+        workers: Processes; 0 means one for each core.
+    """
+
+    folder: str = "corpus"
+    near: Literal["drop", "keep"] = "drop"
+    benchmarks: tuple[str, ...] = ()
+    form: Literal["parquet", "jsonl"] = "parquet"
+    title: str = "A corpus of source code"
+    shard: str = ""
+    finish: bool = False
+    workers: int = 0
+
+
+# --- one part ----------------------------------------------------------------------------------------
+
+
+def build_part(settings: Settings, part: Path) -> None:
+    """Write one part of the corpus and its record, unless both stand there, made of the same input."""
+    root = Path(settings.folder)
+    clusters = root / "dedup" / f"clusters-{part.stem}.json"
+    if not clusters.is_file():
+        raise ValueError(f"{clusters} is not there: run dedup first")
+    output = root / "corpus" / "data" / f"{part.stem}.{_ENDINGS[settings.form]}"
+    record_path = root / "corpus" / "records" / f"{part.stem}.json"
+    inputs = {
+        "version": VERSION,
+        "clean": file_digest_of(part),
+        "clusters": file_digest_of(clusters),
+        "near": settings.near,
+        "form": settings.form,
+        "benchmarks": [file_digest_of(Path(file)) for file in settings.benchmarks],
+    }
+    try:
+        record = json.loads(record_path.read_text("utf-8"))
+        if record["inputs"] == inputs and record["sha256"] == file_digest_of(output):
+            return
+    except (OSError, ValueError, KeyError):
+        pass
+    for folder in (output.parent, record_path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    selection = _Selection(settings, json.loads(clusters.read_text("utf-8")))
+    count = write_shard(output, selection.of(read_shard(part)))
+    dropped = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in selection.dropped).encode()
+    (record_path.parent / f"{part.stem}.dropped.jsonl.gz").write_bytes(gzip.compress(dropped, mtime=0))
+    record = {"inputs": inputs, "documents": count, "sha256": file_digest_of(output)}
+    write_atomically(record_path, json.dumps(record | selection.counts(), indent=1))
+
+
+_ENDINGS = {"parquet": "parquet", "jsonl": "jsonl.gz"}
+
+
+class _Selection:
+    """Which documents of a part stay, and the counts of it."""
+
+    def __init__(self, settings: Settings, clusters: dict[str, list[str]]) -> None:
+        self.dropped: list[dict[str, str]] = []
+        self._near = settings.near
+        self._clusters = clusters
+        self._benchmarks = Benchmarks(list(settings.benchmarks))
+        self._reasons: Counter[str] = Counter()
+        self._licences: Counter[str] = Counter()
+        self._sizes: Counter[int] = Counter()
+        self._frequencies = Frequencies()
+        self._bytes = {"in": 0, "out": 0}
+        self._read = 0
+
+    def of(self, documents: Iterator[Document]) -> Iterator[Document]:
+        for row, document in enumerate(documents):
+            size = len(document.text.encode())
+            self._read += 1
+            self._bytes["in"] += size
+            cluster, twin = self._clusters.get(str(row), (document.name, ""))
+            drop = self._drop(document, cluster, twin)
+            if drop is not None:
+                self._reasons[drop.reason] += 1
+                self.dropped.append({"name": document.name, "reason": drop.reason, "evidence": drop.evidence})
+                continue
+            self._bytes["out"] += size
+            self._licences[document.licence or "unknown"] += 1
+            self._sizes[size.bit_length()] += 1
+            self._frequencies.add(document.text)
+            yield dataclasses.replace(document, cluster=cluster)
+
+    def _drop(self, document: Document, cluster: str, twin: str) -> Drop | None:
+        if twin:
+            return Drop("exact duplicate", f"of {twin}")
+        if self._near == "drop" and cluster != document.name:
+            return Drop("near duplicate", f"in the cluster of {cluster}")
+        return self._benchmarks.found_in(document)
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "read": self._read,
+            "bytes": self._bytes,
+            "dropped": dict(sorted(self._reasons.items())),
+            "licences": dict(sorted(self._licences.items())),
+            "sizes": {str(bits): count for bits, count in sorted(self._sizes.items())},
+            "benchmark pieces": self._benchmarks.pieces,
+            "benchmark pieces too short": self._benchmarks.too_short,
+            "frequencies": self._frequencies.to_dict(),
+        }
+
+
+# --- all of it ---------------------------------------------------------------------------------------
+
+
+def finish(settings: Settings) -> dict[str, Any]:
+    """Write corpus.json, the card and its pictures; what corpus.json holds."""
+    from scraping.card import write_card
+
+    root = Path(settings.folder)
+    folder = root / "corpus"
+    parts = parts_of(root / "clean")
+    outputs = parts_of(folder / "data", ending=f".{_ENDINGS[settings.form]}")
+    if len(outputs) != len(parts):
+        raise ValueError(f"{folder} has {len(outputs)} parts and {root / 'clean'} {len(parts)}: build again")
+    records = []
+    for part, output in zip(parts, outputs, strict=True):
+        record = json.loads((folder / "records" / f"{part.stem}.json").read_text("utf-8"))
+        if record["inputs"]["clean"] != file_digest_of(part) or record["sha256"] != file_digest_of(output):
+            raise ValueError(f"{output} is not what {part} would give: run build again")
+        records.append(record)
+    frequencies = Frequencies()
+    for record in records:
+        frequencies.merge(Frequencies.from_dict(record["frequencies"]))
+    cleaned = [json.loads(part.with_suffix(".json").read_text("utf-8")) for part in parts]
+    selected = {
+        "stage": "select",
+        "in": sum(record["read"] for record in records),
+        "out": sum(record["documents"] for record in records),
+        "dropped": _summed(record["dropped"] for record in records),
+    }
+    corpus = {
+        "documents": selected["out"],
+        "bytes": sum(record["bytes"]["out"] for record in records),
+        "fingerprint": fingerprint(outputs),
+        "stages": [*_stages(cleaned), selected],
+        "licences": _summed(record["licences"] for record in records),
+        "sizes": _summed(record["sizes"] for record in records),
+        "words": {"occurrences": frequencies.total, "different words by occurrences": frequencies.curve()},
+        "clusters": json.loads((root / "dedup" / "clusters.json").read_text("utf-8")),
+        "settings": {
+            "build": asdict(settings) | {"shard": "", "finish": False},
+            "clean": cleaned[0]["settings"],
+        },
+        "parts": [
+            {"file": f"data/{output.name}", "documents": record["documents"], "sha256": record["sha256"]}
+            for output, record in zip(outputs, records, strict=True)
+        ],
+    }
+    write_card(folder, settings.title, corpus)
+    write_atomically(folder / "corpus.json", json.dumps(corpus, indent=1, ensure_ascii=False))
+    return corpus
+
+
+def _stages(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cleaning over all parts, stage by stage: what went in, what came out, what went and why."""
+    left = sum(record["input"]["files"] for record in records)
+    names = dict.fromkeys(name for record in records for name in (*record["stages"], *record["dropped"]))
+    stages = []
+    for name in names:
+        reasons = (record["dropped"].get(name, {}) for record in records)
+        dropped = _summed({reason: n["files"] for reason, n in there.items()} for there in reasons)
+        out = left - sum(dropped.values())
+        stages.append({"stage": name, "in": left, "out": out, "dropped": dropped})
+        left = out
+    return stages
+
+
+def _summed(counts: Any) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
+
+
+def fingerprint(parts: list[Path]) -> str:
+    """SHA-256 of the sorted digests of all rows: it does not depend on how they are divided into parts."""
+    digests = []
+    for part in parts:
+        for document in read_shard(part):
+            row = [document.name, document.commit, document.licence, document.cluster, document.sha256]
+            digests.append(hashlib.sha256(json.dumps(row).encode()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def run(settings: Settings) -> None:
+    """Build what is asked for, and print the counts."""
+    parts = parts_of(Path(settings.folder, "clean"))
+    if settings.shard:
+        number, shards = parse_shard(settings.shard)
+        if shards != len(parts):
+            raise ValueError(f"--shard {settings.shard} is of {shards}, and clean made {len(parts)} parts")
+        return build_part(settings, parts[number])
+    if not settings.finish:
+        with ProcessPoolExecutor(settings.workers or os.cpu_count()) as pool:
+            list(pool.map(partial(build_part, settings), parts))
+    corpus = finish(settings)
+    print("\n".join(table(corpus)))
+    return None
+
+
+def table(corpus: dict[str, Any]) -> list[str]:
+    """Lines: what went in, what went and why, what came out."""
+    lines = [f"{corpus['stages'][0]['in']:>12,}  files were stored"] if corpus["stages"] else []
+    for stage in corpus["stages"]:
+        for reason, count in stage["dropped"].items():
+            lines.append(f"{-count:>12,}  {stage['stage']}: {reason}")
+    size = f"{corpus['bytes']:,} bytes, fingerprint {corpus['fingerprint'][:12]}"
+    return [*lines, f"{corpus['documents']:>12,}  documents, {size}"]

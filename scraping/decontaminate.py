@@ -1,0 +1,111 @@
+"""Benchmarks in a corpus: documents that hold an example of one, by overlap of runs of units.
+
+    benchmarks = Benchmarks(["HumanEval.jsonl.gz"])
+    drop = benchmarks.found_in(document)
+
+Each field of an example that holds text is looked for on its own, so that a solution is found without its
+prompt. The measure is that of PaLM (arXiv:2204.02311, section 8): the share of its runs that stand in one
+document. Units here are words and punctuation marks, and so a run is longer than 8 words.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scraping.documents import Document, Drop
+from shingles import Batch, Units, Words
+
+RUN = 13  # units
+SHARE = 0.7  # of a piece's runs
+LEAST = 2 * RUN  # units of a piece that is looked for; shorter ones are anyone's code
+
+
+class Benchmarks:
+    """The pieces of benchmark files, JSONL or JSONL.gz, whatever their fields.
+
+    Args:
+        pieces: Texts that are looked for.
+        too_short: Texts that are not, since they have fewer than LEAST units.
+
+    Raises:
+        ValueError: a file is missing, is no JSONL, or holds no text that is long enough.
+    """
+
+    def __init__(self, files: list[str]) -> None:
+        self._words = Words()
+        self._names: list[str] = []
+        self.too_short = 0
+        hashes, owners, counts = [], [], []
+        for file in files:
+            before = len(self._names)
+            for name, text in _texts(Path(file)):
+                units = self._words.ids(text)
+                if len(units) < LEAST:
+                    self.too_short += 1
+                    continue
+                runs = np.unique(Batch([Units("", "", units, 0)]).windows(RUN)[1])
+                owners.append(np.full(len(runs), len(self._names)))
+                hashes.append(runs)
+                counts.append(len(runs))
+                self._names.append(name)
+            if len(self._names) == before:
+                raise ValueError(f"{file} holds no text of {LEAST} words and marks: nothing to look for")
+        every = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+        order = np.argsort(every, kind="stable")
+        self._hashes = every[order]
+        self._owners = np.concatenate(owners)[order] if owners else np.empty(0, np.int64)
+        self._counts = np.array(counts, np.int64)
+
+    @property
+    def pieces(self) -> int:
+        return len(self._names)
+
+    def found_in(self, document: Document) -> Drop | None:
+        """Why the document goes, with the example that it holds most of; None where it holds none."""
+        if not self.pieces:
+            return None
+        runs = np.unique(Batch([Units("", "", self._words.ids(document.text), 0)]).windows(RUN)[1])
+        first, last = (np.searchsorted(self._hashes, runs, side) for side in ("left", "right"))
+        hits = np.flatnonzero(first < last)
+        if not len(hits):
+            return None
+        owners = np.concatenate([self._owners[first[i] : last[i]] for i in hits])
+        shares = np.bincount(owners, minlength=self.pieces) / self._counts
+        most = int(shares.argmax())
+        if shares[most] < SHARE:
+            return None
+        return Drop("benchmark", f"{shares[most]:.0%} of {self._names[most]}")
+
+
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(file, line and field, text) of all that is text in the rows of a file."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path} line {number} is a JSON {type(row).__name__}, not an object")
+                for field, value in row.items():
+                    yield from ((f"{path.name} line {number} {field}", text) for text in _strings(value))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):  # MBPP's tests are a list, which is one text
+        return ["\n".join(item for item in value if isinstance(item, str))]
+    return []

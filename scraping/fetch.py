@@ -1,0 +1,348 @@
+"""One repository of a crawl: its commit, its tree, and its files by the way that costs least (`route`).
+
+Every file's bytes are held to the git id that the tree gives them, so it does not matter where they came
+from, or in which order. Facts about answers are from docs.github.com/en/rest, pages git/trees, git/blobs,
+commits/commits and repos/contents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from scraping.archive import BrokenArchive, Limits, Member, read_archive
+from scraping.documents import path_text
+from scraping.github import JSON, RAW, SHA, Answer, GitHub, Malformed, Refused, TooLarge, Unanswered
+from scraping.gitrepo import blob_id, fetched
+from scraping.ledger import Entry, Ledger
+from scraping.wanted import SUBMODULE, SYMBOLIC_LINK, Wanted, data_reason
+
+# What a request is worth in bytes: 5,000 an hour are 0.7 s each, in which a line of 3 MB/s brings 2 MB.
+REQUEST = 2 * 2**20
+CLONE = 30 * REQUEST
+MAX_TARBALL = 2**30  # bytes unpacked; what is larger comes file by file
+TARBALL_TRIES = 3
+MAX_ENTRIES = 2_000_000  # of a repository's tree, which can say that it has 10^10 with ten objects
+MAX_TREES = 5_000  # requests for one
+BATCH_BYTES = 4 * 2**20  # stored in one transaction
+
+GONE = {
+    404: "not found",
+    409: "empty repository",
+    410: "gone",
+    451: "unavailable for legal reasons",
+}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A row of the ledger, as a worker needs it. `pinned` is "" before its files are listed."""
+
+    id: int
+    name: str
+    branch: str
+    clone_url: str
+    bytes: int
+    state: str
+    pinned: str
+
+    @property
+    def root(self) -> str:
+        """Where it is asked for. A renamed repository answers its old name with 301 to this form, which names
+        the same one for ever; a name may be given up and taken by another.
+        """
+        return f"/repositories/{self.id}"
+
+
+def fetch(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository, folder: Path) -> None:
+    """List a repository's files if they are not, and fetch those that wait."""
+    try:
+        if repository.state == "found":
+            repository = list_files(client, ledger, wanted, repository)
+        fetch_files(client, ledger, repository, folder)
+    except Refused as refusal:
+        _give_up(ledger, repository.name, refusal)
+    except TooLarge:
+        ledger.done(repository.name, "tree too large")
+    else:
+        ledger.done(repository.name)
+
+
+def recheck(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository, folder: Path) -> None:
+    """Remove what may not be kept. Nothing counts against the limits while the branch stands still (304)."""
+    del wanted, folder
+    try:
+        head(client, repository)
+    except Refused as refusal:
+        if refusal.status == 451:
+            _give_up(ledger, repository.name, refusal)
+
+
+def _give_up(ledger: Ledger, name: str, refusal: Refused) -> None:
+    reason = GONE.get(refusal.status, f"refused with {refusal.status}")
+    if refusal.status == 451:
+        ledger.removed(name, reason)
+        return
+    with ledger.transaction():
+        for entry in ledger.waiting(name):
+            ledger.dropped(name, entry.path, reason)
+        stored = ledger.rows("SELECT 1 FROM files WHERE repository = ? AND state = 'stored' LIMIT 1", name)
+        ledger.done(name, "" if stored else reason)
+
+
+def head(client: GitHub, repository: Repository, branch: str = "") -> str:
+    """The commit of a branch, by default the repository's own."""
+
+    def read(answer: Answer) -> str:
+        return _git_id(answer.body.decode("ascii", "replace").strip())
+
+    # A tag may have the branch's name. A slash within a parameter is encoded: "Troubleshooting".
+    reference = quote(f"heads/{branch or repository.branch}", safe="")
+    return client.get(f"{repository.root}/commits/{reference}", read, SHA, keep=True)
+
+
+def list_files(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository) -> Repository:
+    """Enter the files that a repository has at its branch's commit; those of other extensions are counted.
+
+    Raises:
+        Refused: it is gone, or has no commit.
+        TooLarge: its tree is past MAX_ENTRIES.
+    """
+    try:
+        commit = head(client, repository)
+    except Refused as refusal:
+        if refusal.status != 422:  # "No commit found": the default branch is another one by now
+            raise
+        branch = client.get(repository.root, lambda answer: str(answer.json()["default_branch"]))
+        commit = head(client, repository, branch)
+    entries: dict[str, Entry] = {}
+    size = others = 0
+    for mode, path, address, bytes_ in walk(client, repository.root, commit):
+        size += bytes_
+        reason = wanted.reason(path.encode("utf-8", "surrogatepass"), bytes_)
+        if reason == "other extension":
+            others += 1
+            continue
+        kind = {"120000": SYMBOLIC_LINK, "160000": SUBMODULE}.get(mode, "")
+        spelled = path_text(path.encode("utf-8", "surrogatepass"))
+        if spelled in entries:  # the API shows names that are not UTF-8 with the same sign for any byte
+            spelled = f"{spelled}\\{len(entries)}"
+        entries[spelled] = Entry(spelled, address, bytes_, kind or reason)
+    with ledger.transaction() as db:
+        db.execute("UPDATE hosted SET bytes = ?, others = ? WHERE id = ?", (size, others, repository.id))
+        ledger.listed(repository.name, commit, entries.values())
+        ledger.forget(f"{JSON} {client.api}{repository.root}/git/trees/")
+    return dataclasses.replace(repository, state="listed", pinned=commit, bytes=size)
+
+
+def walk(client: GitHub, root: str, commit: str) -> Iterator[tuple[str, str, str, int]]:
+    """(mode, path, id, size) of every file of a commit.
+
+    One request lists a tree with all below it, but at most 100,000 entries and 7 MB (docs.github.com/en/rest/
+    git/trees); one that is cut is listed folder by folder instead, each again with all below it.
+    """
+    folders = [("", commit)]
+    trees = entries = 0
+    while folders:
+        prefix, tree = folders.pop()
+        rows, cut = client.get(f"{root}/git/trees/{tree}?recursive=1", read_tree, keep=True)
+        if cut:
+            rows, cut = client.get(f"{root}/git/trees/{tree}", read_tree, keep=True)
+            if cut:
+                raise TooLarge("a folder has more entries than the API lists")
+            folders += [(f"{prefix}{path}/", address) for mode, path, address, _ in rows if mode == "040000"]
+        trees += 1
+        entries += len(rows)
+        if trees > MAX_TREES or entries > MAX_ENTRIES:
+            raise TooLarge("the tree has too many entries")
+        for mode, path, address, size in rows:
+            if mode != "040000":
+                yield mode, prefix + path, address, size
+
+
+def read_tree(answer: Answer) -> tuple[list[tuple[str, str, str, int]], bool]:
+    """((mode, path, id, size) of each entry, whether it is cut)."""
+    body = answer.json()
+    rows = [
+        (str(row["mode"]), str(row["path"]), _git_id(row["sha"]), int(row.get("size") or 0))
+        for row in body["tree"]
+    ]
+    return rows, bool(body["truncated"])
+
+
+def route(files: int, wanted_bytes: int, tree_bytes: int, tried: Iterable[str] = ()) -> str:
+    """The cheapest way to so many files of so many bytes, in a tree of so many: `tarball`, `git` or `blobs`.
+
+    A tarball is one request for everything, and is taken to be as large as what is in it: it packs source
+    code four times, but pictures and data not at all. A blob is one request for one file. A partial clone
+    brings the wanted files alone and takes nothing from the API's limits, but it starts git, and reads the
+    tree again.
+    """
+    costs = {
+        "tarball": REQUEST + tree_bytes,
+        "git": CLONE + wanted_bytes,
+        "blobs": files * REQUEST + wanted_bytes,
+    }
+    if tree_bytes > MAX_TARBALL:
+        del costs["tarball"]
+    return min((way for way in costs if way not in tried), key=lambda way: costs[way])
+
+
+def fetch_files(client: GitHub, ledger: Ledger, repository: Repository, folder: Path) -> None:
+    """Fetch every file that waits."""
+    name = repository.name
+    for entry in ledger.waiting(name):
+        reuse(ledger, name, entry)
+    tried: list[str] = []
+    while waiting := ledger.waiting(name):
+        way = route(len(waiting), sum(entry.size for entry in waiting), repository.bytes, tried)
+        if way == "blobs":
+            for entry in waiting:
+                if not reuse(ledger, name, entry):
+                    fetch_blob(client, ledger, repository, entry)
+            return
+        # What a way leaves (`.gitattributes` keeps files out of an archive, and changes others) waits for the
+        # next one, and so does all of it if the way is closed.
+        tried.append(way)
+        try:
+            if way == "tarball":
+                fetch_tarball(client, ledger, repository, waiting, folder)
+            else:
+                fetch_git(ledger, repository, waiting, folder)
+        except Refused as refusal:
+            if refusal.status == 451:
+                raise
+        except (Unanswered, TooLarge, Unfetched):
+            pass
+
+
+def reuse(ledger: Ledger, name: str, entry: Entry) -> bool:
+    """Store a file by the bytes of another, in this repository or in any; False if none has them."""
+    known = ledger.by_address(entry.address)
+    if known is None or blob_id(known) != entry.address:  # other sources have addresses of other kinds
+        return False
+    ledger.stored(name, [(entry.path, known)])
+    return True
+
+
+class _Store:
+    """Puts files whose bytes are those that their ids name into the ledger, many in one transaction."""
+
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        self._ledger = ledger
+        self._name = name
+        self._batch: list[tuple[str, bytes]] = []
+        self._size = 0
+
+    def add(self, entry: Entry, data: bytes) -> None:
+        if why := data_reason(data):
+            self._ledger.dropped(self._name, entry.path, why)
+            return
+        self._batch.append((entry.path, data))
+        self._size += len(data)
+        if self._size > BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        self._ledger.stored(self._name, self._batch)
+        self._batch, self._size = [], 0
+
+
+def fetch_tarball(
+    client: GitHub, ledger: Ledger, repository: Repository, waiting: list[Entry], folder: Path
+) -> None:
+    """Store those of the files that a tarball of the commit has, byte for byte."""
+    by_path = {entry.path: entry for entry in waiting}
+
+    def reason(path: bytes, size: int) -> str:
+        entry = by_path.get(path_text(path))
+        return "" if entry and entry.size == size else "not asked for"
+
+    def members() -> Iterator[Member]:
+        try:
+            yield from read_archive(file, reason, 1, Limits(total_bytes=2 * MAX_TARBALL))
+        except BrokenArchive as error:
+            raise Malformed(str(error)) from error
+        except ValueError as error:  # past a limit
+            raise TooLarge(str(error)) from error
+
+    def read(answer: Answer) -> None:
+        del answer
+        store = _Store(ledger, repository.name)
+        try:
+            for member in members():
+                entry = by_path.get(path_text(member.path))
+                if entry and member.data is not None and blob_id(member.data) == entry.address:
+                    del by_path[entry.path]
+                    store.add(entry, member.data)
+        finally:  # what came before a damage is as it should be: its id says so
+            store.flush()
+
+    # Without a name: it is gone when the process is.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        client.get(
+            f"{repository.root}/tarball/{repository.pinned}",
+            read,
+            cap=MAX_TARBALL,
+            tries=TARBALL_TRIES,
+            into=file,
+        )
+
+
+class Unfetched(Exception):
+    """git could not fetch; the other ways are open."""
+
+
+def fetch_git(ledger: Ledger, repository: Repository, waiting: list[Entry], folder: Path) -> None:
+    """Store those of the files that a partial clone brings."""
+    store = _Store(ledger, repository.name)
+    try:
+        with fetched(repository.clone_url, repository.pinned, folder / f"git-{repository.id}") as clone:
+            clone.fetch(entry.address for entry in waiting)
+            here = clone.sizes()
+            entries = [entry for entry in waiting if here.get(entry.address) == entry.size]
+            for entry, (_, data) in zip(entries, clone.blobs(e.address for e in entries), strict=True):
+                if data is not None:
+                    store.add(entry, data)
+    except ValueError as error:
+        raise Unfetched(str(error)) from error
+    finally:
+        store.flush()
+
+
+def fetch_blob(client: GitHub, ledger: Ledger, repository: Repository, entry: Entry) -> None:
+    """Store one file."""
+
+    def read(answer: Answer) -> bytes:
+        if blob_id(answer.body) != entry.address:
+            raise Malformed("the bytes are not those that the id names")
+        return answer.body
+
+    try:
+        url = f"{repository.root}/git/blobs/{entry.address}"
+        data = client.get(url, read, RAW, cap=entry.size + 2**16)
+    except Refused as refusal:
+        if refusal.status == 451:
+            raise
+        head(client, repository)  # if the whole repository is gone, that is refused, too
+        ledger.dropped(
+            repository.name, entry.path, GONE.get(refusal.status, f"refused with {refusal.status}")
+        )
+        return
+    except TooLarge:
+        ledger.dropped(repository.name, entry.path, "larger than the tree says")
+        return
+    store = _Store(ledger, repository.name)
+    store.add(entry, data)
+    store.flush()
+
+
+def _git_id(text: Any) -> str:
+    if not isinstance(text, str) or len(text) != 40 or set(text) - set("0123456789abcdef"):
+        raise Malformed("an id is none of git's")
+    return text

@@ -1,0 +1,536 @@
+"""A client of GitHub's REST API that keeps to its limits and believes nothing that it cannot check.
+
+    client = GitHub("https://api.github.com", token, ledger)
+    sha = client.get("/repos/python/cpython/commits/main", lambda answer: answer.body.decode())
+
+What GitHub publishes about its limits and answers is at docs.github.com/en/rest/using-the-rest-api, pages
+"Rate limits for the REST API", "Best practices" and "Troubleshooting"; the rules below follow them:
+
+- no request goes out while `x-ratelimit-remaining` is 0 and `x-ratelimit-reset` is still to come, in each
+  resource (`core`, `search`) apart;
+- after a secondary limit (403 or 429) none goes out before `Retry-After`, or else for at least a minute,
+  twice as long each time that the limit is hit again;
+- they go out evenly, below 900 a minute, and as many at a time as the caller has threads;
+- these times are kept in the ledger, so that a process that takes over from a killed one keeps them too.
+
+What fails by accident (5xx, 202, a reset, a body that is cut, slow or no JSON, or that `read` refuses) is
+asked for again, later each time. What GitHub itself says no to (404, 409, 410, 451, ...) raises `Refused`.
+
+The token goes to the API's own origin and nowhere else, and into no message.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+JSON = "application/vnd.github+json"
+RAW = "application/vnd.github.raw+json"  # a blob's bytes: docs.github.com/en/rest/git/blobs
+SHA = "application/vnd.github.sha"  # a commit's id alone: docs.github.com/en/rest/commits/commits
+API_VERSION = "2022-11-28"
+USER_AGENT = "plumb-scraping"  # a request without one is refused: "Troubleshooting", User agent required
+
+POINTS = 900  # requests a minute; a GET is one point: "Rate limits", Calculating points
+PACE = 60 / (0.9 * POINTS)  # seconds between two: they do not arrive as evenly as they go out
+MAX_CONCURRENT = 100  # "Rate limits", About secondary rate limits
+SECONDARY_WAIT = 60.0  # seconds, the first time
+SECONDARY_TRIES = 8  # "throw an error after a specific number of retries"
+LONGEST_WAIT = 86_400.0  # seconds; a limit's hour is 3,600
+TRIES = 8
+BACKOFF = 1.0  # seconds, twice as long each time, at most MAX_BACKOFF
+MAX_BACKOFF = 60.0
+CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 30.0  # GitHub gives up on a request after 10: "Timeouts"
+GRACE_SECONDS, SLOWEST = 30.0, 10_000  # a body that has come at fewer bytes a second by then is given up
+MAX_REDIRECTS = 5
+MAX_JSON = 64 * 2**20  # a tree is cut at 7 MB: docs.github.com/en/rest/git/trees
+CHUNK = 2**16
+ANSWER_SECONDS = 0.5
+WINDOW_SLACK = 2.0  # seconds; two resets nearer than that are one, told in whole seconds by two answers
+
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """The server's considered no: a status of 4xx that asking again will not change."""
+
+    def __init__(self, url: str, status: int, message: str) -> None:
+        super().__init__(f"{url} was refused: {status} {message}".strip())
+        self.status = status
+        self.message = message
+
+
+class Unanswered(ValueError):
+    """The server failed every time it was asked."""
+
+
+class Malformed(Exception):
+    """A body that is not what was asked for; a `read` raises it to have the request made again."""
+
+
+class TooLarge(ValueError):
+    """A body past the bytes that the caller takes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A body that came whole, or empty if it went into a file; headers by their names in lower case."""
+
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def next_url(self) -> str:
+        """Of the next page; "" on the last. Pages are not counted but followed: "Using pagination"."""
+        found = re.search(r'<([^<>]*)>\s*;[^<>,]*rel="next"', self.headers.get("link", ""))
+        return found.group(1) if found else ""
+
+    def json(self) -> Any:
+        """Raises `Malformed`."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise Malformed("the body is not JSON") from None
+
+
+class Memory(Protocol):
+    """What outlives a client; see `scraping.ledger.Ledger`."""
+
+    def remember(self, key: str, etag: str, body: bytes) -> None: ...
+    def recall(self, key: str) -> tuple[str, bytes] | None: ...
+    def limited(self, name: str, until: float) -> None: ...
+    def limits(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds since 1970, and a way to wait."""
+
+    now: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass
+class _Bucket:
+    """A resource of the primary limit."""
+
+    remaining: float = float("inf")
+    limit: float = float("inf")
+    resets: float = 0.0  # on the local clock
+    in_flight: int = 0
+    refilled: bool = False  # since the last answer
+
+
+@dataclass
+class Reply:
+    """One exchange: what came of it before it ended or broke.
+
+    Args:
+        status: 0 if none came.
+        headers: By their names in lower case.
+        trouble: Why the body is not whole; None if it is.
+    """
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    trouble: Exception | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether a limit refused it. Some 403 are no limit's: the thing itself is forbidden."""
+        if self.status == 403 and self.trouble is None:
+            message = _message(self.body).lower()
+            spent = self.headers.get("x-ratelimit-remaining") == "0"
+            return "retry-after" in self.headers or spent or "rate limit" in message or "abuse" in message
+        return self.status in (403, 429) or (self.status == 503 and "retry-after" in self.headers)
+
+
+class Gate:
+    """Lets each request wait until the limits allow it."""
+
+    def __init__(self, clock: Clock, memory: Memory, told: Callable[[str, float], None]) -> None:
+        self._clock = clock
+        self._memory = memory
+        self._told = told
+        self._lock = threading.Lock()
+        self._buckets: dict[str, _Bucket] = {}
+        self._next = 0.0
+        self._blocked = memory.limits()
+        self._strikes: dict[str, int] = {}
+
+    def enter(self, host: str, resource: str) -> float:
+        """Wait for this host and, if there is one, this resource; the time at which the request goes out."""
+        while True:
+            with self._lock:
+                now = self._clock.now()
+                why, opens = self._opens(host, resource, now)
+                if opens <= now:
+                    if resource:
+                        bucket = self._buckets.setdefault(resource, _Bucket())
+                        bucket.in_flight += 1
+                        bucket.remaining -= 1
+                        # Evenly, and not in bursts: so a process that takes over need not know of the last
+                        # minute's.
+                        self._next = now + PACE
+                    return now
+            if opens - now > LONGEST_WAIT:
+                raise Unanswered(f"{host} wants no request for {opens - now:,.0f} seconds; run again then")
+            if opens - now > 1:
+                self._told(why, opens - now)
+            self._clock.sleep(opens - now)
+
+    def _opens(self, host: str, resource: str, now: float) -> tuple[str, float]:
+        waits = [("secondary limit", self._blocked.get(host, 0.0))]
+        if resource:
+            waits.append((f"limit of {resource}", self._blocked.get(resource, 0.0)))
+            bucket = self._buckets.setdefault(resource, _Bucket())
+            if bucket.remaining <= 0:
+                if now < bucket.resets:
+                    waits.append((f"limit of {resource}", bucket.resets))
+                elif bucket.refilled and bucket.in_flight:
+                    waits.append((f"answer about the limit of {resource}", now + ANSWER_SECONDS))
+                else:  # a new window, of which nothing is told before its first answer
+                    bucket.remaining, bucket.refilled = bucket.limit, True
+            waits.append((f"{POINTS} a minute", self._next))
+        return max(waits, key=lambda wait: wait[1])
+
+    def leave(self, host: str, resource: str, sent: float, reply: Reply) -> None:
+        """A request that `enter` let out is over. Raises Unanswered if limits refuse every one."""
+        with self._lock:
+            if resource:
+                bucket = self._buckets[resource]
+                bucket.in_flight -= 1
+                if reply.status == 304:
+                    bucket.remaining += 1  # it does not count: "Best practices", conditional requests
+                self._read(reply.headers, reply.headers.get("x-ratelimit-resource") or resource)
+            if reply.limited:
+                self._refuse(host, resource, sent, reply)
+            elif 0 < reply.status < 400:
+                self._strikes.pop(host, None)
+
+    def learn(self, headers: dict[str, str], resource: str) -> None:
+        """What is left of a resource, told by itself; it may be another token's than the last process had."""
+        with self._lock:
+            if headers.get("x-ratelimit-remaining") != "0":
+                self._blocked.pop(resource, None)
+            self._read(headers, resource)
+
+    def _read(self, headers: dict[str, str], resource: str) -> None:
+        remaining, limit, reset = (
+            _number(headers.get(f"x-ratelimit-{name}")) for name in ("remaining", "limit", "reset")
+        )
+        if remaining is None or reset is None:
+            return
+        now = self._clock.now()
+        # The reset is told by the server's clock, which may differ from ours; its `Date` is cut to a second,
+        # so that this is late by up to one, never early.
+        date = _date(headers.get("date"))
+        resets = now + max(0.0, reset - date) if date else reset
+        bucket = self._buckets.setdefault(resource, _Bucket())
+        if resets < bucket.resets - WINDOW_SLACK:
+            return  # an answer that was overtaken by one of the next window
+        # Requests under way may have been counted in `remaining` or not; they are taken off to be sure.
+        remaining -= bucket.in_flight
+        if resets > bucket.resets + WINDOW_SLACK:
+            bucket.remaining = remaining
+        else:
+            bucket.remaining = min(bucket.remaining, remaining)
+        bucket.resets = max(bucket.resets, resets)
+        bucket.refilled = False
+        bucket.limit = limit if limit is not None else float("inf")
+        if bucket.remaining <= 0 and self._blocked.get(resource, 0.0) < bucket.resets:
+            self._block(resource, bucket.resets)
+
+    def _refuse(self, host: str, resource: str, sent: float, reply: Reply) -> None:
+        now = self._clock.now()
+        retry_after = _retry_after(reply.headers, now)
+        if retry_after is None and _number(reply.headers.get("x-ratelimit-remaining")) == 0 and resource:
+            name = reply.headers.get("x-ratelimit-resource") or resource
+            if now < self._buckets.setdefault(name, _Bucket()).resets:
+                return  # the primary limit, which has been read
+        if sent >= self._blocked.get(host, 0.0):  # else it went out before the limit was known
+            self._strikes[host] = self._strikes.get(host, 0) + 1
+        strikes = self._strikes.get(host, 1)
+        if strikes > SECONDARY_TRIES:
+            raise Unanswered(f"{host} refused {strikes} requests in a row by its limits; run again later")
+        wait = SECONDARY_WAIT * 2 ** (strikes - 1) if retry_after is None else retry_after
+        if now + wait > self._blocked.get(host, 0.0):
+            self._block(host, now + wait)
+
+    def _block(self, name: str, until: float) -> None:
+        self._blocked[name] = until
+        self._memory.limited(name, until)
+
+
+def _number(text: str | None) -> float | None:
+    return float(text) if text and re.fullmatch(r"\d{1,15}", text) else None
+
+
+def _date(text: str | None) -> float | None:
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp() if text else None
+    except ValueError:
+        return None
+
+
+def _retry_after(headers: dict[str, str], now: float) -> float | None:
+    """Seconds; RFC 9110 section 10.2.3 allows a date, too."""
+    text = headers.get("retry-after")
+    seconds = _number(text)
+    if seconds is None and (until := _date(text)) is not None:
+        seconds = max(0.0, until - (_date(headers.get("date")) or now))
+    return seconds
+
+
+@dataclass
+class GitHub:
+    """See the module. One object for all threads.
+
+    Args:
+        api: `https://api.github.com`, or `https://HOST/api/v3` of an Enterprise Server.
+        token: "" asks without one, at 60 requests an hour.
+        memory: Keeps ETags and limits.
+        clock: Of the waits.
+        seed: Of the jitter.
+        told: Is told why and for how many seconds a request waits.
+
+    Raises:
+        ValueError: the api is none that a token may be sent to, or the token is none.
+    """
+
+    api: str
+    token: str = field(repr=False)
+    memory: Memory
+    clock: Clock = Clock()
+    seed: int = 0
+    told: Callable[[str, float], None] = lambda why, seconds: None
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.api)
+        local = parts.hostname in ("127.0.0.1", "::1", "localhost")
+        if parts.scheme not in ("https", "http") or not parts.hostname:
+            raise ValueError(f"api is {self.api}; it must be a URL such as https://api.github.com")
+        if self.token and parts.scheme == "http" and not local:
+            raise ValueError(
+                f"api is {self.api}: a token is sent by https only; use https, or unset GITHUB_TOKEN"
+            )
+        # A header with a line break would end up in an exception's text, with the token in it.
+        if not re.fullmatch(r"[!-~]*", self.token):
+            raise ValueError("GITHUB_TOKEN holds a character that no token has; set it again, or unset it")
+        self.api = self.api.rstrip("/")
+        self._origin = _origin(self.api)
+        self._gate = Gate(self.clock, self.memory, lambda why, seconds: self.told(why, seconds))
+        self._random = random.Random(self.seed)
+        self._random_lock = threading.Lock()
+        self._local = threading.local()
+
+    def learn_limits(self) -> None:
+        """Ask what is left of the limits, before the first request of a process."""
+
+        def read(answer: Answer) -> None:
+            date = {"date": answer.headers.get("date", "")}
+            for name, values in answer.json()["resources"].items():
+                headers = {f"x-ratelimit-{key}": str(values[key]) for key in ("remaining", "limit", "reset")}
+                self._gate.learn(headers | date, name)
+
+        try:
+            self.get("/rate_limit", read)
+        except Refused as refusal:
+            if refusal.status != 404:  # an Enterprise Server without limits: docs.github.com, "Rate limits"
+                raise
+
+    def get(
+        self,
+        path: str,
+        read: Callable[[Answer], T],
+        accept: str = JSON,
+        cap: int = MAX_JSON,
+        tries: int = TRIES,
+        keep: bool = False,
+        into: BinaryIO | None = None,
+    ) -> T:
+        """What `read` makes of the answer's body.
+
+        Args:
+            path: Below the api, or a whole URL as the server gave it.
+            read: May raise Malformed, KeyError, TypeError or AttributeError for a body that is not as
+                published; then the request is made again.
+            accept: Media type.
+            cap: Bytes of the body.
+            tries: Before it gives up.
+            keep: Remember the answer, and ask next time only whether it has changed.
+            into: A file that gets the body, from its beginning.
+
+        Raises:
+            Refused, TooLarge, Unanswered: see there.
+            ValueError: the token is refused.
+        """
+        url = path if "://" in path else self.api + path
+        key = f"{accept} {url}"
+        known = self.memory.recall(key) if keep else None
+        trouble = ""
+        for attempt in range(tries):
+            if attempt:
+                self.pause(attempt, trouble)
+            try:
+                answer, etag = self._follow(url, accept, known, cap, into)
+                found = read(answer)
+            except (Malformed, KeyError, TypeError, AttributeError) as error:
+                trouble = str(error) if isinstance(error, Malformed) else "the body is not as published"
+                continue
+            if keep and etag:
+                self.memory.remember(key, etag, answer.body)
+            return found
+        raise Unanswered(
+            f"{_shown(url)} failed {tries} times, the last time because {trouble}; run again later"
+        )
+
+    def pause(self, attempt: int, why: str) -> None:
+        """Wait before something is tried again: longer each time, and never for the same time as others."""
+        with self._random_lock:
+            seconds = min(MAX_BACKOFF, BACKOFF * 2 ** (attempt - 1)) * self._random.uniform(1.0, 1.5)
+        self.told(why, seconds)
+        self.clock.sleep(seconds)
+
+    def _follow(
+        self, url: str, accept: str, known: tuple[str, bytes] | None, cap: int, into: BinaryIO | None
+    ) -> tuple[Answer, str]:
+        """The answer at the end of all redirections, and its ETag. Malformed: it failed by accident."""
+        for _ in range(MAX_REDIRECTS):
+            reply = self._once(url, accept, known[0] if known else "", cap, into)
+            if reply.status == 304 and known:
+                return Answer(known[1]), known[0]
+            if reply.status in (301, 302, 303, 307, 308):
+                url = self._target(url, reply.headers.get("location", ""))
+                continue
+            if reply.status == 200:
+                if reply.trouble:
+                    raise reply.trouble
+                return Answer(reply.body, reply.headers), reply.headers.get("etag", "")
+            if not 400 <= reply.status < 500:
+                raise reply.trouble or Malformed(f"the status was {reply.status}")
+            message = _message(reply.body)
+            if reply.status == 401 and _origin(url) == self._origin:
+                raise ValueError(
+                    f"{self.api} refuses the token ({message}); set GITHUB_TOKEN to a valid one, or unset it"
+                )
+            if reply.status == 408 or (reply.status == 409 and "empty" not in message.lower()):
+                raise Malformed(f"the status was {reply.status} {message}")  # it is under construction, say
+            if not message and _origin(url) == self._origin:  # a proxy or a portal speaks, and not GitHub
+                raise Malformed(f"the status was {reply.status} without a message")
+            raise Refused(_shown(url), reply.status, message)
+        raise Malformed(f"there were more than {MAX_REDIRECTS} redirections")
+
+    def _target(self, url: str, location: str) -> str:
+        """Where a redirection leads; never from https to http."""
+        target = urljoin(url, location)
+        schemes = ("https",) if url.startswith("https:") else ("https", "http")
+        if not location or urlsplit(target).scheme not in schemes or not urlsplit(target).hostname:
+            raise Malformed("a redirection leads nowhere")
+        return target
+
+    def _once(self, url: str, accept: str, etag: str, cap: int, into: BinaryIO | None) -> Reply:
+        """One exchange, as soon as the limits allow it, and again as long as they refuse it."""
+        home = _origin(url) == self._origin
+        parts = urlsplit(url)
+        resource = ("search" if parts.path.endswith("/search/repositories") else "core") if home else ""
+        if parts.path.endswith("/rate_limit"):  # counts for none: "Rate limits", Checking the status
+            resource = ""
+        headers = {"Accept": accept, "User-Agent": USER_AGENT}
+        if home:
+            headers["X-GitHub-Api-Version"] = API_VERSION
+            if etag:
+                headers["If-None-Match"] = etag
+        while True:
+            sent = self._gate.enter(parts.netloc, resource)
+            reply = Reply()
+            try:
+                self._exchange(reply, url, headers, self.token if home else "", cap, into)
+            finally:
+                self._gate.leave(parts.netloc, resource, sent, reply)
+            if not reply.limited:
+                return reply
+
+    def _exchange(
+        self, reply: Reply, url: str, headers: dict[str, str], token: str, cap: int, into: BinaryIO | None
+    ) -> None:
+        """Send, and fill in `reply` as the answer comes."""
+        import requests
+        import urllib3
+
+        session = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = requests.Session()
+
+        # As `auth` and not as a header: requests would let a line of ~/.netrc replace the header, and would
+        # add one for another host.
+        def auth(request: Any) -> Any:
+            if token:
+                request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
+        started = self.clock.now()
+        try:
+            with session.get(
+                url,
+                headers=headers,
+                auth=auth,
+                stream=True,
+                allow_redirects=False,
+                timeout=(CONNECT_SECONDS, SILENCE_SECONDS),
+            ) as response:
+                reply.status = response.status_code
+                reply.headers = {name.lower(): value for name, value in response.headers.items()}
+                parts: list[bytes] = []
+                if reply.status != 200:
+                    into, cap = None, MAX_JSON
+                if into is not None:
+                    into.seek(0)
+                    into.truncate()
+                got = 0
+                # Not iter_content, which waits for a whole chunk, and so for ever where bytes come singly.
+                while piece := response.raw.read1(CHUNK, decode_content=True):
+                    got += len(piece)
+                    if got > cap:
+                        raise TooLarge(f"{_shown(url)} has more than {cap:,} bytes")
+                    seconds = self.clock.now() - started
+                    whole = response.raw.length_remaining == 0
+                    if not whole and seconds > GRACE_SECONDS and got < seconds * SLOWEST:
+                        raise Malformed(f"only {got:,} bytes came in {seconds:.0f} seconds")
+                    if into is None:
+                        parts.append(piece)
+                    else:
+                        into.write(piece)
+                reply.body = b"".join(parts)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            # Without the error's own text, which quotes the request.
+            reply.trouble = Malformed(f"the connection failed ({type(error).__name__})")
+        except (Malformed, TooLarge) as error:
+            reply.trouble = error
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _shown(url: str) -> str:
+    """A URL for a message: its query may hold what is secret, as a link to a private archive does."""
+    return url.split("?")[0]
+
+
+def _message(body: bytes) -> str:
+    """What the server says, for a reader: one short line."""
+    try:
+        text = str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = ""
+    return "".join(c if c.isprintable() else " " for c in text)[:200]

@@ -1,0 +1,173 @@
+"""Work on strangers' files in child processes that may die: each death costs the one file that caused it.
+
+    for result in guarded(make, arguments, batches, workers=2, seconds=5.0, memory_mb=1024):
+        ...                                  # in the order of the items, whatever the order of the work
+
+A child bounds itself: its address space by RLIMIT_AS, its processor time on each item by a timer whose signal
+kills it, so that no C code can hold it off. A batch whose child died is done again item by item.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+OUT_OF_MEMORY = 77  # a child's exit status
+PATIENCE = 20  # times its processor time that a child may take by the clock, on a machine that is busy
+
+
+@dataclass(frozen=True)
+class Died:
+    """Instead of a result: how the child ended that worked on the item."""
+
+    reason: str
+
+
+_starting = threading.Lock()  # processes are started from several threads
+
+
+def _child(
+    pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], limits: tuple[float, int]
+) -> None:
+    import gc
+    import resource
+
+    seconds, memory_mb = limits
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and closes the pipe
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        work = make(*arguments)
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
+        gc.disable()  # parsing makes and drops trees without cycles, and takes a third less time so
+        while True:
+            answers = []
+            for item in pipe.recv():
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                answers.append(work(item))
+                signal.setitimer(signal.ITIMER_PROF, 0)
+            pipe.send(answers)
+            gc.collect(0)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)
+
+
+class _Worker:
+    """One child at a time, used by one thread."""
+
+    def __init__(
+        self,
+        start: tuple[Callable[..., Any], tuple[Any, ...], tuple[float, int]],
+        retry: Callable[[Any], Any] | None,
+    ) -> None:
+        self._start = start
+        self._retry = retry
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def answer(self, items: list[Any]) -> list[Any]:
+        """A result for each item, `Died` for those that killed the child."""
+        answers = self._ask(items)
+        if not isinstance(answers, Died):
+            return answers
+        if len(items) == 1:
+            again = self._retry(items[0]) if self._retry else None
+            return [answers] if again is None else self.answer([again])
+        return [answer for item in items for answer in self.answer([item])]
+
+    def _ask(self, items: list[Any]) -> list[Any] | Died:
+        seconds, memory_mb = self._start[2]
+        if self._process is None:
+            context = get_context("spawn")  # a fork would copy the parent's threads half-way
+            with _starting:
+                main = sys.modules["__main__"]
+                sys.modules["__main__"] = ModuleType("__main__")  # a child has no need of the caller's script
+                try:
+                    self._pipe, theirs = context.Pipe()
+                    self._process = context.Process(target=_child, args=(theirs, *self._start), daemon=True)
+                    self._process.start()
+                    theirs.close()
+                finally:
+                    sys.modules["__main__"] = main
+        try:
+            self._pipe.send(items)
+            if self._pipe.poll(PATIENCE * seconds * len(items) + 60):
+                return self._pipe.recv()
+            self._process.kill()
+        except (EOFError, OSError):
+            pass
+        self._process.join()
+        status = self._process.exitcode
+        self.close()
+        if status in (-signal.SIGPROF, -signal.SIGKILL):
+            return Died(f"took longer than {seconds:g} s")
+        if status == OUT_OF_MEMORY:
+            return Died(f"took more than {memory_mb} MB")
+        if status == 1:
+            raise RuntimeError("a worker process failed; its error stands above")
+        return Died("the parser crashed")
+
+    def close(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+            self._process.join()
+        self._process = self._pipe = None
+
+
+def guarded(
+    make: Callable[..., Callable[[Any], Any]],
+    arguments: tuple[Any, ...],
+    batches: Iterable[list[Any]],
+    *,
+    workers: int,
+    seconds: float,
+    memory_mb: int,
+    retry: Callable[[Any], Any] | None = None,
+) -> Generator[Any]:
+    """Yield a result for each item of each batch, in order; `Died` where the item killed its child.
+
+    Args:
+        make: Called in each child with `arguments`; gives the function of an item. Both must pickle.
+        arguments: Of `make`.
+        batches: Lists of items; a few of them are in memory at a time.
+        workers: Child processes.
+        seconds: Processor time that one item may take.
+        memory_mb: Address space of a child.
+        retry: Gives of an item that killed its child another to try in its place, or None.
+    """
+    local = threading.local()
+    made: list[_Worker] = []
+
+    def run(batch: list[Any]) -> list[Any]:
+        if not hasattr(local, "worker"):
+            local.worker = _Worker((make, arguments, (seconds, memory_mb)), retry)
+            made.append(local.worker)
+        return local.worker.answer(batch)
+
+    waiting: deque[Future[list[Any]]] = deque()
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for batch in batches:
+            waiting.append(threads.submit(run, batch))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        threads.shutdown()
+        for worker in made:
+            worker.close()

@@ -1,0 +1,65 @@
+"""Work on shards: their names, and folders that are made once, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from config import write_atomically
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of `i/n`, i from 0; ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--shard is {text!r}; it must be i/n, with i from 0 to n - 1, as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def parts_of(folder: Path, kind: str = "part", ending: str = ".parquet") -> list[Path]:
+    """The parts of a folder in order, all of them.
+
+    Raises:
+        ValueError: there is none, one is missing, or there are parts of two divisions.
+    """
+    found = {path.name: path for path in folder.glob(f"{kind}-*-of-*{ending}")}
+    counts = {int(match[1]) for name in found if (match := re.search(r"-of-(\d+)", name))}
+    if not counts:
+        raise ValueError(f"{folder} holds no {kind}: run the step before this one first")
+    if len(counts) > 1:
+        few, many = min(counts), max(counts)
+        raise ValueError(f"{folder} holds parts of {few} and of {many}: remove those of one division")
+    (count,) = counts
+    names = [f"{kind}-{number:05}-of-{count:05}{ending}" for number in range(count)]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of {count} parts, {missing[0]} first: make them")
+    return [found[name] for name in names]
+
+
+def make_once(folder: Path, inputs: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
+    """Have `write` fill a folder, unless one made of the same inputs stands there.
+
+    It is filled under another name and then renamed; `done.json` in it holds the inputs and what `write`
+    returned. So a kill leaves the old folder, the new one, or none.
+    """
+    try:
+        if json.loads((folder / "done.json").read_text("utf-8"))["inputs"] == inputs:
+            return
+    except (OSError, ValueError, KeyError):
+        pass
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        record = {"inputs": inputs} | write(partial)
+        write_atomically(partial / "done.json", json.dumps(record, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

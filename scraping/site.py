@@ -1,0 +1,319 @@
+"""python -m scraping site: the code examples of a documentation site.
+
+The pages are those of its sitemap that lie on its host and that robots.txt lets anybody read; each `<pre>` of
+a page is a file `page#number.ext`. In the ledger a page is a file too: it waits until it was read, and is
+then dropped with what became of it as its reason, so that a killed run goes on with the pages that wait.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urldefrag, urljoin, urlsplit
+from xml.parsers import expat
+
+from scraping.documents import path_text
+from scraping.examples import examples
+from scraping.gitrepo import blob_id
+from scraping.ledger import Entry, Ledger
+from scraping.robots import Robots, parse
+from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report
+from scraping.wanted import Wanted
+from scraping.webclient import AGENT, Client, NoAnswer, Refused, names_an_address
+
+SITEMAP_BYTES = 50 * 2**20  # sitemaps.org: the most that a sitemap may have
+SITEMAPS = 1000
+PAGES = 500_000  # of all sitemaps together
+LONGEST_DELAY = 60.0
+UNANSWERED = 5  # pages in a row, after which the site is taken to be away
+READ = "page: read for its examples"
+EMPTY = "page: without examples"
+
+
+@dataclass(frozen=True)
+class Settings(Selection):
+    """Which site, and which of its examples.
+
+    Args:
+        min_bytes: The least size of a wanted example.
+        url: Where its pages begin, as in https://fastapi.tiangolo.com/tutorial/
+        sitemap: Address of its sitemap; by default those that robots.txt names, or else /sitemap.xml
+        repository: What to call it; by default its host.
+        licence: SPDX expression of its examples, as in MIT; empty is unknown, and is dropped when cleaned.
+        max_pages: Pages that are read at most.
+        page_bytes: The most that a page may have.
+        delay: Seconds from one request to the next; robots.txt may ask for more.
+        private: Let the host's name stand for an address of a private network.
+    """
+
+    min_bytes: int = 1
+    url: str = ""
+    sitemap: str = ""
+    repository: str = ""
+    licence: str = ""
+    max_pages: int = 10_000
+    page_bytes: int = 5 * 2**20
+    delay: float = 1.0
+    private: bool = False
+
+
+def run(settings: Settings) -> None:
+    """See the module. ValueError is a mistake of the user, or a site that refuses or is away."""
+    client = client_of(settings)
+    if settings.max_pages < 1 or settings.page_bytes < 1 or settings.delay < 0:
+        raise ValueError("--max_pages and --page_bytes are 1 or more, and --delay is 0 or more")
+    origin = Origin(settings.repository or client.host, "site", settings.url, settings.licence)
+    wanted = settings.wanted()
+    ledger = open_ledger(settings.folder)
+    take_site(ledger, origin, settings, wanted, client)
+    report(ledger)
+
+
+def client_of(settings: Settings) -> Client:
+    """For the host of the settings' address."""
+    try:
+        parts = urlsplit(settings.url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port, parts = "", None, urlsplit("")
+    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or parts.username:
+        # Without what may be a password.
+        said = path_text(settings.url[:200].rpartition("@")[2].encode()) or "no address"
+        raise ValueError(f"{said} is no address of a site: give --url as in https://fastapi.tiangolo.com/")
+    port = port or (443 if parts.scheme == "https" else 80)
+    private = settings.private or names_an_address(host)
+    return Client(parts.scheme, host, port, private, settings.delay)
+
+
+def take_site(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted, client: Client) -> None:
+    """Bring a site's examples into the ledger; what is there already stays."""
+    state, _ = known(ledger, origin)
+    if finished(ledger, origin.name, state):
+        return
+    robots = read_robots(client, settings.url)
+    if robots.delay > LONGEST_DELAY:
+        raise ValueError(
+            f"robots.txt of {client.host} asks for {robots.delay:g} seconds between requests, over"
+            f" {LONGEST_DELAY:g}: it would take too long, so leave the site out"
+        )
+    client.delay = max(client.delay, robots.delay)
+    if state != "listed":
+        list_files(ledger, origin, "", pages(client, settings, robots))
+    read_pages(ledger, origin.name, settings, wanted, client, robots)
+    ledger.done(origin.name)
+
+
+def read_robots(client: Client, url: str) -> Robots:
+    """What the site asks for. RFC 9309, 2.3.1: with a 4xx it asks nothing, and away it allows nothing."""
+    try:
+        answer = client.get(urljoin(url, "/robots.txt"), 2**20)
+    except Refused:
+        return Robots()
+    except NoAnswer as error:
+        raise ValueError(
+            f"{client.host} does not say in robots.txt what may be read ({error}): try later"
+        ) from error
+    return parse(answer.body.decode("utf-8", "replace"), AGENT) if answer.status == 200 else Robots()
+
+
+# ---------------------------------------------------------------------------------------------
+# Which pages
+
+
+def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]:
+    """Every address of the sitemaps once, with the reason not to read it.
+
+    Raises:
+        ValueError: there is no sitemap, or it is broken or past a limit.
+    """
+    start = urlsplit(settings.url).path or "/"
+    named = [urljoin(settings.url, place) for place in robots.sitemaps]
+    named = [settings.sitemap] if settings.sitemap else named or [urljoin(settings.url, "/sitemap.xml")]
+    waiting = deque(dict.fromkeys(named))
+    seen = set(waiting)
+    found: set[str] = set()
+    taken = read = 0
+    while waiting:
+        place = waiting.popleft()
+        read += 1
+        if read > SITEMAPS:
+            raise ValueError(f"{client.host} has more than {SITEMAPS:,} sitemaps")
+        if not client.same_host(place):
+            continue
+        try:
+            answer = client.get(place, SITEMAP_BYTES, robots.allows)
+        except (Refused, NoAnswer) as error:
+            raise ValueError(f"the sitemap {path_text(place.encode())} cannot be read: {error}") from error
+        if answer.status != 200:
+            raise ValueError(
+                f"the sitemap {path_text(place.encode())} answers with status {answer.status}: name one with"
+                " --sitemap"
+            )
+        inner, addresses = read_sitemap(answer.body, path_text(place.encode()))
+        for address in inner:
+            if address not in seen:
+                seen.add(address)
+                waiting.append(address)
+        for address in addresses:
+            address = urldefrag(urljoin(place, address))[0]
+            if address in found:
+                continue
+            found.add(address)
+            if len(found) > PAGES:
+                raise ValueError(f"the sitemaps of {client.host} name more than {PAGES:,} pages")
+            reason = _page_reason(address, client, start, robots)
+            taken += not reason
+            if taken > settings.max_pages:
+                reason = reason or "page: past max_pages"
+            yield Entry(path_text(address.encode("utf-8", "replace")), address, 0, reason)
+    if not found:
+        raise ValueError(f"the sitemap of {client.host} names no page")
+
+
+def _page_reason(address: str, client: Client, start: str, robots: Robots) -> str:
+    if len(address) > 2000 or not re.fullmatch(r"[!-~]+", address):
+        return "page: no address"
+    if not client.same_host(address):
+        return "page: on another host"
+    parts = urlsplit(address)
+    if not (parts.path or "/").startswith(start):
+        return "page: outside the address"
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return "" if robots.allows(path) else "page: robots.txt forbids it"
+
+
+def read_sitemap(data: bytes, place: str) -> tuple[list[str], list[str]]:
+    """(sitemaps, pages) that a sitemap names; it may be compressed. No entity is defined or expanded.
+
+    Raises:
+        ValueError: it is not whole, too large, or no sitemap.
+    """
+    if data[:2] == b"\x1f\x8b":
+        engine = zlib.decompressobj(wbits=31)
+        try:
+            data = engine.decompress(data, SITEMAP_BYTES + 1)
+        except zlib.error as error:
+            raise ValueError(f"the sitemap {place} is damaged") from error
+        if len(data) > SITEMAP_BYTES:
+            raise ValueError(f"the sitemap {place} unpacks to more than {SITEMAP_BYTES:,} bytes")
+        if not engine.eof:
+            raise ValueError(f"the sitemap {place} is damaged")
+    found: dict[str, list[str]] = {"sitemap": [], "url": []}
+    parents = ["", ""]
+    text: list[str] = []
+    depth = 0
+
+    def open_element(name: str, _: object) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > 20:
+            raise ValueError(f"the sitemap {place} is nested more than 20 deep")
+        parents.append(name.rpartition(" ")[2])
+        text.clear()
+
+    def close_element(_: str) -> None:
+        nonlocal depth
+        depth -= 1
+        if parents.pop() == "loc" and parents[-1] in found:
+            found[parents[-1]].append("".join(text).strip())
+
+    def refuse(*_: object) -> None:
+        raise ValueError(f"the sitemap {place} declares a document type, which none needs")
+
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.buffer_text = True
+    parser.StartElementHandler = open_element
+    parser.EndElementHandler = close_element
+    parser.CharacterDataHandler = text.append
+    parser.StartDoctypeDeclHandler = refuse
+    parser.EntityDeclHandler = refuse
+    try:
+        parser.Parse(data, True)
+    except (expat.ExpatError, LookupError) as error:
+        raise ValueError(f"the sitemap {place} is no XML: {error}") from error
+    return found["sitemap"], found["url"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What they hold
+
+
+def read_pages(
+    ledger: Ledger, name: str, settings: Settings, wanted: Wanted, client: Client, robots: Robots
+) -> None:
+    """Read the pages that wait, and store their examples.
+
+    Raises:
+        ValueError: the site does not answer any more; what waits goes on waiting.
+    """
+    from tqdm import tqdm
+
+    unanswered: list[tuple[str, str]] = []
+    waiting = [entry for entry in ledger.waiting(name) if client.same_host(entry.address)]
+    for page in tqdm(waiting, desc=name, unit=" pages", disable=None):
+        try:
+            answer = client.get(page.address, settings.page_bytes, robots.allows)
+        except NoAnswer as error:
+            unanswered.append((page.path, str(error)))
+            if len(unanswered) == UNANSWERED:
+                raise ValueError(
+                    f"{client.host} left {UNANSWERED} pages in a row without an answer ({error}): run again"
+                    " later, and it goes on"
+                ) from error
+            continue
+        except Refused as error:
+            reason = f"page: {error}"
+        else:
+            reason = f"page: status {answer.status}" if answer.status != 200 else ""
+            if not reason and answer.kind not in ("text/html", "application/xhtml+xml"):
+                reason = "page: no HTML"
+            if not reason:
+                reason = _take_page(ledger, name, page.address, decoded(answer.body, answer.charset), wanted)
+        for path, _ in unanswered:
+            ledger.dropped(name, path, "page: no answer")
+        unanswered = []
+        ledger.dropped(name, page.path, reason)
+    for path, _ in unanswered:
+        ledger.dropped(name, path, "page: no answer")
+    # A run that was killed inside a page may have listed examples which the page has no more.
+    for entry in ledger.waiting(name):
+        ledger.dropped(name, entry.path, "gone since it was listed")
+
+
+def _take_page(ledger: Ledger, name: str, address: str, text: str, wanted: Wanted) -> str:
+    """Store a page's examples; what became of the page. Done twice, it changes nothing."""
+    parts = urlsplit(address)
+    place = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
+    entries, files = [], []
+    for number, example in enumerate(examples(text), 1):
+        data = example.text.encode("utf-8", "replace")
+        path = f"{place}#{number}{example.extension}"
+        reason = wanted.reason(path.encode(), len(data))
+        entries.append(Entry(path, blob_id(data), len(data), reason))
+        if not reason:
+            files.append((path, data))
+    what = READ if entries else EMPTY
+    states: dict[str, str] = {}  # of what a killed run has listed
+    with ledger.transaction() as db:
+        for entry in entries:
+            query = "SELECT path, state FROM files WHERE repository = ? AND path = ?"
+            states.update(db.execute(query, (name, entry.path)).fetchall())
+    ledger.listed(name, "", [entry for entry in entries if entry.path not in states])
+    ledger.stored(name, [file for file in files if states.get(file[0], "found") == "found"])
+    return what
+
+
+def decoded(body: bytes, charset: str) -> str:
+    """A page's text: by what the server says, or the page, or else UTF-8; what does not fit is replaced."""
+    if not charset:
+        said = re.search(
+            rb"""<meta[^>]{0,200}charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""", body[:4096], re.IGNORECASE
+        )
+        charset = said.group(1).decode("ascii", "replace") if said else "utf-8"
+    try:
+        return body.decode(charset, "replace")
+    except (LookupError, ValueError):  # bytes to bytes, such as zlib, is a LookupError
+        return body.decode("utf-8", "replace")

@@ -1,0 +1,135 @@
+"""What every source does with the files it found: they are listed in the ledger, and then stored or dropped.
+
+A command lists first and stores after. What is killed in between goes on with the files that wait, and what
+is finished changes nothing when it is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from scraping.ledger import Entry, Ledger
+from scraping.status import status_lines
+from scraping.wanted import Wanted, data_reason
+
+BATCH_BYTES = 2**23  # stored in one transaction
+BATCH_FILES = 500
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Settings that the commands which read files share.
+
+    Args:
+        folder: Of the corpus: its ledger is `folder/ledger.sqlite`.
+        extensions: How a wanted file's name ends, as in .py,.kt
+        min_bytes: The least size of a wanted file.
+        max_bytes: The greatest.
+    """
+
+    folder: str = "corpus"
+    extensions: tuple[str, ...] = Wanted.extensions
+    min_bytes: int = Wanted.min_bytes
+    max_bytes: int = Wanted.max_bytes
+
+    def wanted(self) -> Wanted:
+        return Wanted(tuple(self.extensions), self.min_bytes, self.max_bytes)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A repository as a command was asked for it.
+
+    Args:
+        name: `owner/name`, or the name of a folder, site or package.
+        kind: The command.
+        revision: As it was asked for.
+        licence: SPDX expression; "" is unknown.
+    """
+
+    name: str
+    kind: str
+    revision: str
+    licence: str
+
+
+def open_ledger(folder: str) -> Ledger:
+    return Ledger(Path(folder) / "ledger.sqlite")
+
+
+def known(ledger: Ledger, origin: Origin) -> tuple[str, str]:
+    """(state, pinned commit) of a repository in the ledger; ("", "") if it is not there.
+
+    Raises:
+        ValueError: it is there from another source, or at another revision.
+    """
+    with ledger.transaction() as db:
+        row = db.execute(
+            "SELECT state, pinned, origin, revision, licence FROM repositories WHERE name = ?", (origin.name,)
+        ).fetchone()
+    if row is None:
+        return "", ""
+    state, pinned, *was = row
+    if was != [origin.kind, origin.revision, origin.licence]:
+        said = ", ".join(value or "none" for value in was)
+        raise ValueError(
+            f"{ledger.path} holds {origin.name} by other settings (command, revision, licence: {said}); take"
+            " another --folder, or another --repository to have both"
+        )
+    return state, pinned
+
+
+def finished(ledger: Ledger, name: str, state: str) -> bool:
+    """Whether nothing is left to do for a repository in this state; says so."""
+    if state in ("done", "dropped"):
+        print(f"{ledger.path} holds {name} already; it stays as it is")
+        return True
+    return False
+
+
+def list_files(ledger: Ledger, origin: Origin, pinned: str, entries: Iterable[Entry]) -> None:
+    """Write a repository and its files into the ledger."""
+    entries = list(entries)  # before anything is written: the source may still turn out broken
+    ledger.found(origin.name, origin.kind, origin.revision, origin.licence)
+    ledger.listed(origin.name, pinned, entries)
+
+
+def store_files(
+    ledger: Ledger, name: str, read: Callable[[list[Entry]], Iterator[tuple[Entry, bytes | str]]]
+) -> None:
+    """Store the files of a repository that wait, or drop them; then it is done.
+
+    Args:
+        read: Of files that wait: each with its bytes or the reason why there are none. One that it leaves out
+            is dropped as gone.
+    """
+    from tqdm import tqdm
+
+    waiting = {entry.path: entry for entry in ledger.waiting(name)}
+    batch: list[tuple[str, bytes]] = []
+    size = 0
+    with tqdm(total=len(waiting), desc=name, unit=" files", disable=None) as bar:
+        for entry, data in read(list(waiting.values())):
+            del waiting[entry.path]
+            bar.update()
+            reason = data if isinstance(data, str) else data_reason(data)
+            if reason or isinstance(data, str):
+                ledger.dropped(name, entry.path, reason)
+                continue
+            batch.append((entry.path, data))
+            size += len(data)
+            if size >= BATCH_BYTES or len(batch) >= BATCH_FILES:
+                ledger.stored(name, batch)
+                batch, size = [], 0
+        ledger.stored(name, batch)
+        for path in waiting:
+            ledger.dropped(name, path, "gone since it was listed")
+    ledger.done(name)
+
+
+def report(ledger: Ledger) -> None:
+    """Print what the ledger knows, and close it."""
+    print("\n".join(status_lines(ledger)))
+    ledger.close()

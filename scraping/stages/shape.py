@@ -1,0 +1,89 @@
+"""The shape of a text: too short, lines no human writes, data and escapes where code should be.
+
+The measures of long lines and of letters are those of The Stack and StarCoder (arXiv:2211.15533, 2305.06161),
+the runs of encoded data are after StarCoder2's (arXiv:2402.19173).
+"""
+
+from __future__ import annotations
+
+import re
+
+from scraping.documents import Document, Drop
+from scraping.stages import Stage
+
+VERSION = 1
+
+ALNUM = bytes(b for b in range(256) if b >= 128 or chr(b).isalnum())  # letters beyond ASCII count as letters
+SPACE = b" \t\n\r\f"
+# Translated so, a table of numbers is a run of 0 and encoded data a run of b: found at the speed of memory.
+BETWEEN_NUMBERS = SPACE + b",;(){}[].+-_xXabcdefABCDEFuUlL"
+NUMBERS = bytes(ord("0") if chr(b).isdigit() and b < 128 else ord("a") for b in range(256))
+BETWEEN_CODES = SPACE + b"\"'+\\"
+CODES = bytes(ord("b") if b < 128 and (chr(b).isalnum() or b in b"/=") else ord(" ") for b in range(256))
+CODE_LINE, CODE_LINES = 56, 26  # characters, and lines of them: StarCoder2's bound is 1,024 characters
+CODE = re.compile(rf"[\s\"'+(]*+[brBR]?[\"']?[A-Za-z0-9+/=]{{{CODE_LINE},}}+(?:\\n|[\s\"'+,;)\\])*+")
+
+
+def build(
+    min_lines: int, max_line: int, max_mean_line: int, min_alnum: float, max_escapes: int, max_numbers: int
+) -> Stage:
+    """The stage.
+
+    Args:
+        min_lines: Fewest lines that are not blank.
+        max_line: Longest line, in characters.
+        max_mean_line: Longest line on average.
+        min_alnum: Least share of letters and digits among what is not space.
+        max_escapes: Most escapes in a line, such as `\\u00e9`, with next to nothing between; 0 has no bound.
+        max_numbers: Most numbers with nothing but separators between; 0 has no bound.
+    """
+    # Possessive, so that no text takes more than one pass.
+    escape = r"\\(?:u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]++\}|x[0-9a-fA-F]{2}|[0-7]{3})"
+    escapes = re.compile(rf"(?:{escape}[^\\\n]{{0,3}}+){{{max_escapes + 1},}}+")
+    numbers = re.compile(
+        rf"(?:[-+]?(?<![\w.])(?:0[xX][0-9a-fA-F]++|\d[\d_]*+(?:\.\d*+)?(?:[eE][-+]?\d++)?)[uUlLfF]{{0,2}}+"
+        rf"[\s,;(){{}}\[\]]++){{{max_numbers + 1},}}+"
+    )
+
+    def shape(document: Document) -> Document | Drop:
+        text = document.text
+        lines = text.split("\n")
+        written = 0
+        for line in lines:
+            written += bool(line) and not line.isspace()
+            if written >= min_lines:
+                break
+        if written < min_lines:
+            return Drop("too short", f"{written} lines, of at least {min_lines}")
+        longest = max(map(len, lines))
+        if longest > max_line:
+            return Drop("absurd line", f"a line of {longest} characters, of at most {max_line}")
+        mean = len(text) / len(lines)
+        if mean > max_mean_line:
+            return Drop("minified", f"{mean:.0f} characters a line, of at most {max_mean_line}")
+        data = text.encode()
+        marks = len(data.translate(None, ALNUM + SPACE))
+        solid = len(data.translate(None, SPACE))
+        if solid - marks < min_alnum * solid:
+            share = (solid - marks) / solid
+            return Drop("few letters", f"{share:.2f} of it letters or digits, of at least {min_alnum}")
+        if max_escapes and data.count(b"\\") > max_escapes and (match := escapes.search(text)):
+            return Drop("absurd literal", f"a run of escapes, {len(match[0])} characters long")
+        digits = max_numbers and data.translate(NUMBERS, BETWEEN_NUMBERS)
+        if digits and b"0" * (max_numbers + 1) in digits and (match := numbers.search(text)):
+            return Drop("absurd literal", f"a run of numbers, {len(match[0])} characters long")
+        codes = longest >= CODE_LINE and data.translate(CODES, BETWEEN_CODES)
+        if codes and b"b" * (CODE_LINE * CODE_LINES) in codes and (run := _code_run(lines)) >= CODE_LINES:
+            return Drop("encoded data", f"{run} lines of base64 or hex")
+        return document
+
+    return shape
+
+
+def _code_run(lines: list[str]) -> int:
+    """The most lines in a row that hold nothing but base64 or hexadecimal digits, in quotes or not."""
+    most = run = 0
+    for line in lines:
+        run = run + 1 if CODE.fullmatch(line) else 0
+        most = max(most, run)
+    return most

@@ -1,0 +1,136 @@
+"""Files that do not parse: Python by this interpreter, Kotlin and Java by tree-sitter's grammars.
+
+What recursion or memory the parsers take is bounded by the child process that runs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import resource
+import symtable
+import warnings
+from typing import Any
+
+from scraping.documents import Document, Drop
+from scraping.stages import Stage, suffix
+
+VERSION = 1
+
+PYTHON = frozenset({"py", "pyi", "pyw"})
+# What Python 3.11 to 3.14 say of statements that Python 2 took, and such statements in the line it names.
+SAYS_2 = re.compile(
+    r"Missing parentheses in call to '(?:print|exec)'|multiple exception types must be parenthesized"
+    r"|leading zeros in decimal integer literals"
+)
+LINE_2 = re.compile(
+    r"""^\s*(?:print\s+[\w"'%(\[{`]|print\s*>>|exec\s+[\w"']|except\s+[\w.()\s,]+,\s*\w+\s*:|raise\s+[\w.]+\s*,)"""
+    r"""|\b\d+[lL]\b|<>|\b[uU][rR]["']|`\w|\b0\d+\b""",
+    re.MULTILINE,
+)
+FILE_2 = re.compile(
+    r"""^\s*(?:print\s+["'%\w]|print\s*>>|except\s+[\w.]+\s*,\s*\w+\s*:|raise\s+[\w.]+\s*,\s*["'])|\.has_key\(""",
+    re.MULTILINE,
+)
+
+
+def build(max_errors: float) -> Stage:
+    """The stage; `max_errors` is the largest share of a Kotlin or Java file that its grammar may not know."""
+
+    def syntax(document: Document) -> Document | Drop:
+        kind = suffix(document.path)
+        if kind in PYTHON:
+            return problem(document.text) or document
+        if kind in GRAMMARS:
+            share = unparsed_share(document.text, kind)
+            if share > max_errors:
+                return Drop(
+                    "syntax error", f"{share:.0%} of it is not understood, of at most {max_errors:.0%}"
+                )
+        return document
+
+    return syntax
+
+
+@functools.lru_cache(maxsize=2)  # the same text is asked for by two stages
+def problem(text: str) -> Drop | None:
+    """Why this interpreter cannot parse a text; None if it can. MemoryError if memory is full."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            symtable.symtable(text, "<file>", "exec")  # parses, and is twice as fast as making ast's objects
+    except RecursionError:
+        return Drop("nested too deeply", "RecursionError")
+    except MemoryError:
+        if not _stack_is_full(text):
+            raise
+        return Drop("nested too deeply", "the parser's stack is full")
+    except SyntaxError as error:
+        line = text.split("\n")[error.lineno - 1 : error.lineno] if error.lineno else []
+        if SAYS_2.search(error.msg) or LINE_2.search("".join(line)) or FILE_2.search(text):
+            return Drop("python 2", f"line {error.lineno}")
+        # A message may quote the file; what it quotes stays out.
+        said = re.sub(r"'[^']{4,}'", "'...'", error.msg)
+        return Drop("syntax error", f"line {error.lineno}: {said[:100]}")
+    except ValueError as error:
+        return Drop("syntax error", type(error).__name__)
+    return None
+
+
+def _stack_is_full(text: str) -> bool:
+    """Whether a MemoryError means deep nesting, of which Python's parser says it too.
+
+    Memory itself ends only for long texts: a byte of source takes less than 500 in the parser.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return limit == resource.RLIM_INFINITY or 500 * len(text) < limit
+
+
+def _kotlin() -> Any:
+    import tree_sitter_kotlin
+
+    return tree_sitter_kotlin.language()
+
+
+def _java() -> Any:
+    import tree_sitter_java
+
+    return tree_sitter_java.language()
+
+
+GRAMMARS = {"kt": _kotlin, "kts": _kotlin, "java": _java}
+
+
+@functools.lru_cache
+def _parser(kind: str) -> Any:
+    import tree_sitter
+
+    return tree_sitter.Parser(tree_sitter.Language(GRAMMARS[kind]()))
+
+
+# What stands whole inside an error counts as understood: an error's own range is often the file.
+WHOLE = re.compile(r"declaration|comment|import|package")
+
+
+def unparsed_share(text: str, kind: str) -> float:
+    """The share of a text's bytes that the grammar of `kind` could not place."""
+    data = text.encode()
+    wrong = 0
+    nodes = [_parser(kind).parse(data).root_node]
+    while nodes:
+        node = nodes.pop()
+        if node.is_missing:
+            wrong += 1
+        elif not node.has_error:
+            continue
+        elif not node.is_error:
+            nodes += node.children
+        elif node.child_count == 0:
+            wrong += node.end_byte - node.start_byte
+        else:
+            for child in node.children:
+                if WHOLE.search(child.type):
+                    nodes.append(child)
+                else:
+                    wrong += child.end_byte - child.start_byte
+    return min(1.0, wrong / max(1, len(data)))

@@ -1,0 +1,229 @@
+"""GET from one web site that may be hostile: bounded in bytes, time and redirects, and never another machine.
+
+The address that the host's name stands for is looked at before it is connected to, and connected to as it was
+looked at, so that a name cannot lead into the private network. There is no proxy in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+AGENT = "plumb"  # the product token, as robots.txt may name it
+RETRIED = (429, 500, 502, 503, 504)
+TRIES = 3
+REDIRECTS = 5
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address is in the last 32 bits
+LONGEST_WAIT = 120.0  # seconds that a server may ask to wait by Retry-After
+
+
+class NoAnswer(Exception):
+    """The site did not answer, or not wholly, each time it was asked."""
+
+
+class Refused(Exception):
+    """An answer that is not taken: `str` is the reason."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of status 200, or another that is no redirect."""
+
+    status: int
+    kind: str  # of its content, without parameters
+    charset: str
+    body: bytes
+
+
+@dataclass
+class Client:
+    """Asks one host, one request at a time.
+
+    Args:
+        scheme: http or https.
+        host: As in the address, without its port.
+        port: Of the host.
+        private: Let the host's name stand for an address of a private network.
+        delay: Seconds from the beginning of one request to that of the next.
+        seconds: For one request, from the connection to the last byte.
+        wait: How to wait, in seconds; another in tests.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    private: bool = False
+    delay: float = 1.0
+    seconds: float = 60.0
+    wait: Callable[[float], None] = time.sleep
+    _last: float = -1e9
+
+    def same_host(self, url: str) -> bool:
+        """Whether an address lies on this host; https is as good as http."""
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+            if parts.hostname != self.host or parts.username is not None:
+                return False
+            if (parts.scheme, port) == (self.scheme, self.port):
+                return True
+            return (self.scheme, self.port, parts.scheme, port) == ("http", 80, "https", 443)
+        return False
+
+    def get(self, url: str, most: int, allowed: Callable[[str], bool] = lambda path: True) -> Answer:
+        """What an address of this host holds, at the end of its redirects.
+
+        Args:
+            most: Bytes of a body, after decompression.
+            allowed: Whether a path, with its query, may be asked for; also asked of redirects.
+
+        Raises:
+            Refused: the body is larger, or a redirect leads elsewhere.
+            NoAnswer: see there.
+        """
+        for _ in range(REDIRECTS + 1):
+            if not self.same_host(url) or not re.fullmatch("[!-~]+", url):
+                raise Refused("redirect to another host")
+            parts = urlsplit(url)
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            if not allowed(path):
+                raise Refused("robots.txt forbids it")
+            answer, target = self._ask(parts.scheme, path, most)
+            if not target:
+                return answer
+            url = urljoin(url, target)
+        raise Refused("too many redirects")
+
+    def _ask(self, scheme: str, path: str, most: int) -> tuple[Answer, str]:
+        said = ""
+        for number in range(TRIES):
+            self.wait(max(self._last + self.delay - time.monotonic(), 0))
+            self._last = time.monotonic()
+            pause = float(2**number)
+            try:
+                answer, headers = self._once(scheme, path, most)
+            except (OSError, http.client.HTTPException, zlib.error) as error:
+                said = f"{type(error).__name__}: {error}"
+            else:
+                if answer.status not in RETRIED:
+                    moved = answer.status in (301, 302, 303, 307, 308)
+                    return answer, headers.get("location", "") if moved else ""
+                said = f"status {answer.status}"
+                after = headers.get("retry-after", "")
+                if after.isascii() and after.isdigit() and len(after) < 9:
+                    if float(after) > LONGEST_WAIT:
+                        break
+                    pause = max(pause, float(after))
+            if number + 1 < TRIES:
+                self.wait(pause)
+        raise NoAnswer("".join(c if c.isprintable() else " " for c in said[:200]))
+
+    def _once(self, scheme: str, path: str, most: int) -> tuple[Answer, dict[str, str]]:
+        port = 443 if scheme == "https" and self.scheme == "http" else self.port
+        sock = self._connect(port)
+        connection = http.client.HTTPConnection(self.host, port)
+
+        late: list[bool] = []
+
+        def end() -> None:  # whatever is waited for: a drip of bytes has no other end
+            late.append(True)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            if scheme == "https":
+                # The handshake comes after `sock` is the one that `end` shuts.
+                context = ssl.create_default_context()
+                sock = context.wrap_socket(sock, server_hostname=self.host, do_handshake_on_connect=False)
+                sock.do_handshake()
+            connection.sock = sock
+            usual = port == {"http": 80, "https": 443}[scheme]
+            named = f"[{self.host}]" if ":" in self.host else self.host
+            connection.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
+            connection.putheader("Host", named if usual else f"{named}:{port}")
+            connection.putheader("User-Agent", AGENT)
+            connection.putheader("Accept-Encoding", "gzip")
+            connection.putheader("Connection", "close")
+            connection.endheaders()
+            response = connection.getresponse()
+            headers = {key.lower(): value for key, value in response.getheaders()}
+            body = self._body(response, headers, most) if response.status == 200 else b""
+            if late:  # without a stated length, that end looks like the body's own
+                raise OSError(f"it took more than {self.seconds:g} seconds")
+            charset = response.headers.get_content_charset("")
+            return Answer(response.status, response.headers.get_content_type(), charset, body), headers
+        finally:
+            timer.cancel()
+            sock.close()
+            connection.close()
+
+    def _body(self, response: http.client.HTTPResponse, headers: dict[str, str], most: int) -> bytes:
+        encoding = headers.get("content-encoding", "identity").lower()
+        if encoding not in ("identity", "gzip", "x-gzip"):
+            raise Refused("unknown encoding of the content")
+        engine = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
+        parts: list[bytes] = []
+        size = 0
+        while piece := response.read1(2**16):
+            while piece:
+                part = engine.decompress(piece, most + 1 - size) if engine else piece
+                piece = engine.unconsumed_tail if engine else b""
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise Refused("too large a page")
+        if response.length or (engine and not engine.eof):
+            raise OSError("the answer is cut short")
+        return b"".join(parts)
+
+    def _connect(self, port: int) -> socket.socket:
+        places = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
+        error: OSError | None = None
+        for family, kind, protocol, _, place in places:
+            if not self.private and not public(str(place[0])):
+                raise ValueError(
+                    f"{self.host} stands for {place[0]}, which is no public address: name that address"
+                    " itself, or set --private"
+                )
+            sock = socket.socket(family, kind, protocol)
+            sock.settimeout(min(self.seconds, 30.0))
+            try:
+                sock.connect(place)
+                return sock
+            except OSError as problem:
+                sock.close()
+                error = problem
+        raise error or OSError(f"{self.host} has no address")
+
+
+def public(address: str) -> bool:
+    """Whether an IP address is one of the public internet, also where it wraps an older one."""
+    place = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(place, ipaddress.IPv6Address):
+        within = place.ipv4_mapped or place.sixtofour
+        if place in NAT64:
+            within = ipaddress.IPv4Address(int(place) & 0xFFFFFFFF)
+        if within is not None:
+            place = within
+    return place.is_global and not place.is_multicast
+
+
+def names_an_address(host: str) -> bool:
+    """Whether a host is this machine by name, or an IP address as such."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return True
+    return host == "localhost"

@@ -1,0 +1,129 @@
+"""Every metric by its name: the maximum for a reference against itself, ends of the scale, intervals."""
+
+import numpy as np
+import pytest
+
+from metrics.registry import METRICS, metric, score
+from metrics.semantic import inverse_frequencies, token_similarity
+from metrics.texts import CLEANERS, cleaned
+from metrics.trees import LANGUAGES
+
+REFERENCES = [
+    "",
+    "x",
+    "a b",
+    "return a + b",
+    "def f(x):\n    return x  # y\n",
+    "日本 😀",
+    " \n",
+    "class A { }",
+    "fun f() {}",
+]
+PAIRS = cleaned(
+    ["return a", "", "x = 1", "def f(x):\n    return x"],
+    ["return a + b", "x", "x = 1", "def g(y): pass"],
+    "plain",
+)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("how", CLEANERS)
+def test_a_reference_against_itself_has_the_maximum(language, how):
+    pairs = cleaned(REFERENCES, REFERENCES, how)
+    for name, scored in score([name for name in METRICS if name != "parses"], pairs, language).items():
+        assert scored.value == pytest.approx(scored.metric.maximum), name
+        assert scored.samples == pytest.approx(scored.metric.maximum), name
+
+
+def test_an_empty_prediction_has_0():
+    # But for: CodeXGLUE's summaries, exp(-n) of n tokens; `parses`, since an empty file is a program.
+    for name, scored in score(list(METRICS), [("", "def f(x):\n    return x")]).items():
+        if name == "parses":
+            assert scored.value == 100
+        else:
+            assert scored.value == pytest.approx(0, abs=0.1), name
+
+
+def test_means_are_means_and_corpus_scores_are_not():
+    for name, scored in score(list(METRICS), PAIRS).items():
+        assert 0 <= scored.value <= 100
+        if not scored.metric.corpus:
+            assert scored.value == pytest.approx(scored.samples.mean()), name
+        low, high = scored.interval().low, scored.interval().high
+        assert low <= scored.value <= high, name
+        assert not np.isnan([low, high]).any()
+
+
+def test_shares_have_an_interval_even_if_none_succeeds():
+    scored = score(["exact_match"], [("a", "b")] * 25)["exact_match"]
+    assert scored.interval()[:2] == (0, 0)
+    assert scored.interval().high == pytest.approx(13.3, abs=0.05)
+
+
+def test_copying_is_not_distinguishable_from_copying():
+    for name, scored in score(list(METRICS), PAIRS).items():
+        again = score([name], PAIRS)[name]
+        assert (
+            scored.compare(again).verdict("copying").startswith("not distinguishable from copying: the same")
+        )
+
+
+def test_signatures_say_language_and_kind():
+    assert METRICS["codebleu"].signature("kotlin").endswith("|language:kotlin|corpus")
+    assert "tok:none" in METRICS["bleu_code"].signature("java")
+    assert len({one.signature("java") for one in METRICS.values()}) == len(METRICS)
+
+
+def test_an_unknown_name_is_refused_with_those_there_are():
+    with pytest.raises(
+        ValueError, match=r"no metric is called 'codeblue', did you mean codebleu; there are exact_match, "
+    ):
+        metric("codeblue")
+    with pytest.raises(ValueError, match="0 pairs"):
+        score(["chrf"], [])
+    with pytest.raises(ValueError, match="'cobol'"):
+        score(["chrf"], PAIRS, "cobol")
+    first, second = score(["bleu", "chrf"], PAIRS).values()
+    with pytest.raises(ValueError, match="bleu is compared with chrf"):
+        first.compare(second)
+
+
+# --- semantic similarity -------------------------------------------------------------------------------
+
+
+def test_token_similarity_by_hand():
+    prediction, reference = np.array([[2.0, 0], [0, 3]]), np.array([[1.0, 0], [1, 1]])
+    half = 0.5**0.5
+    found = token_similarity(prediction, reference)
+    assert found[:2] == (pytest.approx((1 + half) / 2), pytest.approx((1 + half) / 2))
+    weighted = token_similarity(prediction, reference, [1, 3], [1, 0])
+    p, r = (1 + 3 * half) / 4, 1.0
+    assert weighted == pytest.approx((p, r, 2 * p * r / (p + r), 10 * p * r / (9 * p + r)))
+
+
+def test_tokens_against_themselves_and_against_nothing():
+    vectors = np.random.default_rng(0).normal(size=(7, 5)) * 1e-200
+    assert token_similarity(vectors, vectors) == pytest.approx((1, 1, 1, 1))
+    assert token_similarity(vectors[:0], vectors[:0]) == (1, 1, 1, 1)
+    assert token_similarity(vectors[:0], vectors) == token_similarity(vectors, vectors[:0]) == (0, 0, 0, 0)
+    assert token_similarity(vectors, -vectors[:1] * 0) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((np.ones((2, 3)), np.ones((2, 4))), r"\(2, 3\) and \(2, 4\)"),
+        ((np.ones((2, 3)), np.full((2, 3), np.nan)), "not finite"),
+        ((np.ones((2, 3)), np.ones((2, 3)), [1.0]), "1 weights for the 2 tokens of the prediction"),
+        ((np.ones((2, 3)), np.ones((2, 3)), None, [1.0, -1]), "weights of the reference"),
+    ],
+)
+def test_vectors_that_cannot_be_compared_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        token_similarity(*arguments)
+
+
+def test_inverse_frequencies():
+    known, unknown = inverse_frequencies([["a", "b", "a"], ["a"]])
+    assert known == {"a": 0.0, "b": pytest.approx(np.log(3 / 2))}
+    assert unknown == pytest.approx(np.log(3))
