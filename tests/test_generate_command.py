@@ -145,7 +145,7 @@ def unsettled(tokenizer: Tokenizer, before: list[int], stops: tuple[str, ...] = 
 
 
 @pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("text", ["A" + "_B" * 12 + "\nA_Ba", "é" * 5 + "\néab" + "\n→a" * 5])
+@pytest.mark.parametrize("text", ["ADD" + "_RETURN" * 9 + "\nA_Ba", "é" * 5 + "\néab" + "\n→a" * 5])
 def test_a_stream_settles_where_nothing_before_matters(name, text, monkeypatch):
     """Not in a name whose capitals were set before, nor in a run of bytes that begins outside the context."""
     monkeypatch.setattr(command, "SETTLED_EVERY", 1)
