@@ -71,6 +71,7 @@ def keys() -> set[str]:
 RUNS: list[dict[str, dict[str, Any]]] = [
     {"model": {"rope_scaling": "llama3", "rope_factor": 2.0, "fused_qkv": True, "sliding_window": 9}},
     plants.EXAMPLES,
+    plants.GRADED,
     plants.merged(plants.TUNED, {"lora": {"new_tokens": ("<new>",)}}),
     {"tokenizer": {"kind": "bpe"}, "optimizer": {"name": "adamw"}, "data": {"skip_undecodable": True}},
 ]
