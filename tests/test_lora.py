@@ -505,11 +505,10 @@ def test_a_requantised_merge_is_that_of_peft() -> None:
     pair: Any = theirs.base_model.model[0]
     ours: Any = nn.Sequential(Linear4bit.from_linear(linear))
     add_adapter(ours, LoraConfig(r=4, alpha=8, targets=("0",)), lambda name: name)
-    change: Any
-    (change,) = (module.adapters["default"] for module in wrappers(ours).values())
+    change = ours[0].adapters["default"]
     with torch.no_grad():
-        for a, b in ((pair.lora_A, change.a), (pair.lora_B, change.b)):
-            b.copy_(a["default"].weight.normal_(std=0.1))
+        for theirs_part, part in ((pair.lora_A, "a"), (pair.lora_B, "b")):
+            change.get_parameter(part).copy_(theirs_part["default"].weight.normal_(std=0.1))
     before = ours[0].base.weight
     merge(ours, keep=False, requantise=True)
     with pytest.warns(UserWarning, match="rounding errors"):
