@@ -655,6 +655,8 @@ def one_sentence() -> Iterator[None]:
         sentence = "memory is full; a smaller batch_size or model needs less" if full else str(error)
         if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             sentence = f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
+        elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+            sentence = f"{error.filename} cannot be used ({error.strerror}); name another file or folder"
         print(f"error: {_one_line(sentence)}", file=sys.stderr)
         sys.exit(2)
 

@@ -51,7 +51,7 @@ HOUSE = Path(__file__).parent
 def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
     """Load `settings.path`, or train on the training files, cached by all that decides the result."""
     if settings.path is not None:
-        return load_tokenizer(Path(settings.path))
+        return load_tokenizer(Path(settings.path)).with_start()
     if settings.kind == "pretrained":
         raise ValueError(
             "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
@@ -123,6 +123,8 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
         OSError: the cache cannot be written, or the disk is full; nothing half-written stays.
     """
     if tokenizer.start_id is None:  # the first bytes of each document would count and never be predicted
+        if tokenizer.with_start().start_id is not None:
+            raise ValueError("the tokenizer puts nothing before a text; train with its with_start()")
         raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")

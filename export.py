@@ -7,6 +7,12 @@
 Merged weights are judged by real text before they are written: the largest gap of a logit between the
 adapters beside their base and the merged weights must stay below a tolerance. They are put into the weights
 that the adapters were trained on, in the format that those had: a 4-bit base is dequantised.
+
+With --requantise the merged matrices of a 4-bit base are quantised once more, as when PEFT merges into a
+4-bit layer, and what is written are the values of that grid, in bf16: every tool opens them, in half the
+room, and one that quantises to NF4 what it loads finds the same grid but for rounding. The gap is that of
+the very values written. It may be large, since a change below half a step of the grid is lost: --tolerance
+accepts it.
 """
 
 from __future__ import annotations
@@ -31,8 +37,9 @@ class ExportConfig:
         adapter: and folder of an adapter for it.
         base_format: How the weights of `base` were held when the adapter was trained: `fp32`, `bf16` or
             `nf4`; a run and an adapter written here know.
-        merge: Put the adapters into the weights.
-        tolerance: The largest logit gap that a merge may have. Weights are merged and written in fp32.
+        merge: Put the adapters into the weights, which are merged and written in fp32.
+        requantise: Of a base in nf4, round the merged matrices to nf4 again and write all in bf16.
+        tolerance: The largest logit gap that a merge may have.
         text: A file of real text that judges a merge; by default a file of the interpreter's own library.
     """
 
@@ -43,8 +50,12 @@ class ExportConfig:
     adapter: str | None = None
     base_format: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
     merge: bool = False
+    requantise: bool = False
     tolerance: float = 1e-3
     text: str | None = None
+
+
+FLAGS = ("--merge", "--requantise")  # which stand alone
 
 
 def parse_settings(argv: list[str]) -> ExportConfig:
@@ -52,7 +63,7 @@ def parse_settings(argv: list[str]) -> ExportConfig:
     parser = make_parser({"": ExportConfig}, "Write a model for other tools.")
     words = []
     for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        words += [word, "true"] if word == "--merge" and after.startswith("-") else [word]
+        words += [word, "true"] if word in FLAGS and after.startswith("-") else [word]
     values = parser.parse_args(words).clone(with_meta=False).as_dict()
     values.pop("config", None)
     settings = ExportConfig(**values)
@@ -62,6 +73,8 @@ def parse_settings(argv: list[str]) -> ExportConfig:
         parser.error("give one of --run FOLDER and --base MODEL")
     if bool(settings.base) != bool(settings.adapter):
         parser.error("--base and --adapter belong together; give both, or --run")
+    if settings.requantise and not settings.merge:
+        parser.error("--requantise is for --merge; leave it out, or merge")
     if settings.base and not settings.merge:
         parser.error("--base with --adapter is for --merge; without it there is nothing to write")
     return settings
@@ -71,11 +84,16 @@ def parse_settings(argv: list[str]) -> ExportConfig:
 SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
 
 import argparse as default_text
+import math
+
+import torch
+from torch import Tensor
 
 from architecture import Decoder
-from merging import merge_checked
+from lora import adapters_disabled, wrappers
+from merging import MergeReport, merge, merge_checked, merge_report
 from pretrained import save_pretrained
-from quantize import dequantize_linears
+from quantize import Linear4bit, dequantize_linears
 from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import Tokenizer
 
@@ -126,9 +144,40 @@ def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
         raise ValueError(f"{path}, whose text should judge the merge, cannot be read: {error}") from None
     length = min(PROMPT_TOKENS, model.config.block_size)
     prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
+    if settings.requantise:
+        return f"{_requantised(model, prompts, settings.tolerance)} of {path.name}; "
     report = merge_checked(model, prompts, settings.tolerance, keep=False)
     dequantize_linears(model)  # those without an adapter
     return f"{report} of {path.name}; "
+
+
+def _requantised(model: Decoder, prompts: list[list[int]], tolerance: float) -> MergeReport:
+    """Merge in place onto the grid of 4 bits, rounded to bf16; what is judged are the values that remain."""
+    if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise ValueError("the base was not held in nf4, so that nothing is to be requantised; leave it out")
+
+    def base(tokens: Tensor) -> Tensor:
+        with adapters_disabled(model):
+            return model(tokens)
+
+    def written(tokens: Tensor) -> Tensor:
+        if wrappers(model):
+            merge(model, keep=False, requantise=True)
+            dequantize_linears(model)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16).float()
+        return model(tokens)
+
+    effect = merge_report(model, base, prompts, math.inf).gap
+    try:
+        report = merge_report(model, written, prompts, tolerance)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: leave --requantise out, or set --tolerance; the adapter itself moves a logit by up to "
+            f"{effect:.3g}"
+        ) from None
+    model.to(torch.bfloat16)
+    return report
 
 
 if SETTINGS is not None:

@@ -183,9 +183,11 @@ class Completion(NamedTuple):
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """[start] + encode(text), as every training document starts; see `Tokenizer.start_id`.
+    """[start] + encode(text), the one way to build a prompt, in training, evaluation and serving.
 
-    The one way to build a prompt, in training, evaluation and serving.
+    What stands before the text is a fact of the tokenizer's files. Those of whatever is trained here have a
+    start, as every document that was trained; those of a published model have what transformers puts before
+    a text, and for many families that is nothing: see `PretrainedTokenizer.start_id`.
     """
     before = [] if tokenizer.start_id is None else [tokenizer.start_id]
     return before + tokenizer.encode(text)
@@ -203,6 +205,10 @@ def trim_prompt(ids: list[int], length: int, bos_id: int | None) -> list[int]:
         return ids
     before = [bos_id] if bos_id is not None and ids[0] == bos_id else []
     return before + ids[len(ids) - length + len(before) :]
+
+
+CONTEXT = 16  # tokens that are decoded before others whose text depends on what they follow
+SETTLED_EVERY = 32  # tokens
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -282,14 +288,13 @@ def _stop_finder(tokenizer: Tokenizer, prompts: list[list[int]], stop: Sequence[
     Only the last tokens are decoded, after a few more that set their context. A character takes at most a
     token a byte, and CodeTokenizer's case markers, which have no text, stand singly; hence twice the bytes.
     """
-    context = 16
-    window = 2 * max(len(string.encode("utf-8", "surrogatepass")) for string in stop) + context
+    window = 2 * max(len(string.encode("utf-8", "surrogatepass")) for string in stop) + CONTEXT
 
     def stopped(prompt: int, ids: list[int]) -> bool:
         if len(ids) <= window:
-            tail = added_text(tokenizer, prompts[prompt][-context:], ids)
+            tail = added_text(tokenizer, prompts[prompt][-CONTEXT:], ids)
         else:
-            tail = added_text(tokenizer, ids[-window - context : -window], ids[-window:])
+            tail = added_text(tokenizer, ids[-window - CONTEXT : -window], ids[-window:])
         if not any(string in tail for string in stop):
             return False
         # The window may start inside a character or a name whose capitals were set before it.
@@ -305,6 +310,8 @@ class _Stream:
     Kept back are a character whose bytes have not all come, which decodes to U+FFFD; the beginning of a stop
     string; and text that one more byte would change: some tokenizers decode a run of bytes to U+FFFD
     altogether as long as its last character is not whole.
+
+    Only what follows a settled line break is decoded at each token, after a few tokens that set its context.
     """
 
     def __init__(
@@ -312,24 +319,50 @@ class _Stream:
     ):
         self.tokenizer, self.before, self.stop, self.on_text = tokenizer, before, stop, on_text
         self.given = ""
-        self.skipped = len(tokenizer.decode(before))
         rare = tokenizer.encode("\U00013000")  # in no vocabulary, so that its ids are bytes
         self.byte = [id for id in rare if "\ufffd" in tokenizer.decode([id])][:1]
+        self.start = 0  # of the ids that are decoded anew
+        self.settled = ""  # of the completion, before them
+        self.skipped = len(tokenizer.decode(before))  # characters of the prompt after them
+        self._settle(before)
 
     def read(self, ids: list[int]) -> None:
         """Give out what is certain after these ids, all so far."""
-        text, changed = (
-            self.tokenizer.decode(self.before + ids + more)[self.skipped :] for more in ([], self.byte)
-        )
+        ids = self.before + ids
+        text, changed = (self._since(self.start, ids + more)[self.skipped :] for more in ([], self.byte))
         same = (i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b)
-        text = text[: next(same, min(len(text), len(changed)))]
-        text = text.rstrip("\ufffd")
-        begun = [n for string in self.stop for n in range(1, len(string)) if text.endswith(string[:n])]
-        self._give(text[: len(text) - max(begun, default=0)])
+        certain = text[: next(same, min(len(text), len(changed)))].rstrip("\ufffd")
+        begun = [n for string in self.stop for n in range(1, len(string)) if certain.endswith(string[:n])]
+        self._give(self.settled + certain[: len(certain) - max(begun, default=0)])
+        if certain == text and not begun and len(ids) >= self.next_settled:
+            self._settle(ids)
 
     def end(self, text: str) -> None:
         """Give out the rest of the finished text."""
         self._give(text)
+
+    def _since(self, start: int, ids: list[int]) -> str:
+        return added_text(self.tokenizer, ids[max(start - CONTEXT, 0) : start], ids[start:])
+
+    def _settle(self, ids: list[int]) -> None:
+        """Start after the last line break from which on the text is the same without what came before.
+
+        Such a token ends every name, whose capitals an earlier piece may have set. It is never the last one,
+        so that a run of bytes that it may belong to has ended, and the comparison sees where it began.
+        """
+        self.next_settled = len(ids) + SETTLED_EVERY
+        whole = self._since(self.start, ids)
+        for start in range(len(ids) - 1, self.start, -1):
+            piece = self.tokenizer.decode([ids[start - 1]])
+            if "\n" not in piece or piece.strip():
+                continue
+            tail = self._since(start, ids)
+            head = self._since(self.start, ids[:start])
+            if head + tail == whole:
+                self.settled += head[self.skipped :]
+                self.skipped = max(self.skipped - len(head), 0)
+                self.start = start
+                return
 
     def _give(self, text: str) -> None:
         if text.startswith(self.given) and text != self.given:

@@ -33,6 +33,9 @@ from lowrank import Drop, add_term, dropped, linear_with_term
 from quantize import n_weights
 from targets import absent_sentence, matches, pattern_value, select_targets
 
+LENGTH_ELEMENTS = 2**20  # of a weight with its change, made at a time for DoRA
+
+
 # --- what an adapter does to one module --------------------------------------------------------------
 
 
@@ -77,9 +80,7 @@ class LowRank(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         if config.dora:
-            self.magnitude = nn.Parameter(
-                self._length(weight_of(base).detach().float() + self.delta().detach())
-            )
+            self.magnitude = nn.Parameter(self._length(weight_of(base)))
 
     @torch.no_grad()
     def _start_at_largest(self, weight: Tensor) -> None:
@@ -106,16 +107,28 @@ class LowRank(nn.Module):
         delta = self.scale * (b @ a)
         return delta.t() if self.of_embedding else delta
 
+    @torch.no_grad()
     def _length(self, weight: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(weight, dim=0 if self.of_embedding else 1)
+        """Of each output's weights with the change, (O); some outputs at a time, since a head has V x C.
+
+        From products of r columns it would be |w|^2 + 2 s w a^T b + s^2 |b a|^2, which cancels where the
+        change nearly undoes w.
+        """
+        weight = weight.detach().t() if self.of_embedding else weight.detach()
+        a, b = self.factors()
+        length = torch.empty(len(b), device=b.device)
+        n = max(1, LENGTH_ELEMENTS // a.size(1))
+        for start in range(0, len(b), n):
+            rows = slice(start, start + n)
+            total = torch.addmm(weight[rows].float(), b[rows], a, alpha=self.scale)
+            length[rows] = torch.linalg.vector_norm(total, dim=1)
+        return length
 
     def gain(self, weight: Tensor) -> Tensor | None:
         """What DoRA multiplies each output by, (O); None without it."""
         if self.magnitude is None:
             return None
-        with torch.no_grad():
-            length = self._length(weight.float() + self.delta())
-        return self.magnitude / length
+        return self.magnitude / self._length(weight)
 
     def change(self, weight: Tensor) -> Tensor:
         """The whole change of a weight, in its shape and fp32."""
@@ -664,32 +677,8 @@ def trainable_table(model: nn.Module, published: Callable[[str], str] | None = N
     return "\n".join([head, "-" * len(head), *body, last])
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in ("start_a", "start_b"):
-            state[name] = buffer  # frozen, but made by a decomposition that another machine rounds otherwise
-    return state
-
-
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that train, and the starts of PiSSA, by our names; not copied."""
-    return {name: tensor.detach() for name, tensor in _state(model).items()}
-
-
-@torch.no_grad()
-def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `trainable_state` gave; nothing is changed if a name or a shape differs (ValueError)."""
-    own = _state(model)
-    wrong = [f"{name} is missing" for name in own if name not in tensors]
-    wrong += [f"{name} is left over" for name in tensors if name not in own]
-    wrong += [
-        f"{name} is {list(tensors[name].shape)}, {list(tensor.shape)} is expected"
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"these are not the tensors that train here: {'; '.join(wrong[:8])}{more}")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    starts = {name: t for name, t in model.named_buffers() if name.endswith((".start_a", ".start_b"))}
+    return state | starts

@@ -29,10 +29,11 @@ from lora import (
     weight_of,
     wrappers,
 )
+from quantize import FrozenLinear
 
 
 @torch.no_grad()
-def merge(model: nn.Module, keep: bool = True) -> None:
+def merge(model: nn.Module, keep: bool = True, requantise: bool = False) -> None:
     """Put the active adapters into the weights: every wrapper gives way to a plain module.
 
     What is added to is the weight that the adapter was trained on; where that is stored in fewer bits it is
@@ -43,6 +44,9 @@ def merge(model: nn.Module, keep: bool = True) -> None:
     Args:
         model: Changed in place.
         keep: Keep the wrappers, and with them the old weights beside the new ones, for `unmerge`.
+        requantise: What is stored in fewer bits is quantised again after the addition, as PEFT's `merge` does
+            to a 4-bit layer. The old weights lie on the grid, and a change smaller than half a step of it is
+            rounded away: judge the result, for it may be nearly the base.
     """
     refuse_merged(model)
     found = wrappers(model)
@@ -55,7 +59,7 @@ def merge(model: nn.Module, keep: bool = True) -> None:
     made: dict[tuple[Any, ...], nn.Parameter] = {}
     for name in list(found):
         module = found[name] if keep else found.pop(name)
-        put(model, name, _merged(module, made).train(module.training))
+        put(model, name, _merged(module, made, requantise).train(module.training))
     config = getattr(model, "config", None)
     if was_tied and not _is_tied(model) and is_dataclass(config) and hasattr(config, "tie_embeddings"):
         changed: Any = config
@@ -72,10 +76,18 @@ def _is_tied(model: nn.Module) -> bool:
     return len(both) == 2 and both[0] is both[1]
 
 
-def _merged(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) -> nn.Module:
-    base, changes, whole = module.base, module.active(), module.whole()
-    if not changes:
+def _merged(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter], requantise: bool) -> nn.Module:
+    base = module.base
+    if not module.active():
         return base
+    plain = _merged_plain(module, made)
+    if requantise and isinstance(base, FrozenLinear):
+        return base.from_weight(weight_of(plain), plain.bias)
+    return plain
+
+
+def _merged_plain(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) -> Any:
+    base, changes, whole = module.base, module.active(), module.whole()
     weight = weight_of(base)
     dtype = weight.dtype
     if whole is not None:

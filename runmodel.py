@@ -38,6 +38,7 @@ from config import Config, ModelConfig, TrainConfig, write_atomically
 from lora import add_adapter
 from pretrained import Family, Pretrained, load_pretrained
 from pretrained.adapter import adapter_base, load_adapter, save_adapter
+from pretrained.load import TOKENIZER
 from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
@@ -133,11 +134,16 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
 
 
 def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
-    """That of the base, or of `tokenizer.path`, with `lora.new_tokens`; ValueError if none can be added."""
+    """That of the base, or of `tokenizer.path`, with a start and `lora.new_tokens`.
+
+    Raises:
+        ValueError: There is none, or it can take no new tokens.
+    """
     path = config.tokenizer.path
     tokenizer = base.tokenizer if path is None else load_tokenizer(Path(path))
     if tokenizer is None:
         raise ValueError(f"{config.train.base} holds no tokenizer; name its folder with --tokenizer.path")
+    tokenizer = tokenizer.with_start()
     if not config.lora.new_tokens:
         return tokenizer
     if isinstance(tokenizer, BPETokenizer):  # a base that was trained here
@@ -250,6 +256,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
     tokenizer = read_run_file(folder / "tokenizer", load_tokenizer)
     if tokenizer.fingerprint != fingerprints["tokenizer"]:
         raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with")
+    tokenizer = tokenizer.with_start()
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"{folder / 'tokenizer'} has {tokenizer.vocab_size} ids, and the model of config.yaml beside it "
@@ -272,21 +279,23 @@ BASE_FILE = "base.json"  # beside PEFT's two files: what PEFT does not record of
 
 
 def export_adapter(run: Run, folder: str | Path) -> None:
-    """Write the run's adapter as a folder that PEFT opens; ValueError if the run has none."""
+    """Write the run's adapter as a folder that PEFT opens; ValueError if the run has none.
+
+    Its tokenizer is beside it: it has the new tokens, and puts before a prompt what was trained there.
+    """
     train = run.config.train
     if run.family is None:
         raise ValueError(f"{run.folder} has no adapter to write; its model is exported whole")
     save_adapter(run.model, run.family, folder, train.base, train.base_revision)
     known = {"fingerprint": run.fingerprints["base"], "base_format": train.base_format}
     write_atomically(Path(folder) / BASE_FILE, json.dumps(known, indent=1))
-    if run.config.lora.new_tokens:
-        run.tokenizer.save(Path(folder))
+    run.tokenizer.save(Path(folder))
 
 
 def open_adapted(
     source: str, adapter: str | Path, base_format: str = "auto", device: torch.device | str = "cpu"
 ) -> Pretrained:
-    """A published model with an adapter on it, and the adapter's tokenizer where it added tokens.
+    """A published model with an adapter on it, and the adapter's tokenizer where its folder has one.
 
     Args:
         source: Folder or hub id of the base.
@@ -313,8 +322,9 @@ def open_adapted(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
             f"{base.fingerprint[:12]}, and those had {known['fingerprint'][:12]}"
         )
-    if (Path(adapter) / "tokenizer.json").exists():
+    if any((Path(adapter) / name).exists() for name in TOKENIZER[:3]):
         tokenizer = load_tokenizer(Path(adapter))
+        tokenizer.eos_ids = tokenizer.eos_ids or base.eos_ids
         room = base.model.config.vocab_size
         if room < tokenizer.vocab_size <= room + MOST_NEW_TOKENS:
             grow_vocabulary(base.model, tokenizer.vocab_size)

@@ -47,8 +47,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 import os
 import re
+import reprlib
 import stat
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -56,11 +58,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+GENERATION = "generation_config.json"
 _LONGEST = 2**26  # bytes of a file; those of large published vocabularies have up to 35 million
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
@@ -87,6 +90,10 @@ class Tokenizer(ABC):
         """What every document and prompt starts with: bos, or eos where there is no bos (as in GPT-2)."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
+    def with_start(self) -> Tokenizer:
+        """The same with a `start_id`, which training takes: a document's first token is predicted from it."""
+        return self
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos and eos."""
@@ -103,18 +110,38 @@ class Tokenizer(ABC):
         """The id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
         return None
 
-    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write readable files into `folder`, each under a temporary name first."""
+        """Write readable files into `folder`, each under a temporary name first.
+
+        Ends beside the tokenizer's own stand in generation_config.json, as those of a published model do.
+        """
+        if self.eos_ids not in ((), (self.eos_id,)):
+            text = json.dumps({"eos_token_id": list(self.eos_ids)}, indent=2)
+            _write(Path(folder) / GENERATION, text + "\n")
+        self._save(Path(folder))
 
     @classmethod
-    @abstractmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
             ValueError: A file is missing or not what it should be; the sentence names it.
         """
+        tokenizer, path = cls._load(Path(folder)), Path(folder) / GENERATION
+        if path.exists():
+            # A model may have rows without a token, and end at one; such an id is never written.
+            ids = end_ids(_read_json(path), path)
+            tokenizer.eos_ids = tuple(id for id in ids if id < tokenizer.vocab_size)
+        return tokenizer
+
+    def _save(self, folder: Path) -> None:
+        """`save` without the ends."""
+        raise NotImplementedError
+
+    @classmethod
+    def _load(cls, folder: Path) -> Self:
+        """`load` without the ends."""
+        raise NotImplementedError
 
     def _checked(self, ids: Iterable[int]) -> Iterator[int]:
         for id in ids:
@@ -141,6 +168,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if config.exists() and _read_json(config).get(_OUR_MARK) == BPETokenizer.kind:
         return BPETokenizer.load(folder)
     return PretrainedTokenizer.load(folder)
+
+
+def end_ids(values: dict[str, Any], path: Path, vocab_size: int | None = None) -> tuple[int, ...]:
+    """The ids that end a text by a config, one or a list; ValueError if they are none below `vocab_size`."""
+    given = values.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    below = math.inf if vocab_size is None else vocab_size
+    if not all(type(id) is int and 0 <= id < below for id in ids):
+        than = "" if vocab_size is None else f" below the vocabulary's {vocab_size}"
+        raise ValueError(
+            f"{path} has eos_token_id {reprlib.repr(given)}; it must be an id{than}, or a list of such ids"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def _write(path: Path, text: str) -> None:
@@ -402,7 +442,7 @@ class CodeTokenizer(Tokenizer):
         names += ["LOW", "CAP", "UP", "JLOW", "JCAP", "JUP", "SNAKE", *self.heads, *self.tails, *self.plain]
         return [names[id] for id in self._checked(ids)]
 
-    def save(self, folder: Path) -> None:
+    def _save(self, folder: Path) -> None:
         content = {
             "format": _CODE_FORMAT,
             "version": _CODE_VERSION,
@@ -415,7 +455,7 @@ class CodeTokenizer(Tokenizer):
         _write(Path(folder) / _CODE_FILE, json.dumps(content, ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> CodeTokenizer:
+    def _load(cls, folder: Path) -> Self:
         path = Path(folder) / _CODE_FILE
         content = _read_json(path)
         expected = {"format", "version", "heads", "tails", "plain"}
@@ -731,6 +771,17 @@ def _backend(text: str, name: str) -> tokenizers.Tokenizer:
         raise _library_error(error, f"{name} is not a tokenizer of the tokenizers library") from error
 
 
+def _put_before(token: str, id: int) -> dict[str, Any]:
+    """The part of tokenizer.json that puts one token before a text."""
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
+
+
 def _library_error(error: BaseException, what: str) -> BaseException:
     """What to raise: the library raises bare Exception, and a panic of Rust that is not even one."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -757,10 +808,15 @@ class BPETokenizer(Tokenizer):
         backend.encode_special_tokens = True
         self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
         self.vocab_size = max(backend.get_vocab().values()) + 1
-        self.fingerprint = _hash(self.kind, json.loads(backend.to_str()))
+        # What stands before a text is the same for all of this kind, and older files do not say it.
+        state = json.loads(backend.to_str())
+        self.fingerprint = _hash(self.kind, state | {"post_processor": None})
+        self._json = json.dumps(
+            state | {"post_processor": _put_before(SPECIALS[BOS], BOS)}, ensure_ascii=False, indent=2
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._tokenizer.to_str(),)
+        return type(self), (self._json,)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
@@ -770,16 +826,16 @@ class BPETokenizer(Tokenizer):
             [id for id in self._checked(ids) if id > EOS], skip_special_tokens=False
         )
 
-    def save(self, folder: Path) -> None:
+    def _save(self, folder: Path) -> None:
         pad, bos, eos = SPECIALS
         config = {_OUR_MARK: self.kind, "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
         config |= {"bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
         # tokenizer.json comes last: a folder without it is refused, one without the mark would be misread.
         _write(Path(folder) / _HF_CONFIG, json.dumps(config, indent=2) + "\n")
-        _write(Path(folder) / _HF_FILE, self._tokenizer.to_str(pretty=True) + "\n")
+        _write(Path(folder) / _HF_FILE, self._json + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> BPETokenizer:
+    def _load(cls, folder: Path) -> Self:
         path = Path(folder) / _HF_FILE
         text = _read(path)
         try:
@@ -851,10 +907,10 @@ class PretrainedTokenizer(Tokenizer):
             self._special_id(named, f"{name}_token") for name in ("bos", "eos", "pad")
         )
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._start_id = self._first_of_a_text()
         state = json.loads(self._tokenizer.to_str())
-        self.fingerprint = _hash(
-            self.kind, [state, self.bos_id, self.eos_id, self.pad_id, "specials are text"]
-        )
+        ids = [self._start_id, self.bos_id, self.eos_id, self.pad_id]
+        self.fingerprint = _hash(self.kind, [state, *ids, "specials are text"])
         unknown = state["model"].get("unk_token")  # which any text may give
         # A folder may fill up with a piece of plain text, such as "!", that every text may hold.
         plain = {self.pad_id} - {self.bos_id, self.eos_id, None}
@@ -914,6 +970,43 @@ class PretrainedTokenizer(Tokenizer):
             if not token.special and _MARKER.fullmatch(content):
                 token.special = True
                 self._tokenizer.add_special_tokens([token])
+
+    def _first_of_a_text(self) -> int | None:
+        """The id that tokenizer.json puts before a text; transformers reads no other file for it."""
+        try:
+            plain, whole = (
+                self._tokenizer.encode("a", add_special_tokens=more).ids for more in (False, True)
+            )
+        except BaseException as error:
+            raise _library_error(error, f"the rules of {_HF_FILE} fail on a text") from error
+        n = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+        if n > 1:
+            raise ValueError(f"{_HF_FILE} puts {n} tokens before a text, and at most one is known")
+        return whole[0] if n else None
+
+    @property
+    def start_id(self) -> int | None:
+        """What `transformers.AutoTokenizer` puts before a text, as bos of Llama; None where that is nothing.
+
+        Published models without it (StarCoder, CodeGen, Phi, Qwen) are run and scored on prompts that start
+        with their text; in their training a document follows the end of another.
+        """
+        return self._start_id
+
+    def with_start(self) -> PretrainedTokenizer:
+        """The same, where its files put nothing before a text, with files that put bos there, or else eos.
+
+        So whoever opens the files of what was trained with it gets the prompts that were trained.
+        """
+        start = self.eos_id if self.bos_id is None else self.bos_id
+        if self._start_id is not None or start is None:
+            return self
+        token, state = self._tokenizer.id_to_token(start), json.loads(self._files[_HF_FILE])
+        assert token is not None, "its id was found by its text"
+        state["post_processor"] = _put_before(token, start)
+        started = PretrainedTokenizer(self._files | {_HF_FILE: json.dumps(state, ensure_ascii=False)})
+        started.eos_ids = self.eos_ids
+        return started
 
     def _special_id(self, named: dict[str, Any], key: str) -> int | None:
         value = named.get(key)
@@ -983,13 +1076,13 @@ class PretrainedTokenizer(Tokenizer):
         kept = [id for id in self._checked(ids) if id not in self._silent]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
-    def save(self, folder: Path) -> None:
+    def _save(self, folder: Path) -> None:
         """Write the files as they were loaded; vocab.json and merges.txt have become tokenizer.json."""
         for name, text in sorted(self._files.items(), key=lambda item: item[0] == _HF_FILE):
             _write(Path(folder) / name, text)
 
     @classmethod
-    def load(cls, folder: Path) -> PretrainedTokenizer:
+    def _load(cls, folder: Path) -> Self:
         folder = Path(folder)
         names = (_HF_FILE, _HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
         files = {name: _read(folder / name) for name in names if (folder / name).exists()}
@@ -1034,7 +1127,12 @@ def _from_merges(vocab: str, merges: str, files: dict[str, str]) -> dict[str, st
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")))
     backend.decoder = decoders.ByteLevel()
     defaults = {key: _END_OF_TEXT for key in ("bos_token", "eos_token", "unk_token") if _END_OF_TEXT in ids}
-    return {_HF_FILE: backend.to_str(pretty=True) + "\n", _HF_CONFIG: json.dumps(defaults | config, indent=2)}
+    config, state = defaults | config, json.loads(backend.to_str())
+    bos = config.get("bos_token")
+    if config.get("add_bos_token") and bos is not None and _content(bos) in ids:
+        state["post_processor"] = _put_before(_content(bos), ids[_content(bos)])
+    text = json.dumps(state, ensure_ascii=False, indent=2)
+    return {_HF_FILE: text + "\n", _HF_CONFIG: json.dumps(config, indent=2)}
 
 
 def _is_plain_piece(model: dict[str, Any], id: int) -> bool:

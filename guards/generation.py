@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from architecture import Decoder
 from decoding import generate_ids
@@ -13,8 +14,9 @@ from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
-FEWEST_TOKENS = 2  # of models of which a pass takes so long that each token counts
-BEAM_PROMPTS, FEWEST_PROMPTS = 8, 4
+FEWEST_TOKENS = 2  # of models of which each token takes a tenth of a second
+LOGITS_APART = 0.05  # of the largest: above what weights in 16 bits round
+BEAM_PROMPTS = 8
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
 
 
@@ -30,25 +32,39 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        count = max(FEWEST_PROMPTS, min(BEAM_PROMPTS, tokens_of_a_pass(subject.model) // BEAM_IDS))
-        yield from beam_faults(subject.model, [row[i : i + 3] for i in range(min(count, len(row) - 3))])
+        starts = range(min(BEAM_PROMPTS, len(row) - 3))
+        yield from beam_faults(subject.model, [row[i : i + 3] for i in starts])
         yield from echo_faults(subject, prompts[0])
+
+
+def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
+    """By the tokens chosen, and by the first logits: the largest may stay it though padding is seen."""
+    together, logits = continued(model, prompts)
+    alone, of_one = zip(*(continued(model, [prompt]) for prompt in prompts), strict=True)
+    alone, of_one = [ids for (ids,) in alone], torch.cat(of_one)
+    apart = float((logits - of_one).abs().max() / of_one.abs().max())
+    if together != alone or apart > LOGITS_APART:
+        yield Fault(
+            "batch-differs-from-single",
+            f"two prompts continue with {together} in one batch and with {alone} alone, and their first "
+            f"logits differ by {apart:.1%} of the largest",
+            "pad on the left, give padding a document of its own, and count positions from the first token",
+        )
+
+
+def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """Greedy continuations, and the logits (B, V) of their first tokens."""
+    logits: list[Tensor] = []
+    hook = model.head.register_forward_hook(lambda module, args, output: logits.append(output.float()))
+    try:
+        found = generate_ids(model, prompts, GenerationConfig(max_new_tokens=new_tokens(model)))
+    finally:
+        hook.remove()
+    return [g.ids for g in found], logits[0]
 
 
 def new_tokens(model: Decoder) -> int:
     return max(FEWEST_TOKENS, min(NEW_TOKENS, tokens_of_a_pass(model) // 256))
-
-
-def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    settings = GenerationConfig(max_new_tokens=new_tokens(model))
-    together = [g.ids for g in generate_ids(model, prompts, settings)]
-    alone = [generate_ids(model, [prompt], settings)[0].ids for prompt in prompts]
-    if together != alone:
-        yield Fault(
-            "batch-differs-from-single",
-            f"two prompts continue with {together} in one batch and with {alone} alone",
-            "pad on the left, give padding a document of its own, and count positions from the first token",
-        )
 
 
 def seed_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:

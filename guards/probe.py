@@ -11,7 +11,7 @@ from torch import Tensor
 
 from architecture import Decoder, Dropout
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject, awake
+from guards.subject import SHORTEST_PASS, Fault, Subject, awake, of_each_kind, through
 from quantize import n_weights
 
 
@@ -22,6 +22,7 @@ class Look(NamedTuple):
     row: int
     places: Sequence[int]
     training: bool
+    is_long: bool = False  # a whole row, which one block of each kind reads
 
 
 def probe(subject: Subject) -> Iterator[Fault | str]:
@@ -39,7 +40,9 @@ def probe(subject: Subject) -> Iterator[Fault | str]:
     with awake(subject.model):
         for look in looks(subject, dropped):
             subject.model.train(look.training)
-            gradient = sensitivity(subject, look)
+            whole = set(range(len(subject.model.blocks)))
+            with through(subject.model, of_each_kind(subject.model) if look.is_long else whole):
+                gradient = sensitivity(subject, look)
             found |= dependence_faults(look, gradient, subject.config.model.sliding_window)
             lengths.append(look.batch.tokens.size(1))
     for name, evidence in PROBE_FAULTS.items():
@@ -61,6 +64,7 @@ PROBE_FAULTS = {
 }
 PROBE_ELEMENTS = 6e9  # parameters x tokens of a pass: 0.2 s each on two cores
 SHORTEST_PACKED = 8  # tokens
+MOST_LABELS = 16  # of a long row: each costs a row of logits
 PAST_SEEN = 0.9  # of the tokens before it; a weight that is rounded to zero may hide some
 
 
@@ -72,7 +76,7 @@ def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
     tokens = subject.micro_batch(0).tokens
     tokens = tokens[[0, -1]] if len(tokens) > 1 else torch.cat((tokens, tokens.roll(1, 1)))
     whole = tokens.size(1)
-    length = min(whole, max(32, int(PROBE_ELEMENTS / n_weights(subject.model) / 2)))
+    length = min(whole, max(SHORTEST_PASS, int(PROBE_ELEMENTS / n_weights(subject.model) / 2)))
     alone, packed = rows_of(tokens[:, :length])
     middle, end = halves(length)
     if dropped:
@@ -87,8 +91,8 @@ def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
     if length < whole:
         alone, packed = rows_of(tokens[:1])
         middle, end = halves(whole)
-        yield Look(packed, 0, range(middle, end - 2), dropped)
-        yield Look(alone, 0, [whole - 2], False)
+        yield Look(packed, 0, range(middle, end - 2, 1 + (end - middle) // MOST_LABELS), dropped, True)
+        yield Look(alone, 0, [whole - 2], False, True)
 
 
 def halves(length: int) -> tuple[int, int]:

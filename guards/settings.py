@@ -17,6 +17,7 @@ from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable, awake, tolerance_of
 
 WIDE = 512
+PART = 0.25  # of the tokens of a pass: ten passes are made
 # Two ways that agree by design, sizes that are compared elsewhere, and what acts on longer texts only.
 NOT_COMPARED = (
     "attention block_size vocab_size rope_scaling rope_factor rope_context rope_low_freq rope_high_freq "
@@ -62,7 +63,7 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
 
 def smoothing_faults(subject: Subject) -> Iterator[Fault]:
     """The loss of one row against the textbook's, for what is minimised and for what is reported."""
-    batch = Batch(*(t[:1] for t in affordable(subject, subject.micro_batch(0))))
+    batch = Batch(*(t[:1] for t in affordable(subject, subject.micro_batch(0), PART)))
     smoothing, z_loss = subject.config.optimizer.label_smoothing, subject.config.optimizer.z_loss
     with awake(subject.model), torch.no_grad():
         subject.model.eval()
@@ -102,7 +103,7 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
 
 
 def dropout_faults(subject: Subject) -> Iterator[Fault]:
-    batch, model = affordable(subject, subject.micro_batch(0)), subject.config.model
+    batch, model = affordable(subject, subject.micro_batch(0), PART), subject.config.model
 
     def twice(training: bool) -> bool:
         with awake(subject.model), torch.no_grad():

@@ -123,24 +123,31 @@ def affordable(subject: Subject, batch: Batch, passes: float = 1) -> Batch:
     return Batch(*(t[row : row + 1, start : start + size] for t in batch))
 
 
-@contextlib.contextmanager
-def shortened(model: Decoder) -> Iterator[None]:
-    """A large model with its first and its last block only, and with the first whose attention is of another
-    kind than theirs.
+def of_each_kind(model: Decoder) -> set[int]:
+    """The first block of each kind: its attention has a window or none."""
+    kinds = [block.get_submodule("attention").has_window for block in model.blocks]
+    return {*map(kinds.index, kinds)}
 
-    All blocks run one code; through 24 of them these guards would take a minute.
-    """
+
+@contextlib.contextmanager
+def through(model: Decoder, chosen: set[int]) -> Iterator[None]:
+    """The model with these of its blocks only."""
     blocks = model.blocks
-    if not is_large(model):
-        yield
-        return
-    kinds = [block.get_submodule("attention").has_window for block in blocks]
-    chosen = {0, len(blocks) - 1, *map(kinds.index, set(kinds))}
     try:
         model.blocks = torch.nn.ModuleList(blocks[i] for i in sorted(chosen))
         yield
     finally:
         model.blocks = blocks
+
+
+def shortened(model: Decoder) -> contextlib.AbstractContextManager[None]:
+    """A large model with its first and its last block only, and the first of a kind that these are not of.
+
+    All blocks run one code; through 24 of them these guards would take a minute.
+    """
+    if not is_large(model):
+        return contextlib.nullcontext()
+    return through(model, {0, len(model.blocks) - 1} | of_each_kind(model))
 
 
 def tolerance_of(precision: Precision) -> float:

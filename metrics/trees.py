@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ LONGEST = 2**20  # bytes
 LONGEST_TREE = 2**17  # whose tree is taken apart, which takes 40 times as long as parsing
 
 PATIENCE = 2.0  # seconds of CPU that tree-sitter may take; 128 kB of code take it 0.1
+OPEN_ANGLES = 200  # in a statement of Java or Kotlin
 _CHUNK = 2**16
 
 LANGUAGES = ("python", "kotlin", "java")
@@ -59,11 +61,13 @@ def parses(text: str, language: str) -> bool:
 
 
 def _parsed(data: bytes, language: str) -> Any | None:
-    """tree-sitter's tree, or None if it takes longer than PATIENCE.
+    """tree-sitter's tree, or None if it takes longer than PATIENCE or has more than OPEN_ANGLES.
 
-    Where a text can be read in several ways, as `A<A<A<...` in Java, the time grows with the square of its
-    length: 4,000 of them take 0.4 s and 40,000 would take 40.
+    Where a text can be read in several ways, as `A<A<A<...` in Java, time and memory grow with the square of
+    its length: 200 of them, 150 times over, take 0.3 s and 136 MB, 40,000 take 16 GB before they are stopped.
     """
+    if language != "python" and _open_angles(data) > OPEN_ANGLES:
+        return None
     parser = _parser(language)
     end = time.thread_time() + PATIENCE
     try:
@@ -75,6 +79,15 @@ def _parsed(data: bytes, language: str) -> Any | None:
     except ValueError:  # what a parse that was stopped raises
         parser.reset()  # or the next one would go on with it
         return None
+
+
+def _open_angles(data: bytes) -> int:
+    """The most `<` in a statement that no `>` has closed."""
+    most = now = 0
+    for mark in re.findall(rb"[<>;{}]", data):
+        now = now + 1 if mark == b"<" else max(0, now - 1) if mark == b">" else 0
+        most = max(most, now)
+    return most
 
 
 def _python_parses(text: str) -> bool:

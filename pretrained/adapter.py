@@ -208,9 +208,7 @@ def _suffixes(of_embedding: bool) -> tuple[str, str]:
 
 
 def _pair(key: str, a: Tensor, b: Tensor, magnitude: Tensor | None, of_embedding: bool) -> dict[str, Tensor]:
-    suffixes = (
-        ("lora_embedding_A", "lora_embedding_B") if of_embedding else ("lora_A.weight", "lora_B.weight")
-    )
+    suffixes = _suffixes(of_embedding)
     pair = {f"{key}.{suffixes[0]}": a, f"{key}.{suffixes[1]}": b}
     return pair if magnitude is None else pair | {f"{key}.lora_magnitude_vector": magnitude}
 
@@ -510,11 +508,18 @@ def _patterns(
 
 
 def _one_rank(values: list[int], entries: Mapping[str, Entry], key: str) -> int:
-    """Of the ranks a module may have, the one that its tensor has."""
-    found = next(
-        (entries[name] for kind in (False, True) if (name := f"{key}.{_suffixes(kind)[0]}") in entries), None
-    )
-    return found.shape[0] if found and found.shape and found.shape[0] in values else values[0]
+    """Of the ranks a module may have, the one that its tensors have; ValueError if those have another."""
+    for first, second in (_suffixes(False), _suffixes(True)):
+        a, b = (entries.get(f"{key}.{suffix}") for suffix in (first, second))
+        if a is None or b is None or not len(a.shape) == len(b.shape) == 2 or a.shape[0] != b.shape[1]:
+            continue
+        if a.shape[0] not in values:
+            raise ValueError(
+                f"its rank is {' or '.join(map(str, values))}, and the tensors of {key.removeprefix(PREFIX)} "
+                f"have rank {a.shape[0]}; the two files are not of one adapter"
+            )
+        return a.shape[0]
+    return values[0]
 
 
 def _rows(

@@ -39,7 +39,7 @@ from pretrained.folder import (
     stamp,
 )
 from quantize import KINDS, replace_linear
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import GENERATION, Tokenizer, end_ids, load_tokenizer
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
@@ -48,7 +48,6 @@ FAMILIES = {
 THREADS = min(4, os.cpu_count() or 1)
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-GENERATION = "generation_config.json"
 TOKENIZER = (
     "tokenizer.json",
     "code_tokenizer.json",
@@ -206,20 +205,12 @@ def load_pretrained(
 
 
 def _eos_ids(folder: Path, values: Values, vocab_size: int, linked: bool) -> tuple[int, ...]:
-    """The ids that end a text: one or a list, of generation_config.json, or else of config.json."""
-    name = CONFIG
+    """The ids that end a text: those of generation_config.json, or else of config.json."""
     if (folder / GENERATION).exists():
         other = read_json(folder, GENERATION, linked)
         if other.get("eos_token_id") is not None:
-            name, values = GENERATION, other
-    given = values.get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
-        raise ValueError(
-            f"{folder / name} has eos_token_id {shown(given)}; it must be an id below the vocabulary's "
-            f"{vocab_size}, or a list of such ids"
-        )
-    return tuple(dict.fromkeys(ids))
+            return end_ids(other, folder / GENERATION, vocab_size)
+    return end_ids(values, folder / CONFIG, vocab_size)
 
 
 def _on_meta(folder: Path, config: ModelConfig) -> Decoder:

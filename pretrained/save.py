@@ -15,9 +15,9 @@ from architecture import Decoder
 from config import ModelConfig, write_atomically
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
-from pretrained.load import FAMILIES, GENERATION
+from pretrained.load import FAMILIES
 from quantize import FrozenLinear
-from tokenizer import CodeTokenizer, Tokenizer
+from tokenizer import GENERATION, CodeTokenizer, Tokenizer
 
 # transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer
 # for some families and says nothing; this one it refuses for all, and its error shows the sentence.

@@ -490,7 +490,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
         ({"r": 0}, "r is 0; a rank is a whole number"),
         ({"r": True}, "r is True"),
-        ({"r": 4}, "[2, 24], [4, 24] of floats is expected"),
+        (
+            {"r": 4},
+            "rank is 4, and the tensors of model.layers.0.self_attn.q_proj have rank 2; the two files",
+        ),
         ({"lora_alpha": 0}, "lora_alpha is 0; it must be a number above 0"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),

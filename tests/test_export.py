@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,14 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_finetune import base, config, logits, other
 
-from config import Config
+from config import Config, one_sentence
 from export import ExportConfig, export
+from generate import prompt_ids
 from lora import LowRank
+from pretrained import load_pretrained
 from runmodel import load_run, open_adapted
 from trainingmanager import train
 
@@ -72,6 +78,68 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_that_base_and_no_other(
     assert torch.equal(opened(tmp_path / "again"), opened(tmp_path / "merged"))
 
 
+def test_a_merge_that_is_requantised_is_judged_by_what_is_written(config: Config, tmp_path: Path) -> None:
+    run = train(other(config, max_steps=3, base_format="nf4")).folder
+    asked: dict[str, Any] = {"run": str(run), "merge": True, "requantise": True}
+    with pytest.raises(
+        ValueError, match=r"merged-differs: the largest logit gap is .*; the adapter itself moves"
+    ):
+        export(ExportConfig(str(tmp_path / "refused"), **asked))
+    assert not (tmp_path / "refused").exists()
+    said = export(ExportConfig(str(tmp_path / "merged"), tolerance=10, **asked))
+    gap = float(re.findall(r"gap ([\d.e+-]+)", said)[0])
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    text = Path(argparse.__file__).read_text()
+    written, adapted = load_pretrained(tmp_path / "merged", torch.float32), load_run(run)
+    ids = torch.tensor(adapted.tokenizer.encode(text)[: 8 * 64]).view(8, 64)
+    with torch.no_grad():
+        found, expected = written.model(ids), adapted.model(ids)
+        again = load_pretrained(tmp_path / "merged", torch.float32, held="nf4").model(ids)
+    assert float((found - expected).abs().max()) == pytest.approx(gap, rel=0.01)
+    assert float((again - found).abs().max()) < 0.2 * gap
+    with pytest.raises(ValueError, match="was not held in nf4"):
+        plain = train(other(config, max_steps=1, run=f"{config.train.run}2")).folder
+        export(ExportConfig(str(tmp_path / "no"), str(plain), merge=True, requantise=True))
+
+
+def test_prompts_and_ends_are_those_of_the_base_and_then_those_of_training(
+    config: Config, tmp_path: Path
+) -> None:
+    """A base as StarCoder's: nothing stands before its prompts, and what was trained started with its eos."""
+    base = Path(str(config.train.base))
+    state = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}))
+    names = dict.fromkeys(("bos_token", "eos_token"), "<|eos|>")
+    (base / "tokenizer_config.json").write_text(json.dumps(names | {"add_bos_token": False}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
+    text = "def f(x):"
+
+    def of_transformers(folder: Path) -> list[int]:
+        ids = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [2, 9]
+        return ids
+
+    published = load_pretrained(base).tokenizer
+    assert published is not None
+    assert prompt_ids(published, text) == of_transformers(base) == published.encode(text)
+    trained = train(other(config, max_steps=1))
+    started = [2, *published.encode(text)]
+    assert int(trained.data.train.document(0)[0]) == 2
+    export(ExportConfig(str(tmp_path / "merged"), str(trained.folder), merge=True))
+    export(ExportConfig(str(tmp_path / "adapter"), str(trained.folder)))
+    opened = [
+        load_run(trained.folder).tokenizer,
+        load_pretrained(tmp_path / "merged").tokenizer,
+        open_adapted(str(base), tmp_path / "adapter").tokenizer,
+    ]
+    for tokenizer in opened:
+        assert tokenizer is not None and tokenizer.eos_ids == (2, 9)
+        assert prompt_ids(tokenizer, text) == started
+    for folder in (tmp_path / "adapter", tmp_path / "merged", trained.folder / "tokenizer"):
+        assert of_transformers(folder) == started
+
+
 def test_a_merge_that_is_not_what_was_trained_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="merged-differs"):
         export(ExportConfig(str(tmp_path / "merged"), str(run), merge=True, tolerance=1e-12))
@@ -85,6 +153,7 @@ def test_a_merge_that_is_not_what_was_trained_is_refused(run: Path, tmp_path: Pa
         (["--out", "x", "--run", "a", "--base", "b"], "give one of --run FOLDER and --base MODEL"),
         (["--out", "x", "--base", "b"], "--base and --adapter belong together"),
         (["--out", "x", "--base", "b", "--adapter", "c"], "is for --merge"),
+        (["--out", "x", "--run", "a", "--requantise"], "--requantise is for --merge"),
         (["--out", "x", "--run", "no-such-run"], "no-such-run holds no run"),
     ],
 )
@@ -93,6 +162,14 @@ def test_a_mistake_is_one_sentence(words: list[str], sentence: str) -> None:
         [sys.executable, str(HOUSE / "export.py"), *words], capture_output=True, text=True, cwd=HOUSE
     )
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (Path(__file__) / "x", Path("/proc/x")):
+        with pytest.raises(SystemExit), one_sentence():
+            path.mkdir()
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {path} cannot be used (") and "name another file or folder" in said
 
 
 def test_a_merge_that_forgets_some_modules_is_refused(

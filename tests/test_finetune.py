@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +43,7 @@ from pretrained.family import to_model
 from proofs import run_difference
 from quantize import Linear4bit
 from runmodel import export_adapter, load_run, open_adapted
-from tokenizer import BPETokenizer
+from tokenizer import BPETokenizer, load_tokenizer
 from trainingmanager import TrainingManager, train
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -230,6 +235,42 @@ def test_every_kind_of_adapter_resumes_and_opens_as_it_was(
     assert torch.equal(logits(load_run(whole.folder, "last").model), logits(whole.model))
 
 
+def drawn_base(folder: Path, like: Path, **settings: Any) -> Path:
+    """A base of another shape with the tokenizer of `like`."""
+    tokenizer = load_tokenizer(like)
+    torch.manual_seed(0)
+    save_pretrained(Decoder(replace(SHAPE, vocab_size=tokenizer.vocab_size, **settings)), tokenizer, folder)
+    return folder
+
+
+def test_a_new_token_that_does_not_occur_stops_no_run(config: Config, base: Path, tmp_path: Path) -> None:
+    """Beside a head of its own, the row of its embedding gets no gradient."""
+    untied = drawn_base(tmp_path / "untied", base, tie_embeddings=False)
+    config = other(other(config, base=str(untied), row_length=16), "lora", new_tokens=("<|never|>",))
+    model: Any = train(config).model
+    (rows,) = (change.rows for change in model.embed.adapters.values())
+    assert torch.equal(rows, model.embed.adapters["default"].original)
+    assert not torch.equal(model.head.adapters["default"].rows, model.head.adapters["default"].original)
+
+
+def test_a_start_is_taken_from_the_checkpoint_and_not_made_again(config: Config, tmp_path: Path) -> None:
+    """Another machine's decomposition rounds otherwise; here by more than it would."""
+    config = other(other(config, "optimizer", schedule="constant"), "lora", init="pissa")
+    whole = train(config)
+    train(other(config, run=str(tmp_path / "halves"), max_steps=3))
+    right = torch.linalg.svd
+
+    def rounded(*args: Any, **options: Any) -> Any:
+        u, s, vh = right(*args, **options)
+        return u * 1.001, s, vh
+
+    with patch.object(torch.linalg, "svd", rounded):
+        halves = train(other(config, run=str(tmp_path / "halves"), resume=True))
+        opened = load_run(whole.folder, "last")
+    assert run_difference(whole.folder, halves.folder) is None
+    assert torch.equal(logits(opened.model), logits(whole.model))
+
+
 def test_new_tokens_get_ids_and_rows_and_go_with_the_adapter(config: Config, tmp_path: Path) -> None:
     manager = train(other(config, "lora", new_tokens=("<|a|>", "<|b|>")))
     run = load_run(manager.folder, "last")
@@ -304,6 +345,47 @@ def test_a_base_that_moved_is_named_and_can_be_pointed_to(config: Config, tmp_pa
         load_run(manager.folder)
     run = load_run(manager.folder, base=str(tmp_path / "moved"))
     assert torch.equal(logits(run.model), logits(manager.model))
+
+
+def test_an_adapter_on_another_base_is_refused(config: Config, tmp_path: Path) -> None:
+    run = load_run(train(other(config, max_steps=1)).folder)
+    export_adapter(run, tmp_path / "adapter")
+    copied = shutil.copytree(str(config.train.base), tmp_path / "copy")
+    assert torch.equal(logits(open_adapted(str(copied), tmp_path / "adapter").model), logits(run.model))
+    changed(copied)
+    with pytest.raises(ValueError, match=r"copy is not the base that .*adapter was trained on: .* fingerpr"):
+        open_adapted(str(copied), tmp_path / "adapter")
+
+
+def test_a_strangers_run_fetches_nothing(config: Config) -> None:
+    folder = train(other(config, max_steps=1)).folder
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved["base"] = "us/tiny"
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
+    words = [sys.executable, "generate.py", "--model", str(folder), "--prompt", "x"]
+    house = Path(trainingmanager.__file__).parent
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=house)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 2 and "the base of the run cannot be opened" in done.stderr
+    assert asked == []
 
 
 def test_a_tuned_run_keeps_less_unless_blocks_are_made_again(config: Config) -> None:

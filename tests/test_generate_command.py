@@ -1,10 +1,13 @@
 """`python generate.py`: what it streams, fill-in-the-middle, and mistakes in one sentence."""
 
+import copy
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tokenizers
@@ -49,7 +52,7 @@ def trained(
     return PretrainedTokenizer({"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
 
 
-STARCODER = trained((*MARKERS[0], "<fim_pad>", "<file_sep>", "<repo_name>", "<filename>"))
+STARCODER = trained((*MARKERS[0], "<fim_pad>", "<file_sep>", "<repo_name>", "<filename>")).with_start()
 
 
 # --- fill-in-the-middle -----------------------------------------------------------------------------
@@ -108,10 +111,16 @@ def test_a_middle_ends_at_every_end_and_leaves_no_text_of_it(end):
 
 
 class Fallback(Bytes):
-    """As byte fallback in Llama's: a run with one character that is not whole is U+FFFD, a byte each."""
+    """As byte fallback in Llama's: a run with one character that is not whole is U+FFFD, a byte each.
+
+    Small letters are pieces of their own, which end a run.
+    """
 
     def decode(self, ids):
         data = bytes(id - 3 for id in ids if id > 2)
+        return "".join(map(self.run, re.findall(rb"[a-z]+|[^a-z]+", data)))
+
+    def run(self, data):
         try:
             return data.decode()
         except UnicodeDecodeError:
@@ -127,29 +136,75 @@ BASES: dict[str, Tokenizer] = {
 }
 
 
+def unsettled(tokenizer: Tokenizer, before: list[int], stops: tuple[str, ...] = ()) -> _Stream:
+    """One that decodes all at each token."""
+    with patch.object(_Stream, "_settle"):
+        stream = _Stream(tokenizer, before, stops, lambda text: None)
+    stream.next_settled = 10**9
+    return stream
+
+
 @pytest.mark.parametrize("name", BASES)
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("text", ["ADD" + "_RETURN" * 9 + "\nA_Ba", "é" * 5 + "\néab" + "\n→a" * 5])
+def test_a_stream_settles_where_nothing_before_matters(name, text, monkeypatch):
+    """Not in a name whose capitals were set before, nor in a run of bytes that begins outside the context."""
+    monkeypatch.setattr(command, "SETTLED_EVERY", 1)
+    monkeypatch.setattr(command, "CONTEXT", 4)
+    tokenizer, before = BASES[name], BASES[name].encode("def f")
+    ids, stream = tokenizer.encode(text), _Stream(tokenizer, before, (), lambda text: None)
+    slow = unsettled(tokenizer, before)
+    for n in range(1, len(ids) + 1):
+        stream.read(ids[:n])
+        slow.read(ids[:n])
+        assert stream.given == slow.given
+    assert stream.start > len(before)
+
+
+@pytest.mark.parametrize("name", BASES)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_what_is_streamed_is_never_taken_back(name, data):
     tokenizer = BASES[name]
-    text = data.draw(st.text(alphabet="ab (\n\tAÉé→\U0001f40d", max_size=12))
+    text = data.draw(st.text(alphabet="ab_ (\n\tAÉé→\U0001f40d", max_size=24))
     ids = tokenizer.encode(text)
     if name != "fallback" and data.draw(st.booleans()):  # bytes that are no text, case marks, anything
         ids += data.draw(st.lists(st.integers(3, tokenizer.vocab_size - 1), max_size=8))
     stops = tuple(data.draw(st.lists(st.text(alphabet="ab (\né", min_size=1, max_size=3), max_size=2)))
-    before, given_out = tokenizer.encode("def f"), []
-    stream = _Stream(tokenizer, before, stops, given_out.append)
-    for n in range(1, len(ids) + 1):
-        whole = added_text(tokenizer, before, ids[:n])
-        if any(string in whole for string in stops):
-            ids = ids[:n]
-            break
-        stream.read(ids[:n])
+    asked = data.draw(
+        st.sampled_from(["def f", "A\nx = 1\n    return MAX_", "é\n→\n", "\n" + "é" * 9 + "\na"])
+    )
+    before, given_out = tokenizer.encode(asked), []
+    with patch.object(command, "SETTLED_EVERY", 1), patch.object(command, "CONTEXT", 4):
+        stream = _Stream(tokenizer, before, stops, given_out.append)
+        slow = unsettled(tokenizer, before, stops)
+        for n in range(1, len(ids) + 1):
+            whole = added_text(tokenizer, before, ids[:n])
+            if any(string in whole for string in stops):
+                ids = ids[:n]
+                break
+            stream.read(ids[:n])
+            slow.read(ids[:n])
+            assert stream.given == slow.given  # as if all were decoded at each token
     whole = added_text(tokenizer, before, ids)
     final = whole[: min((whole.find(s) for s in stops if s in whole), default=None)]
     assert final.startswith("".join(given_out))
     stream.end(final)
     assert "".join(given_out) == final
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_token_of_a_stream_costs_the_same_after_a_long_prompt(name, monkeypatch):
+    tokenizer = copy.copy(BASES[name])
+    before = tokenizer.encode("def f(a_b, É):\n    return a_B\n" * 200)
+    ids = tokenizer.encode("def f(a_b):\n    return a_B # é\n" * 20)
+    decoded, given_out, right = [], [], tokenizer.decode
+    stream = _Stream(tokenizer, before, (), given_out.append)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: decoded.append(len(ids)) or right(ids))
+    for n in range(1, len(ids) + 1):
+        stream.read(ids[:n])
+    assert max(decoded) < 300 < len(before) and sum(decoded) < 1000 * len(ids)
+    whole, shown = added_text(tokenizer, before, ids), "".join(given_out)
+    assert whole.startswith(shown) and len(whole) - len(shown) < 10
 
 
 def test_a_stream_that_kept_nothing_back_would_be_noticed():

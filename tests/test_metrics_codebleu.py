@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.metrics_speed import realistic_pairs
+from metrics import trees
 from metrics.codebleu import KINDS, PARTS, _flows, codebleu, codebleu_of_sums, codebleu_parts
 from metrics.trees import LANGUAGES, LONGEST, LONGEST_TREE, parse, parses
 
@@ -252,10 +253,20 @@ def test_hostile_texts_cost_bounded_time_and_never_the_process(name):
     assert child.stdout == "alive\n", child.stderr[-2000:]
 
 
-def test_the_parser_is_stopped_and_works_on():
-    assert not parses("A<" * 40_000, "java")
-    assert parse("A<" * 40_000, "java") is None
+def test_the_parser_is_stopped_and_works_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trees, "PATIENCE", 0.01)
+    slow = ("A<" * 150 + ";") * 60
+    assert not parses(slow, "java")
+    assert parse(slow, "java") is None
+    monkeypatch.undo()
     assert parses(PROGRAMS["java"], "java")
+
+
+def test_angles_that_nothing_closes_are_not_tried():
+    """40,000 of them take 16 GB."""
+    for text in ("A<" * 40_000, "A<\n" * 40_000, "f(" + "A<(" * 40_000):
+        assert not parses(text, "java") and parse(text, "java") is None
+    assert parses("class A { boolean f(int i) { " + "if (i < 3) return i > 2; " * 500 + "} }", "java")
 
 
 def test_too_long_texts_are_not_parsed():

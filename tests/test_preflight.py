@@ -55,6 +55,7 @@ def disable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # One plant that only this guard catches.
 ALONE = {
     "labels": "T4 end",
+    "order": "D6 order",
     "probe": "M2 packing",
     "start": "M8 vocabulary",
     "split": "D1 variants",

@@ -249,7 +249,9 @@ def test_product_and_gradients_are_those_of_the_dense_weight(
     )
     dense = nn.functional.linear(dense_x, module.weight, dense_bias)
     dense.backward(grad)
-    atol = 5e-6 if kind == "int8" else 1e-6  # int8 scales the outputs instead of the weight
+    # Sums of up to 192 products in another order, as chunks and another kernel make them: 1.3e-6 was seen on
+    # AVX2. int8 scales the outputs instead of the weight.
+    atol = 5e-6 if kind == "int8" else 3e-6
     torch.testing.assert_close(y, dense, rtol=1e-6, atol=atol)
     torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-6, atol=atol)
     torch.testing.assert_close(module.bias.grad, dense_bias.grad, rtol=1e-6, atol=atol)

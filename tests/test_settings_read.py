@@ -71,6 +71,7 @@ def keys() -> set[str]:
 RUNS: list[dict[str, dict[str, Any]]] = [
     {"model": {"rope_scaling": "llama3", "rope_factor": 2.0, "fused_qkv": True, "sliding_window": 9}},
     plants.EXAMPLES,
+    plants.GRADED,
     plants.merged(plants.TUNED, {"lora": {"new_tokens": ("<new>",)}}),
     {"tokenizer": {"kind": "bpe"}, "optimizer": {"name": "adamw"}, "data": {"skip_undecodable": True}},
 ]
@@ -82,12 +83,13 @@ def test_every_setting_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trainingmanager, "evaluate", lambda settings: {"side": "test"})
     monkeypatch.setattr(trainingmanager, "table", str)
     monkeypatch.setattr(trainingmanager, "write_results", lambda *args: None)
+    managers = []
     with reads_noted() as noted:
         for settings in RUNS:
             if "skip_undecodable" in settings.get("data", {}):  # the last one, since the others would stop
                 (tmp_path / "long" / "latin1.py").write_bytes(b"# caf\xe9\n")
-            manager = trainingmanager.train(plants.small_config(tmp_path, settings))
-        trainingmanager.report(manager)
+            managers.append(trainingmanager.train(plants.small_config(tmp_path, settings)))
+        trainingmanager.report(managers[-1])
         with pytest.raises(SystemExit):  # it has no such folder, and asks whether to prove a resume first
             trainingmanager.main(Config.from_dict({"resume": True, "run": str(tmp_path / "none")}))
     assert keys() - noted == set()

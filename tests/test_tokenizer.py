@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -12,14 +13,17 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 import tokenizer as module
+from generate import prompt_ids
 from tokenizer import (
     BPETokenizer,
     CodeTokenizer,
@@ -463,6 +467,122 @@ class TestSaveLoad:
         assert load_tokenizer(tmp_path).fingerprint == old.fingerprint
         assert [path.name for path in tmp_path.iterdir()] == ["code_tokenizer.json"]
 
+    def test_ends_beside_the_own_one_are_kept(self, tmp_path: Path, bpe: BPETokenizer, tiny: Any) -> None:
+        bpe.save(tmp_path / "hf")
+        for n, kept in enumerate((tiny, bpe, PretrainedTokenizer.load(tmp_path / "hf"))):
+            tokenizer: Any = copy.copy(kept)
+            assert load_tokenizer(saved(tokenizer, tmp_path / f"none{n}")).eos_ids == ()
+            tokenizer.eos_ids = (tokenizer.eos_id,)  # which says nothing new
+            assert not (saved(tokenizer, tmp_path / f"one{n}") / "generation_config.json").exists()
+            tokenizer.eos_ids = (5, 2, 7)
+            folder = saved(tokenizer, tmp_path / f"more{n}")
+            again = type(tokenizer).load(folder)
+            assert again.eos_ids == (5, 2, 7) and again.fingerprint == tokenizer.fingerprint
+            assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [5, 2, 7]
+            for ids, left in ((9, (9,)), ([9, 10**6], (9,)), (None, ()), ([], ())):
+                (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+                assert load_tokenizer(folder).eos_ids == left
+            for wrong in ("x", [1, True], -1, [[1]], {"a": 1}, 1.0):
+                (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+                with pytest.raises(ValueError, match=r"config.json has eos_token_id .*must be an id"):
+                    load_tokenizer(folder)
+
+
+def saved(tokenizer: Tokenizer, folder: Path) -> Path:
+    tokenizer.save(folder)
+    return folder
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [1], "tokens": ["<|bos|>"]}},
+}
+
+
+class TestStart:
+    """What stands before a prompt is what transformers puts there, and what training put there."""
+
+    def as_theirs(self, folder: Path) -> None:
+        ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        for text in ("def f(x):\n", " x", "y" * 40):
+            assert prompt_ids(ours, text) == theirs(text)["input_ids"]
+
+    @pytest.mark.parametrize(
+        "before", [None, BYTE_LEVEL, TEMPLATE, {"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}]
+    )
+    @pytest.mark.parametrize(
+        ("name", "flags", "bos"),
+        [
+            ("PreTrainedTokenizerFast", {"add_bos_token": True}, True),
+            ("CodeGenTokenizer", {"add_bos_token": False}, True),
+            ("GPT2Tokenizer", {}, False),
+        ],
+    )
+    def test_published(
+        self, bpe: BPETokenizer, tmp_path: Path, before: Any, name: str, flags: Any, bos: bool
+    ) -> None:
+        bpe.save(tmp_path / "hf")
+        state = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+        state["post_processor"] = before
+        (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(state))
+        config = {"tokenizer_class": name, "eos_token": "<|eos|>", "unk_token": "<|eos|>"} | flags
+        config["bos_token"] = "<|bos|>" if bos else None
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
+        self.as_theirs(tmp_path / "hf")
+        published = load_tokenizer(tmp_path / "hf")
+        published.eos_ids = (5, 7)
+        started = published.with_start()
+        assert started.start_id is not None and started.eos_ids == (5, 7)
+        assert started.with_start() is started
+        assert (started is published) == (published.start_id is not None)
+        assert (started.fingerprint == published.fingerprint) == (started is published)
+        assert started.start_id == (1 if bos or published.start_id is not None else 2)
+        assert prompt_ids(started, "x") == [started.start_id, *published.encode("x")]
+        started.save(tmp_path / "started")
+        self.as_theirs(tmp_path / "started")
+        assert load_tokenizer(tmp_path / "started").fingerprint == started.fingerprint
+        assert isinstance(started, PretrainedTokenizer)
+        assert started.with_tokens(["<|more|>"]).start_id == started.start_id
+
+    @pytest.mark.parametrize(
+        ("name", "flags"), [("GPT2Tokenizer", {"add_bos_token": True}), ("CodeGenTokenizer", {})]
+    )
+    def test_of_vocabulary_and_merges(self, bpe: BPETokenizer, tmp_path: Path, name: str, flags: Any) -> None:
+        bpe.save(tmp_path / "hf")
+        model = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]
+        (tmp_path / "hf" / "tokenizer.json").unlink()
+        (tmp_path / "hf" / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (tmp_path / "hf" / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+        config = {"tokenizer_class": name} | dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|eos|>")
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config | flags))
+        self.as_theirs(tmp_path / "hf")
+        saved(load_tokenizer(tmp_path / "hf").with_start(), tmp_path / "started")
+        self.as_theirs(tmp_path / "started")
+        assert load_tokenizer(tmp_path / "started").start_id == 2
+
+    def test_of_ours(self, bpe: BPETokenizer, tiny: CodeTokenizer, tmp_path: Path) -> None:
+        bpe.save(tmp_path / "bpe")
+        self.as_theirs(tmp_path / "bpe")
+        assert load_tokenizer(tmp_path / "bpe").fingerprint == bpe.fingerprint
+        state = json.loads((tmp_path / "bpe" / "tokenizer.json").read_text())
+        (tmp_path / "bpe" / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}))
+        assert load_tokenizer(tmp_path / "bpe").fingerprint == bpe.fingerprint  # written before it was said
+        assert (bpe.with_start(), tiny.with_start()) == (bpe, tiny)
+        assert prompt_ids(bpe, "x")[0] == bpe.bos_id and prompt_ids(tiny, "x")[0] == tiny.bos_id
+
+    def test_more_than_one_is_refused(self, bpe: BPETokenizer, tmp_path: Path) -> None:
+        bpe.save(tmp_path)
+        state = json.loads((tmp_path / "tokenizer.json").read_text())
+        first, *rest = TEMPLATE["single"]
+        two: Any = TEMPLATE | {"single": [first, first, *rest]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(state | {"post_processor": two}))
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+        with pytest.raises(ValueError, match="puts 2 tokens before a text, and at most one is known"):
+            load_tokenizer(tmp_path)
+
 
 class TestPretrained:
     def test_ids_and_special_tokens(self, hf_folder: Path) -> None:
@@ -658,8 +778,6 @@ class TestPretrained:
     @pytest.mark.skipif("PLUMB_TOKENIZER" not in os.environ, reason="PLUMB_TOKENIZER names no folder")
     def test_a_published_tokenizer_on_the_standard_library(self) -> None:
         """Ids are those of AutoTokenizer and text comes back, on each file; for byte-level tokenizers."""
-        import transformers
-
         folder = Path(os.environ["PLUMB_TOKENIZER"])
         ours, theirs = PretrainedTokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
         files = stdlib_files(1)
