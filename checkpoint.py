@@ -417,6 +417,9 @@ def _flush(path: Path) -> None:
 def code_fingerprint(folder: Path) -> str:
     """SHA-256 of the project's own Python files, by name and content."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("pretrained/*.py"), *folder.glob("metrics/*.py")]):
+    packages = ("guards", "metrics", "pretrained", "suites")
+    for path in sorted(
+        [*folder.glob("*.py"), *(p for name in packages for p in folder.glob(f"{name}/*.py"))]
+    ):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
