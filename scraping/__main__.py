@@ -38,6 +38,7 @@ def parse(module: Any, command: str, argv: list[str]) -> Any:
         if fields.get(word) == "bool" and after.startswith("-"):
             spelled.append("true")
     parser = make_parser({"": module.Settings}, COMMANDS[command][1])
+    parser.prog = f"python -m scraping {command}"
     values = parser.parse_args(spelled).clone(with_meta=False).as_dict()
     values.pop("config", None)
     return module.Settings(**values)
