@@ -28,10 +28,9 @@ from typing import Any, Literal
 
 from config import write_atomically
 from scraping.decontaminate import Benchmarks
-from scraping.dedup import file_digest_of
 from scraping.documents import Document, Drop, read_shard, write_shard
 from scraping.frequencies import Frequencies
-from scraping.shards import parse_shard, parts_of
+from scraping.shards import file_sha256, parse_shard, parts_of
 
 VERSION = 1  # of the selection below
 
@@ -74,25 +73,28 @@ def build_part(settings: Settings, part: Path) -> None:
     record_path = root / "corpus" / "records" / f"{part.stem}.json"
     inputs = {
         "version": VERSION,
-        "clean": file_digest_of(part),
-        "clusters": file_digest_of(clusters),
+        "clean": (clean := file_sha256(part)),
+        "clusters": file_sha256(clusters),
         "near": settings.near,
         "form": settings.form,
-        "benchmarks": [file_digest_of(Path(file)) for file in settings.benchmarks],
+        "benchmarks": [file_sha256(Path(file)) for file in settings.benchmarks],
     }
+    found = json.loads(clusters.read_text("utf-8"))
+    if found["clean"] != clean:  # its rows are numbers, which would mean other documents
+        raise ValueError(f"{part} changed since {clusters} was made: run dedup again")
     try:
         record = json.loads(record_path.read_text("utf-8"))
-        if record["inputs"] == inputs and record["sha256"] == file_digest_of(output):
+        if record["inputs"] == inputs and record["sha256"] == file_sha256(output):
             return
     except (OSError, ValueError, KeyError):
         pass
     for folder in (output.parent, record_path.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    selection = _Selection(settings, json.loads(clusters.read_text("utf-8")))
+    selection = _Selection(settings, found["rows"])
     count = write_shard(output, selection.of(read_shard(part)))
     dropped = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in selection.dropped).encode()
     (record_path.parent / f"{part.stem}.dropped.jsonl.gz").write_bytes(gzip.compress(dropped, mtime=0))
-    record = {"inputs": inputs, "documents": count, "sha256": file_digest_of(output)}
+    record = {"inputs": inputs, "documents": count, "sha256": file_sha256(output)}
     write_atomically(record_path, json.dumps(record | selection.counts(), indent=1))
 
 
@@ -162,12 +164,18 @@ def finish(settings: Settings) -> dict[str, Any]:
     folder = root / "corpus"
     parts = parts_of(root / "clean")
     outputs = parts_of(folder / "data", ending=f".{_ENDINGS[settings.form]}")
+    for form, ending in _ENDINGS.items():
+        others = sorted(path.name for path in (folder / "data").glob(f"*.{ending}"))
+        if form != settings.form and others:
+            raise ValueError(
+                f"{folder / 'data'} holds {others[0]} of --form {form} too: remove those of one form"
+            )
     if len(outputs) != len(parts):
         raise ValueError(f"{folder} has {len(outputs)} parts and {root / 'clean'} {len(parts)}: build again")
     records = []
     for part, output in zip(parts, outputs, strict=True):
         record = json.loads((folder / "records" / f"{part.stem}.json").read_text("utf-8"))
-        if record["inputs"]["clean"] != file_digest_of(part) or record["sha256"] != file_digest_of(output):
+        if record["inputs"]["clean"] != file_sha256(part) or record["sha256"] != file_sha256(output):
             raise ValueError(f"{output} is not what {part} would give: run build again")
         records.append(record)
     frequencies = Frequencies()
@@ -237,6 +245,7 @@ def fingerprint(parts: list[Path]) -> str:
 def run(settings: Settings) -> None:
     """Build what is asked for, and print the counts."""
     parts = parts_of(Path(settings.folder, "clean"))
+    Benchmarks(list(settings.benchmarks))  # a file that is none is named before anything is written
     if settings.shard:
         number, shards = parse_shard(settings.shard)
         if shards != len(parts):

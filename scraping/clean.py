@@ -30,7 +30,7 @@ from config import write_atomically
 from scraping.documents import Document, Drop, RawFile, shard_path, write_shard
 from scraping.ledger import Ledger, fingerprint_line
 from scraping.pool import Died, guarded
-from scraping.shards import parse_shard
+from scraping.shards import file_sha256, parse_shard
 from scraping.stages import (
     Note,
     Stage,
@@ -207,11 +207,6 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class _Tally:
     """Counts of one shard. `files == documents + the sum of dropped`."""
 
@@ -315,8 +310,8 @@ def clean_shard(
         and record["input"]["fingerprint"] == fingerprint
         and path.is_file()
         and paths["dropped"].is_file()
-        and record["output"]["sha256"] == _sha256(path)
-        and record["output"]["dropped_sha256"] == _sha256(paths["dropped"])
+        and record["output"]["sha256"] == file_sha256(path)
+        and record["output"]["dropped_sha256"] == file_sha256(paths["dropped"])
     ):
         return record
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -349,7 +344,7 @@ def clean_shard(
         outcomes.close()
         partial.unlink(missing_ok=True)
     assert tally.files == tally.documents + sum(tally.dropped.values()), "a file was lost"
-    sha256 = {"sha256": _sha256(path), "dropped_sha256": _sha256(paths["dropped"])}
+    sha256 = {"sha256": file_sha256(path), "dropped_sha256": file_sha256(paths["dropped"])}
     record = tally.record(made, shard, sha256)
     write_atomically(paths["record"], json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return record

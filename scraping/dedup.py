@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from config import write_atomically
 from scraping.documents import Document, read_shard
-from scraping.shards import make_once, parse_shard, parts_of
+from scraping.shards import file_sha256, make_once, parse_shard, parts_of
 from shingles import Batch, Units, Words, bands, batches, mixed
 
 PERMUTATIONS = 128
@@ -73,7 +73,7 @@ def n_bands(threshold: float) -> int:
 def signature(settings: Settings, part: Path) -> None:
     """Write a clean part's bands, sketches and digests, one row a document in order, as `.npy` files."""
     folder = Path(settings.folder, "dedup", part.stem)
-    inputs = {"clean": file_digest_of(part), "threshold": settings.threshold, "shingle": settings.shingle}
+    inputs = {"clean": file_sha256(part), "threshold": settings.threshold, "shingle": settings.shingle}
 
     def write(folder: Path) -> dict[str, Any]:
         digests: list[bytes] = []
@@ -149,8 +149,7 @@ def bucket(settings: Settings, shard: tuple[int, int]) -> None:
     number, shards = shard
     folder = Path(settings.folder, "dedup")
     parts = parts_of(Path(settings.folder, "clean"))
-    records = [_done(folder / part.stem, settings) for part in parts]
-    inputs = {"parts": [record["inputs"] for record in records], "threshold": settings.threshold}
+    inputs = {"parts": [_done(part, settings) for part in parts]}
 
     def write(folder: Path) -> dict[str, Any]:
         signed = [_Signed(folder.parent / part.stem) for part in parts]
@@ -242,14 +241,17 @@ def _rows(signed: list[_Signed], ids: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def cluster(settings: Settings) -> dict[str, int]:
     """Write, for each document with a duplicate, its cluster; the counts.
 
-    `clusters-PART.json` maps rows of a part to [cluster, twin]: the least name of the cluster, and the least
-    name of the documents with the same text where that is another one's, else "".
+    `clusters-PART.json` has the SHA-256 of the clean part and maps its rows to [cluster, twin]: the least
+    name of the cluster, and the least name of the documents with the same text where that is another one's,
+    else "".
     """
     folder = Path(settings.folder, "dedup")
     parts = parts_of(Path(settings.folder, "clean"))
     pairs = parts_of(folder, "pairs", "")
-    for part in parts:
-        _done(folder / part.stem, settings)
+    signed = [_done(part, settings) for part in parts]
+    for pair in pairs:
+        if json.loads((pair / "done.json").read_text("utf-8"))["inputs"]["parts"] != signed:
+            raise ValueError(f"{pair} was made of other signatures: run --step bucket again")
     near = np.concatenate([np.load(pair / "near.npy") for pair in pairs])
     exact = np.concatenate([np.load(pair / "exact.npy") for pair in pairs])
     names = _names(parts, {int(i) for i in (*near.ravel(), *exact.ravel())})
@@ -261,7 +263,8 @@ def cluster(settings: Settings) -> dict[str, int]:
             for i, least in sorted(clusters.items())
             if i >> ROW_BITS == number
         }
-        write_atomically(folder / f"clusters-{part.stem}.json", json.dumps(rows, ensure_ascii=False))
+        record = {"clean": signed[number]["clean"], "rows": rows}
+        write_atomically(folder / f"clusters-{part.stem}.json", json.dumps(record, ensure_ascii=False))
     counts = {
         "documents in clusters": len(clusters),
         "clusters": len(set(clusters.values())),
@@ -314,13 +317,9 @@ def _names(parts: list[Path], wanted: set[int]) -> dict[int, str]:
 # --- the command -------------------------------------------------------------------------------------
 
 
-def file_digest_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
-
-
-def _done(folder: Path, settings: Settings) -> dict[str, Any]:
-    """The record of a part's signatures; ValueError where they are missing or of other settings."""
+def _done(part: Path, settings: Settings) -> dict[str, Any]:
+    """What a part's signatures were made of; ValueError if there are none, or of other text or settings."""
+    folder = Path(settings.folder, "dedup", part.stem)
     try:
         record = json.loads((folder / "done.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -334,7 +333,9 @@ def _done(folder: Path, settings: Settings) -> dict[str, Any]:
                 f"{folder} was made with --{key} {record['inputs'][key]}, and this is "
                 f"{getattr(settings, key)}: run --step signature again, or set it back"
             )
-    return record
+    if record["inputs"]["clean"] != file_sha256(part):
+        raise ValueError(f"{part} changed since {folder} was made: run --step signature again")
+    return record["inputs"]
 
 
 def run(settings: Settings) -> None:

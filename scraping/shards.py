@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,11 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise ValueError(f"--shard is {text!r}; it must be i/n, with i from 0 to n - 1, as 0/4")
     return int(match[1]), int(match[2])
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parts_of(folder: Path, kind: str = "part", ending: str = ".parquet") -> list[Path]:

@@ -138,6 +138,29 @@ def test_a_part_is_made_again_only_if_what_it_is_made_of_changed(tmp_path: Path)
     assert corpus["stages"][-1]["dropped"]["benchmark"] == 1
 
 
+def test_clusters_of_another_part_are_refused(tmp_path: Path) -> None:
+    settings = cleaned(tmp_path, documents())
+    write_shard(shard_path(tmp_path / "clean", 0, 1), documents()[::-1])
+    with pytest.raises(ValueError, match=r"part-00000-of-00001\.parquet changed since .* run dedup again"):
+        build_part(settings, parts_of(tmp_path / "clean")[0])
+
+
+def test_parts_of_two_forms_are_not_described_as_one_corpus(tmp_path: Path) -> None:
+    settings = cleaned(tmp_path, documents())
+    built(settings)
+    other = replace(settings, form="jsonl")
+    build_part(other, parts_of(tmp_path / "clean")[0])
+    with pytest.raises(ValueError, match=r"holds part-00000-of-00001\.parquet of --form parquet too"):
+        finish(other)
+
+
+def test_a_benchmark_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    settings = replace(cleaned(tmp_path, documents()), benchmarks=(str(tmp_path / "none.jsonl"),))
+    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read"):
+        run(settings)
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_finish_refuses_parts_of_something_else(tmp_path: Path) -> None:
     settings = cleaned(tmp_path, documents())
     built(settings)

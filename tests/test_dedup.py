@@ -64,7 +64,7 @@ def clusters_of(folder: Path) -> dict[str, tuple[str, str]]:
     for part in parts_of(folder / "clean"):
         rows = json.loads((folder / "dedup" / f"clusters-{part.stem}.json").read_text())
         documents = list(read_shard(part))
-        found |= {documents[int(row)].name: tuple(values) for row, values in rows.items()}
+        found |= {documents[int(row)].name: tuple(values) for row, values in rows["rows"].items()}
     return found
 
 
@@ -216,6 +216,23 @@ def test_signatures_of_other_settings_are_refused(tmp_path: Path) -> None:
     signature(Settings(folder=str(tmp_path), threshold=0.8), part)
     with pytest.raises(ValueError, match=r"was made with --threshold 0\.8, and this is 0\.7"):
         bucket(Settings(folder=str(tmp_path)), (0, 1))
+
+
+def test_steps_on_what_changed_meanwhile_are_refused(tmp_path: Path) -> None:
+    """Documents are known by their rows: those of another part would be other documents."""
+    corpus_of(tmp_path, ["a b c d e f g"] * 3, 1)
+    deduplicated(tmp_path)
+    settings, (part,) = Settings(folder=str(tmp_path)), parts_of(tmp_path / "clean")
+    write_shard(part, [Document("x y z u v w", "r", "p", "c", "MIT")])
+    for step in (lambda: bucket(settings, (0, 1)), lambda: cluster(settings)):
+        with pytest.raises(ValueError, match=r"parquet changed since .* run --step signature again"):
+            step()
+    signature(settings, part)
+    with pytest.raises(ValueError, match=r"pairs-.* was made of other signatures: run --step bucket again"):
+        cluster(settings)
+    bucket(settings, (0, 1))
+    cluster(settings)
+    assert clusters_of(tmp_path) == {}
 
 
 def test_missing_and_mixed_parts_are_named(tmp_path: Path) -> None:
