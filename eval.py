@@ -417,8 +417,9 @@ def add_suites(
     for name in names:
         task = task_of(name, subject, data, settings)
         if len(task.examples) < 2:
-            of_file = data is None or name in OF_FILES
-            side = "its file has" if of_file else f"the {data.test.split} files have"
+            side = "its file has"
+            if data is not None and name not in OF_FILES:
+                side = f"the {data.test.split} files have"
             left_out.append(
                 f"{task.suite.title} not scored: {side} {len(task.examples)} {task.wanted}, and an "
                 "interval needs at least 2"
