@@ -320,7 +320,7 @@ def test_a_fault_cannot_be_caught_by_the_test(isolated: sandbox.Isolation) -> No
 
 
 def test_the_judge_is_bounded_too(isolated: sandbox.Isolation) -> None:
-    found = judge(ADD, "", "while True: add(1, 2)", limits=Limits(cpu=1))
+    found = judge(ADD, "", "while True: add(1, 2)", limits=Limits(cpu=1, wall=10))
     assert found.kind == "timed out"
     colliding = "def add(a, b): return {n * (2**61 - 1) for n in range(60000)}"
     assert judge(colliding, "", "assert add(1, 2) == 3", limits=Limits(cpu=1)).kind != "passed"
