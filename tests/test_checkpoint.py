@@ -96,6 +96,8 @@ def test_the_best_the_last_and_the_kept_ones_stay(tmp_path: Path) -> None:
     assert best is not None and best.step == 2
     remove_superseded(tmp_path, keep=0)
     assert [m.step for m in checkpoints(tmp_path)] == [2, 4, 6]
+    later = save_checkpoint(tmp_path, 7, model(), {}, 1.0, keep=False)
+    assert best_of(checkpoints(tmp_path)) == later  # of two equals
 
 
 def flipped(data: bytes, bit: int) -> bytes:
