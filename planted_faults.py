@@ -146,6 +146,15 @@ def schedule_ignored() -> contextlib.AbstractContextManager:
     return patch.object(trainingmanager, "learning_rate_factor", lambda *args: 1.0)
 
 
+def window_ignored() -> contextlib.AbstractContextManager:
+    right = architecture.attention_mask
+    return patch.object(architecture, "attention_mask", lambda queries, keys, window=0: right(queries, keys))
+
+
+def scaling_ignored() -> contextlib.AbstractContextManager:
+    return patch.dict(architecture.ROPE_SCALINGS, dynamic=architecture.scale_none)
+
+
 def decay_ignored() -> contextlib.AbstractContextManager:
     right = trainingmanager.learning_rate_factor
     return patch.object(

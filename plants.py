@@ -69,6 +69,7 @@ from planted_faults import (
     random_states_dropped,
     rarity_inverted,
     rates_ignored,
+    scaling_ignored,
     schedule_ignored,
     score_times,
     seed_forgotten,
@@ -81,6 +82,7 @@ from planted_faults import (
     truncated_on_the_right,
     validation_of_its_own,
     weights_dropped,
+    window_ignored,
 )
 
 
@@ -108,7 +110,7 @@ class Plant:
 
 
 def merged(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: one.get(name, {}) | other.get(name, {}) for name in {*one, *other}}
+    return {name: one.get(name, {}) | other.get(name, {}) for name in one | other}
 
 
 def split_by_row(name: str, story: str, file: str) -> Plant:
@@ -195,6 +197,20 @@ PLANTS = [
         "schedule-ignored",
         schedule_ignored,
         {"optimizer": {"warmup_steps": 10}},
+    ),
+    Plant(
+        "M6 window",
+        "the sliding window ignored",
+        "setting-ignored",
+        window_ignored,
+        {"model": {"sliding_window": 20, "window_layers": (1,)}},
+    ),
+    Plant(
+        "M6 rope",
+        "the scaling of rotary frequencies ignored",
+        "setting-ignored",
+        scaling_ignored,
+        {"model": {"rope_scaling": "dynamic", "rope_factor": 2.0}},
     ),
     Plant("M6 decay", "the rate never fell", "schedule-ignored", decay_ignored),
     Plant("M6 rates", "one learning rate for all", "setting-ignored", rates_ignored(embedding_lr=0.0)),

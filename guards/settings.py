@@ -20,11 +20,9 @@ from lora import LowRank
 
 WIDE = 512
 PART = 0.25  # of the tokens of a pass
-# Two ways that agree by design, sizes that are compared elsewhere, and what acts on longer texts only.
-NOT_COMPARED = (
-    "attention block_size vocab_size rope_scaling rope_factor rope_context rope_low_freq rope_high_freq "
-    "sliding_window window_layers"
-)
+TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # of texts of 8 tokens
+# Two ways that agree by design, sizes that are compared elsewhere, and numbers that are others in the twins.
+NOT_COMPARED = "attention block_size vocab_size rope_context rope_low_freq rope_high_freq window_layers"
 
 
 def settings(subject: Subject) -> Iterator[Fault | str]:
@@ -212,10 +210,16 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
     Compared are small twins, of at most two layers and 64 words, drawn from one seed.
     """
     default = ModelConfig()
-    small = replace(config, vocab_size=64, n_layer=min(config.n_layer, 2), block_size=8)
-    if (
-        config.n_embd > WIDE
-    ):  # the same parts in a few heads: weights of the true width would take seconds a key
+    small = replace(
+        config,
+        vocab_size=64,
+        n_layer=min(config.n_layer, 2),
+        block_size=8,
+        sliding_window=min(config.sliding_window, TWIN_WINDOW),
+        window_layers=(),
+        rope_context=TWIN_CONTEXT if config.rope_scaling in ("dynamic", "llama3") else 0,
+    )
+    if config.n_embd > WIDE:  # the same parts in a few heads: weights of the true width take seconds a key
         heads, shared = {1: (2, 1), config.n_head: (2, 2)}.get(config.n_kv_head, (4, 2))
         width = heads * config.head_dim
         small = replace(small, n_head=heads, n_kv_head=shared, n_embd=width, n_inner=2 * width)
@@ -224,6 +228,8 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
         if key in NOT_COMPARED.split() or getattr(config, key) == value:
             continue
         if key == "rope_theta" and config.rotary_dim <= 2:  # its one frequency is theta^0
+            continue
+        if key == "rope_scaling" and config.rope_factor == 1:  # which is to leave most of them as they are
             continue
         other = replace(small, **{key: 1 if key == "n_layer" else getattr(default, key)})
         with contextlib.suppress(ValueError):  # the default does not go with the other keys
