@@ -102,15 +102,6 @@ def rotation_dropped() -> contextlib.AbstractContextManager:
     return patch.object(architecture.Attention, "_rotated", lambda self, x, tables: x)
 
 
-def keys_not_rotated() -> contextlib.AbstractContextManager:
-    right, calls = architecture.Attention._rotated, itertools.count()
-
-    def wrong(self: architecture.Attention, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        return x if next(calls) % 2 else right(self, x, tables)  # queries come first
-
-    return patch.object(architecture.Attention, "_rotated", wrong)
-
-
 def one_residual_undropped() -> contextlib.AbstractContextManager:
     """In the last block, of what the MLP adds."""
 

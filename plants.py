@@ -51,7 +51,6 @@ from planted_faults import (
     gradients_kept,
     half_the_micro_batches,
     inverted_mask,
-    keys_not_rotated,
     labels_by,
     mask_as_numbers,
     masked_where,
@@ -179,7 +178,6 @@ PLANTS = [
         {"model": {"position": "learned"}},
     ),
     Plant("M2 rotary", "rotary positions never applied", "positions-ignored", rotation_dropped),
-    Plant("M2 keys", "queries rotated, keys not", "positions-ignored", keys_not_rotated),
     Plant("M3 start", "first loss far above ln V", "first-loss-too-high", giant_weights),
     Plant("M4 numbers", "a boolean mask added as numbers", "future-visible", mask_as_numbers),
     Plant(
