@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import types
 from collections.abc import Callable
 from pathlib import Path
