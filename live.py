@@ -1,7 +1,7 @@
 """What the first updates of a run really did, watched from outside the training loop.
 
-    watch = FirstSteps(subject)
-    for each update: update(); watch.after(step, progress)   # raises Fault
+    watch = FirstSteps(subject, allowed, progress)
+    for each update: update(); watch.after(step, progress, skipped)   # raises Fault
     watch.close()
 
 The loop cannot deceive the watch: gradients, learning rates and forward passes are read by hooks, at the
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from architecture import Dropout
 from guards.subject import Fault, Subject
 from optim import learning_rate_factor
 
@@ -24,16 +25,18 @@ SAMPLED = 2**16  # elements of a frozen parameter that are compared
 
 
 class FirstSteps:
-    """Watches gradients and frozen weights for `WATCHED` updates, the clip until it acts, and the schedule.
+    """Watches gradients, rows and frozen weights for `WATCHED` updates, the clip until it acts, and the
+    schedule, the mode and the optimizers' steps throughout.
 
     Args:
         allowed: Names of faults that are kept in `passed` instead of raised.
+        progress: Share of the budget used before the first update.
     """
 
-    def __init__(self, subject: Subject, allowed: Iterable[str] = ()):
+    def __init__(self, subject: Subject, allowed: Iterable[str] = (), progress: float = 0.0):
         self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
-        self.seen, self.forwards, self.norm, self.factors = 0, 0, 0.0, set[float]()
-        self.progress = 0.0  # by the update before
+        self.seen, self.progress, self.norm = 0, progress, 0.0
+        self._forget()
         self.clip_acted = not subject.config.optimizer.grad_clip
         # Rows of new tokens get none as long as the tokens do not occur.
         parameters = subject.model.named_parameters()
@@ -44,10 +47,26 @@ class FirstSteps:
         self.hooks: list[Any] = [o.register_step_pre_hook(self._before_step) for o in subject.optimizers]
         self.hooks.append(subject.model.embed.register_forward_hook(self._count))
 
+    def _forget(self) -> None:
+        """What was seen of one update."""
+        self.forwards, self.norm, self.factors = 0, 0.0, set[float]()
+        self.stepped = set[int]()  # ids of optimizers
+        self.read: list[Tensor] = []  # the tokens of each pass
+        self.kept_gradient = self.undropped = False
+
     def _count(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
-        self.forwards += torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return
+        model = self.subject.model
+        self.undropped |= any(m.p > 0 and not m.training for m in model.modules() if isinstance(m, Dropout))
+        if self.seen < WATCHED:
+            self.read.append(args[0])
+            if self.forwards == 0:
+                self.kept_gradient = any(p.grad is not None and p.grad.any() for p in model.parameters())
+        self.forwards += 1
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.stepped.add(id(optimizer))
         self.factors |= {g["lr"] / g["initial_lr"] for g in optimizer.param_groups if g["initial_lr"]}
         if self.seen < WATCHED and self.still:
             named = self.subject.model.named_parameters()
@@ -56,18 +75,19 @@ class FirstSteps:
             gradients = [p.grad for p in self.subject.model.parameters() if p.grad is not None]
             self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
 
-    def after(self, step: int, progress: float) -> None:
+    def after(self, step: int, progress: float, skipped: bool = False) -> None:
         """Call after each update.
 
         Args:
             step: Updates done before this one.
             progress: Share of the budget used by now.
+            skipped: Whether it was no update, since its loss or gradient was not finite.
 
         Raises:
-            Fault: A setting had no effect, a parameter gets no gradient, or a frozen one moved.
+            Fault: A setting had no effect, a parameter gets no gradient or no update, or a frozen one moved.
         """
-        if not self.factors:  # the update was skipped: nothing stepped
-            self.forwards, self.progress = 0, progress
+        if skipped:
+            self._forget()
             return
         for fault in self._faults(step, progress):
             if fault.name not in self.allowed:
@@ -75,7 +95,8 @@ class FirstSteps:
             if fault.name not in {known.name for known in self.passed}:
                 self.passed.append(fault)
         self.seen += 1
-        self.forwards, self.norm, self.factors, self.progress = 0, 0.0, set(), progress
+        self.progress = progress
+        self._forget()
 
     def _faults(self, step: int, progress: float) -> Iterator[Fault]:
         optimizer, train = self.subject.config.optimizer, self.subject.config.train
@@ -93,6 +114,35 @@ class FirstSteps:
                 f"update {step + 1} made {self.forwards} passes and accumulation is {train.accumulation}",
                 "step once in that many micro-batches",
             )
+        if idle := [o for o in self.subject.optimizers if id(o) not in self.stepped]:
+            yield Fault(
+                "parameter-not-updated",
+                f"{type(idle[0]).__name__}, of {len(self.subject.optimizers)} optimizers, made no step in "
+                f"update {step + 1}, whose gradient is finite",
+                "let every optimizer step once in an update",
+            )
+        if self.kept_gradient:
+            yield Fault(
+                "gradient-not-cleared",
+                f"update {step + 1} began with a gradient that is not zero, and added its own to it",
+                "clear the gradients of all optimizers after each step",
+            )
+        if self.undropped:
+            yield Fault(
+                "dropout-ignored",
+                f"update {step + 1} ran with a dropout in evaluation mode, where it drops nothing",
+                "switch the model to training mode before each update: a validation may have left it",
+            )
+        first = step * train.accumulation
+        for number, tokens in enumerate(self.read, first):
+            if not torch.equal(tokens.cpu(), self.subject.batches.batch(number).tokens):
+                yield Fault(
+                    "data-out-of-order",
+                    f"pass {number - first + 1} of update {step + 1} did not read batch {number} of the run",
+                    "count batches over all updates, also after --resume: else some repeat and others never "
+                    "come",
+                )
+                break
         most = learning_rate_factor(optimizer, step, self.progress)  # schedules only fall with progress
         least = learning_rate_factor(optimizer, step, progress)
         for factor in self.factors:

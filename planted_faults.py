@@ -115,6 +115,42 @@ def one_token_late() -> contextlib.AbstractContextManager:
     return patch.object(Decoder, "hidden", wrong)
 
 
+def positions_unread() -> contextlib.AbstractContextManager:
+    """The model counts the tokens of a row by itself, over the ends of documents."""
+    hidden = Decoder.hidden
+
+    def wrong(self: Decoder, tokens: Tensor, positions: Tensor | None = None, *args: Any) -> Tensor:
+        return hidden(self, tokens, None, *args)
+
+    return patch.object(Decoder, "hidden", wrong)
+
+
+def rotation_dropped() -> contextlib.AbstractContextManager:
+    return patch.object(architecture.Attention, "_rotated", lambda self, x, tables: x)
+
+
+def one_residual_undropped() -> contextlib.AbstractContextManager:
+    """In the last block, of what the MLP adds."""
+
+    def wrong(self: architecture.SequentialBlock, x: Tensor, context: architecture.Context) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
+        y = self.mlp(self.mlp_norm(x))
+        return x + (y if self.attention.layer == 1 else self.dropout(y))
+
+    return patch.object(architecture.SequentialBlock, "forward", wrong)
+
+
+def tie_broken() -> contextlib.AbstractContextManager:
+    right = Decoder.__init__
+
+    def wrong(self: Decoder, config: Any) -> None:
+        right(self, config)
+        if config.tie_embeddings:
+            self.head.weight = torch.nn.Parameter(self.embed.weight.detach().clone())
+
+    return patch.object(Decoder, "__init__", wrong)
+
+
 def giant_weights() -> contextlib.AbstractContextManager:
     def wrong(model: Decoder) -> None:
         for p in model.parameters():
@@ -172,6 +208,61 @@ def rates_ignored(**same: float) -> Patch:
             return right(model, dataclasses.replace(config, **same), *args)
 
         return patch.object(trainingmanager, "build_optimizers", wrong)
+
+    return plant
+
+
+def schedule_stopped() -> contextlib.AbstractContextManager:
+    right = trainingmanager.learning_rate_factor
+    return patch.object(
+        trainingmanager,
+        "learning_rate_factor",
+        lambda config, step, progress: right(config, min(step, 2), progress),
+    )
+
+
+def gradients_kept() -> contextlib.AbstractContextManager:
+    return patch.object(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
+
+
+def optimizers_idle() -> contextlib.AbstractContextManager:
+    return patch.object(torch.amp.GradScaler, "step", lambda self, optimizer: None)
+
+
+def replaced_after_build() -> contextlib.AbstractContextManager:
+    right = trainingmanager.build_optimizers
+
+    def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
+        optimizers = right(model, *args)
+        model.embed.weight = torch.nn.Parameter(model.embed.weight.detach().clone())
+        return optimizers
+
+    return patch.object(trainingmanager, "build_optimizers", wrong)
+
+
+def trained_in_evaluation() -> contextlib.AbstractContextManager:
+    right = trainingmanager.TrainingManager.update
+
+    def update(self: Any) -> dict[str, float]:
+        self.model.eval()  # as a validation left it
+        with patch.object(Decoder, "train", lambda self, mode=True: self):
+            return right(self)
+
+    return patch.object(trainingmanager.TrainingManager, "update", update)
+
+
+def one_batch_only() -> contextlib.AbstractContextManager:
+    right = dataset.Batches.batch
+    return patch.object(dataset.Batches, "batch", lambda self, step: right(self, 0))
+
+
+def micro_batches_by(number: Callable[[Any, int], int]) -> Patch:
+    """Plants a loop that reads batch `number(manager, number)`."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        manager = trainingmanager.TrainingManager
+        right = manager.micro_batch
+        return patch.object(manager, "micro_batch", lambda self, asked: right(self, number(self, asked)))
 
     return plant
 

@@ -195,7 +195,7 @@ class TrainingManager:
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
         if self.config.train.compile:  # after the guards, which would compile for many shapes
             compile_blocks(self.model)
-        watch = FirstSteps(subject, self.config.train.allow)
+        watch = FirstSteps(subject, self.config.train.allow, self.progress())
         self.refuse_difference()  # again: between resume and here nothing may have changed
         with signals_noted(self), progress_bar() as bar:
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
@@ -203,7 +203,7 @@ class TrainingManager:
                 self.state.seconds = time.perf_counter() - started
                 step = self.state.step
                 known = len(watch.passed)
-                watch.after(step - 1, self.progress())
+                watch.after(step - 1, self.progress(), self.state.skipped_in_a_row > 0)
                 if len(watch.passed) > known:  # at once: a killed run keeps the record too
                     record_overrides(self.folder, watch.passed)
                 rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)

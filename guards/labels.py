@@ -28,12 +28,24 @@ def labels(subject: Subject) -> Iterator[Fault | str]:
     if subject.test is not subject.validation:
         rows, length = sides[1][1][0].tokens.shape
         sides.append((subject.test, list(validation_batches(subject.test, rows, length, 2))))
+    yield from repeated_batches(sides[0][1][: subject.batches.steps_per_epoch])
     for store, batches in sides:
         whole = Batch(*(torch.cat([batch[i] for batch in batches]).cpu() for i in range(4)))
         training = batches is sides[0][1]
         yield from label_faults(subject, whole, store, training)
         if training:
             yield label_summary(subject, whole)
+
+
+def repeated_batches(batches: list[Batch]) -> Iterator[Fault]:
+    """Of one epoch; a few may be equal, where a file repeats itself."""
+    distinct = {batch.tokens.cpu().numpy().tobytes() for batch in batches}
+    if len(batches) > 1 and len(distinct) <= len(batches) // 2:
+        yield Fault(
+            "batch-repeated",
+            f"the first {len(batches)} batches of training are {len(distinct)} and repetitions of them",
+            "each batch of an epoch shows other rows: look for a number that is not counted on",
+        )
 
 
 def label_faults(subject: Subject, batch: Batch, store: TokenStore, training: bool) -> Iterator[Fault]:

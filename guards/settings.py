@@ -28,6 +28,7 @@ NOT_COMPARED = "attention block_size vocab_size rope_context rope_low_freq rope_
 def settings(subject: Subject) -> Iterator[Fault | str]:
     """Dropout drops, evaluation is repeatable, smoothing smooths, and each key of the model changes it."""
     yield from dropout_faults(subject)
+    yield from position_faults(subject)
     yield from smoothing_faults(subject)
     for key in ignored_keys(subject.config.model):
         yield Fault(
@@ -35,14 +36,30 @@ def settings(subject: Subject) -> Iterator[Fault | str]:
             f"model.{key} was set to {getattr(subject.config.model, key)!r} and changes nothing",
             "it is stored and never read: look for where the model should use it",
         )
+    model = subject.model
+    tied = subject.config.model.tie_embeddings and not subject.config.lora.r
+    if tied and model.head.weight is not model.embed.weight:
+        yield Fault(
+            "setting-ignored",
+            "model.tie_embeddings is true, and embedding and head are two matrices",
+            "nothing after the model is made may replace one of them: they train apart from then on",
+        )
     yield from group_faults(subject)
     yield from rate_faults(subject)
 
 
 def group_faults(subject: Subject) -> Iterator[Fault]:
-    """Every setting of the optimizer stands in a parameter group."""
+    """Every parameter that trains and every setting of the optimizer stands in a parameter group."""
     config = subject.config.optimizer
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    left_out = [n for n, p in subject.model.named_parameters() if p.requires_grad and held.count(id(p)) != 1]
+    if left_out:
+        yield Fault(
+            "parameter-not-updated",
+            f"{left_out[0]}, of {len(left_out)} such parameters, is in no group of an optimizer, or in two",
+            "build the optimizers last: what replaces a parameter afterwards is never updated",
+        )
     adam = [group for group in groups if "betas" in group]
     wrong = {
         "weight_decay": {g["weight_decay"] for g in groups} - {0.0, config.weight_decay},
@@ -162,11 +179,62 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
             f"the settings ask for dropout of {asked} and the model was built with {wrong}",
             "hand the setting to every part",
         )
+    if model.dropout and (whole := undropped_blocks(subject, batch)):
+        yield Fault(
+            "dropout-ignored",
+            f"{len(whole)} of {len(subject.model.blocks)} blocks, such as {whole[0]}, add what their dropout "
+            "never sees",
+            "drop what attention adds and what the MLP adds, in every block",
+        )
     if not twice(training=False):
         yield Fault(
             "evaluation-not-repeatable",
             "two passes over one batch in evaluation mode differ",
             "switch dropout off in evaluation mode, and use no random number there",
+        )
+
+
+def undropped_blocks(subject: Subject, batch: Batch) -> list[int]:
+    """The blocks that are not the identity when their dropout drops everything."""
+    blocks = subject.model.blocks
+    different: list[int] = []
+
+    def compare(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
+        if not torch.equal(args[0], output):
+            different.append(list(blocks).index(module))
+
+    hooks = [b.register_forward_hook(compare) for b in blocks]
+    sites = [b.get_submodule("dropout") for b in blocks]
+    hooks += [site.register_forward_hook(lambda module, args, output: 0 * args[0]) for site in sites]
+    try:
+        with awake(subject.model), torch.no_grad():
+            subject.model.train()
+            with subject.precision.autocast():
+                subject.model.hidden(batch.tokens, batch.positions, batch.document_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return different
+
+
+def position_faults(subject: Subject) -> Iterator[Fault]:
+    """Positions counted backwards give other outputs."""
+    config = subject.config.model
+    batch = affordable(subject, subject.micro_batch(0), PART)
+    T = batch.tokens.size(1)
+    if config.position == "none" or T < 3:
+        return
+    forwards = torch.arange(T, device=batch.tokens.device).expand_as(batch.tokens)
+    with awake(subject.model), torch.no_grad(), subject.precision.autocast():
+        subject.model.eval()
+        hidden, backwards = (
+            subject.model.hidden(batch.tokens, p).float() for p in (forwards, forwards.flip(1))
+        )
+    if torch.equal(hidden, backwards):
+        yield Fault(
+            "positions-ignored",
+            f"position is {config.position}, and positions counted backwards change nothing",
+            "hand the positions of the batch to the model, which may not count its own",
         )
 
 

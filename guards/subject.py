@@ -23,16 +23,16 @@ from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
 FAULTS = (
-    "accumulation-ignored answer-not-learned batch-differs-from-single beams-not-by-probability clip-ignored "
-    "documents-not-separated dropout-ignored end-never-learned evaluation-not-repeatable "
-    "first-loss-not-finite first-loss-too-high first-loss-too-low frozen-parameter-moved future-visible "
-    "gradient-not-finite "
+    "accumulation-ignored answer-not-learned batch-differs-from-single batch-repeated "
+    "beams-not-by-probability clip-ignored data-out-of-order documents-not-separated dropout-ignored "
+    "end-never-learned evaluation-not-repeatable first-loss-not-finite first-loss-too-high "
+    "first-loss-too-low frozen-parameter-moved future-visible gradient-not-cleared gradient-not-finite "
     "id-outside-vocabulary label-crosses-documents labels-not-next-token objective-not-the-loss "
     "order-ignored order-inverted other-document-visible other-row-visible padding-bears-loss "
-    "padding-visible parameter-without-gradient "
-    "past-invisible positions-not-counted prompt-bears-loss prompt-differs prompt-in-prediction "
-    "row-without-loss sampling-not-repeatable schedule-ignored score-not-plain-loss setting-ignored "
-    "split-leaks start-doubled token-invisible token-never-trained too-few-positions validation-differs "
+    "padding-visible parameter-not-updated parameter-without-gradient past-invisible positions-ignored "
+    "positions-not-counted prompt-bears-loss prompt-differs prompt-in-prediction row-without-loss "
+    "sampling-not-repeatable schedule-ignored score-not-plain-loss setting-ignored split-leaks "
+    "start-doubled token-invisible token-never-trained too-few-positions validation-differs "
     "vocabulary-too-large worse-than-unigram"
 )
 

@@ -122,6 +122,7 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
     {"model": {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}},
     plants.merged(plants.TUNED, {"lora": {"dropout": 0.5, "dora": True, "lr_ratio": 16.0}}),
     plants.merged(plants.TUNED, {"lora": {"dropout": 0.1, "init": "pissa"}}),
+    plants.merged(plants.TUNED, {"model": {"dropout": 0.1, "attention_dropout": 0.1}}),
 ]
 
 
