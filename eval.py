@@ -11,7 +11,8 @@ the tokens that end the files are counted.
 
 Texts are scored by a suite (`suites/`): lines of plain files from what stands before them, and the
 completions of a corpus of examples. `--predictions FILE` scores those that were made elsewhere, and
-`--rescore RUN/eval.json` says whether the numbers in that file are those of its predictions.
+`--rescore RUN/eval.json` says whether the numbers in that file are those of its predictions. Beside eval.json
+stands a page to look at every sample (`suites/page.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class EvalConfig:
     Args:
         checkpoint: Run folder, or one checkpoint inside it.
         rescore: An eval.json whose predictions are scored again, in the place of a checkpoint.
+        report: An eval.json whose page is written again, likewise.
         predictions: A JSONL file of predictions made elsewhere, one a line, that stand in for the model's.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         samples: Held-out lines, or examples, that are completed; 0 leaves the scores of texts out.
@@ -49,6 +51,7 @@ class EvalConfig:
 
     checkpoint: str | None = None
     rescore: str | None = None
+    report: str | None = None
     predictions: str | None = None
     which: Literal["best", "last"] = "best"
     samples: int = 200
@@ -74,8 +77,8 @@ def parse_settings() -> EvalConfig:
             parser.error(f"--{name} is {getattr(settings, name)}, and must be at least {least}")
     if settings.samples == 1:
         parser.error("--samples is 1, and an interval needs at least 2; 0 leaves the scores of texts out")
-    if (settings.checkpoint is None) == (settings.rescore is None):
-        parser.error("give either --checkpoint RUN or --rescore RUN/eval.json")
+    if sum(given is not None for given in (settings.checkpoint, settings.rescore, settings.report)) != 1:
+        parser.error("give one of --checkpoint RUN, --rescore RUN/eval.json and --report RUN/eval.json")
     if settings.predictions is not None and not settings.samples:
         parser.error("--predictions are of samples, and --samples is 0; leave one of them out")
     return settings
@@ -112,7 +115,9 @@ from runmodel import Run, load_run
 from suites.baselines import copied, last_lines, nearest
 from suites.completing import complete, ngram_complete, uncut
 from suites.lines import CONTEXT_LINES, divided, next_line_examples, through_first_line
+from suites.page import write_page
 from suites.pairs import longest_completion, pair_examples
+from suites.rescoring import read_evaluation
 from suites.scoring import (
     SUITES,
     Example,
@@ -363,7 +368,7 @@ def token_table(result: dict[str, Any]) -> list[str]:
 def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
     """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path.
 
-    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay.
+    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. The page is beside it.
     """
     record = {
         "command": shlex.join(["python", *sys.argv]),
@@ -380,15 +385,33 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
     if settings.predictions is not None:
         path = Path(f"{settings.predictions}.eval.json")
     write_atomically(path, json.dumps(record | result, indent=1, allow_nan=False))
+    write_page(path, record | result, table(result))
     return path
 
 
+def rewrite_page(path: Path) -> Path:
+    """The page of an eval.json, which may be an old one or a stranger's: where it was written.
+
+    Raises:
+        ValueError: it cannot be read, or is no whole evaluation.
+    """
+    result = read_evaluation(path)
+    try:
+        return write_page(path, result, table(result))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no whole evaluation ({type(error).__name__}: {error})") from None
+
+
 def main(settings: EvalConfig) -> None:
-    """Evaluate, print the table, and write eval.json into the run's folder."""
+    """Evaluate, print the table, and write eval.json and its page into the run's folder."""
+    if settings.report is not None:
+        print(f"written to {rewrite_page(Path(settings.report))}")
+        return
     result = evaluate(settings)
     print(f"{result['run']}, step {result['step']}, {result['precision']}")
     print(table(result))
-    print(f"written to {write_results(result, settings)}")
+    path = write_results(result, settings)
+    print(f"written to {path}, and {path.with_suffix('.html')} to look at it")
 
 
 if SETTINGS is not None:
