@@ -18,6 +18,7 @@ stands a page to look at every sample (`suites/page.py`).
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +34,8 @@ class EvalConfig:
         checkpoint: Run folder, or one checkpoint inside it.
         rescore: An eval.json whose predictions are scored again, in the place of a checkpoint.
         report: An eval.json whose page is written again, likewise.
+        compare: Two or more run folders or eval.json files, whose scores are set side by side, likewise. With
+            `:NAME` behind one it is its predictions from prompts of that name.
         predictions: A JSONL file of predictions made elsewhere, one a line, that stand in for the model's.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         samples: Held-out lines, or examples, that are completed; 0 leaves the scores of texts out.
@@ -52,6 +55,7 @@ class EvalConfig:
     checkpoint: str | None = None
     rescore: str | None = None
     report: str | None = None
+    compare: tuple[str, ...] = ()
     predictions: str | None = None
     which: Literal["best", "last"] = "best"
     samples: int = 200
@@ -70,18 +74,29 @@ class EvalConfig:
 def parse_settings() -> EvalConfig:
     """The EvalConfig of the command line; a mistake prints one sentence and exits with 2."""
     parser = make_parser({"": EvalConfig}, "Score a trained model on its test files.")
-    values = parser.parse_args()
+    values = parser.parse_args(several(sys.argv[1:], "--compare"))
     settings = EvalConfig(**{field.name: values[field.name] for field in dataclasses.fields(EvalConfig)})
     for name, least in (("samples", 0), ("max_new_tokens", 0), ("batch_size", 1), ("seed", 0)):
         if getattr(settings, name) < least:
             parser.error(f"--{name} is {getattr(settings, name)}, and must be at least {least}")
     if settings.samples == 1:
         parser.error("--samples is 1, and an interval needs at least 2; 0 leaves the scores of texts out")
-    if sum(given is not None for given in (settings.checkpoint, settings.rescore, settings.report)) != 1:
-        parser.error("give one of --checkpoint RUN, --rescore RUN/eval.json and --report RUN/eval.json")
+    if sum(map(bool, (settings.checkpoint, settings.rescore, settings.report, settings.compare))) != 1:
+        parser.error(
+            "give one of --checkpoint RUN, --rescore RUN/eval.json, --report RUN/eval.json and --compare A B"
+        )
     if settings.predictions is not None and not settings.samples:
         parser.error("--predictions are of samples, and --samples is 0; leave one of them out")
     return settings
+
+
+def several(words: list[str], flag: str) -> list[str]:
+    """The words with those that follow a flag made one list, as the parser reads it."""
+    if flag not in words:
+        return words
+    start = words.index(flag) + 1
+    end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+    return [*words[: start - 1], f"{flag}={json.dumps(words[start:end])}", *words[end:]]
 
 
 # Before torch is imported, so that --help and a typo answer at once.
@@ -91,8 +106,13 @@ if SETTINGS is not None and SETTINGS.rescore is not None:
         from suites.rescoring import rescore
 
         sys.exit(rescore(SETTINGS.rescore))
+if SETTINGS is not None and SETTINGS.compare:
+    with one_sentence():
+        from suites.comparing import compare_files
 
-import json
+        print(compare_files(SETTINGS.compare))
+        sys.exit()
+
 import math
 import platform
 import shlex
@@ -117,7 +137,7 @@ from suites.completing import complete, ngram_complete, uncut
 from suites.lines import CONTEXT_LINES, divided, next_line_examples, through_first_line
 from suites.page import write_page
 from suites.pairs import longest_completion, pair_examples
-from suites.rescoring import read_evaluation
+from suites.records import read_evaluation
 from suites.scoring import (
     SUITES,
     Example,

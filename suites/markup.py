@@ -53,8 +53,8 @@ def marked(text: str, other: str, tag: str) -> str:
     """
     units, wanted = _UNIT.findall(text), _UNIT.findall(other)
     parts = []
-    for kind, start, end, _, _ in Indel.opcodes(units, wanted):
-        piece = escaped("".join(units[start:end]))
+    for step in Indel.opcodes(units, wanted):
+        piece = escaped("".join(units[step.src_start : step.src_end]))
         if piece:
-            parts.append(piece if kind == "equal" else f"<{tag}>{piece}</{tag}>")
+            parts.append(piece if step.tag == "equal" else f"<{tag}>{piece}</{tag}>")
     return "".join(parts)

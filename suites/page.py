@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from config import write_atomically
-from metrics.registry import METRICS, score
+from metrics.registry import METRICS
 from suites.markup import escaped, marked, shortened, tail
+from suites.records import scored_again, suites_of, texts_of
 from suites.scoring import NAMED, SUITES
 
 SAMPLES = 1_000  # on a page; eval.json has them all
 PROMPT_LINES = 14  # of a prompt that are shown at first
+# What is shown elsewhere on the page, or is one number a sample or a document.
+NOT_SHOWN = {"suite", "more_suites", "prompts", "documents"}
 FACTS = ("command", "run", "step", "side", "files", "bytes", "precision")
 WIDTH, ROW, LABEL = 760, 22, 150  # of a plot, in its own units
 
@@ -45,15 +48,15 @@ def page_of(record: dict[str, Any], printed: str) -> str:
         ValueError: it is no whole record.
     """
     try:
-        suite = record.get("suite")
+        suites = suites_of(record)
         facts = [f"<dt>{key}</dt><dd>{escaped(str(record[key]))}</dd>" for key in FACTS if key in record]
         parts = [f"<dl>{''.join(facts)}</dl>", f'<pre class="table">{escaped(printed)}</pre>']
-        if suite is not None:
-            by_sample = sample_scores(suite)
-            parts += [_plots(suite, by_sample), _samples(suite, by_sample)]
-        repeated = {key: value for key, value in record.items() if key not in ("suite", *FACTS)}
-        if suite is not None:
-            repeated["signatures"] = suite["signatures"]
+        by_suite = [sample_scores(suite) for suite in suites]
+        parts += [_plots(suite, found) for suite, found in zip(suites, by_suite, strict=True)]
+        if suites:
+            parts.append(_samples(suites, by_suite))
+        repeated = {key: value for key, value in record.items() if key not in NOT_SHOWN}
+        repeated["signatures"] = {suite["suite"]: suite["signatures"] for suite in suites}
         told = escaped(json.dumps(repeated, indent=1))
         parts.append(f"<details><summary>what repeats it</summary><pre>{told}</pre></details>")
         title = escaped(f"{record['run']}, step {record['step']}")
@@ -76,16 +79,14 @@ def page_of(record: dict[str, Any], printed: str) -> str:
 
 def sample_scores(suite: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """By metric and system, the score of each of the first SAMPLES samples, from its own predictions."""
-    clean, samples = SUITES[suite["suite"]].clean, suite["samples"][:SAMPLES]
-    names = [name for name in suite["signatures"] if name in METRICS]
-    references = [clean(sample["reference"]) for sample in samples]
-    by_metric: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    for system in suite["scores"]:
-        texts = [clean(sample["predictions"][system]) for sample in samples]
-        found = score(names, list(zip(texts, references, strict=True)), suite["language"])
-        for name in names:
-            by_metric[name][system] = [round(float(value), 2) for value in found[name].samples]
-    return by_metric
+    found = scored_again(suite, most=SAMPLES)
+    return {
+        name: {
+            system: [round(float(value), 2) for value in by_name[name].samples]
+            for system, by_name in found.items()
+        }
+        for name in suite["signatures"]
+    }
 
 
 def _hash(text: str) -> str:
@@ -96,14 +97,15 @@ def _hash(text: str) -> str:
 
 
 def _plots(suite: dict[str, Any], by_sample: dict[str, dict[str, list[float]]]) -> str:
-    plots = [_interval_plot(suite)]
+    title = escaped(SUITES[suite["suite"]].title)
+    plots = [_interval_plot(title, suite)]
     # Of a score that is all or nothing the curve is a step that says no more than the interval.
-    graded = [name for name in by_sample if not METRICS[name].all_or_nothing]
-    plots += [_curve_plot(name, by_sample[name]) for name in graded[:1]]
+    graded = [name for name in by_sample if name in METRICS and not METRICS[name].all_or_nothing]
+    plots += [_curve_plot(title, name, by_sample[name]) for name in graded[:1]]
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
-def _interval_plot(suite: dict[str, Any]) -> str:
+def _interval_plot(title: str, suite: dict[str, Any]) -> str:
     """A row for each metric and system: its score, with its 95% interval."""
     rows, systems = [], list(suite["scores"])
     top = 20
@@ -121,10 +123,10 @@ def _interval_plot(suite: dict[str, Any]) -> str:
                 "</g>"
             )
         top += ROW + 10
-    return _figure("scores, with 95% intervals", _axis(top - ROW) + "".join(rows), top)
+    return _figure(f"{title}: scores, with 95% intervals", _axis(top - ROW) + "".join(rows), top)
 
 
-def _curve_plot(name: str, by_system: dict[str, list[float]]) -> str:
+def _curve_plot(title: str, name: str, by_system: dict[str, list[float]]) -> str:
     """The scores of the samples from the best to the worst, a line for each system."""
     height, lines = 300, []
     for number, (system, values) in enumerate(by_system.items()):
@@ -144,7 +146,7 @@ def _curve_plot(name: str, by_system: dict[str, list[float]]) -> str:
         "</text></g>"
         for v in range(0, 101, 25)
     )
-    return _figure(f"{escaped(name)} of each sample, best to worst", ticks + "".join(lines), height)
+    return _figure(f"{title}: {escaped(name)} of each sample, best to worst", ticks + "".join(lines), height)
 
 
 def _axis(height: int) -> str:
@@ -169,29 +171,41 @@ def _figure(title: str, drawn: str, height: int) -> str:
 # --- samples -----------------------------------------------------------------------------------------
 
 
-def _samples(suite: dict[str, Any], by_sample: dict[str, dict[str, list[float]]]) -> str:
-    systems, samples = list(suite["scores"]), suite["samples"]
-    left_out = f" (the first {SAMPLES:,} of {len(samples):,})" if len(samples) > SAMPLES else ""
-    articles = [
-        _article(number, sample, systems, {name: _at(by_sample[name], number) for name in by_sample})
-        for number, sample in enumerate(samples[:SAMPLES])
-    ]
-    subject, *others = systems
-    best = {name: verdict["best"] for name, verdict in suite["verdicts"].items()}
+def _samples(suites: Sequence[dict[str, Any]], by_suite: Sequence[dict[str, dict[str, list[float]]]]) -> str:
+    systems = list(dict.fromkeys(system for suite in suites for system in suite["scores"]))
+    names = list(dict.fromkeys(name for found in by_suite for name in found))
+    articles, left_out = [], ""
+    for suite, found in zip(suites, by_suite, strict=True):
+        samples = suite["samples"]
+        if len(samples) > SAMPLES:
+            left_out = f" (the first {SAMPLES:,} of each suite)"
+        for number, sample in enumerate(samples[:SAMPLES]):
+            scores = {
+                name: {system: values[number] for system, values in of_systems.items()}
+                for name, of_systems in found.items()
+            }
+            articles.append(_article(number, suite["suite"], sample, list(suite["scores"]), systems, scores))
+    subject = next(iter(suites[0]["scores"]))
     against = "".join(
-        f'<option value="{escaped(one)}">over {escaped(NAMED.get(one, one))}</option>' for one in others
+        f'<option value="{escaped(one)}">over {escaped(NAMED.get(one) or one)}</option>'
+        for one in systems
+        if one != subject
     )
-    named = "".join(f"<option>{escaped(name)}</option>" for name in by_sample)
+    named = "".join(f"<option>{escaped(name)}</option>" for name in names)
+    asked = "".join(
+        f'<option value="{escaped(suite["suite"])}">{escaped(SUITES[suite["suite"]].title)}</option>'
+        for suite in suites
+    )
     shown = "".join(
         f'<label><input type="checkbox" class="system" value="{number}" checked> {escaped(system)}</label>'
         for number, system in enumerate(systems)
     )
-    first = escaped(best.get(next(iter(by_sample), ""), ""))
     return f"""<h2>Samples{left_out}</h2>
 <p>The reference has <del>what {escaped(subject)} lacks</del>, a prediction <ins>what the reference does not
-have</ins>. The best baseline by {escaped(next(iter(best), "no metric"))} is {first or "unknown"}.</p>
+have</ins>.</p>
 <form id="controls" hidden>
 <label>find <input id="find" type="search" placeholder="text of any column"></label>
+<label>in <select id="suite"><option value="">all suites</option>{asked}</select></label>
 <label>by <select id="metric">{named}</select></label>
 <label>of <select id="gain"><option value="">{escaped(subject)} itself</option>{against}</select></label>
 <label>from <input id="low" type="number" value="-100" min="-100" max="100" step="any"></label>
@@ -204,15 +218,22 @@ have</ins>. The best baseline by {escaped(next(iter(best), "no metric"))} is {fi
 {"".join(articles)}</main>"""
 
 
-def _at(by_system: dict[str, list[float]], number: int) -> dict[str, float]:
-    return {system: values[number] for system, values in by_system.items()}
-
-
 def _article(
-    number: int, sample: dict[str, Any], systems: Sequence[str], scores: dict[str, dict[str, float]]
+    number: int,
+    suite: str,
+    sample: dict[str, Any],
+    own: Sequence[str],
+    systems: Sequence[str],
+    scores: dict[str, dict[str, float]],
 ) -> str:
-    predictions, reference = sample["predictions"], sample["reference"]
-    prompt = sample["prompt"]
+    """One sample: its prompt to the left, its reference and what each system made of it to the right.
+
+    Args:
+        own: The systems of this suite.
+        systems: Those of all suites, by whose numbers columns are coloured and shown.
+    """
+    prompt, reference = sample["prompt"], sample["reference"]
+    draws = {system: texts_of(sample, system) for system in own}
     end = tail(prompt, PROMPT_LINES)
     whole = ""
     if end != prompt:
@@ -224,17 +245,18 @@ def _article(
     if sample.get("suffix") is not None:
         text, note = shortened(sample["suffix"], 2_000)
         shown.append(_column("suffix", "", escaped(text), f"<i>{note}</i>" if note else ""))
-    columns = [_column("reference", "", *_text_and_note(reference, predictions[systems[0]], "del"))]
-    for i, system in enumerate(systems):
+    columns = [_column("reference", "", *_text_and_note(reference, draws[own[0]][0], "del"))]
+    for system in own:
+        i = systems.index(system)
         badges = " ".join(f"<b>{escaped(name)}</b> {values[system]:.1f}" for name, values in scores.items())
-        columns.append(
-            _column(
-                system, badges, *_text_and_note(predictions[system], reference, "ins"), kind=f"system s{i % 8}"
-            )
-        )
-    told = escaped(json.dumps(scores))
+        for n, text in enumerate(draws[system]):
+            name = system if len(draws[system]) == 1 else f"{system}, draw {n + 1}"
+            body, note = _text_and_note(text, reference, "ins")
+            columns.append(_column(name, "" if n else badges, body, note, f"system s{i % 8}", i))
+    told, name = escaped(json.dumps(scores)), escaped(str(sample["id"]))
     return (
-        f'<article data-scores="{told}"><h3>{number + 1} <small>{escaped(str(sample["id"]))}</small></h3>'
+        f'<article data-suite="{escaped(suite)}" data-scores="{told}">'
+        f"<h3>{number + 1} <small>{name}</small></h3>"
         f'<div class="columns"><div>{"".join(shown)}</div><div>{"".join(columns)}</div></div></article>\n'
     )
 
@@ -244,11 +266,11 @@ def _text_and_note(text: str, other: str, tag: str) -> tuple[str, str]:
     return marked(text, shortened(other)[0], tag), f"<i>{note}</i>" if note else ""
 
 
-def _column(name: str, badges: str, body: str, note: str = "", kind: str = "") -> str:
+def _column(name: str, badges: str, body: str, note: str = "", kind: str = "", number: int = -1) -> str:
+    # The parser drops a line break that comes right after <pre>, and a text may begin with one.
     return (
-        # The parser drops a line break that comes right after <pre>, and a text may begin with one.
-        f'<section class="{kind}"><h4>{escaped(name)} <small>{badges}</small></h4><pre>\n{body}</pre>{note}'
-        "</section>"
+        f'<section class="{kind}" data-system="{number}"><h4>{escaped(name)} <small>{badges}</small></h4>'
+        f"<pre>\n{body}</pre>{note}</section>"
     )
 
 
@@ -282,12 +304,14 @@ svg { width: 100%; font-size: 13px; } svg text { fill: var(--ink); } svg .name {
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 svg g line { stroke: currentColor; stroke-width: 2; } svg circle { fill: currentColor; }
 svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; }
-svg .grid line { stroke: var(--line); stroke-width: 1; } svg .grid text { fill: var(--soft); font-size: 11px; }
+svg .grid line { stroke: var(--line); stroke-width: 1; }
+svg .grid text { fill: var(--soft); font-size: 11px; }
 svg g:not(.grid) > text { fill: currentColor; } svg g > text.name { fill: var(--ink); }
 .s0 { color: var(--s0); } .s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }
 .s4 { color: var(--s4); } .s5 { color: var(--s5); } .s6 { color: var(--s6); } .s7 { color: var(--s7); }
-#controls { position: sticky; top: 0; z-index: 1; background: var(--back); border-bottom: 1px solid var(--line);
-  padding: .6rem 0; display: flex; flex-wrap: wrap; gap: .4rem 1rem; font-size: .85rem; align-items: center; }
+#controls { position: sticky; top: 0; z-index: 1; background: var(--back);
+  border-bottom: 1px solid var(--line); padding: .6rem 0;
+  display: flex; flex-wrap: wrap; gap: .4rem 1rem; font-size: .85rem; align-items: center; }
 #controls[hidden] { display: none; } #low, #high { width: 5rem; } #controls label { white-space: nowrap; }
 article { border-top: 1px solid var(--line); padding: .8rem 0; content-visibility: auto;
   contain-intrinsic-size: auto 22rem; }
@@ -313,7 +337,7 @@ if (form && main) {
   const update = () => {
     const wanted = one("find").value.toLowerCase(), metric = one("metric").value, over = one("gain").value;
     const low = parseFloat(one("low").value), high = parseFloat(one("high").value);
-    const order = Number(one("order").value);
+    const order = Number(one("order").value), suite = one("suite").value;
     const value = (sample) => {
       const by = sample.scores[metric];
       return by ? by[subject] - (over ? by[over] : 0) : 0;
@@ -322,10 +346,11 @@ if (form && main) {
     const shown = document.querySelectorAll("input.system");
     let count = 0;
     for (const sample of sorted) {
-      const fits = !(value(sample) < low) && !(value(sample) > high) && sample.text.includes(wanted);
+      const fits = (!suite || sample.article.dataset.suite === suite) && !(value(sample) < low)
+        && !(value(sample) > high) && sample.text.includes(wanted);
       sample.article.hidden = !fits;
       count += fits;
-      sample.systems.forEach((section, i) => { section.hidden = !shown[i].checked; });
+      for (const section of sample.systems) section.hidden = !shown[section.dataset.system].checked;
       main.append(sample.article);
     }
     one("count").textContent = count + " of " + all.length;

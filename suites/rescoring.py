@@ -21,7 +21,11 @@ def rescore(path: str | Path) -> int:
     Raises:
         ValueError: it cannot be read, or holds no predictions.
     """
-    suite = read_evaluation(path).get("suite")
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    suite = record.get("suite") if isinstance(record, dict) else None
     if suite is None:
         raise ValueError(
             f"{path} holds no predictions of a suite; give the eval.json of an evaluation "
@@ -39,17 +43,6 @@ def rescore(path: str | Path) -> int:
     count = sum(len(by_name) for by_name in scores.values())
     print(f"equal: {count} scores of {', '.join(scores)} from {len(suite['samples'])} samples each")
     return 0
-
-
-def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """What an eval.json holds, unchecked. Raises ValueError if it cannot be read, or holds something else."""
-    try:
-        record = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} holds a JSON {type(record).__name__}, and no evaluation")
-    return record
 
 
 def differences(record: Any) -> Iterator[str]:

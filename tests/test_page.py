@@ -47,7 +47,10 @@ def hostile_record(subject: str = "model") -> dict[str, Any]:
         "copy": Predictions([e.prompt[:5000] for e in examples]),
         "<b onclick=1>": Predictions([e.reference for e in examples]),
     }
-    suite = {"max_new_tokens": 8, **scored(SUITES["pairs"], examples, predictions, ["exact_match", "edit_similarity"])}
+    suite = {
+        "max_new_tokens": 8,
+        **scored(SUITES["pairs"], examples, predictions, ["exact_match", "edit_similarity"]),
+    }
     return {
         "command": "python eval.py '<script>'",
         "run": "<i>run</i>",

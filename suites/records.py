@@ -1,0 +1,66 @@
+"""What an eval.json holds, read back: its suites, and the statistics of every sample behind each score.
+
+No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metrics.registry import Scored, score
+from suites.scoring import SUITES
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """What an eval.json holds, unchecked. Raises ValueError if it cannot be read, or holds something else."""
+    try:
+        evaluation = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give an eval.json, as evaluation writes it"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"{path} holds a JSON {type(evaluation).__name__}, and no evaluation")
+    return evaluation
+
+
+def suites_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of an eval.json: the first suite's, then those of the others."""
+    return [evaluation["suite"], *evaluation.get("more_suites", [])] if "suite" in evaluation else []
+
+
+def scored_again(
+    record: dict[str, Any], systems: list[str] | None = None, most: int | None = None
+) -> dict[str, dict[str, Scored]]:
+    """By system and metric the score of a record's own predictions, with a row for each sample.
+
+    Args:
+        record: Of a suite.
+        systems: Which; all if None.
+        most: How many of the samples, from the first; all if None.
+    """
+    clean, samples = SUITES[record["suite"]].clean, record["samples"][:most]
+    names = list(record["signatures"])
+    references = [clean(sample["reference"]) for sample in samples]
+    found: dict[str, dict[str, Scored]] = {}
+    for system in systems or record["scores"]:
+        draws = [
+            score(names, list(zip(map(clean, texts), references, strict=True)), record["language"])
+            for texts in zip(*(texts_of(sample, system) for sample in samples), strict=True)
+        ]
+        found[system] = {
+            name: Scored(draws[0][name].metric, np.mean([draw[name].rows for draw in draws], axis=0))
+            for name in names
+        }
+    return found
+
+
+def texts_of(sample: dict[str, Any], system: str) -> list[str]:
+    """All that a system drew for a sample."""
+    return [sample["predictions"][system], *sample.get("more", {}).get(system, [])]
