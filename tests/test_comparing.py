@@ -1,4 +1,4 @@
-"""Evaluations side by side: differences are those of the metrics' own comparison, and unlike ones are refused."""
+"""Evaluations side by side: differences are those of the metrics' own comparison; unlike ones are refused."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_wordings_are_compared_by_name_and_only_so(tmp_path):
     for label in ("A verbose model", "A verbose base", "B simple model", "B simple base"):
         assert label in head
     assert "chrf: B simple base less A verbose base is +" in said
-    with pytest.raises(ValueError, match="not asked with prompts called 'simple' .there are verbose"):
+    with pytest.raises(ValueError, match=r"not asked with prompts called 'simple' \(there are verbose"):
         compare_files([f"{paths[0]}:simple", paths[1]])
 
 
@@ -150,7 +150,7 @@ def changed(found: dict[str, Any], *keys: Any, to: Any) -> dict[str, Any]:
         (("suite", "samples", 7, "suffix"), "x", "suffix of sample 8 is None in one and 'x'"),
         (("suite", "samples"), [], "number of samples is 40 in one and 0"),
         (("suite", "suite"), "next_line", "suites are pairs in one and next_line in the other"),
-        (("suite", "samples", 3), {}, "not all of .* are whole evaluations"),
+        (("suite", "samples", 3, "predictions"), {}, "not all of .* are whole evaluations"),
         (("suite",), 3, "no whole evaluation"),
     ],
 )
