@@ -22,8 +22,8 @@ import numpy as np
 
 from metrics.intervals import compare
 from metrics.registry import Scored
-from suites.records import read_evaluation, scored_again, suites_of
-from suites.scoring import SUITES, aligned
+from suites.records import read_evaluation, scored_again
+from suites.scoring import SUITES, aligned, suites_of
 
 LETTERS = "ABCDEFGH"
 SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs

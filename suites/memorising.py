@@ -4,8 +4,8 @@
     print(memory_table(memorisation(record, data.train, tokenizer, source)))
 
 Any text shares runs with a large corpus, so the references' own runs stand beside: what a model has above
-those is what it repeats. Two passes over the training tokens find them, whatever their length; what is held in
-memory is the predictions' side and one batch. No torch.
+those is what it repeats. Two passes over the training tokens find them, whatever their length; what is held
+in memory is the predictions' side and one batch. No torch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int =
     text's longest run begins with one of the largest of these lengths that it has, and is less than twice as
     long: so only those places are looked at again, token by token, which also settles equal hashes.
     """
-    values = mixed(np.arange(max(train.vocab_size, 1 + max((max(t) for t in texts if t), default=0)), dtype=np.uint64))
+    values = mixed(
+        np.arange(max(train.vocab_size, 1 + max((max(t) for t in texts if t), default=0)), dtype=np.uint64)
+    )
     ids = [np.asarray(text, np.int64) for text in texts]
     ours = Batch([Units("", "", values[text], 0) for text in ids])
     largest = np.zeros(len(texts), np.int64)  # the largest of the lengths that stands in training
@@ -113,7 +115,9 @@ def _extend(
         within = np.arange(len(there)) - np.repeat(np.cumsum(times[at]) - times[at], times[at])
         here = places[np.repeat(left[at], times[at]) + within]
         for start in range(0, len(there), _ROWS):
-            _keep_longest(best, ours, batch, here[start : start + _ROWS], there[start : start + _ROWS], length, first)
+            _keep_longest(
+                best, ours, batch, here[start : start + _ROWS], there[start : start + _ROWS], length, first
+            )
 
 
 def _keep_longest(
@@ -212,7 +216,9 @@ def memory_table(found: dict[str, Any]) -> str:
         of = " of {texts}" if key in ("long", "whole") else ""
         rows.append([name, *(f"{one[key]:g}{of.format(**one)}" for one in systems.values())])
     lines = aligned(rows)
-    lines.append(f"runs below {found['least']} tokens count as 0; a reference's are what any text of this kind has")
+    lines.append(
+        f"runs below {found['least']} tokens count as 0; a reference's are what any text of this kind has"
+    )
     if found["longest"]:
         head = ["system", "sample", "tokens", "of", "times", "licence", "file", "text"]
         rows = [head]

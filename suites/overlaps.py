@@ -1,10 +1,10 @@
 """How much of a suite's examples stands in the training text: what a model may know by heart.
 
-    found = training_overlap(examples, data.train, tokenizer)
+    found = training_overlap(record, data.train, tokenizer)  # of a suite's record
     print(overlap_line(found))
 
-Words and marks are compared, without white space (`shingles`). An example shares a run if one that ends in its
-reference stands in a training text; what stands before the reference is its context. Runs of 13 words are
+Words and marks are compared, without white space (`shingles`). An example shares a run if one that ends in
+its reference stands in a training text; what stands before the reference is its context. Runs of 13 words are
 what GPT-3 looked for (arXiv:2005.14165, appendix C), of 50 what Lee et al. 2022 remove (arXiv:2107.06499).
 """
 
@@ -25,8 +25,9 @@ from config import write_atomically
 from corpus import Document
 from leaks import NEAR, overlap
 from shingles import Batch, Units, Words
-from suites.pairs import text_of_example
+from suites.records import examples_of
 from suites.scoring import Example
+from suites.stored import text_of_example
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -35,9 +36,7 @@ RUNS = 13, 50  # words
 READ_BYTES = 2**26
 
 
-def training_overlap(
-    examples: Sequence[Example], train: TokenStore, tokenizer: Tokenizer
-) -> dict[str, Any]:
+def training_overlap(record: dict[str, Any], train: TokenStore, tokenizer: Tokenizer) -> dict[str, Any]:
     """What of the examples stands in the training text; plain data, cached beside the store.
 
     Returns:
@@ -46,6 +45,7 @@ def training_overlap(
         examples, one of its completions; `near`: how many completions of 16 words or more are near
         duplicates of one or stand inside it, None of plain text.
     """
+    examples = examples_of(record)
     key = hashlib.sha256(
         b"".join(Path(module).read_bytes() for module in (__file__, leaks.__file__, shingles.__file__))
     )

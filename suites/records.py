@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from metrics.registry import Scored, score
-from suites.scoring import SUITES
+from suites.passing import scores_of
+from suites.scoring import SUITES, Example
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
@@ -30,24 +31,27 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     return evaluation
 
 
-def suites_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of an eval.json: the first suite's, then those of the others."""
-    return [evaluation["suite"], *evaluation.get("more_suites", [])] if "suite" in evaluation else []
-
-
 def scored_again(
     record: dict[str, Any], systems: list[str] | None = None, most: int | None = None
 ) -> dict[str, dict[str, Scored]]:
-    """By system and metric the score of a record's own predictions, with a row for each sample.
+    """By system and metric the score of a record's own predictions, with a row for each sample; of programs,
+    by the results of their runs, with a row for each that could be judged.
 
     Args:
         record: Of a suite.
         systems: Which; all if None.
         most: How many of the samples, from the first; all if None.
     """
-    clean, samples = SUITES[record["suite"]].clean, record["samples"][:most]
-    names = list(record["signatures"])
+    suite, samples = SUITES[record["suite"]], record["samples"][:most]
+    clean, names = suite.clean, list(record["signatures"])
     references = [clean(sample["reference"]) for sample in samples]
+    if suite.runs:
+        examples = examples_of(record)[:most]
+        results = {
+            system: [list(sample["results"][system]) for sample in samples]
+            for system in systems or record["scores"]
+        }
+        return scores_of(examples, results, dict(record["left_out"]), str(record["sandbox"]))
     found: dict[str, dict[str, Scored]] = {}
     for system in systems or record["scores"]:
         draws = [
@@ -59,6 +63,14 @@ def scored_again(
             for name in names
         }
     return found
+
+
+def examples_of(record: dict[str, Any]) -> list[Example]:
+    """What was asked."""
+    return [
+        Example(str(s["name"]), int(s["where"]), str(s["prompt"]), str(s["reference"]), s.get("suffix"))
+        for s in record["samples"]
+    ]
 
 
 def texts_of(sample: dict[str, Any], system: str) -> list[str]:

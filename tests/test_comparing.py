@@ -13,8 +13,8 @@ from test_eval import command
 
 from metrics.registry import score
 from suites.comparing import compare_files
-from suites.records import scored_again, suites_of
-from suites.scoring import SUITES, Example, Predictions, scored
+from suites.records import scored_again
+from suites.scoring import SUITES, Example, Predictions, scored, suites_of
 
 PAIRS = SUITES["pairs"]
 METRICS = ["exact_match", "chrf"]
