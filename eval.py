@@ -59,6 +59,9 @@ class EvalConfig:
             the completions are asked for with each.
         memorisation: Look for the predictions in the training files, and say which runs stand there.
         metrics: Names of scores of texts, between commas, in the place of the suite's own.
+        embedding_model: Folder of the published model whose hidden states the metric `semantic` compares; not
+            given it is the base of the model that is evaluated, or that model itself.
+        embedding_layer: Its layer, from 1; 0 for what its head reads.
         language: Of the code, which only some metrics read.
         seed: Of the choice of examples, of sampling and of the intervals.
         batch_size: Rows at a time; not given, as many as memory is reckoned to have room for.
@@ -92,6 +95,8 @@ class EvalConfig:
     prompts: str = ""
     memorisation: bool = False
     metrics: str = ""
+    embedding_model: str | None = None
+    embedding_layer: int = 0
     language: Literal["python", "kotlin", "java"] = "python"
     seed: int = 0
     batch_size: int | None = None
@@ -194,7 +199,8 @@ import hashlib
 import math
 import platform
 import shlex
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +216,7 @@ from dataset import PreparedData, prepare_data
 from functional import read_problems
 from generate import GenerationConfig
 from lora import adapters_disabled
+from metrics.registry import Metric
 from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from preflight import overrides
@@ -218,6 +225,7 @@ from runmodel import Run, load_run, open_adapted
 from suites import programs
 from suites.comparing import columns_of, comparison
 from suites.completing import complete, ngram_complete
+from suites.hidden import Judge
 from suites.kept import Kept
 from suites.memorising import memorisation, memory_table
 from suites.overlaps import overlap_line, training_overlap
@@ -612,8 +620,30 @@ def suite_record(
     if task.problems is not None:
         return about | run_programs(task, predictions, settings)
     names = metric_names(settings.metrics)
-    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed)
+    with judge_of(subject, settings) as models:
+        found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
     return about | found | {"draws": settings.samples_per_example}
+
+
+@contextmanager
+def judge_of(subject: Subject | None, settings: EvalConfig) -> Iterator[dict[str, Metric]]:
+    """The metric `semantic`, if it is asked for: by a model named for it, or by the subject's own base."""
+    if "semantic" not in metric_names(settings.metrics):
+        yield {}
+    elif settings.embedding_model is not None:
+        found = load_pretrained(settings.embedding_model)
+        if found.tokenizer is None:
+            raise ValueError(f"{settings.embedding_model} has no tokenizer; name a model's whole folder")
+        name = f"{Path(settings.embedding_model).name}, weights {found.fingerprint[:12]}"
+        yield {"semantic": Judge(found.model, found.tokenizer, name, settings.embedding_layer).metric()}
+    elif subject is None:
+        raise ValueError("semantic needs a model, and only predictions are here; name one: --embedding_model")
+    else:
+        own = "the base of the model itself" if subject.adapted else "the model itself"
+        name = f"{own}, weights {subject.weights[:12]}"
+        with adapters_disabled(subject.model) if subject.adapted else nullcontext():
+            judge = Judge(subject.model, subject.tokenizer, name, settings.embedding_layer)
+            yield {"semantic": judge.metric()}
 
 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:

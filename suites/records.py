@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from metrics.registry import Scored, score
+from metrics.registry import Metric, Scored, of_values, score
 from suites.passing import scores_of
 from suites.scoring import SUITES, Example
 
@@ -44,7 +44,7 @@ def scored_again(
     """
     suite, samples = SUITES[record["suite"]], record["samples"][:most]
     clean, names = suite.clean, list(record["signatures"])
-    references = [clean(sample["reference"]) for sample in samples]
+    references, models = [clean(sample["reference"]) for sample in samples], models_of(record)
     if suite.runs:
         examples = examples_of(record)[:most]
         results = {
@@ -55,13 +55,28 @@ def scored_again(
     found: dict[str, dict[str, Scored]] = {}
     for system in systems or record["scores"]:
         draws = [
-            score(names, list(zip(map(clean, texts), references, strict=True)), record["language"])
+            score(names, list(zip(map(clean, texts), references, strict=True)), record["language"], models)
             for texts in zip(*(texts_of(sample, system) for sample in samples), strict=True)
         ]
         found[system] = {
             name: Scored(draws[0][name].metric, np.mean([draw[name].rows for draw in draws], axis=0))
             for name in names
         }
+    return found
+
+
+def models_of(record: dict[str, Any]) -> dict[str, Metric]:
+    """The metrics of a record that a model computed, by the samples' scores that it holds."""
+    clean, found = SUITES[record["suite"]].clean, {}
+    for name, by_system in record.get("measured", {}).items():
+        values = {
+            (clean(text), clean(sample["reference"])): float(value)
+            for system, of_samples in by_system.items()
+            for sample, of_draws in zip(record["samples"], of_samples, strict=True)
+            for text, value in zip(texts_of(sample, system), of_draws, strict=True)
+        }
+        _, equals, *_ = record["signatures"][name].split("|")
+        found[name] = of_values(name, equals, values)
     return found
 
 
