@@ -5,8 +5,8 @@
 
 In the style of CodeBERTScore (arXiv:2302.05527), by `metrics.semantic`: each token is matched to the nearest
 of the other side by cosine, and F1 is of the mean over both sides; no weights by rarity, no rescaling. Hidden
-states of one model are close to each other whatever the text, so that any two texts score high: read it beside
-its baselines, and never beside another model's or layer's.
+states of one model are close to each other whatever the text, so that any two texts score high: read it
+beside its baselines, and never beside another model's or layer's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Judge:
             )
 
     def vectors(self, text: str) -> np.ndarray:
-        """(tokens, C) of the text alone, its start token left out; as many tokens as the model has room for."""
+        """(tokens, C) of the text alone without its start token, as many as the model has room for."""
         start = self.tokenizer.start_id
         ids = [] if start is None else [start]
         ids = (ids + self.tokenizer.encode(text))[: self.model.config.block_size]
