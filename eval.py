@@ -199,8 +199,8 @@ import hashlib
 import math
 import platform
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -341,11 +341,16 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
         run.weights,
         precision,
     )
+    models = judges(subject, settings)
+    worded = worded_tasks(run, subject, data, settings)
     if TOKENS in names:
         add_token_scores(result, subject, data, baseline, settings)
-    add_suites(result, subject, names, data, baseline, settings)
-    if settings.prompts:
-        add_prompts(result, run, subject, data, baseline, settings)
+    add_suites(result, subject, names, data, baseline, settings, models)
+    if worded:
+        result["prompts"] = {
+            name: suite_record(result, task, subject, data, baseline, settings, models)
+            for name, task in worded.items()
+        }
     for record in suites_of(result):
         record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
         if settings.memorisation:
@@ -374,7 +379,7 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
             "published": {"model": settings.model, "adapter": settings.adapter},
             "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
         }
-    add_suites(result, subject, names, None, None, settings)
+    add_suites(result, subject, names, None, None, settings, judges(subject, settings))
     return result
 
 
@@ -472,6 +477,7 @@ def add_suites(
     data: PreparedData | None,
     baseline: NGramModel | None,
     settings: EvalConfig,
+    models: dict[str, Metric],
 ) -> None:
     """Put the scores of texts, and every prediction, into `result["suite"]`, those of further suites into
     `result["more_suites"]`, and why a suite has none into `result["suite_left_out"]`.
@@ -491,7 +497,7 @@ def add_suites(
                 "interval needs at least 2"
             )
             continue
-        records.append(suite_record(result, task, subject, data, baseline, settings))
+        records.append(suite_record(result, task, subject, data, baseline, settings, models))
     if records:
         result["suite"] = records[0]
     if records[1:]:
@@ -500,28 +506,19 @@ def add_suites(
         result["suite_left_out"] = "\n".join(left_out)
 
 
-def add_prompts(
-    result: dict[str, Any],
-    run: Run,
-    subject: Subject,
-    data: PreparedData,
-    baseline: NGramModel,
-    settings: EvalConfig,
-) -> None:
-    """Put the record of the pairs, asked in other words, into `result["prompts"]`, by the wording's name."""
+def worded_tasks(run: Run, subject: Subject, data: PreparedData, settings: EvalConfig) -> dict[str, Task]:
+    """The pairs in other words, by the wording's name."""
+    names = variant_names(settings.prompts)
+    if not names:
+        return {}
     if not data.test.holds_examples:
         raise ValueError(
             "--prompts are other wordings of examples, and this run's files are plain text; leave it out"
         )
     task = task_of("pairs", subject, data, settings)
     documents = split_documents(data_config(run, settings))
-    worded = with_prompts(task.examples, data.test, documents, variant_names(settings.prompts))
-    result["prompts"] = {
-        name: suite_record(
-            result, dataclasses.replace(task, examples=examples), subject, data, baseline, settings
-        )
-        for name, examples in worded.items()
-    }
+    worded = with_prompts(task.examples, data.test, documents, names)
+    return {name: dataclasses.replace(task, examples=examples) for name, examples in worded.items()}
 
 
 def task_of(name: str, subject: Subject | None, data: PreparedData | None, settings: EvalConfig) -> Task:
@@ -549,8 +546,9 @@ def suite_record(
     data: PreparedData | None,
     baseline: NGramModel | None,
     settings: EvalConfig,
+    models: dict[str, Metric],
 ) -> dict[str, Any]:
-    """One suite: every system's predictions, and their scores."""
+    """One suite: every system's predictions, and their scores, those of `models` among them."""
     examples, name = task.examples, task.suite.name
     how = GenerationConfig(
         temperature=settings.temperature,
@@ -620,30 +618,27 @@ def suite_record(
     if task.problems is not None:
         return about | run_programs(task, predictions, settings)
     names = metric_names(settings.metrics)
-    with judge_of(subject, settings) as models:
-        found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
+    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
     return about | found | {"draws": settings.samples_per_example}
 
 
-@contextmanager
-def judge_of(subject: Subject | None, settings: EvalConfig) -> Iterator[dict[str, Metric]]:
+def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
     """The metric `semantic`, if it is asked for: by a model named for it, or by the subject's own base."""
     if "semantic" not in metric_names(settings.metrics):
-        yield {}
-    elif settings.embedding_model is not None:
+        return {}
+    if settings.embedding_model is not None:
         found = load_pretrained(settings.embedding_model)
         if found.tokenizer is None:
             raise ValueError(f"{settings.embedding_model} has no tokenizer; name a model's whole folder")
         name = f"{Path(settings.embedding_model).name}, weights {found.fingerprint[:12]}"
-        yield {"semantic": Judge(found.model, found.tokenizer, name, settings.embedding_layer).metric()}
+        judge = Judge(found.model, found.tokenizer, name, settings.embedding_layer)
     elif subject is None:
         raise ValueError("semantic needs a model, and only predictions are here; name one: --embedding_model")
     else:
-        own = "the base of the model itself" if subject.adapted else "the model itself"
-        name = f"{own}, weights {subject.weights[:12]}"
-        with adapters_disabled(subject.model) if subject.adapted else nullcontext():
-            judge = Judge(subject.model, subject.tokenizer, name, settings.embedding_layer)
-            yield {"semantic": judge.metric()}
+        name = f"{'its base' if subject.adapted else 'the model itself'}, weights {subject.weights[:12]}"
+        base = partial(adapters_disabled, subject.model) if subject.adapted else nullcontext
+        judge = Judge(subject.model, subject.tokenizer, name, settings.embedding_layer, base)
+    return {"semantic": judge.metric()}
 
 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:

@@ -11,7 +11,8 @@ beside its baselines, and never beside another model's or layer's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +33,14 @@ class Judge:
     Args:
         name: What it is, for the metric's signature.
         layer: The block whose output is taken, from 1; 0 is what the head reads, after the last norm.
+        base: Makes the context in which `model` is to be run, as one without its adapters.
     """
 
     model: Decoder
     tokenizer: Tokenizer
     name: str
     layer: int = 0
+    base: Callable[[], AbstractContextManager[Any]] = nullcontext
     _known: dict[Pair, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,7 +67,7 @@ class Judge:
         block = self.model.blocks[self.layer - 1] if self.layer else self.model.norm
         hook = block.register_forward_hook(keep)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.base():
                 self.model.hidden(torch.tensor([ids], device=device))
         finally:
             hook.remove()
