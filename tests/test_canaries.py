@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from architecture import Decoder
+from benchmarks.canaries import OTHERS, exposure, exposures, line, nats, planted
 from config import DataConfig, ModelConfig
 from dataset import Batches, prepare_data
 from tokenizer import CodeTokenizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from canaries import OTHERS, exposure, exposures, line, nats, planted
 
 TOKENIZER = CodeTokenizer([], [], [])  # every byte is a token
 TIMES = (0, 1, 4, 32)
@@ -54,7 +48,7 @@ def test_nats_are_the_models_own_whatever_stands_beside():
 
 
 def test_exposure_rises_with_how_often_a_secret_was_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("canaries.OTHERS", 255)
+    monkeypatch.setattr("benchmarks.canaries.OTHERS", 255)
     texts, own = planted(TIMES)
     (tmp_path / "corpus").mkdir()
     for number, text in enumerate(texts):
@@ -69,7 +63,7 @@ def test_exposure_rises_with_how_often_a_secret_was_seen(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
     batches = Batches(store, 8, 96, seed=0)
     model.train()
-    for step in range(220):
+    for step in range(150):
         tokens, labels, documents, positions = batches.batch(step)
         logits = model(tokens, positions, documents)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
