@@ -139,9 +139,9 @@ def overlap_line(found: dict[str, Any]) -> str:
     n = found["examples"]
     what = "lines of training files" if found["plain"] else "completions of training"
     near = "" if found["near"] is None else f", {found['near']} near duplicates (from {NEAR:.0%}) of them"
-    shared = " and ".join(f"{len(numbers)} of {run} words" for run, numbers in found["runs"].items())
+    (short, some), (long, fewer) = ((run, len(numbers)) for run, numbers in found["runs"].items())
     sample = f" (of {found['read']:,} of {found['of']:,} documents)" if found["read"] < found["of"] else ""
     return (
-        f"in training{sample}: of {n} references {len(found['exact'])} are {what}{near}; runs that end in "
-        f"the reference stand there of {shared}"
+        f"in training{sample}: {len(found['exact'])} of {n} references are {what}{near}; {some} of {n} samples "
+        f"share a run of {short} words that ends in the reference, {fewer} one of {long}"
     )

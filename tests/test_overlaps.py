@@ -55,8 +55,8 @@ def test_lines_and_runs_of_plain_files(tmp_path):
     assert found["runs"] == {"13": [2, 4], "50": [4]}
     assert found["near"] is None
     assert overlap_line(found) == (
-        "in training: of 6 references 1 are lines of training files; runs that end in the reference stand "
-        "there of 2 of 13 words and 1 of 50 words"
+        "in training: 1 of 6 references are lines of training files; 2 of 6 samples share a run of 13 words "
+        "that ends in the reference, 1 one of 50"
     )
 
 
@@ -76,7 +76,7 @@ def test_completions_of_examples(tmp_path):
     assert found["exact"] == [1]
     assert found["near"] == 1
     assert found["runs"]["13"] == [1, 2]
-    assert "1 are completions of training, 1 near duplicates" in overlap_line(found)
+    assert "1 of 4 references are completions of training, 1 near duplicates" in overlap_line(found)
 
 
 def test_it_is_kept_beside_the_store_and_of_other_samples_made_again(tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def test_the_command_asks_in_each_wording_and_prints_the_difference(run):
     said = done.stdout
     assert "verbose model" in said
     assert "chrf: simple model less verbose model is " in said
-    assert "in training: of 6 references 0 are completions of training" in said
+    assert "in training: 0 of 6 references are completions of training" in said
     assert "longest run in training" in said
     assert "hidden states of the model itself, weights" in result["suite"]["signatures"]["semantic"]
     assert len(result["suite"]["measured"]["semantic"]["model"]) == 6
