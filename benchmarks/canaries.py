@@ -49,7 +49,7 @@ def planted(times: Sequence[int], seed: int = 0) -> tuple[list[str], list[str]]:
     own = secrets(len(times), seed)
     draw = np.random.Generator(np.random.PCG64([seed, 1]))
     texts = []
-    for number in range(max(FILES, *times)):
+    for number in range(max([FILES, *times])):
         a, b, c = draw.choice(NAMES, 3, replace=False)
         body = f"def {a}_{number}({b}):\n    {c} = {b} + {number}\n    return {c} * 2\n"
         kept = [line(i, own[i]) for i, n in enumerate(times) if number < n]

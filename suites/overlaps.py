@@ -142,6 +142,6 @@ def overlap_line(found: dict[str, Any]) -> str:
     (short, some), (long, fewer) = ((run, len(numbers)) for run, numbers in found["runs"].items())
     sample = f" (of {found['read']:,} of {found['of']:,} documents)" if found["read"] < found["of"] else ""
     return (
-        f"in training{sample}: {len(found['exact'])} of {n} references are {what}{near}; {some} of {n} samples "
-        f"share a run of {short} words that ends in the reference, {fewer} one of {long}"
+        f"in training{sample}: {len(found['exact'])} of {n} references are {what}{near}; {some} of {n} "
+        f"samples share a run of {short} words that ends in the reference, {fewer} one of {long}"
     )

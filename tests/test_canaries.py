@@ -24,6 +24,7 @@ def test_planted_secrets_stand_in_as_many_files_as_asked():
         assert "".join(texts).count(secret) == times
     assert planted(TIMES) == (texts, own)
     assert planted(TIMES, 1)[1] != own
+    assert planted(())[1] == []
 
 
 def test_exposure_by_hand():
