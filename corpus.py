@@ -64,7 +64,8 @@ class Document:
     """A plain text, or an example: `text` is then the completion of `prompt`, which may be "".
 
     `group` decides its side of the split. Without a group field it equals `name`, or the prompt of an example
-    whose row has no name: the completions of one prompt stay on one side.
+    whose row has no name: the completions of one prompt stay on one side. `prompts` are never trained on, and
+    no part of the data's fingerprint: only an evaluation that asks for them by name reads them.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Document:
     gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
     where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
     side: str | None = None  # of the split, where its file says it
+    prompts: dict[str, str] | None = dataclasses.field(default=None, compare=False)  # other wordings, by name
 
     @property
     def fim_parts(self) -> tuple[str, str, str] | None:
@@ -291,7 +293,17 @@ def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None 
                     f"{_listed(row)}"
                 )
             group = str(row[config.group_field])
-        yield Document(name or str(number), text, group, prompt, suffix, where=where, side=side)
+        prompts = row.get("prompts")
+        yield Document(
+            name or str(number),
+            text,
+            group,
+            prompt,
+            suffix,
+            where=where,
+            side=side,
+            prompts=prompts if prompt is not None and isinstance(prompts, dict) else None,
+        )
 
 
 def _listed(fields: Iterable[str]) -> str:
@@ -398,6 +410,7 @@ def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tu
                 "path",
                 "name",
                 "repository",
+                "prompts",
                 config.group_field,
             }
             for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):

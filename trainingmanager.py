@@ -684,7 +684,7 @@ def report(manager: TrainingManager) -> None:
     )
     scores = evaluate(settings)
     print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
-    write_results(scores, settings)
+    results = write_results(scores, settings)
     samples = sample_completions(
         run.model.to(manager.device),
         run.tokenizer,
@@ -707,6 +707,7 @@ def report(manager: TrainingManager) -> None:
         print(f"adapter      {folder / 'adapter'}")
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
     print(f"pictures     {', '.join(str(path) for path in pictures)}")
+    print(f"every line   {results.with_suffix('.html')}")
     print(f"score again  python eval.py --checkpoint {folder}")
 
 

@@ -11,7 +11,7 @@ score of the corpus is that of all rows, of a sample that of its row, and interv
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -112,25 +112,53 @@ def metric(name: str) -> Metric:
     Raises:
         ValueError: there is none.
     """
-    if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, 1)
+    known = METRICS | BY_MODEL
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
         meant = f", did you mean {near[0]}" if near else ""
-        raise ValueError(f"no metric is called {name!r}{meant}; there are {', '.join(METRICS)}")
-    return METRICS[name]
+        raise ValueError(f"no metric is called {name!r}{meant}; there are {', '.join(known)}")
+    return known[name]
 
 
-def score(names: Sequence[str], pairs: Sequence[Pair], language: str = "python") -> dict[str, Scored]:
+def of_means(name: str, rows: Rows, equals: str) -> Metric:
+    """A metric whose rows are (pairs, 2): the score of a sample and a 1."""
+    return Metric(name, rows, _first, equals)
+
+
+def of_values(name: str, equals: str, values: Mapping[Pair, float]) -> Metric:
+    """A metric whose samples' scores were had before, by a model that need not be here.
+
+    Args:
+        values: The score of each pair, cleaned.
+    """
+
+    def rows(pairs: Sequence[Pair], language: str) -> np.ndarray:
+        missing = sum(pair not in values for pair in pairs)
+        if missing:
+            raise ValueError(f"{missing} of {len(pairs)} pairs have no score by {name}; evaluate again")
+        return np.array([[values[pair], 1.0] for pair in pairs])
+
+    return of_means(name, rows, equals)
+
+
+def score(
+    names: Sequence[str],
+    pairs: Sequence[Pair],
+    language: str = "python",
+    models: Mapping[str, Metric] | None = None,
+) -> dict[str, Scored]:
     """The metrics of these names, over pairs that `texts.cleaned` made.
 
     Args:
         names: Of `METRICS`.
         pairs: Predictions and references.
         language: Of the code; `python`, `kotlin` or `java`. Only some metrics read it.
+        models: In the place of those of `METRICS`, the ones that a model computes.
 
     Raises:
         ValueError: an unknown name or language, or no pairs.
     """
-    wanted = [metric(name) for name in names]
+    wanted = [(models or {}).get(name) or metric(name) for name in names]
     if not pairs:
         raise ValueError("0 pairs to score: a score needs at least 1")
     check_language(language)
@@ -175,6 +203,12 @@ def _rouge(tokens: Callable[[str], list[str]]) -> Rows:
         return rouge.rouge_n(found, wanted, 1), rouge.rouge_n(found, wanted, 2), rouge.rouge_l(found, wanted)
 
     return lambda pairs, _: _with_ones(*zip(*(one(*pair) for pair in pairs), strict=True))
+
+
+def _no_model(pairs: Sequence[Pair], language: str) -> np.ndarray:
+    raise ValueError(
+        "semantic is had from the hidden states of a model, and none is here; evaluate a checkpoint"
+    )
 
 
 def _codebleu_part(part: int, sums: np.ndarray) -> np.ndarray:
@@ -264,3 +298,5 @@ _TABLE = [
     ),
 ]
 METRICS = {one.name: one for one in _TABLE}
+# What only a model can compute; `score` is given its metric then.
+BY_MODEL = {"semantic": Metric("semantic", _no_model, _first, "hidden states of a model")}

@@ -7,8 +7,10 @@
 
 `task` has the interface, and `tasks` the suites by name, each made by one file: `lines`, `pairs` and `gaps`
 of held-out files, `codexglue` and `programs` of published ones; `tokens` scores every token of the held-out
-files. `completing` asks a model, `kept` lets it go on after an interruption, and `baselines` answers without
-one.
-`scoring` has scores with intervals, verdicts and the table, `passing` those of programs that were run, and
-`rescoring` holds a record to its own predictions. `functions` shows completions to look at.
+files, and `prompts` asks for examples in other words. `completing` asks a model, `kept` lets it go on after
+an interruption, and `baselines` answers without one. `scoring` has scores with intervals, verdicts and the
+table, `passing` those of programs that were run, `hidden` a metric by a model's hidden states, and
+`overlaps` and `memorising` what of it all stands in training. An eval.json is read back by `records`:
+`rescoring` holds it to its own predictions, `comparing` sets several side by side, and `page` shows every
+sample. `functions` shows completions to look at.
 """

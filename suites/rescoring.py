@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from suites.passing import scores_of
+from suites.records import models_of
 from suites.scoring import SUITES, Example, Predictions, record_of, scored, suites_of
 
 
@@ -75,7 +76,8 @@ def differences(record: Any) -> Iterator[str]:
             found = scores_of(examples, results, dict(record["left_out"]), str(record["sandbox"]))
             again = record_of(suite, examples, predictions, found, record["language"], seed)
         else:
-            again = scored(suite, examples, predictions, names, record["language"], seed)
+            models = models_of(record)
+            again = scored(suite, examples, predictions, names, record["language"], seed, models)
         said = {
             (system, name): record["scores"][system][name]
             for system in systems

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metrics.registry import Scored, metric, score
+from metrics.registry import Metric, Scored, metric, score
 from metrics.texts import CLEANERS, plain
 
 
@@ -159,6 +159,7 @@ def scored(
     metrics: Sequence[str] = (),
     language: str = "python",
     seed: int = 0,
+    models: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
     """The record of a suite: scores with 95% intervals, verdicts, and every prediction.
 
@@ -171,6 +172,7 @@ def scored(
         metrics: Names of metrics in the place of the suite's own.
         language: Of the code, for metrics that read it.
         seed: Of the resampling.
+        models: Metrics that a model computes, by name. The score of each sample by these is in the record.
 
     Raises:
         ValueError: no baseline, fewer than two examples, another number of predictions, or an unknown metric.
@@ -180,19 +182,22 @@ def scored(
     if not names:
         raise ValueError(f"the suite {suite.name} runs what is predicted, and has no metric of texts")
     references = [suite.clean(example.reference) for example in examples]
-    found, spreads = {}, {}
+    found, spreads, measured = {}, {}, {name: {} for name in models or {} if name in names}
     for system, made in predictions.items():
         draws = [
-            score(names, list(zip(map(suite.clean, texts), references, strict=True)), language)
+            score(names, list(zip(map(suite.clean, texts), references, strict=True)), language, models)
             for texts in made.draws
         ]
         found[system] = {
             name: Scored(draws[0][name].metric, np.mean([draw[name].rows for draw in draws], axis=0))
             for name in names
         }
+        for name, by_system in measured.items():
+            by_system[system] = np.transpose([draw[name].samples for draw in draws]).tolist()
         if made.more:
             spreads[system] = {name: statistics.stdev(draw[name].value for draw in draws) for name in names}
-    return record_of(suite, examples, predictions, found, language, seed, spreads)
+    record = record_of(suite, examples, predictions, found, language, seed, spreads)
+    return record | ({"measured": measured} if measured else {})
 
 
 def check_systems(suite: Suite, examples: Sequence[Example], predictions: dict[str, Predictions]) -> None:

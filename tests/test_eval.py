@@ -420,7 +420,8 @@ def test_a_strangers_config_does_not_say_where_the_cache_is_nor_how_many_work(ru
 
 def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(run):
     settings = here(run, samples=0)
-    path = evaluation.write_results({"run": str(run), "step": 3}, settings)
+    result = {"run": str(run), "step": 3, "side": "test", "allowed faults": {}}
+    path = evaluation.write_results(result, settings)
     written = json.loads(path.read_text("utf-8"))
     assert path == run / "eval.json"
     assert written["settings"]["cache"] == settings.cache

@@ -1,0 +1,274 @@
+"""Evaluations side by side: `python eval.py --compare RUN_A RUN_B`, and one run's prompts beside each other.
+
+    print(compare_files(["runs/a", "runs/b/eval.json"]))
+    print("\\n".join(comparison(columns_of("verbose", record) + columns_of("simple", other_record))))
+
+Scores are made again of the predictions that the files hold, on the same samples, and every difference
+has its paired bootstrap interval and a verdict. What was not measured alike is refused, with both values. No
+torch.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metrics.intervals import compare
+from metrics.registry import Scored
+from suites.records import read_evaluation, scored_again
+from suites.scoring import SUITES, aligned, suites_of
+
+LETTERS = "ABCDEFGH"
+SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs
+
+
+@dataclass(frozen=True)
+class Column:
+    """One system of one evaluation.
+
+    Args:
+        label: In the table.
+        system: Its key in the record.
+        record: Of a suite, as `scoring.scored` makes it.
+        prompt: The name of the wording that was asked with; None where it is the prompt trained on.
+    """
+
+    label: str
+    system: str
+    record: dict[str, Any]
+    prompt: str | None = None
+
+
+def columns_of(label: str, record: dict[str, Any], prompt: str | None = None) -> list[Column]:
+    """The systems of a suite that are worth comparing."""
+    return [
+        Column(f"{label} {system}", system, record, prompt)
+        for system in SUBJECTS
+        if system in record["scores"]
+    ]
+
+
+def compare_files(paths: Sequence[str]) -> str:
+    """The table and the verdicts of several evaluations.
+
+    Args:
+        paths: Run folders or eval.json files, each with `:NAME` behind it for the predictions that prompts of
+            that name had. So `a:verbose b:simple` are compared though they were asked in other words.
+
+    Raises:
+        ValueError: fewer than two, one cannot be read, or they were not measured alike.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"--compare has {len(paths)} evaluation to compare: name two or more")
+    if len(paths) > len(LETTERS):
+        raise ValueError(f"--compare has {len(paths)} evaluations; it takes {len(LETTERS)} at most")
+    legend, evaluations, asked = [], [], []
+    for letter, given in zip(LETTERS, paths, strict=False):
+        path, prompt = _path_and_prompt(given)
+        evaluation = read_evaluation(path)
+        label = letter if prompt is None else f"{letter} {prompt}"
+        try:
+            asked.append((label, prompt, _records(evaluation, prompt)))
+            step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
+            legend.append(f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no whole evaluation: {type(error).__name__} {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        evaluations.append((letter, evaluation))
+    try:
+        lines = [*legend, *_token_lines(evaluations)]
+        (first, _, records), *others = asked
+        for label, _, found in others:
+            if list(found) != list(records):
+                raise ValueError(
+                    f"{first} and {label} cannot be compared: the suites are {', '.join(records)} in one and "
+                    f"{', '.join(found)} in the other; evaluate both alike"
+                )
+        for suite in records:
+            columns = [
+                column for label, prompt, found in asked for column in columns_of(label, found[suite], prompt)
+            ]
+            lines += ["", *comparison(columns)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"not all of {', '.join(paths)} are whole evaluations: {type(error).__name__} {error}"
+        ) from None
+    # The files may be a stranger's, and this is for a terminal.
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+
+def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[str, Any]]:
+    """By suite. Raises ValueError where there are none."""
+    if prompt is None:
+        if not suites_of(evaluation):
+            raise ValueError("it holds no predictions of a suite; evaluate with --samples above 0")
+        return {record["suite"]: record for record in suites_of(evaluation)}
+    held = evaluation.get("prompts", {})
+    if prompt not in held:
+        names = ", ".join(held) or "none"
+        raise ValueError(
+            f"it was not asked with prompts called {prompt!r} (there are {names}); evaluate with --prompts"
+        )
+    return {held[prompt]["suite"]: held[prompt]}
+
+
+def _path_and_prompt(given: str) -> tuple[Path, str | None]:
+    path, prompt = Path(given), None
+    if not path.exists() and ":" in given:
+        start, _, prompt = given.rpartition(":")
+        path = Path(start)
+    return (path / "eval.json" if path.is_dir() else path), prompt
+
+
+def comparison(columns: Sequence[Column]) -> list[str]:
+    """Lines: scores with 95% intervals, a column for each system, then each difference with its verdict.
+
+    Compared are the systems of one evaluation with each other, and those of one kind between evaluations.
+
+    Raises:
+        ValueError: they were not measured alike.
+    """
+    first = columns[0]
+    for other in columns[1:]:
+        _refuse_unlike(first, other)
+    record, suite = first.record, SUITES[first.record["suite"]]
+    names, seed = list(record["signatures"]), int(record["seed"])
+    found = [scored_again(column.record, [column.system])[column.system] for column in columns]
+    baselines = _baselines(columns)
+    rows = [["metric", *(column.label for column in columns), "best baseline"]]
+    for name in names:
+        intervals = (by_name[name].interval(seed) for by_name in found)
+        best = max(baselines, key=lambda one: one[1][name].value, default=None)
+        rows.append(
+            [
+                name,
+                *(f"{i.mean:.1f} [{i.low:.1f}, {i.high:.1f}]" for i in intervals),
+                f"{best[1][name].value:.1f} {best[0]}" if best is not None else "",
+            ]
+        )
+    n, files = len(record["samples"]), len({sample["name"] for sample in record["samples"]})
+    lines = [f"{suite.title}: {suite.counted.format(n=n, files=files)}, with 95% intervals", *aligned(rows)]
+    for name in names:
+        for i, j in combinations(range(len(columns)), 2):
+            one, other = columns[i], columns[j]
+            if one.record is not other.record and one.system != other.system:
+                continue
+            # The later one is judged by the earlier; within a file that is the model by its base.
+            if one.record is other.record:
+                i, j, one, other = j, i, other, one
+            compared = found[j][name].compare(found[i][name], seed)
+            gap = compared.difference
+            lines.append(
+                f"{name}: {other.label} less {one.label} is {gap.mean:+.1f} [{gap.low:.1f}, {gap.high:.1f}], "
+                + compared.verdict(one.label)
+            )
+    return lines
+
+
+def _baselines(columns: Sequence[Column]) -> list[tuple[str, dict[str, Scored]]]:
+    """Of every evaluation: n-gram models may be of other files."""
+    records = {id(column.record): column.record for column in columns}.values()
+    return [
+        (system, scored_again(record, [system])[system])
+        for record in records
+        for system in record["scores"]
+        if system not in SUBJECTS
+    ]
+
+
+def _refuse_unlike(one: Column, other: Column) -> None:
+    """Raises ValueError, with both values, for what must be equal if a difference is to mean anything."""
+
+    def refuse(what: str, ours: Any, theirs: Any) -> None:
+        if ours != theirs:
+            raise ValueError(
+                f"{one.label} and {other.label} cannot be compared: {what} is {_short(ours)} in one and "
+                f"{_short(theirs)} in the other; evaluate both alike"
+            )
+
+    ours, theirs = one.record, other.record
+    for key in ("suite", "language", "max_new_tokens", "stop", "sampling", "draws"):
+        refuse(key, ours.get(key), theirs.get(key))
+    refuse("the list of metrics", sorted(ours["signatures"]), sorted(theirs["signatures"]))
+    for name, signature in ours["signatures"].items():
+        refuse(f"the signature of {name}", signature, theirs["signatures"][name])
+    refuse("the number of samples", len(ours["samples"]), len(theirs["samples"]))
+    asked_alike = one.prompt == other.prompt
+    for number, (a, b) in enumerate(zip(ours["samples"], theirs["samples"], strict=True), 1):
+        for key in ("id", "reference", *(("prompt", "suffix") if asked_alike else ())):
+            refuse(f"the {key} of sample {number}", a.get(key), b.get(key))
+
+
+def _short(value: Any) -> str:
+    shorten = reprlib.Repr()
+    shorten.maxstring = shorten.maxother = 80
+    shorten.maxlist = 20
+    return shorten.repr(value)
+
+
+def _token_lines(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Token scores of evaluations over the same text; those that hang on the tokenizer, if it is the same."""
+    scored = [(letter, found) for letter, found in evaluations if "model" in found]
+    if len(scored) < 2:
+        return []
+    texts = {(found["side"], found["files"], found["bytes"]) for _, found in scored}
+    if len(texts) > 1:
+        one, other = sorted(texts)[:2]
+        return [
+            "",
+            f"token scores are left out: they are over {one[2]:,} bytes of {one[1]:,} {one[0]} files, and "
+            f"over {other[2]:,} bytes of {other[1]:,} {other[0]} files",
+        ]
+    systems = [
+        (f"{letter} {system}", found[system])
+        for letter, found in scored
+        for system in ("model", "base", "n-gram")
+        if system in found
+    ]
+    alike = len({(f["fingerprints"]["tokenizer"], f["model"]["tokens"]) for _, f in scored}) == 1
+    rows = [["metric", *(label for label, _ in systems)]]
+    for key, name, form in (
+        ("bits_per_byte", "bits per byte", "{:.4f}"),
+        ("loss", "loss, nats a token", "{:.4f}"),
+        ("perplexity", "perplexity", "{:.2f}"),
+        ("top1", "top-1 accuracy", "{:.2%}"),
+        ("top5", "top-5 accuracy", "{:.2%}"),
+    ):
+        if alike or key == "bits_per_byte":
+            rows.append([name, *(form.format(values[key]) for _, values in systems)])
+    side, files, size = texts.pop()
+    lines = ["", f"tokens: {size:,} bytes of {files:,} {side} files", *aligned(rows)]
+    if not alike:
+        lines.append("the tokenizers differ, so only what is by byte is compared")
+    for (one, a), (other, b) in combinations(scored, 2):
+        lines += [f"bits per byte: {said}" for said in _token_difference(one, a, other, b)]
+    return lines
+
+
+def _token_difference(one: str, ours: dict[str, Any], other: str, theirs: dict[str, Any]) -> Iterator[str]:
+    """How far apart two models are on the same documents, where both evaluations hold those one by one."""
+    a, b = ours.get("documents"), theirs.get("documents")
+    if a is None or b is None or len(a["names"]) < 2:
+        return
+    if a["names"] != b["names"] or a["bytes"] != b["bytes"]:
+        yield f"{one} and {other} were not over the same documents, so their difference has no interval"
+        return
+    rows = [
+        np.column_stack([np.asarray(side["nats"]["model"], float), np.asarray(side["bytes"], float)])
+        for side in (b, a)
+    ]
+    found = compare(rows[0], rows[1], lambda sums: sums[..., 0] / math.log(2) / np.maximum(sums[..., 1], 1))
+    gap = found.difference
+    said = f"{other} model less {one} model is {gap.mean:+.4f} [{gap.low:.4f}, {gap.high:.4f}]"
+    if found.distinguishable:
+        yield f"{said}, {'better' if gap.mean < 0 else 'worse'} on {gap.n} documents"
+    else:
+        yield f"{said}, {found.verdict(one + ' model').replace('samples', 'documents')}"

@@ -1,0 +1,269 @@
+"""Text that a model repeats: of every prediction the longest run of tokens that stands in a training file.
+
+    found = longest_runs([tokenizer.encode(text) for text in texts], data.train)
+    print(memory_table(memorisation(record, data.train, tokenizer, source)))
+
+Any text shares runs with a large corpus, so the references' own runs stand beside: what a model has above
+those is what it repeats. Two passes over the training tokens find them, whatever their length; what is held
+in memory is the predictions' side and one batch. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corpus import CORPUS
+from shingles import Batch, Units, batches, mixed
+from suites.records import texts_of
+from suites.scoring import aligned
+from tokenizer import Tokenizer
+from tokenstore import TokenStore
+
+LEAST = 8  # tokens; shorter runs are found in any text
+LISTED = 10
+LONG = 50  # tokens, the length that Carlini et al. 2022 (arXiv:2202.07646) call extracted
+_ROWS = 2**16  # pairs of places that are compared at a time
+LICENCE_FIELDS = "licence", "license"
+
+
+class Run(NamedTuple):
+    """The longest run of a text that stands in training.
+
+    Args:
+        length: In tokens; 0 if it is below `LEAST`.
+        start: Its first token in the text.
+        document: Number of the first training document that holds it, -1 for none.
+        times: How often training holds runs of this text that are as long.
+    """
+
+    length: int
+    start: int
+    document: int
+    times: int
+
+
+def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int = LEAST) -> list[Run]:
+    """For each text of token ids, its longest run of at least `least` ids inside one training document.
+
+    First the runs of `least`, 2 `least`, 4 `least`, ... tokens that stand in training are found by hash. A
+    text's longest run begins with one of the largest of these lengths that it has, and is less than twice as
+    long: so only those places are looked at again, token by token, which also settles equal hashes.
+    """
+    values = mixed(
+        np.arange(max(train.vocab_size, 1 + max((max(t) for t in texts if t), default=0)), dtype=np.uint64)
+    )
+    ids = [np.asarray(text, np.int64) for text in texts]
+    ours = Batch([Units("", "", values[text], 0) for text in ids])
+    largest = np.zeros(len(texts), np.int64)  # the largest of the lengths that stands in training
+    lengths = []
+    while (length := least << len(lengths)) <= max(map(len, texts), default=0):
+        lengths.append(length)
+    windows = {length: ours.windows(length) for length in lengths}
+    seen = {length: np.zeros(len(windows[length][0]), bool) for length in lengths}
+    for _, batch in _stream(train, values):
+        for length in lengths:
+            hit = np.isin(windows[length][1], batch.windows(length)[1])
+            seen[length] |= hit
+            if not hit.any():
+                break
+    for length in lengths:
+        of = ours.of[windows[length][0][seen[length]]]
+        largest[of] = length
+    best = [(0, 0, -1, 0)] * len(texts)
+    for length in lengths:
+        places, hashes = windows[length]
+        kept = seen[length] & (largest[ours.of[places]] == length)
+        if kept.any():
+            _extend(best, ours, ids, places[kept], hashes[kept], length, train, values)
+    return [Run(*one) for one in best]
+
+
+def _stream(train: TokenStore, values: np.ndarray) -> Iterator[tuple[int, Batch]]:
+    """(number of its first document, batch) of all training documents, in order."""
+    units = (Units("", "", values[train.document(i)], 0) for i in range(train.n_documents))
+    first = 0
+    for batch in batches(units):
+        yield first, batch
+        first += len(batch.documents)
+
+
+def _extend(
+    best: list[tuple[int, int, int, int]],
+    ours: Batch,
+    ids: list[np.ndarray],
+    places: np.ndarray,
+    hashes: np.ndarray,
+    length: int,
+    train: TokenStore,
+    values: np.ndarray,
+) -> None:
+    """Make the runs that begin at these places of ours as long as they go, and keep each text's longest."""
+    order = np.argsort(hashes, kind="stable")
+    places, hashes = places[order], hashes[order]
+    for first, batch in _stream(train, values):
+        theirs, found = batch.windows(length)
+        left = np.searchsorted(hashes, found, "left")
+        times = np.searchsorted(hashes, found, "right") - left
+        at = np.flatnonzero(times)
+        # One entry for each pair of a place there and a place here.
+        there = np.repeat(theirs[at], times[at])
+        within = np.arange(len(there)) - np.repeat(np.cumsum(times[at]) - times[at], times[at])
+        here = places[np.repeat(left[at], times[at]) + within]
+        for start in range(0, len(there), _ROWS):
+            _keep_longest(
+                best, ours, batch, here[start : start + _ROWS], there[start : start + _ROWS], length, first
+            )
+
+
+def _keep_longest(
+    best: list[tuple[int, int, int, int]],
+    ours: Batch,
+    batch: Batch,
+    here: np.ndarray,
+    there: np.ndarray,
+    length: int,
+    first: int,
+) -> None:
+    text, document = ours.of[here], batch.of[there]
+    room = np.minimum(ours.ends[text] - here, batch.ends[document] - there)
+    run = np.zeros(len(here), np.int64)
+    going = np.arange(len(here))
+    for step in range(2 * length):
+        going = going[room[going] > step]
+        going = going[ours.ids[here[going] + step] == batch.ids[there[going] + step]]
+        if not len(going):
+            break
+        run[going] = step + 1
+    # Of equal ones the first in order stays; only the longest of each text are looked at one by one.
+    top = np.zeros(len(ours.documents), np.int64)
+    np.maximum.at(top, text, run)
+    for i in np.flatnonzero((run == top[text]) & (run >= length)).tolist():
+        number, size = int(text[i]), int(run[i])
+        longest, start, source, times = best[number]
+        if size > longest:
+            best[number] = size, int(here[i] - ours.starts[number]), first + int(document[i]), 1
+        elif size == longest:
+            best[number] = longest, start, source, times + 1
+
+
+# --- of an evaluation ----------------------------------------------------------------------------------
+
+
+def memorisation(
+    record: dict[str, Any], train: TokenStore, tokenizer: Tokenizer, source: str
+) -> dict[str, Any]:
+    """What the models of a suite's record repeat, and the references beside; plain data.
+
+    Args:
+        source: The corpus, for the licences of its files.
+    """
+    systems = [system for system in ("model", "given", "base") if system in record["scores"]]
+    texts: list[tuple[str, int, str]] = []
+    for number, sample in enumerate(record["samples"], 1):
+        texts += [(system, number, text) for system in systems for text in texts_of(sample, system)]
+        texts.append(("reference", number, sample["reference"]))
+    ids = [tokenizer.encode(text) for _, _, text in texts]
+    runs = longest_runs(ids, train)
+    by_system: dict[str, Any] = {}
+    for system in [*systems, "reference"]:
+        own = [(run, len(i)) for (of, _, _), run, i in zip(texts, runs, ids, strict=True) if of == system]
+        sizes = np.array([run.length for run, _ in own])
+        by_system[system] = {
+            "texts": len(own),
+            "median": float(np.median(sizes)),
+            "longest": int(sizes.max()),
+            "whole": sum(run.length == size > 0 for run, size in own),
+            "long": int((sizes >= LONG).sum()),
+        }
+    order = sorted(range(len(runs)), key=lambda i: -runs[i].length)
+    listed = [i for i in order if texts[i][0] != "reference" and runs[i].length][:LISTED]
+    names = {train.names[runs[i].document] for i in listed}
+    licences = licences_of(source, names)
+    rows = []
+    for i in listed:
+        (system, number, _), run = texts[i], runs[i]
+        name = train.names[run.document]
+        rows.append(
+            {
+                "system": system,
+                "sample": number,
+                "tokens": run.length,
+                "of": len(ids[i]),
+                "times": run.times,
+                "file": name,
+                "licence": licences.get(name),
+                "text": tokenizer.decode(ids[i][run.start : run.start + run.length]),
+            }
+        )
+    return {"least": LEAST, "systems": by_system, "longest": rows}
+
+
+def memory_table(found: dict[str, Any]) -> str:
+    """How long the runs are, beside those of the references, and where the longest stand."""
+    systems = found["systems"]
+    rows = [["longest run in training", *systems]]
+    for key, name in (
+        ("median", "tokens, median"),
+        ("longest", "tokens, longest"),
+        ("long", f"texts with {LONG} tokens or more"),
+        ("whole", "texts that stand there whole"),
+    ):
+        of = " of {texts}" if key in ("long", "whole") else ""
+        rows.append([name, *(f"{one[key]:g}{of.format(**one)}" for one in systems.values())])
+    lines = aligned(rows)
+    lines.append(
+        f"runs below {found['least']} tokens count as 0; a reference's are what any text of this kind has"
+    )
+    if found["longest"]:
+        head = ["system", "sample", "tokens", "of", "times", "licence", "file", "text"]
+        rows = [head]
+        for row in found["longest"]:
+            licence = row["licence"] or "unknown"
+            text = " ".join(row["text"].split())
+            text = text if len(text) <= 48 else text[:45] + "..."
+            rows.append([*(str(row[key]) for key in head[:5]), licence, row["file"], text])
+        lines += ["", *aligned(rows)]
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+
+def licences_of(source: str, names: set[str]) -> dict[str, str]:
+    """The licence of each of these documents, where the corpus records it: in the parts of one that was
+    scraped, or in rows with a field `licence` or `license`. Nothing is said of others.
+    """
+    path = Path(source)
+    if (path / CORPUS).is_file():
+        parts = json.loads((path / CORPUS).read_text("utf-8"))["parts"]
+        files = [path / part["file"] for part in parts]
+    elif path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.name.endswith((".jsonl", ".parquet")))
+    else:
+        files = [path] if path.is_file() and path.name.endswith((".jsonl", ".parquet")) else []
+    found: dict[str, str] = {}
+    for file in files:
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
+        for number, row in enumerate(rows, 1):
+            name = row.get("path") or row.get("name") or str(number)
+            name = f"{row['repository']}/{name}" if row.get("repository") else name
+            licence = next((row[field] for field in LICENCE_FIELDS if row.get(field)), None)
+            if name in names and licence is not None:
+                found.setdefault(name, str(licence))
+    return found
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as lines:
+        yield from (row for row in map(json.loads, filter(str.strip, lines)) if isinstance(row, dict))
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        wanted = {"path", "name", "repository", *LICENCE_FIELDS} & set(file.schema_arrow.names)
+        for batch in file.iter_batches(columns=sorted(wanted)):
+            yield from batch.to_pylist()

@@ -1,0 +1,58 @@
+"""Other wordings of the prompts of held-out examples, by name: how much a score hangs on the wording.
+
+A row of examples may hold, beside the prompt that is trained on, others in a field
+`{"prompts": {"verbose": ..., "simple": ...}}`. `python eval.py --checkpoint RUN --prompts verbose,simple`
+asks for the same completions with each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from corpus import Document
+from suites.scoring import Example
+from tokenstore import TokenStore
+
+
+def variant_names(asked: str) -> list[str]:
+    """The names in `asked`, between commas. Raises ValueError if one is there twice."""
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--prompts names {twice[0]} twice: name each once")
+    return names
+
+
+def with_prompts(
+    examples: Sequence[Example],
+    store: TokenStore,
+    documents: Iterable[tuple[str, Document]],
+    names: Sequence[str],
+) -> dict[str, list[Example]]:
+    """For each name the examples with their prompt of that name.
+
+    Args:
+        examples: Of `store`, where `where` is their number.
+        documents: Of `corpus.split_documents`, of the very data that the store was made of.
+
+    Raises:
+        ValueError: an example has no prompt of a name, or it is not text.
+    """
+    wanted = {example.where for example in examples}
+    held_out = (document for side, document in documents if side == store.split)
+    rows = {number: document for number, document in enumerate(held_out) if number in wanted}
+    found: dict[str, list[Example]] = {}
+    for name in names:
+        found[name] = []
+        for example in examples:
+            document = rows[example.where]
+            prompts = document.prompts or {}
+            if not isinstance(prompts.get(name), str):
+                has = ", ".join(sorted(map(str, prompts))) or "none"
+                raise ValueError(
+                    f"{document.where} has no prompt called {name!r} in its field prompts (it has {has}): "
+                    'give each row {"prompts": {"NAME": "..."}}, or leave --prompts out'
+                )
+            found[name].append(replace(example, prompt=prompts[name]))
+    return found

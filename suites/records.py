@@ -1,0 +1,93 @@
+"""What an eval.json holds, read back: its suites, and the statistics of every sample behind each score.
+
+No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metrics.registry import Metric, Scored, of_values, score
+from suites.passing import scores_of
+from suites.scoring import SUITES, Example
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """What an eval.json holds, unchecked. Raises ValueError if it cannot be read, or holds something else."""
+    try:
+        evaluation = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give an eval.json, as evaluation writes it"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"{path} holds a JSON {type(evaluation).__name__}, and no evaluation")
+    return evaluation
+
+
+def scored_again(
+    record: dict[str, Any], systems: list[str] | None = None, most: int | None = None
+) -> dict[str, dict[str, Scored]]:
+    """By system and metric the score of a record's own predictions, with a row for each sample; of programs,
+    by the results of their runs, with a row for each that could be judged.
+
+    Args:
+        record: Of a suite.
+        systems: Which; all if None.
+        most: How many of the samples, from the first; all if None.
+    """
+    suite, samples = SUITES[record["suite"]], record["samples"][:most]
+    clean, names = suite.clean, list(record["signatures"])
+    references, models = [clean(sample["reference"]) for sample in samples], models_of(record)
+    if suite.runs:
+        examples = examples_of(record)[:most]
+        results = {
+            system: [list(sample["results"][system]) for sample in samples]
+            for system in systems or record["scores"]
+        }
+        return scores_of(examples, results, dict(record["left_out"]), str(record["sandbox"]))
+    found: dict[str, dict[str, Scored]] = {}
+    for system in systems or record["scores"]:
+        draws = [
+            score(names, list(zip(map(clean, texts), references, strict=True)), record["language"], models)
+            for texts in zip(*(texts_of(sample, system) for sample in samples), strict=True)
+        ]
+        found[system] = {
+            name: Scored(draws[0][name].metric, np.mean([draw[name].rows for draw in draws], axis=0))
+            for name in names
+        }
+    return found
+
+
+def models_of(record: dict[str, Any]) -> dict[str, Metric]:
+    """The metrics of a record that a model computed, by the samples' scores that it holds."""
+    clean, found = SUITES[record["suite"]].clean, {}
+    for name, by_system in record.get("measured", {}).items():
+        values = {
+            (clean(text), clean(sample["reference"])): float(value)
+            for system, of_samples in by_system.items()
+            for sample, of_draws in zip(record["samples"], of_samples, strict=True)
+            for text, value in zip(texts_of(sample, system), of_draws, strict=True)
+        }
+        _, equals, *_ = record["signatures"][name].split("|")
+        found[name] = of_values(name, equals, values)
+    return found
+
+
+def examples_of(record: dict[str, Any]) -> list[Example]:
+    """What was asked."""
+    return [
+        Example(str(s["name"]), int(s["where"]), str(s["prompt"]), str(s["reference"]), s.get("suffix"))
+        for s in record["samples"]
+    ]
+
+
+def texts_of(sample: dict[str, Any], system: str) -> list[str]:
+    """All that a system drew for a sample."""
+    return [sample["predictions"][system], *sample.get("more", {}).get(system, [])]

@@ -1,0 +1,226 @@
+"""Evaluations side by side: differences are those of the metrics' own comparison; unlike ones are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_eval import command
+
+from metrics.registry import score
+from suites.comparing import compare_files
+from suites.records import scored_again
+from suites.scoring import SUITES, Example, Predictions, scored, suites_of
+
+PAIRS = SUITES["pairs"]
+METRICS = ["exact_match", "chrf"]
+
+
+def evaluation(seed: int, good: float, base: float | None = None, prompt: str = "say") -> dict[str, Any]:
+    """Of 40 samples, whose predictions are right with probability `good`."""
+    draw = np.random.default_rng(seed)
+    examples = [Example(f"f{i}", i, f"{prompt} {i}", f"def f_{i}(x):\n    return x + {i}") for i in range(40)]
+
+    def made(share: float) -> Predictions:
+        right = draw.random(40) < share
+        return Predictions(
+            [e.reference if ok else f"# {e.name}" for e, ok in zip(examples, right, strict=True)]
+        )
+
+    systems = {"model": made(good), **({"base": made(base)} if base is not None else {})}
+    systems |= {"copy": Predictions([e.prompt for e in examples])}
+    return {
+        "run": f"runs/{seed}",
+        "step": seed,
+        "suite": {"max_new_tokens": 9, **scored(PAIRS, examples, systems, METRICS, seed=3)},
+    }
+
+
+def write(folder: Path, *evaluations: dict[str, Any]) -> list[str]:
+    paths = []
+    for number, found in enumerate(evaluations):
+        run = folder / f"run{number}"
+        run.mkdir()
+        (run / "eval.json").write_text(json.dumps(found), "utf-8")
+        paths.append(str(run))
+    return paths
+
+
+def test_differences_are_the_paired_bootstraps_of_the_metrics(tmp_path):
+    a, b = evaluation(1, 0.2), evaluation(2, 0.9)
+    said = compare_files(write(tmp_path, a, b))
+    for name in METRICS:
+        pairs = [
+            [
+                (PAIRS.clean(s["predictions"]["model"]), PAIRS.clean(s["reference"]))
+                for s in e["suite"]["samples"]
+            ]
+            for e in (a, b)
+        ]
+        ours, theirs = (score([name], one)[name] for one in pairs)
+        found = theirs.compare(ours, 3)
+        gap = found.difference
+        assert (
+            f"{name}: B model less A model is {gap.mean:+.1f} [{gap.low:.1f}, {gap.high:.1f}], "
+            f"{found.verdict('A model')}" in said
+        )
+        for one in (ours, theirs):
+            at = one.interval(3)
+            assert f"{at.mean:.1f} [{at.low:.1f}, {at.high:.1f}]" in said
+    assert "better than A model by" in said
+    assert "A: runs/1, step 1, from" in said
+    assert " copy\n" in said
+
+
+def test_an_evaluation_against_itself_and_a_small_difference(tmp_path):
+    a = evaluation(1, 0.5)
+    paths = write(tmp_path, a, a)
+    assert "exact_match: B model less A model is +0.0 [0.0, 0.0], not distinguishable from A model: " in (
+        compare_files(paths)
+    )
+    near = copy.deepcopy(a)
+    sample = next(s for s in near["suite"]["samples"] if s["predictions"]["model"] != s["reference"])
+    sample["predictions"]["model"] = sample["reference"]
+    Path(paths[1], "eval.json").write_text(json.dumps(near), "utf-8")
+    assert "on 40 samples; about " in compare_files(paths)
+
+
+def test_bases_are_compared_with_bases_and_each_model_with_its_own(tmp_path):
+    said = compare_files(write(tmp_path, evaluation(1, 0.9, 0.1), evaluation(2, 0.9, 0.2)))
+    lines = [line.split(" is ")[0] for line in said.splitlines() if " less " in line]
+    assert lines == [
+        f"{name}: {pair}"
+        for name in METRICS
+        for pair in (
+            "A model less A base",
+            "B model less A model",
+            "B base less A base",
+            "B model less B base",
+        )
+    ]
+
+
+def test_wordings_are_compared_by_name_and_only_so(tmp_path):
+    """The two by two table: base and tuned, verbose and simple."""
+    a, b = evaluation(1, 0.9, 0.1), evaluation(2, 0.5, 0.4, prompt="in a few words, say")
+    paths = write(tmp_path, a, b)
+    with pytest.raises(ValueError, match=r"prompt of sample 1 is 'say 0' in one and 'in a few words"):
+        compare_files(paths)
+    for path, found, name in zip(paths, (a, b), ("verbose", "simple"), strict=True):
+        found["prompts"] = {name: found["suite"]}
+        Path(path, "eval.json").write_text(json.dumps(found), "utf-8")
+    said = compare_files([f"{paths[0]}:verbose", f"{paths[1]}/eval.json:simple"])
+    head = next(line for line in said.splitlines() if line.startswith("metric"))
+    assert head.split("  ")[-1].strip() == "best baseline"
+    for label in ("A verbose model", "A verbose base", "B simple model", "B simple base"):
+        assert label in head
+    assert "chrf: B simple base less A verbose base is +" in said
+    with pytest.raises(ValueError, match=r"not asked with prompts called 'simple' \(there are verbose"):
+        compare_files([f"{paths[0]}:simple", paths[1]])
+
+
+def changed(found: dict[str, Any], *keys: Any, to: Any) -> dict[str, Any]:
+    other = copy.deepcopy(found)
+    place = other
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = to
+    return other
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "says"),
+    [
+        (("suite", "max_new_tokens"), 64, "max_new_tokens is 9 in one and 64 in the other"),
+        (("suite", "language"), "kotlin", "language is 'python' in one and 'kotlin'"),
+        (("suite", "sampling"), {"temperature": 0.8}, "sampling is None in one and {'temperature': 0.8}"),
+        (("suite", "signatures", "chrf"), "chrf|2.6", "signature of chrf is 'chrf|"),
+        (
+            ("suite", "signatures"),
+            {"chrf": "x"},
+            r"metrics is \['chrf', 'exact_match'\] in one and \['chrf'\]",
+        ),
+        (("suite", "samples", 7, "reference"), "x", r"reference of sample 8 is 'def f_7"),
+        (("suite", "samples", 7, "id"), "x", "id of sample 8 is 'f7:7' in one and 'x'"),
+        (("suite", "samples", 7, "prompt"), "x", "prompt of sample 8 is 'say 7' in one and 'x'"),
+        (("suite", "samples", 7, "suffix"), "x", "suffix of sample 8 is None in one and 'x'"),
+        (("suite", "samples"), [], "number of samples is 40 in one and 0"),
+        (("suite", "suite"), "next_line", "suites are pairs in one and next_line in the other"),
+        (("suite", "samples", 3, "predictions"), {}, "not all of .* are whole evaluations"),
+        (("suite",), 3, "no whole evaluation"),
+    ],
+)
+def test_what_was_not_measured_alike_is_refused_with_both_values(tmp_path, keys, value, says):
+    a = evaluation(1, 0.5)
+    with pytest.raises(ValueError, match=says):
+        compare_files(write(tmp_path, a, changed(a, *keys, to=value)))
+
+
+def test_token_scores_are_compared_over_the_same_documents(tmp_path):
+    def with_tokens(found: dict[str, Any], factor: float, tokenizer: str) -> dict[str, Any]:
+        nats = [factor * (10.0 + i) for i in range(30)]
+        values = {
+            "tokens": 500,
+            "loss": 2.0,
+            "perplexity": 7.4,
+            "bits_per_byte": factor,
+            "top1": 0.5,
+            "top5": 0.6,
+        }
+        documents = {"names": list(map(str, range(30))), "bytes": [20] * 30, "nats": {"model": nats}}
+        return found | {
+            "side": "test",
+            "files": 30,
+            "bytes": 600,
+            "model": values,
+            "documents": documents,
+            "fingerprints": {"tokenizer": tokenizer},
+        }
+
+    a, b = with_tokens(evaluation(1, 0.5), 1.0, "t"), with_tokens(evaluation(2, 0.5), 0.5, "t")
+    paths = write(tmp_path, a, b)
+    said = compare_files(paths)
+    gap = -0.5 * sum(10 + i for i in range(30)) / np.log(2) / 600
+    assert f"bits per byte: B model less A model is {gap:+.4f} [" in said
+    assert "better on 30 documents" in said
+    assert "perplexity" in said
+    Path(paths[1], "eval.json").write_text(json.dumps(with_tokens(b, 0.5, "u")), "utf-8")
+    said = compare_files(paths)
+    assert "perplexity" not in said
+    assert "the tokenizers differ" in said
+    Path(paths[1], "eval.json").write_text(json.dumps(b | {"bytes": 601}), "utf-8")
+    assert "token scores are left out: they are over 600 bytes of 30 test files" in compare_files(paths)
+
+
+def test_several_draws_count_with_their_mean():
+    found = evaluation(1, 0.5)
+    record = found["suite"]
+    for sample in record["samples"]:
+        sample["more"] = {"model": [sample["reference"], "x"]}
+    rows = scored_again(record, ["model"])["model"]["exact_match"]
+    once = record["scores"]["model"]["exact_match"]["mean"]
+    assert rows.value == pytest.approx((once + 100 + 0) / 3)
+    assert suites_of(found | {"more_suites": [record]}) == [record, record]
+    assert suites_of({}) == []
+
+
+def test_the_command_compares_and_a_mistake_is_one_sentence(tmp_path):
+    paths = write(tmp_path, evaluation(1, 0.2), evaluation(2, 0.9))
+    done = command("--compare", *paths)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == compare_files(paths).strip()
+    for words in ((paths[0],), (), (*paths, "--rescore", "x"), (paths[0], tmp_path / "nowhere")):
+        done = command("--compare", *words)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_strangers_file_does_not_write_to_the_terminal(tmp_path):
+    a = evaluation(1, 0.5) | {"run": "\x1b[2Jx\u202e"}
+    said = compare_files(write(tmp_path, a, evaluation(2, 0.9)))
+    assert all(c.isprintable() or c == "\n" for c in said)
