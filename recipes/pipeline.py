@@ -141,6 +141,17 @@ def run(asked: Asked) -> int:
         ValueError: The base, the source, the settings or the folder do not fit; one sentence.
         SystemExit: With 75, when a signal asked training to stop.
     """
+    if hasattr(asked.module, "variants") and (several := asked.module.variants(asked.settings)):
+        made = {}
+        for name, settings in several.items():
+            print(f"\n=== {asked.name}, {name}", flush=True)
+            one = replace(asked, settings=replace(settings, out=str(asked.out / name)))
+            run(one)
+            made[name] = one.settings, one.out
+        text = asked.module.together(made)
+        write_atomically(asked.out / "report.txt", text + "\n")
+        print(f"\n{text}\n\nreport    {asked.out / 'report.txt'}")
+        return 0
     asked.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     config = asked.config()
@@ -148,6 +159,12 @@ def run(asked: Asked) -> int:
         config = with_small_base(asked, config)
         notes.append(SMALL_BASE)
     tokenizer = None if config.train.base is None else checked_base(config)
+    longest = asked.module.longest(asked.settings)
+    if config.train.row_length and config.train.row_length < longest:
+        raise ValueError(
+            f"--row_length is {config.train.row_length}, and the recipe's settings let an example have {longest} "
+            "tokens: raise it, or ask for shorter examples"
+        )
     build(asked, tokenizer)
     from recipes.training import finish
 
@@ -159,17 +176,17 @@ def run(asked: Asked) -> int:
 
 
 def with_small_base(asked: Asked, config: Config) -> Config:
-    """The settings with the base that this machine trains where none is named, and rows that fit it."""
+    """The settings with the base that this machine trains where none is named; its context holds a row."""
     from recipes.base import BaseConfig, make_base
 
     print(f"no --base is given: {SMALL_BASE}", flush=True)
-    settings = BaseConfig(asked.module.FAMILY, asked.settings.base_seconds, cache=config.data.cache)
-    base = make_base(settings)
-    words = ["--base", str(base)]
-    if config.row_length > settings.block_size or config.train.row_length > settings.block_size:
-        print(f"rows of {settings.block_size} tokens, which is the small base's context")
-        words += ["--row_length", str(settings.block_size)]
-    return asked.config(*words)
+    settings = BaseConfig(
+        asked.module.FAMILY,
+        asked.settings.base_seconds,
+        cache=config.data.cache,
+        block_size=max(config.train.row_length, asked.module.longest(asked.settings)),
+    )
+    return asked.config("--base", str(make_base(settings)))
 
 
 def checked_base(config: Config) -> Any:
@@ -271,7 +288,7 @@ def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
         precision = choose_precision(choose_device(train.device), precision_name)
         parts.append(str(gain_over_base(opened, data.test, precision)))
     if own := getattr(asked.module, "evaluate", None):
-        parts.append(own(asked.settings, opened))
+        parts.append(own(asked.settings, opened, result))
     parts.append(samples(result.get("suite", {"samples": []})["samples"]))
     pictures = draw_curves(Path(train.run))
     text = printable("\n\n".join(part for part in parts if part))
