@@ -75,9 +75,17 @@ SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
 
 import os
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig, check_ranges
+from config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    check_ranges,
+)
 from dataset import prepare_tokenizer
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model

@@ -73,6 +73,4 @@ def gain_over_base(run: Run, store: TokenStore, precision: Precision, seed: int 
     with adapters_disabled(run.model):
         base = nats_by_example(run.model, store, run.config.row_length, precision, numbers)
     comparison = compare(own, base, mean_of_sums, seed)
-    return Gain(
-        interval(own, mean_of_sums, seed).mean, interval(base, mean_of_sums, seed).mean, comparison
-    )
+    return Gain(interval(own, mean_of_sums, seed).mean, interval(base, mean_of_sums, seed).mean, comparison)

@@ -1,11 +1,11 @@
 """A recipe's steps in order: base, dataset, training, export, scores. What is done stays as it is.
 
-    OUT/dataset/        train.jsonl, validation.jsonl, test.jsonl, counts.json, and the card
-    OUT/run/            the training run: checkpoints, curves, eval.json
-    OUT/adapter/        for PEFT
-    OUT/merged/         for transformers
-    OUT/report.txt      the tables, and five samples
-    OUT/steps.json      what each step was made from
+OUT/dataset/        train.jsonl, validation.jsonl, test.jsonl, counts.json, and the card
+OUT/run/            the training run: checkpoints, curves, eval.json
+OUT/adapter/        for PEFT
+OUT/merged/         for transformers
+OUT/report.txt      the tables, and five samples
+OUT/steps.json      what each step was made from
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def parse_words(name: str, words: list[str]) -> Asked:
         sys.exit(0)
     for place in ("run", "data.source", "resume"):
         if any(word.split("=")[0] == f"--{place}" for word in rest):
-            parser.error(f"--{place} is the recipe's own; everything it makes goes to --out, and goes on there")
+            parser.error(
+                f"--{place} is the recipe's own; everything it makes goes to --out, and goes on there"
+            )
     values = parser.parse_args(mine).clone(with_meta=False).as_dict()
     values.pop("config", None)
     settings = module.Settings(**values)
@@ -100,7 +102,9 @@ def done(out: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ValueError(f"{out / 'steps.json'} cannot be read; remove {out}, or name another --out") from None
+        raise ValueError(
+            f"{out / 'steps.json'} cannot be read; remove {out}, or name another --out"
+        ) from None
 
 
 def mark(out: Path, step: str, made_from: Any) -> None:
@@ -307,7 +311,9 @@ def samples(found: list[dict[str, Any]]) -> str:
         prompt = prompt if len(prompt) <= SHOWN else "..." + prompt[-SHOWN:]
         if "suffix" in sample:
             prompt += f"[gap]{sample['suffix'][:SHOWN]}"
-        texts = {name: sample["predictions"][name] for name in ("base", "model") if name in sample["predictions"]}
+        texts = {
+            name: sample["predictions"][name] for name in ("base", "model") if name in sample["predictions"]
+        }
         lines = [f"--- {sample['id']}", prompt]
         for name, text in texts.items():
             lines += [f"--- {'tuned' if name == 'model' and 'base' in texts else name}", text.strip("\n")]
