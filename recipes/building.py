@@ -5,9 +5,13 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
     Settings                                 a frozen dataclass below RecipeSettings: its own flags
     FAMILY                                   model_type of the small base where none is given; None: no base
     EVALUATION                               fields of eval.EvalConfig that are not the default's
+    longest(settings) -> int                 most tokens of an example, with its end: what a row must hold
     build(settings, tokenizer, folder)       writes the dataset with `write_dataset`; returns its Counts.
                                              `tokenizer` is the base's; None where FAMILY is None
-    evaluate(settings, run) -> str           optional: tables of its own, after the run's
+    evaluate(settings, run, result) -> str   optional: tables of its own, after the run's, of a
+                                             `runmodel.Run` and what `eval.evaluate` returned
+    variants(settings) -> {name: settings}   optional: the recipe is run once for each, in OUT/name, and then
+    together({name: (settings, out)}) -> str says what they show side by side
 
 and a function `prompt_of(...)`, the only place where a prompt is made: for training, evaluation and serving.
 """
