@@ -23,10 +23,10 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from recipes.degradations import globals_of, parsed
+from recipes.degradations import parsed
 from sandbox_child import encode
 
-LIMITS = replace(sandbox.LIMITS, cpu=10, wall=30.0)
+LIMITS = replace(sandbox.LIMITS, cpu=10, wall=60.0)
 INPUTS = 16  # of each function
 CONTEXT_BYTES = 100_000
 LITERALS = 12  # of a function that become inputs
@@ -69,7 +69,8 @@ def context_of(module: str, source: str) -> str:
     future = [
         n for n, s in enumerate(statements) if isinstance(s, ast.ImportFrom) and s.module == "__future__"
     ]
-    chosen, wanted = set(future), list(globals_of(source))
+    # Defaults, decorators and hints are the module's own names, and need not be free in the function.
+    chosen, wanted = set(future), [n.id for n in ast.walk(parsed(source)) if isinstance(n, ast.Name)]
     seen: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -94,7 +95,7 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
             yield from _bound(node)  # pyright: ignore  # a handler has children as a statement has
         else:
             yield from (
-                n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)
+                n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
             )
 
 
@@ -176,7 +177,7 @@ def _value(
     kinds: Sequence[type], theme: type | None, literals: dict[type, list[Any]], draw: random.Random
 ) -> Any:
     kind = theme if theme in kinds else draw.choice(kinds)
-    pool = literals[kind] if kind in literals and draw.random() < 0.3 else POOLS[kind]
+    pool = literals[kind] if literals.get(kind) and draw.random() < 0.3 else POOLS[kind]
     return _copied(draw.choice(pool))
 
 
@@ -316,14 +317,18 @@ def observe(number, source, context, name, inputs):
         function = module.__dict__[name]
     except BaseException as error:
         return "%s: %s" % (type(error).__name__, str(error)[:200])
-    return [called(function, args, kwargs) for args, kwargs in inputs]
+    outcomes = []
+    for args, kwargs in inputs:
+        hangs = outcomes.count(["slow"]) > 1
+        outcomes.append(["slow"] if hangs else called(function, args, kwargs))
+    return outcomes
 
 def called(function, args, kwargs):
     printed = io.StringIO()
     try:
         try:
-            signal.setitimer(signal.ITIMER_PROF, 0.5)
-            signal.setitimer(signal.ITIMER_REAL, 3.0)
+            signal.setitimer(signal.ITIMER_PROF, 0.25)  # other load on the machine does not count
+            signal.setitimer(signal.ITIMER_REAL, 10.0)  # a sleep
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 value = function(*args, **kwargs)
                 room = [2000]
