@@ -27,6 +27,7 @@ from recipes.building import RecipeSettings, read_counts
 HERE = Path(__file__).parent
 SAMPLES = 5
 SHOWN = 600  # characters of a sample's prompt, from its end
+TO_BE_MADE = "(none yet)"  # the base, where the command line names none
 SMALL_BASE = "small base trained here, figures are not those of the published weights"
 
 
@@ -46,7 +47,8 @@ class Asked:
     def config(self, *more: str) -> Config:
         """The training settings: recipes/NAME.yaml, then the command line's, then where the data lie."""
         places = ["--data.source", str(self.out / "dataset"), "--run", str(self.out / "run")]
-        return parse_config(["--config", str(HERE / f"{self.name}.yaml"), *self.words, *more, *places])
+        base = [] if self.module.FAMILY is None else ["--base", TO_BE_MADE]
+        return parse_config([*base, "--config", str(HERE / f"{self.name}.yaml"), *self.words, *more, *places])
 
 
 # --- the command line --------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def run(asked: Asked) -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     config = asked.config()
-    if config.train.base is None and asked.module.FAMILY is not None:
+    if config.train.base == TO_BE_MADE:
         config = with_small_base(asked, config)
         notes.append(SMALL_BASE)
     tokenizer = None if config.train.base is None else checked_base(config)

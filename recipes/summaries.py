@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from recipes.building import Counts, RecipeSettings, write_dataset
 from recipes.classes import Class, classes_of
@@ -21,9 +21,6 @@ from recipes.files import read_files
 from recipes.nearby import nearest_of
 from scraping.documents import Document
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from runmodel import Run
 
 FAMILY = "llama"
 METRICS = ("chrf", "rougeL")
@@ -289,8 +286,13 @@ def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Toke
 # --- scores ------------------------------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, run: Run, result: dict[str, Any]) -> str:
-    """Greedy texts of the run's record and sampled ones, of the base and the tuned model, in one table."""
+def evaluate(settings: Settings, run: Any, result: dict[str, Any]) -> str:
+    """Greedy texts of the run's record and sampled ones, of the base and the tuned model, in one table.
+
+    Args:
+        run: A runmodel.Run, which is not named here: whoever reads annotations would import torch.
+        result: Of `eval.evaluate`.
+    """
     import json
 
     from config import write_atomically

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import eval as evaluation
+import suites.tokens
 from architecture import Decoder
 from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig, ModelConfig, one_sentence
@@ -20,6 +21,7 @@ from dataset import PreparedData, prepare_data, validation_batches
 from eval import EvalConfig
 from loss import score
 from precision import choose_precision
+from suites.tokens import ngram_scores, train_ngram
 from tokenizer import CodeTokenizer
 
 HOUSE = Path(__file__).parent.parent
@@ -113,9 +115,11 @@ def test_model_scores_do_not_depend_on_the_batch_size(data, model):
 
 
 def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, model, monkeypatch):
-    store, baseline = data.test, evaluation.train_ngram(data.train)
-    found = evaluation.ngram_scores(baseline, store, 64)
+    store, baseline = data.test, train_ngram(data.train)
+    found, by_document = ngram_scores(baseline, store, 64)
     assert found.tokens == score(model, validation_batches(store, 4, 64), FP32).tokens
+    alone = [-baseline.log_probs([document]).sum() for document in documents_of(store)]
+    assert by_document == pytest.approx(alone, rel=1e-12)
     nats, hits = 0.0, []
     for document in documents_of(store):
         nats -= baseline.log_probs([document]).sum()
@@ -123,21 +127,21 @@ def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, m
         hits += [top[i].tolist().index(x) if x in top[i] else 9 for i, x in enumerate(document[1:])]
     assert found.nats == pytest.approx(nats, rel=1e-12)
     assert (found.top1, found.top5) == (np.mean(np.array(hits) < 1), np.mean(np.array(hits) < 5))
-    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 300)
-    assert evaluation.ngram_scores(baseline, store, 64).nats == pytest.approx(nats, rel=1e-12)
+    monkeypatch.setattr(suites.tokens, "SCORED_TOKENS", 300)
+    assert ngram_scores(baseline, store, 64)[0].nats == pytest.approx(nats, rel=1e-12)
 
 
 def test_the_baseline_is_far_from_chance_and_better_on_its_own_training_files(data):
-    baseline = evaluation.train_ngram(data.train)
-    held_out, seen = (evaluation.ngram_scores(baseline, side, 64) for side in (data.test, data.train))
+    baseline = train_ngram(data.train)
+    held_out, seen = (ngram_scores(baseline, side, 64)[0] for side in (data.test, data.train))
     assert seen.loss < held_out.loss < 0.5 * np.log(BYTES.vocab_size)
 
 
 def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monkeypatch):
-    monkeypatch.setattr(evaluation, "BASELINE_TOKENS", data.train.n_tokens // 3)
-    part = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.test, 64)
+    monkeypatch.setattr(suites.tokens, "BASELINE_TOKENS", data.train.n_tokens // 3)
+    part = ngram_scores(train_ngram(data.train), data.test, 64)[0]
     monkeypatch.undo()
-    whole = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.test, 64)
+    whole = ngram_scores(train_ngram(data.train), data.test, 64)[0]
     assert whole.loss < part.loss
 
 
