@@ -74,7 +74,7 @@ def longest(settings: Settings) -> int:
 
 
 def prompt_of(prefix: str, suffix: str) -> str:
-    """What asks for a line where the tokenizer has no markers: what follows it first, so that it comes last."""
+    """What asks for a line where the tokenizer has no markers: what follows it first, so that it is last."""
     return f"# After the gap:\n{suffix.strip(chr(10))}\n# Before the gap:\n{prefix}"
 
 
@@ -110,7 +110,7 @@ def lines_of(path: str, text: str, before: int, after: int) -> Iterator[Line]:
 
 
 def page_of(path: str) -> str:
-    """The page that a file belongs to: the address before `#` in what `scraping site` stores, or its folder."""
+    """The page of a file: its folder, or the address before `#` in what `scraping site` stores."""
     if "#" in path:
         return path.partition("#")[0]
     inside = path.partition(FOLDER)[2] or path
@@ -189,7 +189,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         "A row is a line that has a letter or digit, with its indentation and the line break before it; the "
         f"{settings.lines_before} lines before it and the {settings.lines_after} after it; as {told}.\n\n"
         f"The pages of the {len(documents)} files of `{settings.source}` make {len(set(groups))} groups that "
-        f"share no text, each on one side. A line that has the same {NEIGHBOURS} lines around it as another is "
+        f"share no text, each on one side. A line with the same {NEIGHBOURS} lines around it as another is "
         f"taken once. Of {len(rows['test'])} test lines {stock} stand in training, too, elsewhere, as "
         "`app = FastAPI()` does: scores are given for the others apart."
     )

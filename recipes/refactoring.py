@@ -82,7 +82,7 @@ def refactored(
     became = Counter({"cannot be taken out": left_out.total()}) if left_out else Counter()
     lines = text.split("\n")
     new = answer([prompt_of(piece.source) for piece in found])
-    for piece, code in sorted(zip(found, new, strict=True), reverse=True):
+    for piece, code in list(zip(found, new, strict=True))[::-1]:  # so that lines above keep their numbers
         put, told = _taken(piece, code, text, check_behaviour)
         became[told] += 1
         if put is not None:
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
         result, became = refactored(text, _model(settings), settings.check_behaviour)
         names = (str(path), str(path))
         shown = difflib.unified_diff(text.splitlines(True), result.splitlines(True), *names)
-        _write("".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in shown))
+        _write("".join(line if line.endswith("\n") else f"{line}\n" for line in shown))
         changed = sum(count for told, count in became.items() if told.startswith("changed"))
         kept = became.total() - changed
         print(f"{became.total()} functions: {changed} changed, {kept} kept as they were", file=sys.stderr)
