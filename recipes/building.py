@@ -8,8 +8,8 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
     longest(settings) -> int                 most tokens of an example, with its end: what a row must hold
     build(settings, tokenizer, folder)       writes the dataset with `write_dataset`; returns its Counts.
                                              `tokenizer` is the base's; None where FAMILY is None
-    evaluate(settings, run, result) -> str   optional: tables of its own, after the run's, of a
-                                             `runmodel.Run` and what `eval.evaluate` returned
+    evaluate(settings, scoring, result)      optional: tables of its own, as text, after the run's; of the
+                                             eval.EvalConfig that it was scored by, and of the result
     variants(settings) -> {name: settings}   optional: the recipe is run once for each, in OUT/name, and then
     together({name: (settings, out)}) -> str says what they show side by side
 
@@ -19,13 +19,16 @@ and a function `prompt_of(...)`, the only place where a prompt is made: for trai
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from config import write_atomically
 
+T = TypeVar("T")
 SIDES = ("train", "validation", "test")
 CARD = "README.md"
 COUNTS = "counts.json"
@@ -112,6 +115,24 @@ def write_dataset(
     table = "\n".join(f"    {line}" for line in counts.lines())
     write_atomically(folder / CARD, f"# {title}\n\n{about.strip()}\n\n## Counts\n\n{table}\n")
     return counts
+
+
+def split(items: Sequence[T], seed: int, test_share: float, validation_share: float) -> dict[str, list[T]]:
+    """The items by side, in their order; sizes are rounded up.
+
+    Args:
+        seed: Of numpy's permutation, whose first items are test, and the next ones validation.
+        test_share: Of all.
+        validation_share: Of those that are not test.
+    """
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    n_test = math.ceil(test_share * len(order))
+    n_validation = math.ceil(validation_share * (len(order) - n_test))
+    edges = (0, n_test, n_test + n_validation, len(order))
+    sides = zip(("test", "validation", "train"), pairwise(edges), strict=True)
+    return {side: [items[i] for i in sorted(order[start:end])] for side, (start, end) in sides}
 
 
 def read_counts(folder: Path) -> Counts:

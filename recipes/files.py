@@ -37,7 +37,7 @@ def read_files(
     """
     if not source:
         raise ValueError(
-            f"no source is named: give --source a folder, an archive, a .jsonl file or a repository with {extension} files"
+            f"no source is named: give --source a folder, archive, .jsonl or repository of {extension} files"
         )
     if revision and "://" not in source:
         raise ValueError(

@@ -114,8 +114,7 @@ def mark(out: Path, step: str, made_from: Any) -> None:
 
 
 def sources(settings: RecipeSettings) -> dict[str, str]:
-    """A fingerprint of each file or folder that a setting names: bytes of a file; names, sizes and times below
-    a folder."""
+    """A fingerprint of each file or folder that a setting names: of a folder by names, sizes and times."""
     found = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -131,8 +130,8 @@ def sources(settings: RecipeSettings) -> dict[str, str]:
             folders.sort()
             for name in sorted(files):
                 state = os.lstat(os.path.join(folder, name))
-                line = f"{os.path.relpath(os.path.join(folder, name), path)} {state.st_size} {state.st_mtime_ns}\n"
-                digest.update(os.fsencode(line))
+                inner = os.path.relpath(os.path.join(folder, name), path)
+                digest.update(os.fsencode(f"{inner} {state.st_size} {state.st_mtime_ns}\n"))
         found[field.name] = digest.hexdigest()
     return found
 
@@ -168,8 +167,8 @@ def run(asked: Asked) -> int:
     longest = asked.module.longest(asked.settings)
     if config.train.row_length and config.train.row_length < longest:
         raise ValueError(
-            f"--row_length is {config.train.row_length}, and the recipe's settings let an example have {longest} "
-            "tokens: raise it, or ask for shorter examples"
+            f"--row_length is {config.train.row_length}, and the recipe's settings let an example have "
+            f"{longest} tokens: raise it, or ask for shorter examples"
         )
     build(asked, tokenizer)
     from recipes.training import finish
@@ -196,7 +195,7 @@ def with_small_base(asked: Asked, config: Config) -> Config:
 
 
 def checked_base(config: Config) -> Any:
-    """The tokenizer that training will use; a base that lacks the recipe's targets is refused before all else.
+    """The tokenizer that training will use; a base without the recipe's targets is refused before all else.
 
     Raises:
         ValueError: The base cannot be opened, or has no such modules.
@@ -213,8 +212,8 @@ def checked_base(config: Config) -> Any:
             select_targets(modules, config.lora.targets)
         except ValueError as error:
             raise ValueError(
-                f"{config.train.base} is of the family {found.family.model_type}, which this recipe's settings "
-                f"do not fit: {error}; set --lora.targets, or take another --base"
+                f"{config.train.base} is of the family {found.family.model_type}, which this recipe's "
+                f"settings do not fit: {error}; set --lora.targets, or take another --base"
             ) from None
     return starting_tokenizer(config, found)
 
@@ -267,42 +266,38 @@ def export_run(out: Path, config: Config) -> list[str]:
 
 
 def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
-    """The tables, verdicts and samples; also in OUT/report.txt."""
+    """The tables, verdicts and samples, also in OUT/report.txt; made anew where what they are of changed."""
+    from checkpoint import checkpoints
     from curves import draw_curves
-    from dataset import prepare_data
     from eval import EvalConfig, evaluate, table, write_results
     from generate import printable
-    from precision import choose_device, choose_precision
-    from runmodel import load_run
 
     out, train = asked.out, config.train
-    precision_name = train.precision if train.eval_precision == "auto" else train.eval_precision
+    precision = train.precision if train.eval_precision == "auto" else train.eval_precision
     fields = {"samples": asked.settings.eval_samples, "source": config.data.source} | asked.module.EVALUATION
-    settings = EvalConfig(
-        train.run, device=train.device, precision=precision_name, cache=config.data.cache, **fields
+    scoring = EvalConfig(
+        train.run, device=train.device, precision=precision, cache=config.data.cache, **fields
     )
-    result = evaluate(settings)
-    write_results(result, settings)
-    opened = load_run(train.run)
-    parts = [f"{asked.name}: best checkpoint, step {opened.step}, on all {result['side']} examples"]
-    parts += [f"NOTE: {note}" for note in notes]
-    parts.append(table(result))
-    if opened.config.lora.r:
-        from recipes.gains import gain_over_base
-
-        data = prepare_data(replace(config.data, cache=settings.cache), opened.tokenizer)
-        precision = choose_precision(choose_device(train.device), precision_name)
-        parts.append(str(gain_over_base(opened, data.test, precision)))
-    if own := getattr(asked.module, "evaluate", None):
-        parts.append(own(asked.settings, opened, result))
-    parts.append(samples(result.get("suite", {"samples": []})["samples"]))
-    pictures = draw_curves(Path(train.run))
-    text = printable("\n\n".join(part for part in parts if part))
-    write_atomically(out / "report.txt", text + "\n")
+    manifests = checkpoints(Path(train.run) / "checkpoints")
+    made_from = [[m.step, m.files] for m in manifests], vars(scoring), vars(asked.settings), notes
+    made_from = json.loads(json.dumps(made_from))
+    report = out / "report.txt"
+    if done(out).get("scores") != made_from or not report.is_file():
+        result = evaluate(scoring)
+        step, side = result["step"], result["side"]
+        parts = [f"{asked.name}: best checkpoint, step {step}, on all {side} examples"]
+        parts += [f"NOTE: {note}" for note in notes]
+        parts.append(table(result))
+        if own := getattr(asked.module, "evaluate", None):
+            parts.append(own(asked.settings, scoring, result))
+        parts.append(samples(result.get("suite", {"samples": []})["samples"]))
+        write_results(result, scoring)
+        write_atomically(report, printable("\n\n".join(part for part in parts if part)) + "\n")
+        mark(out, "scores", made_from)
     places = [f"dataset   {out / 'dataset'}"]
     places += [f"{name:<10}{out / name}" for name in ("adapter", "merged", "model") if (out / name).is_dir()]
-    places += [f"curves    {', '.join(map(str, pictures))}", f"report    {out / 'report.txt'}"]
-    return "\n\n" + text + "\n\n" + "\n".join(places)
+    places += [f"curves    {', '.join(map(str, draw_curves(Path(train.run))))}", f"report    {report}"]
+    return "\n\n" + report.read_text("utf-8") + "\n" + "\n".join(places)
 
 
 def samples(found: list[dict[str, Any]]) -> str:

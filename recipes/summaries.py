@@ -8,14 +8,15 @@ none. Texts are made greedily and by nucleus sampling with a seed.
 
 from __future__ import annotations
 
-import math
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.building import Counts, RecipeSettings, write_dataset
+from config import write_atomically
+from recipes.building import Counts, RecipeSettings, split, write_dataset
 from recipes.classes import Class, classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
@@ -26,7 +27,7 @@ FAMILY = "llama"
 METRICS = ("chrf", "rougeL")
 EVALUATION: dict[str, Any] = {"metrics": ",".join(METRICS)}
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of all, and of what is not test
-PROMPTS = ("verbose", "simple")
+RECORD = "summaries.json"  # the texts behind the table, in the run's folder
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def prompt_of(name: str, code: str, prompt: str, related: Sequence[str] = ()) ->
     Args:
         name: Of the class.
         code: Of the class, without docstrings.
-        prompt: One of PROMPTS.
+        prompt: `verbose` or `simple`.
         related: Other classes, as `example_of` shows them.
     """
     before = "".join(f"{one}\n\n" for one in related)
@@ -125,7 +126,7 @@ def fitted_prompt(one: Class, related: Sequence[str], settings: Settings, tokeni
 
 
 def first_lines(text: str, tokens: int, tokenizer: Tokenizer) -> str:
-    """As many whole first lines as have at most so many tokens; of a first line that has more, its beginning."""
+    """As many whole first lines as have at most so many tokens; of a first line with more, its beginning."""
     ids = tokenizer.encode(text)
     if len(ids) <= tokens:
         return text
@@ -156,7 +157,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
             + "; name another --source"
         )
     chosen = [one for one in found if not (reason := unfit(one, settings)) or counts.drop(reason)]
-    sides = split(chosen, settings.split_seed)
+    sides = split(chosen, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
     shortened = sum(_docstring(one, settings, tokenizer) != one.docstring for one in chosen)
     rows = {
         side: [
@@ -171,18 +172,30 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         rows,
         counts,
         "Classes and their docstrings",
-        f"""
-A class is every `class` statement of a `.py` file of `{settings.source}`{f" at {settings.revision}" if settings.revision else ""}, nested ones too. It is an
-example if its own docstring, as `ast` finds it, has at least {settings.min_words} words between spaces and line breaks. A
-prompt holds the code from the first decorator on, without the docstrings of the class and of whatever is
-inside, at most {settings.code_tokens} tokens of it in whole lines ({cut} of {len(chosen)} classes lose their end), and the
-{settings.prompt} instruction. A completion is the docstring without its indentation; {shortened} are cut to their first
+        about(settings, unparsed, cut, shortened, len(chosen)),
+    )
+
+
+def about(settings: Settings, unparsed: int, cut: int, shortened: int, n: int) -> str:
+    """The card's text."""
+    revision = f" at {settings.revision}" if settings.revision else ""
+    related = (
+        f"Before it stand the {settings.related} training classes most like it, with their docstrings.\n"
+        if settings.related
+        else ""
+    )
+    return f"""
+A class is every `class` statement of a `.py` file of `{settings.source}`{revision}, nested ones too.
+It is an example if its own docstring, as `ast` finds it, has at least {settings.min_words} words between
+spaces and line breaks. A prompt holds the {settings.prompt} instruction and the code from the first decorator
+on, without the docstrings of the class and of whatever is inside: at most {settings.code_tokens} tokens,
+in whole lines ({cut} of {n} classes lose their end).
+{related}A completion is the docstring without its indentation; {shortened} are cut to their first
 {settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse.
 
-The split is drawn by seed {settings.split_seed}: a fifth of all is test, and a tenth of the rest validation, by which the
-best checkpoint is chosen. Classes of one file may stand on two sides.
-""",
-    )
+The split is drawn by seed {settings.split_seed}: a fifth of all is test, and a tenth of the rest
+validation, by which the best checkpoint is chosen. Classes of one file may stand on two sides.
+"""
 
 
 def unfit(one: Class, settings: Settings) -> str:
@@ -229,21 +242,6 @@ def _words(text: str) -> list[str]:
     return [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", text)]
 
 
-def split(chosen: Sequence[Class], seed: int) -> dict[str, list[Class]]:
-    """Test is the first fifth, rounded up, of numpy's permutation of the seed; validation a tenth of the rest."""
-    import numpy as np
-
-    order = np.random.default_rng(seed).permutation(len(chosen)).tolist()
-    n_test = math.ceil(TEST_SHARE * len(order))
-    n_validation = math.ceil(VALIDATION_SHARE * (len(order) - n_test))
-    ends = {"test": n_test, "validation": n_test + n_validation, "train": len(order)}
-    start, sides = 0, {}
-    for side, end in ends.items():
-        sides[side] = [chosen[i] for i in sorted(order[start:end])]
-        start = end
-    return sides
-
-
 def _docstring(one: Class, settings: Settings, tokenizer: Tokenizer) -> str:
     return first_lines(one.docstring, settings.docstring_tokens - 1, tokenizer).rstrip()
 
@@ -251,7 +249,7 @@ def _docstring(one: Class, settings: Settings, tokenizer: Tokenizer) -> str:
 def _with_related(
     own: Sequence[Class], train: Sequence[Class], settings: Settings, tokenizer: Tokenizer
 ) -> list[tuple[Class, list[str]]]:
-    """Each with what retrieval finds among the training classes, never itself: no held-out docstring is shown."""
+    """Each with what retrieval finds among the training classes, but for itself."""
     if not settings.related:
         return [(one, []) for one in own]
     found = nearest_of([one.code for one in own], [one.code for one in train], settings.related + 1)
@@ -286,37 +284,31 @@ def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Toke
 # --- scores ------------------------------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, run: Any, result: dict[str, Any]) -> str:
-    """Greedy texts of the run's record and sampled ones, of the base and the tuned model, in one table.
+def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+    """Greedy texts of the run's scores and sampled ones, of the base and the tuned model, in one table.
 
     Args:
-        run: A runmodel.Run, which is not named here: whoever reads annotations would import torch.
-        result: Of `eval.evaluate`.
+        scoring: An eval.EvalConfig, not named here: whoever reads annotations would import torch.
+        result: Of `eval.evaluate` by it.
     """
-    import json
+    from eval import evaluate as evaluated
 
-    from config import write_atomically
-    from recipes.sampling import sampled
-
-    texts = sampled(run, result["suite"], settings.temperature, settings.top_p, settings.sampling_seed)
-    samples = result["suite"]["samples"]
-    record = {
-        "references": [sample["reference"] for sample in samples],
-        "greedy": {s: [sample["predictions"][s] for sample in samples] for s in ("base", "model")},
-        "sampled": texts,
-    }
-    write_atomically(run.folder / "summaries.json", json.dumps(record, indent=1))
+    how = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.sampling_seed}
+    drawn = evaluated(replace(scoring, suite="pairs", **how))["suite"]["samples"]
+    found = {"greedy": result["suite"]["samples"], "sampled": sorted(drawn, key=lambda sample: sample["id"])}
+    found["greedy"] = sorted(found["greedy"], key=lambda sample: sample["id"])
+    if [one["id"] for one in found["greedy"]] != [one["id"] for one in found["sampled"]]:
+        raise ValueError("other examples were sampled than completed greedily; set --sampling_seed 0")
+    record: dict[str, Any] = {"references": [sample["reference"] for sample in found["greedy"]]}
+    for way, samples in found.items():
+        record[way] = {s: [sample["predictions"][s] for sample in samples] for s in ("base", "model")}
+    write_atomically(Path(scoring.checkpoint) / RECORD, json.dumps(record, indent=1))
     return table({settings.prompt: record}, settings)
 
 
 def together(made: dict[str, tuple[Settings, Path]]) -> str:
     """The table of both prompts, from what each run's `evaluate` wrote."""
-    import json
-
-    records = {
-        name: json.loads((out / "run" / "summaries.json").read_text("utf-8"))
-        for name, (_, out) in made.items()
-    }
+    records = {name: json.loads((out / "run" / RECORD).read_text("utf-8")) for name, (_, out) in made.items()}
     (settings, _), *_ = made.values()
     return table(records, settings)
 
@@ -327,8 +319,8 @@ def table(records: dict[str, Any], settings: Settings) -> str:
     from metrics.registry import score
     from suites.scoring import aligned
 
-    ways = {"greedy": "greedy", "sampled": f"top-p {settings.top_p:g}, temperature {settings.temperature:g}"}
-    rows = [["scenario", *(f"{metric}, {way}" for way in ways for metric in METRICS)]]
+    ways = {"greedy": "greedy", "sampled": f"p {settings.top_p:g}, t {settings.temperature:g}"}
+    rows = [["scenario", *(f"{metric}, {said}" for said in ways.values() for metric in METRICS)]]
     verdicts = []
     for prompt, record in records.items():
         scored = {
@@ -348,5 +340,6 @@ def table(records: dict[str, Any], settings: Settings) -> str:
                 )
                 verdicts.append(f"{prompt} prompt, {metric}, {way}: {verdict}")
     n = len(next(iter(records.values()))["references"])
-    head = f"docstrings of {n} test classes, with 95% intervals; sampled is {ways['sampled']}, seed {settings.sampling_seed}"
+    seed = settings.sampling_seed
+    head = f"docstrings of {n} test classes, with 95% intervals; sampling is by seed {seed}"
     return "\n".join([head, *aligned(rows), *verdicts])
