@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import leaks
 from config import DataConfig
@@ -37,9 +37,6 @@ from fim import fim_prompt_ids, known_markers
 from recipes.building import SIDES, Counts, RecipeSettings, write_dataset
 from recipes.files import read_files
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from runmodel import Run
 
 FAMILY = "codegen"
 EVALUATION: dict[str, Any] = {"metrics": "exact_match,edit_similarity,bleu_code"}
@@ -222,13 +219,18 @@ def _documents(settings: Settings, work: Path) -> list[tuple[str, str]]:
 # --- what predictions are worth ----------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, run: Run, result: dict[str, Any]) -> str:
-    """Exact match of the test lines that training has nowhere, and of the others, for every system."""
+def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+    """Exact match of the test lines that training has nowhere, and of the others, for every system.
+
+    Args:
+        scoring: The eval.EvalConfig of the scores; its source is the dataset.
+        result: Of `eval.evaluate` by it.
+    """
     from metrics.intervals import share_interval
     from suites.scoring import aligned
 
     samples = result.get("suite", {}).get("samples", [])
-    rows = (Path(run.config.data.source) / "train.jsonl").read_text("utf-8").splitlines()
+    rows = (Path(scoring.source) / "train.jsonl").read_text("utf-8").splitlines()
     known = {(row.get("middle") or row.get("completion", "")).strip() for row in map(json.loads, rows)}
     parts = {
         "lines that training has nowhere": [s for s in samples if s["reference"].strip() not in known],

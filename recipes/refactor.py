@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from config import DataConfig
 from corpus import SPLITS, split_documents
@@ -32,9 +32,6 @@ from recipes.behaviour import Judgement, agreements, context_of
 from recipes.building import Counts, RecipeSettings, write_dataset
 from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, parsed
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from runmodel import Run
 
 FAMILY = "gpt_bigcode"
 EVALUATION = {"metrics": "exact_match,edit_similarity,bleu_code,codebleu"}
@@ -353,16 +350,20 @@ def about(settings: Settings, found: Sequence[Found]) -> str:
 # --- what predictions are worth ------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, run: Run, result: dict[str, Any]) -> str:
+def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     """The share of predictions that keep behaviour, for every system of the result, copying among them.
 
-    Counted are the test examples whose function can be run. It goes into `result`; the table is returned.
+    Counted are the test examples whose function can be run.
+
+    Args:
+        scoring: The eval.EvalConfig of the scores; its source is the dataset.
+        result: Of `eval.evaluate` by it; gets the judgements.
     """
     samples = result.get("suite", {}).get("samples", [])
     if not (samples and settings.check_behaviour):
         return ""
     contexts = {}
-    for line in (Path(run.config.data.source) / "test.jsonl").read_text("utf-8").splitlines():
+    for line in (Path(scoring.source) / "test.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         contexts[row["prompt"]] = row.get("context")
     cases = [
