@@ -753,6 +753,11 @@ def prove_overfit(manager: TrainingManager) -> bool:
 
 def main(config: Config) -> None:
     with one_sentence():
+        if config.train.plan:
+            from plan import plan
+
+            print(plan(config))
+            return
         if config.train.prove_resume:
             from proofs import prove_resume
 

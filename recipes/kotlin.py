@@ -116,8 +116,8 @@ The `.kt` files of `{settings.source}`{revision}, without copyright headers. Win
 another's prompt. Each is cut once, {inside} of them inside of a line. {twice} windows that another one equals
 are left out.
 
-The files were split by seed {settings.split_seed} before they were cut: a tenth is test, and a tenth of the rest
-validation, by which the best checkpoint is chosen.
+The files were split by seed {settings.split_seed} before they were cut: a tenth is test, and a tenth of the
+rest validation, by which the best checkpoint is chosen.
 """
 
 
@@ -144,7 +144,8 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 def windows_of(text: str, name: str, size: int, tokenizer: Tokenizer) -> Iterator[Window]:
     """Windows of at most `size` tokens that follow each other through the text, each cut into two.
 
-    A window ends where the last line does that fits; only in a long line it ends inside. The cut is drawn by a hash of the file's name and the window's place.
+    A window ends where the last line does that fits; only in a long line it ends inside. The cut is drawn by
+    a hash of the file's name and the window's place.
     """
     pieces = whole_pieces(tokenizer, tokenizer.encode(text))
     start, number = 0, 0
