@@ -164,19 +164,22 @@ def inputs_for(source: str, n: int = INPUTS, seed: int = 0) -> list[Input]:
 def _literals(function: ast.AST) -> dict[type, list[Any]]:
     found: dict[type, list[Any]] = {}
     for node in ast.walk(function):
-        if isinstance(node, ast.Constant) and type(node.value) in (int, str, float, bytes):
-            values = found.setdefault(type(node.value), [])
-            # A number above a thousand may be a length to fill, and a text over lines is a docstring.
-            small = abs(node.value) <= 1000 if isinstance(node.value, int | float) else len(node.value) <= 40
-            if small and node.value not in values and len(values) < LITERALS:
-                values.append(node.value)
+        value = node.value if isinstance(node, ast.Constant) else None
+        # A number above a thousand may be a length to fill, and a long text is a docstring.
+        if isinstance(value, str | bytes):
+            small = len(value) <= 40
+        else:
+            small = type(value) in (int, float) and isinstance(value, int | float) and abs(value) <= 1000
+        values = found.setdefault(type(value), [])
+        if small and value not in values and len(values) < LITERALS:
+            values.append(value)
     return found
 
 
 def _value(
     kinds: Sequence[type], theme: type | None, literals: dict[type, list[Any]], draw: random.Random
 ) -> Any:
-    kind = theme if theme in kinds else draw.choice(kinds)
+    kind = theme if theme is not None and theme in kinds else draw.choice(kinds)
     pool = literals[kind] if literals.get(kind) and draw.random() < 0.3 else POOLS[kind]
     return _copied(draw.choice(pool))
 

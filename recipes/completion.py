@@ -106,7 +106,7 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
     from scraping import build, clean, dedup, local, stdlib
     from scraping.source import open_ledger
 
-    place = {"folder": str(folder)}
+    place: dict[str, Any] = {"folder": str(folder)}
     with contextlib.redirect_stdout(io.StringIO()):  # what they print is counted here
         if settings.source == "stdlib":
             stdlib.run(stdlib.Settings(**place))

@@ -155,7 +155,9 @@ def _write(text: str) -> None:
 def _model(settings: RefactorConfig) -> Callable[[list[str]], list[str]]:
     from generate import CommandConfig, GenerationConfig, generate, open_model, prompt_ids
 
-    asked = CommandConfig(settings.model, ("",), adapter=settings.adapter, device=settings.device)
+    asked = CommandConfig(
+        model=settings.model, prompt=("",), adapter=settings.adapter, device=settings.device
+    )
     model, tokenizer = open_model(asked)
     room = model.config.block_size
 

@@ -121,7 +121,8 @@ def test_the_whole_recipe(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     flags = (
         "--format none --eval_samples 6 --decoded 4 --line_tokens 8 --max_steps 3 --batch_size 2 "
         "--samples 0 --model.block_size 64 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 "
-        "--tokenizer.vocab_size 400 --data.order easy-first --data.difficulty rarity --validate_every 0 --data.workers 1"
+        "--tokenizer.vocab_size 400 --data.order easy-first --data.difficulty rarity --validate_every 0 "
+        "--data.workers 1"
     )
     assert main(["completion", "--source", str(source), *flags.split()]) == 0
     said = capsys.readouterr().out

@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_recipes import tiny
 
 from fim import fim_prompt_ids, known_markers
+from recipes.__main__ import main
 from recipes.fastapi import Settings, build, grouped, lines_of, page_of, prompt_of, row_of, sides_of
 from tokenizer import BPETokenizer, PretrainedTokenizer
 
@@ -150,3 +152,23 @@ def test_a_source_without_python_is_refused(plain: BPETokenizer, tmp_path: Path)
     (tmp_path / "docs" / "main.kt").write_text("fun main() {}\n")
     with pytest.raises(ValueError, match=r"holds no \.py file"):
         build(Settings(source=str(tmp_path / "docs")), plain, tmp_path / "dataset")
+
+
+def test_the_whole_recipe_on_a_base_in_four_bits(
+    source: Path, plain: BPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny("codegen", plain, tmp_path / "base", 512)  # of its heads two places turn: no layout shows
+    flags = (
+        "--eval_samples 6 --max_steps 2 --batch_size 2 --accumulation 1 --samples 0 --validate_every 1 "
+        "--patience 0 --allow worse-than-unigram,setting-ignored --base_format nf4 --data.workers 1"
+    )
+    assert main(["fastapi", "--base", str(base), "--source", str(source), *flags.split()]) == 0
+    out = tmp_path / "runs/fastapi"
+    assert "lines that training has nowhere" in (out / "report.txt").read_text()
+    assert all((out / f"run/curves/{name}.png").is_file() for name in ("loss", "grad_norm", "accuracy"))
+    adapter = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (8, 32)
+    assert {"wte", "qkv_proj", "out_proj", "fc_in", "fc_out"} <= set(adapter["target_modules"])
+    config = (out / "run/config.yaml").read_text()
+    assert "base_format: nf4" in config and "<fim_prefix>" in config

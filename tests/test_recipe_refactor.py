@@ -11,10 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_recipes import tiny
 
 import sandbox
 from corpus import split_of
 from recipes import refactor
+from recipes.__main__ import main
 from recipes.degradations import STRATEGIES, parsed
 from recipes.refactor import (
     HEADER,
@@ -27,6 +29,7 @@ from recipes.refactor import (
     prompt_of,
     shape_of,
 )
+from recipes.refactoring import main as refactor_file
 from recipes.refactoring import refactored
 from tokenizer import BPETokenizer
 
@@ -293,3 +296,47 @@ def test_every_prompt_is_made_by_one_function() -> None:
         texts = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
         held = sum(isinstance(text, str) and HEADER in text for text in texts)
         assert held == (path == Path(refactor.__file__))
+
+
+@isolated
+def test_the_whole_recipe_and_a_file_refactored_by_its_model(
+    source: Path,
+    tokenizer: BPETokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny("gpt_bigcode", tokenizer, tmp_path / "base", 320)
+    flags = (
+        "--strategies [names,loops] --max_tokens 320 --row_length 320 --eval_samples 4 --max_steps 2 "
+        "--accumulation 1 --allow worse-than-unigram,split-leaks --samples 0 --validate_every 0 "
+        "--patience 0 --data.workers 1"
+    )
+    assert main(["refactor", "--base", str(base), "--source", str(source), *flags.split()]) == 0
+    report = (tmp_path / "runs/refactor/report.txt").read_text()
+    kept = {line.split()[0]: line.split()[1] for line in report.split("behaviour kept")[1].splitlines()[2:7]}
+    assert kept["copy"] == "100.0" and kept["model"] == "0.0"  # the base is drawn: it writes no Python
+    config = (tmp_path / "runs/refactor/run/config.yaml").read_text()
+    for setting in ("r: 16", "alpha: 32", "dropout: 0.08", "warmup_steps: 500", "weight_decay: 0.02"):
+        assert setting in config
+    assert (tmp_path / "runs/refactor/adapter/adapter_config.json").is_file()
+    file = tmp_path / "file.py"
+    file.write_text(TEXT)
+    capsys.readouterr()
+    words = ["--recipe", "refactor", "--model", "runs/refactor/run", "--file", str(file), "--write"]
+    refactor_file([*words, "--max_new_tokens", "12"])
+    said = capsys.readouterr()
+    assert said.out == "" and "3 functions: 0 changed, 3 kept as they were" in said.err
+    assert file.read_text() == TEXT
+
+
+def test_a_base_of_another_family_is_refused(
+    source: Path, tokenizer: BPETokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny("codegen", tokenizer, tmp_path / "base", 1024)
+    with pytest.raises(SystemExit) as exit:
+        main(["refactor", "--base", str(base), "--source", str(source), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert "is of the family codegen" in said and "no c_attn, no c_proj" in said and "qkv_proj" in said
