@@ -78,16 +78,17 @@ class Plan:
         cost, train = self.cost, self.config.train
         tokens = train.batch_size * train.accumulation * self.row_tokens
         rest = cost.peak - cost.held_bytes - cost.trained_bytes
+        seconds = self.step_seconds
         where = " (in saving)" if cost.save_bytes > cost.step_bytes else ""
         lines = [
             f"peak memory      {cost.peak / 1e9:.2f} GB{where}",
             f"  weights        {cost.held_bytes / 1e9:.2f} GB, frozen ones",
             f"  what trains    {cost.trained_bytes / 1e9:.2f} GB, with gradients and optimizer state",
             f"  the rest       {rest / 1e9:.2f} GB, activations and the program",
-            f"steps an hour    {3600 / self.step_seconds:,.0f}, of {tokens:,} tokens and {self.step_seconds:.2f} s",
+            f"steps an hour    {3600 / seconds:,.0f}, of {tokens:,} tokens and {seconds:.2f} s",
         ]
         if train.max_steps:
-            hours = train.max_steps * self.step_seconds / 3600
+            hours = train.max_steps * seconds / 3600
             lines.append(f"{train.max_steps:,} steps".ljust(17) + f"{hours:.2f} hours")
         lines.append(
             f"measured just now with {DEPTHS[0]} and {DEPTHS[1]} of {self.n_layer} blocks, at full width, on "

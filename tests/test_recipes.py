@@ -276,7 +276,10 @@ def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPEToken
 # --- small bases -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt_bigcode", "codegen", "phi", "llama"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt_bigcode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("codegen", "phi", "llama"))],
+)
 def test_a_small_base_opens_in_transformers_with_equal_logits(
     family: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +315,13 @@ def words(repository: Path, tokenizer: BPETokenizer, tmp_path: Path) -> list[str
     base = tiny("llama", tokenizer, tmp_path / "base")
     flags = f"summaries --base {base} --source {repository} --prompt simple --out {tmp_path / 'out'}"
     flags += " --input_tokens 100 --docstring_tokens 60 --row_length 160 --max_steps 2 --eval_samples 4"
-    return [*flags.split(), "--allow", "worse-than-unigram,split-leaks", "--data.cache", str(tmp_path / "cache")]
+    return [
+        *flags.split(),
+        "--allow",
+        "worse-than-unigram,split-leaks",
+        "--data.cache",
+        str(tmp_path / "cache"),
+    ]
 
 
 def test_a_recipe_runs_whole_and_then_does_nothing_twice(
