@@ -69,15 +69,6 @@ def test_the_corpus_is_the_scrapers_and_every_file_is_accounted_for(source: Path
     ).read_bytes()
 
 
-def test_files_are_laid_out_anew(source: Path, tmp_path: Path) -> None:
-    for path in source.glob("*.py"):
-        path.write_text(path.read_text().replace("x + ", "x+").replace("(x)", "( x )"))
-    build(Settings(source=str(source), format="autopep8"), None, tmp_path / "out" / "dataset")
-    text = (tmp_path / "out" / "dataset" / "train.jsonl").read_text()
-    assert "x + " not in text or "( x )" not in text
-    assert "(x)" in text
-
-
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -118,8 +109,10 @@ def test_the_four_ways_are_four_and_a_beam_that_is_greedy_is_seen() -> None:
 
 def test_the_whole_recipe(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    for path in source.glob("*.py"):
+        path.write_text(path.read_text().replace("(x)", "( x )"))
     flags = (
-        "--format none --eval_samples 6 --decoded 4 --line_tokens 8 --max_steps 3 --batch_size 2 "
+        "--format autopep8 --eval_samples 6 --decoded 4 --line_tokens 8 --max_steps 3 --batch_size 2 "
         "--samples 0 --model.block_size 64 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 "
         "--tokenizer.vocab_size 400 --data.order easy-first --data.difficulty rarity --validate_every 0 "
         "--data.workers 1"
@@ -127,6 +120,8 @@ def test_the_whole_recipe(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert main(["completion", "--source", str(source), *flags.split()]) == 0
     said = capsys.readouterr().out
     assert "42  files found" in said and "4 test lines, with 95% intervals" in said
+    rows = (tmp_path / "runs/completion/dataset/train.jsonl").read_text()
+    assert "(x)" in rows and "( x )" not in rows  # laid out anew
     assert "beam 4: " in (tmp_path / "runs/completion/report.txt").read_text()
     config = (tmp_path / "runs/completion/run/config.yaml").read_text()
     assert "min_count: 10" in config and "drop_comments: true" in config and "order: easy-first" in config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_recipes import tiny
@@ -142,8 +143,9 @@ def test_the_prompt_of_a_row_is_the_one_that_is_asked_with(
 def test_bad_input_is_one_sentence(
     source: Path, plain: BPETokenizer, tmp_path: Path, values: dict, sentence: str
 ) -> None:
+    settings: Any = {"source": str(source)} | values
     with pytest.raises(ValueError, match=sentence) as error:
-        build(Settings(**({"source": str(source)} | values)), plain, tmp_path / "dataset")
+        build(Settings(**settings), plain, tmp_path / "dataset")
     assert "\n" not in str(error.value)
 
 
