@@ -67,6 +67,21 @@ class Settings(RecipeSettings):
 
 
 def longest(settings: Settings) -> int:
+    """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
+
+    Raises:
+        ValueError: No source, one that is not there, or a number out of range.
+    """
+    for name, least in (("lines_before", 1), ("lines_after", 0), ("max_tokens", 16)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+    if not settings.source:
+        raise ValueError(
+            "no source is named: give --source https://github.com/fastapi/fastapi, a folder, an archive, or "
+            "a .jsonl file with path and text"
+        )
+    if "://" not in settings.source and not Path(settings.source).exists():
+        raise ValueError(f"--source {settings.source} does not exist: name a folder, an archive or a file")
     return settings.max_tokens
 
 
@@ -149,9 +164,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         ValueError: The source cannot be had or has no Python file; a number is out of range; a side would be
             empty.
     """
-    for name, least in (("lines_before", 1), ("lines_after", 0), ("max_tokens", 16)):
-        if getattr(settings, name) < least:
-            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+    longest(settings)
     documents = _documents(settings, folder.parent / "source")
     counts = Counts("lines")
     groups = grouped(documents)
@@ -207,7 +220,7 @@ def row_of(line: Line, with_markers: bool, tokenizer: Tokenizer) -> tuple[dict[s
 
 def _documents(settings: Settings, work: Path) -> list[tuple[str, str]]:
     """(path, text) of the Python files; of a clone those of FOLDER."""
-    if (Path(settings.source) / CORPUS).is_file() and settings.source:
+    if (Path(settings.source) / CORPUS).is_file():
         found = [(row.name, row.text) for row in read_documents(DataConfig(source=settings.source))]
     else:
         files = read_files(settings.source, ".py", settings.revision, work=work)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sandbox
 from config import DataConfig
 from corpus import SPLITS, split_documents
 from recipes.behaviour import Judgement, agreements, context_of
@@ -64,6 +65,23 @@ class Settings(RecipeSettings):
 
 
 def longest(settings: Settings) -> int:
+    """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
+
+    Raises:
+        ValueError: An unknown strategy, a source that is not there, or nothing to run pairs in.
+    """
+    for name in settings.strategies:
+        if name not in STRATEGIES:
+            raise ValueError(f"--strategies names {name}; there are {', '.join(STRATEGIES)}")
+    if settings.source != "stdlib" and not Path(settings.source).exists():
+        raise ValueError(
+            f"--source {settings.source} does not exist: give stdlib, a folder or a file of rows"
+        )
+    if settings.check_behaviour:
+        try:
+            sandbox.isolation()
+        except ValueError as error:
+            raise ValueError(f"{error}; or leave pairs unjudged with --check_behaviour false") from None
     return settings.max_tokens
 
 
@@ -221,9 +239,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         ValueError: An unknown strategy; the corpus cannot be read, or has no functions; a side would be
             empty; two strategies do the same; or pairs cannot be run here.
     """
-    for name in settings.strategies:
-        if name not in STRATEGIES:
-            raise ValueError(f"--strategies names {name}; there are {', '.join(STRATEGIES)}")
+    longest(settings)
     counts = Counts("functions")
     functions = _chosen(settings, counts)
     made: dict[str, list[str | None]] = {name: [] for name in settings.strategies}
@@ -231,16 +247,16 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     for side, path, piece, text in functions:
         constants = constants_of(text)
         ways: dict[str, str] = {}
-        longest = 0
+        most = 0
         for name in settings.strategies:
             code = degrade(piece.source, name, constants)
             made[name].append(code)
             if code is not None:
                 ways[name] = code
-                longest = max(longest, len(tokenizer.encode(prompt_of(code))))
+                most = max(most, len(tokenizer.encode(prompt_of(code))))
         if not ways:
             counts.drop("no strategy finds anything to do")
-        elif longest + len(tokenizer.encode(piece.source)) + 2 > settings.max_tokens:
+        elif most + len(tokenizer.encode(piece.source)) + 2 > settings.max_tokens:
             counts.drop(f"longer than {settings.max_tokens} tokens with their prompt")
         else:
             found.append(Found(side, path, piece, context_of(text, piece.source), ways, {}))

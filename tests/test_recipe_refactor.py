@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_recipes import tiny
@@ -182,13 +183,15 @@ def test_a_rewrite_that_changes_what_is_computed_is_left_out(
         ({"max_tokens": 20}, r"set would be empty: .* longer than 20 tokens with their prompt"),
         ({"min_lines": 50}, r"set would be empty: .* shorter than 50 lines"),
         ({"functions": 1}, "set would be empty"),
+        ({"source": "nowhere"}, "--source nowhere does not exist: give stdlib, a folder or a file"),
     ],
 )
 def test_bad_settings_are_one_sentence(
     source: Path, tokenizer: BPETokenizer, tmp_path: Path, values: dict, sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
-        build(Settings(source=str(source), check_behaviour=False, **values), tokenizer, tmp_path / "dataset")
+        settings: Any = {"source": str(source), "check_behaviour": False} | values
+        build(Settings(**settings), tokenizer, tmp_path / "dataset")
     assert "\n" not in str(error.value)
 
 
