@@ -450,3 +450,15 @@ def test_kotlin_ends_with_its_table_and_both_prompts_with_theirs(
 
 def test_an_unknown_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sumaries"]) == 2 and "did you mean summaries?" in capsys.readouterr().err
+
+
+def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None:
+    texts = ["keeps the pool", "counts what it holds"]
+    both = {"base": texts[::-1], "model": texts}
+    records = {
+        name: {"step": 9, "references": texts, "greedy": both, "sampled": both}
+        for name in ("verbose", "simple")
+    }
+    assert "NOTE" not in summaries.table(records, summaries.Settings())
+    records["simple"] = records["simple"] | {"step": 3}
+    assert "different steps (verbose 9, simple 3)" in summaries.table(records, summaries.Settings())
