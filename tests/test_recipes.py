@@ -256,7 +256,7 @@ def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPEToken
     twin = KOTLIN.format(i=99)
     rows += [{"path": f"twin{i}.kt", "text": twin} for i in range(6)]
     rows += [
-        {"path": "absurd.kt", "text": 'val a = 1\nval b = 2\nval s = "' + "\\uD83C\\uDF10-" * 70 + '"\n'},
+        {"path": "absurd.kt", "text": "val a = 1\n" * 40 + 'val s = "' + "\\uD83C\\uDF10-" * 70 + '"\n'},
         {"path": "short.kt", "text": "val a = 1\n"},
     ]
     source = tmp_path / "rows.jsonl"
