@@ -55,7 +55,7 @@ def classes_of(text: str, path: str) -> Iterator[Class]:
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
         code = _without_docstrings(node, lines, first)
         docstring = _docstring(node)
-        yield Class(path, name, first, code, inspect.cleandoc(docstring.value) if docstring else "")
+        yield Class(path, name, first, code, inspect.cleandoc(str(docstring.value)) if docstring else "")
 
 
 def _named(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:

@@ -92,15 +92,18 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
             continue
         windows.append((found.path, spread(cut, settings.per_file)))
     sides = split(windows, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
-    rows, seen = {}, set()
+    rows: dict[str, list[dict[str, str]]] = {}
+    seen: set[str] = set()
     for side in ("test", "validation", "train"):  # a text that two sides share stays where it is scored
         rows[side] = []
         for path, cut in sides[side]:
-            new = [window for window in cut if window not in seen]
-            rows[side] += [
-                {"path": path, "prompt": prompt_of(w.prompt), "completion": w.completion} for w in new
-            ]
-            seen.update(new)
+            for window in cut:
+                text = window.prompt + window.completion  # wherever it is cut: equal files are cut elsewhere
+                if text not in seen:
+                    rows[side].append(
+                        {"path": path, "prompt": prompt_of(window.prompt), "completion": window.completion}
+                    )
+                seen.add(text)
     all_windows = [row for side in rows.values() for row in side]
     inside = sum(not row["prompt"].endswith("\n") for row in all_windows)
     twice = sum(len(cut) for _, cut in windows) - len(all_windows)
@@ -113,8 +116,8 @@ def about(settings: Settings, inside: int, twice: int) -> str:
     return f"""
 The `.kt` files of `{settings.source}`{revision}, without copyright headers. Windows are of at most
 {settings.window} tokens of the base's tokenizer, end where a line does, and do not overlap: no completion is
-another's prompt. Each is cut once, {inside} of them inside of a line. {twice} windows that another one equals
-are left out.
+another's prompt. Each is cut once, {inside} of them inside of a line. {twice} windows that another one
+equals, wherever the two are cut, are left out.
 
 The files were split by seed {settings.split_seed} before they were cut: a tenth is test, and a tenth of the
 rest validation, by which the best checkpoint is chosen.

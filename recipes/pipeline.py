@@ -74,7 +74,7 @@ def parse_words(name: str, words: list[str]) -> Asked:
             elif place < len(words):
                 mine.append(following)
                 place += 1
-    parser = make_parser({"": module.Settings}, module.__doc__.splitlines()[0])
+    parser = make_parser({"": module.Settings}, str(module.__doc__).splitlines()[0])
     if "--help" in rest or "-h" in rest:
         parser.print_help()
         print("\nEvery flag of training can be given too: python trainingmanager.py --help")

@@ -299,7 +299,10 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     found["greedy"] = sorted(found["greedy"], key=lambda sample: sample["id"])
     if [one["id"] for one in found["greedy"]] != [one["id"] for one in found["sampled"]]:
         raise ValueError("other examples were sampled than completed greedily; set --sampling_seed 0")
-    record: dict[str, Any] = {"references": [sample["reference"] for sample in found["greedy"]]}
+    record: dict[str, Any] = {
+        "step": result["step"],
+        "references": [sample["reference"] for sample in found["greedy"]],
+    }
     for way, samples in found.items():
         record[way] = {s: [sample["predictions"][s] for sample in samples] for s in ("base", "model")}
     write_atomically(Path(scoring.checkpoint) / RECORD, json.dumps(record, indent=1))
@@ -339,6 +342,13 @@ def table(records: dict[str, Any], settings: Settings) -> str:
                     scored["model", way][metric].compare(scored["base", way][metric]).verdict("the base")
                 )
                 verdicts.append(f"{prompt} prompt, {metric}, {way}: {verdict}")
+    steps = {prompt: record["step"] for prompt, record in records.items()}
+    if len(set(steps.values())) > 1:
+        had = ", ".join(f"{prompt} {step}" for prompt, step in steps.items())
+        verdicts.append(
+            f"NOTE: the checkpoints are of different steps ({had}), so the prompts are not compared on equal "
+            "training; set --max_steps or --max_epochs, not --max_seconds"
+        )
     n = len(next(iter(records.values()))["references"])
     seed = settings.sampling_seed
     head = f"docstrings of {n} test classes, with 95% intervals; sampling is by seed {seed}"

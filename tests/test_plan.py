@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import plan
 import trainingmanager
@@ -80,7 +78,7 @@ def test_only_config_json_of_a_base_is_read(tmp_path: Path) -> None:
     model, family = plan.shape_of(Config(train=TrainConfig(base=str(tmp_path))))
     assert (family, model.n_layer, model.n_kv_head, model.n_inner) == ("gpt_bigcode", 24, 1, 8192)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
         plan.shape_of(Config(train=TrainConfig(base=str(tmp_path))))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', "utf-8")
     with pytest.raises(ValueError, match="of no family known here"):
@@ -109,5 +107,5 @@ def test_the_command_says_a_mistake_in_one_sentence_and_starts_no_run(
 
 @pytest.mark.slow
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    trainingmanager.main(parse_config("--plan --model.n_embd 48 --max_steps 10".split()))
+    trainingmanager.main(parse_config(["--plan", "--model.n_embd", "48", "--max_steps", "10"]))
     assert "peak memory" in capsys.readouterr().out

@@ -253,8 +253,10 @@ def test_windows_are_the_text_and_end_with_its_lines(tokenizer: BPETokenizer) ->
 
 def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     rows = [{"path": f"f{i}.kt", "text": KOTLIN.format(i=i)} for i in range(12)]
+    twin = KOTLIN.format(i=99)
+    rows += [{"path": f"twin{i}.kt", "text": twin} for i in range(6)]
     rows += [
-        {"path": "absurd.kt", "text": 'val a = 1\nval b = 2\nval s = "' + "\\uD83C\\uDF10-" * 99 + '"\n'},
+        {"path": "absurd.kt", "text": "val a = 1\n" * 40 + 'val s = "' + "\\uD83C\\uDF10-" * 70 + '"\n'},
         {"path": "short.kt", "text": "val a = 1\n"},
     ]
     source = tmp_path / "rows.jsonl"
@@ -262,11 +264,11 @@ def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPEToken
     counts = kotlin.build(
         kotlin.Settings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
     )
-    assert (counts.found, counts.dropped) == (14, {"absurd literal": 1, "too short": 1})
+    assert (counts.found, counts.dropped) == (20, {"absurd literal": 1, "too short": 1})
     sides = rows_of(tmp_path / "made" / "dataset")
     paths = {side: {row["path"] for row in rows} for side, rows in sides.items()}
     assert not paths["train"] & paths["test"] and not paths["train"] & paths["validation"]
-    assert sum(map(len, paths.values())) == 12
+    assert sum(map(len, paths.values())) == 13, "of equal files one"
     texts = [row["prompt"] + row["completion"] for rows in sides.values() for row in rows]
     assert len(texts) == len(set(texts)) and not any("Copyright" in text for text in texts)
     completions = {row["completion"] for rows in sides.values() for row in rows}
@@ -450,3 +452,15 @@ def test_kotlin_ends_with_its_table_and_both_prompts_with_theirs(
 
 def test_an_unknown_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sumaries"]) == 2 and "did you mean summaries?" in capsys.readouterr().err
+
+
+def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None:
+    texts = ["keeps the pool", "counts what it holds"]
+    both = {"base": texts[::-1], "model": texts}
+    records = {
+        name: {"step": 9, "references": texts, "greedy": both, "sampled": both}
+        for name in ("verbose", "simple")
+    }
+    assert "NOTE" not in summaries.table(records, summaries.Settings())
+    records["simple"] = records["simple"] | {"step": 3}
+    assert "different steps (verbose 9, simple 3)" in summaries.table(records, summaries.Settings())
