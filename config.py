@@ -350,6 +350,7 @@ class TrainConfig:
             after the time, under `runs`.
         resume: Go on from the newest checkpoint in `run`.
         prove_resume: Instead of a run, prove that one that is killed and resumed ends as one that never was.
+        plan: Instead of a run, say what memory and time it would take, by a short measurement.
         overfit: Train on a tiny corpus (recipes/overfit) until it is known by heart, then prove it.
         base: Folder or hub id of a published model to start from; `lora` says what of it trains, and its
             tokenizer is used unless `tokenizer.path` names another. Its defaults are recipes/finetune.yaml.
@@ -383,6 +384,7 @@ class TrainConfig:
     run: str = ""
     resume: bool = False
     prove_resume: bool = False
+    plan: bool = False
     overfit: bool = False
     base: str | None = None
     base_revision: str | None = None

@@ -153,6 +153,12 @@ def parse_settings(argv: list[str]) -> CommandConfig:
         return parser.error(str(error))  # exits
 
 
+if __name__ == "__main__" and any(word.split("=")[0] == "--recipe" for word in sys.argv[1:]):
+    from recipes.refactoring import main as refactor  # a use of its own, with flags of its own
+
+    refactor(sys.argv[1:])
+    sys.exit()
+
 # Before torch is imported, so that --help and a typo answer at once.
 SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
 

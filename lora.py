@@ -466,7 +466,8 @@ def add_adapter(
         published: Our module name -> published name, as `pretrained.Family.key`.
         name: Of the adapter, an identifier.
         new_rows: Token ids whose rows of `embed` and `head` train while the rest of both is frozen; tied,
-            they are the same rows.
+            they are the same rows. In one that is a target they train as its other rows do, by its low-rank
+            term, where each row has r numbers of its own.
 
     Raises:
         ValueError: A name matches no module, a value is out of range, or the name is taken.
@@ -486,7 +487,7 @@ def add_adapter(
         unmatched = [key for key in pattern if not any(matches(full, key) for full in chosen.values())]
         if unmatched:
             raise ValueError(absent_sentence(list(chosen.values()), unmatched, f"lora.{setting}_pattern"))
-    rows = _row_modules(modules, new_rows, {*whole, *targets}, names)
+    rows = [our for our in _row_modules(modules, new_rows, whole, names) if our not in targets]
 
     changes: dict[str, Change] = {}
     shared: Any = None
@@ -562,7 +563,7 @@ def _refuse_bad(model: nn.Module, config: LoraConfig, name: str) -> None:
 
 
 def _row_modules(
-    modules: Mapping[str, nn.Module], ids: Sequence[int], taken: set[str], names: Mapping[str, str]
+    modules: Mapping[str, nn.Module], ids: Sequence[int], whole: Sequence[str], names: Mapping[str, str]
 ) -> list[str]:
     """The modules whose rows of new tokens train."""
     if not ids:
@@ -571,10 +572,8 @@ def _row_modules(
     if not found or found[0] != "embed":
         raise ValueError("rows of new tokens were asked for, but the model has no module `embed`")
     for our in found:
-        if our in taken:
-            raise ValueError(
-                f"{names[our]} trains already, as a target or whole; leave it out there, or train no rows"
-            )
+        if our in whole:
+            raise ValueError(f"{names[our]} trains already, whole; leave it out there, or train no rows")
     size = weight_of(modules["embed"]).size(0)
     if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= size:
         raise ValueError(

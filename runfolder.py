@@ -109,6 +109,7 @@ KEY_CLASSES: dict[str, str] = {
     "run": FREE,
     "resume": FREE,
     "prove_resume": FREE,
+    "plan": FREE,
     "overfit": FIXED,
     "base": FREE,
     "base_revision": FREE,

@@ -100,6 +100,10 @@ SAME_SIGNAL = 0.1  # seconds
 HOUSE = Path(__file__).parent
 
 
+class BudgetUsed(ValueError):
+    """A run that is resumed has nothing left to do."""
+
+
 @dataclass
 class RunState:
     """All that changes while a run goes on, besides weights, optimizers and random states. Saved whole."""
@@ -185,7 +189,7 @@ class TrainingManager:
     def fit(self, subject: Subject) -> None:
         """Train until the budget is used, patience ends, or a signal asks for a stop; then save."""
         if self.saved_step is not None and self.progress() >= 1:
-            raise ValueError(
+            raise BudgetUsed(
                 f"the budget of {self.folder} is used up at step {self.state.step}; to go on, raise what "
                 "ended it: --max_steps, --max_epochs and --max_seconds count from the run's beginning"
             )
@@ -755,6 +759,11 @@ def prove_overfit(manager: TrainingManager) -> bool:
 
 def main(config: Config) -> None:
     with one_sentence():
+        if config.train.plan:
+            from plan import plan
+
+            print(plan(config))
+            return
         if config.train.prove_resume:
             from proofs import prove_resume
 

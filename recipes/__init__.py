@@ -1,1 +1,1 @@
-"""What the recipes share with no other room: how each builds its examples."""
+"""The recipes: what each trains on, and the one command that runs it whole: `python -m recipes NAME`."""

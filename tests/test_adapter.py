@@ -333,6 +333,18 @@ def test_rows_under_a_biased_head_leave_as_pairs(bases: Callable[[str], Pair], t
             assert_near(pair.ours(TOKENS), opened(TOKENS).logits, name)
 
 
+def test_rows_beside_an_embedding_that_is_a_target_leave_for_peft(
+    bases: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    pair = bases("codegen")
+    config = LoraConfig(r=2, targets=("wte", "qkv_proj", "fc_in"))
+    add_adapter(pair.ours, config, pair.family.key, new_rows=[50, 4])
+    scramble_adapters(pair.ours)
+    save_adapter(pair.ours, pair.family, tmp_path / "out", base=None)
+    opened = peft.PeftModel.from_pretrained(pair.oracle, str(tmp_path / "out"))
+    assert_near(pair.ours(TOKENS), opened(TOKENS).logits, "codegen")
+
+
 def test_weighted_adapters_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Path) -> None:
     pair = bases("llama gqa")
     theirs = peft.get_peft_model(pair.oracle, peft_config(pair, SUMMARIES))

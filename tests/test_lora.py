@@ -174,8 +174,8 @@ def test_names_and_rows_are_checked() -> None:
     for rows in ([53], [-1], [4, 4]):
         with pytest.raises(ValueError, match="must differ and be below 53"):
             add_adapter(model, LoraConfig(r=2), name="rows", new_rows=rows)
-    with pytest.raises(ValueError, match="embed trains already, as a target or whole"):
-        add_adapter(model, LoraConfig(r=2, targets=("embedding",)), name="rows", new_rows=[5])
+    with pytest.raises(ValueError, match="embed trains already, whole"):
+        add_adapter(model, LoraConfig(r=2, train_modules=("embed",)), name="rows", new_rows=[5])
     with pytest.raises(ValueError, match="there is no adapter 'b'; the model has default"):
         use_adapters(model, {"b": 1.0})
 
@@ -350,6 +350,22 @@ def test_only_the_new_rows_train(tied: bool) -> None:
     for p, grad in zip(rows, wanted[:1] if tied else wanted, strict=True):
         assert p.grad is not None and grad is not None
         torch.testing.assert_close(p.grad, grad[[50, 7]], rtol=1e-4, atol=1e-6)
+
+
+def test_new_rows_of_an_embedding_that_is_a_target_train_by_its_low_rank_term() -> None:
+    model = scrambled()
+    add_adapter(model, LoraConfig(r=2, targets=("qkv", "embedding")), new_rows=[50, 7])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if name.startswith(("embed", "head"))} == {
+        "embed.adapters.default.a",
+        "embed.adapters.default.b",
+        "head.adapters.default.rows",
+    }
+    model(torch.tensor([[50, 7, 50, 7]])).square().mean().backward()
+    (gradient,) = [p.grad for name, p in model.named_parameters() if name == "embed.adapters.default.a"]
+    assert gradient is not None
+    rows = gradient if gradient.size(0) > gradient.size(1) else gradient.t()  # (vocabulary, r)
+    assert set(rows.abs().sum(1).nonzero().flatten().tolist()) == {50, 7}
 
 
 # --- several adapters ----------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""A small base of a published family's architecture, trained here: `python -m recipes.base --family phi`.
+
+For machines without published weights. The model has every part of its family, at a small size; it learns the
+interpreter's standard library within a budget, with a byte-level BPE tokenizer of the same files. The folder
+that it leaves opens in transformers and as any `--base`. What is measured on it are the figures of a small
+base, never those of the published weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__" and not __package__:  # python recipes/base.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import hashlib
+import json
+
+from config import make_parser, one_sentence
+
+FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")  # in StarCoder's order
+FIM_RATE = 0.5  # as StarCoder's (arXiv:2305.06161)
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which base, and how much goes into it.
+
+    Args:
+        family: The `model_type` whose parts it has. `gpt_bigcode` gets fill-in-the-middle tokens, and half of
+            its training documents are cut for them.
+        max_seconds: Budget of its training.
+        out: Folder to write; by default one in `cache` that is named after these settings.
+        source: What it learns, as --data.source.
+        vocab_size: Most tokens of its tokenizer.
+        n_layer: Blocks.
+        n_head: Query heads, a multiple of 4.
+        n_embd: Width.
+        block_size: Context, all of which is trained.
+        batch_size: Rows of `block_size` tokens in a step.
+        seed: Of its weights and the order of the data.
+        cache: Folder for tokenizers, token stores and bases.
+    """
+
+    family: Literal["gpt_bigcode", "codegen", "phi", "llama"]
+    max_seconds: float = 180.0
+    out: str = ""
+    source: str = "stdlib"
+    vocab_size: int = 4096
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 512
+    batch_size: int = 2
+    seed: int = 0
+    cache: str = "cache"
+
+
+def parse_settings(argv: list[str]) -> BaseConfig:
+    """The BaseConfig of a command line; a mistake prints one sentence and exits with 2."""
+    parser = make_parser({"": BaseConfig}, "Train a small base of a published family's architecture.")
+    values = parser.parse_args(argv).clone(with_meta=False).as_dict()
+    values.pop("config", None)
+    settings = BaseConfig(**values)
+    if not settings.max_seconds > 0:
+        parser.error(f"--max_seconds is {settings.max_seconds}; it must be above 0")
+    return settings
+
+
+# Before torch is imported, so that --help and a typo answer at once.
+SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
+
+import os
+import shutil
+from dataclasses import replace
+
+from config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    check_ranges,
+)
+from dataset import prepare_tokenizer
+from pretrained import FAMILIES, load_pretrained, save_pretrained
+from pretrained.family import to_model
+from recipes.training import finish
+from runmodel import load_run
+from tokenizer import PretrainedTokenizer, Tokenizer
+
+# What config.json of the published model says and the family's default does not.
+PUBLISHED = {
+    "gpt_bigcode": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "codegen": {},
+    "phi": {},
+    "llama": {"tie_word_embeddings": True, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5},  # Llama-3.2-1B
+}
+
+
+def model_of(settings: BaseConfig) -> ModelConfig:
+    """The family's shape at a small size: head, feed-forward and key heads in the published proportions."""
+    family = FAMILIES[settings.family]
+    names = {field: family.names[field] for field in ("n_layer", "n_head", "n_embd", "block_size")}
+    small: dict[str, object] = {key: getattr(settings, field) for field, key in names.items()}
+    small |= {key: 4 * settings.n_embd for field, key in family.names.items() if field == "n_inner"}
+    if "n_kv_head" in family.names and settings.family == "llama":
+        small[family.names["n_kv_head"]] = settings.n_head // 4
+    if settings.family == "codegen":
+        small["rotary_dim"] = settings.n_embd // settings.n_head // 2
+    return to_model(family, PUBLISHED[settings.family] | small | {"vocab_size": 1})
+
+
+def make_base(settings: BaseConfig) -> Path:
+    """Train the base, or go on with one that was interrupted; the folder. One that is there stays as it is.
+
+    Raises:
+        ValueError: The settings, the source or the folder do not fit.
+        SystemExit: It was asked to stop, and can go on.
+    """
+    spelled = json.dumps({k: v for k, v in asdict(settings).items() if k not in ("out", "cache")})
+    name = f"{settings.family}-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
+    folder = Path(settings.out) if settings.out else Path(settings.cache) / "bases" / name
+    if (folder / "config.json").is_file():
+        print(f"base: {folder} is there already")
+        return folder
+    run = folder.with_name(f"{folder.name}-run")
+    data = DataConfig(source=settings.source, cache=settings.cache)
+    tokenizer = TokenizerConfig(kind="bpe", vocab_size=settings.vocab_size)
+    if settings.family == "gpt_bigcode":
+        path = folder.with_name(f"{folder.name}-tokenizer")
+        with_gaps(prepare_tokenizer(data, tokenizer), path)
+        tokenizer, data = TokenizerConfig(path=str(path)), replace(data, fim_rate=FIM_RATE)
+    model = replace(model_of(settings), vocab_size=0)
+    tied = model.tie_embeddings
+    config = Config(
+        data=data,
+        tokenizer=tokenizer,
+        model=model,
+        # A head that is the embedding too takes the head's learning rate.
+        optimizer=OptimizerConfig(embedding_lr=0.01 if tied else OptimizerConfig.embedding_lr),
+        train=TrainConfig(
+            run=str(run),
+            seed=settings.seed,
+            max_seconds=settings.max_seconds,
+            batch_size=settings.batch_size,
+        ),
+    )
+    check_ranges(config)
+    finish(config)
+    trained = load_run(run)
+    save_pretrained(trained.model, trained.tokenizer, folder, settings.family)
+    shutil.rmtree(folder.with_name(f"{folder.name}-tokenizer"), ignore_errors=True)
+    return folder
+
+
+def with_gaps(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer with fill-in-the-middle tokens, which no text can spell."""
+    import tokenizers
+
+    if folder.is_dir():
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    tokenizer.save(temporary)
+    path = temporary / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(list(FIM_TOKENS))
+    path.write_text(backend.to_str(), "utf-8")
+    config = json.loads((temporary / "tokenizer_config.json").read_text("utf-8"))
+    config.pop("plumb_kind", None)  # with tokens of its own it is no plain byte-level BPE any more
+    config["additional_special_tokens"] = list(FIM_TOKENS)
+    (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    PretrainedTokenizer.load(temporary)
+    os.replace(temporary, folder)
+
+
+if SETTINGS is not None:
+    with one_sentence():
+        made = make_base(SETTINGS)
+        opened = load_pretrained(made)
+        print(f"a small {SETTINGS.family} base, trained here on {SETTINGS.source}, is in {made}")

@@ -1,0 +1,262 @@
+"""FastAPI's documentation code: lines around a gap -> the line. `python -m recipes fastapi --source FOLDER`.
+
+    files -> pages -> groups of pages that share text -> three sides -> one example a line
+
+An example is a line with the 15 lines before it and the 10 after it. What the first system of this kind got
+wrong, and what is done about it here:
+
+    windows of one page were split line by line,      pages are split whole, and pages that share their code
+    so that every test window was in training          (`leaks.regroup`) stay together; a window that a
+                                                       held-out side has is taken out of training
+    variants of one tutorial gave one window often    a line with the same neighbours is taken once
+    the lines after stood behind the target, where     they stand before it, as the suffix of a gap to fill
+    no causal model can use them                       (`fim_prompt_ids`, in training, evaluation and
+                                                       `generate.py --suffix`), by the base's own markers or
+                                                       by markers that are added and whose rows train
+    indentation was stripped                           the line is the file's, to the blank
+    the markers' rows were not trained                 --lora.new_tokens
+    "target accuracy" was of the prompt, too           the loss and every score are of the target alone
+
+Where a tokenizer takes no markers, `prompt_of` puts the lines after before those before, as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import leaks
+from config import DataConfig
+from corpus import CORPUS, Document, read_documents, utf8
+from fim import fim_prompt_ids, known_markers
+from recipes.building import SIDES, Counts, RecipeSettings, write_dataset
+from recipes.files import read_files
+from tokenizer import Tokenizer
+
+FAMILY = "codegen"
+EVALUATION: dict[str, Any] = {"metrics": "exact_match,edit_similarity,bleu_code"}
+SHARES = {"test": 0.1, "validation": 0.1}  # of the lines; the seed's 80/10/10
+NEIGHBOURS = 3  # lines on each side that make two lines one and the same
+COMPLETION = {True: "middle", False: "completion"}  # with markers, and without
+FOLDER = "docs_src/"  # of a clone of FastAPI
+
+
+@dataclass(frozen=True)
+class Settings(RecipeSettings):
+    """Which lines are taken, and what is shown of their surroundings.
+
+    Args:
+        source: A folder, an archive, the address of a git repository, a .jsonl file with `path` and `text`,
+            or a corpus of `python -m scraping build`. Of a clone of FastAPI only docs_src is read.
+        revision: Tag, branch or commit of a repository.
+        lines_before: Lines of context before the gap.
+        lines_after: Lines of context after it.
+        max_tokens: Of an example with its markers and its end; longer ones are left out.
+    """
+
+    source: str = ""
+    revision: str = ""
+    lines_before: int = 15
+    lines_after: int = 10
+    max_tokens: int = 512
+
+
+def longest(settings: Settings) -> int:
+    """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
+
+    Raises:
+        ValueError: No source, one that is not there, or a number out of range.
+    """
+    for name, least in (("lines_before", 1), ("lines_after", 0), ("max_tokens", 16)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+    if not settings.source:
+        raise ValueError(
+            "no source is named: give --source https://github.com/fastapi/fastapi, a folder, an archive, or "
+            "a .jsonl file with path and text"
+        )
+    if "://" not in settings.source and not Path(settings.source).exists():
+        raise ValueError(f"--source {settings.source} does not exist: name a folder, an archive or a file")
+    return settings.max_tokens
+
+
+def prompt_of(prefix: str, suffix: str) -> str:
+    """What asks for a line where the tokenizer has no markers: what follows it first, so that it is last."""
+    return f"# After the gap:\n{suffix.strip(chr(10))}\n# Before the gap:\n{prefix}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file: `prefix + middle + suffix` is a piece of the file, byte for byte."""
+
+    path: str
+    number: int
+    prefix: str
+    middle: str
+    suffix: str
+
+    def key(self) -> tuple[str, ...]:
+        """The line and its neighbours without their indentation: what variants of a file share."""
+        before = [line.strip() for line in self.prefix.split("\n") if line.strip()][-NEIGHBOURS:]
+        after = [line.strip() for line in self.suffix.split("\n") if line.strip()][:NEIGHBOURS]
+        return (*before, "->", self.middle.strip(), "<-", *after)
+
+
+def lines_of(path: str, text: str, before: int, after: int) -> Iterator[Line]:
+    """The lines of a file that have a letter or digit, with what is around them.
+
+    The line break before a line belongs to the middle: tokenizers join it to the indentation, and after a
+    prompt that ends in one no indented line would ever follow.
+    """
+    rows = text.rstrip("\n").split("\n")
+    for number, row in enumerate(rows):
+        if any(letter.isalnum() for letter in row):
+            prefix = "\n".join(rows[max(0, number - before) : number])
+            suffix = "".join(f"\n{row}" for row in rows[number + 1 : number + 1 + after])
+            yield Line(path, number + 1, prefix, f"\n{row}" if number else row, suffix)
+
+
+def page_of(path: str) -> str:
+    """The page of a file: its folder, or the address before `#` in what `scraping site` stores."""
+    if "#" in path:
+        return path.partition("#")[0]
+    inside = path.partition(FOLDER)[2] or path
+    folder, slash, _ = inside.partition("/")
+    return folder if slash else inside
+
+
+def grouped(documents: Sequence[tuple[str, str]]) -> list[str]:
+    """For each (path, text) the group that is not split: its page, and the pages that share text with it."""
+    return leaks.regroup([Document(path, text, page_of(path)) for path, text in documents])
+
+
+def sides_of(groups: Sequence[str], sizes: Sequence[int]) -> dict[str, str]:
+    """A side for each group, in the order of a hash of its name: held-out sides are filled up to SHARES.
+
+    The names alone decide the order. A group that would overfill a side by a quarter goes to training.
+    """
+    size: dict[str, int] = defaultdict(int)
+    for group, n in zip(groups, sizes, strict=True):
+        size[group] += n
+    total, sides = sum(sizes), {}
+    filled = dict.fromkeys(SHARES, 0)
+    for group in sorted(size, key=lambda group: hashlib.sha256(utf8(group)).digest()):
+        fits = (
+            side
+            for side, share in SHARES.items()
+            if filled[side] < share * total and filled[side] + size[group] <= 1.25 * share * total
+        )
+        sides[group] = next(fits, "train")
+        if sides[group] != "train":
+            filled[sides[group]] += size[group]
+    return sides
+
+
+def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
+    """Write the examples of all sides.
+
+    Raises:
+        ValueError: The source cannot be had or has no Python file; a number is out of range; a side would be
+            empty.
+    """
+    longest(settings)
+    documents = _documents(settings, folder.parent / "source")
+    counts = Counts("lines")
+    groups = grouped(documents)
+    per_file = [
+        list(lines_of(path, text, settings.lines_before, settings.lines_after)) for path, text in documents
+    ]
+    side_of = sides_of(groups, [len(lines) for lines in per_file])
+    with_markers = known_markers(tokenizer) is not None
+    rows: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    seen: dict[tuple[str, ...], str] = {}
+    for side in reversed(SIDES):  # what a held-out side has is not trained on
+        for group, lines in zip(groups, per_file, strict=True):
+            if side_of[group] != side:
+                continue
+            for line in lines:
+                counts.found += 1
+                key = line.key()
+                if key in seen:
+                    variant = "in a variant of the file"
+                    counts.drop(variant if seen[key] == side else f"on the {seen[key]} side, too")
+                    continue
+                row, n_tokens = row_of(line, with_markers, tokenizer)
+                if n_tokens > settings.max_tokens:
+                    counts.drop(f"longer than {settings.max_tokens} tokens with its context")
+                    continue
+                seen[key] = side
+                rows[side].append(row)
+    told = "fill-in-the-middle markers" if with_markers else "plain text, what follows the gap first"
+    known = {row[COMPLETION[with_markers]].strip() for row in rows["train"]}
+    stock = sum(row[COMPLETION[with_markers]].strip() in known for row in rows["test"])
+    text = (
+        "A row is a line that has a letter or digit, with its indentation and the line break before it; the "
+        f"{settings.lines_before} lines before it and the {settings.lines_after} after it; as {told}.\n\n"
+        f"The pages of the {len(documents)} files of `{settings.source}` make {len(set(groups))} groups that "
+        f"share no text, each on one side. A line with the same {NEIGHBOURS} lines around it as another is "
+        f"taken once. Of {len(rows['test'])} test lines {stock} stand in training, too, elsewhere, as "
+        "`app = FastAPI()` does: scores are given for the others apart."
+    )
+    return write_dataset(folder, rows, counts, "Lines of documentation code", text)
+
+
+def row_of(line: Line, with_markers: bool, tokenizer: Tokenizer) -> tuple[dict[str, Any], int]:
+    """The row of a line, and its tokens with start and end."""
+    where = {"path": f"{line.path}:{line.number}", "page": page_of(line.path)}
+    n_middle = len(tokenizer.encode(line.middle)) + 1
+    if with_markers:
+        n = len(fim_prompt_ids(tokenizer, line.prefix, line.suffix)) + n_middle
+        return {"prefix": line.prefix, "suffix": line.suffix, "middle": line.middle} | where, n
+    prompt = prompt_of(line.prefix, line.suffix)
+    n = 1 + len(tokenizer.encode(prompt)) + n_middle
+    return {"prompt": prompt, "completion": line.middle} | where, n
+
+
+def _documents(settings: Settings, work: Path) -> list[tuple[str, str]]:
+    """(path, text) of the Python files; of a clone those of FOLDER."""
+    if (Path(settings.source) / CORPUS).is_file():
+        found = [(row.name, row.text) for row in read_documents(DataConfig(source=settings.source))]
+    else:
+        files = read_files(settings.source, ".py", settings.revision, work=work)
+        found = [(file.path, file.text) for file in files if not isinstance(file, tuple)]
+    inside = [(path, text) for path, text in found if FOLDER in path]
+    return sorted(inside or found)
+
+
+# --- what predictions are worth ----------------------------------------------------------------------
+
+
+def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+    """Exact match of the test lines that training has nowhere, and of the others, for every system.
+
+    Args:
+        scoring: The eval.EvalConfig of the scores; its source is the dataset.
+        result: Of `eval.evaluate` by it.
+    """
+    from metrics.intervals import share_interval
+    from suites.scoring import aligned
+
+    samples = result.get("suite", {}).get("samples", [])
+    rows = (Path(scoring.source) / "train.jsonl").read_text("utf-8").splitlines()
+    known = {(row.get("middle") or row.get("completion", "")).strip() for row in map(json.loads, rows)}
+    parts = {
+        "lines that training has nowhere": [s for s in samples if s["reference"].strip() not in known],
+        "lines that it has elsewhere": [s for s in samples if s["reference"].strip() in known],
+    }
+    table = [["exact match", *result["suite"]["scores"]]] if samples else []
+    for name, part in parts.items():
+        if len(part) < 2:
+            continue
+        shares = []
+        for system in table[0][1:]:
+            right = sum(s["predictions"][system].strip() == s["reference"].strip() for s in part)
+            ends = share_interval(right, len(part))
+            shares.append(f"{100 * right / len(part):.1f} [{ends.low:.1f}, {ends.high:.1f}]")
+        table.append([f"{len(part)} {name}", *shares])
+    return "\n".join(aligned(table)) if len(table) > 1 else ""

@@ -1,0 +1,80 @@
+"""Files of one language from wherever they lie, by the scraper's own sources.
+
+A source is a folder, an archive (.whl, .zip, .tar.gz, ...), the address of a git repository, or JSONL(.gz)
+whose rows have `path` and `text`. Nothing of it is ever run or imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+from config import DataConfig
+from corpus import read_documents
+from scraping.documents import Document, Drop
+from scraping.stages import encoding
+
+MOST_BYTES = 2**24  # of a file
+ROWS = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def read_files(
+    source: str, extension: str, revision: str = "", under: str = "", work: Path | None = None
+) -> list[Document | tuple[str, Drop]]:
+    """The files with this extension as text, by path; what is no text comes as its path and a Drop.
+
+    Args:
+        source: As the module says.
+        extension: As in `.kt`.
+        revision: A branch, tag or commit of a git repository.
+        under: Only paths that begin so.
+        work: Folder in which a clone is kept, so that it is fetched once; by default nothing stays.
+
+    Raises:
+        ValueError: The source cannot be had, or holds no file of that language.
+    """
+    if not source:
+        raise ValueError(
+            f"no source is named: give --source a folder, archive, .jsonl or repository of {extension} files"
+        )
+    if revision and "://" not in source:
+        raise ValueError(
+            f"--revision is {revision}, and {source} is no address of a repository; leave it out"
+        )
+    if source.endswith(ROWS):
+        rows = read_documents(DataConfig(source=source))
+        found = [Document(row.text, "", row.name, "", "") for row in rows if row.name.endswith(extension)]
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            found = _scraped(source, extension, revision, str(work or temporary))
+    found = [one for one in found if _path(one).startswith(under)]
+    if not any(isinstance(one, Document) for one in found):
+        place = f"{source} below {under}" if under else source
+        raise ValueError(f"{place} holds no {extension} file that can be read; name another --source")
+    return sorted(found, key=_path)
+
+
+def _path(one: Document | tuple[str, Drop]) -> str:
+    return one.path if isinstance(one, Document) else one[0]
+
+
+def _scraped(source: str, extension: str, revision: str, folder: str) -> list[Document | tuple[str, Drop]]:
+    from scraping import clone, local
+    from scraping.source import open_ledger
+
+    wanted = {"folder": folder, "extensions": (extension,), "min_bytes": 0, "max_bytes": MOST_BYTES}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # what they count is counted again by the recipe
+        if "://" in source:
+            clone.run(clone.Settings(url=source, revision=revision or clone.Settings.revision, **wanted))
+        else:
+            local.run(local.Settings(path=source, **wanted))
+    ledger = open_ledger(folder)
+    decoded = encoding.build(latin1=False, line_ends="lf", note=lambda what: None)
+    try:
+        texts = [(file.path, decoded(file)) for file in ledger.files()]
+    finally:
+        ledger.close()
+    return [(path, text) if isinstance(text, Drop) else text for path, text in texts]

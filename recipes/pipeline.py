@@ -1,0 +1,318 @@
+"""A recipe's steps in order: base, dataset, training, export, scores. What is done stays as it is.
+
+OUT/dataset/        train.jsonl, validation.jsonl, test.jsonl, counts.json, and the card
+OUT/run/            the training run: checkpoints, curves, eval.json
+OUT/adapter/        for PEFT
+OUT/merged/         for transformers
+OUT/report.txt      the tables, and five samples
+OUT/steps.json      what each step was made from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from config import Config, make_parser, parse_config, write_atomically
+from recipes.building import RecipeSettings, read_counts
+
+HERE = Path(__file__).parent
+SAMPLES = 5
+SHOWN = 600  # characters of a sample's prompt, from its end
+TO_BE_MADE = "(none yet)"  # the base, where the command line names none
+SMALL_BASE = "small base trained here, figures are not those of the published weights"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A recipe with its settings, and the words of the command line that are training's."""
+
+    name: str
+    module: ModuleType
+    settings: Any  # the module's Settings
+    words: list[str]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out or f"runs/{self.name}")
+
+    def config(self, *more: str) -> Config:
+        """The training settings: recipes/NAME.yaml, then the command line's, then where the data lie."""
+        places = ["--data.source", str(self.out / "dataset"), "--run", str(self.out / "run")]
+        base = [] if self.module.FAMILY is None else ["--base", TO_BE_MADE]
+        return parse_config([*base, "--config", str(HERE / f"{self.name}.yaml"), *self.words, *more, *places])
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def parse_words(name: str, words: list[str]) -> Asked:
+    """Recipe flags and training flags apart; a mistake prints one sentence and exits with 2."""
+    module = importlib.import_module(f"recipes.{name}")
+    own = {field.name: field.type for field in dataclasses.fields(module.Settings)}
+    mine, rest, place = [], [], 0
+    while place < len(words):
+        word = words[place]
+        flag, equals, _ = word.removeprefix("--").partition("=")
+        place += 1
+        if not word.startswith("--") or flag not in own:
+            rest.append(word)
+            continue
+        mine.append(word)
+        if not equals:
+            following = words[place] if place < len(words) else "--"
+            if own[flag] == "bool" and following.startswith("--"):
+                mine.append("true")
+            elif place < len(words):
+                mine.append(following)
+                place += 1
+    parser = make_parser({"": module.Settings}, str(module.__doc__).splitlines()[0])
+    if "--help" in rest or "-h" in rest:
+        parser.print_help()
+        print("\nEvery flag of training can be given too: python trainingmanager.py --help")
+        sys.exit(0)
+    for place in ("run", "data.source", "resume"):
+        if any(word.split("=")[0] == f"--{place}" for word in rest):
+            parser.error(
+                f"--{place} is the recipe's own; everything it makes goes to --out, and goes on there"
+            )
+    values = parser.parse_args(mine).clone(with_meta=False).as_dict()
+    values.pop("config", None)
+    settings = module.Settings(**values)
+    if settings.eval_samples < 2:
+        parser.error(f"--eval_samples is {settings.eval_samples}, and an interval needs at least 2")
+    asked = Asked(name, module, settings, rest)
+    asked.config()  # a typo is told before anything takes time
+    return asked
+
+
+# --- what was done -----------------------------------------------------------------------------------
+
+
+def done(out: Path) -> dict[str, Any]:
+    """What each finished step was made from, by its name."""
+    try:
+        return json.loads((out / "steps.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ValueError(
+            f"{out / 'steps.json'} cannot be read; remove {out}, or name another --out"
+        ) from None
+
+
+def mark(out: Path, step: str, made_from: Any) -> None:
+    write_atomically(out / "steps.json", json.dumps(done(out) | {step: made_from}, indent=1))
+
+
+def sources(settings: RecipeSettings) -> dict[str, str]:
+    """A fingerprint of each file or folder that a setting names: of a folder by names, sizes and times."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        path = Path(value) if isinstance(value, str) and value and field.name != "out" else None
+        if path is None or not path.exists():
+            continue
+        if path.is_file():
+            with open(path, "rb") as file:
+                found[field.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            continue
+        digest = hashlib.sha256()
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            for name in sorted(files):
+                state = os.lstat(os.path.join(folder, name))
+                inner = os.path.relpath(os.path.join(folder, name), path)
+                digest.update(os.fsencode(f"{inner} {state.st_size} {state.st_mtime_ns}\n"))
+        found[field.name] = digest.hexdigest()
+    return found
+
+
+# --- the steps ---------------------------------------------------------------------------------------
+
+
+def run(asked: Asked) -> int:
+    """All steps; the exit code.
+
+    Raises:
+        ValueError: The base, the source, the settings or the folder do not fit; one sentence.
+        SystemExit: With 75, when a signal asked training to stop.
+    """
+    if hasattr(asked.module, "variants") and (several := asked.module.variants(asked.settings)):
+        made = {}
+        for name, settings in several.items():
+            print(f"\n=== {asked.name}, {name}", flush=True)
+            one = replace(asked, settings=replace(settings, out=str(asked.out / name)))
+            run(one)
+            made[name] = one.settings, one.out
+        text = asked.module.together(made)
+        write_atomically(asked.out / "report.txt", text + "\n")
+        print(f"\n{text}\n\nreport    {asked.out / 'report.txt'}")
+        return 0
+    asked.out.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    config = asked.config()
+    if config.train.base == TO_BE_MADE:
+        config = with_small_base(asked, config)
+        notes.append(SMALL_BASE)
+    tokenizer = None if config.train.base is None else checked_base(config)
+    longest = asked.module.longest(asked.settings)
+    if config.train.row_length and config.train.row_length < longest:
+        raise ValueError(
+            f"--row_length is {config.train.row_length}, and the recipe's settings let an example have "
+            f"{longest} tokens: raise it, or ask for shorter examples"
+        )
+    build(asked, tokenizer)
+    from recipes.training import finish
+
+    if not finish(config):
+        print(f"training: {config.train.run} is finished already")
+    notes += export_run(asked.out, config)
+    print(evaluated(asked, config, notes))
+    return 0
+
+
+def with_small_base(asked: Asked, config: Config) -> Config:
+    """The settings with the base that this machine trains where none is named; its context holds a row."""
+    from recipes.base import BaseConfig, make_base
+
+    print(f"no --base is given: {SMALL_BASE}", flush=True)
+    settings = BaseConfig(
+        asked.module.FAMILY,
+        asked.settings.base_seconds,
+        cache=config.data.cache,
+        block_size=max(config.train.row_length, asked.module.longest(asked.settings)),
+    )
+    return asked.config("--base", str(make_base(settings)))
+
+
+def checked_base(config: Config) -> Any:
+    """The tokenizer that training will use; a base without the recipe's targets is refused before all else.
+
+    Raises:
+        ValueError: The base cannot be opened, or has no such modules.
+    """
+    from lora import held_modules
+    from pretrained import load_pretrained
+    from runmodel import starting_tokenizer
+    from targets import select_targets
+
+    found = load_pretrained(str(config.train.base), revision=config.train.base_revision)
+    if config.lora.r:
+        modules = {name: found.family.key(name) for name in held_modules(found.model)}
+        try:
+            select_targets(modules, config.lora.targets)
+        except ValueError as error:
+            raise ValueError(
+                f"{config.train.base} is of the family {found.family.model_type}, which this recipe's "
+                f"settings do not fit: {error}; set --lora.targets, or take another --base"
+            ) from None
+    return starting_tokenizer(config, found)
+
+
+def build(asked: Asked, tokenizer: Any) -> None:
+    """The dataset, unless it is there, made from the same."""
+    shared = {field.name for field in dataclasses.fields(RecipeSettings)}
+    made_from = {
+        **{k: v for k, v in dataclasses.asdict(asked.settings).items() if k not in shared},
+        **{f"content of {name}": value for name, value in sources(asked.settings).items()},
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+    }
+    made_from = json.loads(json.dumps(made_from))
+    folder, before = asked.out / "dataset", done(asked.out).get("dataset")
+    if before == made_from:
+        print(f"dataset: {folder} is there already")
+    else:
+        if before is not None and (asked.out / "run" / "config.yaml").exists():
+            name = next(key for key in {**made_from, **before} if made_from.get(key) != before.get(key))
+            raise ValueError(
+                f"{asked.out} was begun with {name} {before.get(name)!r}, and now it is "
+                f"{made_from.get(name)!r}; set it back, or name another --out"
+            )
+        asked.module.build(asked.settings, tokenizer, folder)
+        mark(asked.out, "dataset", made_from)
+    print("\n".join(read_counts(folder).lines()), flush=True)
+
+
+def export_run(out: Path, config: Config) -> list[str]:
+    """Adapter and merged model of the best checkpoint; what could not be written, and why."""
+    from checkpoint import checkpoints
+    from export import ExportConfig, export
+
+    made_from = [[m.step, m.files] for m in checkpoints(Path(config.train.run) / "checkpoints")]
+    made_from = json.loads(json.dumps(made_from))
+    if done(out).get("export", {}).get("from") == made_from:
+        return done(out)["export"]["notes"]
+    import shutil
+
+    notes = []
+    adapted = bool(config.train.base and config.lora.r)
+    for name in ("adapter", "merged") if adapted else ("model",):
+        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier checkpoint
+        try:
+            print(export(ExportConfig(str(out / name), config.train.run, merge=name == "merged")), flush=True)
+        except ValueError as error:
+            notes.append(f"not written: {name}: {error}")
+    mark(out, "export", {"from": made_from, "notes": notes})
+    return notes
+
+
+def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
+    """The tables, verdicts and samples, also in OUT/report.txt; made anew where what they are of changed."""
+    from checkpoint import checkpoints
+    from curves import draw_curves
+    from eval import EvalConfig, evaluate, table, write_results
+    from generate import printable
+
+    out, train = asked.out, config.train
+    precision = train.precision if train.eval_precision == "auto" else train.eval_precision
+    fields = {"samples": asked.settings.eval_samples, "source": config.data.source} | asked.module.EVALUATION
+    scoring = EvalConfig(
+        train.run, device=train.device, precision=precision, cache=config.data.cache, **fields
+    )
+    manifests = checkpoints(Path(train.run) / "checkpoints")
+    made_from = [[m.step, m.files] for m in manifests], vars(scoring), vars(asked.settings), notes
+    made_from = json.loads(json.dumps(made_from))
+    report = out / "report.txt"
+    if done(out).get("scores") != made_from or not report.is_file():
+        result = evaluate(scoring)
+        step, side = result["step"], result["side"]
+        parts = [f"{asked.name}: best checkpoint, step {step}, on all {side} examples"]
+        parts += [f"NOTE: {note}" for note in notes]
+        parts.append(table(result))
+        if own := getattr(asked.module, "evaluate", None):
+            parts.append(own(asked.settings, scoring, result))
+        parts.append(samples(result.get("suite", {"samples": []})["samples"]))
+        write_results(result, scoring)
+        write_atomically(report, printable("\n\n".join(part for part in parts if part)) + "\n")
+        mark(out, "scores", made_from)
+    places = [f"dataset   {out / 'dataset'}"]
+    places += [f"{name:<10}{out / name}" for name in ("adapter", "merged", "model") if (out / name).is_dir()]
+    places += [f"curves    {', '.join(map(str, draw_curves(Path(train.run))))}", f"report    {report}"]
+    return "\n\n" + report.read_text("utf-8") + "\n" + "\n".join(places)
+
+
+def samples(found: list[dict[str, Any]]) -> str:
+    """Five examples in words: the end of the prompt, what each model wrote, and what stands there."""
+    parts = []
+    for sample in found[:SAMPLES]:
+        prompt = sample["prompt"]
+        prompt = prompt if len(prompt) <= SHOWN else "..." + prompt[-SHOWN:]
+        if "suffix" in sample:
+            prompt += f"[gap]{sample['suffix'][:SHOWN]}"
+        texts = {
+            name: sample["predictions"][name] for name in ("base", "model") if name in sample["predictions"]
+        }
+        lines = [f"--- {sample['id']}", prompt]
+        for name, text in texts.items():
+            lines += [f"--- {'tuned' if name == 'model' and 'base' in texts else name}", text.strip("\n")]
+        parts.append("\n".join([*lines, "--- the reference", sample["reference"].strip("\n")]))
+    return "\n\n".join(parts)

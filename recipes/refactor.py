@@ -1,0 +1,428 @@
+"""Refactoring: a degraded Python function -> the function as it was. `python -m recipes refactor`.
+
+    documents -> functions -> each written worse in six ways -> pairs that compile and agree -> three sides
+
+Every file goes to one side before anything is made of it, and a function that stands in several files is
+taken once, so that no version of a held-out function is trained on. (Variants of one function on both sides
+gave the first system of this kind its BLEU of 72.) A pair is kept only if both sides compile, take nothing
+from scopes that the first does not, and agree wherever the function can be run: see degradations.py and
+behaviour.py.
+
+What a prediction is worth is said by `kept`: it is one function, of the same name, and does what the original
+does. Copying the input has all of that by construction, and stands beside every score.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sandbox
+from config import DataConfig
+from corpus import SPLITS, split_documents
+from recipes.behaviour import Judgement, agreements, context_of
+from recipes.building import Counts, RecipeSettings, write_dataset
+from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, parsed
+from tokenizer import Tokenizer
+
+FAMILY = "gpt_bigcode"
+EVALUATION = {"metrics": "exact_match,edit_similarity,bleu_code,codebleu"}
+HEADER = "### Refactor the following Python code to improve quality:"
+
+
+@dataclass(frozen=True)
+class Settings(RecipeSettings):
+    """Which functions are taken, and what is made of them.
+
+    Args:
+        source: Where the functions are from: `stdlib`, a folder, a corpus of `python -m scraping build`, or a
+            .jsonl, .jsonl.gz or .parquet file.
+        strategies: Ways to write a function worse.
+        functions: Most functions, evenly spread; 0 takes all.
+        min_lines: Of a function, its decorators and docstring included.
+        max_lines: Likewise.
+        max_tokens: Of a prompt, its completion and both ends: longer pairs are left out, since a function
+            that is cut teaches nothing.
+        check_behaviour: Run both sides of each pair where that is possible, in the sandbox.
+    """
+
+    source: str = "stdlib"
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    functions: int = 0
+    min_lines: int = 3
+    max_lines: int = 60
+    max_tokens: int = 1024
+    check_behaviour: bool = True
+
+
+def longest(settings: Settings) -> int:
+    """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
+
+    Raises:
+        ValueError: An unknown strategy, a source that is not there, or nothing to run pairs in.
+    """
+    for name in settings.strategies:
+        if name not in STRATEGIES:
+            raise ValueError(f"--strategies names {name}; there are {', '.join(STRATEGIES)}")
+    if settings.source != "stdlib" and not Path(settings.source).exists():
+        raise ValueError(
+            f"--source {settings.source} does not exist: give stdlib, a folder or a file of rows"
+        )
+    if settings.check_behaviour:
+        try:
+            sandbox.isolation()
+        except ValueError as error:
+            raise ValueError(f"{error}; or leave pairs unjudged with --check_behaviour false") from None
+    return settings.max_tokens
+
+
+def prompt_of(code: str) -> str:
+    """What asks for a better `code`: the same in training, in evaluation and in `generate.py --recipe`."""
+    return f"{HEADER}\n\n{code.rstrip()}\n\n"
+
+
+# --- functions of a file -------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A function of a file that can be taken out and put back.
+
+    Args:
+        name: With its classes: `Reader.read`.
+        first: Its first line, from 1, decorators included.
+        last: Its last line.
+        indent: Blanks before each of its lines that is not blank.
+        source: Its text without these, with a line break at its end.
+    """
+
+    name: str
+    first: int
+    last: int
+    indent: str
+    source: str
+
+
+def pieces(text: str, skipped: Counter[str] | None = None) -> list[Piece]:
+    """The functions of a Python file and the methods of its classes, in order; not those inside functions.
+
+    Args:
+        text: Of the file.
+        skipped: Gets the reasons why some cannot be taken out.
+
+    Raises:
+        ValueError: It does not parse.
+    """
+    skipped = Counter() if skipped is None else skipped
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"it does not parse: {error}") from None
+    lines = text.split("\n")
+    found = []
+    for name, node in _functions(tree, ""):
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        last = node.end_lineno or first
+        block = lines[first - 1 : last]
+        indent = block[0][: len(block[0]) - len(block[0].lstrip(" \t"))]
+        source = "\n".join(line.removeprefix(indent) if line.strip() else line for line in block) + "\n"
+        if "\r" in text or "\f" in text:  # Python's count of lines may differ there
+            skipped["unusual line ends"] += 1
+        elif any(line.strip() and not line.startswith(indent) for line in block):
+            skipped["text at the margin"] += 1
+        elif indent and holds_text_over_lines(node):
+            skipped["text over several lines, which cannot be indented"] += 1
+        else:
+            try:
+                parsed(source)
+            except ValueError:
+                skipped["shares its lines, or is none alone"] += 1
+            else:
+                found.append(Piece(name, first, last, indent, source))
+    return found
+
+
+def _functions(node: ast.AST, before: str) -> Iterator[tuple[str, Function]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function):
+            yield before + child.name, child
+        elif isinstance(child, ast.ClassDef):
+            yield from _functions(child, f"{before}{child.name}.")
+        elif isinstance(child, ast.stmt | ast.ExceptHandler):  # under an `if` or a `try`
+            yield from _functions(child, before)
+
+
+def holds_text_over_lines(function: ast.AST) -> bool:
+    """Whether a string that is no docstring goes over lines: to indent it would change it."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(function)
+        if isinstance(node, Function | ast.ClassDef) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    return any(
+        isinstance(node, ast.JoinedStr)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes))
+        for node in ast.walk(function)
+        if id(node) not in docstrings and getattr(node, "end_lineno", 0) != getattr(node, "lineno", 0)
+    )
+
+
+def constants_of(text: str) -> dict[str, int | float]:
+    """Numbers that a module gives a name to, once: `LIMIT = 50`."""
+    found: dict[str, int | float] = {}
+    assigned: Counter[str] = Counter()
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            assigned[node.id] += 1
+        elif isinstance(node, ast.Global):
+            assigned.update(node.names)
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=int() | float() as value)):
+                if not isinstance(value, bool):
+                    found[name] = value
+    return {name: value for name, value in found.items() if assigned[name] == 1}
+
+
+def shape_of(source: str) -> bytes:
+    """A hash that is equal for copies of a function, whatever they are called and say of themselves."""
+    function = parsed(degrade(source, "hints") or source)
+    function.name = "f"
+    return hashlib.sha256(ast.dump(function).encode()).digest()
+
+
+# --- the dataset ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A function of the corpus with what was made of it."""
+
+    side: str
+    path: str
+    piece: Piece
+    context: str
+    ways: dict[str, str]
+    judged: dict[str, Judgement]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for way, code in self.ways.items():
+            if way in self.judged and self.judged[way].kind == "differs":
+                continue
+            row = {
+                "prompt": prompt_of(code),
+                "completion": self.piece.source,
+                "path": self.path,
+                "function": self.piece.name,
+                "strategy": way,
+            }
+            if self.side == "test" and way in self.judged and self.judged[way].kind == "agrees":
+                row["context"] = self.context
+            yield row
+
+
+def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
+    """Write the pairs of all sides.
+
+    Raises:
+        ValueError: An unknown strategy; the corpus cannot be read, or has no functions; a side would be
+            empty; two strategies do the same; or pairs cannot be run here.
+    """
+    longest(settings)
+    counts = Counts("functions")
+    functions = _chosen(settings, counts)
+    made: dict[str, list[str | None]] = {name: [] for name in settings.strategies}
+    found: list[Found] = []
+    for side, path, piece, text in functions:
+        constants = constants_of(text)
+        ways: dict[str, str] = {}
+        most = 0
+        for name in settings.strategies:
+            code = degrade(piece.source, name, constants)
+            made[name].append(code)
+            if code is not None:
+                ways[name] = code
+                most = max(most, len(tokenizer.encode(prompt_of(code))))
+        if not ways:
+            counts.drop("no strategy finds anything to do")
+        elif most + len(tokenizer.encode(piece.source)) + 2 > settings.max_tokens:
+            counts.drop(f"longer than {settings.max_tokens} tokens with their prompt")
+        else:
+            found.append(Found(side, path, piece, context_of(text, piece.source), ways, {}))
+    if found:
+        check_distinct(made)
+    if settings.check_behaviour:
+        _judge(found)
+    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SPLITS}
+    for one in found:
+        rows = list(one.rows())
+        sides[one.side] += rows
+        if not rows:
+            counts.drop("no rewrite does what the function does")
+    return write_dataset(folder, sides, counts, "Degraded functions", about(settings, found))
+
+
+def _chosen(settings: Settings, counts: Counts) -> list[tuple[str, str, Piece, str]]:
+    """(side, path, function, text of its file), each function once; of copies the one of a held-out side."""
+    documents = [
+        (side, document.name, document.text)
+        for side, document in split_documents(DataConfig(source=settings.source))
+        if document.prompt is None
+    ]
+    if not documents:
+        raise ValueError(
+            f"{settings.source} holds examples and no plain code to take functions from: name files, or a "
+            "corpus of plain text"
+        )
+    documents.sort(key=lambda document: SPLITS.index(document[0]), reverse=True)
+    fitting: list[tuple[str, str, Piece, str]] = []
+    unparsed = 0
+    for side, path, text in documents:
+        skipped: Counter[str] = Counter()
+        try:
+            here = pieces(text, skipped)
+        except ValueError:
+            unparsed += 1
+            continue
+        counts.found += len(here) + skipped.total()
+        for reason, n in skipped.items():
+            counts.drop(reason, n)
+        for piece in here:
+            n_lines = piece.last - piece.first + 1
+            if n_lines < settings.min_lines:
+                counts.drop(f"shorter than {settings.min_lines} lines")
+            elif n_lines > settings.max_lines:
+                counts.drop(f"longer than {settings.max_lines} lines")
+            else:
+                fitting.append((side, path, piece, text))
+    if not counts.found:
+        told = f", and {unparsed} of {len(documents)} documents do not parse" if unparsed else ""
+        raise ValueError(f"{settings.source} holds no Python function{told}: give Python files")
+    if settings.functions and len(fitting) > settings.functions:
+        counts.drop(f"beyond --functions {settings.functions}", len(fitting) - settings.functions)
+        step = len(fitting) / settings.functions
+        fitting = [fitting[int(number * step)] for number in range(settings.functions)]
+    seen: set[bytes] = set()
+    chosen = []
+    for one in fitting:
+        shape = shape_of(one[2].source)
+        if shape in seen:
+            counts.drop("a copy of another")
+        else:
+            seen.add(shape)
+            chosen.append(one)
+    return chosen
+
+
+def _judge(found: Sequence[Found]) -> None:
+    """Run every function and its rewrites; what came out goes into `judged`."""
+    from tqdm import tqdm
+
+    def judge(one: Found) -> None:
+        one.judged.update(
+            zip(one.ways, agreements(one.piece.source, list(one.ways.values()), one.context), strict=True)
+        )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(judge, found), total=len(found), desc="run", unit=" functions", disable=None):
+            pass
+
+
+def about(settings: Settings, found: Sequence[Found]) -> str:
+    """The card's text: what a pair is, and how many each strategy made."""
+    made = Counter(way for one in found for way in one.ways)
+    kinds = Counter((way, judgement.kind) for one in found for way, judgement in one.judged.items())
+    rows = [
+        f"| {way} | {made[way]:,} | {kinds[way, 'agrees']:,} | {kinds[way, 'differs']:,} |"
+        for way in settings.strategies
+    ]
+    runs = sum(any(j.kind == "agrees" for j in one.judged.values()) for one in found)
+    ran = (
+        f"Of {len(found):,} functions {runs:,} could be run on generated inputs; pairs that differ went."
+        if settings.check_behaviour
+        else "Nothing was run (`--check_behaviour false`)."
+    )
+    table = "\n".join(
+        ["| strategy | pairs | agree when run | differ, left out |", "|---|---|---|---|", *rows]
+    )
+    return (
+        "A row is a function written worse (`prompt`) and as it was (`completion`). `path` is the file that "
+        "it is from, which is on one side only; a function that stands in several files is taken once. "
+        f"`strategy` says how it was degraded.\n\nSource: {settings.source}. {ran}\n\n{table}"
+    )
+
+
+# --- what predictions are worth ------------------------------------------------------------------
+
+
+def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+    """The share of predictions that keep behaviour, for every system of the result, copying among them.
+
+    Counted are the test examples whose function can be run.
+
+    Args:
+        scoring: The eval.EvalConfig of the scores; its source is the dataset.
+        result: Of `eval.evaluate` by it; gets the judgements.
+    """
+    samples = result.get("suite", {}).get("samples", [])
+    if not (samples and settings.check_behaviour):
+        return ""
+    contexts = {}
+    for line in (Path(scoring.source) / "test.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        contexts[row["prompt"]] = row.get("context")
+    cases = [
+        (sample["reference"], context, sample["predictions"])
+        for sample in samples
+        if (context := contexts.get(sample["prompt"])) is not None
+    ]
+    found = kept_behaviour(cases, list(result["suite"]["scores"]))
+    result["behaviour"] = {name: [list(judgement) for judgement in told] for name, told in found.items()}
+    return behaviour_table(found, len(samples))
+
+
+def kept_behaviour(
+    cases: Sequence[tuple[str, str, Mapping[str, str]]], systems: Sequence[str]
+) -> dict[str, list[Judgement]]:
+    """For each system a judgement of each case: (original, its context, prediction by system)."""
+
+    def judge(case: tuple[str, str, Mapping[str, str]]) -> list[Judgement]:
+        original, context, predictions = case
+        texts = list(dict.fromkeys(predictions[system] for system in systems))
+        by_text = dict(zip(texts, agreements(original, texts, context, apart=True), strict=True))
+        return [by_text[predictions[system]] for system in systems]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        judged = list(pool.map(judge, cases))
+    return {system: [row[n] for row in judged] for n, system in enumerate(systems)}
+
+
+def behaviour_table(found: Mapping[str, Sequence[Judgement]], n_samples: int) -> str:
+    """A line for each system: the share that keeps behaviour, with Wilson's interval."""
+    from metrics.intervals import share_interval
+    from suites.scoring import aligned
+
+    rows = [["behaviour kept", "share", "of"]]
+    for system, judgements in found.items():
+        told = [judgement for judgement in judgements if judgement.kind != "not run"]
+        kept = sum(judgement.kind == "agrees" for judgement in told)
+        if len(told) < 2:
+            continue
+        ends = share_interval(kept, len(told))
+        rows.append(
+            [system, f"{100 * kept / len(told):.1f} [{ends.low:.1f}, {ends.high:.1f}]", str(len(told))]
+        )
+    if len(rows) == 1:
+        return f"behaviour: of {n_samples} samples fewer than 2 can be run"
+    return "\n".join(aligned(rows))

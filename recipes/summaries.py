@@ -1,0 +1,355 @@
+"""A Python class -> its docstring: `python -m recipes summaries --source apache_airflow_core-3.0.0.whl`.
+
+Classes with a docstring of at least 20 words, out of a repository, archive or folder. The model is shown the
+class without any docstring, its own or of what is inside, cut from its end where it is long, and writes the
+docstring. Two prompts are trained and compared, each with its own run: a verbose instruction, and next to
+none. Texts are made greedily and by nucleus sampling with a seed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from config import write_atomically
+from recipes.building import Counts, RecipeSettings, split, write_dataset
+from recipes.classes import Class, classes_of
+from recipes.files import read_files
+from recipes.nearby import nearest_of
+from scraping.documents import Document
+from tokenizer import Tokenizer
+
+FAMILY = "llama"
+METRICS = ("chrf", "rougeL")
+EVALUATION: dict[str, Any] = {"metrics": ",".join(METRICS)}
+TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of all, and of what is not test
+RECORD = "summaries.json"  # the texts behind the table, in the run's folder
+
+
+@dataclass(frozen=True)
+class Settings(RecipeSettings):
+    """Which classes are taken, what the model is shown of them, and how it writes.
+
+    Args:
+        source: A folder, an archive (.whl, .zip, .tar.gz), the address of a git repository, or a .jsonl file
+            with `path` and `text`.
+        revision: Tag, branch or commit of a repository.
+        under: Only files whose path begins so.
+        min_words: Fewest words of a docstring, as str.split counts them.
+        prompt: `verbose`, `simple`, or both, one after the other.
+        code_tokens: Most of a class's code; longer classes lose their end.
+        input_tokens: Most of a prompt, the code in it.
+        docstring_tokens: Most of a docstring, with its end; longer ones lose their last lines.
+        quality: Leave out docstrings that are no summary: lists of parameters, notes of deprecation, names.
+        related: Show this many classes of the training side, with their docstrings, that are most like it.
+        related_tokens: Most tokens of each of those; they share `input_tokens` with the code.
+        temperature: Of the sampled texts.
+        top_p: Of the sampled texts.
+        split_seed: Of the split.
+        sampling_seed: Of the sampled texts.
+    """
+
+    source: str = ""
+    revision: str = ""
+    under: str = ""
+    min_words: int = 20
+    prompt: Literal["both", "verbose", "simple"] = "both"
+    code_tokens: int = 400
+    input_tokens: int = 512
+    docstring_tokens: int = 256
+    quality: bool = False
+    related: int = 0
+    related_tokens: int = 120
+    temperature: float = 0.7
+    top_p: float = 0.9
+    split_seed: int = 42
+    sampling_seed: int = 0
+
+
+def longest(settings: Settings) -> int:
+    return settings.input_tokens + settings.docstring_tokens
+
+
+def variants(settings: Settings) -> dict[str, Settings]:
+    if settings.prompt != "both":
+        return {}
+    return {"verbose": replace(settings, prompt="verbose"), "simple": replace(settings, prompt="simple")}
+
+
+# --- prompts -----------------------------------------------------------------------------------------
+
+
+def prompt_of(name: str, code: str, prompt: str, related: Sequence[str] = ()) -> str:
+    """What asks for the docstring of a class: the same in training, evaluation and serving.
+
+    Args:
+        name: Of the class.
+        code: Of the class, without docstrings.
+        prompt: `verbose` or `simple`.
+        related: Other classes, as `example_of` shows them.
+    """
+    before = "".join(f"{one}\n\n" for one in related)
+    if prompt == "verbose":
+        instruction = "Your task is to write a docstring that summarizes the following Python class.\n"
+        return f"{instruction}{before}Class {name}:\n{code.rstrip()}\n\nDocstring:\n"
+    return f"{before}Class {code.rstrip()}\n\nDocstring:\n"
+
+
+def example_of(code: str, docstring: str) -> str:
+    """A class with its docstring, as context for another."""
+    return f"Class {code.rstrip()}\n\nDocstring:\n{docstring.rstrip()}"
+
+
+def fitted_prompt(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> str:
+    """The prompt with as many of the code's first lines as fit; instruction and ending always stand.
+
+    Raises:
+        ValueError: Even without code it does not fit.
+    """
+    name = one.name.rpartition(".")[2]
+    code = first_lines(one.code, settings.code_tokens, tokenizer)
+    room = settings.input_tokens - 1  # a start token may stand before it
+    while len(tokenizer.encode(prompt := prompt_of(name, code, settings.prompt, related))) > room:
+        excess = len(tokenizer.encode(prompt)) - room
+        shorter = first_lines(code, len(tokenizer.encode(code)) - excess, tokenizer)
+        if not shorter.strip():
+            raise ValueError(
+                f"{one.id}: the prompt has no room for code in {settings.input_tokens} tokens; raise "
+                "--input_tokens, or lower --related or --related_tokens"
+            )
+        code = shorter
+    return prompt
+
+
+def first_lines(text: str, tokens: int, tokenizer: Tokenizer) -> str:
+    """As many whole first lines as have at most so many tokens; of a first line with more, its beginning."""
+    ids = tokenizer.encode(text)
+    if len(ids) <= tokens:
+        return text
+    kept = tokenizer.decode(ids[: max(0, tokens)]).rstrip("\ufffd")
+    whole = kept[: kept.rfind("\n") + 1]
+    return whole if whole.strip() else kept
+
+
+# --- the dataset -------------------------------------------------------------------------------------
+
+
+def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
+    """See the module; ValueError in one sentence where the source has too few such classes."""
+    counts = Counts("classes")
+    found, unparsed = [], 0
+    for file in read_files(
+        settings.source, ".py", settings.revision, settings.under, folder.parent / "source"
+    ):
+        try:
+            found += classes_of(file.text, file.path) if isinstance(file, Document) else []
+        except (SyntaxError, RecursionError):
+            unparsed += 1
+    counts.found = len(found)
+    if not found:
+        raise ValueError(
+            f"{settings.source} holds no Python class"
+            + (f", and {unparsed} files that do not parse" if unparsed else "")
+            + "; name another --source"
+        )
+    chosen = [one for one in found if not (reason := unfit(one, settings)) or counts.drop(reason)]
+    sides = split(chosen, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
+    shortened = sum(_docstring(one, settings, tokenizer) != one.docstring for one in chosen)
+    rows = {
+        side: [
+            _row(one, related, settings, tokenizer)
+            for one, related in _with_related(own, sides["train"], settings, tokenizer)
+        ]
+        for side, own in sides.items()
+    }
+    cut = sum(row["cut"] for own in rows.values() for row in own)
+    return write_dataset(
+        folder,
+        rows,
+        counts,
+        "Classes and their docstrings",
+        about(settings, unparsed, cut, shortened, len(chosen)),
+    )
+
+
+def about(settings: Settings, unparsed: int, cut: int, shortened: int, n: int) -> str:
+    """The card's text."""
+    revision = f" at {settings.revision}" if settings.revision else ""
+    related = (
+        f"Before it stand the {settings.related} training classes most like it, with their docstrings.\n"
+        if settings.related
+        else ""
+    )
+    return f"""
+A class is every `class` statement of a `.py` file of `{settings.source}`{revision}, nested ones too.
+It is an example if its own docstring, as `ast` finds it, has at least {settings.min_words} words between
+spaces and line breaks. A prompt holds the {settings.prompt} instruction and the code from the first decorator
+on, without the docstrings of the class and of whatever is inside: at most {settings.code_tokens} tokens,
+in whole lines ({cut} of {n} classes lose their end).
+{related}A completion is the docstring without its indentation; {shortened} are cut to their first
+{settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse.
+
+The split is drawn by seed {settings.split_seed}: a fifth of all is test, and a tenth of the rest
+validation, by which the best checkpoint is chosen. Classes of one file may stand on two sides.
+"""
+
+
+def unfit(one: Class, settings: Settings) -> str:
+    """Why a class is no example; "" if it is."""
+    if not one.docstring:
+        return "no docstring"
+    if len(one.docstring.split()) < settings.min_words:
+        return f"docstring of fewer than {settings.min_words} words"
+    return poor(one) if settings.quality else ""
+
+
+FIELD = re.compile(r"\s*(?::\w[\w\s.*]*:|\w+\s*\([^)]*\)\s*:|@\w+|>>>|\.\. )")
+SECTION = re.compile(
+    r"\s*(?:Args|Arguments|Attributes|Parameters|Returns?|Raises|Examples?|Usage|Notes?)\s*:?\s*$"
+)
+NO_SUMMARY = re.compile(
+    r"\W*(?:deprecated|todo|fixme|internal use only|do not use|see\b|alias\b)", re.IGNORECASE
+)
+LEAST_PROSE = 0.5  # of a docstring's words
+
+
+def poor(one: Class) -> str:
+    """Why a docstring does not summarise its class, by rules; "" if none of them holds."""
+    lines = one.docstring.split("\n")
+    if NO_SUMMARY.match(lines[0]):
+        return "docstring begins with a note or a reference"
+    words, prose, inside, margin = 0, 0, False, 0
+    for line in lines:
+        n, indent = len(line.split()), len(line) - len(line.lstrip())
+        if inside and line.strip() and indent <= margin:
+            inside = False
+        if not inside and (FIELD.match(line) or SECTION.match(line)):
+            inside, margin = True, indent
+        words, prose = words + n, prose + (0 if inside else n)
+    if prose < LEAST_PROSE * words:
+        return "docstring is mostly lists of parameters or examples"
+    name = set(_words(one.name))
+    if all(word in name | {"the", "a", "an", "class", "for"} for word in _words(lines[0])):
+        return "docstring begins with the class's name alone"
+    return ""
+
+
+def _words(text: str) -> list[str]:
+    return [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", text)]
+
+
+def _docstring(one: Class, settings: Settings, tokenizer: Tokenizer) -> str:
+    return first_lines(one.docstring, settings.docstring_tokens - 1, tokenizer).rstrip()
+
+
+def _with_related(
+    own: Sequence[Class], train: Sequence[Class], settings: Settings, tokenizer: Tokenizer
+) -> list[tuple[Class, list[str]]]:
+    """Each with what retrieval finds among the training classes, but for itself."""
+    if not settings.related:
+        return [(one, []) for one in own]
+    found = nearest_of([one.code for one in own], [one.code for one in train], settings.related + 1)
+    shown = []
+    for one, numbers in zip(own, found, strict=True):
+        others = [train[i] for i in numbers if train[i] != one][: settings.related]
+        half = settings.related_tokens // 2
+        shown.append(
+            (
+                one,
+                [
+                    example_of(
+                        first_lines(o.code, half, tokenizer), first_lines(o.docstring, half, tokenizer)
+                    )
+                    for o in others
+                ],
+            )
+        )
+    return shown
+
+
+def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
+    prompt = fitted_prompt(one, related, settings, tokenizer)
+    return {
+        "name": f"{one.path}:{one.name}",
+        "prompt": prompt,
+        "completion": _docstring(one, settings, tokenizer),
+        "cut": one.code.rstrip() not in prompt,
+    }
+
+
+# --- scores ------------------------------------------------------------------------------------------
+
+
+def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+    """Greedy texts of the run's scores and sampled ones, of the base and the tuned model, in one table.
+
+    Args:
+        scoring: An eval.EvalConfig, not named here: whoever reads annotations would import torch.
+        result: Of `eval.evaluate` by it.
+    """
+    from eval import evaluate as evaluated
+
+    how = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.sampling_seed}
+    drawn = evaluated(replace(scoring, suite="pairs", **how))["suite"]["samples"]
+    found = {"greedy": result["suite"]["samples"], "sampled": sorted(drawn, key=lambda sample: sample["id"])}
+    found["greedy"] = sorted(found["greedy"], key=lambda sample: sample["id"])
+    if [one["id"] for one in found["greedy"]] != [one["id"] for one in found["sampled"]]:
+        raise ValueError("other examples were sampled than completed greedily; set --sampling_seed 0")
+    record: dict[str, Any] = {
+        "step": result["step"],
+        "references": [sample["reference"] for sample in found["greedy"]],
+    }
+    for way, samples in found.items():
+        record[way] = {s: [sample["predictions"][s] for sample in samples] for s in ("base", "model")}
+    write_atomically(Path(scoring.checkpoint) / RECORD, json.dumps(record, indent=1))
+    return table({settings.prompt: record}, settings)
+
+
+def together(made: dict[str, tuple[Settings, Path]]) -> str:
+    """The table of both prompts, from what each run's `evaluate` wrote."""
+    records = {name: json.loads((out / "run" / RECORD).read_text("utf-8")) for name, (_, out) in made.items()}
+    (settings, _), *_ = made.values()
+    return table(records, settings)
+
+
+def table(records: dict[str, Any], settings: Settings) -> str:
+    """Base and tuned by prompt, metric and decoding, with 95% intervals; below it what they show."""
+    from metrics import cleaned
+    from metrics.registry import score
+    from suites.scoring import aligned
+
+    ways = {"greedy": "greedy", "sampled": f"p {settings.top_p:g}, t {settings.temperature:g}"}
+    rows = [["scenario", *(f"{metric}, {said}" for said in ways.values() for metric in METRICS)]]
+    verdicts = []
+    for prompt, record in records.items():
+        scored = {
+            (system, way): score(METRICS, cleaned(record[way][system], record["references"], "plain"))
+            for way in ways
+            for system in ("base", "model")
+        }
+        for system, said in (("base", "baseline"), ("model", "finetuned")):
+            cells = [scored[system, way][metric].interval() for way in ways for metric in METRICS]
+            rows.append(
+                [f"{said} with {prompt} prompt", *("{:.1f} [{:.1f}, {:.1f}]".format(*c[:3]) for c in cells)]
+            )
+        for way in ways:
+            for metric in METRICS:
+                verdict = (
+                    scored["model", way][metric].compare(scored["base", way][metric]).verdict("the base")
+                )
+                verdicts.append(f"{prompt} prompt, {metric}, {way}: {verdict}")
+    steps = {prompt: record["step"] for prompt, record in records.items()}
+    if len(set(steps.values())) > 1:
+        had = ", ".join(f"{prompt} {step}" for prompt, step in steps.items())
+        verdicts.append(
+            f"NOTE: the checkpoints are of different steps ({had}), so the prompts are not compared on equal "
+            "training; set --max_steps or --max_epochs, not --max_seconds"
+        )
+    n = len(next(iter(records.values()))["references"])
+    seed = settings.sampling_seed
+    head = f"docstrings of {n} test classes, with 95% intervals; sampling is by seed {seed}"
+    return "\n".join([head, *aligned(rows), *verdicts])

@@ -1,0 +1,47 @@
+"""A training run that is begun, gone on with, or left as it is: whatever the folder's state asks for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint import step_folders
+from config import Config, write_atomically
+from trainingmanager import RESUMABLE, BudgetUsed, say, train
+
+FINISHED = "finished.json"  # of a run whose budget is used, or whose patience ended
+
+
+def budget(config: Config) -> dict[str, float]:
+    train = config.train
+    return {name: getattr(train, name) for name in ("max_seconds", "max_steps", "max_epochs", "patience")}
+
+
+def finish(config: Config) -> bool:
+    """Train in `config.train.run` until the budget is used; False if it was before this call.
+
+    Raises:
+        ValueError: As `trainingmanager.train`.
+        SystemExit: With 75; a signal asked to stop, and the next call goes on.
+    """
+    folder = Path(config.train.run)
+    mark = folder / FINISHED
+    if mark.is_file() and json.loads(mark.read_text("utf-8")) == budget(config):
+        return False
+    begun = (folder / "config.yaml").is_file()
+    if begun and not step_folders(folder / "checkpoints"):  # killed before its first checkpoint
+        shutil.rmtree(folder)
+        begun = False
+    try:
+        manager = train(replace(config, train=replace(config.train, resume=begun)))
+    except BudgetUsed:  # killed between its last checkpoint and the mark
+        pass
+    else:
+        if manager.stop_signal is not None and manager.progress() < 1:
+            say(f"stopped at step {manager.state.step}; the same command goes on")
+            sys.exit(RESUMABLE)
+    write_atomically(mark, json.dumps(budget(config)))
+    return True

@@ -1,0 +1,111 @@
+"""What a run will take, from measurements of its first blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import plan
+import trainingmanager
+from config import Config, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, parse_config
+from plan import Cost
+
+STARCODER_1B = {"model_type": "gpt_bigcode", "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 8192}
+
+
+def asked(config: Config, family: str | None, model: ModelConfig, n_layer: int) -> dict[str, object]:
+    return {
+        "config": config.to_dict(),
+        "model": dataclasses.asdict(model),
+        "family": family,
+        "rows": 16,
+        "n_layer": n_layer,
+    }
+
+
+@pytest.mark.parametrize("base_format", ["fp32", "nf4"])
+def test_what_blocks_take_is_linear_and_counted_right(base_format: str, tmp_path: Path) -> None:
+    values = {"model_type": "gpt_bigcode", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(values), "utf-8")
+    config = Config(
+        lora=LoraConfig(r=4, targets=("c_attn",)),
+        optimizer=OptimizerConfig(name="adamw"),
+        train=TrainConfig(base=str(tmp_path), batch_size=2, base_format=base_format, device="cpu"),  # pyright: ignore[reportArgumentType]
+    )
+    model, family = plan.shape_of(config)
+    one, two, three = (plan._child(asked(config, family, model, n)) for n in (1, 2, 3))
+    foreseen = one.at(two, 3)
+    assert (foreseen.held_bytes, foreseen.trained_bytes) == (three.held_bytes, three.trained_bytes)
+    # c_attn is 64 -> 64 + 2 heads of 16: A (4, 64) and B (96, 4); each with gradient and two moments in fp32.
+    adapters = 3 * 4 * (64 + 96) * 4
+    steps = 3 * 2 * 4  # AdamW counts its steps in a number for each matrix
+    assert three.trained_bytes == 4 * adapters + steps
+    matrices = 3 * (64 * 96 + 64 * 64 + 2 * 64 * 256)
+    per_weight = 4.0 if base_format == "fp32" else 0.5 + 0.125
+    others = 4 * (300 * 64 + 1024 * 64 + 2 * 64 + 3 * (4 * 64 + 96 + 64 + 256 + 64))
+    assert three.held_bytes == pytest.approx(matrices * per_weight + others, rel=0.05)
+    assert three.step_bytes > three.held_bytes and three.micro_seconds > 0
+
+
+def test_a_run_from_scratch_trains_all_of_its_weights() -> None:
+    config = Config(
+        model=ModelConfig(n_layer=1, n_embd=24, block_size=16),
+        train=TrainConfig(batch_size=2, device="cpu", max_steps=100),
+    )
+    model, family = plan.shape_of(config)
+    assert family is None and model.vocab_size == config.tokenizer.vocab_size
+    cost = plan._child(asked(config, None, model, 1))
+    weights = sum(p.numel() for p in trainingmanager.Decoder(model).parameters())
+    assert cost.held_bytes == 0
+    assert 3 * 4 * weights <= cost.trained_bytes <= 4 * 4 * weights + 1000  # Muon keeps one moment, AdamW two
+
+
+def test_a_line_through_two_depths_gives_the_others() -> None:
+    first, second = Cost(10, 20, 1, 2, 0.5, 0.1), Cost(13, 21, 2, 2, 0.7, 0.05)
+    found = first.at(second, 11)
+    assert found == Cost(40, 30, 11, 2, pytest.approx(2.5), 0.1) and found.peak == 40  # pyright: ignore[reportArgumentType]
+    config = Config(train=TrainConfig(accumulation=3, batch_size=2, max_steps=50))
+    said = str(plan.Plan(found, 11, 128, config))
+    assert plan.Plan(found, 11, 128, config).step_seconds == pytest.approx(7.6)
+    assert "474, of 768 tokens and 7.60 s" in said and "1 and 2 of 11 blocks" in said and "0.11 hours" in said
+
+
+def test_only_config_json_of_a_base_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(STARCODER_1B), "utf-8")
+    model, family = plan.shape_of(Config(train=TrainConfig(base=str(tmp_path))))
+    assert (family, model.n_layer, model.n_kv_head, model.n_inner) == ("gpt_bigcode", 24, 1, 8192)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        plan.shape_of(Config(train=TrainConfig(base=str(tmp_path))))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', "utf-8")
+    with pytest.raises(ValueError, match="of no family known here"):
+        plan.shape_of(Config(train=TrainConfig(base=str(tmp_path))))
+
+
+def test_the_command_says_a_mistake_in_one_sentence_and_starts_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(STARCODER_1B), "utf-8")
+    run = tmp_path / "run"
+    words = ["--plan", "--base", str(tmp_path), "--row_length", "9000", "--run", str(run)]
+    with pytest.raises(SystemExit) as ended:
+        trainingmanager.main(parse_config(words))
+    assert ended.value.code == 2 and not run.exists()
+    assert "row_length is 9000, and the model has a context of 8192 tokens" in capsys.readouterr().err
+    words[words.index("9000")] = "64"
+    with pytest.raises(SystemExit) as ended:
+        trainingmanager.main(parse_config([*words, "--lora.targets", "q_proj"]))
+    error = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and "blocks could not be measured: lora.targets: the model has no q_proj" in error
+    )
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    trainingmanager.main(parse_config(["--plan", "--model.n_embd", "48", "--max_steps", "10"]))
+    assert "peak memory" in capsys.readouterr().out

@@ -1,0 +1,466 @@
+"""Recipes: their datasets, and the one command from data to table, which does nothing twice."""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from architecture import Decoder
+from fim import known_markers
+from pretrained import load_pretrained, save_pretrained
+from recipes import kotlin, summaries
+from recipes.__main__ import main
+from recipes.base import BaseConfig, make_base, model_of
+from recipes.building import Counts, split, write_dataset
+from recipes.classes import classes_of
+from recipes.files import read_files
+from recipes.nearby import nearest_of
+from scraping.documents import Document
+from tokenizer import BPETokenizer
+
+WORDS = "holds the things that a shop of this kind keeps in its many drawers, and counts them whenever asked"
+
+
+def module(number: int) -> str:
+    """A file with one class that is an example of the summaries, and one that is not."""
+    return f'''import os
+
+
+class Store{number}(dict):
+    """Store number {number} {WORDS} to."""
+
+    size = {number}
+
+    def count(self):
+        """SECRET {number}: {WORDS}."""
+        return len(self) + {number}
+
+
+class Bare{number}:
+    pass
+'''
+
+
+KOTLIN = """/*
+ * Copyright 2020 Somebody. Use of this source code is governed by the Apache 2.0 license.
+ */
+
+package shop
+
+fun total{i}(prices: List<Int>): Int {{
+    var sum = {i}
+    for (price in prices) {{
+        sum += price * {i}
+    }}
+    return sum
+}}
+"""
+
+
+@pytest.fixture
+def tokenizer() -> BPETokenizer:
+    return BPETokenizer.train([module(i) for i in range(9)] + [KOTLIN.format(i=i) for i in range(9)], 400)
+
+
+def tiny(family: str, tokenizer: BPETokenizer, folder: Path, block_size: int = 160) -> Path:
+    """A base whose weights are drawn."""
+    torch.manual_seed(0)
+    shape = BaseConfig(family, n_layer=1, n_head=4, n_embd=16, block_size=block_size)  # pyright: ignore[reportArgumentType]
+    model = Decoder(replace(model_of(shape), vocab_size=tokenizer.vocab_size, init="normal"))
+    save_pretrained(model, tokenizer, folder, family)
+    return folder
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"m{i:02}.py").write_text(module(i), "utf-8")
+    return folder
+
+
+def rows_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {
+        side: [json.loads(line) for line in (folder / f"{side}.jsonl").read_text("utf-8").splitlines()]
+        for side in ("train", "validation", "test")
+    }
+
+
+# --- the dataset -------------------------------------------------------------------------------------
+
+
+def test_counts_stand_in_the_card_and_an_empty_side_is_refused(tmp_path: Path) -> None:
+    counts = Counts("files", found=7)
+    counts.drop("too short", 3)
+    sides = {"train": [{"text": "a"}] * 2, "validation": [{"text": "b"}], "test": [{"text": "c"}]}
+    write_dataset(tmp_path, sides, counts, "Title", "What it is.")
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "-3  too short" in card and "4  files kept" in card and "train 2, validation 1, test 1" in card
+    with pytest.raises(ValueError, match=r"the test set would be empty: 4 of 7 files .* too short, 3\)"):
+        write_dataset(tmp_path, sides | {"test": []}, counts, "Title", "")
+    counts.drop("too long", 5)
+    with pytest.raises(ValueError, match="do not add up"):
+        write_dataset(tmp_path, sides, counts, "Title", "")
+
+
+def test_a_split_is_drawn_whole_and_depends_on_its_seed_alone() -> None:
+    sides = split(range(124), 42, 0.2, 0.1)
+    assert {side: len(items) for side, items in sides.items()} == {"test": 25, "validation": 10, "train": 89}
+    assert sorted(i for items in sides.values() for i in items) == list(range(124))
+    assert sides == split(range(124), 42, 0.2, 0.1) != split(range(124), 43, 0.2, 0.1)
+
+
+def test_a_file_is_read_from_wherever_it_lies(repository: Path, tmp_path: Path) -> None:
+    import shutil
+
+    lines = [json.dumps({"path": p.name, "text": p.read_text("utf-8")}) for p in sorted(repository.iterdir())]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", repository)
+    found = [
+        [(one.path, one.text) for one in read_files(str(source), ".py") if isinstance(one, Document)]
+        for source in (repository, tmp_path / "rows.jsonl", tmp_path / "packed.zip")
+    ]
+    assert len(found[0]) == 20 and found[0] == found[1] == found[2]
+    with pytest.raises(ValueError, match=r"holds no \.kt file"):
+        read_files(str(repository), ".kt")
+    with pytest.raises(ValueError, match="is no address of a repository"):
+        read_files(str(repository), ".py", "v1")
+
+
+# --- classes -----------------------------------------------------------------------------------------
+
+ODD = '''
+def outer():
+    @decorated
+    class A(B):
+        "own" ; x = 1
+        class Inner: "inner"
+        def f(self):
+            """in f"""
+        async def g(self):
+            r"""in g
+far to the left
+            """ # with a note
+            return """kept
+text"""
+        def h(self):
+            "first"
+            "second"
+'''
+
+
+def test_no_docstring_stays_in_a_class_and_it_still_parses() -> None:
+    found = {one.name: one for one in classes_of(ODD, "odd.py")}
+    assert list(found) == ["outer.A", "outer.A.Inner"]
+    assert (found["outer.A"].docstring, found["outer.A.Inner"].docstring) == ("own", "inner")
+    assert found["outer.A"].code.startswith("@decorated\nclass A(B):\n") and found["outer.A"].line == 3
+    for one in found.values():
+        for node in ast.walk(ast.parse(one.code)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                assert ast.get_docstring(node) is None
+    code = found["outer.A"].code
+    assert "kept\ntext" in code and "x = 1" in code and "in g" not in code and "far to the left" not in code
+
+
+def test_a_class_without_its_docstrings_computes_what_it_did() -> None:
+    (one, _) = classes_of(module(3), "m.py")
+    scope: dict[str, Any] = {}
+    exec(one.code, scope)  # our own text
+    assert scope["Store3"](a=1).count() == 4 and scope["Store3"].__doc__ is None
+    assert "SECRET" not in one.code and WORDS not in one.code
+
+
+@pytest.mark.parametrize("prompt", ["verbose", "simple"])
+def test_a_long_class_loses_its_end_and_never_the_instruction(prompt: Any, tokenizer: BPETokenizer) -> None:
+    long = "class Long:\n    x = 0\n" + "".join(f"    value_{i} = {i}\n" for i in range(300))
+    (one,) = classes_of(long, "long.py")
+    settings = summaries.Settings(prompt=prompt, input_tokens=120)
+    made = summaries.fitted_prompt(one, [], settings, tokenizer)
+    assert len(tokenizer.encode(made)) < 120 and made.endswith("\n\nDocstring:\n")
+    begins = "Your task is to write a docstring that summarizes the following Python class.\nClass Long:\n"
+    assert made.startswith(begins if prompt == "verbose" else "Class class Long:")
+    code = made.removesuffix("\n\nDocstring:\n").split("class Long:", 1)[1]
+    assert one.code.split("class Long:", 1)[1].startswith(code + "\n") and "value_0" in code  # whole lines
+    with pytest.raises(ValueError, match="no room for code in 20 tokens"):
+        summaries.fitted_prompt(one, ["word " * 50], replace(settings, input_tokens=20), tokenizer)
+
+
+def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
+    repository: Path, tokenizer: BPETokenizer, tmp_path: Path
+) -> None:
+    settings = summaries.Settings(source=str(repository), prompt="verbose", related=1)
+    counts = summaries.build(settings, tokenizer, tmp_path / "made" / "dataset")
+    assert (counts.found, counts.dropped) == (40, {"no docstring": 20})
+    sides = rows_of(tmp_path / "made" / "dataset")
+    assert {side: len(rows) for side, rows in sides.items()} == {"train": 14, "validation": 2, "test": 4}
+    shown = {row["completion"] for row in sides["train"]}
+    for side, rows in sides.items():
+        for row in rows:
+            assert "SECRET" not in row["prompt"] and row["completion"] not in row["prompt"]
+            others = {text for text in shown if text in row["prompt"]}
+            assert len(others) == 1, "one related class of the training side"
+            assert side == "train" or row["completion"] not in shown
+    few = summaries.Settings(source=str(repository), min_words=30, prompt="simple")
+    with pytest.raises(ValueError, match=r"test set would be empty: 0 of 40 .* fewer than 30 words, 20\)"):
+        summaries.build(few, tokenizer, tmp_path / "few" / "dataset")
+
+
+@pytest.mark.parametrize(
+    ("docstring", "reason"),
+    [
+        ("Deprecated: use Other. " + WORDS, "note or a reference"),
+        (f"Runs.\n\n:param a: {WORDS}\n:param b: {WORDS}\n    {WORDS}", "lists of parameters"),
+        (f"The Pool Runner class.\n\n{WORDS}", "name alone"),
+        (f"Runs what waits.\n\n{WORDS}\n\n:param a: {WORDS}", ""),
+    ],
+)
+def test_poor_docstrings_are_told_from_good_ones(docstring: str, reason: str) -> None:
+    (one, _) = classes_of(module(1), "m.py")
+    found = summaries.poor(replace(one, name="PoolRunner", docstring=docstring))
+    assert reason in found and bool(reason) == bool(found)
+
+
+def test_what_is_nearest_shares_the_rare_words() -> None:
+    texts = ["class Pool: worker pool size", "class Cache: worker cache size", "class Other: worker"]
+    assert nearest_of(["worker cache of size"], texts, 2) == [[1, 0]]
+
+
+# --- windows -----------------------------------------------------------------------------------------
+
+
+def test_windows_are_the_text_and_end_with_its_lines(tokenizer: BPETokenizer) -> None:
+    text = "".join(KOTLIN.format(i=i).split("*/\n\n")[1] for i in range(30)) + 'val s = "é ß 😀"\n' * 9
+    found = list(kotlin.windows_of(text, "a.kt", 60, tokenizer))
+    place = 0
+    for window in found:
+        place = text.index(window.prompt + window.completion, place)  # in order, byte for byte
+        end = place + len(window.prompt + window.completion)
+        assert text[end : end + 1] in ("\n", "")
+        assert len(tokenizer.encode(window.prompt)) <= 60 and window.completion.strip()
+        place = end
+    assert sum(len(w.prompt + w.completion) for w in found) > 0.9 * len(text)
+    assert any(not w.prompt.endswith("\n") and "\n" in w.prompt for w in found)
+    assert found == list(kotlin.windows_of(text, "a.kt", 60, tokenizer))
+    assert found != list(kotlin.windows_of(text, "b.kt", 60, tokenizer))
+
+
+def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    rows = [{"path": f"f{i}.kt", "text": KOTLIN.format(i=i)} for i in range(12)]
+    twin = KOTLIN.format(i=99)
+    rows += [{"path": f"twin{i}.kt", "text": twin} for i in range(6)]
+    rows += [
+        {"path": "absurd.kt", "text": "val a = 1\n" * 40 + 'val s = "' + "\\uD83C\\uDF10-" * 70 + '"\n'},
+        {"path": "short.kt", "text": "val a = 1\n"},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    counts = kotlin.build(
+        kotlin.Settings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
+    )
+    assert (counts.found, counts.dropped) == (20, {"absurd literal": 1, "too short": 1})
+    sides = rows_of(tmp_path / "made" / "dataset")
+    paths = {side: {row["path"] for row in rows} for side, rows in sides.items()}
+    assert not paths["train"] & paths["test"] and not paths["train"] & paths["validation"]
+    assert sum(map(len, paths.values())) == 13, "of equal files one"
+    texts = [row["prompt"] + row["completion"] for rows in sides.values() for row in rows]
+    assert len(texts) == len(set(texts)) and not any("Copyright" in text for text in texts)
+    completions = {row["completion"] for rows in sides.values() for row in rows}
+    assert not completions & {row["prompt"] for rows in sides.values() for row in rows}
+
+
+# --- small bases -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gpt_bigcode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("codegen", "phi", "llama"))],
+)
+def test_a_small_base_opens_in_transformers_with_equal_logits(
+    family: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = BaseConfig(
+        family, 0.3, str(tmp_path / "base"), str(corpus), 320, 1, 4, 32, 64, cache=str(tmp_path / "cache")
+    )
+    folder = make_base(settings)
+    found = load_pretrained(folder)
+    assert found.family.model_type == family and found.tokenizer is not None
+    assert (known_markers(found.tokenizer) is not None) == (family == "gpt_bigcode")
+    text = "def f1(x):\n    return <fim_middle>"
+    ids = found.tokenizer.encode(text)
+    assert found.tokenizer.decode(ids) == text and max(ids) < 320
+    other = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        ours, theirs = found.model(torch.tensor([ids])), other(torch.tensor([ids])).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (
+        AutoTokenizer.from_pretrained(folder)("def f1(x):").input_ids[-3:]
+        == found.tokenizer.encode("def f1(x):")[-3:]
+    )
+    capsys.readouterr()
+    assert make_base(settings) == folder and "is there already" in capsys.readouterr().out
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(repository: Path, tokenizer: BPETokenizer, tmp_path: Path) -> list[str]:
+    base = tiny("llama", tokenizer, tmp_path / "base")
+    flags = f"summaries --base {base} --source {repository} --prompt simple --out {tmp_path / 'out'}"
+    flags += " --input_tokens 100 --docstring_tokens 60 --row_length 160 --max_steps 2 --eval_samples 4"
+    return [
+        *flags.split(),
+        "--allow",
+        "worse-than-unigram,split-leaks",
+        "--data.cache",
+        str(tmp_path / "cache"),
+    ]
+
+
+def test_a_recipe_runs_whole_and_then_does_nothing_twice(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    report = (out / "report.txt").read_text("utf-8")
+    assert report in printed and report.count("\n--- ") >= 4 * 4
+    for name in ("dataset/README.md", "adapter/adapter_config.json", "merged/config.json", "run/eval.json"):
+        assert (out / name).is_file(), name
+    for said in (
+        "finetuned with simple prompt",
+        "baseline with simple prompt",
+        "not distinguishable",
+        "loss",
+    ):
+        assert said in report
+    record = json.loads((out / "run" / "summaries.json").read_text("utf-8"))
+    assert len(record["references"]) == 4 and record["greedy"]["base"] != record["sampled"]["base"]
+    assert load_pretrained(out / "merged").family.model_type == "llama"
+
+    import trainingmanager
+
+    monkeypatch.setattr(trainingmanager.TrainingManager, "update", None)  # what trains again breaks
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
+    assert main(words) == 0
+    after = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
+    assert {p for p in after if before.get(p) != after[p]} <= set((out / "run" / "curves").iterdir())
+    assert report in capsys.readouterr().out
+
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--min_words", "12"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "begun with min_words 20, and now it is 12" in error
+
+
+def test_a_recipe_that_was_killed_goes_on(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trainingmanager
+
+    update = trainingmanager.TrainingManager.update
+
+    def killed(self: Any) -> Any:
+        if self.state.step == 1:
+            raise KeyboardInterrupt
+        return update(self)
+
+    words += ["--save_every", "1"]
+    monkeypatch.setattr(trainingmanager.TrainingManager, "update", killed)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 130
+    dataset = (tmp_path / "out" / "dataset" / "train.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr(trainingmanager.TrainingManager, "update", update)
+    assert main(words) == 0
+    assert (tmp_path / "out" / "dataset" / "train.jsonl").stat().st_mtime_ns == dataset
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert sorted(set(steps)) == [1, 2], "the first step was not taken again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--source", "nowhere"], "nowhere is not there"),
+        (["--source", "EMPTY"], "holds no .py file"),
+        (["--source", "BARE"], "the test set would be empty: 0 of 1 classes"),
+        (["--source", "BROKEN"], "holds no Python class, and 1 files that do not parse"),
+        (["--base", "OTHER"], "is of the family gpt_bigcode, which this recipe's settings do not fit"),
+        (["--row_length", "100"], "let an example have 160 tokens"),
+        (["--min_wrods", "3"], "min_wrods"),
+        (["--run", "elsewhere"], "--run is the recipe's own"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    words: list[str],
+    changes: list[str],
+    sentence: str,
+    tokenizer: BPETokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, text in (("EMPTY", None), ("BARE", "class A:\n    pass\n"), ("BROKEN", "class A(:\n")):
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / "a.py").write_text(text, "utf-8")
+    if "OTHER" in changes:
+        tiny("gpt_bigcode", tokenizer, tmp_path / "OTHER")
+    placed = [str(tmp_path / word) if word.isupper() else word for word in changes]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, *placed])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
+    assert not (tmp_path / "out" / "run" / "config.yaml").exists()
+
+
+def test_kotlin_ends_with_its_table_and_both_prompts_with_theirs(
+    words: list[str], tokenizer: BPETokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"path": f"f{i}.kt", "text": KOTLIN.format(i=i)} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    methods = [
+        {"signature": "def f ( a ) :", "docstring": f"Adds {i} .", "body": f"return a + {i} <EOL>"}
+        for i in range(3)
+    ]
+    (tmp_path / "methods.jsonl").write_text("\n".join(map(json.dumps, methods)), "utf-8")
+    base = tiny("phi", tokenizer, tmp_path / "phi", 96)
+    flags = f"kotlin --base {base} --source {tmp_path / 'rows.jsonl'} --out {tmp_path / 'kotlin'} --window 40"
+    flags += f" --row_length 96 --max_steps 1 --eval_samples 2 --methods {tmp_path / 'methods.jsonl'}"
+    flags += " --allow worse-than-unigram"
+    assert main([*flags.split(), "--data.cache", str(tmp_path / "cache")]) == 0
+    report = (tmp_path / "kotlin" / "report.txt").read_text("utf-8")
+    for said in ("Kotlin test set, base", "Kotlin test set, tuned", "CodeXGLUE method generation, tuned"):
+        assert said in report
+    words[words.index("simple")] = "both"
+    assert main(words) == 0
+    report = (tmp_path / "out" / "report.txt").read_text("utf-8")
+    for system in ("baseline", "finetuned"):
+        for prompt in ("verbose", "simple"):
+            assert f"{system} with {prompt} prompt" in report
+
+
+def test_an_unknown_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sumaries"]) == 2 and "did you mean summaries?" in capsys.readouterr().err
+
+
+def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None:
+    texts = ["keeps the pool", "counts what it holds"]
+    both = {"base": texts[::-1], "model": texts}
+    records = {
+        name: {"step": 9, "references": texts, "greedy": both, "sampled": both}
+        for name in ("verbose", "simple")
+    }
+    assert "NOTE" not in summaries.table(records, summaries.Settings())
+    records["simple"] = records["simple"] | {"step": 3}
+    assert "different steps (verbose 9, simple 3)" in summaries.table(records, summaries.Settings())
