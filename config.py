@@ -641,7 +641,7 @@ _MEMORY_IS_FULL = ("out of memory", "not enough memory", "allocate memory")
 
 
 def memory_is_full(error: BaseException) -> bool:
-    """Whether an error says that memory, of the machine or of a GPU, did not suffice."""
+    """Whether that is what an error says, Python's own or torch's."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_IS_FULL)
 
 

@@ -133,6 +133,8 @@ def mistake(settings: EvalConfig) -> str | None:
         return "give one of --checkpoint RUN, --model FOLDER and --rescore RUN/eval.json"
     if settings.predictions is not None and settings.samples == 0:
         return "--predictions are of samples, and --samples is 0; leave one of them out"
+    if settings.predictions is not None and settings.model is not None:
+        return "--predictions stand in for a model's; leave --model out"
     if settings.adapter is not None and settings.model is None:
         return "--adapter belongs to a published model; give --model FOLDER with it"
     if settings.samples_per_example > 1 and (settings.temperature == 0 or settings.predictions is not None):
@@ -188,7 +190,7 @@ from suites.scoring import (
     suite_table,
     suites_of,
 )
-from suites.task import Given, Task
+from suites.task import Given, Task, answers
 from suites.tasks import OF_FILES, TASKS, TOKENS, suite_names
 from suites.tokens import (
     add_intervals,
@@ -417,9 +419,9 @@ def add_suites(
     for name in names:
         task = task_of(name, subject, data, settings)
         if len(task.examples) < 2:
-            side = (
-                f"the {data.test.split} files have" if data is not None and name not in OF_FILES else "it has"
-            )
+            side = "its file has"
+            if data is not None and name not in OF_FILES:
+                side = f"the {data.test.split} files have"
             left_out.append(
                 f"{task.suite.title} not scored: {side} {len(task.examples)} {task.wanted}, and an "
                 "interval needs at least 2"
@@ -519,7 +521,7 @@ def suite_record(
         predictions["n-gram"] = ngram_complete(
             baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
         )
-    predictions |= {system: Predictions(texts) for system, texts in task.baselines().items()}
+    predictions |= answers(task.baselines())
     about = {
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),

@@ -107,15 +107,15 @@ def complete(
         for draw in range(draws)
         if (i, draw) not in done
     ]
-    size = batch_size
+    most = batch_size or max(MOST_ROWS.values())
     # What shares a batch shares its limit and its ends.
     for (limit, ends), group in groupby(
         wanted, key=lambda one: (prompts[one[0]].limit, prompts[one[0]].ends)
     ):
         alike = list(group)
         longest = max(len(prompts[i].ids) for i, _ in alike) + limit
+        size = min(most, batch_size or rows_at_a_time(model, longest))
         while alike:
-            size = size or rows_at_a_time(model, longest)
             rows = alike[:size]
             found = stop_finder(tokenizer, [prompts[i].ids for i, _ in rows], how.stop) if how.stop else None
 
@@ -157,7 +157,7 @@ def complete(
                 if not memory_is_full(error) or len(rows) == 1:
                     raise
             if results is None:  # outside of the handler, whose traceback holds the tensors
-                size = len(rows) // 2
+                most = size = len(rows) // 2
                 if precision.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue

@@ -368,5 +368,10 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
                 f"{where} is for {row['id']!r}, and that example is {example.id!r}: the order must be "
                 "that of the samples in eval.json, of the same --seed and --samples"
             )
+        if str(row.get("task_id", example.name)) != example.name:
+            raise ValueError(
+                f"{where} is for task_id {row['task_id']!r}, and that example is {example.name!r}: the order "
+                "must be that of the suite's file"
+            )
         texts.append(text)
     return texts
