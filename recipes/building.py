@@ -6,6 +6,7 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
     FAMILY                                   model_type of the small base where none is given; None: no base
     EVALUATION                               fields of eval.EvalConfig that are not the default's
     longest(settings) -> int                 most tokens of an example, with its end: what a row must hold
+    check(settings)                          optional: refuses before a base is made what cannot be built from
     build(settings, tokenizer, folder)       writes the dataset with `write_dataset`; returns its Counts.
                                              `tokenizer` is the base's; None where FAMILY is None
     evaluate(settings, scoring, result)      optional: tables of its own, as text, after the run's; of the

@@ -20,6 +20,20 @@ MOST_BYTES = 2**24  # of a file
 ROWS = (".jsonl", ".jsonl.gz", ".parquet")
 
 
+def check_source(source: str, extension: str, revision: str = "") -> None:
+    """ValueError for a source that cannot be one, before anything takes time."""
+    if not source:
+        raise ValueError(
+            f"no source is named: give --source a folder, archive, .jsonl or repository of {extension} files"
+        )
+    if "://" not in source and not Path(source).exists():
+        raise ValueError(f"{source} is not there: give --source a folder, archive, .jsonl or repository")
+    if revision and "://" not in source:
+        raise ValueError(
+            f"--revision is {revision}, and {source} is no address of a repository; leave it out"
+        )
+
+
 def read_files(
     source: str, extension: str, revision: str = "", under: str = "", work: Path | None = None
 ) -> list[Document | tuple[str, Drop]]:
@@ -35,14 +49,7 @@ def read_files(
     Raises:
         ValueError: The source cannot be had, or holds no file of that language.
     """
-    if not source:
-        raise ValueError(
-            f"no source is named: give --source a folder, archive, .jsonl or repository of {extension} files"
-        )
-    if revision and "://" not in source:
-        raise ValueError(
-            f"--revision is {revision}, and {source} is no address of a repository; leave it out"
-        )
+    check_source(source, extension, revision)
     if source.endswith(ROWS):
         rows = read_documents(DataConfig(source=source))
         found = [Document(row.text, "", row.name, "", "") for row in rows if row.name.endswith(extension)]

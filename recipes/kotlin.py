@@ -1,9 +1,9 @@
 """A piece of a Kotlin file -> how it goes on: `python -m recipes kotlin --source kotlin.jsonl.gz`.
 
-Files lose their copyright headers, and go where they are too short or hold absurd lines and literals. Each is
-cut into windows of about 100 tokens with its line breaks, and each window at a place that may lie inside of a
-line. All windows of a file stand on one side. The model continues the first part of a window; the second ends
-where a line does, so that it learns to stop there.
+Files lose their copyright headers, and go where they are generated, too short, or hold absurd lines and
+literals. Each is cut into windows of about 100 tokens with its line breaks, and each window at a place that
+may lie inside of a line. All windows of a file stand on one side. The model continues the first part of a
+window; the second ends where a line does, so that it learns to stop there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.building import Counts, RecipeSettings, split, write_dataset
-from recipes.files import read_files
+from recipes.files import check_source, read_files
 from scraping.clean import Settings as CleanSettings
 from scraping.documents import Document, Drop
-from scraping.stages import shape
+from scraping.stages import origin, shape
 from scraping.stages.headers import without_header
 from tokenizer import Tokenizer
 
@@ -60,6 +60,10 @@ class Settings(RecipeSettings):
 class Window(NamedTuple):
     prompt: str
     completion: str
+
+
+def check(settings: Settings) -> None:
+    check_source(settings.source, ".kt", settings.revision)
 
 
 def longest(settings: Settings) -> int:
@@ -131,7 +135,9 @@ def shape_stage() -> Any:
 
 
 def cleaned(file: Document, well_shaped: Any) -> Document | Drop:
-    """Without its copyright header, or why it goes."""
+    """Without its copyright header, or why it goes; generated files are near copies of each other."""
+    if isinstance(own := origin.build()(file), Drop):
+        return own
     return well_shaped(replace(file, text=without_header(file.text, file.path)))
 
 

@@ -157,6 +157,8 @@ def run(asked: Asked) -> int:
         write_atomically(asked.out / "report.txt", text + "\n")
         print(f"\n{text}\n\nreport    {asked.out / 'report.txt'}")
         return 0
+    if check := getattr(asked.module, "check", None):
+        check(asked.settings)
     asked.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     config = asked.config()

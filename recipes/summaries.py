@@ -18,7 +18,7 @@ from typing import Any, Literal
 from config import write_atomically
 from recipes.building import Counts, RecipeSettings, split, write_dataset
 from recipes.classes import Class, classes_of
-from recipes.files import read_files
+from recipes.files import check_source, read_files
 from recipes.nearby import nearest_of
 from scraping.documents import Document
 from tokenizer import Tokenizer
@@ -68,6 +68,10 @@ class Settings(RecipeSettings):
     top_p: float = 0.9
     split_seed: int = 42
     sampling_seed: int = 0
+
+
+def check(settings: Settings) -> None:
+    check_source(settings.source, ".py", settings.revision)
 
 
 def longest(settings: Settings) -> int:

@@ -258,13 +258,17 @@ def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPEToken
     rows += [
         {"path": "absurd.kt", "text": "val a = 1\n" * 40 + 'val s = "' + "\\uD83C\\uDF10-" * 70 + '"\n'},
         {"path": "short.kt", "text": "val a = 1\n"},
+        {
+            "path": "made.kt",
+            "text": "// This file was automatically generated. Do not edit.\n" + KOTLIN.format(i=77),
+        },
     ]
     source = tmp_path / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     counts = kotlin.build(
         kotlin.Settings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
     )
-    assert (counts.found, counts.dropped) == (20, {"absurd literal": 1, "too short": 1})
+    assert (counts.found, counts.dropped) == (21, {"absurd literal": 1, "too short": 1, "generated": 1})
     sides = rows_of(tmp_path / "made" / "dataset")
     paths = {side: {row["path"] for row in rows} for side, rows in sides.items()}
     assert not paths["train"] & paths["test"] and not paths["train"] & paths["validation"]
