@@ -43,7 +43,7 @@ class EndsAt(StoppingCriteria):
     def __init__(self, prompt_length: int, limits: list[int]):
         self.prompt_length, self.limits = prompt_length, torch.tensor(limits)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+    def __call__(self, input_ids, scores, **_):
         return input_ids.size(1) - self.prompt_length >= self.limits
 
 
@@ -96,7 +96,7 @@ def main(arguments: argparse.Namespace) -> None:
 
             def them(ends: list[int] = ends) -> list[list[int]]:
                 with torch.inference_mode():
-                    ids = theirs.generate(
+                    ids = theirs.generate(  # pyright: ignore[reportAttributeAccessIssue]
                         padded,
                         attention_mask=mask,
                         max_new_tokens=arguments.new,
