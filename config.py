@@ -637,6 +637,11 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
 _MEMORY_IS_FULL = ("out of memory", "not enough memory", "allocate memory")
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says, Python's own or torch's."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_IS_FULL)
+
+
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """A user's mistake, a full disk or full memory ends the command with one sentence and exit code 2.
@@ -646,7 +651,7 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        full = isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_IS_FULL)
+        full = memory_is_full(error)
         if os.environ.get("PLUMB_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
         if isinstance(error, KeyboardInterrupt):
