@@ -28,8 +28,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeps import verdict
 from sweeps.board import Board, Pulse, is_done
-from sweeps.study import open_studies
 from sweeps.storage import told
+from sweeps.study import open_studies
 from sweeps.worker import ALL_FAILED, STOPPED, start
 
 DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
@@ -77,8 +77,8 @@ class Crew:
             self.deaths += 1
             if self.deaths > DEATHS_IN_A_ROW:
                 raise ValueError(
-                    f"{DEATHS_IN_A_ROW} workers died in a row and no trial ended between; the last one's exit "
-                    f"code was {code}"
+                    f"{DEATHS_IN_A_ROW} workers died in a row and no trial ended between; the last one's "
+                    f"exit code was {code}"
                 )
             print(f"a worker died (exit code {code}); another one takes its trial up")
             self.processes[place] = self.started()
@@ -175,9 +175,7 @@ def finish(
     write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
     pictures = draw(settings, studies[0], slots, ["\n".join(rows), *said, *judged])
     print(f"best config  python trainingmanager.py --config {path}")
-    print(
-        f"pictures     {folder / 'report.html'}, {', '.join(p.name for p in pictures)} in {folder / 'pictures'}"
-    )
+    print(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
 
 

@@ -18,6 +18,8 @@ from sweeps.settings import Settings
 from sweeps.study import chosen_of
 from sweeps.verdict import short
 
+IMPORTANCES = 10  # complete trials from which on they are drawn: of four, one that did nothing had 94%
+
 
 def draw(
     settings: Settings, study: optuna.Study, slots: Mapping[int, FrozenTrial], texts: list[str]
@@ -51,18 +53,22 @@ def _plots(settings: Settings, study: optuna.Study) -> dict[str, Callable[[], An
     from optuna.visualization import matplotlib as plot
 
     names = list(settings.sweep.objectives)
-    first = (
-        {"target": lambda t: t.values[0], "target_name": names[0]}
-        if len(names) > 1
-        else {"target_name": names[0]}
-    )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(evaluate_on_local=True)
+
+    def first(trial: FrozenTrial) -> float:
+        return trial.values[0]
+
+    target = first if len(names) > 1 else None
     plots: dict[str, Callable[[], Any]] = {
-        "history": lambda: plot.plot_optimization_history(study, **first),
-        "importances": lambda: plot.plot_param_importances(study, evaluator=evaluator, **first),
-        "parallel": lambda: plot.plot_parallel_coordinate(study, **first),
-        "slices": lambda: plot.plot_slice(study, **first),
+        "history": lambda: plot.plot_optimization_history(study, target=target, target_name=names[0]),
+        "parallel": lambda: plot.plot_parallel_coordinate(study, target=target, target_name=names[0]),
+        "slices": lambda: plot.plot_slice(study, target=target, target_name=names[0]),
     }
+    whole = sum(trial.state == TrialState.COMPLETE for trial in study.trials)
+    if whole >= IMPORTANCES:
+        plots["importances"] = lambda: plot.plot_param_importances(
+            study, evaluator=evaluator, target=target, target_name=names[0]
+        )
     if len(names) == 1:
         plots["intermediate"] = lambda: plot.plot_intermediate_values(study)
     elif len(names) < 4:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,10 +76,11 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         ValueError: It is none that is known, or cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", module="optuna")  # that parts of it may change
     if url and "://" not in url and not url.startswith("journal:"):
         raise ValueError(
-            f"--storage {url} is no URL; write journal:FILE, sqlite:///FILE, postgresql://..., mysql://... or "
-            "grpc://HOST:PORT"
+            f"--storage {url} is no URL; write journal:FILE, sqlite:///FILE, postgresql://..., mysql://... "
+            "or grpc://HOST:PORT"
         )
     with told(url, folder):
         try:

@@ -107,12 +107,11 @@ def make_sampler(settings: Settings, slot: int) -> BaseSampler:
             group=True,
             constant_liar=True,
             seed=seed,
-            warn_independent_sampling=False,
         )
     if sweep.sampler == "cmaes":
-        return CmaEsSampler(n_startup_trials=STARTUP, warn_independent_sampling=False, seed=seed)
+        return CmaEsSampler(n_startup_trials=STARTUP, seed=seed)
     if sweep.sampler == "gp":
-        return GPSampler(n_startup_trials=STARTUP, seed=seed, warn_independent_sampling=False)
+        return GPSampler(n_startup_trials=STARTUP, seed=seed)
     return RandomSampler(seed=seed)
 
 

@@ -1,8 +1,8 @@
-"""What a sweep found: the table, whether the winner differs from the config it began with, and what did nothing.
+"""What a sweep found: the table, whether the best differs from the config itself, and what did nothing.
 
-The best of many trials is partly the luckiest, so its own value says little. The best few and the config itself
-are trained again with the same other seeds, and compared seed by seed: Student's interval of the paired
-differences, at 95% for all comparisons together (Bonferroni).
+The best of many trials is partly the luckiest, so its own value says little. The best few and the config
+itself are trained again with the same other seeds, and compared seed by seed: Student's interval of the
+paired differences, at 95% for all comparisons together (Bonferroni).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def differences(found: Mapping[int | None, Repeated]) -> list[Difference]:
 def winner(
     settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> int | None:
-    """The slot with the best mean over the other seeds; without repeats the best trial; None is the config."""
+    """The slot with the best mean over the other seeds, else the best trial; None is the config itself."""
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     found = repeated(settings, repeats)
     if found:
@@ -136,13 +136,12 @@ def verdict(
         lines.append("too few seeds were trained to say whether any differs from the config itself")
     for d in compared:
         way = "lower" if d.mean < 0 else "higher"
+        sense = "better" if d in better else "worse"
         if d.low <= 0 <= d.high:
             sense = "not distinguishable"
-        else:
-            sense = "better" if d in better else "worse"
         lines.append(
-            f"{called(d.of)} against the config itself: {number(abs(d.mean))} {way}, {CONFIDENCE:.0%} interval "
-            f"[{number(d.low)}, {number(d.high)}] over {d.seeds} seeds: {sense}"
+            f"{called(d.of)} against the config itself: {number(abs(d.mean))} {way}, "
+            f"{CONFIDENCE:.0%} interval [{number(d.low)}, {number(d.high)}] over {d.seeds} seeds: {sense}"
         )
     if compared and not better:
         lines.append("no setting was found that differs for the better from the config itself")
@@ -228,12 +227,15 @@ def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
         if any(smaller < differ for smaller in found):
             continue
         names = " and ".join(sorted(differ))
-        what = "their results too" if to_the_end else "their results differ, so it may act later"
-        if not to_the_end and not (slots[one].values and slots[other].values):
-            what = "how they would have ended is not known"
+        count = len(slots[one].user_attrs["first_losses"])
+        if to_the_end:
+            after = "nor in their results"
+        elif slots[one].values and slots[other].values:
+            after = "their results differ, so it may act later"
+        else:
+            after = "what it would have done later is not known"
         lines.append(
-            f"{names} changed nothing in the first {len(slots[one].user_attrs['first_losses'])} losses of trials "
-            f"{one} and {other}; {what if not to_the_end else 'nor in their results'}"
+            f"{names} changed nothing in the first {count} losses of trials {one} and {other}; {after}"
         )
     return lines
 

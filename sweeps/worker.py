@@ -310,7 +310,7 @@ def _say(text: str) -> None:
 
 
 def start(settings: Settings) -> NoReturn:
-    """A worker's process. It ends with 0 where nothing is left to do, 75 if it was stopped, 2 for an error."""
+    """A worker's process; it exits with 0 where nothing is left to do, 75 if stopped, 2 for an error."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
