@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from scipy import stats
 
-from sweeps.board import is_done, slots_of
+from config import parse_config
+from sweeps import study as studies
+from sweeps.board import Board, Pulse, is_done, is_open, slots_of
+from sweeps.settings import Settings, parse_settings
+from sweeps.study import open_studies
+from sweeps.verdict import Repeated, counts, differences, idle
+from sweeps.worker import STOPPED, Worker, more_trials
 
 HOUSE = Path(__file__).parent.parent
 
@@ -70,6 +78,13 @@ def results(folder: Path, name: str = "study") -> dict[int, Any]:
     return {slot: (r.params, r.value) for slot, r in slots_of(records(folder, name)).items()}
 
 
+def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def children(pid: int) -> list[int]:
     try:
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -88,6 +103,236 @@ def workers_of(pid: int) -> list[int]:
         if b"spawn_main" in words:
             found.append(child)
     return found
+
+
+# --- the real command line ---------------------------------------------------------------------------
+
+
+def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Path, corpus: Path) -> None:
+    path = tiny(tmp_path, corpus)
+    done = run("--config", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    study = tmp_path / "study"
+    for part in ("trial 0: bits_per_byte", "3 trials: 3 complete", "the config itself: ", " interval ["):
+        assert part in done.stdout
+    assert results(tmp_path)[0][0] == {"optimizer.head_lr": 0.01, "model.dropout": 0.0}  # the config itself
+    assert [r.user_attrs["seed"] for r in records(tmp_path, "study-repeats")] == [1, 1, 2, 2]
+    page = (study / "report.html").read_text("utf-8")
+    assert page.count("data:image/png;base64,") == len(list((study / "pictures").glob("*.png"))) >= 4
+    assert "3 trials: 3 complete" in page and "http" not in page
+    assert len(list((study / "tensorboard").glob("*/events*"))) == 3
+    assert not done.stderr or "Traceback" not in done.stderr
+
+    best = parse_config(["--config", str(study / "best.yaml")])
+    of = yaml.safe_load((study / "best.yaml").read_text("utf-8"))
+    assert best.train.max_steps == 12 and of["data"]["source"] == str(corpus)
+    words = ["--config", str(study / "best.yaml"), "--max_steps", "2", "--run", str(tmp_path / "again")]
+    trained = subprocess.run(
+        [sys.executable, str(HOUSE / "trainingmanager.py"), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=300,
+    )
+    assert trained.returncode == 0, trained.stderr
+
+    before = (study / "journal.log").read_bytes()
+    other = tmp_path / "other.yaml"
+    other.write_text(path.read_text("utf-8").replace("1e-3", "1e-4"), "utf-8")
+    refused = run("--config", other, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "another space: optimizer.head_lr was low 0.001 and is low 0.0001 now" in refused.stderr
+    assert (study / "journal.log").read_bytes() == before
+
+
+def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
+    path = tiny(tmp_path, corpus, max_steps=3000, sweep={"trials": 2, "repeat_seeds": 0})
+    process = subprocess.Popen(
+        command("--config", path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0000/checkpoints/step-*")))
+    trainers = workers_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, errors
+    assert "the same command goes on" in output and "Traceback" not in errors
+    assert trainers and not any(Path(f"/proc/{pid}").exists() for pid in trainers)
+    (slot,) = slots_of(records(tmp_path)).values()
+    assert is_open(slot) and slot.user_attrs["requeue"] == "it was stopped"
+    assert max(slot.intermediate_values) >= 3
+
+
+# --- workers in this process -------------------------------------------------------------------------
+
+
+def sweep(path: Path, *words: str) -> tuple[Settings, dict[int, optuna.trial.FrozenTrial]]:
+    """One worker's work, from the settings to the last slot."""
+    settings = parse_settings(["--config", str(path), *words])
+    settings.sweep.folder.mkdir(exist_ok=True)
+    trials, repeats = open_studies(settings)
+    with Pulse(trials, settings.sweep.folder) as pulse:
+        Worker(settings, trials, repeats, pulse).work()
+    return settings, Board(trials, pulse).slots()
+
+
+def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_on(
+    tmp_path: Path, corpus: Path
+) -> None:
+    arms = {
+        "healthy": {"model.n_layer": 1},
+        "too much memory": {"model.n_embd": 2**20, "model.n_head": 2**17},
+        "not finite": {"optimizer.head_lr": 1e38, "optimizer.muon_lr": 1e38},
+        "refused": {"model.vocab_size": 2**16},
+        "cannot be built": {"model.n_head": 3},
+        "healthy too": {"model.n_layer": 2},
+    }
+    path = tiny(
+        tmp_path, corpus, space={"arms": arms}, sweep={"trials": 9, "sampler": "grid", "repeat_seeds": 0}
+    )
+    settings, slots = sweep(path)
+    states = {r.params["arms"]: r.state for r in slots.values()}
+    reasons = {r.params["arms"]: r.user_attrs["reason"] for r in slots.values()}
+    assert list(states) == list(arms)
+    assert [name for name, state in states.items() if state == TrialState.COMPLETE] == [
+        "healthy",
+        "healthy too",
+    ]
+    assert reasons["too much memory"] == "memory is full"
+    assert "finite" in reasons["not finite"]
+    assert reasons["refused"].startswith("preflight: vocabulary-too-large")
+    assert reasons["cannot be built"].startswith("it cannot be built: model.n_embd 16 is not a multiple")
+    assert "failed, 1 times: memory is full" in counts(settings, slots)
+
+
+def test_a_parameter_that_changes_nothing_is_named(tmp_path: Path, corpus: Path) -> None:
+    """With muon, embedding_lr and head_lr of their own, nothing is left that lr moves."""
+    space = {"optimizer.lr": [0.01, 0.1], "model.dropout": [0.0, 0.3]}
+    path = tiny(tmp_path, corpus, space=space, sweep={"trials": 4, "sampler": "grid", "repeat_seeds": 0})
+    settings, slots = sweep(path)
+    assert len(slots) == 4
+    (line,) = idle(settings, slots)
+    assert line.startswith("optimizer.lr changed nothing in the first 10 losses") and "nor in their" in line
+
+
+def test_bad_trials_are_pruned_and_equal_ones_taken_over(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "STARTUP", 1)
+    arms = {"good": {"optimizer.embedding_lr": 0.3}, "bad": {"optimizer.embedding_lr": 1e-6}}
+    path = tiny(tmp_path, corpus, space={"arms": arms}, sweep={"trials": 5, "repeat_seeds": 0})
+    _, slots = sweep(path, "--sampler", "random")
+    for record in slots.values():
+        good = record.params["arms"] == "good"
+        assert record.state == (TrialState.COMPLETE if good else TrialState.PRUNED)
+        assert record.user_attrs["steps"] == 0 if "same_as" in record.user_attrs else (12 if good else 3)
+    assert sum("same_as" in r.user_attrs for r in slots.values()) == 3
+    assert {r.params["arms"] for r in slots.values()} == set(arms)
+    assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
+def test_samplers_ask_within_the_space(tmp_path: Path, corpus: Path, sampler: str) -> None:
+    """Without training: each is asked after trials that were told, as many as it needs to model them."""
+    space = {"head_lr": {"log": [1e-3, 1e-1]}, "model.n_layer": {"int": [1, 3]}}
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus, space=space)), "--sampler", sampler])
+    settings.sweep.folder.mkdir()
+    trials, _ = open_studies(settings)
+    drawn = []
+    for slot in range(9):
+        trials.sampler = studies.make_sampler(settings, slot)
+        trial = trials.ask()
+        chosen = settings.space.draw({}, lambda p, t=trial: studies.suggest(t, p))
+        assert all(p.holds(chosen[p.key]) for p in settings.space.parameters)
+        trials.tell(trial, abs(chosen["optimizer.head_lr"] - 0.02))
+        drawn.append(chosen["optimizer.head_lr"])
+    assert len(set(drawn)) == 9
+
+
+def test_several_objectives_have_a_front(tmp_path: Path, corpus: Path) -> None:
+    space = {"model.n_layer": {"int": [1, 2]}}
+    words = ("--objectives", "bits_per_byte,parameters,tokens_per_second", "--sampler", "grid")
+    path = tiny(tmp_path, corpus, space=space, sweep={"repeat_seeds": 0})
+    settings, slots = sweep(path, *words)
+    assert len(slots) == 2
+    (_, small, fast), (_, large, slow) = (slots[n].values for n in (0, 1))
+    assert small < large and fast > 0 and slow > 0
+    assert [d.name for d in open_studies(settings)[0].directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE"]
+
+
+def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus: Path) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--steps", "50", "--trials", "0"])
+
+    def record(slot: int, state: TrialState, steps: int = 0) -> optuna.trial.FrozenTrial:
+        attributes = {"slot": slot, "attempt": 0, "steps": steps, "seconds": 10.0}
+        value = 1.0 if state == TrialState.COMPLETE else None
+        return optuna.trial.create_trial(state=state, value=value, user_attrs=attributes)
+
+    slots = {0: record(0, TrialState.COMPLETE, 12), 1: record(1, TrialState.PRUNED, 3)}
+    assert more_trials(settings, slots, 0.0, None)  # 15 + 12
+    slots[2] = record(2, TrialState.RUNNING)
+    assert more_trials(settings, slots, 0.0, None)  # 27 + 12
+    slots[3] = record(3, TrialState.COMPLETE, 12)
+    assert not more_trials(settings, slots, 0.0, None)  # 39 + 12
+    timed = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--seconds", "100", "--trials", "0"])
+    assert more_trials(timed, slots, 50.0, None)  # 10 for it, 40 for the repeats of two configs by two seeds
+    assert not more_trials(timed, slots, 51.0, None)
+
+
+def test_five_failures_and_nothing_else_end_a_sweep(tmp_path: Path, corpus: Path) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--trials", "30"])
+    slots = {
+        n: optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"slot": n, "attempt": 0})
+        for n in range(5)
+    }
+    assert not more_trials(settings, slots, 0.0, None)
+    del slots[4]
+    assert more_trials(settings, slots, 0.0, None)
+
+
+# --- the verdict -------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_a_paired_t_test() -> None:
+    a, b = [1.0, 1.2, 1.1, 1.4], [1.3, 1.4, 1.6, 1.5]
+    found = {0: Repeated(0, dict(enumerate(a))), None: Repeated(None, dict(enumerate(b)))}
+    (one,) = differences(found)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
+    assert one.mean == pytest.approx(statistics.fmean(a) - statistics.fmean(b))
+    found[7] = Repeated(7, {0: 1.0, 1: 1.1, 5: 9.0})  # of seed 5 the config itself has none
+    wide, other = differences(found)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.975)  # two comparisons
+    assert (wide.low, wide.high) == pytest.approx((expected.low, expected.high))
+    assert other.seeds == 2
+
+
+# --- kills -------------------------------------------------------------------------------------------
+
+
+def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Path, corpus: Path) -> None:
+    words = ("--sampler", "random", "--pruner", "none", "--trials", "2", "--repeat_seeds", "0")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        tiny(folder, corpus, max_steps=24)
+    _, expected = sweep(whole / "tiny.yaml", *words)
+    for step in (3, 12):  # once before the middle, once after it
+        child = os.fork()
+        if not child:
+            sweep(killed / "tiny.yaml", *words)
+            os._exit(0)
+        at = killed / "study" / "trials" / "0000" / "checkpoints"
+        wait_for(lambda: any(int(p.name[5:]) >= step for p in at.glob("step-*")))  # noqa: B023
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    _, found = sweep(killed / "tiny.yaml", *words)
+    assert {s: (r.params, r.value) for s, r in found.items()} == {
+        s: (r.params, r.value) for s, r in expected.items()
+    }
+    assert (
+        found[0].user_attrs["attempt"] == 2
+        and found[0].intermediate_values == expected[0].intermediate_values
+    )
+    assert "resumed from" in (killed / "study" / "logs" / "0000.txt").read_text("utf-8")
 
 
 @pytest.mark.slow
