@@ -66,15 +66,25 @@ def run_trial(
     resume = _can_go_on(folder)
     config = replace(config, train=replace(config.train, run=str(folder), resume=resume))
     losses: list[float] = []
+    counted: list[int] = []
     pruned = False
+
+    if resume:  # a validation is saved before it is told, and a kill may fall between
+        for row in rows_of(folder):
+            if "eval/bits_per_byte" in row and not pruned:
+                pruned = report(int(row["step"]), row["eval/bits_per_byte"])
+    if pruned:
+        found = numbers_of(folder)
+        return Outcome("pruned", "", found, int(found.pop("step", 0)))
 
     def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
         nonlocal pruned
         step = manager.state.step
         if step <= FIRST:
             losses.append(values["train/loss"])
-        if step == 1:
-            note("parameters", n_weights(manager.model))
+        if not counted:
+            counted.append(n_weights(manager.model))
+            note("parameters", counted[0])
         if len(losses) == FIRST == step:
             note("first_losses", losses)
         if "eval/bits_per_byte" in values:
@@ -135,13 +145,19 @@ def _can_go_on(folder: Path) -> bool:
     return False
 
 
-def numbers_of(folder: Path) -> dict[str, float]:
-    """`step`, and the values of TAGS, from the run's metrics.jsonl; without what is not there."""
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    """What the run logged, of each line that is whole."""
     path = folder / "metrics.jsonl"
     rows: list[dict[str, float]] = []
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):  # cut short by a kill
             rows.append(json.loads(line))
+    return rows
+
+
+def numbers_of(folder: Path) -> dict[str, float]:
+    """`step`, and the values of TAGS, from the run's metrics.jsonl; without what is not there."""
+    rows = rows_of(folder)
     found = {"step": max((row["step"] for row in rows), default=0)}
     for name, (tag, of) in TAGS.items():
         values = [row[tag] for row in rows if tag in row and math.isfinite(row[tag])]

@@ -193,16 +193,14 @@ class Worker:
                 board.release(claim.record, "its folder is in use")
                 time.sleep(5.0)
                 return
-            if trial is not None and claim.attempt and self.prunes and patiently(trial.should_prune):
-                outcome = Outcome("pruned", steps=max(claim.record.intermediate_values, default=0))
-            else:
-                outcome = run_trial(
-                    config,
-                    folder,
-                    self.folder / "logs" / f"{name}.txt",
-                    lambda step, value: self.report(trial, step, value),
-                    lambda key, value: self.note(board, claim, key, value),
-                )
+            known = set(claim.record.intermediate_values)  # told by an attempt before
+            outcome = run_trial(
+                config,
+                folder,
+                self.folder / "logs" / f"{name}.txt",
+                lambda step, value: self.report(trial, step, value, known),
+                lambda key, value: self.note(board, claim, key, value),
+            )
             if outcome.state == "stopped":
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -255,12 +253,13 @@ class Worker:
             None,
         )
 
-    def report(self, trial: optuna.trial.Trial | None, step: int, value: float) -> bool:
-        """Tell the storage of a validation; whether the pruner ends the trial."""
+    def report(self, trial: optuna.trial.Trial | None, step: int, value: float, known: set[int]) -> bool:
+        """Tell the storage of a validation, once; whether the pruner ends the trial."""
         if trial is None:
             return False
-        if len(self.objectives) == 1:
+        if len(self.objectives) == 1 and step not in known:
             patiently(lambda: trial.report(value, step))
+            known.add(step)
         return self.prunes and patiently(trial.should_prune)
 
     def note(self, board: Board, claim: Claim, key: str, value: Any) -> None:
