@@ -193,12 +193,12 @@ class Worker:
                 board.release(claim.record, "its folder is in use")
                 time.sleep(5.0)
                 return
-            known = set(claim.record.intermediate_values)  # told by an attempt before
+            told_before = set(claim.record.intermediate_values)
             outcome = run_trial(
                 config,
                 folder,
                 self.folder / "logs" / f"{name}.txt",
-                lambda step, value: self.report(trial, step, value, known),
+                lambda step, value: self.report(trial, step, value, told_before),
                 lambda key, value: self.note(board, claim, key, value),
             )
             if outcome.state == "stopped":

@@ -28,6 +28,7 @@ from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies
 from sweeps.verdict import Repeated, counts, differences, idle
 from sweeps.worker import STOPPED, Worker, more_trials
+from trainingmanager import train
 
 HOUSE = Path(__file__).parent.parent
 
@@ -109,31 +110,25 @@ def workers_of(pid: int) -> list[int]:
 
 
 def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Path, corpus: Path) -> None:
-    path = tiny(tmp_path, corpus)
+    path = tiny(tmp_path, corpus, sweep={"trials": 2})
     done = run("--config", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     study = tmp_path / "study"
-    for part in ("trial 0: bits_per_byte", "3 trials: 3 complete", "the config itself: ", " interval ["):
+    for part in ("trial 0: bits_per_byte", "2 trials: 2 complete", "the config itself: ", " interval ["):
         assert part in done.stdout
     assert results(tmp_path)[0][0] == {"optimizer.head_lr": 0.01, "model.dropout": 0.0}  # the config itself
     assert [r.user_attrs["seed"] for r in records(tmp_path, "study-repeats")] == [1, 1, 2, 2]
     page = (study / "report.html").read_text("utf-8")
     assert page.count("data:image/png;base64,") == len(list((study / "pictures").glob("*.png"))) >= 4
-    assert "3 trials: 3 complete" in page and "http" not in page
-    assert len(list((study / "tensorboard").glob("*/events*"))) == 3
+    assert "2 trials: 2 complete" in page and "http" not in page
+    assert len(list((study / "tensorboard").glob("*/events*"))) == 2
     assert not done.stderr or "Traceback" not in done.stderr
 
     best = parse_config(["--config", str(study / "best.yaml")])
     of = yaml.safe_load((study / "best.yaml").read_text("utf-8"))
     assert best.train.max_steps == 12 and of["data"]["source"] == str(corpus)
     words = ["--config", str(study / "best.yaml"), "--max_steps", "2", "--run", str(tmp_path / "again")]
-    trained = subprocess.run(
-        [sys.executable, str(HOUSE / "trainingmanager.py"), *words],
-        cwd=tmp_path,
-        capture_output=True,
-        timeout=300,
-    )
-    assert trained.returncode == 0, trained.stderr
+    assert train(parse_config(words)).state.step == 2
 
     before = (study / "journal.log").read_bytes()
     other = tmp_path / "other.yaml"
