@@ -32,6 +32,7 @@ from sweeps.storage import told
 from sweeps.study import open_studies
 from sweeps.worker import ALL_FAILED, STOPPED, start
 
+LOOK = 1.0  # seconds between two looks at workers and study
 DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
 
 
@@ -52,10 +53,12 @@ class Crew:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.context = multiprocessing.get_context("spawn")
-        self.processes = [self.started() for _ in range(settings.sweep.workers)]
         self.deaths = 0
+        self.processes: list[Any] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
+        for _ in range(settings.sweep.workers):
+            self.processes.append(self.started())
 
     def started(self) -> Any:
         process = self.context.Process(target=start, args=(self.settings,))
@@ -75,7 +78,7 @@ class Crew:
             if code in (None, 0, STOPPED, 2) or self.asked:
                 continue
             self.deaths += 1
-            if self.deaths > DEATHS_IN_A_ROW:
+            if self.deaths > DEATHS_IN_A_ROW:  # the others are told to stop by whoever called
                 raise ValueError(
                     f"{DEATHS_IN_A_ROW} workers died in a row and no trial ended between; the last one's "
                     f"exit code was {code}"
@@ -108,18 +111,22 @@ def sweep(settings: Settings) -> int:
     if shown:
         print(f"the study in {folder} goes on after {len(shown)} trials")
     crew, code = Crew(settings), None
-    with told(settings.sweep.storage, folder):
-        while code is None:
-            time.sleep(0.5)
-            code = crew.look()
-            for board, known in ((trials, shown), (repeats, again)):
-                for slot, record in board.slots().items():
-                    if is_done(record) and slot not in known:
-                        known.add(slot)
-                        crew.deaths = 0
-                        print(line(settings, board is repeats, record), flush=True)
-        trials.reap()
-        repeats.reap()
+    try:
+        with told(settings.sweep.storage, folder):
+            while code is None:
+                time.sleep(LOOK)
+                code = crew.look()
+                for board, known in ((trials, shown), (repeats, again)):
+                    for slot, record in board.slots().items():
+                        if is_done(record) and slot not in known:
+                            known.add(slot)
+                            crew.deaths = 0
+                            print(line(settings, board is repeats, record), flush=True)
+            trials.reap()
+            repeats.reap()
+    except ValueError:
+        crew.stop()
+        raise
     if code == 2:
         return 2
     slots, repeated = trials.slots(), repeats.slots()

@@ -36,7 +36,7 @@ from sweeps.storage import patiently
 BEAT = 10.0  # seconds between two writes of a pulse
 STALE = 60.0  # seconds that the pulse of a dead worker has stood still, on this machine's clock
 PULSE = "worker "  # and its id: an attribute of the study
-RUN_ON = ("slot", "attempt", "of", "seed", "first_losses", "parameters", "seconds", "fingerprint")
+RUN_ON = ("slot", "attempt", "of", "seed", "first_losses", "parameters", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Pulse:
         self._file.close()
 
     def beat(self) -> None:
-        values = {"host": host(), "start": self.started, "seen": time.time()}
+        lock = str((self.folder / "workers" / self.id).resolve())
+        values = {"host": host(), "lock": lock, "start": self.started, "seen": time.time()}
         self.study.set_user_attr(PULSE + self.id, values)
 
     def _go_on(self) -> None:
@@ -98,7 +99,7 @@ class Pulse:
             return True
         pulse = pulses.get(PULSE + other)
         if pulse is not None and pulse["host"] == host():
-            return is_locked(self.folder / "workers" / other)
+            return is_locked(Path(pulse["lock"]))
         value, since = self.seen.get(other, (None, 0.0))
         if other not in self.seen or value != pulse:
             self.seen[other] = (pulse, time.monotonic())
@@ -116,7 +117,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process of this machine, or one that shares its file system's locks, holds the lock."""
     try:
         with open(path, encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -195,13 +196,13 @@ class Board:
     def claim(
         self,
         more: Callable[[dict[int, FrozenTrial]], bool],
-        template: Callable[[int], Mapping[str, Any]],
+        template: Callable[[dict[int, FrozenTrial]], Mapping[str, Any]],
     ) -> Claim | None:
         """A slot to run: one that was left behind, or the next one if there are `more`; else None.
 
         Args:
             more: Whether the budget has a slot beyond these.
-            template: What `create_trial` is given for a new slot: parameters, attributes.
+            template: What `create_trial` is given for the slot after these: parameters, attributes.
         """
         with _alone(self.pulse.folder):
             slots = self.slots()
@@ -218,7 +219,7 @@ class Board:
                 given["user_attrs"] |= _deaths(left)
             elif more(slots):
                 slot, attempt = len(slots), 0
-                given = dict(template(slot))
+                given = dict(template(slots))
             else:
                 return None
             token = uuid.uuid4().hex

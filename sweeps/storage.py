@@ -112,7 +112,7 @@ def shown(url: str, folder: Path) -> str:
     return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", url) if url else str(folder / JOURNAL)
 
 
-def _failures() -> tuple[type[BaseException], ...]:
+def failures() -> tuple[type[BaseException], ...]:
     """What a storage raises that is down or full."""
     import grpc
     import sqlalchemy.exc
@@ -125,7 +125,7 @@ def told(url: str, folder: Path) -> Iterator[None]:
     """A storage that is down or full, or a disk that is, is told in one sentence, as a ValueError."""
     try:
         yield
-    except _failures() as error:
+    except failures() as error:
         what = f"the storage {shown(url, folder)}"
         if isinstance(error, OSError) and error.filename is not None:
             what = str(error.filename)
@@ -145,11 +145,11 @@ def _first_line(error: BaseException) -> str:
 def patiently(call: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
     """What `call` returns; a storage that is down is asked again for a while, longer apart each time."""
     give_up, pause = time.monotonic() + seconds, 0.5
-    failures = _failures()
+    down = failures()
     while True:
         try:
             return call()
-        except failures:
+        except down:
             if time.monotonic() + pause > give_up:
                 raise
         time.sleep(pause)

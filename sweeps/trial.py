@@ -20,6 +20,7 @@ from config import Config, memory_is_full
 from guards.subject import Fault
 from quantize import n_weights
 from runfolder import LOCK
+from sweeps.storage import failures
 from trainingmanager import BudgetUsed, TrainingManager
 
 FIRST = 10  # losses by which trials are told apart
@@ -36,6 +37,7 @@ class Outcome:
         values: Of the objectives, as far as it came.
         steps: Training steps that its folder holds.
         seconds: Of this attempt by the clock, guards and validations included.
+        signalled: A signal asked this process to stop, whatever the state.
     """
 
     state: Literal["complete", "pruned", "failed", "stopped"]
@@ -43,6 +45,7 @@ class Outcome:
     values: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
+    signalled: bool = False
 
 
 def run_trial(
@@ -60,7 +63,7 @@ def run_trial(
         note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`.
 
     Raises:
-        OSError: The disk is full or read-only, which is no fault of the trial's.
+        OSError: The disk is full or read-only, which is no fault of the trial's; or what `failures` names.
         KeyboardInterrupt: A signal before or after the training itself.
     """
     resume = _can_go_on(folder)
@@ -92,7 +95,7 @@ def run_trial(
         return pruned
 
     started = time.monotonic()
-    state, reason = "complete", ""
+    state, reason, signalled = "complete", "", False
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(log, "a", encoding="utf-8") as out,
@@ -101,14 +104,15 @@ def run_trial(
     ):
         try:
             manager = trainingmanager.train(config, observe)
+            signalled = manager.stop_signal is not None
             if pruned:
                 state = "pruned"
-            elif manager.stop_signal is not None and manager.progress() < 1 and not manager.out_of_patience():
+            elif signalled and manager.progress() < 1 and not manager.out_of_patience():
                 state = "stopped"
             del manager
         except BudgetUsed:  # killed between the end of the training and its record
             pass
-        except OSError:
+        except failures():  # of the storage or the disk
             raise
         except Exception as error:  # whatever it is, the other trials go on; the log has all of it
             traceback.print_exc()
@@ -118,7 +122,7 @@ def run_trial(
     if state == "complete" and "bits_per_byte" not in found:
         state, reason = "failed", "it ended without a validation"
     steps = int(found.pop("step", 0))
-    return Outcome(state, reason, found, steps, time.monotonic() - started)
+    return Outcome(state, reason, found, steps, time.monotonic() - started, signalled)
 
 
 def reason_of(error: Exception) -> str:

@@ -74,7 +74,7 @@ def candidates(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[int
         for slot, record in slots.items()
         if record.state == TrialState.COMPLETE and chosen_of(settings, record.params) != default
     ]
-    if not sweep.repeat_seeds or not any(r.state == TrialState.COMPLETE for r in slots.values()):
+    if not any(r.state == TrialState.COMPLETE for r in slots.values()):
         return []
     sign = 1 if OBJECTIVES[sweep.objectives[0]] else -1
     best: list[int | None] = []
@@ -111,9 +111,8 @@ class Worker:
             if not all(is_done(record) for record in slots.values()):
                 time.sleep(1.0)
                 continue
-            pairs = self.pairs(slots)
             self.repeats.reap()
-            claim = self.repeats.claim(self.more_repeats, pairs.__getitem__)
+            claim = self.repeats.claim(self.more_repeats, lambda known: self.missing(known)[0])
             if claim is not None:
                 self.run(self.repeats, claim)
             elif all(is_done(record) for record in self.repeats.slots().values()):
@@ -128,7 +127,7 @@ class Worker:
         seconds, slots = self.settings.sweep.seconds, self.trials.slots()
         if seconds and self.spent() + seconds_of_one(slots) > seconds:
             return False
-        return len(known) < len(self.pairs(slots))
+        return bool(self.missing(known))
 
     def spent(self) -> float:
         if not self.settings.sweep.seconds:
@@ -136,8 +135,9 @@ class Worker:
         patiently(self.pulse.beat)
         return spent_seconds(patiently(lambda: self.pulse.study.user_attrs))
 
-    def template(self, slot: int) -> dict[str, Any]:
+    def template(self, slots: dict[int, FrozenTrial]) -> dict[str, Any]:
         """What a new trial is given: nothing, where the sampler is to choose."""
+        slot = len(slots)
         default = self.settings.space.default(self.settings.config)
         chosen = self.grid[slot] if self.grid is not None else default if slot == 0 else None
         if chosen is None:
@@ -148,13 +148,15 @@ class Worker:
             "distributions": {key: distribution(named[key]) for key in chosen},
         }
 
-    def pairs(self, slots: dict[int, FrozenTrial]) -> list[dict[str, Any]]:
-        """Of each repeat what it repeats and with which seed; one seed of all before the next."""
-        base = self.settings.config.train.seed
+    def missing(self, known: dict[int, FrozenTrial]) -> list[dict[str, Any]]:
+        """What is repeated with which seed, of all repeats that are not known; each seed of all in turn."""
+        base, best = self.settings.config.train.seed, candidates(self.settings, self.trials.slots())
+        had = {(record.user_attrs["of"], record.user_attrs["seed"]) for record in known.values()}
         return [
             {"user_attrs": {"of": of, "seed": base + number}}
             for number in range(1, self.settings.sweep.repeat_seeds + 1)
-            for of in candidates(self.settings, slots)
+            for of in best
+            if (of, base + number) not in had
         ]
 
     def run(self, board: Board, claim: Claim) -> None:
@@ -207,13 +209,14 @@ class Worker:
             board.release(claim.record, "it was stopped")
             raise
         known = patiently(lambda: board.study.get_trials(deepcopy=False))[claim.record.number].user_attrs
-        outcome.seconds += known.get("seconds", 0.0)
         outcome.values |= {"parameters": known["parameters"]} if "parameters" in known else {}
         self.record(board, claim, outcome)
         if board is self.repeats:
             remove_checkpoints(folder)
         else:
             self.keep_the_best()
+        if outcome.signalled:  # as it ended
+            raise KeyboardInterrupt
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def study_in(url: str, folder: Path) -> optuna.Study:
 
 
 def claimed(board: Board, most: int) -> Claim | None:
-    return board.claim(lambda slots: len(slots) < most, lambda slot: {})
+    return board.claim(lambda slots: len(slots) < most, lambda slots: {})
 
 
 def finish(board: Board, claim: Claim) -> None:
