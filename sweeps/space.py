@@ -154,7 +154,7 @@ class Space:
                 )
                 return next(named, None)
             value = values[parameter.key]
-            if value is None and parameter.kind == "float":  # a dropout
+            if value is None and _type_of(parameter.key) is float:  # a dropout that is not given
                 value = 0.0
             return value if parameter.holds(value) else None
 

@@ -72,6 +72,7 @@ def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
     assert space_of("head_lr: {log: [1e-3, 1e-1]}").default(Config()) == {"optimizer.head_lr": 0.01}
     assert space_of("head_lr: {log: [1e-3, 5e-3]}").default(Config()) is None
     assert space_of("model.dropout: {float: [0, 0.3]}").default(Config()) == {"model.dropout": 0.0}
+    assert space_of("model.dropout: [0.0, 0.3]").default(Config()) == {"model.dropout": 0.0}
     arms = "arms: {small: {model.n_layer: 2}, own: {model.n_layer: 4, model.dropout: null}}"
     assert space_of(arms).default(Config()) == {"arms": "own"}
 
