@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import functools
 import json
 import math
 import os
@@ -698,10 +699,15 @@ def _build(values: Any, missing: dict[str, Any] | None = None) -> Config:
     return Config(train=_group("", TrainConfig, train, missing), **groups)
 
 
+@functools.cache
+def _kinds(group: type) -> dict[str, Any]:
+    return get_type_hints(group)
+
+
 def _group(name: str, group: type, values: Any, missing: dict[str, Any]) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{name} is {reprlib.repr(values)}; it must be a mapping of keys to values")
-    kinds = get_type_hints(group)
+    kinds = _kinds(group)
     typed = {key: missing[full] for key in kinds if (full := f"{name}.{key}".lstrip(".")) in missing}
     for key, value in values.items():
         full = f"{name}.{key}".lstrip(".")

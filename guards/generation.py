@@ -10,13 +10,13 @@ from torch import Tensor
 from architecture import Decoder
 from decoding import generate_ids
 from generate import GenerationConfig, generate
-from guards.subject import Fault, Subject, awake, tokens_of_a_pass
+from guards.subject import Fault, Subject, awake, is_shortened, tokens_of_a_pass
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
 FEWEST_TOKENS = 2  # of models of which each token takes a tenth of a second
 LOGITS_APART = 0.05  # of the largest: above what weights in 16 bits round
-BEAM_PROMPTS = 8
+BEAM_PROMPTS = 8  # of models that are shortened 2: with their beams each is 16 rows
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
 
 
@@ -32,7 +32,7 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        starts = range(min(BEAM_PROMPTS, len(row) - 3))
+        starts = range(min(2 if is_shortened(subject) else BEAM_PROMPTS, len(row) - 3))
         yield from beam_faults(subject.model, [row[i : i + 3] for i in starts])
         yield from echo_faults(subject, prompts[0])
 
@@ -85,7 +85,9 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
     texts = [[*prompt, id] for prompt in prompts for id in range(BEAM_IDS)]
     with torch.no_grad():  # in one pass, which reads the weights once
         hidden = model.hidden(torch.tensor(texts, device=model.embed.weight.device))
-        logits = model.head(hidden[:, -2:])[..., :BEAM_IDS].unflatten(0, (-1, BEAM_IDS))
+        # One matrix: a slice of three dimensions would be multiplied text by text, each with its own copy of
+        # the head's weights.
+        logits = model.head(hidden[:, -2:].flatten(0, 1))[:, :BEAM_IDS].view(-1, BEAM_IDS, 2, BEAM_IDS)
     for log_probs, result in zip(logits.double().log_softmax(-1), results, strict=True):
         totals = (log_probs[0, 0][:, None] + log_probs[:, 1]).cpu()
         first, second = result.ids

@@ -26,6 +26,7 @@ def order(subject: Subject) -> Iterator[Fault | str]:
     """Another order gives other batches, and difficulty, measured again on the batches, goes with time."""
     data, batches = subject.config.data, subject.batches
     if data.order not in OTHER:
+        yield f"{data.order}, by no difficulty"
         return
     asked = f"{data.order} by {data.difficulty}"
     for other in ("shuffled", OTHER[data.order]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from architecture import Decoder, Dropout
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import SHORTEST_PASS, Fault, Subject, awake, of_each_kind, through
+from guards.subject import SHORTEST_PASS, Fault, Subject, awake, is_shortened, of_each_kind, through
 from quantize import n_weights
 
 
@@ -22,7 +22,7 @@ class Look(NamedTuple):
     row: int
     places: Sequence[int]
     training: bool
-    is_long: bool = False  # a whole row, which one block of each kind reads
+    blocks: set[int]  # that it goes through
 
 
 def probe(subject: Subject) -> Iterator[Fault | str]:
@@ -40,8 +40,7 @@ def probe(subject: Subject) -> Iterator[Fault | str]:
     with awake(subject.model):
         for look in looks(subject, dropped):
             subject.model.train(look.training)
-            whole = set(range(len(subject.model.blocks)))
-            with through(subject.model, of_each_kind(subject.model) if look.is_long else whole):
+            with through(subject.model, look.blocks):
                 gradient = sensitivity(subject, look)
             found |= dependence_faults(look, gradient, subject.config.model.sliding_window)
             lengths.append(look.batch.tokens.size(1))
@@ -71,28 +70,32 @@ PAST_SEEN = 0.9  # of the tokens before it; a weight that is rounded to zero may
 def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
     """Two rows of real tokens, cut to what is affordable; where they had to be cut, also one row that is not.
 
-    The structure shows in short rows; in a long one the kernels for the length that trains are run.
+    The structure shows in short rows, which go through every block, or through the last of each kind if the
+    model is a shortened one; in a long one, which goes through the first of each kind, the kernels for the
+    length that trains are run.
     """
-    tokens = subject.micro_batch(0).tokens
+    model, tokens = subject.model, subject.micro_batch(0).tokens
     tokens = tokens[[0, -1]] if len(tokens) > 1 else torch.cat((tokens, tokens.roll(1, 1)))
     whole = tokens.size(1)
-    length = min(whole, max(SHORTEST_PASS, int(PROBE_ELEMENTS / n_weights(subject.model) / 2)))
+    length = min(whole, max(SHORTEST_PASS, int(PROBE_ELEMENTS / n_weights(model) / 2)))
+    blocks = of_each_kind(model, last=True) if is_shortened(subject) else set(range(len(model.blocks)))
     alone, packed = rows_of(tokens[:, :length])
     middle, end = halves(length)
     if dropped:
-        yield Look(alone, 0, range(length // 2), True)
-    yield Look(alone, 0, [min(length - 1, (length // 2) | 1)], False)  # odd: swapped axes show
-    yield Look(alone, 1, [length - 1], False)
+        yield Look(alone, 0, range(length // 2), True, blocks)
+    yield Look(alone, 0, [min(length - 1, (length // 2) | 1)], False, blocks)  # odd: swapped axes show
+    yield Look(alone, 1, [length - 1], False, blocks)
     if length >= SHORTEST_PACKED:
         if dropped:
-            yield Look(packed, 1, range(middle, max(middle + 1, end - 2)), True)
-        yield Look(packed, 0, [middle // 2], False)
-        yield Look(packed, 1, [end - 1], False)
+            yield Look(packed, 1, range(middle, max(middle + 1, end - 2)), True, blocks)
+        yield Look(packed, 0, [middle // 2], False, blocks)
+        yield Look(packed, 1, [end - 1], False, blocks)
     if length < whole:
         alone, packed = rows_of(tokens[:1])
         middle, end = halves(whole)
-        yield Look(packed, 0, range(middle, end - 2, 1 + (end - middle) // MOST_LABELS), dropped, True)
-        yield Look(alone, 0, [whole - 2], False, True)
+        blocks = of_each_kind(model)
+        yield Look(packed, 0, range(middle, end - 2, 1 + (end - middle) // MOST_LABELS), dropped, blocks)
+        yield Look(alone, 0, [whole - 2], False, blocks)
 
 
 def halves(length: int) -> tuple[int, int]:

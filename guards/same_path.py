@@ -13,13 +13,14 @@ from fim import fim_prompt_ids, known_markers
 from generate import prompt_ids
 from guards.subject import Fault, Subject, affordable, awake, tolerance_of
 
+PART = 0.25  # of the tokens of a pass
 PROMPTS = 4  # documents whose ids are compared
 OTHER_PRECISION_TOLERANCE = 2e-2  # relative, where validation has another precision than training
 
 
 def same_path(subject: Subject) -> Iterator[Fault | str]:
     """Validation scores as training does, and prompts begin as documents do."""
-    batch = affordable(subject, subject.micro_batch(0))
+    batch = affordable(subject, subject.micro_batch(0), PART)
     with awake(subject.model), torch.no_grad():
         subject.model.eval()
         trained = subject.loss(batch)

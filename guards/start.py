@@ -16,7 +16,7 @@ from tokenstore import TokenStore
 
 SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
 SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
-FIRST_LOSS_PASSES = 2.5  # of each of two batches: at 1B 64 tokens, and 1 s in all on two cores
+FIRST_LOSS_PASSES = 1.25  # of each of two batches: at 1B 32 tokens, through every block
 UNIGRAM_TOKENS = 1_000_000  # that are counted, evenly spread
 FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # nats; healthy initialisations stay within 0.3 of ln V
 

@@ -123,10 +123,10 @@ def affordable(subject: Subject, batch: Batch, passes: float = 1) -> Batch:
     return Batch(*(t[row : row + 1, start : start + size] for t in batch))
 
 
-def of_each_kind(model: Decoder) -> set[int]:
-    """The first block of each kind: its attention has a window or none."""
+def of_each_kind(model: Decoder, last: bool = False) -> set[int]:
+    """The first block of each kind, or the last: its attention has a window or none."""
     kinds = [block.get_submodule("attention").has_window for block in model.blocks]
-    return {*map(kinds.index, kinds)}
+    return {*(dict(zip(kinds, range(len(kinds)), strict=True)).values() if last else map(kinds.index, kinds))}
 
 
 @contextlib.contextmanager
@@ -148,6 +148,10 @@ def shortened(model: Decoder) -> contextlib.AbstractContextManager[None]:
     if not is_large(model):
         return contextlib.nullcontext()
     return through(model, {0, len(model.blocks) - 1} | of_each_kind(model))
+
+
+def is_shortened(subject: Subject) -> bool:
+    return len(subject.model.blocks) < subject.config.model.n_layer
 
 
 def tolerance_of(precision: Precision) -> float:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import write_atomically
+from scraping.counts import lines, size, stages, summed
 from scraping.decontaminate import Benchmarks
 from scraping.documents import Document, Drop, read_shard, write_shard
 from scraping.frequencies import Frequencies
@@ -186,15 +187,15 @@ def finish(settings: Settings) -> dict[str, Any]:
         "stage": "select",
         "in": sum(record["read"] for record in records),
         "out": sum(record["documents"] for record in records),
-        "dropped": _summed(record["dropped"] for record in records),
+        "dropped": summed(record["dropped"] for record in records),
     }
     corpus = {
         "documents": selected["out"],
         "bytes": sum(record["bytes"]["out"] for record in records),
         "fingerprint": fingerprint(outputs),
-        "stages": [*_stages(cleaned), selected],
-        "licences": _summed(record["licences"] for record in records),
-        "sizes": _summed(record["sizes"] for record in records),
+        "stages": [*stages(cleaned), selected],
+        "licences": summed(record["licences"] for record in records),
+        "sizes": summed(record["sizes"] for record in records),
         "words": {"occurrences": frequencies.total, "different words by occurrences": frequencies.curve()},
         "clusters": json.loads((root / "dedup" / "clusters.json").read_text("utf-8")),
         "settings": {
@@ -209,27 +210,6 @@ def finish(settings: Settings) -> dict[str, Any]:
     write_card(folder, settings.title, corpus)
     write_atomically(folder / "corpus.json", json.dumps(corpus, indent=1, ensure_ascii=False))
     return corpus
-
-
-def _stages(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cleaning over all parts, stage by stage: what went in, what came out, what went and why."""
-    left = sum(record["input"]["files"] for record in records)
-    names = dict.fromkeys(name for record in records for name in (*record["stages"], *record["dropped"]))
-    stages = []
-    for name in names:
-        reasons = (record["dropped"].get(name, {}) for record in records)
-        dropped = _summed({reason: n["files"] for reason, n in there.items()} for there in reasons)
-        out = left - sum(dropped.values())
-        stages.append({"stage": name, "in": left, "out": out, "dropped": dropped})
-        left = out
-    return stages
-
-
-def _summed(counts: Any) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(sorted(total.items()))
 
 
 def fingerprint(parts: list[Path]) -> str:
@@ -255,15 +235,5 @@ def run(settings: Settings) -> None:
         with ProcessPoolExecutor(settings.workers or os.cpu_count()) as pool:
             list(pool.map(partial(build_part, settings), parts))
     corpus = finish(settings)
-    print("\n".join(table(corpus)))
+    print("\n".join(lines(corpus["stages"], size(corpus))))
     return None
-
-
-def table(corpus: dict[str, Any]) -> list[str]:
-    """Lines: what went in, what went and why, what came out."""
-    lines = [f"{corpus['stages'][0]['in']:>12,}  files were stored"] if corpus["stages"] else []
-    for stage in corpus["stages"]:
-        for reason, count in stage["dropped"].items():
-            lines.append(f"{-count:>12,}  {stage['stage']}: {reason}")
-    size = f"{corpus['bytes']:,} bytes, fingerprint {corpus['fingerprint'][:12]}"
-    return [*lines, f"{corpus['documents']:>12,}  documents, {size}"]

@@ -1,10 +1,12 @@
-"""python -m scraping status: what the ledger knows, in counts that add up."""
+"""python -m scraping status: what was found and what became of it, in counts that add up."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from scraping.counts import lines, size, stages
 from scraping.ledger import Ledger
 
 
@@ -13,7 +15,7 @@ class Settings:
     """Where to look.
 
     Args:
-        folder: Of the corpus: its ledger is `folder/ledger.sqlite`.
+        folder: Of the corpus: its ledger is `folder/ledger.sqlite`, `folder/clean` has the documents.
     """
 
     folder: str = "corpus"
@@ -38,9 +40,24 @@ def status_lines(ledger: Ledger) -> list[str]:
     return lines
 
 
+def later_lines(folder: Path) -> list[str]:
+    """What became of the stored files: of the corpus if it was built, else of the parts that were cleaned."""
+    corpus = folder / "corpus" / "corpus.json"
+    if corpus.is_file():
+        found = json.loads(corpus.read_text("utf-8"))
+        return ["corpus", *lines(found["stages"], size(found))]
+    records = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "clean").glob("part-*.json"))]
+    if not records:
+        return []
+    return [
+        f"clean, {len(records)} of {records[0]['shard'].split('/')[1]} parts",
+        *lines(stages(records), "documents"),
+    ]
+
+
 def run(settings: Settings) -> None:
-    """Print `status_lines`; ValueError if there is no ledger."""
+    """Print `status_lines` and `later_lines`; ValueError if there is no ledger."""
     path = Path(settings.folder) / "ledger.sqlite"
     if not path.is_file():
         raise ValueError(f"{settings.folder} holds no ledger.sqlite: name a corpus folder with --folder")
-    print("\n".join(status_lines(Ledger(path))))
+    print("\n".join(status_lines(Ledger(path)) + later_lines(path.parent)))

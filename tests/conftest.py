@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; tiny models gain nothing from more
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # of a job in the background; its children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FILES = {
     f"part{i}.py": f"def f{i}(x, y={i}):\n    total = x * {i} + y\n    return total\n\n\nprint(f{i}({i}))\n"

@@ -15,8 +15,9 @@ import pytest
 from config import DataConfig
 from corpus import Report, read_documents, split_documents
 from scraping import frequencies
-from scraping.build import Settings, build_part, fingerprint, finish, run, table
+from scraping.build import Settings, build_part, fingerprint, finish, run
 from scraping.card import _plain, _size
+from scraping.counts import lines
 from scraping.decontaminate import Benchmarks
 from scraping.dedup import Settings as DedupSettings
 from scraping.dedup import bucket, cluster, signature
@@ -82,13 +83,13 @@ def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None
     assert corpus["bytes"] == sum(len(document.text.encode()) for document in kept)
     rows = []
     for path in (tmp_path / "corpus" / "records").glob("*.dropped.jsonl.gz"):
-        with gzip.open(path) as lines:
-            rows += [json.loads(line) for line in lines]
+        with gzip.open(path) as file:
+            rows += [json.loads(line) for line in file]
     gone = {document.name for document in documents()} - {document.name for document in kept}
     assert {row["name"] for row in rows} == gone
     for row in rows:
         assert row["evidence"].split()[-1] in {document.name for document in kept}
-    assert table(corpus)[0].split() == ["33", "files", "were", "stored"]
+    assert lines(corpus["stages"], "")[0].split() == ["33", "files", "were", "stored"]
 
 
 def test_near_duplicates_may_stay_and_share_a_cluster(tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ def test_every_file_ends_in_the_corpus_or_in_a_count_and_the_run_names_the_corpu
     main(["local", *folder, "--path", str(tmp_path / "code"), "--licence", "MIT"])
     for number in range(parts):
         main(["clean", *folder, "--workers", "1", "--shard", f"{number}/{parts}"])
+    capsys.readouterr()
+    main(["status", *folder])
+    told = capsys.readouterr().out
+    assert f"clean, {parts} of {parts} parts\n" in told and told.endswith("          42  documents\n")
     for number in range(parts):
         main(["dedup", *folder, "--step", "signature", "--shard", f"{number}/{parts}"])
     main(["dedup", *folder, "--step", "bucket", "--shard", "0/1"])
@@ -69,6 +73,10 @@ def test_every_file_ends_in_the_corpus_or_in_a_count_and_the_run_names_the_corpu
         "select: exact duplicate": 1,
         "select: near duplicate": 1,
     }
+    capsys.readouterr()
+    main(["status", *folder])
+    found = [line.split() for line in capsys.readouterr().out.split("corpus\n")[1].splitlines()]
+    assert sum(int(words[0]) for words in found[:-1]) == int(found[-1][0]) == 40
     assert "Copyright" not in (tmp_path / "corpus" / "corpus" / "data").joinpath(
         f"part-00000-of-{parts:05}.parquet"
     ).read_bytes().decode("latin-1")

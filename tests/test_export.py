@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from commands import command
 from safetensors.torch import load_file
 from test_finetune import base, config, logits, other
 
@@ -26,7 +25,6 @@ from runmodel import load_run, open_adapted
 from trainingmanager import train
 
 __all__ = ["base", "config"]  # fixtures
-HOUSE = Path(__file__).parent.parent
 TOKENS = torch.arange(24).view(2, 12)
 
 
@@ -157,11 +155,9 @@ def test_a_merge_that_is_not_what_was_trained_is_refused(run: Path, tmp_path: Pa
         (["--out", "x", "--run", "no-such-run"], "no-such-run holds no run"),
     ],
 )
-def test_a_mistake_is_one_sentence(words: list[str], sentence: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HOUSE / "export.py"), *words], capture_output=True, text=True, cwd=HOUSE
-    )
-    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+def test_a_mistake_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
+    done = command("export.py", *words, cwd=tmp_path)
+    assert done.code == 2 and sentence in done.err and done.err.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

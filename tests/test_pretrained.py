@@ -423,8 +423,19 @@ def test_saving_gives_back_every_byte(name, pairs, tmp_path):
     assert load_pretrained(tmp_path / "out").model.config == pair.ours.config
 
 
+def first_two_of_each_family() -> list[Any]:
+    """All names; the others of a family are marked slow."""
+    of_family = {
+        name: [n for n, (family, _) in CONFIGS.items() if family == CONFIGS[name][0]] for name in CONFIGS
+    }
+    return [
+        name if name in of_family[name][:2] else pytest.param(name, marks=pytest.mark.slow)
+        for name in CONFIGS
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", first_two_of_each_family())
 def test_saving_gives_back_every_byte_of_half_precision(name, dtype, pairs, tmp_path):
     """NaN with its payload, infinities and subnormal numbers among them."""
     oracle = make_oracle(name).to(dtype)

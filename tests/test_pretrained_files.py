@@ -295,6 +295,14 @@ def test_buffers_of_old_files_are_passed_over(folder, tmp_path):
         load_pretrained(tmp_path / family)
 
 
+# Not getrusage's: what the process that started it once held counts there.
+PEAK = """
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+"""
+
+
 def test_memory_holds_the_weights_once(tmp_path):
     """The peak of another process that loads 107 MB, over what it held before: at most 1.1 times that."""
     config = replace(LLAMA, vocab_size=20_000, n_embd=512, n_inner=2048)
@@ -304,22 +312,27 @@ def test_memory_holds_the_weights_once(tmp_path):
         save_pretrained(model.to_empty(device="cpu").to(dtype), None, tmp_path / name)
     to_bin(tmp_path / "pickle", {})
     size = sum(p.numel() for p in model.parameters()) * 4
-    save_pretrained(Decoder(LLAMA), None, tmp_path / "small")
+    for name in ("small", "small-pickle"):
+        save_pretrained(Decoder(LLAMA), None, tmp_path / name)
+    to_bin(tmp_path / "small-pickle", {})
     program = (
-        "import resource, sys, torch; from pretrained import load_pretrained\n"
-        "load_pretrained(sys.argv[1]); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak(); kept = load_pretrained(sys.argv[2], torch.float32)\n"
-        "print((peak() - before) * 1024)"
+        "import os, sys, torch; from pretrained import load_pretrained\n"
+        f"{PEAK}\n"
+        "def first(): return [load_pretrained(folder) for folder in sys.argv[1:3]]\n"
+        "first()\n"
+        "for folder in sys.argv[3:]:\n"
+        "    if os.fork() == 0:\n"
+        "        first()\n"  # for the pages of libraries, which count in each process that reads them
+        "        before = peak(); kept = load_pretrained(folder, torch.float32)\n"
+        "        print(peak() - before, flush=True); os._exit(0)\n"
+        "    assert os.wait()[1] == 0"
     )
-    house = Path(__file__).parents[1]
-    for name, most in (
-        ("whole", 1.1),
-        ("half", 1.1),
-        ("pickle", 1.1 + 2**25 / size),
-    ):  # mapped 32 MB at a time
-        command = [sys.executable, "-c", program, str(tmp_path / "small"), str(tmp_path / name)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=house)
-        assert int(out.stdout) < most * size, (name, int(out.stdout) / size)
+    cases = {"whole": 1.1, "half": 1.1, "pickle": 1.1 + 2**25 / size}  # mapped 32 MB at a time
+    folders = [str(tmp_path / name) for name in ("small", "small-pickle", *cases)]
+    command = [sys.executable, "-c", program, *folders]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOUSE).stdout
+    for peak, (name, most) in zip(out.split(), cases.items(), strict=True):
+        assert 0.5 * size < int(peak) < most * size, (name, int(peak) / size)
 
 
 @pytest.mark.slow
@@ -346,8 +359,8 @@ def test_a_model_of_a_billion_parameters_loads_in_its_own_size_and_decodes(max_s
     save_pretrained(model, None, tmp_path / "model", max_shard_bytes=max_shard_bytes)
     del model
     program = (
-        "import resource, sys, torch\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "import sys, torch\n"
+        f"{PEAK}\n"
         "before = peak()\n"
         "from pretrained import load_pretrained\n"
         "found = load_pretrained(sys.argv[1], torch.bfloat16)\n"
@@ -358,7 +371,7 @@ def test_a_model_of_a_billion_parameters_loads_in_its_own_size_and_decodes(max_s
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HOUSE).stdout
     peak, ids = out.splitlines()
-    assert int(peak) < 1.1 * size, int(peak) / size
+    assert size < int(peak) < 1.1 * size, int(peak) / size
     assert len(json.loads(ids)) == 4
 
 
@@ -804,12 +817,12 @@ load_pretrained(sys.argv[1])  # what is imported late counts for no case
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000,) * 2)
 for folder in sorted(Path(sys.argv[2]).iterdir()):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with one_sentence():
             load_pretrained(folder)
     except SystemExit as end:
-        print(folder.name, end.code, time.perf_counter() - start < 5)
+        print(folder.name, end.code, time.process_time() - start < 5)
     else:
         print(folder.name, "loaded")
 """
@@ -842,7 +855,10 @@ def link_out(path: Path, target: Path) -> None:
 
 
 def test_no_hostile_folder_costs_memory_or_time(folder, shards, tmp_path):
-    """Each ends a command with one sentence and exit code 2, where 300 MB more than before are to be had."""
+    """Each ends a command with one sentence and exit code 2, where 300 MB more than before are to be had.
+
+    Seconds are those of the processor, since other work may run beside.
+    """
     cases: dict[str, Callable[[Path], Any]] = {
         name.replace(" ", "-"): lambda case, changes=changes: change_json(case / "config.json", **changes)
         for name, (changes, _) in CONFIGS.items()
@@ -977,9 +993,9 @@ def test_a_model_of_the_hub_is_fetched_once_and_its_commit_recorded(pickled, fol
     assert fetched == {"config.json", "generation_config.json", weights}
     server.shutdown()
     server.server_close()
-    assert ran(program, HF_HUB_OFFLINE="1").stdout.split() == ["us/tiny", Hub.commit]
-    missing = ran(program.replace("us/tiny", "us/huge"), HF_HUB_OFFLINE="1")
-    assert "ValueError: us/huge could not be fetched" in missing.stderr
+    offline = ran(f"{program}; load('us/huge')", HF_HUB_OFFLINE="1")
+    assert offline.stdout.split() == ["us/tiny", Hub.commit]
+    assert "ValueError: us/huge could not be fetched" in offline.stderr
 
 
 # --- tokenizers -------------------------------------------------------------------------------------

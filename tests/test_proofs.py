@@ -1,7 +1,6 @@
 """Killed and resumed equals never killed: the proof itself, and kills and signals at every instant.
 
-Children are forked from this process, which has imported torch and runs it with one thread: one that imports
-it anew takes 2 s, and a fork with torch's threads alive would hang.
+Children are forked from this process, with one thread of torch: a fork with its threads alive would hang.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import exit_code, forked
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import checkpoint
 import proofs
@@ -68,37 +65,6 @@ def one_thread(config: Config, tmp_path: Path) -> Iterator[None]:
     train(adapted(config, run=str(tmp_path / "first"), max_steps=1))
     yield
     torch.set_num_threads(before)
-
-
-def forked(log: Path, work: Callable[[], Any]) -> int:
-    """Process id of a child that does `work`, and exits as a command would; its output goes to `log`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        # The bars' own lock is shared with all forks: a child that is killed while it prints would keep it.
-        tqdm.set_lock(threading.RLock())
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        work()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # --- kill -9 -----------------------------------------------------------------------------------------
@@ -150,7 +116,7 @@ def kills(config: Config, folder: Path, trials: int) -> None:
     """Each trial kills a run, every second one inside a save, resumes it, and compares it to one unkilled."""
     log, counts, draw = folder / "log", folder / "counts", random.Random(trials)
     whole = adapted(config, run=str(folder / "whole"))
-    assert exit_code(forked(log, lambda: train_and_die(whole, 0, 0.0, counts))) == 0, log.read_text()
+    assert exit_code(forked(lambda: train_and_die(whole, 0, 0.0, counts), log)) == 0, log.read_text()
     first, calls = json.loads(counts.read_text())
     digest = state_digest(saved_state(checkpoints(folder / "whole" / "checkpoints")[-1]))
     times: list[float] = []
@@ -161,7 +127,7 @@ def kills(config: Config, folder: Path, trials: int) -> None:
         here = adapted(config, run=str(run))
         if done % 2:
             at, cut = draw.randint(first + 1, calls), draw.random()
-            code = exit_code(forked(log, lambda h=here, a=at, c=cut: train_and_die(h, a, c, counts)))
+            code = exit_code(forked(lambda h=here, a=at, c=cut: train_and_die(h, a, c, counts), log))
         else:
             code = killed_at_random(here, log, draw, times)
         if code == 0:  # it was at its end before it was killed
@@ -169,7 +135,7 @@ def kills(config: Config, folder: Path, trials: int) -> None:
         assert code == -signal.SIGKILL, log.read_text()[-3000:]
         log.unlink()
         resumed = adapted(here, resume=True)
-        code = exit_code(forked(log, lambda r=resumed: train(r)))
+        code = exit_code(forked(lambda r=resumed: train(r), log))
         text = log.read_text()
         if code and "the budget" in text and "used up" in text:  # killed after the last checkpoint was there
             code = 0
@@ -182,7 +148,7 @@ def kills(config: Config, folder: Path, trials: int) -> None:
 
 def killed_at_random(config: Config, log: Path, draw: random.Random, times: list[float]) -> int:
     """Exit code of a run that is killed at a random instant after its first checkpoint."""
-    child = forked(log, lambda: train(config))
+    child = forked(lambda: train(config), log)
     first = Path(config.train.run, "checkpoints", "step-00000001")
     while not first.exists():
         time.sleep(0.0005)
@@ -260,7 +226,7 @@ def stops(config: Config, folder: Path, trials: int) -> None:
         every = draw.choice([1, 2]) if place == "step" else 1
         here = adapted(config, run=str(run), max_steps=1000, validate_every=every, save_every=0, keep=0)
         code = exit_code(
-            forked(log, lambda h=here, p=place, s=step, n=number: signalled(h, p, s, [n], counts))
+            forked(lambda h=here, p=place, s=step, n=number: signalled(h, p, s, [n], counts), log)
         )
         text = log.read_text()
         assert code == RESUMABLE, (trial, text[-3000:])
@@ -295,12 +261,12 @@ def test_a_second_signal_ends_a_run_at_once(
     here = adapted(config, max_steps=1000, validate_every=1, save_every=0, keep=0)
     numbers: list[int] = [signal.SIGUSR1, signal.SIGTERM]
     code = exit_code(
-        forked(tmp_path / "log", lambda: signalled(here, place, 3, numbers, tmp_path / "counts"))
+        forked(lambda: signalled(here, place, 3, numbers, tmp_path / "counts"), tmp_path / "log")
     )
     assert code == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
     assert [m.step for m in checkpoints(tmp_path / "run" / "checkpoints")][-1] == 2
     resumed = adapted(here, max_steps=4, resume=True)
-    assert exit_code(forked(tmp_path / "log", lambda: train(resumed))) == 0, (tmp_path / "log").read_text()
+    assert exit_code(forked(lambda: train(resumed), tmp_path / "log")) == 0, (tmp_path / "log").read_text()
 
 
 def test_a_signal_that_is_sent_twice_over_is_one(config: Config, tmp_path: Path, one_thread: None) -> None:
@@ -309,7 +275,7 @@ def test_a_signal_that_is_sent_twice_over_is_one(config: Config, tmp_path: Path,
         here = adapted(config, run=str(tmp_path / number.name), max_steps=1000)
         twice = [int(number)] * 2
         code = exit_code(
-            forked(tmp_path / "log", lambda h=here, n=twice: signalled(h, "step", 3, n, tmp_path / "counts"))
+            forked(lambda h=here, n=twice: signalled(h, "step", 3, n, tmp_path / "counts"), tmp_path / "log")
         )
         assert code == RESUMABLE, (tmp_path / "log").read_text()
         assert checkpoints(tmp_path / number.name / "checkpoints")[-1].step == 3
@@ -320,7 +286,7 @@ def test_the_same_signal_later_is_a_second_one(
 ) -> None:
     monkeypatch.setattr(trainingmanager, "SAME_SIGNAL", 0.0)
     here, twice = adapted(config, max_steps=1000), [int(signal.SIGINT)] * 2
-    code = exit_code(forked(tmp_path / "log", lambda: signalled(here, "save", 3, twice, tmp_path / "counts")))
+    code = exit_code(forked(lambda: signalled(here, "save", 3, twice, tmp_path / "counts"), tmp_path / "log"))
     assert code == 128 + signal.SIGINT, (tmp_path / "log").read_text()
 
 
@@ -330,11 +296,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     """In a step without a validation: one that only the stopped run had would count for patience."""
     here = adapted(config, validate_every=4, save_every=0, keep=0)
     whole = adapted(here, run=str(tmp_path / "whole"))
-    assert exit_code(forked(tmp_path / "log", lambda: train(whole))) == 0
+    assert exit_code(forked(lambda: train(whole), tmp_path / "log")) == 0
     stop = [int(signal.SIGTERM)]
-    code = exit_code(forked(tmp_path / "log", lambda: signalled(here, "step", 3, stop, tmp_path / "counts")))
+    code = exit_code(forked(lambda: signalled(here, "step", 3, stop, tmp_path / "counts"), tmp_path / "log"))
     assert code == RESUMABLE, (tmp_path / "log").read_text()
-    assert exit_code(forked(tmp_path / "log", lambda: train(adapted(here, resume=True)))) == 0
+    assert exit_code(forked(lambda: train(adapted(here, resume=True)), tmp_path / "log")) == 0
     assert run_difference(tmp_path / "whole", tmp_path / "run") is None
 
 

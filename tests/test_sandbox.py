@@ -203,7 +203,7 @@ def test_temporary_files_and_threads_are_there(isolated: sandbox.Isolation) -> N
 
 def test_limits_end_a_program(isolated: sandbox.Isolation) -> None:
     assert run("while True: pass", limits=Limits(cpu=1)).status == "timed out"
-    asleep = run("print('before', flush=True)\nimport time\ntime.sleep(99)", limits=Limits(wall=2.0))
+    asleep = run("print('before', flush=True)\nimport time\ntime.sleep(99)", limits=Limits(wall=5.0))
     assert (asleep.status, asleep.exit_code, asleep.stdout) == ("timed out", None, "before\n")
     assert 2 <= asleep.seconds < 20
     flood = run("while True: print('x' * 1000)", limits=Limits(output=5000))
@@ -320,7 +320,7 @@ def test_a_fault_cannot_be_caught_by_the_test(isolated: sandbox.Isolation) -> No
 
 
 def test_the_judge_is_bounded_too(isolated: sandbox.Isolation) -> None:
-    found = judge(ADD, "", "while True: add(1, 2)", limits=Limits(cpu=1))
+    found = judge(ADD, "", "while True: add(1, 2)", limits=Limits(cpu=1, wall=10))
     assert found.kind == "timed out"
     colliding = "def add(a, b): return {n * (2**61 - 1) for n in range(60000)}"
     assert judge(colliding, "", "assert add(1, 2) == 3", limits=Limits(cpu=1)).kind != "passed"
@@ -439,8 +439,10 @@ def test_a_killed_parent_takes_its_sandboxes_along(isolated: sandbox.Isolation) 
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    time.sleep(1)
-    assert still_running(size) == []
+    end = time.monotonic() + 30
+    while still_running(size):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_sandbox_that_is_ended_while_it_starts_leaves_nothing(isolated: sandbox.Isolation) -> None:

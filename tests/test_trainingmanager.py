@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import Ended, command
 from safetensors.torch import load_file
 
 import trainingmanager
@@ -663,15 +664,12 @@ def started(*words: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finished(*words: str, cwd: Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
-    process = started(*words, cwd=cwd)
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+def trained(*words: str, cwd: Path) -> Ended:
+    return command("trainingmanager.py", *words, cwd=cwd)
 
 
 def test_overfit_learns_the_tiny_corpus_by_heart(tmp_path: Path) -> None:
-    code, out, err = finished("--overfit", cwd=tmp_path)
+    code, out, err = trained("--overfit", cwd=tmp_path)
     assert code == 0, err
     assert "check 1" in out and "check 2" in out and "FAILED" not in out
     (run,) = (tmp_path / "runs").iterdir()
@@ -679,18 +677,19 @@ def test_overfit_learns_the_tiny_corpus_by_heart(tmp_path: Path) -> None:
 
 
 def test_overfit_that_fails_says_which_check_and_exits_1(tmp_path: Path) -> None:
-    code, out, _ = finished("--overfit", "--max_steps", "3", cwd=tmp_path)
+    code, out, _ = trained("--overfit", "--max_steps", "3", cwd=tmp_path)
     assert code == 1 and "is predicted: FAILED" in out and "FAILED at character" in out
 
 
 def test_the_main_command_reports_scores_completions_and_places(corpus: Path, tmp_path: Path) -> None:
-    code, out, err = finished(*TINY, str(corpus), "--max_steps", "4", cwd=tmp_path)
-    assert code == 0, err
+    process = started(*TINY, str(corpus), "--max_steps", "4", cwd=tmp_path)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
     for text in ("bits per byte", "top-5 accuracy", "-gram", "the model goes on", "TensorBoard", "eval.py"):
         assert text in out
     for name in ("loss", "learning_rate", "grad_norm", "accuracy"):
         assert (tmp_path / "r" / "curves" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    code, _, err = finished(*TINY, str(corpus), "--max_steps", "4", cwd=tmp_path)
+    code, _, err = trained(*TINY, str(corpus), "--max_steps", "4", cwd=tmp_path)
     assert code == 2 and err.count("\n") == 1 and "already holds another run" in err
 
 
@@ -706,15 +705,19 @@ def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> Non
     assert "go on with --resume" in out
     (manifest,) = checkpoints(tmp_path / "r" / "checkpoints")
     more = str(manifest.step + 2)
-    code, _, err = finished(*TINY, str(corpus), "--max_steps", more, "--resume", cwd=tmp_path)
+    code, _, err = command(
+        "trainingmanager.py", *TINY, str(corpus), "--max_steps", more, "--resume", cwd=tmp_path
+    )
     assert code == 0, err
     assert checkpoints(tmp_path / "r" / "checkpoints")[-1].step == manifest.step + 2
 
 
 def test_resume_takes_up_the_runs_own_settings(corpus: Path, tmp_path: Path) -> None:
-    code, _, err = finished(*TINY, str(corpus), "--max_steps", "2", "--batch_size", "3", cwd=tmp_path)
+    code, _, err = command(
+        "trainingmanager.py", *TINY, str(corpus), "--max_steps", "2", "--batch_size", "3", cwd=tmp_path
+    )
     assert code == 0, err
-    code, _, err = finished("--resume", "--run", "r", "--max_steps", "4", cwd=tmp_path)
+    code, _, err = trained("--resume", "--run", "r", "--max_steps", "4", cwd=tmp_path)
     assert code == 0, err
     run = load_run(tmp_path / "r", "last")
     assert run.step == 4 and run.config.train.batch_size == 3 and run.config.model.n_embd == 16
@@ -726,7 +729,9 @@ def test_overfit_proves_several_files(tmp_path: Path) -> None:
     (folder / "a.py").write_text("import os\n\n\ndef here():\n    return os.getcwd()\n")
     (folder / "b.py").write_text("x = [1, 2, 3]\nprint(sum(x))")
     (folder / "empty.py").write_text("")
-    code, out, err = finished("--overfit", "--data.source", str(folder), "--max_steps", "200", cwd=tmp_path)
+    code, out, err = command(
+        "trainingmanager.py", "--overfit", "--data.source", str(folder), "--max_steps", "200", cwd=tmp_path
+    )
     assert code == 0, out + err
     assert out.count("regenerated") == 2 and "FAILED" not in out
 

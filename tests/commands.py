@@ -1,0 +1,78 @@
+"""Commands and functions in children that are forked from the test's process, which has imported torch.
+
+A child that imports it anew takes three seconds before it does anything. Forking is safe with one thread of
+torch, as conftest.py sets it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+HOUSE = Path(__file__).parent.parent
+
+
+class Ended(NamedTuple):
+    """A command's exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def forked(work: Callable[[], Any], out: Path, err: Path | None = None) -> int:
+    """Process id of a child that does `work` and exits as a command would; what it writes goes to files."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        # The bars' own lock is shared with all forks: a child that is killed while it prints would keep it.
+        tqdm.set_lock(threading.RLock())
+        torch.set_num_threads(1)
+        for number, path in ((1, out), (2, err or out)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", encoding="utf-8")
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def command(script: str, *words: str | Path | int, cwd: Path) -> Ended:
+    """`python script words` in `cwd`, to its end."""
+
+    def work() -> None:
+        os.chdir(cwd)
+        sys.argv = [str(HOUSE / script), *map(str, words)]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    out, err = cwd / ".out", cwd / ".err"
+    for path in (out, err):
+        path.unlink(missing_ok=True)
+    code = exit_code(forked(work, out, err))
+    found = Ended(code, out.read_text("utf-8"), err.read_text("utf-8"))
+    for path in (out, err):
+        path.unlink()
+    return found
