@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -76,7 +76,8 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         ValueError: It is none that is known, or cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", module="optuna")  # that parts of it may change
+    for kind in (ExperimentalWarning, FutureWarning):  # that parts of it may change
+        warnings.filterwarnings("ignore", category=kind, module="optuna|sweeps")
     if url and "://" not in url and not url.startswith("journal:"):
         raise ValueError(
             f"--storage {url} is no URL; write journal:FILE, sqlite:///FILE, postgresql://..., mysql://... "
@@ -136,7 +137,7 @@ def told(url: str, folder: Path) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
+    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
     details = getattr(cause, "details", None)
     text = str(details() if callable(details) else cause).strip() or type(cause).__name__
     return re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text.splitlines()[0])
