@@ -51,9 +51,12 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings)
         StudyDirection.MINIMIZE if OBJECTIVES[o] else StudyDirection.MAXIMIZE
         for o in settings.sweep.objectives
     ]
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=directions, load_if_exists=True, pruner=NopPruner()
-    )
+    try:  # before it is created: a study that is refused is not written to
+        study = optuna.load_study(storage=storage, study_name=name, pruner=NopPruner())
+    except KeyError:
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=directions, load_if_exists=True, pruner=NopPruner()
+        )
     own = json.loads(json.dumps(identity(settings)))
     known = study.user_attrs.get("identity")
     if known is None:
