@@ -92,8 +92,8 @@ def save_checkpoint(
             except ValueError:  # damaged: nothing is lost with it
                 _remove(path)
         os.replace(temporary, final)
-        _flush(folder)
-        _flush(folder.parent)
+        for path in (folder, folder.parent, folder.parent.parent):  # all may be new: RUN/checkpoints
+            _flush(path)
         for path in older:
             with suppress(OSError):
                 _remove(path)
@@ -417,9 +417,7 @@ def _flush(path: Path) -> None:
 def code_fingerprint(folder: Path) -> str:
     """SHA-256 of the project's own Python files, by name and content."""
     digest = hashlib.sha256()
-    packages = ("guards", "metrics", "pretrained", "suites")
-    for path in sorted(
-        [*folder.glob("*.py"), *(p for name in packages for p in folder.glob(f"{name}/*.py"))]
-    ):
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    packages = [path.parent for path in folder.glob("*/__init__.py")]
+    for path in sorted([*folder.glob("*.py"), *(p for package in packages for p in package.rglob("*.py"))]):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -286,6 +286,10 @@ class _Rows:
         """(n_rows,) the rows as the documents they were cut from go: as they are."""
         return np.arange(self.n_rows)
 
+    def first_documents(self, rows: np.ndarray) -> np.ndarray:
+        """(B,) the place in the order of each row's document 0."""
+        return np.searchsorted(self.begin, rows * self.block_size, "right") - 1
+
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows (B,) by number, which may repeat; numbers from `n_rows` on give rows of padding."""
         T = self.block_size
@@ -432,6 +436,10 @@ class _ExampleRows:
         self.n_rows = len(self.count)
         self.first = np.cumsum(self.count) - self.count
 
+    def first_documents(self, rows: np.ndarray) -> np.ndarray:
+        """(B,) the place in `documents` of each row's document 0."""
+        return self.first[np.minimum(rows, self.n_rows - 1)]
+
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows (B,) by number, which may repeat; numbers from `n_rows` on give rows of padding."""
         known = np.minimum(rows, self.n_rows - 1)
@@ -546,9 +554,23 @@ def validation_batches(
             f"a validation of {limit} batches of {batch_size} rows: it needs at least 1 row, and at least 0 "
             "batches, which means all"
         )
+    return (batch for batch, _ in numbered_batches(store, batch_size, block_size, limit))
+
+
+def numbered_batches(
+    store: TokenStore, batch_size: int, block_size: int, limit: int = 0
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """`validation_batches`, each with the numbers in the store (B, T) of its tokens' documents.
+
+    Of padding the numbers mean nothing; its labels say what it is.
+    """
     rows = _rows_of(store, np.arange(store.n_documents), block_size)
+    order = rows.documents if isinstance(rows, _ExampleRows) else np.arange(store.n_documents)
     n_batches = -(-rows.n_rows // batch_size)
     n_shown = min(limit, n_batches) or n_batches
     for number in range(n_shown):
         start = number * n_batches // n_shown * batch_size
-        yield rows.batch(np.arange(start, start + batch_size))
+        chosen = np.arange(start, start + batch_size)
+        batch = rows.batch(chosen)
+        place = rows.first_documents(chosen)[:, None] + batch.document_ids.numpy()
+        yield batch, order[np.clip(place, 0, len(order) - 1)]

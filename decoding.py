@@ -245,12 +245,13 @@ def generate_ids(
     eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
     stopped: Stopped | None = None,
-    first_row: int = 0,
+    first_row: int | Sequence[int] = 0,
 ) -> list[Generated]:
     """Continue each list of ids, in one batch. `settings.stop` is text: here `stopped` takes its place.
 
     Args:
-        model, settings, first_row: As for `generate`.
+        model, settings: As for `generate`.
+        first_row: The seed's row of the first prompt, those of the others following; or each prompt's own.
         prompts: Ids, bos included.
         eos_id: The token that ends a text, or several.
         vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.
@@ -335,11 +336,16 @@ class _Run:
 
 
 def _token_by_token(
-    run: _Run, settings: GenerationConfig, ends: Collection[int], stopped: Stopped | None, first_row: int
+    run: _Run,
+    settings: GenerationConfig,
+    ends: Collection[int],
+    stopped: Stopped | None,
+    first_row: int | Sequence[int],
 ) -> list[Generated]:
     """Greedy decoding or sampling; a finished row leaves the batch at once."""
     n_prompts = len(run.logits)
-    generators = [row_generator(settings.seed, first_row + row) for row in range(n_prompts)]
+    own_rows = range(first_row, first_row + n_prompts) if isinstance(first_row, int) else first_row
+    generators = [row_generator(settings.seed, row) for row in own_rows]
     ids: list[list[int]] = [[] for _ in range(n_prompts)]
     log_prob, reason = [0.0] * n_prompts, ["length"] * n_prompts
     prompts = list(range(n_prompts))  # of the rows under way

@@ -1,17 +1,18 @@
-"""Scores of a trained model on the test files of its run: `python eval.py --checkpoint runs/default`.
+"""Scores of a trained model: `python eval.py --checkpoint runs/default`, on the test files of its run.
 
-A run without a test side is scored on its validation files, by which its checkpoint was chosen, and says so.
-Beside every score stand those of baselines: an n-gram model of the same training files
-(`ngram.NGramModel`), for a run with adapters its base, and for texts those that take no model. Prints tables
-and writes RUN/eval.json: the scores, every prediction, and what is needed to run it again.
+A run without a test side is scored on its validation files, by which its checkpoint was chosen, and says
+so. Beside every score stand those of baselines: an n-gram model of the same training files
+(`ngram.NGramModel`), for a model with adapters its base, and for texts those that take no model. Prints
+tables and writes RUN/eval.json: the scores, every prediction, and what is needed to run it again.
 
 Token scores are over every token after a document's first, by the function that training validates with.
 Bits per byte divides their nats by the UTF-8 bytes of all test files, whatever the tokenizer; the nats of
 the tokens that end the files are counted.
 
-Texts are scored by a suite (`suites/`): lines of plain files from what stands before them, and the
-completions of a corpus of examples. `--predictions FILE` scores those that were made elsewhere, and
-`--rescore RUN/eval.json` says whether the numbers in that file are those of its predictions.
+Texts are scored by suites (`suites/`), which `--suite` names: of the run's held-out files, or of a published
+file, for which `--model FOLDER` evaluates a published model as well. `--predictions FILE` scores those that
+were made elsewhere, and `--rescore RUN/eval.json` says whether the numbers in that file are those of its
+predictions.
 """
 
 from __future__ import annotations
@@ -30,70 +31,134 @@ class EvalConfig:
 
     Args:
         checkpoint: Run folder, or one checkpoint inside it.
+        model: In its place a published model, a folder or hub id, for suites with a file of their own.
+        adapter: A PEFT folder for `model`.
         rescore: An eval.json whose predictions are scored again, in the place of a checkpoint.
+        suite: Names between commas: `next_token`; of held-out files `next_line`, `pairs` and `fim`; of a file
+            of their own `humaneval`, `humaneval_infilling`, `mbpp`, `codexglue_method` and `codexglue_line`.
+            Empty for `next_token` and, by what the run's data are, `next_line` or `pairs`.
+        suite_file: The published file of a suite.
         predictions: A JSONL file of predictions made elsewhere, one a line, that stand in for the model's.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
-        samples: Held-out lines, or examples, that are completed; 0 leaves the scores of texts out.
-        max_new_tokens: Most tokens of a completion; 0 takes 64 for a line, and for an example as many as the
-            longest completion in training has, but no more than 512.
+        samples: Examples of each suite; 0 leaves the scores of texts out. Not given it is 200 of held-out
+            files, and all of a suite's own file.
+        max_new_tokens: Most tokens of a completion; 0 for the suite's own number: 64 for a line, for an
+            example as many as the longest completion in training has, but no more than 512, and for a program
+            512.
+        stop: Strings that end a text and are no part of it, in the place of the suite's own.
+        temperature: Of sampling; 0 takes the most likely token.
+        top_k: Sample only among the k most likely tokens; 0 means all.
+        top_p: Sample only from the nucleus that holds this much probability; 1 means all.
+        samples_per_example: Texts drawn for each example.
         metrics: Names of scores of texts, between commas, in the place of the suite's own.
         language: Of the code, which only some metrics read.
-        seed: Of the choice of lines and of the intervals.
-        batch_size: Rows evaluated at a time.
+        seed: Of the choice of examples, of sampling and of the intervals.
+        batch_size: Rows at a time; not given, as many as memory is reckoned to have room for.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
         source: Where the files are now, if they moved; the fingerprint still has to match.
         base: Where the base of a run with adapters is now, likewise.
-        cache: Folder for token stores, keyed by content; the one that the run's config names is not touched.
+        cache: Folder for token stores, keyed by content, and for the predictions of an evaluation that was
+            interrupted; the one that the run's config names is not touched.
+        out: Folder for eval.json; not given it is the run's own, and of a published model evals/NAME.
+        allow: `unsandboxed` runs programs where nothing isolates them; the scores then say so.
     """
 
     checkpoint: str | None = None
+    model: str | None = None
+    adapter: str | None = None
     rescore: str | None = None
+    suite: str = ""
+    suite_file: str | None = None
     predictions: str | None = None
     which: Literal["best", "last"] = "best"
-    samples: int = 200
+    samples: int | None = None
     max_new_tokens: int = 0
+    stop: tuple[str, ...] | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    samples_per_example: int = 1
     metrics: str = ""
     language: Literal["python", "kotlin", "java"] = "python"
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int | None = None
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     source: str | None = None
     base: str | None = None
     cache: str = "cache"
+    out: str | None = None
+    allow: Literal["nothing", "unsandboxed"] = "nothing"
 
 
-def parse_settings() -> EvalConfig:
-    """The EvalConfig of the command line; a mistake prints one sentence and exits with 2."""
-    parser = make_parser({"": EvalConfig}, "Score a trained model on its test files.")
-    values = parser.parse_args()
+def parse_settings(argv: list[str]) -> EvalConfig:
+    """The EvalConfig of a command line; a mistake prints one sentence and exits with 2.
+
+    Stop strings are taken as they are, where the parser would read them as YAML.
+    """
+    stop: list[str] = []
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        flag, given, value = word.partition("=")
+        text = value if given else next(rest, None) if flag == "--stop" else None
+        if flag == "--stop" and text is not None:
+            stop.append(text)
+        else:
+            words.append(word)
+    parser = make_parser({"": EvalConfig}, "Score a trained model.")
+    values = parser.parse_args(words)
     settings = EvalConfig(**{field.name: values[field.name] for field in dataclasses.fields(EvalConfig)})
-    for name, least in (("samples", 0), ("max_new_tokens", 0), ("batch_size", 1), ("seed", 0)):
-        if getattr(settings, name) < least:
-            parser.error(f"--{name} is {getattr(settings, name)}, and must be at least {least}")
-    if settings.samples == 1:
-        parser.error("--samples is 1, and an interval needs at least 2; 0 leaves the scores of texts out")
-    if (settings.checkpoint is None) == (settings.rescore is None):
-        parser.error("give either --checkpoint RUN or --rescore RUN/eval.json")
-    if settings.predictions is not None and not settings.samples:
-        parser.error("--predictions are of samples, and --samples is 0; leave one of them out")
+    if stop:
+        settings = dataclasses.replace(settings, stop=tuple(stop))
+    problem = mistake(settings)
+    if problem is not None:
+        parser.error(problem)
     return settings
 
 
+def mistake(settings: EvalConfig) -> str | None:
+    """What is wrong with the settings by themselves, in one sentence."""
+    least = {"samples": 0, "max_new_tokens": 0, "batch_size": 1, "seed": 0, "samples_per_example": 1}
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < lowest:
+            return f"--{name} is {value}, and must be at least {lowest}"
+    if settings.samples == 1:
+        return "--samples is 1, and an interval needs at least 2; 0 leaves the scores of texts out"
+    subjects = [settings.checkpoint, settings.model, settings.rescore]
+    elsewhere = settings.predictions is not None and settings.suite_file is not None
+    if sum(subject is not None for subject in subjects) != 1 and not (elsewhere and not any(subjects)):
+        return "give one of --checkpoint RUN, --model FOLDER and --rescore RUN/eval.json"
+    if settings.predictions is not None and settings.samples == 0:
+        return "--predictions are of samples, and --samples is 0; leave one of them out"
+    if settings.predictions is not None and settings.model is not None:
+        return "--predictions stand in for a model's; leave --model out"
+    if settings.adapter is not None and settings.model is None:
+        return "--adapter belongs to a published model; give --model FOLDER with it"
+    if settings.samples_per_example > 1 and (settings.temperature == 0 or settings.predictions is not None):
+        return (
+            f"--samples_per_example is {settings.samples_per_example}, and without sampling all of them "
+            "would be equal; give --temperature above 0, and no --predictions"
+        )
+    return None
+
+
 # Before torch is imported, so that --help and a typo answer at once.
-SETTINGS = parse_settings() if __name__ == "__main__" else None
+SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
 if SETTINGS is not None and SETTINGS.rescore is not None:
     with one_sentence():
         from suites.rescoring import rescore
 
         sys.exit(rescore(SETTINGS.rescore))
 
+import hashlib
 import json
 import math
 import platform
 import shlex
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,91 +166,161 @@ import numpy as np
 import rapidfuzz
 import torch
 
+import sandbox
+from architecture import Decoder
 from checkpoint import code_fingerprint
-from dataset import PreparedData, as_shown, prepare_data, shown, validation_batches
+from dataset import PreparedData, prepare_data
+from functional import read_problems
+from generate import GenerationConfig
 from lora import adapters_disabled
-from loss import Scores, score
 from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from preflight import overrides
-from runmodel import Run, load_run
-from suites.baselines import copied, last_lines, nearest
-from suites.completing import complete, ngram_complete, uncut
-from suites.lines import CONTEXT_LINES, divided, next_line_examples, through_first_line
-from suites.pairs import longest_completion, pair_examples
+from pretrained import load_pretrained
+from runmodel import Run, load_run, open_adapted
+from suites import programs
+from suites.completing import complete, ngram_complete
+from suites.kept import Kept
 from suites.scoring import (
     SUITES,
-    Example,
     Predictions,
-    aligned,
     metric_names,
     read_predictions,
     scored,
     suite_table,
+    suites_of,
 )
-from tokenstore import TokenStore
+from suites.task import Given, Task, answers
+from suites.tasks import OF_FILES, TASKS, TOKENS, suite_names
+from suites.tokens import (
+    add_intervals,
+    model_scores,
+    ngram_scores,
+    token_table,
+    token_values,
+    tokens_of,
+    train_ngram,
+)
+from tokenizer import Tokenizer
 
-# Its training takes about 170 bytes a token at its peak; of more tokens, it gets evenly spread documents.
-BASELINE_TOKENS = 10_000_000
-SCORED_TOKENS = 2**20  # that the n-gram model scores at a time
-LINE_TOKENS = 64  # most of a predicted line
-COMPLETION_TOKENS = 512  # most of a predicted completion, where --max_new_tokens does not say
+TOKEN_ROWS = 16  # at a time, of token scores
+HOUSE = Path(__file__).parent
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-# --- token scores ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Subject:
+    """The model that is evaluated.
 
-
-def train_ngram(train: TokenStore) -> NGramModel:
-    """The baseline, from the train documents, or from evenly spread ones when they are very many."""
-    stride = -(-train.n_tokens // BASELINE_TOKENS)
-    documents = (train.document(number) for number in range(0, train.n_documents, stride))
-    return NGramModel(documents, train.vocab_size)
-
-
-def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> Scores:
-    """The baseline's scores over the same tokens as `loss.score` counts on `validation_batches`.
-
-    Of examples these are the completions' tokens, each after as much of its prompt as a row shows.
+    Args:
+        length: Tokens of a row of held-out files, as in training.
+        adapted: Whether it has adapters, so that its base is scored too.
+        weights: Fingerprint of all of its weights.
     """
-    nats, tokens, top1, top5 = 0.0, 0, 0, 0
-    rows = shown(store, block_size)
-    for numbers in _groups(store):
-        documents = [as_shown(store, number, rows) for number in numbers]
-        first = [max(1, int(rows.prompt_length[number])) for number in numbers]
-        counts = np.concatenate([np.arange(1, len(d)) >= n for d, n in zip(documents, first, strict=True)])
-        labels = np.concatenate([document[1:] for document in documents])[counts]
-        hits = baseline.top(documents, 5)[counts] == labels[:, None]
-        nats -= float(baseline.log_probs(documents)[counts].sum())
-        tokens, top1, top5 = tokens + len(labels), top1 + int(hits[:, 0].sum()), top5 + int(hits.sum())
-    return Scores(nats, tokens, top1 / tokens, top5 / tokens)
+
+    model: Decoder
+    tokenizer: Tokenizer
+    length: int
+    adapted: bool
+    weights: str
+    precision: Precision
 
 
-def _groups(store: TokenStore) -> Iterator[range]:
-    """Numbers of the documents, in groups of about SCORED_TOKENS."""
-    start = 0
-    while start < store.n_documents:
-        end = int(np.searchsorted(store.offsets, store.offsets[start] + SCORED_TOKENS))
-        yield range(start, min(end, store.n_documents))
-        start = end
-
-
-# --- the command -------------------------------------------------------------------------------------
+# --- what is evaluated -------------------------------------------------------------------------------
 
 
 def evaluate(settings: EvalConfig) -> dict[str, Any]:
     """Everything that eval.json holds, but for the command and versions.
 
     Raises:
-        ValueError: there is no such run or checkpoint, the data are not those that it was trained on, or the
-            model's loss is not finite, or the predictions are not those of its examples.
+        ValueError: there is no such run, checkpoint, model or suite, the data are not those that it was
+            trained on, the model's loss is not finite, a suite's file or the predictions are not as they
+            should be, or nothing isolates programs.
     """
-    metric_names(settings.metrics)  # an unknown one is named before anything takes time
-    if settings.checkpoint is None:
-        raise ValueError("there is no checkpoint to evaluate; give the folder of a run")
-    run = load_run(settings.checkpoint, settings.which, settings.base)
+    # What is unknown is named before anything takes time.
+    problem = mistake(settings)
+    if problem is not None:
+        raise ValueError(problem)
+    metric_names(settings.metrics)
+    names = suite_names(settings.suite)
+    of_files = [name for name in names if name in OF_FILES]
+    if len(of_files) > 1:
+        raise ValueError(f"{' and '.join(of_files)} have a file each; ask for one of them at a time")
+    if settings.suite_file is not None and not of_files:
+        raise ValueError("--suite_file is of a suite with a file of its own; name that with --suite")
+    if any(SUITES[name].runs for name in of_files):
+        sandbox.isolation(settings.allow == "unsandboxed")
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
-    run.model.to(device)
+    if settings.checkpoint is not None:
+        return evaluate_run(settings, names, precision)
+    return evaluate_published(settings, names, precision)
+
+
+def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
+    """A run's checkpoint, by its held-out files and others."""
+    assert settings.checkpoint is not None
+    run = load_run(settings.checkpoint, settings.which, settings.base)
+    run.model.to(precision.device)
+    data = data_of(run, settings)
+    if not names:
+        names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
+    if settings.predictions is not None:
+        names = tuple(name for name in names if name != TOKENS)
+    if settings.samples == 0:
+        names = tuple(name for name in names if name == TOKENS)
+    store, baseline = data.test, train_ngram(data.train)
+    result: dict[str, Any] = {
+        "run": str(run.folder),
+        "step": run.step,
+        "precision": precision.reason,
+        "fingerprints": run.fingerprints,
+        "allowed faults": overrides(run.folder),
+        "side": store.split,
+        "files": store.n_documents,
+        "bytes": store.n_bytes,
+        "n-gram order": baseline.order,
+    }
+    subject = Subject(
+        run.model,
+        run.tokenizer,
+        run.config.row_length,
+        run.config.lora.r > 0,
+        run.weights,
+        precision,
+    )
+    if TOKENS in names:
+        add_token_scores(result, subject, data, baseline, settings)
+    add_suites(result, subject, names, data, baseline, settings)
+    return result
+
+
+def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
+    """A published model, or predictions made elsewhere by whatever, by suites with a file of their own."""
+    elsewhere = settings.model is None
+    name = settings.predictions if elsewhere else settings.model
+    wrong = [one for one in names if one not in OF_FILES]
+    if wrong or not names:
+        raise ValueError(
+            f"{name} has no held-out files{f' for {wrong[0]}' if wrong else ''}; name a suite with a file of "
+            f"its own by --suite: {', '.join(sorted(OF_FILES))}"
+        )
+    result: dict[str, Any] = {"run": None, "step": None, "precision": precision.reason, "allowed faults": {}}
+    subject = None
+    if settings.model is not None:
+        subject = open_published(settings.model, settings.adapter, precision)
+        folder = Path(settings.out or Path("evals") / published_name(settings.model, settings.adapter))
+        result |= {
+            "run": str(folder),
+            "published": {"model": settings.model, "adapter": settings.adapter},
+            "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
+        }
+    add_suites(result, subject, names, None, None, settings)
+    return result
+
+
+def data_of(run: Run, settings: EvalConfig) -> PreparedData:
+    """The run's data; ValueError if they are not those that it was trained on."""
     source = run.config.data.source if settings.source is None else settings.source
     # The run may be a stranger's: its config does not say where this machine writes, nor how busy it gets.
     config = dataclasses.replace(
@@ -199,138 +334,229 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
             "on: restore the files (for stdlib, use the same Python), say with --source where they are now, "
             "or train a new run"
         )
-    store, baseline = data.test, train_ngram(data.train)
-    result: dict[str, Any] = {
-        "run": str(run.folder),
-        "step": run.step,
-        "precision": precision.reason,
-        "fingerprints": run.fingerprints,
-        "allowed faults": overrides(run.folder),
-        "side": store.split,
-        "files": store.n_documents,
-        "bytes": store.n_bytes,
-        "n-gram order": baseline.order,
-    }
-    if settings.predictions is None:
-        add_token_scores(result, run, store, baseline, precision, settings)
-    if settings.samples:
-        add_suite(result, run, data, baseline, precision, settings)
-    return result
+    return data
+
+
+def open_published(source: str, adapter: str | None, precision: Precision) -> Subject:
+    """A model of a folder or the hub.
+
+    Raises:
+        ValueError: it cannot be opened, or has no tokenizer, or another model's.
+    """
+    if (Path(source) / "config.yaml").is_file():
+        raise ValueError(f"{source} is a run; give it as --checkpoint")
+    if adapter is not None:
+        found = open_adapted(source, adapter, device=precision.device)
+        files = [Path(adapter) / name for name in ADAPTER_FILES]
+        weights = (
+            hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() + found.fingerprint
+        )
+    else:
+        dtype = torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32
+        found = load_pretrained(source, dtype, precision.device)
+        weights = found.fingerprint
+    if found.tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer; put the tokenizer.json of the model beside its weights")
+    model = found.model.to(precision.device)
+    return Subject(model, found.tokenizer, model.config.block_size, adapter is not None, weights, precision)
+
+
+def published_name(source: str, adapter: str | None) -> str:
+    """Of the folder for its scores."""
+    named = source if not Path(source).exists() else Path(source).resolve().name
+    name = named.strip("/").replace("/", "--")
+    return name if adapter is None else f"{name}+{Path(adapter).resolve().name}"
+
+
+# --- scores ------------------------------------------------------------------------------------------
 
 
 def add_token_scores(
-    result: dict[str, Any],
-    run: Run,
-    store: TokenStore,
-    baseline: NGramModel,
-    precision: Precision,
-    settings: EvalConfig,
+    result: dict[str, Any], subject: Subject, data: PreparedData, baseline: NGramModel, settings: EvalConfig
 ) -> None:
-    """Put the token scores of the model, its base and the n-gram model into `result`."""
+    """Put the token scores of the model, its base and the n-gram model into `result`, with intervals."""
+    store, rows = data.test, settings.batch_size or TOKEN_ROWS
 
-    def of_model() -> Scores:
-        batches = validation_batches(store, settings.batch_size, run.config.row_length)
-        return score(run.model, batches, precision)
+    def of_model() -> Any:
+        return model_scores(subject.model, store, rows, subject.length, subject.precision)
 
-    scores = {"model": of_model()}
-    if not math.isfinite(scores["model"].perplexity):
+    found = {"model": of_model()}
+    scores = found["model"][0]
+    if not math.isfinite(scores.perplexity):
         raise ValueError(
-            f"the loss of {run.folder} at step {run.step} is {scores['model'].loss}: evaluate with "
+            f"the loss of {result['run']} at step {result['step']} is {scores.loss}: evaluate with "
             "--precision fp32, or another checkpoint, or train again with a lower learning rate"
         )
-    if run.config.lora.r:
-        with adapters_disabled(run.model):
-            scores["base"] = of_model()
-    scores["n-gram"] = ngram_scores(baseline, store, run.config.row_length)
-    result |= {name: _token_values(values, store.n_bytes) for name, values in scores.items()}
-
-
-def _token_values(scores: Scores, n_bytes: int) -> dict[str, Any]:
-    return {
-        "tokens": scores.tokens,
-        "loss": scores.loss,
-        "perplexity": scores.perplexity,
-        "bits_per_byte": scores.bits_per_byte(n_bytes),
-        "top1": scores.top1,
-        "top5": scores.top5,
+    if subject.adapted:
+        with adapters_disabled(subject.model):
+            found["base"] = of_model()
+    found["n-gram"] = ngram_scores(baseline, store, subject.length)
+    result |= {name: token_values(scores, store.n_bytes) for name, (scores, _) in found.items()}
+    documents = {
+        "names": store.names,
+        "tokens": tokens_of(store, subject.length).tolist(),
+        "bytes": store.byte_lengths.tolist(),
+        "nats": {name: nats.tolist() for name, (_, nats) in found.items()},
     }
+    add_intervals(result, documents, settings.seed)
 
 
-def add_suite(
+def add_suites(
     result: dict[str, Any],
-    run: Run,
-    data: PreparedData,
-    baseline: NGramModel,
-    precision: Precision,
+    subject: Subject | None,
+    names: tuple[str, ...],
+    data: PreparedData | None,
+    baseline: NGramModel | None,
     settings: EvalConfig,
 ) -> None:
-    """Put the scores of texts, and every prediction, into `result["suite"]`, or why there are none."""
-    store, tokenizer, length = data.test, run.tokenizer, run.config.row_length
-    if store.holds_examples:
-        name, cut = "pairs", uncut
-        max_new_tokens = settings.max_new_tokens or min(longest_completion(data.train), COMPLETION_TOKENS)
-        examples = pair_examples(store, tokenizer, settings.samples, settings.seed)
-        wanted = "examples"
-    else:
-        name, cut = "next_line", through_first_line
-        max_new_tokens, room = divided(length, settings.max_new_tokens or LINE_TOKENS)
-        examples = next_line_examples(store, tokenizer, settings.samples, room, settings.seed)
-        wanted = f"lines with {CONTEXT_LINES} lines before them that fit {room} tokens"
-    suite = SUITES[name]
-    if len(examples) < 2:
-        result["suite_left_out"] = (
-            f"{suite.title} not scored: the {store.split} files have {len(examples)} {wanted}, and an "
-            "interval needs at least 2"
-        )
-        return
+    """Put the scores of texts, and every prediction, into `result["suite"]`, those of further suites into
+    `result["more_suites"]`, and why a suite has none into `result["suite_left_out"]`.
+    """
+    names = tuple(name for name in names if name != TOKENS)
+    if settings.predictions is not None and len(names) > 1:
+        raise ValueError(f"--predictions are of one suite, and --suite names {len(names)}; name one")
+    records, left_out = [], []
+    for name in names:
+        task = task_of(name, subject, data, settings)
+        if len(task.examples) < 2:
+            side = "its file has"
+            if data is not None and name not in OF_FILES:
+                side = f"the {data.test.split} files have"
+            left_out.append(
+                f"{task.suite.title} not scored: {side} {len(task.examples)} {task.wanted}, and an "
+                "interval needs at least 2"
+            )
+            continue
+        records.append(suite_record(result, task, subject, data, baseline, settings))
+    if records:
+        result["suite"] = records[0]
+    if records[1:]:
+        result["more_suites"] = records[1:]
+    if left_out:
+        result["suite_left_out"] = "\n".join(left_out)
 
-    def completed() -> Predictions:
-        return complete(
-            run.model, tokenizer, examples, cut, max_new_tokens, length, precision, settings.batch_size
-        )
 
+def task_of(name: str, subject: Subject | None, data: PreparedData | None, settings: EvalConfig) -> Task:
+    """What a suite asks. A suite's own file has prompts that training's rows need not have room for."""
+    length = 2**20
+    if subject is not None:
+        length = subject.model.config.block_size if name in OF_FILES else subject.length
+    given = Given(
+        None if subject is None else subject.tokenizer,
+        length,
+        settings.samples,
+        settings.seed,
+        settings.max_new_tokens,
+        data,
+        settings.suite_file,
+    )
+    task = TASKS[name](given)
+    return task if settings.stop is None else dataclasses.replace(task, stop=settings.stop)
+
+
+def suite_record(
+    result: dict[str, Any],
+    task: Task,
+    subject: Subject | None,
+    data: PreparedData | None,
+    baseline: NGramModel | None,
+    settings: EvalConfig,
+) -> dict[str, Any]:
+    """One suite: every system's predictions, and their scores."""
+    examples, name = task.examples, task.suite.name
+    how = GenerationConfig(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop=task.stop,
+        seed=settings.seed,
+    )
     predictions: dict[str, Predictions] = {}
     if settings.predictions is not None:
         predictions["given"] = Predictions(read_predictions(settings.predictions, examples))
-    else:
-        predictions["model"] = completed()
-        if run.config.lora.r:
-            with adapters_disabled(run.model):
-                predictions["base"] = completed()
-    predictions["n-gram"] = ngram_complete(baseline, tokenizer, examples, cut, max_new_tokens, length)
-    texts = _without_model(examples, data, run) if store.holds_examples else {"copy": last_lines(examples)}
-    predictions |= {system: Predictions(made) for system, made in texts.items()}
-    result["suite"] = {
-        "max_new_tokens": max_new_tokens,
-        **scored(
-            suite,
-            examples,
-            predictions,
-            metric_names(settings.metrics),
-            settings.language,
-            settings.seed,
-        ),
+    elif subject is not None:
+        length = subject.model.config.block_size if name in OF_FILES else subject.length
+        for system in ("model", "base") if subject.adapted else ("model",):
+            made_by = {
+                "system": system,
+                "suite": name,
+                "weights": subject.weights,
+                "tokenizer": subject.tokenizer.fingerprint,
+                "examples": [[e.id, e.prompt, e.suffix, e.reference] for e in examples],
+                "how": dataclasses.asdict(how),
+                "draws": settings.samples_per_example,
+                "max_new_tokens": task.max_new_tokens,
+                "length": length,
+                "precision": str(subject.precision.dtype),
+                "device": subject.precision.device.type,
+                "torch": torch.__version__,
+                "code": code_fingerprint(HOUSE),
+            }
+            kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
+            with nullcontext() if system == "model" else adapters_disabled(subject.model):
+                predictions[system] = complete(
+                    subject.model,
+                    subject.tokenizer,
+                    examples,
+                    task.cut,
+                    task.max_new_tokens,
+                    length,
+                    subject.precision,
+                    settings.batch_size,
+                    how,
+                    settings.samples_per_example,
+                    kept,
+                )
+            if kept.reused:
+                print(
+                    f"{name}, {system}: {kept.reused} predictions of an interrupted evaluation, {kept.path}",
+                    file=sys.stderr,
+                )
+            result.setdefault("kept", []).append(str(kept.path))
+    if baseline is not None and data is not None and subject is not None:
+        # It reads on from what stands before a gap; of the gaps of examples it has seen whole ones.
+        asked = examples
+        if not data.test.holds_examples:
+            asked = [dataclasses.replace(example, suffix=None) for example in examples]
+        predictions["n-gram"] = ngram_complete(
+            baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
+        )
+    predictions |= answers(task.baselines())
+    about = {
+        "max_new_tokens": task.max_new_tokens,
+        "stop": list(task.stop),
+        "sampling": None
+        if settings.temperature == 0
+        else {key: getattr(how, key) for key in ("temperature", "top_k", "top_p", "seed")},
     }
+    if task.problems is not None:
+        return about | run_programs(task, predictions, settings)
+    names = metric_names(settings.metrics)
+    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed)
+    return about | found | {"draws": settings.samples_per_example}
 
 
-def _without_model(examples: list[Example], data: PreparedData, run: Run) -> dict[str, list[str]]:
-    """What takes no model. Where every example has a gap there is nothing to copy."""
-    texts = {
-        "nearest": nearest(examples, data.test, data.train, run.tokenizer),
-        "empty": [""] * len(examples),
-    }
-    if all(example.suffix is not None for example in examples):
-        return texts
-    return {"copy": copied(examples)} | texts
+def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
+    """Judged one by one in the sandbox, under a bar."""
+    from tqdm import tqdm
+
+    total = sum(len(texts) for made in predictions.values() for texts in made.draws)
+    with tqdm(total=total, desc="judged", unit=" programs", disable=None, leave=False) as bar:
+        return programs.judged(
+            task, predictions, settings.language, settings.seed, settings.allow == "unsandboxed", bar.update
+        )
+
+
+# --- what is shown and written -----------------------------------------------------------------------
 
 
 def table(result: dict[str, Any]) -> str:
     """The token scores, then those of texts, beside their baselines, and what a reader must know of them."""
-    lines = token_table(result) if "model" in result else []
-    if "suite" in result:
-        lines += [""] * bool(lines) + [suite_table(result["suite"])]
+    parts = ["\n".join(token_table(result))] if "model" in result else []
+    parts += [suite_table(record) for record in suites_of(result)]
+    lines = ["\n\n".join(parts)] if parts else []
     lines += [result["suite_left_out"]] if "suite_left_out" in result else []
-    if result["side"] != "test":
+    if result.get("side", "test") != "test":
         told = "was trained on" if result["side"] == "train" else "was chosen by, so they are optimistic"
         lines.append(
             f"no test side: the scores are of the {result['side']} files, which this checkpoint {told}"
@@ -340,31 +566,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def token_table(result: dict[str, Any]) -> list[str]:
-    """Lines: the metric, the model, its base where there is one, the n-gram model, and over what."""
-    names = [name for name in ("model", "base", "n-gram") if name in result]
-    over_tokens = f"{result['model']['tokens']:,} tokens of {result['files']:,} {result['side']} files"
-    rows = [["metric", *names[:-1], f"{result['n-gram order']}-gram"]]
-    overs = ["over"]
-    for key, name, form, over in (
-        ("loss", "loss, nats a token", "{:.4f}", over_tokens),
-        ("perplexity", "perplexity", "{:.2f}", "the same"),
-        ("bits_per_byte", "bits per byte", "{:.4f}", f"{result['bytes']:,} bytes of the same"),
-        ("top1", "top-1 accuracy", "{:.2%}", over_tokens),
-        ("top5", "top-5 accuracy", "{:.2%}", "the same"),
-    ):
-        rows.append([name, *(form.format(result[system][key]) for system in names)])
-        overs.append(over)
-    head, rule, *body = aligned(rows)
-    lines = [f"{line}  {over}" for line, over in zip([head, *body], overs, strict=True)]
-    return [lines[0], rule[0] * max(map(len, lines)), *lines[1:]]
-
-
 def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
     """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path.
 
-    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay.
+    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it the programs that
+    were run are written as human-eval and the bigcode harness read them. What was kept for the case that the
+    evaluation is interrupted goes.
     """
+    kept = result.pop("kept", [])
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "settings": dataclasses.asdict(settings),
@@ -374,19 +583,27 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
             "numpy": np.__version__,
             "rapidfuzz": rapidfuzz.__version__,
         },
-        "evaluation_code": code_fingerprint(Path(__file__).parent),
+        "evaluation_code": code_fingerprint(HOUSE),
     }
-    path = Path(result["run"]) / "eval.json"
-    if settings.predictions is not None:
+    path = Path(settings.out or result["run"] or ".") / "eval.json"
+    if settings.predictions is not None and settings.out is None:
         path = Path(f"{settings.predictions}.eval.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record | result, indent=1, allow_nan=False))
+    for suite in suites_of(result):
+        if SUITES[suite["suite"]].runs and settings.suite_file is not None and settings.predictions is None:
+            programs.write_samples(path.parent, suite, read_problems(settings.suite_file))
+    for name in kept:
+        Path(name).unlink(missing_ok=True)
     return path
 
 
 def main(settings: EvalConfig) -> None:
     """Evaluate, print the table, and write eval.json into the run's folder."""
     result = evaluate(settings)
-    print(f"{result['run']}, step {result['step']}, {result['precision']}")
+    what = settings.model or (settings.predictions if result["run"] is None else result["run"])
+    step = "" if result["step"] is None else f", step {result['step']}"
+    print(f"{what}{step}, {result['precision']}")
     print(table(result))
     print(f"written to {write_results(result, settings)}")
 

@@ -91,8 +91,8 @@ def read_problems(path: str | Path) -> dict[str, Problem]:
         ValueError: a file that cannot be read, is empty or has an id twice; a row that lacks a field.
     """
     problems: dict[str, Problem] = {}
-    for where, row in _rows(Path(path)):
-        problem = _problem(where, row)
+    for where, row in read_rows(Path(path)):
+        problem = problem_of(where, row)
         if problem.task_id in problems:
             raise ValueError(
                 f"{where} has task_id {problem.task_id} again: each problem may stand there once"
@@ -103,9 +103,9 @@ def read_problems(path: str | Path) -> dict[str, Problem]:
     return problems
 
 
-def _problem(where: str, row: dict[str, Any]) -> Problem:
+def problem_of(where: str, row: dict[str, Any]) -> Problem:
     if "test_list" in row:
-        task_id, solution = _task_id(where, row), _field(where, row, "code", str)
+        task_id, solution = _task_id(where, row), field_of(where, row, "code", str)
         imports, setup, tests = (
             "\n".join(_lines(where, row, name)) if name in row or name == "test_list" else ""
             for name in TESTS_OF_MBPP
@@ -114,8 +114,8 @@ def _problem(where: str, row: dict[str, Any]) -> Problem:
         return Problem(task_id, before, "", solution, "", "\n".join([imports, setup, tests]), None)
     names = ("prompt", "canonical_solution", "test", "entry_point")
     task_id = _task_id(where, row)
-    prompt, solution, test, entry = (_field(where, row, name, str) for name in names)
-    after = _field(where, row, "suffix", str) if "suffix" in row else ""
+    prompt, solution, test, entry = (field_of(where, row, name, str) for name in names)
+    after = field_of(where, row, "suffix", str) if "suffix" in row else ""
     if not entry.isidentifier():
         raise ValueError(f"{where} has entry_point {entry[:40]!r}; it must be the name of a function")
     whole = prompt + solution + after
@@ -136,13 +136,13 @@ def _lines(where: str, row: dict[str, Any], name: str) -> list[str]:
 
 
 def _task_id(where: str, row: dict[str, Any]) -> str:
-    task_id = str(_field(where, row, "task_id", int | str))
+    task_id = str(field_of(where, row, "task_id", int | str))
     if not task_id.isprintable():  # it is printed, and a terminal obeys some characters
         raise ValueError(f"{where} has task_id {task_id[:80]!r}; it must be of printable characters")
     return task_id
 
 
-def _field(where: str, row: dict[str, Any], name: str, kind: Any) -> Any:
+def field_of(where: str, row: dict[str, Any], name: str, kind: Any) -> Any:
     if name not in row:
         raise ValueError(f"{where} has no field {name} but {', '.join(row) or 'none'}")
     if not isinstance(row[name], kind) or isinstance(row[name], bool):
@@ -158,11 +158,11 @@ def read_samples(path: str | Path, problems: dict[str, Problem]) -> list[Sample]
             a problem without samples.
     """
     samples = []
-    for where, row in _rows(Path(path)):
+    for where, row in read_rows(Path(path)):
         task_id = _task_id(where, row)
         if task_id not in problems:
             raise ValueError(f"{where} has task_id {task_id}, which is none of the {len(problems)} problems")
-        samples.append(Sample(task_id, _field(where, row, "completion", str), row))
+        samples.append(Sample(task_id, field_of(where, row, "completion", str), row))
     missing = sorted(problems.keys() - {sample.task_id for sample in samples})
     if missing:
         raise ValueError(
@@ -172,7 +172,7 @@ def read_samples(path: str | Path, problems: dict[str, Problem]) -> list[Sample]
     return samples
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, or of a JSON file that is one list, with their places for messages."""
     try:
         with (

@@ -254,7 +254,7 @@ def generate(
         ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
         ends = fim_end_ids(tokenizer)
     ends |= frozenset(tokenizer.eos_ids)
-    found = _stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
+    found = stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
     stream = None if on_text is None else _Stream(tokenizer, ids[0], settings.stop, on_text)
 
     def stopped(prompt: int, new: list[int]) -> bool:
@@ -282,7 +282,7 @@ def added_text(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
     return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
 
 
-def _stop_finder(tokenizer: Tokenizer, prompts: list[list[int]], stop: Sequence[str]) -> Stopped:
+def stop_finder(tokenizer: Tokenizer, prompts: list[list[int]], stop: Sequence[str]) -> Stopped:
     """Whether a completion holds one of the strings, at a cost that does not grow with its length.
 
     Only the last tokens are decoded, after a few more that set their context. A character takes at most a

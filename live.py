@@ -33,6 +33,7 @@ class FirstSteps:
     def __init__(self, subject: Subject, allowed: Iterable[str] = ()):
         self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
         self.seen, self.forwards, self.norm, self.factors = 0, 0, 0.0, set[float]()
+        self.progress = 0.0  # by the update before
         self.clip_acted = not subject.config.optimizer.grad_clip
         # Rows of new tokens get none as long as the tokens do not occur.
         parameters = subject.model.named_parameters()
@@ -66,7 +67,7 @@ class FirstSteps:
             Fault: A setting had no effect, a parameter gets no gradient, or a frozen one moved.
         """
         if not self.factors:  # the update was skipped: nothing stepped
-            self.forwards = 0
+            self.forwards, self.progress = 0, progress
             return
         for fault in self._faults(step, progress):
             if fault.name not in self.allowed:
@@ -74,7 +75,7 @@ class FirstSteps:
             if fault.name not in {known.name for known in self.passed}:
                 self.passed.append(fault)
         self.seen += 1
-        self.forwards, self.norm, self.factors = 0, 0.0, set()
+        self.forwards, self.norm, self.factors, self.progress = 0, 0.0, set(), progress
 
     def _faults(self, step: int, progress: float) -> Iterator[Fault]:
         optimizer, train = self.subject.config.optimizer, self.subject.config.train
@@ -92,7 +93,7 @@ class FirstSteps:
                 f"update {step + 1} made {self.forwards} passes and accumulation is {train.accumulation}",
                 "step once in that many micro-batches",
             )
-        most = learning_rate_factor(optimizer, step, 0.0)  # schedules only fall with progress
+        most = learning_rate_factor(optimizer, step, self.progress)  # schedules only fall with progress
         least = learning_rate_factor(optimizer, step, progress)
         for factor in self.factors:
             if not least - 1e-6 <= factor <= most + 1e-6:

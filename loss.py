@@ -7,7 +7,7 @@ computed while it is in cache, and only the gradients of the hidden states and o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class TokenLoss(NamedTuple):
     tokens: int
     top1: int  # tokens whose target had the largest logit; 0 unless ranks were asked for
     top5: int  # tokens whose target was among the five largest
+    nats: Tensor  # (tokens,) of each of them, in the order of the labels; none unless ranks were asked for
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -50,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ranks: bool,
         u: Tensor | None = None,
         v: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
@@ -71,6 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_v = torch.zeros_like(v, dtype=torch.float32) if grad and ctx.needs_input_grad[9] else None
         sums = torch.zeros(2, device=device)
         hits = torch.zeros(2, dtype=torch.long, device=device)
+        nats = torch.empty(h.size(0) if ranks else 0, device=device)
         n = max(1, min(h.size(0), CHUNK_ELEMENTS[device.type] // w.size(0)))
         # The same memory for every chunk: fresh pages cost more than the arithmetic on them.
         logits_buffer = torch.empty(n, w.size(0), dtype=dtype, device=device)
@@ -94,6 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # Counted are those below: a tie, as in a constant output, and NaN are then no hit.
                 above = w.size(0) - 1 - (logits < target_logit).sum(dim=1)
                 hits += torch.stack(((above < 1).sum(), (above < 5).sum()))
+                nats[start : start + n] = nll[:, 0]
             total = objective = nll.sum()
             log_sum = target_logit + nll  # of the exponentials: (n, 1)
             if smoothing:
@@ -128,8 +131,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_u, grad_v)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias, u, v))
         cross_entropy = sums[1].clone()
-        ctx.mark_non_differentiable(cross_entropy, hits)
-        return sums[0].clone(), cross_entropy, hits
+        ctx.mark_non_differentiable(cross_entropy, hits, nats)
+        return sums[0].clone(), cross_entropy, hits, nats
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,7 +155,7 @@ def token_loss(
         smoothing: Share of the target spread evenly over the vocabulary (arXiv:1512.00567). It changes the
             objective only, and masked tokens stay out of it.
         z_loss: Weight of the squared log of the softmax's denominator (arXiv:2204.02311), likewise.
-        ranks: Count top-1 and top-5 hits too; one more pass over the logits.
+        ranks: Count top-1 and top-5 hits too, by one more pass over the logits, and give each token's nats.
     """
     hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1)
     labels = batch.labels.flatten()
@@ -162,7 +165,7 @@ def token_loss(
         hidden, labels = hidden[bears], labels[bears]
     low_rank = getattr(model.head, "low_rank", None)
     pair = (low_rank(hidden) if low_rank is not None else None) or (None, None)
-    objective, cross_entropy, hits = _ChunkedCrossEntropy.apply(
+    objective, cross_entropy, hits, nats = _ChunkedCrossEntropy.apply(
         hidden,
         model.head.weight,
         model.head.bias,
@@ -174,7 +177,7 @@ def token_loss(
         *pair,
     )
     top1, top5 = hits.tolist()
-    return TokenLoss(objective, cross_entropy, tokens, top1, top5)
+    return TokenLoss(objective, cross_entropy, tokens, top1, top5, nats)
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,17 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: Decoder, batches: Iterable[Batch], precision: Precision) -> Scores:
-    """Scores of `batches`, by the same function as training's loss, in eval mode; the mode is put back."""
+def score(
+    model: Decoder,
+    batches: Iterable[Batch],
+    precision: Precision,
+    seen: Callable[[Batch, Tensor], None] = lambda batch, nats: None,
+) -> Scores:
+    """Scores of `batches`, by the same function as training's loss, in eval mode; the mode is put back.
+
+    Args:
+        seen: Called after each batch with the nats of each of its tokens that bear loss, in order.
+    """
     was_training, device = model.training, precision.device
     nats, tokens, top1, top5 = 0.0, 0, 0, 0
     model.eval()
@@ -211,6 +223,7 @@ def score(model: Decoder, batches: Iterable[Batch], precision: Precision) -> Sco
             with precision.autocast():
                 loss = token_loss(model, Batch(*(t.to(device) for t in batch)), ranks=True)
             nats += loss.cross_entropy.item()
+            seen(batch, loss.nats)
             tokens, top1, top5 = tokens + loss.tokens, top1 + loss.top1, top5 + loss.top5
     finally:
         model.train(was_training)

@@ -87,6 +87,34 @@ def documents_joined() -> contextlib.AbstractContextManager:
     return patch.object(architecture, "attention_mask", wrong)
 
 
+def attention_to_nothing() -> contextlib.AbstractContextManager:
+    """A token that is hidden from itself leaves the first one nothing to see: NaN."""
+    return attention_by(
+        lambda q, k, v, mask, dropout: architecture.reference_attention(
+            q, k, v, mask & torch.ones_like(mask).tril(-1), False, dropout
+        )
+    )
+
+
+def padding_seen() -> contextlib.AbstractContextManager:
+    mask = architecture.attention_mask
+
+    def wrong(query_documents: Tensor, key_documents: Tensor, *rest: Any) -> Tensor:
+        return mask(query_documents, key_documents, *rest) | (key_documents < 0)[:, None, None]
+
+    return patch.object(architecture, "attention_mask", wrong)
+
+
+def one_token_late() -> contextlib.AbstractContextManager:
+    hidden = Decoder.hidden
+
+    def wrong(self: Decoder, *args: Any, **options: Any) -> Tensor:
+        x = hidden(self, *args, **options)
+        return torch.cat((0 * x[:, :1], x[:, :-1]), 1)
+
+    return patch.object(Decoder, "hidden", wrong)
+
+
 def giant_weights() -> contextlib.AbstractContextManager:
     def wrong(model: Decoder) -> None:
         for p in model.parameters():
@@ -116,6 +144,36 @@ def dropout_in_evaluation() -> contextlib.AbstractContextManager:
 
 def schedule_ignored() -> contextlib.AbstractContextManager:
     return patch.object(trainingmanager, "learning_rate_factor", lambda *args: 1.0)
+
+
+def window_ignored() -> contextlib.AbstractContextManager:
+    right = architecture.attention_mask
+    return patch.object(architecture, "attention_mask", lambda queries, keys, window=0: right(queries, keys))
+
+
+def scaling_ignored() -> contextlib.AbstractContextManager:
+    return patch.dict(architecture.ROPE_SCALINGS, dynamic=architecture.scale_none)
+
+
+def decay_ignored() -> contextlib.AbstractContextManager:
+    right = trainingmanager.learning_rate_factor
+    return patch.object(
+        trainingmanager, "learning_rate_factor", lambda c, step, progress: right(c, step, 0.0)
+    )
+
+
+def rates_ignored(**same: float) -> Patch:
+    """Plants optimizers that get these settings in place of the run's."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        right = trainingmanager.build_optimizers
+
+        def wrong(model: Decoder, config: Any, *args: Any) -> list[torch.optim.Optimizer]:
+            return right(model, dataclasses.replace(config, **same), *args)
+
+        return patch.object(trainingmanager, "build_optimizers", wrong)
+
+    return plant
 
 
 def order_unread() -> contextlib.AbstractContextManager:
@@ -153,6 +211,30 @@ def validation_of_its_own() -> contextlib.AbstractContextManager:
         return score(model, (b._replace(labels=b.labels.roll(1, 1)) for b in batches), precision)
 
     return patch.object(trainingmanager, "score", wrong)
+
+
+def score_times(factor: float) -> Patch:
+    """Plants a validation whose sum of nats is wrong by a factor."""
+
+    def plant() -> contextlib.AbstractContextManager:
+        right = trainingmanager.score
+
+        def wrong(*args: Any) -> Any:
+            scores = right(*args)
+            return dataclasses.replace(scores, nats=scores.nats * factor)
+
+        return patch.object(trainingmanager, "score", wrong)
+
+    return plant
+
+
+def smoothing_unread() -> contextlib.AbstractContextManager:
+    right = trainingmanager.token_loss
+    return patch.object(
+        trainingmanager,
+        "token_loss",
+        lambda model, batch, smoothing, z_loss: right(model, batch, 0.0, z_loss),
+    )
 
 
 def smoothing_in_the_score() -> contextlib.AbstractContextManager:
@@ -286,6 +368,10 @@ def old_gpu() -> contextlib.AbstractContextManager:
 
 
 # --- a base and its adapters -------------------------------------------------------------------------
+
+
+def adapters_not_dropped() -> contextlib.AbstractContextManager:
+    return patch.object(lora.LowRank, "drawn", lambda self: None)
 
 
 def term_dropped() -> contextlib.AbstractContextManager:

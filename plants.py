@@ -36,12 +36,15 @@ from planted_data import write_base, write_data
 from planted_faults import (
     EOS,
     Patch,
+    adapters_not_dropped,
     attention_by,
+    attention_to_nothing,
     base_moved,
     batches_by,
     beams_by_logits,
     blind,
     clip_stored_only,
+    decay_ignored,
     documents_joined,
     dropout_argument_ignored,
     dropout_in_evaluation,
@@ -56,23 +59,30 @@ from planted_faults import (
     moments_dropped,
     moments_not_finite,
     old_gpu,
+    one_token_late,
     order_unread,
     other_base,
     padded_on_the_right,
+    padding_seen,
     part_detached,
     prompt_kept,
     random_states_dropped,
     rarity_inverted,
+    rates_ignored,
+    scaling_ignored,
     schedule_ignored,
+    score_times,
     seed_forgotten,
     sides_read,
     smoothing_in_the_score,
+    smoothing_unread,
     swapped_axes,
     term_dropped,
     tokenizer_by,
     truncated_on_the_right,
     validation_of_its_own,
     weights_dropped,
+    window_ignored,
 )
 
 
@@ -100,7 +110,7 @@ class Plant:
 
 
 def merged(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: one.get(name, {}) | other.get(name, {}) for name in {*one, *other}}
+    return {name: one.get(name, {}) | other.get(name, {}) for name in one | other}
 
 
 def split_by_row(name: str, story: str, file: str) -> Plant:
@@ -158,6 +168,18 @@ PLANTS = [
         "positions-not-counted",
         batches_by(lambda batch: batch._replace(positions=batch.positions * 0)),
     ),
+    Plant("M2 late", "labels shifted twice", "token-invisible", one_token_late, {"model": {"dropout": 0.0}}),
+    Plant("M2 padding", "padding is seen", "padding-visible", padding_seen),
+    Plant(
+        "M3 positions",
+        "rows longer than the table of positions",
+        "too-few-positions",
+        settings={"model": {"position": "learned"}},
+        wrong={"train": {"row_length": 128}},
+    ),
+    Plant("M3 low", "a loss divided by too many tokens", "first-loss-too-low", score_times(0.5)),
+    Plant("M4 loss", "the loss overflows", "first-loss-not-finite", score_times(float("inf"))),
+    Plant("M4 nothing", "a mask leaves a token nothing", "gradient-not-finite", attention_to_nothing),
     Plant("M3 start", "first loss far above ln V", "first-loss-too-high", giant_weights),
     Plant("M4 numbers", "a boolean mask added as numbers", "future-visible", mask_as_numbers),
     Plant(
@@ -175,6 +197,36 @@ PLANTS = [
         "schedule-ignored",
         schedule_ignored,
         {"optimizer": {"warmup_steps": 10}},
+    ),
+    Plant(
+        "M6 window",
+        "the sliding window ignored",
+        "setting-ignored",
+        window_ignored,
+        {"model": {"sliding_window": 20, "window_layers": (1,)}},
+    ),
+    Plant(
+        "M6 rope",
+        "the scaling of rotary frequencies ignored",
+        "setting-ignored",
+        scaling_ignored,
+        {"model": {"rope_scaling": "dynamic", "rope_factor": 2.0}},
+    ),
+    Plant("M6 decay", "the rate never fell", "schedule-ignored", decay_ignored),
+    Plant("M6 rates", "one learning rate for all", "setting-ignored", rates_ignored(embedding_lr=0.0)),
+    Plant(
+        "M6 adapters",
+        "dropout of adapters ignored",
+        "dropout-ignored",
+        adapters_not_dropped,
+        merged(TUNED, {"lora": {"dropout": 0.1}}),
+    ),
+    Plant(
+        "M6 smoothing",
+        "label smoothing ignored",
+        "objective-not-the-loss",
+        smoothing_unread,
+        {"optimizer": {"label_smoothing": 0.1}},
     ),
     Plant(
         "M6 steps",
@@ -261,6 +313,12 @@ PLANTS = [
         labels_by(lambda tokens, documents, labels: np.where(labels >= 0, tokens[:, :-1], labels)),
     ),
     Plant(
+        "T5 documents",
+        "a document's end predicts the next one",
+        "label-crosses-documents",
+        labels_by(lambda tokens, documents, labels: np.where(documents[:, 1:] >= 0, tokens[:, 1:], labels)),
+    ),
+    Plant(
         "T6 rows",
         "the mask hit rows, not tokens",
         "row-without-loss",
@@ -285,6 +343,12 @@ PLANTS = [
         "`encode` invents ids",
         "outside its vocabulary",
         tokenizer_by(lambda ids: [*ids, 60_000]),
+    ),
+    Plant(
+        "T9 rows",
+        "rows hold ids above the vocabulary",
+        "id-outside-vocabulary",
+        batches_by(lambda batch: batch._replace(tokens=batch.tokens + 60_000)),
     ),
     Plant(
         "T10 text", "the tokenizer loses text", "the tokenizer loses text", tokenizer_by(lambda ids: ids[1:])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import read_run_file
 from config import write_atomically
 from guards.generation import generation
 from guards.labels import labels
@@ -25,11 +26,13 @@ from guards.order import order
 from guards.probe import probe
 from guards.same_path import same_path
 from guards.settings import settings
+from guards.sizes import sizes
 from guards.split import split
 from guards.start import start
 from guards.subject import FAULTS, Fault, Guard, Subject, shortened
 
 GUARDS: dict[str, Guard] = {
+    "sizes": sizes,
     "labels": labels,
     "order": order,
     "probe": probe,
@@ -86,7 +89,9 @@ def record_overrides(folder: Path, faults: Iterable[Fault]) -> None:
 def overrides(folder: Path) -> dict[str, str]:
     """Name and evidence of the faults that a run was allowed to have."""
     path = folder / "overrides.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return (
+        read_run_file(path, lambda path: dict(json.loads(path.read_text("utf-8")))) if path.is_file() else {}
+    )
 
 
 def main() -> None:

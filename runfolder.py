@@ -263,7 +263,12 @@ def refuse_changes(folder: Path, config: Config) -> None:
 
 def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:
     """ValueError if a resumed run would go on with other data or another tokenizer."""
-    before = json.loads((folder / "fingerprints.json").read_text("utf-8"))
+    path = folder / "fingerprints.json"
+    try:
+        before = json.loads(path.read_text("utf-8"))
+        assert all(isinstance(value, str) for value in before.values())
+    except (OSError, ValueError, AttributeError, AssertionError):
+        raise ValueError(f"{path} is damaged, so what the run was trained on is not known") from None
     places = {
         "data": f"in {config.data.source}",
         "tokenizer": f"in {config.tokenizer.path}" if config.tokenizer.path else "trained on the data",
@@ -275,6 +280,6 @@ def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]
         if was != fingerprints[name]:
             raise ValueError(
                 f"the {name} changed since {folder} began: {place} now has the fingerprint "
-                f"{fingerprints[name][:12]}, {folder / 'fingerprints.json'} says {was[:12]}; "
+                f"{fingerprints[name][:12]}, {path} says {was[:12]}; "
                 "restore it, or start another --run"
             )

@@ -9,6 +9,7 @@ same one: the fingerprint of its weights is compared.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -216,6 +217,7 @@ class Run:
     fingerprints: dict[str, str]
     folder: Path  # of the run
     family: Family | None  # of the base that its adapters need; None where there is none
+    weights: str  # SHA-256 of the checkpoint's manifest, which has that of each file, and of the base's own
 
 
 def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: str | None = None) -> Run:
@@ -270,7 +272,9 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
     model = starting_model(config, opened, tokenizer)
     load_weights(model, manifest)
     family = None if opened is None else opened.family
-    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family)
+    known = (manifest.folder / "manifest.json").read_bytes() + fingerprints.get("base", "").encode()
+    weights = hashlib.sha256(known).hexdigest()
+    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family, weights)
 
 
 # --- adapters outside of their run ----------------------------------------------------------------

@@ -362,6 +362,7 @@ class TrainingManager:
             "eval/top1": scores.top1,
         }
         log.write(state.step, values)
+        log.to_disk()
         self.save(scores.loss)
         say(
             f"step {state.step}: validation loss {scores.loss:.3f}, top-1 {scores.top1:.1%}"
@@ -473,6 +474,10 @@ class Log:
         self.file.flush()
         for tag, value in values.items():
             self.tensorboard.add_scalar(tag, value, step)
+
+    def to_disk(self) -> None:
+        """Until it returns, a loss of power may take the lines."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

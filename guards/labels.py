@@ -61,23 +61,24 @@ def label_faults(subject: Subject, batch: Batch, store: TokenStore, training: bo
             f"{over} examples of {side} bear loss on their prompt",
             "labels of a prompt must be -100, and nothing downstream may write them again",
         )
-    elif short:
+    if short:
         yield Fault(
             "answer-not-learned",
             f"{short} examples of {side} bear no loss on some of their completion, or were cut",
             "shorten the prompt from its left, never the answer from its right",
         )
-    elif (bears & padding).any() or (inner & padding[:, 1:]).any():
+    if (bears & padding).any() or (inner & padding[:, 1:]).any():
         share = float((bears & padding).sum() / bears.sum())
         yield Fault(
             "padding-bears-loss",
             f"{share:.1%} of the labels of {side} are of padding",
             "labels of padding must be -100: padding is what the document id -1 says, not the pad id",
         )
-    elif (inner & ~same).any():
+    crosses = inner & ~same & ~padding[:, 1:]
+    if crosses.any():
         yield Fault(
             "label-crosses-documents",
-            f"{int((inner & ~same).sum())} labels of {side} are the first token of another document",
+            f"{int(crosses.sum())} labels of {side} are the first token of another document",
             "a document's last token has no label",
         )
     joined = same & (tokens[:, :-1] == eos_id) & (positions[:, :-1] > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,14 +16,13 @@ from architecture import Decoder, Dropout
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable, awake, through, tolerance_of
+from lora import LowRank
 
 WIDE = 512
 PART = 0.25  # of the tokens of a pass
-# Two ways that agree by design, sizes that are compared elsewhere, and what acts on longer texts only.
-NOT_COMPARED = (
-    "attention block_size vocab_size rope_scaling rope_factor rope_context rope_low_freq rope_high_freq "
-    "sliding_window window_layers"
-)
+TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # of texts of 8 tokens
+# Two ways that agree by design, sizes that are compared elsewhere, and numbers that are others in the twins.
+NOT_COMPARED = "attention block_size vocab_size rope_context rope_low_freq rope_high_freq window_layers"
 
 
 def settings(subject: Subject) -> Iterator[Fault | str]:
@@ -36,6 +36,7 @@ def settings(subject: Subject) -> Iterator[Fault | str]:
             "it is stored and never read: look for where the model should use it",
         )
     yield from group_faults(subject)
+    yield from rate_faults(subject)
 
 
 def group_faults(subject: Subject) -> Iterator[Fault]:
@@ -43,10 +44,7 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
     config = subject.config.optimizer
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
     adam = [group for group in groups if "betas" in group]
-    rates = {config.lr, config.muon_lr, config.embedding_lr or config.lr, config.head_lr or config.lr}
-    rates.add(config.lr * subject.config.lora.lr_ratio)
     wrong = {
-        "lr": {g["initial_lr"] for g in groups} - rates,
         "weight_decay": {g["weight_decay"] for g in groups} - {0.0, config.weight_decay},
         "weight_decay of matrices": {config.weight_decay} - {g["weight_decay"] for g in groups},
         "beta1, beta2": {tuple(g["betas"]) for g in adam} - {(config.beta1, config.beta2)},
@@ -59,6 +57,39 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
                 f"optimizer.{key} differs between the settings and the parameter groups: {values}",
                 "hand the settings to the groups",
             )
+
+
+def rate_faults(subject: Subject) -> Iterator[Fault]:
+    """Each parameter has the learning rate that is set for its kind."""
+    config, lora = subject.config.optimizer, subject.config.lora
+    of_matrices = "muon_lr" if config.name == "muon" else "lr"
+    rates = {
+        "lr": config.lr,
+        "muon_lr": config.muon_lr,
+        "embedding_lr": config.embedding_lr or config.lr,
+        "head_lr": config.head_lr or config.lr,
+        "lr times lora.lr_ratio": config.lr * lora.lr_ratio,
+    }
+    groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
+    given = {p: group["initial_lr"] for group in groups for p in group["params"]}
+    for name, p in subject.model.named_parameters():
+        if p not in given:
+            continue
+        if p.dim() < 2 or (".adapters." in name and name.endswith(".a")):
+            key = "lr"
+        elif ".adapters." in name and name.endswith(".b"):
+            key = "lr times lora.lr_ratio"
+        elif name.startswith("blocks."):
+            key = of_matrices
+        else:
+            key = "head_lr" if name.startswith("head.") else "embedding_lr"
+        if given[p] != rates[key]:
+            yield Fault(
+                "setting-ignored",
+                f"optimizer.{key} is {rates[key]} and {name} has the learning rate {given[p]}",
+                "hand the settings to the groups",
+            )
+            return
 
 
 def smoothing_faults(subject: Subject) -> Iterator[Fault]:
@@ -114,8 +145,8 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
                 )
         return torch.equal(first, second)
 
-    for name, p, kept in dropout_sites(subject.model):
-        with kept, through(subject.model, {0}):
+    for name, p, block, kept in dropout_sites(subject):
+        with kept, through(subject.model, {block}):
             if p and twice(training=True):
                 yield Fault(
                     "dropout-ignored",
@@ -139,22 +170,28 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
         )
 
 
-def dropout_sites(model: Decoder) -> Iterator[tuple[str, float, contextlib.AbstractContextManager]]:
-    """One dropout of each kind, as the settings have it, with a context in which it is the only one.
+def dropout_sites(subject: Subject) -> Iterator[tuple[str, float, int, contextlib.AbstractContextManager]]:
+    """One dropout of each kind: its name, rate, block, and a context in which it is the only one.
 
-    Those of the blocks are the first block's, so nothing after it need be run.
+    Nothing but that block need be run. An adapter that starts at the base's largest parts (PiSSA) adds
+    nothing yet, so that its dropout cannot be seen.
     """
-    config = model.config
+    model, config = subject.model, subject.model.config
     modules = dict(model.named_modules())
-    sites = {
-        "the embedding": (config.embed_dropout, modules["dropout"]),
-        "a block": (config.dropout, modules["blocks.0.dropout"]),
-        "attention": (config.attention_dropout, modules["blocks.0.attention.dropout"]),
-    }
+    sites: list[tuple[str, float | None, int, torch.nn.Module]] = [
+        ("the embedding", config.embed_dropout, 0, modules["dropout"]),
+        ("a block", config.dropout, 0, modules["blocks.0.dropout"]),
+        ("attention", config.attention_dropout, 0, modules["blocks.0.attention.dropout"]),
+    ]
+    adapters = (
+        (i, m) for i, block in enumerate(model.blocks) for m in block.modules() if isinstance(m, LowRank)
+    )
+    for i, adapter in itertools.islice(adapters, subject.config.lora.init != "pissa"):
+        sites.append(("an adapter", subject.config.lora.dropout, i, adapter))
 
     @contextlib.contextmanager
     def alone(site: torch.nn.Module) -> Iterator[None]:
-        rates = {m: m.p for m in model.modules() if isinstance(m, Dropout) and m is not site}
+        rates = {m: m.p for m in model.modules() if isinstance(m, Dropout | LowRank) and m is not site}
         try:
             for module in rates:
                 module.p = 0.0
@@ -163,8 +200,8 @@ def dropout_sites(model: Decoder) -> Iterator[tuple[str, float, contextlib.Abstr
             for module, rate in rates.items():
                 module.p = rate
 
-    for name, (p, site) in sites.items():
-        yield name, p or 0.0, alone(site)
+    for name, p, block, site in sites:
+        yield name, p or 0.0, block, alone(site)
 
 
 def ignored_keys(config: ModelConfig) -> Iterator[str]:
@@ -173,10 +210,16 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
     Compared are small twins, of at most two layers and 64 words, drawn from one seed.
     """
     default = ModelConfig()
-    small = replace(config, vocab_size=64, n_layer=min(config.n_layer, 2), block_size=8)
-    if (
-        config.n_embd > WIDE
-    ):  # the same parts in a few heads: weights of the true width would take seconds a key
+    small = replace(
+        config,
+        vocab_size=64,
+        n_layer=min(config.n_layer, 2),
+        block_size=8,
+        sliding_window=min(config.sliding_window, TWIN_WINDOW),
+        window_layers=(),
+        rope_context=TWIN_CONTEXT if config.rope_scaling in ("dynamic", "llama3") else 0,
+    )
+    if config.n_embd > WIDE:  # the same parts in a few heads: weights of the true width take seconds a key
         heads, shared = {1: (2, 1), config.n_head: (2, 2)}.get(config.n_kv_head, (4, 2))
         width = heads * config.head_dim
         small = replace(small, n_head=heads, n_kv_head=shared, n_embd=width, n_inner=2 * width)
@@ -185,6 +228,8 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
         if key in NOT_COMPARED.split() or getattr(config, key) == value:
             continue
         if key == "rope_theta" and config.rotary_dim <= 2:  # its one frequency is theta^0
+            continue
+        if key == "rope_scaling" and config.rope_factor == 1:  # which is to leave most of them as they are
             continue
         other = replace(small, **{key: 1 if key == "n_layer" else getattr(default, key)})
         with contextlib.suppress(ValueError):  # the default does not go with the other keys

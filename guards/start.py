@@ -1,4 +1,4 @@
-"""Guard: sizes, and the first loss against that of knowing nothing."""
+"""Guard: the first loss against that of knowing nothing."""
 
 from __future__ import annotations
 
@@ -8,51 +8,24 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from architecture import ABSOLUTE_POSITIONS
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable
 from lora import Adapted, Bias, Rows, changes_of
 from tokenstore import TokenStore
 
-SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
-SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
 FIRST_LOSS_PASSES = 1.25  # of each of two batches: at 1B 32 tokens, through every block
 UNIGRAM_TOKENS = 1_000_000  # that are counted, evenly spread
 FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # nats; healthy initialisations stay within 0.3 of ln V
 
 
 def start(subject: Subject) -> Iterator[Fault | str]:
-    """Ids fit the vocabulary, rows fit the positions, and the first loss is that of knowing nothing."""
-    model, tokenizer = subject.config.model, subject.tokenizer
-    spare = model.vocab_size - tokenizer.vocab_size
-    if spare > max(SPARE_IDS, SPARE_SHARE * tokenizer.vocab_size):
-        yield Fault(
-            "vocabulary-too-large",
-            f"model.vocab_size is {model.vocab_size} and the tokenizer has {tokenizer.vocab_size} ids",
-            "leave model.vocab_size out to take the tokenizer's",
-        )
-    batches = [subject.micro_batch(0), *subject.validation_batches(2)]
-    largest = max(int(batch.tokens.max()) for batch in batches)
-    if largest >= model.vocab_size:
-        yield Fault(
-            "id-outside-vocabulary",
-            f"the data hold the id {largest} and the embedding has {model.vocab_size} rows",
-            "use the tokenizer that the model was made for",
-        )
-        return
+    """Tokens of the data can train, and the first loss is that of knowing nothing."""
     yield from untrained_tokens(subject)
-    furthest = max(int(batch.positions.max()) for batch in batches)
-    if model.position in ABSOLUTE_POSITIONS and furthest >= model.block_size:
-        yield Fault(
-            "too-few-positions",
-            f"a row reaches position {furthest} and the model has {model.block_size}",
-            "raise model.block_size or shorten the rows",
-        )
-        return
-    held_out = [affordable(subject, batch, FIRST_LOSS_PASSES) for batch in batches[1:]]
+    held_out = [affordable(subject, batch, FIRST_LOSS_PASSES) for batch in subject.validation_batches(2)]
     if len({batch.tokens.shape for batch in held_out}) == 1:  # in one pass, which reads the weights once
         held_out = [Batch(*(torch.cat(parts) for parts in zip(*held_out, strict=True)))]
-    scores, uniform = subject.score(held_out), math.log(model.vocab_size)
+    vocab_size = subject.config.model.vocab_size
+    scores, uniform = subject.score(held_out), math.log(vocab_size)
     loss = scores.loss
     yield f"loss {loss:.3f} on {scores.tokens:,} validation tokens; ln(vocabulary) is {uniform:.3f}"
     if not math.isfinite(loss):
@@ -60,7 +33,7 @@ def start(subject: Subject) -> Iterator[Fault | str]:
     elif subject.start == "fresh" and loss > uniform + FIRST_LOSS_ABOVE:
         yield Fault(
             "first-loss-too-high",
-            f"the first loss is {loss:.2f}, and knowing nothing costs ln({model.vocab_size}) = {uniform:.2f}",
+            f"the first loss is {loss:.2f}, and knowing nothing costs ln({vocab_size}) = {uniform:.2f}",
             "scale the initialisation of the embedding and the head down",
         )
     elif subject.start == "fresh" and loss < uniform - FIRST_LOSS_BELOW:

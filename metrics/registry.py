@@ -86,8 +86,11 @@ class Scored:
         Raises:
             ValueError: fewer than two pairs.
         """
+        # Of several draws a sample may have passed in some, and is then neither.
         if self.metric.all_or_nothing and len(self.rows) > 1:
-            return share_interval(int((self.samples > 0).sum()), len(self.rows), confidence)
+            passed = self.samples == self.metric.maximum
+            if np.all(passed | (self.samples == 0)):
+                return share_interval(int(passed.sum()), len(self.rows), confidence)
         return interval(self.rows, self.metric.of_sums, seed, confidence)
 
     def compare(self, other: Scored, seed: int = 0, confidence: float = 0.95) -> Comparison:

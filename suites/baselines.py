@@ -12,8 +12,8 @@ import numpy as np
 from rapidfuzz import fuzz
 
 from shingles import Units, batches, mixed
-from suites.pairs import text_of_example
 from suites.scoring import Example
+from suites.stored import text_of_example
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 

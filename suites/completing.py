@@ -6,19 +6,27 @@ Prompts are built and trimmed by the functions that training uses, and the promp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from architecture import Decoder
-from decoding import generate_ids
+from config import memory_is_full
+from decoding import Stopped, generate_ids
 from fim import fim_end_ids, fim_prompt_ids, trim_fim_prompt
-from generate import GenerationConfig, added_text, prompt_ids, trim_prompt
+from generate import CONTEXT, GenerationConfig, added_text, prompt_ids, stop_finder, trim_prompt
 from ngram import NGramModel
 from precision import Precision
+from suites.kept import Kept
 from suites.scoring import Example, Predictions
 from tokenizer import Tokenizer
+
+GREEDY = GenerationConfig()
+MOST_ROWS = {"cpu": 32, "cuda": 256}  # beyond which a step takes as much longer as it holds more rows
 
 Cut = Callable[[Example, str], str]  # the part of a completion's text that belongs to the prediction
 
@@ -63,47 +71,142 @@ def complete(
     max_new_tokens: int,
     length: int,
     precision: Precision,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    how: GenerationConfig = GREEDY,
+    draws: int = 1,
+    kept: Kept | None = None,
 ) -> Predictions:
-    """Greedy completions, without the prompt, each until `cut` leaves something of it off, or an end.
+    """Completions, without the prompt, each until `cut` leaves something of it off, a stop string, or an end.
 
     Args:
         cut: What of a text is the prediction; once it leaves something off, the text has ended.
         length: Tokens of a row: of a prompt and its completion together.
-        batch_size: Examples at a time. It does not change what is predicted.
-    """
-    prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
-    texts, ran_long = [""] * len(examples), 0
-    order = sorted(
-        range(len(examples)), key=lambda i: (prompts[i].limit, len(prompts[i].ends), len(prompts[i].ids))
-    )
-    # What shares a batch shares its limit and its ends.
-    for (limit, ends), group in groupby(order, key=lambda i: (prompts[i].limit, prompts[i].ends)):
-        alike = list(group)
-        for start in range(0, len(alike), batch_size):
-            rows = alike[start : start + batch_size]
+        batch_size: Examples at a time; None for as many as memory is reckoned to have room for, halved for as
+            long as that was too many. It does not change what is predicted.
+        how: Greedy, or how to sample; its stop strings; its limit is not read.
+        draws: Texts of each example. A draw's random numbers are its own, whatever is beside it.
+        kept: Predictions that an interrupted evaluation made, to which the others are added as they are made.
 
-            def text_of(row: int, ids: list[int], rows: list[int] = rows) -> str:
-                return added_text(tokenizer, prompts[rows[row]].ids, ids)
+    Raises:
+        ValueError: The tokenizer has ids that the model lacks, or the model's logits are NaN.
+        RuntimeError: Memory is full with one row at a time.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
+            f"{model.config.vocab_size}; use the tokenizer the model was trained with"
+        )
+    prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
+    done = {} if kept is None else kept.read(len(examples), draws)
+    wanted = [
+        (i, draw)
+        for i in sorted(
+            range(len(examples)),
+            key=lambda i: (prompts[i].limit, len(prompts[i].ends), len(prompts[i].ids)),
+        )
+        for draw in range(draws)
+        if (i, draw) not in done
+    ]
+    most = batch_size or max(MOST_ROWS.values())
+    # What shares a batch shares its limit and its ends.
+    for (limit, ends), group in groupby(
+        wanted, key=lambda one: (prompts[one[0]].limit, prompts[one[0]].ends)
+    ):
+        alike = list(group)
+        longest = max(len(prompts[i].ids) for i, _ in alike) + limit
+        size = min(most, batch_size or rows_at_a_time(model, longest))
+        while alike:
+            rows = alike[:size]
+            found = stop_finder(tokenizer, [prompts[i].ids for i, _ in rows], how.stop) if how.stop else None
+
+            def text_of(row: int, ids: list[int], rows: list[tuple[int, int]] = rows) -> str:
+                return added_text(tokenizer, prompts[rows[row][0]].ids, ids)
 
             def stopped(
-                row: int, ids: list[int], rows: list[int] = rows, text_of: Callable = text_of
+                row: int,
+                ids: list[int],
+                rows: list[tuple[int, int]] = rows,
+                text_of: Callable[[int, list[int]], str] = text_of,
+                found: Stopped | None = found,
             ) -> bool:
+                if found is not None and found(row, ids):
+                    return True
                 if cut is uncut:
                     return False
-                text = text_of(row, ids)
-                return cut(examples[rows[row]], text) != text
-
-            settings = GenerationConfig(max_new_tokens=limit)
-            with precision.autocast():
-                results = generate_ids(
-                    model, [prompts[i].ids for i in rows], settings, ends, tokenizer.vocab_size, stopped
+                i = rows[row][0]
+                # The prompt's end is decoded for its last tokens only, until it looks as if it mattered.
+                text = added_text(tokenizer, prompts[i].ids[-CONTEXT:], ids)
+                return (
+                    cut(examples[i], text) != text and cut(examples[i], whole := text_of(row, ids)) != whole
                 )
-            for row, (i, result) in enumerate(zip(rows, results, strict=True)):
+
+            results = None
+            try:
+                with precision.autocast():
+                    results = generate_ids(
+                        model,
+                        [prompts[i].ids for i, _ in rows],
+                        replace(how, max_new_tokens=limit),
+                        ends,
+                        tokenizer.vocab_size,
+                        stopped,
+                        # Of an example and a draw, and of nothing else.
+                        [draw * 2**32 + i for i, draw in rows],
+                    )
+            except (RuntimeError, MemoryError) as error:
+                if not memory_is_full(error) or len(rows) == 1:
+                    raise
+            if results is None:  # outside of the handler, whose traceback holds the tensors
+                most = size = len(rows) // 2
+                if precision.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            made = {}
+            for row, (one, result) in enumerate(zip(rows, results, strict=True)):
                 ids = result.ids[:-1] if result.finish_reason == "eos" else result.ids
-                texts[i] = cut(examples[i], text_of(row, ids))
-                ran_long += result.finish_reason == "length"
-    return Predictions(texts, ran_long)
+                text = text_of(row, ids)
+                ends_at = [at for at in (text.find(string) for string in how.stop) if at >= 0]
+                text = cut(examples[one[0]], text[: min(ends_at, default=None)])
+                made[one] = text, "stop" if ends_at else result.finish_reason
+            if kept is not None:
+                kept.add(made)
+            done |= made
+            alike = alike[len(rows) :]
+    texts = [[done[i, draw][0] for i in range(len(examples))] for draw in range(draws)]
+    ran_long = sum(reason == "length" for _, reason in done.values())
+    return Predictions(texts[0], ran_long, texts[1:])
+
+
+def rows_at_a_time(model: Decoder, longest: int) -> int:
+    """Rows of `longest` tokens that fit a part of the memory that is free: of a GPU half, else a quarter.
+
+    Of each row there are keys and values, twice while finished rows leave; the prompt's widest activations;
+    and a few copies of its logits. It is a reckoning: who is wrong halves.
+    """
+    config, weight = model.config, model.embed.weight
+    head_dim = config.head_dim or config.n_embd // config.n_head
+    cache = 2 * config.n_layer * (config.n_kv_head or config.n_head) * head_dim
+    width = 8 * config.n_embd + 2 * config.n_inner
+    size = weight.element_size()
+    a_row = longest * (2 * cache + width) * size + 32 * config.vocab_size
+    if weight.device.type == "cuda":
+        return max(1, min(MOST_ROWS["cuda"], torch.cuda.mem_get_info(weight.device)[0] // 2 // a_row))
+    return max(1, min(MOST_ROWS["cpu"], free_memory() // 4 // a_row))
+
+
+def free_memory() -> int:
+    """Bytes that this machine says it has, or this container may still take; 2 GiB where neither says."""
+    try:
+        meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 2**31
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text("ascii") for name in ("memory.max", "memory.current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no such group, or `max`
+        return free
 
 
 def ngram_complete(
@@ -113,8 +216,9 @@ def ngram_complete(
     cut: Cut,
     max_new_tokens: int,
     length: int,
+    stop: tuple[str, ...] = (),
 ) -> Predictions:
-    """The same by the n-gram model."""
+    """The same by the n-gram model, which goes on with its likeliest token."""
     prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
     contexts = [np.array(prompt.ids) for prompt in prompts]
     texts, ran_long = [], 0
@@ -123,6 +227,7 @@ def ngram_complete(
         ids = ids[: prompt.limit]
         end = next((at for at, id in enumerate(ids) if id in prompt.ends), len(ids))
         text = added_text(tokenizer, prompt.ids, ids[:end])
-        texts.append(cut(example, text))
+        stops = [at for at in (text.find(string) for string in stop) if at >= 0]
+        texts.append(cut(example, text[: min(stops, default=None)]))
         ran_long += end == len(ids) and texts[-1] == text
     return Predictions(texts, ran_long)

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from generate import prompt_ids
-from suites.scoring import Example
+from suites.baselines import last_lines
+from suites.scoring import SUITES, Example
+from suites.task import Given, Task, held_out
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
 CONTEXT_LINES = 3  # fewest lines of a prompt
+LINE_TOKENS = 64  # most of a predicted line
 
 
 def next_line_examples(
@@ -87,3 +90,21 @@ def divided(length: int, max_new_tokens: int) -> tuple[int, int]:
     """Tokens of a completion, half the length at most, and of its prompt; each at least 1."""
     max_new_tokens = max(1, min(max_new_tokens, length // 2))
     return max_new_tokens, max(1, length - max_new_tokens)
+
+
+def task(given: Given) -> Task:
+    data, tokenizer, n = held_out(given, "next_line")
+    if data.test.holds_examples:
+        raise ValueError(
+            "the suite next_line is of plain files, and this run's are prompts and completions; ask for pairs"
+        )
+    max_new_tokens, room = divided(given.length, given.max_new_tokens or LINE_TOKENS)
+    examples = next_line_examples(data.test, tokenizer, n, room, given.seed)
+    return Task(
+        SUITES["next_line"],
+        examples,
+        max_new_tokens,
+        f"lines with {CONTEXT_LINES} lines before them that fit {room} tokens",
+        lambda: {"copy": last_lines(examples)},
+        through_first_line,
+    )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from generate import added_text
-from suites.scoring import Example
+from suites.baselines import copied, nearest
+from suites.scoring import SUITES, Example
+from suites.stored import text_of_example
+from suites.task import Given, Task, held_out
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
+
+COMPLETION_TOKENS = 512  # most of a prediction, where nothing else is said
 
 
 def pair_examples(store: TokenStore, tokenizer: Tokenizer, n: int, seed: int = 0) -> list[Example]:
@@ -17,18 +21,27 @@ def pair_examples(store: TokenStore, tokenizer: Tokenizer, n: int, seed: int = 0
     return [text_of_example(store, tokenizer, int(number)) for number in chosen]
 
 
-def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Example:
-    """One example of the store; its texts come back as they were, which the store made sure of."""
-    ids = store.document(number).tolist()
-    prompt_length, gap = int(store.prompt_lengths[number]), int(store.suffix_places[number])
-    reference = added_text(tokenizer, ids[:prompt_length], ids[prompt_length:])
-    suffix = None
-    asked = ids[:prompt_length]
-    if gap:
-        asked, suffix = ids[1:gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
-    return Example(store.names[number], number, tokenizer.decode(asked), reference, suffix)
-
-
 def longest_completion(store: TokenStore) -> int:
     """In tokens, its end included."""
     return int((np.diff(store.offsets) - store.prompt_lengths).max())
+
+
+def task(given: Given) -> Task:
+    data, tokenizer, n = held_out(given, "pairs")
+    if not data.test.holds_examples:
+        raise ValueError(
+            "the suite pairs is of prompts and completions, and this run's files are plain text; ask for "
+            "next_line"
+        )
+    examples = pair_examples(data.test, tokenizer, n, given.seed)
+
+    def baselines() -> dict[str, list[str]]:
+        texts = {
+            "nearest": nearest(examples, data.test, data.train, tokenizer),
+            "empty": [""] * len(examples),
+        }
+        # Where every example has a gap there is nothing to copy.
+        return texts if all(e.suffix is not None for e in examples) else {"copy": copied(examples)} | texts
+
+    limit = given.max_new_tokens or min(longest_completion(data.train), COMPLETION_TOKENS)
+    return Task(SUITES["pairs"], examples, limit, "examples", baselines)

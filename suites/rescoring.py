@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from suites.scoring import SUITES, Example, Predictions, scored
+from suites.passing import scores_of
+from suites.scoring import SUITES, Example, Predictions, record_of, scored, suites_of
 
 
 def rescore(path: str | Path) -> int:
@@ -23,25 +24,31 @@ def rescore(path: str | Path) -> int:
     """
     try:
         record = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give an eval.json, as evaluation writes it"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    suite = record.get("suite") if isinstance(record, dict) else None
-    if suite is None:
+    suites = suites_of(record) if isinstance(record, dict) else []
+    if not suites:
         raise ValueError(
             f"{path} holds no predictions of a suite; give the eval.json of an evaluation "
             "with --samples above 0"
         )
     try:
-        found = list(differences(suite))
+        found = [sentence for suite in suites for sentence in differences(suite)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for sentence in found:
         print("".join(c if c.isprintable() else "?" for c in sentence))  # the file may be a stranger's
     if found:
         return 1
-    scores = suite["scores"]
-    count = sum(len(by_name) for by_name in scores.values())
-    print(f"equal: {count} scores of {', '.join(scores)} from {len(suite['samples'])} samples each")
+    for suite in suites:
+        scores = suite["scores"]
+        count = sum(len(by_name) for by_name in scores.values())
+        say = f"equal: {count} scores of {', '.join(scores)} from {len(suite['samples'])} samples each"
+        print(f"{say}, by the results of their runs" if SUITES[suite["suite"]].runs else say)
     return 0
 
 
@@ -57,20 +64,18 @@ def differences(record: Any) -> Iterator[str]:
         examples = [
             Example(str(s["name"]), int(s["where"]), str(s["prompt"]), s["reference"]) for s in samples
         ]
-        texts = {system: [sample["predictions"][system] for sample in samples] for system in systems}
+        predictions = {system: _predictions(samples, system) for system in systems}
         strings = [example.reference for example in examples]
-        strings += [text for made in texts.values() for text in made]
+        strings += [text for made in predictions.values() for texts in made.draws for text in texts]
         if not all(isinstance(text, str) for text in strings):
             raise ValueError("a prediction or a reference is not text")
-        names = list(record["signatures"])
-        again = scored(
-            suite,
-            examples,
-            {system: Predictions(made) for system, made in texts.items()},
-            names,
-            record["language"],
-            int(record["seed"]),
-        )
+        names, seed = list(record["signatures"]), int(record["seed"])
+        if suite.runs:
+            results = {system: [list(sample["results"][system]) for sample in samples] for system in systems}
+            found = scores_of(examples, results, dict(record["left_out"]), str(record["sandbox"]))
+            again = record_of(suite, examples, predictions, found, record["language"], seed)
+        else:
+            again = scored(suite, examples, predictions, names, record["language"], seed)
         said = {
             (system, name): record["scores"][system][name]
             for system in systems
@@ -85,6 +90,9 @@ def differences(record: Any) -> Iterator[str]:
                 what += f" (by {record['signatures'][name]}, and now by {again['signatures'][name]})"
             if not _near(values["mean"], fresh["mean"]):
                 yield f"{what}: the file says {_both(values['mean'], fresh['mean'])}"
+            elif "spread" in fresh and not _near(values["spread"], fresh["spread"]):
+                what += ", the spread of its draws"
+                yield f"{what}: the file says {_both(values['spread'], fresh['spread'])}"
             elif not all(_near(values[end], fresh[end]) for end in ("low", "high", "n")):
                 ends = ("[{low:.4f}, {high:.4f}] of {n}".format(**one) for one in (values, fresh))
                 yield "{}: the file has the interval {}, and its predictions {}".format(what, *ends)
@@ -105,6 +113,12 @@ def differences(record: Any) -> Iterator[str]:
         raise ValueError(
             f"no whole record of a suite: {type(error).__name__} {error}; evaluate again"
         ) from None
+
+
+def _predictions(samples: list[Any], system: str) -> Predictions:
+    more = [sample.get("more", {}).get(system, []) for sample in samples]
+    texts = [sample["predictions"][system] for sample in samples]
+    return Predictions(texts, None, [list(draw) for draw in zip(*more, strict=True)])
 
 
 def _near(one: Any, other: float) -> bool:

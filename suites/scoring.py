@@ -4,19 +4,22 @@
     print(suite_table(record))
 
 A record is plain data and holds every prediction, so that each number in it can be had again
-(`rescoring`). No torch.
+(`rescoring`). `suites_of` has the records of an eval.json. No torch.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metrics.registry import METRICS, metric, score
-from metrics.texts import plain
+import numpy as np
+
+from metrics.registry import Scored, metric, score
+from metrics.texts import CLEANERS, plain
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,17 @@ class Predictions:
     Args:
         texts: One for each example, without its prompt.
         ran_long: How many ran into the length limit; None where there is no limit.
+        more: Further draws of a system that samples, each as `texts`.
     """
 
     texts: list[str]
     ran_long: int | None = None
+    more: list[list[str]] = field(default_factory=list)
+
+    @property
+    def draws(self) -> list[list[str]]:
+        """All of them: (draws, examples)."""
+        return [self.texts, *self.more]
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Suite:
         name: In the table `SUITES`.
         title: What is predicted, in words.
         counted: How many samples there are, in words, of `n` and `files`.
-        metrics: Names of `metrics.registry`, where none are asked for.
+        metrics: Names of `metrics.registry`, where none are asked for; none of programs, which are run.
         clean: What predictions and references both go through before they are compared.
     """
 
@@ -75,7 +85,13 @@ class Suite:
     metrics: tuple[str, ...]
     clean: Callable[[str], str]
 
+    @property
+    def runs(self) -> bool:
+        """Whether predictions are judged by running them."""
+        return not self.metrics
 
+
+GAP_METRICS = ("exact_match", "edit_similarity", "chrf")
 SUITES = {
     suite.name: suite
     for suite in (
@@ -93,6 +109,26 @@ SUITES = {
             ("exact_match", "edit_similarity", "chrf", "bleu_code"),
             plain,
         ),
+        Suite("fim_line", "gaps of a line", "{n} gaps in {files} files", GAP_METRICS, plain),
+        Suite("fim_lines", "gaps of several lines", "{n} gaps in {files} files", GAP_METRICS, plain),
+        Suite("fim_span", "gaps anywhere", "{n} gaps in {files} files", GAP_METRICS, plain),
+        Suite(
+            "codexglue_method",
+            "CodeXGLUE method generation",
+            "{n} methods",
+            ("edit_similarity_rounded", "bleu_codexglue"),
+            CLEANERS["codexglue-method"],
+        ),
+        Suite(
+            "codexglue_line",
+            "CodeXGLUE line completion",
+            "{n} lines",
+            ("exact_match_words", "edit_similarity_rounded"),
+            CLEANERS["codexglue-line"],
+        ),
+        Suite("humaneval", "HumanEval", "{n} problems", (), plain),
+        Suite("mbpp", "MBPP", "{n} problems", (), plain),
+        Suite("humaneval_infilling", "HumanEval infilling", "{n} problems", (), plain),
     )
 }
 # How a verdict calls what it compares with.
@@ -102,12 +138,18 @@ NAMED = {
     "nearest": "the nearest training example",
     "n-gram": "the n-gram model",
     "empty": "an empty text",
+    "stub": "a stub",
 }
 
 
 def metric_names(asked: str) -> tuple[str, ...]:
     """The names in `asked`, between commas; ValueError for one that no metric has."""
     return tuple(metric(name.strip()).name for name in asked.split(",") if name.strip())
+
+
+def suites_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of an eval.json: the first suite's, then those of the others."""
+    return [result["suite"], *result.get("more_suites", [])] if "suite" in result else []
 
 
 def scored(
@@ -121,6 +163,8 @@ def scored(
     """The record of a suite: scores with 95% intervals, verdicts, and every prediction.
 
     Intervals and verdicts take the examples for independent; several of one file are a little less than that.
+    Of several draws an example counts with the mean of its statistics, and `spread` is the standard deviation
+    of the draws' own scores.
 
     Args:
         predictions: The system that is judged comes first; the others are its baselines.
@@ -131,29 +175,56 @@ def scored(
     Raises:
         ValueError: no baseline, fewer than two examples, another number of predictions, or an unknown metric.
     """
+    check_systems(suite, examples, predictions)
+    names = list(metrics or suite.metrics)
+    if not names:
+        raise ValueError(f"the suite {suite.name} runs what is predicted, and has no metric of texts")
+    references = [suite.clean(example.reference) for example in examples]
+    found, spreads = {}, {}
+    for system, made in predictions.items():
+        draws = [
+            score(names, list(zip(map(suite.clean, texts), references, strict=True)), language)
+            for texts in made.draws
+        ]
+        found[system] = {
+            name: Scored(draws[0][name].metric, np.mean([draw[name].rows for draw in draws], axis=0))
+            for name in names
+        }
+        if made.more:
+            spreads[system] = {name: statistics.stdev(draw[name].value for draw in draws) for name in names}
+    return record_of(suite, examples, predictions, found, language, seed, spreads)
+
+
+def check_systems(suite: Suite, examples: Sequence[Example], predictions: dict[str, Predictions]) -> None:
+    """ValueError unless there are baselines, and a prediction of each system for each example."""
     subject, *baselines = predictions
     if not baselines:
         raise ValueError(
             f"the suite {suite.name} has no baseline to stand beside {subject}: a score alone says nothing"
         )
     for system, made in predictions.items():
-        if len(made.texts) != len(examples):
-            raise ValueError(
-                f"{system} has {len(made.texts)} predictions for {len(examples)} examples: there must be one "
-                "for each, in the same order"
-            )
-    names = list(metrics or suite.metrics)
-    references = [suite.clean(example.reference) for example in examples]
-    found = {
-        system: score(
-            names,
-            [(suite.clean(text), wanted) for text, wanted in zip(made.texts, references, strict=True)],
-            language,
-        )
-        for system, made in predictions.items()
-    }
+        for texts in made.draws:
+            if len(texts) != len(examples):
+                raise ValueError(
+                    f"{system} has {len(texts)} predictions for {len(examples)} examples: there must be one "
+                    "for each, in the same order"
+                )
+
+
+def record_of(
+    suite: Suite,
+    examples: Sequence[Example],
+    predictions: dict[str, Predictions],
+    found: dict[str, dict[str, Scored]],
+    language: str,
+    seed: int,
+    spreads: dict[str, dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """The record of scores that were had, each system's by the same names; see `scored`."""
+    subject, *baselines = found
+    metrics = {name: one.metric for name, one in found[subject].items()}
     verdicts: dict[str, Any] = {}
-    for name in names:
+    for name in metrics:
         own = found[subject][name]
         # Among equals copying: that is what a score near it means.
         best = max(baselines, key=lambda system: (found[system][name].value, system == "copy"))
@@ -164,19 +235,31 @@ def scored(
                 system: comparison.verdict(NAMED.get(system, system))
                 for system, comparison in compared.items()
             },
+            "differences": {
+                system: {
+                    **comparison.difference._asdict(),
+                    "distinguishable": comparison.distinguishable,
+                    "needed": comparison.needed,
+                }
+                for system, comparison in compared.items()
+            },
         }
+    scores: dict[str, Any] = {
+        system: {name: by_name[name].interval(seed)._asdict() for name in metrics}
+        for system, by_name in found.items()
+    }
+    for system, by_name in (spreads or {}).items():
+        for name, spread in by_name.items():
+            scores[system][name]["spread"] = spread
     return {
         "suite": suite.name,
         "language": language,
         "seed": seed,
-        "signatures": {name: METRICS[name].signature(language) for name in names},
-        "scores": {
-            system: {name: by_name[name].interval(seed)._asdict() for name in names}
-            for system, by_name in found.items()
-        },
+        "signatures": {name: one.signature(language) for name, one in metrics.items()},
+        "scores": scores,
         "verdicts": verdicts,
         "ran_long": {
-            system: made.ran_long / len(examples)
+            system: made.ran_long / len(examples) / len(made.draws)
             for system, made in predictions.items()
             if made.ran_long is not None
         },
@@ -189,10 +272,16 @@ def scored(
                 **({"suffix": example.suffix} if example.suffix is not None else {}),
                 "reference": example.reference,
                 "predictions": {system: made.texts[i] for system, made in predictions.items()},
+                **_further_draws(predictions, i),
             }
             for i, example in enumerate(examples)
         ],
     }
+
+
+def _further_draws(predictions: dict[str, Predictions], i: int) -> dict[str, Any]:
+    more = {system: [texts[i] for texts in made.more] for system, made in predictions.items() if made.more}
+    return {"more": more} if more else {}
 
 
 def suite_table(record: dict[str, Any]) -> str:
@@ -209,7 +298,7 @@ def suite_table(record: dict[str, Any]) -> str:
     rows = [["metric", *systems]]
     for name in record["signatures"]:
         intervals = (record["scores"][system][name] for system in systems)
-        rows.append([name, *("{mean:.1f} [{low:.1f}, {high:.1f}]".format(**i) for i in intervals)])
+        rows.append([name, *map(_shown, intervals)])
     if record["ran_long"]:
         shares = (record["ran_long"].get(system) for system in systems)
         rows.append(["ran into the limit", *("" if share is None else f"{share:.1%}" for share in shares)])
@@ -217,7 +306,19 @@ def suite_table(record: dict[str, Any]) -> str:
     for name, verdict in record["verdicts"].items():
         said = [verdict["best"], *(["base"] if "base" in verdict["against"] else [])]
         lines.append(f"{name}: {'; '.join(verdict['against'][one] for one in dict.fromkeys(said))}")
-    return "\n".join([f"{head}, with 95% intervals", *lines])
+    left_out = record.get("left_out", {})
+    if left_out:
+        lines.append(
+            f"{len(left_out)} problems cannot be judged here and are left out: {', '.join(left_out)}"
+        )
+    draws = record.get("draws", 1)
+    each = f", {draws} draws each" if draws > 1 else ""
+    return "\n".join([f"{head}{each}, with 95% intervals", *lines])
+
+
+def _shown(interval: dict[str, Any]) -> str:
+    spread = f" ±{interval['spread']:.1f}" if "spread" in interval else ""
+    return "{mean:.1f}{spread} [{low:.1f}, {high:.1f}]".format(**interval | {"spread": spread})
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -266,6 +367,11 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
             raise ValueError(
                 f"{where} is for {row['id']!r}, and that example is {example.id!r}: the order must be "
                 "that of the samples in eval.json, of the same --seed and --samples"
+            )
+        if str(row.get("task_id", example.name)) != example.name:
+            raise ValueError(
+                f"{where} is for task_id {row['task_id']!r}, and that example is {example.name!r}: the order "
+                "must be that of the suite's file"
             )
         texts.append(text)
     return texts

@@ -25,6 +25,7 @@ from checkpoint import (
     best_of,
     changed_weight,
     checkpoints,
+    code_fingerprint,
     first_difference,
     load_state,
     load_weights,
@@ -95,6 +96,8 @@ def test_the_best_the_last_and_the_kept_ones_stay(tmp_path: Path) -> None:
     assert best is not None and best.step == 2
     remove_superseded(tmp_path, keep=0)
     assert [m.step for m in checkpoints(tmp_path)] == [2, 4, 6]
+    later = save_checkpoint(tmp_path, 7, model(), {}, 1.0, keep=False)
+    assert best_of(checkpoints(tmp_path)) == later  # of two equals
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -397,6 +400,44 @@ def test_a_save_that_is_killed_before_any_call_loses_no_checkpoint(tmp_path: Pat
         assert not list(folder.glob(".*"))
     assert die_at > 10 and len(calls) == die_at - 1 and seen == {1.0, 2.0}
     assert [m.loss for m in checkpoints(folder)] == [2.0] and newest_whole(folder).loss == 2.0
+
+
+def test_all_is_on_the_disk_before_its_name_is_and_then_the_folders_are(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A loss of power may undo whatever was not flushed: a kill, which the other tests make, does not."""
+    folder, flushed, replaced = tmp_path / "run" / "checkpoints", list[int](), list[int]()
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).is_dir():
+            whole = [target, *Path(target).iterdir()]
+            assert len(whole) == 5 and {path.stat().st_ino for path in whole} <= {*flushed}
+            replaced.append(len(flushed))
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    save_checkpoint(folder, 1, model(), STATE, 1.0, keep=False)
+    (at,) = replaced
+    assert flushed[at:] == [path.stat().st_ino for path in (folder, folder.parent, tmp_path)]
+
+
+def test_the_fingerprint_of_the_code_is_of_every_package(tmp_path: Path) -> None:
+    for name in ("a.py", "p/__init__.py", "p/b.py", "p/q/c.py", "tests/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    seen = {code_fingerprint(tmp_path)}
+    for name in ("a.py", "p/b.py", "p/q/c.py"):
+        (tmp_path / name).write_text("pass")
+        seen.add(code_fingerprint(tmp_path))
+    assert len(seen) == 4
+    (tmp_path / "tests/d.py").write_text("pass")
+    assert code_fingerprint(tmp_path) in seen
 
 
 def test_a_step_that_was_damaged_is_written_again_under_its_name(

@@ -1,6 +1,7 @@
 """Evaluation on a small corpus, with a byte tokenizer and a model made here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,14 +14,17 @@ import torch
 import yaml
 
 import eval as evaluation
+import suites.tokens
 from architecture import Decoder
 from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig, ModelConfig, one_sentence
 from dataset import PreparedData, prepare_data, validation_batches
 from eval import EvalConfig
 from loss import score
+from metrics.intervals import interval
 from precision import choose_precision
-from tokenizer import CodeTokenizer
+from suites.tokens import add_intervals, model_scores, ngram_scores, tokens_of, train_ngram
+from tokenizer import CodeTokenizer, Tokenizer
 
 HOUSE = Path(__file__).parent.parent
 FP32 = choose_precision(torch.device("cpu"), "fp32")
@@ -48,7 +52,7 @@ def source(number: int) -> str:
     return "".join(parts)
 
 
-def prepared(folder: Path) -> PreparedData:
+def prepared(folder: Path, tokenizer: Tokenizer = BYTES) -> PreparedData:
     """Forty such files, split and tokenised."""
     (folder / "corpus").mkdir()
     for number in range(40):
@@ -56,7 +60,26 @@ def prepared(folder: Path) -> PreparedData:
     config = DataConfig(
         str(folder / "corpus"), validation_one_in=4, test_one_in=4, cache=str(folder / "cache"), workers=1
     )
-    return prepare_data(config, BYTES)
+    return prepare_data(config, tokenizer)
+
+
+def run_of(folder: Path, data: PreparedData, model: Decoder, tokenizer: Tokenizer = BYTES) -> Path:
+    """A finished run of `model` in `folder`, with a corpus of its own, which a test may change."""
+    (folder / "corpus").mkdir()
+    for number in range(40):
+        (folder / "corpus" / f"m{number}.py").write_text(source(number), "utf-8")
+    settings = DataConfig(
+        str(folder / "corpus"), validation_one_in=4, test_one_in=4, cache=str(folder / "cache"), workers=1
+    )
+    config = replace(Config(), data=settings, model=model.config)
+    path = folder / "run"
+    tokenizer.save(path / "tokenizer")
+    (path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), "utf-8")
+    code = code_fingerprint(HOUSE)
+    fingerprints = {"data": data.fingerprint, "tokenizer": tokenizer.fingerprint, "code": code}
+    (path / "fingerprints.json").write_text(json.dumps(fingerprints), "utf-8")
+    save_checkpoint(path / "checkpoints", 7, model, {}, 2.5, keep=False)
+    return path
 
 
 def random_model() -> Decoder:
@@ -113,9 +136,11 @@ def test_model_scores_do_not_depend_on_the_batch_size(data, model):
 
 
 def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, model, monkeypatch):
-    store, baseline = data.test, evaluation.train_ngram(data.train)
-    found = evaluation.ngram_scores(baseline, store, 64)
+    store, baseline = data.test, train_ngram(data.train)
+    found, by_document = ngram_scores(baseline, store, 64)
     assert found.tokens == score(model, validation_batches(store, 4, 64), FP32).tokens
+    alone = [-baseline.log_probs([document]).sum() for document in documents_of(store)]
+    assert by_document == pytest.approx(alone, rel=1e-12)
     nats, hits = 0.0, []
     for document in documents_of(store):
         nats -= baseline.log_probs([document]).sum()
@@ -123,22 +148,109 @@ def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, m
         hits += [top[i].tolist().index(x) if x in top[i] else 9 for i, x in enumerate(document[1:])]
     assert found.nats == pytest.approx(nats, rel=1e-12)
     assert (found.top1, found.top5) == (np.mean(np.array(hits) < 1), np.mean(np.array(hits) < 5))
-    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 300)
-    assert evaluation.ngram_scores(baseline, store, 64).nats == pytest.approx(nats, rel=1e-12)
+    monkeypatch.setattr(suites.tokens, "SCORED_TOKENS", 300)
+    assert ngram_scores(baseline, store, 64)[0].nats == pytest.approx(nats, rel=1e-12)
 
 
 def test_the_baseline_is_far_from_chance_and_better_on_its_own_training_files(data):
-    baseline = evaluation.train_ngram(data.train)
-    held_out, seen = (evaluation.ngram_scores(baseline, side, 64) for side in (data.test, data.train))
+    baseline = train_ngram(data.train)
+    held_out, seen = (ngram_scores(baseline, side, 64)[0] for side in (data.test, data.train))
     assert seen.loss < held_out.loss < 0.5 * np.log(BYTES.vocab_size)
 
 
 def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monkeypatch):
-    monkeypatch.setattr(evaluation, "BASELINE_TOKENS", data.train.n_tokens // 3)
-    part = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.test, 64)
+    monkeypatch.setattr(suites.tokens, "BASELINE_TOKENS", data.train.n_tokens // 3)
+    part = ngram_scores(train_ngram(data.train), data.test, 64)[0]
     monkeypatch.undo()
-    whole = evaluation.ngram_scores(evaluation.train_ngram(data.train), data.test, 64)
+    whole = ngram_scores(train_ngram(data.train), data.test, 64)[0]
     assert whole.loss < part.loss
+
+
+# --- documents and intervals -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_length", [31, 700, 5000])
+def test_nats_of_documents_are_those_of_each_file_alone_where_rows_do_not_cut_them(data, model, row_length):
+    store = data.test
+    scores, nats = model_scores(model, store, 2, row_length, FP32)
+    assert nats.sum() == pytest.approx(scores.nats, rel=1e-6)
+    assert tokens_of(store, row_length).tolist() == [len(document) - 1 for document in documents_of(store)]
+    assert tokens_of(store, row_length).sum() == scores.tokens
+    first_row, last_row = store.offsets[:-1] // row_length, (store.offsets[1:] - 2) // row_length
+    whole = np.flatnonzero(first_row == last_row)
+    assert len(whole) >= {31: 0, 700: 4, 5000: store.n_documents}[row_length]
+    assert row_length != 700 or first_row[whole].max() >= 2  # beyond the first batch
+    with torch.no_grad():
+        for number in whole.tolist():
+            tokens = torch.from_numpy(store.document(number))[None]
+            log_p = model(tokens[:, :-1])[0].double().log_softmax(-1)
+            alone = -log_p.gather(1, tokens[0, 1:, None]).sum().item()
+            assert nats[number] == pytest.approx(alone, rel=1e-5)
+
+
+def test_intervals_of_the_loss_resample_documents_and_name_what_they_tell_apart():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(50, 400, 60)
+    level = draw.normal(2.0, 0.3, 60)
+    nats = {
+        "model": level * tokens,
+        "base": (level + 0.02 + draw.normal(0, 0.01, 60)) * tokens,
+        "n-gram": (level + draw.normal(0, 0.3, 60)) * tokens,
+    }
+    result: dict[str, Any] = {name: {} for name in nats}
+    documents = {
+        "names": [f"f{i}" for i in range(60)],
+        "tokens": tokens.tolist(),
+        "bytes": (3 * tokens).tolist(),
+        "nats": {name: values.tolist() for name, values in nats.items()},
+    }
+    add_intervals(result, documents, seed=0)
+    own = result["model"]["intervals"]
+    loss = nats["model"].sum() / tokens.sum()
+    assert own["loss"]["mean"] == pytest.approx(loss, rel=1e-12)
+    assert own["bits_per_byte"]["mean"] == pytest.approx(loss / np.log(2) / 3, rel=1e-12)
+    assert own["loss"]["low"] < loss - 0.03 < loss + 0.03 < own["loss"]["high"]
+    # A small difference on each document is seen through what they differ by among themselves.
+    found = result["token_verdicts"]["loss"]
+    assert found["base"]["distinguishable"] and found["base"]["high"] < 0
+    size = -found["base"]["mean"]
+    assert found["base"]["verdict"].startswith(f"better than the base model by {size:.4f} [0.0")
+    assert found["base"]["verdict"].endswith("on 60 documents")
+    assert not found["n-gram"]["distinguishable"]
+    assert found["n-gram"]["verdict"].startswith(
+        "not distinguishable from the n-gram model on 60 documents; "
+    )
+    assert result["documents"] is documents
+    again: dict[str, Any] = {name: {} for name in nats}
+    add_intervals(again, documents, seed=0)
+    assert again == result
+
+
+def test_very_many_documents_are_resampled_in_groups_of_neighbours(monkeypatch):
+    monkeypatch.setattr(suites.tokens, "MOST_UNITS", 7)
+    result: dict[str, Any] = {"model": {}, "n-gram": {}}
+    nats = np.arange(1.0, 41.0)
+    documents = {"names": ["f"] * 40, "tokens": [2] * 40, "bytes": [5] * 40}
+    add_intervals(result, documents | {"nats": {"model": nats, "n-gram": nats + 1}}, 0)
+    assert result["model"]["intervals"]["loss"]["n"] == 7
+    assert result["model"]["intervals"]["loss"]["mean"] == pytest.approx(nats.sum() / 80)
+    one: dict[str, Any] = {"model": {}, "n-gram": {}}
+    documents = {"names": ["f"], "tokens": [2], "bytes": [5], "nats": {"model": [1.0], "n-gram": [2.0]}}
+    add_intervals(one, documents, 0)
+    assert "intervals" not in one["model"] and "token_verdicts" not in one
+
+
+@pytest.mark.slow
+def test_intervals_of_the_loss_cover_it_93_to_97_percent_of_the_time():
+    draw = np.random.default_rng(0)
+    covered, trials = 0, 2000
+    for _ in range(trials):
+        tokens = draw.integers(20, 400, 60).astype(float)
+        nats = tokens * draw.gamma(16, 2.0 / 16, 60)  # 2 nats a token, whatever the document's length
+        rows = np.column_stack([nats, tokens, tokens])
+        found = interval(rows, suites.tokens.OF_SUMS["loss"], int(draw.integers(2**31)), resamples=1000)
+        covered += found.low <= 2.0 <= found.high
+    assert 0.93 <= covered / trials <= 0.97
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -147,20 +259,7 @@ def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monke
 @pytest.fixture
 def run(tmp_path, data, model) -> Path:
     """A finished run in a corpus of its own, which a test may change."""
-    (tmp_path / "corpus").mkdir()
-    for number in range(40):
-        (tmp_path / "corpus" / f"m{number}.py").write_text(source(number), "utf-8")
-    folder = tmp_path / "run"
-    settings = DataConfig(
-        str(tmp_path / "corpus"), validation_one_in=4, test_one_in=4, cache=str(tmp_path / "cache"), workers=1
-    )
-    config = replace(Config(), data=settings, model=model.config)
-    BYTES.save(folder / "tokenizer")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), "utf-8")
-    fingerprints = {"data": data.fingerprint, "tokenizer": BYTES.fingerprint, "code": code_fingerprint(HOUSE)}
-    (folder / "fingerprints.json").write_text(json.dumps(fingerprints), "utf-8")
-    save_checkpoint(folder / "checkpoints", 7, model, {}, 2.5, keep=False)
-    return folder
+    return run_of(tmp_path, data, model)
 
 
 def here(run: Path, **settings: Any) -> EvalConfig:
@@ -194,10 +293,15 @@ def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, mode
     for key, name in (("loss", "loss, nats a token"), ("bits_per_byte", "bits per byte")):
         for side in ("model", "n-gram"):
             assert f" {result[side][key]:.4f} " in rows[name]
+            ends = result[side]["intervals"][key]
+            assert ends["low"] < result[side][key] < ends["high"]
+            assert ends["mean"] == pytest.approx(result[side][key], rel=1e-6)
+            assert f"[{ends['low']:.4f}, {ends['high']:.4f}]" in done.stdout
+    assert f"\nloss: {result['token_verdicts']['loss']['n-gram']['verdict']}\n" in done.stdout
     assert list(result["suite"]["scores"]) == ["model", "n-gram", "copy"]
     for by_name in result["suite"]["scores"].values():
-        for interval in by_name.values():
-            assert f"{interval['mean']:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]" in done.stdout
+        for found in by_name.values():
+            assert f"{found['mean']:.1f} [{found['low']:.1f}, {found['high']:.1f}]" in done.stdout
     verdict = result["suite"]["verdicts"]["edit_similarity"]
     best = max(
         ("n-gram", "copy"), key=lambda name: result["suite"]["scores"][name]["edit_similarity"]["mean"]
@@ -211,9 +315,17 @@ def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, mode
 def test_an_evaluation_can_be_repeated_and_names_a_single_checkpoint(run):
     settings = here(run, samples=6, max_new_tokens=8, precision="fp32", batch_size=3)
     first = evaluation.evaluate(settings)
-    assert first == evaluation.evaluate(settings)
+    assert len(first.pop("kept")) == 1
+
+    def again(settings: EvalConfig) -> dict[str, Any]:
+        found = evaluation.evaluate(replace(settings, cache=f"{settings.cache}-again"))
+        assert len(found.pop("kept", [""])) == 1
+        shutil.rmtree(f"{settings.cache}-again")
+        return found
+
+    assert first == again(settings)
     one = replace(settings, checkpoint=str(run / "checkpoints" / "step-00000007"))
-    assert first == evaluation.evaluate(one)
+    assert first == again(one)
     without = evaluation.evaluate(replace(settings, samples=0))
     assert "suite" not in without
     assert without["model"] == first["model"]

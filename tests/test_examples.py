@@ -52,11 +52,11 @@ from dataset import (
     refuse_long_answers,
     validation_batches,
 )
-from eval import ngram_scores, train_ngram
 from fim import fim_markers, fim_prompt_ids, gap_of, in_text_order, trim_fim_prompt
 from generate import prompt_ids, trim_prompt
 from guards.labels import prompt_errors
 from proofs import run_difference
+from suites.tokens import ngram_scores, train_ngram
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
 from tokenstore import TokenStore, build_store, open_store
 from trainingmanager import main, train
@@ -893,7 +893,7 @@ def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(t
     assert is_trimmed(held_out, 100).any() and is_trimmed(manager.data.train, 100).any()
     scores = manager.validate()
     assert scores.tokens == held_out.n_targets
-    assert ngram_scores(train_ngram(manager.data.train), held_out, 100).tokens == scores.tokens
+    assert ngram_scores(train_ngram(manager.data.train), held_out, 100)[0].tokens == scores.tokens
 
 
 def test_a_resumed_run_with_gaps_equals_one_that_was_never_stopped(gap_config: Config, tmp_path: Path):

@@ -38,6 +38,10 @@ def test_a_planted_fault_is_caught_and_its_twin_passes(plant: Plant) -> None:
     assert not result.healthy
 
 
+def test_every_fault_that_a_guard_names_is_planted() -> None:
+    assert {*looking.FAULTS.split()} <= {plant.expected for plant in PLANTS}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*preflight.GUARDS, "live"])
 def test_without_a_guard_the_selftest_is_red(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,10 +58,11 @@ def disable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # One plant that only this guard catches.
 ALONE = {
+    "sizes": "M8 vocabulary",
     "labels": "T4 end",
     "order": "D6 order",
     "probe": "M2 packing",
-    "start": "M8 vocabulary",
+    "start": "M3 start",
     "split": "D1 variants",
     "settings": "M6 dropout",
     "same path": "M9 path",
@@ -115,6 +120,8 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
     {"model": {"rope_scaling": "dynamic", "rope_factor": 2.0}},
     {"model": {"n_head": 4, "fused_qkv": True, "qkv_layout": "shards"}},
     {"model": {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}},
+    plants.merged(plants.TUNED, {"lora": {"dropout": 0.5, "dora": True, "lr_ratio": 16.0}}),
+    plants.merged(plants.TUNED, {"lora": {"dropout": 0.1, "init": "pissa"}}),
 ]
 
 

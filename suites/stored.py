@@ -1,0 +1,20 @@
+"""One example of a token store, as it was before tokenisation."""
+
+from __future__ import annotations
+
+from generate import added_text
+from suites.scoring import Example
+from tokenizer import Tokenizer
+from tokenstore import TokenStore
+
+
+def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Example:
+    """One example of the store; its texts come back as they were, which the store made sure of."""
+    ids = store.document(number).tolist()
+    prompt_length, gap = int(store.prompt_lengths[number]), int(store.suffix_places[number])
+    reference = added_text(tokenizer, ids[:prompt_length], ids[prompt_length:])
+    suffix = None
+    asked = ids[:prompt_length]
+    if gap:
+        asked, suffix = ids[1:gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
+    return Example(store.names[number], number, tokenizer.decode(asked), reference, suffix)

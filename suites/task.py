@@ -1,0 +1,117 @@
+"""What every suite says of itself: examples, where their answers end, and the answers that take no model.
+
+task = TASKS["fim_line"](Given(tokenizer, 512, 200, 0, 0, data))     # suites/tasks.py
+complete(model, tokenizer, task.examples, task.cut, task.max_new_tokens, ...)
+scored(task.suite, task.examples, {"model": ..., **task.baselines()})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset import PreparedData
+from functional import Problem, field_of, read_rows
+from suites.completing import Cut, uncut
+from suites.scoring import Example, Predictions, Suite
+from tokenizer import Tokenizer
+
+HELD_OUT = 200  # examples of held-out files, where --samples does not say; of a suite's own file all
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a suite makes its examples of.
+
+    Args:
+        tokenizer: The model's; None where predictions were made elsewhere.
+        length: Tokens of a row: of a prompt and its completion together.
+        n: Most examples; None for as many as the suite has by itself.
+        seed: Of their choice.
+        max_new_tokens: Most tokens of a completion; 0 for the suite's own number.
+        data: Of a run; None for a published model.
+        file: The suite's own file.
+    """
+
+    tokenizer: Tokenizer | None
+    length: int
+    n: int | None
+    seed: int
+    max_new_tokens: int
+    data: PreparedData | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a suite asks of every system alike.
+
+    Args:
+        suite: How it is scored.
+        examples: In the order of the predictions.
+        max_new_tokens: Most tokens of a completion.
+        wanted: What the examples are, in words.
+        baselines: Answers that take no model, one for each example.
+        cut: The part of a text that is the prediction.
+        stop: Strings that end a text and are no part of it.
+        problems: Of a suite of programs, by their id, which is their example's name.
+    """
+
+    suite: Suite
+    examples: list[Example]
+    max_new_tokens: int
+    wanted: str
+    baselines: Callable[[], dict[str, list[str]]]
+    cut: Cut = uncut
+    stop: tuple[str, ...] = ()
+    problems: dict[str, Problem] | None = None
+
+
+def held_out(given: Given, name: str) -> tuple[PreparedData, Tokenizer, int]:
+    """The run's data, its tokenizer, and how many examples to draw.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if given.data is None or given.tokenizer is None:
+        raise ValueError(
+            f"the suite {name} is of a run's held-out files, and this model has none; give --checkpoint RUN, "
+            "or a suite with a file of its own"
+        )
+    return given.data, given.tokenizer, HELD_OUT if given.n is None else given.n
+
+
+def rows_of(given: Given, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of the suite's file with their places for messages: all, or `n` drawn by the seed, in order.
+
+    Raises:
+        ValueError: no file is given, it cannot be read, or it is empty.
+    """
+    if given.file is None:
+        raise ValueError(f"the suite {name} is asked from a file; name it with --suite_file")
+    rows = list(read_rows(Path(given.file)))
+    if not rows:
+        raise ValueError(f"{given.file} has no rows; give the published file of the suite {name}")
+    return drawn(rows, given)
+
+
+def drawn(rows: list[Any], given: Given) -> list[Any]:
+    """`n` of them, in their order."""
+    if given.n is None or given.n >= len(rows):
+        return rows
+    draw = np.random.Generator(np.random.PCG64(given.seed))
+    return [rows[i] for i in sorted(draw.permutation(len(rows))[: given.n])]
+
+
+def texts_of(where: str, row: dict[str, Any], *names: str) -> Iterator[str]:
+    """Fields of a row that must be text; ValueError for one that is not."""
+    return (field_of(where, row, name, str) for name in names)
+
+
+def answers(systems: dict[str, list[str]]) -> dict[str, Predictions]:
+    """As predictions."""
+    return {system: Predictions(texts) for system, texts in systems.items()}

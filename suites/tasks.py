@@ -1,0 +1,47 @@
+"""The suites by name, each made by the file that knows it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from suites import codexglue, gaps, lines, pairs, programs
+from suites.scoring import SUITES
+from suites.task import Given, Task
+
+TASKS: dict[str, Callable[[Given], Task]] = {
+    "next_line": lines.task,
+    "pairs": pairs.task,
+    "fim_line": gaps.line_task,
+    "fim_lines": gaps.lines_task,
+    "fim_span": gaps.span_task,
+    "codexglue_method": codexglue.method_task,
+    "codexglue_line": codexglue.line_task,
+    "humaneval": programs.humaneval_task,
+    "mbpp": programs.mbpp_task,
+    "humaneval_infilling": programs.infilling_task,
+}
+assert set(TASKS) == set(SUITES)
+TOKENS = "next_token"  # the token scores, which are of no task
+OF_FILES = {"codexglue_method", "codexglue_line", "humaneval", "mbpp", "humaneval_infilling"}
+TOGETHER = {"fim": ("fim_line", "fim_lines", "fim_span")}
+
+
+def suite_names(asked: str) -> tuple[str, ...]:
+    """The names in `asked`, between commas; `fim` stands for its three.
+
+    Raises:
+        ValueError: a name that no suite has, or the same one twice.
+    """
+    names: list[str] = []
+    for name in filter(None, map(str.strip, asked.split(","))):
+        known = [TOKENS, *TASKS, *TOGETHER]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f", did you mean {near[0]}" if near else ""
+            raise ValueError(f"no suite is called {name!r}{meant}; there are {', '.join(known)}")
+        names += TOGETHER.get(name, (name,))
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ValueError(f"the suite {twice[0]} is named twice; name it once")
+    return tuple(names)
