@@ -42,7 +42,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,11 @@ HOUSE = Path(__file__).parent
 
 
 class BudgetUsed(ValueError):
-    """A run that is resumed has nothing left to do."""
+    """A run is resumed whose budget is used up: there is nothing left to do."""
+
+
+# Told of each step, with what was logged of it and of its validation, if there was one; True ends the run.
+Observer = Callable[["TrainingManager", dict[str, float]], bool]
 
 
 @dataclass
@@ -186,8 +190,8 @@ class TrainingManager:
 
     # --- the loop ------------------------------------------------------------------------------------
 
-    def fit(self, subject: Subject) -> None:
-        """Train until the budget is used, patience ends, or a signal asks for a stop; then save."""
+    def fit(self, subject: Subject, observer: Observer | None = None) -> None:
+        """Train until the budget is used, patience ends, or a signal or the observer says so; then save."""
         if self.saved_step is not None and self.progress() >= 1:
             raise BudgetUsed(
                 f"the budget of {self.folder} is used up at step {self.state.step}; to go on, raise what "
@@ -216,9 +220,11 @@ class TrainingManager:
                     log.write(step, values | {"train/tokens_per_second": rate})
                 due = bool(train.validate_every) and step % train.validate_every == 0
                 if due or (train.save_every and step % train.save_every == 0):
-                    self.validate_and_save(log)
+                    values |= self.validate_and_save(log)
                     self.state.seconds = time.perf_counter() - started
                 if train.overfit and not train.prove_resume and due and self.knows_by_heart(self.validate()):
+                    break
+                if observer is not None and observer(self, values):
                     break
             if self.out_of_patience():
                 say(f"stopped early: {train.patience} validations without a better loss")
@@ -336,8 +342,8 @@ class TrainingManager:
         unforeseen = 0 if self.data.train.holds_examples else self.data.train.n_documents - 1
         return round((1 - scores.top1) * scores.tokens) <= unforeseen
 
-    def validate_and_save(self, log: Log) -> None:
-        """Validate, keep count of patience, and save; only then tell."""
+    def validate_and_save(self, log: Log) -> dict[str, float]:
+        """Validate, keep count of patience, and save; only then tell. Returns what is logged."""
         train, state = self.config.train, self.state
         scores = self.validate(train.validation_batches)
         if not math.isfinite(scores.loss):
@@ -349,21 +355,20 @@ class TrainingManager:
         state.best_loss = min(scores.loss, state.best_loss)
         state.validations_without_better = 0 if better else state.validations_without_better + 1
         # Before the checkpoint exists: a resume drops the lines after its checkpoint, but could not add one.
-        log.write(
-            state.step,
-            {
-                "eval/loss": scores.loss,
-                "eval/perplexity": scores.perplexity,
-                "eval/bits_per_byte": scores.loss / math.log(2) * self.targets_per_byte,
-                "eval/top1": scores.top1,
-            },
-        )
+        values = {
+            "eval/loss": scores.loss,
+            "eval/perplexity": scores.perplexity,
+            "eval/bits_per_byte": scores.loss / math.log(2) * self.targets_per_byte,
+            "eval/top1": scores.top1,
+        }
+        log.write(state.step, values)
         log.to_disk()
         self.save(scores.loss)
         say(
             f"step {state.step}: validation loss {scores.loss:.3f}, top-1 {scores.top1:.1%}"
             + (", the best so far" if better else "")
         )
+        return values
 
     def save(self, loss: float | None) -> None:
         """Write a checkpoint and remove what is superseded; ValueError if a tensor of it is not finite."""
@@ -590,18 +595,20 @@ def compile_blocks(model: Decoder) -> None:
 # --- a run, from settings to the final report --------------------------------------------------------
 
 
-def train(config: Config) -> TrainingManager:
+def train(config: Config, observer: Observer | None = None) -> TrainingManager:
     """One whole run, from settings to the last checkpoint; prints what it decides on the way.
+
+    `observer` is told of each step and may end the run there.
 
     Raises:
         ValueError: The settings, the data or the folder do not fit; nothing that was there is touched.
         OSError: The disk is full or read-only; older checkpoints stay.
     """
     with claimed_folder(config) as folder:
-        return _train_in(folder, config)
+        return _train_in(folder, config, observer)
 
 
-def _train_in(folder: Path, config: Config) -> TrainingManager:
+def _train_in(folder: Path, config: Config, observer: Observer | None = None) -> TrainingManager:
     if config.data.validation_one_in == 0 and not config.train.overfit:
         raise ValueError(
             "--data.validation_one_in 0 would validate on the training files; only --overfit may"
@@ -668,7 +675,7 @@ def _train_in(folder: Path, config: Config) -> TrainingManager:
     saved = config.to_dict() | {"run": str(folder), "resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
     record_overrides(folder, passed)
-    manager.fit(subject)
+    manager.fit(subject, observer)
     return manager
 
 

@@ -171,7 +171,7 @@ def test_a_resume_that_drops_something_is_refused_by_its_name(
         train(adapted(config, resume=True))
 
 
-def with_every_counter_moved(manager: TrainingManager, log: Any) -> None:
+def with_every_counter_moved(manager: TrainingManager, log: Any) -> dict[str, float]:
     """A save before which nothing that a resume restores is as it was at the start."""
     manager.scaler.update(new_scale=2.0)
     manager.state.validations_without_better = manager.state.skipped_updates = 2
@@ -180,6 +180,7 @@ def with_every_counter_moved(manager: TrainingManager, log: Any) -> None:
     random.random()
     np.random.rand()
     manager.save(5.0)
+    return {}
 
 
 def test_what_changes_between_the_resume_and_the_first_step_is_refused(

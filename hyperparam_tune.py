@@ -1,0 +1,195 @@
+"""Sweep over any setting: `python hyperparam_tune.py [--config FILE.yaml] [--workers N] [--flag value ...]`.
+
+    space: -> trials through the ordinary training -> table, pictures, and the best config as a file
+
+With no arguments it sweeps the default model on the interpreter's own standard library for 15 minutes. The
+same command goes on with a study that was stopped, and joins one that is under way, here or elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from config import one_sentence, write_atomically
+from sweeps.settings import Settings, parse_settings
+
+# Before torch is imported, so that --help and a typo answer at once.
+SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeps import verdict
+from sweeps.board import Board, Pulse, is_done
+from sweeps.storage import told
+from sweeps.study import open_studies
+from sweeps.worker import ALL_FAILED, STOPPED, start
+
+LOOK = 1.0  # seconds between two looks at workers and study
+DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
+
+
+def prepare(settings: Settings) -> None:
+    """Tokenizer and tokens of the config itself, once for all trials; a mistake in the data is told here."""
+    from dataset import prepare_data, prepare_tokenizer
+
+    if settings.config.train.base is None:
+        prepare_data(settings.config.data, prepare_tokenizer(settings.config.data, settings.config.tokenizer))
+
+
+class Crew:
+    """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.asked = 0  # signals
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
+        self.context = multiprocessing.get_context("spawn")
+        self.deaths = 0
+        self.processes: list[Any] = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.stop)
+        for _ in range(settings.sweep.workers):
+            self.processes.append(self.started())
+
+    def started(self) -> Any:
+        process = self.context.Process(target=start, args=(self.settings,))
+        process.start()
+        return process
+
+    def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
+        self.asked += 1
+        for process in self.processes:
+            if process.is_alive():
+                process.terminate() if self.asked == 1 else process.kill()
+
+    def look(self) -> int | None:
+        """The exit code of all once they have ended; those that were killed are started again."""
+        for place, process in enumerate(self.processes):
+            code = process.exitcode
+            if code in (None, 0, STOPPED, 2) or self.asked:
+                continue
+            self.deaths += 1
+            if self.deaths > DEATHS_IN_A_ROW:  # the others are told to stop by whoever called
+                raise ValueError(
+                    f"{DEATHS_IN_A_ROW} workers died in a row and no trial ended between; the last one's "
+                    f"exit code was {code}"
+                )
+            print(f"a worker died (exit code {code}); another one takes its trial up")
+            self.processes[place] = self.started()
+        codes = [process.exitcode for process in self.processes]
+        if 2 in codes and not self.asked:
+            self.stop()
+        if None in codes:
+            return None
+        return 2 if 2 in codes else STOPPED if self.asked or STOPPED in codes else 0
+
+
+def sweep(settings: Settings) -> int:
+    """The whole sweep; the exit code: 0 at its end, 75 where it was stopped and can go on.
+
+    Raises:
+        ValueError: The storage, the data or every trial is at fault; one sentence.
+    """
+    folder = settings.sweep.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with told(settings.sweep.storage, folder):
+        studies = open_studies(settings)
+    prepare(settings)
+    pulse = Pulse(studies[0], folder)  # not of a worker: it only looks
+    trials, repeats = (Board(study, pulse) for study in studies)
+    shown = {slot for slot, record in trials.slots().items() if is_done(record)}
+    again = {slot for slot, record in repeats.slots().items() if is_done(record)}
+    if shown:
+        print(f"the study in {folder} goes on after {len(shown)} trials")
+    crew, code = Crew(settings), None
+    try:
+        with told(settings.sweep.storage, folder):
+            while code is None:
+                time.sleep(LOOK)
+                code = crew.look()
+                for board, known in ((trials, shown), (repeats, again)):
+                    for slot, record in board.slots().items():
+                        if is_done(record) and slot not in known:
+                            known.add(slot)
+                            crew.deaths = 0
+                            print(line(settings, board is repeats, record), flush=True)
+            trials.reap()
+            repeats.reap()
+    except ValueError:
+        crew.stop()
+        raise
+    if code == 2:
+        return 2
+    slots, repeated = trials.slots(), repeats.slots()
+    if code == STOPPED:
+        print(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")
+        return code
+    finish(settings, studies, slots, repeated)
+    if slots and all(record.state == TrialState.FAIL for record in slots.values()):
+        reason = slots[0].user_attrs.get("reason")
+        raise ValueError(
+            f"all {len(slots)} trials failed (it stops after {ALL_FAILED}); the first one: {reason}"
+        )
+    return 0
+
+
+def line(settings: Settings, is_repeat: bool, record: FrozenTrial) -> str:
+    """What became of a slot, in one line."""
+    facts = record.user_attrs
+    name = f"trial {facts['slot']}"
+    if is_repeat:
+        name = f"{verdict.called(facts['of'])} again, seed {facts['seed']}"
+    if record.state == TrialState.FAIL:
+        return f"{name}: failed: {facts.get('reason')}"
+    if "same_as" in facts:
+        return f"{name}: as trial {facts['same_as']}, which has the same settings"
+    took = f"{facts.get('steps', 0):,} steps, {facts.get('seconds', 0):.0f} s"
+    if record.state == TrialState.PRUNED:
+        return f"{name}: pruned after {took}"
+    names = zip(settings.sweep.objectives, record.values, strict=True)
+    return f"{name}: {', '.join(f'{n} {verdict.number(v)}' for n, v in names)} ({took})"
+
+
+def finish(
+    settings: Settings,
+    studies: tuple[Any, Any],
+    slots: Mapping[int, FrozenTrial],
+    repeats: Mapping[int, FrozenTrial],
+) -> None:
+    """Print the table and the verdict; write the best config, the pictures and the page."""
+    from sweeps.pictures import draw
+
+    folder = settings.sweep.folder
+    rows = verdict.table(settings, slots)
+    said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
+    judged = verdict.verdict(settings, slots, repeats)
+    print("\n".join(["", *rows, "", *said, "", *judged, ""]))
+    best = verdict.winner(settings, slots, repeats)
+    config = verdict.config_of(settings, slots, best)
+    head = (
+        f"# {verdict.called(best).capitalize()} of the sweep in {folder}; budgets are those of its trials.\n"
+    )
+    path = folder / "best.yaml"
+    write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
+    pictures = draw(settings, studies[0], slots, ["\n".join(rows), *said, *judged])
+    print(f"best config  python trainingmanager.py --config {path}")
+    print(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
+    print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def main(settings: Settings) -> None:
+    with one_sentence():
+        sys.exit(sweep(settings))
+
+
+if SETTINGS is not None:
+    main(SETTINGS)

@@ -1,0 +1,225 @@
+"""The settings of a sweep: its own, the space, and the config that is varied; from YAML and flags."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
+from sweeps.space import Space, parse_space
+
+DEFAULT = RECIPES / "sweep.yaml"
+OBJECTIVES = {  # name: whether less is better
+    "bits_per_byte": True,
+    "parameters": True,
+    "tokens_per_second": False,
+}
+TRIALS = 30  # where no budget is set
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """How long a sweep goes on, with how many workers, and how it chooses.
+
+    Args:
+        study: Folder of the sweep: runs, journal, table, pictures and the best config. The same command goes
+            on with the study that is there. By default `runs/sweep`, with the name of the config file.
+        storage: `journal:FILE`, `grpc://HOST:PORT`, or any URL that Optuna knows (`sqlite:///FILE`,
+            `postgresql://...`); by default a journal in the study's folder.
+        trials: Budget in trials; 30 where no other is set.
+        steps: Budget in training steps of all trials; no trial begins that might go beyond it.
+        seconds: Budget in seconds by the clock while at least one worker is at it, repeats included.
+        workers: Processes on this machine, which share its cores.
+        sampler: How settings are chosen: `tpe`, `random`, `grid`, `cmaes` or `gp`.
+        pruner: What ends bad trials early: `median`, `hyperband`, `halving`, `patient` or `none`; `auto` is
+            median, and none with several objectives.
+        objectives: `bits_per_byte` of validation, `parameters`, `tokens_per_second`; several give a front.
+        sampler_seed: Of the sampler.
+        repeat_best: How many of the best settings are trained again with other seeds, and the config itself.
+        repeat_seeds: With how many; 0 repeats nothing.
+        deaths: A trial at which this many workers died in a row, without a validation between, has failed.
+    """
+
+    study: str = ""
+    storage: str = ""
+    trials: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    workers: int = 1
+    sampler: Literal["tpe", "random", "grid", "cmaes", "gp"] = "tpe"
+    pruner: Literal["auto", "none", "median", "hyperband", "halving", "patient"] = "auto"
+    objectives: tuple[str, ...] = ("bits_per_byte",)
+    sampler_seed: int = 0
+    repeat_best: int = 2
+    repeat_seeds: int = 3
+    deaths: int = 5
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.study)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a worker needs; plain data, handed to its process."""
+
+    sweep: SweepConfig
+    space: Space
+    config: Config  # what is varied, and what the best is compared with
+
+
+def parse_settings(words: list[str]) -> Settings:
+    """The settings of a command line; a mistake prints one sentence and exits with 2."""
+    names = {f"--{f.name}" for f in fields(SweepConfig)}
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if "--help" in words or "-h" in words:
+        make_parser({"": SweepConfig}, _HELP).parse_args(["--help"])
+    _refuse_unknown(words, names)
+    if "--config" not in words:
+        words = ["--config", str(DEFAULT), *words]
+    own: list[str] = []  # flags of the sweep
+    rest: list[str] = []
+    sections: dict[str, dict[str, Any]] = {"space": {}, "sweep": {}}
+    files: list[Path] = []
+    place = 0
+    while place < len(words):
+        word, value = words[place], words[place + 1] if place + 1 < len(words) else None
+        if word in names and value is not None:
+            own += [word, value]
+        elif word == "--config" and value is not None:
+            files.append(Path(value))
+            rest += _without_sections(value, sections)
+        else:
+            rest.append(word)
+            place += 1
+            continue
+        place += 2
+    if rest.count("--print_config"):
+        own = []
+    parser = make_parser({"": SweepConfig}, _HELP)
+    flags = [
+        json.dumps(w.split(",")) if b == "--objectives" and not w.startswith("[") else w
+        for b, w in zip(["", *own], own, strict=False)
+    ]
+    unknown = next((key for key in sections["sweep"] if f"--{key}" not in names), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(str(unknown), [n.removeprefix("--") for n in names], 1, 0.5)
+        parser.error(f"sweep: {unknown} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+    before = [] if not sections["sweep"] else ["--config", json.dumps(sections["sweep"])]
+    values = parser.parse_args([*before, *flags]).clone(with_meta=False).as_dict()
+    config = parse_config(rest, "Sweep over the settings of a training.")
+    try:
+        values["objectives"] = tuple(values["objectives"])
+        values.pop("config", None)
+        sweep = _checked(SweepConfig(**values), config, files[-1])
+        if not sections["space"]:
+            raise ValueError(
+                f"{files[-1]} has no `space:` section; say there what varies, such as "
+                "`optimizer.lr: {log: [1e-3, 1e-1]}`"
+            )
+        space = parse_space(sections["space"], config)
+        _refuse_flags(space, rest)
+        if sweep.sampler == "grid":
+            space.grid(config)
+        return Settings(sweep, space, config)
+    except ValueError as error:
+        return parser.error(str(error))
+
+
+_HELP = (
+    "Sweep over any setting of a training. Every flag and YAML key of trainingmanager.py is taken too; what "
+    "varies stands in the section `space:` of a --config file, and these flags may stand in `sweep:`."
+)
+
+
+def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[str]:
+    """The words for the rest of a config file, after its sections `space` and `sweep` were taken."""
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return ["--config", path]  # whose reader has the right words for it
+    if not isinstance(values, dict):
+        return ["--config", path]
+    for name, known in sections.items():
+        found = values.pop(name, {})
+        if not isinstance(found, dict):
+            print(f"error: {name} in {path} must be a mapping of keys to values", file=sys.stderr)
+            sys.exit(2)
+        known |= found
+    return ["--config", json.dumps(values, default=str)] if values else []
+
+
+def _refuse_unknown(words: list[str], names: set[str]) -> None:
+    """A flag that nobody knows, with the nearest of both kinds."""
+    keys = {"--config", "--help", "--print_config", *names}
+    keys |= {
+        f"--{g}.{f.name}".replace("--.", "--") for g, group in CONFIG_GROUPS.items() for f in fields(group)
+    }
+    for word in words:
+        if word.startswith("--") and word not in keys:
+            near = difflib.get_close_matches(word, keys, 1, 0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            print(f"error: {word} is no flag{hint}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _refuse_flags(space: Space, words: list[str]) -> None:
+    """A value in a file is what the sweep is compared with; a flag for what varies contradicts the space."""
+    for parameter in space.parameters:
+        for key in (
+            space.settings({parameter.key: parameter.choices[0]}) if parameter.arms else (parameter.key,)
+        ):
+            if f"--{key}" in words:
+                raise ValueError(f"--{key} is set, and the space varies it; leave one of them out")
+
+
+def _checked(sweep: SweepConfig, config: Config, file: Path) -> SweepConfig:
+    """With what was left open filled in; ValueError for what cannot be."""
+    for name, least in (
+        ("trials", 0),
+        ("steps", 0),
+        ("seconds", 0),
+        ("workers", 1),
+        ("sampler_seed", 0),
+        ("repeat_best", 1),
+        ("repeat_seeds", 0),
+        ("deaths", 1),
+    ):
+        if not getattr(sweep, name) >= least:
+            raise ValueError(f"{name} is {getattr(sweep, name)}; it must be at least {least}")
+    for name in sweep.objectives:
+        if name not in OBJECTIVES:
+            near = difflib.get_close_matches(name, OBJECTIVES, 1, 0.0)[0]
+            raise ValueError(f"objectives: {name} is none of {', '.join(OBJECTIVES)}; did you mean {near}?")
+    if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
+        raise ValueError("objectives must be named, each once")
+    several = len(sweep.objectives) > 1
+    if several and sweep.sampler == "cmaes":
+        raise ValueError("sampler cmaes knows one objective; take tpe, random, grid or gp for several")
+    by_loss = sweep.objectives == ("bits_per_byte",)
+    if not by_loss and sweep.pruner not in ("auto", "none"):
+        raise ValueError(
+            f"pruner {sweep.pruner} goes by bits_per_byte alone; take none with other objectives"
+        )
+    train = config.train
+    for name in ("run", "resume", "prove_resume", "overfit"):
+        if getattr(train, name):
+            raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")
+    if sweep.steps and not train.max_steps:
+        raise ValueError("a budget of --steps needs --max_steps, the steps of one trial")
+    if sweep.steps and sweep.steps < train.max_steps:
+        raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {train.max_steps}")
+    filled: dict[str, Any] = {}
+    if not sweep.study:
+        filled["study"] = "runs/sweep" if file == DEFAULT else f"runs/sweep-{file.stem}"
+    if not (sweep.trials or sweep.steps or sweep.seconds):
+        filled["trials"] = TRIALS
+    if sweep.pruner == "auto":
+        filled["pruner"] = "median" if by_loss else "none"
+    return SweepConfig(**asdict(sweep) | filled)

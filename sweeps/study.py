@@ -1,0 +1,174 @@
+"""A study in its storage: which one it is, how it chooses, and how it prunes. The rest is Optuna's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    PatientPruner,
+    SuccessiveHalvingPruner,
+)
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
+
+from runfolder import FREE, KEY_CLASSES, flat
+from sweeps.settings import OBJECTIVES, Settings
+from sweeps.space import MATTERS, Parameter
+from sweeps.storage import open_storage, patiently, told
+
+STARTUP = 5  # trials at random before a sampler models, and before a pruner compares
+REPEATS = "-repeats"  # and the study's name before it: the study of the repeats
+
+
+def open_studies(settings: Settings) -> tuple[optuna.Study, optuna.Study]:
+    """The study of the trials and that of the repeats, new or as they are.
+
+    Raises:
+        ValueError: The storage cannot be used, or it holds a study of that name with another space or config.
+    """
+    sweep = settings.sweep
+    storage = open_storage(sweep.storage, sweep.folder)
+    with told(sweep.storage, sweep.folder):
+        name = settings.sweep.folder.name
+        return _opened(storage, name, settings), _opened(storage, name + REPEATS, settings)
+
+
+def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings) -> optuna.Study:
+    directions = [
+        StudyDirection.MINIMIZE if OBJECTIVES[o] else StudyDirection.MAXIMIZE
+        for o in settings.sweep.objectives
+    ]
+    try:  # before it is created: a study that is refused is not written to
+        study = optuna.load_study(storage=storage, study_name=name, pruner=NopPruner())
+    except KeyError:
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=directions, load_if_exists=True, pruner=NopPruner()
+        )
+    own = json.loads(json.dumps(identity(settings)))
+    known = study.user_attrs.get("identity")
+    if known is None:
+        if study.get_trials(deepcopy=False):
+            raise ValueError(
+                f"the study {name} in the storage was not made by this command; name another --study"
+            )
+        study.set_user_attr("identity", own)
+        known = study.user_attrs["identity"]  # of two that began at once, the later one's
+    for part in ("objectives", "space", "config"):
+        if known[part] != own[part]:
+            raise ValueError(
+                f"the study {name} has another {part}: {_difference(known[part], own[part])}"
+                "; set it back, or name another --study"
+            )
+    return study
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """What trials of one study share: other budgets, workers, samplers and pruners may go on with it."""
+    return {
+        "objectives": list(settings.sweep.objectives),
+        "space": settings.space.plain,
+        "config": {
+            key: value
+            for key, value in flat(settings.config).items()
+            if KEY_CLASSES.get(key) != FREE or key in MATTERS
+        },
+    }
+
+
+def _difference(known: Any, own: Any) -> str:
+    if not isinstance(known, dict):
+        return f"it was {known} and is {own} now"
+    key = next(k for k in {**known, **own} if known.get(k, ()) != own.get(k, ()))
+    was, now = (d.get(key, "left out") for d in (known, own))
+    if isinstance(was, dict) and isinstance(now, dict):
+        inner = next(k for k in {**was, **now} if was.get(k, ()) != now.get(k, ()))
+        was, now = f"{inner} {was.get(inner, 'not given')}", f"{inner} {now.get(inner, 'not given')}"
+    return f"{key} was {was} and is {now} now"
+
+
+def make_sampler(settings: Settings, slot: int) -> BaseSampler:
+    """Fresh for each slot, and seeded by it: workers that share a seed would ask for the same settings."""
+    sweep = settings.sweep
+    seed = (sweep.sampler_seed * 1_000_003 + slot) % 2**32
+    if sweep.sampler == "tpe":
+        return TPESampler(
+            n_startup_trials=STARTUP,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            seed=seed,
+        )
+    if sweep.sampler == "cmaes":
+        return CmaEsSampler(n_startup_trials=STARTUP, seed=seed)
+    if sweep.sampler == "gp":
+        return GPSampler(n_startup_trials=STARTUP, seed=seed)
+    return RandomSampler(seed=seed)
+
+
+def make_pruner(settings: Settings) -> BasePruner:
+    """By validations: a rung is at least the steps between two of them."""
+    train, name = settings.config.train, settings.sweep.pruner
+    if name == "median":
+        return MedianPruner(n_startup_trials=STARTUP)
+    if name == "patient":
+        return PatientPruner(MedianPruner(n_startup_trials=STARTUP), patience=1)
+    every = max(1, train.validate_every)
+    if name == "halving":
+        return SuccessiveHalvingPruner(min_resource=every, reduction_factor=3)
+    if name == "hyperband":
+        most = train.max_steps if train.max_steps > every else "auto"
+        return HyperbandPruner(min_resource=every, max_resource=most, reduction_factor=3)
+    return NopPruner()
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    if parameter.kind == "choice":
+        return CategoricalDistribution([label(value) for value in parameter.choices])
+    if parameter.kind == "int":
+        return IntDistribution(int(parameter.low), int(parameter.high), parameter.log, parameter.step)
+    return FloatDistribution(parameter.low, parameter.high, parameter.log)
+
+
+def label(value: Any) -> Any:
+    """A choice as storages hold it: lists as JSON."""
+    return json.dumps(value) if isinstance(value, tuple) else value
+
+
+def chosen_of(settings: Settings, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `label`, for a record's parameters; of those that are known."""
+    found = {}
+    for parameter in settings.space.parameters:
+        if parameter.key in params:
+            labels = {label(value): value for value in parameter.choices}
+            value = params[parameter.key]
+            found[parameter.key] = labels[value] if parameter.kind == "choice" else value
+    return found
+
+
+def suggest(trial: optuna.trial.Trial, parameter: Parameter) -> Any:
+    """The trial's value of a parameter, as the config holds it."""
+
+    def ask() -> Any:
+        if parameter.kind == "choice":
+            labels = {label(value): value for value in parameter.choices}
+            return labels[trial.suggest_categorical(parameter.key, list(labels))]
+        if parameter.kind == "int":
+            return trial.suggest_int(
+                parameter.key, int(parameter.low), int(parameter.high), step=parameter.step, log=parameter.log
+            )
+        return trial.suggest_float(parameter.key, parameter.low, parameter.high, log=parameter.log)
+
+    return patiently(ask)

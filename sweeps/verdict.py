@@ -1,0 +1,251 @@
+"""What a sweep found: the table, whether the best differs from the config itself, and what did nothing.
+
+The best of many trials is partly the luckiest, so its own value says little. The best few and the config
+itself are trained again with the same other seeds, and compared seed by seed: Student's interval of the
+paired differences, at 95% for all comparisons together (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from config import Config
+from runfolder import flat
+from suites.scoring import aligned
+from sweeps.settings import OBJECTIVES, Settings
+from sweeps.study import chosen_of
+
+CONFIDENCE = 0.95
+SHOWN = 10  # rows of the table
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Values of one candidate with other seeds: of a trial's slot, or of the config itself (None)."""
+
+    of: int | None
+    values: dict[int, float]  # by seed
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values.values())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; not a number for a single one."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A candidate minus the config itself, over the seeds that both have."""
+
+    of: int
+    seeds: int
+    mean: float
+    low: float
+    high: float
+
+
+def repeated(settings: Settings, repeats: Mapping[int, FrozenTrial]) -> dict[int | None, Repeated]:
+    """Of each candidate its values, by the first objective."""
+    found: dict[int | None, dict[int, float]] = {}
+    for record in repeats.values():
+        if record.state == TrialState.COMPLETE:
+            attributes = record.user_attrs
+            found.setdefault(attributes["of"], {})[attributes["seed"]] = record.values[0]
+    return {of: Repeated(of, values) for of, values in found.items()}
+
+
+def differences(found: Mapping[int | None, Repeated]) -> list[Difference]:
+    """Of each candidate that shares two seeds or more with the config itself."""
+    from scipy.stats import t
+
+    if None not in found:
+        return []
+    paired = {
+        of: [value - found[None].values[s] for s, value in one.values.items() if s in found[None].values]
+        for of, one in found.items()
+        if of is not None
+    }
+    paired = {of: deltas for of, deltas in paired.items() if len(deltas) > 1}
+    result = []
+    for of, deltas in paired.items():
+        mean, n = statistics.fmean(deltas), len(deltas)
+        quantile = float(t.ppf(1 - (1 - CONFIDENCE) / 2 / len(paired), n - 1))
+        half = quantile * statistics.stdev(deltas) / math.sqrt(n)
+        result.append(Difference(of, n, mean, mean - half, mean + half))
+    return result
+
+
+def winner(
+    settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
+) -> int | None:
+    """The slot with the best mean over the other seeds, else the best trial; None is the config itself."""
+    sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
+    found = repeated(settings, repeats)
+    if found:
+        most = max(len(one.values) for one in found.values())
+        whole = [one for one in found.values() if len(one.values) == most]
+        return min(whole, key=lambda one: sign * one.mean).of
+    done = [(sign * r.values[0], slot) for slot, r in slots.items() if r.state == TrialState.COMPLETE]
+    return min(done)[1] if done else None
+
+
+def config_of(settings: Settings, slots: Mapping[int, FrozenTrial], of: int | None) -> Config:
+    if of is None:
+        return settings.config
+    return settings.space.config(settings.config, chosen_of(settings, slots[of].params))
+
+
+def verdict(
+    settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
+) -> list[str]:
+    """Sentences: the repeated ones with their spread, and whether one differs from the config itself."""
+    name, found = settings.sweep.objectives[0], repeated(settings, repeats)
+    best = winner(settings, slots, repeats)
+    default = settings.space.default(settings.config)
+    if not any(r.state == TrialState.COMPLETE for r in slots.values()):
+        return ["no trial was trained to its end, so there is nothing to compare"]
+    if not found:
+        shown = (
+            "the config itself"
+            if best is None or chosen_of(settings, slots[best].params) == default
+            else f"trial {best}"
+        )
+        return [f"{shown} has the best {name}; nothing was repeated, so whether it differs is not known"]
+    lines = []
+    for of, one in sorted(found.items(), key=lambda pair: pair[1].mean):
+        values = ", ".join(number(one.values[s]) for s in sorted(one.values))
+        spread = f" +- {number(one.spread)}" if len(one.values) > 1 else ""
+        lines.append(
+            f"{called(of)}: {number(one.mean)}{spread} over {len(one.values)} other seeds ({values})"
+        )
+    compared = differences(found)
+    sign = 1 if OBJECTIVES[name] else -1
+    better = [d for d in compared if sign * (d.high if sign > 0 else d.low) < 0]
+    if not compared:
+        lines.append("too few seeds were trained to say whether any differs from the config itself")
+    for d in compared:
+        way = "lower" if d.mean < 0 else "higher"
+        sense = "better" if d in better else "worse"
+        if d.low <= 0 <= d.high:
+            sense = "not distinguishable"
+        lines.append(
+            f"{called(d.of)} against the config itself: {number(abs(d.mean))} {way}, "
+            f"{CONFIDENCE:.0%} interval [{number(d.low)}, {number(d.high)}] over {d.seeds} seeds: {sense}"
+        )
+    if compared and not better:
+        lines.append("no setting was found that differs for the better from the config itself")
+    return lines
+
+
+def called(of: int | None) -> str:
+    return "the config itself" if of is None else f"trial {of}"
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def table(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """Lines: the best trials, and the config's own if it is among them; settings beside values."""
+    default = settings.space.default(settings.config)
+    keys = [p.key for p in settings.space.parameters]
+    objectives = settings.sweep.objectives
+    sign = 1 if OBJECTIVES[objectives[0]] else -1
+    done = [(sign * r.values[0], slot) for slot, r in slots.items() if r.state == TrialState.COMPLETE]
+    order = [slot for _, slot in sorted(done)][:SHOWN]
+    own = next((s for s, r in slots.items() if chosen_of(settings, r.params) == default), None)
+    if own is not None and own not in order and slots[own].state == TrialState.COMPLETE:
+        order.append(own)
+    rows = [["trial", *(name.replace("_", " ") for name in objectives), "steps", *keys]]
+    for slot in order:
+        record = slots[slot]
+        mark = f"{slot} (the config)" if slot == own else str(slot)
+        chosen = chosen_of(settings, record.params)
+        rows.append(
+            [
+                mark,
+                *(number(value) for value in record.values),
+                f"{record.user_attrs.get('steps', 0):,}",
+                *(short(chosen[key]) if key in chosen else "-" for key in keys),
+            ]
+        )
+    return aligned(rows) if len(rows) > 1 else []
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """How many trials ended how, the steps they took, and each reason for a failure."""
+    states = Counter(record.state for record in slots.values())
+    steps = sum(record.user_attrs.get("steps", 0) for record in slots.values())
+    whole = settings.config.train.max_steps * len(slots)
+    saved = (
+        f", {1 - steps / whole:.0%} fewer than without pruning" if whole and states[TrialState.PRUNED] else ""
+    )
+    line = (
+        f"{len(slots)} trials: {states[TrialState.COMPLETE]} complete, {states[TrialState.PRUNED]} pruned, "
+        f"{states[TrialState.FAIL]} failed; {steps:,} steps{saved}"
+    )
+    reasons = Counter(
+        record.user_attrs.get("reason", "") for record in slots.values() if record.state == TrialState.FAIL
+    )
+    return [line, *(f"failed, {count} times: {reason}" for reason, count in reasons.most_common())]
+
+
+def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """Parameters that changed nothing: trials that differ in them alone had the same first losses.
+
+    Where trials with equal losses differ in several, those are named together.
+    """
+    seen = [
+        (slot, chosen_of(settings, r.params), r.user_attrs["first_losses"], r.values)
+        for slot, r in slots.items()
+        if r.user_attrs.get("first_losses")
+    ]
+    found: dict[frozenset[str], tuple[int, int, bool]] = {}
+    for (one, a, losses, value), (other, b, same, again) in itertools.combinations(seen, 2):
+        differ = frozenset(key for key in {**a, **b} if a.get(key) != b.get(key))
+        if losses == same and differ:
+            to_the_end = bool(value) and value == again
+            if differ not in found or to_the_end:
+                found[differ] = (one, other, to_the_end)
+    lines = []
+    for differ, (one, other, to_the_end) in sorted(found.items(), key=lambda pair: len(pair[0])):
+        if any(smaller < differ for smaller in found):
+            continue
+        names = " and ".join(sorted(differ))
+        count = len(slots[one].user_attrs["first_losses"])
+        if to_the_end:
+            after = "nor in their results"
+        elif slots[one].values and slots[other].values:
+            after = "their results differ, so it may act later"
+        else:
+            after = "what it would have done later is not known"
+        lines.append(
+            f"{names} changed nothing in the first {count} losses of trials {one} and {other}; {after}"
+        )
+    return lines
+
+
+def best_yaml(config: Config) -> dict[str, Any]:
+    """The config as a file for `python trainingmanager.py --config`: what differs from the defaults."""
+    default = flat(Config())
+    plain: dict[str, Any] = {}
+    for key, value in flat(config).items():
+        if value != default[key] and key not in ("run", "resume"):
+            group, _, name = key.rpartition(".")
+            (plain.setdefault(group, {}) if group else plain)[name] = value
+    return plain

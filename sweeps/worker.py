@@ -1,0 +1,336 @@
+"""What one worker does: claim a slot, train it, record it, until the budget and the repeats are done.
+
+Every worker decides alone, from the storage, so that any number of them, here and elsewhere, may come and go:
+
+    trials      slots of the study: the config itself first, if the space holds it, then what the sampler asks
+    repeats     slots of a second study: the best few and the config itself, with other seeds
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from config import Config
+from runfolder import LOCK, flat
+from sweeps.board import Board, Claim, Pulse, is_done, is_locked, spent_seconds
+from sweeps.settings import OBJECTIVES, Settings
+from sweeps.storage import patiently, told
+from sweeps.study import chosen_of, distribution, label, make_pruner, make_sampler, open_studies, suggest
+
+ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
+STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
+
+
+# --- the budget --------------------------------------------------------------------------------------
+
+
+def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: float, grid: int | None) -> bool:
+    """Whether the budget has room for a trial beyond these slots."""
+    sweep = settings.sweep
+    done = [r for r in slots.values() if is_done(r)]
+    if len(done) >= ALL_FAILED and all(r.state == TrialState.FAIL for r in done):
+        return False
+    if (sweep.trials and len(slots) >= sweep.trials) or (grid is not None and len(slots) >= grid):
+        return False
+    whole = settings.config.train.max_steps
+    used = sum(r.user_attrs.get("steps", 0) if is_done(r) else whole for r in slots.values())
+    if sweep.steps and used + whole > sweep.steps:
+        return False
+    if sweep.seconds and slots:
+        one = seconds_of_one(slots)
+        repeats = (sweep.repeat_best + 1) * sweep.repeat_seeds * one / sweep.workers
+        return spent + one + repeats <= sweep.seconds
+    return True
+
+
+def seconds_of_one(slots: Mapping[int, FrozenTrial]) -> float:
+    """What a whole trial took on average; 0 before there was one."""
+    took = [
+        r.user_attrs["seconds"]
+        for r in slots.values()
+        if r.state == TrialState.COMPLETE and "seconds" in r.user_attrs
+    ]
+    return sum(took) / len(took) if took else 0.0
+
+
+def candidates(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[int | None]:
+    """Slots to repeat, the best first, and None: the config itself. Nothing where nothing was trained."""
+    sweep = settings.sweep
+    default = settings.space.default(settings.config)
+    whole = [
+        (record.values, slot)
+        for slot, record in slots.items()
+        if record.state == TrialState.COMPLETE and chosen_of(settings, record.params) != default
+    ]
+    if not any(r.state == TrialState.COMPLETE for r in slots.values()):
+        return []
+    sign = 1 if OBJECTIVES[sweep.objectives[0]] else -1
+    best: list[int | None] = []
+    seen: list[dict[str, Any]] = []
+    for _, slot in sorted(whole, key=lambda pair: (sign * pair[0][0], pair[1])):
+        if slots[slot].params not in seen and len(best) < sweep.repeat_best:
+            best.append(slot)
+            seen.append(slots[slot].params)
+    return [*best, None]
+
+
+# --- the worker --------------------------------------------------------------------------------------
+
+
+class Worker:
+    """One process at the study."""
+
+    def __init__(self, settings: Settings, trials: optuna.Study, repeats: optuna.Study, pulse: Pulse):
+        self.settings, self.pulse = settings, pulse
+        self.trials, self.repeats = Board(trials, pulse), Board(repeats, pulse)
+        self.folder = settings.sweep.folder
+        self.grid = settings.space.grid(settings.config) if settings.sweep.sampler == "grid" else None
+        trials.pruner = make_pruner(settings)
+
+    def work(self) -> None:
+        """Until there is nothing left that anybody could do."""
+        while True:
+            self.trials.reap()
+            claim = self.trials.claim(self.more, self.template)
+            if claim is not None:
+                self.run(self.trials, claim)
+                continue
+            slots = self.trials.slots()
+            if not all(is_done(record) for record in slots.values()):
+                time.sleep(1.0)
+                continue
+            self.repeats.reap()
+            claim = self.repeats.claim(self.more_repeats, lambda known: self.missing(known)[0])
+            if claim is not None:
+                self.run(self.repeats, claim)
+            elif all(is_done(record) for record in self.repeats.slots().values()):
+                return
+            else:
+                time.sleep(1.0)
+
+    def more(self, slots: dict[int, FrozenTrial]) -> bool:
+        return more_trials(self.settings, slots, self.spent(), None if self.grid is None else len(self.grid))
+
+    def more_repeats(self, known: dict[int, FrozenTrial]) -> bool:
+        seconds, slots = self.settings.sweep.seconds, self.trials.slots()
+        if seconds and self.spent() + seconds_of_one(slots) > seconds:
+            return False
+        return bool(self.missing(known))
+
+    def spent(self) -> float:
+        if not self.settings.sweep.seconds:
+            return 0.0
+        patiently(self.pulse.beat)
+        return spent_seconds(patiently(lambda: self.pulse.study.user_attrs))
+
+    def template(self, slots: dict[int, FrozenTrial]) -> dict[str, Any]:
+        """What a new trial is given: nothing, where the sampler is to choose."""
+        slot = len(slots)
+        default = self.settings.space.default(self.settings.config)
+        chosen = self.grid[slot] if self.grid is not None else default if slot == 0 else None
+        if chosen is None:
+            return {}
+        named = {p.key: p for p in self.settings.space.parameters}
+        return {
+            "params": {key: label(value) for key, value in chosen.items()},
+            "distributions": {key: distribution(named[key]) for key in chosen},
+        }
+
+    def missing(self, known: dict[int, FrozenTrial]) -> list[dict[str, Any]]:
+        """What is repeated with which seed, of all repeats that are not known; each seed of all in turn."""
+        base, best = self.settings.config.train.seed, candidates(self.settings, self.trials.slots())
+        had = {(record.user_attrs["of"], record.user_attrs["seed"]) for record in known.values()}
+        return [
+            {"user_attrs": {"of": of, "seed": base + number}}
+            for number in range(1, self.settings.sweep.repeat_seeds + 1)
+            for of in best
+            if (of, base + number) not in had
+        ]
+
+    def run(self, board: Board, claim: Claim) -> None:
+        """Train what was claimed and record what became of it; a signal gives it back and ends the worker."""
+        from sweeps.trial import Outcome, remove_checkpoints, run_trial
+
+        try:
+            trial = None
+            if board is self.trials:
+                board.study.sampler = make_sampler(self.settings, claim.slot)
+                trial = patiently(lambda: optuna.trial.Trial(board.study, claim.record._trial_id))
+            name = f"{claim.slot:04}" if trial is not None else f"repeat-{claim.slot:04}"
+            folder = self.folder / "trials" / name
+            if claim.record.user_attrs.get("deaths", 0) >= self.settings.sweep.deaths:
+                at = claim.record.user_attrs["died_at"]
+                reason = (
+                    f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
+                )
+                self.record(board, claim, Outcome("failed", reason))
+                return
+            try:
+                config = self.config_of(claim, trial)
+            except ValueError as error:  # choices that do not go together
+                self.record(board, claim, Outcome("failed", f"it cannot be built: {error}"))
+                return
+            if trial is not None and (twin := self.twin(claim, config)) is not None:
+                self.note(board, claim, "same_as", twin.user_attrs["slot"])
+                state = "complete" if twin.state == TrialState.COMPLETE else "pruned"
+                self.record(
+                    board,
+                    claim,
+                    Outcome(state, values=dict(zip(self.objectives, twin.values or [], strict=False))),
+                )
+                return
+            if is_locked(folder / LOCK):  # a worker that was thought dead is still at it
+                board.release(claim.record, "its folder is in use")
+                time.sleep(5.0)
+                return
+            told_before = set(claim.record.intermediate_values)
+            outcome = run_trial(
+                config,
+                folder,
+                self.folder / "logs" / f"{name}.txt",
+                lambda step, value: self.report(trial, step, value, told_before),
+                lambda key, value: self.note(board, claim, key, value),
+            )
+            if outcome.state == "stopped":
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            board.release(claim.record, "it was stopped")
+            raise
+        known = patiently(lambda: board.study.get_trials(deepcopy=False))[claim.record.number].user_attrs
+        outcome.values |= {"parameters": known["parameters"]} if "parameters" in known else {}
+        self.record(board, claim, outcome)
+        if board is self.repeats:
+            remove_checkpoints(folder)
+        else:
+            self.keep_the_best()
+        if outcome.signalled:  # as it ended
+            raise KeyboardInterrupt
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self.settings.sweep.objectives
+
+    @property
+    def prunes(self) -> bool:
+        return self.settings.sweep.pruner != "none"
+
+    def config_of(self, claim: Claim, trial: optuna.trial.Trial | None) -> Config:
+        base, attributes = self.settings.config, claim.record.user_attrs
+        if trial is not None:
+            chosen = self.settings.space.draw(flat(base), lambda parameter: suggest(trial, parameter))
+            return self.settings.space.config(base, chosen)
+        of = attributes["of"]
+        if of is not None:
+            base = self.settings.space.config(base, chosen_of(self.settings, self.trials.slots()[of].params))
+        return replace(base, train=replace(base.train, seed=attributes["seed"]))
+
+    def twin(self, claim: Claim, config: Config) -> FrozenTrial | None:
+        """A trial that ended with the very same config, which would give the very same numbers."""
+        own = json.dumps(
+            {k: v for k, v in flat(config).items() if k not in ("run", "resume")}, sort_keys=True
+        )
+        self.note(
+            self.trials, claim, "fingerprint", own_hash := hashlib.sha256(own.encode()).hexdigest()[:16]
+        )
+        if config.train.max_seconds:  # no two runs by the clock are the same
+            return None
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        return next(
+            (
+                r
+                for r in self.trials.slots().values()
+                if r.state in ended and r.user_attrs.get("fingerprint") == own_hash
+            ),
+            None,
+        )
+
+    def report(self, trial: optuna.trial.Trial | None, step: int, value: float, known: set[int]) -> bool:
+        """Tell the storage of a validation, once; whether the pruner ends the trial."""
+        if trial is None:
+            return False
+        if len(self.objectives) == 1 and step not in known:
+            patiently(lambda: trial.report(value, step))
+            known.add(step)
+        return self.prunes and patiently(trial.should_prune)
+
+    def note(self, board: Board, claim: Claim, key: str, value: Any) -> None:
+        storage = board.study._storage
+        try:
+            patiently(lambda: storage.set_trial_user_attr(claim.record._trial_id, key, value))
+        except UpdateFinishedTrialError:  # another worker thought that this one was dead
+            _say(f"slot {claim.slot} was taken over while this worker stood still")
+
+    def record(self, board: Board, claim: Claim, outcome: Any) -> None:
+        """End the slot's record, with everything that the table says of it."""
+        facts = {
+            "steps": outcome.steps,
+            "seconds": outcome.seconds,
+            "reason": outcome.reason,
+            **outcome.values,
+        }
+        storage, record = board.study._storage, claim.record._trial_id
+        try:
+            for key, value in facts.items():
+                patiently(lambda key=key, value=value: storage.set_trial_user_attr(record, key, value))
+            if outcome.state == "complete":
+                values = [outcome.values[name] for name in self.objectives]
+                patiently(lambda: storage.set_trial_state_values(record, TrialState.COMPLETE, values))
+            elif outcome.state == "pruned":
+                value = outcome.values.get("bits_per_byte")
+                values = None if value is None or len(self.objectives) > 1 else [value]
+                patiently(lambda: storage.set_trial_state_values(record, TrialState.PRUNED, values))
+            else:
+                patiently(lambda: storage.set_trial_state_values(record, TrialState.FAIL))
+        except UpdateFinishedTrialError:
+            _say(f"slot {claim.slot} was taken over while this worker stood still; its result is dropped")
+
+    def keep_the_best(self) -> None:
+        """Checkpoints stay of the trials that may still be repeated or be the best."""
+        from sweeps.trial import remove_checkpoints
+
+        slots = self.trials.slots()
+        kept = {0, *candidates(self.settings, slots)}
+        for slot, record in slots.items():
+            if is_done(record) and slot not in kept:
+                remove_checkpoints(self.folder / "trials" / f"{slot:04}")
+
+
+def _say(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def start(settings: Settings) -> NoReturn:
+    """A worker's process; it exits with 0 where nothing is left to do, 75 if stopped, 2 for an error."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    os.setpgid(0, 0)  # a Ctrl-C is for the command that started it, which tells it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    sweep = settings.sweep
+    try:
+        with told(sweep.storage, sweep.folder):
+            trials, repeats = open_studies(settings)
+            with Pulse(trials, sweep.folder) as pulse:
+                Worker(settings, trials, repeats, pulse).work()
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+    except ValueError as error:
+        if os.environ.get("PLUMB_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

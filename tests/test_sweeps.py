@@ -1,0 +1,368 @@
+"""Sweeps through the real command line and by workers that are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import commands
+import optuna
+import pytest
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from scipy import stats
+
+from config import parse_config
+from sweeps import study as studies
+from sweeps.board import Board, Pulse, is_done, is_open, slots_of
+from sweeps.settings import Settings, parse_settings
+from sweeps.study import open_studies
+from sweeps.verdict import Repeated, counts, differences, idle
+from sweeps.worker import STOPPED, Worker, more_trials
+from trainingmanager import train
+
+HOUSE = Path(__file__).parent.parent
+
+
+def tiny(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """A YAML of a sweep whose trials take a second."""
+    values: dict[str, Any] = {
+        "data": {
+            "source": str(corpus),
+            "validation_one_in": 4,
+            "test_one_in": 4,
+            "workers": 1,
+            "cache": str(folder / "cache"),
+        },
+        "tokenizer": {"vocab_size": 300, "min_count": 2},
+        "model": {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16},
+        "optimizer": {"warmup_steps": 2},
+        "max_steps": 12,
+        "validate_every": 3,
+        "batch_size": 4,
+        "samples": 0,
+        "space": {"head_lr": {"log": ["1e-3", "1e-1"]}, "model.dropout": [0.0, 0.2]},
+        "sweep": {"study": str(folder / "study"), "trials": 3, "repeat_seeds": 2, "repeat_best": 1},
+    }
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(value, dict) and key != "space" else value
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    return path
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, str(HOUSE / "hyperparam_tune.py"), *map(str, words)]
+
+
+def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=900)
+
+
+def records(folder: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
+    """As Optuna's own reader has them."""
+    storage = JournalStorage(JournalFileBackend(str(folder / "study" / "journal.log")))
+    return optuna.load_study(study_name=name, storage=storage).get_trials()
+
+
+def results(folder: Path, name: str = "study") -> dict[int, Any]:
+    """Of each slot its parameters and value."""
+    return {slot: (r.params, r.value) for slot, r in slots_of(records(folder, name)).items()}
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 600) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that a sweep's command spawned to train."""
+    found = []
+    for child in children(pid):
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if b"spawn_main" in words:
+            found.append(child)
+    return found
+
+
+# --- the real command line ---------------------------------------------------------------------------
+
+
+def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Path, corpus: Path) -> None:
+    path = tiny(tmp_path, corpus, sweep={"trials": 2})
+    done = run("--config", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    study = tmp_path / "study"
+    for part in ("trial 0: bits_per_byte", "2 trials: 2 complete", "the config itself: ", " interval ["):
+        assert part in done.stdout
+    assert results(tmp_path)[0][0] == {"optimizer.head_lr": 0.01, "model.dropout": 0.0}  # the config itself
+    assert [r.user_attrs["seed"] for r in records(tmp_path, "study-repeats")] == [1, 1, 2, 2]
+    page = (study / "report.html").read_text("utf-8")
+    assert page.count("data:image/png;base64,") == len(list((study / "pictures").glob("*.png"))) >= 4
+    assert "2 trials: 2 complete" in page and "http" not in page
+    assert len(list((study / "tensorboard").glob("*/events*"))) == 2
+    assert not done.stderr or "Traceback" not in done.stderr
+
+    best = parse_config(["--config", str(study / "best.yaml")])
+    of = yaml.safe_load((study / "best.yaml").read_text("utf-8"))
+    assert best.train.max_steps == 12 and of["data"]["source"] == str(corpus)
+    words = ["--config", str(study / "best.yaml"), "--max_steps", "2", "--run", str(tmp_path / "again")]
+    assert train(parse_config(words)).state.step == 2
+
+    before = (study / "journal.log").read_bytes()
+    other = tmp_path / "other.yaml"
+    other.write_text(path.read_text("utf-8").replace("1e-3", "1e-4"), "utf-8")
+    refused = commands.command("hyperparam_tune.py", "--config", other, cwd=tmp_path)
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "another space: optimizer.head_lr was low 0.001 and is low 0.0001 now" in refused.err
+    assert (study / "journal.log").read_bytes() == before
+
+
+def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
+    path = tiny(tmp_path, corpus, max_steps=3000, sweep={"trials": 2, "repeat_seeds": 0})
+    process = subprocess.Popen(
+        command("--config", path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0000/checkpoints/step-*")))
+    trainers = workers_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == STOPPED, errors
+    assert "the same command goes on" in output and "Traceback" not in errors
+    assert trainers and not any(Path(f"/proc/{pid}").exists() for pid in trainers)
+    (slot,) = slots_of(records(tmp_path)).values()
+    assert is_open(slot) and slot.user_attrs["requeue"] == "it was stopped"
+    assert max(slot.intermediate_values) >= 3
+
+
+# --- workers in this process -------------------------------------------------------------------------
+
+
+def sweep(path: Path, *words: str) -> tuple[Settings, dict[int, optuna.trial.FrozenTrial]]:
+    """One worker's work, from the settings to the last slot."""
+    settings = parse_settings(["--config", str(path), *words])
+    settings.sweep.folder.mkdir(exist_ok=True)
+    trials, repeats = open_studies(settings)
+    with Pulse(trials, settings.sweep.folder) as pulse:
+        Worker(settings, trials, repeats, pulse).work()
+    return settings, Board(trials, pulse).slots()
+
+
+def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_on(
+    tmp_path: Path, corpus: Path
+) -> None:
+    arms = {
+        "healthy": {"model.n_layer": 1},
+        "too much memory": {"model.n_embd": 2**20, "model.n_head": 2**17},
+        "not finite": {"optimizer.head_lr": 1e38, "optimizer.muon_lr": 1e38},
+        "refused": {"model.vocab_size": 2**16},
+        "healthy too": {"model.n_layer": 2},
+    }
+    path = tiny(
+        tmp_path, corpus, space={"arms": arms}, sweep={"trials": 9, "sampler": "grid", "repeat_seeds": 0}
+    )
+    settings, slots = sweep(path)
+    states = {r.params["arms"]: r.state for r in slots.values()}
+    reasons = {r.params["arms"]: r.user_attrs["reason"] for r in slots.values()}
+    assert set(states) == set(arms)
+    trained = {name for name, state in states.items() if state == TrialState.COMPLETE}
+    assert trained == {"healthy", "healthy too"}
+    assert reasons["too much memory"] == "memory is full"
+    assert "loss of step 3 is nan" in reasons["not finite"]
+    assert reasons["refused"].startswith("preflight: vocabulary-too-large")
+    assert "failed, 1 times: memory is full" in counts(settings, slots)
+
+
+def test_a_parameter_that_changes_nothing_is_named(tmp_path: Path, corpus: Path) -> None:
+    """With muon, embedding_lr and head_lr of their own, nothing is left that lr moves."""
+    space = {"optimizer.lr": [0.01, 0.1], "model.dropout": [0.0, 0.3]}
+    path = tiny(tmp_path, corpus, space=space, sweep={"trials": 4, "sampler": "grid", "repeat_seeds": 0})
+    settings, slots = sweep(path)
+    assert len(slots) == 4
+    (line,) = idle(settings, slots)
+    assert line.startswith("optimizer.lr changed nothing in the first 10 losses") and "nor in their" in line
+
+
+def test_bad_trials_are_pruned_and_equal_ones_taken_over(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "STARTUP", 1)
+    arms = {"good": {"optimizer.embedding_lr": 0.3}, "bad": {"optimizer.embedding_lr": 1e-6}}
+    path = tiny(tmp_path, corpus, space={"arms": arms}, sweep={"trials": 5, "repeat_seeds": 0})
+    _, slots = sweep(path, "--sampler", "random")
+    for record in slots.values():
+        good = record.params["arms"] == "good"
+        assert record.state == (TrialState.COMPLETE if good else TrialState.PRUNED)
+        assert record.user_attrs["steps"] == 0 if "same_as" in record.user_attrs else (12 if good else 3)
+    assert sum("same_as" in r.user_attrs for r in slots.values()) == 3
+    assert {r.params["arms"] for r in slots.values()} == set(arms)
+    assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
+def test_samplers_ask_within_the_space(tmp_path: Path, corpus: Path, sampler: str) -> None:
+    """Without training: each is asked after trials that were told, as many as it needs to model them."""
+    space = {"head_lr": {"log": [1e-3, 1e-1]}, "model.n_layer": {"int": [1, 3]}}
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus, space=space)), "--sampler", sampler])
+    settings.sweep.folder.mkdir()
+    trials, _ = open_studies(settings)
+    drawn = []
+    for slot in range(9):
+        trials.sampler = studies.make_sampler(settings, slot)
+        trial = trials.ask()
+        chosen = settings.space.draw({}, lambda p, t=trial: studies.suggest(t, p))
+        assert all(p.holds(chosen[p.key]) for p in settings.space.parameters)
+        trials.tell(trial, abs(chosen["optimizer.head_lr"] - 0.02))
+        drawn.append(chosen["optimizer.head_lr"])
+    assert len(set(drawn)) == 9
+
+
+def test_several_objectives_have_a_front(tmp_path: Path, corpus: Path) -> None:
+    space = {"model.n_layer": {"int": [1, 2]}}
+    words = ("--objectives", "bits_per_byte,parameters,tokens_per_second", "--sampler", "grid")
+    path = tiny(tmp_path, corpus, space=space, sweep={"repeat_seeds": 0})
+    settings, slots = sweep(path, *words)
+    assert len(slots) == 2
+    (_, small, fast), (_, large, slow) = (slots[n].values for n in (0, 1))
+    assert small < large and fast > 0 and slow > 0
+    assert [d.name for d in open_studies(settings)[0].directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE"]
+
+
+def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus: Path) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--steps", "50", "--trials", "0"])
+
+    def record(slot: int, state: TrialState, steps: int = 0) -> optuna.trial.FrozenTrial:
+        attributes = {"slot": slot, "attempt": 0, "steps": steps, "seconds": 10.0}
+        value = 1.0 if state == TrialState.COMPLETE else None
+        return optuna.trial.create_trial(state=state, value=value, user_attrs=attributes)
+
+    slots = {0: record(0, TrialState.COMPLETE, 12), 1: record(1, TrialState.PRUNED, 3)}
+    assert more_trials(settings, slots, 0.0, None)  # 15 + 12
+    slots[2] = record(2, TrialState.RUNNING)
+    assert more_trials(settings, slots, 0.0, None)  # 27 + 12
+    slots[3] = record(3, TrialState.COMPLETE, 12)
+    assert not more_trials(settings, slots, 0.0, None)  # 39 + 12
+    timed = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--seconds", "100", "--trials", "0"])
+    assert more_trials(timed, slots, 50.0, None)  # 10 for it, 40 for the repeats of two configs by two seeds
+    assert not more_trials(timed, slots, 51.0, None)
+
+
+def test_five_failures_and_nothing_else_end_a_sweep(tmp_path: Path, corpus: Path) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--trials", "30"])
+    slots = {
+        n: optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"slot": n, "attempt": 0})
+        for n in range(5)
+    }
+    assert not more_trials(settings, slots, 0.0, None)
+    del slots[4]
+    assert more_trials(settings, slots, 0.0, None)
+
+
+# --- the verdict -------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_a_paired_t_test() -> None:
+    a, b = [1.0, 1.2, 1.1, 1.4], [1.3, 1.4, 1.6, 1.5]
+    found = {0: Repeated(0, dict(enumerate(a))), None: Repeated(None, dict(enumerate(b)))}
+    (one,) = differences(found)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
+    assert one.mean == pytest.approx(statistics.fmean(a) - statistics.fmean(b))
+    found[7] = Repeated(7, {0: 1.0, 1: 1.1, 5: 9.0})  # of seed 5 the config itself has none
+    wide, other = differences(found)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.975)  # two comparisons
+    assert (wide.low, wide.high) == pytest.approx((expected.low, expected.high))
+    assert other.seeds == 2
+
+
+# --- kills -------------------------------------------------------------------------------------------
+
+
+def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Path, corpus: Path) -> None:
+    words = ("--sampler", "random", "--pruner", "none", "--trials", "2", "--repeat_seeds", "0")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        tiny(folder, corpus, max_steps=24)
+    _, expected = sweep(whole / "tiny.yaml", *words)
+    for step in (3, 12):  # once before the middle, once after it
+        child = os.fork()
+        if not child:
+            sweep(killed / "tiny.yaml", *words)
+            os._exit(0)
+        at = killed / "study" / "trials" / "0000" / "checkpoints"
+        wait_for(lambda: any(int(p.name[5:]) >= step for p in at.glob("step-*")))  # noqa: B023
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    _, found = sweep(killed / "tiny.yaml", *words)
+    assert {s: (r.params, r.value) for s, r in found.items()} == {
+        s: (r.params, r.value) for s, r in expected.items()
+    }
+    assert (
+        found[0].user_attrs["attempt"] == 2
+        and found[0].intermediate_values == expected[0].intermediate_values
+    )
+    assert "resumed from" in (killed / "study" / "logs" / "0000.txt").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_instants_lose_nothing(tmp_path: Path, corpus: Path) -> None:
+    """Each slot ends once, with the parameters and the value that it has in a study that nobody killed."""
+    options = ("--sampler", "random", "--pruner", "none", "--trials", "8", "--deaths", "1000")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        tiny(folder, corpus, max_steps=40)
+    assert run("--config", whole / "tiny.yaml", *options, cwd=whole).returncode == 0
+    draw = random.Random(int(os.environ.get("PLUMB_SEED", "0")))
+    words = command("--config", killed / "tiny.yaml", *options, "--workers", "2")
+    wanted, kills, of_command, starts = int(os.environ.get("PLUMB_KILLS", "50")), 0, 0, 0
+    while True:
+        process = subprocess.Popen(
+            words, cwd=killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        starts += 1
+        while process.poll() is None and kills < wanted:
+            time.sleep(draw.uniform(0.2, 3.0))
+            victims = workers_of(process.pid)
+            if not victims:
+                continue
+            if draw.random() < 0.1:
+                process.kill()
+                of_command += 1
+            else:
+                os.kill(draw.choice(victims), signal.SIGKILL)
+            kills += 1
+        output, _ = process.communicate(timeout=900)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+    print(f"{kills} kills, {of_command} of them of the command itself; {starts} starts")
+    for name in ("study", "study-repeats"):
+        assert results(killed, name) == results(whole, name)
+        assert all(r.state.is_finished() for r in records(killed, name))
+        assert all(is_done(record) for record in slots_of(records(killed, name)).values())
+    assert list(results(killed)) == list(range(8))
+    assert kills == wanted or pytest.fail(f"the study ended after {kills} kills")

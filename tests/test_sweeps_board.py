@@ -1,0 +1,238 @@
+"""Slots, claims and the journal, with processes that race and die."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from sweeps import board as boards
+from sweeps.board import PULSE, Board, Claim, Pulse, is_done, is_open, slots_of, spent_seconds
+from sweeps.storage import open_storage, shown
+
+
+def study_in(url: str, folder: Path) -> optuna.Study:
+    return optuna.create_study(storage=open_storage(url, folder), study_name="s", load_if_exists=True)
+
+
+def claimed(board: Board, most: int) -> Claim | None:
+    return board.claim(lambda slots: len(slots) < most, lambda slots: {})
+
+
+def finish(board: Board, claim: Claim) -> None:
+    board.study._storage.set_trial_state_values(
+        claim.record._trial_id, TrialState.COMPLETE, [float(claim.slot)]
+    )
+
+
+def forked(work: Any) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error))
+        os._exit(99)
+
+
+@pytest.mark.parametrize("url", ["", "sqlite"])
+@pytest.mark.parametrize("together", [True, False])
+def test_workers_that_race_run_each_slot_once_and_no_more(tmp_path: Path, url: str, together: bool) -> None:
+    """`together` they share a folder and its lock; else only the storage tells them apart."""
+    url = f"sqlite:///{tmp_path}/s.db" if url else f"journal:{tmp_path}/s.log"
+    study_in(url, tmp_path)
+    ran = tmp_path / "ran"
+    ran.mkdir()
+
+    def work(number: int) -> None:
+        folder = tmp_path / ("one" if together else f"own{number}")
+        folder.mkdir(exist_ok=True)
+        study = study_in(url, folder)
+        with Pulse(study, folder) as pulse:
+            board = Board(study, pulse)
+            while not (len(slots := board.slots()) == 8 and all(map(is_done, slots.values()))):
+                claim = claimed(board, 8)
+                if claim is not None:
+                    (ran / f"{claim.slot}-{number}-{claim.record.number}").touch()
+                    finish(board, claim)
+
+    ended = [os.waitpid(child, 0)[1] for child in [forked(lambda n=n: work(n)) for n in range(3)]]
+    assert ended == [0, 0, 0]
+    assert sorted(int(path.name.split("-")[0]) for path in ran.iterdir()) == list(range(8))
+    records = study_in(url, tmp_path).get_trials()
+    assert all(record.state.is_finished() for record in records)
+    assert [r.value for r in slots_of(records).values()] == list(range(8))
+    if together:
+        assert len(records) == 8  # nobody lost a race
+
+
+def test_a_killed_workers_slot_goes_on_where_it_was(tmp_path: Path) -> None:
+    study = study_in("", tmp_path)
+    ready = tmp_path / "ready"
+
+    def hold() -> None:
+        own = study_in("", tmp_path)
+        with Pulse(own, tmp_path) as pulse:
+            claim = claimed(Board(own, pulse), 3)
+            assert claim is not None
+            trial = optuna.trial.Trial(own, claim.record._trial_id)
+            trial.suggest_float("x", 0, 1)
+            trial.report(0.5, 3)
+            ready.touch()
+            time.sleep(60)
+
+    child = forked(hold)
+    while not ready.exists():
+        time.sleep(0.01)
+    with Pulse(study, tmp_path) as pulse:
+        board = Board(study, pulse)
+        board.reap()
+        assert not is_open(board.slots()[0]) and not is_done(board.slots()[0])  # it lives
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        board.reap()
+        before = board.slots()[0]
+        assert is_open(before)
+        claim = claimed(board, 3)
+        assert claim is not None and (claim.slot, claim.attempt) == (0, 1)
+        assert claim.record.params == before.params != {}
+        assert claim.record.intermediate_values == {3: 0.5}
+        assert claim.record.user_attrs["deaths"] == 1
+        finish(board, claim)
+        assert [is_done(r) for r in board.slots().values()] == [True]
+
+
+def test_deaths_in_a_row_are_counted_at_one_place_only(tmp_path: Path) -> None:
+    study = study_in("", tmp_path)
+    with Pulse(study, tmp_path) as pulse:
+        board = Board(study, pulse)
+        counted = []
+        for step in (0, 0, 3, 3, 3, 6):
+            claim = claimed(board, 1)
+            assert claim is not None
+            counted.append(claim.record.user_attrs.get("deaths", 0))
+            if step and step not in claim.record.intermediate_values:
+                study._storage.set_trial_intermediate_value(claim.record._trial_id, step, 1.0)
+            board.release(board.slots()[0], "its worker died")
+        assert counted == [0, 1, 2, 1, 2, 3]
+        claim = claimed(board, 1)
+        assert claim is not None and claim.record.user_attrs["deaths"] == 1
+        board.release(board.slots()[0], "it was stopped")
+        claim = claimed(board, 1)
+        assert claim is not None and claim.record.user_attrs["deaths"] == 1  # a stop is no death
+
+
+def test_a_worker_elsewhere_is_dead_when_its_pulse_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in("", tmp_path)
+    with Pulse(study, tmp_path) as pulse:
+        now = [100.0]
+        monkeypatch.setattr(boards.time, "monotonic", lambda: now[0])
+        elsewhere = {PULSE + "x": {"host": "another machine", "start": 0.0, "seen": 5.0}}
+        assert pulse.lives("x", elsewhere)
+        now[0] += boards.STALE - 1
+        assert pulse.lives("x", elsewhere)
+        elsewhere[PULSE + "x"] = {"host": "another machine", "start": 0.0, "seen": 6.0}
+        assert pulse.lives("x", elsewhere)
+        now[0] += boards.STALE - 1
+        assert pulse.lives("x", elsewhere)
+        now[0] += 2
+        assert not pulse.lives("x", elsewhere)
+        assert not pulse.lives("never seen", {}) or pulse.seen["never seen"] == (None, now[0])
+
+
+def test_a_release_is_granted_once_and_never_undoes_a_result(tmp_path: Path) -> None:
+    study = study_in("", tmp_path)
+    with Pulse(study, tmp_path) as pulse:
+        board = Board(study, pulse)
+        claim = claimed(board, 1)
+        assert claim is not None
+        assert board.release(claim.record, "its worker died")
+        assert not board.release(claim.record, "its worker died")
+        claim = claimed(board, 1)
+        assert claim is not None
+        finish(board, claim)
+        assert not board.release(claim.record, "its worker died")
+        assert is_done(board.slots()[0]) and claimed(board, 1) is None
+
+
+def test_time_is_counted_while_anybody_is_at_it() -> None:
+    spans = [(0, 10), (5, 20), (30, 40), (32, 35)]
+    pulses = {f"{PULSE}{i}": {"host": "h", "start": a, "seen": b} for i, (a, b) in enumerate(spans)}
+    assert spent_seconds(pulses | {"identity": {}}) == 30
+
+
+def test_half_a_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    study = study_in("", tmp_path)
+    study.set_user_attr("a", 1)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(
+            '{"op_code":2,"worker_id":"x","study_id":0,"user_at'
+        )  # as of a full disk, or a lost machine
+    again = study_in("", tmp_path)
+    again.set_user_attr("b", 2)
+    known = optuna.load_study(
+        study_name="s", storage=JournalStorage(JournalFileBackend(str(path)))
+    ).user_attrs
+    assert known == {"a": 1, "b": 2}
+    assert all(json.loads(line) for line in path.read_text("utf-8").splitlines())
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    study = study_in("", tmp_path)
+    before = path.read_bytes()
+
+    def write() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, resource.RLIM_INFINITY))
+        with pytest.raises(OSError):
+            study.set_user_attr("a", "x" * 100)
+
+    assert os.waitpid(forked(write), 0)[1] == 0
+    assert path.read_bytes() == before
+    study.set_user_attr("a", 1)
+    assert study_in("", tmp_path).user_attrs == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("study.db", "is no URL"),
+        ("sqlite:////nowhere/at/all/s.db", "cannot be used"),
+        ("postgresql://me:secret@localhost:1/s", "cannot be"),
+        ("nosuch://x", "cannot be"),
+        ("grpc://:x", "cannot be"),
+    ],
+)
+def test_a_storage_that_cannot_be_had_is_one_sentence(tmp_path: Path, url: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as told:
+        open_storage(url, tmp_path)
+    assert "secret" not in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    path.write_text("hello\nworld\n", "utf-8")
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_storage("", tmp_path)
+    assert path.read_text("utf-8") == "hello\nworld\n"
+
+
+def test_passwords_are_not_shown() -> None:
+    assert shown("mysql://me:se@cret@host/db", Path("x")).count("cret") <= 1
+    assert shown("mysql://me:secret@host/db", Path("x")) == "mysql://me:***@host/db"

@@ -1,0 +1,208 @@
+"""The space: what it draws, and each mistake in it told in one sentence."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import yaml
+
+from config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from runfolder import flat
+from sweeps.settings import parse_settings
+from sweeps.space import Parameter, Space, parse_space
+
+WHOLE = """
+head_lr: {log: [1e-3, 1e-1]}
+optimizer:
+  name: [adamw, muon]
+  muon_lr: {log: [5e-3, 5e-2], when: {optimizer.name: muon}}
+model.n_layer: {int: [2, 6], step: 2}
+model.dropout: {float: [0, 0.3]}
+batch_size: {log: [4, 16]}
+data.loss_on: [completion, all]
+"""
+
+
+def space_of(text: str, base: Config | None = None) -> Space:
+    return parse_space(yaml.safe_load(text), base or Config())
+
+
+def drawn(space: Space, seed: int, base: Config) -> dict[str, Any]:
+    draw = random.Random(seed)
+
+    def choose(p: Parameter) -> Any:
+        if p.kind == "choice":
+            return draw.choice(p.choices)
+        if p.kind == "int":
+            return draw.randrange(int(p.low), int(p.high) + 1, p.step)
+        return draw.uniform(p.low, p.high)
+
+    return space.draw(flat(base), choose)
+
+
+def test_whatever_is_drawn_is_a_config_with_these_values_and_no_others() -> None:
+    base, space = Config(), space_of(WHOLE)
+    names = set()
+    for seed in range(12):
+        chosen = drawn(space, seed, base)
+        config = space.config(base, chosen)
+        found = flat(config)
+        assert {key: found[key] for key in chosen} == chosen
+        others = {key for key, value in flat(base).items() if value != found[key]}
+        assert others <= set(chosen)
+        assert ("optimizer.muon_lr" in chosen) == (chosen["optimizer.name"] == "muon")
+        names.add(chosen["optimizer.name"])
+        assert chosen["model.n_layer"] in (2, 4, 6)
+    assert names == {"adamw", "muon"}
+
+
+def test_a_parameter_that_does_not_vary_has_its_default_which_nothing_reads() -> None:
+    base = Config(optimizer=OptimizerConfig(muon_lr=0.03))
+    space = space_of(
+        "optimizer.name: [adamw, muon]\nmuon_lr: {log: [1e-3, 1e-1], when: {optimizer.name: muon}}", base
+    )
+    assert space.config(base, {"optimizer.name": "adamw"}).optimizer.muon_lr == OptimizerConfig().muon_lr
+    assert space.config(base, {"optimizer.name": "muon", "optimizer.muon_lr": 0.5}).optimizer.muon_lr == 0.5
+
+
+def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
+    assert space_of("head_lr: {log: [1e-3, 1e-1]}").default(Config()) == {"optimizer.head_lr": 0.01}
+    assert space_of("head_lr: {log: [1e-3, 5e-3]}").default(Config()) is None
+    assert space_of("model.dropout: {float: [0, 0.3]}").default(Config()) == {"model.dropout": 0.0}
+    assert space_of("model.dropout: [0.0, 0.3]").default(Config()) == {"model.dropout": 0.0}
+    arms = "arms: {small: {model.n_layer: 2}, own: {model.n_layer: 4, model.dropout: null}}"
+    assert space_of(arms).default(Config()) == {"arms": "own"}
+
+
+def test_arms_set_all_that_any_of_them_sets() -> None:
+    base = Config(model=ModelConfig(dropout=0.1))
+    space = space_of("arms: {a: {model.n_layer: 2}, b: {n_embd: 96, model.dropout: 0.3}}", base)
+    a, b = (space.config(base, {"arms": name}).model for name in "ab")
+    assert (a.n_layer, a.n_embd, a.dropout) == (2, 192, 0.1)
+    assert (b.n_layer, b.n_embd, b.dropout) == (4, 96, 0.3)
+
+
+def test_the_grid_has_each_combination_once_and_conditions_hold() -> None:
+    text = """
+optimizer.name: [adamw, muon]
+muon_lr: {log: [1e-3, 1e-1], points: 3, when: {optimizer.name: muon}}
+model.n_layer: {int: [1, 3]}
+"""
+    grid = space_of(text).grid(Config())
+    assert len(grid) == 3 * (1 + 3) == len({tuple(sorted(c.items())) for c in grid})
+    rates = sorted({c["optimizer.muon_lr"] for c in grid if "optimizer.muon_lr" in c})
+    assert rates[0] == 1e-3 and rates[-1] == 1e-1 and math.isclose(rates[1], 1e-2)
+    with pytest.raises(ValueError, match="add `points: 5`"):
+        space_of("head_lr: {log: [1e-3, 1e-1]}").grid(Config())
+
+
+MISTAKES = {
+    "lrr: [0.1, 0.2]": "lrr is no setting; did you mean optimizer.lr?",
+    "optimizer.leaning: [0.1, 0.2]": "optimizer.leaning is no setting; did you mean",
+    "dropout: [0.1, 0.2]": "dropout may be model.dropout or lora.dropout",
+    "head_lr: {log: [1e-1, 1e-3]}": "goes from 0.1 down to 0.001",
+    "head_lr: {log: [1e-3, 1e-3]}": "which is one value",
+    "head_lr: {log: []}": r"has the range \[\]; write two numbers",
+    "head_lr: {log: [0, 1]}": "must begin above 0",
+    "head_lr: {float: [0, .inf]}": "both must be finite",
+    "head_lr: {log: [a, b]}": "write two numbers",
+    "head_lr: {lug: [1, 2]}": "write optimizer.head_lr: a list of choices",
+    "head_lr: 5": "write optimizer.head_lr: a list of choices",
+    "head_lr: []": "has no choices",
+    "head_lr: [0.1]": "has one choice",
+    "head_lr: [0.1, 1e-1]": "twice, two arms that are one",
+    "model.n_layer: {float: [1, 2]}": "is a whole number",
+    "model.n_layer: {int: [1.5, 2]}": "both must be whole numbers",
+    "model.n_layer: {int: [1, 4], step: 2}": "of which 2 is no step",
+    "optimizer.name: {float: [1, 2]}": "is no number",
+    "optimizer.name: [adamw, sgd]": "'sgd' is none of muon, adamw",
+    "model.tie_embeddings: [1, 2]": "1 is not of the type bool",
+    "lora.rank_pattern: [{}, {}]": "is a mapping, which cannot vary",
+    "log_every: [1, 2]": "log_every changes nothing that a run computes",
+    "data.source: [a, b]": "changes what validation reads",
+    "run: [a, b]": "run is no setting of a model",
+    "model.rope_factor: {float: [2, 4]}": "contradicts the config .*model.rope_scaling is none",
+    "beta1: {float: [0.5, 1.5]}": "optimizer.beta1 1.5 contradicts the config: .* must be below 1",
+    "seed: [1, 2]\nmodel.n_head: [5, 7]": "contradicts the config .*n_embd 192 is not a multiple",
+    "muon_lr: {log: [1e-3, 1e-2], when: {optimizer.name: adamw}}": "never varies",
+    "muon_lr: {log: [1e-3, 1e-2], when: {optimizer.nam: muon}}": "optimizer.nam is no setting",
+    "optimizer.name: [muon, adamw]\nmuon_lr: {log: [1e-3, 1e-2]}": "optimizer.name adamw contradicts",
+    "seed: {int: [0, 3], when: {keep: 0}}": "keep changes nothing",
+    "seed: {int: [0, 3], when: {batch_size: 4}}\nbatch_size: {int: [2, 4], when: {seed: 1}}": "comes back",
+    "batch_size: [2, 4]\nseed: {int: [0, 3], when: {batch_size: 5}}": "which the space never has",
+    "arms: {a: {model.n_layer: 2}}": "at least two names",
+    "arms: {a: {model.n_layer: 4}, b: {model.n_layer: 4}}": "arms a and b are the same settings",
+    "arms: {a: {model.n_layer: 4}, b: {model.n_embd: 192}}": "arms a and b are the same settings",
+    "arms: {a: {model.n_layer: 2}, b: {model.n_layer: 3}}\nmodel.n_layer: [1, 2]": "is set by arms and by",
+    "head_lr: [1, 2]\noptimizer.head_lr: [1, 2]": "is there twice",
+    "[]": "must be a mapping",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_in_the_space_is_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match=MISTAKES[text]) as told:
+        space_of(text)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 300
+
+
+def test_choices_that_sometimes_do_not_go_together_are_no_contradiction() -> None:
+    space = space_of("model.n_head: [3, 4]\nmodel.n_embd: [192, 256]")
+    assert space.check(Config()) == 1  # 256 is no multiple of 3
+    with pytest.raises(ValueError, match="not a multiple"):
+        space.config(Config(), {"model.n_head": 3, "model.n_embd": 256})
+
+
+COMMANDS = {
+    ("--worker", "2"): "--worker is no flag; did you mean --workers?",
+    ("--optimizer.head_lr", "0.1"): "--optimizer.head_lr is set, and the space varies it",
+    ("--workers", "0"): "workers is 0; it must be at least 1",
+    ("--sampler", "grid"): "a grid cannot try every value",
+    ("--objectives", "bits"): "objectives: bits is none of",
+    (
+        "--objectives",
+        "bits_per_byte,parameters",
+        "--pruner",
+        "median",
+    ): "pruner median goes by bits_per_byte alone",
+    ("--objectives", "bits_per_byte,parameters", "--sampler", "cmaes"): "sampler cmaes knows one objective",
+    ("--steps", "10"): "the budget of 10 steps does not hold one trial of 100",
+    ("--run", "here"): "run is set, and every trial has a run of its own",
+    ("--config", "nothing.yaml"): "nothing.yaml",
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_mistake_on_the_command_line_ends_with_2(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_settings([*words])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+    assert COMMANDS[words] in told
+
+
+def test_sections_of_files_are_layered_and_flags_come_last(tmp_path: Any) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(
+        "batch_size: 4\nspace: {seed: [1, 2], head_lr: {log: [1e-3, 1e-1]}}\nsweep: {trials: 5, workers: 2}"
+    )
+    two.write_text("optimizer: {head_lr: 1e-2}\nspace: {seed: [3, 4]}\nsweep: {trials: 6}")
+    found = parse_settings(["--config", str(one), "--config", str(two), "--workers=3", "--max_steps", "7"])
+    assert found.config.train == TrainConfig(batch_size=4, max_steps=7)
+    assert found.config.optimizer.head_lr == 0.01
+    assert {p.key: p.choices for p in found.space.parameters} == {"seed": (3, 4), "optimizer.head_lr": ()}
+    assert (found.sweep.trials, found.sweep.workers, found.sweep.study) == (6, 3, "runs/sweep-two")
+
+
+@pytest.mark.parametrize("name", ["sweep", "sweep_seed"])
+def test_the_spaces_that_come_along_can_be_built(name: str) -> None:
+    found = parse_settings(["--config", f"recipes/{name}.yaml"])
+    assert found.space.check(found.config) == 0
+    if name == "sweep_seed":
+        configs = [found.space.config(found.config, c) for c in found.space.grid(found.config)]
+        assert len(configs) == 10 == len({repr(c) for c in configs})
