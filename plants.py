@@ -518,7 +518,7 @@ def small_config(folder: Path, settings: dict[str, dict[str, Any]]) -> Config:
         if not (folder / "base").exists():
             write_base(folder)
         groups["train"]["base"] = str(folder / "base")
-        groups["model"], groups["tokenizer"] = {}, settings.get("tokenizer", {})
+        groups["model"], groups["tokenizer"] = settings.get("model", {}), settings.get("tokenizer", {})
     if "path" in groups["tokenizer"]:
         groups["tokenizer"] |= {"path": str(folder / groups["tokenizer"]["path"])}
     return Config(
@@ -565,13 +565,20 @@ class Result:
         return self.plant.expected in self.caught and not self.healthy
 
 
-def run_plants(plants: list[Plant]) -> Iterator[Result]:
-    """Each plant in turn, the healthy twin first."""
+def run_plants(plants: list[Plant], twins: dict[str, str] | None = None) -> Iterator[Result]:
+    """Each plant in turn, the healthy twin first.
+
+    Args:
+        twins: What stopped healthy runs, by their settings: twins of several plants are one run. Added to.
+    """
+    twins = {} if twins is None else twins
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
         for number, plant in enumerate(plants):
-            healthy = outcome(begun(small_config(folder, plant.settings), plant.resumed))
+            twin = repr((plant.settings, plant.resumed))
+            if twin not in twins:
+                twins[twin] = outcome(begun(small_config(folder, plant.settings), plant.resumed))
             config = small_config(folder, merged(plant.settings, plant.wrong))
             cache = str(folder / f"cache{number}")  # the fault may be in what is built
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=cache))
@@ -579,7 +586,7 @@ def run_plants(plants: list[Plant]) -> Iterator[Result]:
             started = time.perf_counter()
             with plant.fault():
                 caught = outcome(config)
-            yield Result(plant, caught, healthy, time.perf_counter() - started)
+            yield Result(plant, caught, twins[twin], time.perf_counter() - started)
 
 
 def selftest(plants: list[Plant] | None = None) -> bool:

@@ -695,7 +695,7 @@ def report(manager: TrainingManager) -> None:
     )
     scores = evaluate(settings)
     print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
-    results = write_results(scores, settings)
+    write_results(scores, settings)
     samples = sample_completions(
         run.model.to(manager.device),
         run.tokenizer,
@@ -718,7 +718,7 @@ def report(manager: TrainingManager) -> None:
         print(f"adapter      {folder / 'adapter'}")
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
     print(f"pictures     {', '.join(str(path) for path in pictures)}")
-    print(f"every line   {results.with_suffix('.html')}")
+    print(f"every line   {folder / 'eval.html'}")
     print(f"score again  python eval.py --checkpoint {folder}")
 
 

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import os
 import runpy
+import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 HOUSE = Path(__file__).parent.parent
-
-
-class Ended(NamedTuple):
-    """A command's exit code, and what it wrote."""
-
-    code: int
-    out: str
-    err: str
 
 
 def forked(work: Callable[[], Any], out: Path, err: Path | None = None) -> int:
@@ -60,7 +54,7 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def command(script: str, *words: str | Path | int, cwd: Path) -> Ended:
+def command(script: str, *words: str | Path | int, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`python script words` in `cwd`, to its end."""
 
     def work() -> None:
@@ -68,11 +62,7 @@ def command(script: str, *words: str | Path | int, cwd: Path) -> Ended:
         sys.argv = [str(HOUSE / script), *map(str, words)]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
-    out, err = cwd / ".out", cwd / ".err"
-    for path in (out, err):
-        path.unlink(missing_ok=True)
-    code = exit_code(forked(work, out, err))
-    found = Ended(code, out.read_text("utf-8"), err.read_text("utf-8"))
-    for path in (out, err):
-        path.unlink()
-    return found
+    with tempfile.TemporaryDirectory() as name:
+        out, err = Path(name, "out"), Path(name, "err")
+        code = exit_code(forked(work, out, err))
+        return subprocess.CompletedProcess([script, *map(str, words)], code, out.read_text(), err.read_text())

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -267,21 +268,15 @@ def here(run: Path, **settings: Any) -> EvalConfig:
     return EvalConfig(str(run), cache=str(run.parent / "cache"), **settings)
 
 
-def command(*words: str | Path | int) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "eval.py", *map(str, words)],
-        cwd=HOUSE,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def command(*words: str | Path | int) -> subprocess.CompletedProcess[str]:
+    return commands.command("eval.py", *words, cwd=HOUSE)
 
 
 def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, model):
     cache = run.parent / "cache"
     words = ("--samples", 8, "--max_new_tokens", 16, "--precision", "fp32", "--cache", cache)
-    done = command("--checkpoint", run, *words)
+    whole = [sys.executable, "eval.py", "--checkpoint", str(run), *map(str, words)]
+    done = subprocess.run(whole, cwd=HOUSE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "eval.json").read_text("utf-8"))
     expected = score(model, validation_batches(data.test, 16, 128), FP32)

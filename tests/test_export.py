@@ -157,7 +157,7 @@ def test_a_merge_that_is_not_what_was_trained_is_refused(run: Path, tmp_path: Pa
 )
 def test_a_mistake_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
     done = command("export.py", *words, cwd=tmp_path)
-    assert done.code == 2 and sentence in done.err and done.err.count("\n") == 1
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,9 +31,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def twins() -> dict[str, str]:
+    return {}
+
+
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
-def test_a_planted_fault_is_caught_and_its_twin_passes(plant: Plant) -> None:
-    (result,) = run_plants([plant])
+def test_a_planted_fault_is_caught_and_its_twin_passes(plant: Plant, twins: dict[str, str]) -> None:
+    (result,) = run_plants([plant], twins)
     assert plant.expected in result.caught
     assert not result.healthy
 

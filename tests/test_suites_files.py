@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import command
 from test_eval import BYTES, prepared, run_of, source
 from test_functional import MBPP, PROBLEMS, human_eval, isolated, write
 from test_generate_command import STARCODER
@@ -219,14 +218,7 @@ def test_stop_strings_are_taken_as_they_are():
 def test_the_command_scores_a_published_model_by_a_file(folder: Path, tmp_path: Path):
     file = write(tmp_path / "lines.jsonl", LINES)
     words = ["--model", str(folder), "--suite", "codexglue_line", "--suite_file", file, "--max_new_tokens", 5]
-    done = subprocess.run(
-        [sys.executable, HOUSE / "eval.py", *map(str, words)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = command("eval.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "evals" / "tiny" / "eval.json").read_text("utf-8"))
     assert "CodeXGLUE line completion: 6 lines, with 95% intervals" in done.stdout

@@ -135,8 +135,8 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     other = tmp_path / "other.yaml"
     other.write_text(path.read_text("utf-8").replace("1e-3", "1e-4"), "utf-8")
     refused = commands.command("hyperparam_tune.py", "--config", other, cwd=tmp_path)
-    assert refused.code == 2 and refused.err.count("\n") == 1
-    assert "another space: optimizer.head_lr was low 0.001 and is low 0.0001 now" in refused.err
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "another space: optimizer.head_lr was low 0.001 and is low 0.0001 now" in refused.stderr
     assert (study / "journal.log").read_bytes() == before
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import Ended, command
+from commands import command
 from safetensors.torch import load_file
 
 import trainingmanager
@@ -554,11 +554,11 @@ def test_a_run_from_before_the_test_side_goes_on_without_one(
 def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_from_test(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import eval as evaluation
+    import suites.tokens as evaluation
 
     read: list[tuple[str, str]] = []
     for module in (trainingmanager, evaluation):
-        for name, number in (("validation_batches", 0), ("sample_completions", 2)):
+        for name, number in (("validation_batches", 0), ("numbered_batches", 0), ("sample_completions", 2)):
             right = getattr(module, name, None)
 
             def noted(
@@ -574,7 +574,7 @@ def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_fro
     assert set(read) == {("trainingmanager", "validation")}
     read.clear()
     trainingmanager.report(manager)
-    assert set(read) == {("trainingmanager", "test"), ("eval", "test")}
+    assert set(read) == {("trainingmanager", "test"), ("suites.tokens", "test")}
     result = json.loads((manager.folder / "eval.json").read_text())
     assert result["side"] == "test" and result["files"] == manager.data.test.n_documents
     out = capsys.readouterr().out
@@ -665,8 +665,10 @@ def started(*words: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def trained(*words: str, cwd: Path) -> Ended:
-    return command("trainingmanager.py", *words, cwd=cwd)
+def trained(*words: str, cwd: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    done = command("trainingmanager.py", *words, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_overfit_learns_the_tiny_corpus_by_heart(tmp_path: Path) -> None:
@@ -706,17 +708,13 @@ def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> Non
     assert "go on with --resume" in out
     (manifest,) = checkpoints(tmp_path / "r" / "checkpoints")
     more = str(manifest.step + 2)
-    code, _, err = command(
-        "trainingmanager.py", *TINY, str(corpus), "--max_steps", more, "--resume", cwd=tmp_path
-    )
+    code, _, err = trained(*TINY, str(corpus), "--max_steps", more, "--resume", cwd=tmp_path)
     assert code == 0, err
     assert checkpoints(tmp_path / "r" / "checkpoints")[-1].step == manifest.step + 2
 
 
 def test_resume_takes_up_the_runs_own_settings(corpus: Path, tmp_path: Path) -> None:
-    code, _, err = command(
-        "trainingmanager.py", *TINY, str(corpus), "--max_steps", "2", "--batch_size", "3", cwd=tmp_path
-    )
+    code, _, err = trained(*TINY, str(corpus), "--max_steps", "2", "--batch_size", "3", cwd=tmp_path)
     assert code == 0, err
     code, _, err = trained("--resume", "--run", "r", "--max_steps", "4", cwd=tmp_path)
     assert code == 0, err
@@ -730,9 +728,7 @@ def test_overfit_proves_several_files(tmp_path: Path) -> None:
     (folder / "a.py").write_text("import os\n\n\ndef here():\n    return os.getcwd()\n")
     (folder / "b.py").write_text("x = [1, 2, 3]\nprint(sum(x))")
     (folder / "empty.py").write_text("")
-    code, out, err = command(
-        "trainingmanager.py", "--overfit", "--data.source", str(folder), "--max_steps", "200", cwd=tmp_path
-    )
+    code, out, err = trained("--overfit", "--data.source", str(folder), "--max_steps", "200", cwd=tmp_path)
     assert code == 0, out + err
     assert out.count("regenerated") == 2 and "FAILED" not in out
 
