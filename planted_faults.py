@@ -130,12 +130,12 @@ def rotation_dropped() -> contextlib.AbstractContextManager:
 
 
 def one_residual_undropped() -> contextlib.AbstractContextManager:
-    """In the last block, of what the MLP adds."""
+    """In every block but the first, of what the MLP adds."""
 
     def wrong(self: architecture.SequentialBlock, x: Tensor, context: architecture.Context) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), context))
         y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.attention.layer == 1 else self.dropout(y))
+        return x + (y if self.attention.layer else self.dropout(y))
 
     return patch.object(architecture.SequentialBlock, "forward", wrong)
 

@@ -209,7 +209,7 @@ PLANTS = [
         {"optimizer": {"grad_clip": 0.01}},
     ),
     Plant("M6 dropout", "`dropout` argument ignored", "dropout-ignored", dropout_argument_ignored),
-    Plant("M6 half", "one residual of one block not dropped", "dropout-ignored", one_residual_undropped),
+    Plant("M6 half", "residuals of blocks not dropped", "dropout-ignored", one_residual_undropped),
     Plant("M6 mode", "updates in evaluation mode", "dropout-ignored", trained_in_evaluation),
     Plant(
         "M6 tie",

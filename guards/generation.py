@@ -10,13 +10,13 @@ from torch import Tensor
 from architecture import Decoder
 from decoding import generate_ids
 from generate import GenerationConfig, generate
-from guards.subject import Fault, Subject, awake, is_shortened, tokens_of_a_pass
+from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
 FEWEST_TOKENS = 2  # of models of which each token takes a tenth of a second
 LOGITS_APART = 0.05  # of the largest: above what weights in 16 bits round
-BEAM_PROMPTS = 8  # of models that are shortened 2: with their beams each is 16 rows
+BEAM_PROMPTS = 8  # with their beams each is 16 rows; of two prompts the best texts may be found by chance
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
 
 
@@ -32,7 +32,7 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
-        starts = range(min(2 if is_shortened(subject) else BEAM_PROMPTS, len(row) - 3))
+        starts = range(min(BEAM_PROMPTS, len(row) - 3))
         yield from beam_faults(subject.model, [row[i : i + 3] for i in starts])
         yield from echo_faults(subject, prompts[0])
 

@@ -272,6 +272,8 @@ OF_A_PART = [
         ("M1 ", "M2 ", "M3 ", "M4 ", "M6 ", "M8 ", "M9 ", "E1 ", "E4 ", "E5 ", "E7 ", "E8 ")
     )
 ]
+# Under another name: the long row has labels at the beginning of its second document.
+NAMED_OTHERWISE = {"M2 late": "other-document-visible"}
 
 
 @pytest.mark.slow
@@ -286,5 +288,5 @@ def test_a_planted_fault_of_a_large_model_is_caught(plant: Plant, monkeypatch: p
         monkeypatch.setattr(module, name, value)
     settings = {"model": {"n_layer": 4}} if "base" not in plant.settings.get("train", {}) else {}
     (result,) = run_plants([dataclasses.replace(plant, settings=plants.merged(plant.settings, settings))])
-    assert plant.expected in result.caught
+    assert NAMED_OTHERWISE.get(plant.name, plant.expected) in result.caught
     assert not result.healthy
