@@ -267,8 +267,9 @@ def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]
     path = folder / "fingerprints.json"
     try:
         before = json.loads(path.read_text("utf-8"))
-        assert all(isinstance(value, str) for value in before.values())
-    except (OSError, ValueError, AttributeError, AssertionError):
+        if not isinstance(before, dict) or not all(isinstance(value, str) for value in before.values()):
+            raise ValueError("it must be a mapping of names to text")
+    except (OSError, ValueError):
         raise ValueError(f"{path} is damaged, so what the run was trained on is not known") from None
     places = {
         "data": f"in {config.data.source}",

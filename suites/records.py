@@ -16,16 +16,21 @@ from suites.passing import scores_of
 from suites.scoring import SUITES, Example
 
 
-def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """What an eval.json holds, unchecked. Raises ValueError if it cannot be read, or holds something else."""
+def read_json(path: str | Path) -> Any:
+    """What a file holds that should be an eval.json, unchecked. Raises ValueError if it cannot be read."""
     try:
-        evaluation = json.loads(Path(path).read_text("utf-8"))
+        return json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); give an eval.json, as evaluation writes it"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """What an eval.json holds. Raises ValueError if it cannot be read, or holds something else."""
+    evaluation = read_json(path)
     if not isinstance(evaluation, dict):
         raise ValueError(f"{path} holds a JSON {type(evaluation).__name__}, and no evaluation")
     return evaluation

@@ -6,14 +6,13 @@ predictions have. No torch, so that it takes a second.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from suites.passing import scores_of
-from suites.records import models_of
+from suites.records import models_of, read_json
 from suites.scoring import SUITES, Example, Predictions, record_of, scored, suites_of
 
 
@@ -23,14 +22,7 @@ def rescore(path: str | Path) -> int:
     Raises:
         ValueError: it cannot be read, or holds no predictions.
     """
-    try:
-        record = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); give an eval.json, as evaluation writes it"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    record = read_json(path)
     suites = suites_of(record) if isinstance(record, dict) else []
     if not suites:
         raise ValueError(

@@ -236,3 +236,7 @@ def test_other_data_or_another_tokenizer_is_named(run: Path, name: str, place: s
     refuse_other_data(run, config, before | {"code": "0" * 64})
     with pytest.raises(ValueError, match=f"the {name} changed since .*: {place} now has .* 000000000000, "):
         refuse_other_data(run, config, before | {name: "0" * 64})
+    for damaged in ("{", "[]", '{"data": 3}'):
+        (run / "fingerprints.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"fingerprints\.json is damaged"):
+            refuse_other_data(run, config, before)
