@@ -493,11 +493,20 @@ BLOCKS: dict[str, type[SequentialBlock] | type[ParallelBlock]] = {
 
 
 def init_normal(model: Decoder) -> None:
-    """N(0, 0.02), projections onto the residual stream divided by sqrt(2 n_layer) (GPT-2)."""
+    """N(0, 0.02), projections onto the residual stream divided by sqrt(2 n_layer) (GPT-2).
+
+    That is at base_width; from there a matrix of a block falls with the square root of the width, and the
+    head with the width.
+    """
+    wider = model.config.widening
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             std = 0.02 / math.sqrt(2 * model.config.n_layer) if into_residual else 0.02
+            if name.startswith("blocks."):
+                std /= math.sqrt(wider)
+            elif name.startswith("head."):
+                std /= wider
             nn.init.normal_(parameter, std=std)
 
 
@@ -505,10 +514,13 @@ def init_xavier(model: Decoder) -> None:
     """Xavier uniform on every matrix (Glorot and Bengio 2010); embedding and head N(0, 1 / 4C).
 
     Logits then have variance 1/4 and the first loss is 1/8 above ln V; at variance 1 it would be 1/2 above.
+    That is at base_width; from there the embedding stays as it is, and the head falls with the width.
     """
+    wider = model.config.widening
+    at_base = 0.5 * (model.config.n_embd / wider) ** -0.5
     for name, parameter in model.named_parameters():
         if name.startswith(("embed", "position", "head.weight")):
-            nn.init.normal_(parameter, std=0.5 * model.config.n_embd**-0.5)
+            nn.init.normal_(parameter, std=at_base / wider if name.startswith("head") else at_base)
         elif parameter.dim() == 2:
             nn.init.xavier_uniform_(parameter)
 
@@ -519,7 +531,7 @@ def init_zero_output(model: Decoder) -> None:
     The first loss is then exactly ln V. The others are uniform with standard deviation
     1 / sqrt(fan in), and the embedding N(0, 1), since the first norm follows it at once. Where the embedding
     is also the head, a token's own logit is C times its standard deviation, which therefore falls with C:
-    0.02 at C = 768 puts the first loss 7 above ln V.
+    0.02 at C = 768 puts the first loss 7 above ln V. All of it is what maximal update parametrisation asks.
     """
     tied_std = min(0.02, 4 / model.config.n_embd)
     for name, parameter in model.named_parameters():

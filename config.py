@@ -140,6 +140,10 @@ class ModelConfig:
         attention_dropout: On attention weights alone; none given means `dropout`.
         attention: `fast` (fused kernels) or `reference` (written out).
         init: `normal`, `xavier` or `zero_output`; see architecture.INITS.
+        base_width: The n_embd at which the learning rates and the initialisation were found, which are then
+            carried over to this n_embd by maximal update parametrisation (arXiv:2203.03466): rates of AdamW
+            for matrices fall with the width, and so on. Heads grow in number, not in size. 0 takes them as
+            they are.
     """
 
     vocab_size: int = 0
@@ -180,13 +184,27 @@ class ModelConfig:
     attention_dropout: float | None = None
     attention: Literal["fast", "reference"] = "fast"
     init: Literal["normal", "xavier", "zero_output"] = "zero_output"
+    base_width: int = 0
+
+    @property
+    def widening(self) -> float:
+        """How many times base_width the model is wide."""
+        return self.n_embd / self.base_width if self.base_width else 1.0
 
     def resolved(self) -> ModelConfig:
         """The same with every 0 filled in; ValueError in one sentence for a shape that cannot be built."""
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("n_kv_head", "head_dim", "n_inner", "rotary_dim", "rope_context", "sliding_window"):
+        for name in (
+            "n_kv_head",
+            "head_dim",
+            "n_inner",
+            "rotary_dim",
+            "rope_context",
+            "sliding_window",
+            "base_width",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)}; it must be at least 1, or 0 for the default"
@@ -215,6 +233,11 @@ class ModelConfig:
         if self.position == "rotary" and (rotary_dim > head_dim or rotary_dim % 2):
             raise ValueError(
                 f"model.rotary_dim {rotary_dim} must be even and at most the head's {head_dim} dimensions"
+            )
+        if self.base_width and self.tie_embeddings:
+            raise ValueError(
+                f"model.base_width is {self.base_width} and model.tie_embeddings true: across widths an "
+                "embedding and a head learn at other rates; set model.tie_embeddings to false"
             )
         if not self.rope_factor >= 1:
             raise ValueError(f"model.rope_factor is {self.rope_factor}; it must be at least 1")
@@ -607,6 +630,7 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
             for f in dataclasses.fields(LoraConfig)
             if f.name != "r"
         },
+        "model.base_width": (train.base is None, "base brings weights of its own"),
         "model.rotary_dim": (model.position == "rotary", "model.position is not rotary"),
         "model.rotary_layout": (model.position == "rotary", "model.position is not rotary"),
         "model.rope_theta": (model.position == "rotary", "model.position is not rotary"),

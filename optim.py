@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0
+    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, widening: float = 1.0
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; adapters' matrices by AdamW.
 
@@ -92,6 +92,10 @@ def build_optimizers(
 
     Args:
         lr_ratio: Learning rate of the adapters' B over that of their A (LoRA+, arXiv:2402.12354).
+        widening: How many times as wide the model is as the one that the rates are of (ModelConfig). AdamW's
+            for matrices whose inputs are as wide as the model are divided by it (arXiv:2203.03466, table 3).
+            Those for embeddings and vectors stay, and so does Muon's: a step of it has the same spectral norm
+            for its shape at every width (arXiv:2310.17813).
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, embeddings, heads, vectors, adapters_a, adapters_b = {}, {}, {}, {}, {}, {}
@@ -112,7 +116,7 @@ def build_optimizers(
 
     groups = [
         group(embeddings, config.embedding_lr or config.lr, config.weight_decay),
-        group(heads, config.head_lr or config.lr, config.weight_decay),
+        group(heads, (config.head_lr or config.lr) / widening, config.weight_decay),
         group(vectors, config.lr, 0.0),
         group(adapters_a, config.lr, config.weight_decay),
         group(adapters_b, config.lr * lr_ratio, config.weight_decay),
@@ -121,7 +125,7 @@ def build_optimizers(
     if config.name == "muon" and matrices:
         optimizers.append(Muon([group(matrices, config.muon_lr, config.weight_decay)], lr=config.muon_lr))
     else:
-        groups.append(group(matrices, config.lr, config.weight_decay))
+        groups.append(group(matrices, config.lr / widening, config.weight_decay))
     groups = [g for g in groups if g["params"]]
     if groups:
         fused = all(p.device.type in ("cpu", "cuda") for p in trainable.values())

@@ -223,6 +223,11 @@ def rates_ignored(**same: float) -> Patch:
     return plant
 
 
+def width_forgotten() -> contextlib.AbstractContextManager:
+    right = trainingmanager.build_optimizers
+    return patch.object(trainingmanager, "build_optimizers", lambda *args: right(*args[:3]))
+
+
 def schedule_stopped() -> contextlib.AbstractContextManager:
     right = trainingmanager.learning_rate_factor
     return patch.object(

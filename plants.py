@@ -95,6 +95,7 @@ from planted_faults import (
     truncated_on_the_right,
     validation_of_its_own,
     weights_dropped,
+    width_forgotten,
     window_ignored,
 )
 
@@ -278,6 +279,13 @@ PLANTS = [
     ),
     Plant("M6 decay", "the rate never fell", "schedule-ignored", decay_ignored),
     Plant("M6 rates", "one learning rate for all", "setting-ignored", rates_ignored(embedding_lr=0.0)),
+    Plant(
+        "M6 width",
+        "rates not carried over to another width",
+        "setting-ignored",
+        width_forgotten,
+        {"model": {"base_width": 8}},
+    ),
     Plant(
         "M6 adapters",
         "dropout of adapters ignored",

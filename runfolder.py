@@ -191,6 +191,7 @@ KEY_CLASSES: dict[str, str] = {
     "model.attention_dropout": FIXED,
     "model.attention": FIXED,
     "model.init": FIXED,
+    "model.base_width": FIXED,
     "lora.r": FIXED,
     "lora.alpha": FIXED,
     "lora.dropout": FIXED,

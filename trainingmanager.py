@@ -151,7 +151,9 @@ class TrainingManager:
             order=config.data.order,
             difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
         )
-        self.optimizers = build_optimizers(model, config.optimizer, config.lora.lr_ratio)
+        self.optimizers = build_optimizers(
+            model, config.optimizer, config.lora.lr_ratio, config.model.widening
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_seconds = train.max_seconds

@@ -24,7 +24,9 @@ LATER = 7  # positions
 ROUNDED = 0.02  # of the outputs, in 16 bits
 TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # of texts of 8 tokens
 # Two ways that agree by design, sizes that are compared elsewhere, and numbers that are others in the twins.
-NOT_COMPARED = "attention block_size vocab_size rope_context rope_low_freq rope_high_freq window_layers"
+NOT_COMPARED = (
+    "attention base_width block_size vocab_size rope_context rope_low_freq rope_high_freq window_layers"
+)
 
 
 def settings(subject: Subject) -> Iterator[Fault | str]:
@@ -81,12 +83,14 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
 def rate_faults(subject: Subject) -> Iterator[Fault]:
     """Each parameter has the learning rate that is set for its kind."""
     config, lora = subject.config.optimizer, subject.config.lora
-    of_matrices = "muon_lr" if config.name == "muon" else "lr"
+    wider = subject.config.model.widening
+    of_matrices = "muon_lr" if config.name == "muon" else "lr by the width"
     rates = {
         "lr": config.lr,
         "muon_lr": config.muon_lr,
         "embedding_lr": config.embedding_lr or config.lr,
-        "head_lr": config.head_lr or config.lr,
+        "lr by the width": config.lr / wider,
+        "head_lr": (config.head_lr or config.lr) / wider,
         "lr times lora.lr_ratio": config.lr * lora.lr_ratio,
     }
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]

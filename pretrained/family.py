@@ -112,7 +112,7 @@ def lacks(family: Family, config: ModelConfig) -> list[str]:
 def _meaning(config: ModelConfig) -> Values:
     """The fields that bear on what the model computes, each in one spelling."""
     fields = asdict(config)
-    unread = {"init", "attention"}
+    unread = {"init", "attention", "base_width"}
     if config.position != "rotary":
         unread |= {"rotary_dim", "rotary_layout"} | {key for key in fields if key.startswith("rope_")}
     if config.rope_scaling == "none":
