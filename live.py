@@ -10,7 +10,6 @@ moment the optimizer steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -99,8 +98,7 @@ class FirstSteps:
     def _compare_sizes(self) -> None:
         """Before the weights change: the gradients that came, in those of the mean over the update's tokens.
 
-        A head that is all zero hands nothing back; then the next update is compared. In fp16 gradients are
-        multiplied by a power of two, which the loop chooses; that much is not compared.
+        A head that is all zero hands nothing back; then the next update is compared.
         """
         optimizer, subject = self.subject.config.optimizer, self.subject
         passes = range(subject.config.train.accumulation)
@@ -116,10 +114,8 @@ class FirstSteps:
                 (right,) = torch.autograd.grad(loss / tokens, rows)
             right, found = right.float(), self.gradients.get(number, torch.zeros(()))
             size = float((right * found).sum() / right.square().sum().clamp(min=1e-30))
-            if subject.precision.dtype == torch.float16 and size > 0:
-                size = 2 ** (math.log2(size) - round(math.log2(size)))
             if right.any():
-                self.sizes.append(size)
+                self.sizes.append(size / subject.scaler.get_scale())
         self.compared = bool(self.sizes)
         self.targets, self.gradients = [], {}
 
