@@ -106,7 +106,8 @@ class FirstSteps:
         tokens = sum(int((self._labels(number) != IGNORE_INDEX).sum()) for number in passes)
         for number, (hidden, labels) in enumerate(self.targets):
             rows = hidden.requires_grad_()
-            with torch.enable_grad(), subject.precision.autocast():
+            # An adapter of the head draws its dropout: the run must not miss these numbers.
+            with torch.random.fork_rng(), torch.enable_grad(), subject.precision.autocast():
                 logits = subject.model.head(rows).float()
                 loss = F.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=optimizer.label_smoothing
