@@ -44,7 +44,11 @@ def widened(model: ModelConfig, width: int, base_width: int) -> ModelConfig:
 def outputs(model: Decoder, batch: Batch) -> list[Tensor]:
     """What each block adds to the embedding so far, (B, T, C), and the logits, (B, T, V)."""
     found: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda m, args, out: found.append(out)) for block in model.blocks]
+
+    def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
+        found.append(output)
+
+    hooks = [block.register_forward_hook(keep) for block in model.blocks]
     with torch.no_grad():
         logits = model(batch.tokens, batch.positions, batch.document_ids)
     for hook in hooks:
