@@ -22,11 +22,13 @@ transformers over our products is the ratio that would be left if all the rest o
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import chain, cycle, pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -84,50 +86,38 @@ class Steps:
         return sorted(self.seconds)[len(self.seconds) // 10]
 
 
-def fastest(action: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest call: what else runs on the machine can only add to it."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def fastest(actions: list[Callable[[], object]], turns: int) -> float:
+    """Seconds of all actions, done in order, each in its fastest turn: what else runs can only add to it."""
+    best = [math.inf] * len(actions)
+    for _ in range(turns):
+        for i, action in enumerate(actions):
+            started = time.perf_counter()
+            action()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return sum(best)
 
 
-def stream_rate() -> float:
-    """Bytes a second at which all threads together read memory, in chunks of 16 MiB out of 512 MiB."""
-    chunks = cycle(torch.ones(2**26, dtype=torch.int64).chunk(32))
-    next(chunks).sum()
-    return 2**24 / fastest(lambda: next(chunks).sum(), 200)
-
-
-def print_limit(model: Decoder, steps: tuple[float, float], repeats: int = 30) -> None:
+def print_limit(model: Decoder, steps: tuple[float, float], turns: int = 60) -> None:
     """Where the time of a step of one row goes. `steps`: seconds of a quiet one, transformers' and ours."""
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     read = sum(sizes.values()) - sizes["position.weight"]  # of which one row is read
     linears = [m for m in model.modules() if isinstance(m, Linear)]
     inputs = [torch.randn(1, m.in_features).to(m.weight.dtype) for m in linears]
-
-    def ours() -> None:
-        for module, x in zip(linears, inputs, strict=True):
-            module(x)
-
-    def theirs() -> None:
-        for module, x in zip(linears, inputs, strict=True):
-            F.linear(x, module.weight, module.bias)
-
+    pairs = list(zip(linears, inputs, strict=True))
+    chunks = torch.ones(2**26, dtype=torch.int64).chunk(32)  # 16 MiB each, of 512 MiB
     with torch.inference_mode():
-        rate = stream_rate()
-        alone = fastest(theirs, repeats), fastest(ours, repeats)
+        rate = 2**29 / fastest([chunk.sum for chunk in chunks], turns)
+        theirs = fastest([partial(F.linear, x, m.weight, m.bias) for m, x in pairs], turns)
+        ours = fastest([partial(m, x) for m, x in pairs], turns)
     at_least = read / rate
     print(f"  a step reads {read / 1e6:,.0f} MB; memory gives {rate / 1e9:.1f} GB/s: {at_least * 1e3:.1f} ms")
-    for side, step, products in zip(("transformers", "ours"), steps, alone, strict=True):
+    for side, step, products in zip(("transformers", "ours"), steps, (theirs, ours), strict=True):
         print(
             f"  {side}: a quiet step {step * 1e3:.1f} ms, its products alone {products * 1e3:.1f} ms "
-            f"({read / products / 1e9:.1f} GB/s), {products / step:.0%} of it"
+            f"({read / products / 1e9:.1f} GB/s)"
         )
     print(
-        f"  at most {steps[0] / alone[1]:.2f} times transformers with these products, "
+        f"  at most {steps[0] / ours:.2f} times transformers with these products, "
         f"{steps[0] / at_least:.2f} times at the speed of memory",
         flush=True,
     )
