@@ -476,12 +476,12 @@ HEADERS: dict[str, tuple[bytes, int, str]] = {
 
 
 def refused(folder: Path, match: str) -> None:
-    """One sentence, at once."""
-    start = time.perf_counter()
+    """One sentence, at once: by the processor's clock, since other work may run beside."""
+    start = time.process_time()
     with pytest.raises(ValueError, match=match) as error:
         load_pretrained(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 4000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("name", HEADERS)
