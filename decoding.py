@@ -231,7 +231,7 @@ def _check_prompts(model: Decoder, prompts: Sequence[list[int]], settings: Gener
         if model.config.position in ABSOLUTE_POSITIONS and total > block_size:
             raise ValueError(
                 f"prompt {i} of {len(ids)} tokens and max_new_tokens {settings.max_new_tokens} make {total}, "
-                f"more than the model's {block_size} positions; lower max_new_tokens or use trim_prompt"
+                f"more than the model's {block_size} positions; lower max_new_tokens or shorten the prompt"
             )
 
 

@@ -13,17 +13,21 @@ soon; so how many tokens are equal says little. Instead both read the same text,
 through their caches, and the last columns say how far their logits are from those of fp32: the root of the
 mean square over the standard deviation of the logits of a step, and how often the likeliest token is fp32's.
 
-`--limit` also prints what the memory allows: the bytes of all weights that a step reads, over the rate at
-which a product of one row reads a weight that no cache holds. At one row in fp32 a step is little else.
+`--limit` also prints, at one row, what a step of each side took beside what it could not do without: the
+bytes of all weights over the rate at which all threads together read memory (sums of chunks that no cache
+holds), and the step's matrix products alone, one after another, as each side computes them. The quiet step of
+transformers over our products is the ratio that would be left if all the rest of our step took no time.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
@@ -32,12 +36,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 from transformers.utils import logging
 
 from architecture import Decoder
 from decoding import KVCache, generate_ids
 from generate import GenerationConfig
+from linear import Linear
 from pretrained import load_pretrained
 
 PROMPT, NEW = 64, 128
@@ -80,24 +86,41 @@ class Steps:
         return sorted(self.seconds)[len(self.seconds) // 10]
 
 
-def row_limit(model: Decoder) -> float:
-    """Steps a second at one row if nothing took time but reading the weights.
+def fastest(actions: list[Callable[[], object]], turns: int) -> float:
+    """Seconds of all actions, done in order, each in its fastest turn: what else runs can only add to it."""
+    best = [math.inf] * len(actions)
+    for _ in range(turns):
+        for i, action in enumerate(actions):
+            started = time.perf_counter()
+            action()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return sum(best)
 
-    The rate is the best of several products with the head, 151 MB in fp32, as `mv` reads it.
-    """
+
+def print_limit(model: Decoder, steps: tuple[float, float], turns: int = 60) -> None:
+    """Where the time of a step of one row goes. `steps`: seconds of a quiet one, transformers' and ours."""
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     read = sum(sizes.values()) - sizes["position.weight"]  # of which one row is read
-    weight = model.head.weight
-    x = torch.randn(weight.size(1)).to(weight.dtype)
-    seconds = []
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    inputs = [torch.randn(1, m.in_features).to(m.weight.dtype) for m in linears]
+    pairs = list(zip(linears, inputs, strict=True))
+    chunks = torch.ones(2**26, dtype=torch.int64).chunk(32)  # 16 MiB each, of 512 MiB
     with torch.inference_mode():
-        for _ in range(20):
-            started = time.perf_counter()
-            torch.mv(weight, x)
-            seconds.append(time.perf_counter() - started)
-    rate = weight.numel() * weight.element_size() / min(seconds)
-    print(f"  a step reads {read / 1e6:,.0f} MB; one product reads {rate / 1e9:.1f} GB/s", flush=True)
-    return rate / read
+        rate = 2**29 / fastest([chunk.sum for chunk in chunks], turns)
+        theirs = fastest([partial(F.linear, x, m.weight, m.bias) for m, x in pairs], turns)
+        ours = fastest([partial(m, x) for m, x in pairs], turns)
+    at_least = read / rate
+    print(f"  a step reads {read / 1e6:,.0f} MB; memory gives {rate / 1e9:.1f} GB/s: {at_least * 1e3:.1f} ms")
+    for side, step, products in zip(("transformers", "ours"), steps, (theirs, ours), strict=True):
+        print(
+            f"  {side}: a quiet step {step * 1e3:.1f} ms, its products alone {products * 1e3:.1f} ms "
+            f"({read / products / 1e9:.1f} GB/s)"
+        )
+    print(
+        f"  at most {steps[0] / ours:.2f} times transformers with these products, "
+        f"{steps[0] / at_least:.2f} times at the speed of memory",
+        flush=True,
+    )
 
 
 def gaps(
@@ -196,8 +219,8 @@ def main(turns: int, threads: int, limit: bool, dtypes: list[str], batches: list
                     f"| {distances} |",
                     flush=True,
                 )
-            if limit:
-                print(f"  so at most {row_limit(ours):.1f} tokens/s at one row", flush=True)
+                if limit and rows == 1:
+                    print_limit(ours, (sides[0].quiet(), sides[1].quiet()))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ take turns with the files in the page cache. Medians of:
 - again: the same call once more in the same process, after the first model is dropped, so without imports.
   Where the dtype asked for is the file's, transformers maps the file and returns before a weight is copied,
   so that there the two do not do the same;
+- CPU: what `again` took of the processor, in the program and in the system, which clears each page of new
+  memory; other processes that wait for a core beside it add little to this, and much to the seconds;
 - read: the first pass over every weight after that;
 - peak: the most memory the process held by the end of the first model's first pass, less what it held with
   torch imported. Pages of a mapped file count here, though the system may take them back and read them anew;
@@ -134,9 +136,12 @@ def child(side: str, folder: str, dtype: str) -> None:
     touch(kept[0])
     peak, most = held("VmHWM") - before, own.end()
     kept.clear()
+    used = time.process_time()
     again = seconds(lambda: kept.append(load()))
+    used = time.process_time() - used
     read = seconds(lambda: touch(kept[0]))
-    print(json.dumps({"call": first, "again": again, "read": read, "peak": peak, "own": most}))
+    found = {"call": first, "again": again, "read": read, "cpu": used, "peak": peak, "own": most}
+    print(json.dumps(found))
 
 
 def touch(model: torch.nn.Module) -> None:
@@ -149,8 +154,9 @@ def touch(model: torch.nn.Module) -> None:
 def main(folder: Path, layers: int, repeats: int) -> None:
     parameters = write_folders(folder, layers)
     print(f"{parameters:,} parameters, {repeats} processes a side in turn, medians\n")
-    print("| file -> model | | call, s | again, s | again, read, s | peak, GB | own, GB | of the weights |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = "call, s | again, s | again, read, s | again, CPU s | peak, GB | own, GB | of the weights"
+    print(f"| file -> model | | {columns} |")
+    print("|---|---|---|---|---|---|---|---|---|")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     for title, (name, dtype) in CASES.items():
         size = parameters * getattr(torch, dtype).itemsize
@@ -164,7 +170,7 @@ def main(folder: Path, layers: int, repeats: int) -> None:
         for side, seen in runs.items():
             values = {key: median(run[key] for run in seen) for key in seen[0]}
             values["read"] += values["again"]
-            rows[side] = [values[key] for key in ("call", "again", "read")]
+            rows[side] = [values[key] for key in ("call", "again", "read", "cpu")]
             rows[side] += [values[key] / 1e9 for key in ("peak", "own")]
             print(f"| {title} | {side} | " + " | ".join(f"{value:.2f}" for value in rows[side]), end="")
             print(f" | {values['peak'] / size:.3f}, {values['own'] / size:.3f} |")
