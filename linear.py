@@ -1,9 +1,10 @@
 """`Linear`: nn.Linear whose products of few rows are fast on a CPU, which is where decoding spends its time.
 
 A step of decoding multiplies every weight by as many rows as texts are under way. At one row the time is that
-of reading the weights from memory, if torch's own kernel reads them. With more rows the libraries behind
-`F.linear` lose time, in fp32 since they pack the whole weight first. Shares of its time on two cores, without
-native bf16, on 3072 x 768 and 49152 x 768:
+of reading the weights, if torch's own kernel reads them: in fp32 at the speed of memory, in bf16 on AVX2 at
+half of it (`benchmarks/decoding.py --limit`). With more rows the libraries behind `F.linear` lose time, in
+fp32 since they pack the whole weight first. Shares of its time on two cores, without native bf16, on
+3072 x 768 and 49152 x 768:
 
     fp32, 8 rows    0.6 and 0.4 (AVX-512), 0.5 and 0.5 (AVX2)    products of 64 rows of the weight: `few_rows`
     bf16, 8 rows    0.7 and 0.5 (AVX2)                           so from blocks made fp32: `emulated_bf16`
@@ -55,8 +56,8 @@ def dotted_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in bf16 by torch's own kernel, a dot product for each output.
 
     On a CPU with AVX-512 `F.linear` prefers oneDNN, which emulates bf16 arithmetic. torch's kernel makes fp32
-    of what it reads, rounds once with the bias in, and at one row is as fast as memory. (`torch.addmv` is the
-    same product 8 times as slow: its kernel has no bias.)
+    of what it reads, rounds once with the bias in, and is the fastest at one row. (`torch.addmv` is the same
+    product 8 times as slow: its kernel has no bias.)
     """
     backend = torch.backends.mkldnn
     before = backend.enabled
