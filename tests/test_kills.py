@@ -141,29 +141,41 @@ def cleared(place: Path) -> Path:
     return place / "corpus"
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_between_any_two_changes_to_its_files(
-    place: Path, straight: dict[str, bytes], rounds: int
-) -> None:
-    """Each command is killed before its n-th change; for one round n is drawn, in many it grows."""
-    rng, kills = random.Random(time.time_ns()), 0
-    for number in range(1, rounds + 1):
-        folder = cleared(place)
-        for step in STEPS:
-            at = rng.randint(2, 12) if rounds == 1 else number
-            kills += Command(folder, step, at).end() == -signal.SIGKILL
-            assert Command(folder, step).end() == 0, (place / "corpus.told").read_text()
-        assert tree(folder) == straight, f"killed before change {number}"
-    print(f"{kills} kills")
-    assert kills >= 3
+def killed_before(number: int, step: tuple[str, ...], place: Path) -> bool:
+    """Run a step that is killed before its n-th change, then again to its end; whether it had so many."""
+    killed = Command(place / "corpus", step, number).end() == -signal.SIGKILL
+    assert Command(place / "corpus", step).end() == 0, (place / "corpus.told").read_text()
+    return killed
+
+
+def test_killed_before_a_change_to_its_files(place: Path, straight: dict[str, bytes]) -> None:
+    """The slow form takes every change; here each step is killed before one that is drawn."""
+    cleared(place)
+    numbers = [random.randint(2, 12) for _ in STEPS]
+    killed = [killed_before(number, step, place) for number, step in zip(numbers, STEPS, strict=True)]
+    assert all(killed), numbers
+    assert tree(place / "corpus") == straight, numbers
+
+
+@pytest.mark.slow
+def test_killed_before_every_change_to_its_files(place: Path, straight: dict[str, bytes]) -> None:
+    number, kills, killed = 0, 0, 1
+    while killed:
+        number += 1
+        cleared(place)
+        killed = sum([killed_before(number, step, place) for step in STEPS])
+        kills += killed
+        assert tree(place / "corpus") == straight, number
+    print(f"{kills} kills, before each of at most {number - 1} changes")
+    assert kills > 30
 
 
 @pytest.mark.slow
 def test_killed_at_random_instants(place: Path, straight: dict[str, bytes]) -> None:
-    """60 kills by the clock, every other one of the parent alone: its children follow it."""
+    """30 kills by the clock, every other one of the parent alone: its children follow it."""
     seed = time.time_ns()
     rng, kills, took = random.Random(seed), 0, dict.fromkeys(STEPS, 1.0)
-    while kills < 60:
+    while kills < 30:
         folder = cleared(place)
         for step in STEPS:
             command = Command(folder, step)
