@@ -30,7 +30,7 @@ from scraping.decontaminate import Benchmarks
 from scraping.documents import Document, Drop, read_shard, write_shard
 from scraping.frequencies import Frequencies
 from scraping.pool import each
-from scraping.shards import alone, file_sha256, parse_shard, parts_of
+from scraping.shards import alone, file_sha256, parse_shard, parts_of, read_record
 
 VERSION = 1  # of the selection below
 
@@ -80,7 +80,7 @@ def build_part(settings: Settings, part: Path) -> None:
             "form": settings.form,
             "benchmarks": [file_sha256(Path(file)) for file in settings.benchmarks],
         }
-        found = json.loads(clusters.read_text("utf-8"))
+        found = read_record(clusters, "clean", "rows")
         if found["clean"] != clean:  # its rows are numbers, which would mean other documents
             raise ValueError(f"{part} changed since {clusters} was made: run dedup again")
         try:
@@ -174,14 +174,15 @@ def finish(settings: Settings) -> dict[str, Any]:
         raise ValueError(f"{folder} has {len(outputs)} parts and {root / 'clean'} {len(parts)}: build again")
     records = []
     for part, output in zip(parts, outputs, strict=True):
-        record = json.loads((folder / "records" / f"{part.stem}.json").read_text("utf-8"))
+        record = read_record(folder / "records" / f"{part.stem}.json", "inputs", "sha256", "frequencies")
         if record["inputs"]["clean"] != file_sha256(part) or record["sha256"] != file_sha256(output):
             raise ValueError(f"{output} is not what {part} would give: run build again")
         records.append(record)
     frequencies = Frequencies()
     for record in records:
         frequencies.merge(Frequencies.from_dict(record["frequencies"]))
-    cleaned = [json.loads(part.with_suffix(".json").read_text("utf-8")) for part in parts]
+    keys = ("settings", "not stored", "input", "dropped")
+    cleaned = [read_record(part.with_suffix(".json"), *keys) for part in parts]
     selected = {
         "stage": "select",
         "in": sum(record["read"] for record in records),
@@ -196,7 +197,7 @@ def finish(settings: Settings) -> dict[str, Any]:
         "licences": summed(record["licences"] for record in records),
         "sizes": summed(record["sizes"] for record in records),
         "words": {"occurrences": frequencies.total, "different words by occurrences": frequencies.curve()},
-        "clusters": json.loads((root / "dedup" / "clusters.json").read_text("utf-8")),
+        "clusters": read_record(root / "dedup" / "clusters.json", "settings", "counts"),
         "settings": {
             "build": {
                 "near": settings.near,

@@ -304,6 +304,7 @@ def clean_shard(
         made = how(settings)
         read = (0, 1) if settings.whole else shard
         _, fingerprint = ledger.outline(read)
+        made["not stored"] = ledger.not_stored(read)  # so that the counts begin with all that was found
         record = _read_record(paths["record"])
         if (
             record is not None

@@ -25,7 +25,7 @@ import numpy as np
 from config import write_atomically
 from scraping.documents import Document, read_shard
 from scraping.pool import each
-from scraping.shards import alone, file_sha256, make_once, parse_shard, parts_of
+from scraping.shards import alone, file_sha256, make_once, parse_shard, parts_of, read_record
 from shingles import Batch, Units, Words, bands, batches, mixed
 
 PERMUTATIONS = 128
@@ -249,7 +249,7 @@ def cluster(settings: Settings) -> dict[str, int]:
     pairs = parts_of(folder, "pairs", "")
     signed = [_done(part, settings) for part in parts]
     for pair in pairs:
-        if json.loads((pair / "done.json").read_text("utf-8"))["inputs"]["parts"] != signed:
+        if read_record(pair / "done.json", "inputs")["inputs"]["parts"] != signed:
             raise ValueError(f"{pair} was made of other signatures: run --step bucket again")
     near = np.concatenate([np.load(pair / "near.npy") for pair in pairs])
     exact = np.concatenate([np.load(pair / "exact.npy") for pair in pairs])
@@ -323,7 +323,7 @@ def _done(part: Path, settings: Settings) -> dict[str, Any]:
     """What a part's signatures were made of; ValueError if there are none, or of other text or settings."""
     folder = Path(settings.folder, "dedup", part.stem)
     try:
-        record = json.loads((folder / "done.json").read_text("utf-8"))
+        record = read_record(folder / "done.json", "inputs")
     except FileNotFoundError:
         number, shards = folder.name.removeprefix("part-").split("-of-")
         raise ValueError(

@@ -25,6 +25,17 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object of a file that a step wrote; ValueError if it lacks one of these keys."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not all(key in record for key in keys):
+        raise ValueError(f"{path} is damaged: remove it, and run again the step that makes it")
+    return record
+
+
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -54,7 +54,8 @@ def fill(folder: Path, repositories: int) -> None:
         }
         data = {path: text.encode() for path, text in files.items()}
         ledger.found(f"o/r{number}", "local", "main", "MIT")
-        ledger.listed(f"o/r{number}", "c0", [Entry(path, path, len(text)) for path, text in data.items()])
+        entries = [Entry(path, path, len(text)) for path, text in data.items()]
+        ledger.listed(f"o/r{number}", "c0", [*entries, Entry("large.py", "", 10**6, "too large")])
         ledger.stored(f"o/r{number}", list(data.items()))
         ledger.done(f"o/r{number}")
     ledger.close()
@@ -130,6 +131,7 @@ def straight(place: Path) -> dict[str, bytes]:
         assert Command(place / "corpus", step).end() == 0, (place / "corpus.told").read_text()
     found = tree(place / "corpus")
     record = json.loads(found["corpus/corpus.json"])
+    assert record["stages"][0]["dropped"] == {"too large": 4}
     assert record["stages"][-1]["dropped"] == {"exact duplicate": 3, "near duplicate": 8}
     return found
 
