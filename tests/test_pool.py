@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -98,6 +99,7 @@ def test_children_of_each_end_with_their_parent_without_a_word(tmp_path: Path, h
         told = os.open(tmp_path / "told", os.O_WRONLY | os.O_CREAT)
         os.dup2(told, 1)
         os.dup2(told, 2)
+        sys.stderr = os.fdopen(2, "w")
         try:
             each(partial(part, tmp_path), [0, 5], 2)
         except KeyboardInterrupt:
