@@ -181,8 +181,14 @@ def finish(settings: Settings) -> dict[str, Any]:
     frequencies = Frequencies()
     for record in records:
         frequencies.merge(Frequencies.from_dict(record["frequencies"]))
-    keys = ("settings", "not stored", "input", "dropped")
+    keys = ("settings", "stages", "not stored", "input", "dropped")
     cleaned = [read_record(part.with_suffix(".json"), *keys) for part in parts]
+    made = ("settings", "stages", "python", "packages")
+    for part, record in zip(parts, cleaned, strict=True):
+        if any(record.get(key) != cleaned[0].get(key) for key in made):
+            raise ValueError(
+                f"{part} was cleaned by other settings or versions than {parts[0]}: clean one again"
+            )
     selected = {
         "stage": "select",
         "in": sum(record["read"] for record in records),
@@ -206,6 +212,7 @@ def finish(settings: Settings) -> dict[str, Any]:
             },
             "clean": cleaned[0]["settings"],
         },
+        "versions": cleaned[0]["stages"] | {"select": VERSION},
         "parts": [
             {"file": f"data/{output.name}", "documents": record["documents"], "sha256": record["sha256"]}
             for output, record in zip(outputs, records, strict=True)

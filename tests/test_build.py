@@ -186,6 +186,18 @@ def test_a_damaged_record_is_named(tmp_path: Path, name: str, content: str) -> N
         built(settings)
 
 
+def test_parts_that_were_cleaned_differently_are_no_corpus(tmp_path: Path) -> None:
+    settings = cleaned(tmp_path, documents(), 3)
+    path = shard_path(tmp_path / "clean", 2, 3).with_suffix(".json")
+    for key, value in (("settings", {"skip": ["syntax"]}), ("stages", {"encoding": 1, "syntax": 3})):
+        whole = path.read_text()
+        path.write_text(json.dumps(json.loads(whole) | {key: value}))
+        with pytest.raises(ValueError, match=r"part-00002.* was cleaned by other settings or versions than"):
+            built(settings)
+        path.write_text(whole)
+    assert built(settings)[0]["versions"] == {"encoding": 1, "syntax": 2, "select": 1}
+
+
 def test_build_before_dedup_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "clean").mkdir()
     write_shard(shard_path(tmp_path / "clean", 0, 1), documents())
