@@ -25,6 +25,7 @@ from optim import learning_rate_factor
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
 SAMPLED = 2**16  # elements of a frozen parameter that are compared
 PASSES, TARGETS = 8, 8  # of one update, and of each of these, whose gradients are made again
+NEXT_TO_NOTHING = 1e-20  # of a gradient: below, its square and its rounding are nothing
 APART = 0.1  # of the right size: above what 16 bits round
 
 
@@ -98,23 +99,24 @@ class FirstSteps:
     def _compare_sizes(self) -> None:
         """Before the weights change: the gradients that came, in those of the mean over the update's tokens.
 
-        A head that is all zero hands nothing back; then the next update is compared.
+        A head that is next to zero hands next to nothing back; then the next update is compared.
         """
         optimizer, subject = self.subject.config.optimizer, self.subject
         passes = range(subject.config.train.accumulation)
         tokens = sum(int((self._labels(number) != IGNORE_INDEX).sum()) for number in passes)
         for number, (hidden, labels) in enumerate(self.targets):
             rows = hidden.requires_grad_()
-            with torch.enable_grad(), subject.precision.autocast():
+            # An adapter of the head draws its dropout: the run must not miss these numbers.
+            with torch.random.fork_rng(), torch.enable_grad(), subject.precision.autocast():
                 logits = subject.model.head(rows).float()
                 loss = F.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=optimizer.label_smoothing
                 )
                 loss = loss + optimizer.z_loss * logits.logsumexp(-1).square().sum()
                 (right,) = torch.autograd.grad(loss / tokens, rows)
-            right, found = right.float(), self.gradients.get(number, torch.zeros(()))
-            size = float((right * found).sum() / right.square().sum().clamp(min=1e-30))
-            if right.any():
+            right, found = right.double(), self.gradients.get(number, torch.zeros(()))
+            if right.abs().amax() > NEXT_TO_NOTHING:
+                size = float((right * found).sum() / right.square().sum())
                 self.sizes.append(size / subject.scaler.get_scale())
         self.compared = bool(self.sizes)
         self.targets, self.gradients = [], {}
