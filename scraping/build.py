@@ -17,11 +17,9 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +29,8 @@ from scraping.counts import lines, size, stages, summed
 from scraping.decontaminate import Benchmarks
 from scraping.documents import Document, Drop, read_shard, write_shard
 from scraping.frequencies import Frequencies
-from scraping.shards import file_sha256, parse_shard, parts_of
+from scraping.pool import each
+from scraping.shards import alone, file_sha256, parse_shard, parts_of, read_record
 
 VERSION = 1  # of the selection below
 
@@ -72,31 +71,31 @@ def build_part(settings: Settings, part: Path) -> None:
         raise ValueError(f"{clusters} is not there: run dedup first")
     output = root / "corpus" / "data" / f"{part.stem}.{_ENDINGS[settings.form]}"
     record_path = root / "corpus" / "records" / f"{part.stem}.json"
-    inputs = {
-        "version": VERSION,
-        "clean": (clean := file_sha256(part)),
-        "clusters": file_sha256(clusters),
-        "near": settings.near,
-        "form": settings.form,
-        "benchmarks": [file_sha256(Path(file)) for file in settings.benchmarks],
-    }
-    found = json.loads(clusters.read_text("utf-8"))
-    if found["clean"] != clean:  # its rows are numbers, which would mean other documents
-        raise ValueError(f"{part} changed since {clusters} was made: run dedup again")
-    try:
-        record = json.loads(record_path.read_text("utf-8"))
-        if record["inputs"] == inputs and record["sha256"] == file_sha256(output):
-            return
-    except (OSError, ValueError, KeyError):
-        pass
-    for folder in (output.parent, record_path.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    selection = _Selection(settings, found["rows"])
-    count = write_shard(output, selection.of(read_shard(part)))
-    dropped = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in selection.dropped).encode()
-    (record_path.parent / f"{part.stem}.dropped.jsonl.gz").write_bytes(gzip.compress(dropped, mtime=0))
-    record = {"inputs": inputs, "documents": count, "sha256": file_sha256(output)}
-    write_atomically(record_path, json.dumps(record | selection.counts(), indent=1))
+    with alone(record_path):
+        inputs = {
+            "version": VERSION,
+            "clean": (clean := file_sha256(part)),
+            "clusters": file_sha256(clusters),
+            "near": settings.near,
+            "form": settings.form,
+            "benchmarks": [file_sha256(Path(file)) for file in settings.benchmarks],
+        }
+        found = read_record(clusters, "clean", "rows")
+        if found["clean"] != clean:  # its rows are numbers, which would mean other documents
+            raise ValueError(f"{part} changed since {clusters} was made: run dedup again")
+        try:
+            record = json.loads(record_path.read_text("utf-8"))
+            if record["inputs"] == inputs and record["sha256"] == file_sha256(output):
+                return
+        except (OSError, ValueError, KeyError):
+            pass
+        output.parent.mkdir(exist_ok=True)
+        selection = _Selection(settings, found["rows"])
+        count = write_shard(output, selection.of(read_shard(part)))
+        dropped = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in selection.dropped).encode()
+        (record_path.parent / f"{part.stem}.dropped.jsonl.gz").write_bytes(gzip.compress(dropped, mtime=0))
+        record = {"inputs": inputs, "documents": count, "sha256": file_sha256(output)}
+        write_atomically(record_path, json.dumps(record | selection.counts(), indent=1))
 
 
 _ENDINGS = {"parquet": "parquet", "jsonl": "jsonl.gz"}
@@ -175,14 +174,21 @@ def finish(settings: Settings) -> dict[str, Any]:
         raise ValueError(f"{folder} has {len(outputs)} parts and {root / 'clean'} {len(parts)}: build again")
     records = []
     for part, output in zip(parts, outputs, strict=True):
-        record = json.loads((folder / "records" / f"{part.stem}.json").read_text("utf-8"))
+        record = read_record(folder / "records" / f"{part.stem}.json", "inputs", "sha256", "frequencies")
         if record["inputs"]["clean"] != file_sha256(part) or record["sha256"] != file_sha256(output):
             raise ValueError(f"{output} is not what {part} would give: run build again")
         records.append(record)
     frequencies = Frequencies()
     for record in records:
         frequencies.merge(Frequencies.from_dict(record["frequencies"]))
-    cleaned = [json.loads(part.with_suffix(".json").read_text("utf-8")) for part in parts]
+    keys = ("settings", "stages", "not stored", "input", "dropped")
+    cleaned = [read_record(part.with_suffix(".json"), *keys) for part in parts]
+    made = ("settings", "stages", "python", "packages")
+    for part, record in zip(parts, cleaned, strict=True):
+        if any(record.get(key) != cleaned[0].get(key) for key in made):
+            raise ValueError(
+                f"{part} was cleaned by other settings or versions than {parts[0]}: clean one again"
+            )
     selected = {
         "stage": "select",
         "in": sum(record["read"] for record in records),
@@ -197,11 +203,16 @@ def finish(settings: Settings) -> dict[str, Any]:
         "licences": summed(record["licences"] for record in records),
         "sizes": summed(record["sizes"] for record in records),
         "words": {"occurrences": frequencies.total, "different words by occurrences": frequencies.curve()},
-        "clusters": json.loads((root / "dedup" / "clusters.json").read_text("utf-8")),
+        "clusters": read_record(root / "dedup" / "clusters.json", "settings", "counts"),
         "settings": {
-            "build": asdict(settings) | {"shard": "", "finish": False},
+            "build": {
+                "near": settings.near,
+                "benchmarks": [Path(file).name for file in settings.benchmarks],
+                "form": settings.form,
+            },
             "clean": cleaned[0]["settings"],
         },
+        "versions": cleaned[0]["stages"] | {"select": VERSION},
         "parts": [
             {"file": f"data/{output.name}", "documents": record["documents"], "sha256": record["sha256"]}
             for output, record in zip(outputs, records, strict=True)
@@ -232,8 +243,8 @@ def run(settings: Settings) -> None:
             raise ValueError(f"--shard {settings.shard} is of {shards}, and clean made {len(parts)} parts")
         return build_part(settings, parts[number])
     if not settings.finish:
-        with ProcessPoolExecutor(settings.workers or os.cpu_count()) as pool:
-            list(pool.map(partial(build_part, settings), parts))
-    corpus = finish(settings)
+        each(partial(build_part, settings), parts, settings.workers)
+    with alone(Path(settings.folder, "corpus", "corpus.json")):
+        corpus = finish(settings)
     print("\n".join(lines(corpus["stages"], size(corpus))))
     return None

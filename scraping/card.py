@@ -87,7 +87,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 def _stage_rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
     for stage in stages:
-        reasons = "; ".join(f"{_plain(reason)} {count:,}" for reason, count in stage["dropped"].items())
+        reasons = "; ".join(f"{_plain(reason)}: {count:,}" for reason, count in stage["dropped"].items())
         rows.append((_plain(stage["stage"]), f"{stage['in']:,}", f"{stage['out']:,}", reasons))
     return rows
 
@@ -97,13 +97,13 @@ def _by_bits(item: tuple[str, int]) -> int:
 
 
 def _size(bits: int) -> str:
-    """The sizes of so many bits, as in `512 to 1,023 B`."""
+    """The sizes in bytes that take so many bits, as in `4 to 8 KiB`, of which 8 is in the next."""
     if bits == 0:
         return "0 B"
     least, unit = 2 ** (bits - 1), "B"
     if least >= 1024:
         least, unit = least // 1024, "KiB"
-    return f"{least:,} {unit}"
+    return f"{least:,} to {2 * least:,} {unit}"
 
 
 def _largest(counts: dict[str, int], most: int = 20) -> dict[str, int]:

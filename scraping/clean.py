@@ -29,8 +29,8 @@ from typing import Any, BinaryIO, Literal, cast
 from config import write_atomically
 from scraping.documents import Document, Drop, RawFile, shard_path, write_shard
 from scraping.ledger import Ledger, fingerprint_line
-from scraping.pool import Died, guarded
-from scraping.shards import file_sha256, parse_shard
+from scraping.pool import Died, cores, guarded
+from scraping.shards import alone, file_sha256, parse_shard
 from scraping.stages import (
     Note,
     Stage,
@@ -67,7 +67,7 @@ class Settings:
         max_mean_line: Longest line on average, in characters.
         min_alnum: Least share of letters and digits among what is not space.
         max_escapes: Most escapes such as `\\u00e9` in a row, in one line; 0 has no bound.
-        max_numbers: Most numbers in a row, as in a table; 0 has no bound.
+        max_numbers: Most numbers, or escapes, in a row, as in a table over many lines; 0 has no bound.
         max_errors: Largest share of a Kotlin or Java file that its grammar may not place. The grammars do not
             know all of their languages: of 1,039 files of kotlinx.coroutines two are above 0.3.
         personal: E-mail and internet addresses give way to placeholders too, not only secrets.
@@ -299,55 +299,56 @@ def clean_shard(
         advance: Called for each file that is finished.
     """
     path = shard_path(Path(settings.folder) / "clean", *shard)
-    paths = {"record": path.with_suffix(".json"), "dropped": path.with_suffix(".dropped.jsonl.gz")}
-    made = how(settings)
-    read = (0, 1) if settings.whole else shard
-    _, fingerprint = ledger.outline(read)
-    record = _read_record(paths["record"])
-    if (
-        record is not None
-        and all(record.get(key) == value for key, value in made.items())
-        and record["input"]["fingerprint"] == fingerprint
-        and path.is_file()
-        and paths["dropped"].is_file()
-        and record["output"]["sha256"] == file_sha256(path)
-        and record["output"]["dropped_sha256"] == file_sha256(paths["dropped"])
-    ):
+    with alone(path):
+        paths = {"record": path.with_suffix(".json"), "dropped": path.with_suffix(".dropped.jsonl.gz")}
+        made = how(settings)
+        read = (0, 1) if settings.whole else shard
+        _, fingerprint = ledger.outline(read)
+        made["not stored"] = ledger.not_stored(read)  # so that the counts begin with all that was found
+        record = _read_record(paths["record"])
+        if (
+            record is not None
+            and all(record.get(key) == value for key, value in made.items())
+            and record["input"]["fingerprint"] == fingerprint
+            and path.is_file()
+            and paths["dropped"].is_file()
+            and record["output"]["sha256"] == file_sha256(path)
+            and record["output"]["dropped_sha256"] == file_sha256(paths["dropped"])
+        ):
+            return record
+        paths["record"].unlink(missing_ok=True)  # it must not stand beside another shard than its own
+
+        tally = _Tally()
+        names: deque[Name] = deque()
+        partial = paths["dropped"].with_name(f".{paths['dropped'].name}.partial")
+        outcomes = guarded(
+            make_cleaner,
+            (settings,),
+            _batches(ledger.files(read), tally, names),
+            workers=settings.workers or cores(),
+            seconds=settings.seconds,
+            memory_mb=settings.memory_mb,
+            retry=without_formatting if settings.format != "none" else None,
+        )
+        try:
+            # Without a name and a time in its header, gzip of equal lines is equal.
+            with open(partial, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as dropped:
+
+                def counted() -> Iterator[Outcome | Died]:
+                    for outcome in outcomes:
+                        yield outcome
+                        advance()
+
+                write_shard(path, _kept(counted(), names, tally, cast(BinaryIO, dropped)))
+            os.replace(partial, paths["dropped"])
+        finally:
+            outcomes.close()
+            partial.unlink(missing_ok=True)
+        assert tally.files == tally.documents + sum(tally.dropped.values()), "a file was lost"
+        sha256 = {"sha256": file_sha256(path), "dropped_sha256": file_sha256(paths["dropped"])}
+        record = tally.record(made, shard, sha256)
+        write_atomically(paths["record"], json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         return record
-    path.parent.mkdir(parents=True, exist_ok=True)
-    paths["record"].unlink(missing_ok=True)  # it must not stand beside another shard than its own
-
-    tally = _Tally()
-    names: deque[Name] = deque()
-    partial = paths["dropped"].with_name(f".{paths['dropped'].name}.partial")
-    outcomes = guarded(
-        make_cleaner,
-        (settings,),
-        _batches(ledger.files(read), tally, names),
-        workers=settings.workers or len(os.sched_getaffinity(0)),
-        seconds=settings.seconds,
-        memory_mb=settings.memory_mb,
-        retry=without_formatting if settings.format != "none" else None,
-    )
-    try:
-        # Without a name and a time in its header, gzip of equal lines is equal.
-        with open(partial, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as dropped:
-
-            def counted() -> Iterator[Outcome | Died]:
-                for outcome in outcomes:
-                    yield outcome
-                    advance()
-
-            write_shard(path, _kept(counted(), names, tally, cast(BinaryIO, dropped)))
-        os.replace(partial, paths["dropped"])
-    finally:
-        outcomes.close()
-        partial.unlink(missing_ok=True)
-    assert tally.files == tally.documents + sum(tally.dropped.values()), "a file was lost"
-    sha256 = {"sha256": file_sha256(path), "dropped_sha256": file_sha256(paths["dropped"])}
-    record = tally.record(made, shard, sha256)
-    write_atomically(paths["record"], json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return record
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -52,8 +52,9 @@ def run(settings: Settings) -> None:
     if not name:
         raise ValueError(f"{settings.url} names no repository: give one with --repository")
     wanted = settings.wanted()
+    origin = Origin(name, "clone", settings.revision, settings.licence)
     ledger = open_ledger(settings.folder)
-    clone(ledger, Origin(name, "clone", settings.revision, settings.licence), settings, wanted)
+    clone(ledger, origin, settings, wanted)
     report(ledger)
 
 

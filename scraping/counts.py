@@ -1,4 +1,4 @@
-"""What became of the files that were stored, stage by stage: in, dropped by reason, out."""
+"""What became of the files that were found, stage by stage: in, dropped by reason, out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 
 def stages(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cleaning over the records of all parts, stage by stage: what went in, came out, went and why."""
+    """Fetching and cleaning over the records of all parts: what went into a stage, came out, went and why."""
     left = sum(record["input"]["files"] for record in records)
+    unfetched = summed(record["not stored"] for record in records)
     names = dict.fromkeys(name for record in records for name in (*record["stages"], *record["dropped"]))
-    found = []
+    found = [{"stage": "fetch", "in": left + sum(unfetched.values()), "out": left, "dropped": unfetched}]
     for name in names:
         reasons = (record["dropped"].get(name, {}) for record in records)
         dropped = summed({reason: n["files"] for reason, n in there.items()} for there in reasons)
@@ -30,7 +31,7 @@ def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 def lines(stages: list[dict[str, Any]], size: str) -> list[str]:
     """What went in, what went and why, what came out; `size` describes that."""
-    table = [f"{stages[0]['in']:>12,}  files were stored"]
+    table = [f"{stages[0]['in']:>12,}  files were found"]
     for stage in stages:
         for reason, count in stage["dropped"].items():
             table.append(f"{-count:>12,}  {stage['stage']}: {reason}")

@@ -13,10 +13,8 @@ most sqrt(0.25 / SKETCH) = 0.022 for longer ones.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +24,8 @@ import numpy as np
 
 from config import write_atomically
 from scraping.documents import Document, read_shard
-from scraping.shards import file_sha256, make_once, parse_shard, parts_of
+from scraping.pool import each
+from scraping.shards import alone, file_sha256, make_once, parse_shard, parts_of, read_record
 from shingles import Batch, Units, Words, bands, batches, mixed
 
 PERMUTATIONS = 128
@@ -250,7 +249,7 @@ def cluster(settings: Settings) -> dict[str, int]:
     pairs = parts_of(folder, "pairs", "")
     signed = [_done(part, settings) for part in parts]
     for pair in pairs:
-        if json.loads((pair / "done.json").read_text("utf-8"))["inputs"]["parts"] != signed:
+        if read_record(pair / "done.json", "inputs")["inputs"]["parts"] != signed:
             raise ValueError(f"{pair} was made of other signatures: run --step bucket again")
     near = np.concatenate([np.load(pair / "near.npy") for pair in pairs])
     exact = np.concatenate([np.load(pair / "exact.npy") for pair in pairs])
@@ -270,7 +269,10 @@ def cluster(settings: Settings) -> dict[str, int]:
         "clusters": len(set(clusters.values())),
         "exact duplicates": sum(twins[i] != names[i] for i in twins),
     }
-    record = {"settings": asdict(settings), "counts": counts}
+    record = {
+        "settings": {"threshold": settings.threshold, "shingle": settings.shingle},
+        "counts": counts,
+    }
     write_atomically(folder / "clusters.json", json.dumps(record, indent=1))
     return counts
 
@@ -321,7 +323,7 @@ def _done(part: Path, settings: Settings) -> dict[str, Any]:
     """What a part's signatures were made of; ValueError if there are none, or of other text or settings."""
     folder = Path(settings.folder, "dedup", part.stem)
     try:
-        record = json.loads((folder / "done.json").read_text("utf-8"))
+        record = read_record(folder / "done.json", "inputs")
     except FileNotFoundError:
         number, shards = folder.name.removeprefix("part-").split("-of-")
         raise ValueError(
@@ -355,9 +357,9 @@ def run(settings: Settings) -> None:
     if settings.shard:
         raise ValueError(f"--shard {settings.shard} is for --step signature and bucket; leave it out")
     if settings.step == "all":
-        with ProcessPoolExecutor(settings.workers or os.cpu_count()) as pool:
-            list(pool.map(partial(signature, settings), parts))
+        each(partial(signature, settings), parts, settings.workers)
         bucket(settings, (0, 1))
-    counts = cluster(settings)
+    with alone(Path(settings.folder, "dedup", "clusters.json")):
+        counts = cluster(settings)
     print("; ".join(f"{count:,} {name}" for name, count in counts.items()))
     return None

@@ -18,6 +18,7 @@ import json
 import sqlite3
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,6 +279,18 @@ class Ledger:
                 fingerprint.update(fingerprint_line(name, path, pinned, licence, sha256))
                 count += 1
         return count, fingerprint.hexdigest()
+
+    def not_stored(self, shard: tuple[int, int] = (0, 1)) -> dict[str, int]:
+        """Reason -> how many files of a shard were found and are not among `files(shard)`."""
+        counts: Counter[str] = Counter()
+        for name, _, _ in self._repositories(shard):
+            query = "SELECT iif(state = 'found', 'not fetched yet', reason) AS why, count(*) FROM files"
+            query += " WHERE repository = ? AND state != 'stored' GROUP BY why"
+            counts.update(dict(self._db.execute(query, (name,))))
+            rows = self._db.execute("SELECT others FROM hosted WHERE name = ? AND others > 0", (name,))
+            for (others,) in rows:
+                counts["other extension"] += others
+        return dict(sorted(counts.items()))
 
     def _repositories(self, shard: tuple[int, int]) -> list[tuple[str, str, str]]:
         """(name, pinned, licence) of those in a shard, by name."""

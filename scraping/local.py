@@ -47,9 +47,8 @@ def run(settings: Settings) -> None:
     """See the module. ValueError is a mistake of the user or a broken archive, and changes nothing."""
     path = Path(settings.path)
     if not settings.path or not path.exists():
-        raise ValueError(
-            f"{settings.path or 'no folder'} is not there: name a folder or an archive with --path"
-        )
+        missing = f"{settings.path} is not there: " if settings.path else ""
+        raise ValueError(f"{missing}name a folder or an archive with --path")
     if settings.strip < 0 or (settings.strip and path.is_dir()):
         raise ValueError(f"--strip is {settings.strip}: it takes leading folders off the names in an archive")
     name = path.resolve().name
@@ -58,8 +57,8 @@ def run(settings: Settings) -> None:
         os.fsencode(name.removesuffix(ending) if path.is_file() else name)
     )
     wanted = settings.wanted()
-    ledger = open_ledger(settings.folder)
     origin = Origin(name, "local", settings.revision, settings.licence)
+    ledger = open_ledger(settings.folder)
     if path.is_dir():
         take_folder(ledger, origin, path, wanted)
     else:

@@ -1,24 +1,30 @@
-"""Work on strangers' files in child processes that may die: each death costs the one file that caused it.
+"""Work in child processes that may die.
+
+On strangers' files each death costs the one file that caused it:
 
     for result in guarded(make, arguments, batches, workers=2, seconds=5.0, memory_mb=1024):
         ...                                  # in the order of the items, whatever the order of the work
 
 A child bounds itself: its address space by RLIMIT_AS, its processor time on each item by a timer whose signal
 kills it, so that no C code can hold it off. A batch whose child died is done again item by item.
+
+On what was cleaned, `each` runs without limits.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
@@ -171,3 +177,49 @@ def guarded(
         threads.shutdown()
         for worker in made:
             worker.close()
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def each(work: Callable[[Any], object], items: Sequence[Any], workers: int = 0) -> None:
+    """Have child processes do `work` on every item; none of them outlives this call, or this process.
+
+    Args:
+        work: Pickles; what it raises is raised here.
+        items: That it is called with.
+        workers: Processes; 0 means one for each core.
+
+    Raises:
+        ValueError: a child was killed.
+    """
+    try:
+        with ProcessPoolExecutor(min(workers or cores(), len(items)), initializer=_bound_to_parent) as pool:
+            try:
+                for _ in pool.map(work, items):
+                    pass
+            except BaseException:  # a mistake, or Ctrl-C: what the others are at may take an hour
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process was killed while it worked on a part, as where memory is full; run again, with fewer"
+            " --workers or smaller parts"
+        ) from None
+
+
+def _bound_to_parent() -> None:
+    """A child of `each` dies of Ctrl-C without a word, and with its parent, which may be killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

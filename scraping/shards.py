@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,17 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise ValueError(f"--shard is {text!r}; it must be i/n, with i from 0 to n - 1, as 0/4")
     return int(match[1]), int(match[2])
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object of a file that a step wrote; ValueError if it lacks one of these keys."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not all(key in record for key in keys):
+        raise ValueError(f"{path} is damaged: remove it, and run again the step that makes it")
+    return record
 
 
 def file_sha256(path: Path) -> str:
@@ -48,24 +62,55 @@ def parts_of(folder: Path, kind: str = "part", ending: str = ".parquet") -> list
     return [found[name] for name in names]
 
 
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Only one process at a time makes `output`; another one waits, and may then find it made.
+
+    The lock is the kernel's, and so a kill frees it. Its file is gone when the block ends.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process makes {output}: waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                there = os.path.samestat(os.fstat(lock), os.stat(path))
+            except FileNotFoundError:
+                there = False
+            if there:  # else who held it has removed it, and a third process may have made another
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
+        finally:
+            os.close(lock)
+
+
 def make_once(folder: Path, inputs: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
     """Have `write` fill a folder, unless one made of the same inputs stands there.
 
     It is filled under another name and then renamed; `done.json` in it holds the inputs and what `write`
-    returned. So a kill leaves the old folder, the new one, or none.
+    returned. So a kill leaves the old folder, the new one, or none, and what else it left goes the next time.
     """
-    try:
-        if json.loads((folder / "done.json").read_text("utf-8"))["inputs"] == inputs:
-            return
-    except (OSError, ValueError, KeyError):
-        pass
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        record = {"inputs": inputs} | write(partial)
-        write_atomically(partial / "done.json", json.dumps(record, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
+    with alone(folder):
+        try:
+            if json.loads((folder / "done.json").read_text("utf-8"))["inputs"] == inputs:
+                return
+        except (OSError, ValueError, KeyError):
+            pass
+        partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            record = {"inputs": inputs} | write(partial)
+            write_atomically(partial / "done.json", json.dumps(record, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

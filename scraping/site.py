@@ -81,8 +81,9 @@ def client_of(settings: Settings) -> Client:
         host, port, parts = "", None, urlsplit("")
     if parts.scheme not in ("http", "https") or not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or parts.username:
         # Without what may be a password.
-        said = path_text(settings.url[:200].rpartition("@")[2].encode()) or "no address"
-        raise ValueError(f"{said} is no address of a site: give --url as in https://fastapi.tiangolo.com/")
+        said = path_text(settings.url[:200].rpartition("@")[2].encode())
+        wrong = f"{said} is no address of a site: " if said else ""
+        raise ValueError(f"{wrong}give --url as in https://fastapi.tiangolo.com/")
     port = port or (443 if parts.scheme == "https" else 80)
     private = settings.private or names_an_address(host)
     return Client(parts.scheme, host, port, private, settings.delay)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scraping.ledger import Entry, Ledger
+from scraping.stages.licences import PERMISSIVE, allowed
 from scraping.status import status_lines
 from scraping.wanted import Wanted, data_reason
 
@@ -47,12 +48,22 @@ class Origin:
         kind: The command.
         revision: As it was asked for.
         licence: SPDX expression; "" is unknown.
+
+    Raises:
+        ValueError: the licence is none of SPDX's. Told here, since the ledger would keep it.
     """
 
     name: str
     kind: str
     revision: str
     licence: str
+
+    def __post_init__(self) -> None:
+        if self.licence and allowed(self.licence, frozenset(map(str.lower, PERMISSIVE))) is None:
+            raise ValueError(
+                f"--licence is {self.licence}, which is no SPDX expression such as Apache-2.0 or MIT OR"
+                " Apache-2.0 (https://spdx.org/licenses); leave it out if it is not known"
+            )
 
 
 def open_ledger(folder: str) -> Ledger:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from scraping.counts import lines, size, stages
 from scraping.ledger import Ledger
+from scraping.shards import read_record
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ def later_lines(folder: Path) -> list[str]:
     """What became of the stored files: of the corpus if it was built, else of the parts that were cleaned."""
     corpus = folder / "corpus" / "corpus.json"
     if corpus.is_file():
-        found = json.loads(corpus.read_text("utf-8"))
+        found = read_record(corpus, "stages", "bytes", "fingerprint")
         return ["corpus", *lines(found["stages"], size(found))]
-    records = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "clean").glob("part-*.json"))]
+    paths = sorted((folder / "clean").glob("part-*.json"))
+    records = [read_record(path, "shard", "not stored", "input", "stages", "dropped") for path in paths]
     if not records:
         return []
     return [

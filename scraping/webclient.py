@@ -1,7 +1,8 @@
 """GET from one web site that may be hostile: bounded in bytes, time and redirects, and never another machine.
 
 The address that the host's name stands for is looked at before it is connected to, and connected to as it was
-looked at, so that a name cannot lead into the private network. There is no proxy in between.
+looked at, so that a name cannot lead into the private network. There is no proxy in between. All that is why
+`github.py` is a client of its own: it keeps its connections, may go through a proxy, and has limits to keep.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def cleaned(folder: Path, documents: list[Document], parts: int = 1) -> Settings
         count = write_shard(path, documents[number::parts])
         record = {
             "settings": {"skip": []},
+            "not stored": {"other extension": 4, "too large": number},
             "stages": {"encoding": 1, "syntax": 2},
             "input": {"files": count + 3},
             "dropped": {"encoding": {"binary": {"files": 2}}, "syntax": {"python 2": {"files": 1}}},
@@ -77,8 +78,11 @@ def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None
     assert select == {
         "stage": "select", "in": 24, "out": 21, "dropped": {"exact duplicate": 1, "near duplicate": 2},
     }  # fmt: skip
-    assert [s["in"] - s["out"] - sum(s["dropped"].values()) for s in corpus["stages"]] == [0, 0, 0]
-    assert corpus["stages"][0]["in"] == 24 + 9 and len(kept) == corpus["documents"] == 21
+    assert [s["in"] - s["out"] - sum(s["dropped"].values()) for s in corpus["stages"]] == [0] * 4
+    assert corpus["stages"][0] == {
+        "stage": "fetch", "in": 48, "out": 24 + 9, "dropped": {"other extension": 12, "too large": 3},
+    }  # fmt: skip
+    assert len(kept) == corpus["documents"] == 21
     assert all(document.cluster == document.name for document in kept)
     assert corpus["bytes"] == sum(len(document.text.encode()) for document in kept)
     rows = []
@@ -89,7 +93,7 @@ def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None
     assert {row["name"] for row in rows} == gone
     for row in rows:
         assert row["evidence"].split()[-1] in {document.name for document in kept}
-    assert lines(corpus["stages"], "")[0].split() == ["33", "files", "were", "stored"]
+    assert lines(corpus["stages"], "")[0].split() == ["48", "files", "were", "found"]
 
 
 def test_near_duplicates_may_stay_and_share_a_cluster(tmp_path: Path) -> None:
@@ -170,6 +174,30 @@ def test_finish_refuses_parts_of_something_else(tmp_path: Path) -> None:
         finish(settings)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["clean/part-00000-of-00001.json", "dedup/clusters.json", "dedup/clusters-part-00000-of-00001.json"],
+)
+@pytest.mark.parametrize("content", ["{", "[1]", "{}"])
+def test_a_damaged_record_is_named(tmp_path: Path, name: str, content: str) -> None:
+    settings = cleaned(tmp_path, documents())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged: remove it, and run again"):
+        built(settings)
+
+
+def test_parts_that_were_cleaned_differently_are_no_corpus(tmp_path: Path) -> None:
+    settings = cleaned(tmp_path, documents(), 3)
+    path = shard_path(tmp_path / "clean", 2, 3).with_suffix(".json")
+    for key, value in (("settings", {"skip": ["syntax"]}), ("stages", {"encoding": 1, "syntax": 3})):
+        whole = path.read_text()
+        path.write_text(json.dumps(json.loads(whole) | {key: value}))
+        with pytest.raises(ValueError, match=r"part-00002.* was cleaned by other settings or versions than"):
+            built(settings)
+        path.write_text(whole)
+    assert built(settings)[0]["versions"] == {"encoding": 1, "syntax": 2, "select": 1}
+
+
 def test_build_before_dedup_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "clean").mkdir()
     write_shard(shard_path(tmp_path / "clean", 0, 1), documents())
@@ -184,14 +212,16 @@ def test_the_card_shows_the_counts_and_runs_nothing(tmp_path: Path) -> None:
     card = (tmp_path / "corpus" / "README.md").read_text()
     assert card.startswith("---\nconfigs:\n") and corpus["fingerprint"] in card
     assert "<script" not in card and "<b>" not in card and "[x]" not in card
-    assert "| select | 25 | 22 | exact duplicate 1; near duplicate 2 |" in card
+    assert "| select | 25 | 22 | exact duplicate: 1; near duplicate: 2 |" in card
     for name in ("sizes", "licences", "reasons", "words"):
         assert (tmp_path / "corpus" / "pictures" / f"{name}.png").read_bytes()[1:4] == b"PNG"
         assert f"(pictures/{name}.png)" in card
 
 
 def test_sizes_and_strangers_texts() -> None:
-    assert [_size(n.bit_length()) for n in (0, 1, 5, 1024, 3000)] == ["0 B", "1 B", "4 B", "1 KiB", "2 KiB"]
+    assert [_size(n.bit_length()) for n in (0, 1, 5, 1024, 3000)] == [
+        "0 B", "1 to 2 B", "4 to 8 B", "1 to 2 KiB", "2 to 4 KiB",
+    ]  # fmt: skip
     assert _plain("a|b<c>`") == "a&#124;b&#60;c&#62;&#96;"
 
 

@@ -67,6 +67,8 @@ def test_every_file_ends_in_the_corpus_or_in_a_count_and_the_run_names_the_corpu
     }
     assert corpus["documents"] == 40 == corpus["stages"][0]["in"] - sum(dropped.values())
     assert dropped == {
+        "fetch: other extension": 1,
+        "fetch: too small": 1,
         "licence: licence of the file differs": 1,
         "origin: generated": 1,
         "syntax: python 2": 1,

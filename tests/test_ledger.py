@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_states_add_up_and_bytes_come_back(ledger: Ledger) -> None:
     assert ledger.counts("repositories") == {("done", ""): 1, ("listed", ""): 1}
     assert ledger.waiting("c/d") == [Entry("x.py", "1", 3), Entry("z.py", "3", 1)]
     assert list(ledger.files()) == [RawFile("a/b", "x.py", "c0", "MIT", b"abc\0\xff")]
+
+
+def test_what_is_not_stored_is_counted_with_its_reason(ledger: Ledger) -> None:
+    ledger.stored("a/b", [("x.py", b"abc")])
+    with ledger.transaction() as db:
+        db.execute("INSERT INTO hosted VALUES (7, 'c/d', 'main', '', 0, 5)")
+    found = {"not fetched yet": 3, "other extension": 5, "too large": 2}
+    assert ledger.not_stored() == found
+    parts = [ledger.not_stored((number, 5)) for number in range(5)]
+    assert sum((Counter(part) for part in parts), Counter()) == found
 
 
 def test_equal_bytes_are_kept_once(ledger: Ledger) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scraping.pool import Died, guarded
+from scraping.pool import Died, each, guarded
 
 
 def make(base: int) -> Callable[[Any], Any]:
@@ -61,3 +66,57 @@ def test_no_child_outlives_a_run_that_is_left_early() -> None:
     from multiprocessing import active_children
 
     assert active_children() == []
+
+
+def part(folder: Path, item: int) -> None:
+    (folder / f"{item}.pid").write_text(str(os.getpid()))
+    if item < 0:
+        raise ValueError("this part is none")
+    if item > 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60 * (item > 1))
+
+
+def test_each_does_all_and_tells_a_mistake_and_a_death(tmp_path: Path) -> None:
+    each(partial(part, tmp_path), [0, 1], 2)
+    assert len(list(tmp_path.glob("*.pid"))) == 2
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="this part is none"):
+        each(partial(part, tmp_path), [-1, 5], 2)
+    with pytest.raises(ValueError, match="a process was killed while it worked on a part"):
+        each(partial(part, tmp_path), [10, 5], 2)
+    assert time.monotonic() - started < 30  # nobody waits for the minute of the other part
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_children_of_each_end_with_their_parent_without_a_word(tmp_path: Path, how: int) -> None:
+    alive, theirs = os.pipe()
+    os.set_inheritable(theirs, True)
+    parent = os.fork()
+    if not parent:
+        os.setsid()
+        os.close(alive)
+        told = os.open(tmp_path / "told", os.O_WRONLY | os.O_CREAT)
+        os.dup2(told, 1)
+        os.dup2(told, 2)
+        sys.stderr = os.fdopen(2, "w")
+        try:
+            each(partial(part, tmp_path), [0, 5], 2)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    os.close(theirs)
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        time.sleep(0.01)
+    time.sleep(0.3)  # the child of item 0 has nothing to do by now
+    (os.killpg if how == signal.SIGINT else os.kill)(parent, how)
+    gone, _, _ = select.select([alive], [], [], 20)
+    os.close(alive)
+    try:
+        assert gone, "a child outlives its parent"
+    finally:
+        if not gone:
+            os.killpg(parent, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1])
+    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert (tmp_path / "told").read_text() == ""

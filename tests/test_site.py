@@ -577,7 +577,7 @@ def test_mistakes_and_refusals_are_one_sentence(
         "http://h:99999/",
     ):
         said = error(capsys, "--url", url, *folder)
-        assert "is no address of a site" in said and "secret" not in said
+        assert "give --url as in https:" in said and "secret" not in said
     here = ("--url", site.address, *folder)
     assert "answers with status 404: name one with --sitemap" in error(capsys, *here)
     site.replies["/robots.txt"] = (200, {}, b"User-agent: *\nCrawl-delay: 3600\n")

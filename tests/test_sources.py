@@ -636,7 +636,11 @@ def test_a_broken_archive_stores_nothing_and_says_so(
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = ("--folder", tmp_path / "c")
     assert "is not there" in sentence(capsys, "local", "--path", tmp_path / "none", *folder)
-    assert "no folder is not there" in sentence(capsys, "local", *folder)
+    assert sentence(capsys, "local", *folder) == "name a folder or an archive with --path"
+    assert "--licence is Apache 2, which is no SPDX expression" in sentence(
+        capsys, "local", "--path", tmp_path, "--licence", "Apache 2", *folder
+    )
+    assert not (tmp_path / "c").exists()
     assert "--strip is 1" in sentence(capsys, "local", "--path", tmp_path, "--strip", 1, *folder)
     assert "name each as in .py" in sentence(
         capsys, "local", "--path", tmp_path, "--extensions", "py", *folder

@@ -262,6 +262,10 @@ EMOJI = "-\\uD83C\\uDF10--\\uD83C\\uDF10\\ud83c\\udf09"  # of the table that a K
         ("\n".join(["()[]{}<>;:,"] * 9), "few letters"),
         (CODE * 9 + "\n".join(f'const val S{i} = "{EMOJI * 5}"' for i in range(3)), ""),
         (CODE * 9 + f'val t = "{EMOJI * 20}"\n', "absurd literal"),
+        (CODE * 20 + "val t = listOf(\n" + '    "\\uD83C\\uDF10",\n' * 101 + ")\n", "absurd literal"),
+        (CODE * 20 + "val t = listOf(\n" + '    "\\uD83C\\uDF10",\n' * 100 + ")\n", ""),
+        (CODE * 20 + "val t =\n" + "    '\\u00e9'..'\\u00ea', '\\u00eb',\n" * 67, "absurd literal"),
+        (CODE * 20 + "".join(f'val s{i} = "\\u00e9"\n' for i in range(300)), ""),
         (
             "x = [\n" + "".join(f"    {i}, 0x{i:04x}, -{i}.5e3,\n" for i in range(70)) + "]\n",
             "absurd literal",

@@ -11,7 +11,7 @@ import re
 from scraping.documents import Document, Drop
 from scraping.stages import Stage
 
-VERSION = 1
+VERSION = 2
 
 ALNUM = bytes(b for b in range(256) if b >= 128 or chr(b).isalnum())  # letters beyond ASCII count as letters
 SPACE = b" \t\n\r\f"
@@ -35,11 +35,14 @@ def build(
         max_mean_line: Longest line on average.
         min_alnum: Least share of letters and digits among what is not space.
         max_escapes: Most escapes in a line, such as `\\u00e9`, with next to nothing between; 0 has no bound.
-        max_numbers: Most numbers with nothing but separators between; 0 has no bound.
+        max_numbers: Most numbers, or escapes, with nothing but separators between, over all lines; 0 has no
+            bound.
     """
     # Possessive, so that no text takes more than one pass.
     escape = r"\\(?:u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]++\}|x[0-9a-fA-F]{2}|[0-7]{3})"
     escapes = re.compile(rf"(?:{escape}[^\\\n]{{0,3}}+){{{max_escapes + 1},}}+")
+    # Whole runs are counted, and not asked to be so long: what is nearly so long would be read over and over.
+    table = re.compile(rf"(?:{escape}(?:[^\\\n]{{0,3}}+(?=\\)|[\s\"',;+.(){{}}\[\]bBrRuU-]*+))++")
     numbers = re.compile(
         rf"(?:[-+]?(?<![\w.])(?:0[xX][0-9a-fA-F]++|\d[\d_]*+(?:\.\d*+)?(?:[eE][-+]?\d++)?)[uUlLfF]{{0,2}}+"
         rf"[\s,;(){{}}\[\]]++){{{max_numbers + 1},}}+"
@@ -69,6 +72,10 @@ def build(
             return Drop("few letters", f"{share:.2f} of it letters or digits, of at least {min_alnum}")
         if max_escapes and data.count(b"\\") > max_escapes and (match := escapes.search(text)):
             return Drop("absurd literal", f"a run of escapes, {len(match[0])} characters long")
+        if max_numbers and data.count(b"\\") > max_numbers:
+            run = max((match[0] for match in table.finditer(text)), key=_escapes, default="")
+            if _escapes(run) > max_numbers:
+                return Drop("absurd literal", f"a table of {_escapes(run)} escapes")
         digits = max_numbers and data.translate(NUMBERS, BETWEEN_NUMBERS)
         if digits and b"0" * (max_numbers + 1) in digits and (match := numbers.search(text)):
             return Drop("absurd literal", f"a run of numbers, {len(match[0])} characters long")
@@ -78,6 +85,10 @@ def build(
         return document
 
     return shape
+
+
+def _escapes(run: str) -> int:
+    return run.count("\\")
 
 
 def _code_run(lines: list[str]) -> int:
