@@ -198,7 +198,10 @@ class Gate:
                 elif bucket.refilled and bucket.in_flight:
                     waits.append((f"answer about the limit of {resource}", now + ANSWER_SECONDS))
                 else:  # a new window, of which nothing is told before its first answer
-                    bucket.remaining, bucket.refilled = bucket.limit, True
+                    # What went out in the last one may arrive in this.
+                    bucket.remaining, bucket.refilled = bucket.limit - bucket.in_flight, True
+                    if bucket.remaining <= 0:
+                        waits.append((f"answer about the limit of {resource}", now + ANSWER_SECONDS))
             waits.append((f"{POINTS} a minute", self._next))
         return max(waits, key=lambda wait: wait[1])
 

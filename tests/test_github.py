@@ -21,9 +21,11 @@ from scraping.github import (
     TRIES,
     Answer,
     Clock,
+    Gate,
     GitHub,
     Malformed,
     Refused,
+    Reply,
     TooLarge,
     Unanswered,
 )
@@ -386,6 +388,27 @@ def test_a_file_holds_the_last_try_alone(memory: Ledger, host) -> None:
         return file.getvalue()
 
     assert client(api.url, memory, clock).get("/x", read, into=file) == b"short"
+
+
+def test_what_goes_out_late_in_a_window_may_arrive_in_the_next(memory: Ledger) -> None:
+    """Three requests, as many as a window allows, are under way when it ends: no fourth before an answer."""
+    time, answered = Time(), []
+    gate = Gate(Clock(time.now, lambda seconds: sleep(seconds)), memory, lambda why, seconds: None)
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+        if time.now() >= START + 70 and not answered:
+            told = {"x-ratelimit-remaining": "2", "x-ratelimit-reset": str(int(START) + 120)}
+            answered.append(time.now())
+            gate.leave("h", "core", START, Reply(200, told | {"x-ratelimit-limit": "3"}))
+
+    told = {"x-ratelimit-remaining": "3", "x-ratelimit-limit": "3", "x-ratelimit-reset": str(int(START) + 60)}
+    gate.learn(told, "core")
+    for _ in range(3):
+        assert gate.enter("h", "core") < START + 60
+    sent = gate.enter("h", "core")
+    assert answered and sent >= answered[0]
+    assert sent >= START + 120  # of the two that the answer left, two may still arrive
 
 
 # --- ETags ---
