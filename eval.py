@@ -621,7 +621,7 @@ def suite_record(
         predictions["n-gram"] = ngram_complete(
             baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
         )
-    predictions |= answers(task.baselines())
+    predictions |= answers(task.baselines(examples))
     about = {
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),

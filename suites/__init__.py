@@ -2,7 +2,7 @@
 
     task = TASKS["pairs"](Given(tokenizer, 512, 200, 0, 0, data))
     made = complete(model, tokenizer, task.examples, task.cut, task.max_new_tokens, 512, precision)
-    record = scored(task.suite, task.examples, {"model": made, **answers(task.baselines())})
+    record = scored(task.suite, task.examples, {"model": made, **answers(task.baselines(task.examples))})
     print(suite_table(record))
 
 `task` has the interface, and `tasks` the suites by name, each made by one file: `lines`, `pairs` and `gaps`

@@ -116,7 +116,10 @@ def test_a_line_of_codexglue_is_asked_as_it_stands_and_ends_at_its_marker(tmp_pa
     asked = task("codexglue_line", write(tmp_path / "test.jsonl", LINES))
     assert [e.prompt for e in asked.examples] == [row["input"] for row in LINES]
     assert [e.reference for e in asked.examples] == [row["gt"] for row in LINES]
-    assert asked.baselines() == {"copy": [f" x{i} = os . " for i in range(6)], "empty": [""] * 6}
+    assert asked.baselines(asked.examples) == {
+        "copy": [f" x{i} = os . " for i in range(6)],
+        "empty": [""] * 6,
+    }
     assert asked.cut is through_line
     for text, kept in (
         (" x = 1 <EOL> y", " x = 1 "),
@@ -141,7 +144,7 @@ def test_a_method_of_codexglue_is_asked_in_python_and_scored_on_one_line(tmp_pat
 def test_programs_are_asked_as_their_files_publish_them(tmp_path: Path):
     whole = task("humaneval", write(tmp_path / "h.jsonl", SOLVED))
     assert [e.prompt for e in whole.examples] == [row["prompt"] for row in SOLVED]
-    assert whole.baselines() == {"stub": ["    pass\n"] * 3}
+    assert whole.baselines(whole.examples) == {"stub": ["    pass\n"] * 3}
     assert "\ndef" in whole.stop
     gap = {**SOLVED[0], "task_id": "SingleLineInfilling/0/L0", "suffix": "    # end\n"}
     filled = task("humaneval_infilling", write(tmp_path / "i.jsonl", [gap]))
@@ -392,7 +395,7 @@ def test_gaps_stand_in_their_files(files, name):
         assert len(e.reference) <= 300 or name == "fim_lines"
     assert TASKS[name](of_run(files)).examples == asked.examples
     assert TASKS[name](of_run(files, seed=1)).examples != asked.examples
-    copy = asked.baselines()["copy"]
+    copy = asked.baselines(asked.examples)["copy"]
     assert copy[0] == asked.examples[0].prompt.rstrip("\n").rsplit("\n", 1)[-1]
 
 
