@@ -112,6 +112,33 @@ class KVCache:
             self._keys[layer] = selected(self._keys[layer], 2)
             self._values[layer] = selected(self._values[layer], 2)
 
+    def join(self, parts: Sequence[tuple[Tensor, KVCache]]) -> None:
+        """Take the rows of other caches, in the place of none: (their numbers here, cache) of each.
+
+        What they hold ends in one column; before a shorter one stands padding, document -1.
+        """
+        n, self.length = sum(len(rows) for rows, _ in parts), max(part.length for _, part in parts)
+
+        def joined(buffers: list[Tensor | None], dim: int, fill: int) -> Tensor:
+            own = None
+            for (rows, part), buffer in zip(parts, buffers, strict=True):
+                assert buffer is not None
+                if own is None:
+                    shape = [n, *buffer.shape[1:]]
+                    shape[dim] = self.max_length
+                    own = buffer.new_full(shape, fill)
+                place = own.narrow(dim, self.length - part.length, part.length)
+                place.index_copy_(0, rows, buffer.narrow(dim, 0, part.length))
+            assert own is not None
+            return own
+
+        self._documents = joined([part._documents for _, part in parts], 1, -1)
+        read = self._documents[:, : self.length]
+        self._mixed = not torch.equal(read, read[:, :1].expand_as(read))
+        for layer in range(len(self._keys)):
+            self._keys[layer] = joined([part._keys[layer] for _, part in parts], 2, 0)
+            self._values[layer] = joined([part._values[layer] for _, part in parts], 2, 0)
+
     def _extended(self, buffer: Tensor | None, x: Tensor, dim: int) -> Tensor:
         if buffer is None:
             buffer = x.new_zeros(*x.shape[:dim], self.max_length, *x.shape[dim + 1 :])
@@ -216,6 +243,30 @@ def pad_left(
     return tokens.to(device), positions.clamp(min=0).to(device), document_ids.to(device)
 
 
+# Tokens that a CPU computes in the time by which one more pass of the model is slower: it reads all weights.
+A_PASS = 128
+
+
+def read_together(lengths: Sequence[int], a_pass: int = A_PASS) -> list[list[int]]:
+    """Numbers of the prompts that are read in one pass, so that as little padding as can be is computed.
+
+    Each pass costs its prompts times the longest of them, in tokens, and `a_pass`. The best of all ways to
+    cut the prompts, sorted by their length, into passes.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best, cut = [0] + [0] * len(order), [0] * (len(order) + 1)  # of the first so many of them
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        costs = [best[start] + (end - start) * longest + a_pass for start in range(end)]
+        best[end] = min(costs)
+        cut[end] = costs.index(best[end])
+    passes, end = [], len(order)
+    while end:
+        passes.append(order[cut[end] : end])
+        end = cut[end]
+    return passes
+
+
 def _check_prompts(model: Decoder, prompts: Sequence[list[int]], settings: GenerationConfig) -> None:
     V, block_size = model.config.vocab_size, model.config.block_size
     for i, ids in enumerate(prompts):
@@ -293,20 +344,36 @@ class _Run:
         self.model, self.settings = model, settings
         self.vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
         self.device = model.embed.weight.device
-        tokens, positions, document_ids = pad_left(prompts, self.device)
-        self.cache = KVCache(model.config.n_layer, tokens.size(1) + settings.max_new_tokens)
-        self.positions = positions[:, -1:]  # (n, 1), of the last token read
+        lengths = [len(ids) for ids in prompts]
+        self.cache = KVCache(model.config.n_layer, max(lengths) + settings.max_new_tokens)
+        self.positions = (
+            torch.tensor(lengths, device=self.device)[:, None] - 1
+        )  # (n, 1), of the last token read
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             V = model.config.vocab_size
             self.seen = torch.zeros(len(prompts), V, dtype=torch.bool, device=self.device)
             for row, ids in enumerate(prompts):  # not from `tokens`: the padding's token was not seen
                 self.seen[row, ids] = True
-        self._read(tokens, positions, document_ids)
+        # On a GPU a pass that is small costs as much as a larger one.
+        together = read_together(lengths) if self.device.type == "cpu" else [list(range(len(prompts)))]
+        if len(together) == 1:
+            last = model.hidden(*pad_left(prompts, self.device), self.cache)[:, -1]
+        else:
+            last, parts = None, []
+            for rows in together:
+                part = KVCache(model.config.n_layer, max(lengths[row] for row in rows))
+                hidden = model.hidden(*pad_left([prompts[row] for row in rows], self.device), part)[:, -1]
+                last = hidden.new_empty(len(prompts), hidden.size(1)) if last is None else last
+                last[rows] = hidden
+                parts.append((torch.tensor(rows, device=self.device), part))
+            assert last is not None
+            self.cache.join(parts)
+        self._choose_from(last)
 
-    def _read(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> None:
-        hidden = self.model.hidden(tokens, positions, document_ids, self.cache)
-        logits = self.model.head(hidden[:, -1]).float()
+    def _choose_from(self, hidden: Tensor) -> None:
+        """Logits of the last tokens' hidden states (n, C)."""
+        logits = self.model.head(hidden).float()
         self.log_total = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1), NaN if any of the row is
         if not self.log_total.isfinite().all():
             raise ValueError("the model's logits are NaN; its weights hold NaN or its precision overflowed")
@@ -332,7 +399,8 @@ class _Run:
         if self.seen is not None:
             self.seen.scatter_(1, tokens, True)
         self.positions = self.positions + 1
-        self._read(tokens, self.positions, torch.zeros_like(tokens))
+        hidden = self.model.hidden(tokens, self.positions, torch.zeros_like(tokens), self.cache)
+        self._choose_from(hidden[:, -1])
 
 
 def _token_by_token(
