@@ -52,7 +52,7 @@ def programs(passed: np.ndarray) -> dict[str, Any]:
     texts = [[f"    return {n}\n"] * len(examples) for n in range(passed.shape[1])]
     made = {"model": Predictions(texts[0], 0, texts[1:]), "stub": Predictions(["    pass\n"] * len(examples))}
     results = {"model": words, "stub": [["failed"]] * len(examples)}
-    task = Task(SUITES["humaneval"], examples, 9, "problems", dict)
+    task = Task(SUITES["humaneval"], examples, 9, "problems", lambda _: {})
     judged_by = {"left_out": {}, "sandbox": "a box", "draws": len(texts)}
     record = record_of_results(task, made, results, judged_by, "python", 0)
     return {"run": "runs/p", "step": 1, "suite": record}
