@@ -29,8 +29,9 @@ from pretrained import load_pretrained, save_pretrained
 from pretrained.adapter import save_adapter
 from suites.codexglue import through_line, through_method
 from suites.gaps import piece_spans
+from suites.hidden import Judge
 from suites.programs import MBPP_TEST
-from suites.rescoring import rescore
+from suites.rescoring import differences, rescore
 from suites.scoring import SUITES, Example, suites_of
 from suites.task import Given, Task
 from suites.tasks import OF_FILES, TASKS, suite_names
@@ -155,7 +156,7 @@ def test_programs_are_asked_as_their_files_publish_them(tmp_path: Path):
         '"""\nWrite a function to find the circumference.\n'
         'assert math.isclose(around(1), 6.28318, rel_tol=0.001)\n"""\n'
     )
-    assert tasks.baselines()["stub"][2] == "def chain(*_, **__):\n    pass\n"
+    assert tasks.baselines(tasks.examples)["stub"][2] == "def chain(*_, **__):\n    pass\n"
 
 
 def test_of_all_of_mbpp_the_test_side_is_taken_and_samples_are_drawn_in_order(tmp_path: Path):
@@ -246,7 +247,7 @@ def test_an_adapter_is_scored_beside_its_base(folder: Path, tmp_path: Path):
         folder, tmp_path, "codexglue_method", suite_file=str(file), adapter=str(tmp_path / "adapter")
     )
     plain = evaluation.evaluate(replace(asked, adapter=None))["suite"]
-    found = evaluation.evaluate(asked)["suite"]
+    found = evaluation.evaluate(replace(asked, metrics="bleu_codexglue,semantic"))["suite"]
     assert list(found["scores"]) == ["model", "base", "copy", "empty"]
 
     def texts(record: dict[str, Any], system: str) -> list[str]:
@@ -254,6 +255,15 @@ def test_an_adapter_is_scored_beside_its_base(folder: Path, tmp_path: Path):
 
     assert texts(found, "base") == texts(plain, "model") != texts(found, "model")
     assert found["verdicts"]["bleu_codexglue"]["differences"]["base"]["n"] == 6
+    # The judge of both is the base: with its adapters a model would judge itself.
+    judge = Judge(load_pretrained(str(folder)).model, STARCODER, "")
+    clean = SUITES["codexglue_method"].clean
+    for system in ("model", "base", "copy"):
+        for (measured,), sample in zip(found["measured"]["semantic"][system], found["samples"], strict=True):
+            pair = clean(sample["predictions"][system]), clean(sample["reference"])
+            assert measured == pytest.approx(judge.similarity(*pair), abs=1e-3)
+    assert "hidden states of its base, weights" in found["signatures"]["semantic"]
+    assert list(differences(json.loads(json.dumps(found)))) == []
 
 
 def test_mistakes_about_a_published_model_are_one_sentence(folder: Path, tmp_path: Path, capsys):
