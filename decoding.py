@@ -16,10 +16,10 @@ Shapes: n rows still running, V words.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -112,32 +112,30 @@ class KVCache:
             self._keys[layer] = selected(self._keys[layer], 2)
             self._values[layer] = selected(self._values[layer], 2)
 
-    def join(self, parts: Sequence[tuple[Tensor, KVCache]]) -> None:
-        """Take the rows of other caches, in the place of none: (their numbers here, cache) of each.
+    def join(self, parts: Sequence[KVCache]) -> None:
+        """Take the rows of other caches, one after the other, in the place of none.
 
         What they hold ends in one column; before a shorter one stands padding, document -1.
         """
-        n, self.length = sum(len(rows) for rows, _ in parts), max(part.length for _, part in parts)
+        self.length = max(part.length for part in parts)
 
-        def joined(buffers: list[Tensor | None], dim: int, fill: int) -> Tensor:
-            own = None
-            for (rows, part), buffer in zip(parts, buffers, strict=True):
-                assert buffer is not None
-                if own is None:
-                    shape = [n, *buffer.shape[1:]]
-                    shape[dim] = self.max_length
-                    own = buffer.new_full(shape, fill)
-                place = own.narrow(dim, self.length - part.length, part.length)
-                place.index_copy_(0, rows, buffer.narrow(dim, 0, part.length))
-            assert own is not None
+        def joined(buffers: Sequence[Tensor | None], dim: int, fill: int) -> Tensor:
+            there = [buffer for buffer in buffers if buffer is not None]
+            shape = [sum(map(len, there)), *there[0].shape[1:]]
+            shape[dim] = self.max_length
+            own, row = there[0].new_full(shape, fill), 0
+            for buffer, part in zip(there, parts, strict=True):
+                place = own[row : row + len(buffer)].narrow(dim, self.length - part.length, part.length)
+                place.copy_(buffer.narrow(dim, 0, part.length))
+                row += len(buffer)
             return own
 
-        self._documents = joined([part._documents for _, part in parts], 1, -1)
+        self._documents = joined([part._documents for part in parts], 1, -1)
         read = self._documents[:, : self.length]
         self._mixed = not torch.equal(read, read[:, :1].expand_as(read))
         for layer in range(len(self._keys)):
-            self._keys[layer] = joined([part._keys[layer] for _, part in parts], 2, 0)
-            self._values[layer] = joined([part._values[layer] for _, part in parts], 2, 0)
+            self._keys[layer] = joined([part._keys[layer] for part in parts], 2, 0)
+            self._values[layer] = joined([part._values[layer] for part in parts], 2, 0)
 
     def _extended(self, buffer: Tensor | None, x: Tensor, dim: int) -> Tensor:
         if buffer is None:
@@ -344,32 +342,37 @@ class _Run:
         self.model, self.settings = model, settings
         self.vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
         self.device = model.embed.weight.device
-        lengths = [len(ids) for ids in prompts]
-        self.cache = KVCache(model.config.n_layer, max(lengths) + settings.max_new_tokens)
-        self.positions = (
-            torch.tensor(lengths, device=self.device)[:, None] - 1
-        )  # (n, 1), of the last token read
+        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
+        self.cache = KVCache(model.config.n_layer, int(lengths.max()) + settings.max_new_tokens)
+        self.positions = lengths[:, None] - 1  # (n, 1), of the last token read
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             V = model.config.vocab_size
             self.seen = torch.zeros(len(prompts), V, dtype=torch.bool, device=self.device)
             for row, ids in enumerate(prompts):  # not from `tokens`: the padding's token was not seen
                 self.seen[row, ids] = True
+        self._choose_from(self._read_prompts(prompts))
+
+    def _read_prompts(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Hidden states (n, C) of their last tokens. Equal ones, as the draws of one have, are read once."""
+        unique = list(dict.fromkeys(map(tuple, prompts)))
         # On a GPU a pass that is small costs as much as a larger one.
-        together = read_together(lengths) if self.device.type == "cpu" else [list(range(len(prompts)))]
-        if len(together) == 1:
-            last = model.hidden(*pad_left(prompts, self.device), self.cache)[:, -1]
-        else:
-            last, parts = None, []
-            for rows in together:
-                part = KVCache(model.config.n_layer, max(lengths[row] for row in rows))
-                hidden = model.hidden(*pad_left([prompts[row] for row in rows], self.device), part)[:, -1]
-                last = hidden.new_empty(len(prompts), hidden.size(1)) if last is None else last
-                last[rows] = hidden
-                parts.append((torch.tensor(rows, device=self.device), part))
-            assert last is not None
-            self.cache.join(parts)
-        self._choose_from(last)
+        passes = [list(range(len(unique)))]
+        if self.device.type == "cpu":
+            passes = read_together([len(ids) for ids in unique])
+        if len(passes) == 1 and len(unique) == len(prompts):
+            return self.model.hidden(*pad_left(prompts, self.device), self.cache)[:, -1]
+        hidden, parts = [], []
+        for rows in passes:
+            part = KVCache(self.model.config.n_layer, max(len(unique[row]) for row in rows))
+            asked = pad_left([list(unique[row]) for row in rows], self.device)
+            hidden.append(self.model.hidden(*asked, part)[:, -1])
+            parts.append(part)
+        self.cache.join(parts)
+        places = {unique[row]: place for place, row in enumerate(itertools.chain(*passes))}
+        index = torch.tensor([places[tuple(ids)] for ids in prompts], device=self.device)
+        self.cache.select(index)
+        return torch.cat(hidden)[index]
 
     def _choose_from(self, hidden: Tensor) -> None:
         """Logits of the last tokens' hidden states (n, C)."""
@@ -474,7 +477,7 @@ def _beam_search(
         scores += scores.new_tensor([beam.score for beam in running])[:, None]
         V = scores.size(1)
         rows, beams = [], []
-        for prompt, group in groupby(range(len(running)), key=lambda row: running[row].prompt):
+        for prompt, group in itertools.groupby(range(len(running)), key=lambda row: running[row].prompt):
             first, *others = group
             end = first + 1 + len(others)
             width = min(settings.num_beams - len(finished[prompt]), (end - first) * V)

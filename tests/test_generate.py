@@ -270,7 +270,8 @@ def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch
     model = scrambled(replace(MODELS[name], sliding_window=window))
     settings = GenerationConfig(max_new_tokens=8, repetition_penalty=1.3)
     unequal = [PROMPTS[3], *PROMPTS, PROMPTS[0]]
-    assert len(read_together([len(ids) for ids in unequal], 2)) == 3
+    assert len(read_together([len(ids) for ids in PROMPTS], 2)) == 3
+    assert sum(unequal.count(ids) > 1 for ids in unequal) == 4  # which are read once
     # A row that ends at once leaves, so that the joined cache is cut as well.
     stops = lambda row, ids: row == 1 and len(ids) == 2  # noqa: E731
     together = generate_ids(model, unequal, settings, stopped=stops)
@@ -279,6 +280,21 @@ def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch
         alone = generate_ids(model, [ids], settings)[0]
         assert found.ids == (alone.ids[:2] if row == 1 else alone.ids)
         assert row == 1 or found.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
+
+
+def test_draws_of_one_prompt_read_it_once(monkeypatch):
+    model = scrambled(MODELS["multi-query"])
+    read: list[int] = []
+    monkeypatch.setattr(
+        decoding, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
+    )
+    sampled = GenerationConfig(max_new_tokens=6, temperature=1.5, seed=3)
+    rows = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]
+    together = generate_ids(model, rows, sampled)
+    assert read == [2]
+    for row, (ids, found) in enumerate(zip(rows, together, strict=True)):
+        assert found.ids == generate_ids(model, [ids], sampled, first_row=row)[0].ids
+    assert len({tuple(found.ids) for found in together}) == 4
 
 
 def test_select_reorders_repeats_and_drops_rows():
