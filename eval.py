@@ -416,6 +416,8 @@ def main(settings: EvalConfig) -> None:
     if settings.report is not None:
         print(f"written to {rewrite_page(Path(settings.report))}")
         return
+    if settings.out is not None:  # that cannot be made is known before anything takes time
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
     result = evaluate(settings)
     what = settings.model or (settings.predictions if result["run"] is None else result["run"])
     step = "" if result["step"] is None else f", step {result['step']}"
