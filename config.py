@@ -39,7 +39,7 @@ class DataConfig:
         group_field: Field whose value keeps documents together on one side of the split (a repository,
             say). Without it each document is its own group, and examples without a name go by their prompt.
         regroup: Find what belongs together by its text (near duplicates, shared passages) and keep it on one
-            side of the split too.
+            side of the split too. `--fix` is short for it.
         validation_one_in: Of the groups that are not test, those are validation where
             `sha1(group) % validation_one_in == 0`. The best checkpoint is chosen by them. 0 validates on the
             training files, which only `--overfit` allows.
@@ -191,7 +191,7 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)}; it must be at least 1, or 0 for the default"
                 )
-        for name, kind in get_type_hints(ModelConfig).items():
+        for name, kind in _kinds(ModelConfig).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)!r}; it must be one of {get_args(kind)}"
@@ -741,8 +741,12 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def _switches(argv: Sequence[str] | None) -> list[str]:
-    """`--overfit` alone means `--overfit true`, and so does `--overfit=true`; `--allow a,b` is a list."""
+    """`--overfit` alone means `--overfit true`, and so does `--overfit=true`; `--allow a,b` is a list.
+
+    `--fix`, what a guard against leaks asks for, is `--data.regroup`.
+    """
     switches = {f"--{f.name}" for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
+    switches.add("--data.regroup")
     lists = {
         f"--{name}.{f.name}".replace("--.", "--")
         for name, group in CONFIG_GROUPS.items()
@@ -751,7 +755,10 @@ def _switches(argv: Sequence[str] | None) -> list[str]:
     }
     words = []
     for word in sys.argv[1:] if argv is None else argv:
-        words += word.split("=", 1) if word.split("=")[0] in switches | lists else [word]
+        name, *value = word.split("=", 1)
+        if name == "--fix":
+            name = "--data.regroup"
+        words += [name, *value] if name in switches | lists else [word]
     spelled = []
     for word, following in pairwise([*words, "--"]):
         if spelled and spelled[-1] in lists and not word.startswith("["):

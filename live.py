@@ -1,8 +1,8 @@
 """What the first updates of a run really did, watched from outside the training loop.
 
-    watch = FirstSteps(subject, allowed, progress)
-    for each update: update(); watch.after(step, progress, skipped)   # raises Fault
-    watch.close()
+    watch = FirstSteps(subject, allowed, step, progress)
+    for each update: update(); watch.after(progress, skipped)   # raises Fault
+    watch.close()                                               # raises Fault
 
 The loop cannot deceive the watch: gradients, learning rates and forward passes are read by hooks, at the
 moment the optimizer steps.
@@ -10,32 +10,40 @@ moment the optimizer steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from architecture import Dropout
+from dataset import IGNORE_INDEX
 from guards.subject import Fault, Subject
 from optim import learning_rate_factor
 
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
 SAMPLED = 2**16  # elements of a frozen parameter that are compared
+PASSES, TARGETS = 8, 8  # of one update, and of each of these, whose gradients are made again
+APART = 0.1  # of the right size: above what 16 bits round
 
 
 class FirstSteps:
-    """Watches gradients, rows and frozen weights for `WATCHED` updates, the clip until it acts, and the
-    schedule, the mode and the optimizers' steps throughout.
+    """Watches gradients, rows and frozen weights for `WATCHED` updates, the gradient's size in one, the clip
+    until it acts, and the schedule, the mode and the optimizers' steps throughout.
 
     Args:
         allowed: Names of faults that are kept in `passed` instead of raised.
-        progress: Share of the budget used before the first update.
+        step: Updates done before the first that it watches.
+        progress: Share of the budget used by then.
     """
 
-    def __init__(self, subject: Subject, allowed: Iterable[str] = (), progress: float = 0.0):
+    def __init__(self, subject: Subject, allowed: Iterable[str] = (), step: int = 0, progress: float = 0.0):
         self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
-        self.seen, self.progress, self.norm = 0, progress, 0.0
+        self.seen, self.step, self.progress, self.norm = 0, step, progress, 0.0
+        self.sizes: list[float] = []  # of the gradients, in right ones
+        self.compared = False
         self._forget()
         self.clip_acted = not subject.config.optimizer.grad_clip
         # Rows of new tokens get none as long as the tokens do not occur.
@@ -46,6 +54,7 @@ class FirstSteps:
         self.frozen = {name: sample(t) for name, t in state.items() if not t.requires_grad}
         self.hooks: list[Any] = [o.register_step_pre_hook(self._before_step) for o in subject.optimizers]
         self.hooks.append(subject.model.embed.register_forward_hook(self._count))
+        self.hooks.append(subject.model.norm.register_forward_hook(self._keep_targets))
 
     def _forget(self) -> None:
         """What was seen of one update."""
@@ -53,6 +62,8 @@ class FirstSteps:
         self.stepped = set[int]()  # ids of optimizers
         self.read: list[Tensor] = []  # the tokens of each pass
         self.kept_gradient = self.undropped = False
+        self.targets: list[tuple[Tensor, Tensor]] = []  # of each pass: hidden states (n, C), labels (n,)
+        self.gradients: dict[int, Tensor] = {}  # (n, C) by pass
 
     def _count(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -65,7 +76,56 @@ class FirstSteps:
                 self.kept_gradient = any(p.grad is not None and p.grad.any() for p in model.parameters())
         self.forwards += 1
 
+    def _labels(self, number: int) -> Tensor:
+        """(B x T,) of a pass of the update that is under way."""
+        first = self.step * self.subject.config.train.accumulation
+        return self.subject.batches.batch(first + number).labels.flatten()
+
+    def _keep_targets(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
+        """Of one update: some hidden states that are to predict a token, and their gradients."""
+        number = self.forwards - 1
+        if self.compared or self.seen >= WATCHED or number >= PASSES or not output.requires_grad:
+            return
+        labels = self._labels(number)
+        places = (labels != IGNORE_INDEX).nonzero().flatten()
+        places = places[:: max(1, len(places) // TARGETS)][:TARGETS]
+        self.targets.append((output.detach().flatten(0, 1)[places], labels[places].to(output.device)))
+
+        def keep(gradient: Tensor) -> None:
+            self.gradients[number] = gradient.flatten(0, 1)[places].float()
+
+        output.register_hook(keep)
+
+    def _compare_sizes(self) -> None:
+        """Before the weights change: the gradients that came, in those of the mean over the update's tokens.
+
+        A head that is all zero hands nothing back; then the next update is compared. In fp16 gradients are
+        multiplied by a power of two, which the loop chooses; that much is not compared.
+        """
+        optimizer, subject = self.subject.config.optimizer, self.subject
+        passes = range(subject.config.train.accumulation)
+        tokens = sum(int((self._labels(number) != IGNORE_INDEX).sum()) for number in passes)
+        for number, (hidden, labels) in enumerate(self.targets):
+            rows = hidden.requires_grad_()
+            with torch.enable_grad(), subject.precision.autocast():
+                logits = subject.model.head(rows).float()
+                loss = F.cross_entropy(
+                    logits, labels, reduction="sum", label_smoothing=optimizer.label_smoothing
+                )
+                loss = loss + optimizer.z_loss * logits.logsumexp(-1).square().sum()
+                (right,) = torch.autograd.grad(loss / tokens, rows)
+            right, found = right.float(), self.gradients.get(number, torch.zeros(()))
+            size = float((right * found).sum() / right.square().sum().clamp(min=1e-30))
+            if subject.precision.dtype == torch.float16 and size > 0:
+                size = 2 ** (math.log2(size) - round(math.log2(size)))
+            if right.any():
+                self.sizes.append(size)
+        self.compared = bool(self.sizes)
+        self.targets, self.gradients = [], {}
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.targets:
+            self._compare_sizes()
         self.stepped.add(id(optimizer))
         self.factors |= {g["lr"] / g["initial_lr"] for g in optimizer.param_groups if g["initial_lr"]}
         if self.seen < WATCHED and self.still:
@@ -75,31 +135,32 @@ class FirstSteps:
             gradients = [p.grad for p in self.subject.model.parameters() if p.grad is not None]
             self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
 
-    def after(self, step: int, progress: float, skipped: bool = False) -> None:
+    def after(self, progress: float, skipped: bool = False) -> None:
         """Call after each update.
 
         Args:
-            step: Updates done before this one.
             progress: Share of the budget used by now.
             skipped: Whether it was no update, since its loss or gradient was not finite.
 
         Raises:
             Fault: A setting had no effect, a parameter gets no gradient or no update, or a frozen one moved.
         """
-        if skipped:
-            self._forget()
-            return
-        for fault in self._faults(step, progress):
+        if not skipped:
+            self._judge(self._faults(progress))
+            self.seen += 1
+            self.progress = progress
+        self.step += 1
+        self._forget()
+
+    def _judge(self, faults: Iterable[Fault]) -> None:
+        for fault in faults:
             if fault.name not in self.allowed:
                 raise fault
             if fault.name not in {known.name for known in self.passed}:
                 self.passed.append(fault)
-        self.seen += 1
-        self.progress = progress
-        self._forget()
 
-    def _faults(self, step: int, progress: float) -> Iterator[Fault]:
-        optimizer, train = self.subject.config.optimizer, self.subject.config.train
+    def _faults(self, progress: float) -> Iterator[Fault]:
+        optimizer, train, step = self.subject.config.optimizer, self.subject.config.train, self.step
         if not self.clip_acted and self.norm > optimizer.grad_clip * 1.001:
             yield Fault(
                 "clip-ignored",
@@ -143,6 +204,16 @@ class FirstSteps:
                     "come",
                 )
                 break
+        for number, size in enumerate(self.sizes):
+            if abs(size - 1) > APART:
+                yield Fault(
+                    "gradient-not-the-mean",
+                    f"the gradient of pass {number + 1} of update {step + 1} is {size:.3g} times that of the "
+                    "mean over the tokens of the update that bear loss",
+                    "divide the summed loss of each pass by the tokens of all passes of the update",
+                )
+                break
+        self.sizes = []
         most = learning_rate_factor(optimizer, step, self.progress)  # schedules only fall with progress
         least = learning_rate_factor(optimizer, step, progress)
         for factor in self.factors:
@@ -154,18 +225,21 @@ class FirstSteps:
                     "set the rate of every group before the optimizer steps",
                 )
         if self.seen == WATCHED - 1:
-            yield from self._still_and_moved()
+            yield from self._moved(WATCHED)
+            yield from self._still()
 
-    def _still_and_moved(self) -> Iterator[Fault]:
+    def _moved(self, updates: int) -> Iterator[Fault]:
         state = self.subject.model.state_dict(keep_vars=True)
         moved = [name for name, old in self.frozen.items() if not torch.equal(sample(state[name]), old)]
         self.frozen = {}
         if moved:
             yield Fault(
                 "frozen-parameter-moved",
-                f"{listed(moved)} should be frozen and moved in {WATCHED} updates",
+                f"{listed(moved)} should be frozen and moved in {updates} updates",
                 "leave frozen parameters out of the optimizer and of weight decay",
             )
+
+    def _still(self) -> Iterator[Fault]:
         if self.still:
             yield Fault(
                 "parameter-without-gradient",
@@ -174,10 +248,16 @@ class FirstSteps:
             )
 
     def close(self) -> None:
-        """Take the hooks away. A run of fewer updates than WATCHED ends without its last check."""
+        """Take the hooks away.
+
+        Raises:
+            Fault: In a run of fewer updates than WATCHED a frozen parameter moved.
+        """
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+        if 0 < self.seen < WATCHED:
+            self._judge(self._moved(self.seen))
 
 
 def sample(p: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,16 @@ def rotation_dropped() -> contextlib.AbstractContextManager:
     return patch.object(architecture.Attention, "_rotated", lambda self, x, tables: x)
 
 
+def keys_not_rotated() -> contextlib.AbstractContextManager:
+    """Every second call of one attention is for its keys."""
+    right, calls = architecture.Attention._rotated, itertools.count()
+
+    def wrong(self: architecture.Attention, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return x if next(calls) % 2 else right(self, x, tables)
+
+    return patch.object(architecture.Attention, "_rotated", wrong)
+
+
 def one_residual_undropped() -> contextlib.AbstractContextManager:
     """In every block but the first, of what the MLP adds."""
 
@@ -223,6 +234,12 @@ def schedule_stopped() -> contextlib.AbstractContextManager:
 
 def gradients_kept() -> contextlib.AbstractContextManager:
     return patch.object(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
+
+
+def gradients_summed() -> contextlib.AbstractContextManager:
+    """Each of two passes is divided by about its own tokens, not by those of both."""
+    right = torch.amp.GradScaler.scale
+    return patch.object(torch.amp.GradScaler, "scale", lambda self, loss: right(self, loss) * 2)
 
 
 def optimizers_idle() -> contextlib.AbstractContextManager:

@@ -52,8 +52,10 @@ from planted_faults import (
     encoded_by,
     giant_weights,
     gradients_kept,
+    gradients_summed,
     half_the_micro_batches,
     inverted_mask,
+    keys_not_rotated,
     labels_by,
     mask_as_numbers,
     masked_where,
@@ -199,6 +201,7 @@ PLANTS = [
         {"model": {"position": "learned"}},
     ),
     Plant("M2 rotary", "rotary positions never applied", "positions-ignored", rotation_dropped),
+    Plant("M2 keys", "rotary positions of queries only", "positions-not-relative", keys_not_rotated),
     Plant("M3 start", "first loss far above ln V", "first-loss-too-high", giant_weights),
     Plant("M4 numbers", "a boolean mask added as numbers", "future-visible", mask_as_numbers),
     Plant(
@@ -235,6 +238,13 @@ PLANTS = [
         resumed=True,
     ),
     Plant("M6 gradients", "gradients never cleared", "gradient-not-cleared", gradients_kept),
+    Plant(
+        "M6 mean",
+        "accumulated gradients summed, not averaged",
+        "gradient-not-the-mean",
+        gradients_summed,
+        {"train": {"accumulation": 2}},
+    ),
     Plant("M6 idle", "the optimizer never steps", "parameter-not-updated", optimizers_idle),
     Plant("M6 stale", "the optimizer holds another matrix", "parameter-not-updated", replaced_after_build),
     Plant(

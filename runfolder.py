@@ -53,7 +53,7 @@ def _locked(folder: Path) -> Iterator[None]:
     lock = folder / LOCK
     file = next(filter(None, (_try_lock(folder) for _ in range(LOCK_TRIES))), None)
     if file is None:
-        raise ValueError(f"{folder} could not be locked in {LOCK_TRIES} tries; name another --run")
+        raise ValueError(f"{folder} can be neither made nor locked; name another --run")
     try:
         yield
     finally:

@@ -192,18 +192,13 @@ class TrainingManager:
 
     def fit(self, subject: Subject, observer: Observer | None = None) -> None:
         """Train until the budget is used, patience ends, or a signal or the observer says so; then save."""
-        if self.saved_step is not None and self.progress() >= 1:
-            raise BudgetUsed(
-                f"the budget of {self.folder} is used up at step {self.state.step}; to go on, raise what "
-                "ended it: --max_steps, --max_epochs and --max_seconds count from the run's beginning"
-            )
         log = Log(self.folder, self.state.step)
         train = self.config.train
         started = time.perf_counter() - self.state.seconds
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
         if self.config.train.compile:  # after the guards, which would compile for many shapes
             compile_blocks(self.model)
-        watch = FirstSteps(subject, self.config.train.allow, self.progress())
+        watch = FirstSteps(subject, self.config.train.allow, self.state.step, self.progress())
         self.refuse_difference()  # again: between resume and here nothing may have changed
         with signals_noted(self), progress_bar() as bar:
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
@@ -211,7 +206,7 @@ class TrainingManager:
                 self.state.seconds = time.perf_counter() - started
                 step = self.state.step
                 known = len(watch.passed)
-                watch.after(step - 1, self.progress(), self.state.skipped_in_a_row > 0)
+                watch.after(self.progress(), self.state.skipped_in_a_row > 0)
                 if len(watch.passed) > known:  # at once: a killed run keeps the record too
                     record_overrides(self.folder, watch.passed)
                 rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)
@@ -226,6 +221,7 @@ class TrainingManager:
                     break
                 if observer is not None and observer(self, values):
                     break
+            watch.close()
             if self.out_of_patience():
                 say(f"stopped early: {train.patience} validations without a better loss")
             if self.saved_step != self.state.step and self.stop_signal is not None and self.progress() < 1:
@@ -233,7 +229,6 @@ class TrainingManager:
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
         log.close()
-        watch.close()
 
     def update(self) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns what is logged."""
@@ -403,6 +398,7 @@ class TrainingManager:
 
         Raises:
             ValueError: None is whole, or what was restored is not what the checkpoint holds.
+            BudgetUsed: Nothing is left to do.
         """
         manifest = newest_whole(self.folder / "checkpoints")
         load_weights(self.model, manifest)
@@ -426,6 +422,11 @@ class TrainingManager:
         self.saved_step = self.state.step
         self.resumed_from = manifest
         self.refuse_difference()
+        if self.progress() >= 1:
+            raise BudgetUsed(
+                f"the budget of {self.folder} is used up at step {self.state.step}; to go on, raise what "
+                "ended it: --max_steps, --max_epochs and --max_seconds count from the run's beginning"
+            )
         print(f"resumed from {manifest.folder} at step {self.state.step}")
 
     def refuse_difference(self) -> None:

@@ -86,10 +86,12 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
     with torch.no_grad():  # in one pass, which reads the weights once
         hidden = model.hidden(torch.tensor(texts, device=model.embed.weight.device))
         # One matrix: a slice of three dimensions would be multiplied text by text, each with its own copy of
-        # the head's weights.
-        logits = model.head(hidden[:, -2:].flatten(0, 1))[:, :BEAM_IDS].view(-1, BEAM_IDS, 2, BEAM_IDS)
-    for log_probs, result in zip(logits.double().log_softmax(-1), results, strict=True):
-        totals = (log_probs[0, 0][:, None] + log_probs[:, 1]).cpu()
+        # the head's weights. The texts of a prompt share all but their last token.
+        logits = model.head(torch.cat((hidden[::BEAM_IDS, -2], hidden[:, -1])))[:, :BEAM_IDS]
+        log_probs = logits.double().log_softmax(-1).cpu()
+    firsts, seconds = log_probs[: len(prompts)], log_probs[len(prompts) :].view(-1, BEAM_IDS, BEAM_IDS)
+    for of_first, of_second, result in zip(firsts, seconds, results, strict=True):
+        totals = of_first[:, None] + of_second
         first, second = result.ids
         if totals[first, second] < totals.max() - 1e-4:
             yield Fault(

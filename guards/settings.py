@@ -20,6 +20,8 @@ from lora import LowRank
 
 WIDE = 512
 PART = 0.25  # of the tokens of a pass
+LATER = 7  # positions
+ROUNDED = 0.02  # of the outputs, in 16 bits
 TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # of texts of 8 tokens
 # Two ways that agree by design, sizes that are compared elsewhere, and numbers that are others in the twins.
 NOT_COMPARED = "attention block_size vocab_size rope_context rope_low_freq rope_high_freq window_layers"
@@ -218,17 +220,25 @@ def undropped_blocks(subject: Subject, batch: Batch) -> list[int]:
 
 
 def position_faults(subject: Subject) -> Iterator[Fault]:
-    """Positions counted backwards give other outputs."""
+    """Positions counted backwards change the outputs, and rotary ones that are all greater do not."""
     config = subject.config.model
     batch = affordable(subject, subject.micro_batch(0), PART)
     T = batch.tokens.size(1)
     if config.position == "none" or T < 3:
         return
     forwards = torch.arange(T, device=batch.tokens.device).expand_as(batch.tokens)
+    relative = config.position == "rotary" and config.rope_scaling != "dynamic"
     with awake(subject.model), torch.no_grad(), subject.precision.autocast():
         subject.model.eval()
-        hidden, backwards = (
-            subject.model.hidden(batch.tokens, p).float() for p in (forwards, forwards.flip(1))
+        asked = (forwards, forwards.flip(1), forwards + LATER * relative)
+        hidden, backwards, later = (subject.model.hidden(batch.tokens, p).float() for p in asked)
+    change, moved = (float((other - hidden).norm() / hidden.norm()) for other in (backwards, later))
+    if moved > max(ROUNDED, change / 4):
+        yield Fault(
+            "positions-not-relative",
+            f"outputs change by {moved:.1%} when all rotary positions are {LATER} more, and by {change:.1%} "
+            "when they are counted backwards",
+            "rotate queries and keys alike: only the distance between two tokens may matter",
         )
     if torch.equal(hidden, backwards):
         yield Fault(

@@ -27,5 +27,5 @@ def split(subject: Subject) -> Iterator[Fault | str]:
             yield Fault(
                 "split-leaks",
                 f"of {held_out.split} in {known.split}: {found}{largest}",
-                "name what belongs together with --data.group_field, or find it with --data.regroup true",
+                "name what belongs together with --data.group_field, or let --fix find it by its text",
             )

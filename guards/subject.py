@@ -27,13 +27,13 @@ FAULTS = (
     "beams-not-by-probability clip-ignored data-out-of-order documents-not-separated dropout-ignored "
     "end-never-learned evaluation-not-repeatable first-loss-not-finite first-loss-too-high "
     "first-loss-too-low frozen-parameter-moved future-visible gradient-not-cleared gradient-not-finite "
-    "id-outside-vocabulary label-crosses-documents labels-not-next-token objective-not-the-loss "
-    "order-ignored order-inverted other-document-visible other-row-visible padding-bears-loss "
-    "padding-visible parameter-not-updated parameter-without-gradient past-invisible positions-ignored "
-    "positions-not-counted prompt-bears-loss prompt-differs prompt-in-prediction row-without-loss "
-    "sampling-not-repeatable schedule-ignored score-not-plain-loss setting-ignored split-leaks "
-    "start-doubled token-invisible token-never-trained too-few-positions validation-differs "
-    "vocabulary-too-large worse-than-unigram"
+    "gradient-not-the-mean id-outside-vocabulary label-crosses-documents labels-not-next-token "
+    "objective-not-the-loss order-ignored order-inverted other-document-visible other-row-visible "
+    "padding-bears-loss padding-visible parameter-not-updated parameter-without-gradient "
+    "past-invisible positions-ignored positions-not-counted positions-not-relative prompt-bears-loss "
+    "prompt-differs prompt-in-prediction row-without-loss sampling-not-repeatable schedule-ignored "
+    "score-not-plain-loss setting-ignored split-leaks start-doubled token-invisible "
+    "token-never-trained too-few-positions validation-differs vocabulary-too-large worse-than-unigram"
 )
 
 

@@ -66,6 +66,12 @@ def test_every_spelling_of_overfit_selects_its_preset_and_data(words: list[str],
     assert config.data.validation_one_in == 0 and config.model.n_layer == 2
 
 
+@pytest.mark.parametrize("words", [["--fix"], ["--fix", "--seed", "3"], ["--fix=true"], ["--data.regroup"]])
+def test_fix_is_short_for_regrouping(words: list[str]) -> None:
+    assert parse_config(words).data.regroup
+    assert not parse_config(["--fix", "false"]).data.regroup
+
+
 def test_a_value_that_is_spelled_like_a_switch_is_no_switch() -> None:
     assert parse_config(["--run", "overfit", "--seed", "3"]).train.run == "overfit"
 

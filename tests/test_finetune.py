@@ -218,9 +218,9 @@ def test_the_settings_that_a_run_saves_are_taken_back(config: Config, family: st
 @pytest.mark.parametrize(
     ("lora", "base_format"),
     [
-        ({"new_tokens": ("<|a|>", "<|b|>"), "bias": "all"}, "fp32"),
+        pytest.param({"new_tokens": ("<|a|>", "<|b|>"), "bias": "all"}, "fp32", marks=pytest.mark.slow),
         ({"init": "pissa", "dora": True, "rslora": True}, "nf4"),
-        ({"train_modules": ("lm_head",), "lr_ratio": 4.0}, "bf16"),
+        pytest.param({"train_modules": ("lm_head",), "lr_ratio": 4.0}, "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_adapter_resumes_and_opens_as_it_was(

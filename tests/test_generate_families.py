@@ -6,7 +6,7 @@ The models are those of the parity tests, small and with every parameter scrambl
 import pytest
 import torch
 from test_generate import Bytes
-from test_pretrained import CONFIGS, gap, pairs, tokens_of  # noqa: F401
+from test_pretrained import CONFIGS, gap, pairs, tokens_of, two_of_each_family  # noqa: F401
 
 from decoding import KVCache, generate_ids, pad_left
 from generate import GenerationConfig, generate
@@ -55,7 +55,7 @@ def test_one_token_at_a_time_equals_reading_at_once(name, padded, pairs):  # noq
             assert gap(read[row, -len(ids) :], model(torch.tensor([ids]))[0]) < 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_batches_and_beams_are_those_of_single_prompts(name, pairs):  # noqa: F811
     model = pairs(name).ours
     prompts, n = prompts_of(model), n_new(model)
@@ -70,7 +70,7 @@ def test_batches_and_beams_are_those_of_single_prompts(name, pairs):  # noqa: F8
             assert alone.log_prob == pytest.approx(result.log_prob, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_stop_strings_over_several_tokens(name, pairs):  # noqa: F811
     model = pairs(name).ours
     tokenizer = Letters(model.config.vocab_size)

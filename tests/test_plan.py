@@ -88,7 +88,8 @@ def test_only_config_json_of_a_base_is_read(tmp_path: Path) -> None:
 def test_the_command_says_a_mistake_in_one_sentence_and_starts_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(STARCODER_1B), "utf-8")
+    small = STARCODER_1B | {"n_embd": 64, "n_head": 4, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(small), "utf-8")
     run = tmp_path / "run"
     words = ["--plan", "--base", str(tmp_path), "--row_length", "9000", "--run", str(run)]
     with pytest.raises(SystemExit) as ended:

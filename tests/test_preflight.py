@@ -20,8 +20,8 @@ from config import Config, parse_config
 from guards import subject as looking
 from live import FirstSteps
 from planted_data import write_data
-from planted_faults import clip_stored_only
-from plants import PLANTS, Plant, outcome, run_plants, small_config
+from planted_faults import base_moved, clip_stored_only, labels_by
+from plants import EXAMPLES, PLANTS, TUNED, Plant, outcome, run_plants, small_config
 from trainingmanager import TrainingManager, train
 
 
@@ -83,7 +83,6 @@ def test_every_guard_is_disabled_in_turn() -> None:
 @pytest.mark.parametrize("name", ALONE)
 def test_without_its_guard_a_fault_goes_unseen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant = next(plant for plant in PLANTS if plant.name == ALONE[name])
-    assert plants.selftest([plant])
     disable(name, monkeypatch)
     assert not plants.selftest([plant])
 
@@ -131,7 +130,15 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", HEALTHY, ids=lambda settings: json.dumps(settings)[:60])
+def every_second() -> list[Any]:
+    """All of them, half marked slow; healthy twins of all plants run beside these."""
+    return [
+        settings if number % 2 else pytest.param(settings, marks=pytest.mark.slow)
+        for number, settings in enumerate(HEALTHY)
+    ]
+
+
+@pytest.mark.parametrize("settings", every_second(), ids=lambda settings: json.dumps(settings)[:60])
 def test_no_false_alarm_on_a_healthy_configuration(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
     assert outcome(small_config(folder, settings)) == ""
 
@@ -190,6 +197,49 @@ def test_what_is_learned_is_shown_in_brackets(folder: Path, capsys: pytest.Captu
 def test_an_unknown_name_to_allow_is_refused_with_the_nearest(folder: Path) -> None:
     text = outcome(small_config(folder, {"train": {"allow": ("future-visable",)}}))
     assert text == "--allow future-visable names no fault; did you mean future-visible?"
+
+
+def test_an_allowed_fault_hides_no_other(folder: Path) -> None:
+    """Of one guard too: prompts and padding bear loss, and only the first is allowed."""
+    everything = labels_by(lambda tokens, documents, labels: tokens[:, 1:])
+    with everything():
+        assert outcome(small_config(folder, EXAMPLES)).startswith("prompt-bears-loss: ")
+    settings = plants.merged(EXAMPLES, {"train": {"allow": ("prompt-bears-loss",)}})
+    with everything():
+        assert outcome(small_config(folder, settings)).startswith("padding-bears-loss: ")
+
+
+def test_what_moved_is_seen_in_a_run_of_two_updates(folder: Path) -> None:
+    settings = plants.merged(TUNED, {"train": {"max_steps": 2}})
+    assert outcome(small_config(folder, settings)) == ""
+    config = small_config(folder, settings)
+    with base_moved():
+        assert "should be frozen and moved in 2 updates" in outcome(config)
+    assert not (Path(str(config.train.run)) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_size_of_a_gradient_is_that_of_the_mean(folder: Path, precision: str) -> None:
+    """Of passes that hold different numbers of tokens, smoothed, with a loss on the head's logarithms."""
+    sizes: list[float] = []
+    compare = FirstSteps._compare_sizes
+
+    def noted(self: FirstSteps) -> None:
+        compare(self)
+        sizes.extend(self.sizes)
+
+    settings = plants.merged(
+        EXAMPLES,
+        {
+            "train": {"accumulation": 3, "batch_size": 1, "precision": precision},
+            "optimizer": {"label_smoothing": 0.1, "z_loss": 1e-3},
+        },
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FirstSteps, "_compare_sizes", noted)
+        assert outcome(small_config(folder, settings)) == ""
+    assert len(sizes) == 3
+    assert sizes == pytest.approx([1, 1, 1], abs=1e-4 if precision == "fp32" else 0.03)
 
 
 def test_allow_takes_names_on_the_command_line() -> None:

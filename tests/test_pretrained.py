@@ -209,6 +209,17 @@ def parity(pair: Pair) -> dict[str, float]:
     }
 
 
+def two_of_each_family() -> list[Any]:
+    """All names; those after the first two of a family are marked slow."""
+    of_family = {
+        name: [n for n, (family, _) in CONFIGS.items() if family == CONFIGS[name][0]] for name in CONFIGS
+    }
+    return [
+        name if name in of_family[name][:2] else pytest.param(name, marks=pytest.mark.slow)
+        for name in CONFIGS
+    ]
+
+
 # --- parity ---------------------------------------------------------------------------------------
 
 
@@ -246,7 +257,7 @@ def test_cached_equals_uncached(name, pairs):
         assert gap(torch.cat(pieces, dim=1), model(tokens)) < 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_generated_tokens_are_those_of_reading_all_again(name, pairs):
     model = pairs(name).ours
     n = 3 if model.config.rope_scaling == "dynamic" else 12
@@ -260,7 +271,7 @@ def test_generated_tokens_are_those_of_reading_all_again(name, pairs):
         assert result.ids == ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_bf16_is_within_the_noise_of_bf16(name, pairs):
     """Ours may differ from fp32 by 1.25 times what transformers differs by: both round, at other places."""
     pair = pairs(name)
@@ -407,7 +418,7 @@ def same_bytes(before: Path, after: Path) -> None:
         assert torch.equal(a[key].view(-1).view(torch.uint8), b[key].view(-1).view(torch.uint8)), key
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_saving_gives_back_every_byte(name, pairs, tmp_path):
     pair = pairs(name)
     assert save_pretrained(pair.ours, None, tmp_path / "out") is pair.found.family
@@ -423,19 +434,8 @@ def test_saving_gives_back_every_byte(name, pairs, tmp_path):
     assert load_pretrained(tmp_path / "out").model.config == pair.ours.config
 
 
-def first_two_of_each_family() -> list[Any]:
-    """All names; the others of a family are marked slow."""
-    of_family = {
-        name: [n for n, (family, _) in CONFIGS.items() if family == CONFIGS[name][0]] for name in CONFIGS
-    }
-    return [
-        name if name in of_family[name][:2] else pytest.param(name, marks=pytest.mark.slow)
-        for name in CONFIGS
-    ]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", first_two_of_each_family())
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_saving_gives_back_every_byte_of_half_precision(name, dtype, pairs, tmp_path):
     """NaN with its payload, infinities and subnormal numbers among them."""
     oracle = make_oracle(name).to(dtype)

@@ -964,7 +964,9 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize(
+    "pickled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["safetensors", "pickle"]
+)
 def test_a_model_of_the_hub_is_fetched_once_and_its_commit_recorded(pickled, folder, tmp_path, monkeypatch):
     if pickled:
         to_bin(folder, {})

@@ -420,6 +420,7 @@ def proved(*words: str, cwd: Path, plant: str = "") -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_proves_a_resume(tmp_path: Path) -> None:
     code, out, err = proved(*TINY, cwd=tmp_path)
     assert code == 0, out + err

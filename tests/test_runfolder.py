@@ -33,6 +33,14 @@ from runfolder import (
 # --- the lock ----------------------------------------------------------------------------------------
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence() -> None:
+    with (
+        pytest.raises(ValueError, match="/proc/x can be neither made nor locked; name another --run"),
+        claimed_folder(config_of(Path("/proc/x"))),
+    ):
+        pass
+
+
 def config_of(folder: Path, resume: bool = False) -> Config:
     return Config(train=TrainConfig(run=str(folder), resume=resume))
 

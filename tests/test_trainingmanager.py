@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -511,6 +512,28 @@ def test_a_resume_may_move_the_files_and_the_cache(config: Config, tmp_path: Pat
     moved = Path(config.data.source).rename(tmp_path / "moved")
     data = replace(config.data, source=str(moved), cache=str(tmp_path / "cache2"), workers=2)
     assert train(replace(adapted(config, resume=True), data=data)).state.step == 6
+
+
+def test_what_was_logged_is_on_the_disk_before_the_checkpoint(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power between the two would else leave a checkpoint whose lines nobody can write again."""
+    done: list[str] = []
+    fsync, save = os.fsync, TrainingManager.save
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def saved(self: TrainingManager, loss: float | None) -> None:
+        assert "eval/loss" in (self.folder / "metrics.jsonl").read_text()
+        assert done[-1] == "metrics.jsonl"
+        save(self, loss)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(TrainingManager, "save", saved)
+    train(config)
+    assert any("manifest.json" in name for name in done)
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(config: Config) -> None:
