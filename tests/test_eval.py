@@ -433,6 +433,7 @@ def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(ru
         (("--checkpoint", "x", "--sampels", "3"), "did you mean samples"),
         (("--checkpoint", "x", "--samples", "1"), "at least 2"),
         (("--checkpoint", "x", "--batch_size", "0"), "at least 1"),
+        (("--checkpoint", "x", "--out", "/proc/x"), "/proc/x cannot be used"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(words, named):
