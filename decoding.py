@@ -362,17 +362,21 @@ class _Run:
             passes = read_together([len(ids) for ids in unique])
         if len(passes) == 1 and len(unique) == len(prompts):
             return self.model.hidden(*pad_left(prompts, self.device), self.cache)[:, -1]
-        hidden, parts = [], []
-        for rows in passes:
-            part = KVCache(self.model.config.n_layer, max(len(unique[row]) for row in rows))
-            asked = pad_left([list(unique[row]) for row in rows], self.device)
-            hidden.append(self.model.hidden(*asked, part)[:, -1])
-            parts.append(part)
-        self.cache.join(parts)
+        hidden = self._read_apart([[list(unique[row]) for row in rows] for rows in passes])
         places = {unique[row]: place for place, row in enumerate(itertools.chain(*passes))}
         index = torch.tensor([places[tuple(ids)] for ids in prompts], device=self.device)
         self.cache.select(index)
-        return torch.cat(hidden)[index]
+        return hidden[index]
+
+    def _read_apart(self, passes: Sequence[list[list[int]]]) -> Tensor:
+        """The same of prompts that are read in several passes, one after the other, into one cache."""
+        hidden, parts = [], []
+        for asked in passes:
+            part = KVCache(self.model.config.n_layer, max(map(len, asked)))
+            hidden.append(self.model.hidden(*pad_left(asked, self.device), part)[:, -1])
+            parts.append(part)
+        self.cache.join(parts)
+        return torch.cat(hidden)
 
     def _choose_from(self, hidden: Tensor) -> None:
         """Logits of the last tokens' hidden states (n, C)."""
