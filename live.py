@@ -10,7 +10,6 @@ moment the optimizer steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from optim import learning_rate_factor
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
 SAMPLED = 2**16  # elements of a frozen parameter that are compared
 PASSES, TARGETS = 8, 8  # of one update, and of each of these, whose gradients are made again
+NEXT_TO_NOTHING = 1e-20  # of a gradient: below, its square and its rounding are nothing
 APART = 0.1  # of the right size: above what 16 bits round
 
 
@@ -99,8 +99,7 @@ class FirstSteps:
     def _compare_sizes(self) -> None:
         """Before the weights change: the gradients that came, in those of the mean over the update's tokens.
 
-        A head that is all zero hands nothing back; then the next update is compared. In fp16 gradients are
-        multiplied by a power of two, which the loop chooses; that much is not compared.
+        A head that is next to zero hands next to nothing back; then the next update is compared.
         """
         optimizer, subject = self.subject.config.optimizer, self.subject
         passes = range(subject.config.train.accumulation)
@@ -114,12 +113,10 @@ class FirstSteps:
                 )
                 loss = loss + optimizer.z_loss * logits.logsumexp(-1).square().sum()
                 (right,) = torch.autograd.grad(loss / tokens, rows)
-            right, found = right.float(), self.gradients.get(number, torch.zeros(()))
-            size = float((right * found).sum() / right.square().sum().clamp(min=1e-30))
-            if subject.precision.dtype == torch.float16 and size > 0:
-                size = 2 ** (math.log2(size) - round(math.log2(size)))
-            if right.any():
-                self.sizes.append(size)
+            right, found = right.double(), self.gradients.get(number, torch.zeros(()))
+            if right.abs().amax() > NEXT_TO_NOTHING:
+                size = float((right * found).sum() / right.square().sum())
+                self.sizes.append(size / subject.scaler.get_scale())
         self.compared = bool(self.sizes)
         self.targets, self.gradients = [], {}
 

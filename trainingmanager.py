@@ -184,6 +184,7 @@ class TrainingManager:
             precision=self.precision,
             eval_precision=self.eval_precision,
             optimizers=self.optimizers,
+            scaler=self.scaler,
             start=start,
             known_ids=known_ids,
         )

@@ -64,6 +64,7 @@ class Subject:
     precision: Precision
     eval_precision: Precision
     optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler  # by whose scale all gradients are larger until they are clipped
     start: str  # "fresh" weights, "loaded" ones, or "resumed" ones
     known_ids: int | None = None  # of the base's own tokenizer; None without a base
 

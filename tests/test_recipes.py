@@ -366,6 +366,7 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     assert ended.value.code == 2 and "begun with min_words 20, and now it is 12" in error
 
 
+@pytest.mark.slow
 def test_a_recipe_that_was_killed_goes_on(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     assert (study / "journal.log").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
     path = tiny(tmp_path, corpus, max_steps=3000, sweep={"trials": 2, "repeat_seeds": 0})
     process = subprocess.Popen(

@@ -719,6 +719,7 @@ def test_the_main_command_reports_scores_completions_and_places(corpus: Path, tm
     assert code == 2 and err.count("\n") == 1 and "already holds another run" in err
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
     process = started(*TINY, str(corpus), "--max_steps", "1000000", "--log_every", "1", cwd=tmp_path)
     deadline = time.monotonic() + 120
@@ -745,6 +746,7 @@ def test_resume_takes_up_the_runs_own_settings(corpus: Path, tmp_path: Path) -> 
     assert run.step == 4 and run.config.train.batch_size == 3 and run.config.model.n_embd == 16
 
 
+@pytest.mark.slow
 def test_overfit_proves_several_files(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
