@@ -16,10 +16,10 @@ Shapes: n rows still running, V words.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -111,6 +111,31 @@ class KVCache:
         for layer in range(len(self._keys)):
             self._keys[layer] = selected(self._keys[layer], 2)
             self._values[layer] = selected(self._values[layer], 2)
+
+    def join(self, parts: Sequence[KVCache]) -> None:
+        """Take the rows of other caches, one after the other, in the place of none.
+
+        What they hold ends in one column; before a shorter one stands padding, document -1.
+        """
+        self.length = max(part.length for part in parts)
+
+        def joined(buffers: Sequence[Tensor | None], dim: int, fill: int) -> Tensor:
+            there = [buffer for buffer in buffers if buffer is not None]
+            shape = [sum(map(len, there)), *there[0].shape[1:]]
+            shape[dim] = self.max_length
+            own, row = there[0].new_full(shape, fill), 0
+            for buffer, part in zip(there, parts, strict=True):
+                place = own[row : row + len(buffer)].narrow(dim, self.length - part.length, part.length)
+                place.copy_(buffer.narrow(dim, 0, part.length))
+                row += len(buffer)
+            return own
+
+        self._documents = joined([part._documents for part in parts], 1, -1)
+        read = self._documents[:, : self.length]
+        self._mixed = not torch.equal(read, read[:, :1].expand_as(read))
+        for layer in range(len(self._keys)):
+            self._keys[layer] = joined([part._keys[layer] for part in parts], 2, 0)
+            self._values[layer] = joined([part._values[layer] for part in parts], 2, 0)
 
     def _extended(self, buffer: Tensor | None, x: Tensor, dim: int) -> Tensor:
         if buffer is None:
@@ -216,6 +241,30 @@ def pad_left(
     return tokens.to(device), positions.clamp(min=0).to(device), document_ids.to(device)
 
 
+# Tokens that a CPU computes in the time by which one more pass of the model is slower: it reads all weights.
+A_PASS = 128
+
+
+def read_together(lengths: Sequence[int], a_pass: int = A_PASS) -> list[list[int]]:
+    """Numbers of the prompts that are read in one pass, so that as little padding as can be is computed.
+
+    Each pass costs its prompts times the longest of them, in tokens, and `a_pass`. The best of all ways to
+    cut the prompts, sorted by their length, into passes.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best, cut = [0] + [0] * len(order), [0] * (len(order) + 1)  # of the first so many of them
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        costs = [best[start] + (end - start) * longest + a_pass for start in range(end)]
+        best[end] = min(costs)
+        cut[end] = costs.index(best[end])
+    passes, end = [], len(order)
+    while end:
+        passes.append(order[cut[end] : end])
+        end = cut[end]
+    return passes
+
+
 def _check_prompts(model: Decoder, prompts: Sequence[list[int]], settings: GenerationConfig) -> None:
     V, block_size = model.config.vocab_size, model.config.block_size
     for i, ids in enumerate(prompts):
@@ -293,20 +342,45 @@ class _Run:
         self.model, self.settings = model, settings
         self.vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
         self.device = model.embed.weight.device
-        tokens, positions, document_ids = pad_left(prompts, self.device)
-        self.cache = KVCache(model.config.n_layer, tokens.size(1) + settings.max_new_tokens)
-        self.positions = positions[:, -1:]  # (n, 1), of the last token read
+        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
+        self.cache = KVCache(model.config.n_layer, int(lengths.max()) + settings.max_new_tokens)
+        self.positions = lengths[:, None] - 1  # (n, 1), of the last token read
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             V = model.config.vocab_size
             self.seen = torch.zeros(len(prompts), V, dtype=torch.bool, device=self.device)
             for row, ids in enumerate(prompts):  # not from `tokens`: the padding's token was not seen
                 self.seen[row, ids] = True
-        self._read(tokens, positions, document_ids)
+        self._choose_from(self._read_prompts(prompts))
 
-    def _read(self, tokens: Tensor, positions: Tensor, document_ids: Tensor) -> None:
-        hidden = self.model.hidden(tokens, positions, document_ids, self.cache)
-        logits = self.model.head(hidden[:, -1]).float()
+    def _read_prompts(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Hidden states (n, C) of their last tokens. Equal ones, as the draws of one have, are read once."""
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        # On a GPU a pass that is small costs as much as a larger one.
+        passes = [list(range(len(unique)))]
+        if self.device.type == "cpu":
+            passes = read_together([len(ids) for ids in unique])
+        if len(passes) == 1 and len(unique) == len(prompts):
+            return self.model.hidden(*pad_left(prompts, self.device), self.cache)[:, -1]
+        hidden = self._read_apart([[list(unique[row]) for row in rows] for rows in passes])
+        places = {unique[row]: place for place, row in enumerate(itertools.chain(*passes))}
+        index = torch.tensor([places[tuple(ids)] for ids in prompts], device=self.device)
+        self.cache.select(index)
+        return hidden[index]
+
+    def _read_apart(self, passes: Sequence[list[list[int]]]) -> Tensor:
+        """The same of prompts that are read in several passes, one after the other, into one cache."""
+        hidden, parts = [], []
+        for asked in passes:
+            part = KVCache(self.model.config.n_layer, max(map(len, asked)))
+            hidden.append(self.model.hidden(*pad_left(asked, self.device), part)[:, -1])
+            parts.append(part)
+        self.cache.join(parts)
+        return torch.cat(hidden)
+
+    def _choose_from(self, hidden: Tensor) -> None:
+        """Logits of the last tokens' hidden states (n, C)."""
+        logits = self.model.head(hidden).float()
         self.log_total = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1), NaN if any of the row is
         if not self.log_total.isfinite().all():
             raise ValueError("the model's logits are NaN; its weights hold NaN or its precision overflowed")
@@ -332,7 +406,8 @@ class _Run:
         if self.seen is not None:
             self.seen.scatter_(1, tokens, True)
         self.positions = self.positions + 1
-        self._read(tokens, self.positions, torch.zeros_like(tokens))
+        hidden = self.model.hidden(tokens, self.positions, torch.zeros_like(tokens), self.cache)
+        self._choose_from(hidden[:, -1])
 
 
 def _token_by_token(
@@ -406,7 +481,7 @@ def _beam_search(
         scores += scores.new_tensor([beam.score for beam in running])[:, None]
         V = scores.size(1)
         rows, beams = [], []
-        for prompt, group in groupby(range(len(running)), key=lambda row: running[row].prompt):
+        for prompt, group in itertools.groupby(range(len(running)), key=lambda row: running[row].prompt):
             first, *others = group
             end = first + 1 + len(others)
             width = min(settings.num_beams - len(finished[prompt]), (end - first) * V)

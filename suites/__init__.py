@@ -2,7 +2,7 @@
 
     task = TASKS["pairs"](Given(tokenizer, 512, 200, 0, 0, data))
     made = complete(model, tokenizer, task.examples, task.cut, task.max_new_tokens, 512, precision)
-    record = scored(task.suite, task.examples, {"model": made, **answers(task.baselines())})
+    record = scored(task.suite, task.examples, {"model": made, **answers(task.baselines(task.examples))})
     print(suite_table(record))
 
 `task` has the interface, and `tasks` the suites by name, each made by one file: `lines`, `pairs` and `gaps`
@@ -12,5 +12,6 @@ an interruption, and `baselines` answers without one. `scoring` has scores with 
 table, `passing` those of programs that were run, `hidden` a metric by a model's hidden states, and
 `overlaps` and `memorising` what of it all stands in training. An eval.json is read back by `records`:
 `rescoring` holds it to its own predictions, `comparing` sets several side by side, and `page` shows every
-sample. `functions` shows completions to look at.
+sample. `functions` shows completions to look at. `eval.py` puts them together: `settings` is its command
+line, `subject` the model that it evaluates, and `results` what it prints and writes.
 """

@@ -9,6 +9,7 @@ which a model is shown as they are.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from metrics.texts import codexglue_line
 from suites.baselines import copied
@@ -27,7 +28,7 @@ def method_task(given: Given) -> Task:
         prompt = f'{codexglue_line(signature.replace("<EOL>", chr(10)))}\n    """{docstring.strip()}"""\n'
         examples.append(Example(str(row.get("id", where)), number, prompt, body))
 
-    def baselines() -> dict[str, list[str]]:
+    def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         return {"copy": copied(examples), "empty": [""] * len(examples)}
 
     return Task(
@@ -59,7 +60,7 @@ def line_task(given: Given) -> Task:
         before, line = texts_of(where, row, "input", "gt")
         examples.append(Example(str(row.get("id", where)), number, before.strip(), line))
 
-    def baselines() -> dict[str, list[str]]:
+    def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         before = [[part for part in _LINE_ENDS.split(e.prompt) if part.strip()] for e in examples]
         return {"copy": [parts[-1] if parts else "" for parts in before], "empty": [""] * len(examples)}
 

@@ -201,6 +201,8 @@ def _refuse_unlike(one: Column, other: Column) -> None:
     for name, signature in ours["signatures"].items():
         refuse(f"the signature of {name}", signature, theirs["signatures"][name])
     refuse("the number of samples", len(ours["samples"]), len(theirs["samples"]))
+    left_out = (", ".join(record.get("left_out", {})) or "none" for record in (ours, theirs))
+    refuse("what could not be judged", *left_out)
     asked_alike = one.prompt == other.prompt
     for number, (a, b) in enumerate(zip(ours["samples"], theirs["samples"], strict=True), 1):
         for key in ("id", "reference", *(("prompt", "suffix") if asked_alike else ())):

@@ -6,7 +6,7 @@ line, a few lines in a row, and a piece between any two characters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -98,7 +98,7 @@ def gap_examples(given: Given, name: str, spans: Spans) -> list[Example]:
 def _task(given: Given, name: str, spans: Spans, limit: int) -> Task:
     examples = gap_examples(given, name, spans)
 
-    def baselines() -> dict[str, list[str]]:
+    def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         before = [replace(e, prompt=e.prompt.rstrip("\n")) for e in examples]
         return {"copy": last_lines(before), "empty": [""] * len(examples)}
 

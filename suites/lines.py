@@ -105,6 +105,6 @@ def task(given: Given) -> Task:
         examples,
         max_new_tokens,
         f"lines with {CONTEXT_LINES} lines before them that fit {room} tokens",
-        lambda: {"copy": last_lines(examples)},
+        lambda asked: {"copy": last_lines(asked)},
         through_first_line,
     )

@@ -20,7 +20,7 @@ from config import write_atomically
 from metrics.registry import METRICS
 from suites.markup import escaped, marked, shortened, tail
 from suites.records import scored_again, texts_of
-from suites.scoring import NAMED, SUITES, suites_of
+from suites.scoring import NAMED, SUITES, records_of
 
 SAMPLES = 1_000  # on a page; eval.json has them all
 PROMPT_LINES = 14  # of a prompt that are shown at first
@@ -48,15 +48,15 @@ def page_of(record: dict[str, Any], printed: str) -> str:
         ValueError: it is no whole record.
     """
     try:
-        suites = suites_of(record)
+        suites = {SUITES[suite["suite"]].title + worded: suite for worded, suite in records_of(record)}
         facts = [f"<dt>{key}</dt><dd>{escaped(str(record[key]))}</dd>" for key in FACTS if key in record]
         parts = [f"<dl>{''.join(facts)}</dl>", f'<pre class="table">{escaped(printed)}</pre>']
-        by_suite = [sample_scores(suite) for suite in suites]
-        parts += [_plots(suite, found) for suite, found in zip(suites, by_suite, strict=True)]
+        by_suite = {title: sample_scores(suite) for title, suite in suites.items()}
+        parts += [_plots(escaped(title), suites[title], found) for title, found in by_suite.items()]
         if suites:
             parts.append(_samples(suites, by_suite))
         repeated = {key: value for key, value in record.items() if key not in NOT_SHOWN}
-        repeated["signatures"] = {suite["suite"]: suite["signatures"] for suite in suites}
+        repeated["signatures"] = {title: suite["signatures"] for title, suite in suites.items()}
         told = escaped(json.dumps(repeated, indent=1))
         parts.append(f"<details><summary>what repeats it</summary><pre>{told}</pre></details>")
         named = record["run"] or record.get("settings", {}).get("predictions") or "predictions made elsewhere"
@@ -107,8 +107,7 @@ def _hash(text: str) -> str:
 # --- plots -------------------------------------------------------------------------------------------
 
 
-def _plots(suite: dict[str, Any], by_sample: dict[str, dict[str, list[float]]]) -> str:
-    title = escaped(SUITES[suite["suite"]].title)
+def _plots(title: str, suite: dict[str, Any], by_sample: dict[str, dict[str, list[float]]]) -> str:
     plots = [_interval_plot(title, suite)]
     # Of a score that is all or nothing the curve is a step that says no more than the interval.
     graded = [name for name in by_sample if name in METRICS and not METRICS[name].all_or_nothing]
@@ -182,11 +181,15 @@ def _figure(title: str, drawn: str, height: int) -> str:
 # --- samples -----------------------------------------------------------------------------------------
 
 
-def _samples(suites: Sequence[dict[str, Any]], by_suite: Sequence[dict[str, dict[str, list[float]]]]) -> str:
-    systems = list(dict.fromkeys(system for suite in suites for system in suite["scores"]))
-    names = list(dict.fromkeys(name for found in by_suite for name in found))
+def _samples(
+    suites: dict[str, dict[str, Any]], by_suite: dict[str, dict[str, dict[str, list[float]]]]
+) -> str:
+    """The samples of all suites, by their titles, under one form."""
+    systems = list(dict.fromkeys(system for suite in suites.values() for system in suite["scores"]))
+    names = list(dict.fromkeys(name for found in by_suite.values() for name in found))
     articles, left_out = [], ""
-    for suite, found in zip(suites, by_suite, strict=True):
+    for title, found in by_suite.items():
+        suite = suites[title]
         samples = suite["samples"]
         if len(samples) > SAMPLES:
             left_out = f" (the first {SAMPLES:,} of each suite)"
@@ -195,18 +198,15 @@ def _samples(suites: Sequence[dict[str, Any]], by_suite: Sequence[dict[str, dict
                 name: {system: values[number] for system, values in of_systems.items()}
                 for name, of_systems in found.items()
             }
-            articles.append(_article(number, suite["suite"], sample, list(suite["scores"]), systems, scores))
-    subject = next(iter(suites[0]["scores"]))
+            articles.append(_article(number, title, sample, list(suite["scores"]), systems, scores))
+    subject = systems[0]
     against = "".join(
         f'<option value="{escaped(one)}">over {escaped(NAMED.get(one) or one)}</option>'
         for one in systems
         if one != subject
     )
     named = "".join(f"<option>{escaped(name)}</option>" for name in names)
-    asked = "".join(
-        f'<option value="{escaped(suite["suite"])}">{escaped(SUITES[suite["suite"]].title)}</option>'
-        for suite in suites
-    )
+    asked = "".join(f"<option>{escaped(title)}</option>" for title in suites)
     shown = "".join(
         f'<label><input type="checkbox" class="system" value="{number}" checked> {escaped(system)}</label>'
         for number, system in enumerate(systems)
@@ -240,6 +240,7 @@ def _article(
     """One sample: its prompt to the left, its reference and what each system made of it to the right.
 
     Args:
+        suite: Its title.
         own: The systems of this suite.
         systems: Those of all suites, by whose numbers columns are coloured and shown.
     """
@@ -260,10 +261,12 @@ def _article(
     for system in own:
         i = systems.index(system)
         badges = " ".join(f"<b>{escaped(name)}</b> {values[system]:.1f}" for name, values in scores.items())
+        results = sample.get("results", {}).get(system, [])  # of programs, what became of each draw
         for n, text in enumerate(draws[system]):
             name = system if len(draws[system]) == 1 else f"{system}, draw {n + 1}"
+            said = [*([] if n else [badges]), *map(escaped, results[n : n + 1])]
             body, note = _text_and_note(text, reference, "ins")
-            columns.append(_column(name, "" if n else badges, body, note, f"system s{i % 8}", i))
+            columns.append(_column(name, " ".join(said), body, note, f"system s{i % 8}", i))
     told, name = escaped(json.dumps(scores)), escaped(str(sample["id"]))
     return (
         f'<article data-suite="{escaped(suite)}" data-scores="{told}">'

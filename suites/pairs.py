@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from suites.baselines import copied, nearest
@@ -35,7 +37,7 @@ def task(given: Given) -> Task:
         )
     examples = pair_examples(data.test, tokenizer, n, given.seed)
 
-    def baselines() -> dict[str, list[str]]:
+    def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         texts = {
             "nearest": nearest(examples, data.test, data.train, tokenizer),
             "empty": [""] * len(examples),

@@ -69,7 +69,7 @@ def _task(given: Given, name: str, limit: int, stop: tuple[str, ...]) -> Task:
         examples,
         max(1, min(given.max_new_tokens or limit, given.length // 2)),
         "problems",
-        lambda: {"stub": [stub(example, problems[example.name]) for example in examples]},
+        lambda asked: {"stub": [stub(example, problems[example.name]) for example in asked]},
         stop=stop,
         problems=problems,
     )

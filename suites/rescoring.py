@@ -13,7 +13,7 @@ from typing import Any
 
 from suites.passing import scores_of
 from suites.records import models_of, read_json
-from suites.scoring import SUITES, Example, Predictions, record_of, scored, suites_of
+from suites.scoring import SUITES, Example, Predictions, record_of, records_of, scored
 
 
 def rescore(path: str | Path) -> int:
@@ -23,30 +23,39 @@ def rescore(path: str | Path) -> int:
         ValueError: it cannot be read, or holds no predictions.
     """
     record = read_json(path)
-    suites = suites_of(record) if isinstance(record, dict) else []
+    try:
+        suites = records_of(record)
+    except (KeyError, TypeError, AttributeError):
+        suites = []
     if not suites:
         raise ValueError(
             f"{path} holds no predictions of a suite; give the eval.json of an evaluation "
             "with --samples above 0"
         )
     try:
-        found = [sentence for suite in suites for sentence in differences(suite)]
+        found = [sentence for worded, suite in suites for sentence in differences(suite, worded)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for sentence in found:
         print("".join(c if c.isprintable() else "?" for c in sentence))  # the file may be a stranger's
     if found:
         return 1
-    for suite in suites:
+    for worded, suite in suites:
         scores = suite["scores"]
         count = sum(len(by_name) for by_name in scores.values())
-        say = f"equal: {count} scores of {', '.join(scores)} from {len(suite['samples'])} samples each"
+        say = (
+            f"equal: {count} scores of {', '.join(scores)} from {len(suite['samples'])} samples each{worded}"
+        )
         print(f"{say}, by the results of their runs" if SUITES[suite["suite"]].runs else say)
     return 0
 
 
-def differences(record: Any) -> Iterator[str]:
+def differences(record: Any, worded: str = "") -> Iterator[str]:
     """What the record says that its own predictions do not score: a sentence each, with both numbers.
+
+    Args:
+        record: Of a suite.
+        worded: What is said behind the suite's name.
 
     Raises:
         ValueError: it is no record of a suite.
@@ -79,7 +88,7 @@ def differences(record: Any) -> Iterator[str]:
         if missing:
             raise ValueError(f"{missing[0]} has a score and no signature")
         for (system, name), values in said.items():
-            what, fresh = f"{suite.name}, {system}, {name}", again["scores"][system][name]
+            what, fresh = f"{suite.name}{worded}, {system}, {name}", again["scores"][system][name]
             if record["signatures"][name] != again["signatures"][name]:
                 what += f" (by {record['signatures'][name]}, and now by {again['signatures'][name]})"
             if not _near(values["mean"], fresh["mean"]):
@@ -95,13 +104,13 @@ def differences(record: Any) -> Iterator[str]:
             for system, verdict in fresh["against"].items():
                 if own["against"][system] != verdict:
                     yield (
-                        f"{suite.name}, {name}: the file says {own['against'][system]!r}, and its "
+                        f"{suite.name}{worded}, {name}: the file says {own['against'][system]!r}, and its "
                         f"predictions are {verdict!r}"
                     )
             if own["best"] != fresh["best"]:
                 yield (
-                    f"{suite.name}, {name}: the file names {own['best']} as the best baseline, and by its "
-                    f"predictions it is {fresh['best']}"
+                    f"{suite.name}{worded}, {name}: the file names {own['best']} as the best baseline, and "
+                    f"by its predictions it is {fresh['best']}"
                 )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -152,6 +152,17 @@ def suites_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [result["suite"], *result.get("more_suites", [])] if "suite" in result else []
 
 
+def records_of(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every record of an eval.json, also those of prompts in other words, each with what is to be said behind
+    its suite's name: nothing, or ", verbose prompts".
+    """
+    worded = result.get("prompts", {}).items()
+    return [
+        *(("", record) for record in suites_of(result)),
+        *((f", {name} prompts", record) for name, record in worded),
+    ]
+
+
 def scored(
     suite: Suite,
     examples: Sequence[Example],

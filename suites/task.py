@@ -2,12 +2,12 @@
 
 task = TASKS["fim_line"](Given(tokenizer, 512, 200, 0, 0, data))     # suites/tasks.py
 complete(model, tokenizer, task.examples, task.cut, task.max_new_tokens, ...)
-scored(task.suite, task.examples, {"model": ..., **task.baselines()})
+scored(task.suite, task.examples, {"model": ..., **answers(task.baselines(task.examples))})
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Task:
         examples: In the order of the predictions.
         max_new_tokens: Most tokens of a completion.
         wanted: What the examples are, in words.
-        baselines: Answers that take no model, one for each example.
+        baselines: The answers that take no model, one for each of the examples, or of these in other words.
         cut: The part of a text that is the prediction.
         stop: Strings that end a text and are no part of it.
         problems: Of a suite of programs, by their id, which is their example's name.
@@ -65,7 +65,7 @@ class Task:
     examples: list[Example]
     max_new_tokens: int
     wanted: str
-    baselines: Callable[[], dict[str, list[str]]]
+    baselines: Callable[[Sequence[Example]], dict[str, list[str]]]
     cut: Cut = uncut
     stop: tuple[str, ...] = ()
     problems: dict[str, Problem] | None = None

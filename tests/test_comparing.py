@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from test_eval import command
 
+from metrics.intervals import compare, mean_of_sums, mean_rows
 from metrics.registry import score
 from suites.comparing import compare_files
+from suites.programs import record_of_results
 from suites.records import scored_again
 from suites.scoring import SUITES, Example, Predictions, scored, suites_of
+from suites.task import Task
 
 PAIRS = SUITES["pairs"]
 METRICS = ["exact_match", "chrf"]
@@ -40,11 +43,26 @@ def evaluation(seed: int, good: float, base: float | None = None, prompt: str = 
     }
 
 
+def programs(passed: np.ndarray) -> dict[str, Any]:
+    """Of HumanEval, with (problems, draws) of results."""
+    examples = [
+        Example(f"HumanEval/{i}", 0, f"def f_{i}():\n", f"    return {i}\n") for i in range(len(passed))
+    ]
+    words = [["passed" if one else f"failed: <{i}>" for one in row] for i, row in enumerate(passed)]
+    texts = [[f"    return {n}\n"] * len(examples) for n in range(passed.shape[1])]
+    made = {"model": Predictions(texts[0], 0, texts[1:]), "stub": Predictions(["    pass\n"] * len(examples))}
+    results = {"model": words, "stub": [["failed"]] * len(examples)}
+    task = Task(SUITES["humaneval"], examples, 9, "problems", lambda _: {})
+    judged_by = {"left_out": {}, "sandbox": "a box", "draws": len(texts)}
+    record = record_of_results(task, made, results, judged_by, "python", 0)
+    return {"run": "runs/p", "step": 1, "suite": record}
+
+
 def write(folder: Path, *evaluations: dict[str, Any]) -> list[str]:
     paths = []
     for number, found in enumerate(evaluations):
         run = folder / f"run{number}"
-        run.mkdir()
+        run.mkdir(parents=True)
         (run / "eval.json").write_text(json.dumps(found), "utf-8")
         paths.append(str(run))
     return paths
@@ -102,6 +120,26 @@ def test_bases_are_compared_with_bases_and_each_model_with_its_own(tmp_path):
             "B model less B base",
         )
     ]
+
+
+def test_programs_are_compared_by_the_results_of_their_runs(tmp_path):
+    right = np.random.default_rng(0).random((2, 40, 5)) < np.array([0.2, 0.7])[:, None, None]
+    found = [programs(one) for one in right]
+    said = compare_files(write(tmp_path, *found))
+    assert said.splitlines()[3].startswith("HumanEval: 40 problems")
+    one, other = (passed.mean(1) * 100 for passed in right)
+    wanted = compare(mean_rows(other), mean_rows(one), mean_of_sums, 0)
+    gap = wanted.difference
+    assert (
+        f"pass@1: B model less A model is {gap.mean:+.1f} [{gap.low:.1f}, {gap.high:.1f}], "
+        f"{wanted.verdict('A model')}" in said
+    )
+    assert "pass@10" not in said
+    found[1]["suite"]["left_out"] = {"HumanEval/3": "its own solution fails"}
+    with pytest.raises(
+        ValueError, match="what could not be judged is 'none' in one and 'HumanEval/3' in the"
+    ):
+        compare_files(write(tmp_path / "again", *found))
 
 
 def test_wordings_are_compared_by_name_and_only_so(tmp_path):

@@ -406,7 +406,7 @@ def test_a_strangers_config_does_not_say_where_the_cache_is_nor_how_many_work(ru
         seen.append(config)
         return prepare_data(config, tokenizer)
 
-    monkeypatch.setattr(evaluation, "prepare_data", noted)
+    monkeypatch.setattr("suites.subject.prepare_data", noted)
     evaluation.evaluate(here(run, samples=0, precision="fp32"))
     assert [(c.cache, c.workers) for c in seen] == [(str(run.parent / "cache"), 0)]
     assert not (run.parent / "theirs").exists()
@@ -433,6 +433,7 @@ def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(ru
         (("--checkpoint", "x", "--sampels", "3"), "did you mean samples"),
         (("--checkpoint", "x", "--samples", "1"), "at least 2"),
         (("--checkpoint", "x", "--batch_size", "0"), "at least 1"),
+        (("--checkpoint", "x", "--out", "/proc/x"), "/proc/x cannot be used"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(words, named):

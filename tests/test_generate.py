@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import decoding
 import linear
 from architecture import Decoder
 from config import ModelConfig
@@ -30,6 +31,7 @@ from decoding import (
     keep_top_p,
     pad_left,
     penalize_repetition,
+    read_together,
     row_generator,
     sample,
 )
@@ -249,6 +251,50 @@ def test_a_faulty_batch_would_be_noticed(fault):
         for row, ids in enumerate(PROMPTS):
             expected = model(torch.tensor([ids]))[0, -1]
             assert torch.allclose(faulty[row], expected, atol=1e-5) == (len(ids) == T)
+
+
+def test_prompts_are_read_in_the_passes_that_compute_least(monkeypatch):
+    lengths = [7, 90, 12, 91, 8, 300]
+    cost = {a_pass: read_together(lengths, a_pass) for a_pass in (0, 10, 300, 10_000)}
+    assert [len(passes) for passes in cost.values()] == [6, 3, 2, 1]
+    assert sorted(map(sorted, cost[10])) == [[0, 2, 4], [1, 3], [5]]
+    for passes in cost.values():
+        assert sorted(itertools.chain(*passes)) == list(range(6))
+
+
+@pytest.mark.parametrize("name", ["learned", "rotary partial", "grouped-query"])
+def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch):
+    passes: list[int] = []
+    monkeypatch.setattr(decoding, "read_together", lambda n: passes.append(1) or read_together(n, a_pass=2))
+    window = 5 if name == "grouped-query" else 0
+    model = scrambled(replace(MODELS[name], sliding_window=window))
+    settings = GenerationConfig(max_new_tokens=8, repetition_penalty=1.3)
+    unequal = [PROMPTS[3], *PROMPTS, PROMPTS[0]]
+    assert len(read_together([len(ids) for ids in PROMPTS], 2)) == 3
+    assert sum(unequal.count(ids) > 1 for ids in unequal) == 4  # which are read once
+    # A row that ends at once leaves, so that the joined cache is cut as well.
+    stops = lambda row, ids: row == 1 and len(ids) == 2  # noqa: E731
+    together = generate_ids(model, unequal, settings, stopped=stops)
+    assert len(passes) == 1
+    for row, (ids, found) in enumerate(zip(unequal, together, strict=True)):
+        alone = generate_ids(model, [ids], settings)[0]
+        assert found.ids == (alone.ids[:2] if row == 1 else alone.ids)
+        assert row == 1 or found.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
+
+
+def test_draws_of_one_prompt_read_it_once(monkeypatch):
+    model = scrambled(MODELS["multi-query"])
+    read: list[int] = []
+    monkeypatch.setattr(
+        decoding, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
+    )
+    sampled = GenerationConfig(max_new_tokens=6, temperature=1.5, seed=3)
+    rows = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]
+    together = generate_ids(model, rows, sampled)
+    assert read == [2]
+    for row, (ids, found) in enumerate(zip(rows, together, strict=True)):
+        assert found.ids == generate_ids(model, [ids], sampled, first_row=row)[0].ids
+    assert len({tuple(found.ids) for found in together}) == 4
 
 
 def test_select_reorders_repeats_and_drops_rows():

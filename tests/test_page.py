@@ -13,7 +13,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from test_comparing import programs
 from test_eval import command
 
 import eval as evaluation
@@ -160,6 +162,26 @@ def test_scores_of_samples_stand_in_the_page_and_are_those_of_the_registry(page)
     wanted = record["suite"]["scores"]["model"]["exact_match"]["mean"]
     assert sum(s["exact_match"]["model"] for s in scores) / len(scores) == pytest.approx(wanted)
     assert scores[0]["edit_similarity"]["<b onclick=1>"] == 100
+
+
+def test_samples_of_other_wordings_and_results_of_programs_stand_in_the_page():
+    record = hostile_record()
+    worded = hostile_record()["suite"]
+    for number, sample in enumerate(worded["samples"]):
+        sample["prompt"] = f"</option>{number}, in a few words"
+    record["prompts"] = {"</option><script>simple": worded}
+    read = Read(page := page_of(record, "a table"))
+    suites = [a["data-suite"] for t, a in read.tags if t == "article"]
+    titles = ["completions", "completions, </option><script>simple prompts"]
+    assert suites == [title for title in titles for _ in HOSTILE]
+    assert "</option>3, in a few words" in [one.removeprefix("\n") for one in read.pre]
+    assert [tag for tag, _ in read.tags].count("script") == 1
+    assert page.count("completions, &lt;/option&gt;&lt;script&gt;simple prompts: scores, with 95%") == 1
+    found = programs(np.array([[True, False], [False, False]]))
+    page = page_of(found, "a table")
+    assert "<b>passed</b> 50.0 passed</small>" in page
+    assert "model, draw 2 <small>failed: &lt;0&gt;</small>" in page
+    assert "<h4>stub <small><b>passed</b> 0.0 failed</small>" in page
 
 
 def test_a_page_of_no_suite_and_a_record_that_is_not_whole():

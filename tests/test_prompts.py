@@ -19,8 +19,10 @@ from config import Config, DataConfig
 from corpus import split_documents
 from dataset import prepare_data
 from eval import EvalConfig
+from suites.baselines import copied
 from suites.pairs import pair_examples
 from suites.prompts import variant_names, with_prompts
+from suites.scoring import Example
 
 
 def row(number: int) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def row(number: int) -> dict[str, Any]:
     return {
         "path": f"{name}.py",
         "prompt": f"class {name}:\n",
-        "prompts": {"verbose": f"Summarise this class:\nclass {name}:\n", "simple": f"class {name}:\n"},
+        "prompts": {"verbose": f"Summarise this class:\nclass {name}: ...\n", "simple": f"class {name}:\n"},
         "completion": f"A class called {name}.",
     }
 
@@ -76,7 +78,8 @@ def test_each_example_gets_the_wording_of_its_own_row(run):
     worded = with_prompts(examples, data.test, split_documents(config), ["verbose", "simple"])
     assert [e.prompt for e in worded["simple"]] == [e.prompt for e in examples]
     for plain, verbose in zip(examples, worded["verbose"], strict=True):
-        assert verbose == replace(plain, prompt=f"Summarise this class:\n{plain.prompt}")
+        words = plain.prompt.replace(":", ": ...")
+        assert verbose == replace(plain, prompt=f"Summarise this class:\n{words}")
 
 
 def test_wordings_change_neither_the_data_nor_the_split(run):
@@ -110,6 +113,10 @@ def test_the_command_asks_in_each_wording_and_prints_the_difference(run):
     # Asked as in training, an example has the very prediction of the suite.
     assert records["simple"]["samples"] == result["suite"]["samples"]
     assert records["verbose"]["samples"][0]["prompt"].startswith("Summarise this class:\n")
+    # What is copied is what was asked.
+    for record in records.values():
+        asked = [Example("", 0, s["prompt"], s["reference"]) for s in record["samples"]]
+        assert [s["predictions"]["copy"] for s in record["samples"]] == copied(asked)
     said = done.stdout
     assert "verbose model" in said
     assert "chrf: simple model less verbose model is " in said
@@ -118,7 +125,7 @@ def test_the_command_asks_in_each_wording_and_prints_the_difference(run):
     assert "hidden states of the model itself, weights" in result["suite"]["signatures"]["semantic"]
     assert len(result["suite"]["measured"]["semantic"]["model"]) == 6
     page = (run / "eval.html").read_text("utf-8")
-    assert page.count("<article ") == 6
+    assert page.count("<article ") == 18
     assert "<b>semantic</b>" in page
     again = command("--rescore", run / "eval.json")
     assert again.returncode == 0, again.stdout

@@ -393,6 +393,12 @@ def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_name
         )
     )
     assert "by chrF of?[2J old, and now by chrf" in said
+    # What was asked in other words is held to its predictions too.
+    worded = copy.deepcopy(whole["suite"])
+    worded["scores"]["model"]["chrf"]["mean"] += 1
+    path.write_text(json.dumps(whole | {"prompts": {"simple": worded}}), "utf-8")
+    assert rescore(path) == 1
+    assert capsys.readouterr().out.startswith("pairs, simple prompts, model, chrf: the file says ")
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from pretrained import load_pretrained, save_pretrained
 from pretrained.adapter import save_adapter
 from suites.codexglue import through_line, through_method
 from suites.gaps import piece_spans
+from suites.hidden import Judge
 from suites.programs import MBPP_TEST
-from suites.rescoring import rescore
+from suites.rescoring import differences, rescore
 from suites.scoring import SUITES, Example, suites_of
 from suites.task import Given, Task
 from suites.tasks import OF_FILES, TASKS, suite_names
@@ -116,7 +117,10 @@ def test_a_line_of_codexglue_is_asked_as_it_stands_and_ends_at_its_marker(tmp_pa
     asked = task("codexglue_line", write(tmp_path / "test.jsonl", LINES))
     assert [e.prompt for e in asked.examples] == [row["input"] for row in LINES]
     assert [e.reference for e in asked.examples] == [row["gt"] for row in LINES]
-    assert asked.baselines() == {"copy": [f" x{i} = os . " for i in range(6)], "empty": [""] * 6}
+    assert asked.baselines(asked.examples) == {
+        "copy": [f" x{i} = os . " for i in range(6)],
+        "empty": [""] * 6,
+    }
     assert asked.cut is through_line
     for text, kept in (
         (" x = 1 <EOL> y", " x = 1 "),
@@ -141,7 +145,7 @@ def test_a_method_of_codexglue_is_asked_in_python_and_scored_on_one_line(tmp_pat
 def test_programs_are_asked_as_their_files_publish_them(tmp_path: Path):
     whole = task("humaneval", write(tmp_path / "h.jsonl", SOLVED))
     assert [e.prompt for e in whole.examples] == [row["prompt"] for row in SOLVED]
-    assert whole.baselines() == {"stub": ["    pass\n"] * 3}
+    assert whole.baselines(whole.examples) == {"stub": ["    pass\n"] * 3}
     assert "\ndef" in whole.stop
     gap = {**SOLVED[0], "task_id": "SingleLineInfilling/0/L0", "suffix": "    # end\n"}
     filled = task("humaneval_infilling", write(tmp_path / "i.jsonl", [gap]))
@@ -152,7 +156,7 @@ def test_programs_are_asked_as_their_files_publish_them(tmp_path: Path):
         '"""\nWrite a function to find the circumference.\n'
         'assert math.isclose(around(1), 6.28318, rel_tol=0.001)\n"""\n'
     )
-    assert tasks.baselines()["stub"][2] == "def chain(*_, **__):\n    pass\n"
+    assert tasks.baselines(tasks.examples)["stub"][2] == "def chain(*_, **__):\n    pass\n"
 
 
 def test_of_all_of_mbpp_the_test_side_is_taken_and_samples_are_drawn_in_order(tmp_path: Path):
@@ -243,7 +247,7 @@ def test_an_adapter_is_scored_beside_its_base(folder: Path, tmp_path: Path):
         folder, tmp_path, "codexglue_method", suite_file=str(file), adapter=str(tmp_path / "adapter")
     )
     plain = evaluation.evaluate(replace(asked, adapter=None))["suite"]
-    found = evaluation.evaluate(asked)["suite"]
+    found = evaluation.evaluate(replace(asked, metrics="bleu_codexglue,semantic"))["suite"]
     assert list(found["scores"]) == ["model", "base", "copy", "empty"]
 
     def texts(record: dict[str, Any], system: str) -> list[str]:
@@ -251,6 +255,15 @@ def test_an_adapter_is_scored_beside_its_base(folder: Path, tmp_path: Path):
 
     assert texts(found, "base") == texts(plain, "model") != texts(found, "model")
     assert found["verdicts"]["bleu_codexglue"]["differences"]["base"]["n"] == 6
+    # The judge of both is the base: with its adapters a model would judge itself.
+    judge = Judge(load_pretrained(str(folder)).model, STARCODER, "")
+    clean = SUITES["codexglue_method"].clean
+    for system in ("model", "base", "copy"):
+        for (measured,), sample in zip(found["measured"]["semantic"][system], found["samples"], strict=True):
+            pair = clean(sample["predictions"][system]), clean(sample["reference"])
+            assert measured == pytest.approx(judge.similarity(*pair), abs=1e-3)
+    assert "hidden states of its base, weights" in found["signatures"]["semantic"]
+    assert list(differences(json.loads(json.dumps(found)))) == []
 
 
 def test_mistakes_about_a_published_model_are_one_sentence(folder: Path, tmp_path: Path, capsys):
@@ -392,7 +405,7 @@ def test_gaps_stand_in_their_files(files, name):
         assert len(e.reference) <= 300 or name == "fim_lines"
     assert TASKS[name](of_run(files)).examples == asked.examples
     assert TASKS[name](of_run(files, seed=1)).examples != asked.examples
-    copy = asked.baselines()["copy"]
+    copy = asked.baselines(asked.examples)["copy"]
     assert copy[0] == asked.examples[0].prompt.rstrip("\n").rsplit("\n", 1)[-1]
 
 

