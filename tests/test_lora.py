@@ -25,6 +25,7 @@ from lora import (
     adapters_disabled,
     add_adapter,
     held_modules,
+    largest_parts,
     trainable_state,
     trainable_table,
     use_adapters,
@@ -452,6 +453,21 @@ def test_the_lengths_of_dora_are_taken_of_some_outputs_at_a_time(
         gain = change.gain(weight)
     torch.testing.assert_close(gain, expected.float(), rtol=1e-6, atol=0)
     assert 50 <= largest.elements <= 170
+
+
+@pytest.mark.parametrize(("power", "tolerance"), [(0.5, 1e-3), (0.0, 1.0)])
+def test_the_largest_parts_leave_as_little_as_all_parts(power: float, tolerance: float) -> None:
+    """Of a spectrum that falls they are those of the full decomposition; of a flat one no parts stand out."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 288)).Q for n in (288, 400))
+    weight = left * torch.arange(1, 289) ** -power @ right.t() + 0.01 * torch.randn(288, 400)
+    u, s, vh = torch.linalg.svd(weight)
+    best = u[:, :8] * s[:8] @ vh[:8]
+    for given, wanted in ((weight, best), (weight.t(), best.t())):
+        left, values, right = largest_parts(given, 8)
+        found = left * values @ right.t()
+        assert (found - wanted).norm() < tolerance * wanted.norm()
+        assert 0.99999 < (found - given).norm() / (wanted - given).norm() < 1.001
 
 
 # --- merging -------------------------------------------------------------------------------------------
