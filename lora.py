@@ -342,30 +342,31 @@ class LoraLinear(Adapted):
                 out = out.index_add(-1, change.ids, term.to(out.dtype))
         return out
 
-    def low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What is added to hidden (N, I) x `weight`^T + `bias`, as u (N, k) and b (O, k): u b^T.
+    def terms(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """What is added to hidden (N, I) x `weight`^T + `bias`, for a loss that makes logits in chunks.
 
-        For a loss that makes logits in chunks. With DoRA b is the change of the whole weight, k = I.
+        Nothing, or u (N, k) and b (O, k), which stand for u b^T; and of each DoRA further x (N, I) and f (O),
+        which stand for f * (x `weight`^T).
         """
         pairs: list[tuple[Tensor, Tensor]] = []
+        again: list[Tensor] = []
         for change, share in self.active():
             if isinstance(change, LowRank):
-                drop = change.drawn()
-                given = dropped(hidden, drop)
-                if change.magnitude is None:
-                    a, b = change.factors()
-                    u = F.linear(given, a.to(given.dtype)) * (share * change.scale)
-                    pairs.append((u.to(hidden.dtype), b))
-                else:
-                    pairs.append((given, share * change.change(weight_of(self.base))))
+                given, (a, b) = dropped(hidden, change.drawn()), change.factors()
+                u = F.linear(given, a.to(given.dtype)) * (share * change.scale)
+                gain = change.gain(weight_of(self.base))
+                if gain is not None:
+                    b = gain[:, None] * b
+                    again += [given, share * (gain - 1)]
+                pairs.append((u.to(hidden.dtype), b))
             elif isinstance(change, Rows):
                 u = F.linear(hidden, share * change.delta().to(hidden.dtype))
                 columns = torch.zeros(self.out_features, len(change.ids), device=u.device)
                 columns[change.ids, torch.arange(len(change.ids), device=u.device)] = 1
                 pairs.append((u.to(hidden.dtype), columns))
         if not pairs:
-            return None
-        return torch.cat([u for u, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1)
+            return ()
+        return torch.cat([u for u, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1), *again
 
 
 class LoraEmbedding(Adapted):

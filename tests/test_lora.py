@@ -629,6 +629,29 @@ def test_the_chunked_loss_reads_an_adapted_head(
         torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_the_loss_of_a_rescaled_head_drops_the_same_and_makes_no_matrix_of_the_weights_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import loss as loss_module
+
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 53 * 3)
+    monkeypatch.setattr(lora, "LENGTH_ELEMENTS", 170)
+    model = adapted({"targets": ("head",), "dora": True, "dropout": 0.3}, head_bias=True).train()
+    tokens, labels = TOKENS[:1, :8], TOKENS[:1, 1:9]
+    batch = Batch(tokens, labels, torch.zeros_like(tokens), torch.arange(8)[None])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(5)
+    with Largest() as largest:
+        objective = token_loss(model, batch, 0.1).objective
+        ours = torch.autograd.grad(objective, trained)
+    assert largest.elements < model.head.weight.numel()
+    torch.manual_seed(5)
+    plain = F.cross_entropy(model(tokens)[0], labels[0], label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(objective, plain, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(ours, torch.autograd.grad(plain, trained), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_composed_form_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torch.compile the term is left to autograd."""
     model = adapted({"targets": ("all-linear", "head"), "bias": "all"}, mlp_bias=True)
