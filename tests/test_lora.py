@@ -511,6 +511,17 @@ def test_merged_is_adapted_and_unmerged_is_bit_equal(case: str, quantised: bool)
     assert after.keys() == held.keys() and all(torch.equal(after[name], p) for name, p in held.items())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_share_of_an_adapter_is_merged_as_it_is_applied(tied: bool) -> None:
+    model = adapted({"dora": tied}, (3, 52), tie_embeddings=tied)
+    whole = model.eval()(TOKENS)
+    use_adapters(model, {"default": 0.4})
+    expected = model(TOKENS)
+    assert (expected - whole).abs().max() > 0.1
+    merge(model)
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_merge_can_let_go_of_the_old_weights() -> None:
     model = adapted()
     before = model(TOKENS)
