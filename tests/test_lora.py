@@ -604,7 +604,7 @@ def test_broken_adapters_and_empty_merges_are_refused() -> None:
 
 HEADS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "low rank": ({"targets": ("all-linear", "head")}, ()),
-    "dora": ({"targets": ("head",), "dora": True}, ()),
+    "dora": ({"targets": ("all-linear", "head"), "dora": True}, ()),
     "pissa": ({"targets": ("head",), "init": "pissa"}, ()),
     "rows": ({}, (50, 2)),
     "whole": ({"train_modules": ("head",), "bias": "all"}, ()),
