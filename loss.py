@@ -51,6 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ranks: bool,
         u: Tensor | None = None,
         v: Tensor | None = None,
+        *again: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -70,6 +71,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             pair = u.to(dtype), v.to(dtype)
             grad_u = torch.empty_like(pair[0]) if grad and ctx.needs_input_grad[8] else None
             grad_v = torch.zeros_like(v, dtype=torch.float32) if grad and ctx.needs_input_grad[9] else None
+        inputs, factors = ([t.to(dtype) for t in again[first::2]] for first in (0, 1))
+        grad_again = [
+            None if not (grad and ctx.needs_input_grad[10 + i]) else torch.zeros_like(t, dtype=torch.float32)
+            for i, t in enumerate(again)
+        ]
         sums = torch.zeros(2, device=device)
         hits = torch.zeros(2, dtype=torch.long, device=device)
         nats = torch.empty(h.size(0) if ranks else 0, device=device)
@@ -77,11 +83,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # The same memory for every chunk: fresh pages cost more than the arithmetic on them.
         logits_buffer = torch.empty(n, w.size(0), dtype=dtype, device=device)
         softmax_buffer = torch.empty(n, w.size(0), device=device)
+        again_buffers = [torch.empty_like(logits_buffer) for _ in inputs]
         for start in range(0, h.size(0), n):
             rows, target = h[start : start + n], labels[start : start + n, None]
             logits = torch.mm(rows, w.t(), out=logits_buffer[: len(rows)])
             if pair is not None:
                 logits.addmm_(pair[0][start : start + n], pair[1].t())
+            for x, factor, buffer in zip(inputs, factors, again_buffers, strict=True):
+                torch.mm(x[start : start + n], w.t(), out=buffer[: len(rows)])
+                logits.addcmul_(buffer[: len(rows)], factor)
             if bias is not None:
                 logits += bias
             softmax = torch.softmax(logits, -1, torch.float32, out=softmax_buffer[: len(rows)])
@@ -105,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if z_loss:
                 objective = objective + z_loss * log_sum.square().sum()
             sums += torch.stack((objective, total))
-            if all(g is None for g in (grad_hidden, grad_weight, grad_bias, grad_u, grad_v)):
+            if all(g is None for g in (grad_hidden, grad_weight, grad_bias, grad_u, grad_v, *grad_again)):
                 continue
             # Minus the smoothed target, the softmax is the gradient. Beside 1, 1e-26 is nothing, but below
             # 1e-38 numbers are denormal, and products with them took 5 times as long as a whole step.
@@ -128,8 +138,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, pair[1], out=grad_u[start : start + n])
             if pair is not None and grad_v is not None:
                 grad_v += grad_logits.t() @ pair[0][start : start + n]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_u, grad_v)
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias, u, v))
+            for i, (factor, buffer) in enumerate(zip(factors, again_buffers, strict=True)):
+                grad_x, grad_factor = grad_again[2 * i : 2 * i + 2]
+                if grad_factor is not None:
+                    grad_factor += buffer[: len(rows)].mul_(grad_logits).sum(dim=0, dtype=torch.float32)
+                if grad_x is not None:
+                    grad_x[start : start + n] = torch.mul(grad_logits, factor, out=buffer[: len(rows)]) @ w
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_u, grad_v, *grad_again)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias, u, v, *again))
         cross_entropy = sums[1].clone()
         ctx.mark_non_differentiable(cross_entropy, hits, nats)
         return sums[0].clone(), cross_entropy, hits, nats
@@ -150,7 +166,8 @@ def token_loss(
 
     Args:
         model: Its head's weight is (V, C), and its bias, if any, (V). A head with adapters says by
-            `low_rank(hidden)` what they add to the logits: u (N, k) and v (V, k), u v^T.
+            `terms(hidden)` what they add to the logits: u (N, k) and v (V, k), u v^T, and then pairs of
+            x (N, C) and f (V), f * (x weight^T).
         batch: tokens, labels, document ids and positions, each (B, T).
         smoothing: Share of the target spread evenly over the vocabulary (arXiv:1512.00567). It changes the
             objective only, and masked tokens stay out of it.
@@ -163,8 +180,8 @@ def token_loss(
     tokens = int(bears.sum())
     if tokens < labels.numel():
         hidden, labels = hidden[bears], labels[bears]
-    low_rank = getattr(model.head, "low_rank", None)
-    pair = (low_rank(hidden) if low_rank is not None else None) or (None, None)
+    terms = getattr(model.head, "terms", None)
+    added = terms(hidden) if terms is not None else ()
     objective, cross_entropy, hits, nats = _ChunkedCrossEntropy.apply(
         hidden,
         model.head.weight,
@@ -174,7 +191,7 @@ def token_loss(
         z_loss,
         torch.is_grad_enabled(),
         ranks,
-        *pair,
+        *added,
     )
     top1, top5 = hits.tolist()
     return TokenLoss(objective, cross_entropy, tokens, top1, top5, nats)

@@ -7,8 +7,13 @@
 
 Random weights, the published sizes and the adapters of the five seeds; rows of 512 random tokens, the first
 half of each masked, as a prompt is. A step is forward, backward, clip and AdamW. Each side runs in a process
-of its own, in the precision that is best for it on this machine, and the two take turns; printed are tokens/s
-(the median of the steps, the first left out) and the most memory that the process ever held.
+of its own, and the two take turns; printed are tokens/s (the median of the steps, the first left out) and the
+most memory that the process ever held. Both multiply in bf16 where the machine does so natively, or else in
+fp32, which is then the best for both: --precision bf16 shows by how much.
+
+Last is the limit: the floating-point operations of each side's matrix products are counted in one more step,
+and divided by the best rate of a product of 2048 x 2048. If the rest of ours took no time, its rate would be
+so many times the peer's.
 
 The peer is not padded, and its frozen weights are in the precision of its products. Ours is set up as
 `python trainingmanager.py --base` sets it up, with --recompute as by --train.activation_checkpointing true.
@@ -202,19 +207,55 @@ def show_curves(shape: str, rows: int, length: int, steps: int) -> None:
         print(f"{name} less bf16: mean {gap.mean():+.4f}, mean distance {gap.abs().mean():.4f}")
 
 
+def product_operations(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of a step; a causal mask halves nothing."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    def added(_total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    aten: Any = torch.ops.aten
+    on_cpu = aten._scaled_dot_product_flash_attention_for_cpu
+    also = {
+        aten.addmm_: added,
+        on_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=also) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the fastest of some products of 2048 x 2048."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(seconds)
+
+
 def worker(
-    side: str, shape: str, rows: int, length: int, steps: int, held: str, recompute: bool
+    side: str, shape: str, rows: int, length: int, steps: int, held: str, recompute: bool, asked: str
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    precision = choose_precision(choose_device("cpu"), "auto")
+    dtype = choose_precision(choose_device("cpu"), asked).dtype
     if side == "peer":
-        loss, trained, vocabulary = peer(shape, precision.dtype)
+        loss, trained, vocabulary = peer(shape, dtype)
     else:
-        loss, trained, vocabulary = ours(shape, precision.dtype, held, recompute)
+        loss, trained, vocabulary = ours(shape, dtype, held, recompute)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     draw = torch.Generator().manual_seed(1)
-    seconds = []
-    for _ in range(steps + 1):
+
+    def step() -> float:
         tokens = torch.randint(vocabulary, (rows, length + 1), generator=draw)
         tokens, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
         labels[:, : length // 2 - 1] = -100
@@ -223,12 +264,18 @@ def worker(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    step()
+    seconds = [step() for _ in range(steps)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "side": side,
         "trained": sum(p.numel() for p in trained),
-        "tokens_per_second": rows * length / median(seconds[1:]),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "tokens_per_second": rows * length / median(seconds),
+        "peak_gb": peak / 2**20,
+        "product_gflop": product_operations(step) / 1e9,
+        "gflops": product_rate(dtype) / 1e9,
     }
 
 
@@ -242,6 +289,7 @@ def main() -> None:
     parser.add_argument(
         "--held", default="auto", choices=("auto", "bf16", "nf4"), help="how ours holds frozen weights"
     )
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of both sides")
     parser.add_argument("--side", choices=("peer", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--recompute", action="store_true", help="ours makes each block again in backward")
     parser.add_argument("--layers", type=int, default=0, help="fewer than the published number, of both")
@@ -255,8 +303,9 @@ def main() -> None:
         return
     if asked.side:
         result = worker(
-            asked.side, asked.shape, asked.rows, asked.length, asked.steps, asked.held, asked.recompute
-        )
+            asked.side, asked.shape, asked.rows, asked.length, asked.steps, asked.held, asked.recompute,
+            asked.precision,
+        )  # fmt: skip
         print(json.dumps(result))
         return
     results: dict[str, list[dict[str, Any]]] = {"peer": [], "ours": []}
@@ -264,13 +313,17 @@ def main() -> None:
         for side in ("peer", "ours") if turn % 2 == 0 else ("ours", "peer"):
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--side", side],
-                capture_output=True, text=True, check=True,
+                stdout=subprocess.PIPE, text=True, check=True,
             )  # fmt: skip
             results[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(results[side][-1], flush=True)
     assert len({result["trained"] for side in results.values() for result in side}) == 1
-    rate = {side: median(r["tokens_per_second"] for r in found) for side, found in results.items()}
-    peak = {side: median(r["peak_gb"] for r in found) for side, found in results.items()}
+    middle = {
+        side: {key: median(r[key] for r in found) for key in found[0] if key != "side"}
+        for side, found in results.items()
+    }
+    rate = {side: found["tokens_per_second"] for side, found in middle.items()}
+    peak = {side: found["peak_gb"] for side, found in middle.items()}
     print(
         f"{asked.shape}, {asked.rows} x {asked.length}, half masked, frozen weights of ours: {asked.held}"
         + (", blocks made again in backward" if asked.recompute else "")
@@ -279,6 +332,15 @@ def main() -> None:
     print(f"ours                 {rate['ours']:8.1f} tokens/s  {peak['ours']:5.2f} GB")
     faster, smaller = rate["ours"] / rate["peer"], peak["ours"] / peak["peer"]
     print(f"ratio                {faster:8.2f}           {smaller:5.2f}")
+    fastest = max(result["gflops"] for side in results.values() for result in side)
+    tokens, least = asked.rows * asked.length, {}
+    for side, found in middle.items():
+        least[side] = found["product_gflop"] / fastest
+        print(
+            f"a step of {side}: {found['product_gflop']:,.0f} GFLOP of matrix products, {least[side]:.2f} s "
+            f"at {fastest:,.0f} GFLOP/s, {least[side] * rate[side] / tokens:.0%} of its time"
+        )
+    print(f"the limit of the ratio, ours with nothing but them: {tokens / least['ours'] / rate['peer']:.2f}")
 
 
 if __name__ == "__main__":

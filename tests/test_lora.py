@@ -25,6 +25,7 @@ from lora import (
     adapters_disabled,
     add_adapter,
     held_modules,
+    largest_parts,
     trainable_state,
     trainable_table,
     use_adapters,
@@ -454,6 +455,21 @@ def test_the_lengths_of_dora_are_taken_of_some_outputs_at_a_time(
     assert 50 <= largest.elements <= 170
 
 
+@pytest.mark.parametrize(("power", "tolerance"), [(0.5, 1e-3), (0.0, 1.0)])
+def test_the_largest_parts_leave_as_little_as_all_parts(power: float, tolerance: float) -> None:
+    """Of a spectrum that falls they are those of the full decomposition; of a flat one no parts stand out."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 288)).Q for n in (288, 400))
+    weight = left * torch.arange(1, 289) ** -power @ right.t() + 0.01 * torch.randn(288, 400)
+    u, s, vh = torch.linalg.svd(weight)
+    best = u[:, :8] * s[:8] @ vh[:8]
+    for given, wanted in ((weight, best), (weight.t(), best.t())):
+        left, values, right = largest_parts(given, 8)
+        found = left * values @ right.t()
+        assert (found - wanted).norm() < tolerance * wanted.norm()
+        assert 0.99999 < (found - given).norm() / (wanted - given).norm() < 1.001
+
+
 # --- merging -------------------------------------------------------------------------------------------
 
 MERGED: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]] = {
@@ -493,6 +509,17 @@ def test_merged_is_adapted_and_unmerged_is_bit_equal(case: str, quantised: bool)
     assert model.config is was and torch.equal(model(TOKENS), before)
     after = dict(model.named_parameters())
     assert after.keys() == held.keys() and all(torch.equal(after[name], p) for name, p in held.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_share_of_an_adapter_is_merged_as_it_is_applied(tied: bool) -> None:
+    model = adapted({"dora": tied}, (3, 52), tie_embeddings=tied)
+    whole = model.eval()(TOKENS)
+    use_adapters(model, {"default": 0.4})
+    expected = model(TOKENS)
+    assert (expected - whole).abs().max() > 0.1
+    merge(model)
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_merge_can_let_go_of_the_old_weights() -> None:
@@ -577,7 +604,7 @@ def test_broken_adapters_and_empty_merges_are_refused() -> None:
 
 HEADS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "low rank": ({"targets": ("all-linear", "head")}, ()),
-    "dora": ({"targets": ("head",), "dora": True}, ()),
+    "dora": ({"targets": ("all-linear", "head"), "dora": True}, ()),
     "pissa": ({"targets": ("head",), "init": "pissa"}, ()),
     "rows": ({}, (50, 2)),
     "whole": ({"train_modules": ("head",), "bias": "all"}, ()),
@@ -611,6 +638,29 @@ def test_the_chunked_loss_reads_an_adapted_head(
     assert ours.keys() == wanted.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     for name, grad in wanted.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_the_loss_of_a_rescaled_head_drops_the_same_and_makes_no_matrix_of_the_weights_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import loss as loss_module
+
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 53 * 3)
+    monkeypatch.setattr(lora, "LENGTH_ELEMENTS", 170)
+    model = adapted({"targets": ("head",), "dora": True, "dropout": 0.3}, head_bias=True).train()
+    tokens, labels = TOKENS[:1, :8], TOKENS[:1, 1:9]
+    batch = Batch(tokens, labels, torch.zeros_like(tokens), torch.arange(8)[None])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(5)
+    with Largest() as largest:
+        objective = token_loss(model, batch, 0.1).objective
+        ours = torch.autograd.grad(objective, trained)
+    assert largest.elements < model.head.weight.numel()
+    torch.manual_seed(5)
+    plain = F.cross_entropy(model(tokens)[0], labels[0], label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(objective, plain, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(ours, torch.autograd.grad(plain, trained), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_composed_form_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,14 @@ def test_nf4_agrees_at_every_scale(
     assert agrees(weight)
 
 
+def test_values_beside_a_bound_of_codes_agree() -> None:
+    """Where a product with the reciprocal and a quotient round to different sides of the bound."""
+    code = torch.tensor(quantize.NF4_CODE)
+    largest = torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    bounds = ((code[:-1] + code[1:]) / 2).repeat(4)
+    assert agrees(torch.cat((largest, bounds * largest, bounds[:3] * largest), dim=1))
+
+
 def test_zeros_and_huge_values_agree() -> None:
     assert agrees(torch.zeros(64 * 300))
     assert agrees(torch.zeros(7))
