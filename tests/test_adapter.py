@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from lazily import Lazily
 from safetensors.torch import load_file, save_file
 from test_pretrained import TOKENS, make_oracle
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from pretrained import Family, load_pretrained
 from pretrained.adapter import adapter_base, load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+peft = Lazily("peft")
 
 REFACTORING = {"r": 16, "alpha": 32.0, "dropout": 0.08, "targets": ("c_attn", "c_proj")}
 FASTAPI = {"r": 8, "alpha": 32.0, "targets": ("wte", "qkv_proj", "out_proj", "fc_in", "fc_out")}
@@ -99,7 +100,7 @@ def ids_of(settings: dict[str, Any]) -> list[int]:
     return [int(token) for token in settings.get("new_tokens", ())]
 
 
-def peft_config(pair: Pair, settings: dict[str, Any]) -> peft.LoraConfig:
+def peft_config(pair: Pair, settings: dict[str, Any]) -> Any:
     """The same in PEFT's words, with the targets named one by one."""
     config, key = LoraConfig(**settings), pair.family.key
     able = {our: key(our) for our, m in lora.held_modules(pair.ours).items() if hasattr(m, "weight")}

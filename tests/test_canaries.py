@@ -48,6 +48,7 @@ def test_nats_are_the_models_own_whatever_stands_beside():
         assert found == pytest.approx(-log_p.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_exposure_rises_with_how_often_a_secret_was_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.canaries.OTHERS", 255)
     texts, own = planted(TIMES)

@@ -329,6 +329,7 @@ def test_the_standard_input(folder):
     assert done.stdout.decode() == expected(folder, ["def é"], max_new_tokens=4)[0] + "\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_is_no_mistake(folder):
     words = [sys.executable, "generate.py", "--model", str(folder), "--prompt", "x", "--device", "cpu"]
     words += ["--max_new_tokens", "9"]

@@ -39,7 +39,9 @@ def n_new(model) -> int:
     return 3 if model.config.rope_scaling == "dynamic" else 10
 
 
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "unpadded"])
+@pytest.mark.parametrize(
+    "padded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["padded", "unpadded"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_token_at_a_time_equals_reading_at_once(name, padded, pairs):  # noqa: F811
     model = pairs(name).ours

@@ -6,11 +6,10 @@ import copy
 import math
 from typing import Any
 
-import bitsandbytes
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from lazily import Lazily
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -537,7 +536,7 @@ def test_a_requantised_merge_is_that_of_peft() -> None:
     """PEFT adds the change to the dequantised weight and quantises the sum."""
     torch.manual_seed(0)
     linear = nn.Linear(128, 192)
-    bnb: Any = bitsandbytes
+    bnb, peft = Lazily("bitsandbytes"), Lazily("peft")
     theirs: Any = nn.Sequential(bnb.nn.Linear4bit(128, 192, quant_type="nf4", compress_statistics=True))
     theirs[0].weight = bnb.nn.Params4bit(
         linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True

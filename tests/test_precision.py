@@ -19,7 +19,7 @@ if "keep" in sys.argv and not keep_freed_memory():
     sys.exit(7)
 def pages_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    x = torch.ones(2**22, requires_grad=True)
+    x = torch.ones(2**23, requires_grad=True)
     (x * 1.5).sin().sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(sum([pages_of_a_step() for _ in range(6)][3:]))
@@ -34,6 +34,7 @@ def pages(*flags: str) -> int:
     return int(result.stdout)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """The kernel clears the pages of each large tensor in each step, unless the process keeps them."""
     assert pages("keep") < 0.5 * pages()

@@ -253,7 +253,14 @@ def test_a_signal_ends_a_run_within_a_step_and_a_save_60_of_60(
     stops(config, tmp_path, 60)
 
 
-@pytest.mark.parametrize("place", ["step", "validation", "save"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("step", marks=pytest.mark.slow),
+        pytest.param("validation", marks=pytest.mark.slow),
+        "save",
+    ],
+)
 def test_a_second_signal_ends_a_run_at_once(
     config: Config, tmp_path: Path, one_thread: None, place: str
 ) -> None:

@@ -80,8 +80,8 @@ def race(folder: Path, contenders: int) -> list[int]:
     return exit_codes(children)
 
 
-def test_of_64_racing_starts_one_wins(tmp_path: Path) -> None:
-    assert sorted(race(tmp_path / "run", 64)) == [0] + [1] * 63
+def test_of_16_racing_starts_one_wins(tmp_path: Path) -> None:
+    assert sorted(race(tmp_path / "run", 16)) == [0] + [1] * 15
 
 
 @pytest.mark.slow

@@ -32,7 +32,9 @@ def batches(n: int = 5, rows: int = 4, length: int = 24) -> list[Batch]:
     return made
 
 
-@pytest.mark.parametrize("init", ["zero_output", "normal", "xavier"])
+@pytest.mark.parametrize(
+    "init", ["zero_output", *(pytest.param(init, marks=pytest.mark.slow) for init in ("normal", "xavier"))]
+)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_updates_change_outputs_alike_at_every_width(
     name: Literal["adamw", "muon"],
