@@ -6,11 +6,9 @@ import importlib
 from typing import Any
 
 
-class Lazily:
-    """Stands for a package; `Lazily("peft").LoraConfig` imports it."""
+def peft() -> Any:
+    return importlib.import_module("peft")
 
-    def __init__(self, package: str):
-        self._package = package
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self._package), name)
+def bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes")

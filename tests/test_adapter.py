@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import torch.nn.functional as F
-from lazily import Lazily
+from lazily import peft
 from safetensors.torch import load_file, save_file
 from test_pretrained import TOKENS, make_oracle
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from pretrained import Family, load_pretrained
 from pretrained.adapter import adapter_base, load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-peft = Lazily("peft")
 
 REFACTORING = {"r": 16, "alpha": 32.0, "dropout": 0.08, "targets": ("c_attn", "c_proj")}
 FASTAPI = {"r": 8, "alpha": 32.0, "targets": ("wte", "qkv_proj", "out_proj", "fc_in", "fc_out")}
@@ -113,7 +112,7 @@ def peft_config(pair: Pair, settings: dict[str, Any]) -> Any:
     if ids:
         names = ["embed"] if pair.ours.config.tie_embeddings else ["embed", "head"]
         rows = {key(name).rsplit(".", 1)[-1]: ids for name in names}
-    return peft.LoraConfig(
+    return peft().LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -202,7 +201,7 @@ def compare(pair: Pair, theirs: Any, gradient: bool = True) -> None:
 
 def opened_here(pair: Pair, settings: dict[str, Any], folder: Path) -> Any:
     """A scrambled adapter that PEFT wrote to the folder and that was loaded from it here."""
-    theirs = peft.get_peft_model(pair.oracle, peft_config(pair, settings)).eval()
+    theirs = peft().get_peft_model(pair.oracle, peft_config(pair, settings)).eval()
     scramble_adapters(theirs)
     theirs.save_pretrained(str(folder))
     load_adapter(pair.ours, pair.family, folder, trainable=True)
@@ -214,7 +213,7 @@ def written_here(pair: Pair, settings: dict[str, Any], folder: Path) -> Any:
     add_adapter(pair.ours, LoraConfig(**settings), pair.family.key, new_rows=ids_of(settings))
     scramble_adapters(pair.ours)
     save_adapter(pair.ours, pair.family, folder, base="some/base")
-    return peft.PeftModel.from_pretrained(pair.oracle, str(folder), is_trainable=True).eval()
+    return peft().PeftModel.from_pretrained(pair.oracle, str(folder), is_trainable=True).eval()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -283,8 +282,8 @@ def test_embeddings_have_their_base_beside_them(bases: Callable[[str], Pair], tm
     ):
         pair = bases(name)
         folder = tmp_path / f"{name} {len(targets)}"
-        theirs = peft.get_peft_model(
-            pair.oracle, peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=targets)
+        theirs = peft().get_peft_model(
+            pair.oracle, peft().LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=targets)
         )
         theirs.save_pretrained(str(folder / "theirs"))
         load_adapter(pair.ours, pair.family, folder / "theirs")
@@ -302,7 +301,7 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
     pair, base = bases("bigcode mqa"), bases("bigcode mqa").ours(TOKENS)
     config = peft_config(pair, {k: v for k, v in settings.items() if k != "init"})
     config.init_lora_weights = "pissa"
-    theirs = peft.get_peft_model(pair.oracle, config)
+    theirs = peft().get_peft_model(pair.oracle, config)
     model: Any = theirs.base_model.model
     weights = {name: p.clone() for name, p in pair.ours.named_parameters()}
     add_adapter(pair.ours, LoraConfig(**settings), pair.family.key)
@@ -317,7 +316,7 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
         assert torch.equal(wrapper.base.weight, weights[f"{our}.weight"])  # not written to
     scramble_adapters(pair.ours)
     save_adapter(pair.ours, pair.family, tmp_path / "out", base=None)
-    opened = peft.PeftModel.from_pretrained(bases("bigcode mqa").oracle, str(tmp_path / "out"))
+    opened = peft().PeftModel.from_pretrained(bases("bigcode mqa").oracle, str(tmp_path / "out"))
     assert_near(pair.ours(TOKENS), opened(TOKENS).logits, "as plain LoRA")
 
 
@@ -330,7 +329,7 @@ def test_rows_under_a_biased_head_leave_as_pairs(bases: Callable[[str], Pair], t
             scramble_adapters(pair.ours)
             folder = tmp_path / f"{name} {dora}"
             save_adapter(pair.ours, pair.family, folder, base=None)
-            opened = peft.PeftModel.from_pretrained(pair.oracle, str(folder))
+            opened = peft().PeftModel.from_pretrained(pair.oracle, str(folder))
             assert_near(pair.ours(TOKENS), opened(TOKENS).logits, name)
 
 
@@ -342,13 +341,13 @@ def test_rows_beside_an_embedding_that_is_a_target_leave_for_peft(
     add_adapter(pair.ours, config, pair.family.key, new_rows=[50, 4])
     scramble_adapters(pair.ours)
     save_adapter(pair.ours, pair.family, tmp_path / "out", base=None)
-    opened = peft.PeftModel.from_pretrained(pair.oracle, str(tmp_path / "out"))
+    opened = peft().PeftModel.from_pretrained(pair.oracle, str(tmp_path / "out"))
     assert_near(pair.ours(TOKENS), opened(TOKENS).logits, "codegen")
 
 
 def test_weighted_adapters_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Path) -> None:
     pair = bases("llama gqa")
-    theirs = peft.get_peft_model(pair.oracle, peft_config(pair, SUMMARIES))
+    theirs = peft().get_peft_model(pair.oracle, peft_config(pair, SUMMARIES))
     theirs.add_adapter("second", peft_config(pair, SUMMARIES | {"r": 3, "targets": ("q_proj", "fc")[:1]}))
     for name in ("default", "second"):
         theirs.set_adapter(name)
@@ -452,7 +451,7 @@ def test_planted_faults_are_seen(
 
     def run() -> None:
         pair = bases(name)
-        theirs = peft.get_peft_model(pair.oracle, peft_config(pair, settings)).eval()
+        theirs = peft().get_peft_model(pair.oracle, peft_config(pair, settings)).eval()
         scramble_adapters(theirs)
         add_adapter(pair.ours, LoraConfig(**settings), pair.family.key)
         wanted = dict(theirs.named_parameters())

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from commands import command
-from lazily import Lazily
+from lazily import peft
 from safetensors.torch import load_file
 from test_finetune import base, config, logits, other
 
@@ -42,7 +42,7 @@ def run(config: Config) -> Path:
 def test_an_adapter_opens_in_peft_on_its_base(run: Path, config: Config, tmp_path: Path) -> None:
     assert "belongs to" in export(ExportConfig(str(tmp_path / "adapter"), str(run)))
     plain: Any = transformers.AutoModelForCausalLM.from_pretrained(str(config.train.base))
-    model: Any = Lazily("peft").PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    model: Any = peft().PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
     with torch.no_grad():
         found = model.eval()(TOKENS).logits
     torch.testing.assert_close(found, logits(load_run(run).model), rtol=1e-5, atol=1e-6)

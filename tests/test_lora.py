@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lazily import Lazily
+from lazily import bitsandbytes, peft
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -536,14 +536,16 @@ def test_a_requantised_merge_is_that_of_peft() -> None:
     """PEFT adds the change to the dequantised weight and quantises the sum."""
     torch.manual_seed(0)
     linear = nn.Linear(128, 192)
-    bnb, peft = Lazily("bitsandbytes"), Lazily("peft")
+    bnb = bitsandbytes()
     theirs: Any = nn.Sequential(bnb.nn.Linear4bit(128, 192, quant_type="nf4", compress_statistics=True))
     theirs[0].weight = bnb.nn.Params4bit(
         linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
     )
     theirs[0].bias = linear.bias
     theirs.is_loaded_in_4bit = True
-    theirs = peft.get_peft_model(theirs.to("cpu"), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
+    theirs = peft().get_peft_model(
+        theirs.to("cpu"), peft().LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    )
     pair: Any = theirs.base_model.model[0]
     ours: Any = nn.Sequential(Linear4bit.from_linear(linear))
     add_adapter(ours, LoraConfig(r=4, alpha=8, targets=("0",)), lambda name: name)
