@@ -141,9 +141,10 @@ class ModelConfig:
         attention: `fast` (fused kernels) or `reference` (written out).
         init: `normal`, `xavier` or `zero_output`; see architecture.INITS.
         base_width: The n_embd at which the learning rates and the initialisation were found, which are then
-            carried over to this n_embd by maximal update parametrisation (arXiv:2203.03466): rates of AdamW
-            for matrices fall with the width, and so on. Heads grow in number, not in size. 0 takes them as
-            they are.
+            carried over to this n_embd by maximal update parametrisation (arXiv:2203.03466): AdamW's rates
+            for blocks' matrices and the head fall with the width, a drawn head too, and drawn matrices of
+            blocks with its square root. Raise n_head with n_embd, so that head_dim stays, and n_inner if set.
+            0 takes them as they are.
     """
 
     vocab_size: int = 0
@@ -485,8 +486,8 @@ CONFIG_GROUPS: dict[str, type] = {
     "lora": LoraConfig,
     "optimizer": OptimizerConfig,
 }
-# Keys whose default is not what runs did before they had the key: a run that was saved then has these values.
-BEFORE: dict[str, Any] = {"data.test_one_in": 0}
+# Keys that came after runs had been saved, with what those runs did: their config.yaml lacks them.
+BEFORE: dict[str, Any] = {"data.test_one_in": 0, "model.base_width": 0}
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 # Key: least, most, and which of the two is itself refused. None is no bound but the type's own; what depends
 # on several keys is in ModelConfig.resolved. The model's upper bounds only keep out what no machine holds.

@@ -2,7 +2,8 @@
 
     watch = FirstSteps(subject, allowed, step, progress)
     for each update: update(); watch.after(progress, skipped)   # raises Fault
-    watch.close()                                               # raises Fault
+    watch.finish()                                              # likewise
+    watch.close()
 
 The loop cannot deceive the watch: gradients, learning rates and forward passes are read by hooks, at the
 moment the optimizer steps.
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from architecture import Dropout
-from dataset import IGNORE_INDEX
+from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject
 from optim import learning_rate_factor
 
@@ -30,8 +31,9 @@ APART = 0.1  # of the right size: above what 16 bits round
 
 
 class FirstSteps:
-    """Watches gradients, rows and frozen weights for `WATCHED` updates, the gradient's size in one, the clip
-    until it acts, and the schedule, the mode and the optimizers' steps throughout.
+    """Watches gradients, rows and frozen weights for `WATCHED` updates, in one of them the size of the loss's
+    gradient where it leaves the head, the clip until it acts, and the schedule, the mode and the optimizers'
+    steps throughout. Where nothing below the head trains, that size is not seen.
 
     Args:
         allowed: Names of faults that are kept in `passed` instead of raised.
@@ -42,8 +44,11 @@ class FirstSteps:
     def __init__(self, subject: Subject, allowed: Iterable[str] = (), step: int = 0, progress: float = 0.0):
         self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
         self.seen, self.step, self.progress, self.norm = 0, step, progress, 0.0
-        self.sizes: list[float] = []  # of the gradients, in right ones
+        self.sizes: dict[int, float] = {}  # by pass: its gradient, as a multiple of what it should be
         self.compared = False
+        accumulation = subject.config.train.accumulation
+        some = min(PASSES, accumulation)
+        self.chosen = {number * (accumulation - 1) // max(1, some - 1) for number in range(some)}
         self._forget()
         self.clip_acted = not subject.config.optimizer.grad_clip
         # Rows of new tokens get none as long as the tokens do not occur.
@@ -62,8 +67,8 @@ class FirstSteps:
         self.stepped = set[int]()  # ids of optimizers
         self.read: list[Tensor] = []  # the tokens of each pass
         self.kept_gradient = self.undropped = False
-        self.targets: list[tuple[Tensor, Tensor]] = []  # of each pass: hidden states (n, C), labels (n,)
-        self.gradients: dict[int, Tensor] = {}  # (n, C) by pass
+        self.targets: dict[int, tuple[Tensor, Tensor]] = {}  # by pass: hidden states (n, C), labels (n,)
+        self.gradients: dict[int, Tensor] = {}  # by pass: (n, C)
 
     def _count(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -76,50 +81,58 @@ class FirstSteps:
                 self.kept_gradient = any(p.grad is not None and p.grad.any() for p in model.parameters())
         self.forwards += 1
 
-    def _labels(self, number: int) -> Tensor:
-        """(B x T,) of a pass of the update that is under way."""
-        first = self.step * self.subject.config.train.accumulation
-        return self.subject.batches.batch(first + number).labels.flatten()
+    def _batch(self, number: int) -> Batch:
+        """Of a pass of the update that is under way."""
+        return self.subject.batches.batch(self.step * self.subject.config.train.accumulation + number)
 
     def _keep_targets(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
         """Of one update: some hidden states that are to predict a token, and their gradients."""
         number = self.forwards - 1
-        if self.compared or self.seen >= WATCHED or number >= PASSES or not output.requires_grad:
+        if self.compared or self.seen >= WATCHED or number not in self.chosen or not output.requires_grad:
             return
-        labels = self._labels(number)
-        places = (labels != IGNORE_INDEX).nonzero().flatten()
+        tokens, labels, *_ = self._batch(number)
+        if not torch.equal(self.read[-1].cpu(), tokens):  # which is named on its own
+            return
+        places = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
         places = places[:: max(1, len(places) // TARGETS)][:TARGETS]
-        self.targets.append((output.detach().flatten(0, 1)[places], labels[places].to(output.device)))
+        targets = labels.flatten()[places].to(output.device)
+        if len(places):
+            self.targets[number] = output.detach().flatten(0, 1)[places], targets
 
         def keep(gradient: Tensor) -> None:
-            self.gradients[number] = gradient.flatten(0, 1)[places].float()
+            self.gradients[number] = gradient.flatten(0, 1)[places].double()
 
         output.register_hook(keep)
 
     def _compare_sizes(self) -> None:
-        """Before the weights change: the gradients that came, in those of the mean over the update's tokens.
+        """Before the weights change: by how much the gradients that came are larger than they should be.
 
-        A head that is next to zero hands next to nothing back; then the next update is compared.
+        They should be those of the mean over the update's tokens. A head that is next to zero hands next to
+        nothing back; then the next update is compared.
         """
-        optimizer, subject = self.subject.config.optimizer, self.subject
+        optimizer, subject, head = self.subject.config.optimizer, self.subject, self.subject.model.head
         passes = range(subject.config.train.accumulation)
-        tokens = sum(int((self._labels(number) != IGNORE_INDEX).sum()) for number in passes)
-        for number, (hidden, labels) in enumerate(self.targets):
+        tokens = sum(int((self._batch(number).labels != IGNORE_INDEX).sum()) for number in passes)
+        modes = {module: module.training for module in head.modules()}
+        head.eval()  # dropout of its adapter would take the run's random numbers, and be noise here
+        for number, (hidden, labels) in self.targets.items():
             rows = hidden.requires_grad_()
-            # An adapter of the head draws its dropout: the run must not miss these numbers.
-            with torch.random.fork_rng(), torch.enable_grad(), subject.precision.autocast():
-                logits = subject.model.head(rows).float()
+            with torch.enable_grad(), subject.precision.autocast():
+                logits = head(rows).float()
                 loss = F.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=optimizer.label_smoothing
                 )
                 loss = loss + optimizer.z_loss * logits.logsumexp(-1).square().sum()
-                (right,) = torch.autograd.grad(loss / tokens, rows)
-            right, found = right.double(), self.gradients.get(number, torch.zeros(()))
+                (right,) = torch.autograd.grad(loss, rows)
+            right = right.double() / tokens  # not before: in fp16 it would be nothing
+            found = self.gradients.get(number, torch.zeros_like(right))
             if right.abs().amax() > NEXT_TO_NOTHING:
                 size = float((right * found).sum() / right.square().sum())
-                self.sizes.append(size / subject.scaler.get_scale())
+                self.sizes[number] = size / subject.scaler.get_scale()
+        for module, training in modes.items():
+            module.training = training
         self.compared = bool(self.sizes)
-        self.targets, self.gradients = [], {}
+        self.targets, self.gradients = {}, {}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.targets:
@@ -133,8 +146,8 @@ class FirstSteps:
             gradients = [p.grad for p in self.subject.model.parameters() if p.grad is not None]
             self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
 
-    def after(self, progress: float, skipped: bool = False) -> None:
-        """Call after each update.
+    def after(self, progress: float, skipped: bool = False) -> bool:
+        """Call after each update; whether a fault was let pass that was not known before.
 
         Args:
             progress: Share of the budget used by now.
@@ -143,12 +156,14 @@ class FirstSteps:
         Raises:
             Fault: A setting had no effect, a parameter gets no gradient or no update, or a frozen one moved.
         """
+        known = len(self.passed)
         if not skipped:
             self._judge(self._faults(progress))
             self.seen += 1
             self.progress = progress
         self.step += 1
         self._forget()
+        return len(self.passed) > known
 
     def _judge(self, faults: Iterable[Fault]) -> None:
         for fault in faults:
@@ -202,7 +217,7 @@ class FirstSteps:
                     "come",
                 )
                 break
-        for number, size in enumerate(self.sizes):
+        for number, size in self.sizes.items():
             if abs(size - 1) > APART:
                 yield Fault(
                     "gradient-not-the-mean",
@@ -211,7 +226,7 @@ class FirstSteps:
                     "divide the summed loss of each pass by the tokens of all passes of the update",
                 )
                 break
-        self.sizes = []
+        self.sizes = {}
         most = learning_rate_factor(optimizer, step, self.progress)  # schedules only fall with progress
         least = learning_rate_factor(optimizer, step, progress)
         for factor in self.factors:
@@ -245,17 +260,22 @@ class FirstSteps:
                 "look for a detached tensor, or a part that nothing reads",
             )
 
-    def close(self) -> None:
-        """Take the hooks away.
+    def finish(self) -> bool:
+        """Call after the last update; like `after`.
 
         Raises:
             Fault: In a run of fewer updates than WATCHED a frozen parameter moved.
         """
+        known = len(self.passed)
+        if 0 < self.seen < WATCHED:
+            self._judge(self._moved(self.seen))
+        return len(self.passed) > known
+
+    def close(self) -> None:
+        """Take the hooks away."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-        if 0 < self.seen < WATCHED:
-            self._judge(self._moved(self.seen))
 
 
 def sample(p: Tensor) -> Tensor:

@@ -195,7 +195,6 @@ class TrainingManager:
 
     def fit(self, subject: Subject, observer: Observer | None = None) -> None:
         """Train until the budget is used, patience ends, or a signal or the observer says so; then save."""
-        log = Log(self.folder, self.state.step)
         train = self.config.train
         started = time.perf_counter() - self.state.seconds
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
@@ -203,15 +202,18 @@ class TrainingManager:
             compile_blocks(self.model)
         watch = FirstSteps(subject, self.config.train.allow, self.state.step, self.progress())
         self.refuse_difference()  # again: between resume and here nothing may have changed
-        with signals_noted(self), progress_bar() as bar:
+        with (
+            contextlib.closing(Log(self.folder, self.state.step)) as log,
+            contextlib.closing(watch),
+            signals_noted(self),
+            progress_bar() as bar,
+        ):
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
                 self.state.seconds = time.perf_counter() - started
                 step = self.state.step
-                known = len(watch.passed)
-                watch.after(self.progress(), self.state.skipped_in_a_row > 0)
-                if len(watch.passed) > known:  # at once: a killed run keeps the record too
-                    record_overrides(self.folder, watch.passed)
+                if watch.after(self.progress(), self.state.skipped_in_a_row > 0):
+                    record_overrides(self.folder, watch.passed)  # at once: a killed run keeps the record too
                 rate = (self.state.tokens - tokens_at_start) / (self.state.seconds - seconds_at_start)
                 self.show(bar, values["train/loss"], rate)
                 if step == 1 or step % train.log_every == 0:
@@ -224,14 +226,14 @@ class TrainingManager:
                     break
                 if observer is not None and observer(self, values):
                     break
-            watch.close()
+            if watch.finish():
+                record_overrides(self.folder, watch.passed)
             if self.out_of_patience():
                 say(f"stopped early: {train.patience} validations without a better loss")
             if self.saved_step != self.state.step and self.stop_signal is not None and self.progress() < 1:
                 self.save(None)  # without a validation, which a run that is not stopped would not have here
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
-        log.close()
 
     def update(self) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns what is logged."""

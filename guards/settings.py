@@ -21,7 +21,6 @@ from lora import LowRank
 WIDE = 512
 PART = 0.25  # of the tokens of a pass
 LATER = 7  # positions
-ROUNDED = 0.02  # of the outputs, in 16 bits
 TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # of texts of 8 tokens
 # Two ways that agree by design, sizes that are compared elsewhere, and numbers that are others in the twins.
 NOT_COMPARED = (
@@ -84,12 +83,12 @@ def rate_faults(subject: Subject) -> Iterator[Fault]:
     """Each parameter has the learning rate that is set for its kind."""
     config, lora = subject.config.optimizer, subject.config.lora
     wider = subject.config.model.widening
-    of_matrices = "muon_lr" if config.name == "muon" else "lr by the width"
+    of_matrices = "muon_lr" if config.name == "muon" else "lr / model.widening"
     rates = {
         "lr": config.lr,
         "muon_lr": config.muon_lr,
         "embedding_lr": config.embedding_lr or config.lr,
-        "lr by the width": config.lr / wider,
+        "lr / model.widening": config.lr / wider,
         "head_lr": (config.head_lr or config.lr) / wider,
         "lr times lora.lr_ratio": config.lr * lora.lr_ratio,
     }
@@ -231,17 +230,22 @@ def position_faults(subject: Subject) -> Iterator[Fault]:
     if config.position == "none" or T < 3:
         return
     forwards = torch.arange(T, device=batch.tokens.device).expand_as(batch.tokens)
-    relative = config.position == "rotary" and config.rope_scaling != "dynamic"
-    with awake(subject.model), torch.no_grad(), subject.precision.autocast():
+    asked = [forwards, forwards.flip(1)]
+    if config.position == "rotary" and config.rope_scaling != "dynamic":
+        asked.append(forwards + LATER)
+    # If it can be, not by autocast: rounding in 16 bits may change as much as a fault does.
+    exact = all(p.dtype == torch.float32 for p in subject.model.parameters())
+    least, share = (1e-3, 0.25) if exact else (0.02, 0.5)
+    precision = contextlib.nullcontext() if exact else subject.precision.autocast()
+    with awake(subject.model), torch.no_grad(), precision:
         subject.model.eval()
-        asked = (forwards, forwards.flip(1), forwards + LATER * relative)
-        hidden, backwards, later = (subject.model.hidden(batch.tokens, p).float() for p in asked)
-    change, moved = (float((other - hidden).norm() / hidden.norm()) for other in (backwards, later))
-    if moved > max(ROUNDED, change / 4):
+        hidden, backwards, *later = (subject.model.hidden(batch.tokens, p).float() for p in asked)
+    change, *moved = (float((other - hidden).norm() / hidden.norm()) for other in (backwards, *later))
+    if moved and moved[0] > max(least, share * change):
         yield Fault(
             "positions-not-relative",
-            f"outputs change by {moved:.1%} when all rotary positions are {LATER} more, and by {change:.1%} "
-            "when they are counted backwards",
+            f"outputs change by {moved[0]:.1%} when all rotary positions are {LATER} more, and by "
+            f"{change:.1%} when they are counted backwards",
             "rotate queries and keys alike: only the distance between two tokens may matter",
         )
     if torch.equal(hidden, backwards):

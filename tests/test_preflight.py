@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import guards.probe
 import plants
 import preflight
+import trainingmanager
 from architecture import Decoder
 from config import Config, parse_config
 from guards import subject as looking
@@ -22,6 +24,7 @@ from live import FirstSteps
 from planted_data import write_data
 from planted_faults import base_moved, clip_stored_only, labels_by
 from plants import EXAMPLES, PLANTS, TUNED, Plant, outcome, run_plants, small_config
+from precision import Precision
 from trainingmanager import TrainingManager, train
 
 
@@ -137,15 +140,17 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
 ]
 
 
-def every_second() -> list[Any]:
-    """All of them, half marked slow; healthy twins of all plants run beside these."""
+def fewer_shapes() -> list[Any]:
+    """All of them; of those that only choose another shape of model every second is slow."""
     return [
-        settings if number % 2 else pytest.param(settings, marks=pytest.mark.slow)
+        pytest.param(settings, marks=pytest.mark.slow)
+        if number % 2 and settings.keys() == {"model"}
+        else settings
         for number, settings in enumerate(HEALTHY)
     ]
 
 
-@pytest.mark.parametrize("settings", every_second(), ids=lambda settings: json.dumps(settings)[:60])
+@pytest.mark.parametrize("settings", fewer_shapes(), ids=lambda settings: json.dumps(settings)[:60])
 def test_no_false_alarm_on_a_healthy_configuration(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
     assert outcome(small_config(folder, settings)) == ""
 
@@ -228,30 +233,72 @@ def test_what_moved_is_seen_in_a_run_of_two_updates(folder: Path) -> None:
     with base_moved():
         assert "should be frozen and moved in 2 updates" in outcome(config)
     assert not (Path(str(config.train.run)) / "checkpoints").exists()
+    allowing = small_config(
+        folder, plants.merged(settings, {"train": {"allow": ("frozen-parameter-moved",)}})
+    )
+    with base_moved():
+        assert outcome(allowing) == ""
+    assert [*preflight.overrides(Path(str(allowing.train.run)))] == ["frozen-parameter-moved"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_size_of_a_gradient_is_that_of_the_mean(folder: Path, precision: str) -> None:
-    """Of passes that hold different numbers of tokens, smoothed, with a loss on the head's logarithms."""
+def sizes_of(config: Config) -> list[float]:
+    """Of the gradients of a run that nothing stops, as multiples of what they should be."""
     sizes: list[float] = []
     compare = FirstSteps._compare_sizes
 
     def noted(self: FirstSteps) -> None:
         compare(self)
-        sizes.extend(self.sizes)
+        sizes.extend(self.sizes.values())
 
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FirstSteps, "_compare_sizes", noted)
+        assert outcome(config) == ""
+    return sizes
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-4), ("bfloat16", 0.03), ("float16", 0.01)])
+def test_the_size_of_a_gradient_is_that_of_the_mean(
+    folder: Path, dtype: str, apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of passes that hold different numbers of tokens, smoothed, with a loss on the head's logarithms."""
+    precision = Precision(torch.device("cpu"), getattr(torch, dtype), "planted")
+    monkeypatch.setattr(trainingmanager, "choose_precision", lambda *args: precision)
     settings = plants.merged(
         EXAMPLES,
         {
-            "train": {"accumulation": 3, "batch_size": 1, "precision": precision},
+            "train": {"accumulation": 10, "batch_size": 1},
             "optimizer": {"label_smoothing": 0.1, "z_loss": 1e-3},
         },
     )
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(FirstSteps, "_compare_sizes", noted)
+    assert sizes_of(small_config(folder, settings)) == pytest.approx([1] * 8, abs=apart)
+
+
+def test_a_small_gradient_of_fp16_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the scaler's scale, that of one of 2,000 tokens is below what fp16 holds."""
+    precision = Precision(torch.device("cpu"), torch.float16, "planted")
+    monkeypatch.setattr(trainingmanager, "choose_precision", lambda *args: precision)
+    settings: dict[str, dict[str, Any]] = {
+        "train": {"accumulation": 2, "batch_size": 16},
+        "optimizer": {"warmup_steps": 20},
+    }
+    assert sizes_of(small_config(folder, settings)) == pytest.approx([1, 1], abs=0.02)
+
+
+def test_an_adapter_of_the_head_that_drops_much_is_no_alarm(folder: Path) -> None:
+    config = small_config(folder, plants.merged(ON_THE_HEAD, {"optimizer": {"lr": 0.02}}))
+    assert outcome(config) == ""
+    gone_on = dataclasses.replace(config.train, resume=True, max_steps=7)
+    assert sizes_of(dataclasses.replace(config, train=gone_on)) == pytest.approx([1], abs=0.09)
+
+
+def test_a_pass_that_bears_no_loss_has_no_size(folder: Path) -> None:
+    half = labels_by(lambda tokens, documents, labels: np.where(tokens[:, :1] % 2 == 0, -100, labels))
+    settings = {
+        "train": {"allow": ("row-without-loss",), "batch_size": 1, "accumulation": 8},
+        "model": {"dropout": 0.0},
+    }
+    with half():
         assert outcome(small_config(folder, settings)) == ""
-    assert len(sizes) == 3
-    assert sizes == pytest.approx([1, 1, 1], abs=1e-4 if precision == "fp32" else 0.03)
 
 
 def test_allow_takes_names_on_the_command_line() -> None:

@@ -30,6 +30,12 @@ from runfolder import (
     refuse_other_data,
 )
 
+
+def test_the_fingerprint_of_settings_is_that_of_runs_saved_long_ago() -> None:
+    """If a new key changes it, those runs cannot be resumed: the key belongs in config.BEFORE."""
+    assert config_fingerprint(Config(train=TrainConfig(max_steps=1))).startswith("d7fc37afbefb")
+
+
 # --- the lock ----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -72,6 +73,28 @@ def test_only_rates_of_matrices_as_wide_as_the_model_fall(name: str, of_blocks: 
     assert rates["embed.weight"] == 0.3 and rates["head.weight"] == pytest.approx(0.4 / 4)
     assert rates["blocks.0.mlp.up.weight"] == rates["blocks.0.attention.out.weight"] == of_blocks
     assert rates["norm.weight"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("init", "of_blocks", "of_head"), [("normal", 0.5, 0.25), ("xavier", 1.0, 0.5), ("zero_output", 1.0, 1.0)]
+)
+def test_what_is_drawn_falls_with_the_width(init: Any, of_blocks: float, of_head: float) -> None:
+    """Standard deviations at four times base_width, as shares of those of the same model without one.
+
+    What Xavier draws falls with the square root of the width by itself, and its embedding does not any more.
+    """
+    torch.manual_seed(0)
+    config = ModelConfig(500, 8, n_layer=1, n_head=4, n_embd=64, init=init)
+    plain, carried = (
+        dict(Decoder(replace(config, base_width=width)).named_parameters()) for width in (0, 16)
+    )
+
+    def share(name: str) -> float:
+        return float(carried[name].std() / plain[name].std()) if plain[name].any() else 1.0
+
+    assert share("blocks.0.mlp.up.weight") == pytest.approx(of_blocks, rel=0.05)
+    assert share("head.weight") == pytest.approx(of_head, rel=0.05)
+    assert share("embed.weight") == pytest.approx(2.0 if init == "xavier" else 1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("init", ["zero_output", "normal", "xavier"])
