@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,49 @@ def absent_sentence(published: Sequence[str], absent: list[str], setting: str) -
     return f"{setting}: the model has no {', no '.join(absent)}; it has {', '.join(leaves)}{hint}"
 
 
+# --- patterns: a value of its own for some modules -----------------------------------------------------
+
+
 def pattern_value(patterns: Mapping[str, Any], published: str, default: Any) -> Any:
     """The value of the first key that the name ends in, as PEFT chooses it."""
     return next((value for key, value in patterns.items() if matches(published, key)), default)
+
+
+def as_peft_pattern(
+    patterns: Mapping[str, Any], names: Sequence[str], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The same for PEFT, which forgets the order of its keys and takes them for regular expressions.
+
+    Kept as they are where they are plain and no module is meant twice; else written out name by name.
+
+    Args:
+        patterns: Keys as `matches` takes them; the first that fits counts.
+        names: Published names of the modules that they are for.
+        own: Name -> value, of further modules, which the patterns do not mean.
+    """
+    plain = not any("*" in key for key in patterns)
+    meant = [sum(matches(name, key) for key in patterns) + (name in own) for name in (*names, *own)]
+    if plain and all(times < 2 for times in meant):
+        return {**own, **patterns}
+    absent = object()
+    of_each = {name: pattern_value(patterns, name, absent) for name in names}
+    return {**own, **{name: value for name, value in of_each.items() if value is not absent}}
+
+
+_PEFT_KEY = re.compile(r"\^?(?:[\w-]|\\\.|\.\*?)+\$?", re.ASCII)
+
+
+def peft_key(text: str) -> re.Pattern[str]:
+    """A key of PEFT's patterns, to be asked by `fullmatch`: PEFT matches `(.*\\.)?(key)$` from the start.
+
+    Runs in linear time whatever a stranger wrote: what follows a `.*` is tried at its first place alone.
+
+    Raises:
+        ValueError: It is more than a name with `.` or `.*` in it.
+    """
+    if len(text) > 200 or not _PEFT_KEY.fullmatch(text):
+        raise ValueError(f"{text[:200]!r}; only names, and .* in them, are known")
+    parts = text.removeprefix("^").removesuffix("$").split(".*")
+    inner = "".join(f"(?>.*?{part})" for part in parts[1:-1])
+    last = f".*{parts[-1]}" if len(parts) > 1 else ""
+    return re.compile(("" if text.startswith("^") else r"(?:.*\.)?") + parts[0] + inner + last)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from lora import (
 from pretrained.family import Family
 from pretrained.folder import DTYPES, Entry, inner_path, read_bin, read_header, read_json, shown
 from pretrained.save import _json
-from targets import matches
+from targets import as_peft_pattern, peft_key
 
 ADAPTER_CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -131,9 +130,13 @@ def _written(
     times = 2 if doubled else 1
     alpha_times = math.sqrt(times) if config.rslora else times
     chosen = [names[our] for our, change in changes.items() if isinstance(change, LowRank)]
-    ranks = {key: r * times for key, r in _unambiguous(config.rank_pattern, chosen).items()}
-    alphas = {key: a * alpha_times for key, a in _unambiguous(config.alpha_pattern, chosen).items()}
     as_pairs = "head" in bases and bases["head"].bias is not None
+    pairs = {names[our]: len(c.ids) for our, c in changes.items() if isinstance(c, Rows)} if as_pairs else {}
+    ranks = {key: r * times for key, r in config.rank_pattern.items()}
+    ranks = as_peft_pattern(ranks, chosen, pairs)
+    alphas = {key: alpha * alpha_times for key, alpha in config.alpha_pattern.items()}
+    own = {full: math.sqrt(n) if config.rslora else n for full, n in pairs.items()}
+    alphas = as_peft_pattern(alphas, chosen, own)
 
     tensors: dict[str, Tensor] = {}
     targets, whole, rows = [], [], {}
@@ -152,7 +155,6 @@ def _written(
         elif isinstance(change, Rows) and as_pairs:
             targets.append(full)
             n = len(change.ids)
-            ranks, alphas = {full: n} | ranks, {full: math.sqrt(n) if config.rslora else n} | alphas
             one_hot = torch.zeros(n, len(change.slots)).index_fill_(1, change.ids.cpu(), 0)
             one_hot[torch.arange(n), change.ids.cpu()] = 1
             delta = change.delta().detach().cpu()
@@ -222,14 +224,6 @@ def _number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _unambiguous(patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """The same without need of an order, which PEFT forgets, and in its words: regular expressions."""
-    of_each = {name: [key for key in patterns if matches(name, key)] for name in names}
-    if all(len(keys) < 2 for keys in of_each.values()):
-        return {key.replace("*", ".*"): value for key, value in patterns.items()}
-    return {name: patterns[keys[0]] for name, keys in of_each.items() if keys}
-
-
 def _leaves(able: list[str], chosen: list[str]) -> list[str]:
     """The last parts of the names, where they mean exactly these modules; else the whole names."""
     leaves = list(dict.fromkeys(full.rsplit(".", 1)[-1] for full in chosen))
@@ -285,14 +279,18 @@ def load_adapter(
         f"{folder} does not fit this model; it was written for {shown(values.get('base_model_name_or_path'))}"
     )
     _refuse_other_keys(expected, entries, was_for)
-    tensors = {key: _filled(entries[key]) for key in expected if key in entries}
+    tensors = {key: entries[key].read(torch.float32, "cpu") for key in expected if key in entries}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path} holds {key} with values that are not finite; the adapter is broken")
     _refuse_other_base(model, expected, tensors, was_for)
-    add_adapter(model, config, family.key, name, rows)
+    starts = _starts(model, config, family) if config.init == "pissa" else {}
+    add_adapter(model, replace(config, init="default"), family.key, name, rows)
     changes: dict[str, Any] = dict(changes_of(model, name))
     with torch.no_grad():
+        for our, (u, s, vh) in starts.items():
+            root = (s / changes[our].scale).sqrt()
+            changes[our].start_a, changes[our].start_b = root[:, None] * vh, u * root
         for key, tensor in tensors.items():
             where = expected[key]
             if where.part not in ("base", ""):
@@ -493,16 +491,15 @@ def _patterns(
 
     PEFT takes the first key in its order when it trains, but sorts them when it saves.
     """
-    patterns = _read(values, key, {}, (dict,))
-    compiled = []
-    for text, value in patterns.items():
-        plain = text.removeprefix("^").replace("\\.", ".").replace(".*", "*")
-        if not re.fullmatch(r"[\w.*-]{1,200}", plain) or plain.count("*") > 4:
-            raise ValueError(f"{key} has {shown(text)}; only names, and .* in them, are known")
-        regex = ".*".join(re.escape(part) for part in plain.split("*"))
-        compiled.append((re.compile(rf"(.*\.)?{regex}"), check(value, f"{key} of {shown(text)}")))
+    found = []
+    for text, value in _read(values, key, {}, (dict,)).items():
+        try:
+            pattern = peft_key(text)
+        except ValueError as error:
+            raise ValueError(f"{key} has {error}") from None
+        found.append((pattern, check(value, f"{key} of {shown(text)}")))
     return {
-        our: list(dict.fromkeys(value for regex, value in compiled if regex.fullmatch(full))) or [default]
+        our: list(dict.fromkeys(value for pattern, value in found if pattern.fullmatch(full))) or [default]
         for our, full in targets.items()
     }
 
@@ -586,8 +583,23 @@ def _refuse_other_base(
             )
 
 
-def _filled(entry: Entry) -> Tensor:
-    tensor = torch.empty(entry.shape)
-    for first, chunk in entry.chunks():
-        tensor.view(-1)[first : first + len(chunk)].copy_(chunk)
-    return tensor
+def _starts(model: nn.Module, config: LoraConfig, family: Family) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The largest singular parts of each linear with a pair, which PEFT takes off a base for a PiSSA adapter.
+
+    By the very call of PEFT, whatever the size: an approximation is good enough to begin with, since what it
+    took is written down, but of a file the start has to be the one that the adapter was trained from.
+    """
+    starts = {}
+    for our, module in held_modules(model).items():
+        base: Any = module.base if isinstance(module, Adapted) else module
+        if family.key(our) not in config.targets or not is_linear(base):
+            continue
+        r = config.rank_pattern.get(family.key(our), config.r)
+        u, s, vh = torch.linalg.svd(base.weight.detach().float(), full_matrices=False)
+        if r > len(s):
+            raise ValueError(
+                f"the adapter has a PiSSA start of rank {r}, but {family.key(our)} has {len(s)} singular "
+                "parts; it is not for this base"
+            )
+        starts[our] = u[:, :r].clone(), s[:r].clone(), vh[:r].clone()
+    return starts

@@ -17,9 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from lazily import peft
 from safetensors.torch import load_file, save_file
-from test_pretrained import TOKENS, make_oracle
+from test_pretrained import GPT, TOKENS, make_oracle
 from torch import Tensor, nn
 
 import lora
@@ -31,6 +32,7 @@ from lora import LowRank, Rows, Whole, adapters_of, add_adapter, changes_of, use
 from loss import token_loss
 from pretrained import Family, load_pretrained
 from pretrained.adapter import adapter_base, load_adapter, save_adapter
+from targets import peft_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -136,7 +138,7 @@ def scramble_adapters(model: nn.Module) -> None:
                 parameter.normal_(std=0.3, generator=generator)
 
 
-def peft_key(our: str, part: str, change: Any, family: Family) -> str:
+def oracle_key(our: str, part: str, change: Any, family: Family) -> str:
     """A trainable tensor's name in a PEFT model."""
     key = f"base_model.model.{family.key(our)}"
     if isinstance(change, Whole):
@@ -163,7 +165,7 @@ def gradients(pair: Pair) -> dict[str, Tensor]:
             if id(p) not in seen:
                 seen.add(id(p))
                 assert p.grad is not None, f"{our}.{part} got no gradient"
-                found[peft_key(our, part, change, pair.family)] = p.grad
+                found[oracle_key(our, part, change, pair.family)] = p.grad
     return found
 
 
@@ -320,6 +322,62 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
     assert_near(pair.ours(TOKENS), opened(TOKENS).logits, "as plain LoRA")
 
 
+def test_a_pissa_adapter_of_peft_is_the_same_in_a_weight_of_any_size(tmp_path: Path) -> None:
+    """Of a large weight a fresh start is an approximation by random vectors; that of a file must not be."""
+    wide = GPT | {"n_embd": 320, "n_layer": 1, "n_inner": 40, "bos_token_id": None, "eos_token_id": None}
+    config = transformers.CONFIG_MAPPING["gpt_bigcode"](**wide)
+    oracle: Any = transformers.AutoModelForCausalLM.from_config(config)
+    oracle.save_pretrained(tmp_path / "base")
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}
+    settings = peft().LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", **settings)
+    theirs = peft().get_peft_model(oracle, settings).eval()
+    scramble_adapters(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found = load_pretrained(tmp_path / "base")
+        load_adapter(found.model, found.family, tmp_path / "adapter")
+        assert_near(found.model(TOKENS), theirs(TOKENS).logits, f"seed {seed}")
+
+
+# Of a Llama with 3 layers, what the key of an alpha_pattern means in PEFT.
+@pytest.mark.parametrize(
+    "key",
+    ["q_proj", "^q_proj", "^model.*q_proj", "self_attn.*_proj", r"layers\.1\..*", "layers.1..*", "1.self_attn.q_proj$",
+     ".*", ".*.*_proj", "el.*q_proj", "q.proj", ".*attn.*v.*"],
+)  # fmt: skip
+def test_a_key_of_a_pattern_means_what_it_means_in_peft(key: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    names = [f"model.layers.{i}.self_attn.{leaf}" for i in (0, 1, 11) for leaf in ("q_proj", "v_proj")]
+    names += ["q_proj", "model.q_projector", "lm_head"]
+    pattern = peft_key(key)
+    for name in names:
+        assert bool(pattern.fullmatch(name)) == (get_pattern_key([key], name) == key), name
+
+
+def test_what_is_no_name_is_no_key_of_a_pattern() -> None:
+    for key in ("q_*", "*", "**", r"\.*", "(a+)+$", "a^b", "$", "", "[a]", "a|b", "q_proj\n", "a" * 201):
+        with pytest.raises(ValueError, match="only names"):
+            peft_key(key)
+    assert not peft_key(".*a" * 60).fullmatch(
+        "a" * 59 + "b" * 5000
+    )  # would not end if places were tried again
+
+
+def test_an_adapter_with_patterns_of_peft_is_the_same_here(
+    bases: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    pair = bases("llama gqa")
+    patterns = {"^q_proj": 64, r"^model\.layers\.1.*": 9, "layers.2.self_attn.q_proj": 3}
+    settings = peft().LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], alpha_pattern=patterns)
+    theirs = peft().get_peft_model(pair.oracle, settings).eval()
+    scramble_adapters(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    load_adapter(pair.ours, pair.family, tmp_path)
+    assert_near(pair.ours(TOKENS), theirs(TOKENS).logits, "logits")
+
+
 def test_rows_under_a_biased_head_leave_as_pairs(bases: Callable[[str], Pair], tmp_path: Path) -> None:
     """PEFT's own rows drop the head's bias; a pair of the rows' number keeps it."""
     for name in ("codegen", "phi mqa tied"):
@@ -458,7 +516,7 @@ def test_planted_faults_are_seen(
         with torch.no_grad():
             for our, change in changes_of(pair.ours, "default").items():
                 for part, p in change.named_parameters():
-                    p.copy_(wanted[peft_key(our, part, change, pair.family)])
+                    p.copy_(wanted[oracle_key(our, part, change, pair.family)])
         compare(pair, theirs)
 
     run()
