@@ -9,8 +9,8 @@ change: a low-rank term, rows of new tokens, a trained bias, or a whole trained 
 called and asked for its weight, so that it may be stored in 4 bits. It is never written to, not even by a
 PiSSA start; so any number of adapters share it, and switching them off gives it back bit for bit.
 
-The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/adapter.py` reads and writes its
-files, and `merging.py` puts adapters into the weights.
+The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/load_adapter.py` and
+`save_adapter.py` read and write its files, and `merging.py` puts adapters into the weights.
 """
 
 from __future__ import annotations
@@ -452,7 +452,6 @@ class Adapter:
 
     config: LoraConfig
     published: dict[str, str]  # our name -> published, of every module of the model
-    rows: tuple[int, ...]  # token ids whose rows train
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
@@ -477,7 +476,7 @@ def add_adapter(
     config: LoraConfig,
     published: Callable[[str], str] = lambda name: name,
     name: str = "default",
-    new_rows: Sequence[int] = (),
+    new_rows: Sequence[int] | Mapping[str, Sequence[int]] = (),
 ) -> None:
     """Freeze the model and add an adapter, which alone is active and alone trains.
 
@@ -488,7 +487,7 @@ def add_adapter(
         name: Of the adapter, an identifier.
         new_rows: Token ids whose rows of `embed` and `head` train while the rest of both is frozen; tied,
             they are the same rows. In one that is a target they train as its other rows do, by its low-rank
-            term, where each row has r numbers of its own.
+            term, where each row has r numbers of its own. A mapping gives ids by module, `embed` or `head`.
 
     Raises:
         ValueError: A name matches no module, a value is out of range, or the name is taken.
@@ -508,7 +507,8 @@ def add_adapter(
         unmatched = [key for key in pattern if not any(matches(full, key) for full in chosen.values())]
         if unmatched:
             raise ValueError(absent_sentence(list(chosen.values()), unmatched, f"lora.{setting}_pattern"))
-    rows = [our for our in _row_modules(modules, new_rows, whole, names) if our not in targets]
+    rows = _rows_by_module(modules, new_rows, whole, names)
+    rows = {our: ids for our, ids in rows.items() if our not in targets}
 
     changes: dict[str, Change] = {}
     shared: Any = None
@@ -525,8 +525,8 @@ def add_adapter(
                 base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias
             )
         elif our in rows:
-            tied = weight_of(base) is weight_of(base_of(modules["embed"]))
-            changes[our] = Rows(base, new_rows, bias, shared if tied else None)
+            tied = weight_of(base) is weight_of(base_of(modules["embed"])) and rows[our] == rows.get("embed")
+            changes[our] = Rows(base, rows[our], bias, shared if tied else None)
             shared = changes[our].rows
         elif bias is not None:
             changes[our] = Bias(bias)
@@ -541,7 +541,7 @@ def add_adapter(
             module = wrapper
         change.requires_grad_(True)
         module.adapters[name] = change.train(module.training)
-    adapters_of(model)[name] = Adapter(config, names, tuple(new_rows))
+    adapters_of(model)[name] = Adapter(config, names)
     use_adapters(model, {name: 1.0})
 
 
@@ -583,25 +583,29 @@ def _refuse_bad(model: nn.Module, config: LoraConfig, name: str) -> None:
         raise ValueError(f"lora.dropout is {config.dropout}; it must be at least 0 and below 1")
 
 
-def _row_modules(
-    modules: Mapping[str, nn.Module], ids: Sequence[int], whole: Sequence[str], names: Mapping[str, str]
-) -> list[str]:
-    """The modules whose rows of new tokens train."""
-    if not ids:
-        return []
-    found = [our for our in ("embed", "head") if our in modules]
-    if not found or found[0] != "embed":
+def _rows_by_module(
+    modules: Mapping[str, nn.Module],
+    new_rows: Sequence[int] | Mapping[str, Sequence[int]],
+    whole: Sequence[str],
+    names: Mapping[str, str],
+) -> dict[str, list[int]]:
+    """The ids whose rows train, of each module that has some."""
+    if not new_rows:
+        return {}
+    if "embed" not in modules:
         raise ValueError("rows of new tokens were asked for, but the model has no module `embed`")
-    for our in found:
+    if not isinstance(new_rows, Mapping):
+        new_rows = {our: new_rows for our in ("embed", "head") if our in modules}
+    for our, ids in new_rows.items():
         if our in whole:
             raise ValueError(f"{names[our]} trains already, whole; leave it out there, or train no rows")
-    size = weight_of(modules["embed"]).size(0)
-    if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= size:
-        raise ValueError(
-            f"rows of the ids {min(ids)} to {max(ids)} were asked for; they must differ and be below {size}, "
-            "the model's vocabulary"
-        )
-    return found
+        size = weight_of(modules[our]).size(0)
+        if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= size:
+            raise ValueError(
+                f"rows of the ids {min(ids)} to {max(ids)} were asked for; they must differ and be below "
+                f"{size}, the model's vocabulary"
+            )
+    return {our: list(ids) for our, ids in new_rows.items()}
 
 
 def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:

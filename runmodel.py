@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -38,8 +40,10 @@ from checkpoint import (
 from config import Config, ModelConfig, TrainConfig, write_atomically
 from lora import add_adapter
 from pretrained import Family, Pretrained, load_pretrained
-from pretrained.adapter import adapter_base, load_adapter, save_adapter
+from pretrained.folder import DTYPES, shown
 from pretrained.load import TOKENIZER
+from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabulary
+from pretrained.save_adapter import save_adapter
 from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
@@ -190,18 +194,27 @@ def set_dropout(model: Decoder, config: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def grow_vocabulary(model: Decoder, size: int) -> None:
-    """More rows in embedding and head, each the mean of those that were there (Hewitt 2021)."""
+def grow_vocabulary(model: Decoder, size: int, grown: Mapping[str, Tensor] | None = None) -> None:
+    """More rows in embedding and head.
 
-    def grown(old: Tensor) -> torch.nn.Parameter:
-        mean = old.float().mean(0, keepdim=True).to(old.dtype)
-        return torch.nn.Parameter(torch.cat((old, mean.expand(size - len(old), *old.shape[1:]))))
+    Args:
+        size: Rows in all.
+        grown: The parameters as they should be, of which the last rows are taken, by name. Where one is not
+            given, each new row is the mean of those that were there (Hewitt 2021).
+    """
+
+    def longer(name: str) -> torch.nn.Parameter:
+        old = model.get_parameter(name)
+        rows = old.float().mean(0, keepdim=True).expand(size - len(old), *old.shape[1:])
+        if grown and name in grown:
+            rows = grown[name][len(old) :]
+        return torch.nn.Parameter(torch.cat((old, rows.to(old))))
 
     tied = model.head.weight is model.embed.weight
-    model.embed.weight = grown(model.embed.weight)
-    model.head.weight = model.embed.weight if tied else grown(model.head.weight)
+    model.embed.weight = longer("embed.weight")
+    model.head.weight = model.embed.weight if tied else longer("head.weight")
     if model.head.bias is not None:
-        model.head.bias = grown(model.head.bias)
+        model.head.bias = longer("head.bias")
     model.embed.num_embeddings = model.head.out_features = size
     model.config = replace(model.config, vocab_size=size)
 
@@ -326,6 +339,7 @@ def open_adapted(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
             f"{base.fingerprint[:12]}, and those had {known['fingerprint'][:12]}"
         )
+    _grow_as_stored(base, adapter)
     if any((Path(adapter) / name).exists() for name in TOKENIZER[:3]):
         tokenizer = load_tokenizer(Path(adapter))
         tokenizer.eos_ids = tokenizer.eos_ids or base.eos_ids
@@ -334,7 +348,37 @@ def open_adapted(
             grow_vocabulary(base.model, tokenizer.vocab_size)
         base = replace(base, tokenizer=tokenizer)
     load_adapter(base.model, base.family, adapter)
+    if not known and not _is_named(source, named):
+        print(
+            f"warning: {adapter} was written for {shown(named)}, and {source} is not called so; on other "
+            "weights than those it was trained on, an adapter means nothing",
+            file=sys.stderr,
+        )
     return base
+
+
+def _grow_as_stored(base: Pretrained, adapter: str | Path) -> None:
+    """Grow the vocabulary by the rows that the adapter's folder holds of a base that was resized.
+
+    What does not fit is left for `load_adapter` to refuse.
+    """
+    model, stored = base.model, stored_vocabulary(adapter, base.family)
+    if model.config.tie_embeddings and "head.weight" in stored:
+        stored = {"embed.weight": stored["head.weight"]} | stored
+    own = model.state_dict()
+    size = max((entry.shape[0] for entry in stored.values() if entry.shape), default=0)
+    fits = all(
+        name in own and entry.shape == (size, *own[name].shape[1:]) and entry.dtype in DTYPES
+        for name, entry in stored.items()
+    )
+    if fits and 0 < size - model.config.vocab_size <= MOST_NEW_TOKENS:
+        rows = {name: entry.read(torch.float32, "cpu") for name, entry in stored.items()}
+        grow_vocabulary(model, size, rows)
+
+
+def _is_named(source: str, named: str | None) -> bool:
+    """Whether a source is the base that an adapter names, if any, or a folder of that name."""
+    return not named or source == named or Path(source).resolve().name == Path(named).name
 
 
 def _base_file(path: Path) -> dict[str, str]:

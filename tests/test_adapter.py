@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from lazily import peft
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_pretrained import GPT, TOKENS, make_oracle
 from torch import Tensor, nn
 
@@ -28,10 +28,11 @@ import lowrank
 from architecture import Decoder
 from config import LoraConfig
 from dataset import Batch
-from lora import LowRank, Rows, Whole, adapters_of, add_adapter, changes_of, use_adapters
+from lora import LowRank, Rows, Whole, add_adapter, changes_of, use_adapters
 from loss import token_loss
 from pretrained import Family, load_pretrained
-from pretrained.adapter import adapter_base, load_adapter, save_adapter
+from pretrained.load_adapter import load_adapter
+from pretrained.save_adapter import save_adapter
 from targets import peft_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -133,8 +134,8 @@ def peft_config(pair: Pair, settings: dict[str, Any]) -> Any:
 def scramble_adapters(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "original_module" not in name:  # which stands for the base
                 parameter.normal_(std=0.3, generator=generator)
 
 
@@ -243,9 +244,7 @@ def test_the_files_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Pat
     """The same keys and shapes as PEFT's own file, and settings with the same values."""
     name, settings = CASES[case]
     pair = bases(name)
-    theirs = opened_here(pair, settings, tmp_path / "theirs")
-    del theirs
-    adapters_of(pair.ours)
+    opened_here(pair, settings, tmp_path / "theirs")
     save_adapter(pair.ours, pair.family, tmp_path / "ours", base=None)
     ours, other = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
     extra = [key for key in other if key.endswith(("modules_to_save.bias", "original_module.bias"))]
@@ -343,8 +342,8 @@ def test_a_pissa_adapter_of_peft_is_the_same_in_a_weight_of_any_size(tmp_path: P
 # Of a Llama with 3 layers, what the key of an alpha_pattern means in PEFT.
 @pytest.mark.parametrize(
     "key",
-    ["q_proj", "^q_proj", "^model.*q_proj", "self_attn.*_proj", r"layers\.1\..*", "layers.1..*", "1.self_attn.q_proj$",
-     ".*", ".*.*_proj", "el.*q_proj", "q.proj", ".*attn.*v.*"],
+    ["q_proj", "^q_proj", "^model.*q_proj", "self_attn.*_proj", r"layers\.1\..*", "layers.1..*",
+     "1.self_attn.q_proj$", ".*", ".*.*_proj", "el.*q_proj", "q.proj", ".*attn.*v.*"],
 )  # fmt: skip
 def test_a_key_of_a_pattern_means_what_it_means_in_peft(key: str) -> None:
     from peft.utils.other import get_pattern_key
@@ -378,29 +377,52 @@ def test_an_adapter_with_patterns_of_peft_is_the_same_here(
     assert_near(pair.ours(TOKENS), theirs(TOKENS).logits, "logits")
 
 
-def test_rows_under_a_biased_head_leave_as_pairs(bases: Callable[[str], Pair], tmp_path: Path) -> None:
-    """PEFT's own rows drop the head's bias; a pair of the rows' number keeps it."""
-    for name in ("codegen", "phi mqa tied"):
-        for dora in (False, True):
-            pair = bases(name)
-            add_adapter(pair.ours, LoraConfig(r=2, dora=dora), pair.family.key, new_rows=[50, 4])
-            scramble_adapters(pair.ours)
-            folder = tmp_path / f"{name} {dora}"
-            save_adapter(pair.ours, pair.family, folder, base=None)
-            opened = peft().PeftModel.from_pretrained(pair.oracle, str(folder))
-            assert_near(pair.ours(TOKENS), opened(TOKENS).logits, name)
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "as pairs under a biased head": ("codegen", {}),
+    "as pairs with DoRA": ("codegen", {"dora": True}),
+    "as pairs, tied": ("phi mqa tied", {}),
+    "as pairs, tied, with DoRA": ("phi mqa tied", {"dora": True}),
+    "as pairs beside patterns": (
+        "codegen", {"alpha": 16.0, "rank_pattern": {"*": 3}, "alpha_pattern": {"transformer.*": 5.0}}),
+    "as pairs beside an embedding that is a target": ("codegen", {"targets": ("wte", "qkv_proj", "fc_in")}),
+    "of the head alone": ("llama gqa", {"targets": ("q_proj", "embed_tokens")}),
+    "of the head alone, tied": ("llama mha tied", {"targets": ("q_proj", "embed_tokens")}),
+    "of the head alone, by another name": ("bigcode mqa", {"targets": ("c_attn", "wte")}),
+    "of the embedding alone": ("llama gqa", {"targets": ("q_proj", "lm_head")}),
+}  # fmt: skip
 
 
-def test_rows_beside_an_embedding_that_is_a_target_leave_for_peft(
-    bases: Callable[[str], Pair], tmp_path: Path
-) -> None:
-    pair = bases("codegen")
-    config = LoraConfig(r=2, targets=("wte", "qkv_proj", "fc_in"))
-    add_adapter(pair.ours, config, pair.family.key, new_rows=[50, 4])
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_leave_for_peft_and_come_back(bases: Callable[[str], Pair], tmp_path: Path, case: str) -> None:
+    """PEFT's own rows drop a head's bias; a pair of the rows' number keeps it."""
+    name, settings = ROWS[case]
+    pair = bases(name)
+    add_adapter(pair.ours, LoraConfig(r=2, **settings), pair.family.key, new_rows=[50, 4])
     scramble_adapters(pair.ours)
     save_adapter(pair.ours, pair.family, tmp_path / "out", base=None)
+    values = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    for key in ("rank_pattern", "alpha_pattern"):
+        assert not any("*" in pattern for pattern in values[key])  # nothing for PEFT to sort or to interpret
     opened = peft().PeftModel.from_pretrained(pair.oracle, str(tmp_path / "out"))
-    assert_near(pair.ours(TOKENS), opened(TOKENS).logits, "codegen")
+    assert_near(pair.ours(TOKENS), opened(TOKENS).logits, "in PEFT")
+    again = bases(name)
+    load_adapter(again.ours, again.family, tmp_path / "out")
+    assert_near(again.ours(TOKENS), pair.ours(TOKENS), "here")
+
+
+@pytest.mark.parametrize("name", ["llama gqa", "llama mha tied"])
+def test_rows_of_peft_may_differ_by_module(bases: Callable[[str], Pair], tmp_path: Path, name: str) -> None:
+    for i, rows in enumerate(({"embed_tokens": [50, 4], "lm_head": [7]}, {"lm_head": [3, 9]}, [8])):
+        pair = bases(name)
+        settings = peft().LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
+        theirs = peft().get_peft_model(pair.oracle, settings).eval()
+        scramble_adapters(theirs)
+        theirs.save_pretrained(str(tmp_path / f"theirs {i}"))
+        load_adapter(pair.ours, pair.family, tmp_path / f"theirs {i}")
+        assert_near(pair.ours(TOKENS), theirs(TOKENS).logits, f"from PEFT {rows}")
+        save_adapter(pair.ours, pair.family, tmp_path / f"ours {i}", base=None)
+        other = peft().PeftModel.from_pretrained(bases(name).oracle, str(tmp_path / f"ours {i}"))
+        assert_near(other(TOKENS).logits, theirs(TOKENS).logits, f"back to PEFT {rows}")
 
 
 def test_weighted_adapters_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Path) -> None:
@@ -524,142 +546,3 @@ def test_planted_faults_are_seen(
         fault(patch)
         with pytest.raises(AssertionError):
             run()
-
-
-# --- folders of strangers ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def written(bases: Callable[[str], Pair], tmp_path: Path) -> tuple[Pair, Path]:
-    pair = bases("llama gqa")
-    add_adapter(pair.ours, LoraConfig(r=2, targets=("q_proj", "v_proj")), pair.family.key)
-    scramble_adapters(pair.ours)
-    save_adapter(pair.ours, pair.family, tmp_path / "out", base="meta/llama", revision="abc")
-    return bases("llama gqa"), tmp_path / "out"
-
-
-def values_of(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def tensors_of(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
-        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-        ({"r": 0}, "r is 0; a rank is a whole number"),
-        ({"r": True}, "r is True"),
-        (
-            {"r": 4},
-            "rank is 4, and the tensors of model.layers.0.self_attn.q_proj have rank 2; the two files",
-        ),
-        ({"lora_alpha": 0}, "lora_alpha is 0; it must be a number above 0"),
-        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        ({"bias": "some"}, "bias is 'some'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, which is not known"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]], which is not known"),
-        ({"megatron_config": {"a": 1}}, "megatron_config"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
-        ({"lora_bias": True}, "lora_bias is True"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"made_up_in_2030": 1}, "made_up_in_2030 is 1, which is not known"),
-        ({"init_lora_weights": "olora"}, "a start that changes the base"),
-        ({"init_lora_weights": "pissa_niter_4"}, "a start that changes the base"),
-        ({"target_modules": ["c_attn"]}, "match no module of this model, which has embed_tokens"),
-        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj.lora_A.weight is missing"),
-        ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight' is left over"),
-        ({"target_modules": 3}, "target_modules is 3"),
-        ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern has '(a+)+$'"),
-        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern of 'q_proj' is 0"),
-        ({"alpha_pattern": {"q_proj": 2, "0.self_attn.q_proj": 3}}, "both 2 and 3"),
-        ({"modules_to_save": ["score"]}, "modules_to_save has 'score', which this model lacks"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
-        ({"trainable_token_indices": [999]}, "known are ids below 53"),
-        ({"use_dora": True}, "lora_magnitude_vector is missing"),
-        ({"bias": "all", "use_rslora": "yes"}, "use_rslora is 'yes'"),
-    ],
-)
-def test_bad_settings_are_one_sentence(
-    written: tuple[Pair, Path], changes: dict[str, Any], sentence: str
-) -> None:
-    pair, folder = written
-    values_of(folder, **changes)
-    with pytest.raises(ValueError) as error:
-        load_adapter(pair.ours, pair.family, folder)
-    assert sentence in str(error.value) and "\n" not in str(error.value)
-    assert not adapters_of(pair.ours) and not lora.wrappers(pair.ours)  # the model is as it was
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda t: t.pop(Q), f"written for 'meta/llama': {Q} is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "'extra' is left over"),
-        (lambda t: t[Q].fill_(float("nan")), f"{Q} with values that are not finite"),
-        (lambda t: t.update({Q: torch.zeros(2, 30)}), "is F32[2, 30], [2, 24] of floats is expected"),
-        (lambda t: t.update({Q: t[Q].to(torch.int32)}), "is I32[2, 24]"),
-        (lambda t: t.update({Q.replace("layers.0", "layers.9"): t[Q].clone()}), "is left over"),
-    ],
-)
-def test_bad_tensors_are_one_sentence(written: tuple[Pair, Path], change: Any, sentence: str) -> None:
-    pair, folder = written
-    tensors_of(folder, change)
-    with pytest.raises(ValueError) as error:
-        load_adapter(pair.ours, pair.family, folder)
-    assert sentence in str(error.value) and "\n" not in str(error.value)
-    assert not adapters_of(pair.ours)
-
-
-def test_another_family_or_base_is_named(written: tuple[Pair, Path], bases: Callable[[str], Pair]) -> None:
-    _, folder = written
-    for other in ("phi", "qwen2 head_dim", "codegen", "starcoder2 head_dim"):
-        pair = bases(other)
-        with pytest.raises(ValueError, match=r"meta/llama|match no module"):
-            load_adapter(pair.ours, pair.family, folder)
-    assert adapter_base(folder) == ("meta/llama", "abc")
-
-
-def test_an_embedding_of_another_base_is_refused(bases: Callable[[str], Pair], tmp_path: Path) -> None:
-    pair = bases("llama gqa")
-    add_adapter(pair.ours, LoraConfig(r=2, targets=("embed_tokens",)), pair.family.key)
-    save_adapter(pair.ours, pair.family, tmp_path / "out", base="meta/llama")
-    other = bases("llama gqa")
-    other.ours.embed.weight.data[3] += 1
-    with pytest.raises(ValueError, match=r"base_layer.weight differs by 1 from this model's"):
-        load_adapter(other.ours, other.family, tmp_path / "out")
-
-
-def test_a_pickle_is_read_for_its_tensors_alone(written: tuple[Pair, Path]) -> None:
-    pair, folder = written
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is missing"):
-        load_adapter(pair.ours, pair.family, folder)
-    torch.save({"run": os.system} | tensors, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="nothing in it was run"):
-        load_adapter(pair.ours, pair.family, folder)
-    torch.save(tensors, folder / "adapter_model.bin")
-    load_adapter(pair.ours, pair.family, folder)
-    assert not any(p.requires_grad for p in pair.ours.parameters())
-
-
-def test_saving_refuses_what_it_cannot_do(written: tuple[Pair, Path]) -> None:
-    pair, folder = written
-    with pytest.raises(ValueError, match="there is no adapter 'default' to save; the model has none"):
-        save_adapter(pair.ours, pair.family, folder, base=None)
-    load_adapter(pair.ours, pair.family, folder)
-    with pytest.raises(ValueError, match="is not empty; give a new folder"):
-        save_adapter(pair.ours, pair.family, folder, base=None)

@@ -26,7 +26,7 @@ from functional import FunctionalConfig, read_problems, read_samples
 from generate import GenerationConfig, generate
 from lora import add_adapter
 from pretrained import load_pretrained, save_pretrained
-from pretrained.adapter import save_adapter
+from pretrained.save_adapter import save_adapter
 from suites.codexglue import through_line, through_method
 from suites.gaps import piece_spans
 from suites.hidden import Judge

@@ -1,0 +1,451 @@
+"""An adapter of Hugging Face PEFT, or one written here, on a model.
+
+    load_adapter(model, family, "out/adapter")
+
+`adapter_config.json` says what the adapter is, `adapter_model.safetensors` holds it under
+`base_model.model.` + the published module + what it is, without the adapter's name. A folder is read as if
+a stranger had written it; nothing of the model is changed before all of it was found sound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import LoraConfig
+from lora import add_adapter, base_of, changes_of, held_modules, is_embedding, is_linear, sizes
+from pretrained.family import Family
+from pretrained.folder import DTYPES, Entry, inner_path, read_bin, read_header, read_json, shown
+from targets import peft_key
+
+ADAPTER_CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+
+# Of adapter_config.json: what it may hold and means nothing here, what must be as it is when left out, and
+# starts that leave the base as it is. PEFT writes many keys more with each version; a new one that is set is
+# refused by name.
+IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+}  # fmt: skip
+READ = {
+    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
+    "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What adapter_config.json says of a model, modules by our names."""
+
+    config: LoraConfig
+    ranks: dict[str, int]  # of the modules that have a low-rank pair
+    whole: list[str]
+    rows: dict[str, list[int]]  # ids whose rows train
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the file goes, or what it is compared with."""
+
+    shape: tuple[int, ...]
+    our: str
+    part: str
+
+
+def load_adapter(
+    model: nn.Module, family: Family, folder: str | Path, name: str = "default", trainable: bool = False
+) -> LoraConfig:
+    """Add the adapter of a folder to a base model; it alone is active, as after `lora.add_adapter`.
+
+    Args:
+        model: A base of the family, with or without other adapters, and with the vocabulary of the base that
+            the adapter was trained on: see `stored_vocabulary`.
+        folder: With adapter_config.json and adapter_model.safetensors, or .bin, of which nothing is run.
+        name: What it is called here.
+        trainable: Train it on.
+
+    Raises:
+        ValueError: The folder holds no LoRA adapter, one that asks for something not known here, or one that
+            does not fit this model; one sentence, and the model is as it was.
+    """
+    folder = Path(folder)
+    values = read_json(folder, ADAPTER_CONFIG, linked=False)
+    entries = _entries(folder)
+    names = {our: family.key(our) for our in held_modules(model)}
+    bases: dict[str, Any] = {our: base_of(module) for our, module in held_modules(model).items()}
+    try:
+        _refuse_unknown(values)
+        settings = _settings(values, bases, names, entries)
+    except ValueError as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be used: {error}") from None
+    loaded, compared = _places(settings, bases, names, entries)
+    was_for = (
+        f"{folder} does not fit this model; it was written for {shown(values.get('base_model_name_or_path'))}"
+    )
+    _refuse_other_keys(loaded | compared, entries, was_for)
+    tensors = {key: entries[key].read(torch.float32, "cpu") for key in loaded | compared}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{entries[key].file} holds {key} with values that are not finite; the adapter is broken"
+            )
+    for key, place in compared.items():
+        _refuse_other_base(getattr(bases[place.our], place.part), key, tensors[key], was_for)
+    config = settings.config
+    starts = _starts(settings.ranks, bases, names) if config.init == "pissa" else {}
+    add_adapter(model, replace(config, init="default"), family.key, name, settings.rows)
+    changes: dict[str, Any] = dict(changes_of(model, name))
+    with torch.no_grad():
+        for our, (u, s, vh) in starts.items():
+            root = (s / changes[our].scale).sqrt()
+            changes[our].start_a, changes[our].start_b = root[:, None] * vh, u * root
+        for key, place in loaded.items():
+            changes[place.our].get_parameter(place.part).copy_(tensors[key])
+    for change in changes.values():
+        change.requires_grad_(trainable)
+    return config
+
+
+def stored_vocabulary(folder: str | Path, family: Family) -> dict[str, Entry]:
+    """Embedding and head of the base, where the folder holds them, by our parameter names.
+
+    PEFT writes both beside an adapter whose base was resized. Such a base is to be grown by their last rows
+    before the adapter is loaded: `runmodel.open_adapted` does so.
+    """
+    entries, found = _entries(Path(folder)), {}
+    for our in ("embed", "head"):
+        for part in ("weight", "bias"):
+            inner = ("original_module.", "base_layer.", "token_adapter.base_layer.", "")
+            keys = [f"{PREFIX}{family.key(our)}.{within}{part}" for within in inner]
+            found |= {f"{our}.{part}": entries[key] for key in keys[::-1] if key in entries}
+    return found
+
+
+def pair_suffixes(of_embedding: bool) -> tuple[str, str]:
+    """What the two tensors of a low-rank pair are called."""
+    return ("lora_embedding_A", "lora_embedding_B") if of_embedding else ("lora_A.weight", "lora_B.weight")
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    name = WEIGHTS if (folder / WEIGHTS).exists() or not (folder / BIN).exists() else BIN
+    path = inner_path(folder, name, False)
+    return read_bin(path) if name == BIN else read_header(path)
+
+
+def adapter_base(folder: str | Path) -> tuple[str | None, str | None]:
+    """The base that an adapter's folder names, and its revision; ValueError if they are no texts."""
+    values = read_json(Path(folder), ADAPTER_CONFIG, linked=False)
+    found = values.get("base_model_name_or_path"), values.get("revision")
+    if not all(text is None or isinstance(text, str) for text in found):
+        raise ValueError(f"{Path(folder) / ADAPTER_CONFIG} names the base {shown(found)}; it must be a text")
+    return found
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"peft_type is {shown(kind)}; only LORA is known")
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ValueError(f"task_type is {shown(values['task_type'])}; only CAUSAL_LM is known")
+    other = [key for key in values if key not in READ | IGNORED and values[key]]
+    if other:
+        raise ValueError(
+            f"{other[0]} is {shown(values[other[0]])}, which is not known here; only plain LoRA is"
+        )
+    start = values.get("init_lora_weights", True)
+    if not any(start is known or start == known for known in STARTS if type(start) is type(known)):
+        raise ValueError(
+            f"init_lora_weights is {shown(start)}, a start that changes the base; let PEFT convert the "
+            "adapter (save_pretrained with path_initial_model_for_weight_conversion) and use that"
+        )
+
+
+def _read(values: Mapping[str, Any], key: str, default: Any, kinds: tuple[type, ...]) -> Any:
+    value = values.get(key, default)
+    value = default if value is None else value
+    if type(value) not in kinds:
+        raise ValueError(
+            f"{key} is {shown(value)}; it must be {' or '.join(kind.__name__ for kind in kinds)}"
+        )
+    return value
+
+
+def _texts(value: Any, key: str) -> list[str]:
+    if not isinstance(value, list) or not all(
+        isinstance(text, str) and 0 < len(text) <= 300 for text in value
+    ):
+        raise ValueError(f"{key} is {shown(value)}; it must be a list of names")
+    return value
+
+
+def _settings(
+    values: Mapping[str, Any],
+    bases: Mapping[str, Any],
+    names: Mapping[str, str],
+    entries: Mapping[str, Entry],
+) -> Settings:
+    r, alpha = _rank(values.get("r", 8), "r"), _alpha(values.get("lora_alpha", 8), "lora_alpha")
+    bias = _read(values, "bias", "none", (str,))
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias is {shown(bias)}; known are none, all and lora_only")
+    saved = _texts(_read(values, "modules_to_save", [], (list,)), "modules_to_save")
+    whole = [our for our, full in names.items() if any(_ends(full, text) for text in saved)]
+    for text in saved:
+        if not any(_ends(full, text) for full in names.values()):
+            raise ValueError(f"modules_to_save has {shown(text)}, which this model lacks")
+    # Of a base that was resized, embedding and head lie whole beside the adapter.
+    resized = [our for our in ("embed", "head") if f"{PREFIX}{names[our]}.weight" in entries]
+    whole += [our for our in resized if our not in whole]
+    able = {
+        our: full
+        for our, full in names.items()
+        if our not in whole and (is_linear(bases[our]) or is_embedding(bases[our]))
+    }
+    targets = _targets(values, able, entries)
+    if not targets:
+        raise ValueError(
+            f"target_modules {shown(values.get('target_modules'))} match no module of this model, which has "
+            f"{', '.join(dict.fromkeys(full.rsplit('.', 1)[-1] for full in able.values()))}"
+        )
+    chosen = {our: names[our] for our in targets}
+    may = _patterns(values, "rank_pattern", chosen, r, _rank)
+    ranks = {our: _one_rank(may[our], entries, PREFIX + names[our]) for our in targets}
+    alphas = {}
+    for our, found in _patterns(values, "alpha_pattern", chosen, alpha, _alpha).items():
+        if len(found) > 1:
+            raise ValueError(
+                f"alpha_pattern gives {names[our]} both {found[0]:g} and {found[1]:g}, and PEFT forgets the "
+                "order of its keys; name each module once"
+            )
+        alphas[our] = found[0]
+    rows = _rows(values, bases, names)
+    for our in rows:
+        if our in targets:
+            raise ValueError(f"{names[our]} is a target and has trainable_token_indices; only one is known")
+    dora = _read(values, "use_dora", False, (bool,))
+    dropout = _read(values, "lora_dropout", 0.0, (int, float))
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout is {shown(dropout)}; it must be at least 0 and below 1")
+
+    config = LoraConfig(
+        r=r,
+        alpha=alpha,
+        dropout=float(dropout),
+        targets=tuple(names[our] for our in targets),
+        rank_pattern={names[our]: n for our, n in ranks.items() if n != r},
+        alpha_pattern={names[our]: value for our, value in alphas.items() if value != alpha},
+        rslora=_read(values, "use_rslora", False, (bool,)),
+        dora=dora,
+        init="pissa" if values.get("init_lora_weights") == "pissa" else "default",
+        bias=bias,
+        train_modules=tuple(names[our] for our in whole),
+    )
+    return Settings(config, ranks, whole, rows)
+
+
+def _places(
+    settings: Settings, bases: Mapping[str, Any], names: Mapping[str, str], entries: Mapping[str, Entry]
+) -> tuple[dict[str, Place], dict[str, Place]]:
+    """The tensors that are loaded, all of which must be there, and those of the base that are compared.
+
+    The latter, and copies of the former, are there or not, as the writer chose.
+    """
+    loaded: dict[str, Place] = {}
+    compared: dict[str, Place] = {}
+    tied = bases["head"].weight is bases["embed"].weight
+    for our, full in names.items():
+        base, key = bases[our], PREFIX + full
+        is_target, bias = our in settings.ranks, getattr(base, "bias", None)
+        within = "original_module"
+        if our in settings.whole:
+            for part, tensor in _parts(base):
+                loaded[f"{key}.{part}"] = place = Place(tuple(tensor.shape), our, f"copy.{part}")
+                if f"{key}.modules_to_save.{part}" in entries:
+                    loaded[f"{key}.modules_to_save.{part}"] = place
+        elif is_target:
+            within = "base_layer"
+            (size_out, size_in), r = sizes(base), settings.ranks[our]
+            a, b = pair_suffixes(is_embedding(base))
+            loaded[f"{key}.{a}"] = Place((r, size_in), our, "a")
+            loaded[f"{key}.{b}"] = Place((size_out, r), our, "b")
+            if settings.config.dora:
+                loaded[f"{key}.lora_magnitude_vector"] = Place((size_out,), our, "magnitude")
+        elif our in settings.rows:
+            within, ids = "token_adapter.base_layer", settings.rows[our]
+            rows = f"{key}.token_adapter.trainable_tokens_delta"
+            once = our == "head" and tied and ids == settings.rows.get("embed")
+            if not once or rows in entries:
+                loaded[rows] = Place((len(ids), base.weight.size(1)), our, "rows")
+        trained = settings.config.bias == "all" or (settings.config.bias == "lora_only" and is_target)
+        if trained and bias is not None and our not in settings.whole:
+            held = f"{key}.base_layer.bias" if is_target else f"{key}.bias"
+            loaded[held] = Place(tuple(bias.shape), our, "bias")
+        for part in ("weight", "bias"):
+            own = f"{key}.{within}.{part}"
+            if own in entries and own not in loaded and getattr(base, part, None) is not None:
+                compared[own] = Place(tuple(getattr(base, part).shape), our, part)
+    return loaded, compared
+
+
+def _parts(base: nn.Module) -> list[tuple[str, Tensor]]:
+    parts = [("weight", base.weight), ("bias", getattr(base, "bias", None))]
+    return [(part, tensor) for part, tensor in parts if isinstance(tensor, Tensor)]
+
+
+def _rank(value: Any, key: str) -> int:
+    if type(value) is not int or not 1 <= value <= 2**16:
+        raise ValueError(f"{key} is {shown(value)}; a rank is a whole number from 1 to {2**16}")
+    return value
+
+
+def _alpha(value: Any, key: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {shown(value)}; it must be a number above 0")
+    return float(value)
+
+
+def _ends(full: str, text: str) -> bool:
+    """Whether the module, or one that it lies in, has a name that ends so; PEFT compares without dots."""
+    parts = full.split(".")
+    return any(".".join(parts[:n]).endswith(text) for n in range(1, len(parts) + 1))
+
+
+def _targets(values: Mapping[str, Any], able: Mapping[str, str], entries: Mapping[str, Entry]) -> list[str]:
+    """Our names of the modules that have a low-rank pair.
+
+    By their names where the config has plain ones, so that a missing tensor is noticed. A regular expression
+    of a stranger is not run, since one can be written that never ends; then the tensors say it.
+    """
+    wanted = values.get("target_modules")
+    further = any(values.get(key) for key in ("exclude_modules", "layers_pattern"))
+    further = further or values.get("layers_to_transform") is not None
+    if wanted == "all-linear" and not further:
+        return [our for our in able if our.startswith("blocks.")]
+    if isinstance(wanted, str) or further:
+        return [
+            our
+            for our, full in able.items()
+            if any(f"{PREFIX}{full}.{pair_suffixes(kind)[0]}" in entries for kind in (False, True))
+        ]
+    texts = _texts(wanted, "target_modules")
+    return [our for our, full in able.items() if any(full == t or full.endswith(f".{t}") for t in texts)]
+
+
+def _patterns(
+    values: Mapping[str, Any], key: str, targets: Mapping[str, str], default: Any, check: Any
+) -> dict[str, list[Any]]:
+    """The values that each target may have: those of the keys its name ends in, or else the default.
+
+    PEFT takes the first key in its order when it trains, but sorts them when it saves.
+    """
+    found = []
+    for text, value in _read(values, key, {}, (dict,)).items():
+        try:
+            pattern = peft_key(text)
+        except ValueError as error:
+            raise ValueError(f"{key} has {error}") from None
+        found.append((pattern, check(value, f"{key} of {shown(text)}")))
+    return {
+        our: list(dict.fromkeys(value for pattern, value in found if pattern.fullmatch(full))) or [default]
+        for our, full in targets.items()
+    }
+
+
+def _one_rank(values: list[int], entries: Mapping[str, Entry], key: str) -> int:
+    """Of the ranks a module may have, the one that its tensors have; ValueError if those have another."""
+    for first, second in (pair_suffixes(False), pair_suffixes(True)):
+        a, b = (entries.get(f"{key}.{suffix}") for suffix in (first, second))
+        if a is None or b is None or not len(a.shape) == len(b.shape) == 2 or a.shape[0] != b.shape[1]:
+            continue
+        if a.shape[0] not in values:
+            raise ValueError(
+                f"its rank is {' or '.join(map(str, values))}, and the tensors of {key.removeprefix(PREFIX)} "
+                f"have rank {a.shape[0]}; the two files are not of one adapter"
+            )
+        return a.shape[0]
+    return values[0]
+
+
+def _rows(
+    values: Mapping[str, Any], bases: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, list[int]]:
+    """The ids whose rows train, by module; those of a tied embedding are the head's too."""
+    key = "trainable_token_indices"
+    found = _read(values, key, [], (list, dict))
+    found = {names["embed"]: found} if isinstance(found, list) else found
+    if not found or not any(found.values()):
+        return {}
+    rows = {our: ids for our in ("embed", "head") for text, ids in found.items() if names[our].endswith(text)}
+    size = bases["embed"].weight.size(0)
+    for ids in rows.values():
+        if not isinstance(ids, list) or not ids or any(type(n) is not int or not 0 <= n < size for n in ids):
+            rows = {}
+            break
+    if len(rows) != len(found):
+        raise ValueError(
+            f"{key} is {shown(found)}; known are ids below {size} of {names['embed']} and {names['head']}"
+        )
+    if "embed" in rows and bases["head"].weight is bases["embed"].weight:
+        rows.setdefault("head", rows["embed"])
+    if bases["head"].bias is not None and "head" in rows:
+        raise ValueError(
+            f"{key} also means {names['head']}, and PEFT computes such rows without its bias; "
+            "train the rows anew, or save them as modules_to_save"
+        )
+    return rows
+
+
+def _refuse_other_keys(expected: Mapping[str, Place], entries: Mapping[str, Entry], was_for: str) -> None:
+    wrong = [f"{key} is missing" for key in expected if key not in entries]
+    wrong += [f"{shown(key)} is left over" for key in entries if key not in expected]
+    wrong += [
+        f"{key} is {entries[key].dtype}{list(entries[key].shape)}, {list(what.shape)} of floats is expected"
+        for key, what in expected.items()
+        if key in entries and (entries[key].shape != what.shape or entries[key].dtype not in DTYPES)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{was_for}: {'; '.join(wrong[:8])}{more}")
+
+
+def _refuse_other_base(own: Any, key: str, tensor: Tensor, was_for: str) -> None:
+    """Refuse an adapter that carries other weights of the base than the model has."""
+    if not isinstance(own, nn.Parameter):
+        return  # stored in fewer bits, so that it cannot be equal
+    gap = (tensor - own.detach().float().cpu()).abs().max()
+    if gap > 0.01 * tensor.abs().max():
+        raise ValueError(
+            f"{was_for}: {key} differs by {gap:.2g} from this model's; load that very base, with the "
+            "vocabulary the adapter was trained with"
+        )
+
+
+def _starts(
+    ranks: Mapping[str, int], bases: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The largest singular parts of each linear with a pair, which PEFT takes off a base for a PiSSA adapter.
+
+    By the very call of PEFT, whatever the size: an approximation is good enough to begin with, since what it
+    took is written down, but of a file the start has to be the one that the adapter was trained from.
+    """
+    starts = {}
+    for our, r in ranks.items():
+        if is_embedding(bases[our]):
+            continue
+        u, s, vh = torch.linalg.svd(bases[our].weight.detach().float(), full_matrices=False)
+        if r > len(s):
+            raise ValueError(
+                f"the adapter has a PiSSA start of rank {r}, but {names[our]} has {len(s)} singular parts; "
+                "it is not for this base"
+            )
+        starts[our] = u[:, :r].clone(), s[:r].clone(), vh[:r].clone()
+    return starts

@@ -1,0 +1,209 @@
+"""An adapter of a model as a folder that Hugging Face PEFT opens: the inverse of `load_adapter.py`.
+
+    save_adapter(model, family, "out/adapter", base="bigcode/starcoderbase-1b")
+
+The tensors are written in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import LoraConfig, write_atomically
+from lora import (
+    Change,
+    LowRank,
+    Rows,
+    Whole,
+    adapters_of,
+    changes_of,
+    held_modules,
+    is_embedding,
+    is_linear,
+    wrappers,
+)
+from pretrained.family import Family
+from pretrained.load_adapter import ADAPTER_CONFIG, PREFIX, WEIGHTS, pair_suffixes
+from pretrained.save import _json
+from targets import as_peft_pattern
+
+# PEFT saves the weights of these two beside their adapters, where they are targets by this very name.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+def save_adapter(
+    model: nn.Module,
+    family: Family,
+    folder: str | Path,
+    base: str | None,
+    revision: str | None = None,
+    name: str = "default",
+) -> None:
+    """Write one adapter of the model; the folder appears whole.
+
+    A PiSSA start is written as part of the adapter, of twice the rank, so that it is an ordinary one on the
+    base as published. Rows of new tokens are written as pairs of their own rank where the head has a bias,
+    which PEFT leaves out of such rows' head; elsewhere as `trainable_token_indices`.
+
+    Args:
+        model: With the adapter added, and not merged.
+        family: Whose names the adapter is written in.
+        folder: A new or empty one.
+        base: Folder or hub id that the adapter belongs to.
+        revision: Its commit, where it has one.
+        name: Of the adapter.
+
+    Raises:
+        ValueError: There is no such adapter, or the folder is not empty.
+    """
+    folder = Path(folder)
+    if name not in adapters_of(model):
+        known = ", ".join(adapters_of(model)) or "none"
+        raise ValueError(f"there is no adapter {name!r} to save; the model has {known}")
+    changes = changes_of(model, name)
+    if not changes:
+        raise ValueError("the model's adapters are merged into its weights; call unmerge before saving one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+    values, tensors = _written(model, family, name, changes)
+    values |= {"base_model_name_or_path": base, "revision": revision}
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        whole = {key: tensor.detach().float().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        save_file(whole, temporary / WEIGHTS, metadata={"format": "pt"})
+        with open(temporary / WEIGHTS, "rb") as file:
+            os.fsync(file.fileno())
+        write_atomically(temporary / ADAPTER_CONFIG, _json(values))
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _written(
+    model: nn.Module, family: Family, name: str, changes: Mapping[str, Change]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json without the base, and the tensors."""
+    config, modules = adapters_of(model)[name].config, held_modules(model)
+    names = {our: family.key(our) for our in modules}
+    bases: dict[str, Any] = {our: wrapper.base for our, wrapper in wrappers(model).items()}
+    doubled = any(isinstance(c, LowRank) and c.start_a is not None for c in changes.values())
+    as_pairs = "head" in bases and bases["head"].bias is not None  # which PEFT leaves out beside rows
+    tied_rows = getattr(changes.get("embed"), "rows", None)
+
+    tensors: dict[str, Tensor] = {}
+    targets, whole, rows = [], [], {}
+    for our, change in changes.items():
+        full, key = names[our], PREFIX + names[our]
+        bias = getattr(change, "bias", None)
+        if isinstance(change, Whole):
+            whole.append(full)
+            tensors |= {f"{key}.{part}": tensor for part, tensor in change.copy.state_dict().items()}
+        elif isinstance(change, LowRank):
+            targets.append(full)
+            a, b = change.factors()
+            if doubled and change.start_a is None:  # an embedding, which has no such start
+                a, b = torch.cat((a, torch.zeros_like(a))), torch.cat((b, torch.zeros_like(b)), dim=1)
+            tensors |= _pair(key, a, b, change.magnitude, change.of_embedding)
+        elif isinstance(change, Rows) and as_pairs:
+            targets.append(full)
+            tensors |= _row_pair(key, change, bases[our], config.dora)
+            if config.bias != "none" and bias is None:
+                bias = getattr(bases[our], "bias", None)
+        elif isinstance(change, Rows) and (our == "embed" or change.rows is not tied_rows):  # tied, once
+            rows[full.rsplit(".", 1)[-1]] = change.ids.tolist()
+            tensors[f"{key}.token_adapter.trainable_tokens_delta"] = change.rows
+        if bias is not None:
+            held = f"{key}.base_layer.bias" if full in targets else f"{key}.bias"
+            tensors[held] = bias
+    row_pairs = {names[our]: len(c.ids) for our, c in changes.items() if as_pairs and isinstance(c, Rows)}
+    patterns = _patterns(config, doubled, [full for full in targets if full not in row_pairs], row_pairs)
+
+    able = [names[our] for our, m in modules.items() if is_linear(m) or is_embedding(m)]
+    chosen = _leaves([full for full in able if full not in whole], targets)
+    if not rows and any(leaf in chosen for leaf in EMBEDDING_NAMES):
+        for our in ("embed", "head"):
+            if names[our] in targets:
+                for part, tensor in bases[our].state_dict().items():
+                    tensors.setdefault(f"{PREFIX}{names[our]}.base_layer.{part}", tensor)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        **patterns,
+        "lora_dropout": config.dropout,
+        "target_modules": chosen,
+        "bias": config.bias,
+        "modules_to_save": [_suffix(full, list(names.values())) for full in whole] or None,
+        "trainable_token_indices": rows or None,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }, tensors
+
+
+def _patterns(
+    config: LoraConfig, doubled: bool, chosen: list[str], row_pairs: Mapping[str, int]
+) -> dict[str, Any]:
+    """Rank and alpha, and those of single modules; a pair of n rows has rank n and scale 1."""
+    times = 2 if doubled else 1
+    alpha_times = math.sqrt(times) if config.rslora else times
+    ranks = {key: r * times for key, r in config.rank_pattern.items()}
+    alphas = {key: _number(alpha * alpha_times) for key, alpha in config.alpha_pattern.items()}
+    row_alphas = {full: _number(math.sqrt(n) if config.rslora else n) for full, n in row_pairs.items()}
+    return {
+        "r": config.r * times,
+        "lora_alpha": _number(config.alpha * alpha_times),
+        "rank_pattern": as_peft_pattern(ranks, chosen, row_pairs),
+        "alpha_pattern": as_peft_pattern(alphas, chosen, row_alphas),
+    }
+
+
+def _pair(key: str, a: Tensor, b: Tensor, magnitude: Tensor | None, of_embedding: bool) -> dict[str, Tensor]:
+    suffixes = pair_suffixes(of_embedding)
+    pair = {f"{key}.{suffixes[0]}": a, f"{key}.{suffixes[1]}": b}
+    return pair if magnitude is None else pair | {f"{key}.lora_magnitude_vector": magnitude}
+
+
+def _row_pair(key: str, change: Rows, base: Any, dora: bool) -> dict[str, Tensor]:
+    """Rows as a low-rank pair of their number, one of whose sides picks them."""
+    ids, of_embedding = change.ids.cpu(), is_embedding(base)
+    picks = torch.zeros(len(ids), len(change.slots))
+    picks[torch.arange(len(ids)), ids] = 1
+    delta = change.delta().detach().cpu()
+    a, b = (picks, delta.t()) if of_embedding else (delta, picks.t())
+    magnitude = None
+    if dora:
+        weight = base.weight.detach().float().cpu() + ((b @ a).t() if of_embedding else b @ a)
+        magnitude = torch.linalg.vector_norm(weight, dim=0 if of_embedding else 1)
+    return _pair(key, a, b, magnitude, of_embedding)
+
+
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _leaves(able: list[str], chosen: list[str]) -> list[str]:
+    """The last parts of the names, where they mean exactly these modules; else the whole names."""
+    leaves = list(dict.fromkeys(full.rsplit(".", 1)[-1] for full in chosen))
+    meant = {full for full in able if full.rsplit(".", 1)[-1] in leaves}
+    return leaves if meant == set(chosen) else chosen
+
+
+def _suffix(full: str, names: list[str]) -> str:
+    """The last part, if no other name ends in it: PEFT compares ends of names, not parts."""
+    leaf = full.rsplit(".", 1)[-1]
+    return leaf if [other for other in names if other.endswith(leaf)] == [full] else full
