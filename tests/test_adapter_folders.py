@@ -1,4 +1,4 @@
-"""Adapters in folders as people have them: of a base that was resized, of another base, damaged, or hostile."""
+"""Adapters in folders as people have them: of a base that was resized, of another base, damaged, hostile."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ RESIZED: dict[str, tuple[str, dict[str, Any]]] = {
     "both targets": ("llama gqa", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "a head with a bias": ("codegen", {"target_modules": ["qkv_proj"]}),
     "all biases": ("codegen", {"target_modules": ["qkv_proj"], "bias": "all"}),
-    "a trained head with a bias": ("codegen", {"target_modules": ["qkv_proj"], "modules_to_save": ["lm_head"]}),
+    "a trained head with a bias": (
+        "codegen", {"target_modules": ["qkv_proj"], "modules_to_save": ["lm_head"]}),
 }  # fmt: skip
 
 
