@@ -51,8 +51,9 @@ def save_adapter(
     """Write one adapter of the model; the folder appears whole.
 
     A PiSSA start is written as part of the adapter, of twice the rank, so that it is an ordinary one on the
-    base as published. Rows of new tokens are written as pairs of their own rank where the head has a bias,
-    which PEFT leaves out of such rows' head; elsewhere as `trainable_token_indices`.
+    base as published. Rows of new tokens are written as `trainable_token_indices`, but as pairs of their own
+    rank where those mean something else in PEFT: under a head with a bias, which it then leaves out, and
+    beside a tied head that is a target, whose rows it then replaces.
 
     Args:
         model: With the adapter added, and not merged.
@@ -95,12 +96,14 @@ def save_adapter(
 def _written(
     model: nn.Module, family: Family, name: str, changes: Mapping[str, Change]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json without the base, and the tensors."""
+    """What adapter_config.json holds but for the base, and the tensors."""
     config, modules = adapters_of(model)[name].config, held_modules(model)
     names = {our: family.key(our) for our in modules}
     bases: dict[str, Any] = {our: wrapper.base for our, wrapper in wrappers(model).items()}
     doubled = any(isinstance(c, LowRank) and c.start_a is not None for c in changes.values())
-    as_pairs = "head" in bases and bases["head"].bias is not None  # which PEFT leaves out beside rows
+    tied = "embed" in bases and "head" in bases and bases["embed"].weight is bases["head"].weight
+    as_pairs = "head" in bases and bases["head"].bias is not None
+    as_pairs = as_pairs or (tied and isinstance(changes.get("head"), LowRank))
     tied_rows = getattr(changes.get("embed"), "rows", None)
 
     tensors: dict[str, Tensor] = {}
