@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import architecture
+import changes
 import dataset
 import decoding
 import generate
@@ -484,7 +485,7 @@ def old_gpu() -> contextlib.AbstractContextManager:
 
 
 def adapters_not_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(lora.LowRank, "drawn", lambda self: None)
+    return patch.object(changes.LowRank, "drawn", lambda self: None)
 
 
 def term_dropped() -> contextlib.AbstractContextManager:
