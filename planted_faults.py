@@ -534,7 +534,11 @@ def base_thawed() -> contextlib.AbstractContextManager:
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
         optimizers = right(model, *args)
-        optimizers[0].register_step_post_hook(lambda *_: model.blocks.requires_grad_(True) and None)
+
+        def thaw(*args: Any) -> None:
+            model.blocks.requires_grad_(True)
+
+        optimizers[0].register_step_post_hook(thaw)
         return optimizers
 
     return patch.object(trainingmanager, "build_optimizers", wrong)
