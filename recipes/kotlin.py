@@ -25,6 +25,15 @@ from tokenizer import Tokenizer
 FAMILY = "phi"
 METRICS = ("edit_similarity", "bleu_codexglue")
 EVALUATION: dict[str, Any] = {"metrics": ",".join(METRICS), "language": "kotlin"}
+SMALL: dict[str, Any] = {
+    "per_file": 6,
+    "eval_samples": 100,
+    "max_steps": 200,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup_steps": 10,
+    "validate_every": 50,
+    "validation_batches": 32,
+}
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of the files, and of those that are not test
 FEWEST = 8  # tokens on either side of a cut
 SLACK = 8  # tokens by which prompt and completion may grow where they are encoded apart

@@ -35,7 +35,17 @@ from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, 
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
-EVALUATION = {"metrics": "exact_match,edit_similarity,bleu_code,codebleu"}
+EVALUATION = {"metrics": "exact_match,edit_similarity,bleu_code,codebleu,semantic"}
+# A fresh base takes a larger rate, and no 500 steps to warm up.
+SMALL: dict[str, Any] = {
+    "functions": 300,
+    "eval_samples": 60,
+    "max_steps": 80,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup_steps": 10,
+    "validate_every": 40,
+    "validation_batches": 40,
+}
 HEADER = "### Refactor the following Python code to improve quality:"
 
 

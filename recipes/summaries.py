@@ -26,6 +26,8 @@ from tokenizer import Tokenizer
 FAMILY = "llama"
 METRICS = ("chrf", "rougeL")
 EVALUATION: dict[str, Any] = {"metrics": ",".join(METRICS)}
+SMALL: dict[str, Any] = {"optimizer.lr": 1e-3}
+PROMPTS = ("verbose", "simple")
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of all, and of what is not test
 RECORD = "summaries.json"  # the texts behind the table, in the run's folder
 
@@ -81,7 +83,7 @@ def longest(settings: Settings) -> int:
 def variants(settings: Settings) -> dict[str, Settings]:
     if settings.prompt != "both":
         return {}
-    return {"verbose": replace(settings, prompt="verbose"), "simple": replace(settings, prompt="simple")}
+    return {prompt: replace(settings, prompt=prompt) for prompt in PROMPTS}
 
 
 # --- prompts -----------------------------------------------------------------------------------------
@@ -276,10 +278,15 @@ def _with_related(
 
 
 def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
-    prompt = fitted_prompt(one, related, settings, tokenizer)
+    """`prompts` are for `eval.py --prompts verbose,simple`: each run asked in the other's words, too."""
+    prompts = {
+        name: fitted_prompt(one, related, replace(settings, prompt=name), tokenizer) for name in PROMPTS
+    }
+    prompt = prompts[settings.prompt]
     return {
         "name": f"{one.path}:{one.name}",
         "prompt": prompt,
+        "prompts": prompts,
         "completion": _docstring(one, settings, tokenizer),
         "cut": one.code.rstrip() not in prompt,
     }
