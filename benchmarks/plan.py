@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py                      # all shapes
     python benchmarks/plan.py scratch-deep nf4     # some
+    python benchmarks/plan.py recipes              # what --plan says of each recipe on its published base
 
 Runs train on this repository's own files, guards included, on bases with drawn weights. Printed are peak
 memory and seconds a step, estimated and measured, and their ratio. A measured step is given twice,
@@ -38,6 +39,7 @@ SHAPES: dict[str, tuple[str | None, str]] = {
     "full": ("gpt_bigcode", "--row_length 256 --batch_size 2 --lora.r 0"),
     "lora-large": ("gpt_bigcode", "--row_length 256 --batch_size 1 --lora.targets c_attn,c_proj"),
 }
+BASES = {"refactor": "starcoder", "kotlin": "phi", "fastapi": "codegen", "summaries": "llama"}
 SMALL, LARGE = (8, 8, 512), (12, 12, 768)  # blocks, heads, width
 STEPS = 9  # of which the last three are timed: the guards watch the first ones
 
@@ -65,14 +67,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES), choices=[*SHAPES, "recipes"])
     asked = parser.parse_args()
+    if "recipes" in asked.shapes:
+        recipes()
+    if shapes := [name for name in asked.shapes if name != "recipes"]:
+        compare(shapes)
+
+
+def recipes() -> None:
+    """What the plan says of the four recipes that tune a published model, from its shape alone."""
+    from benchmarks.adapters import SHAPES as PUBLISHED
+    from plan import plan
+
+    for recipe, base in BASES.items():
+        family, values, _ = PUBLISHED[base]
+        with tempfile.TemporaryDirectory() as folder:
+            config = json.dumps({"model_type": family} | values)
+            (Path(folder) / "config.json").write_text(config, "utf-8")
+            words = ["--base", folder, "--config", str(HOUSE / "recipes" / f"{recipe}.yaml")]
+            print(f"{recipe}, {base}\n{plan(parse_config(words))}\n", flush=True)
+
+
+def compare(shapes: list[str]) -> None:
+    """Train in each shape, and print what was foreseen beside what it took."""
     from plan import plan
 
     memory, speed = ("peak memory", "measured", "ratio"), ("a step", "measured", "ratio", "by the clock")
     print(f"{'shape':<20}" + "".join(f"{name:>13}" for name in (*memory, *speed)))
     with tempfile.TemporaryDirectory() as place:
-        for name in asked.shapes:
+        for name in shapes:
             family, flags = SHAPES[name]
             words = [*flags.split(), "--data.source", str(HOUSE), "--data.cache", f"{place}/cache"]
             words += ["--max_steps", str(STEPS), "--run", f"{place}/{name}-run"]
