@@ -171,7 +171,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
             empty.
     """
     longest(settings)
-    documents = _documents(settings, folder.parent / "source")
+    documents = files_of(settings, folder.parent / "source")
     counts = Counts("lines")
     groups = grouped(documents)
     per_file = [
@@ -224,7 +224,7 @@ def row_of(line: Line, with_markers: bool, tokenizer: Tokenizer) -> tuple[dict[s
     return {"prompt": prompt, "completion": line.middle} | where, n
 
 
-def _documents(settings: Settings, work: Path) -> list[tuple[str, str]]:
+def files_of(settings: Settings, work: Path) -> list[tuple[str, str]]:
     """(path, text) of the Python files; of a clone those of FOLDER."""
     if (Path(settings.source) / CORPUS).is_file():
         found = [(row.name, row.text) for row in read_documents(DataConfig(source=settings.source))]

@@ -75,7 +75,18 @@ def check(settings: Settings) -> None:
     check_source(settings.source, ".kt", settings.revision)
 
 
+def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+    return read_files(settings.source, ".kt", settings.revision, settings.under, work)
+
+
 def longest(settings: Settings) -> int:
+    """See recipes/building.py.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+    if settings.window < 4 * FEWEST:
+        raise ValueError(f"--window is {settings.window}; it must be at least {4 * FEWEST} tokens")
     return settings.window + 2 * SLACK
 
 
@@ -86,14 +97,10 @@ def prompt_of(text: str) -> str:
 
 def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such files."""
-    if settings.window < 4 * FEWEST:
-        raise ValueError(f"--window is {settings.window}; it must be at least {4 * FEWEST} tokens")
     counts = Counts("files")
     well_shaped = shape_stage()
     windows: list[tuple[str, list[Window]]] = []
-    for file in read_files(
-        settings.source, ".kt", settings.revision, settings.under, folder.parent / "source"
-    ):
+    for file in files_of(settings, folder.parent / "source"):
         counts.found += 1
         found = cleaned(file, well_shaped) if isinstance(file, Document) else file[1]
         if isinstance(found, Drop):

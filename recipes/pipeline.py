@@ -194,22 +194,24 @@ def run(asked: Asked) -> int:
         return 0
     if check := getattr(asked.module, "check", None):
         check(asked.settings)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    notes: list[str] = []
     lap, config = laps(), asked.config()
-    if asked.less:
-        print(f"settings for a small model: {' '.join(asked.less)}; flags override them", flush=True)
-    if config.train.base == TO_BE_MADE:
-        config = with_small_base(asked, config)
-        notes.append(SMALL_BASE)
-        lap("base")
-    tokenizer = None if config.train.base is None else checked_base(config)
     longest = asked.module.longest(asked.settings)
     if config.train.row_length and config.train.row_length < longest:
         raise ValueError(
             f"--row_length is {config.train.row_length}, and the recipe's settings let an example have "
             f"{longest} tokens: raise it, or ask for shorter examples"
         )
+    asked.out.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    if asked.less:
+        print(f"settings for a small model: {' '.join(asked.less)}; flags override them", flush=True)
+    if config.train.base == TO_BE_MADE:
+        if files_of := getattr(asked.module, "files_of", None):
+            files_of(asked.settings, asked.out / "source")
+        config = with_small_base(asked, config)
+        notes.append(SMALL_BASE)
+        lap("base")
+    tokenizer = None if config.train.base is None else checked_base(config)
     build(asked, tokenizer)
     lap("dataset")
     from recipes.training import finish

@@ -20,7 +20,7 @@ from recipes.building import Counts, RecipeSettings, split, write_dataset
 from recipes.classes import Class, classes_of
 from recipes.files import check_source, read_files
 from recipes.nearby import nearest_of
-from scraping.documents import Document
+from scraping.documents import Document, Drop
 from tokenizer import Tokenizer
 
 FAMILY = "llama"
@@ -74,6 +74,10 @@ class Settings(RecipeSettings):
 
 def check(settings: Settings) -> None:
     check_source(settings.source, ".py", settings.revision)
+
+
+def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+    return read_files(settings.source, ".py", settings.revision, settings.under, work)
 
 
 def longest(settings: Settings) -> int:
@@ -148,9 +152,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such classes."""
     counts = Counts("classes")
     found, unparsed = [], 0
-    for file in read_files(
-        settings.source, ".py", settings.revision, settings.under, folder.parent / "source"
-    ):
+    for file in files_of(settings, folder.parent / "source"):
         try:
             found += classes_of(file.text, file.path) if isinstance(file, Document) else []
         except (SyntaxError, RecursionError):
@@ -278,11 +280,11 @@ def _with_related(
 
 
 def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`prompts` are for `eval.py --prompts verbose,simple`: each run asked in the other's words, too."""
-    prompts = {
-        name: fitted_prompt(one, related, replace(settings, prompt=name), tokenizer) for name in PROMPTS
-    }
-    prompt = prompts[settings.prompt]
+    """`prompts` are for eval.py: `verbose` and `simple`, and `related` where retrieval is asked for."""
+    prompts = {name: fitted_prompt(one, (), replace(settings, prompt=name), tokenizer) for name in PROMPTS}
+    if settings.related:
+        prompts["related"] = fitted_prompt(one, related, settings, tokenizer)
+    prompt = prompts["related" if settings.related else settings.prompt]
     return {
         "name": f"{one.path}:{one.name}",
         "prompt": prompt,
