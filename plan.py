@@ -28,7 +28,7 @@ from typing import Any
 from config import Config, ModelConfig
 
 WARMUP = 1  # steps that fill caches and are not timed
-STEPS, SECONDS = (3, 20), 3.0  # least and most that are timed, and when to stop in between
+STEPS, SECONDS = (2, 20), 3.0  # least and most that are timed, and when to stop in between
 BASE_ROW = 512  # as runmodel's, where nothing is said
 DEPTHS = (1, 3)
 WHOLE = 50_000_000  # weights of a model that is measured with all of its blocks

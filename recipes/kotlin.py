@@ -72,6 +72,15 @@ class Window(NamedTuple):
 
 
 def check(settings: Settings) -> None:
+    if settings.methods:  # not only when all else is done
+        if settings.method_samples < 2:
+            raise ValueError(
+                f"--method_samples is {settings.method_samples}, and an interval needs at least 2"
+            )
+        from suites.codexglue import method_task
+        from suites.task import Given
+
+        method_task(Given(None, 2, settings.method_samples, 0, 0, file=settings.methods))
     check_source(settings.source, ".kt", settings.revision)
 
 

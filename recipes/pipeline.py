@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -82,6 +83,10 @@ def parse_words(name: str, words: list[str]) -> Asked:
         values = parser.parse_args([*small, *mine]).clone(with_meta=False).as_dict()
         asked = Asked(name, module, _settings(module, values), [*more, *rest], less)
         asked.config()
+    for field in dataclasses.fields(asked.settings):
+        value = getattr(asked.settings, field.name)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            parser.error(f"--{field.name} is {value}; it must be at least 0, and finite")
     if asked.settings.eval_samples < 2:
         parser.error(f"--eval_samples is {asked.settings.eval_samples}, and an interval needs at least 2")
     if not asked.settings.base_seconds > 0:

@@ -73,6 +73,15 @@ class Settings(RecipeSettings):
 
 
 def check(settings: Settings) -> None:
+    for name in ("min_words", "code_tokens", "docstring_tokens"):
+        if getattr(settings, name) < 2:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 2")
+    if settings.temperature == 0:
+        raise ValueError(
+            "--temperature is 0, by which sampled texts would be the greedy ones again; raise it"
+        )
+    if not 0 < settings.top_p <= 1:
+        raise ValueError(f"--top_p is {settings.top_p}; it must be above 0 and at most 1")
     check_source(settings.source, ".py", settings.revision)
 
 

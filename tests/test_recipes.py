@@ -452,6 +452,12 @@ def test_a_mistake_is_one_sentence(
         ("kotlin --source EMPTY --window 9", "--window is 9; it must be at least 32 tokens"),
         ("kotlin --source EMPTY --base_seconds 0", "--base_seconds is 0.0; it must be above 0"),
         ("kotlin", "no source is named"),
+        ("kotlin --source EMPTY --methods nowhere", "nowhere"),
+        ("kotlin --source EMPTY --methods METHODS", "METHODS line 1"),
+        ("kotlin --source EMPTY --per_file -3", "--per_file is -3; it must be at least 0"),
+        ("summaries --source EMPTY --top_p 2", "--top_p is 2.0; it must be above 0 and at most 1"),
+        ("summaries --source EMPTY --temperature 0", "would be the greedy ones again"),
+        ("refactor --eval_samples 1", "an interval needs at least 2"),
     ],
 )
 def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
@@ -466,6 +472,7 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recipes.base, "make_base", None)
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "METHODS").write_text('{"signature": "def f():"}\n', "utf-8")
     with pytest.raises(SystemExit) as ended:
         main(recipe.split())
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
