@@ -67,11 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shapes", nargs="*", default=list(SHAPES), choices=[*SHAPES, "recipes"])
-    asked = parser.parse_args()
-    if "recipes" in asked.shapes:
+    parser.add_argument("shapes", nargs="*", choices=[*SHAPES, "recipes"])
+    asked = parser.parse_args().shapes or list(SHAPES)
+    if "recipes" in asked:
         recipes()
-    if shapes := [name for name in asked.shapes if name != "recipes"]:
+    if shapes := [name for name in asked if name != "recipes"]:
         compare(shapes)
 
 

@@ -234,7 +234,8 @@ def run(asked: Asked) -> int:
 
 def laps() -> Callable[[str], str]:
     """A clock that is told what has just ended, and says how long each and all of it took."""
-    begun, took = time.monotonic(), {}
+    begun = time.monotonic()
+    took: dict[str, float] = {}
 
     def clock(seconds: float) -> str:
         return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
