@@ -67,8 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shapes", nargs="*", choices=[*SHAPES, "recipes"])
+    known = [*SHAPES, "recipes"]
+    parser.add_argument("shapes", nargs="*", help=", ".join(known))  # `choices` would refuse none at all
     asked = parser.parse_args().shapes or list(SHAPES)
+    if unknown := [name for name in asked if name not in known]:
+        parser.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
     if "recipes" in asked:
         recipes()
     if shapes := [name for name in asked if name != "recipes"]:
