@@ -393,8 +393,8 @@ class TrainConfig:
         max_steps: Budget in updates; 0 is none.
         max_epochs: Budget in passes over the data; 0 is none.
         validate_every: Steps between validations; 0 validates only at the end.
-        validation_batches: Batches in each validation, spread evenly over the validation files; the best
-            checkpoint is chosen by them. The scores at the end read all test files.
+        validation_rows: Rows in each validation, spread evenly over the validation files, the same ones for
+            any batch size; the best checkpoint is chosen by them. The scores at the end read all test files.
         patience: Stop after this many validations without a better loss; 0 never does.
         save_every: Steps between checkpoints that are kept for good; 0 keeps only the best and the last.
         keep: How many of those to keep; 0 keeps all.
@@ -424,7 +424,7 @@ class TrainConfig:
     max_steps: int = 0
     max_epochs: float = 0.0
     validate_every: int = 100
-    validation_batches: int = 8
+    validation_rows: int = 64
     patience: int = 0
     save_every: int = 0
     keep: int = 0
@@ -470,7 +470,7 @@ class Config:
             ValueError: A key, type or value is not allowed; one sentence.
         """
         try:
-            config = _build(values, BEFORE)
+            config = _build(_in_rows(values), BEFORE)
             check_ranges(config)
         except ValueError as error:
             raise ValueError(f"the saved config cannot be read: {_one_line(str(error))}") from None
@@ -500,7 +500,7 @@ RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"
     "max_steps": (0, None, ""),
     "max_epochs": (0, None, ""),
     "validate_every": (0, None, ""),
-    "validation_batches": (1, None, ""),
+    "validation_rows": (1, None, ""),
     "patience": (0, None, ""),
     "save_every": (0, None, ""),
     "keep": (0, None, ""),
@@ -709,6 +709,15 @@ def _flat(config: Config) -> dict[str, Any]:
     groups = {key: value for key, value in nested.items() if isinstance(value, dict)}
     flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
     return flat | {key: value for key, value in nested.items() if key not in groups}
+
+
+def _in_rows(values: Any) -> Any:
+    """The same of a run saved when a validation's size was given in batches."""
+    if not isinstance(values, dict) or type(batches := values.get("validation_batches")) is not int:
+        return values
+    rows = values.get("batch_size", TrainConfig.batch_size)
+    rest = {key: value for key, value in values.items() if key != "validation_batches"}
+    return rest | ({"validation_rows": batches * rows} if type(rows) is int else {})
 
 
 def _build(values: Any, missing: dict[str, Any] | None = None) -> Config:

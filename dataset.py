@@ -539,11 +539,11 @@ class Batches:
 def validation_batches(
     store: TokenStore, batch_size: int, block_size: int, limit: int = 0
 ) -> Iterator[Batch]:
-    """Every batch of one pass in order, or `limit` of them spread evenly; others are not made.
+    """The batches of one pass in order, or of `limit` of its rows, spread evenly; others are not made.
 
     In a whole pass each token is a target exactly once, but for the first of its document and prompts. The
     end of a row and the missing rows of the last batch are padding with `IGNORE_INDEX` labels, so all batches
-    have one shape.
+    have one shape. Which rows are shown does not depend on how many share a batch.
 
     Raises:
         ValueError: a size below 1, a store of less than two tokens, or an example whose completion does not
@@ -551,8 +551,8 @@ def validation_batches(
     """
     if batch_size < 1 or limit < 0:
         raise ValueError(
-            f"a validation of {limit} batches of {batch_size} rows: it needs at least 1 row, and at least 0 "
-            "batches, which means all"
+            f"a validation of {limit} rows in batches of {batch_size}: a batch needs at least 1 row, and 0 "
+            "rows means all"
         )
     return (batch for batch, _ in numbered_batches(store, batch_size, block_size, limit))
 
@@ -566,11 +566,10 @@ def numbered_batches(
     """
     rows = _rows_of(store, np.arange(store.n_documents), block_size)
     order = rows.documents if isinstance(rows, _ExampleRows) else np.arange(store.n_documents)
-    n_batches = -(-rows.n_rows // batch_size)
-    n_shown = min(limit, n_batches) or n_batches
-    for number in range(n_shown):
-        start = number * n_batches // n_shown * batch_size
-        chosen = np.arange(start, start + batch_size)
+    n_shown = min(limit, rows.n_rows) or rows.n_rows
+    numbers = np.arange(n_shown) * rows.n_rows // n_shown
+    missing = np.full(-n_shown % batch_size, rows.n_rows)
+    for chosen in np.concatenate((numbers, missing)).reshape(-1, batch_size):
         batch = rows.batch(chosen)
         place = rows.first_documents(chosen)[:, None] + batch.document_ids.numpy()
         yield batch, order[np.clip(place, 0, len(order) - 1)]

@@ -50,7 +50,7 @@ def prove_resume(config: Config) -> bool:
         max_seconds=0.0,
         max_epochs=0.0,
         validate_every=steps,
-        validation_batches=min(given.validation_batches, 2),
+        validation_rows=min(given.validation_rows, 2 * given.batch_size),
         patience=0,
         save_every=steps,
         keep=0,

@@ -125,7 +125,7 @@ KEY_CLASSES: dict[str, str] = {
     "max_steps": WARNED,
     "max_epochs": WARNED,
     "validate_every": FREE,
-    "validation_batches": WARNED,
+    "validation_rows": WARNED,
     "patience": FREE,
     "save_every": FREE,
     "keep": FREE,

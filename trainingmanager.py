@@ -180,7 +180,7 @@ class TrainingManager:
             test=self.data.test,
             micro_batch=self.micro_batch,
             batches=self.batches,
-            validation_batches=self.validation_batches,
+            validation_batches=lambda n: self.validation_batches(n * self.config.train.batch_size),
             loss=self.loss,
             score=self.score,
             precision=self.precision,
@@ -326,7 +326,7 @@ class TrainingManager:
     # --- validation, checkpoints, what is shown ------------------------------------------------------
 
     def validate(self, limit: int = 0) -> Scores:
-        """Scores on `limit` batches spread evenly over the validation files; 0 reads all of them."""
+        """Scores on `limit` rows spread evenly over the validation files; 0 reads all of them."""
         return self.score(self.validation_batches(limit))
 
     def score(self, batches: Iterable[Batch]) -> Scores:
@@ -345,7 +345,7 @@ class TrainingManager:
     def validate_and_save(self, log: Log) -> dict[str, float]:
         """Validate, keep count of patience, and save; only then tell. Returns what is logged."""
         train, state = self.config.train, self.state
-        scores = self.validate(train.validation_batches)
+        scores = self.validate(train.validation_rows)
         if not math.isfinite(scores.loss):
             raise ValueError(
                 f"the validation loss of step {state.step} is {scores.loss}, so it was not saved; "

@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {
     "eval_samples": 100,
     "max_steps": 100,
     "optimizer.lr": 1e-3,
-    "validation_batches": 16,
+    "validation_rows": 64,
 }
 SHARES = {"test": 0.1, "validation": 0.1}  # of the lines; the seed's 80/10/10
 NEIGHBOURS = 3  # lines on each side that make two lines one and the same

@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
     "optimizer.lr": 1e-3,
     "optimizer.warmup_steps": 10,
     "validate_every": 50,
-    "validation_batches": 32,
+    "validation_rows": 256,
 }
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of the files, and of those that are not test
 FEWEST = 8  # tokens on either side of a cut

@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {
     "optimizer.lr": 1e-3,
     "optimizer.warmup_steps": 10,
     "validate_every": 40,
-    "validation_batches": 40,
+    "validation_rows": 40,
 }
 HEADER = "### Refactor the following Python code to improve quality:"
 

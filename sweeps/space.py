@@ -36,7 +36,7 @@ NOT_A_SETTING = {
     **dict.fromkeys(("run", "resume", "prove_resume", "overfit", "allow"), "is no setting of a model"),
     **dict.fromkeys(
         (
-            "validation_batches",
+            "validation_rows",
             "eval_precision",
             *(f"data.{name}" for name in ("source", "suffixes", "text_field", "group_field", "regroup")),
             *(f"data.{name}" for name in ("validation_one_in", "test_one_in", "drop_comments")),

@@ -297,7 +297,7 @@ def test_settings_of_an_adapter_that_nothing_reads_are_refused(
 
 def test_a_key_that_something_reads_is_not_called_unused() -> None:
     parse_config(["--validate_every", "0", "--save_every", "5", "--patience", "3"])
-    parse_config(["--validate_every", "0", "--validation_batches", "3"])
+    parse_config(["--validate_every", "0", "--validation_rows", "3"])
     parse_config(["--tokenizer.path", "x", "--tokenizer.kind", "pretrained"])
     parse_config(["--tokenizer.path", "x", "--data.fim_rate", "0.5"])
     parse_config(["--base", "x", "--data.fim_rate", "1", "--data.loss_on", "all"])

@@ -815,25 +815,32 @@ def test_rows_with_equal_parts_but_another_suffix_are_no_duplicates(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["examples", "plain"])
-def test_a_limited_validation_makes_no_batch_it_does_not_show(tmp_path: Path, monkeypatch, kind: str):
+def test_a_limited_validation_makes_no_row_it_does_not_show(tmp_path: Path, monkeypatch, kind: str):
     make = {
         "examples": lambda: example_store(tmp_path / "s", [(3, 4)] * 100),
         "plain": lambda: range_store(tmp_path / "s", [90] * 10),
     }[kind]
     store = make()
-    whole = list(validation_batches(store, 2, 8))
+    whole = list(validation_batches(store, 1, 8))
     made = []
     filled = dataset._filled
     monkeypatch.setattr(dataset, "_filled", lambda *args: made.append(1) or filled(*args))
     for limit in (1, 3, 7, len(whole) * 2 // 3, len(whole) - 1, len(whole), len(whole) + 5):
         made.clear()
-        shown = list(validation_batches(store, 2, 8, limit))
+        shown = list(validation_batches(store, 1, 8, limit))
         assert len(made) == len(shown) == min(limit, len(whole))
         places = [next(i for i, batch in enumerate(whole) if same(batch, one)) for one in shown]
-        if kind == "plain":  # whose batches all differ
+        if kind == "plain":  # whose rows all differ
             steps = np.diff([*places, len(whole)])
             assert places[0] == 0 and (steps.max() - steps.min() <= 1 and steps.min() >= 1)
-    with pytest.raises(ValueError, match="at least 0 batches"):
+        for rows in (2, 3, 64):  # to a batch
+            batches = list(validation_batches(store, rows, 8, limit))
+            assert [len(batch.tokens) for batch in batches] == [rows] * -(-len(shown) // rows)
+            assert [list(targets(batch)) for batch in batches] == [
+                [t for one in shown[start : start + rows] for t in targets(one)]
+                for start in range(0, len(shown), rows)
+            ]
+    with pytest.raises(ValueError, match="a validation of -1 rows"):
         next(validation_batches(store, 2, 8, -1))
 
 

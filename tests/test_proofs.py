@@ -47,7 +47,7 @@ def config(corpus: Path, tmp_path: Path) -> Config:
         model=ModelConfig(block_size=32, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(
-            run=str(tmp_path / "run"), max_steps=6, batch_size=4, validation_batches=1, validate_every=2,
+            run=str(tmp_path / "run"), max_steps=6, batch_size=4, validation_rows=4, validate_every=2,
             save_every=1, keep=2, log_every=1,
         ),
     )  # fmt: skip
