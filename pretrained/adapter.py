@@ -23,22 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from changes import Change, LowRank, Rows, Whole, is_embedding, is_linear, sizes
 from config import LoraConfig, write_atomically
-from lora import (
-    Adapted,
-    Change,
-    LowRank,
-    Rows,
-    Whole,
-    adapters_of,
-    add_adapter,
-    changes_of,
-    held_modules,
-    is_embedding,
-    is_linear,
-    sizes,
-    wrappers,
-)
+from lora import Adapted, adapters_of, add_adapter, changes_of, held_modules, wrappers
 from pretrained.family import Family
 from pretrained.folder import DTYPES, Entry, inner_path, read_bin, read_header, read_json, shown
 from pretrained.save import _json
