@@ -129,8 +129,8 @@ def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
     for name, module in list(model.named_modules()):
         for part, p in list(module.named_parameters(recurse=False)):
             value = torch.empty(p.shape, dtype=dtype).normal_(std=0.02)
-            if isinstance(module, LayerNorm | RMSNorm):  # else all that it lets through is next to nothing, and nothing learns
-                value += part == "weight"
+            if isinstance(module, LayerNorm | RMSNorm) and part == "weight":
+                value += 1  # else next to nothing gets through, and nothing learns
             if held and part == "weight" and isinstance(module, nn.Linear) and "blocks." in name:
                 module = replace_linear(model, name, held, value)
             elif not (name == "head" and part == "weight" and config.tie_embeddings):
