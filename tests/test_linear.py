@@ -79,6 +79,21 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     assert layer(x[:0]).shape == (0, 1, 70)
 
 
+def test_more_rows_take_the_way_of_few_where_the_weight_is_huge(monkeypatch):
+    monkeypatch.setattr(linear, "LEAST", 96 * 70)
+    monkeypatch.setattr(linear, "HUGE", 97 * 70)
+    taken, way = [], linear.few_rows
+    monkeypatch.setattr(linear, "few_rows", lambda x, *rest: taken.append(len(x)) or way(x, *rest))
+    for n_in in (95, 96, 97):
+        layer = Linear(n_in, 70)
+        with torch.no_grad():
+            for rows in (1, 2, linear.FEW_ROWS, linear.FEW_ROWS + 1, linear.MORE_ROWS, linear.MORE_ROWS + 1):
+                x = torch.randn(rows, n_in)
+                torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    few, more = linear.FEW_ROWS, linear.MORE_ROWS
+    assert taken == [2, few, 2, few, few + 1, more]  # none of the small, few of the large, more of the huge
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_two_dtypes_are_refused_as_f_linear_does(rows, monkeypatch):
     monkeypatch.setattr(linear, "LEAST", 0)
