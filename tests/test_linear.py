@@ -79,19 +79,19 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     assert layer(x[:0]).shape == (0, 1, 70)
 
 
-def test_more_rows_take_the_way_of_few_where_the_weight_is_huge(monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 96 * 70)
-    monkeypatch.setattr(linear, "HUGE", 97 * 70)
+def test_which_products_take_the_way_of_few_rows(monkeypatch):
+    monkeypatch.setattr(linear, "LEAST", 70 * 70)
     taken, way = [], linear.few_rows
     monkeypatch.setattr(linear, "few_rows", lambda x, *rest: taken.append(len(x)) or way(x, *rest))
-    for n_in in (95, 96, 97):
-        layer = Linear(n_in, 70)
+    few, wide = linear.FEW_ROWS, linear.WIDE_ROWS
+    for n_in, n_out, expected in ((70, 69, []), (71, 70, [2, few]), (70, 70, [2, few, few + 1, wide])):
+        layer = Linear(n_in, n_out)
         with torch.no_grad():
-            for rows in (1, 2, linear.FEW_ROWS, linear.FEW_ROWS + 1, linear.MORE_ROWS, linear.MORE_ROWS + 1):
+            for rows in (1, 2, few, few + 1, wide, wide + 1):
                 x = torch.randn(rows, n_in)
                 torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-    few, more = linear.FEW_ROWS, linear.MORE_ROWS
-    assert taken == [2, few, 2, few, few + 1, more]  # none of the small, few of the large, more of the huge
+        assert taken == expected, (n_in, n_out)
+        taken.clear()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
