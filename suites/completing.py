@@ -185,7 +185,7 @@ def complete(
 def rows_at_a_time(model: Decoder, longest: int) -> int:
     """Rows of `longest` tokens that fit a part of the memory that is free: of a GPU half, else a quarter.
 
-    Of each row there are keys and values, twice while finished rows leave; the prompt's widest activations;
+    Of each row there are keys and values, twice while others join; the prompt's widest activations;
     and a few copies of its logits. It is a reckoning: who is wrong halves.
     """
     config, weight = model.config, model.embed.weight

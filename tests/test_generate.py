@@ -21,7 +21,6 @@ import linear
 from architecture import Decoder
 from config import ModelConfig
 from decoding import (
-    KVCache,
     _beam_search,
     _Run,
     adjust_logits,
@@ -36,6 +35,7 @@ from decoding import (
     sample,
 )
 from generate import GenerationConfig, generate, printable, prompt_ids, trim_prompt
+from kvcache import KVCache
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
