@@ -45,6 +45,8 @@ from tokenstore import FORMAT, TokenStore, build_store, open_store
 IGNORE_INDEX = -100
 # Starting the processes takes 0.3 to 0.5 s. At 3 MB/s a core two of them are ahead from about 4 MB on.
 POOL_PAYS_BYTES = 4_000_000
+GAPS_READ = 1000  # documents, for the share of gaps that rows show whole
+GAPS_SEEN = 0.5  # below this share a run warns
 HOUSE = Path(__file__).parent
 
 
@@ -350,6 +352,22 @@ def shown(store: TokenStore, block_size: int) -> Shown:
 def is_trimmed(store: TokenStore, block_size: int) -> np.ndarray:
     """(n_documents,) bool: the examples that lose of their prompt in a row. Plain texts are cut instead."""
     return store.holds_examples & (np.diff(store.offsets) > block_size + 1)
+
+
+def gaps_in_sight(store: TokenStore, markers: tuple[int, int, int], block_size: int) -> float:
+    """Share of the tokens that fill a gap of a plain document whose row shows the document from its start on,
+    and so all three markers: expected over where rows are cut. 1 without gaps; of `GAPS_READ` evenly spread.
+    """
+    numbers = np.flatnonzero(np.diff(store.offsets))
+    numbers = numbers[store.gather(store.offsets[numbers]) == markers[0]]
+    seen = tokens = 0
+    for number in numbers[:: max(1, len(numbers) // GAPS_READ)].tolist():
+        ids = store.document(number)
+        places = np.arange(int(np.flatnonzero(ids == markers[2])[0]) + 1, len(ids))
+        # A target stands at each of a row's block_size places alike; at `place` or later it sees the start.
+        seen += np.maximum(0, 1 - (places - 1) / block_size).sum()
+        tokens += len(places)
+    return float(seen / tokens) if tokens else 1.0
 
 
 def as_shown(store: TokenStore, number: int, rows: Shown) -> np.ndarray:

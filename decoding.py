@@ -1,8 +1,10 @@
-"""Ids from a model: the KV cache, sampling, beam search. `generate.py` makes text of it.
+"""Ids from a model: sampling, beam search, many prompts at a time. `generate.py` makes text of it.
 
     padded prompts -> one forward -> a token a step -> the ids of each continuation
 
-The cache belongs to generation: `KVCache` is made here, passed to the model, and gone when the text is done.
+A row that has ended leaves the batch at once; where there are more prompts than rows, others take the places
+that became free.
+
 Prompts of unequal length share a batch by padding on the left. Padding is document -1, which nothing else
 sees, and each row counts its positions from its own first token, so a batch gives what single prompts give.
 
@@ -27,9 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import ABSOLUTE_POSITIONS, Decoder
+from kvcache import KVCache
 
 if TYPE_CHECKING:  # it is defined where a command line can be read before torch is imported
     from generate import GenerationConfig
+
+# Where prompts wait: places that have to be free before some of them are read, as a share of all, since each
+# time costs a pass and a copy of the cache; and columns of the cache that rows may waste on padding.
+FREE_PLACES = 0.25
+SPARE_COLUMNS = 64
 
 Stopped = Callable[[int, list[int]], bool]  # (index of the prompt, ids generated so far) -> has it ended
 
@@ -45,103 +53,6 @@ class Generated(NamedTuple):
     ids: list[int]
     log_prob: float
     finish_reason: str
-
-
-# --- the cache ------------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values (B, H_kv, max_length, D) of each layer, and document ids (B, max_length).
-
-    The memory is taken once, at the first call, when the model shows its shape, dtype and device.
-
-    Args:
-        n_layer: Layers of the model.
-        max_length: Most tokens a row will hold, padding included.
-    """
-
-    def __init__(self, n_layer: int, max_length: int):
-        self.max_length = max_length
-        self.length = 0  # counts this call's tokens as soon as `extend_documents` has run
-        self._start = 0
-        self._mixed = False  # whether some row holds more than one document, as padded rows do
-        self._documents: Tensor | None = None
-        self._keys: list[Tensor | None] = [None] * n_layer
-        self._values: list[Tensor | None] = [None] * n_layer
-
-    def extend_documents(self, document_ids: Tensor) -> Tensor | None:
-        """Append (B, T) document ids; returns (B, length), or None where each row holds one document.
-
-        Comes before the call's `update`s. Where it is None no mask has to be made.
-
-        Raises:
-            ValueError: The tokens do not fit.
-        """
-        self._start, self.length = self.length, self.length + document_ids.size(1)
-        if self.length > self.max_length:
-            raise ValueError(
-                f"{self.length} tokens do not fit a cache of {self.max_length}; give it a larger max_length"
-            )
-        self._documents = self._extended(self._documents, document_ids, 1)
-        if not self._mixed:
-            self._mixed = not torch.equal(document_ids, self._documents[:, :1].expand_as(document_ids))
-        return self._documents[:, : self.length] if self._mixed else None
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, H_kv, T, D); returns all so far, (B, H_kv, length, D)."""
-        self._keys[layer] = keys = self._extended(self._keys[layer], k, 2)
-        self._values[layer] = values = self._extended(self._values[layer], v, 2)
-        return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows (n,) in this order: drops finished rows, copies and reorders beams."""
-
-        def selected(x: Tensor | None, dim: int) -> Tensor | None:
-            """Of new memory; what nothing was written to is not copied."""
-            if x is None:
-                return None
-            new = x.new_empty(len(rows), *x.shape[1:])
-            torch.index_select(x.narrow(dim, 0, self.length), 0, rows, out=new.narrow(dim, 0, self.length))
-            return new
-
-        self._documents = selected(self._documents, 1)
-        if self._mixed and self._documents is not None:  # the padded rows may be the ones that left
-            read = self._documents[:, : self.length]
-            self._mixed = not torch.equal(read, read[:, :1].expand_as(read))
-        for layer in range(len(self._keys)):
-            self._keys[layer] = selected(self._keys[layer], 2)
-            self._values[layer] = selected(self._values[layer], 2)
-
-    def join(self, parts: Sequence[KVCache]) -> None:
-        """Take the rows of other caches, one after the other, in the place of none.
-
-        What they hold ends in one column; before a shorter one stands padding, document -1.
-        """
-        self.length = max(part.length for part in parts)
-
-        def joined(buffers: Sequence[Tensor | None], dim: int, fill: int) -> Tensor:
-            there = [buffer for buffer in buffers if buffer is not None]
-            shape = [sum(map(len, there)), *there[0].shape[1:]]
-            shape[dim] = self.max_length
-            own, row = there[0].new_full(shape, fill), 0
-            for buffer, part in zip(there, parts, strict=True):
-                place = own[row : row + len(buffer)].narrow(dim, self.length - part.length, part.length)
-                place.copy_(buffer.narrow(dim, 0, part.length))
-                row += len(buffer)
-            return own
-
-        self._documents = joined([part._documents for part in parts], 1, -1)
-        read = self._documents[:, : self.length]
-        self._mixed = not torch.equal(read, read[:, :1].expand_as(read))
-        for layer in range(len(self._keys)):
-            self._keys[layer] = joined([part._keys[layer] for part in parts], 2, 0)
-            self._values[layer] = joined([part._values[layer] for part in parts], 2, 0)
-
-    def _extended(self, buffer: Tensor | None, x: Tensor, dim: int) -> Tensor:
-        if buffer is None:
-            buffer = x.new_zeros(*x.shape[:dim], self.max_length, *x.shape[dim + 1 :])
-        buffer.narrow(dim, self._start, x.size(dim)).copy_(x)
-        return buffer
 
 
 # --- logits to logits -----------------------------------------------------------------------------
@@ -295,8 +206,10 @@ def generate_ids(
     vocab_size: int | None = None,
     stopped: Stopped | None = None,
     first_row: int | Sequence[int] = 0,
+    most_rows: int | None = None,
+    ended: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
-    """Continue each list of ids, in one batch. `settings.stop` is text: here `stopped` takes its place.
+    """Continue each list of ids. `settings.stop` is text: here `stopped` takes its place.
 
     Args:
         model, settings: As for `generate`.
@@ -305,6 +218,9 @@ def generate_ids(
         eos_id: The token that ends a text, or several.
         vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.
         stopped: Asked after each token whether the text has ended.
+        most_rows: Prompts under way at a time; further ones wait, in their order, until places are free. None
+            for all, as a beam search has it. It does not change what is generated.
+        ended: Called with the index of a prompt and what came of it, as soon as it has ended.
 
     Raises:
         ValueError: A prompt is empty, holds an id outside the vocabulary or does not fit the model's
@@ -315,10 +231,11 @@ def generate_ids(
     _check_prompts(model, prompts, settings)
     ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
     with _evaluating(model), torch.inference_mode():
-        run = _Run(model, prompts, settings, vocab_size)
         if settings.num_beams > 1:
-            return _beam_search(run, settings, ends, stopped)
-        return _token_by_token(run, settings, ends, stopped, first_row)
+            assert most_rows is None and ended is None, "beams of all prompts are under way together"
+            return _beam_search(_Run(model, prompts, settings, vocab_size), settings, ends, stopped)
+        run = _Run(model, prompts, settings, vocab_size, most_rows)
+        return _token_by_token(run, settings, ends, stopped, first_row, ended)
 
 
 @contextmanager
@@ -334,48 +251,81 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Run:
-    """The rows under way: the next token's logits, and all that must be reordered when rows are."""
+    """The rows under way: the next token's logits, and all that must be reordered when rows are.
+
+    `prompts` has the number of each row's prompt; `waiting` the numbers of those that have no row yet.
+    """
 
     def __init__(
-        self, model: Decoder, prompts: Sequence[list[int]], settings: GenerationConfig, vocab_size: int | None
+        self,
+        model: Decoder,
+        prompts: Sequence[list[int]],
+        settings: GenerationConfig,
+        vocab_size: int | None,
+        most_rows: int | None = None,
     ):
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.asked = model, settings, prompts
         self.vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
         self.device = model.embed.weight.device
-        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
-        self.cache = KVCache(model.config.n_layer, int(lengths.max()) + settings.max_new_tokens)
-        self.positions = lengths[:, None] - 1  # (n, 1), of the last token read
+        self.most_rows = most_rows or len(prompts)
+        self.prompts: list[int] = []
+        self.waiting = list(range(len(prompts)))
+        self.cache = KVCache(model.config.n_layer, self._columns())
+        self.positions = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # of the last token read
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
-            V = model.config.vocab_size
-            self.seen = torch.zeros(len(prompts), V, dtype=torch.bool, device=self.device)
-            for row, ids in enumerate(prompts):  # not from `tokens`: the padding's token was not seen
-                self.seen[row, ids] = True
-        self._choose_from(self._read_prompts(prompts))
+            self.seen = torch.zeros(0, model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self._choose_from(self._admit(self.most_rows))
 
-    def _read_prompts(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Hidden states (n, C) of their last tokens. Equal ones, as the draws of one have, are read once."""
-        unique = list(dict.fromkeys(map(tuple, prompts)))
+    def _columns(self) -> int:
+        """Of the cache: for the longest text, and some to waste where rows begin at different times."""
+        config = self.model.config
+        needed = max(map(len, self.asked)) + self.settings.max_new_tokens
+        if len(self.asked) <= self.most_rows:
+            return needed
+        end = needed + SPARE_COLUMNS
+        if config.position in ABSOLUTE_POSITIONS:
+            end = min(end, config.block_size)
+        elif config.rope_scaling == "dynamic":
+            end = min(end, config.rope_context)
+        return max(needed, end)
+
+    def _admit(self, n: int) -> Tensor:
+        """Read the first n prompts that wait: hidden states (n, C) of their last tokens, as further rows.
+
+        Equal prompts, as the draws of one have, are read once.
+        """
+        numbers, self.waiting = self.waiting[:n], self.waiting[n:]
+        equal: dict[tuple[int, ...], list[int]] = {}
+        for number in numbers:
+            equal.setdefault(tuple(self.asked[number]), []).append(number)
+        unique = list(equal)
         # On a GPU a pass that is small costs as much as a larger one.
         passes = [list(range(len(unique)))]
         if self.device.type == "cpu":
             passes = read_together([len(ids) for ids in unique])
-        if len(passes) == 1 and len(unique) == len(prompts):
-            return self.model.hidden(*pad_left(prompts, self.device), self.cache)[:, -1]
-        hidden = self._read_apart([[list(unique[row]) for row in rows] for rows in passes])
-        places = {unique[row]: place for place, row in enumerate(itertools.chain(*passes))}
-        index = torch.tensor([places[tuple(ids)] for ids in prompts], device=self.device)
-        self.cache.select(index)
-        return hidden[index]
-
-    def _read_apart(self, passes: Sequence[list[list[int]]]) -> Tensor:
-        """The same of prompts that are read in several passes, one after the other, into one cache."""
-        hidden, parts = [], []
-        for asked in passes:
-            part = KVCache(self.model.config.n_layer, max(map(len, asked)))
-            hidden.append(self.model.hidden(*pad_left(asked, self.device), part)[:, -1])
-            parts.append(part)
-        self.cache.join(parts)
+        hidden, parts, order = [], [], []
+        for together in passes:
+            texts = [list(unique[i]) for i in together]
+            alone = len(passes) == 1 and not self.cache.length  # then it needs no cache of its own
+            part = self.cache if alone else KVCache(self.model.config.n_layer, max(map(len, texts)))
+            read = self.model.hidden(*pad_left(texts, self.device), part)[:, -1]
+            rows = [row for row, i in enumerate(together) for _ in equal[unique[i]]]
+            if len(rows) > len(together):
+                part.select(rows)
+            hidden.append(read[rows])
+            order += [number for i in together for number in equal[unique[i]]]
+            parts += [] if alone else [part]
+        if parts:
+            self.cache.join(parts)
+        self.prompts += order
+        lengths = torch.tensor([len(self.asked[number]) for number in order], device=self.device)
+        self.positions = torch.cat((self.positions, lengths[:, None] - 1))
+        if self.seen is not None:
+            seen = self.seen.new_zeros(len(order), self.seen.size(1))
+            for row, number in enumerate(order):  # not from the tokens read: that of padding was not seen
+                seen[row, self.asked[number]] = True
+            self.seen = torch.cat((self.seen, seen))
         return torch.cat(hidden)
 
     def _choose_from(self, hidden: Tensor) -> None:
@@ -395,19 +345,28 @@ class _Run:
         return (self.own_logits[rows, ids].double() - self.log_total[rows, 0]).tolist()
 
     def advance(self, rows: list[int], ids: list[int]) -> None:
-        """Keep `rows`, in this order, and read one token id for each."""
-        if rows != list(range(len(self.logits))):
-            index = torch.tensor(rows, device=self.device)
-            self.cache.select(index)
+        """Keep `rows`, in this order, and read one token id for each; prompts that wait take free places."""
+        if rows != list(range(len(self.prompts))):
+            index = torch.tensor(rows, dtype=torch.long, device=self.device)
+            self.cache.select(rows)
+            self.prompts = [self.prompts[row] for row in rows]
             self.positions = self.positions[index]
             if self.seen is not None:
                 self.seen = self.seen[index]
-        tokens = torch.tensor(ids, device=self.device)[:, None]
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens, True)
-        self.positions = self.positions + 1
-        hidden = self.model.hidden(tokens, self.positions, torch.zeros_like(tokens), self.cache)
-        self._choose_from(hidden[:, -1])
+        hidden = []
+        if rows:
+            if self.cache.length == self.cache.max_length:
+                self.cache.join(())
+            tokens = torch.tensor(ids, device=self.device)[:, None]
+            if self.seen is not None:
+                self.seen.scatter_(1, tokens, True)
+            self.positions = self.positions + 1
+            none = torch.zeros_like(tokens)
+            hidden.append(self.model.hidden(tokens, self.positions, none, self.cache)[:, -1])
+        free = self.most_rows - len(rows)
+        if self.waiting and (not rows or free >= FREE_PLACES * self.most_rows):
+            hidden.append(self._admit(free))
+        self._choose_from(torch.cat(hidden))
 
 
 def _token_by_token(
@@ -416,35 +375,49 @@ def _token_by_token(
     ends: Collection[int],
     stopped: Stopped | None,
     first_row: int | Sequence[int],
+    ended: Callable[[int, Generated], None] | None,
 ) -> list[Generated]:
     """Greedy decoding or sampling; a finished row leaves the batch at once."""
-    n_prompts = len(run.logits)
+    n_prompts = len(run.asked)
     own_rows = range(first_row, first_row + n_prompts) if isinstance(first_row, int) else first_row
     generators = [row_generator(settings.seed, row) for row in own_rows]
     ids: list[list[int]] = [[] for _ in range(n_prompts)]
-    log_prob, reason = [0.0] * n_prompts, ["length"] * n_prompts
-    prompts = list(range(n_prompts))  # of the rows under way
-    for step in range(1, settings.max_new_tokens + 1):
+    log_prob = [0.0] * n_prompts
+    done: dict[int, Generated] = {}
+    while True:
         if settings.temperature == 0:
             chosen = run.logits.argmax(dim=-1)
         else:
-            chosen = sample(run.logits, [generators[prompt] for prompt in prompts])
+            chosen = sample(run.logits, [generators[prompt] for prompt in run.prompts])
         gained = run.log_probs(torch.arange(len(chosen), device=run.device), chosen)
         rows = []
-        for row, (prompt, id) in enumerate(zip(prompts, chosen.tolist(), strict=True)):
+        for row, (prompt, id) in enumerate(zip(run.prompts, chosen.tolist(), strict=True)):
             ids[prompt].append(id)
             log_prob[prompt] += gained[row]
+            reason = ""
             if id in ends:
-                reason[prompt] = "eos"
+                reason = "eos"
             elif stopped is not None and stopped(prompt, ids[prompt]):
-                reason[prompt] = "stop"
+                reason = "stop"
+            elif len(ids[prompt]) == settings.max_new_tokens:
+                reason = "length"
             else:
                 rows.append(row)
-        if not rows or step == settings.max_new_tokens:
-            break
-        prompts = [prompts[row] for row in rows]
-        run.advance(rows, [ids[prompt][-1] for prompt in prompts])
-    return [Generated(*result) for result in zip(ids, log_prob, reason, strict=True)]
+            if reason:
+                done[prompt] = Generated(ids[prompt], log_prob[prompt], reason)
+                if ended is not None:
+                    ended(prompt, done[prompt])
+        if not rows and not run.waiting:
+            return [done[prompt] for prompt in range(n_prompts)]
+        rows = _close_gaps(rows)
+        run.advance(rows, [ids[run.prompts[row]][-1] for row in rows])
+
+
+def _close_gaps(rows: list[int]) -> list[int]:
+    """The rows in an order in which as many as can be keep their place, for `KVCache.select`."""
+    behind = [row for row in rows if row >= len(rows)]
+    staying = set(rows)
+    return [place if place in staying else behind.pop() for place in range(len(rows))]
 
 
 class _Beam(NamedTuple):
@@ -465,7 +438,7 @@ def _beam_search(
     no place is left, or when no running beam can beat the best finished one.
     """
     last, alpha = settings.max_new_tokens, settings.length_penalty
-    running = [_Beam(prompt, [], 0.0, 0.0, "length") for prompt in range(len(run.logits))]
+    running = [_Beam(prompt, [], 0.0, 0.0, "length") for prompt in run.prompts]
     finished: list[list[_Beam]] = [[] for _ in running]
 
     def rank(beam: _Beam) -> float:

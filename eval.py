@@ -367,7 +367,7 @@ def suite_record(
             baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
         )
     predictions |= answers(task.baselines(examples))
-    about = {
+    about: dict[str, Any] = {
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
         "sampling": None
@@ -376,6 +376,8 @@ def suite_record(
     }
     if task.problems is not None:
         return about | run_programs(task, predictions, settings)
+    if data is None:
+        about["without"] = "no n-gram model and no nearest training example: no training text is at hand"
     names = metric_names(settings.metrics)
     found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
     return about | found | {"draws": settings.samples_per_example}

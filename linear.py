@@ -7,6 +7,7 @@ fp32 since they pack the whole weight first. Shares of its time on two cores, wi
 3072 x 768 and 49152 x 768:
 
     fp32, 8 rows    0.6 and 0.4 (AVX-512), 0.5 and 0.5 (AVX2)    products of 64 rows of the weight: `few_rows`
+    fp32, 32 rows   0.9 and 0.6 (AVX2); 4096 x 4096: 0.6         the same
     bf16, 8 rows    0.7 and 0.5 (AVX2)                           so from blocks made fp32: `emulated_bf16`
 
 Training and everything that takes gradients, autocast and other devices use `F.linear` itself. Sums are in
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 from precision import has_native_bf16
 
 EMULATED_BF16 = not has_native_bf16(torch.device("cpu"))
-FEW_ROWS = 16  # from here on packing pays
+FEW_ROWS, WIDE_ROWS = (
+    16,
+    64,
+)  # up to which packing does not pay: of a weight of less out than in, and of others
 OUTPUTS = 64  # of one product of few rows
 LEAST = 2**20  # elements of a weight: smaller ones stay in the cache, and packing them costs little
 DOT_ROWS = 3  # for which dot products are fastest; each more takes as long again
@@ -45,11 +49,18 @@ class Linear(nn.Linear):
             if rows <= DOT_ROWS:
                 return dotted_bf16(x, weight, bias)
             y = emulated_bf16(x.reshape(rows, -1), weight, bias)
-        elif weight.dtype == torch.float32 and 1 < rows <= FEW_ROWS and weight.numel() >= LEAST:
+        elif weight.dtype == torch.float32 and 1 < rows <= few_of(weight):
             y = few_rows(x.reshape(rows, -1), weight, bias)
         else:
             return F.linear(x, weight, bias)
         return y.view(*x.shape[:-1], -1)
+
+
+def few_of(weight: Tensor) -> int:
+    """Rows up to which `few_rows` is faster with this weight (out, in); 0 if at no number."""
+    if weight.numel() < LEAST:
+        return 0
+    return WIDE_ROWS if weight.size(0) >= weight.size(1) else FEW_ROWS
 
 
 def dotted_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -57,6 +57,7 @@ class FirstSteps:
         # Buffers too: the matrices of a base that is held in fewer bits.
         state = subject.model.state_dict(keep_vars=True)
         self.frozen = {name: sample(t) for name, t in state.items() if not t.requires_grad}
+        self.pulled = set[str]()  # of them: had a gradient
         self.hooks: list[Any] = [o.register_step_pre_hook(self._before_step) for o in subject.optimizers]
         self.hooks.append(subject.model.embed.register_forward_hook(self._count))
         self.hooks.append(subject.model.norm.register_forward_hook(self._keep_targets))
@@ -139,9 +140,10 @@ class FirstSteps:
             self._compare_sizes()
         self.stepped.add(id(optimizer))
         self.factors |= {g["lr"] / g["initial_lr"] for g in optimizer.param_groups if g["initial_lr"]}
-        if self.seen < WATCHED and self.still:
-            named = self.subject.model.named_parameters()
-            self.still -= {name for name, p in named if p.grad is not None and p.grad.any()}
+        if self.seen < WATCHED and (self.still or self.frozen):
+            given = {name: p.grad for name, p in self.subject.model.named_parameters() if p.grad is not None}
+            self.still -= {name for name in self.still & given.keys() if given[name].any()}
+            self.pulled |= self.frozen.keys() & given.keys()
         if not self.clip_acted:
             gradients = [p.grad for p in self.subject.model.parameters() if p.grad is not None]
             self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
@@ -237,18 +239,28 @@ class FirstSteps:
                     f"{least:.4g}",
                     "set the rate of every group before the optimizer steps",
                 )
+        if self.seen in (0, WATCHED - 1) or self.pulled:
+            yield from self._moved(self.seen + 1)
         if self.seen == WATCHED - 1:
-            yield from self._moved(WATCHED)
             yield from self._still()
+            self.frozen = {}
 
     def _moved(self, updates: int) -> Iterator[Fault]:
         state = self.subject.model.state_dict(keep_vars=True)
         moved = [name for name, old in self.frozen.items() if not torch.equal(sample(state[name]), old)]
-        self.frozen = {}
+        for name in [*moved, *self.pulled]:  # said once
+            self.frozen.pop(name, None)
+        if self.pulled:
+            yield Fault(
+                "frozen-parameter-moved",
+                f"{listed(sorted(self.pulled))} should be frozen and had a gradient by update {updates}",
+                "freeze it with requires_grad_(False), and leave it so",
+            )
+            self.pulled = set()
         if moved:
             yield Fault(
                 "frozen-parameter-moved",
-                f"{listed(moved)} should be frozen and moved in {updates} updates",
+                f"{listed(moved)} should be frozen and moved by update {updates}",
                 "leave frozen parameters out of the optimizer and of weight decay",
             )
 

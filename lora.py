@@ -15,8 +15,6 @@ The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/load_ada
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,195 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from changes import (
+    Bias,
+    Change,
+    LowRank,
+    Rows,
+    Whole,
+    is_embedding,
+    is_linear,
+    is_plain,
+    weight_of,
+)
 from config import LoraConfig
-from lowrank import Drop, add_term, dropped, linear_with_term
+from lowrank import add_term, dropped, linear_with_term
 from quantize import n_weights
 from targets import absent_sentence, matches, pattern_value, select_targets
-
-LENGTH_ELEMENTS = 2**20  # of a weight with its change, made at a time for DoRA
-
-# Of an 8192 x 2048 weight all singular parts take 20 times as long as the largest 16 by power iteration.
-FULL_SVD = 256  # the smaller side up to which all are computed
-SPARE_PARTS, POWER_ITERATIONS = 16, 16
-
-
-# --- what an adapter does to one module --------------------------------------------------------------
-
-
-class LowRank(nn.Module):
-    """weight + scale * b a, for a linear's weight (O, I).
-
-    An embedding's weight (V, C) gets the transpose: I = V, O = C.
-
-    With DoRA (arXiv:2402.09353) the sum is rescaled to the learned length `magnitude` of each output; the
-    length it is divided by is a constant to backward.
-
-    A PiSSA start (arXiv:2404.02948) is a frozen second pair that is taken off: b a - start_b start_a is zero
-    at first. To subtract it from the base, as PEFT does, is the same sum, but rounds the base, cannot be
-    undone bit for bit, and takes a base of its own for each adapter.
-    """
-
-    start_a: Tensor | None
-    start_b: Tensor | None
-
-    def __init__(self, base: nn.Module, config: LoraConfig, r: int, alpha: float, bias: nn.Parameter | None):
-        super().__init__()
-        self.r, self.alpha, self.p = r, alpha, config.dropout
-        self.scale = alpha / (math.sqrt(r) if config.rslora else r)
-        self.of_embedding = is_embedding(base)
-        size_out, size_in = sizes(base)
-        device = next(itertools.chain(base.parameters(), base.buffers())).device
-        if r > max(size_in, size_out):
-            raise ValueError(
-                f"a rank of {r} was asked for, and a weight is {size_out} x {size_in}; lower lora.r or its "
-                "pattern"
-            )
-        self.a = nn.Parameter(torch.zeros(r, size_in, device=device))
-        self.b = nn.Parameter(torch.zeros(size_out, r, device=device))
-        self.register_parameter("magnitude", None)
-        self.register_parameter("bias", bias)
-        self.register_buffer("start_a", None)
-        self.register_buffer("start_b", None)
-        if self.of_embedding:
-            nn.init.normal_(self.b)
-        elif config.init == "pissa":
-            self._start_at_largest(weight_of(base))
-        else:
-            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        if config.dora:
-            self.magnitude = nn.Parameter(self._length(weight_of(base)))
-
-    @torch.no_grad()
-    def _start_at_largest(self, weight: Tensor) -> None:
-        if self.r > min(weight.shape):
-            raise ValueError(
-                f"a PiSSA start of rank {self.r} was asked for, but a weight of {list(weight.shape)} has "
-                f"rank {min(weight.shape)} at most; lower r"
-            )
-        u, s, v = largest_parts(weight.detach().float(), self.r)
-        root = (s / self.scale).sqrt()
-        self.a.copy_((v * root).t())
-        self.b.copy_(u * root)
-        self.start_a, self.start_b = self.a.detach().clone(), self.b.detach().clone()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """a and b, with the start that is taken off as further ranks."""
-        if self.start_a is None or self.start_b is None:
-            return self.a, self.b
-        return torch.cat((self.a, self.start_a)), torch.cat((self.b, -self.start_b), dim=1)
-
-    def delta(self) -> Tensor:
-        """What is added to the weight, in its shape; without the rescaling of DoRA."""
-        a, b = self.factors()
-        delta = self.scale * (b @ a)
-        return delta.t() if self.of_embedding else delta
-
-    @torch.no_grad()
-    def _length(self, weight: Tensor) -> Tensor:
-        """Of each output's weights with the change, (O); some outputs at a time, since a head has V x C.
-
-        From products of r columns it would be |w|^2 + 2 s w a^T b + s^2 |b a|^2, which cancels where the
-        change nearly undoes w.
-        """
-        weight = weight.detach().t() if self.of_embedding else weight.detach()
-        a, b = self.factors()
-        length = torch.empty(len(b), device=b.device)
-        n = max(1, LENGTH_ELEMENTS // a.size(1))
-        for start in range(0, len(b), n):
-            rows = slice(start, start + n)
-            total = torch.addmm(weight[rows].float(), b[rows], a, alpha=self.scale)
-            length[rows] = torch.linalg.vector_norm(total, dim=1)
-        return length
-
-    def gain(self, weight: Tensor) -> Tensor | None:
-        """What DoRA multiplies each output by, (O); None without it."""
-        if self.magnitude is None:
-            return None
-        return self.magnitude / self._length(weight)
-
-    def change(self, weight: Tensor) -> Tensor:
-        """The whole change of a weight, in its shape and fp32."""
-        delta, gain = self.delta(), self.gain(weight)
-        if gain is None:
-            return delta
-        gain = gain if self.of_embedding else gain[:, None]
-        return (gain - 1) * weight.float() + gain * delta
-
-    def drawn(self) -> Drop | None:
-        return Drop.drawn(self.p) if self.training else None
-
-    def merge_into(self, merged: Tensor, weight: Tensor, share: float) -> None:
-        merged.add_(self.change(weight), alpha=share)
-
-
-def largest_parts(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The r largest singular parts of a weight (O, I): u (O, r), s (r), v (I, r), about u diag(s) v^T.
-
-    Of a large weight by power iteration from random vectors (Halko et al. 2011, arXiv:0909.4061), of torch's
-    generator. The product is then nearly the best of its rank: what it leaves of the weight is at most 1.001
-    times the least that can be left, even where the spectrum is flat and the parts themselves are not unique.
-    """
-    parts = min(weight.shape)
-    if parts <= FULL_SVD or 4 * (r + SPARE_PARTS) > parts:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        v = vh.t()
-    else:
-        u, s, v = torch.svd_lowrank(weight, r + SPARE_PARTS, POWER_ITERATIONS)
-    return u[:, :r], s[:r], v[:, :r]
-
-
-class Rows(nn.Module):
-    """Rows of a weight (V, C) that train while the rest is frozen: those of newly added tokens."""
-
-    ids: Tensor
-    original: Tensor
-    slots: Tensor
-
-    def __init__(
-        self, base: nn.Module, ids: Sequence[int], bias: nn.Parameter | None, rows: nn.Parameter | None = None
-    ):
-        super().__init__()
-        weight: Any = base.weight
-        index = torch.tensor(ids, device=weight.device)
-        original = weight.detach()[index].float()
-        self.rows = nn.Parameter(original.clone()) if rows is None else rows
-        self.register_parameter("bias", bias)
-        self.register_buffer("ids", index, persistent=False)
-        self.register_buffer("original", original, persistent=False)
-        slots = torch.full((weight.size(0),), -1, device=weight.device)
-        slots[index] = torch.arange(len(ids), device=weight.device)
-        self.register_buffer("slots", slots, persistent=False)
-
-    def delta(self) -> Tensor:
-        return self.rows - self.original
-
-    def merge_into(self, merged: Tensor, weight: Tensor, share: float) -> None:
-        rows = self.rows if share == 1 else merged[self.ids] + share * self.delta()
-        merged[self.ids] = rows.to(merged.dtype)
-
-
-class Whole(nn.Module):
-    """A trained copy that stands in for the module."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.copy = copy.deepcopy(base) if is_plain(base) else as_linear(base, weight_of(base).detach())
-        self.copy.float()  # steps of a bf16 weight below 1 / 256 of it are lost
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.copy(x.float() if x.is_floating_point() else x)
-
-
-class Bias(nn.Module):
-    """A trained bias and nothing else."""
-
-    def __init__(self, bias: nn.Parameter):
-        super().__init__()
-        self.bias = bias
-
-
-Change = LowRank | Rows | Whole | Bias
-
 
 # --- wrappers ----------------------------------------------------------------------------------------
 
@@ -321,7 +145,7 @@ class LoraLinear(Adapted):
             (a, b), drop = change.factors(), change.drawn()
             given = dropped(x, drop)
             term = F.linear(F.linear(given.to(out.dtype), a.to(out.dtype)), b.to(out.dtype)) * change.scale
-            gain = change.gain(weight_of(self.base))
+            gain = change.gain(self.base)
             if gain is not None:
                 gain = gain.to(out.dtype)
                 term = gain * term + (gain - 1) * (plain if drop is None else self._without_bias(given))
@@ -354,7 +178,7 @@ class LoraLinear(Adapted):
             if isinstance(change, LowRank):
                 given, (a, b) = dropped(hidden, change.drawn()), change.factors()
                 u = F.linear(given, a.to(given.dtype)) * (share * change.scale)
-                gain = change.gain(weight_of(self.base))
+                gain = change.gain(self.base)
                 if gain is not None:
                     b = gain[:, None] * b
                     again += [given, share * (gain - 1)]
@@ -381,7 +205,7 @@ class LoraEmbedding(Adapted):
             if isinstance(change, LowRank):
                 a, b = change.factors()
                 term = F.linear(F.embedding(x, a.t()), b) * change.scale
-                gain = change.gain(weight_of(self.base))
+                gain = change.gain(self.base)
                 if gain is not None:
                     term = gain * term + (gain - 1) * plain
             else:
@@ -390,40 +214,6 @@ class LoraEmbedding(Adapted):
                 term = torch.where(inside, F.embedding(slots.clamp(min=0), change.delta()), 0.0)
             out = out + (share * term).to(out.dtype)
         return out
-
-
-# Duck typing: a 4-bit linear is no nn.Linear, and its `weight` is made when it is asked for.
-def is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def is_embedding(module: nn.Module) -> bool:
-    return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
-
-
-def sizes(base: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear, or of an embedding, whose inputs are the vocabulary."""
-    if is_embedding(base):
-        return base.embedding_dim, base.num_embeddings
-    return base.out_features, base.in_features
-
-
-def weight_of(module: nn.Module) -> Any:
-    return module.weight
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether its weight is a floating-point parameter; where not, it is made of something smaller."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.is_floating_point()
-
-
-def as_linear(base: Any, weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    if base.bias is not None:
-        linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
-    return linear
 
 
 # --- adapters of a model ---------------------------------------------------------------------------
@@ -611,9 +401,10 @@ def _rows_by_module(
 def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
     """Make exactly these adapters active: the base plus the sum of share * change of each.
 
-    For low-rank terms this is what PEFT's `add_weighted_adapter` makes with `combination_type="cat"` (its
-    "linear" adds a and b apart, which gives products across adapters). Each DoRA's change is taken against
-    the base alone. An empty mapping gives the base. What trains is left as it is.
+    For low-rank terms this is what PEFT's `add_weighted_adapter` makes with `combination_type="cat"` without
+    rsLoRA, whose scale that leaves out (its "linear" adds a and b apart, which gives products across
+    adapters). Each DoRA's change is taken against the base alone. An empty mapping gives the base. What
+    trains is left as it is.
 
     Raises:
         ValueError: An adapter is not known, or whole copies or biases would have to be mixed.
@@ -647,7 +438,8 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base alone, bit for bit, inside the block."""
+    """The base alone, bit for bit, inside the block. ValueError where adapters are merged into it."""
+    refuse_merged(model)
     found = wrappers(model).values()
     before = [module.enabled for module in found]
     try:
@@ -663,7 +455,11 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def trainable_table(model: nn.Module, published: Callable[[str], str] | None = None) -> str:
-    """What trains, by kind and published name, with counts and the share of all parameters."""
+    """What trains, by kind and published name, with counts and the share of all parameters.
+
+    ValueError where the adapters are merged.
+    """
+    refuse_merged(model)
     named: dict[str, str] = {}
     for adapter in adapters_of(model).values():
         named |= adapter.published
@@ -699,10 +495,3 @@ def trainable_table(model: nn.Module, published: Callable[[str], str] | None = N
     share = 100 * total / max(total + frozen, 1)
     last = f"{total:,} parameters train beside {frozen:,} frozen ones: {share:.2f}%"
     return "\n".join([head, "-" * len(head), *body, last])
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that train, and the starts of PiSSA, by our names; not copied."""
-    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    starts = {name: t for name, t in model.named_buffers() if name.endswith((".start_a", ".start_b"))}
-    return state | starts

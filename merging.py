@@ -14,21 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora import (
-    Adapted,
-    LowRank,
-    Rows,
-    adapters_of,
-    as_linear,
-    base_of,
-    held_modules,
-    is_plain,
-    put,
-    refuse_merged,
-    trainable_state,
-    weight_of,
-    wrappers,
-)
+from changes import LowRank, Rows, as_linear, is_plain, weight_of
+from lora import Adapted, adapters_of, base_of, held_modules, put, refuse_merged, wrappers
 from quantize import FrozenLinear
 
 
@@ -52,22 +39,34 @@ def merge(model: nn.Module, keep: bool = True, requantise: bool = False) -> None
     found = wrappers(model)
     if not any(module.active() for module in found.values()):
         raise ValueError("no adapter is active, so that there is nothing to merge; call use_adapters first")
-    for name, tensor in trainable_state(model).items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} is not finite; the adapter is broken and was not merged")
+    for name, module in found.items():
+        for change, _ in module.active():
+            if not all(torch.isfinite(tensor).all() for tensor in change.state_dict().values()):
+                raise ValueError(
+                    f"what changes {name} is not finite; the adapter is broken and was not merged"
+                )
     was_tied = _is_tied(model)
     made: dict[tuple[Any, ...], nn.Parameter] = {}
-    for name in list(found):
-        module = found[name] if keep else found.pop(name)
-        put(model, name, _merged(module, made, requantise).train(module.training))
+    if keep:  # all before the first is put in place: if memory ends here, nothing was merged
+        merged = {name: _merged(module, made, requantise) for name, module in found.items()}
+        for name, plain in merged.items():
+            put(model, name, plain.train(found[name].training))
+    else:
+        for name in list(found):  # each old weight goes before the next new one is made
+            module = found.pop(name)
+            put(model, name, _merged(module, made, requantise).train(module.training))
     config = getattr(model, "config", None)
     if was_tied and not _is_tied(model) and is_dataclass(config) and hasattr(config, "tie_embeddings"):
         changed: Any = config
         model.config = replace(changed, tie_embeddings=False)
     if keep:
-        model.__dict__["_merged"] = (found, config)
+        model.__dict__["_merged"] = (found, config, _form(model))
     else:
         adapters_of(model).clear()
+
+
+def _form(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.device]]:
+    return {name: (p.dtype, p.device) for name, p in model.named_parameters()}
 
 
 def _is_tied(model: nn.Module) -> bool:
@@ -105,17 +104,30 @@ def _merged_plain(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) ->
     if key not in made:
         merged = weight.detach().float().clone()
         for change, share in terms:
-            change.merge_into(merged, weight.detach(), share)
+            change.merge_into(merged, base, share)
         made[key] = nn.Parameter(merged.to(dtype), requires_grad=False)
     plain.weight = made[key]
     return plain
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, bit for bit: the wrappers with the old weights are put back."""
+    """Undo `merge`, bit for bit: the wrappers with the old weights are put back.
+
+    Raises:
+        ValueError: The model is not merged, or was cast or moved since, as the old weights were not.
+    """
     if "_merged" not in model.__dict__:
         raise ValueError("the model is not merged, or was merged with keep=False; there is nothing to undo")
-    found, config = model.__dict__.pop("_merged")
+    found, config, was = model.__dict__["_merged"]
+    for name, form in _form(model).items():
+        if was.get(name, form) != form:
+            old, now = (
+                f"{str(dtype).removeprefix('torch.')} on {device}" for dtype, device in (was[name], form)
+            )
+            raise ValueError(
+                f"{name} was {old} when the adapters were merged and is {now} now; cast or move it back first"
+            )
+    del model.__dict__["_merged"]
     for name, module in found.items():
         put(model, name, module.train(model.training))
     if config is not None:
@@ -185,18 +197,16 @@ def merge_checked(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    state = {"merged": False}
 
     def merged(tokens: Tensor) -> Tensor:
-        if not state["merged"]:
+        if wrappers(model):
             merge(model)
-            state["merged"] = True
         return model(tokens)
 
     try:
         report = merge_report(model, merged, prompts, tolerance, device)
     except ValueError:
-        if state["merged"]:
+        if "_merged" in model.__dict__:
             unmerge(model)
         raise
     finally:

@@ -1,9 +1,13 @@
 """Memory and speed of a run before it begins: `python trainingmanager.py --plan [the run's flags]`.
 
-Two child processes on this machine make the run's model at its full width, but with one and with two of its
-blocks, with drawn weights held as the run would hold them, and take a few steps of training on rows of drawn
-tokens; one more saves a checkpoint. What blocks take is linear in their number, so peak memory and time of
-the whole depth follow. Nothing of the data is read, and of a base only its config.json.
+A child process on this machine makes the run's model with drawn weights, held as the run would hold them,
+and takes a few steps of training on rows of drawn tokens, reads a batch as validation does, and saves a
+checkpoint. A model above WHOLE weights is made at its full width with one and with three of its blocks, in a
+child each: what blocks take is linear in their number, so peak memory and time of the whole depth follow.
+Nothing of the data is read, and of a base only its config.json.
+
+On a CPU, seconds are those of processor time of the thread that drives the step: it computes its own share of
+every product, so that on a quiet machine they are the clock's, and what else runs does not count.
 
 The peak is that of the training process: evaluation at the end, and an n-gram model of many files there, may
 take more.
@@ -22,9 +26,11 @@ from typing import Any
 
 from config import Config, ModelConfig
 
-STEPS = 3  # that a child takes; the first, which fills caches, is not timed
+WARMUP = 1  # steps that fill caches and are not timed
+STEPS, SECONDS = (2, 20), 3.0  # least and most that are timed, and when to stop in between
 BASE_ROW = 512  # as runmodel's, where nothing is said
-DEPTHS = (1, 2)
+DEPTHS = (1, 3)
+WHOLE = 50_000_000  # weights of a model that is measured with all of its blocks
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Plan:
 
     cost: Cost
     n_layer: int
+    depths: tuple[int, ...]  # that were measured
     row_tokens: int
     config: Config
 
@@ -90,9 +97,12 @@ class Plan:
         if train.max_steps:
             hours = train.max_steps * seconds / 3600
             lines.append(f"{train.max_steps:,} steps".ljust(17) + f"{hours:.2f} hours")
+        measured = f"all {self.n_layer} blocks"
+        if self.depths != (self.n_layer,):
+            measured = f"{' and '.join(map(str, self.depths))} of {self.n_layer} blocks at full width"
         lines.append(
-            f"measured just now with {DEPTHS[0]} and {DEPTHS[1]} of {self.n_layer} blocks, at full width, on "
-            "drawn tokens; linear in the blocks. Validation, guards and the final scores are not counted"
+            f"measured just now with {measured}, on drawn tokens that all bear loss, as if nothing else ran; "
+            "the seconds of validation, guards and the final scores are not counted"
         )
         return "\n".join(lines)
 
@@ -109,8 +119,17 @@ def plan(config: Config) -> Plan:
     )
     if rows > model.block_size:
         raise ValueError(f"row_length is {rows}, and the model has a context of {model.block_size} tokens")
-    costs = [_measured(config, model, family, n, rows) for n in DEPTHS]
-    return Plan(costs[0].at(costs[1], model.n_layer), model.n_layer, rows, config)
+    whole = model.n_layer <= DEPTHS[1] or n_weights(model) <= WHOLE
+    depths = (model.n_layer,) if whole else DEPTHS
+    first, *others = (_measured(config, model, family, n, rows) for n in depths)
+    cost = first.at(others[0], model.n_layer) if others else first
+    return Plan(cost, model.n_layer, depths, rows, config)
+
+
+def n_weights(model: ModelConfig) -> int:
+    """About as many as the model has: its matrices, with a feed-forward of three and a head of its own."""
+    block = model.n_embd * (4 * model.n_embd + 3 * model.n_inner)
+    return model.n_layer * block + 2 * model.vocab_size * model.n_embd
 
 
 def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
@@ -168,13 +187,14 @@ def _measured(config: Config, model: ModelConfig, family: str | None, n_layer: i
 
 
 def _child(asked: dict[str, Any]) -> Cost:
-    """In a process of its own: make the model, train, save, and say what it took."""
+    """In a process of its own: make the model, train, validate, save, and say what it took."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
     # What a training process has in memory besides its tensors.
     import trainingmanager
     from checkpoint import save_checkpoint
+    from loss import score
     from optim import build_optimizers
     from precision import choose_device, choose_precision, keep_freed_memory
 
@@ -195,7 +215,17 @@ def _child(asked: dict[str, Any]) -> Cost:
     keep_freed_memory()
     batch = _batch(config.train.batch_size, asked["rows"], model.config.vocab_size, device)
     _reset_peak(device)
-    times = [_step(model, batch, optimizers, trainable, config, precision) for _ in range(STEPS)][1:]
+    scored_in = config.train.eval_precision
+    scoring = precision if scored_in == "auto" else choose_precision(device, scored_in)
+    score(model, [batch], scoring)  # as a guard does, before the first step
+    micro, update, started = [], [], time.perf_counter()
+    for number in range(WARMUP + STEPS[1]):
+        if number >= WARMUP + STEPS[0] and time.perf_counter() - started > SECONDS:
+            break
+        seconds = _step(model, batch, optimizers, trainable, config, precision)
+        micro.append(seconds[0])
+        update.append(seconds[1])
+    score(model, [batch], scoring)
     step_bytes = _peak(device)
     states = [value for o in optimizers for state in o.state.values() for value in state.values()]
     state_bytes = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
@@ -208,8 +238,9 @@ def _child(asked: dict[str, Any]) -> Cost:
         save_bytes=_peak(device),
         held_bytes=sum(t.nbytes for t in held),
         trained_bytes=2 * sum(p.nbytes for p in trainable) + state_bytes,
-        micro_seconds=min(micro for micro, _ in times),
-        update_seconds=min(update for _, update in times),
+        # The least: what else runs takes caches, too, and only ever adds.
+        micro_seconds=min(micro[WARMUP:]),
+        update_seconds=min(update[WARMUP:]),
     )
 
 
@@ -263,7 +294,7 @@ def _batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
 def _step(
     model: Any, batch: Any, optimizers: list[Any], trainable: list[Any], config: Config, precision: Any
 ) -> tuple[float, float]:
-    """Seconds of forward and backward, and of the update."""
+    """Seconds of forward and backward, and of the update; see the module."""
     import torch
 
     from loss import token_loss
@@ -271,7 +302,8 @@ def _step(
     def now() -> float:
         if precision.device.type == "cuda":
             torch.cuda.synchronize(precision.device)
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.thread_time()
 
     start = now()
     with precision.autocast():

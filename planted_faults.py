@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import architecture
+import changes
 import dataset
 import decoding
 import generate
@@ -484,7 +485,7 @@ def old_gpu() -> contextlib.AbstractContextManager:
 
 
 def adapters_not_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(lora.LowRank, "drawn", lambda self: None)
+    return patch.object(changes.LowRank, "drawn", lambda self: None)
 
 
 def term_dropped() -> contextlib.AbstractContextManager:
@@ -509,15 +510,35 @@ def other_base() -> contextlib.AbstractContextManager:
     return patch.object(trainingmanager, "open_base", wrong)
 
 
-def base_moved() -> contextlib.AbstractContextManager:
+def base_moved(sound: int = 0) -> contextlib.AbstractContextManager:
+    """In every update after `sound` ones."""
     right = trainingmanager.build_optimizers
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
+        updates = itertools.count()
+
         def move(*args: Any) -> None:
+            if next(updates) < sound:
+                return
             model.embed.weight.data.mul_(0.999)  # as weight decay of frozen parameters does
 
         optimizers = right(model, *args)
         optimizers[0].register_step_post_hook(move)
+        return optimizers
+
+    return patch.object(trainingmanager, "build_optimizers", wrong)
+
+
+def base_thawed() -> contextlib.AbstractContextManager:
+    right = trainingmanager.build_optimizers
+
+    def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
+        optimizers = right(model, *args)
+
+        def thaw(*args: Any) -> None:
+            model.blocks.requires_grad_(True)
+
+        optimizers[0].register_step_post_hook(thaw)
         return optimizers
 
     return patch.object(trainingmanager, "build_optimizers", wrong)

@@ -40,6 +40,7 @@ from planted_faults import (
     attention_by,
     attention_to_nothing,
     base_moved,
+    base_thawed,
     batches_by,
     beams_by_logits,
     blind,
@@ -486,6 +487,7 @@ PLANTS = [
     Plant("M7 unused", "what adapters add was dropped", "parameter-without-gradient", term_dropped, TUNED),
     Plant("M14 base", "went on with another base", "the base changed since", other_base, TUNED, resumed=True),
     Plant("M7 frozen", "the frozen base moved", "frozen-parameter-moved", base_moved, TUNED),
+    Plant("M7 thawed", "the frozen base got gradients", "had a gradient by update 2", base_thawed, TUNED),
     Plant(
         "T11 tokens",
         "added tokens on rows that never train",

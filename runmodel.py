@@ -160,7 +160,12 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
             "Hugging Face tokenizer with --tokenizer.path"
         )
-    return tokenizer.with_tokens(config.lora.new_tokens)
+    # What `tokenizer.path` has added is new to the base, and has its id already.
+    known = None if base.tokenizer is None else base.tokenizer.vocab_size
+    there = (
+        [] if known is None else [t for t in config.lora.new_tokens if (tokenizer.token_id(t) or 0) >= known]
+    )
+    return tokenizer.with_tokens(token for token in config.lora.new_tokens if token not in there)
 
 
 def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Decoder:

@@ -70,10 +70,12 @@ from config import write_atomically
 from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
+    GAPS_SEEN,
     IGNORE_INDEX,
     Batch,
     Batches,
     PreparedData,
+    gaps_in_sight,
     is_trimmed,
     prepare_data,
     prepare_tokenizer,
@@ -81,6 +83,7 @@ from dataset import (
     validation_batches,
 )
 from eval import EvalConfig, evaluate, table, write_results
+from fim import fim_markers
 from generate import GenerationConfig, generate, printable
 from live import FirstSteps
 from lora import trainable_table
@@ -658,6 +661,8 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
             + (f"; {longer:,} trimmed to a row of {config.row_length}" if longer else "")
             + (f"; {gaps:,} with a gap to fill" if gaps else "")
         )
+    if data.report.gaps:
+        say_gaps_in_sight(gaps_in_sight(data.train, fim_markers(tokenizer), config.row_length), config)
     seed_everything(config.train.seed)
     model = starting_model(config, base, tokenizer).to(device)
     print(f"model: {n_weights(model):,} parameters on {device}")
@@ -683,6 +688,19 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     record_overrides(folder, passed)
     manager.fit(subject, observer)
     return manager
+
+
+def say_gaps_in_sight(share: float, config: Config) -> None:
+    """Rows are cut from documents with their gaps: in the rest of a long one, a gap is filled by guessing."""
+    length = config.row_length
+    print(f"gaps: {share:.1%} of the tokens that fill one see their prefix and suffix in a row of {length}")
+    if share < GAPS_SEEN:
+        print(
+            f"warning: of the tokens that --data.fim_rate {config.data.fim_rate} makes the model fill in, "
+            f"{1 - share:.1%} are learned without prefix and suffix, since documents are longer than rows of "
+            f"{length} tokens: set --row_length higher, or give functions instead of files",
+            file=sys.stderr,
+        )
 
 
 def report(manager: TrainingManager) -> None:

@@ -121,7 +121,7 @@ def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
     """A model of N(0, 0.02), made tensor by tensor as a loader makes it."""
     from torch import nn
 
-    from architecture import Decoder
+    from architecture import Decoder, LayerNorm, RMSNorm
     from quantize import replace_linear
 
     with torch.device("meta"):
@@ -129,6 +129,8 @@ def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
     for name, module in list(model.named_modules()):
         for part, p in list(module.named_parameters(recurse=False)):
             value = torch.empty(p.shape, dtype=dtype).normal_(std=0.02)
+            if isinstance(module, LayerNorm | RMSNorm) and part == "weight":
+                value += 1  # else next to nothing gets through, and nothing learns
             if held and part == "weight" and isinstance(module, nn.Linear) and "blocks." in name:
                 module = replace_linear(model, name, held, value)
             elif not (name == "head" and part == "weight" and config.tie_embeddings):

@@ -41,8 +41,9 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 from transformers.utils import logging
 
 from architecture import Decoder
-from decoding import KVCache, generate_ids
+from decoding import generate_ids
 from generate import GenerationConfig
+from kvcache import KVCache
 from linear import Linear
 from pretrained import load_pretrained
 

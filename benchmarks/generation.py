@@ -4,19 +4,21 @@
 
 This is how evaluation generates: prompts of unequal length in one batch, padded on the left. Both sides
 continue the same prompts greedily, in turns in one process with the same threads, over weights that
-transformers drew and wrote in the shape of a StarCoder (multi-query, a vocabulary of 49,152). Three cases:
+transformers drew and wrote in the shape of a StarCoder (multi-query, a vocabulary of 49,152). Four cases:
 
 - `functions`: lengths as code has them. A prompt is as long as signature and docstring of a function of the
   standard library, and its row ends after as many tokens as its body has, at three characters a token, or at
   four times `--new`;
 - `rows end apart`: prompts of 16 to 256 tokens, all lengths alike often, and rows that end anywhere between
   an eighth of the limit and all of it;
-- `all run long`: the same prompts, and no row ends before the limit.
+- `all run long`: the same prompts, and no row ends before the limit;
+- `a suite`: four times as many functions, as an evaluation asks for them: `--rows` at a time, long prompts
+  first, so that a batch of transformers' holds prompts of like length.
 
-Ours does not compute most of the prompts' padding, and leaves a row that has ended out of the batch;
-transformers does and goes on. `at best` is what that can be worth: the tokens of transformers' rectangle over
-those that somebody asked for. Only tokens before a row's end are counted, and in fp32 all of them have to
-agree. Medians over the turns with the range of the ratio.
+Ours does not compute most of the prompts' padding, and leaves a row that has ended out of the batch, whose
+place one that waits takes; transformers computes it and goes on. `at best` is what that can be worth: the
+tokens of transformers' rectangles over those that somebody asked for. Only tokens before a row's end are
+counted, and in fp32 all of them have to agree. Medians over the turns with the range of the ratio.
 """
 
 from __future__ import annotations
@@ -79,30 +81,34 @@ def functions(n: int, most: int) -> tuple[list[int], list[int]]:
 
 
 def in_turns(
-    theirs: Any, ours: Decoder, prompts: list[list[int]], ends: list[int], turns: int
+    theirs: Any, ours: Decoder, prompts: list[list[int]], ends: list[int], rows: int, turns: int
 ) -> list[tuple[float, float]]:
     """Seconds of transformers and of ours, in turns after one that warms up; none if their tokens differ."""
-    longest, last = max(map(len, prompts)), max(ends)
-    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
 
-    def them() -> list[list[int]]:
-        with torch.inference_mode():
-            ids = theirs.generate(
-                padded,
-                attention_mask=mask,
-                max_new_tokens=last,
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=None,
-                stopping_criteria=StoppingCriteriaList([EndsAt(longest, ends)]),
-            )
+    def batch(prompts: list[list[int]], ends: list[int]) -> list[list[int]]:
+        longest, last = max(map(len, prompts)), max(ends)
+        ids = theirs.generate(
+            torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts]),
+            attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
+            max_new_tokens=last,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            stopping_criteria=StoppingCriteriaList([EndsAt(longest, ends)]),
+        )
         return [row[:end] for row, end in zip(ids[:, longest:].tolist(), ends, strict=True)]
 
+    def them() -> list[list[int]]:
+        found = []
+        with torch.inference_mode():
+            for first in range(0, len(prompts), rows):
+                found += batch(prompts[first : first + rows], ends[first : first + rows])
+        return found
+
     def we() -> list[list[int]]:
-        settings = GenerationConfig(max_new_tokens=last)
-        found = generate_ids(ours, prompts, settings, stopped=lambda row, ids: len(ids) >= ends[row])
-        return [result.ids for result in found]
+        settings = GenerationConfig(max_new_tokens=max(ends))
+        stopped = lambda row, ids: len(ids) >= ends[row]  # noqa: E731
+        return [one.ids for one in generate_ids(ours, prompts, settings, stopped=stopped, most_rows=rows)]
 
     if them() != we():
         return []
@@ -133,6 +139,8 @@ def main(arguments: argparse.Namespace) -> None:
         "rows end apart": (lengths, apart),
         "all run long": (lengths, [arguments.new] * arguments.rows),
     }
+    suite = sorted(zip(*functions(4 * arguments.rows, 4 * arguments.new), strict=True), reverse=True)
+    cases["a suite"] = [prompt for prompt, _ in suite], [end for _, end in suite]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
@@ -149,13 +157,17 @@ def main(arguments: argparse.Namespace) -> None:
         for case in arguments.cases.split(",") if arguments.cases else cases:
             lengths, ends = cases[case]
             prompts = [draw.integers(1, 30_000, n).tolist() for n in lengths]
-            times = in_turns(theirs, ours, prompts, ends, arguments.turns)
+            times = in_turns(theirs, ours, prompts, ends, arguments.rows, arguments.turns)
             if not times:
                 sys.exit(f"error: {case}: the tokens differ from transformers'")
             ratios = sorted(a / b for a, b in times)
             speeds = [sum(ends) / median(side) for side in zip(*times, strict=True)]
             shown = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            at_best = arguments.rows * (max(lengths) + max(ends)) / (sum(lengths) + sum(ends))
+            computed = 0
+            for first in range(0, len(ends), arguments.rows):
+                batch = slice(first, first + arguments.rows)
+                computed += len(ends[batch]) * (max(lengths[batch]) + max(ends[batch]))
+            at_best = computed / (sum(lengths) + sum(ends))
             print(
                 f"| {case} | {min(lengths)} to {max(lengths)} | {min(ends)} to {max(ends)} | "
                 f"{speeds[0]:.1f} | {speeds[1]:.1f} | {shown} | {at_best:.2f} |",

@@ -2,9 +2,12 @@
 
     python benchmarks/plan.py                      # all shapes
     python benchmarks/plan.py scratch-deep nf4     # some
+    python benchmarks/plan.py recipes              # what --plan says of each recipe on its published base
 
 Runs train on this repository's own files, guards included, on bases with drawn weights. Printed are peak
-memory and seconds a step, estimated and measured, and their ratio. Speeds mean little on a busy machine.
+memory and seconds a step, estimated and measured, and their ratio. A measured step is given twice,
+as processor time of the thread that drives it, which is what the ratio is of, and by the clock: on a quiet
+machine they agree, and where they do not, it was busy.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ sys.path[0] = str(HOUSE)
 
 from config import DataConfig, parse_config
 
-# Name -> the family of its base, if any, and flags.
+# Name -> the family of its base, if any, and flags. Bases are small enough to be measured whole, but for the
+# last, of which plan.py makes some blocks.
 SHAPES: dict[str, tuple[str | None, str]] = {
     "scratch": (None, ""),
     "scratch-deep": (None, "--model.n_layer 10 --model.n_embd 256 --model.n_head 4 --optimizer.name adamw"),
@@ -33,10 +37,13 @@ SHAPES: dict[str, tuple[str | None, str]] = {
     "lora": ("llama", "--row_length 512 --batch_size 2"),
     "nf4": ("phi", "--row_length 512 --batch_size 2 --base_format nf4"),
     "full": ("gpt_bigcode", "--row_length 256 --batch_size 2 --lora.r 0"),
+    "lora-large": ("gpt_bigcode", "--row_length 256 --batch_size 1 --lora.targets c_attn,c_proj"),
 }
-STEPS = 4
+BASES = {"refactor": "starcoder", "kotlin": "phi", "fastapi": "codegen", "summaries": "llama"}
+SMALL, LARGE = (8, 8, 512), (12, 12, 768)  # blocks, heads, width
+STEPS = 9  # the least of the last five counts: the guards watch the first four
 
-# The run's peak is read when its updates are done, and their times are those of the steps after the first.
+# The run's peak is read when its updates are done and its last validation is made.
 CHILD = """
 import sys, time, json, pathlib
 sys.path[0] = HOUSE
@@ -44,15 +51,15 @@ import trainingmanager as t
 from config import parse_config
 times, update = [], t.TrainingManager.update
 def timed(self):
-    start = time.perf_counter()
+    start = time.thread_time(), time.perf_counter()
     found = update(self)
-    times.append(time.perf_counter() - start)
+    times.append((time.thread_time() - start[0], time.perf_counter() - start[1]))
     return found
 t.TrainingManager.update = timed
 t.train(parse_config(sys.argv[1:]))
 status = pathlib.Path("/proc/self/status").read_text()
 peak = 1024 * int(next(l for l in status.splitlines() if l.startswith("VmHWM")).split()[1])
-print(json.dumps([peak, min(times[1:])]))
+print(json.dumps([peak, *(min(kind) for kind in zip(*times[-5:]))]))
 """
 
 
@@ -60,34 +67,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    asked = parser.parse_args()
+    known = [*SHAPES, "recipes"]
+    parser.add_argument("shapes", nargs="*", help=", ".join(known))  # `choices` would refuse none at all
+    asked = parser.parse_args().shapes or list(SHAPES)
+    if unknown := [name for name in asked if name not in known]:
+        parser.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
+    if "recipes" in asked:
+        recipes()
+    if shapes := [name for name in asked if name != "recipes"]:
+        compare(shapes)
+
+
+def recipes() -> None:
+    """What the plan says of the four recipes that tune a published model, from its shape alone."""
+    from benchmarks.adapters import SHAPES as PUBLISHED
     from plan import plan
 
-    print(
-        f"{'shape':<20}{'estimated':>12}{'measured':>12}{'ratio':>8}{'estimated':>14}{'measured':>12}{'ratio':>8}"
-    )
+    for recipe, base in BASES.items():
+        family, values, _ = PUBLISHED[base]
+        with tempfile.TemporaryDirectory() as folder:
+            config = json.dumps({"model_type": family} | values)
+            (Path(folder) / "config.json").write_text(config, "utf-8")
+            words = ["--base", folder, "--config", str(HOUSE / "recipes" / f"{recipe}.yaml")]
+            print(f"{recipe}, {base}\n{plan(parse_config(words))}\n", flush=True)
+
+
+def compare(shapes: list[str]) -> None:
+    """Train in each shape, and print what was foreseen beside what it took."""
+    from plan import plan
+
+    memory, speed = ("peak memory", "measured", "ratio"), ("a step", "measured", "ratio", "by the clock")
+    print(f"{'shape':<20}" + "".join(f"{name:>13}" for name in (*memory, *speed)))
     with tempfile.TemporaryDirectory() as place:
-        for name in asked.shapes:
+        for name in shapes:
             family, flags = SHAPES[name]
             words = [*flags.split(), "--data.source", str(HOUSE), "--data.cache", f"{place}/cache"]
-            words += ["--max_steps", str(STEPS), "--run", f"{place}/{name}"]
+            words += ["--max_steps", str(STEPS), "--run", f"{place}/{name}-run"]
             words += ["--allow", "worse-than-unigram,past-invisible,split-leaks"]
             if family is not None:
-                words += ["--base", drawn_base(family, Path(place))]
+                words += [
+                    "--base",
+                    drawn_base(family, Path(place) / name, LARGE if "large" in name else SMALL),
+                ]
             found = plan(parse_config(words))
             child = [sys.executable, "-c", CHILD.replace("HOUSE", repr(str(HOUSE))), *words]
             made = subprocess.run(child, capture_output=True, text=True)
             if made.returncode:
                 sys.exit(made.stderr)
-            peak, seconds = json.loads(made.stdout.strip().rpartition("\n")[2])
-            memory = f"{found.cost.peak / 1e6:>9,.0f} MB{peak / 1e6:>9,.0f} MB{found.cost.peak / peak:>8.2f}"
-            speed = f"{found.step_seconds:>12.2f} s{seconds:>10.2f} s{found.step_seconds / seconds:>8.2f}"
-            print(f"{name:<20}{memory}{speed}", flush=True)
+            peak, seconds, clock = json.loads(made.stdout.strip().rpartition("\n")[2])
+            own = found.step_seconds
+            cells = [f"{found.cost.peak / 1e6:,.0f} MB", f"{peak / 1e6:,.0f} MB"]
+            cells += [f"{found.cost.peak / peak:.2f}", f"{own:.3f} s", f"{seconds:.3f} s"]
+            cells += [f"{own / seconds:.2f}", f"{clock:.3f} s"]
+            print(f"{name:<20}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
 
 
-def drawn_base(family: str, place: Path) -> str:
-    """A folder of a middling width and 8 blocks."""
+def drawn_base(family: str, folder: Path, shape: tuple[int, int, int]) -> str:
+    """Its folder; the shape is its blocks, heads and width."""
     import torch
 
     from architecture import Decoder
@@ -96,11 +132,12 @@ def drawn_base(family: str, place: Path) -> str:
     from recipes.base import BaseConfig, model_of
     from tokenizer import BPETokenizer
 
-    folder = place / family
-    shape = model_of(BaseConfig(family, n_layer=8, n_head=8, n_embd=512))  # pyright: ignore[reportArgumentType]
+    n_layer, n_head, n_embd = shape
+    settings = BaseConfig(family, n_layer=n_layer, n_head=n_head, n_embd=n_embd)  # pyright: ignore[reportArgumentType]
+    config = model_of(settings)
     tokenizer = BPETokenizer.train(training_texts(DataConfig(str(HOUSE))), 8000)
     torch.manual_seed(0)
-    model = Decoder(replace(shape, vocab_size=tokenizer.vocab_size, init="normal"))
+    model = Decoder(replace(config, vocab_size=tokenizer.vocab_size, init="normal"))
     save_pretrained(model, tokenizer, folder, family)
     return str(folder)
 

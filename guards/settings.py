@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from architecture import Decoder, Dropout
+from changes import LowRank
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable, awake, through, tolerance_of
-from lora import LowRank
 
 WIDE = 512
 PART = 0.25  # of the tokens of a pass

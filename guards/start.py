@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from changes import Bias, Rows
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable
-from lora import Adapted, Bias, Rows, changes_of
+from lora import Adapted, changes_of
 from tokenstore import TokenStore
 
 FIRST_LOSS_PASSES = 1.25  # of each of two batches: at 1B 32 tokens, through every block

@@ -18,19 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from changes import Change, LowRank, Rows, Whole, is_embedding, is_linear
 from config import LoraConfig, write_atomically
-from lora import (
-    Change,
-    LowRank,
-    Rows,
-    Whole,
-    adapters_of,
-    changes_of,
-    held_modules,
-    is_embedding,
-    is_linear,
-    wrappers,
-)
+from lora import adapters_of, changes_of, held_modules, wrappers
 from pretrained.family import Family
 from pretrained.load_adapter import ADAPTER_CONFIG, PREFIX, WEIGHTS, pair_suffixes
 from pretrained.save import _json

@@ -5,8 +5,12 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
     Settings                                 a frozen dataclass below RecipeSettings: its own flags
     FAMILY                                   model_type of the small base where none is given; None: no base
     EVALUATION                               fields of eval.EvalConfig that are not the default's
+    SMALL                                    flags, its own and training's, that are other where no base is
+                                             named: what two cores do in minutes with a small one
     longest(settings) -> int                 most tokens of an example, with its end: what a row must hold
-    check(settings)                          optional: refuses before a base is made what cannot be built from
+    check(settings)                          optional: refuses at once what cannot be built from
+    files_of(settings, work)                 optional: what is built from; it is had before a small base takes
+                                             minutes, so that a source that holds nothing is told before
     build(settings, tokenizer, folder)       writes the dataset with `write_dataset`; returns its Counts.
                                              `tokenizer` is the base's; None where FAMILY is None
     evaluate(settings, scoring, result)      optional: tables of its own, as text, after the run's; of the
@@ -46,7 +50,7 @@ class RecipeSettings:
     """
 
     out: str = ""
-    base_seconds: float = 180.0
+    base_seconds: float = 120.0
     eval_samples: int = 200
 
 

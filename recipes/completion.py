@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FAMILY = None
 EVALUATION: dict[str, Any] = {}
+SMALL: dict[str, Any] = {"max_seconds": 420, "tokenizer.vocab_size": 4096}
 METRICS = ("exact_match", "edit_similarity")
 
 

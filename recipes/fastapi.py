@@ -40,6 +40,12 @@ from tokenizer import Tokenizer
 
 FAMILY = "codegen"
 EVALUATION: dict[str, Any] = {"metrics": "exact_match,edit_similarity,bleu_code"}
+SMALL: dict[str, Any] = {
+    "eval_samples": 100,
+    "max_steps": 100,
+    "optimizer.lr": 1e-3,
+    "validation_rows": 64,
+}
 SHARES = {"test": 0.1, "validation": 0.1}  # of the lines; the seed's 80/10/10
 NEIGHBOURS = 3  # lines on each side that make two lines one and the same
 COMPLETION = {True: "middle", False: "completion"}  # with markers, and without
@@ -165,7 +171,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
             empty.
     """
     longest(settings)
-    documents = _documents(settings, folder.parent / "source")
+    documents = files_of(settings, folder.parent / "source")
     counts = Counts("lines")
     groups = grouped(documents)
     per_file = [
@@ -218,7 +224,7 @@ def row_of(line: Line, with_markers: bool, tokenizer: Tokenizer) -> tuple[dict[s
     return {"prompt": prompt, "completion": line.middle} | where, n
 
 
-def _documents(settings: Settings, work: Path) -> list[tuple[str, str]]:
+def files_of(settings: Settings, work: Path) -> list[tuple[str, str]]:
     """(path, text) of the Python files; of a clone those of FOLDER."""
     if (Path(settings.source) / CORPUS).is_file():
         found = [(row.name, row.text) for row in read_documents(DataConfig(source=settings.source))]

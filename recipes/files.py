@@ -7,6 +7,7 @@ whose rows have `path` and `text`. Nothing of it is ever run or imported.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import tempfile
 from pathlib import Path
@@ -55,7 +56,10 @@ def read_files(
         found = [Document(row.text, "", row.name, "", "") for row in rows if row.name.endswith(extension)]
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            found = _scraped(source, extension, revision, str(work or temporary))
+            folder = Path(temporary)
+            if work is not None and "://" in source:  # a folder of its own: another source is another ledger
+                folder = work / hashlib.sha256(f"{source} {revision}".encode()).hexdigest()[:12]
+            found = _scraped(source, extension, revision, str(folder))
     found = [one for one in found if _path(one).startswith(under)]
     if not any(isinstance(one, Document) for one in found):
         place = f"{source} below {under}" if under else source

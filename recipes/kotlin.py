@@ -25,6 +25,15 @@ from tokenizer import Tokenizer
 FAMILY = "phi"
 METRICS = ("edit_similarity", "bleu_codexglue")
 EVALUATION: dict[str, Any] = {"metrics": ",".join(METRICS), "language": "kotlin"}
+SMALL: dict[str, Any] = {
+    "per_file": 6,
+    "eval_samples": 100,
+    "max_steps": 200,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup_steps": 10,
+    "validate_every": 50,
+    "validation_rows": 256,
+}
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of the files, and of those that are not test
 FEWEST = 8  # tokens on either side of a cut
 SLACK = 8  # tokens by which prompt and completion may grow where they are encoded apart
@@ -63,10 +72,30 @@ class Window(NamedTuple):
 
 
 def check(settings: Settings) -> None:
+    if settings.methods:  # not only when all else is done
+        if settings.method_samples < 2:
+            raise ValueError(
+                f"--method_samples is {settings.method_samples}, and an interval needs at least 2"
+            )
+        from suites.codexglue import method_task
+        from suites.task import Given
+
+        method_task(Given(None, 2, settings.method_samples, 0, 0, file=settings.methods))
     check_source(settings.source, ".kt", settings.revision)
 
 
+def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+    return read_files(settings.source, ".kt", settings.revision, settings.under, work)
+
+
 def longest(settings: Settings) -> int:
+    """See recipes/building.py.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+    if settings.window < 4 * FEWEST:
+        raise ValueError(f"--window is {settings.window}; it must be at least {4 * FEWEST} tokens")
     return settings.window + 2 * SLACK
 
 
@@ -77,14 +106,10 @@ def prompt_of(text: str) -> str:
 
 def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such files."""
-    if settings.window < 4 * FEWEST:
-        raise ValueError(f"--window is {settings.window}; it must be at least {4 * FEWEST} tokens")
     counts = Counts("files")
     well_shaped = shape_stage()
     windows: list[tuple[str, list[Window]]] = []
-    for file in read_files(
-        settings.source, ".kt", settings.revision, settings.under, folder.parent / "source"
-    ):
+    for file in files_of(settings, folder.parent / "source"):
         counts.found += 1
         found = cleaned(file, well_shaped) if isinstance(file, Document) else file[1]
         if isinstance(found, Drop):

@@ -14,8 +14,11 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +30,7 @@ from recipes.building import RecipeSettings, read_counts
 HERE = Path(__file__).parent
 SAMPLES = 5
 SHOWN = 600  # characters of a sample's prompt, from its end
+BUDGETS = ("max_seconds", "max_steps", "max_epochs")
 TO_BE_MADE = "(none yet)"  # the base, where the command line names none
 SMALL_BASE = "small base trained here, figures are not those of the published weights"
 
@@ -39,6 +43,7 @@ class Asked:
     module: ModuleType
     settings: Any  # the module's Settings
     words: list[str]
+    less: Sequence[str] = ()  # of all words those that the module's SMALL adds
 
     @property
     def out(self) -> Path:
@@ -57,6 +62,44 @@ class Asked:
 def parse_words(name: str, words: list[str]) -> Asked:
     """Recipe flags and training flags apart; a mistake prints one sentence and exits with 2."""
     module = importlib.import_module(f"recipes.{name}")
+    mine, rest = apart(words, module)
+    parser = make_parser({"": module.Settings}, str(module.__doc__).splitlines()[0])
+    if "--help" in rest or "-h" in rest:
+        parser.print_help()
+        print("\nEvery flag of training can be given too: python trainingmanager.py --help")
+        less = " ".join(f"--{key} {value}" for key, value in module.SMALL.items())
+        print(f"Without --base, small models have other defaults: {less}")
+        sys.exit(0)
+    for place in ("run", "data.source", "resume"):
+        if any(word.split("=")[0] == f"--{place}" for word in rest):
+            parser.error(
+                f"--{place} is the recipe's own; everything it makes goes to --out, and goes on there"
+            )
+    values = parser.parse_args(mine).clone(with_meta=False).as_dict()
+    asked = Asked(name, module, _settings(module, values), rest)
+    if asked.config().train.base in (None, TO_BE_MADE):  # a typo is told before anything takes time
+        less = in_small(asked, words)
+        small, more = apart(less, module)
+        values = parser.parse_args([*small, *mine]).clone(with_meta=False).as_dict()
+        asked = Asked(name, module, _settings(module, values), [*more, *rest], less)
+        asked.config()
+    for field in dataclasses.fields(asked.settings):
+        value = getattr(asked.settings, field.name)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            parser.error(f"--{field.name} is {value}; it must be at least 0, and finite")
+    if asked.settings.eval_samples < 2:
+        parser.error(f"--eval_samples is {asked.settings.eval_samples}, and an interval needs at least 2")
+    if not asked.settings.base_seconds > 0:
+        parser.error(f"--base_seconds is {asked.settings.base_seconds}; it must be above 0")
+    return asked
+
+
+def _settings(module: ModuleType, values: dict[str, Any]) -> Any:
+    return module.Settings(**{key: value for key, value in values.items() if key != "config"})
+
+
+def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
+    """The words that are the recipe's own flags with their values, and the rest, which is training's."""
     own = {field.name: field.type for field in dataclasses.fields(module.Settings)}
     mine, rest, place = [], [], 0
     while place < len(words):
@@ -74,24 +117,20 @@ def parse_words(name: str, words: list[str]) -> Asked:
             elif place < len(words):
                 mine.append(following)
                 place += 1
-    parser = make_parser({"": module.Settings}, str(module.__doc__).splitlines()[0])
-    if "--help" in rest or "-h" in rest:
-        parser.print_help()
-        print("\nEvery flag of training can be given too: python trainingmanager.py --help")
-        sys.exit(0)
-    for place in ("run", "data.source", "resume"):
-        if any(word.split("=")[0] == f"--{place}" for word in rest):
-            parser.error(
-                f"--{place} is the recipe's own; everything it makes goes to --out, and goes on there"
-            )
-    values = parser.parse_args(mine).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    settings = module.Settings(**values)
-    if settings.eval_samples < 2:
-        parser.error(f"--eval_samples is {settings.eval_samples}, and an interval needs at least 2")
-    asked = Asked(name, module, settings, rest)
-    asked.config()  # a typo is told before anything takes time
-    return asked
+    return mine, rest
+
+
+def in_small(asked: Asked, words: list[str]) -> list[str]:
+    """The module's settings for small models as words, but for those that the command line gives.
+
+    A budget that is given, in whatever unit, stands for itself.
+    """
+    given = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+    asks, own = asked.config().train, replace(asked, words=[]).config().train
+    if any(name in given or getattr(asks, name) != getattr(own, name) for name in BUDGETS):
+        given.update(BUDGETS)
+    small = {key: value for key, value in asked.module.SMALL.items() if key not in given}
+    return [part for key, value in small.items() for part in (f"--{key}", str(value))]
 
 
 # --- what was done -----------------------------------------------------------------------------------
@@ -147,39 +186,67 @@ def run(asked: Asked) -> int:
         SystemExit: With 75, when a signal asked training to stop.
     """
     if hasattr(asked.module, "variants") and (several := asked.module.variants(asked.settings)):
-        made = {}
+        made, lap = {}, laps()
         for name, settings in several.items():
             print(f"\n=== {asked.name}, {name}", flush=True)
             one = replace(asked, settings=replace(settings, out=str(asked.out / name)))
             run(one)
             made[name] = one.settings, one.out
+            lap(name)
         text = asked.module.together(made)
         write_atomically(asked.out / "report.txt", text + "\n")
-        print(f"\n{text}\n\nreport    {asked.out / 'report.txt'}")
+        print(f"\n{text}\n\nreport    {asked.out / 'report.txt'}\ntime      {lap('')}")
         return 0
     if check := getattr(asked.module, "check", None):
         check(asked.settings)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    notes: list[str] = []
-    config = asked.config()
-    if config.train.base == TO_BE_MADE:
-        config = with_small_base(asked, config)
-        notes.append(SMALL_BASE)
-    tokenizer = None if config.train.base is None else checked_base(config)
+    lap, config = laps(), asked.config()
     longest = asked.module.longest(asked.settings)
     if config.train.row_length and config.train.row_length < longest:
         raise ValueError(
             f"--row_length is {config.train.row_length}, and the recipe's settings let an example have "
             f"{longest} tokens: raise it, or ask for shorter examples"
         )
+    asked.out.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    if asked.less:
+        print(f"settings for a small model: {' '.join(asked.less)}; flags override them", flush=True)
+    if config.train.base == TO_BE_MADE:
+        if files_of := getattr(asked.module, "files_of", None):
+            files_of(asked.settings, asked.out / "source")
+        config = with_small_base(asked, config)
+        notes.append(SMALL_BASE)
+        lap("base")
+    tokenizer = None if config.train.base is None else checked_base(config)
     build(asked, tokenizer)
+    lap("dataset")
     from recipes.training import finish
 
     if not finish(config):
         print(f"training: {config.train.run} is finished already")
+    lap("training")
     notes += export_run(asked.out, config)
+    lap("export")
     print(evaluated(asked, config, notes))
+    lap("scores")
+    print(f"time      {lap('')}", flush=True)
     return 0
+
+
+def laps() -> Callable[[str], str]:
+    """A clock that is told what has just ended, and says how long each and all of it took."""
+    begun = time.monotonic()
+    took: dict[str, float] = {}
+
+    def clock(seconds: float) -> str:
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+    def lap(name: str) -> str:
+        whole = time.monotonic() - begun
+        if name:
+            took[name] = whole - sum(took.values())
+        return f"{clock(whole)}: " + ", ".join(f"{one} {clock(seconds)}" for one, seconds in took.items())
+
+    return lap
 
 
 def with_small_base(asked: Asked, config: Config) -> Config:

@@ -35,7 +35,17 @@ from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, 
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
-EVALUATION = {"metrics": "exact_match,edit_similarity,bleu_code,codebleu"}
+EVALUATION = {"metrics": "exact_match,edit_similarity,bleu_code,codebleu,semantic"}
+# A fresh base takes a larger rate, and no 500 steps to warm up.
+SMALL: dict[str, Any] = {
+    "functions": 300,
+    "eval_samples": 60,
+    "max_steps": 80,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup_steps": 10,
+    "validate_every": 40,
+    "validation_rows": 40,
+}
 HEADER = "### Refactor the following Python code to improve quality:"
 
 
@@ -273,8 +283,8 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     return write_dataset(folder, sides, counts, "Degraded functions", about(settings, found))
 
 
-def _chosen(settings: Settings, counts: Counts) -> list[tuple[str, str, Piece, str]]:
-    """(side, path, function, text of its file), each function once; of copies the one of a held-out side."""
+def files_of(settings: Settings, work: Path | None = None) -> list[tuple[str, str, str]]:
+    """(side, path, text) of what functions are taken from."""
     documents = [
         (side, document.name, document.text)
         for side, document in split_documents(DataConfig(source=settings.source))
@@ -285,6 +295,12 @@ def _chosen(settings: Settings, counts: Counts) -> list[tuple[str, str, Piece, s
             f"{settings.source} holds examples and no plain code to take functions from: name files, or a "
             "corpus of plain text"
         )
+    return documents
+
+
+def _chosen(settings: Settings, counts: Counts) -> list[tuple[str, str, Piece, str]]:
+    """(side, path, function, text of its file), each function once; of copies the one of a held-out side."""
+    documents = files_of(settings)
     documents.sort(key=lambda document: SPLITS.index(document[0]), reverse=True)
     fitting: list[tuple[str, str, Piece, str]] = []
     unparsed = 0

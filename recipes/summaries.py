@@ -20,12 +20,14 @@ from recipes.building import Counts, RecipeSettings, split, write_dataset
 from recipes.classes import Class, classes_of
 from recipes.files import check_source, read_files
 from recipes.nearby import nearest_of
-from scraping.documents import Document
+from scraping.documents import Document, Drop
 from tokenizer import Tokenizer
 
 FAMILY = "llama"
 METRICS = ("chrf", "rougeL")
 EVALUATION: dict[str, Any] = {"metrics": ",".join(METRICS)}
+SMALL: dict[str, Any] = {"optimizer.lr": 1e-3}
+PROMPTS = ("verbose", "simple")
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of all, and of what is not test
 RECORD = "summaries.json"  # the texts behind the table, in the run's folder
 
@@ -71,7 +73,20 @@ class Settings(RecipeSettings):
 
 
 def check(settings: Settings) -> None:
+    for name in ("min_words", "code_tokens", "docstring_tokens"):
+        if getattr(settings, name) < 2:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 2")
+    if settings.temperature == 0:
+        raise ValueError(
+            "--temperature is 0, by which sampled texts would be the greedy ones again; raise it"
+        )
+    if not 0 < settings.top_p <= 1:
+        raise ValueError(f"--top_p is {settings.top_p}; it must be above 0 and at most 1")
     check_source(settings.source, ".py", settings.revision)
+
+
+def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+    return read_files(settings.source, ".py", settings.revision, settings.under, work)
 
 
 def longest(settings: Settings) -> int:
@@ -81,7 +96,7 @@ def longest(settings: Settings) -> int:
 def variants(settings: Settings) -> dict[str, Settings]:
     if settings.prompt != "both":
         return {}
-    return {"verbose": replace(settings, prompt="verbose"), "simple": replace(settings, prompt="simple")}
+    return {prompt: replace(settings, prompt=prompt) for prompt in PROMPTS}
 
 
 # --- prompts -----------------------------------------------------------------------------------------
@@ -146,9 +161,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such classes."""
     counts = Counts("classes")
     found, unparsed = [], 0
-    for file in read_files(
-        settings.source, ".py", settings.revision, settings.under, folder.parent / "source"
-    ):
+    for file in files_of(settings, folder.parent / "source"):
         try:
             found += classes_of(file.text, file.path) if isinstance(file, Document) else []
         except (SyntaxError, RecursionError):
@@ -276,10 +289,15 @@ def _with_related(
 
 
 def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
-    prompt = fitted_prompt(one, related, settings, tokenizer)
+    """`prompts` are for eval.py: `verbose` and `simple`, and `related` where retrieval is asked for."""
+    prompts = {name: fitted_prompt(one, (), replace(settings, prompt=name), tokenizer) for name in PROMPTS}
+    if settings.related:
+        prompts["related"] = fitted_prompt(one, related, settings, tokenizer)
+    prompt = prompts["related" if settings.related else settings.prompt]
     return {
         "name": f"{one.path}:{one.name}",
         "prompt": prompt,
+        "prompts": prompts,
         "completion": _docstring(one, settings, tokenizer),
         "cut": one.code.rstrip() not in prompt,
     }

@@ -6,20 +6,25 @@ A score means what it has above these. No torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from rapidfuzz import fuzz
 
-from shingles import Units, batches, mixed
+from shingles import Units, Words, batches, mixed
 from suites.scoring import Example
 from suites.stored import text_of_example
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
-NEIGHBOURS = 20_000  # training examples that are looked at, evenly spread
+NEIGHBOURS = 20_000  # training examples, or places in training files, that are looked at, evenly spread
+FILES = 2_000  # most training files in which places are looked for
+AROUND = 300  # characters on each side of a place
 PERMUTATIONS = 128
 SHORTLIST = 8  # by shared tokens, of which the nearest by edit similarity is taken
+
+Spans = Callable[[str, np.random.Generator], Iterator[tuple[int, int]]]  # of a text, drawn
 
 
 def last_lines(examples: Sequence[Example]) -> list[str]:
@@ -59,9 +64,6 @@ def nearest(
 ) -> list[str]:
     """For each example the completion that training had for the prompt most like its own.
 
-    MinHash over the sets of tokens finds a shortlist, edit similarity of the prompts the nearest of it. The
-    first in order stays among equals.
-
     Args:
         examples: Of `held_out`, where `where` is their number.
     """
@@ -69,22 +71,86 @@ def nearest(
 
     def signatures(store: TokenStore, numbers: np.ndarray) -> np.ndarray:
         prompts = (store.document(number)[: int(store.prompt_lengths[number])] for number in numbers.tolist())
-        units = (Units("", "", values[ids], 0) for ids in prompts)
-        # Every prompt has a token, its start, so that none is left out.
-        rows = [batch.signatures(1, 1, PERMUTATIONS)[1] for batch in batches(units)]
-        return np.concatenate(rows)
+        return _signatures(values[ids] for ids in prompts)
 
-    known = np.arange(0, train.n_documents, -(-train.n_documents // NEIGHBOURS))
-    theirs = signatures(train, known)
-    ours = signatures(held_out, np.array([example.where for example in examples]))
+    known = _spread(train.n_documents, NEIGHBOURS)
+    return _answers(
+        examples,
+        signatures(held_out, np.array([example.where for example in examples])),
+        signatures(train, known),
+        lambda i: text_of_example(train, tokenizer, int(known[i])),
+        lambda example: example.prompt + (example.suffix or ""),
+    )
+
+
+def nearest_place(examples: Sequence[Example], known: Sequence[Example]) -> list[str]:
+    """For each example what stands at the place of training files whose surroundings are most like its own.
+
+    Compared are AROUND characters of words and marks before and, where the example has a gap, after.
+
+    Args:
+        known: Places, as `places_of` has them. None at all answer with nothing.
+    """
+    if not known:
+        return [""] * len(examples)
+    words, gaps = Words(), any(example.suffix is not None for example in examples)
+
+    def around(example: Example) -> str:
+        after = (example.suffix or "").lstrip()[:AROUND] if gaps else ""
+        return example.prompt.rstrip()[-AROUND:] + "\n" + after
+
+    def signatures(places: Sequence[Example]) -> np.ndarray:
+        return _signatures(words.ids(around(place)) for place in places)
+
+    return _answers(examples, signatures(examples), signatures(known), known.__getitem__, around)
+
+
+def places_of(store: TokenStore, tokenizer: Tokenizer, spans: Spans) -> list[Example]:
+    """Up to NEIGHBOURS places in files of the store, as examples: what a gap there would hold.
+
+    Of a store of examples it is those.
+    """
+    if store.holds_examples:
+        chosen = _spread(store.n_documents, NEIGHBOURS).tolist()
+        return [text_of_example(store, tokenizer, number) for number in chosen]
+    draw = np.random.Generator(np.random.PCG64(0))
+    numbers = _spread(store.n_documents, FILES).tolist()
+    places: list[Example] = []
+    for number in numbers:
+        text = tokenizer.decode(store.document(number).tolist())
+        for start, end in islice(spans(text, draw), -(-NEIGHBOURS // len(numbers))):
+            before, after = text[max(0, start - 2 * AROUND) : start], text[end : end + 2 * AROUND]
+            places.append(Example(store.names[number], start + 1, before, text[start:end], after))
+    return places
+
+
+def _spread(n: int, most: int) -> np.ndarray:
+    """At most so many of n numbers, at equal distances."""
+    return np.arange(0, n, max(1, -(-n // most)))
+
+
+def _signatures(rows: Iterable[np.ndarray]) -> np.ndarray:
+    """(n, PERMUTATIONS) MinHash of sets of units, (length,) uint64; a text without any has one for that."""
+    none = np.zeros(1, np.uint64)
+    units = (Units("", "", ids if len(ids) else none, 0) for ids in rows)
+    return np.concatenate([batch.signatures(1, 1, PERMUTATIONS)[1] for batch in batches(units)])
+
+
+def _answers(
+    examples: Sequence[Example],
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    known: Callable[[int], Example],
+    text: Callable[[Example], str],
+) -> list[str]:
+    """The references of the nearest: signatures find a shortlist, edit similarity the nearest of it.
+
+    The first in order stays among equals.
+    """
     answers = []
     for example, signature in zip(examples, ours, strict=True):
         shared = (theirs == signature).sum(1)
-        near = [
-            text_of_example(train, tokenizer, int(i))
-            for i in known[np.argsort(-shared, kind="stable")[:SHORTLIST]]
-        ]
-        asked = example.prompt + (example.suffix or "")
-        best = max(near, key=lambda other: fuzz.ratio(asked, other.prompt + (other.suffix or "")))
-        answers.append(best.reference)
+        near = [known(int(i)) for i in np.argsort(-shared, kind="stable")[:SHORTLIST]]
+        own = text(example)
+        answers.append(max(near, key=lambda other: fuzz.ratio(own, text(other))).reference)
     return answers

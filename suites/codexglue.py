@@ -12,7 +12,9 @@ import re
 from collections.abc import Sequence
 
 from metrics.texts import codexglue_line
-from suites.baselines import copied
+from suites.baselines import Spans, copied, nearest_place, places_of
+from suites.functions import body_spans
+from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.task import Given, Task, rows_of, texts_of
 
@@ -29,7 +31,11 @@ def method_task(given: Given) -> Task:
         examples.append(Example(str(row.get("id", where)), number, prompt, body))
 
     def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
-        return {"copy": copied(examples), "empty": [""] * len(examples)}
+        return {
+            "copy": copied(examples),
+            **_nearest(given, examples, body_spans),
+            "empty": [""] * len(examples),
+        }
 
     return Task(
         SUITES[name],
@@ -62,7 +68,11 @@ def line_task(given: Given) -> Task:
 
     def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         before = [[part for part in _LINE_ENDS.split(e.prompt) if part.strip()] for e in examples]
-        return {"copy": [parts[-1] if parts else "" for parts in before], "empty": [""] * len(examples)}
+        return {
+            "copy": [parts[-1] if parts else "" for parts in before],
+            **_nearest(given, examples, line_spans),
+            "empty": [""] * len(examples),
+        }
 
     return Task(
         SUITES[name],
@@ -80,3 +90,10 @@ def through_line(example: Example, text: str) -> str:
         if _LINE_ENDS.sub("", text[: end.start()]).strip():
             return text[: end.start()]
     return text
+
+
+def _nearest(given: Given, examples: Sequence[Example], spans: Spans) -> dict[str, list[str]]:
+    """By the training text of a run; a published model's is not at hand."""
+    if given.data is None or given.tokenizer is None:
+        return {}
+    return {"nearest": nearest_place(examples, places_of(given.data.train, given.tokenizer, spans))}

@@ -16,7 +16,7 @@ import torch
 
 from architecture import Decoder
 from config import memory_is_full
-from decoding import Stopped, generate_ids
+from decoding import Generated, Stopped, generate_ids
 from fim import fim_end_ids, fim_prompt_ids, trim_fim_prompt
 from generate import CONTEXT, GenerationConfig, added_text, prompt_ids, stop_finder, trim_prompt
 from ngram import NGramModel
@@ -81,8 +81,8 @@ def complete(
     Args:
         cut: What of a text is the prediction; once it leaves something off, the text has ended.
         length: Tokens of a row: of a prompt and its completion together.
-        batch_size: Examples at a time; None for as many as memory is reckoned to have room for, halved for as
-            long as that was too many. It does not change what is predicted.
+        batch_size: Texts under way at a time; None for as many as memory is reckoned to have room for, halved
+            for as long as that was too many. It does not change what is predicted.
         how: Greedy, or how to sample; its stop strings; its limit is not read.
         draws: Texts of each example. A draw's random numbers are its own, whatever is beside it.
         kept: Predictions that an interrupted evaluation made, to which the others are added as they are made.
@@ -102,21 +102,21 @@ def complete(
         (i, draw)
         for i in sorted(
             range(len(examples)),
-            key=lambda i: (prompts[i].limit, len(prompts[i].ends), len(prompts[i].ids)),
+            # Long prompts first: those that follow fit the columns that are there.
+            key=lambda i: (prompts[i].limit, len(prompts[i].ends), -len(prompts[i].ids)),
         )
         for draw in range(draws)
         if (i, draw) not in done
     ]
     most = batch_size or max(MOST_ROWS.values())
-    # What shares a batch shares its limit and its ends.
+    # What is under way together shares its limit and its ends.
     for (limit, ends), group in groupby(
         wanted, key=lambda one: (prompts[one[0]].limit, prompts[one[0]].ends)
     ):
-        alike = list(group)
-        longest = max(len(prompts[i].ids) for i, _ in alike) + limit
+        rows = list(group)
+        longest = max(len(prompts[i].ids) for i, _ in rows) + limit
         size = min(most, batch_size or rows_at_a_time(model, longest))
-        while alike:
-            rows = alike[:size]
+        while rows:
             found = stop_finder(tokenizer, [prompts[i].ids for i, _ in rows], how.stop) if how.stop else None
 
             def text_of(row: int, ids: list[int], rows: list[tuple[int, int]] = rows) -> str:
@@ -140,10 +140,23 @@ def complete(
                     cut(examples[i], text) != text and cut(examples[i], whole := text_of(row, ids)) != whole
                 )
 
-            results = None
+            def ended(
+                row: int,
+                result: Generated,
+                rows: list[tuple[int, int]] = rows,
+                text_of: Callable[[int, list[int]], str] = text_of,
+            ) -> None:
+                ids = result.ids[:-1] if result.finish_reason == "eos" else result.ids
+                text = text_of(row, ids)
+                ends_at = [at for at in (text.find(string) for string in how.stop) if at >= 0]
+                text = cut(examples[rows[row][0]], text[: min(ends_at, default=None)])
+                done[rows[row]] = text, "stop" if ends_at else result.finish_reason
+                if kept is not None:
+                    kept.add({rows[row]: done[rows[row]]})
+
             try:
                 with precision.autocast():
-                    results = generate_ids(
+                    generate_ids(
                         model,
                         [prompts[i].ids for i, _ in rows],
                         replace(how, max_new_tokens=limit),
@@ -152,26 +165,18 @@ def complete(
                         stopped,
                         # Of an example and a draw, and of nothing else.
                         [draw * 2**32 + i for i, draw in rows],
+                        size,
+                        ended,
                     )
             except (RuntimeError, MemoryError) as error:
-                if not memory_is_full(error) or len(rows) == 1:
+                if not memory_is_full(error) or min(size, len(rows)) == 1:
                     raise
-            if results is None:  # outside of the handler, whose traceback holds the tensors
-                most = size = len(rows) // 2
+            left = [one for one in rows if one not in done]
+            if left:  # outside of the handler, whose traceback holds the tensors
+                most = size = min(size, len(rows)) // 2
                 if precision.device.type == "cuda":
                     torch.cuda.empty_cache()
-                continue
-            made = {}
-            for row, (one, result) in enumerate(zip(rows, results, strict=True)):
-                ids = result.ids[:-1] if result.finish_reason == "eos" else result.ids
-                text = text_of(row, ids)
-                ends_at = [at for at in (text.find(string) for string in how.stop) if at >= 0]
-                text = cut(examples[one[0]], text[: min(ends_at, default=None)])
-                made[one] = text, "stop" if ends_at else result.finish_reason
-            if kept is not None:
-                kept.add(made)
-            done |= made
-            alike = alike[len(rows) :]
+            rows = left
     texts = [[done[i, draw][0] for i in range(len(examples))] for draw in range(draws)]
     ran_long = sum(reason == "length" for _, reason in done.values())
     return Predictions(texts[0], ran_long, texts[1:])
@@ -180,7 +185,7 @@ def complete(
 def rows_at_a_time(model: Decoder, longest: int) -> int:
     """Rows of `longest` tokens that fit a part of the memory that is free: of a GPU half, else a quarter.
 
-    Of each row there are keys and values, twice while finished rows leave; the prompt's widest activations;
+    Of each row there are keys and values, twice while others join; the prompt's widest activations;
     and a few copies of its logits. It is a reckoning: who is wrong halves.
     """
     config, weight = model.config, model.embed.weight

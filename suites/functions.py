@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,15 @@ def function_examples(
                 examples.append(Example(name, first + 1, prompt, reference, start=len(prompt) - len(shown)))
                 break
     return examples
+
+
+def body_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """Where the bodies of a Python file's functions stand, from the line after signature and docstring."""
+    lines, bodies = text.split("\n"), _bodies(text)
+    for i in draw.permutation(len(bodies)):
+        _, first, last = bodies[i]
+        start = sum(len(line) + 1 for line in lines[:first])
+        yield start, start + len("\n".join(lines[first:last]))
 
 
 def _bodies(text: str) -> list[tuple[int, int, int]]:

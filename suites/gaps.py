@@ -6,14 +6,14 @@ line, a few lines in a row, and a piece between any two characters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from fim import fim_markers
-from suites.baselines import last_lines
+from suites.baselines import Spans, last_lines, nearest_place, places_of
 from suites.scoring import SUITES, Example
 from suites.task import Given, Task, held_out
 
@@ -21,8 +21,6 @@ LINE_TOKENS, GAP_TOKENS = 64, 256  # most of a line, and of several or of a piec
 MOST_LINES = 8
 MOST_CHARACTERS = 300  # of a piece
 CONTEXT_TOKENS = 4  # characters a token, at the least, where prompts are cut before they are encoded
-
-Spans = Callable[[str, np.random.Generator], Iterator[tuple[int, int]]]  # of a text, drawn
 
 
 def line_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]]:
@@ -97,10 +95,15 @@ def gap_examples(given: Given, name: str, spans: Spans) -> list[Example]:
 
 def _task(given: Given, name: str, spans: Spans, limit: int) -> Task:
     examples = gap_examples(given, name, spans)
+    data, tokenizer, _ = held_out(given, name)
 
     def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         before = [replace(e, prompt=e.prompt.rstrip("\n")) for e in examples]
-        return {"copy": last_lines(before), "empty": [""] * len(examples)}
+        return {
+            "copy": last_lines(before),
+            "nearest": nearest_place(examples, places_of(data.train, tokenizer, spans)),
+            "empty": [""] * len(examples),
+        }
 
     return Task(
         SUITES[name],

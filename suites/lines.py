@@ -9,12 +9,13 @@ has 2.5% of the lines of the standard library right, and 10% as it is done here.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from generate import prompt_ids
-from suites.baselines import last_lines
+from suites.baselines import last_lines, nearest_place, places_of
+from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.task import Given, Task, held_out
 from tokenizer import Tokenizer
@@ -100,11 +101,19 @@ def task(given: Given) -> Task:
         )
     max_new_tokens, room = divided(given.length, given.max_new_tokens or LINE_TOKENS)
     examples = next_line_examples(data.test, tokenizer, n, room, given.seed)
+
+    def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
+        return {
+            "copy": last_lines(examples),
+            "nearest": nearest_place(examples, places_of(data.train, tokenizer, line_spans)),
+            "empty": [""] * len(examples),
+        }
+
     return Task(
         SUITES["next_line"],
         examples,
         max_new_tokens,
         f"lines with {CONTEXT_LINES} lines before them that fit {room} tokens",
-        lambda asked: {"copy": last_lines(asked)},
+        baselines,
         through_first_line,
     )

@@ -322,6 +322,8 @@ def suite_table(record: dict[str, Any]) -> str:
     for name, verdict in record["verdicts"].items():
         said = [verdict["best"], *(["base"] if "base" in verdict["against"] else [])]
         lines.append(f"{name}: {'; '.join(verdict['against'][one] for one in dict.fromkeys(said))}")
+    if "without" in record:
+        lines.append(f"beside these: {record['without']}")
     left_out = record.get("left_out", {})
     if left_out:
         lines.append(

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 import lora
 import lowrank
 from architecture import Decoder
+from changes import LowRank, Rows, Whole
 from config import LoraConfig
 from dataset import Batch
-from lora import LowRank, Rows, Whole, add_adapter, changes_of, use_adapters
+from lora import add_adapter, changes_of, use_adapters
 from loss import token_loss
 from pretrained import Family, load_pretrained
 from pretrained.load_adapter import load_adapter
@@ -490,10 +491,10 @@ def _last_pattern(patch: pytest.MonkeyPatch) -> None:
 
 
 def _norm_with_gradient(patch: pytest.MonkeyPatch) -> None:
-    def gain(self: LowRank, weight: Tensor) -> Tensor | None:
+    def gain(self: LowRank, base: Any) -> Tensor | None:
         if self.magnitude is None:
             return None
-        return self.magnitude / self._length(weight.float() + self.delta())
+        return self.magnitude / self._length(base.weight.float() + self.delta())
 
     patch.setattr(LowRank, "gain", gain)
 

@@ -293,14 +293,13 @@ def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, mode
             assert ends["mean"] == pytest.approx(result[side][key], rel=1e-6)
             assert f"[{ends['low']:.4f}, {ends['high']:.4f}]" in done.stdout
     assert f"\nloss: {result['token_verdicts']['loss']['n-gram']['verdict']}\n" in done.stdout
-    assert list(result["suite"]["scores"]) == ["model", "n-gram", "copy"]
+    systems = ["model", "n-gram", "copy", "nearest", "empty"]
+    assert list(result["suite"]["scores"]) == systems
     for by_name in result["suite"]["scores"].values():
         for found in by_name.values():
             assert f"{found['mean']:.1f} [{found['low']:.1f}, {found['high']:.1f}]" in done.stdout
     verdict = result["suite"]["verdicts"]["edit_similarity"]
-    best = max(
-        ("n-gram", "copy"), key=lambda name: result["suite"]["scores"][name]["edit_similarity"]["mean"]
-    )
+    best = max(systems[1:], key=lambda name: result["suite"]["scores"][name]["edit_similarity"]["mean"])
     assert verdict["best"] == best
     assert f"edit_similarity: {verdict['against'][best]}" in done.stdout
     for sample in result["suite"]["samples"]:

@@ -46,6 +46,7 @@ from dataset import (
     Batch,
     Batches,
     best_fit,
+    gaps_in_sight,
     is_trimmed,
     next_token_labels,
     prepare_data,
@@ -745,6 +746,24 @@ def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkey
     monkeypatch.undo()
     begins = [planted.validation.document(n)[:1].tolist() for n in range(planted.validation.n_documents)]
     assert [markers[0]] in begins
+
+
+@pytest.mark.parametrize("T", [8, 40, 400])
+def test_gaps_in_sight_are_those_that_rows_show(tmp_path: Path, T: int):
+    rows = [{"text": f"def f{n}(x):\n" + "    x += 1\n" * (n % 7), "path": f"p{n}"} for n in range(300)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    store = prepare_data(settings_for(path, fim_rate=0.7), STARCODER).train
+    markers, seen, filled = fim_markers(STARCODER), 0, 0
+    for seed in range(20):
+        start = 0
+        for number in np.random.default_rng(seed).permutation(store.n_documents).tolist():
+            ids = store.document(number).tolist()
+            if ids[0] == markers[0]:
+                targets = start + np.arange(ids.index(markers[2]) + 1, len(ids))
+                seen += int((start >= (targets - 1) // T * T).sum())  # its row's first token
+                filled += len(targets)
+            start += len(ids)
+    assert gaps_in_sight(store, markers, T) == pytest.approx(seen / filled, abs=0.03)
 
 
 class Side(str):

@@ -16,10 +16,10 @@ from lazily import peft
 from safetensors.torch import load_file
 from test_finetune import base, config, logits, other
 
+from changes import LowRank
 from config import Config, one_sentence
 from export import ExportConfig, export
 from generate import prompt_ids
-from lora import LowRank
 from pretrained import load_pretrained
 from runmodel import load_run, open_adapted
 from trainingmanager import train
@@ -173,9 +173,9 @@ def test_a_merge_that_forgets_some_modules_is_refused(
 ) -> None:
     right = LowRank.merge_into
 
-    def wrong(self: LowRank, merged: torch.Tensor, weight: torch.Tensor, share: float) -> None:
-        if weight.size(0) > weight.size(1):  # the fused projection alone is merged
-            right(self, merged, weight, share)
+    def wrong(self: LowRank, merged: torch.Tensor, base: torch.nn.Module, share: float) -> None:
+        if merged.size(0) > merged.size(1):  # the fused projection alone is merged
+            right(self, merged, base, share)
 
     monkeypatch.setattr(LowRank, "merge_into", wrong)
     with pytest.raises(ValueError, match="merged-differs"):

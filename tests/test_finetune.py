@@ -43,7 +43,7 @@ from pretrained.family import to_model
 from proofs import run_difference
 from quantize import Linear4bit
 from runmodel import export_adapter, load_run, open_adapted
-from tokenizer import BPETokenizer, load_tokenizer
+from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
 from trainingmanager import TrainingManager, train
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -281,6 +281,21 @@ def test_new_tokens_get_ids_and_rows_and_go_with_the_adapter(config: Config, tmp
     opened = open_adapted(str(config.train.base), tmp_path / "adapter")
     assert opened.tokenizer is not None and opened.tokenizer.encode("x<|b|>") == ids
     assert torch.equal(logits(opened.model), logits(run.model))
+
+
+def test_tokens_that_a_given_tokenizer_has_added_are_new_to_the_base(config: Config, tmp_path: Path) -> None:
+    """As the guard `token-never-trained` advises."""
+    own = PretrainedTokenizer.load(Path(str(config.train.base)))
+    own.with_start().with_tokens(["<|a|>", "<|b|>"]).save(tmp_path / "added")
+    config = other(other(config, max_steps=1), "tokenizer", path=str(tmp_path / "added"))
+    manager = train(other(config, "lora", new_tokens=("<|b|>", "<|c|>", "<|a|>")))
+    run = load_run(manager.folder, "last")
+    size, model = run.tokenizer.vocab_size, run.model
+    assert run.tokenizer.encode("<|a|><|b|><|c|>") == [size - 3, size - 2, size - 1]
+    changed: Any = model.embed
+    assert changed.adapters["default"].ids.tolist() == [size - 2, size - 1, size - 3]
+    with pytest.raises(ValueError, match="is empty, given twice or in the vocabulary already"):
+        train(other(other(config, run=str(tmp_path / "known")), "lora", new_tokens=("a",)))
 
 
 def test_dropout_is_the_bases_unless_it_is_given(config: Config) -> None:

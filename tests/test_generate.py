@@ -21,7 +21,6 @@ import linear
 from architecture import Decoder
 from config import ModelConfig
 from decoding import (
-    KVCache,
     _beam_search,
     _Run,
     adjust_logits,
@@ -36,6 +35,7 @@ from decoding import (
     sample,
 )
 from generate import GenerationConfig, generate, printable, prompt_ids, trim_prompt
+from kvcache import KVCache
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
@@ -282,6 +282,71 @@ def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch
         assert row == 1 or found.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["learned", "rotary partial", "grouped-query"])
+@pytest.mark.parametrize("spare", [1, 64])
+def test_prompts_that_wait_for_places_are_continued_as_alone(name, spare, monkeypatch):
+    """Rows end at different times, and others begin in the midst of those under way."""
+    monkeypatch.setattr(decoding, "SPARE_COLUMNS", spare)  # with 1 the cache is packed again and again
+    window = 5 if name == "grouped-query" else 0
+    model = scrambled(replace(MODELS[name], sliding_window=window))
+    settings = GenerationConfig(max_new_tokens=9, repetition_penalty=1.3)
+    asked = [*PROMPTS, *PROMPTS[::-1], PROMPTS[0], PROMPTS[0]]
+    stops = lambda row, ids: len(ids) == 1 + 5 * row % 8  # noqa: E731
+    under_way, ended = [], {}
+    real = model.hidden
+    monkeypatch.setattr(
+        model,
+        "hidden",
+        lambda tokens, *rest: (
+            under_way.append(len(tokens) if tokens.size(1) == 1 else 0) or real(tokens, *rest)
+        ),
+    )
+    for most in (1, 3):
+        ended.clear()
+        found = generate_ids(model, asked, settings, stopped=stops, most_rows=most, ended=ended.__setitem__)
+        assert max(under_way) == most
+        assert [ended[row] for row in range(len(asked))] == found
+        for row, (ids, one) in enumerate(zip(asked, found, strict=True)):
+            alone = generate_ids(model, [ids], settings, stopped=lambda _, ids, row=row: stops(row, ids))[0]
+            assert (one.ids, one.finish_reason) == (alone.ids, alone.finish_reason)
+            assert one.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
+        under_way.clear()
+
+
+def test_draws_do_not_depend_on_how_many_are_under_way():
+    model = scrambled(MODELS["multi-query"])
+    sampled = GenerationConfig(max_new_tokens=6, temperature=1.5, seed=3)
+    rows = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    whole = [one.ids for one in generate_ids(model, rows, sampled, eos_id=range(8))]
+    assert len(set(map(len, whole))) > 1
+    for most in (1, 2, 4):
+        found = generate_ids(model, rows, sampled, eos_id=range(8), most_rows=most)
+        assert [one.ids for one in found] == whole
+
+
+def test_texts_as_long_as_the_positions_go_wait_for_places_too():
+    """The columns that rows waste are no positions, and a table of them ends at block_size."""
+    model = scrambled(MODELS["learned"])
+    end = model.config.block_size
+    asked = [[1 + i % 30 for i in range(n)] for n in (end - 6, 3, end - 9, 4, end - 6)]
+    found = generate_ids(model, asked, greedy(6), stopped=lambda row, ids: len(ids) == 6 - row, most_rows=2)
+    for row, ids in enumerate(asked):
+        assert found[row].ids == generate_ids(model, [ids], greedy(6))[0].ids[: 6 - row]
+
+
+def test_rows_that_close_gaps_are_all_that_select_copies():
+    cache = KVCache(1, 6)
+    cache.extend_documents(torch.tensor([[-1, 0], [0, 0], [0, 0], [0, 0]]))
+    held = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 2, 3)
+    cache.update(0, held, held)
+    memory = cache._keys[0]
+    cache.select([3, 1])
+    assert cache._keys[0] is memory
+    assert cache.extend_documents(torch.zeros(2, 1, dtype=torch.long)) is None  # the padded row has left
+    k, _ = cache.update(0, *torch.zeros(2, 2, 1, 1, 3))
+    assert k[:, 0, :, 0].tolist() == [[3, 3, 0], [1, 1, 0]]
+
+
 def test_draws_of_one_prompt_read_it_once(monkeypatch):
     model = scrambled(MODELS["multi-query"])
     read: list[int] = []
@@ -299,7 +364,7 @@ def test_draws_of_one_prompt_read_it_once(monkeypatch):
 
 def test_select_reorders_repeats_and_drops_rows():
     model = scrambled(MODELS["grouped-query"])
-    order = torch.tensor([3, 0, 3])
+    order = [3, 0, 3]
     tokens, positions, document_ids = pad_left(PROMPTS)
     step = torch.tensor([[7], [8], [9]])
     with torch.no_grad():
@@ -307,7 +372,7 @@ def test_select_reorders_repeats_and_drops_rows():
         model(tokens, positions, document_ids, cache)
         cache.select(order)
         logits = model(step, positions[order, -1:] + 1, torch.zeros_like(step), cache)[:, 0]
-        for row, prompt in enumerate(order.tolist()):
+        for row, prompt in enumerate(order):
             expected = model(torch.tensor([PROMPTS[prompt] + step[row].tolist()]))[0, -1]
             torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
 
@@ -316,7 +381,7 @@ def test_rows_of_a_cache_do_not_share_memory_after_select():
     cache = KVCache(1, 4)
     cache.extend_documents(torch.zeros(1, 2, dtype=torch.long))
     cache.update(0, torch.ones(1, 1, 2, 3), torch.ones(1, 1, 2, 3))
-    cache.select(torch.tensor([0, 0]))
+    cache.select([0, 0])
     documents = cache.extend_documents(torch.tensor([[5], [6]]))
     assert documents is not None and documents.tolist() == [[0, 0, 5], [0, 0, 6]]
     k, v = cache.update(
@@ -344,7 +409,7 @@ def test_select_copies_what_was_written_and_no_more():
         cache.extend_documents(torch.zeros(3, 5, dtype=torch.long))
         cache.update(0, *torch.randn(2, 3, 2, 5, 4))
         with Copied() as copied:
-            cache.select(torch.tensor([2, 0]))
+            cache.select([2, 0])
         read.append(copied.read)
     assert read[0] == read[1]
 
@@ -356,11 +421,11 @@ def test_rows_of_one_document_each_need_no_mask():
     padded = KVCache(1, 9)
     assert padded.extend_documents(torch.tensor([[-1, 0], [0, 0]])) is not None
     assert padded.extend_documents(zero) is not None
-    padded.select(torch.tensor([0]))
+    padded.select([0])
     assert padded.extend_documents(zero[:1]) is not None
     padded = KVCache(1, 9)
     padded.extend_documents(torch.tensor([[-1, 0], [0, 0]]))
-    padded.select(torch.tensor([1]))  # the padded row has left
+    padded.select([1])  # the padded row has left
     assert padded.extend_documents(zero[:1]) is None
 
 

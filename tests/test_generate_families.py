@@ -8,8 +8,9 @@ import torch
 from test_generate import Bytes
 from test_pretrained import CONFIGS, gap, pairs, tokens_of, two_of_each_family  # noqa: F401
 
-from decoding import KVCache, generate_ids, pad_left
+from decoding import generate_ids, pad_left
 from generate import GenerationConfig, generate
+from kvcache import KVCache
 
 LENGTHS = (20, 13, 7)
 SHORT = (12, 9, 5)  # of models with dynamic scaling, which take no cache past their context

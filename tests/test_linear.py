@@ -79,6 +79,21 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     assert layer(x[:0]).shape == (0, 1, 70)
 
 
+def test_which_products_take_the_way_of_few_rows(monkeypatch):
+    monkeypatch.setattr(linear, "LEAST", 70 * 70)
+    taken, way = [], linear.few_rows
+    monkeypatch.setattr(linear, "few_rows", lambda x, *rest: taken.append(len(x)) or way(x, *rest))
+    few, wide = linear.FEW_ROWS, linear.WIDE_ROWS
+    for n_in, n_out, expected in ((70, 69, []), (71, 70, [2, few]), (70, 70, [2, few, few + 1, wide])):
+        layer = Linear(n_in, n_out)
+        with torch.no_grad():
+            for rows in (1, 2, few, few + 1, wide, wide + 1):
+                x = torch.randn(rows, n_in)
+                torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert taken == expected, (n_in, n_out)
+        taken.clear()
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_two_dtypes_are_refused_as_f_linear_does(rows, monkeypatch):
     monkeypatch.setattr(linear, "LEAST", 0)

@@ -13,19 +13,18 @@ from lazily import bitsandbytes, peft
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import changes
 import lora
 import lowrank
 from architecture import Decoder
+from changes import LowRank, largest_parts
 from config import LoraConfig, ModelConfig
 from dataset import IGNORE_INDEX, Batch
 from lora import (
     LoraLinear,
-    LowRank,
     adapters_disabled,
     add_adapter,
     held_modules,
-    largest_parts,
-    trainable_state,
     trainable_table,
     use_adapters,
     wrappers,
@@ -312,6 +311,10 @@ def test_autocast_computes_in_its_dtype_and_keeps_fp32_adapters() -> None:
     assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_frozen_weights_get_no_gradient_and_do_not_move() -> None:
     model = adapted({"bias": "all"}, rows=(50,))
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -319,7 +322,7 @@ def test_frozen_weights_get_no_gradient_and_do_not_move() -> None:
     model(TOKENS).square().mean().backward()
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(trainable_state(model)) and all(".base." not in name for name in moved)
+    assert moved == set(trained(model)) and all(".base." not in name for name in moved)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
@@ -331,7 +334,7 @@ def test_recomputed_activations_draw_the_same_masks() -> None:
         torch.manual_seed(4)
         model(TOKENS).square().mean().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() == trainable_state(model).keys()
+    assert found[0].keys() == found[1].keys() == trained(model)
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-7)
 
@@ -416,14 +419,6 @@ def test_whole_copies_and_biases_are_not_mixed() -> None:
         assert torch.equal(model.head.weight, model.get_parameter("head.base.weight"))
 
 
-def test_the_state_is_what_trains_and_the_starts() -> None:
-    model = adapted({"bias": "all", "dora": True, "init": "pissa", "train_modules": ("head",)})
-    state = trainable_state(model)
-    starts = {name for name, _ in model.named_buffers() if ".adapters." in name}
-    assert state.keys() == starts | {name for name, p in model.named_parameters() if p.requires_grad}
-    assert starts and all(".start_" in name for name in starts)
-
-
 class Largest(TorchDispatchMode):
     """The most elements of a tensor that is made inside the block."""
 
@@ -447,9 +442,9 @@ def test_the_lengths_of_dora_are_taken_of_some_outputs_at_a_time(
     weight: Any = base.weight
     whole = weight.detach().double() + change.delta().detach().double()
     expected = change.magnitude / whole.norm(dim=0 if change.of_embedding else 1)
-    monkeypatch.setattr(lora, "LENGTH_ELEMENTS", 170)
+    monkeypatch.setattr(changes, "LENGTH_ELEMENTS", 170)
     with Largest() as largest, torch.no_grad():
-        gain = change.gain(weight)
+        gain = change.gain(base)
     torch.testing.assert_close(gain, expected.float(), rtol=1e-6, atol=0)
     assert 50 <= largest.elements <= 170
 
@@ -582,18 +577,123 @@ def test_a_wrong_merge_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     before = model(TOKENS)
     monkeypatch.setattr(
-        LowRank, "merge_into", lambda self, merged, weight, share: merged.add_(self.change(weight), alpha=2)
+        LowRank, "merge_into", lambda self, merged, base, share: merged.add_(self.change(base), alpha=2)
     )
     with pytest.raises(ValueError, match="merged-differs"):
         merge_checked(model, PROMPTS)
     assert torch.equal(model(TOKENS), before)
 
 
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("first", ["rows", "low rank"])
+def test_rows_are_merged_beside_what_other_adapters_do_to_them(order: tuple[str, str], first: str) -> None:
+    model = scrambled()
+    targets, rows = (("qkv",), (50, 7)) if first == "rows" else (("embed",), ())
+    add_adapter(model, LoraConfig(r=2, targets=targets), name="a", new_rows=rows)
+    scramble(model, 1)
+    add_adapter(model, LoraConfig(r=2, targets=("up",)), name="b", new_rows=(50,))
+    scramble(model, 2)
+    use_adapters(model, dict.fromkeys(order, 1.0))
+    ids = torch.tensor([[50, 7, 3, 50]])
+    before = model(ids)
+    merge(model)
+    torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_model_has_no_base_to_show_and_nothing_that_trains() -> None:
+    model = adapted()
+    merge(model)
+    with pytest.raises(ValueError, match="are merged into its weights; call unmerge first"):
+        adapters_disabled(model).__enter__()
+    with pytest.raises(ValueError, match="are merged into its weights; call unmerge first"):
+        trainable_table(model)
+
+
+def test_a_merge_that_ends_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    before, right, calls = model(TOKENS), LowRank.merge_into, []
+
+    def fails(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        right(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(LowRank, "merge_into", fails)
+        merge(model)
+    assert torch.equal(model(TOKENS), before)
+    merge(model)
+    unmerge(model)
+    assert torch.equal(model(TOKENS), before)
+
+
+def test_what_was_cast_since_is_not_unmerged() -> None:
+    model = adapted()
+    before = model(TOKENS)
+    merge(model)
+    model.double()
+    with pytest.raises(ValueError, match=r"was float32 on cpu when .* and is float64 on cpu now"):
+        unmerge(model)
+    model.float()
+    unmerge(model)
+    assert torch.equal(model(TOKENS), before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"dora": True, "targets": ("qkv", "embed")}, {"train_modules": ("norm", "head")}, {"bias": "all"}],
+    ids=str,
+)
+def test_an_adapted_model_may_be_cast(settings: dict[str, Any]) -> None:
+    model = adapted(settings).eval()
+    with torch.no_grad():
+        expected = model(TOKENS)
+        model.bfloat16()
+        gap = (model(TOKENS).float() - expected).abs().mean() / expected.std()
+    assert gap < 0.05
+
+
+def test_weights_in_bf16_are_merged_with_one_rounding() -> None:
+    """Added in fp32: a sum in bf16 would round the change first."""
+    model = adapted({"targets": ("qkv",)})
+    module: Any = wrappers(model)["blocks.0.attention.qkv"]
+    module.base.weight.data = module.base.weight.data.bfloat16()
+    change = module.adapters["default"]
+    expected = (module.base.weight.double() + change.delta().double()).bfloat16()
+    merge(model)
+    actual: Any = model.get_submodule("blocks.0.attention.qkv").weight
+    assert actual.dtype == torch.bfloat16
+    assert (actual != expected).float().mean() < 0.001  # fp32 and fp64 may round a tie apart
+
+
+def test_a_quantised_weight_is_made_again_only_for_dora(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the products by autograd
+    made: list[int] = []
+    right = Rounded.__dict__["weight"].fget
+    monkeypatch.setattr(Rounded, "weight", property(lambda self: made.append(1) or right(self)))
+    for dora in (False, True):
+        model = rounded(scrambled())
+        add_adapter(model, LoraConfig(r=2, dora=dora, targets=("qkv",)))
+        made.clear()
+        fused(model)(torch.randn(3, 16))
+        assert len(made) == 1 + dora  # one is the base's own product
+
+
 def test_broken_adapters_and_empty_merges_are_refused() -> None:
     model = adapted()
+    add_adapter(model, LoraConfig(r=2, targets=("up",)), name="broken")
+    changed: Any = wrappers(model)["blocks.0.mlp.up"].adapters["broken"]
+    changed.a.data.fill_(math.nan)
+    changed.requires_grad_(False)
+    with pytest.raises(ValueError, match="is not finite; the adapter is broken"):
+        merge(model)
+    use_adapters(model, {"default": 1.0})
+    merge(model)  # what is not active is not asked
+    unmerge(model)
     with pytest.raises(ValueError, match="none was given"):
         merge_report(model, model, [[]])
-    next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
+    fused(model).adapters["default"].b.data.fill_(math.inf)
     with pytest.raises(ValueError, match="is not finite; the adapter is broken"):
         merge(model)
     use_adapters(model, {})
@@ -647,7 +747,7 @@ def test_the_loss_of_a_rescaled_head_drops_the_same_and_makes_no_matrix_of_the_w
     import loss as loss_module
 
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 53 * 3)
-    monkeypatch.setattr(lora, "LENGTH_ELEMENTS", 170)
+    monkeypatch.setattr(changes, "LENGTH_ELEMENTS", 170)
     model = adapted({"targets": ("head",), "dora": True, "dropout": 0.3}, head_bias=True).train()
     tokens, labels = TOKENS[:1, :8], TOKENS[:1, 1:9]
     batch = Batch(tokens, labels, torch.zeros_like(tokens), torch.arange(8)[None])

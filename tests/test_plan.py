@@ -37,8 +37,8 @@ def test_what_blocks_take_is_linear_and_counted_right(base_format: str, tmp_path
     )
     model, family = plan.shape_of(config)
     one, two, three = (plan._child(asked(config, family, model, n)) for n in (1, 2, 3))
-    foreseen = one.at(two, 3)
-    assert (foreseen.held_bytes, foreseen.trained_bytes) == (three.held_bytes, three.trained_bytes)
+    foreseen = one.at(three, 2)
+    assert (foreseen.held_bytes, foreseen.trained_bytes) == (two.held_bytes, two.trained_bytes)
     # c_attn is 64 -> 64 + 2 heads of 16: A (4, 64) and B (96, 4); each with gradient and two moments in fp32.
     adapters = 3 * 4 * (64 + 96) * 4
     steps = 3 * 2 * 4  # AdamW counts its steps in a number for each matrix
@@ -64,13 +64,31 @@ def test_a_run_from_scratch_trains_all_of_its_weights() -> None:
 
 
 def test_a_line_through_two_depths_gives_the_others() -> None:
-    first, second = Cost(10, 20, 1, 2, 0.5, 0.1), Cost(13, 21, 2, 2, 0.7, 0.05)
+    first, second = Cost(10, 20, 1, 2, 0.5, 0.1), Cost(16, 22, 3, 2, 0.9, 0.05)
     found = first.at(second, 11)
     assert found == Cost(40, 30, 11, 2, pytest.approx(2.5), 0.1) and found.peak == 40  # pyright: ignore[reportArgumentType]
     config = Config(train=TrainConfig(accumulation=3, batch_size=2, max_steps=50))
-    said = str(plan.Plan(found, 11, 128, config))
-    assert plan.Plan(found, 11, 128, config).step_seconds == pytest.approx(7.6)
-    assert "474, of 768 tokens and 7.60 s" in said and "1 and 2 of 11 blocks" in said and "0.11 hours" in said
+    made = plan.Plan(found, 11, (1, 3), 128, config)
+    assert made.step_seconds == pytest.approx(7.6)
+    said = str(made)
+    assert "474, of 768 tokens and 7.60 s" in said and "1 and 3 of 11 blocks" in said and "0.11 hours" in said
+    assert "all 11 blocks" in str(dataclasses.replace(made, depths=(11,)))
+
+
+def test_small_models_are_measured_whole_and_large_ones_at_two_depths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def measured(config: Config, model: ModelConfig, family: str | None, n: int, rows: int) -> Cost:
+        made.append(n)
+        return Cost(n, n, n, n, n, n)
+
+    monkeypatch.setattr(plan, "_measured", measured)
+    for width, depths in ((64, [12]), (2048, [1, 3])):
+        made.clear()
+        found = plan.plan(Config(model=ModelConfig(n_layer=12, n_head=4, n_embd=width)))
+        assert made == depths and found.cost.peak == 12
 
 
 def test_only_config_json_of_a_base_is_read(tmp_path: Path) -> None:

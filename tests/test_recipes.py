@@ -15,12 +15,13 @@ from architecture import Decoder
 from fim import known_markers
 from pretrained import load_pretrained, save_pretrained
 from recipes import kotlin, summaries
-from recipes.__main__ import main
+from recipes.__main__ import RECIPES, main
 from recipes.base import BaseConfig, make_base, model_of
 from recipes.building import Counts, split, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
+from recipes.pipeline import parse_words
 from scraping.documents import Document
 from tokenizer import BPETokenizer
 
@@ -204,9 +205,20 @@ def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
     for side, rows in sides.items():
         for row in rows:
             assert "SECRET" not in row["prompt"] and row["completion"] not in row["prompt"]
+            assert row["prompt"] == row["prompts"]["related"]
+            assert not [
+                text for text in shown if text in row["prompts"]["verbose"] + row["prompts"]["simple"]
+            ]
             others = {text for text in shown if text in row["prompt"]}
             assert len(others) == 1, "one related class of the training side"
             assert side == "train" or row["completion"] not in shown
+    plain = summaries.Settings(source=str(repository), prompt="simple")
+    summaries.build(plain, tokenizer, tmp_path / "plain" / "dataset")
+    for row in rows_of(tmp_path / "plain" / "dataset")["test"]:
+        assert (
+            row["prompt"] == row["prompts"]["simple"] != row["prompts"]["verbose"]
+            and len(row["prompts"]) == 2
+        )
     few = summaries.Settings(source=str(repository), min_words=30, prompt="simple")
     with pytest.raises(ValueError, match=r"test set would be empty: 0 of 40 .* fewer than 30 words, 20\)"):
         summaries.build(few, tokenizer, tmp_path / "few" / "dataset")
@@ -338,6 +350,7 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     printed = capsys.readouterr().out
     report = (out / "report.txt").read_text("utf-8")
     assert report in printed and report.count("\n--- ") >= 4 * 4
+    assert "\ntime      0:" in printed and ", training 0:" in printed
     for name in ("dataset/README.md", "adapter/adapter_config.json", "merged/config.json", "run/eval.json"):
         assert (out / name).is_file(), name
     for said in (
@@ -427,6 +440,61 @@ def test_a_mistake_is_one_sentence(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
     assert not (tmp_path / "out" / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ("kotlin --source EMPTY", "EMPTY holds no .kt file"),
+        ("summaries --source EMPTY", "EMPTY holds no .py file"),
+        ("fastapi --source EMPTY", "EMPTY holds no .py file"),
+        ("refactor --source EMPTY", "EMPTY"),
+        ("kotlin --source EMPTY --window 9", "--window is 9; it must be at least 32 tokens"),
+        ("kotlin --source EMPTY --base_seconds 0", "--base_seconds is 0.0; it must be above 0"),
+        ("kotlin", "no source is named"),
+        ("kotlin --source EMPTY --methods nowhere", "nowhere"),
+        ("kotlin --source EMPTY --methods METHODS", "METHODS line 1"),
+        ("kotlin --source EMPTY --per_file -3", "--per_file is -3; it must be at least 0"),
+        ("summaries --source EMPTY --top_p 2", "--top_p is 2.0; it must be above 0 and at most 1"),
+        ("summaries --source EMPTY --temperature 0", "would be the greedy ones again"),
+        ("refactor --eval_samples 1", "an interval needs at least 2"),
+    ],
+)
+def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
+    recipe: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import recipes.base
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes.base, "make_base", None)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "METHODS").write_text('{"signature": "def f():"}\n', "utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(recipe.split())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
+
+
+def test_small_models_have_settings_of_their_own_and_flags_override_them() -> None:
+    def asked(line: str) -> tuple[Any, Any]:
+        found = parse_words("refactor", line.split())
+        return found.settings, found.config()
+
+    settings, config = asked("")
+    assert (settings.functions, config.train.max_steps, config.optimizer.lr) == (300, 80, 1e-3)
+    settings, config = asked("--functions 7 --max_epochs 2 --eval_samples=9")
+    assert (settings.functions, settings.eval_samples, config.optimizer.lr) == (7, 9, 1e-3)
+    assert (config.train.max_steps, config.train.max_epochs) == (0, 2), (
+        "a budget that is given stands for itself"
+    )
+    settings, config = asked("--base elsewhere")
+    assert (settings.functions, config.train.max_epochs, config.optimizer.lr) == (0, 5, 2e-5)
+    for name in RECIPES:  # each of them is a flag
+        parse_words(name, [])
 
 
 def test_kotlin_ends_with_its_table_and_both_prompts_with_theirs(

@@ -27,8 +27,10 @@ from generate import GenerationConfig, generate
 from lora import add_adapter
 from pretrained import load_pretrained, save_pretrained
 from pretrained.save_adapter import save_adapter
+from suites.baselines import nearest_place, places_of
 from suites.codexglue import through_line, through_method
-from suites.gaps import piece_spans
+from suites.functions import body_spans
+from suites.gaps import line_spans, piece_spans
 from suites.hidden import Judge
 from suites.programs import MBPP_TEST
 from suites.rescoring import differences, rescore
@@ -227,6 +229,7 @@ def test_the_command_scores_a_published_model_by_a_file(folder: Path, tmp_path: 
     result = json.loads((tmp_path / "evals" / "tiny" / "eval.json").read_text("utf-8"))
     assert "CodeXGLUE line completion: 6 lines, with 95% intervals" in done.stdout
     assert list(result["suite"]["scores"]) == ["model", "copy", "empty"]
+    assert "\nbeside these: no n-gram model and no nearest training example: no training text" in done.stdout
     assert list(result["suite"]["signatures"]) == ["exact_match_words", "edit_similarity_rounded"]
     assert result["fingerprints"]["weights"] == load_pretrained(str(folder)).fingerprint
     assert (result["settings"]["seed"], result["suite"]["sampling"]) == (0, None)
@@ -409,6 +412,74 @@ def test_gaps_stand_in_their_files(files, name):
     assert copy[0] == asked.examples[0].prompt.rstrip("\n").rsplit("\n", 1)[-1]
 
 
+def test_the_nearest_place_is_that_with_the_most_alike_around_it():
+    def place(i: int, call: str, after: str | None, answer: str) -> Example:
+        before = "".join(f"{word} = {i}\n" for word in ("alpha", "beta")) + f"call_{i}_{call}(x{i}, y{i})"
+        return Example("f.py", i, before, answer, after)
+
+    known = [place(i, "a", f"\nend_{i}()", f"line {i}") for i in range(200)]
+    other = [place(i, "a", f"\nother_{i % 7}({i})", f"other {i}") for i in range(200)]
+    asked = [place(i, "b", None, "") for i in (7, 150, 3)]
+    assert nearest_place(asked, known + other) == ["line 7", "line 150", "line 3"]
+    # Of a gap, what follows it counts as well.
+    gaps = [replace(e, suffix=f"\nother_{e.where % 7}({e.where})") for e in asked]
+    assert nearest_place(gaps, known + other) == ["other 7", "other 150", "other 3"]
+    # What is far from the place does not count, and neither do blank lines next to it.
+    far = [replace(e, prompt="z\n" * 400 + e.prompt + "\n\n") for e in asked]
+    assert nearest_place(far, known) == ["line 7", "line 150", "line 3"]
+    assert nearest_place(asked, []) == [""] * 3
+    assert nearest_place([Example("", 0, "", "")], known[:1]) == ["line 0"]
+
+
+def test_places_are_of_training_files_and_evenly_spread(files, monkeypatch):
+    texts = {name: source(int(name[1:-3])) for name in files.train.names}
+    places = places_of(files.train, STARCODER, line_spans)
+    assert {place.name for place in places} == set(texts)
+    assert len({(place.name, place.where) for place in places}) == len(places)
+    assert len(places) == sum(bool(line.strip()) for text in texts.values() for line in text.split("\n"))
+    for place in places:
+        start = place.where - 1
+        assert texts[place.name][:start].endswith(place.prompt)
+        assert texts[place.name][start:].startswith(place.reference + (place.suffix or ""))
+    monkeypatch.setattr("suites.baselines.NEIGHBOURS", 12)
+    monkeypatch.setattr("suites.baselines.FILES", 6)
+    fewer = places_of(files.train, STARCODER, line_spans)
+    assert len(fewer) <= 12 and len({place.name for place in fewer}) in (5, 6)
+    assert fewer[0].name == files.train.names[0] and fewer[-1].name != files.train.names[len(fewer) // 2]
+
+
+@pytest.mark.parametrize("name", ["next_line", "fim_line", "fim_lines", "fim_span"])
+def test_the_nearest_of_plain_files_is_a_piece_of_training_files_of_its_kind(files, name):
+    asked = TASKS[name](of_run(files))
+    found = asked.baselines(asked.examples)
+    assert list(found) == ["copy", "nearest", "empty"]
+    train = [source(int(one[1:-3])) for one in files.train.names]
+    for text in found["nearest"]:
+        assert text.strip() and any(text in one for one in train)
+        lines = text.count("\n") + 1
+        assert lines == 1 if name in ("next_line", "fim_line") else lines in range(2, 9) or name == "fim_span"
+    assert found["nearest"] != found["copy"] and found["empty"] == [""] * 20
+    if name in ("next_line", "fim_line"):  # files and lines are alike, so that the nearest is often right
+        right = [text == e.reference for text, e in zip(found["nearest"], asked.examples, strict=True)]
+        assert sum(right) >= 5
+
+
+def test_the_nearest_of_codexglue_is_of_the_runs_own_training_text(files, tmp_path: Path):
+    methods = task("codexglue_method", write(tmp_path / "methods.jsonl", METHODS), data=files)
+    found = methods.baselines(methods.examples)
+    assert list(found) == ["copy", "nearest", "empty"]
+    train = [source(int(one[1:-3])) for one in files.train.names]
+    bodies = [
+        text[a:b] for text in train for a, b in body_spans(text, np.random.Generator(np.random.PCG64(0)))
+    ]
+    assert all(body.startswith("    y = ") and "return" in body for body in bodies)
+    assert set(found["nearest"]) <= set(bodies)
+    lines = task("codexglue_line", write(tmp_path / "lines.jsonl", LINES), data=files)
+    found = lines.baselines(lines.examples)
+    assert list(found) == ["copy", "nearest", "empty"]
+    assert set(found["nearest"]) <= {line for text in train for line in text.split("\n") if line.strip()}
+
+
 def test_gaps_do_not_cut_characters_in_two():
     text = "a\r\nb\ud83d\ude00c" * 30
     draw = np.random.Generator(np.random.PCG64(0))
@@ -442,8 +513,7 @@ def test_a_run_fills_gaps_and_is_asked_several_suites_at_once(files, folder, tmp
         "next_line",
     ]
     for record in suites_of(result):
-        gap = record["suite"] != "next_line"
-        assert list(record["scores"]) == ["model", "n-gram", "copy", *(["empty"] if gap else [])]
+        assert list(record["scores"]) == ["model", "n-gram", "copy", "nearest", "empty"]
     shown = evaluation.table(result)
     for said in (
         "loss, nats a token",

@@ -1,0 +1,140 @@
+"""Keys and values of the tokens that were read, kept between the steps of generation (`decoding.py`).
+
+The cache belongs to generation: it is made there, passed to the model, and gone when the texts are done. Rows
+end in one column, with padding, document -1, before the shorter ones. Rows leave, move and join while others
+go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values (B, H_kv, max_length, D) of each layer, and document ids (B, max_length).
+
+    The memory is taken once, at the first call, when the model shows its shape, dtype and device.
+
+    Args:
+        n_layer: Layers of the model.
+        max_length: Most tokens a row will hold, padding included.
+    """
+
+    def __init__(self, n_layer: int, max_length: int):
+        self.max_length = max_length
+        self.rows = 0  # from the first call on; the memory may hold more, of rows that left
+        self.length = 0  # counts this call's tokens as soon as `extend_documents` has run
+        self._start = 0
+        self._mixed = False  # whether some row holds more than one document, as padded rows do
+        self._documents: Tensor | None = None
+        self._keys: list[Tensor | None] = [None] * n_layer
+        self._values: list[Tensor | None] = [None] * n_layer
+
+    def extend_documents(self, document_ids: Tensor) -> Tensor | None:
+        """Append (B, T) document ids; returns (B, length), or None where each row holds one document.
+
+        Comes before the call's `update`s. Where it is None no mask has to be made.
+
+        Raises:
+            ValueError: The tokens do not fit.
+        """
+        self._start, self.length = self.length, self.length + document_ids.size(1)
+        if self.length > self.max_length:
+            raise ValueError(
+                f"{self.length} tokens do not fit a cache of {self.max_length}; give it a larger max_length"
+            )
+        self.rows = document_ids.size(0)
+        self._documents = self._extended(self._documents, document_ids, 1)
+        if not self._mixed:
+            first = self._documents[: self.rows, :1]
+            self._mixed = not torch.equal(document_ids, first.expand_as(document_ids))
+        return self._read() if self._mixed else None
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, H_kv, T, D); returns all so far, (B, H_kv, length, D)."""
+        self._keys[layer] = keys = self._extended(self._keys[layer], k, 2)
+        self._values[layer] = values = self._extended(self._values[layer], v, 2)
+        return keys[: self.rows].narrow(2, 0, self.length), values[: self.rows].narrow(2, 0, self.length)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows (n,) in this order: drops finished rows, copies and reorders beams.
+
+        Where what moves comes from behind the n rows that stay, only that is copied.
+        """
+        assert self._documents is not None, "nothing was read yet"
+        n, device = len(rows), self._documents.device
+        moved = [place for place, row in enumerate(rows) if place != row]
+        in_place = n <= self.rows and all(rows[place] >= n for place in moved)
+        index = torch.tensor([rows[place] for place in moved] if in_place else rows, device=device).long()
+        places = torch.tensor(moved, device=device).long()
+
+        def selected(x: Tensor | None, dim: int) -> Tensor | None:
+            """What nothing was written to is not copied."""
+            if x is None or (in_place and not moved):
+                return x
+            written = x.narrow(dim, 0, self.length)
+            if in_place:
+                written.index_copy_(0, places, written.index_select(0, index))
+                return x
+            new = x.new_empty(n, *x.shape[1:])
+            torch.index_select(written, 0, index, out=new.narrow(dim, 0, self.length))
+            return new
+
+        self._documents = selected(self._documents, 1)
+        for layer in range(len(self._keys)):
+            self._keys[layer] = selected(self._keys[layer], 2)
+            self._values[layer] = selected(self._values[layer], 2)
+        self.rows = n
+        if self._mixed:  # the padded rows may be the ones that left
+            self._mixed = self._holds_several()
+
+    def join(self, parts: Sequence[KVCache]) -> None:
+        """Take the rows of other caches, one cache after the other, behind its own.
+
+        What the rows hold ends in one column; before a shorter one stands padding, document -1. Columns that
+        are padding in every row go.
+        """
+        parts = [part for part in (self, *parts) if part.rows]
+        firsts = [part._first_column() for part in parts]
+        lengths = [part.length - first for part, first in zip(parts, firsts, strict=True)]
+        length = max(lengths)
+
+        def joined(buffers: Sequence[Tensor | None], dim: int, fill: int) -> Tensor:
+            there = [buffer for buffer in buffers if buffer is not None]
+            shape = [sum(part.rows for part in parts), *there[0].shape[1:]]
+            shape[dim] = self.max_length
+            new, row = there[0].new_empty(shape), 0
+            for buffer, part, first, own in zip(there, parts, firsts, lengths, strict=True):
+                place = new[row : row + part.rows]
+                place.narrow(dim, 0, length - own).fill_(fill)
+                place.narrow(dim, length - own, own).copy_(buffer[: part.rows].narrow(dim, first, own))
+                row += part.rows
+            return new
+
+        documents = joined([part._documents for part in parts], 1, -1)
+        for layer in range(len(self._keys)):
+            self._keys[layer] = joined([part._keys[layer] for part in parts], 2, 0)
+            self._values[layer] = joined([part._values[layer] for part in parts], 2, 0)
+        self._documents, self.rows, self.length = documents, len(documents), length
+        self._mixed = self._holds_several()
+
+    def _read(self) -> Tensor:
+        assert self._documents is not None
+        return self._documents[: self.rows, : self.length]
+
+    def _first_column(self) -> int:
+        """The first that is not padding in every row."""
+        return int((self._read() >= 0).any(0).int().argmax())
+
+    def _holds_several(self) -> bool:
+        read = self._read()
+        return not torch.equal(read, read[:, :1].expand_as(read))
+
+    def _extended(self, buffer: Tensor | None, x: Tensor, dim: int) -> Tensor:
+        if buffer is None:
+            buffer = x.new_zeros(*x.shape[:dim], self.max_length, *x.shape[dim + 1 :])
+        buffer[: self.rows].narrow(dim, self._start, x.size(dim)).copy_(x)
+        return buffer
