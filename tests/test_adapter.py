@@ -34,7 +34,7 @@ from loss import token_loss
 from pretrained import Family, load_pretrained
 from pretrained.load_adapter import load_adapter
 from pretrained.save_adapter import save_adapter
-from targets import peft_key
+from targets import as_peft_pattern, pattern_value, peft_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -357,6 +357,27 @@ def test_a_key_of_a_pattern_means_what_it_means_in_peft(key: str) -> None:
     pattern = peft_key(key)
     for name in names:
         assert bool(pattern.fullmatch(name)) == (get_pattern_key([key], name) == key), name
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"h.1.*": 5, "c_proj": 3},
+        {"*.h.1.*": 5},
+        {"mlp.c_proj": 2, "c_proj": 3},
+        {"c_attn": 4, "c_proj": 3},
+        {},
+    ],
+)
+def test_patterns_mean_the_same_for_peft_in_any_order(patterns: dict[str, int]) -> None:
+    from peft.utils.other import get_pattern_key
+
+    names = [f"x.h.{i}.{leaf}" for i in (1, 11) for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+    written = as_peft_pattern(patterns, names, {"lm_head": 9})
+    for order in (sorted(written), sorted(written, reverse=True)):
+        for name in names:
+            assert written.get(get_pattern_key(order, name), 0) == pattern_value(patterns, name, 0), name
+        assert written[get_pattern_key(order, "lm_head")] == 9
 
 
 def test_what_is_no_name_is_no_key_of_a_pattern() -> None:

@@ -37,6 +37,7 @@ RESIZED: dict[str, tuple[str, dict[str, Any]]] = {
     "rows, tied": ("llama mha tied", {"trainable_token_indices": [53, 55]}),
     "rows of the head": ("llama gqa", {"trainable_token_indices": {"lm_head": [53, 55]}}),
     "both targets": ("llama gqa", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "a tied head that is a target": ("llama mha tied", {"target_modules": ["q_proj", "lm_head"]}),
     "a head with a bias": ("codegen", {"target_modules": ["qkv_proj"]}),
     "all biases": ("codegen", {"target_modules": ["qkv_proj"], "bias": "all"}),
     "a trained head with a bias": (
