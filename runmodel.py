@@ -111,6 +111,12 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
         ValueError: The settings ask for another model.
     """
     own, asked = base.model.config, config.model
+    grown, named = tokenizer.vocab_size - own.vocab_size, len(config.lora.new_tokens)
+    if 0 < named < grown:
+        raise ValueError(
+            f"the tokenizer has {grown} ids more than {config.train.base}, and lora.new_tokens names "
+            f"{named}; name every token that it adds"
+        )
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
     default = ModelConfig()

@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 from rapidfuzz import fuzz
 
+from fim import in_text_order, known_markers
 from shingles import Units, Words, batches, mixed
 from suites.scoring import Example
 from suites.stored import text_of_example
@@ -116,8 +117,9 @@ def places_of(store: TokenStore, tokenizer: Tokenizer, spans: Spans) -> list[Exa
     draw = np.random.Generator(np.random.PCG64(0))
     numbers = _spread(store.n_documents, FILES).tolist()
     places: list[Example] = []
+    markers = known_markers(tokenizer)  # of gaps that training fills
     for number in numbers:
-        text = tokenizer.decode(store.document(number).tolist())
+        text = tokenizer.decode(in_text_order(store.document(number), markers).tolist())
         for start, end in islice(spans(text, draw), -(-NEIGHBOURS // len(numbers))):
             before, after = text[max(0, start - 2 * AROUND) : start], text[end : end + 2 * AROUND]
             places.append(Example(store.names[number], start + 1, before, text[start:end], after))

@@ -53,7 +53,7 @@ def source(number: int) -> str:
     return "".join(parts)
 
 
-def prepared(folder: Path, tokenizer: Tokenizer = BYTES) -> PreparedData:
+def prepared(folder: Path, tokenizer: Tokenizer = BYTES, fim_rate: float = 0.0) -> PreparedData:
     """Forty such files, split and tokenised."""
     (folder / "corpus").mkdir()
     for number in range(40):
@@ -61,7 +61,7 @@ def prepared(folder: Path, tokenizer: Tokenizer = BYTES) -> PreparedData:
     config = DataConfig(
         str(folder / "corpus"), validation_one_in=4, test_one_in=4, cache=str(folder / "cache"), workers=1
     )
-    return prepare_data(config, tokenizer)
+    return prepare_data(replace(config, fim_rate=fim_rate), tokenizer)
 
 
 def run_of(folder: Path, data: PreparedData, model: Decoder, tokenizer: Tokenizer = BYTES) -> Path:

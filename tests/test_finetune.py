@@ -294,6 +294,8 @@ def test_tokens_that_a_given_tokenizer_has_added_are_new_to_the_base(config: Con
     assert run.tokenizer.encode("<|a|><|b|><|c|>") == [size - 3, size - 2, size - 1]
     changed: Any = model.embed
     assert changed.adapters["default"].ids.tolist() == [size - 2, size - 1, size - 3]
+    with pytest.raises(ValueError, match=r"has 2 ids more than .*, and lora.new_tokens names 1; name every"):
+        train(other(other(config, run=str(tmp_path / "some")), "lora", new_tokens=("<|b|>",)))
     with pytest.raises(ValueError, match="is empty, given twice or in the vocabulary already"):
         train(other(other(config, run=str(tmp_path / "known")), "lora", new_tokens=("a",)))
 

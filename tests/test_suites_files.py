@@ -448,6 +448,17 @@ def test_places_are_of_training_files_and_evenly_spread(files, monkeypatch):
     assert fewer[0].name == files.train.names[0] and fewer[-1].name != files.train.names[len(fewer) // 2]
 
 
+def test_places_in_files_that_training_gave_gaps_are_those_of_the_files(tmp_path):
+    sides = [tmp_path / "whole", tmp_path / "gapped"]
+    for side in sides:
+        side.mkdir()
+    whole, gapped = (
+        prepared(side, STARCODER, rate).train for side, rate in zip(sides, (0.0, 1.0), strict=True)
+    )
+    assert gapped.document(0).tolist() != whole.document(0).tolist()
+    assert places_of(gapped, STARCODER, line_spans) == places_of(whole, STARCODER, line_spans)
+
+
 @pytest.mark.parametrize("name", ["next_line", "fim_line", "fim_lines", "fim_span"])
 def test_the_nearest_of_plain_files_is_a_piece_of_training_files_of_its_kind(files, name):
     asked = TASKS[name](of_run(files))
