@@ -22,9 +22,10 @@ from scraping.ledger import Entry, Ledger
 from scraping.robots import Robots, parse
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report
 from scraping.wanted import Wanted
-from scraping.webclient import AGENT, Client, NoAnswer, Refused, names_an_address
+from scraping.webclient import AGENT, Client, NoAnswer, Refused, TooLarge, names_an_address
 
 SITEMAP_BYTES = 50 * 2**20  # sitemaps.org: the most that a sitemap may have
+ROBOTS_BYTES = 2**20
 SITEMAPS = 1000
 PAGES = 500_000  # of all sitemaps together
 LONGEST_DELAY = 60.0
@@ -110,7 +111,12 @@ def take_site(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted
 def read_robots(client: Client, url: str) -> Robots:
     """What the site asks for. RFC 9309, 2.3.1: with a 4xx it asks nothing, and away it allows nothing."""
     try:
-        answer = client.get(urljoin(url, "/robots.txt"), 2**20)
+        answer = client.get(urljoin(url, "/robots.txt"), ROBOTS_BYTES)
+    except TooLarge:
+        raise ValueError(
+            f"robots.txt of {client.host} has more than {ROBOTS_BYTES:,} bytes, so that what it forbids is "
+            "not known; nothing is read there"
+        ) from None
     except Refused:
         return Robots()
     except NoAnswer as error:

@@ -36,6 +36,10 @@ class Refused(Exception):
     """An answer that is not taken: `str` is the reason."""
 
 
+class TooLarge(Refused):
+    """Its body is larger than was allowed."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """Of status 200, or another that is no redirect."""
@@ -89,7 +93,7 @@ class Client:
             allowed: Whether a path, with its query, may be asked for; also asked of redirects.
 
         Raises:
-            Refused: the body is larger, or a redirect leads elsewhere.
+            Refused: the body is larger (TooLarge), or a redirect leads elsewhere.
             NoAnswer: see there.
         """
         for _ in range(REDIRECTS + 1):
@@ -185,7 +189,7 @@ class Client:
                 parts.append(part)
                 size += len(part)
                 if size > most:
-                    raise Refused("too large a page")
+                    raise TooLarge("too large a page")
         if response.length or (engine and not engine.eof):
             raise OSError("the answer is cut short")
         return b"".join(parts)

@@ -582,6 +582,8 @@ def test_mistakes_and_refusals_are_one_sentence(
     assert "answers with status 404: name one with --sitemap" in error(capsys, *here)
     site.replies["/robots.txt"] = (200, {}, b"User-agent: *\nCrawl-delay: 3600\n")
     assert "asks for 3600 seconds between requests" in error(capsys, *here)
+    site.replies["/robots.txt"] = (200, {}, b"#" * 2**20 + b"\nUser-agent: *\nDisallow: /\n")
+    assert "has more than 1,048,576 bytes, so that what it forbids is not known" in error(capsys, *here)
     site.replies["/robots.txt"] = (503, {"Retry-After": "9999"}, b"")
     assert "does not say in robots.txt what may be read" in error(capsys, *here)
     site.replies["/robots.txt"] = (404, {}, b"")
