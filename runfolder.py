@@ -249,7 +249,14 @@ def config_fingerprint(config: Config) -> str:
 
 def refuse_changes(folder: Path, config: Config) -> None:
     """ValueError if a resumed run would go on with another value of a fixed key; tells of warned ones."""
-    before = flat(Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))))
+    saved = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    before = flat(Config.from_dict(saved))
+    if "validation_batches" in saved:
+        print(
+            f"warning: {folder} began when a validation read whole batches; it reads as many single rows "
+            "now, so that its best loss so far is of other rows",
+            file=sys.stderr,
+        )
     changed = {key: (before[key], new) for key, new in flat(config).items() if before[key] != new}
     for key, (old, new) in changed.items():
         if KEY_CLASSES.get(key, FIXED) == FIXED:

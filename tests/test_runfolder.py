@@ -36,10 +36,15 @@ def test_the_fingerprint_of_settings_is_that_of_runs_saved_long_ago() -> None:
     assert config_fingerprint(Config(train=TrainConfig(max_steps=1))).startswith("d7fc37afbefb")
 
 
-def test_a_run_saved_when_validation_was_counted_in_batches_is_read_in_rows() -> None:
+def test_a_run_saved_when_validation_was_counted_in_batches_is_read_in_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = Config().to_dict() | {"batch_size": 4}
     del now["validation_rows"]
     assert Config.from_dict(now | {"validation_batches": 3}).train.validation_rows == 12
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(now | {"validation_batches": 3}), "utf-8")
+    refuse_changes(tmp_path, Config.from_dict(now | {"validation_rows": 12}))
+    assert "its best loss so far is of other rows" in capsys.readouterr().err
     for bad in ({"validation_batches": "3"}, {"validation_batches": 3, "batch_size": "4"}):
         with pytest.raises(ValueError, match="the saved config cannot be read"):
             Config.from_dict(now | bad)
