@@ -142,6 +142,12 @@ class TrainingManager:
         train = config.train
         asked = train.eval_precision
         self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
+        held = model.embed.weight.dtype
+        if self.eval_precision.dtype == torch.float32 != held:
+            raise ValueError(
+                f"eval_precision is fp32, and the base is held in {str(held).removeprefix('torch.')}, "
+                "in which validation would compute all the same; leave it out, or set --precision fp32"
+            )
         self.device = precision.device
         self.state = RunState()
         by_difficulty = config.data.order not in ("shuffled", "sequential")

@@ -300,6 +300,13 @@ def test_tokens_that_a_given_tokenizer_has_added_are_new_to_the_base(config: Con
         train(other(other(config, run=str(tmp_path / "known")), "lora", new_tokens=("a",)))
 
 
+def test_a_base_in_bf16_is_not_validated_in_fp32(config: Config) -> None:
+    held = other(config, precision="bf16", base_format="bf16", max_steps=1)
+    with pytest.raises(ValueError, match="eval_precision is fp32, and the base is held in bfloat16"):
+        train(other(held, eval_precision="fp32"))
+    train(held)
+
+
 def test_dropout_is_the_bases_unless_it_is_given(config: Config) -> None:
     manager = train(other(config, max_steps=1))
     assert {m.p for m in manager.model.modules() if isinstance(m, Dropout)} == {0.1}
