@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import dropped_attention
+from attention import blocked_attention
 from config import ModelConfig
 from dropout import Dropout
 from linear import Linear
@@ -255,10 +255,10 @@ def reference_attention(
 def fast_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
 ) -> Tensor:
-    """The same by fused kernels: PyTorch's, or `dropped_attention` on a CPU, where those have no dropout."""
+    """The same by fused kernels: PyTorch's, or `blocked_attention` for more than a token on a CPU."""
     p = dropout.p if dropout.training else 0.0
-    if p and q.device.type == "cpu" and (is_causal or mask is not None):
-        return dropped_attention(q, k, v, mask, p)
+    if q.device.type == "cpu" and (is_causal or mask is not None) and (p or q.size(-2) > 1):
+        return blocked_attention(q, k, v, mask, p)
     k, v = (of_every_head(x, q.size(1)) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=p)
 

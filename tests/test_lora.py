@@ -721,7 +721,7 @@ def test_the_chunked_loss_reads_an_adapted_head(
 ) -> None:
     import loss as loss_module
 
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 53 * rows_in_chunk)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 53 * 8 * rows_in_chunk)
     config, rows = HEADS[head]
     model = adapted(config, rows, head_bias=True)
     labels = TOKENS.roll(-1, 1).clone()
@@ -746,7 +746,7 @@ def test_the_loss_of_a_rescaled_head_drops_the_same_and_makes_no_matrix_of_the_w
 ) -> None:
     import loss as loss_module
 
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 53 * 3)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 53 * 8 * 3)
     monkeypatch.setattr(changes, "LENGTH_ELEMENTS", 170)
     model = adapted({"targets": ("head",), "dora": True, "dropout": 0.3}, head_bias=True).train()
     tokens, labels = TOKENS[:1, :8], TOKENS[:1, 1:9]

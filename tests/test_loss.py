@@ -49,7 +49,7 @@ def test_chunked_equals_plain(
     tied: bool,
     biased: bool,
 ) -> None:
-    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 53 * rows_in_chunk)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 53 * 8 * rows_in_chunk)
     model, batch = scrambled(tie_embeddings=tied, head_bias=biased), random_batch()
     bears = int((batch.labels != IGNORE_INDEX).sum())
 

@@ -33,7 +33,13 @@ def test_what_blocks_take_is_linear_and_counted_right(base_format: str, tmp_path
     config = Config(
         lora=LoraConfig(r=4, targets=("c_attn",)),
         optimizer=OptimizerConfig(name="adamw"),
-        train=TrainConfig(base=str(tmp_path), batch_size=2, base_format=base_format, device="cpu"),  # pyright: ignore[reportArgumentType]
+        train=TrainConfig(
+            base=str(tmp_path),
+            batch_size=2,
+            base_format=base_format,  # pyright: ignore[reportArgumentType]
+            device="cpu",
+            precision="fp32",
+        ),
     )
     model, family = plan.shape_of(config)
     one, two, three = (plan._child(asked(config, family, model, n)) for n in (1, 2, 3))

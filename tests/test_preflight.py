@@ -20,6 +20,7 @@ import trainingmanager
 from architecture import Decoder
 from config import Config, parse_config
 from guards import subject as looking
+from guards.generation import differ_clearly
 from live import FirstSteps
 from planted_data import write_data
 from planted_faults import base_moved, clip_stored_only, labels_by
@@ -399,3 +400,24 @@ def test_a_planted_fault_of_a_large_model_is_caught(plant: Plant, monkeypatch: p
     (result,) = run_plants([dataclasses.replace(plant, settings=plants.merged(plant.settings, settings))])
     assert NAMED_OTHERWISE.get(plant.name, plant.expected) in result.caught
     assert not result.healthy
+
+
+@pytest.mark.parametrize(
+    "alone, together, margin, dtype, clearly",
+    [
+        ([1, 2], [1, 2], 1.0, torch.float32, False),
+        ([1, 2], [1, 3], 1e-5, torch.float32, False),  # rounding may choose either
+        ([1, 2], [1, 3], 1e-3, torch.float32, True),
+        ([1, 2], [1, 3], 1e-3, torch.bfloat16, False),
+        ([1, 2], [1, 3], 0.1, torch.bfloat16, True),
+        ([1, 2], [1], 0.1, torch.float32, True),  # one of them ended
+        ([], [4], 0.1, torch.float32, True),
+    ],
+)
+def test_continuations_part_clearly_where_no_rounding_chose(
+    alone: list[int], together: list[int], margin: float, dtype: torch.dtype, clearly: bool
+) -> None:
+    steps = [torch.tensor([[0.0, 0.2, 1.0, 1.0 - by]]) for by in (0.7, margin)]
+    if not alone:
+        steps = steps[1:]
+    assert differ_clearly(alone, together, steps, dtype) is clearly
