@@ -387,8 +387,37 @@ def relu_squared(x: Tensor) -> Tensor:
     return _ReluSquared.apply(x)
 
 
+GELU_ELEMENTS = 2**18  # at a time: 2 MB in fp32, which stay in the cache
+
+
+class _GeluTanh(torch.autograd.Function):
+    """In bf16 on a CPU, as x * sigmoid(1.6 x + 0.07 x^3) in fp32: half the time of torch's tanh."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        inner, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
+        flat, y = x.reshape(-1), torch.empty(x.numel(), dtype=x.dtype)
+        buffers = torch.empty(2, min(GELU_ELEMENTS, x.numel()))
+        constant = torch.tensor(inner)
+        for start in range(0, x.numel(), GELU_ELEMENTS):
+            part = flat[start : start + GELU_ELEMENTS]
+            exact, share = buffers[:, : part.numel()]
+            exact.copy_(part)
+            torch.addcmul(constant, exact, exact, value=inner * cubic, out=share)
+            y[start : start + GELU_ELEMENTS] = share.mul_(exact).sigmoid_().mul_(exact)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grads[0], x, approximate="tanh")
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """The tanh approximation of GELU that GPT-2, StarCoder and CodeGen were trained with."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _GeluTanh.apply(x)
     return F.gelu(x, approximate="tanh")
 
 

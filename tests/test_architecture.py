@@ -27,6 +27,7 @@ from architecture import (
     SequentialBlock,
     SinusoidalPosition,
     attention_mask,
+    gelu_tanh,
     rotary_frequency,
     rotary_tables,
     rotate_half,
@@ -479,6 +480,20 @@ def test_dropout_drops_each_element_alike_and_keeps_the_mean(p):
     assert x.grad is not None
     close(x.grad, y.detach() / 3)
     assert Dropout(p).eval()(x) is x
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0,), (2, 2**17 + 3)])
+def test_gelu_in_bf16_is_as_near_as_its_format_allows(shape):
+    torch.manual_seed(0)
+    x = (4 * torch.randn(shape)).bfloat16().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, expected = gelu_tanh(x), F.gelu(exact, approximate="tanh")
+    # Half a step of bf16, and where the tanh is -1 in fp32, the zeros of its product.
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)
+    weight = torch.randn(shape).bfloat16()
+    (grad,) = torch.autograd.grad(y, x, weight)
+    (expected_grad,) = torch.autograd.grad(expected, exact, weight.double())
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 255, 256, 5_243, 32_768, 60_293, 2**16 - 1])
