@@ -255,9 +255,10 @@ def reference_attention(
 def fast_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
 ) -> Tensor:
-    """The same by fused kernels: PyTorch's, or `blocked_attention` for more than a token on a CPU."""
+    """The same by fused kernels: PyTorch's, or in training on a CPU `blocked_attention`."""
     p = dropout.p if dropout.training else 0.0
-    if q.device.type == "cpu" and (is_causal or mask is not None) and (p or q.size(-2) > 1):
+    tokens = q.size(-2) if mask is None else mask.size(-2)  # of one token, q holds the heads of a group
+    if dropout.training and q.device.type == "cpu" and tokens > 1 and (is_causal or mask is not None):
         return blocked_attention(q, k, v, mask, p)
     k, v = (of_every_head(x, q.size(1)) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=p)
@@ -398,8 +399,8 @@ class _GeluTanh(torch.autograd.Function):
         ctx.save_for_backward(x)
         inner, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
         flat, y = x.reshape(-1), torch.empty(x.numel(), dtype=x.dtype)
-        buffers = torch.empty(2, min(GELU_ELEMENTS, x.numel()))
-        constant = torch.tensor(inner)
+        buffers = torch.empty(2, min(GELU_ELEMENTS, x.numel()), dtype=torch.float32)
+        constant = torch.tensor(inner, dtype=torch.float32)
         for start in range(0, x.numel(), GELU_ELEMENTS):
             part = flat[start : start + GELU_ELEMENTS]
             exact, share = buffers[:, : part.numel()]

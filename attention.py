@@ -1,10 +1,13 @@
-"""Attention of many tokens on a CPU, where PyTorch's fused kernel is slow and has no dropout.
+"""Attention in training on a CPU, where PyTorch's fused kernel is slow and has no dropout.
 
 Written out, it keeps three (H, T, S) tensors a row and layer for the backward pass. Here a block of queries
 at a time is scored against the keys up to its last one, and what is kept are q, k, v, the output and a seed:
 backward scores the block again and draws the same random numbers (as FlashAttention does, arXiv:2205.14135).
 Only scores on the diagonal are masked, and a block stays in the cache: for 512 tokens and 16 heads of 64
 forward and backward take 0.40 of the time of PyTorch's kernel in bf16 and 0.75 in fp32 (AVX-512, two cores).
+In bf16 scores and weights are rounded to it, as where attention is written out; PyTorch's kernel, which
+evaluation uses, keeps its scores in fp32. Of normal draws its output is off by 0.0020 of it (rms), this one's
+by 0.0033.
 
 Shapes: B rows, H query heads, K key and value heads, G = H / K, T queries, S keys, D = head_dim. Inside,
 tensors lie as the projections made them, (B, T, H, D): with multi-query the queries of a block are then rows
@@ -30,7 +33,7 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, int]]:
     """(number, queries, how many keys any of them may see) of each block."""
     B, T, H, _ = q.shape
     S = k.size(1)
-    size = max(16, min(T, BLOCK_ELEMENTS // (B * H * S)))
+    size = max(16, min(T, BLOCK_ELEMENTS // max(1, B * H * S)))
     for number, start in enumerate(range(0, T, size)):
         stop = min(T, start + size)
         yield number, slice(start, stop), stop + S - T
@@ -120,8 +123,10 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: f
         q: (B, H, T, D), the last T of S positions.
         k, v: (B, K, S, D); K divides H.
         mask: (B, 1, T, S), True where a query may look, at or before itself; None: all at or before itself.
+            A query that may look nowhere gives NaN.
         p: Share of the weights that is dropped, to the nearest 1 / 65,536.
     """
+    assert mask is None or mask.size(2) == q.size(2)
     # Seeded by torch's generator, so that its state is all there is to save.
     seed = int(torch.randint(2**62, ())) if p else 0
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -39,39 +39,38 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
 
 
 def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    """By the tokens chosen, and by the first logits: the largest may stay it though padding is seen."""
-    together, (first, *_) = continued(model, prompts)
-    singly = [continued(model, [prompt]) for prompt in prompts]
-    alone, of_one = [ids for (ids,), _ in singly], torch.cat([steps[0] for _, steps in singly])
-    # Rows are under way in an order of their own: each prompt's is the nearest.
-    nearest = (first[:, None] - of_one).abs().amax(-1).amin(0)
-    apart = float(nearest.max() / of_one.abs().max())
-    dtype = model.embed.weight.dtype
-    chosen_apart = any(
-        differ_clearly(a, b, steps, dtype) for a, b, (_, steps) in zip(alone, together, singly, strict=True)
-    )
-    if chosen_apart or apart > LOGITS_APART:
+    """By the tokens chosen, and by their logits: the largest may stay it though padding is seen."""
+    together, of_batch = continued(model, prompts)
+    parted, apart = False, 0.0
+    alone: list[list[int]] = []
+    for ids_together, prompt in zip(together, prompts, strict=True):
+        (ids,), steps = continued(model, [prompt])
+        alone.append(ids)
+        same = first_difference(ids, ids_together)  # up to there both have read the same
+        # Rows are under way in an order of their own: each prompt's is the nearest.
+        for rows, row in list(zip(of_batch, steps, strict=False))[: same + 1]:
+            nearest = float((rows - row).abs().amax(-1).min())
+            apart = max(apart, nearest / float(row.abs().max()))
+        parted |= ids != ids_together and not tie(steps[min(same, len(steps) - 1)], model.embed.weight.dtype)
+    if parted or apart > LOGITS_APART:
         yield Fault(
             "batch-differs-from-single",
-            f"two prompts continue with {together} in one batch and with {alone} alone, and their first "
+            f"two prompts continue with {together} in one batch and with {alone} alone, and their "
             f"logits differ by {apart:.1%} of the largest",
             "pad on the left, give padding a document of its own, and count positions from the first token",
         )
 
 
-def differ_clearly(alone: list[int], together: list[int], steps: list[Tensor], dtype: torch.dtype) -> bool:
-    """Whether two continuations part where one token is likelier than the next by more than rounding.
+def first_difference(a: list[int], b: list[int]) -> int:
+    """The first index at which they differ, which is the shorter's length where it begins the longer."""
+    both = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(both) if x != y), min(len(a), len(b)))
 
-    Args:
-        steps: The logits (1, V) by which each token of `alone` was chosen.
-        dtype: Of the weights.
-    """
-    if alone == together:
-        return False
-    i = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), None)
-    i = min(len(alone), len(together)) if i is None else i  # where one of them ends
-    largest, next_largest = steps[min(i, len(steps) - 1)][0].topk(2).values.tolist()
-    return largest - next_largest > max(TIE, 4 * torch.finfo(dtype).eps) * float(steps[0].abs().max())
+
+def tie(logits: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding decides which of the logits (1, V) is the largest, of weights in `dtype`."""
+    largest, next_largest = logits[0].topk(2).values.tolist()
+    return largest - next_largest <= max(TIE, 4 * torch.finfo(dtype).eps) * float(logits.abs().max())
 
 
 def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:

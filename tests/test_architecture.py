@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import attention
 from architecture import (
     ATTENTIONS,
     BLOCKS,
@@ -516,6 +517,33 @@ def test_attention_dropout_drops_that_share_of_the_weights(kind):
     kept = y > 0
     assert 0.2 < (~kept).float().mean() < 0.3
     close(y[kept], torch.full_like(y[kept], 1 / 50 / 0.75))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_token_of_many_heads_that_share_keys_may_be_masked(window, monkeypatch):
+    """Its heads are rows of one matrix then, and no tokens in a row."""
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", 1)
+    q, k, v = (torch.randn(2, heads, n, 4) for heads, n in ((1, 20), (1, 30), (1, 30)))
+    documents = torch.tensor([[-1] * 7 + [0] * 23, [0] * 30])
+    mask = attention_mask(documents[:, -1:], documents, window)
+    for training in (False, True):
+        dropout = Dropout(0.0).train(training)
+        found, expected = (attend(q, k, v, mask, False, dropout) for attend in ATTENTIONS.values())
+        close(found, expected)
+
+
+def test_dropout_compiles_to_what_it_is():
+    x = torch.randn(64, 64)
+    results = []
+    for function in (Dropout(0.3), torch.compile(Dropout(0.3), backend="aot_eager")):
+        torch.manual_seed(0)
+        results.append(function(x))
+    assert torch.equal(*results) and (results[0] == 0).any()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 5), (2, 0, 5)])
+def test_dropout_of_nothing_or_of_a_number(shape):
+    assert Dropout(0.5)(torch.ones(shape)).shape == shape
 
 
 def test_two_dropouts_give_two_losses_in_training_and_one_in_evaluation():

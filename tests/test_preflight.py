@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+import architecture
 import guards.probe
 import plants
 import preflight
 import trainingmanager
 from architecture import Decoder
-from config import Config, parse_config
+from config import Config, ModelConfig, parse_config
 from guards import subject as looking
-from guards.generation import differ_clearly
+from guards.generation import batch_faults, first_difference, tie
 from live import FirstSteps
 from planted_data import write_data
 from planted_faults import base_moved, clip_stored_only, labels_by
@@ -403,21 +404,37 @@ def test_a_planted_fault_of_a_large_model_is_caught(plant: Plant, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "alone, together, margin, dtype, clearly",
-    [
-        ([1, 2], [1, 2], 1.0, torch.float32, False),
-        ([1, 2], [1, 3], 1e-5, torch.float32, False),  # rounding may choose either
-        ([1, 2], [1, 3], 1e-3, torch.float32, True),
-        ([1, 2], [1, 3], 1e-3, torch.bfloat16, False),
-        ([1, 2], [1, 3], 0.1, torch.bfloat16, True),
-        ([1, 2], [1], 0.1, torch.float32, True),  # one of them ended
-        ([], [4], 0.1, torch.float32, True),
-    ],
-)
-def test_continuations_part_clearly_where_no_rounding_chose(
-    alone: list[int], together: list[int], margin: float, dtype: torch.dtype, clearly: bool
+    "margin, dtype, is_tie",
+    [(1e-5, torch.float32, True), (1e-3, torch.float32, False), (1e-3, torch.bfloat16, True),
+     (0.1, torch.bfloat16, False)],
+)  # fmt: skip
+def test_rounding_decides_between_logits_that_are_near(
+    margin: float, dtype: torch.dtype, is_tie: bool
 ) -> None:
-    steps = [torch.tensor([[0.0, 0.2, 1.0, 1.0 - by]]) for by in (0.7, margin)]
-    if not alone:
-        steps = steps[1:]
-    assert differ_clearly(alone, together, steps, dtype) is clearly
+    assert tie(torch.tensor([[0.0, 0.2, 1.0, 1.0 - margin]]), dtype) is is_tie
+
+
+def test_where_two_continuations_differ() -> None:
+    assert [first_difference([1, 2], b) for b in ([3], [1, 3], [1], [1, 2, 4], [])] == [0, 1, 1, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_that_only_decoding_sees_is_caught_in_each_format(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = Decoder(ModelConfig(vocab_size=4096, n_layer=2, n_embd=64, n_head=4, init="xavier")).to(dtype)
+        prompts = [torch.randint(4096, (n,)).tolist() for n in (16, 3)]
+        assert not list(batch_faults(model.eval(), prompts))  # the sound one
+        attended = architecture.attention_mask
+
+        def seen(query: torch.Tensor, *rest: Any, right: Any = attended) -> torch.Tensor:
+            mask = right(query, *rest)
+            return torch.ones_like(mask) if query.size(1) == 1 else mask
+
+        with monkeypatch.context() as patched:
+            patched.setattr(architecture, "attention_mask", seen)
+            found.append(bool(list(batch_faults(model, prompts))))
+    assert all(found), found
