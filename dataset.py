@@ -387,8 +387,9 @@ class _LongAnswers(ValueError):
         others = f", the first of {len(numbers):,}" if len(numbers) > 1 else ""
         self.problem = (
             f"has a completion of {completion[0]:,} tokens with its end{others}, and a row of {T:,} has room "
-            f"for {T + 1 - kept[0]:,}: set --row_length, and --model.block_size with it, to "
-            f"{(completion + kept).max() - 1} or more, or make it shorter"
+            f"for {T + 1 - kept[0]:,}: set --row_length to "
+            f"{(completion + kept).max() - 1} or more (and --model.block_size, where no base brings its "
+            "own), or make it shorter"
         )
         super().__init__(f"{store.names[self.number]!r} {self.problem}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ def steps(p: float) -> int:
     return min(round(p * 2**16), 2**16 - 1)
 
 
-@cast(Any, torch.compiler.disable)  # which cannot view numbers of 64 bits as bytes
 def kept(seed: int, part: int, shape: torch.Size, dropped: int, dtype: torch.dtype) -> Tensor:
     """0 with probability dropped / 65,536, else 1: the same for the same arguments.
 
@@ -35,7 +34,8 @@ def kept(seed: int, part: int, shape: torch.Size, dropped: int, dtype: torch.dty
 
 
 def _random_bytes(generator: np.random.SFC64, n: int) -> np.ndarray:
-    return generator.random_raw(-(-n // 8)).view(np.uint8)[:n]
+    # By its buffer: torch.compile leaves that to Python, but would trace a view, and cannot widen one.
+    return np.frombuffer(generator.random_raw(-(-n // 8)).data, np.uint8)[:n]
 
 
 class _DropoutByBits(torch.autograd.Function):

@@ -40,7 +40,7 @@ from changes import (
 from config import LoraConfig
 from lowrank import add_term, dropped, linear_with_term
 from quantize import n_weights
-from targets import absent_sentence, matches, pattern_value, select_targets
+from targets import matches, pattern_value, select_targets
 
 # --- wrappers ----------------------------------------------------------------------------------------
 
@@ -296,7 +296,11 @@ def add_adapter(
     for setting, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
         unmatched = [key for key in pattern if not any(matches(full, key) for full in chosen.values())]
         if unmatched:
-            raise ValueError(absent_sentence(list(chosen.values()), unmatched, f"lora.{setting}_pattern"))
+            leaves = dict.fromkeys(full.rsplit(".", 1)[-1] for full in chosen.values())
+            raise ValueError(
+                f"lora.{setting}_pattern has {', '.join(unmatched)}, which matches none of the targets; they "
+                f"are {', '.join(leaves)}; name them by the end of their full name, or by all of it with *"
+            )
     rows = _rows_by_module(modules, new_rows, whole, names)
     rows = {our: ids for our, ids in rows.items() if our not in targets}
 

@@ -1023,9 +1023,14 @@ class PretrainedTokenizer(Tokenizer):
         """
         backend, decoder = _backend(self._tokenizer.to_str(), _HF_FILE), {}
         for number, token in enumerate(tokens, self.vocab_size):
-            if not token or backend.token_to_id(token) is not None:
+            if not token:
+                raise ValueError("a new token is empty; leave it out")
+            if (old := backend.token_to_id(token)) is not None:
+                twice = str(old) in decoder
                 raise ValueError(
-                    f"the new token {token!r} is empty, given twice or in the vocabulary already"
+                    f"the new token {token!r} is "
+                    + ("given twice" if twice else f"in the vocabulary already, as id {old}")
+                    + "; leave it out"
                 )
             backend.add_tokens([tokenizers.AddedToken(token, normalized=False)])
             if backend.token_to_id(token) != number:  # an id in between was free

@@ -110,11 +110,13 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
         # the head's weights. The texts of a prompt share all but their last token.
         logits = model.head(torch.cat((hidden[::BEAM_IDS, -2], hidden[:, -1])))[:, :BEAM_IDS]
         log_probs = logits.double().log_softmax(-1).cpu()
+    # Beams read a token at a time, in other sums; each of the two is off by a step of its format at most.
+    rounding = max(1e-4, 2 * torch.finfo(model.embed.weight.dtype).eps * float(logits.abs().max()))
     firsts, seconds = log_probs[: len(prompts)], log_probs[len(prompts) :].view(-1, BEAM_IDS, BEAM_IDS)
     for of_first, of_second, result in zip(firsts, seconds, results, strict=True):
         totals = of_first[:, None] + of_second
         first, second = result.ids
-        if totals[first, second] < totals.max() - 1e-4:
+        if totals[first, second] < totals.max() - rounding:
             yield Fault(
                 "beams-not-by-probability",
                 f"beam search chose two tokens of log-probability {totals[first, second]:.4f} where the best "

@@ -170,6 +170,10 @@ def inner_path(folder: Path, name: Any, linked: bool) -> Path:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name.strip(".") == "":
         raise ValueError(f"{folder} names the file {shown(name)}; only files of the folder itself are read")
     path = folder / name
+    if not folder.exists():
+        raise ValueError(f"the folder {folder} does not exist")
+    if not path.exists() and (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} is a run; export it first: python export.py --run {folder} --out FOLDER")
     if not path.exists():
         raise ValueError(f"{path} is missing; fetch the whole folder again")
     if not linked and path.resolve().parent != folder.resolve():

@@ -557,8 +557,8 @@ def test_an_answer_that_cannot_fit_is_refused_with_file_and_line(tmp_path: Path,
         refuse_long_answers(config, store, 40)
     assert str(error.value) == (
         f"{path} {'row' if name.endswith('parquet') else 'line'} 9 has a completion of 41 tokens with its "
-        "end, the first of 2, and a row of 40 has room for 40: set --row_length, and --model.block_size with "
-        "it, to 41 or more, or make it shorter"
+        "end, the first of 2, and a row of 40 has room for 40: set --row_length to 41 or more (and "
+        "--model.block_size, where no base brings its own), or make it shorter"
     )
     with pytest.raises(ValueError, match="'9' has a completion of 41 tokens"):
         next(validation_batches(store, 1, 40))

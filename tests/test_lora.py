@@ -147,9 +147,18 @@ def test_roles_suffixes_and_patterns() -> None:
         ({"alpha": 0.0}, "lora.alpha is 0.0; it must be above 0"),
         ({"r": 0}, "lora.r is 0; a rank"),
         ({"rank_pattern": {"up": 0}}, "lora.rank_pattern.up is 0"),
-        ({"rank_pattern": {"c_fc": 2}}, "lora.rank_pattern: the model has no c_fc"),
-        ({"alpha_pattern": {"attention": 2.0}}, "lora.alpha_pattern: the model has no attention"),
-        ({"targets": ("qkv",), "alpha_pattern": {"up": 2.0}}, "the model has no up; it has qkv"),
+        (
+            {"rank_pattern": {"c_fc": 2}},
+            r"lora.rank_pattern has c_fc, which matches none of the targets; they are ",
+        ),
+        (
+            {"alpha_pattern": {"attention": 2.0}},
+            "lora.alpha_pattern has attention, which matches none of the targets",
+        ),
+        (
+            {"targets": ("qkv",), "alpha_pattern": {"up": 2.0}},
+            "which matches none of the targets; they are qkv; name",
+        ),
         ({"train_modules": ("lm_head",)}, "lora.train_modules: the model has no lm_head"),
         ({"targets": ()}, "lora.targets is empty"),
         ({"dropout": 1.0}, "lora.dropout is 1.0"),

@@ -21,7 +21,7 @@ import trainingmanager
 from architecture import Decoder
 from config import Config, ModelConfig, parse_config
 from guards import subject as looking
-from guards.generation import batch_faults, first_difference, tie
+from guards.generation import batch_faults, beam_faults, first_difference, tie
 from live import FirstSteps
 from planted_data import write_data
 from planted_faults import base_moved, clip_stored_only, labels_by
@@ -438,3 +438,11 @@ def test_padding_that_only_decoding_sees_is_caught_in_each_format(
             patched.setattr(architecture, "attention_mask", seen)
             found.append(bool(list(batch_faults(model, prompts))))
     assert all(found), found
+
+
+def test_beams_of_a_model_in_bf16_are_not_refused_for_its_rounding() -> None:
+    for seed in range(24):
+        torch.manual_seed(seed)
+        model = Decoder(ModelConfig(vocab_size=1024, n_layer=2, n_embd=64, n_head=4, init="xavier"))
+        prompts = torch.randint(1024, (8, 3)).tolist()
+        assert not list(beam_faults(model.bfloat16().eval(), prompts))
