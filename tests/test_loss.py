@@ -71,6 +71,22 @@ def test_chunked_equals_plain(
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.02)])
+def test_gradients_in_bf16_are_those_of_its_logits(smoothing: float, z_loss: float) -> None:
+    model, batch = scrambled(), random_batch()
+    given: list[dict[str, torch.Tensor]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            result = token_loss(model, batch, smoothing, z_loss)
+        (result.objective / result.tokens).backward()
+        given.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    exact, rounded = given
+    assert exact.keys() == rounded.keys()
+    for name, grad in exact.items():
+        assert (rounded[name] - grad).norm() < 0.03 * grad.norm(), name
+
+
 def test_cross_entropy_is_never_smoothed() -> None:
     model, batch = scrambled(), random_batch()
     smoothed, plain = token_loss(model, batch, 0.2), token_loss(model, batch)
