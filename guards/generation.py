@@ -15,7 +15,7 @@ from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
 FEWEST_TOKENS = 2  # of models of which each token takes a tenth of a second
-TIE = 1e-4  # of the largest logit: the order of sums in fp32 decides between two that are nearer
+ROUNDING = 1e-4  # of the largest logit: what the order of sums in fp32 may change
 LOGITS_APART = 0.05  # of the largest: above what weights in 16 bits round
 BEAM_PROMPTS = 8  # with their beams each is 16 rows; of two prompts the best texts may be found by chance
 BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
@@ -70,7 +70,12 @@ def first_difference(a: list[int], b: list[int]) -> int:
 def tie(logits: Tensor, dtype: torch.dtype) -> bool:
     """Whether rounding decides which of the logits (1, V) is the largest, of weights in `dtype`."""
     largest, next_largest = logits[0].topk(2).values.tolist()
-    return largest - next_largest <= max(TIE, 4 * torch.finfo(dtype).eps) * float(logits.abs().max())
+    return largest - next_largest <= rounding(logits, dtype)
+
+
+def rounding(logits: Tensor, dtype: torch.dtype) -> float:
+    """By how much two ways to compute the same logits may differ, of weights in `dtype`."""
+    return max(ROUNDING, 4 * torch.finfo(dtype).eps) * float(logits.abs().max())
 
 
 def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
@@ -110,13 +115,12 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
         # the head's weights. The texts of a prompt share all but their last token.
         logits = model.head(torch.cat((hidden[::BEAM_IDS, -2], hidden[:, -1])))[:, :BEAM_IDS]
         log_probs = logits.double().log_softmax(-1).cpu()
-    # Beams read a token at a time, in other sums; each of the two is off by a step of its format at most.
-    rounding = max(1e-4, 2 * torch.finfo(model.embed.weight.dtype).eps * float(logits.abs().max()))
+    slack = rounding(logits, model.embed.weight.dtype)  # beams read a token at a time, in other sums
     firsts, seconds = log_probs[: len(prompts)], log_probs[len(prompts) :].view(-1, BEAM_IDS, BEAM_IDS)
     for of_first, of_second, result in zip(firsts, seconds, results, strict=True):
         totals = of_first[:, None] + of_second
         first, second = result.ids
-        if totals[first, second] < totals.max() - rounding:
+        if totals[first, second] < totals.max() - slack:
             yield Fault(
                 "beams-not-by-probability",
                 f"beam search chose two tokens of log-probability {totals[first, second]:.4f} where the best "

@@ -12,7 +12,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -305,6 +305,9 @@ def test_tokens_that_a_given_tokenizer_has_added_are_new_to_the_base(config: Con
     assert changed.adapters["default"].ids.tolist() == [size - 2, size - 1, size - 3]
     with pytest.raises(ValueError, match=r"has 2 ids more than .*, and lora.new_tokens names 1; name every"):
         train(other(other(config, run=str(tmp_path / "some")), "lora", new_tokens=("<|b|>",)))
+    for tokens, problem in (("<|d|>", "<|d|>"), "given twice; leave it out"), (("",), "a new token is empty"):
+        with pytest.raises(ValueError, match=problem):
+            cast(PretrainedTokenizer, run.tokenizer).with_tokens(tokens)
     with pytest.raises(ValueError, match=r"'a' is in the vocabulary already, as id \d+; leave it out"):
         train(other(other(config, run=str(tmp_path / "known")), "lora", new_tokens=("a",)))
 

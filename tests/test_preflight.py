@@ -440,7 +440,7 @@ def test_padding_that_only_decoding_sees_is_caught_in_each_format(
     assert all(found), found
 
 
-def test_beams_of_a_model_in_bf16_are_not_refused_for_its_rounding() -> None:
+def test_beams_of_sound_models_in_bf16_pass() -> None:
     for seed in range(24):
         torch.manual_seed(seed)
         model = Decoder(ModelConfig(vocab_size=1024, n_layer=2, n_embd=64, n_head=4, init="xavier"))

@@ -38,7 +38,7 @@ from config import ModelConfig
 from generate import GenerationConfig, generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
-from pretrained.folder import parse_header, parse_json, read_tensors
+from pretrained.folder import inner_path, parse_header, parse_json, read_tensors
 from pretrained.load import Stored, _NoInit
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, load_tokenizer
 
@@ -1263,3 +1263,11 @@ def test_from_model_and_to_model_are_inverse():
     for family in FAMILIES.values():
         config = to_model(family, {})
         assert to_model(family, from_model(family, config)) == config and not lacks(family, config)
+
+
+def test_a_folder_that_is_not_there_and_a_run_are_told_from_a_broken_one(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}", "utf-8")
+    for name, sentence in ("nothing", "does not exist"), ("run", "is a run; export it first"):
+        with pytest.raises(ValueError, match=sentence):
+            inner_path(tmp_path / name, "model.safetensors", linked=False)
