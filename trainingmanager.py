@@ -50,7 +50,6 @@ import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from architecture import Decoder
@@ -65,6 +64,7 @@ from checkpoint import (
     not_finite,
     remove_superseded,
     save_checkpoint,
+    save_tensors,
 )
 from config import write_atomically
 from curriculum import difficulties
@@ -582,13 +582,13 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 def save_batches(path: Path, micro: list[Batch]) -> str:
     """Write the micro-batches of a step as `NUMBER/tokens` and so on; says where, or why not."""
     tensors = {
-        f"{i}/{name}": t.detach().cpu().contiguous()
+        f"{i}/{name}": t
         for i, batch in enumerate(micro)
         for name, t in batch._asdict().items()
         if isinstance(t, torch.Tensor)
     }
     try:
-        save_file(tensors, path)
+        save_tensors(tensors, path)
     except (OSError, SafetensorError) as error:
         return f"lost ({error})"
     return f"in {path}"
