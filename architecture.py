@@ -606,6 +606,7 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self.scale = ROPE_SCALINGS[config.rope_scaling]
         self.checkpoint_activations = False
+        self.grown = False  # whether embedding and head of a base got rows more, which no file of it holds
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

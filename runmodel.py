@@ -228,6 +228,7 @@ def grow_vocabulary(model: Decoder, size: int, grown: Mapping[str, Tensor] | Non
         model.head.bias = longer("head.bias")
     model.embed.num_embeddings = model.head.out_features = size
     model.config = replace(model.config, vocab_size=size)
+    model.grown = True
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ def save_adapter(
     rank where those mean something else in PEFT: under a head with a bias, which it then leaves out, and
     beside a tied head that is a target, whose rows it then replaces.
 
+    A pair is a change of a weight that whoever opens the folder has. Where the model's vocabulary was grown,
+    nobody has the rows that were added; so embedding and head are then written whole beside their pairs,
+    where PEFT looks for them (in StarCoderBase-1B 400 MB). PEFT wants its base resized beforehand, to any
+    values. It writes both by itself where it knows them by name.
+
     Args:
         model: With the adapter added, and not merged.
         family: Whose names the adapter is written in.
@@ -126,7 +131,7 @@ def _written(
 
     able = [names[our] for our, m in modules.items() if is_linear(m) or is_embedding(m)]
     chosen = _leaves([full for full in able if full not in whole], targets)
-    if not rows and any(leaf in chosen for leaf in EMBEDDING_NAMES):
+    if getattr(model, "grown", False) or (not rows and any(leaf in chosen for leaf in EMBEDDING_NAMES)):
         for our in ("embed", "head"):
             if names[our] in targets:
                 for part, tensor in bases[our].state_dict().items():

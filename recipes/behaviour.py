@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from recipes.degradations import parsed
+from recipes.degradations import parsed, syntax_tree
 from sandbox_child import encode
 
 LIMITS = replace(sandbox.LIMITS, cpu=10, wall=60.0)
@@ -57,7 +57,7 @@ def context_of(module: str, source: str) -> str:
         ValueError: the module does not parse.
     """
     try:
-        statements = ast.parse(module).body
+        statements = syntax_tree(module).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the module does not parse: {error}") from None
     own = parsed(source).name
@@ -206,7 +206,7 @@ def _hinted(hint: ast.AST | None) -> Iterator[type]:
     match hint:
         case ast.Constant(value=str(text)):
             with contextlib.suppress(SyntaxError, ValueError):
-                yield from _hinted(ast.parse(text, mode="eval").body)
+                yield from _hinted(syntax_tree(text, "eval").body)
         case ast.Constant(value=None):
             yield type(None)
         case ast.BinOp(left=left, right=right):

@@ -23,6 +23,7 @@ import ast
 import io
 import re
 import symtable
+import threading
 import tokenize
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -40,10 +41,22 @@ REFLECTION = frozenset(
 )
 
 
+# One at a time: CPython, as of 3.11.7, counts the depth of all threads' trees in one place, and where the
+# collector lets another thread in it gives up with a SystemError (cpython issue 106905). Filters of warnings
+# are every thread's as well.
+_parsing = threading.Lock()
+
+
+def syntax_tree(text: str, mode: str = "exec") -> Any:
+    """What `ast.parse` gives, in any thread."""
+    with _parsing:
+        return ast.parse(text, mode=mode)
+
+
 def parsed(source: str) -> Function:
     """The function that `source` is; ValueError if it is not one function."""
     try:
-        with warnings.catch_warnings():
+        with _parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(source, "function", "exec", dont_inherit=True)
             body = ast.parse(source).body

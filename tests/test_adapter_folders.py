@@ -22,7 +22,7 @@ from config import LoraConfig
 from lora import adapters_of, add_adapter, changes_of
 from pretrained.load_adapter import adapter_base, load_adapter
 from pretrained.save_adapter import save_adapter
-from runmodel import MOST_NEW_TOKENS, open_adapted
+from runmodel import MOST_NEW_TOKENS, grow_vocabulary, open_adapted
 
 __all__ = ["bases"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -66,6 +66,43 @@ def test_an_adapter_of_a_base_that_was_resized_opens_on_the_published_one(case: 
     assert_near(opened.model(tokens), theirs(tokens).logits, case)
     kinds = {type(change).__name__ for change in changes_of(opened.model, "default").values()}
     assert ("Rows" in kinds) == ("trainable_token_indices" in settings)
+
+
+GROWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "rows": ("bigcode mqa", {"targets": ("c_attn",)}),
+    "a tied embedding": ("bigcode mqa", {"targets": ("c_attn", "wte")}),
+    "a tied embedding and its head": ("bigcode mqa", {"targets": ("c_attn", "wte", "lm_head")}),
+    "a tied head": ("llama mha tied", {"targets": ("q_proj", "lm_head")}),
+    "an embedding": ("llama gqa", {"targets": ("q_proj", "embed_tokens")}),
+    "a head": ("llama gqa", {"targets": ("q_proj", "lm_head")}),
+    "both": ("llama gqa", {"targets": ("q_proj", "lm_head", "embed_tokens"), "dora": True}),
+    "a head with a bias": ("codegen", {"targets": ("qkv_proj", "wte")}),
+    "a head with a bias that is a target": ("phi", {"targets": ("q_proj", "lm_head"), "bias": "all"}),
+    "rows where the head has a bias": ("codegen", {"targets": ("qkv_proj",)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_an_adapter_of_a_base_that_was_grown_here_is_the_same_in_peft(
+    bases: Callable[[str], Pair], tmp_path: Path, case: str
+) -> None:
+    """Whatever PEFT's base was resized to: the rows that were added are in the folder."""
+    name, settings = GROWN[case]
+    pair = bases(name)
+    pair.oracle.save_pretrained(tmp_path / "base")
+    grow_vocabulary(pair.ours, 57)
+    add_adapter(pair.ours, LoraConfig(r=2, **settings), pair.family.key, new_rows=[53, 54, 55, 56])
+    scramble_adapters(pair.ours)
+    save_adapter(pair.ours, pair.family, tmp_path / "adapter", base=None)
+    longer: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    longer.resize_token_embeddings(57)
+    theirs = peft().PeftModel.from_pretrained(longer, str(tmp_path / "adapter")).eval()
+    tokens = TOKENS.clone()
+    tokens[:, 3:7] = torch.arange(53, 57)
+    wanted = pair.ours(tokens)
+    assert_near(theirs(tokens).logits, wanted, "in PEFT")
+    if case != "rows":  # where all that was added is trained, only a tokenizer in the folder says how much
+        assert_near(open_adapted(str(tmp_path / "base"), tmp_path / "adapter").model(tokens), wanted, "here")
 
 
 def test_a_vocabulary_beyond_reason_is_not_grown(bases: Callable[[str], Pair], tmp_path: Path) -> None:

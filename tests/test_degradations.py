@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
+import sys
 import sysconfig
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from recipes.degradations import STRATEGIES, Function, check, check_distinct, degrade, globals_of, parsed
+from recipes.degradations import (
+    STRATEGIES,
+    Function,
+    check,
+    check_distinct,
+    degrade,
+    globals_of,
+    parsed,
+    syntax_tree,
+)
 
 # Functions, each below the arguments that it is called with.
 CASES = r"""
@@ -408,3 +420,24 @@ def test_every_function_of_the_library_passes_every_check() -> None:
     sources = functions_of(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
     assert len(sources) > 5000
     check_distinct(every_way(sources))
+
+
+def test_threads_parse_while_the_collector_runs() -> None:
+    """CPython 3.11.7 gives up with a SystemError where a collection lets another thread parse."""
+
+    def collected(phase: str, info: dict[str, int]) -> None:
+        sum(range(50))  # Python code, in which threads change
+
+    texts = [path.read_text("utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py"))]
+    before = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(50)
+    gc.callbacks.append(collected)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            trees = list(pool.map(syntax_tree, texts * 8))
+    finally:
+        gc.callbacks.remove(collected)
+        sys.setswitchinterval(before[0])
+        gc.set_threshold(*before[1])
+    assert [type(tree) for tree in trees] == [ast.Module] * len(texts) * 8
