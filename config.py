@@ -879,7 +879,7 @@ def _wanted(kind: Any) -> str:
     if get_origin(kind) in (tuple, list):
         return f"a list, each {_wanted(inner[0])}"
     if get_origin(kind) is dict:
-        return f"a mapping of names, each to {_wanted(inner[1])}"
+        return f"a mapping of names, each to {_wanted(inner[1])}, spelled {{NAME: VALUE}}"
     if inner:  # or None
         return _wanted(inner[0])
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

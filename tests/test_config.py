@@ -92,7 +92,7 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
         (["--overfit=maybe"], "error: overfit is maybe; it must be true or false"),
         (
             ["--lora.rank_pattern", "3"],
-            "rank_pattern is 3; it must be a mapping of names, each to a whole number",
+            "rank_pattern is 3; it must be a mapping of names, each to a whole number, spelled {NAME: VALUE}",
         ),
         (
             ["--base", "x", "--base_format", "nf3"],
