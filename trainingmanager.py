@@ -706,9 +706,9 @@ def say_absent(new_tokens: Sequence[str], tokenizer: Tokenizer, train: TokenStor
     absent = [repr(token) for token, count in counts.items() if not count]
     if absent:
         print(
-            f"warning: no training text holds {', '.join(absent)}: {len(absent)} of {len(counts)} lora.new_tokens "
-            f"occur 0 times in {train.n_tokens:,} tokens, and their rows cannot learn what they mean; spell "
-            "them in the data as they are named, or leave them out",
+            f"warning: no training text holds {', '.join(absent)}: {len(absent)} of {len(counts)} "
+            f"lora.new_tokens occur 0 times in {train.n_tokens:,} tokens, and their rows cannot learn what "
+            "they mean; spell them in the data as they are named, or leave them out",
             file=sys.stderr,
         )
 
