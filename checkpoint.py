@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -74,8 +75,8 @@ def save_checkpoint(
         temporary.mkdir()
         tensors: dict[str, Tensor] = {}
         plain = _take_tensors(state, "", tensors)
-        _save_tensors(kept_tensors(model), temporary / "model.safetensors")
-        _save_tensors(tensors, temporary / "state.safetensors")
+        save_tensors(kept_tensors(model), temporary / "model.safetensors")
+        save_tensors(tensors, temporary / "state.safetensors")
         write_atomically(temporary / "state.json", json.dumps(plain))
         files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         values = {"step": step, "loss": loss, "keep": keep, "files": files}
@@ -105,6 +106,23 @@ def save_checkpoint(
             "older checkpoints are untouched: free some space and go on with --resume"
         ) from error
     return Manifest(final, step, loss, keep, files)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file and flush it to the disk; every such file is written here.
+
+    Readable by whom the umask lets: safetensors itself writes a temporary file, for the owner alone.
+
+    Raises:
+        OSError: The disk is full or read-only; or SafetensorError.
+    """
+    with open(path, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    save_file(
+        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata={"format": "pt"}
+    )
+    os.chmod(path, mode)
+    _flush(path)
 
 
 def checkpoints(folder: Path) -> list[Manifest]:
@@ -353,13 +371,6 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[key] = tensor
             seen.add(id(tensor))
     return tensors
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(
-        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata={"format": "pt"}
-    )
-    _flush(path)
 
 
 def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:

@@ -565,6 +565,12 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
         if config.train.overfit and config.data.source == DataConfig.source and not sourced:
             config = replace(config, data=replace(config.data, source=str(RECIPES / "overfit")))
         check_ranges(config)
+        held = config.train.base_format
+        if config.train.base is not None and config.lora.r == 0 and held in ("bf16", "nf4"):
+            raise ValueError(
+                f"base_format is {held} and lora.r is 0, by which all of the base would train, and weights "
+                "can only in fp32: set lora.r to 1 or more to train adapters, or remove base_format"
+            )
         for key, reason in unused_keys(config):
             raise ValueError(f"{key} is set, but {reason}; remove it")
         return config
@@ -694,6 +700,20 @@ def one_sentence() -> Iterator[None]:
         sys.exit(2)
 
 
+def parse_line(line: str, where: str) -> Any:
+    """The value of a line of JSONL; ValueError that names `where`, the file and the line, and the column."""
+    at = ""
+    try:
+        return json.loads(line.rstrip("\r\n"))  # json would count the line end, and say line 2 column 1
+    except json.JSONDecodeError as error:
+        at, reason = f" at column {error.colno}", error.msg.split(" (")[0]
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        reason = str(error).split(";")[0]
+    raise ValueError(f"{where} is not JSON{at}: {reason}; write the row as one object in one line")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -769,8 +789,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
     else:
         fits = type(value) in (get_args(kind) or (kind,))  # exactly: True is no int
     if not fits:
-        wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
-        raise ValueError(f"{key} is {reprlib.repr(value)}; it must be {str(wanted).removeprefix('typing.')}")
+        raise ValueError(f"{key} is {reprlib.repr(value)}; it must be {_wanted(kind)}")
     return value
 
 
@@ -815,7 +834,7 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if message.startswith("Unexpected config:"):  # and then the whole file
                 message = "a --config file must be a YAML mapping of keys to values"
-            print(f"error: {_one_line(message)}{_suggestion(message, groups)}", file=sys.stderr)
+            print(f"error: {_in_our_words(message, groups)}{_suggestion(message, groups)}", file=sys.stderr)
             sys.exit(2)
 
         def parse_args(self, *args: Any, **options: Any) -> Any:
@@ -829,6 +848,42 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
     for name, group in groups.items():
         parser.add_class_arguments(group, name or None)
     return parser
+
+
+def _in_our_words(message: str, groups: dict[str, type]) -> str:
+    """An error of jsonargparse in one line; a value that does not fit its key with what would."""
+    line = _one_line(message)
+    found = re.search(
+        r'Parser key "([\w.]+)": (?:Expected|Does not validate) .*?(?:Got|Given) value: ?(.*)$', line
+    )
+    kinds = {
+        f"{name}.{key}".lstrip("."): kind
+        for name, group in groups.items()
+        for key, kind in _kinds(group).items()
+    }
+    if found is None or found[1] not in kinds:
+        return line
+    kind, value = kinds[found[1]], found[2]
+    near = ""
+    if get_origin(kind) is Literal:
+        near = "".join(difflib.get_close_matches(value.lower(), get_args(kind), n=1))
+    meant = f"; did you mean {near}?" if near else ""
+    return f"{line[: found.start()]}{found[1]} is {value or repr('')}; it must be {_wanted(kind)}{meant}"
+
+
+def _wanted(kind: Any) -> str:
+    """What a key of this type takes, in words."""
+    inner = [argument for argument in get_args(kind) if argument not in (type(None), ...)]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(inner)}"
+    if get_origin(kind) in (tuple, list):
+        return f"a list, each {_wanted(inner[0])}"
+    if get_origin(kind) is dict:
+        return f"a mapping of names, each to {_wanted(inner[1])}, spelled {{NAME: VALUE}}"
+    if inner:  # or None
+        return _wanted(inner[0])
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(kind, str(kind))
 
 
 def _suggestion(message: str, groups: dict[str, type]) -> str:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import itertools
 import json
 import os
 import re
+import reprlib
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from comments import drop_comments
-from config import DataConfig, write_atomically
+from config import DataConfig, parse_line, write_atomically
 from fim import gap_of
 
 # What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
@@ -104,6 +106,7 @@ class Report:
         fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
             which are test; set at the end.
         corpus: Fingerprint of a corpus that `scraping` built, by its corpus.json; "" of other sources.
+        without_rows: Of JSONL files without a row, what they have instead.
     """
 
     documents: int = 0
@@ -115,6 +118,7 @@ class Report:
     gaps: int = 0
     fingerprint: str = ""
     corpus: str = ""
+    without_rows: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
@@ -176,7 +180,11 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
         left_out = f" ({report.undecodable} left out that are not UTF-8)" if report.undecodable else ""
         files = config.source == "stdlib" or source.is_dir()
         kind = f" with a name ending in {' or '.join(config.suffixes)}" if files else ""
-        raise ValueError(f"the corpus {config.source} holds no document{kind}{left_out}")
+        empty = f": {'; '.join(report.without_rows)}" if report.without_rows else ""
+        raise ValueError(
+            f"the corpus {config.source} holds no document{kind}{left_out}{empty}: write some there, or name "
+            "another --data.source"
+        )
     if config.drop_comments and python_files == 0:
         raise ValueError(
             f"--data.drop_comments is set, but none of the {report.documents} documents of {config.source} "
@@ -324,13 +332,16 @@ def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str
         values[1] = ""
     for field, value in zip(fields, values, strict=True):
         if not isinstance(value, str):
-            raise ValueError(f"{where} holds {type(value).__name__} in the field {field}, not text")
+            found = "null" if value is None else f"the {type(value).__name__} {reprlib.repr(value)}"
+            raise ValueError(
+                f"{where} holds {found} in the field {field}, not text: write text there, or remove the row"
+            )
     *asked, text = values
     if not asked:
         return text, None, None
     if not text:
         raise ValueError(
-            f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove it"
+            f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove the row"
         )
     if fields[0] == "instruction":
         return text, alpaca_prompt(*asked), None
@@ -366,6 +377,16 @@ def _fields_of(present: Iterable[str], config: DataConfig, where: str) -> tuple[
         )
     if kinds:
         return kinds[0]
+    examples = [kind for kind in ROW_KINDS if len(kind) > 1]
+    begun = max(examples, key=lambda kind: len(present.intersection(kind)) / len(kind))
+    lacking = [field for field in begun if field not in present]
+    if len(lacking) < len(begun):
+        near = difflib.get_close_matches(lacking[0], present.difference(begun), n=1)
+        meant = f" (is {near[0]} meant for it?)" if near else ""
+        raise ValueError(
+            f"{where} has no field {' and no field '.join(lacking)} but {_listed(present)}{meant}: give "
+            f"{' and '.join(begun)}, remove the row, or set --data.text_field to read plain text"
+        )
     raise ValueError(
         f"{where} has no field text or content but {_listed(present)}: set --data.text_field, or give "
         "prompt and completion"
@@ -373,7 +394,7 @@ def _fields_of(present: Iterable[str], config: DataConfig, where: str) -> tuple[
 
 
 def _jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
-    offset = blank = 0
+    offset = blank = number = rows = 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, 1):
@@ -386,15 +407,18 @@ def _jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tupl
                     continue
                 if blank:
                     raise ValueError(f"{path} line {blank} is empty: remove it, or write the row it was for")
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+                row = parse_line(text, f"{path} line {number}")
                 if not isinstance(row, dict):
-                    raise ValueError(f"{path} line {number} is a JSON {type(row).__name__}, not an object")
+                    raise ValueError(
+                        f"{path} line {number} is a JSON {type(row).__name__}, not an object: give its "
+                        "fields names, or remove the line"
+                    )
+                rows += 1
                 yield number, row
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+    if not rows:
+        report.without_rows.append(f"{path} has {number} lines and no row in them")
 
 
 def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -513,10 +537,11 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         flags = [
             f"--data.{side}_one_in {n}" for side, n in one_in.items() if n and empty[0] in ("train", side)
         ]
-        change = f"change {' or '.join(flags)}, or " if flags else ""
+        change = f"change {' or '.join(flags)}, or " if flags and empty[0] not in given else ""
+        without = "".join(f"; {said}" for said in report.without_rows)
         raise ValueError(
             f"the split of {config.source} leaves {', '.join(counts)} documents, and text for {empty[0]} in "
-            f"none: {change}add documents that are not empty"
+            f"none{without}: {change}add documents that are not empty"
         )
     report.fingerprint = content.hexdigest()
 

@@ -145,14 +145,18 @@ def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
     length = min(PROMPT_TOKENS, model.config.block_size)
     prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
     if settings.requantise:
-        return f"{_requantised(model, prompts, settings.tolerance)} of {path.name}; "
+        report, effect = _requantised(model, prompts, settings.tolerance)
+        return f"{report} of {path.name}; the adapter itself moves a logit by up to {effect:.2e}; "
     report = merge_checked(model, prompts, settings.tolerance, keep=False)
     dequantize_linears(model)  # those without an adapter
     return f"{report} of {path.name}; "
 
 
-def _requantised(model: Decoder, prompts: list[list[int]], tolerance: float) -> MergeReport:
-    """Merge in place onto the grid of 4 bits, rounded to bf16; what is judged are the values that remain."""
+def _requantised(model: Decoder, prompts: list[list[int]], tolerance: float) -> tuple[MergeReport, float]:
+    """Merge in place onto the grid of 4 bits, rounded to bf16; what is judged are the values that remain.
+
+    Beside the report, by how much the adapter itself moves a logit: a gap as large loses all that it learned.
+    """
     if not any(isinstance(module, Linear4bit) for module in model.modules()):
         raise ValueError("the base was not held in nf4, so that nothing is to be requantised; leave it out")
 
@@ -177,7 +181,7 @@ def _requantised(model: Decoder, prompts: list[list[int]], tolerance: float) -> 
             f"{effect:.3g}"
         ) from None
     model.to(torch.bfloat16)
-    return report
+    return report, effect
 
 
 if SETTINGS is not None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from config import make_parser, one_sentence, write_atomically
+from config import make_parser, one_sentence, parse_line, write_atomically
 
 TESTS_OF_MBPP = ("test_imports", "test_setup_code", "test_list")
 
@@ -202,10 +202,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                yield f"{path} line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+            where = f"{path} line {number}"
+            yield where, parse_line(line, where)
 
 
 # --- verdicts

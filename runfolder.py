@@ -289,7 +289,6 @@ def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]
         was = before.get(name, "none")
         if was != fingerprints[name]:
             raise ValueError(
-                f"the {name} changed since {folder} began: {place} now has the fingerprint "
-                f"{fingerprints[name][:12]}, {path} says {was[:12]}; "
-                "restore it, or start another --run"
+                f"the {name} changed since {folder} began: the fingerprint is {fingerprints[name][:12]} now "
+                f"({place}) and was {was[:12]} then ({path}); restore the {name}, or start another --run"
             )

@@ -349,7 +349,8 @@ def open_adapted(
     if base.fingerprint != known.get("fingerprint", base.fingerprint):
         raise ValueError(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
-            f"{base.fingerprint[:12]}, and those had {known['fingerprint'][:12]}"
+            f"{base.fingerprint[:12]}, and those had {known['fingerprint'][:12]}; restore it, or give the "
+            "folder of that base"
         )
     _grow_as_stored(base, adapter)
     if any((Path(adapter) / name).exists() for name in TOKENIZER[:3]):

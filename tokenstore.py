@@ -16,7 +16,7 @@ import os
 import sys
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
@@ -35,6 +35,7 @@ from tokenizer import Tokenizer
 
 FORMAT = 2  # part of the cache key: raise it whenever the same data would be stored as other bytes
 SHARD_TOKENS = 2**27
+COUNTED_AT_ONCE = 2**24  # tokens
 CHUNK_CHARACTERS = 2**18  # of text handed to a worker at a time
 
 
@@ -128,6 +129,17 @@ class TokenStore:
             chosen = shard == number
             tokens[chosen] = maps[number][where[chosen] - starts[number]]
         return tokens
+
+    def occurrences(self, ids: Sequence[int]) -> list[int]:
+        """How often each of some ids, at least one, occurs; by one pass over the stream, at the speed of
+        reading it where the ids are the last ones."""
+        low = min(ids)
+        counts = np.zeros(self.vocab_size - low, np.int64)
+        for tokens in self._shards[0]:
+            for start in range(0, len(tokens), COUNTED_AT_ONCE):
+                part = tokens[start : start + COUNTED_AT_ONCE]
+                counts += np.bincount(part[part >= low] - low, minlength=len(counts))
+        return [int(counts[id - low]) for id in ids]
 
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document, special tokens included, int64."""

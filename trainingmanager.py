@@ -42,7 +42,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,6 @@ import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from architecture import Decoder
@@ -65,6 +64,7 @@ from checkpoint import (
     not_finite,
     remove_superseded,
     save_checkpoint,
+    save_tensors,
 )
 from config import write_atomically
 from curriculum import difficulties
@@ -96,6 +96,7 @@ from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 from suites.functions import sample_completions
 from tokenizer import Tokenizer
+from tokenstore import TokenStore
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -582,13 +583,13 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 def save_batches(path: Path, micro: list[Batch]) -> str:
     """Write the micro-batches of a step as `NUMBER/tokens` and so on; says where, or why not."""
     tensors = {
-        f"{i}/{name}": t.detach().cpu().contiguous()
+        f"{i}/{name}": t
         for i, batch in enumerate(micro)
         for name, t in batch._asdict().items()
         if isinstance(t, torch.Tensor)
     }
     try:
-        save_file(tensors, path)
+        save_tensors(tensors, path)
     except (OSError, SafetensorError) as error:
         return f"lost ({error})"
     return f"in {path}"
@@ -667,6 +668,8 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
             + (f"; {longer:,} trimmed to a row of {config.row_length}" if longer else "")
             + (f"; {gaps:,} with a gap to fill" if gaps else "")
         )
+    if config.lora.new_tokens:
+        say_absent(config.lora.new_tokens, tokenizer, data.train)
     if data.report.gaps:
         say_gaps_in_sight(gaps_in_sight(data.train, fim_markers(tokenizer), config.row_length), config)
     seed_everything(config.train.seed)
@@ -694,6 +697,20 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     record_overrides(folder, passed)
     manager.fit(subject, observer)
     return manager
+
+
+def say_absent(new_tokens: Sequence[str], tokenizer: Tokenizer, train: TokenStore) -> None:
+    """Warn of new tokens that no training text holds."""
+    ids = [id for token in new_tokens if (id := tokenizer.token_id(token)) is not None]
+    counts = dict(zip(new_tokens, train.occurrences(ids), strict=True))
+    absent = [repr(token) for token, count in counts.items() if not count]
+    if absent:
+        print(
+            f"warning: no training text holds {', '.join(absent)}: {len(absent)} of {len(counts)} "
+            f"lora.new_tokens occur 0 times in {train.n_tokens:,} tokens, and their rows cannot learn what "
+            "they mean; spell them in the data as they are named, or leave them out",
+            file=sys.stderr,
+        )
 
 
 def say_gaps_in_sight(share: float, config: Config) -> None:

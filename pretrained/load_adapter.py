@@ -415,7 +415,9 @@ def _refuse_other_keys(expected: Mapping[str, Place], entries: Mapping[str, Entr
     ]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{was_for}: {'; '.join(wrong[:8])}{more}")
+        raise ValueError(
+            f"{was_for}: {'; '.join(wrong[:8])}{more}; open it on that base, or copy both of its files anew"
+        )
 
 
 def _refuse_other_base(own: Any, key: str, tensor: Tensor, was_for: str) -> None:

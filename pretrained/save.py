@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from architecture import Decoder
+from checkpoint import save_tensors
 from config import ModelConfig, write_atomically
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
@@ -121,13 +121,7 @@ def _save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
     for i, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         where |= dict.fromkeys(shard, name)
-        save_file(
-            {key: tensor.cpu().contiguous() for key, tensor in shard.items()},
-            folder / name,
-            metadata={"format": "pt"},
-        )
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
+        save_tensors(shard, folder / name)
     if len(shards) > 1:
         write_atomically(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": where}))
 

@@ -9,7 +9,6 @@ A record is plain data and holds every prediction, so that each number in it can
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from config import parse_line
 from metrics.registry import Metric, Scored, metric, score
 from metrics.texts import CLEANERS, plain
 
@@ -374,10 +374,7 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
     texts = []
     for (number, line), example in zip(numbered, examples, strict=True):
         where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+        row = parse_line(line, where)
         text = row.get("prediction", row.get("completion")) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise ValueError(f"{where} has no text in a field prediction or completion: give one")

@@ -163,6 +163,7 @@ def tensors_of(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Non
     save_file(tensors, path)
 
 
+REMEDY = "open it on that base, or copy both of its files anew"
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -218,8 +219,8 @@ def test_bad_settings_are_one_sentence(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.pop(Q), f"written for 'meta/llama': {Q} is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "'extra' is left over"),
+        (lambda t: t.pop(Q), f"written for 'meta/llama': {Q} is missing; {REMEDY}"),
+        (lambda t: t.update(extra=torch.zeros(1)), f"'extra' is left over; {REMEDY}"),
         (lambda t: t[Q].fill_(float("nan")), f"{Q} with values that are not finite"),
         (lambda t: t.update({Q: torch.zeros(2, 30)}), "is F32[2, 30], [2, 24] of floats is expected"),
         (lambda t: t.update({Q: t[Q].to(torch.int32)}), "is I32[2, 24]"),

@@ -10,12 +10,14 @@ import random
 import resource
 import shutil
 import signal
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_finetune import SHAPE
 
 import checkpoint
 from architecture import Decoder
@@ -33,9 +35,11 @@ from checkpoint import (
     not_finite,
     remove_superseded,
     save_checkpoint,
+    save_tensors,
     verify,
 )
 from config import ModelConfig
+from pretrained import save_pretrained
 
 CONFIG = ModelConfig(vocab_size=17, block_size=8, n_layer=1, n_head=2, n_embd=8)
 STATE: dict[str, Any] = {
@@ -311,7 +315,7 @@ def save_on_a_full_disk(folder: Path, name: str, offset: int) -> int:
         return call
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    checkpoint._save_tensors = limited(checkpoint._save_tensors, 1)
+    checkpoint.save_tensors = limited(checkpoint.save_tensors, 1)
     checkpoint.write_atomically = limited(checkpoint.write_atomically, 0)
     try:
         save_checkpoint(folder, 2, model(n_embd=64), STATE, 0.5, keep=False)
@@ -476,3 +480,19 @@ def test_leftovers_of_killed_saves_are_removed_by_the_next_one(tmp_path: Path) -
     second = save_checkpoint(tmp_path, 3, model(), STATE, 1.0, keep=False)
     assert checkpoints(tmp_path) == [first, second]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_of_tensors_are_readable_by_whom_the_umask_lets(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        manifest = save_checkpoint(tmp_path, 1, model(), STATE, 1.0, keep=False)
+        save_tensors({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+        save_pretrained(Decoder(replace(SHAPE, vocab_size=9)), None, tmp_path / "base", max_shard_bytes=9000)
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > len(FILES) + 4 and manifest.folder / "model.safetensors" in written
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in written} == {
+        path.name: 0o666 & ~umask for path in written
+    }

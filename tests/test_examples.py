@@ -197,19 +197,33 @@ BAD = {
     "empty completion": (
         [GOOD, {"input": "a", "output": ""}],
         {},
-        r"line 2 holds nothing in the field output",
+        r"line 2 holds nothing in the field output, and so nothing to learn: remove the row",
     ),
     "no completion": (
         [{"prompt": "a"}],
         {},
-        r"no field text or content but prompt: set .* prompt and completion",
+        r"line 1 has no field completion but prompt: give prompt and completion, remove the row, or set",
     ),
     "null": (
         [{"prompt": None, "completion": "b"}],
         {},
-        r"line 1 holds NoneType in the field prompt, not text",
+        r"line 1 holds null in the field prompt, not text: write text there, or remove the row",
     ),
-    "chat": ([{"prompt": "a", "completion": [{}]}], {}, r"holds list in the field completion, not text"),
+    "a number": (
+        [GOOD, {"prompt": "a", "completion": 3}],
+        {},
+        r"line 2 holds the int 3 in the field completion, not text: write text there, or remove the row",
+    ),
+    "a misspelt field": (
+        [GOOD, {"prompt": "a", "completions": "b"}],
+        {},
+        r"line 2 has no field completion but completions, prompt \(is completions meant for it\?\): give",
+    ),
+    "chat": (
+        [{"prompt": "a", "completion": [{}]}],
+        {},
+        r"holds the list \[\{\}\] in the field completion, not",
+    ),
     "text field": (
         [GOOD],
         {"text_field": "text"},
@@ -233,7 +247,7 @@ BAD = {
     "suffix not text": (
         [{"prefix": "a", "suffix": 3, "middle": "b"}],
         {},
-        r"line 1 holds int in the field suffix, not text",
+        r"line 1 holds the int 3 in the field suffix, not text",
     ),
     "middle and text": (
         [{"prefix": "a", "suffix": "c", "middle": "b", "text": "abc"}],
@@ -956,10 +970,18 @@ def test_text_that_a_tokenizer_refuses_is_named_by_its_line(tmp_path: Path):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ('{"prompt": "a", "completion": ', "line 3 is not JSON: "),
+        (
+            '{"prompt": "a", "completion": ',
+            "line 3 is not JSON at column 31: Expecting value; write the row as one object in one line\n",
+        ),
+        (
+            '{"prompt": "a"',
+            "line 3 is not JSON at column 15: Expecting ',' delimiter; write the row as one object in one",
+        ),
+        ("[" * 100_000, "line 3 is not JSON: it is nested too deeply; write"),
         ('["a", "b"]', "line 3 is a JSON list, not an object"),
-        ('{"prompt": "a"}', "line 3 has no field text or content but prompt: "),
-        ('{"prompt": "a", "completion": null}', "line 3 holds NoneType in the field completion, not text"),
+        ('{"prompt": "a"}', "line 3 has no field completion but prompt: "),
+        ('{"prompt": "a", "completion": null}', "line 3 holds null in the field completion, not text"),
         ('{"prompt": "a", "completion": ""}', "line 3 holds nothing in the field completion, "),
         ('\n{"prompt": "a", "completion": "b"}', "line 3 is empty: remove it, "),
         ('{"prompt": "a", "completion": " b b b b b b b b b b"}', "line 3 has a completion of "),
@@ -980,3 +1002,21 @@ def test_a_bad_line_ends_the_command_with_one_sentence_and_2(
         stop.value.code == 2 and printed.startswith(f"error: {path} {sentence}") and printed.count("\n") == 1
     )
     assert not Path(config.train.run).exists()
+
+
+@pytest.mark.parametrize(("content", "lines"), [("", 0), ("\n  \n\n", 3)])
+def test_a_file_without_a_row_is_one_sentence(tmp_path: Path, content: str, lines: int):
+    path, one = tmp_path / "rows.jsonl", f"{json.dumps(GOOD)}\n"
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        prepare_data(settings_for(path), Bytes())
+    said = f"{path} has {lines} lines and no row in them"
+    assert str(error.value) == (
+        f"the corpus {path} holds no document: {said}: write some there, or name another --data.source"
+    )
+    path.rename(tmp_path / "train.jsonl")
+    (tmp_path / "validation.jsonl").write_text(one)
+    with pytest.raises(ValueError) as error:
+        prepare_data(settings_for(tmp_path), Bytes())
+    said = said.replace("rows.jsonl", "train.jsonl")
+    assert f"text for train in none; {said}: add documents" in str(error.value)

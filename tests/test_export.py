@@ -20,6 +20,7 @@ from changes import LowRank
 from config import Config, one_sentence
 from export import ExportConfig, export
 from generate import prompt_ids
+from lora import adapters_disabled
 from pretrained import load_pretrained
 from runmodel import load_run, open_adapted
 from trainingmanager import train
@@ -85,6 +86,7 @@ def test_a_merge_that_is_requantised_is_judged_by_what_is_written(config: Config
         export(ExportConfig(str(tmp_path / "refused"), **asked))
     assert not (tmp_path / "refused").exists()
     said = export(ExportConfig(str(tmp_path / "merged"), tolerance=10, **asked))
+    effect = float(re.findall(r"the adapter itself moves a logit by up to ([\d.e+-]+)", said)[0])
     gap = float(re.findall(r"gap ([\d.e+-]+)", said)[0])
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -94,6 +96,9 @@ def test_a_merge_that_is_requantised_is_judged_by_what_is_written(config: Config
     with torch.no_grad():
         found, expected = written.model(ids), adapted.model(ids)
         again = load_pretrained(tmp_path / "merged", torch.float32, held="nf4").model(ids)
+        with adapters_disabled(adapted.model):
+            plain_base = adapted.model(ids)
+    assert float((plain_base - expected).abs().max()) == pytest.approx(effect, rel=0.01)
     assert float((found - expected).abs().max()) == pytest.approx(gap, rel=0.01)
     assert float((again - found).abs().max()) < 0.2 * gap
     with pytest.raises(ValueError, match="was not held in nf4"):

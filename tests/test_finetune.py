@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -172,7 +173,7 @@ def changed(folder: Path) -> None:
 def test_another_base_is_refused_by_resume_and_by_evaluation(config: Config) -> None:
     manager = train(other(config, max_steps=2))
     changed(Path(config.train.base or ""))
-    with pytest.raises(ValueError, match=r"base changed since .* began: in .*base now has the fingerprint"):
+    with pytest.raises(ValueError, match=r"the base changed since .* \(in .*base\) and was \w+ then"):
         train(other(config, resume=True))
     with pytest.raises(ValueError, match=r"is not the base that the run was trained on: .* fingerprint"):
         load_run(manager.folder)
@@ -252,14 +253,39 @@ def drawn_base(folder: Path, like: Path, **settings: Any) -> Path:
     return folder
 
 
-def test_a_new_token_that_does_not_occur_stops_no_run(config: Config, base: Path, tmp_path: Path) -> None:
+def test_a_new_token_that_does_not_occur_stops_no_run(
+    config: Config, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Beside a head of its own, the row of its embedding gets no gradient."""
     untied = drawn_base(tmp_path / "untied", base, tie_embeddings=False)
     config = other(other(config, base=str(untied), row_length=16), "lora", new_tokens=("<|never|>",))
-    model: Any = train(config).model
+    manager = train(config)
+    model: Any = manager.model
+    assert (
+        "warning: no training text holds '<|never|>': 1 of 1 lora.new_tokens occur 0 times in "
+        f"{manager.data.train.n_tokens:,} tokens, and"
+    ) in capsys.readouterr().err
     (rows,) = (change.rows for change in model.embed.adapters.values())
     assert torch.equal(rows, model.embed.adapters["default"].original)
     assert not torch.equal(model.head.adapters["default"].rows, model.head.adapters["default"].original)
+
+
+def test_of_new_tokens_the_absent_ones_are_named(
+    config: Config, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in corpus.glob("*.py"):
+        path.write_text(f"# <|here|><|here|>\n{path.read_text()}")
+    manager = train(other(other(config, max_steps=1), "lora", new_tokens=("<|never|>", "<|here|>")))
+    assert (
+        "warning: no training text holds '<|never|>': 1 of 2 lora.new_tokens occur 0"
+        in capsys.readouterr().err
+    )
+    store, size = manager.data.train, manager.config.model.vocab_size
+    assert store.occurrences([size - 1, 5]) == [
+        2 * store.n_documents, int((store.gather(np.arange(store.n_tokens)) == 5).sum())
+    ]  # fmt: skip
+    with patch("tokenstore.COUNTED_AT_ONCE", 7):
+        assert store.occurrences([size - 2, size - 1]) == [0, 2 * store.n_documents]
 
 
 def test_a_start_is_taken_from_the_checkpoint_and_not_made_again(config: Config, tmp_path: Path) -> None:
@@ -280,8 +306,11 @@ def test_a_start_is_taken_from_the_checkpoint_and_not_made_again(config: Config,
     assert torch.equal(logits(opened.model), logits(whole.model))
 
 
-def test_new_tokens_get_ids_and_rows_and_go_with_the_adapter(config: Config, tmp_path: Path) -> None:
+def test_new_tokens_get_ids_and_rows_and_go_with_the_adapter(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manager = train(other(config, "lora", new_tokens=("<|a|>", "<|b|>")))
+    assert "no training text holds '<|a|>', '<|b|>': 2 of 2 lora.new_tokens" in capsys.readouterr().err
     run = load_run(manager.folder, "last")
     ids = run.tokenizer.encode("x<|b|>")
     size = run.config.model.vocab_size

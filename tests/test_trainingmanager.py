@@ -501,7 +501,9 @@ def test_a_folder_with_another_run_is_left_alone(config: Config) -> None:
     with pytest.raises(ValueError, match=r"model.n_embd was 16 when .* is 32 now"):
         train(replace(adapted(config, resume=True), model=replace(config.model, n_embd=32)))
     Path(config.data.source, "part0.py").write_text("changed = 1\n")
-    with pytest.raises(ValueError, match=f"the data changed since .*: in {config.data.source} now has"):
+    with pytest.raises(
+        ValueError, match=rf"the data changed since .* now \(in {config.data.source}\) and was"
+    ):
         train(adapted(config, resume=True))
     assert before == {path: path.read_bytes() for path in manager.folder.rglob("*") if path.is_file()}
 
