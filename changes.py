@@ -50,8 +50,8 @@ class LowRank(nn.Module):
         device = next(itertools.chain(base.parameters(), base.buffers())).device
         if r > max(size_in, size_out):
             raise ValueError(
-                f"a rank of {r} was asked for, and a weight is {size_out} x {size_in}; lower lora.r or its "
-                "pattern"
+                f"a rank of {r} was asked for, and the weight is {size_out} x {size_in}; lower lora.r or its "
+                f"pattern to {max(size_in, size_out)} at most"
             )
         self.a = nn.Parameter(torch.zeros(r, size_in, device=device))
         self.b = nn.Parameter(torch.zeros(size_out, r, device=device))

@@ -315,9 +315,11 @@ def add_adapter(
             changes[our] = Whole(base)
         elif our in targets:
             r = pattern_value(config.rank_pattern, names[our], config.r)
-            changes[our] = LowRank(
-                base, config, r, pattern_value(config.alpha_pattern, names[our], config.alpha), bias
-            )
+            alpha = pattern_value(config.alpha_pattern, names[our], config.alpha)
+            try:
+                changes[our] = LowRank(base, config, r, alpha, bias)
+            except ValueError as error:
+                raise ValueError(f"{names[our]}: {error}") from None
         elif our in rows:
             tied = weight_of(base) is weight_of(base_of(modules["embed"])) and rows[our] == rows.get("embed")
             changes[our] = Rows(base, rows[our], bias, shared if tied else None)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from changes import Change, LowRank, Rows, Whole, is_embedding, is_linear
+from checkpoint import save_tensors
 from config import LoraConfig, write_atomically
 from lora import adapters_of, changes_of, held_modules, wrappers
 from pretrained.family import Family
@@ -76,10 +76,7 @@ def save_adapter(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        whole = {key: tensor.detach().float().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        save_file(whole, temporary / WEIGHTS, metadata={"format": "pt"})
-        with open(temporary / WEIGHTS, "rb") as file:
-            os.fsync(file.fileno())
+        save_tensors({key: tensor.float().clone() for key, tensor in tensors.items()}, temporary / WEIGHTS)
         write_atomically(temporary / ADAPTER_CONFIG, _json(values))
         if folder.exists():
             folder.rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,12 @@ def test_saving_refuses_what_it_cannot_do(written: tuple[Pair, Path]) -> None:
     load_adapter(pair.ours, pair.family, folder)
     with pytest.raises(ValueError, match="is not empty; give a new folder"):
         save_adapter(pair.ours, pair.family, folder, base=None)
+
+
+def test_an_adapters_files_are_readable_by_whom_the_umask_lets(written: tuple[Pair, Path]) -> None:
+    _, folder = written
+    path = folder.parent / "any"
+    path.touch()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {
+        stat.S_IMODE(path.stat().st_mode)
+    }

@@ -163,6 +163,7 @@ def test_roles_suffixes_and_patterns() -> None:
         ({"targets": ()}, "lora.targets is empty"),
         ({"dropout": 1.0}, "lora.dropout is 1.0"),
         ({"r": 17, "init": "pissa"}, "has rank 16 at most; lower r"),
+        ({"r": 200}, "blocks.0.attention.qkv: a rank of 200 was asked for, and the weight is 48 x 16; lower"),
     ],
 )
 def test_a_bad_setting_is_one_sentence_and_changes_nothing(config: dict[str, Any], sentence: str) -> None:
