@@ -125,6 +125,11 @@ def parse_settings(words: list[str]) -> Settings:
             )
         space = parse_space(sections["space"], config)
         _refuse_flags(space, rest)
+        most = space.most_steps(config)
+        if sweep.steps and not most:
+            raise ValueError("a budget of --steps needs --max_steps, the steps of one trial")
+        if sweep.steps and sweep.steps < most:
+            raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {most}")
         if sweep.sampler == "grid":
             space.grid(config)
         return Settings(sweep, space, config)
@@ -211,10 +216,6 @@ def _checked(sweep: SweepConfig, config: Config, file: Path) -> SweepConfig:
     for name in ("run", "resume", "prove_resume", "overfit"):
         if getattr(train, name):
             raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")
-    if sweep.steps and not train.max_steps:
-        raise ValueError("a budget of --steps needs --max_steps, the steps of one trial")
-    if sweep.steps and sweep.steps < train.max_steps:
-        raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {train.max_steps}")
     filled: dict[str, Any] = {}
     if not sweep.study:
         filled["study"] = "runs/sweep" if file == DEFAULT else f"runs/sweep-{file.stem}"

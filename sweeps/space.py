@@ -150,6 +150,16 @@ class Space:
             raise ValueError(f"{key} is set, but {reason}")
         return config
 
+    def most_steps(self, base: Config) -> int:
+        """Of one trial, the most that the space can ask for; 0 where a trial may have no such limit."""
+        found = [base.train.max_steps]
+        for parameter in self.parameters:
+            if parameter.key == "max_steps":
+                found = [*parameter.choices] or [int(parameter.low), int(parameter.high)]
+            elif "max_steps" in next(iter(parameter.arms.values()), ()):
+                found = [arm["max_steps"] for arm in parameter.arms.values()]
+        return max(found) if all(found) else 0
+
     def default(self, base: Config) -> dict[str, Any] | None:
         """The parameters that give the config itself; None if the space does not hold it."""
         values, model = flat(base), base.model

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from sweeps import study as studies
 from sweeps.board import Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies
-from sweeps.verdict import Repeated, counts, differences, idle
+from sweeps.verdict import Repeated, counts, differences, idle, winner
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -192,8 +193,30 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
     assert trained == {"healthy", "healthy too"}
     assert reasons["too much memory"] == "memory is full"
     assert "loss of step 3 is nan" in reasons["not finite"]
+    (steps,) = [r.user_attrs["steps"] for r in slots.values() if r.params["arms"] == "not finite"]
+    assert steps == 3  # of which the log, at every tenth step, has the first alone
     assert reasons["refused"].startswith("preflight: vocabulary-too-large")
     assert "failed, 1 times: memory is full" in counts(settings, slots)
+
+
+def test_a_trial_at_which_workers_keep_dying_is_failed_with_the_steps_that_it_took(
+    tmp_path: Path, corpus: Path
+) -> None:
+    words = ["--config", str(tiny(tmp_path, corpus)), "--trials", "1", "--repeat_seeds", "0", "--deaths", "2"]
+    settings = parse_settings(words)
+    settings.sweep.folder.mkdir()
+    trials, repeats = open_studies(settings)
+    with Pulse(trials, settings.sweep.folder) as pulse:
+        board = Board(trials, pulse)
+        for _ in range(2):
+            claim = board.claim(lambda slots: len(slots) < 1, lambda slots: {})
+            assert claim is not None
+            trials._storage.set_trial_intermediate_value(claim.record._trial_id, 9, 1.0)
+            board.release(claim.record, "its worker died")
+        Worker(settings, trials, repeats, pulse).work()
+        (slot,) = board.slots().values()
+    assert is_done(slot) and slot.user_attrs["steps"] == 9
+    assert slot.user_attrs["reason"] == "2 workers died at it after step 9; memory may be full"
 
 
 def test_a_parameter_that_changes_nothing_is_named(tmp_path: Path, corpus: Path) -> None:
@@ -212,12 +235,13 @@ def test_bad_trials_are_pruned_and_equal_ones_taken_over(
     monkeypatch.setattr(studies, "STARTUP", 1)
     arms = {"good": {"optimizer.embedding_lr": 0.3}, "bad": {"optimizer.embedding_lr": 1e-6}}
     path = tiny(tmp_path, corpus, space={"arms": arms}, sweep={"trials": 5, "repeat_seeds": 0})
-    _, slots = sweep(path, "--sampler", "random")
+    settings, slots = sweep(path, "--sampler", "random")
     for record in slots.values():
         good = record.params["arms"] == "good"
         assert record.state == (TrialState.COMPLETE if good else TrialState.PRUNED)
         assert record.user_attrs["steps"] == 0 if "same_as" in record.user_attrs else (12 if good else 3)
     assert sum("same_as" in r.user_attrs for r in slots.values()) == 3
+    assert counts(settings, slots)[0].endswith("; 15 steps, 38% fewer than without pruning")  # of 24
     assert {r.params["arms"] for r in slots.values()} == set(arms)
     assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
 
@@ -265,9 +289,31 @@ def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus:
     assert more_trials(settings, slots, 0.0, None)  # 27 + 12
     slots[3] = record(3, TrialState.COMPLETE, 12)
     assert not more_trials(settings, slots, 0.0, None)  # 39 + 12
+    slots[3].user_attrs["same_as"], slots[3].user_attrs["seconds"] = 0, 0.0  # taken over in no time
     timed = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--seconds", "100", "--trials", "0"])
     assert more_trials(timed, slots, 50.0, None)  # 10 for it, 40 for the repeats of two configs by two seeds
     assert not more_trials(timed, slots, 51.0, None)
+    three = replace(timed, sweep=replace(timed.sweep, workers=3))
+    assert more_trials(three, slots, 70.0, None)  # four repeats take three workers two turns
+    assert not more_trials(three, slots, 71.0, None)
+
+
+def test_a_budget_in_steps_holds_the_longest_trial_of_the_space(tmp_path: Path, corpus: Path) -> None:
+    for space in ({"max_steps": {"int": [6, 24]}}, {"arms": {"a": {"max_steps": 6}, "b": {"max_steps": 24}}}):
+        words = ["--config", str(tiny(tmp_path, corpus, space=space)), "--trials", "0", "--steps"]
+        settings = parse_settings([*words, "40"])
+        attributes = {"slot": 0, "attempt": 0, "steps": 17}
+        slots = {0: optuna.trial.create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs=attributes)}
+        assert not more_trials(settings, slots, 0.0, None)  # 17 + 24
+        assert more_trials(settings, slots | {0: replaced(slots[0], steps=16)}, 0.0, None)
+        with pytest.raises(SystemExit):
+            parse_settings([*words, "23"])
+
+
+def replaced(record: optuna.trial.FrozenTrial, **attributes: Any) -> optuna.trial.FrozenTrial:
+    return optuna.trial.create_trial(
+        state=record.state, value=record.value, user_attrs=record.user_attrs | attributes
+    )
 
 
 def test_five_failures_and_nothing_else_end_a_sweep(tmp_path: Path, corpus: Path) -> None:
@@ -296,6 +342,23 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
     expected = stats.ttest_rel(a, b).confidence_interval(0.975)  # two comparisons
     assert (wide.low, wide.high) == pytest.approx((expected.low, expected.high))
     assert other.seeds == 2
+
+
+def test_the_winner_is_best_by_the_seeds_that_all_have_and_failed_with_none(
+    tmp_path: Path, corpus: Path
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+
+    def again(of: int | None, seed: int, value: float | None) -> optuna.trial.FrozenTrial:
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        return optuna.trial.create_trial(state=state, value=value, user_attrs={"of": of, "seed": seed})
+
+    repeats = [again(4, 1, 2.0), again(None, 1, 1.5), again(4, 2, 2.0), again(None, 2, 1.5), again(4, 3, 0.0)]
+    assert winner(settings, {}, dict(enumerate(repeats))) is None  # whose third turn did not come
+    repeats += [again(7, 1, 1.0), again(7, 2, None)]
+    assert winner(settings, {}, dict(enumerate(repeats))) is None
+    repeats += [again(8, 1, 1.0), again(8, 2, 1.0)]
+    assert winner(settings, {}, dict(enumerate(repeats))) == 8
 
 
 # --- kills -------------------------------------------------------------------------------------------
