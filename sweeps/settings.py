@@ -213,6 +213,10 @@ def _checked(sweep: SweepConfig, config: Config, file: Path) -> SweepConfig:
             f"pruner {sweep.pruner} goes by bits_per_byte alone; take none with other objectives"
         )
     train = config.train
+    if sweep.pruner not in ("auto", "none") and not (train.validate_every or train.save_every):
+        raise ValueError(
+            f"pruner {sweep.pruner} goes by validations on the way, and validate_every is 0; set one of them"
+        )
     for name in ("run", "resume", "prove_resume", "overfit"):
         if getattr(train, name):
             raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")

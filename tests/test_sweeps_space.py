@@ -74,7 +74,8 @@ def test_what_is_read_where_it_does_not_vary_stays_as_in_the_config() -> None:
         "optimizer.name: [adamw, muon]\nweight_decay: {float: [0, 0.1], when: {optimizer.name: muon}}", base
     )
     itself = space.default(base)
-    assert itself == {"optimizer.name": "adamw"} and space.config(base, itself) == base
+    assert itself is not None and itself == {"optimizer.name": "adamw"}
+    assert space.config(base, itself) == base
 
 
 def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
@@ -152,6 +153,8 @@ MISTAKES = {
     "arms: {a: {model.n_layer: 4}, b: {model.n_embd: 192}}": "arms a and b are the same settings",
     "arms: {a: {model.n_layer: 2}, b: {model.n_layer: 3}}\nmodel.n_layer: [1, 2]": "is set by arms and by",
     "head_lr: [1, 2]\noptimizer.head_lr: [1, 2]": "is there twice",
+    "arms: {a: {model.n_layer: 2}, $b: {model.n_layer: 3}}": "printable characters other than",
+    'arms: {a: {model.n_layer: 2}, "b\\e[31m": {model.n_layer: 3}}': "printable characters other than",
     "[]": "must be a mapping",
 }
 
@@ -183,6 +186,7 @@ COMMANDS = {
         "median",
     ): "pruner median goes by bits_per_byte alone",
     ("--objectives", "bits_per_byte,parameters", "--sampler", "cmaes"): "sampler cmaes knows one objective",
+    ("--pruner", "hyperband", "--validate_every", "0"): "hyperband goes by validations on the way",
     ("--steps", "10"): "the budget of 10 steps does not hold one trial of 100",
     ("--run", "here"): "run is set, and every trial has a run of its own",
     ("--config", "nothing.yaml"): "nothing.yaml",
