@@ -434,7 +434,7 @@ def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: 
         "arms": {name: {"model.n_layer": 1}, "b": {"model.n_layer": 2}},
         "head_lr": {"log": [1e-3, 1e-1]},
     }
-    study = str(tmp_path / "<img src=x>\nmax_steps: 7")
+    study = str(tmp_path / "<img src=x>\nseed: 7 #")
     settings = parse_settings(["--config", str(tiny(tmp_path, corpus, space=space, sweep={"study": study}))])
     settings.sweep.folder.mkdir()
     distributions = {p.key: studies.distribution(p) for p in settings.space.parameters}
@@ -451,7 +451,7 @@ def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: 
     finish(settings, open_studies(settings), slots, {})
     pictures = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
     assert pictures == {"history", "parallel", "slices", "importances", "intermediate"}
-    assert yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))["max_steps"] == 12
+    assert "seed" not in yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
     page = (settings.sweep.folder / "report.html").read_text("utf-8")
     assert "<script" not in page and "<img src" not in page
     assert page.count("&lt;script&gt;") == 5 and "<title>&lt;img src=x&gt;\n" in page
