@@ -29,19 +29,29 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps import verdict
 from sweeps.board import Board, Pulse, is_done
 from sweeps.storage import told
-from sweeps.study import open_studies
+from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import ALL_FAILED, STOPPED, start
 
 LOOK = 1.0  # seconds between two looks at workers and study
 DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
 
 
-def prepare(settings: Settings) -> None:
-    """Tokenizer and tokens of the config itself, once for all trials; a mistake in the data is told here."""
+def prepare(settings: Settings) -> str:
+    """The data's fingerprint, with tokenizer and tokens of the config itself made once for all trials.
+
+    Raises:
+        ValueError: A mistake in the data.
+    """
+    from corpus import Report, split_documents
     from dataset import prepare_data, prepare_tokenizer
 
+    data = settings.config.data
     if settings.config.train.base is None:
-        prepare_data(settings.config.data, prepare_tokenizer(settings.config.data, settings.config.tokenizer))
+        return prepare_data(data, prepare_tokenizer(data, settings.config.tokenizer)).fingerprint
+    report = Report()
+    for _ in split_documents(data, report):
+        pass
+    return report.fingerprint
 
 
 class Crew:
@@ -103,7 +113,9 @@ def sweep(settings: Settings) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with told(settings.sweep.storage, folder):
         studies = open_studies(settings)
-    prepare(settings)
+    fingerprint = prepare(settings)
+    with told(settings.sweep.storage, folder):
+        refuse_other_data(studies[0], fingerprint)
     pulse = Pulse(studies[0], folder)  # not of a worker: it only looks
     trials, repeats = (Board(study, pulse) for study in studies)
     shown = {slot for slot, record in trials.slots().items() if is_done(record)}
@@ -176,7 +188,7 @@ def finish(
     best = verdict.winner(settings, slots, repeats)
     config = verdict.config_of(settings, slots, best)
     head = (
-        f"# {verdict.called(best).capitalize()} of the sweep in {folder}; budgets are those of its trials.\n"
+        f"# {verdict.called(best).capitalize()} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
     )
     path = folder / "best.yaml"
     write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import platform
 import signal
@@ -55,7 +56,8 @@ class Pulse:
         self.study, self.folder = study, folder
         self.id = uuid.uuid4().hex
         self.started = time.time()
-        self.parent = os.getppid()
+        owner = multiprocessing.parent_process()  # who may be gone before this line
+        self.parent = os.getppid() if owner is None else owner.pid
         self.seen: dict[str, tuple[Any, float]] = {}  # of other workers: the pulse, and since when
         self._over = threading.Event()
 

@@ -125,6 +125,11 @@ def parse_settings(words: list[str]) -> Settings:
             )
         space = parse_space(sections["space"], config)
         _refuse_flags(space, rest)
+        most = space.most_steps(config)
+        if sweep.steps and not most:
+            raise ValueError("a budget of --steps needs --max_steps, the steps of one trial")
+        if sweep.steps and sweep.steps < most:
+            raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {most}")
         if sweep.sampler == "grid":
             space.grid(config)
         return Settings(sweep, space, config)
@@ -208,13 +213,13 @@ def _checked(sweep: SweepConfig, config: Config, file: Path) -> SweepConfig:
             f"pruner {sweep.pruner} goes by bits_per_byte alone; take none with other objectives"
         )
     train = config.train
+    if sweep.pruner not in ("auto", "none") and not (train.validate_every or train.save_every):
+        raise ValueError(
+            f"pruner {sweep.pruner} goes by validations on the way, and validate_every is 0; set one of them"
+        )
     for name in ("run", "resume", "prove_resume", "overfit"):
         if getattr(train, name):
             raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")
-    if sweep.steps and not train.max_steps:
-        raise ValueError("a budget of --steps needs --max_steps, the steps of one trial")
-    if sweep.steps and sweep.steps < train.max_steps:
-        raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {train.max_steps}")
     filled: dict[str, Any] = {}
     if not sweep.study:
         filled["study"] = "runs/sweep" if file == DEFAULT else f"runs/sweep-{file.stem}"

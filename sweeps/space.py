@@ -100,7 +100,10 @@ class Parameter:
             else:
                 values = [self.low + s * (self.high - self.low) for s in shares]
             values[0], values[-1] = self.low, self.high
-            return tuple(dict.fromkeys(round(v) for v in values)) if self.kind == "int" else tuple(values)
+            if self.kind == "int":
+                low = int(self.low)
+                return tuple(dict.fromkeys(low + round((v - low) / self.step) * self.step for v in values))
+            return tuple(values)
         if self.kind == "int" and not self.log:
             return tuple(range(int(self.low), int(self.high) + 1, self.step))
         raise ValueError(
@@ -134,18 +137,33 @@ class Space:
         return found
 
     def config(self, base: Config, chosen: Mapping[str, Any]) -> Config:
-        """The whole Config of a trial. A parameter that does not vary here has its default.
+        """The whole Config of a trial. A parameter that does not vary here is as in `base`, if it is read.
 
         Raises:
             ValueError: A model that cannot be built, a value out of range, or one that nothing reads.
         """
-        default = flat(Config())
-        off = {p.key: default[p.key] for p in self.parameters if p.key not in chosen and not p.arms}
-        return with_values(base, off | self.settings(chosen))
+        default, off = flat(Config()), {p.key for p in self.parameters if p.key not in chosen}
+        config = replaced(base, self.settings(chosen))
+        config = replaced(config, {key: default[key] for key, _ in unused_keys(config) if key in off})
+        check_ranges(config)
+        for key, reason in unused_keys(config):
+            raise ValueError(f"{key} is set, but {reason}")
+        return config
+
+    def most_steps(self, base: Config) -> int:
+        """Of one trial, the most that the space can ask for; 0 where a trial may have no such limit."""
+        found = [base.train.max_steps]
+        for parameter in self.parameters:
+            if parameter.key == "max_steps":
+                found = [*parameter.choices] or [int(parameter.low), int(parameter.high)]
+            elif "max_steps" in next(iter(parameter.arms.values()), ()):
+                found = [arm["max_steps"] for arm in parameter.arms.values()]
+        return max(found) if all(found) else 0
 
     def default(self, base: Config) -> dict[str, Any] | None:
         """The parameters that give the config itself; None if the space does not hold it."""
-        values = flat(base)
+        values, model = flat(base), base.model
+        dropouts = flat(replace(base, model=replace(model, vocab_size=model.vocab_size or 1).resolved()))
 
         def choose(parameter: Parameter) -> Any:
             if parameter.arms:
@@ -154,8 +172,8 @@ class Space:
                 )
                 return next(named, None)
             value = values[parameter.key]
-            if value is None and _type_of(parameter.key) is float:  # a dropout that is not given
-                value = 0.0
+            if value is None and parameter.key.startswith("model."):  # a dropout that is not given
+                value = dropouts[parameter.key]
             return value if parameter.holds(value) else None
 
         chosen = self.draw(values, choose)
@@ -234,17 +252,13 @@ class Space:
         return refused
 
 
-def with_values(base: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values by full key; ValueError in one sentence where they do not fit."""
+def replaced(base: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values by full key."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         group, _, name = key.rpartition(".")
         groups.setdefault(group or "train", {})[name] = value
-    config = replace(base, **{name: replace(getattr(base, name), **own) for name, own in groups.items()})
-    check_ranges(config)
-    for key, reason in unused_keys(config):
-        raise ValueError(f"{key} is set, but {reason}")
-    return config
+    return replace(base, **{name: replace(getattr(base, name), **own) for name, own in groups.items()})
 
 
 # --- from YAML ---------------------------------------------------------------------------------------
@@ -424,6 +438,8 @@ def _arms(raw: Any, base: Config) -> Parameter:
     for name, values in raw.items():
         if not isinstance(values, dict) or not values:
             raise ValueError(f"space: arm {name} has no settings; write {{setting: value}}")
+        if not str(name).isprintable() or "$" in str(name):  # which matplotlib reads as mathematics
+            raise ValueError(f"space: the arm {name!r} must be named by printable characters other than $")
         keys = {key: known_key(key) for key, _ in _ungrouped(values)}
         arms[str(name)] = {keys[key]: _value(keys[key], value) for key, value in _ungrouped(values)}
     every = {key for arm in arms.values() for key in arm}

@@ -110,7 +110,7 @@ def _opened(url: str, folder: Path) -> BaseStorage:
 
 def shown(url: str, folder: Path) -> str:
     """The storage as messages name it, without its password."""
-    return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", url) if url else str(folder / JOURNAL)
+    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url) if url else str(folder / JOURNAL)
 
 
 def failures() -> tuple[type[BaseException], ...]:
@@ -140,7 +140,7 @@ def _first_line(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
     details = getattr(cause, "details", None)
     text = str(details() if callable(details) else cause).strip() or type(cause).__name__
-    return re.sub(r"(://[^/@:\s]*):[^@\s]*@", r"\1:***@", text.splitlines()[0])
+    return re.sub(r"(://[^/@:\s]*):\S*@", r"\1:***@", text.splitlines()[0])
 
 
 def patiently(call: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:

@@ -75,6 +75,18 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings)
     return study
 
 
+def refuse_other_data(study: optuna.Study, fingerprint: str) -> None:
+    """ValueError if the study's trials read other data, wherever it lay."""
+    known = study.user_attrs.get("data")
+    if known is None:
+        study.set_user_attr("data", fingerprint)
+    elif known != fingerprint:
+        raise ValueError(
+            f"the study {study.study_name} has other data: its fingerprint was {known[:12]} and is "
+            f"{fingerprint[:12]} now; restore it, or name another --study"
+        )
+
+
 def identity(settings: Settings) -> dict[str, Any]:
     """What trials of one study share: other budgets, workers, samplers and pruners may go on with it."""
     return {

@@ -21,7 +21,7 @@ from guards.subject import Fault
 from quantize import n_weights
 from runfolder import LOCK
 from sweeps.storage import failures
-from trainingmanager import BudgetUsed, TrainingManager
+from trainingmanager import BudgetUsed, RunState, TrainingManager
 
 FIRST = 10  # losses by which trials are told apart
 # Kept of the finished run's metrics: name: the tag, and which of its values.
@@ -69,7 +69,7 @@ def run_trial(
     resume = _can_go_on(folder)
     config = replace(config, train=replace(config.train, run=str(folder), resume=resume))
     losses: list[float] = []
-    counted: list[int] = []
+    seen: list[RunState] = []
     pruned = False
 
     if resume:  # a validation is saved before it is told, and a kill may fall between
@@ -85,9 +85,9 @@ def run_trial(
         step = manager.state.step
         if step <= FIRST:
             losses.append(values["train/loss"])
-        if not counted:
-            counted.append(n_weights(manager.model))
-            note("parameters", counted[0])
+        if not seen:
+            seen.append(manager.state)
+            note("parameters", n_weights(manager.model))
         if len(losses) == FIRST == step:
             note("first_losses", losses)
         if "eval/bits_per_byte" in values:
@@ -121,7 +121,8 @@ def run_trial(
     found = numbers_of(folder)
     if state == "complete" and "bits_per_byte" not in found:
         state, reason = "failed", "it ended without a validation"
-    steps = int(found.pop("step", 0))
+    # The log has every log_every-th step, which is not where a failure was.
+    steps = max([int(found.pop("step", 0)), *(run.step for run in seen)])
     return Outcome(state, reason, found, steps, time.monotonic() - started, signalled)
 
 

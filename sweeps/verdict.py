@@ -89,13 +89,16 @@ def differences(found: Mapping[int | None, Repeated]) -> list[Difference]:
 def winner(
     settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> int | None:
-    """The slot with the best mean over the other seeds, else the best trial; None is the config itself."""
+    """The slot with the best mean over the other seeds, else the best trial; None is the config itself.
+
+    Compared by the seeds that all have: time may end before the last turn. One that failed once is out.
+    """
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
-    found = repeated(settings, repeats)
-    if found:
-        most = max(len(one.values) for one in found.values())
-        whole = [one for one in found.values() if len(one.values) == most]
-        return min(whole, key=lambda one: sign * one.mean).of
+    failed = {r.user_attrs["of"] for r in repeats.values() if r.state == TrialState.FAIL}
+    found = {of: one for of, one in repeated(settings, repeats).items() if of not in failed}
+    shared = set.intersection(*(set(one.values) for one in found.values())) if found else set()
+    if shared:
+        return min(found, key=lambda of: sign * statistics.fmean(found[of].values[s] for s in shared))
     done = [(sign * r.values[0], slot) for slot, r in slots.items() if r.state == TrialState.COMPLETE]
     return min(done)[1] if done else None
 
@@ -187,14 +190,19 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def asked_steps(settings: Settings, record: FrozenTrial) -> int:
+    """Of a trial that nothing ends early."""
+    chosen = settings.space.settings(chosen_of(settings, record.params))
+    return chosen.get("max_steps", settings.config.train.max_steps)
+
+
 def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """How many trials ended how, the steps they took, and each reason for a failure."""
     states = Counter(record.state for record in slots.values())
     steps = sum(record.user_attrs.get("steps", 0) for record in slots.values())
-    whole = settings.config.train.max_steps * len(slots)
-    saved = (
-        f", {1 - steps / whole:.0%} fewer than without pruning" if whole and states[TrialState.PRUNED] else ""
-    )
+    pruned = [r for r in slots.values() if r.state == TrialState.PRUNED and "same_as" not in r.user_attrs]
+    whole = steps + sum(max(0, asked_steps(settings, r) - r.user_attrs.get("steps", 0)) for r in pruned)
+    saved = f", {1 - steps / whole:.0%} fewer than without pruning" if whole > steps else ""
     line = (
         f"{len(slots)} trials: {states[TrialState.COMPLETE]} complete, {states[TrialState.PRUNED]} pruned, "
         f"{states[TrialState.FAIL]} failed; {steps:,} steps{saved}"

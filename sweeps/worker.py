@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -44,23 +45,23 @@ def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: flo
         return False
     if (sweep.trials and len(slots) >= sweep.trials) or (grid is not None and len(slots) >= grid):
         return False
-    whole = settings.config.train.max_steps
+    whole = settings.space.most_steps(settings.config)
     used = sum(r.user_attrs.get("steps", 0) if is_done(r) else whole for r in slots.values())
     if sweep.steps and used + whole > sweep.steps:
         return False
     if sweep.seconds and slots:
         one = seconds_of_one(slots)
-        repeats = (sweep.repeat_best + 1) * sweep.repeat_seeds * one / sweep.workers
-        return spent + one + repeats <= sweep.seconds
+        turns = math.ceil((sweep.repeat_best + 1) * sweep.repeat_seeds / sweep.workers)
+        return spent + one + turns * one <= sweep.seconds
     return True
 
 
 def seconds_of_one(slots: Mapping[int, FrozenTrial]) -> float:
-    """What a whole trial took on average; 0 before there was one."""
+    """What a whole trial took on average; 0 before there was one. What was taken over took nothing."""
     took = [
         r.user_attrs["seconds"]
         for r in slots.values()
-        if r.state == TrialState.COMPLETE and "seconds" in r.user_attrs
+        if r.state == TrialState.COMPLETE and "seconds" in r.user_attrs and "same_as" not in r.user_attrs
     ]
     return sum(took) / len(took) if took else 0.0
 
@@ -175,7 +176,7 @@ class Worker:
                 reason = (
                     f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
                 )
-                self.record(board, claim, Outcome("failed", reason))
+                self.record(board, claim, Outcome("failed", reason, steps=at))
                 return
             try:
                 config = self.config_of(claim, trial)

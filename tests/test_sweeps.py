@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from optuna.trial import TrialState
 from scipy import stats
 
 from config import parse_config
+from hyperparam_tune import finish
 from sweeps import study as studies
 from sweeps.board import Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies
-from sweeps.verdict import Repeated, counts, differences, idle
+from sweeps.verdict import Repeated, counts, differences, idle, winner
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -139,6 +142,37 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     assert "another space: optimizer.head_lr was low 0.001 and is low 0.0001 now" in refused.stderr
     assert (study / "journal.log").read_bytes() == before
 
+    (corpus / "part0.py").write_text("print('another file')\n", "utf-8")
+    refused = commands.command("hyperparam_tune.py", "--config", path, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "the study study has other data: its fingerprint was" in refused.stderr
+    assert (study / "journal.log").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_worker_whose_command_was_killed_while_it_began_ends(tmp_path: Path, corpus: Path) -> None:
+    path = tiny(tmp_path, corpus, max_steps=100_000, sweep={"trials": 1, "repeat_seeds": 0})
+    process = subprocess.Popen(
+        command("--config", path), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: bool(workers_of(process.pid)))
+    (worker,) = workers_of(process.pid)
+    process.kill()
+    process.wait()
+    try:
+        wait_for(lambda: not is_running(worker), 120)
+    finally:
+        if is_running(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Not gone, and no zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
 
 @pytest.mark.slow
 def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
@@ -156,6 +190,40 @@ def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corp
     (slot,) = slots_of(records(tmp_path)).values()
     assert is_open(slot) and slot.user_attrs["requeue"] == "it was stopped"
     assert max(slot.intermediate_values) >= 3
+
+
+PROXY = """
+import sys
+from optuna.storages import JournalStorage, run_grpc_proxy_server
+from optuna.storages.journal import JournalFileBackend
+backend = JournalFileBackend(sys.argv[1])
+run_grpc_proxy_server(JournalStorage(backend), host="localhost", port=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_study_behind_a_grpc_proxy_and_one_whose_proxy_is_down(tmp_path: Path, corpus: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "study").mkdir()
+    journal = tmp_path / "study" / "journal.log"  # of the proxy
+    server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROXY, str(journal), port])
+    path = tiny(tmp_path, corpus, sweep={"trials": 3, "workers": 2, "repeat_seeds": 0})
+    words = ("--config", path, "--storage", f"grpc://localhost:{port}")
+    try:
+        wait_for(journal.exists)
+        done = run(*words, cwd=tmp_path)
+    finally:
+        server.kill()
+        server.wait()
+    assert done.returncode == 0, done.stderr
+    assert sorted(results(tmp_path)) == [0, 1, 2] and all(v for _, v in results(tmp_path).values())
+    before = journal.read_bytes()
+    down = run(*words, cwd=tmp_path)
+    assert down.returncode == 2 and down.stderr.count("\n") == 1, down.stderr
+    assert f"the storage grpc://localhost:{port} cannot be used" in down.stderr
+    assert journal.read_bytes() == before
 
 
 # --- workers in this process -------------------------------------------------------------------------
@@ -192,8 +260,30 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
     assert trained == {"healthy", "healthy too"}
     assert reasons["too much memory"] == "memory is full"
     assert "loss of step 3 is nan" in reasons["not finite"]
+    (steps,) = [r.user_attrs["steps"] for r in slots.values() if r.params["arms"] == "not finite"]
+    assert steps == 3  # of which the log, at every tenth step, has the first alone
     assert reasons["refused"].startswith("preflight: vocabulary-too-large")
     assert "failed, 1 times: memory is full" in counts(settings, slots)
+
+
+def test_a_trial_at_which_workers_keep_dying_is_failed_with_the_steps_that_it_took(
+    tmp_path: Path, corpus: Path
+) -> None:
+    words = ["--config", str(tiny(tmp_path, corpus)), "--trials", "1", "--repeat_seeds", "0", "--deaths", "2"]
+    settings = parse_settings(words)
+    settings.sweep.folder.mkdir()
+    trials, repeats = open_studies(settings)
+    with Pulse(trials, settings.sweep.folder) as pulse:
+        board = Board(trials, pulse)
+        for _ in range(2):
+            claim = board.claim(lambda slots: len(slots) < 1, lambda slots: {})
+            assert claim is not None
+            trials._storage.set_trial_intermediate_value(claim.record._trial_id, 9, 1.0)
+            board.release(claim.record, "its worker died")
+        Worker(settings, trials, repeats, pulse).work()
+        (slot,) = board.slots().values()
+    assert is_done(slot) and slot.user_attrs["steps"] == 9
+    assert slot.user_attrs["reason"] == "2 workers died at it after step 9; memory may be full"
 
 
 def test_a_parameter_that_changes_nothing_is_named(tmp_path: Path, corpus: Path) -> None:
@@ -212,12 +302,13 @@ def test_bad_trials_are_pruned_and_equal_ones_taken_over(
     monkeypatch.setattr(studies, "STARTUP", 1)
     arms = {"good": {"optimizer.embedding_lr": 0.3}, "bad": {"optimizer.embedding_lr": 1e-6}}
     path = tiny(tmp_path, corpus, space={"arms": arms}, sweep={"trials": 5, "repeat_seeds": 0})
-    _, slots = sweep(path, "--sampler", "random")
+    settings, slots = sweep(path, "--sampler", "random")
     for record in slots.values():
         good = record.params["arms"] == "good"
         assert record.state == (TrialState.COMPLETE if good else TrialState.PRUNED)
         assert record.user_attrs["steps"] == 0 if "same_as" in record.user_attrs else (12 if good else 3)
     assert sum("same_as" in r.user_attrs for r in slots.values()) == 3
+    assert counts(settings, slots)[0].endswith("; 15 steps, 38% fewer than without pruning")  # of 24
     assert {r.params["arms"] for r in slots.values()} == set(arms)
     assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
 
@@ -265,9 +356,31 @@ def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus:
     assert more_trials(settings, slots, 0.0, None)  # 27 + 12
     slots[3] = record(3, TrialState.COMPLETE, 12)
     assert not more_trials(settings, slots, 0.0, None)  # 39 + 12
+    slots[3].user_attrs["same_as"], slots[3].user_attrs["seconds"] = 0, 0.0  # taken over in no time
     timed = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--seconds", "100", "--trials", "0"])
     assert more_trials(timed, slots, 50.0, None)  # 10 for it, 40 for the repeats of two configs by two seeds
     assert not more_trials(timed, slots, 51.0, None)
+    three = replace(timed, sweep=replace(timed.sweep, workers=3))
+    assert more_trials(three, slots, 70.0, None)  # four repeats take three workers two turns
+    assert not more_trials(three, slots, 71.0, None)
+
+
+def test_a_budget_in_steps_holds_the_longest_trial_of_the_space(tmp_path: Path, corpus: Path) -> None:
+    for space in ({"max_steps": {"int": [6, 24]}}, {"arms": {"a": {"max_steps": 6}, "b": {"max_steps": 24}}}):
+        words = ["--config", str(tiny(tmp_path, corpus, space=space)), "--trials", "0", "--steps"]
+        settings = parse_settings([*words, "40"])
+        attributes = {"slot": 0, "attempt": 0, "steps": 17}
+        slots = {0: optuna.trial.create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs=attributes)}
+        assert not more_trials(settings, slots, 0.0, None)  # 17 + 24
+        assert more_trials(settings, slots | {0: replaced(slots[0], steps=16)}, 0.0, None)
+        with pytest.raises(SystemExit):
+            parse_settings([*words, "23"])
+
+
+def replaced(record: optuna.trial.FrozenTrial, **attributes: Any) -> optuna.trial.FrozenTrial:
+    return optuna.trial.create_trial(
+        state=record.state, value=record.value, user_attrs=record.user_attrs | attributes
+    )
 
 
 def test_five_failures_and_nothing_else_end_a_sweep(tmp_path: Path, corpus: Path) -> None:
@@ -296,6 +409,52 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
     expected = stats.ttest_rel(a, b).confidence_interval(0.975)  # two comparisons
     assert (wide.low, wide.high) == pytest.approx((expected.low, expected.high))
     assert other.seeds == 2
+
+
+def test_the_winner_is_best_by_the_seeds_that_all_have_and_failed_with_none(
+    tmp_path: Path, corpus: Path
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+
+    def again(of: int | None, seed: int, value: float | None) -> optuna.trial.FrozenTrial:
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        return optuna.trial.create_trial(state=state, value=value, user_attrs={"of": of, "seed": seed})
+
+    repeats = [again(4, 1, 2.0), again(None, 1, 1.5), again(4, 2, 2.0), again(None, 2, 1.5), again(4, 3, 0.0)]
+    assert winner(settings, {}, dict(enumerate(repeats))) is None  # whose third turn did not come
+    repeats += [again(7, 1, 1.0), again(7, 2, None)]
+    assert winner(settings, {}, dict(enumerate(repeats))) is None
+    repeats += [again(8, 1, 1.0), again(8, 2, 1.0)]
+    assert winner(settings, {}, dict(enumerate(repeats))) == 8
+
+
+def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: Path, corpus: Path) -> None:
+    name = "<script>alert('&')</script>"
+    space = {
+        "arms": {name: {"model.n_layer": 1}, "b": {"model.n_layer": 2}},
+        "head_lr": {"log": [1e-3, 1e-1]},
+    }
+    study = str(tmp_path / "<img src=x>\nseed: 7 #")
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus, space=space, sweep={"study": study}))])
+    settings.sweep.folder.mkdir()
+    distributions = {p.key: studies.distribution(p) for p in settings.space.parameters}
+    slots = {
+        slot: optuna.trial.create_trial(
+            value=2 - slot / 20,
+            params={"arms": (name, "b")[slot % 2], "optimizer.head_lr": (slot + 1) / 200},
+            distributions=distributions,
+            user_attrs={"slot": slot, "attempt": 0},
+            intermediate_values={3: 2.5, 6: 2.2},
+        )
+        for slot in range(12)
+    }
+    finish(settings, open_studies(settings), slots, {})
+    pictures = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
+    assert pictures == {"history", "parallel", "slices", "importances", "intermediate"}
+    assert "seed" not in yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
+    page = (settings.sweep.folder / "report.html").read_text("utf-8")
+    assert "<script" not in page and "<img src" not in page
+    assert page.count("&lt;script&gt;") == 5 and "<title>&lt;img src=x&gt;\n" in page
 
 
 # --- kills -------------------------------------------------------------------------------------------
@@ -332,38 +491,40 @@ def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Pa
 def test_fifty_kills_at_random_instants_lose_nothing(tmp_path: Path, corpus: Path) -> None:
     """Each slot ends once, with the parameters and the value that it has in a study that nobody killed."""
     options = ("--sampler", "random", "--pruner", "none", "--trials", "8", "--deaths", "1000")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-        tiny(folder, corpus, max_steps=40)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    tiny(whole, corpus, max_steps=40)
     assert run("--config", whole / "tiny.yaml", *options, cwd=whole).returncode == 0
     draw = random.Random(int(os.environ.get("PLUMB_SEED", "0")))
-    words = command("--config", killed / "tiny.yaml", *options, "--workers", "2")
-    wanted, kills, of_command, starts = int(os.environ.get("PLUMB_KILLS", "50")), 0, 0, 0
-    while True:
-        process = subprocess.Popen(
-            words, cwd=killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        starts += 1
-        while process.poll() is None and kills < wanted:
-            time.sleep(draw.uniform(0.2, 3.0))
-            victims = workers_of(process.pid)
-            if not victims:
-                continue
-            if draw.random() < 0.1:
-                process.kill()
-                of_command += 1
-            else:
-                os.kill(draw.choice(victims), signal.SIGKILL)
-            kills += 1
-        output, _ = process.communicate(timeout=900)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, output
-    print(f"{kills} kills, {of_command} of them of the command itself; {starts} starts")
-    for name in ("study", "study-repeats"):
-        assert results(killed, name) == results(whole, name)
-        assert all(r.state.is_finished() for r in records(killed, name))
-        assert all(is_done(record) for record in slots_of(records(killed, name)).values())
-    assert list(results(killed)) == list(range(8))
-    assert kills == wanted or pytest.fail(f"the study ended after {kills} kills")
+    wanted, kills, of_command, starts, ended = int(os.environ.get("PLUMB_KILLS", "50")), 0, 0, 0, 0
+    while kills < wanted:  # a fast machine ends a study before as many have come
+        killed = tmp_path / f"killed-{ended}"
+        killed.mkdir()
+        words = command("--config", tiny(killed, corpus, max_steps=40), *options, "--workers", "2")
+        while True:
+            process = subprocess.Popen(
+                words, cwd=killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            starts += 1
+            while process.poll() is None and kills < wanted:
+                time.sleep(draw.uniform(0.2, 3.0))
+                victims = workers_of(process.pid)
+                if not victims:
+                    continue
+                if draw.random() < 0.1:
+                    process.kill()
+                    of_command += 1
+                else:
+                    os.kill(draw.choice(victims), signal.SIGKILL)
+                kills += 1
+            output, _ = process.communicate(timeout=900)
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, output
+        for name in ("study", "study-repeats"):
+            assert results(killed, name) == results(whole, name)
+            assert all(r.state.is_finished() for r in records(killed, name))
+            assert all(is_done(record) for record in slots_of(records(killed, name)).values())
+        assert list(results(killed)) == list(range(8))
+        ended += 1
+    print(f"{kills} kills, {of_command} of them of the command itself; {starts} starts of {ended} studies")

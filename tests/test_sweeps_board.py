@@ -234,5 +234,5 @@ def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path) -> None:
 
 
 def test_passwords_are_not_shown() -> None:
-    assert shown("mysql://me:se@cret@host/db", Path("x")).count("cret") <= 1
+    assert shown("mysql://me:se@cret@host/db", Path("x")) == "mysql://me:***@host/db"
     assert shown("mysql://me:secret@host/db", Path("x")) == "mysql://me:***@host/db"

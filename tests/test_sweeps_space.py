@@ -68,11 +68,24 @@ def test_a_parameter_that_does_not_vary_has_its_default_which_nothing_reads() ->
     assert space.config(base, {"optimizer.name": "muon", "optimizer.muon_lr": 0.5}).optimizer.muon_lr == 0.5
 
 
+def test_what_is_read_where_it_does_not_vary_stays_as_in_the_config() -> None:
+    base = Config(optimizer=OptimizerConfig(name="adamw", weight_decay=0.07))
+    space = space_of(
+        "optimizer.name: [adamw, muon]\nweight_decay: {float: [0, 0.1], when: {optimizer.name: muon}}", base
+    )
+    itself = space.default(base)
+    assert itself is not None and itself == {"optimizer.name": "adamw"}
+    assert space.config(base, itself) == base
+
+
 def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
     assert space_of("head_lr: {log: [1e-3, 1e-1]}").default(Config()) == {"optimizer.head_lr": 0.01}
     assert space_of("head_lr: {log: [1e-3, 5e-3]}").default(Config()) is None
     assert space_of("model.dropout: {float: [0, 0.3]}").default(Config()) == {"model.dropout": 0.0}
     assert space_of("model.dropout: [0.0, 0.3]").default(Config()) == {"model.dropout": 0.0}
+    dropped = Config(model=ModelConfig(dropout=0.1))  # which embed_dropout follows as long as it is not given
+    text = "model.embed_dropout: {float: [0, 0.3]}"
+    assert space_of(text, dropped).default(dropped) == {"model.embed_dropout": 0.1}
     arms = "arms: {small: {model.n_layer: 2}, own: {model.n_layer: 4, model.dropout: null}}"
     assert space_of(arms).default(Config()) == {"arms": "own"}
 
@@ -95,6 +108,8 @@ model.n_layer: {int: [1, 3]}
     assert len(grid) == 3 * (1 + 3) == len({tuple(sorted(c.items())) for c in grid})
     rates = sorted({c["optimizer.muon_lr"] for c in grid if "optimizer.muon_lr" in c})
     assert rates[0] == 1e-3 and rates[-1] == 1e-1 and math.isclose(rates[1], 1e-2)
+    steps = space_of("model.n_layer: {int: [2, 8], step: 2, points: 3}").parameters[0]
+    assert steps.grid() == (2, 6, 8) and all(map(steps.holds, steps.grid()))
     with pytest.raises(ValueError, match="add `points: 5`"):
         space_of("head_lr: {log: [1e-3, 1e-1]}").grid(Config())
 
@@ -138,6 +153,8 @@ MISTAKES = {
     "arms: {a: {model.n_layer: 4}, b: {model.n_embd: 192}}": "arms a and b are the same settings",
     "arms: {a: {model.n_layer: 2}, b: {model.n_layer: 3}}\nmodel.n_layer: [1, 2]": "is set by arms and by",
     "head_lr: [1, 2]\noptimizer.head_lr: [1, 2]": "is there twice",
+    "arms: {a: {model.n_layer: 2}, $b: {model.n_layer: 3}}": "printable characters other than",
+    'arms: {a: {model.n_layer: 2}, "b\\e[31m": {model.n_layer: 3}}': "printable characters other than",
     "[]": "must be a mapping",
 }
 
@@ -169,6 +186,7 @@ COMMANDS = {
         "median",
     ): "pruner median goes by bits_per_byte alone",
     ("--objectives", "bits_per_byte,parameters", "--sampler", "cmaes"): "sampler cmaes knows one objective",
+    ("--pruner", "hyperband", "--validate_every", "0"): "hyperband goes by validations on the way",
     ("--steps", "10"): "the budget of 10 steps does not hold one trial of 100",
     ("--run", "here"): "run is set, and every trial has a run of its own",
     ("--config", "nothing.yaml"): "nothing.yaml",
