@@ -127,6 +127,9 @@ def test_what_cannot_be_indented_again_stays_and_is_counted() -> None:
 def test_constants_are_numbers_that_are_bound_once() -> None:
     text = "A = 1\nB = 2\nB += 1\nC = 'x'\nD = True\nE = 0.5\nF = 3\ndef f():\n    global F\n    F = 4\n"
     assert constants_of(text) == {"A": 1, "E": 0.5}
+    faster = "A = 5\nB = 6\nC = 1e999\ntry:\n    from _fast import A\nexcept ImportError:\n    pass\n"
+    assert constants_of(faster) == {"B": 6}
+    assert constants_of(f"{faster}from _faster import *\n") == {}
 
 
 def test_a_copy_is_told_by_its_code_and_not_by_its_name_or_docstring() -> None:
