@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sandbox
-from config import DataConfig
-from corpus import SPLITS, split_documents
+from corpus import SPLITS
 from recipes.behaviour import Judgement, agreements, context_of
-from recipes.building import Counts, RecipeSettings, write_dataset
+from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
 from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, own_identifiers, parsed
 from tokenizer import Tokenizer
 
@@ -287,11 +286,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
 
 def files_of(settings: Settings, work: Path | None = None) -> list[tuple[str, str, str]]:
     """(side, path, text) of what functions are taken from."""
-    documents = [
-        (side, document.name, document.text)
-        for side, document in split_documents(DataConfig(source=settings.source))
-        if document.prompt is None
-    ]
+    documents = [(side, one.name, one.text) for side, one in plain_documents(settings.source)]
     if not documents:
         raise ValueError(
             f"{settings.source} holds examples and no plain code to take functions from: name files, or a "

@@ -218,6 +218,13 @@ def test_a_source_without_functions_is_refused(
         build(Settings(source=str(path)), tokenizer, tmp_path / "dataset")
 
 
+def test_a_source_too_small_for_three_sides_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(TEXT)
+    sentence = "the test set would be empty: the 1 documents of .* give 1 train, 0 validation, 0 test; give"
+    with pytest.raises(ValueError, match=sentence):
+        build(Settings(source=str(tmp_path)), tokenizer, tmp_path / "dataset")
+
+
 # --- what predictions are worth, and a file refactored ---------------------------------------------
 
 
@@ -330,7 +337,7 @@ def test_the_whole_recipe_and_a_file_refactored_by_its_model(
     file = tmp_path / "file.py"
     file.write_text(TEXT)
     capsys.readouterr()
-    words = ["--recipe", "refactor", "--model", "runs/refactor/run", "--file", str(file), "--write"]
+    words = ["--recipe", "refactor", "--file", str(file), "--write"]  # the model is the recipe's own run
     refactor_file([*words, "--max_new_tokens", "12"])
     said = capsys.readouterr()
     assert said.out == "" and "3 functions: 0 changed, 3 kept as they were" in said.err

@@ -470,6 +470,10 @@ def test_a_mistake_is_one_sentence(
         ("kotlin --source EMPTY --window 9", "--window is 9; it must be at least 32 tokens"),
         ("kotlin --source EMPTY --base_seconds 0", "--base_seconds is 0.0; it must be above 0"),
         ("kotlin", "no source is named"),
+        (
+            "completion --base EMPTY",
+            "--base is given, and the recipe completion trains from scratch; leave it out",
+        ),
         ("kotlin --source EMPTY --methods nowhere", "nowhere"),
         ("kotlin --source EMPTY --methods METHODS", "METHODS line 1"),
         ("kotlin --source EMPTY --per_file -3", "--per_file is -3; it must be at least 0"),
