@@ -13,7 +13,7 @@ from config import Config, write_atomically
 from runfolder import FREE, KEY_CLASSES, flat
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
-FINISHED = "finished.json"  # what was asked of a run whose budget is used, or whose patience ended
+FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
 
 
 BUDGET = {"max_seconds", "max_steps", "max_epochs", "patience"}
