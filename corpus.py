@@ -482,6 +482,10 @@ def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
     return "train"
 
 
+class EmptySide(ValueError):
+    """A side of the split is left without a document."""
+
+
 def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
     """Yield (side, document) without exact duplicates: of equal texts the first in order stays.
 
@@ -491,7 +495,8 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
     Of training documents, and of those alone, a share gets a gap by `fim_rate`.
 
     Raises:
-        ValueError: as `read_documents`; or a side is left without a document.
+        ValueError: as `read_documents`.
+        EmptySide: a side is left without a document.
     """
     one_in = {"validation": config.validation_one_in, "test": config.test_one_in}
     for side, n in one_in.items():
@@ -539,7 +544,7 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         ]
         change = f"change {' or '.join(flags)}, or " if flags and empty[0] not in given else ""
         without = "".join(f"; {said}" for said in report.without_rows)
-        raise ValueError(
+        raise EmptySide(
             f"the split of {config.source} leaves {', '.join(counts)} documents, and text for {empty[0]} in "
             f"none{without}: {change}add documents that are not empty"
         )

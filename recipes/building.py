@@ -31,10 +31,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from config import write_atomically
+from config import DataConfig, write_atomically
+from corpus import SPLITS as SIDES
+from corpus import Document, EmptySide, split_documents
 
 T = TypeVar("T")
-SIDES = ("train", "validation", "test")
 CARD = "README.md"
 COUNTS = "counts.json"
 
@@ -120,6 +121,26 @@ def write_dataset(
     table = "\n".join(f"    {line}" for line in counts.lines())
     write_atomically(folder / CARD, f"# {title}\n\n{about.strip()}\n\n## Counts\n\n{table}\n")
     return counts
+
+
+def plain_documents(source: str) -> list[tuple[str, Document]]:
+    """(side, document) of a source of plain text, without the examples that it may hold.
+
+    Raises:
+        ValueError: It cannot be read, or has too few documents for three sides.
+    """
+    found: list[tuple[str, Document]] = []
+    try:
+        for side, document in split_documents(DataConfig(source=source)):
+            found.append((side, document))
+    except EmptySide:  # whose remedy is a flag of training, which no recipe is split by
+        n = {side: sum(one == side and document.text != "" for one, document in found) for side in SIDES}
+        raise ValueError(
+            f"the {min(reversed(SIDES), key=lambda side: n[side])} set would be empty: the {len(found)} "
+            f"documents of {source} are split by their names, and give "
+            f"{', '.join(f'{n[side]} {side}' for side in SIDES)}; give a larger source"
+        ) from None
+    return [(side, document) for side, document in found if document.prompt is None]
 
 
 def split(items: Sequence[T], seed: int, test_share: float, validation_share: float) -> dict[str, list[T]]:

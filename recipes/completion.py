@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from config import DataConfig
-from corpus import CORPUS, SPLITS, split_documents
-from recipes.building import Counts, RecipeSettings, write_dataset
+from corpus import CORPUS, SPLITS, read_documents
+from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -89,11 +89,10 @@ def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Coun
     if not (corpus / CORPUS).is_file():
         corpus = scraped(settings, folder.parent / "corpus", counts)
     else:
-        counts.found = sum(1 for _ in split_documents(DataConfig(source=str(corpus))))
+        counts.found = sum(1 for _ in read_documents(DataConfig(source=str(corpus))))
     sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SPLITS}
-    for side, document in split_documents(DataConfig(source=str(corpus))):
-        if document.prompt is None:
-            sides[side].append({"text": document.text, "path": document.name})
+    for side, document in plain_documents(str(corpus)):
+        sides[side].append({"text": document.text, "path": document.name})
     counts.drop("a copy of another", counts.kept - sum(map(len, sides.values())))
     text = (
         f"Python files of `{settings.source}`, one a row, by way of `python -m scraping`; laid out by "

@@ -26,6 +26,7 @@ import symtable
 import threading
 import tokenize
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
@@ -123,7 +124,7 @@ class _Edits:
 # --- scopes ------------------------------------------------------------------------------------------
 
 
-def _own_identifiers(node: ast.AST) -> list[str]:
+def own_identifiers(node: ast.AST) -> list[str]:
     """The variables that a node names by itself, without those of its children; no attributes or keywords."""
     match node:
         case ast.Name():
@@ -146,7 +147,7 @@ def _own_identifiers(node: ast.AST) -> list[str]:
 
 def _identifiers(node: ast.AST) -> list[str]:
     """The variables named anywhere in a node, as often as they are."""
-    return [name for inner in ast.walk(node) for name in _own_identifiers(inner)]
+    return [name for inner in ast.walk(node) for name in own_identifiers(inner)]
 
 
 def _fresh(function: Function, stem: str) -> Iterator[str]:
@@ -165,7 +166,9 @@ def _plain_locals(function: Function) -> list[str]:
     nor those inside an f-string, where Python before 3.12 does not tell places.
     """
     own: dict[str, None] = {}
-    other: set[str] = {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
+    # Decorators, defaults and hints are evaluated outside: a name there is another variable.
+    outside = [*function.decorator_list, function.args, *([function.returns] if function.returns else [])]
+    other = {name for node in outside for name in _identifiers(node)}
 
     def visit(node: ast.AST, nested: bool) -> None:
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -173,7 +176,7 @@ def _plain_locals(function: Function) -> list[str]:
         elif isinstance(node, ast.JoinedStr):
             other.update(_identifiers(node))
         elif not isinstance(node, ast.Name):
-            other.update(_own_identifiers(node))
+            other.update(own_identifiers(node))
         for child in ast.iter_child_nodes(node):
             visit(child, nested or isinstance(node, Scope))
 
@@ -183,12 +186,14 @@ def _plain_locals(function: Function) -> list[str]:
 
 
 def globals_of(source: str) -> set[str]:
-    """The names that a function takes from outside: of its module, or builtins."""
+    """The names that a function, its decorators, defaults and hints take from outside: of its module, or
+    builtins."""
     found: set[str] = set()
 
     def visit(table: symtable.SymbolTable) -> None:
-        if table.get_type() != "module":
-            found.update(s.get_name() for s in table.get_symbols() if s.is_global() and s.is_referenced())
+        whole = table.get_type() == "module"
+        symbols = (s for s in table.get_symbols() if s.is_referenced())
+        found.update(s.get_name() for s in symbols if whole or s.is_global())
         for child in table.get_children():
             visit(child)
 
@@ -262,6 +267,8 @@ def _is_text(node: ast.stmt) -> bool:
 
 def _loops(source: str, constants: Constants) -> str | None:
     function, edits = parsed(source), _Edits(source)
+    if any(isinstance(node, ast.ClassDef) for node in ast.walk(function)):
+        return None  # a loop's variables would become attributes of a class
     step = _step(function)
     names = _identifiers(function)
     results, targets = _fresh(function, "result"), _fresh(function, "item")
@@ -279,10 +286,11 @@ def _loops(source: str, constants: Constants) -> str | None:
             or not _plain(value)
         ):
             continue
-        inside = _identifiers(value)
+        # The first thing iterated over is evaluated outside of the comprehension.
+        inside = Counter(_identifiers(value)) - Counter(_identifiers(value.generators[0].iter))
         bound = {n.id for g in value.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
         # In a loop the variable is the function's own: it may be nobody else's.
-        renamed = {name: next(targets) for name in sorted(bound) if names.count(name) > inside.count(name)}
+        renamed = {name: next(targets) for name in sorted(bound) if names.count(name) > inside[name]}
         result = next(results)
         lines = _loop(value, edits, renamed, result, step)
         lines.append(edits.text(start, before) + result)
@@ -321,8 +329,8 @@ def _loop(
         whole = "".join([*inner, edits.text(at, end)])
         return f"({whole})" if "\n" in whole else whole
 
-    empty = {ast.ListComp: "[]", ast.DictComp: "{}", ast.SetComp: "set()"}[type(value)]
-    lines, depth = [f"{result} = {empty}"], ""
+    empty = {ast.ListComp: "[]", ast.DictComp: "{}", ast.SetComp: "{*()}"}[type(value)]
+    lines, depth = [f"{result} = {empty}"], ""  # no `set()`, which a variable may shadow
     for number, generator in enumerate(value.generators):
         over = text(generator.iter, renamed if number else {})  # the first is evaluated outside
         lines.append(f"{depth}for {text(generator.target, renamed)} in {over}:")
@@ -399,14 +407,17 @@ def _bare_numbers(source: str, constants: Constants) -> str | None:
     names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
     bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
     bound |= {
-        n for node in ast.walk(function) if not isinstance(node, ast.Name) for n in _own_identifiers(node)
+        n for node in ast.walk(function) if not isinstance(node, ast.Name) for n in own_identifiers(node)
     }
     texts = (node for node in ast.walk(function) if isinstance(node, ast.JoinedStr))
     in_text = {id(inner) for text in texts for inner in ast.walk(text)}
+    asked = {id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute)}  # no `50.real`
     for name in names:
         if name.id in constants and name.id not in bound and id(name) not in in_text:
             value = repr(constants[name.id])
-            edits.replace(*edits.span(name), value if value.isdigit() else f"({value})")
+            edits.replace(
+                *edits.span(name), value if value.isdigit() and id(name) not in asked else f"({value})"
+            )
     return edits.done()
 
 
@@ -493,7 +504,7 @@ def check(source: str, result: str, strategy: str) -> None:
         function = parsed(result)
     except ValueError as error:
         raise ValueError(f"degradation-broken: {strategy} gives what is {error}") from None
-    outside = globals_of(result) - globals_of(source) - ({"set"} if strategy in ("loops", "mixed") else set())
+    outside = globals_of(result) - globals_of(source)
     if outside:
         raise ValueError(
             f"degradation-out-of-scope: {strategy} takes {', '.join(sorted(outside))} from outside the "

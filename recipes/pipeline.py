@@ -75,6 +75,8 @@ def parse_words(name: str, words: list[str]) -> Asked:
             parser.error(
                 f"--{place} is the recipe's own; everything it makes goes to --out, and goes on there"
             )
+    if module.FAMILY is None and any(word.split("=")[0] == "--base" for word in rest):
+        parser.error(f"--base is given, and the recipe {name} trains from scratch; leave it out")
     values = parser.parse_args(mine).clone(with_meta=False).as_dict()
     asked = Asked(name, module, _settings(module, values), rest)
     if asked.config().train.base in (None, TO_BE_MADE):  # a typo is told before anything takes time

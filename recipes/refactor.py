@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -27,11 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sandbox
-from config import DataConfig
-from corpus import SPLITS, split_documents
+from corpus import SPLITS
 from recipes.behaviour import Judgement, agreements, context_of
-from recipes.building import Counts, RecipeSettings, write_dataset
-from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, parsed
+from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
+from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, own_identifiers, parsed
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
@@ -193,14 +193,15 @@ def constants_of(text: str) -> dict[str, int | float]:
     assigned: Counter[str] = Counter()
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            assigned[node.id] += 1
-        elif isinstance(node, ast.Global):
-            assigned.update(node.names)
+        load = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        if not load and not isinstance(node, ast.arg):
+            assigned.update(own_identifiers(node))
+    if assigned["*"]:  # from ... import *
+        return {}
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=int() | float() as value)):
-                if not isinstance(value, bool):
+                if not isinstance(value, bool) and math.isfinite(value):  # no number is written `inf`
                     found[name] = value
     return {name: value for name, value in found.items() if assigned[name] == 1}
 
@@ -285,11 +286,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
 
 def files_of(settings: Settings, work: Path | None = None) -> list[tuple[str, str, str]]:
     """(side, path, text) of what functions are taken from."""
-    documents = [
-        (side, document.name, document.text)
-        for side, document in split_documents(DataConfig(source=settings.source))
-        if document.prompt is None
-    ]
+    documents = [(side, one.name, one.text) for side, one in plain_documents(settings.source)]
     if not documents:
         raise ValueError(
             f"{settings.source} holds examples and no plain code to take functions from: name files, or a "

@@ -1,4 +1,4 @@
-"""Refactor a file with a model of the recipe: `python generate.py --recipe refactor --model RUN --file F`.
+"""Refactor a file with a model of the recipe: `python generate.py --recipe refactor --file F`.
 
 Each function is asked for as in training, and the answer takes its place if it is one function of that name
 and, where both can be run, does what the function does. Otherwise the function stays as it was. The
@@ -27,8 +27,8 @@ class RefactorConfig:
     """What is refactored, and by what.
 
     Args:
-        model: A run folder, a model folder or a hub id, as for generate.py.
         file: The Python file.
+        model: A run folder, a model folder or a hub id, as for generate.py; not given, the recipe's own run.
         adapter: A PEFT folder for `model`, which is then a published one.
         write: Write the file instead of only showing what would change.
         max_new_tokens: Most tokens of an answer.
@@ -38,8 +38,8 @@ class RefactorConfig:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
-    model: str
     file: str
+    model: str = "runs/refactor/run"
     adapter: str = ""
     write: bool = False
     max_new_tokens: int = 512

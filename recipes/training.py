@@ -10,27 +10,36 @@ from pathlib import Path
 
 from checkpoint import step_folders
 from config import Config, write_atomically
+from runfolder import FREE, KEY_CLASSES, flat
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
-FINISHED = "finished.json"  # of a run whose budget is used, or whose patience ended
+FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
 
 
-def budget(config: Config) -> dict[str, float]:
-    train = config.train
-    return {name: getattr(train, name) for name in ("max_seconds", "max_steps", "max_epochs", "patience")}
+BUDGET = {"max_seconds", "max_steps", "max_epochs", "patience"}
+BASE = {"base", "base_revision"}  # may lie elsewhere: training compares its fingerprint
 
 
 def finish(config: Config) -> bool:
     """Train in `config.train.run` until the budget is used; False if it was before this call.
 
     Raises:
-        ValueError: As `trainingmanager.train`.
+        ValueError: As `trainingmanager.train`, also for a run that was finished with other settings.
         SystemExit: With 75; a signal asked to stop, and the next call goes on.
     """
     folder = Path(config.train.run)
     mark = folder / FINISHED
-    if mark.is_file() and json.loads(mark.read_text("utf-8")) == budget(config):
-        return False
+    if mark.is_file():
+        before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+        changed = [key for key in now if before[key] != now[key]]
+        for key in changed:
+            if key not in BUDGET | {"device"} and KEY_CLASSES[key] != FREE:
+                raise ValueError(
+                    f"{folder} was finished with {key} {before[key]}, and now it is {now[key]}; set it back, "
+                    "or name another --out"
+                )
+        if not (BUDGET | BASE) & {*changed}:
+            return False
     begun = (folder / "config.yaml").is_file()
     if begun and not step_folders(folder / "checkpoints"):  # killed before its first checkpoint
         shutil.rmtree(folder)
@@ -43,5 +52,5 @@ def finish(config: Config) -> bool:
         if manager.stop_signal is not None and manager.progress() < 1:
             say(f"stopped at step {manager.state.step}; the same command goes on")
             sys.exit(RESUMABLE)
-    write_atomically(mark, json.dumps(budget(config)))
+    write_atomically(mark, json.dumps(config.to_dict()))
     return True

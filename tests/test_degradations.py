@@ -205,6 +205,41 @@ def f(n):
     return A.xs
 
 # (1,)
+def f(n):
+    class A:
+        xs = [i for i in range(n)]
+    return sorted(name for name in vars_of(A))
+
+# ([1, 2],)
+def f(xs):
+    return [item for item in item(xs)]
+
+# (1, [2])
+def f(set, ys):
+    zs = {y for y in ys}
+    return zs, set
+
+# (); (3,)
+def f(a=LIMIT):
+    LIMIT = a + 1
+    return LIMIT
+
+# (3,)
+def f(a) -> RATE:
+    RATE = a + 1
+    return RATE
+
+# (3,)
+@same
+def f(a):
+    same = a + 1
+    return same
+
+# (0,)
+def f(n):
+    return LIMIT.bit_length() + n
+
+# (1,)
 def f(n: (int), m: (
     str) = 1) -> (
         int):
@@ -239,7 +274,12 @@ CONSTANTS = {"LIMIT": 50, "RATE": -0.5}
 
 
 def value_of(source: str, arguments: tuple):
-    scope = dict(CONSTANTS)
+    scope = {
+        **CONSTANTS,
+        "item": list,
+        "same": lambda function: function,
+        "vars_of": lambda a: [n for n in a.__dict__ if n[0] != "_"],
+    }
     exec(source, scope)
     return scope["f"](*arguments)
 
@@ -310,6 +350,7 @@ def test_hints_that_a_decorator_may_read_stay() -> None:
             "def f(var0):\n    y = [x * 2 for var1 in var0]\n    return y\n",
             "out-of-scope: names takes x",
         ),
+        ("names", "def f(xs=var0):\n    var0 = [x * 2 for x in xs]\n    return var0\n", "takes var0"),
         ("names", "def f(xs):\n    var0 = [x * 3 for x in xs]\n    return var0\n", "changes-meaning"),
         ("names", "def f(xs):\n    xs = [x * 2 for x in xs]\n    return xs\n", "changes-meaning"),
         (

@@ -127,6 +127,9 @@ def test_what_cannot_be_indented_again_stays_and_is_counted() -> None:
 def test_constants_are_numbers_that_are_bound_once() -> None:
     text = "A = 1\nB = 2\nB += 1\nC = 'x'\nD = True\nE = 0.5\nF = 3\ndef f():\n    global F\n    F = 4\n"
     assert constants_of(text) == {"A": 1, "E": 0.5}
+    faster = "A = 5\nB = 6\nC = 1e999\ntry:\n    from _fast import A\nexcept ImportError:\n    pass\n"
+    assert constants_of(faster) == {"B": 6}
+    assert constants_of(f"{faster}from _faster import *\n") == {}
 
 
 def test_a_copy_is_told_by_its_code_and_not_by_its_name_or_docstring() -> None:
@@ -213,6 +216,13 @@ def test_a_source_without_functions_is_refused(
     path.write_text("".join(json.dumps(one) + "\n" for one in different))
     with pytest.raises(ValueError, match=sentence):
         build(Settings(source=str(path)), tokenizer, tmp_path / "dataset")
+
+
+def test_a_source_too_small_for_three_sides_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(TEXT)
+    sentence = "the test set would be empty: the 1 documents of .* give 1 train, 0 validation, 0 test; give"
+    with pytest.raises(ValueError, match=sentence):
+        build(Settings(source=str(tmp_path)), tokenizer, tmp_path / "dataset")
 
 
 # --- what predictions are worth, and a file refactored ---------------------------------------------
@@ -327,7 +337,7 @@ def test_the_whole_recipe_and_a_file_refactored_by_its_model(
     file = tmp_path / "file.py"
     file.write_text(TEXT)
     capsys.readouterr()
-    words = ["--recipe", "refactor", "--model", "runs/refactor/run", "--file", str(file), "--write"]
+    words = ["--recipe", "refactor", "--file", str(file), "--write"]  # the model is the recipe's own run
     refactor_file([*words, "--max_new_tokens", "12"])
     said = capsys.readouterr()
     assert said.out == "" and "3 functions: 0 changed, 3 kept as they were" in said.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,6 @@ def test_a_split_is_drawn_whole_and_depends_on_its_seed_alone() -> None:
 
 
 def test_a_file_is_read_from_wherever_it_lies(repository: Path, tmp_path: Path) -> None:
-    import shutil
 
     lines = [json.dumps({"path": p.name, "text": p.read_text("utf-8")}) for p in sorted(repository.iterdir())]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
@@ -343,7 +343,11 @@ def words(repository: Path, tokenizer: BPETokenizer, tmp_path: Path) -> list[str
 
 
 def test_a_recipe_runs_whole_and_then_does_nothing_twice(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    tokenizer: BPETokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     assert main(words) == 0
@@ -377,6 +381,20 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
         main([*words, "--min_words", "12"])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and "begun with min_words 20, and now it is 12" in error
+
+    # Not the old run's scores under another name, be it other settings or another base.
+    torch.manual_seed(1)
+    other = replace(load_pretrained(tmp_path / "base").model.config, init="normal")
+    save_pretrained(Decoder(other), tokenizer, tmp_path / "other", "llama")
+    for flag, value, sentence in (
+        ("--optimizer.lr", "0.5", "was finished with optimizer.lr 0.0002, and now it is 0.5; set it back"),
+        ("--base", str(tmp_path / "other"), "the base changed since"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, flag, value])
+        assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    assert main([*words, "--base", str(tmp_path / "moved")]) == 0
 
 
 @pytest.mark.slow
@@ -452,6 +470,10 @@ def test_a_mistake_is_one_sentence(
         ("kotlin --source EMPTY --window 9", "--window is 9; it must be at least 32 tokens"),
         ("kotlin --source EMPTY --base_seconds 0", "--base_seconds is 0.0; it must be above 0"),
         ("kotlin", "no source is named"),
+        (
+            "completion --base EMPTY",
+            "--base is given, and the recipe completion trains from scratch; leave it out",
+        ),
         ("kotlin --source EMPTY --methods nowhere", "nowhere"),
         ("kotlin --source EMPTY --methods METHODS", "METHODS line 1"),
         ("kotlin --source EMPTY --per_file -3", "--per_file is -3; it must be at least 0"),
