@@ -169,7 +169,7 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     On a CPU as complex numbers, which lie so: every second element by itself takes 2.3 times as long.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # which knows no complex numbers
-        exact = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
         turned = pairs * torch.complex(cos.to(exact.dtype), sin.to(exact.dtype))
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)

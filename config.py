@@ -868,7 +868,11 @@ def _in_our_words(message: str, groups: dict[str, type]) -> str:
     if get_origin(kind) is Literal:
         near = "".join(difflib.get_close_matches(value.lower(), get_args(kind), n=1))
     meant = f"; did you mean {near}?" if near else ""
-    return f"{line[: found.start()]}{found[1]} is {value or repr('')}; it must be {_wanted(kind)}{meant}"
+    # Of a list or mapping the parser names what is wrong inside, or that it is neither.
+    inside = get_origin(kind) in (list, tuple, dict) and not re.search("<class '(list|tuple|dict)'>", line)
+    is_or_holds = "holds" if inside else "is"
+    shown = value or repr("")
+    return f"{line[: found.start()]}{found[1]} {is_or_holds} {shown}; it must be {_wanted(kind)}{meant}"
 
 
 def _wanted(kind: Any) -> str:

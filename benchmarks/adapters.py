@@ -16,7 +16,7 @@ and divided by the best rate of a product of 2048 x 2048. If the rest of ours to
 so many times the peer's.
 
 The peer is not padded, and its frozen weights are in the precision of its products. Ours is set up as
-`python trainingmanager.py --base` sets it up, with --recompute as by --train.activation_checkpointing true.
+`python trainingmanager.py --base` sets it up, with --recompute as by --activation_checkpointing true.
 
 With --curve ours alone trains on the bytes of Python's standard library, from one base: twice with the base
 in bf16, from two seeds of the adapters and their dropout, and once with it in nf4 and the first seed. The

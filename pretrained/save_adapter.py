@@ -47,8 +47,8 @@ def save_adapter(
 
     A pair is a change of a weight that whoever opens the folder has. Where the model's vocabulary was grown,
     nobody has the rows that were added; so embedding and head are then written whole beside their pairs,
-    where PEFT looks for them (in StarCoderBase-1B 400 MB). PEFT wants its base resized beforehand, to any
-    values. It writes both by itself where it knows them by name.
+    where PEFT looks for them (in StarCoderBase-1B 400 MB, twice where both are targets). PEFT wants its base
+    resized beforehand, to any values. It writes both by itself where it knows them by name.
 
     Args:
         model: With the adapter added, and not merged.

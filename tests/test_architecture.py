@@ -299,6 +299,19 @@ def test_rotary_turns_each_pair_by_position_times_frequency(theta):
                         assert abs(got - expected) < 2e-4  # an fp32 angle of 900 is exact to 6e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [8, 9])
+def test_interleaved_pairs_turn_alike_as_complex_and_as_real_numbers(monkeypatch, dtype, head_dim):
+    x = noise(2, 3, 4, head_dim).to(dtype)[..., :6]  # of odd heads no view is complex
+    tables = rotary_tables(torch.tensor([[0, 1, 7], [2, 900, 5]]), rotary_frequency(6, 100.0))
+    turned = rotate_interleaved(x, *tables)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    real = rotate_interleaved(x, *tables)
+    assert turned.dtype == real.dtype == dtype
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(turned, real, atol=bound, rtol=bound)
+
+
 def test_rotary_layouts_agree_under_the_permutation_of_dimensions():
     config = replace(SMALL, head_dim=8, rotary_dim=6, qkv_bias=True)
     half, interleaved = scrambled(config), scrambled(replace(config, rotary_layout="interleaved"))

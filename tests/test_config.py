@@ -94,6 +94,8 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
             ["--lora.rank_pattern", "3"],
             "rank_pattern is 3; it must be a mapping of names, each to a whole number, spelled {NAME: VALUE}",
         ),
+        (["--lora.rank_pattern", "{a: x}"], "lora.rank_pattern holds x; it must be a mapping of names"),
+        (["--data.suffixes", "[1]"], "data.suffixes holds 1; it must be a list, each text"),
         (
             ["--base", "x", "--base_format", "nf3"],
             "error: base_format is nf3; it must be one of auto, fp32, bf16, nf4; did you mean nf4?",
