@@ -130,6 +130,8 @@ def test_constants_are_numbers_that_are_bound_once() -> None:
     faster = "A = 5\nB = 6\nC = 1e999\ntry:\n    from _fast import A\nexcept ImportError:\n    pass\n"
     assert constants_of(faster) == {"B": 6}
     assert constants_of(f"{faster}from _faster import *\n") == {}
+    long = f"P = 0x{'F' * 512}\nQ = 0x{'F' * 5000}\nR = {10**20}\nS = {10**20 - 1}\nT = 1e300\n"
+    assert constants_of(long) == {"S": 10**20 - 1, "T": 1e300}
 
 
 def test_a_copy_is_told_by_its_code_and_not_by_its_name_or_docstring() -> None:
