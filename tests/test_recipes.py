@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -393,8 +394,16 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
         with pytest.raises(SystemExit) as ended:
             main([*words, flag, value])
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    scored = (out / "report.txt").stat().st_mtime_ns
+    assert main([*words, "--eval_precision", "fp32", "--compile", "true"]) == 0
+    assert (out / "report.txt").stat().st_mtime_ns > scored, "not scored anew"
+    assert main(words) == 0
     shutil.move(tmp_path / "base", tmp_path / "moved")
-    assert main([*words, "--base", str(tmp_path / "moved")]) == 0
+    words += ["--base", str(tmp_path / "moved")]
+    assert main(words) == 0
+    monkeypatch.undo()
+    assert main([*words, "--max_steps", "3", "--validation_rows", "1"]) == 0
+    assert re.search(r"validation_rows was \d+ so far and is 1 now", capsys.readouterr().err)
 
 
 @pytest.mark.slow
