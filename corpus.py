@@ -483,7 +483,11 @@ def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
 
 
 class EmptySide(ValueError):
-    """A side of the split is left without a document."""
+    """A side of the split is left without a document; `given` says that the source's own files leave it so."""
+
+    def __init__(self, sentence: str, given: bool):
+        super().__init__(sentence)
+        self.given = given
 
 
 def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
@@ -546,7 +550,8 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         without = "".join(f"; {said}" for said in report.without_rows)
         raise EmptySide(
             f"the split of {config.source} leaves {', '.join(counts)} documents, and text for {empty[0]} in "
-            f"none{without}: {change}add documents that are not empty"
+            f"none{without}: {change}add documents that are not empty",
+            empty[0] in given,
         )
     report.fingerprint = content.hexdigest()
 
