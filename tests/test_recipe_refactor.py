@@ -305,6 +305,28 @@ def test_the_command_refuses_a_file_in_one_sentence(tmp_path: Path, text: str | 
         assert path.read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "no --model is given, and there is no run of the recipe in runs/refactor/run: train one by"),
+        (["--adapter", "a"], "no --model is given, and --adapter is for a published one"),
+    ],
+)
+def test_the_command_without_a_model_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.py").write_text(TEXT)
+    with pytest.raises(SystemExit) as ended:
+        refactor_file(["--recipe", "refactor", "--file", "file.py", *words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
+
+
 def test_every_prompt_is_made_by_one_function() -> None:
     """The header stands in the source of one module, once."""
     for path in [*HOUSE.glob("*.py"), *(HOUSE / "recipes").glob("*.py")]:

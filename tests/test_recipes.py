@@ -117,7 +117,9 @@ def test_counts_stand_in_the_card_and_an_empty_side_is_refused(tmp_path: Path) -
 def test_what_splits_a_source_is_named_where_a_side_is_empty(tmp_path: Path) -> None:
     for side, text in {"train": "a", "validation": "b", "test": None}.items():
         (tmp_path / f"{side}.jsonl").write_text(json.dumps({"text": text}) if text else "", "utf-8")
-    with pytest.raises(ValueError, match=r"text for test in none; .*test\.jsonl has 0 lines .*: add documents"):
+    with pytest.raises(
+        ValueError, match=r"text for test in none; .*test\.jsonl has 0 lines .*: add documents"
+    ):
         plain_documents(str(tmp_path))
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -125,7 +127,9 @@ def test_what_splits_a_source_is_named_where_a_side_is_empty(tmp_path: Path) -> 
     (corpus / "part.jsonl").write_bytes(part)
     parts = [{"file": "part.jsonl", "sha256": hashlib.sha256(part).hexdigest()}]
     (corpus / "corpus.json").write_text(json.dumps({"parts": parts, "fingerprint": "0"}), "utf-8")
-    with pytest.raises(ValueError, match=r"the 1 documents of .* are split by their groups, and give 1 train"):
+    with pytest.raises(
+        ValueError, match=r"the 1 documents of .* are split by their groups, and give 1 train"
+    ):
         plain_documents(str(corpus))
 
 
