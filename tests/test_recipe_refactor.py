@@ -222,7 +222,9 @@ def test_a_source_without_functions_is_refused(
 
 def test_a_source_too_small_for_three_sides_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(TEXT)
-    sentence = "the test set would be empty: the 1 documents of .* split by their names, and give 1 train, 0 validation, 0 test; give"
+    sentence = (
+        "the test set would be empty: the 1 documents of .* split by their names, and give 1 train, 0 val"
+    )
     with pytest.raises(ValueError, match=sentence):
         build(Settings(source=str(tmp_path)), tokenizer, tmp_path / "dataset")
 
