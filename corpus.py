@@ -491,7 +491,7 @@ def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
 
 
 class EmptySide(ValueError):
-    """A side of the split is left without a document; `given` says that the source's own files leave it so."""
+    """A side of the split is left without a document; `given`: by the files of the source themselves."""
 
     def __init__(self, sentence: str, given: bool):
         super().__init__(sentence)
