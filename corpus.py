@@ -358,8 +358,13 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
     )
 
 
-def _fields_of(present: Iterable[str], config: DataConfig, where: str) -> tuple[str, ...]:
-    """The fields that are read of those present: the text's, or an example's with the completion last."""
+def _fields_of(
+    present: Iterable[str], config: DataConfig, where: str, one_row: bool = True
+) -> tuple[str, ...]:
+    """The fields that are read of those present: the text's, or an example's with the completion last.
+
+    They are one row's, which can be removed, or the whole file's.
+    """
     present = set(present)
     kinds = [kind for kind in ROW_KINDS if present.issuperset(kind)]
     kinds = [kind for kind in kinds if not any(set(kind) < set(other) for other in kinds)]
@@ -378,15 +383,18 @@ def _fields_of(present: Iterable[str], config: DataConfig, where: str) -> tuple[
     if kinds:
         return kinds[0]
     examples = [kind for kind in ROW_KINDS if len(kind) > 1]
-    begun = max(examples, key=lambda kind: len(present.intersection(kind)) / len(kind))
-    lacking = [field for field in begun if field not in present]
-    if len(lacking) < len(begun):
-        near = difflib.get_close_matches(lacking[0], present.difference(begun), n=1)
-        meant = f" (is {near[0]} meant for it?)" if near else ""
-        raise ValueError(
-            f"{where} has no field {' and no field '.join(lacking)} but {_listed(present)}{meant}: give "
-            f"{' and '.join(begun)}, remove the row, or set --data.text_field to read plain text"
-        )
+    for kind in sorted(examples, key=lambda kind: len(present.intersection(kind)) / len(kind), reverse=True):
+        lacking = [field for field in kind if field not in present]
+        near = difflib.get_close_matches(lacking[0], present.difference(kind), n=1)
+        held = len(kind) - len(lacking)
+        # One field of an example, such as a suffix, may be something else that stands beside the text.
+        if held > 1 or (held and (near or present <= {*kind, *NAME_FIELDS})):
+            meant = f" (is {near[0]} meant for it?)" if near else ""
+            remove = "remove the row, " if one_row else ""
+            raise ValueError(
+                f"{where} has no field {' and no field '.join(lacking)} but {_listed(present)}{meant}: give "
+                f"{' and '.join(kind)}, {remove}or set --data.text_field to read plain text"
+            )
     raise ValueError(
         f"{where} has no field text or content but {_listed(present)}: set --data.text_field, or give "
         "prompt and completion"
@@ -430,7 +438,7 @@ def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tu
         with pq.ParquetFile(path) as file:
             fields = file.schema_arrow.names
             wanted = {
-                *_fields_of(fields, config, str(path)),
+                *_fields_of(fields, config, str(path), one_row=False),
                 "path",
                 "name",
                 "repository",
@@ -483,7 +491,11 @@ def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
 
 
 class EmptySide(ValueError):
-    """A side of the split is left without a document."""
+    """A side of the split is left without a document; `given`: by the files of the source themselves."""
+
+    def __init__(self, sentence: str, given: bool):
+        super().__init__(sentence)
+        self.given = given
 
 
 def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
@@ -546,7 +558,8 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         without = "".join(f"; {said}" for said in report.without_rows)
         raise EmptySide(
             f"the split of {config.source} leaves {', '.join(counts)} documents, and text for {empty[0]} in "
-            f"none{without}: {change}add documents that are not empty"
+            f"none{without}: {change}add documents that are not empty",
+            empty[0] in given,
         )
     report.fingerprint = content.hexdigest()
 

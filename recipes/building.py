@@ -133,11 +133,15 @@ def plain_documents(source: str) -> list[tuple[str, Document]]:
     try:
         for side, document in split_documents(DataConfig(source=source)):
             found.append((side, document))
-    except EmptySide:  # whose remedy is a flag of training, which no recipe is split by
+    except EmptySide as error:
+        if error.given:
+            raise
+        # Else its remedy is a flag of training, which no recipe is split by.
+        by = "names" if all(document.group == document.name for _, document in found) else "groups"
         n = {side: sum(one == side and document.text != "" for one, document in found) for side in SIDES}
         raise ValueError(
             f"the {min(reversed(SIDES), key=lambda side: n[side])} set would be empty: the {len(found)} "
-            f"documents of {source} are split by their names, and give "
+            f"documents of {source} are split by their {by}, and give "
             f"{', '.join(f'{n[side]} {side}' for side in SIDES)}; give a larger source"
         ) from None
     return [(side, document) for side, document in found if document.prompt is None]

@@ -49,9 +49,13 @@ class Asked:
     def out(self) -> Path:
         return Path(self.settings.out or f"runs/{self.name}")
 
+    @property
+    def run(self) -> Path:
+        return self.out / "run"
+
     def config(self, *more: str) -> Config:
         """The training settings: recipes/NAME.yaml, then the command line's, then where the data lie."""
-        places = ["--data.source", str(self.out / "dataset"), "--run", str(self.out / "run")]
+        places = ["--data.source", str(self.out / "dataset"), "--run", str(self.run)]
         base = [] if self.module.FAMILY is None else ["--base", TO_BE_MADE]
         return parse_config([*base, "--config", str(HERE / f"{self.name}.yaml"), *self.words, *more, *places])
 
@@ -302,7 +306,7 @@ def build(asked: Asked, tokenizer: Any) -> None:
     if before == made_from:
         print(f"dataset: {folder} is there already")
     else:
-        if before is not None and (asked.out / "run" / "config.yaml").exists():
+        if before is not None and (asked.run / "config.yaml").exists():
             name = next(key for key in {**made_from, **before} if made_from.get(key) != before.get(key))
             raise ValueError(
                 f"{asked.out} was begun with {name} {before.get(name)!r}, and now it is "

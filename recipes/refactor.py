@@ -46,6 +46,7 @@ SMALL: dict[str, Any] = {
     "validate_every": 40,
     "validation_rows": 40,
 }
+MOST_DIGITS = 20  # of a number that a model may learn to write out
 HEADER = "### Refactor the following Python code to improve quality:"
 
 
@@ -201,7 +202,9 @@ def constants_of(text: str) -> dict[str, int | float]:
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=int() | float() as value)):
-                if not isinstance(value, bool) and math.isfinite(value):  # no number is written `inf`
+                # No number is written `inf`; and of a long int isfinite raises, and past 4,300 digits repr.
+                short = math.isfinite(value) if isinstance(value, float) else value < 10**MOST_DIGITS
+                if not isinstance(value, bool) and short:
                     found[name] = value
     return {name: value for name, value in found.items() if assigned[name] == 1}
 

@@ -12,13 +12,15 @@ import difflib
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from config import make_parser, one_sentence, write_atomically
+from recipes import refactor
 from recipes.behaviour import agreement, context_of
 from recipes.degradations import parsed
+from recipes.pipeline import Asked
 from recipes.refactor import Piece, holds_text_over_lines, pieces, prompt_of
 
 
@@ -39,7 +41,7 @@ class RefactorConfig:
     """
 
     file: str
-    model: str = "runs/refactor/run"
+    model: str = ""
     adapter: str = ""
     write: bool = False
     max_new_tokens: int = 512
@@ -61,7 +63,17 @@ def parse_settings(argv: Sequence[str]) -> RefactorConfig:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name} is {getattr(settings, name)}; it must be at least 1")
-    return settings
+    if settings.model:
+        return settings
+    if settings.adapter:
+        parser.error("no --model is given, and --adapter is for a published one: give its --model")
+    run = Asked(settings.recipe, refactor, refactor.Settings(), []).run
+    if not run.is_dir():
+        parser.error(
+            f"no --model is given, and there is no run of the recipe in {run}: train one by "
+            "`python -m recipes refactor`, or give --model"
+        )
+    return replace(settings, model=str(run))
 
 
 def refactored(

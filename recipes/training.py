@@ -10,7 +10,7 @@ from pathlib import Path
 
 from checkpoint import step_folders
 from config import Config, write_atomically
-from runfolder import FREE, KEY_CLASSES, flat
+from runfolder import FIXED, KEY_CLASSES, flat
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
 FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
@@ -24,7 +24,7 @@ def finish(config: Config) -> bool:
     """Train in `config.train.run` until the budget is used; False if it was before this call.
 
     Raises:
-        ValueError: As `trainingmanager.train`, also for a run that was finished with other settings.
+        ValueError: As `trainingmanager.train`, also for a run that was finished with another fixed setting.
         SystemExit: With 75; a signal asked to stop, and the next call goes on.
     """
     folder = Path(config.train.run)
@@ -33,7 +33,7 @@ def finish(config: Config) -> bool:
         before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
         changed = [key for key in now if before[key] != now[key]]
         for key in changed:
-            if key not in BUDGET | {"device"} and KEY_CLASSES[key] != FREE:
+            if KEY_CLASSES[key] == FIXED:  # of others training warns, and scores are made anew
                 raise ValueError(
                     f"{folder} was finished with {key} {before[key]}, and now it is {now[key]}; set it back, "
                     "or name another --out"

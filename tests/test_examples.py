@@ -219,6 +219,16 @@ BAD = {
         {},
         r"line 2 has no field completion but completions, prompt \(is completions meant for it\?\): give",
     ),
+    "a stray field": (
+        [{"suffix": ".py", "code": "b"}],
+        {},
+        r"line 1 has no field text or content but code, suffix: set --data.text_field, or give prompt and",
+    ),
+    "two of three": (
+        [{"suffix": "c", "prefix": "a", "hole": "b"}],
+        {},
+        r"line 1 has no field middle but hole, prefix, suffix: give prefix and suffix and middle, remove",
+    ),
     "chat": (
         [{"prompt": "a", "completion": [{}]}],
         {},
@@ -278,7 +288,8 @@ def test_bad_examples_are_refused_in_one_sentence(tmp_path: Path, rows, changes,
 def test_parquet_refuses_by_its_columns(tmp_path: Path):
     for row, message in (
         ({**GOOD, "text": "c"}, "parquet holds text, and also"),
-        ({"prompt": "a"}, "no field"),
+        ({"prompt": "a"}, "no field completion but prompt: give prompt and completion, or set"),
+        ({"prompt": "a", "response": "b"}, "no field text or content but prompt, response: set"),
     ):
         with pytest.raises(ValueError, match=message):
             list(read_documents(settings_for(write_rows(tmp_path / "r.parquet", [row]))))

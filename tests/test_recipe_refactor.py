@@ -130,6 +130,8 @@ def test_constants_are_numbers_that_are_bound_once() -> None:
     faster = "A = 5\nB = 6\nC = 1e999\ntry:\n    from _fast import A\nexcept ImportError:\n    pass\n"
     assert constants_of(faster) == {"B": 6}
     assert constants_of(f"{faster}from _faster import *\n") == {}
+    long = f"P = 0x{'F' * 512}\nQ = 0x{'F' * 5000}\nR = {10**20}\nS = {10**20 - 1}\nT = 1e300\n"
+    assert constants_of(long) == {"S": 10**20 - 1, "T": 1e300}
 
 
 def test_a_copy_is_told_by_its_code_and_not_by_its_name_or_docstring() -> None:
@@ -220,7 +222,9 @@ def test_a_source_without_functions_is_refused(
 
 def test_a_source_too_small_for_three_sides_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(TEXT)
-    sentence = "the test set would be empty: the 1 documents of .* give 1 train, 0 validation, 0 test; give"
+    sentence = (
+        "the test set would be empty: the 1 documents of .* split by their names, and give 1 train, 0 val"
+    )
     with pytest.raises(ValueError, match=sentence):
         build(Settings(source=str(tmp_path)), tokenizer, tmp_path / "dataset")
 
@@ -301,6 +305,28 @@ def test_the_command_refuses_a_file_in_one_sentence(tmp_path: Path, text: str | 
     assert sentence in done.stderr and done.stderr.count("\n") == 1
     if text is not None:
         assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "no --model is given, and there is no run of the recipe in runs/refactor/run: train one by"),
+        (["--adapter", "a"], "no --model is given, and --adapter is for a published one"),
+    ],
+)
+def test_the_command_without_a_model_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.py").write_text(TEXT)
+    with pytest.raises(SystemExit) as ended:
+        refactor_file(["--recipe", "refactor", "--file", "file.py", *words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
 
 
 def test_every_prompt_is_made_by_one_function() -> None:

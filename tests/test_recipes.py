@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from pretrained import load_pretrained, save_pretrained
 from recipes import kotlin, summaries
 from recipes.__main__ import RECIPES, main
 from recipes.base import BaseConfig, make_base, model_of
-from recipes.building import Counts, split, write_dataset
+from recipes.building import Counts, plain_documents, split, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
@@ -110,6 +112,25 @@ def test_counts_stand_in_the_card_and_an_empty_side_is_refused(tmp_path: Path) -
     counts.drop("too long", 5)
     with pytest.raises(ValueError, match="do not add up"):
         write_dataset(tmp_path, sides, counts, "Title", "")
+
+
+def test_what_splits_a_source_is_named_where_a_side_is_empty(tmp_path: Path) -> None:
+    for side, text in {"train": "a", "validation": "b", "test": None}.items():
+        (tmp_path / f"{side}.jsonl").write_text(json.dumps({"text": text}) if text else "", "utf-8")
+    with pytest.raises(
+        ValueError, match=r"text for test in none; .*test\.jsonl has 0 lines .*: add documents"
+    ):
+        plain_documents(str(tmp_path))
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    part = json.dumps({"text": "a", "path": "a.py", "cluster": "c"}).encode()
+    (corpus / "part.jsonl").write_bytes(part)
+    parts = [{"file": "part.jsonl", "sha256": hashlib.sha256(part).hexdigest()}]
+    (corpus / "corpus.json").write_text(json.dumps({"parts": parts, "fingerprint": "0"}), "utf-8")
+    with pytest.raises(
+        ValueError, match=r"the 1 documents of .* are split by their groups, and give 1 train"
+    ):
+        plain_documents(str(corpus))
 
 
 def test_a_split_is_drawn_whole_and_depends_on_its_seed_alone() -> None:
@@ -393,8 +414,16 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
         with pytest.raises(SystemExit) as ended:
             main([*words, flag, value])
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    scored = (out / "report.txt").stat().st_mtime_ns
+    assert main([*words, "--eval_precision", "fp32", "--compile", "true"]) == 0
+    assert (out / "report.txt").stat().st_mtime_ns > scored, "not scored anew"
+    assert main(words) == 0
     shutil.move(tmp_path / "base", tmp_path / "moved")
-    assert main([*words, "--base", str(tmp_path / "moved")]) == 0
+    words += ["--base", str(tmp_path / "moved")]
+    assert main(words) == 0
+    monkeypatch.undo()
+    assert main([*words, "--max_steps", "3", "--validation_rows", "1"]) == 0
+    assert re.search(r"validation_rows was \d+ so far and is 1 now", capsys.readouterr().err)
 
 
 @pytest.mark.slow
