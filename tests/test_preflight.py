@@ -446,3 +446,19 @@ def test_beams_of_sound_models_in_bf16_pass() -> None:
         model = Decoder(ModelConfig(vocab_size=1024, n_layer=2, n_embd=64, n_head=4, init="xavier"))
         prompts = torch.randint(1024, (8, 3)).tolist()
         assert not list(beam_faults(model.bfloat16().eval(), prompts))
+
+
+def test_matrices_of_next_to_nothing_are_awake_and_then_as_they_were() -> None:
+    """As an adapter after the first step of a warmup, whose dropout bf16 would round away."""
+    model = Decoder(ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, n_embd=8, init="normal"))
+    names = ("blocks.0.attention.out.weight", "head.weight", "blocks.0.mlp.down.weight")
+    tiny, whole, none = (model.get_parameter(name) for name in names)
+    with torch.no_grad():
+        tiny.fill_(1e-5)
+        none.zero_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with looking.awake(model):
+        for woken in (tiny, none):
+            assert woken.std() > 0.5 * woken.size(1) ** -0.5
+        assert torch.equal(whole, before["head.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
