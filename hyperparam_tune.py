@@ -64,16 +64,21 @@ class Crew:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.context = multiprocessing.get_context("spawn")
         self.deaths = 0
+        self.sentence = ""  # the first worker's that ended with an error
         self.processes: list[Any] = []
+        self.mouths: list[Any] = []  # of each process the end of a pipe: all tell, one is shown
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
         for _ in range(settings.sweep.workers):
-            self.processes.append(self.started())
+            self.processes.append(None)
+            self.mouths.append(None)
+            self.start(len(self.processes) - 1)
 
-    def started(self) -> Any:
-        process = self.context.Process(target=start, args=(self.settings,))
-        process.start()
-        return process
+    def start(self, place: int) -> None:
+        self.mouths[place], mouth = self.context.Pipe(duplex=False)
+        self.processes[place] = self.context.Process(target=start, args=(self.settings, mouth))
+        self.processes[place].start()
+        mouth.close()
 
     def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
         self.asked += 1
@@ -85,6 +90,11 @@ class Crew:
         """The exit code of all once they have ended; those that were killed are started again."""
         for place, process in enumerate(self.processes):
             code = process.exitcode
+            if code == 2 and not self.sentence:
+                try:
+                    self.sentence = self.mouths[place].recv()
+                except EOFError:
+                    self.sentence = "a worker ended with exit code 2 and did not say why"
             if code in (None, 0, STOPPED, 2) or self.asked:
                 continue
             self.deaths += 1
@@ -94,7 +104,7 @@ class Crew:
                     f"exit code was {code}"
                 )
             print(f"a worker died (exit code {code}); another one takes its trial up")
-            self.processes[place] = self.started()
+            self.start(place)
         codes = [process.exitcode for process in self.processes]
         if 2 in codes and not self.asked:
             self.stop()
@@ -140,7 +150,7 @@ def sweep(settings: Settings) -> int:
         crew.stop()
         raise
     if code == 2:
-        return 2
+        raise ValueError(crew.sentence)
     slots, repeated = trials.slots(), repeats.slots()
     if code == STOPPED:
         print(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")

@@ -24,8 +24,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from scipy import stats
 
+import hyperparam_tune
 from config import parse_config
-from hyperparam_tune import finish
+from hyperparam_tune import Crew, finish
 from sweeps import study as studies
 from sweeps.board import Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
@@ -190,6 +191,35 @@ def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corp
     (slot,) = slots_of(records(tmp_path)).values()
     assert is_open(slot) and slot.user_attrs["requeue"] == "it was stopped"
     assert max(slot.intermediate_values) >= 3
+
+
+@pytest.mark.slow
+def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus: Path) -> None:
+    path = tiny(tmp_path, corpus, sweep={"workers": 2})
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "logs").touch()  # where a folder must be
+    done = run("--config", path, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "study/logs cannot be used (" in done.stderr
+    assert all(is_open(record) for record in slots_of(records(tmp_path)).values())  # nothing is lost
+
+
+def silent(settings: Settings, mouth: Any) -> None:
+    os._exit(2)
+
+
+def test_a_worker_that_ends_without_a_word_is_told_of(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hyperparam_tune, "start", silent)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus))]))
+        crew.processes[0].join()
+        assert crew.look() == 2 and crew.sentence == "a worker ended with exit code 2 and did not say why"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 PROXY = """
