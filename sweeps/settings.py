@@ -127,7 +127,7 @@ def parse_settings(words: list[str]) -> Settings:
         _refuse_flags(space, rest)
         most = space.most_steps(config)
         if sweep.steps and not most:
-            raise ValueError("a budget of --steps needs --max_steps, the steps of one trial")
+            raise ValueError("a budget of --steps needs max_steps in the config, the steps of one trial")
         if sweep.steps and sweep.steps < most:
             raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {most}")
         if sweep.sampler == "grid":

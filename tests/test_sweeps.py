@@ -407,6 +407,18 @@ def test_a_budget_in_steps_holds_the_longest_trial_of_the_space(tmp_path: Path, 
             parse_settings([*words, "23"])
 
 
+def test_a_budget_in_steps_holds_a_trial_whose_steps_do_not_vary(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sometimes = {"max_steps": {"int": [6, 24], "when": {"optimizer.name": "muon"}}}
+    space = sometimes | {"optimizer.name": ["adamw", "muon"]}
+    for own, sentence in ((1000, "30 steps does not hold one trial of 1000"), (0, "needs max_steps")):
+        path = tiny(tmp_path, corpus, space=space, max_steps=own)
+        with pytest.raises(SystemExit):
+            parse_settings(["--config", str(path), "--steps", "30"])
+        assert sentence in capsys.readouterr().err
+
+
 def replaced(record: optuna.trial.FrozenTrial, **attributes: Any) -> optuna.trial.FrozenTrial:
     return optuna.trial.create_trial(
         state=record.state, value=record.value, user_attrs=record.user_attrs | attributes
