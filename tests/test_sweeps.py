@@ -31,7 +31,7 @@ from sweeps import study as studies
 from sweeps.board import Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies
-from sweeps.verdict import Repeated, counts, differences, idle, winner
+from sweeps.verdict import Repeated, counts, differences, idle, verdict, winner
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -468,6 +468,42 @@ def test_the_winner_is_best_by_the_seeds_that_all_have_and_failed_with_none(
     assert winner(settings, {}, dict(enumerate(repeats))) is None
     repeats += [again(8, 1, 1.0), again(8, 2, 1.0)]
     assert winner(settings, {}, dict(enumerate(repeats))) == 8
+
+
+def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_never_wins(
+    tmp_path: Path, corpus: Path
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+
+    def again(found: dict[int | None, list[float | None]]) -> dict[int, optuna.trial.FrozenTrial]:
+        whole = [(of, seed, v) for of, values in found.items() for seed, v in enumerate(values, 1)]
+        return {
+            place: optuna.trial.create_trial(
+                state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+                value=value,
+                user_attrs={"of": of, "seed": seed},
+            )
+            for place, (of, seed, value) in enumerate(whole)
+        }
+
+    own = [1.0, 1.5, 1.5]
+    assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [2.0]})) == 4
+    assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [0.5]})) == 4
+    assert winner(settings, {}, again({4: [1.0, 1.0], 9: [0.9, 1.2], 2: [0.5]})) == 4  # without the config
+
+    def trial(rate: float, value: float) -> optuna.trial.FrozenTrial:
+        chosen = {"optimizer.head_lr": rate, "model.dropout": 0.0}
+        kinds = {p.key: studies.distribution(p) for p in settings.space.parameters}
+        return optuna.trial.create_trial(params=chosen, distributions=kinds, value=value)
+
+    slots = {0: trial(0.01, 1.0), 2: trial(0.02, 3.0), 4: trial(0.03, 0.5), 5: trial(0.03, 0.5)}
+    assert winner(settings, slots, {}) == 4
+    assert winner(settings, slots, again({4: [None]})) == 0  # and 5 has its settings
+    assert winner(settings, slots, again({4: [None], None: [None]})) == 2
+    (sentence,) = verdict(settings, slots, again({4: [None], None: [None]}))
+    assert sentence.startswith("trial 2 has the best bits_per_byte of those that did not fail again; ")
+    del slots[2]
+    assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
 
 
 def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: Path, corpus: Path) -> None:
