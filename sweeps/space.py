@@ -179,7 +179,8 @@ class Space:
                 return next(named, None)
             value = values[parameter.key]
             if value is None and parameter.key.startswith("model."):  # a dropout that is not given
-                value = dropouts[parameter.key]
+                unread = base.train.base is not None and model.dropout is None  # it is the base's own
+                value = None if unread else dropouts[parameter.key]
             return value if parameter.holds(value) else None
 
         chosen = self.draw(values, choose)

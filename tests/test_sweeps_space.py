@@ -86,6 +86,10 @@ def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
     dropped = Config(model=ModelConfig(dropout=0.1))  # which embed_dropout follows as long as it is not given
     text = "model.embed_dropout: {float: [0, 0.3]}"
     assert space_of(text, dropped).default(dropped) == {"model.embed_dropout": 0.1}
+    on_a_base = TrainConfig(base="x")  # whose own dropout it is as long as none is given
+    assert space_of("model.dropout: [0.0, 0.3]").default(Config(train=on_a_base)) is None
+    given = Config(model=ModelConfig(dropout=0.1), train=on_a_base)
+    assert space_of(text, given).default(given) == {"model.embed_dropout": 0.1}
     arms = "arms: {small: {model.n_layer: 2}, own: {model.n_layer: 4, model.dropout: null}}"
     assert space_of(arms).default(Config()) == {"arms": "own"}
 
