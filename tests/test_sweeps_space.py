@@ -221,6 +221,20 @@ def test_sections_of_files_are_layered_and_flags_come_last(tmp_path: Any) -> Non
     assert (found.sweep.trials, found.sweep.workers, found.sweep.study) == (6, 3, "runs/sweep-two")
 
 
+def test_a_pruner_goes_by_validations_that_the_space_may_have(tmp_path: Any) -> None:
+    def pruner(space: str, *words: str) -> str:
+        path = tmp_path / "own.yaml"
+        path.write_text(f"max_steps: 9\nvalidate_every: 0\nspace: {{seed: [1, 2]{space}}}")
+        return parse_settings(["--config", str(path), *words]).sweep.pruner
+
+    assert pruner("") == "none"
+    assert pruner("", "--save_every", "3") == "median"
+    assert pruner(", validate_every: [0, 3]") == "median"
+    assert pruner(", validate_every: {int: [2, 3], when: {seed: 1}}", "--pruner", "patient") == "patient"
+    with pytest.raises(SystemExit):
+        pruner("", "--pruner", "patient")
+
+
 @pytest.mark.parametrize("name", ["sweep", "sweep_seed"])
 def test_the_spaces_that_come_along_can_be_built(name: str) -> None:
     found = parse_settings(["--config", f"recipes/{name}.yaml"])
