@@ -486,7 +486,7 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
             for place, (of, seed, value) in enumerate(whole)
         }
 
-    own = [1.0, 1.5, 1.5]
+    own: list[float | None] = [1.0, 1.5, 1.5]
     assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [2.0]})) == 4
     assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [0.5]})) == 4
     assert winner(settings, {}, again({4: [1.0, 1.0], 9: [0.9, 1.2], 2: [0.5]})) == 4  # without the config
