@@ -66,19 +66,19 @@ class Crew:
         self.deaths = 0
         self.sentence = ""  # the first worker's that ended with an error
         self.processes: list[Any] = []
-        self.mouths: list[Any] = []  # of each process the end of a pipe: all tell, one is shown
+        self.ears: dict[Any, Any] = {}  # of each process the end of a pipe: all tell, one is shown
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
         for _ in range(settings.sweep.workers):
-            self.processes.append(None)
-            self.mouths.append(None)
-            self.start(len(self.processes) - 1)
+            self.processes.append(self.started())
 
-    def start(self, place: int) -> None:
-        self.mouths[place], mouth = self.context.Pipe(duplex=False)
-        self.processes[place] = self.context.Process(target=start, args=(self.settings, mouth))
-        self.processes[place].start()
+    def started(self) -> Any:
+        ear, mouth = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=start, args=(self.settings, mouth))
+        process.start()
         mouth.close()
+        self.ears[process] = ear
+        return process
 
     def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
         self.asked += 1
@@ -92,7 +92,7 @@ class Crew:
             code = process.exitcode
             if code == 2 and not self.sentence:
                 try:
-                    self.sentence = self.mouths[place].recv()
+                    self.sentence = self.ears[process].recv()
                 except EOFError:
                     self.sentence = "a worker ended with exit code 2 and did not say why"
             if code in (None, 0, STOPPED, 2) or self.asked:
@@ -104,7 +104,8 @@ class Crew:
                     f"exit code was {code}"
                 )
             print(f"a worker died (exit code {code}); another one takes its trial up")
-            self.start(place)
+            del self.ears[process]
+            self.processes[place] = self.started()
         codes = [process.exitcode for process in self.processes]
         if 2 in codes and not self.asked:
             self.stop()
