@@ -64,15 +64,20 @@ class Crew:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.context = multiprocessing.get_context("spawn")
         self.deaths = 0
+        self.sentence = ""  # the first worker's that ended with an error
         self.processes: list[Any] = []
+        self.ears: dict[Any, Any] = {}  # of each process the end of a pipe: all tell, one is shown
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
         for _ in range(settings.sweep.workers):
             self.processes.append(self.started())
 
     def started(self) -> Any:
-        process = self.context.Process(target=start, args=(self.settings,))
+        ear, mouth = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=start, args=(self.settings, mouth))
         process.start()
+        mouth.close()
+        self.ears[process] = ear
         return process
 
     def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
@@ -85,6 +90,11 @@ class Crew:
         """The exit code of all once they have ended; those that were killed are started again."""
         for place, process in enumerate(self.processes):
             code = process.exitcode
+            if code == 2 and not self.sentence:
+                try:
+                    self.sentence = self.ears[process].recv()
+                except EOFError:
+                    self.sentence = "a worker ended with exit code 2 and did not say why"
             if code in (None, 0, STOPPED, 2) or self.asked:
                 continue
             self.deaths += 1
@@ -94,6 +104,7 @@ class Crew:
                     f"exit code was {code}"
                 )
             print(f"a worker died (exit code {code}); another one takes its trial up")
+            del self.ears[process]
             self.processes[place] = self.started()
         codes = [process.exitcode for process in self.processes]
         if 2 in codes and not self.asked:
@@ -140,7 +151,7 @@ def sweep(settings: Settings) -> int:
         crew.stop()
         raise
     if code == 2:
-        return 2
+        raise ValueError(crew.sentence)
     slots, repeated = trials.slots(), repeats.slots()
     if code == STOPPED:
         print(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")

@@ -38,7 +38,7 @@ class SweepConfig:
         workers: Processes on this machine, which share its cores.
         sampler: How settings are chosen: `tpe`, `random`, `grid`, `cmaes` or `gp`.
         pruner: What ends bad trials early: `median`, `hyperband`, `halving`, `patient` or `none`; `auto` is
-            median, and none with several objectives.
+            median, and none with several objectives or without validations on the way.
         objectives: `bits_per_byte` of validation, `parameters`, `tokens_per_second`; several give a front.
         sampler_seed: Of the sampler.
         repeat_best: How many of the best settings are trained again with other seeds, and the config itself.
@@ -117,17 +117,17 @@ def parse_settings(words: list[str]) -> Settings:
     try:
         values["objectives"] = tuple(values["objectives"])
         values.pop("config", None)
-        sweep = _checked(SweepConfig(**values), config, files[-1])
         if not sections["space"]:
             raise ValueError(
                 f"{files[-1]} has no `space:` section; say there what varies, such as "
                 "`optimizer.lr: {log: [1e-3, 1e-1]}`"
             )
         space = parse_space(sections["space"], config)
+        sweep = _checked(SweepConfig(**values), config, space, files[-1])
         _refuse_flags(space, rest)
         most = space.most_steps(config)
         if sweep.steps and not most:
-            raise ValueError("a budget of --steps needs --max_steps, the steps of one trial")
+            raise ValueError("a budget of --steps needs max_steps in the config, the steps of one trial")
         if sweep.steps and sweep.steps < most:
             raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {most}")
         if sweep.sampler == "grid":
@@ -184,7 +184,7 @@ def _refuse_flags(space: Space, words: list[str]) -> None:
                 raise ValueError(f"--{key} is set, and the space varies it; leave one of them out")
 
 
-def _checked(sweep: SweepConfig, config: Config, file: Path) -> SweepConfig:
+def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> SweepConfig:
     """With what was left open filled in; ValueError for what cannot be."""
     for name, least in (
         ("trials", 0),
@@ -213,7 +213,8 @@ def _checked(sweep: SweepConfig, config: Config, file: Path) -> SweepConfig:
             f"pruner {sweep.pruner} goes by bits_per_byte alone; take none with other objectives"
         )
     train = config.train
-    if sweep.pruner not in ("auto", "none") and not (train.validate_every or train.save_every):
+    validates = any(any(space.values(config, key)) for key in ("validate_every", "save_every"))
+    if sweep.pruner not in ("auto", "none") and not validates:
         raise ValueError(
             f"pruner {sweep.pruner} goes by validations on the way, and validate_every is 0; set one of them"
         )
@@ -226,5 +227,5 @@ def _checked(sweep: SweepConfig, config: Config, file: Path) -> SweepConfig:
     if not (sweep.trials or sweep.steps or sweep.seconds):
         filled["trials"] = TRIALS
     if sweep.pruner == "auto":
-        filled["pruner"] = "median" if by_loss else "none"
+        filled["pruner"] = "median" if by_loss and validates else "none"
     return SweepConfig(**asdict(sweep) | filled)

@@ -150,14 +150,20 @@ class Space:
             raise ValueError(f"{key} is set, but {reason}")
         return config
 
+    def values(self, base: Config, key: str) -> list[Any]:
+        """What a key of the config can be in a trial; of a range the two ends."""
+        found = [flat(base)[key]]
+        for parameter in self.parameters:
+            if parameter.key == key:
+                own = [*parameter.choices] or [parameter.low, parameter.high]
+                found = own + (found if parameter.when else [])  # where it does not vary it is as in `base`
+            elif key in next(iter(parameter.arms.values()), ()):
+                found = [arm[key] for arm in parameter.arms.values()]
+        return found
+
     def most_steps(self, base: Config) -> int:
         """Of one trial, the most that the space can ask for; 0 where a trial may have no such limit."""
-        found = [base.train.max_steps]
-        for parameter in self.parameters:
-            if parameter.key == "max_steps":
-                found = [*parameter.choices] or [int(parameter.low), int(parameter.high)]
-            elif "max_steps" in next(iter(parameter.arms.values()), ()):
-                found = [arm["max_steps"] for arm in parameter.arms.values()]
+        found = self.values(base, "max_steps")
         return max(found) if all(found) else 0
 
     def default(self, base: Config) -> dict[str, Any] | None:
@@ -173,7 +179,8 @@ class Space:
                 return next(named, None)
             value = values[parameter.key]
             if value is None and parameter.key.startswith("model."):  # a dropout that is not given
-                value = dropouts[parameter.key]
+                unread = base.train.base is not None and model.dropout is None  # it is the base's own
+                value = None if unread else dropouts[parameter.key]
             return value if parameter.holds(value) else None
 
         chosen = self.draw(values, choose)

@@ -110,7 +110,17 @@ def _opened(url: str, folder: Path) -> BaseStorage:
 
 def shown(url: str, folder: Path) -> str:
     """The storage as messages name it, without its password."""
-    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url) if url else str(folder / JOURNAL)
+    return _without_password(url) if url else str(folder / JOURNAL)
+
+
+def _without_password(url: str) -> str:
+    """Too much is hidden rather than too little: a password may hold every sign that ends one.
+
+    An @ is no password's end only where it stands after `HOST/DATABASE?NAME=`, with no / after it.
+    """
+    found = re.search(r"(?:@[^/?@]*|://[^/?:@]*:\d+)(/[^/?@]*\?\w+=[^@]*@[^/]*)$", url)
+    options = found[1] if found else ""
+    return re.sub(r"(://[^/:]*):.*@", r"\1:***@", url.removesuffix(options)) + options
 
 
 def failures() -> tuple[type[BaseException], ...]:
@@ -140,7 +150,7 @@ def _first_line(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
     details = getattr(cause, "details", None)
     text = str(details() if callable(details) else cause).strip() or type(cause).__name__
-    return re.sub(r"(://[^/@:\s]*):\S*@", r"\1:***@", text.splitlines()[0])
+    return re.sub(r"\S+://\S+", lambda word: _without_password(word[0]), text.splitlines()[0])
 
 
 def patiently(call: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:

@@ -77,10 +77,10 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings)
 
 def refuse_other_data(study: optuna.Study, fingerprint: str) -> None:
     """ValueError if the study's trials read other data, wherever it lay."""
-    known = study.user_attrs.get("data")
-    if known is None:
+    if "data" not in study.user_attrs:
         study.set_user_attr("data", fingerprint)
-    elif known != fingerprint:
+    known = study.user_attrs["data"]  # of two that began at once, the later one's
+    if known != fingerprint:
         raise ValueError(
             f"the study {study.study_name} has other data: its fingerprint was {known[:12]} and is "
             f"{fingerprint[:12]} now; restore it, or name another --study"

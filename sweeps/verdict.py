@@ -89,18 +89,25 @@ def differences(found: Mapping[int | None, Repeated]) -> list[Difference]:
 def winner(
     settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> int | None:
-    """The slot with the best mean over the other seeds, else the best trial; None is the config itself.
+    """The slot that is best with the other seeds, else the best trial; None is the config itself.
 
-    Compared by the seeds that all have: time may end before the last turn. One that failed once is out.
+    Time may end before the last turn: those compete that share the most seeds with the config itself (or have
+    the most, where it has none), by the seeds that they all have. One that failed once is out.
     """
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     failed = {r.user_attrs["of"] for r in repeats.values() if r.state == TrialState.FAIL}
-    found = {of: one for of, one in repeated(settings, repeats).items() if of not in failed}
-    shared = set.intersection(*(set(one.values) for one in found.values())) if found else set()
+    found = {of: one.values for of, one in repeated(settings, repeats).items() if of not in failed}
+    seeds = {of: set(values) & set(found.get(None, values)) for of, values in found.items()}
+    most = max((len(own) for of, own in seeds.items() if of is not None), default=0)
+    seeds = {of: own for of, own in seeds.items() if of is None or len(own) == most}
+    shared = set.intersection(*seeds.values()) if seeds else set()
     if shared:
-        return min(found, key=lambda of: sign * statistics.fmean(found[of].values[s] for s in shared))
+        return min(seeds, key=lambda of: sign * statistics.fmean(found[of][s] for s in shared))
+    out = [chosen_of(settings, r.params) for slot, r in slots.items() if slot in failed]
+    out += [settings.space.default(settings.config)] if None in failed else []
     done = [(sign * r.values[0], slot) for slot, r in slots.items() if r.state == TrialState.COMPLETE]
-    return min(done)[1] if done else None
+    left = [pair for pair in done if chosen_of(settings, slots[pair[1]].params) not in out]
+    return min(left or done)[1] if done else None
 
 
 def config_of(settings: Settings, slots: Mapping[int, FrozenTrial], of: int | None) -> Config:
@@ -124,7 +131,10 @@ def verdict(
             if best is None or chosen_of(settings, slots[best].params) == default
             else f"trial {best}"
         )
-        return [f"{shown} has the best {name}; nothing was repeated, so whether it differs is not known"]
+        among = " of those that did not fail again" if repeats else ""
+        return [
+            f"{shown} has the best {name}{among}; nothing was repeated, so whether it differs is not known"
+        ]
     lines = []
     for of, one in sorted(found.items(), key=lambda pair: pair[1].mean):
         values = ", ".join(number(one.values[s]) for s in sorted(one.values))

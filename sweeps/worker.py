@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import optuna
@@ -312,8 +313,8 @@ def _say(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def start(settings: Settings) -> NoReturn:
-    """A worker's process; it exits with 0 where nothing is left to do, 75 if stopped, 2 for an error."""
+def start(settings: Settings, mouth: Connection) -> NoReturn:
+    """A worker's process, which exits with 0 where nothing is left, 75 if stopped, 2 for an error it told."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -332,6 +333,6 @@ def start(settings: Settings) -> NoReturn:
     except ValueError as error:
         if os.environ.get("PLUMB_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        mouth.send(str(error))
         sys.exit(2)
     sys.exit(0)

@@ -24,13 +24,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from scipy import stats
 
+import hyperparam_tune
 from config import parse_config
-from hyperparam_tune import finish
+from hyperparam_tune import Crew, finish
 from sweeps import study as studies
 from sweeps.board import Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies
-from sweeps.verdict import Repeated, counts, differences, idle, winner
+from sweeps.verdict import Repeated, counts, differences, idle, verdict, winner
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -190,6 +191,35 @@ def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corp
     (slot,) = slots_of(records(tmp_path)).values()
     assert is_open(slot) and slot.user_attrs["requeue"] == "it was stopped"
     assert max(slot.intermediate_values) >= 3
+
+
+@pytest.mark.slow
+def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus: Path) -> None:
+    path = tiny(tmp_path, corpus, sweep={"workers": 2})
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "logs").touch()  # where a folder must be
+    done = run("--config", path, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "study/logs cannot be used (" in done.stderr
+    assert all(is_open(record) for record in slots_of(records(tmp_path)).values())  # nothing is lost
+
+
+def silent(settings: Settings, mouth: Any) -> None:
+    os._exit(2)
+
+
+def test_a_worker_that_ends_without_a_word_is_told_of(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hyperparam_tune, "start", silent)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus))]))
+        crew.processes[0].join()
+        assert crew.look() == 2 and crew.sentence == "a worker ended with exit code 2 and did not say why"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 PROXY = """
@@ -377,6 +407,18 @@ def test_a_budget_in_steps_holds_the_longest_trial_of_the_space(tmp_path: Path, 
             parse_settings([*words, "23"])
 
 
+def test_a_budget_in_steps_holds_a_trial_whose_steps_do_not_vary(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sometimes = {"max_steps": {"int": [6, 24], "when": {"optimizer.name": "muon"}}}
+    space = sometimes | {"optimizer.name": ["adamw", "muon"]}
+    for own, sentence in ((1000, "30 steps does not hold one trial of 1000"), (0, "needs max_steps")):
+        path = tiny(tmp_path, corpus, space=space, max_steps=own)
+        with pytest.raises(SystemExit):
+            parse_settings(["--config", str(path), "--steps", "30"])
+        assert sentence in capsys.readouterr().err
+
+
 def replaced(record: optuna.trial.FrozenTrial, **attributes: Any) -> optuna.trial.FrozenTrial:
     return optuna.trial.create_trial(
         state=record.state, value=record.value, user_attrs=record.user_attrs | attributes
@@ -426,6 +468,42 @@ def test_the_winner_is_best_by_the_seeds_that_all_have_and_failed_with_none(
     assert winner(settings, {}, dict(enumerate(repeats))) is None
     repeats += [again(8, 1, 1.0), again(8, 2, 1.0)]
     assert winner(settings, {}, dict(enumerate(repeats))) == 8
+
+
+def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_never_wins(
+    tmp_path: Path, corpus: Path
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+
+    def again(found: dict[int | None, list[float | None]]) -> dict[int, optuna.trial.FrozenTrial]:
+        whole = [(of, seed, v) for of, values in found.items() for seed, v in enumerate(values, 1)]
+        return {
+            place: optuna.trial.create_trial(
+                state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+                value=value,
+                user_attrs={"of": of, "seed": seed},
+            )
+            for place, (of, seed, value) in enumerate(whole)
+        }
+
+    own: list[float | None] = [1.0, 1.5, 1.5]
+    assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [2.0]})) == 4
+    assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [0.5]})) == 4
+    assert winner(settings, {}, again({4: [1.0, 1.0], 9: [0.9, 1.2], 2: [0.5]})) == 4  # without the config
+
+    def trial(rate: float, value: float) -> optuna.trial.FrozenTrial:
+        chosen = {"optimizer.head_lr": rate, "model.dropout": 0.0}
+        kinds = {p.key: studies.distribution(p) for p in settings.space.parameters}
+        return optuna.trial.create_trial(params=chosen, distributions=kinds, value=value)
+
+    slots = {0: trial(0.01, 1.0), 2: trial(0.02, 3.0), 4: trial(0.03, 0.5), 5: trial(0.03, 0.5)}
+    assert winner(settings, slots, {}) == 4
+    assert winner(settings, slots, again({4: [None]})) == 0  # and 5 has its settings
+    assert winner(settings, slots, again({4: [None], None: [None]})) == 2
+    (sentence,) = verdict(settings, slots, again({4: [None], None: [None]}))
+    assert sentence.startswith("trial 2 has the best bits_per_byte of those that did not fail again; ")
+    del slots[2]
+    assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
 
 
 def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: Path, corpus: Path) -> None:

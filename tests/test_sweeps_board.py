@@ -18,7 +18,8 @@ from optuna.trial import TrialState
 
 from sweeps import board as boards
 from sweeps.board import PULSE, Board, Claim, Pulse, is_done, is_open, slots_of, spent_seconds
-from sweeps.storage import open_storage, shown
+from sweeps.storage import open_storage, shown, told
+from sweeps.study import refuse_other_data
 
 
 def study_in(url: str, folder: Path) -> optuna.Study:
@@ -233,6 +234,42 @@ def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path) -> None:
     assert path.read_text("utf-8") == "hello\nworld\n"
 
 
-def test_passwords_are_not_shown() -> None:
-    assert shown("mysql://me:se@cret@host/db", Path("x")) == "mysql://me:***@host/db"
-    assert shown("mysql://me:secret@host/db", Path("x")) == "mysql://me:***@host/db"
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("mysql://me:secret@host/db", "mysql://me:***@host/db"),
+        ("mysql://me:se@cret@host/db", "mysql://me:***@host/db"),
+        ("mysql://me@here:se@cret@host/db", "mysql://me@here:***@host/db"),
+        ("mysql://me:pw@h/db?x=y@z", "mysql://me:***@h/db?x=y@z"),
+        ("mysql://me:p@w@h:33/db?x=y&u=v@z", "mysql://me:***@h:33/db?x=y&u=v@z"),
+        ("mysql://me:se/cr?et@host/db?x=y@z", "mysql://me:***@host/db?x=y@z"),
+        ("mysql://me:s@e/c@ret@host/db", "mysql://me:***@host/db"),
+        ("mysql://me:s@e?c=ret@host/db", "mysql://me:***@host/db"),
+        ("mysql://me:54/cret@host/db", "mysql://me:***@host/db"),
+        ("mysql://me:54/s?e=cret@host/db", "mysql://me:***@host/db"),
+        ("postgresql://host:5432/db?options=a@b", "postgresql://host:5432/db?options=a@b"),
+        ("postgresql://me@host:5432/db?options=a@b", "postgresql://me@host:5432/db?options=a@b"),
+        ("postgresql://host/db?options=a:b@c", "postgresql://host/db?options=a:b@c"),
+    ],
+)
+def test_passwords_are_not_shown_and_hosts_are(url: str, text: str) -> None:
+    assert shown(url, Path("x")) == text
+    with pytest.raises(ValueError) as error, told("", Path("x")):
+        raise OSError(f"no answer from {url} in time")
+    assert f"no answer from {text} in time" in str(error.value)
+
+
+def test_of_two_that_begin_at_once_with_other_data_one_is_refused(tmp_path: Path) -> None:
+    one, other = study_in("", tmp_path), study_in("", tmp_path)
+    own, set_own = one.set_user_attr, other.set_user_attr
+
+    def both(key: str, value: str) -> None:
+        own(key, value)
+        set_own(key, "of the other")
+
+    one.set_user_attr = both
+    with pytest.raises(
+        ValueError, match="has other data: its fingerprint was of the other and is of one now"
+    ):
+        refuse_other_data(one, "of one")
+    refuse_other_data(other, "of the other")

@@ -86,6 +86,10 @@ def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
     dropped = Config(model=ModelConfig(dropout=0.1))  # which embed_dropout follows as long as it is not given
     text = "model.embed_dropout: {float: [0, 0.3]}"
     assert space_of(text, dropped).default(dropped) == {"model.embed_dropout": 0.1}
+    on_a_base = TrainConfig(base="x")  # whose own dropout it is as long as none is given
+    assert space_of("model.dropout: [0.0, 0.3]").default(Config(train=on_a_base)) is None
+    given = Config(model=ModelConfig(dropout=0.1), train=on_a_base)
+    assert space_of(text, given).default(given) == {"model.embed_dropout": 0.1}
     arms = "arms: {small: {model.n_layer: 2}, own: {model.n_layer: 4, model.dropout: null}}"
     assert space_of(arms).default(Config()) == {"arms": "own"}
 
@@ -215,6 +219,20 @@ def test_sections_of_files_are_layered_and_flags_come_last(tmp_path: Any) -> Non
     assert found.config.optimizer.head_lr == 0.01
     assert {p.key: p.choices for p in found.space.parameters} == {"seed": (3, 4), "optimizer.head_lr": ()}
     assert (found.sweep.trials, found.sweep.workers, found.sweep.study) == (6, 3, "runs/sweep-two")
+
+
+def test_a_pruner_goes_by_validations_that_the_space_may_have(tmp_path: Any) -> None:
+    def pruner(space: str, *words: str) -> str:
+        path = tmp_path / "own.yaml"
+        path.write_text(f"max_steps: 9\nvalidate_every: 0\nspace: {{seed: [1, 2]{space}}}")
+        return parse_settings(["--config", str(path), *words]).sweep.pruner
+
+    assert pruner("") == "none"
+    assert pruner("", "--save_every", "3") == "median"
+    assert pruner(", validate_every: [0, 3]") == "median"
+    assert pruner(", validate_every: {int: [2, 3], when: {seed: 1}}", "--pruner", "patient") == "patient"
+    with pytest.raises(SystemExit):
+        pruner("", "--pruner", "patient")
 
 
 @pytest.mark.parametrize("name", ["sweep", "sweep_seed"])
