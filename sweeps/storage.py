@@ -86,7 +86,13 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     with told(url, folder):
         try:
             return _opened(url, folder)
-        except (ValueError, AssertionError, KeyError, ImportError) as error:  # no journal, no driver
+        except ImportError as error:
+            lacking = getattr(error.__cause__, "name", None) or _first_line(error)
+            raise ValueError(
+                f"the storage {shown(url, folder)} cannot be opened: its driver {lacking} is not installed; "
+                "install it with pip, or name another as in postgresql+psycopg2://"
+            ) from None
+        except (ValueError, AssertionError, KeyError) as error:  # no journal
             raise ValueError(
                 f"the storage {shown(url, folder)} cannot be opened ({_first_line(error)}); name another"
             ) from None

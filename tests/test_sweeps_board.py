@@ -216,6 +216,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
         ("study.db", "is no URL"),
         ("sqlite:////nowhere/at/all/s.db", "cannot be used"),
         ("postgresql://me:secret@localhost:1/s", "cannot be"),
+        ("mysql+pymysql://me:secret@localhost/s", "its driver pymysql is not installed; install it with pip"),
         ("nosuch://x", "cannot be"),
         ("grpc://:x", "cannot be"),
     ],
