@@ -35,7 +35,7 @@ if SETTINGS is not None and SETTINGS.compare:
     with one_sentence():
         from suites.comparing import compare_files
 
-        print(compare_files(SETTINGS.compare))
+        print(compare_files(SETTINGS.compare, SETTINGS.suite))
         sys.exit()
 
 import math
@@ -68,6 +68,7 @@ from suites.prompts import variant_names, with_prompts
 from suites.results import rewrite_page, table, write_results
 from suites.scoring import (
     SUITES,
+    TOKENS,
     Predictions,
     metric_names,
     read_predictions,
@@ -76,7 +77,7 @@ from suites.scoring import (
 )
 from suites.subject import Subject, data_config, data_of, open_published, published_name
 from suites.task import Given, Task, answers
-from suites.tasks import OF_FILES, TASKS, TOKENS, suite_names
+from suites.tasks import OF_FILES, TASKS, suite_names
 from suites.tokens import (
     add_intervals,
     model_scores,
@@ -156,9 +157,10 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
     )
     models = judges(subject, settings)
     worded = worded_tasks(run, subject, data, settings)
+    tasks = tasks_of(names, subject, data, settings)  # what cannot be asked is told before anything is
     if TOKENS in names:
         add_token_scores(result, subject, data, baseline, settings)
-    add_suites(result, subject, names, data, baseline, settings, models)
+    add_suites(result, subject, tasks, data, baseline, settings, models)
     if worded:
         result["prompts"] = {
             name: suite_record(result, task, subject, data, baseline, settings, models)
@@ -192,7 +194,8 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
             "published": {"model": settings.model, "adapter": settings.adapter},
             "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
         }
-    add_suites(result, subject, names, None, None, settings, judges(subject, settings))
+    tasks = tasks_of(names, subject, None, settings)
+    add_suites(result, subject, tasks, None, None, settings, judges(subject, settings))
     return result
 
 
@@ -229,10 +232,20 @@ def add_token_scores(
     add_intervals(result, documents, settings.seed)
 
 
+def tasks_of(
+    names: tuple[str, ...], subject: Subject | None, data: PreparedData | None, settings: EvalConfig
+) -> dict[str, Task]:
+    """The tasks of the suites, by name. Raises ValueError where one cannot be asked."""
+    names = tuple(name for name in names if name != TOKENS)
+    if settings.predictions is not None and len(names) > 1:
+        raise ValueError(f"--predictions are of one suite, and --suite names {len(names)}; name one")
+    return {name: task_of(name, subject, data, settings) for name in names}
+
+
 def add_suites(
     result: dict[str, Any],
     subject: Subject | None,
-    names: tuple[str, ...],
+    tasks: dict[str, Task],
     data: PreparedData | None,
     baseline: NGramModel | None,
     settings: EvalConfig,
@@ -241,12 +254,8 @@ def add_suites(
     """Put the scores of texts, and every prediction, into `result["suite"]`, those of further suites into
     `result["more_suites"]`, and why a suite has none into `result["suite_left_out"]`.
     """
-    names = tuple(name for name in names if name != TOKENS)
-    if settings.predictions is not None and len(names) > 1:
-        raise ValueError(f"--predictions are of one suite, and --suite names {len(names)}; name one")
     records, left_out = [], []
-    for name in names:
-        task = task_of(name, subject, data, settings)
+    for name, task in tasks.items():
         if len(task.examples) < 2:
             side = "its file has"
             if data is not None and name not in OF_FILES:

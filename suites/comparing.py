@@ -23,7 +23,7 @@ import numpy as np
 from metrics.intervals import compare
 from metrics.registry import Scored
 from suites.records import read_evaluation, scored_again
-from suites.scoring import SUITES, aligned, suites_of
+from suites.scoring import SUITES, TOKENS, aligned, suites_of
 
 LETTERS = "ABCDEFGH"
 SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs
@@ -55,15 +55,16 @@ def columns_of(label: str, record: dict[str, Any], prompt: str | None = None) ->
     ]
 
 
-def compare_files(paths: Sequence[str]) -> str:
+def compare_files(paths: Sequence[str], suite: str = "") -> str:
     """The table and the verdicts of several evaluations.
 
     Args:
         paths: Run folders or eval.json files, each with `:NAME` behind it for the predictions that prompts of
             that name had. So `a:verbose b:simple` are compared though they were asked in other words.
+        suite: Names between commas, as of `--suite`; "" for all that they hold.
 
     Raises:
-        ValueError: fewer than two, one cannot be read, or they were not measured alike.
+        ValueError: fewer than two, one cannot be read or lacks a suite, or they were not measured alike.
     """
     if len(paths) < 2:
         raise ValueError(f"--compare has {len(paths)} evaluation to compare: name two or more")
@@ -75,7 +76,7 @@ def compare_files(paths: Sequence[str]) -> str:
         evaluation = read_evaluation(path)
         label = letter if prompt is None else f"{letter} {prompt}"
         try:
-            asked.append((label, prompt, _records(evaluation, prompt)))
+            asked.append((label, prompt, _chosen(_records(evaluation, prompt), suite)))
             step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
             legend.append(f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}")
         except (KeyError, TypeError, AttributeError) as error:
@@ -84,7 +85,7 @@ def compare_files(paths: Sequence[str]) -> str:
             raise ValueError(f"{path}: {error}") from None
         evaluations.append((letter, evaluation))
     try:
-        lines = [*legend, *_token_lines(evaluations)]
+        lines = [*legend, *(_token_lines(evaluations) if TOKENS in suite or not suite else [])]
         (first, _, records), *others = asked
         for label, _, found in others:
             if list(found) != list(records):
@@ -118,6 +119,21 @@ def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[s
             f"it was not asked with prompts called {prompt!r} (there are {names}); evaluate with --prompts"
         )
     return {held[prompt]["suite"]: held[prompt]}
+
+
+def _chosen(records: dict[str, dict[str, Any]], suite: str) -> dict[str, dict[str, Any]]:
+    """Of these suites those that are asked for. Raises ValueError where one is not there."""
+    if not suite:
+        return records
+    found: dict[str, dict[str, Any]] = {}
+    for asked in map(str.strip, suite.split(",")):
+        own = {name: r for name, r in records.items() if name == asked or name.startswith(f"{asked}_")}
+        if not own and asked != TOKENS:
+            raise ValueError(
+                f"it holds no suite {asked!r} but {', '.join(records)}; evaluate with --suite {asked}"
+            )
+        found |= own
+    return found
 
 
 def _path_and_prompt(given: str) -> tuple[Path, str | None]:
@@ -187,16 +203,21 @@ def _baselines(columns: Sequence[Column]) -> list[tuple[str, dict[str, Scored]]]
 def _refuse_unlike(one: Column, other: Column) -> None:
     """Raises ValueError, with both values, for what must be equal if a difference is to mean anything."""
 
-    def refuse(what: str, ours: Any, theirs: Any) -> None:
+    def refuse(what: str, ours: Any, theirs: Any, flag: str = "") -> None:
         if ours != theirs:
             raise ValueError(
                 f"{one.label} and {other.label} cannot be compared: {what} is {_short(ours)} in one and "
-                f"{_short(theirs)} in the other; evaluate both alike"
+                f"{_short(theirs)} in the other; evaluate both alike{flag}"
             )
 
     ours, theirs = one.record, other.record
-    for key in ("suite", "language", "max_new_tokens", "stop", "sampling", "draws"):
+    for key in ("suite", "language", "stop", "sampling", "draws"):
         refuse(key, ours.get(key), theirs.get(key))
+    limits = [record.get("max_new_tokens") for record in (ours, theirs)]
+    # The limit that is not given is of the tokenizer's own tokens.
+    refuse(
+        "max_new_tokens", *limits, flag=f", as by --max_new_tokens {max(filter(None, limits), default=64)}"
+    )
     refuse("the list of metrics", sorted(ours["signatures"]), sorted(theirs["signatures"]))
     for name, signature in ours["signatures"].items():
         refuse(f"the signature of {name}", signature, theirs["signatures"][name])

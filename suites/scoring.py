@@ -91,6 +91,7 @@ class Suite:
         return not self.metrics
 
 
+TOKENS = "next_token"  # the token scores, which are of no suite
 GAP_METRICS = ("exact_match", "edit_similarity", "chrf")
 SUITES = {
     suite.name: suite

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 
 from suites import codexglue, gaps, lines, pairs, programs
-from suites.scoring import SUITES
+from suites.scoring import SUITES, TOKENS
 from suites.task import Given, Task
 
 TASKS: dict[str, Callable[[Given], Task]] = {
@@ -22,7 +22,6 @@ TASKS: dict[str, Callable[[Given], Task]] = {
     "humaneval_infilling": programs.infilling_task,
 }
 assert set(TASKS) == set(SUITES)
-TOKENS = "next_token"  # the token scores, which are of no task
 OF_FILES = {"codexglue_method", "codexglue_line", "humaneval", "mbpp", "humaneval_infilling"}
 TOGETHER = {"fim": ("fim_line", "fim_lines", "fim_span")}
 

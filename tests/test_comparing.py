@@ -142,6 +142,20 @@ def test_programs_are_compared_by_the_results_of_their_runs(tmp_path):
         compare_files(write(tmp_path / "again", *found))
 
 
+def test_only_the_suites_that_are_asked_for_are_compared(tmp_path):
+    a, b = evaluation(1, 0.2), evaluation(2, 0.9)
+    gap = {**a["suite"], "suite": "fim_line"}
+    paths = write(tmp_path, a | {"more_suites": [gap]}, b)
+    with pytest.raises(ValueError, match="the suites are pairs, fim_line in one and pairs in the other"):
+        compare_files(paths)
+    assert (
+        compare_files(paths, "pairs").splitlines()[3:]
+        == compare_files(write(tmp_path / "a", a, b)).splitlines()[3:]
+    )
+    with pytest.raises(ValueError, match=r"run1.eval.json: it holds no suite .fim. but pairs"):
+        compare_files(paths, "fim")
+
+
 def test_wordings_are_compared_by_name_and_only_so(tmp_path):
     """The two by two table: base and tuned, verbose and simple."""
     a, b = evaluation(1, 0.9, 0.1), evaluation(2, 0.5, 0.4, prompt="in a few words, say")
@@ -173,7 +187,11 @@ def changed(found: dict[str, Any], *keys: Any, to: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "value", "says"),
     [
-        (("suite", "max_new_tokens"), 64, "max_new_tokens is 9 in one and 64 in the other"),
+        (
+            ("suite", "max_new_tokens"),
+            64,
+            "max_new_tokens is 9 in one and 64 in the other; evaluate both alike, as by --max_new_tokens 64",
+        ),
         (("suite", "language"), "kotlin", "language is 'python' in one and 'kotlin'"),
         (("suite", "sampling"), {"temperature": 0.8}, "sampling is None in one and {'temperature': 0.8}"),
         (("suite", "signatures", "chrf"), "chrf|2.6", "signature of chrf is 'chrf|"),

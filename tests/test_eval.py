@@ -338,6 +338,12 @@ def refusal(settings: EvalConfig, capsys) -> str:
     return said.err
 
 
+def test_a_suite_that_cannot_be_asked_is_told_before_others_take_time(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "add_token_scores", lambda *_: pytest.fail("scored before"))
+    said = refusal(here(run, suite="next_token,next_line,fim", samples=4), capsys)
+    assert "has no fill-in-the-middle tokens" in said
+
+
 def test_changed_data_are_refused(run, capsys):
     train = run.parent / "corpus" / "m0.py"
     train.write_text(train.read_text("utf-8") + "x = 1\n", "utf-8")
