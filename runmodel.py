@@ -282,7 +282,11 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
         manifest = first_whole(found, path)
     tokenizer = read_run_file(folder / "tokenizer", load_tokenizer)
     if tokenizer.fingerprint != fingerprints["tokenizer"]:
-        raise ValueError(f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with")
+        raise ValueError(
+            f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with: its fingerprint is "
+            f"{tokenizer.fingerprint[:12]}, and that of training was {fingerprints['tokenizer'][:12]}; "
+            "restore it from a copy"
+        )
     tokenizer = tokenizer.with_start()
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(

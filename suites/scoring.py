@@ -363,9 +363,16 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
         ValueError: it cannot be read, a line is something else, or there are more or fewer than examples.
     """
     try:
-        lines = Path(path).read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        held = Path(path).read_bytes()
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    try:
+        lines = held.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        line = held.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line} is no UTF-8 (byte 0x{held[error.start]:02x}): write the file in UTF-8"
+        ) from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if len(numbered) != len(examples):
         raise ValueError(

@@ -354,8 +354,14 @@ def test_changed_data_are_refused(run, capsys):
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(run, capsys):
-    CodeTokenizer(["def"], [], []).save(run / "tokenizer")
-    assert "tokenizer" in refusal(here(run), capsys)
+    other = CodeTokenizer(["def"], [], [])
+    other.save(run / "tokenizer")
+    was = json.loads((run / "fingerprints.json").read_text("utf-8"))["tokenizer"]
+    said = refusal(here(run), capsys)
+    assert (
+        f"its fingerprint is {other.fingerprint[:12]}, and that of training was {was[:12]}; restore it"
+        in said
+    )
 
 
 def test_a_run_without_a_checkpoint_is_named(run, capsys):
