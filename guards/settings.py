@@ -155,6 +155,9 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
         )
 
 
+LEAST_DROPPED = 20  # elements of a pass; that none is dropped in two has a chance of e^-40
+
+
 def dropout_faults(subject: Subject) -> Iterator[Fault]:
     batch, model = affordable(subject, subject.micro_batch(0), PART), subject.config.model
 
@@ -167,9 +170,11 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
                 )
         return torch.equal(first, second)
 
+    elements = batch.tokens.numel() * subject.model.config.n_embd
     for name, p, block, kept in dropout_sites(subject):
         with kept, through(subject.model, {block}):
-            if p and twice(training=True):
+            # A p that drops next to nothing of this batch leaves two passes equal by chance.
+            if p * elements > LEAST_DROPPED and twice(training=True):
                 yield Fault(
                     "dropout-ignored",
                     f"dropout of {name} is {p} and two passes with it alone are equal",

@@ -111,7 +111,16 @@ def _opened(url: str, folder: Path) -> BaseStorage:
         return proxy
     # SQLite waits for its lock 5 s by default, which many workers may take together.
     options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
-    return optuna.storages.get_storage(RDBStorage(url, engine_kwargs=options))
+    tries = 5
+    while True:
+        try:
+            return optuna.storages.get_storage(RDBStorage(url, engine_kwargs=options))
+        except failures() as error:
+            # Commands that begin at once all make the tables, and the later ones find some there.
+            tries -= 1
+            if not tries or not re.search("already exists|unique", str(error), re.IGNORECASE):
+                raise
+        time.sleep(1)
 
 
 def shown(url: str, folder: Path) -> str:

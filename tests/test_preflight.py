@@ -130,6 +130,7 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
     {"model": {"norm_weight": True}, "optimizer": {"name": "adamw", "lr": 1e-4, "warmup_steps": 20_000}},
     {"optimizer": {"label_smoothing": 0.1}, "train": {"precision": "bf16"}},
     {"train": {"max_steps": 2}},
+    {"model": {"dropout": 3.4e-5}, "train": {"max_steps": 2}},
     {"model": {"sliding_window": 5, "window_layers": (0,), "head_bias": True, "attention_dropout": 0.0}},
     {"model": {"sliding_window": 3, "n_layer": 1, "embed_dropout": 0.3, "dropout": 0.0}},
     {"model": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_context": 32}},

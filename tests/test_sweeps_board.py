@@ -210,6 +210,17 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
     assert study_in("", tmp_path).user_attrs == {"a": 1}
 
 
+def test_commands_that_begin_at_once_share_a_new_database(tmp_path: Path) -> None:
+    url, start = f"sqlite:///{tmp_path / 's.db'}", time.time() + 0.5
+
+    def begin() -> None:
+        time.sleep(start - time.time())
+        open_storage(url, tmp_path)
+
+    children = [forked(begin) for _ in range(6)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+
+
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
