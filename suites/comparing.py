@@ -23,7 +23,7 @@ import numpy as np
 from metrics.intervals import compare
 from metrics.registry import Scored
 from suites.records import read_evaluation, scored_again
-from suites.scoring import SUITES, TOKENS, aligned, suites_of
+from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, suites_of
 
 LETTERS = "ABCDEFGH"
 SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs
@@ -127,7 +127,7 @@ def _chosen(records: dict[str, dict[str, Any]], suite: str) -> dict[str, dict[st
         return records
     found: dict[str, dict[str, Any]] = {}
     for asked in map(str.strip, suite.split(",")):
-        own = {name: r for name, r in records.items() if name == asked or name.startswith(f"{asked}_")}
+        own = {name: records[name] for name in TOGETHER.get(asked, (asked,)) if name in records}
         if not own and asked != TOKENS:
             raise ValueError(
                 f"it holds no suite {asked!r} but {', '.join(records)}; evaluate with --suite {asked}"

@@ -92,6 +92,7 @@ class Suite:
 
 
 TOKENS = "next_token"  # the token scores, which are of no suite
+TOGETHER = {"fim": ("fim_line", "fim_lines", "fim_span")}  # suites that one name asks for
 GAP_METRICS = ("exact_match", "edit_similarity", "chrf")
 SUITES = {
     suite.name: suite

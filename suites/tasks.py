@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 
 from suites import codexglue, gaps, lines, pairs, programs
-from suites.scoring import SUITES, TOKENS
+from suites.scoring import SUITES, TOGETHER, TOKENS
 from suites.task import Given, Task
 
 TASKS: dict[str, Callable[[Given], Task]] = {
@@ -23,7 +23,6 @@ TASKS: dict[str, Callable[[Given], Task]] = {
 }
 assert set(TASKS) == set(SUITES)
 OF_FILES = {"codexglue_method", "codexglue_line", "humaneval", "mbpp", "humaneval_infilling"}
-TOGETHER = {"fim": ("fim_line", "fim_lines", "fim_span")}
 
 
 def suite_names(asked: str) -> tuple[str, ...]:

@@ -154,6 +154,11 @@ def test_only_the_suites_that_are_asked_for_are_compared(tmp_path):
     )
     with pytest.raises(ValueError, match=r"run1.eval.json: it holds no suite .fim. but pairs"):
         compare_files(paths, "fim")
+    both = write(tmp_path / "b", *(found | {"more_suites": [gap]} for found in (a, b)))
+    assert compare_files(both, "fim") == compare_files(both, "fim_line") != compare_files(both, "pairs")
+    a["suite"]["suite"] = b["suite"]["suite"] = "humaneval_infilling"
+    with pytest.raises(ValueError, match="it holds no suite 'humaneval' but humaneval_infilling"):
+        compare_files(write(tmp_path / "c", a, b), "humaneval")
 
 
 def test_wordings_are_compared_by_name_and_only_so(tmp_path):
