@@ -36,7 +36,7 @@ def draw(
             paths.append(path)
         except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:  # too few trials for it
             missing.append(f"{name}: not drawn ({' '.join(str(error).split())})")
-    write_atomically(folder / "report.html", page(folder.name, texts + missing, paths))
+    write_atomically(folder / "report.html", page(settings.sweep.name, texts + missing, paths))
     write_hparams(settings, slots, folder / "tensorboard")
     return paths
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +30,8 @@ class SweepConfig:
 
     Args:
         study: Folder of the sweep: runs, journal, table, pictures and the best config. The same command goes
-            on with the study that is there. By default `runs/sweep`, with the name of the config file.
+            on with the study that is there. By default `runs/sweep`, with the name of the config file. The last
+            part is the study's name in the storage.
         storage: `journal:FILE`, `grpc://HOST:PORT`, or any URL that Optuna knows (`sqlite:///FILE`,
             `postgresql://...`); by default a journal in the study's folder.
         trials: Budget in trials; 30 where no other is set.
@@ -63,6 +65,11 @@ class SweepConfig:
     @property
     def folder(self) -> Path:
         return Path(self.study)
+
+    @property
+    def name(self) -> str:
+        """Of the study in its storage: the folder's last part, of `.` too."""
+        return Path(os.path.abspath(self.study)).name  # not resolve(): a link keeps its own name
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,8 @@ def parse_settings(words: list[str]) -> Settings:
         values.pop("config", None)
         if not sections["space"]:
             raise ValueError(
-                f"{files[-1]} has no `space:` section; say there what varies, such as "
-                "`optimizer.lr: {log: [1e-3, 1e-1]}`"
+                f"{' and '.join(map(str, files))}: there is no section `space:`, or it is empty; say there "
+                "what varies, such as `optimizer.lr: {log: [1e-3, 1e-1]}`"
             )
         space = parse_space(sections["space"], config)
         sweep = _checked(SweepConfig(**values), config, space, files[-1])
@@ -129,7 +136,10 @@ def parse_settings(words: list[str]) -> Settings:
         if sweep.steps and not most:
             raise ValueError("a budget of --steps needs max_steps in the config, the steps of one trial")
         if sweep.steps and sweep.steps < most:
-            raise ValueError(f"the budget of {sweep.steps} steps does not hold one trial of {most}")
+            raise ValueError(
+                f"--steps is {sweep.steps}, and one trial may take {most} of them, its max_steps; set "
+                f"--steps to {most} at least, or max_steps to {sweep.steps} at most"
+            )
         if sweep.sampler == "grid":
             space.grid(config)
         return Settings(sweep, space, config)
@@ -152,7 +162,7 @@ def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[st
     if not isinstance(values, dict):
         return ["--config", path]
     for name, known in sections.items():
-        found = values.pop(name, {})
+        found = values.pop(name, None) or {}  # a section whose lines are all comments is null
         if not isinstance(found, dict):
             print(f"error: {name} in {path} must be a mapping of keys to values", file=sys.stderr)
             sys.exit(2)

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
+
 from config import CONFIG_GROUPS, Config, check_ranges, unused_keys
 from runfolder import FREE, KEY_CLASSES, flat
 
@@ -213,12 +215,17 @@ class Space:
             yield from self._walk(base, {**before, branch: value}, values)
 
     def check(self, base: Config) -> int:
-        """Look at combinations of choices with the ends of each range; returns how many cannot be built.
+        """Look at combinations of choices with the ends of each range, and what a `when` names between them;
+        returns how many cannot be built.
 
         Raises:
             ValueError: A value can be built in none of them, so it contradicts the config.
         """
         ends = {p.key: p.choices or (p.low, p.high) for p in self.parameters}
+        for key, named in (pair for p in self.parameters for pair in p.when.items()):
+            parent = next((p for p in self.parameters if p.key == key and not p.choices), None)
+            if parent is not None:
+                ends[key] = tuple(dict.fromkeys((*ends[key], *filter(parent.holds, named))))
         values, drawn = flat(base), random.Random(0)
         tried: list[dict[str, Any]] = list(itertools.islice(self._walk(values, {}, ends), COMBINATIONS + 1))
         if len(tried) > COMBINATIONS:
@@ -328,14 +335,19 @@ def _parameter(key: str, spec: Any) -> Parameter:
     spec = {"choice": spec} if isinstance(spec, list) else spec
     ways = f"{key}: a list of choices, or one of {{log: [low, high]}}, {{float: ...}}, {{int: ...}}"
     if not isinstance(spec, dict):
-        raise ValueError(f"space: {key} is {spec!r}; write {ways}")
-    extra = {"when": (), "step": ("int",), "points": ("int", "float", "log")}
+        raise ValueError(f"space: {key} is {flow(spec)}; write {ways}")
+    goes_with = {"when": KINDS, "step": ("int",), "points": ("int", "float", "log")}
     kinds = [name for name in spec if name in KINDS]
-    if len(kinds) != 1 or any(
-        name not in KINDS and (name not in extra or (extra[name] and kinds[0] not in extra[name]))
-        for name in spec
-    ):
-        raise ValueError(f"space: {key} is {spec!r}; write {ways}, and beside it `when`, `step` or `points`")
+    if len(kinds) != 1 or any(name not in KINDS and name not in goes_with for name in spec):
+        raise ValueError(
+            f"space: {key} is {flow(spec)}; write {ways}, and beside it `when`, `step` or `points`"
+        )
+    wrong = next((name for name in spec if name not in KINDS and kinds[0] not in goes_with[name]), None)
+    if wrong is not None:
+        raise ValueError(
+            f"space: {key} has `{wrong}` beside `{kinds[0]}`; it goes with "
+            f"{' and '.join(goes_with[wrong])} alone"
+        )
     kind, when = kinds[0], _when(key, spec.get("when", {}))
     if kind == "choice":
         return Parameter(key, "choice", choices=_choices(key, spec["choice"]), when=when)
@@ -344,14 +356,20 @@ def _parameter(key: str, spec: Any) -> Parameter:
     if not whole and _type_of(key) is not float:
         raise ValueError(f"space: {key} is no number, so it has no range; write a list of choices")
     if kind == "float" and whole:
-        raise ValueError(f"space: {key} is a whole number; write {{int: [{low:g}, {high:g}]}}")
+        raise ValueError(f"space: {key} is a whole number; write {{int: [{low:.15g}, {high:.15g}]}}")
     if (kind == "int" or whole) and (low != int(low) or high != int(high)):
-        raise ValueError(f"space: {key} goes from {low:g} to {high:g}, and both must be whole numbers")
+        raise ValueError(f"space: {key} goes from {low:.15g} to {high:.15g}, and both must be whole numbers")
     if kind == "log" and low <= 0:
-        raise ValueError(f"space: {key} goes from {low:g} on a log scale; it must begin above 0")
+        raise ValueError(f"space: {key} goes from {low:.15g} on a log scale; it must begin above 0")
     step, points = spec.get("step", 1), spec.get("points", 0)
-    if type(step) is not int or step < 1 or (kind == "int" and (high - low) % step):
-        raise ValueError(f"space: {key} goes from {low:g} to {high:g}, of which {step} is no step")
+    if type(step) is not int or step < 1:
+        raise ValueError(f"space: {key} has the step {step!r}; it must be a whole number from 1 on")
+    if kind == "int" and (over := (high - low) % step):
+        ends = [f"{end:.15g}" for end in (high - over, high - over + step) if end > low]
+        raise ValueError(
+            f"space: {key} goes from {low:.15g} to {high:.15g}, which steps of {step} do not meet; let it "
+            f"end at {' or '.join(ends)}"
+        )
     if type(points) is not int or points < 0 or points == 1:
         raise ValueError(f"space: {key} has {points!r} points; they must be at least 2")
     if kind == "int" or whole:
@@ -370,10 +388,12 @@ def _ends(key: str, ends: Any) -> tuple[float, float]:
         raise ValueError(f"space: {key} goes from {low} to {high}; both must be finite")
     if low == high:
         raise ValueError(
-            f"space: {key} goes from {low:g} to {high:g}, which is one value; set it in the config"
+            f"space: {key} goes from {low:.15g} to {high:.15g}, which is one value; set it in the config"
         )
     if low > high:
-        raise ValueError(f"space: {key} goes from {low:g} down to {high:g}; write the smaller one first")
+        raise ValueError(
+            f"space: {key} goes from {low:.15g} down to {high:.15g}; write the smaller one first"
+        )
     return low, high
 
 
@@ -479,7 +499,26 @@ def _parents_first(parameters: list[Parameter]) -> list[Parameter]:
     return ordered
 
 
+def flow(value: Any) -> str:
+    """As YAML writes it in one line."""
+    text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.strip()[1:-1]
+
+
 def _plain(parameter: Parameter) -> dict[str, Any]:
     """What it varies over, as JSON holds it."""
     values = {k: v for k, v in vars(parameter).items() if v not in ((), {}, 0, False) and k != "points"}
     return json.loads(json.dumps(values, default=list))
+
+
+def written(plain: Mapping[str, Any]) -> Any:
+    """What `_plain` returned, as a `space:` section has it."""
+    if "arms" in plain:
+        return plain["arms"]
+    when = {key: values[0] if len(values) == 1 else values for key, values in plain.get("when", {}).items()}
+    beside = {"when": when} if when else {}
+    if plain["kind"] == "choice":
+        return {"choice": plain["choices"], **beside} if beside else plain["choices"]
+    step = {"step": plain["step"]} if plain["step"] > 1 else {}
+    ends = [plain.get("low", 0), plain.get("high", 0)]
+    return {"log" if plain.get("log") else plain["kind"]: ends, **step, **beside}

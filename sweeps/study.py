@@ -26,7 +26,7 @@ from optuna.study import StudyDirection
 
 from runfolder import FREE, KEY_CLASSES, flat
 from sweeps.settings import OBJECTIVES, Settings
-from sweeps.space import MATTERS, Parameter
+from sweeps.space import ARMS, MATTERS, Parameter, flow, written
 from sweeps.storage import open_storage, patiently, told
 
 STARTUP = 5  # trials at random before a sampler models, and before a pruner compares
@@ -42,7 +42,7 @@ def open_studies(settings: Settings) -> tuple[optuna.Study, optuna.Study]:
     sweep = settings.sweep
     storage = open_storage(sweep.storage, sweep.folder)
     with told(sweep.storage, sweep.folder):
-        name = settings.sweep.folder.name
+        name = sweep.name
         return _opened(storage, name, settings), _opened(storage, name + REPEATS, settings)
 
 
@@ -69,7 +69,7 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings)
     for part in ("objectives", "space", "config"):
         if known[part] != own[part]:
             raise ValueError(
-                f"the study {name} has another {part}: {_difference(known[part], own[part])}"
+                f"the study {name} has another {part}: {_difference(part, known[part], own[part])}"
                 "; set it back, or name another --study"
             )
     return study
@@ -100,14 +100,18 @@ def identity(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _difference(known: Any, own: Any) -> str:
-    if not isinstance(known, dict):
-        return f"it was {known} and is {own} now"
+def _difference(part: str, known: Any, own: Any) -> str:
+    """The first setting that differs, with both values as flags and YAML have them."""
+    if part == "objectives":
+        return f"--objectives was {','.join(known)} and is {','.join(own)} now"
     key = next(k for k in {**known, **own} if known.get(k, ()) != own.get(k, ()))
-    was, now = (d.get(key, "left out") for d in (known, own))
-    if isinstance(was, dict) and isinstance(now, dict):
-        inner = next(k for k in {**was, **now} if was.get(k, ()) != now.get(k, ()))
-        was, now = f"{inner} {was.get(inner, 'not given')}", f"{inner} {now.get(inner, 'not given')}"
+    was, now = ((written(d[key]) if part == "space" else d[key]) if key in d else () for d in (known, own))
+    if part == "space" and key == ARMS and () not in (was, now):
+        if list(was) == list(now):
+            arm = next(name for name in was if was[name] != now[name])
+            return f"in the arm {arm} {_difference('arm', was[arm], now[arm])}"
+        was, now = list(was), list(now)
+    was, now = ("left out" if value == () else flow(value) for value in (was, now))
     return f"{key} was {was} and is {now} now"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from runfolder import flat
 from sweeps.settings import parse_settings
 from sweeps.space import Parameter, Space, parse_space
+from sweeps.study import open_studies
 
 WHOLE = """
 head_lr: {log: [1e-3, 1e-1]}
@@ -135,7 +137,12 @@ MISTAKES = {
     "head_lr: [0.1, 1e-1]": "twice, two arms that are one",
     "model.n_layer: {float: [1, 2]}": "is a whole number",
     "model.n_layer: {int: [1.5, 2]}": "both must be whole numbers",
-    "model.n_layer: {int: [1, 4], step: 2}": "of which 2 is no step",
+    "model.n_layer: {int: [1, 4], step: 2}": "1 to 4, which steps of 2 do not meet; let it end at 3 or 5$",
+    "model.n_layer: {int: [1, 2], step: 4}": "1 to 2, which steps of 4 do not meet; let it end at 5$",
+    "model.n_layer: {int: [1, 4], step: 0}": "model.n_layer has the step 0; it must be a whole number from 1",
+    "model.dropout: {float: [0, 1], step: 0.1}": "has `step` beside `float`; it goes with int alone",
+    "model.dropout: {choice: [0, 0.1], points: 2}": "beside `choice`; it goes with int and float and log",
+    "seed: {int: [1234567, 1234568.5]}": "from 1234567 to 1234568.5, and both must be whole",
     "optimizer.name: {float: [1, 2]}": "is no number",
     "optimizer.name: [adamw, sgd]": "'sgd' is none of muon, adamw",
     "model.tie_embeddings: [1, 2]": "1 is not of the type bool",
@@ -170,6 +177,13 @@ def test_a_mistake_in_the_space_is_one_sentence(text: str) -> None:
     assert "\n" not in str(told.value) and len(str(told.value)) < 300
 
 
+def test_a_condition_on_a_value_inside_a_range_may_hold() -> None:
+    text = "seed: {choice: [1, 2], when: {batch_size: [4, 6]}}\nbatch_size: {int: [2, 8], step: 2}"
+    grid = space_of(text).grid(Config())
+    assert sorted(c["batch_size"] for c in grid if "seed" in c) == [4, 4, 6, 6]
+    assert sorted(c["batch_size"] for c in grid if "seed" not in c) == [2, 8]
+
+
 def test_choices_that_sometimes_do_not_go_together_are_no_contradiction() -> None:
     space = space_of("model.n_head: [3, 4]\nmodel.n_embd: [192, 256]")
     assert space.check(Config()) == 1  # 256 is no multiple of 3
@@ -191,7 +205,11 @@ COMMANDS = {
     ): "pruner median goes by bits_per_byte alone",
     ("--objectives", "bits_per_byte,parameters", "--sampler", "cmaes"): "sampler cmaes knows one objective",
     ("--pruner", "hyperband", "--validate_every", "0"): "hyperband goes by validations on the way",
-    ("--steps", "10"): "the budget of 10 steps does not hold one trial of 100",
+    (
+        "--steps",
+        "10",
+    ): "--steps is 10, and one trial may take 100 of them, its max_steps; set --steps to 100 at "
+    "least, or max_steps to 10 at most",
     ("--run", "here"): "run is set, and every trial has a run of its own",
     ("--config", "nothing.yaml"): "nothing.yaml",
 }
@@ -206,6 +224,64 @@ def test_a_mistake_on_the_command_line_ends_with_2(
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
     assert COMMANDS[words] in told
+
+
+@pytest.mark.parametrize("section", ["space: {}", "space:", "space: []", "sweep: {}"])
+def test_a_space_that_is_empty_is_said_to_be(
+    section: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"max_steps: 9\n{section}\n", "utf-8")
+    with pytest.raises(SystemExit):
+        parse_settings(["--config", str(path)])
+    told = capsys.readouterr().err
+    assert told.startswith(
+        f"error: {path}: there is no section `space:`, or it is empty; say there what varies"
+    )
+
+
+def test_a_section_of_comments_alone_is_as_none(tmp_path: Any) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("sweep:\n#  trials: 5\nspace: {seed: [1, 2]}\n", "utf-8")
+    assert parse_settings(["--config", str(path)]).sweep.trials == 30
+
+
+OTHERS = {  # of `own` below: what is said of the study of that space
+    "seed: [1, 3]": "space: seed was [1, 2] and is [1, 3] now",
+    "seed: {choice: [1, 2], when: {batch_size: 4}}": "is {choice: [1, 2], when: {batch_size: 4}} now",
+    "head_lr: {float: [0, 0.1]}": "head_lr was {log: [0.001, 0.1]} and is {float: [0, 0.1]} now",
+    "batch_size: {int: [2, 8], step: 2}": "batch_size was {log: [2, 8]} and is {int: [2, 8], step: 2} now",
+    "beta1: [0.5, 0.9]": "optimizer.beta1 was left out and is [0.5, 0.9] now",
+    "arms: {b: {model.n_layer: 1}, a: {model.n_layer: 2}}": "arms was [a, b] and is [b, a] now",
+    "arms: {a: {model.n_layer: 1}, b: {model.n_layer: 3}}": "in the arm b model.n_layer was 2 and is 3 now",
+    "max_steps: 8": "another config: max_steps was 9 and is 8 now",
+    "patience: 2": "another config: patience was 0 and is 2 now",
+    "sweep.objectives: [bits_per_byte, parameters]": "was bits_per_byte and is bits_per_byte,parameters now",
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_what_a_study_differs_in_is_told_as_yaml_has_it(change: str, tmp_path: Any) -> None:
+    space = {
+        "seed": [1, 2],
+        "head_lr": {"log": [1e-3, 0.1]},
+        "batch_size": {"log": [2, 8]},
+        "arms": {"a": {"model.n_layer": 1}, "b": {"model.n_layer": 2}},
+    }
+    own = {"max_steps": 9, "space": space, "sweep": {"study": str(tmp_path), "repeat_seeds": 0}}
+
+    def studies() -> None:
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump(own, sort_keys=False), "utf-8")
+        open_studies(parse_settings(["--config", str(path)]))
+
+    studies()
+    ((key, value),) = yaml.safe_load(change).items()
+    where = own if key in ("max_steps", "patience") else own["sweep"] if "." in key else space
+    where[key.removeprefix("sweep.")] = value
+    with pytest.raises(ValueError, match=re.escape(OTHERS[change])) as told:
+        studies()
+    assert "'" not in str(told.value)
 
 
 def test_sections_of_files_are_layered_and_flags_come_last(tmp_path: Any) -> None:
@@ -242,3 +318,13 @@ def test_the_spaces_that_come_along_can_be_built(name: str) -> None:
     if name == "sweep_seed":
         configs = [found.space.config(found.config, c) for c in found.space.grid(found.config)]
         assert len(configs) == 10 == len({repr(c) for c in configs})
+
+
+@pytest.mark.parametrize("folder", [".", "a/..", "../{name}/", "{path}"])
+def test_a_study_has_the_name_of_its_folder_however_that_is_written(
+    folder: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = folder.format(name=tmp_path.name, path=tmp_path)
+    trials, repeats = open_studies(parse_settings(["--study", folder]))
+    assert (trials.study_name, repeats.study_name) == (tmp_path.name, f"{tmp_path.name}-repeats")
