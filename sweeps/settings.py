@@ -30,7 +30,7 @@ class SweepConfig:
 
     Args:
         study: Folder of the sweep: runs, journal, table, pictures and the best config. The same command goes
-            on with the study that is there. By default `runs/sweep`, with the name of the config file. The last
+            on with the study that is there. By default `runs/sweep`, and the config file's name. Its last
             part is the study's name in the storage.
         storage: `journal:FILE`, `grpc://HOST:PORT`, or any URL that Optuna knows (`sqlite:///FILE`,
             `postgresql://...`); by default a journal in the study's folder.

@@ -25,6 +25,12 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 JOURNAL = "journal.log"
+KINDS = "journal:FILE, sqlite:///FILE, postgresql://..., mysql://... or grpc://HOST:PORT"
+DRIVERS = {  # of a database: the package, and what a URL that names it begins with
+    "postgresql": ("psycopg2-binary", "postgresql+psycopg2://"),
+    "mysql": ("pymysql", "mysql+pymysql://"),
+    "mariadb": ("pymysql", "mariadb+pymysql://"),
+}
 CONNECT_SECONDS = 10
 PATIENCE_SECONDS = 300.0  # that a worker goes on asking a storage that is down
 T = TypeVar("T")
@@ -75,14 +81,13 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     Raises:
         ValueError: It is none that is known, or cannot be reached.
     """
+    import sqlalchemy.exc
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for kind in (ExperimentalWarning, FutureWarning):  # that parts of it may change
         warnings.filterwarnings("ignore", category=kind, module="optuna|sweeps")
     if url and "://" not in url and not url.startswith("journal:"):
-        raise ValueError(
-            f"--storage {url} is no URL; write journal:FILE, sqlite:///FILE, postgresql://..., mysql://... "
-            "or grpc://HOST:PORT"
-        )
+        raise ValueError(f"--storage {url} is no URL; write {KINDS}")
     with told(url, folder):
         try:
             return _opened(url, folder)
@@ -90,12 +95,23 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
             lacking = getattr(error.__cause__, "name", None) or _first_line(error)
             raise ValueError(
                 f"the storage {shown(url, folder)} cannot be opened: its driver {lacking} is not installed; "
-                "install it with pip, or name another as in postgresql+psycopg2://"
+                f"{_driver_advice(url, lacking)}"
+            ) from None
+        except sqlalchemy.exc.ArgumentError as error:
+            raise ValueError(
+                f"the storage {shown(url, folder)} cannot be opened ({_first_line(error)}); write {KINDS}"
             ) from None
         except (ValueError, AssertionError, KeyError) as error:  # no journal
             raise ValueError(
                 f"the storage {shown(url, folder)} cannot be opened ({_first_line(error)}); name another"
             ) from None
+
+
+def _driver_advice(url: str, lacking: str) -> str:
+    package, begins = DRIVERS.get(re.split(r"\+|://", url)[0], (lacking, ""))
+    if url.startswith(begins):
+        return f"install it: pip install {package}"
+    return f"pip install {package}, and let the URL begin with {begins}"
 
 
 def _opened(url: str, folder: Path) -> BaseStorage:
@@ -106,6 +122,8 @@ def _opened(url: str, folder: Path) -> BaseStorage:
         from optuna.storages import GrpcStorageProxy
 
         host, _, port = url.removeprefix("grpc://").rstrip("/").partition(":")
+        if port and not port.isdecimal():
+            raise ValueError(f"its port {port} is no number")
         proxy = GrpcStorageProxy(host=host, port=int(port or 13000))
         proxy.wait_server_ready(timeout=CONNECT_SECONDS)
         return proxy

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -227,15 +228,53 @@ def test_commands_that_begin_at_once_share_a_new_database(tmp_path: Path) -> Non
         ("study.db", "is no URL"),
         ("sqlite:////nowhere/at/all/s.db", "cannot be used"),
         ("postgresql://me:secret@localhost:1/s", "cannot be"),
-        ("mysql+pymysql://me:secret@localhost/s", "its driver pymysql is not installed; install it with pip"),
-        ("nosuch://x", "cannot be"),
-        ("grpc://:x", "cannot be"),
+        (
+            "nosuch://me:secret@x",
+            "be opened .Can't load plugin: .*nosuch.; write journal:FILE, sqlite:///FILE, ",
+        ),
+        ("postgres://me:secret@h/s", "cannot be opened .Can't load .*; write .* postgresql://"),
+        ("grpc://here:x", "cannot be opened .its port x is no number.; name another"),
     ],
 )
 def test_a_storage_that_cannot_be_had_is_one_sentence(tmp_path: Path, url: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as told:
         open_storage(url, tmp_path)
     assert "secret" not in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver", "advice"),
+    [
+        (
+            "mysql://me:secret@h/s",
+            "MySQLdb",
+            "pip install pymysql, and let the URL begin with mysql+pymysql://",
+        ),
+        (
+            "mysql+mysqldb://me:secret@h/s",
+            "MySQLdb",
+            "pip install pymysql, and let the URL begin with mysql+py",
+        ),
+        ("mysql+pymysql://me:secret@h/s", "pymysql", "install it: pip install pymysql"),
+        ("mariadb://h/s", "MySQLdb", "pip install pymysql, and let the URL begin with mariadb+pymysql://"),
+        (
+            "postgresql+asyncpg://h/s",
+            "asyncpg",
+            "pip install psycopg2-binary, and let the URL begin with post",
+        ),
+        ("postgresql+psycopg2://h/s", "psycopg2", "install it: pip install psycopg2-binary"),
+        ("oracle+oracledb://h/s", "oracledb", "install it: pip install oracledb"),
+    ],
+)
+def test_a_driver_that_is_not_installed_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, driver: str, advice: str
+) -> None:
+    monkeypatch.setitem(sys.modules, driver, None)  # as where it is not installed
+    with pytest.raises(ValueError) as told:
+        open_storage(url, tmp_path)
+    sentence = str(told.value)
+    assert f"cannot be opened: its driver {driver} is not installed; {advice}" in sentence
+    assert "secret" not in sentence and "\n" not in sentence
 
 
 def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path) -> None:
