@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import trainingmanager
-from checkpoint import newest_whole
+from checkpoint import Manifest, load_state, newest_whole
 from config import Config, memory_is_full
 from guards.subject import Fault
 from quantize import n_weights
@@ -36,7 +36,7 @@ class Outcome:
         state: `complete`; `pruned`; `failed`, with the reason; `stopped` by a signal: it can go on.
         values: Of the objectives, as far as it came.
         steps: Training steps that its folder holds.
-        seconds: Of this attempt by the clock, guards and validations included.
+        seconds: Of all its attempts by the clock, guards and validations included; without what a kill undid.
         signalled: A signal asked this process to stop, whatever the state.
     """
 
@@ -60,13 +60,16 @@ def run_trial(
     Args:
         log: A file that takes what the training prints.
         report: Told the step and bits per byte of each validation; True prunes the trial.
-        note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`.
+        note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`, of which a run
+            that ends early has fewer than FIRST.
 
     Raises:
         OSError: The disk is full or read-only, which is no fault of the trial's; or what `failures` names.
         KeyboardInterrupt: A signal before or after the training itself.
     """
-    resume = _can_go_on(folder)
+    newest = _newest(folder)
+    resume = newest is not None
+    before = load_state(newest)["run"]["seconds"] if newest is not None else 0.0  # of training
     config = replace(config, train=replace(config.train, run=str(folder), resume=resume))
     losses: list[float] = []
     seen: list[RunState] = []
@@ -78,7 +81,7 @@ def run_trial(
                 pruned = report(int(row["step"]), row["eval/bits_per_byte"])
     if pruned:
         found = numbers_of(folder)
-        return Outcome("pruned", "", found, int(found.pop("step", 0)))
+        return Outcome("pruned", "", found, int(found.pop("step", 0)), before)
 
     def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
         nonlocal pruned
@@ -104,6 +107,8 @@ def run_trial(
     ):
         try:
             manager = trainingmanager.train(config, observe)
+            if len(losses) == manager.state.step < FIRST:  # the whole of a short one
+                note("first_losses", losses)
             signalled = manager.stop_signal is not None
             if pruned:
                 state = "pruned"
@@ -122,8 +127,10 @@ def run_trial(
     if state == "complete" and "bits_per_byte" not in found:
         state, reason = "failed", "it ended without a validation"
     # The log has every log_every-th step, which is not where a failure was.
-    steps = max([int(found.pop("step", 0)), *(run.step for run in seen)])
-    return Outcome(state, reason, found, steps, time.monotonic() - started, signalled)
+    steps = [int(found.pop("step", 0)), *(run.step for run in seen)]
+    if newest is not None:
+        steps.append(newest.step)
+    return Outcome(state, reason, found, max(steps), before + time.monotonic() - started, signalled)
 
 
 def reason_of(error: Exception) -> str:
@@ -136,18 +143,17 @@ def reason_of(error: Exception) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _can_go_on(folder: Path) -> bool:
-    """Whether there is a run to resume; the remains of one that never saved are removed."""
+def _newest(folder: Path) -> Manifest | None:
+    """The checkpoint that the run there goes on from; the remains of one that never saved are removed."""
     if not folder.exists():
-        return False
+        return None
     if (folder / "config.yaml").is_file():
         with contextlib.suppress(ValueError):
-            newest_whole(folder / "checkpoints")
-            return True
+            return newest_whole(folder / "checkpoints")
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return False
+    return None
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:

@@ -226,29 +226,32 @@ def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
 def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """Parameters that changed nothing: trials that differ in them alone had the same first losses.
 
-    Where trials with equal losses differ in several, those are named together.
+    Where trials with equal losses differ in several, those are named together. Of a trial that ended early
+    there are fewer losses; one alone, which is before any update, says nothing.
     """
     seen = [
-        (slot, chosen_of(settings, r.params), r.user_attrs["first_losses"], r.values)
+        (slot, chosen_of(settings, r.params), r.user_attrs["first_losses"])
         for slot, r in slots.items()
-        if r.user_attrs.get("first_losses")
+        if len(r.user_attrs.get("first_losses", ())) > 1
     ]
-    found: dict[frozenset[str], tuple[int, int, bool]] = {}
-    for (one, a, losses, value), (other, b, same, again) in itertools.combinations(seen, 2):
+    found: dict[frozenset[str], tuple[bool, int, int, int]] = {}  # the pair that says most
+    for (one, a, losses), (other, b, same) in itertools.combinations(seen, 2):
         differ = frozenset(key for key in {**a, **b} if a.get(key) != b.get(key))
-        if losses == same and differ:
-            to_the_end = bool(value) and value == again
-            if differ not in found or to_the_end:
-                found[differ] = (one, other, to_the_end)
+        count = min(len(losses), len(same))
+        if losses[:count] == same[:count] and differ:
+            ended = all(slots[slot].state == TrialState.COMPLETE for slot in (one, other))
+            to_the_end = ended and slots[one].values == slots[other].values
+            known = found.get(differ)
+            if known is None or (to_the_end, count) > known[:2]:
+                found[differ] = (to_the_end, count, one, other)
     lines = []
-    for differ, (one, other, to_the_end) in sorted(found.items(), key=lambda pair: len(pair[0])):
+    for differ, (to_the_end, count, one, other) in sorted(found.items(), key=lambda pair: len(pair[0])):
         if any(smaller < differ for smaller in found):
             continue
         names = " and ".join(sorted(differ))
-        count = len(slots[one].user_attrs["first_losses"])
         if to_the_end:
             after = "nor in their results"
-        elif slots[one].values and slots[other].values:
+        elif all(slots[slot].state == TrialState.COMPLETE for slot in (one, other)):
             after = "their results differ, so it may act later"
         else:
             after = "what it would have done later is not known"

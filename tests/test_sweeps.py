@@ -31,6 +31,7 @@ from sweeps import study as studies
 from sweeps.board import Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies
+from sweeps.trial import Outcome, run_trial
 from sweeps.verdict import Repeated, counts, differences, idle, verdict, winner
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
@@ -327,6 +328,58 @@ def test_a_parameter_that_changes_nothing_is_named(tmp_path: Path, corpus: Path)
     assert len(slots) == 4
     (line,) = idle(settings, slots)
     assert line.startswith("optimizer.lr changed nothing in the first 10 losses") and "nor in their" in line
+
+
+def test_of_trials_that_end_early_the_losses_that_there_are_are_compared(
+    tmp_path: Path, corpus: Path
+) -> None:
+    space = {"optimizer.lr": [0.01, 0.1], "model.dropout": [0.0, 0.3]}
+    short = {"trials": 4, "sampler": "grid", "repeat_seeds": 0}
+    settings, slots = sweep(tiny(tmp_path, corpus, space=space, max_steps=4, sweep=short))
+    assert [len(r.user_attrs["first_losses"]) for r in slots.values()] == [4] * 4
+    (line,) = idle(settings, slots)
+    assert line.startswith("optimizer.lr changed nothing in the first 4 losses of trials ")
+    assert line.endswith("; nor in their results")
+
+    def ended(rate: float, losses: list[float], state: TrialState) -> optuna.trial.FrozenTrial:
+        chosen = {"optimizer.lr": rate, "model.dropout": 0.0}
+        kinds = {p.key: studies.distribution(p) for p in settings.space.parameters}
+        attributes = {"first_losses": losses}
+        return optuna.trial.create_trial(
+            state=state, params=chosen, distributions=kinds, value=1.0, user_attrs=attributes
+        )
+
+    whole, pruned = ended(0.01, [3.0, 2.0, 1.0], TrialState.COMPLETE), TrialState.PRUNED
+    (line,) = idle(settings, {0: whole, 1: ended(0.1, [3.0, 2.0], pruned)})
+    assert line.endswith("first 2 losses of trials 0 and 1; what it would have done later is not known")
+    assert not idle(settings, {0: whole, 1: ended(0.1, [3.0, 2.5], pruned)})
+    assert not idle(settings, {0: whole, 1: ended(0.1, [3.0], pruned)})  # before any update
+    more = {0: whole, 1: ended(0.1, [3.0, 2.0], pruned), 2: ended(0.1, [3.0, 2.0, 1.0], pruned)}
+    assert "first 3 losses of trials 0 and 2; what" in idle(settings, more)[0]
+
+
+def test_the_time_of_a_trial_is_that_of_all_its_attempts(tmp_path: Path, corpus: Path) -> None:
+    config = parse_settings(["--config", str(tiny(tmp_path, corpus))]).config
+    folder, log = tmp_path / "trial", tmp_path / "log.txt"
+
+    def attempt(report: Callable[[int, float], bool]) -> tuple[Outcome, float]:
+        """With the time that it took by the clock."""
+        started = time.monotonic()
+        return run_trial(config, folder, log, report, lambda key, value: None), time.monotonic() - started
+
+    def slow(step: int, value: float) -> bool:
+        if step == 9:
+            raise KeyboardInterrupt
+        time.sleep(1.0)
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(slow)  # which the checkpoint of step 9 has 2 s of
+    outcome, own = attempt(lambda step, value: step == 12)
+    assert outcome.state == "pruned" and outcome.steps == 12
+    assert 1 < outcome.seconds - own < 60
+    told, own = attempt(lambda step, value: step == 12)  # as it was told before: nothing is trained
+    assert told.state == "pruned" and 2 < told.seconds < 60 and told.steps == 12
 
 
 def test_bad_trials_are_pruned_and_equal_ones_taken_over(
