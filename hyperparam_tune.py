@@ -20,7 +20,9 @@ import multiprocessing
 import os
 import signal
 import time
+import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -54,45 +56,75 @@ def prepare(settings: Settings) -> str:
     return report.fingerprint
 
 
+@dataclass
+class Member:
+    """A worker's process, as the command that started it sees it."""
+
+    name: str  # by which the storage knows it
+    process: Any
+    ear: Any  # end of a pipe: all tell, one is shown
+    ticks: Any  # shared number, which stands still while it does nothing
+    seen: int = 0
+    idle: float = 0.0  # seconds since it stood at another number
+    hung: bool = False
+
+
 class Crew:
     """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, fingerprint: str):
+        self.settings, self.fingerprint = settings, fingerprint
         self.asked = 0  # signals
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.context = multiprocessing.get_context("spawn")
         self.deaths = 0
         self.sentence = ""  # the first worker's that ended with an error
-        self.processes: list[Any] = []
-        self.ears: dict[Any, Any] = {}  # of each process the end of a pipe: all tell, one is shown
+        self.looked = time.monotonic()
+        self.members: list[Member] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
         for _ in range(settings.sweep.workers):
-            self.processes.append(self.started())
+            self.members.append(self.started())
 
-    def started(self) -> Any:
+    def started(self) -> Member:
         ear, mouth = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=start, args=(self.settings, mouth))
+        name, ticks = uuid.uuid4().hex, self.context.RawValue("Q")
+        process = self.context.Process(
+            target=start, args=(self.settings, self.fingerprint, mouth, name, ticks)
+        )
         process.start()
         mouth.close()
-        self.ears[process] = ear
-        return process
+        return Member(name, process, ear, ticks)
 
     def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
         self.asked += 1
-        for process in self.processes:
-            if process.is_alive():
-                process.terminate() if self.asked == 1 else process.kill()
+        for member in self.members:
+            if member.process.is_alive():
+                member.process.terminate() if self.asked == 1 else member.process.kill()
+
+    def end_hung(self) -> list[str]:
+        """Kill the workers that have done nothing for too long; their names."""
+        # While this process itself stood still, they may have too.
+        passed, self.looked = min(time.monotonic() - self.looked, 10 * LOOK), time.monotonic()
+        limit, ended = self.settings.sweep.hung_after, []
+        for member in self.members:
+            ticks = member.ticks.value
+            member.seen, member.idle = ticks, member.idle + passed if ticks == member.seen else 0.0
+            if limit and member.idle >= limit and member.process.is_alive():
+                member.hung = True
+                member.process.kill()
+                member.process.join()
+                ended.append(member.name)
+        return ended
 
     def look(self) -> int | None:
         """The exit code of all once they have ended; those that were killed are started again."""
-        for place, process in enumerate(self.processes):
-            code = process.exitcode
+        for place, member in enumerate(self.members):
+            code = member.process.exitcode
             if code == 2 and not self.sentence:
                 try:
-                    self.sentence = self.ears[process].recv()
+                    self.sentence = member.ear.recv()
                 except EOFError:
                     self.sentence = "a worker ended with exit code 2 and did not say why"
             if code in (None, 0, STOPPED, 2) or self.asked:
@@ -103,10 +135,10 @@ class Crew:
                     f"{DEATHS_IN_A_ROW} workers died in a row and no trial ended between; the last one's "
                     f"exit code was {code}"
                 )
-            print(f"a worker died (exit code {code}); another one takes its trial up")
-            del self.ears[process]
-            self.processes[place] = self.started()
-        codes = [process.exitcode for process in self.processes]
+            if not member.hung:
+                print(f"a worker died (exit code {code}); another one takes its trial up")
+            self.members[place] = self.started()
+        codes = [member.process.exitcode for member in self.members]
         if 2 in codes and not self.asked:
             self.stop()
         if None in codes:
@@ -133,11 +165,15 @@ def sweep(settings: Settings) -> int:
     again = {slot for slot, record in repeats.slots().items() if is_done(record)}
     if shown:
         print(f"the study in {folder} goes on after {len(shown)} trials")
-    crew, code = Crew(settings), None
+    crew, code = Crew(settings, fingerprint), None
+    hung = f"its worker did nothing for {settings.sweep.hung_after:g} s (--hung_after) and was killed"
     try:
         with told(settings.sweep.storage, folder):
             while code is None:
                 time.sleep(LOOK)
+                for name in crew.end_hung():
+                    if not trials.fail(name, hung) + repeats.fail(name, hung):
+                        print(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
                 code = crew.look()
                 for board, known in ((trials, shown), (repeats, again)):
                     for slot, record in board.slots().items():

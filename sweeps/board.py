@@ -37,7 +37,8 @@ from sweeps.storage import patiently
 BEAT = 10.0  # seconds between two writes of a pulse
 STALE = 60.0  # seconds that the pulse of a dead worker has stood still, on this machine's clock
 PULSE = "worker "  # and its id: an attribute of the study
-RUN_ON = ("slot", "attempt", "of", "seed", "first_losses", "parameters", "fingerprint")
+VALIDATED = "validated"  # step of the last validation, where Optuna is not told of it
+RUN_ON = ("slot", "attempt", "of", "seed", "first_losses", "parameters", "fingerprint", VALIDATED)
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Claim:
 class Pulse:
     """That this process lives, for as long as the context lasts."""
 
-    def __init__(self, study: optuna.Study, folder: Path):
+    def __init__(self, study: optuna.Study, folder: Path, name: str = ""):
         self.study, self.folder = study, folder
-        self.id = uuid.uuid4().hex
+        self.id = name or uuid.uuid4().hex
         self.started = time.time()
         owner = multiprocessing.parent_process()  # who may be gone before this line
         self.parent = os.getppid() if owner is None else owner.pid
@@ -195,6 +196,22 @@ class Board:
 
         return patiently(end)
 
+    def fail(self, worker: str, reason: str) -> int:
+        """End what a worker that is gone was running, for good; how many that were."""
+        storage, ended = self.study._storage, 0
+        for record in self.records():
+            if record.state != TrialState.RUNNING or record.user_attrs.get("worker") != worker:
+                continue
+
+            def end(record: FrozenTrial = record) -> bool:
+                for key, value in (("reason", reason), ("steps", validated(record))):
+                    storage.set_trial_user_attr(record._trial_id, key, value)
+                return storage.set_trial_state_values(record._trial_id, TrialState.FAIL)
+
+            with contextlib.suppress(UpdateFinishedTrialError):  # another worker was the first to see it gone
+                ended += patiently(end)
+        return ended
+
     def claim(
         self,
         more: Callable[[dict[int, FrozenTrial]], bool],
@@ -241,9 +258,14 @@ class Board:
             return Claim(slot, attempt, mine)
 
 
+def validated(record: FrozenTrial) -> int:
+    """The step of its last validation that was told; 0 before."""
+    return max(record.user_attrs.get(VALIDATED, 0), *record.intermediate_values, 0)
+
+
 def _deaths(left: FrozenTrial) -> dict[str, int]:
     """How often in a row workers died where the run then stood, at its last validation."""
-    at = max(left.intermediate_values, default=0)
+    at = validated(left)
     died = left.user_attrs["requeue"] == "its worker died"
     before = left.user_attrs.get("deaths", 0) if left.user_attrs.get("died_at", 0) == at else 0
     return {"deaths": before + died, "died_at": at}

@@ -46,6 +46,8 @@ class SweepConfig:
         repeat_best: How many of the best settings are trained again with other seeds, and the config itself.
         repeat_seeds: With how many; 0 repeats nothing.
         deaths: A trial at which this many workers died in a row, without a validation between, has failed.
+        hung_after: A worker that ends no step in so many seconds is killed, and its trial has failed; 0 waits
+            for ever. Guards, data and validation lie between two steps.
     """
 
     study: str = ""
@@ -61,6 +63,7 @@ class SweepConfig:
     repeat_best: int = 2
     repeat_seeds: int = 3
     deaths: int = 5
+    hung_after: float = 1800.0
 
     @property
     def folder(self) -> Path:
@@ -205,6 +208,7 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
         ("repeat_best", 1),
         ("repeat_seeds", 0),
         ("deaths", 1),
+        ("hung_after", 0),
     ):
         if not getattr(sweep, name) >= least:
             raise ValueError(f"{name} is {getattr(sweep, name)}; it must be at least {least}")

@@ -54,14 +54,16 @@ def run_trial(
     log: Path,
     report: Callable[[int, float], bool],
     note: Callable[[str, object], None],
+    tick: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train in `folder`, or go on there from the newest checkpoint that is whole.
 
     Args:
         log: A file that takes what the training prints.
         report: Told the step and bits per byte of each validation; True prunes the trial.
-        note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`, of which a run
+        note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`, of which one
             that ends early has fewer than FIRST.
+        tick: Called after each step.
 
     Raises:
         OSError: The disk is full or read-only, which is no fault of the trial's; or what `failures` names.
@@ -85,6 +87,7 @@ def run_trial(
 
     def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
         nonlocal pruned
+        tick()
         step = manager.state.step
         if step <= FIRST:
             losses.append(values["train/loss"])

@@ -14,8 +14,9 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -23,13 +24,23 @@ from typing import Any, NoReturn
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
 
 from config import Config
 from runfolder import LOCK, flat
-from sweeps.board import Board, Claim, Pulse, is_done, is_locked, spent_seconds
+from sweeps.board import VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.storage import patiently, told
-from sweeps.study import chosen_of, distribution, label, make_pruner, make_sampler, open_studies, suggest
+from sweeps.study import (
+    chosen_of,
+    distribution,
+    label,
+    make_pruner,
+    make_sampler,
+    open_studies,
+    refuse_other_data,
+    suggest,
+)
 
 ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
 STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
@@ -94,8 +105,16 @@ def candidates(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[int
 class Worker:
     """One process at the study."""
 
-    def __init__(self, settings: Settings, trials: optuna.Study, repeats: optuna.Study, pulse: Pulse):
-        self.settings, self.pulse = settings, pulse
+    def __init__(
+        self,
+        settings: Settings,
+        trials: optuna.Study,
+        repeats: optuna.Study,
+        pulse: Pulse,
+        tick: Callable[[], None] = lambda: None,
+    ):
+        """`tick` is called as often as something was done: a step, or a look at what there is to do."""
+        self.settings, self.pulse, self.tick = settings, pulse, tick
         self.trials, self.repeats = Board(trials, pulse), Board(repeats, pulse)
         self.folder = settings.sweep.folder
         self.grid = settings.space.grid(settings.config) if settings.sweep.sampler == "grid" else None
@@ -104,6 +123,7 @@ class Worker:
     def work(self) -> None:
         """Until there is nothing left that anybody could do."""
         while True:
+            self.tick()
             self.trials.reap()
             claim = self.trials.claim(self.more, self.template)
             if claim is not None:
@@ -202,8 +222,9 @@ class Worker:
                 config,
                 folder,
                 self.folder / "logs" / f"{name}.txt",
-                lambda step, value: self.report(trial, step, value, told_before),
+                lambda step, value: self.report(board, claim, trial, step, value, told_before),
                 lambda key, value: self.note(board, claim, key, value),
+                self.tick,
             )
             if outcome.state == "stopped":
                 raise KeyboardInterrupt
@@ -258,14 +279,23 @@ class Worker:
             None,
         )
 
-    def report(self, trial: optuna.trial.Trial | None, step: int, value: float, known: set[int]) -> bool:
+    def report(
+        self,
+        board: Board,
+        claim: Claim,
+        trial: optuna.trial.Trial | None,
+        step: int,
+        value: float,
+        known: set[int],
+    ) -> bool:
         """Tell the storage of a validation, once; whether the pruner ends the trial."""
-        if trial is None:
-            return False
-        if len(self.objectives) == 1 and step not in known:
-            patiently(lambda: trial.report(value, step))
+        if step not in known:
             known.add(step)
-        return self.prunes and patiently(trial.should_prune)
+            if trial is None or len(self.objectives) > 1:  # Optuna takes values of one objective alone
+                self.note(board, claim, VALIDATED, step)
+            else:
+                patiently(lambda: trial.report(value, step))
+        return trial is not None and self.prunes and patiently(trial.should_prune)
 
     def note(self, board: Board, claim: Claim, key: str, value: Any) -> None:
         storage = board.study._storage
@@ -313,21 +343,35 @@ def _say(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def start(settings: Settings, mouth: Connection) -> NoReturn:
-    """A worker's process, which exits with 0 where nothing is left, 75 if stopped, 2 for an error it told."""
+def start(settings: Settings, fingerprint: str, mouth: Connection, name: str, ticks: Any) -> NoReturn:
+    """A worker's process, which exits with 0 where nothing is left, 75 if stopped, 2 for an error it told.
+
+    Args:
+        fingerprint: Of the data, as whoever started it found them.
+        mouth: Takes the error.
+        name: By which the storage knows the worker.
+        ticks: Shared number that counts what it does: while it stands still, the worker does nothing.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
+    # The bars' own lock is a semaphore for children that print too; it would outlive a worker that is killed.
+    tqdm.set_lock(threading.RLock())
     os.setpgid(0, 0)  # a Ctrl-C is for the command that started it, which tells it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
+
+    def tick() -> None:
+        ticks.value += 1
+
     sweep = settings.sweep
     try:
         with told(sweep.storage, sweep.folder):
             trials, repeats = open_studies(settings)
-            with Pulse(trials, sweep.folder) as pulse:
-                Worker(settings, trials, repeats, pulse).work()
+            refuse_other_data(trials, fingerprint)  # two first commands may both have found a study without
+            with Pulse(trials, sweep.folder, name) as pulse:
+                Worker(settings, trials, repeats, pulse, tick).work()
     except KeyboardInterrupt:
         sys.exit(STOPPED)
     except ValueError as error:

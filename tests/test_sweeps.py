@@ -28,9 +28,9 @@ import hyperparam_tune
 from config import parse_config
 from hyperparam_tune import Crew, finish
 from sweeps import study as studies
-from sweeps.board import Board, Pulse, is_done, is_open, slots_of
+from sweeps.board import VALIDATED, Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
-from sweeps.study import open_studies
+from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
 from sweeps.verdict import Repeated, counts, differences, idle, verdict, winner
 from sweeps.worker import STOPPED, Worker, more_trials
@@ -208,7 +208,7 @@ def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus:
     assert all(is_open(record) for record in slots_of(records(tmp_path)).values())  # nothing is lost
 
 
-def silent(settings: Settings, mouth: Any) -> None:
+def silent(*_: Any) -> None:
     os._exit(2)
 
 
@@ -218,12 +218,91 @@ def test_a_worker_that_ends_without_a_word_is_told_of(
     monkeypatch.setattr(hyperparam_tune, "start", silent)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus))]))
-        crew.processes[0].join()
+        crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus))]), "")
+        crew.members[0].process.join()
         assert crew.look() == 2 and crew.sentence == "a worker ended with exit code 2 and did not say why"
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def stands_still(settings: Settings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
+    """A worker that has a slot, and is busy until a file says that it is to stop as by SIGSTOP."""
+    trials, _ = open_studies(settings)
+    with Pulse(trials, settings.sweep.folder, name) as pulse:
+        ticks.value += 1
+        Board(trials, pulse).claim(lambda slots: not slots, lambda slots: {})
+        while not (settings.sweep.folder / "stop").exists():
+            ticks.value += 1
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_worker_that_hangs_is_killed_and_its_trial_failed(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hyperparam_tune, "start", stands_still)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--hung_after", "3"])
+    settings.sweep.folder.mkdir()
+    trials, _ = open_studies(settings)
+    board = Board(trials, Pulse(trials, settings.sweep.folder))
+    crew = Crew(settings, "")
+    try:
+        wait_for(lambda: bool(board.slots()))
+        for _ in range(10):  # longer than a worker that does nothing has
+            assert crew.end_hung() == []
+            time.sleep(0.5)
+        (settings.sweep.folder / "stop").touch()
+        ended: list[str] = []
+        wait_for(lambda: bool(time.sleep(0.5) or ended.extend(crew.end_hung()) or ended), 120)
+        assert ended == [crew.members[0].name] and crew.members[0].process.exitcode == -signal.SIGKILL
+        assert board.fail(ended[0], "it hung") == 1 and is_done(board.slots()[0])
+        assert crew.look() is None and crew.members[0].name != ended[0]  # another one works on
+    finally:
+        crew.stop()
+        crew.stop()
+        crew.members[0].process.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_worker_that_finds_other_data_than_its_command_says_so(tmp_path: Path, corpus: Path) -> None:
+    """Two first commands may both have found a study without any; the last one to say whose it is has it."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    trials, _ = open_studies(settings)
+    refuse_other_data(trials, "of one")
+    trials.set_user_attr("data", "of another")  # as one that had looked before the line above
+    try:
+        crew = Crew(settings, "of one")
+        crew.members[0].process.join()
+        assert crew.look() == 2 and "has other data: its fingerprint was of another and is" in crew.sentence
+        assert not trials.get_trials()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_although_a_trial_hangs(tmp_path: Path, corpus: Path) -> None:
+    options = ("--trials", "2", "--repeat_seeds", "0", "--hung_after", "60", "--sampler", "random")
+    path = tiny(tmp_path, corpus, max_steps=300)
+    process = subprocess.Popen(
+        command("--config", path, *options),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0000/checkpoints/step-*")))
+    (worker,) = workers_of(process.pid)
+    os.kill(worker, signal.SIGSTOP)
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0 and not errors, errors  # no lock that it left behind either
+    assert "trial 0: failed: its worker did nothing for 60 s (--hung_after) and was killed" in output
+    assert [r.state for r in slots_of(records(tmp_path)).values()] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
 PROXY = """
@@ -426,6 +505,7 @@ def test_several_objectives_have_a_front(tmp_path: Path, corpus: Path) -> None:
     (_, small, fast), (_, large, slow) = (slots[n].values for n in (0, 1))
     assert small < large and fast > 0 and slow > 0
     assert [d.name for d in open_studies(settings)[0].directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE"]
+    assert [r.user_attrs[VALIDATED] for r in slots.values()] == [12, 12]
 
 
 def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus: Path) -> None:

@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sweeps import board as boards
-from sweeps.board import PULSE, Board, Claim, Pulse, is_done, is_open, slots_of, spent_seconds
+from sweeps.board import PULSE, VALIDATED, Board, Claim, Pulse, is_done, is_open, slots_of, spent_seconds
 from sweeps.storage import open_storage, shown, told
 from sweeps.study import refuse_other_data
 
@@ -116,7 +116,9 @@ def test_a_killed_workers_slot_goes_on_where_it_was(tmp_path: Path) -> None:
         assert [is_done(r) for r in board.slots().values()] == [True]
 
 
-def test_deaths_in_a_row_are_counted_at_one_place_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_deaths_in_a_row_are_counted_at_one_place_only(tmp_path: Path, told: bool) -> None:
+    """Of a repeat, or with several objectives, Optuna is not `told` of validations."""
     study = study_in("", tmp_path)
     with Pulse(study, tmp_path) as pulse:
         board = Board(study, pulse)
@@ -125,8 +127,10 @@ def test_deaths_in_a_row_are_counted_at_one_place_only(tmp_path: Path) -> None:
             claim = claimed(board, 1)
             assert claim is not None
             counted.append(claim.record.user_attrs.get("deaths", 0))
-            if step and step not in claim.record.intermediate_values:
+            if step and told and step not in claim.record.intermediate_values:
                 study._storage.set_trial_intermediate_value(claim.record._trial_id, step, 1.0)
+            elif step:
+                study._storage.set_trial_user_attr(claim.record._trial_id, VALIDATED, step)
             board.release(board.slots()[0], "its worker died")
         assert counted == [0, 1, 2, 1, 2, 3]
         claim = claimed(board, 1)
@@ -169,6 +173,23 @@ def test_a_release_is_granted_once_and_never_undoes_a_result(tmp_path: Path) -> 
         finish(board, claim)
         assert not board.release(claim.record, "its worker died")
         assert is_done(board.slots()[0]) and claimed(board, 1) is None
+
+
+def test_what_a_worker_that_is_gone_was_running_is_failed_once_and_nothing_else(tmp_path: Path) -> None:
+    study = study_in("", tmp_path)
+    with Pulse(study, tmp_path, "hung") as hung, Pulse(study, tmp_path, "other") as other:
+        board, others = Board(study, hung), Board(study, other)
+        ended, running = claimed(board, 3), claimed(board, 3)
+        assert ended is not None and running is not None and claimed(others, 3) is not None
+        finish(board, ended)
+        study._storage.set_trial_intermediate_value(running.record._trial_id, 6, 1.0)
+        assert (others.fail("hung", "it hung"), others.fail("hung", "again")) == (1, 0)
+        slots = others.slots()
+        assert [r.state.name for r in slots.values()] == ["COMPLETE", "FAIL", "RUNNING"]
+        assert is_done(slots[1]) and slots[1].user_attrs["reason"] == "it hung"
+        assert slots[1].user_attrs["steps"] == 6
+        board.release(slots[2], "its worker died")  # which somebody else saw first
+        assert others.fail("other", "it hung") == 0 and is_open(others.slots()[2])
 
 
 def test_time_is_counted_while_anybody_is_at_it() -> None:
