@@ -18,6 +18,7 @@ SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
 
 import multiprocessing
 import os
+import shlex
 import signal
 import time
 import uuid
@@ -228,21 +229,21 @@ def finish(
     from sweeps.pictures import draw
 
     folder = settings.sweep.folder
-    rows = verdict.table(settings, slots)
+    rows, front = verdict.table(settings, slots), verdict.front(settings, slots)
     said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
     judged = verdict.verdict(settings, slots, repeats)
-    print("\n".join(["", *rows, "", *said, "", *judged, ""]))
-    best = verdict.winner(settings, slots, repeats)
-    config = verdict.config_of(settings, slots, best)
-    head = (
-        f"# {verdict.called(best).capitalize()} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
-    )
-    path = folder / "best.yaml"
-    write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
-    pictures = draw(settings, studies[0], slots, ["\n".join(rows), *said, *judged])
-    print(f"best config  python trainingmanager.py --config {path}")
+    print("\n".join(["", *rows, "", *front, *([""] if front else []), *said, "", *judged, ""]))
+    if any(record.state == TrialState.COMPLETE for record in slots.values()):
+        best = verdict.winner(settings, slots, repeats)
+        config = verdict.config_of(settings, slots, best)
+        name = verdict.called(best).capitalize()
+        head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
+        path = folder / "best.yaml"
+        write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
+        print(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
+    pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
     print(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
-    print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
+    print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
 
 
 def main(settings: Settings) -> None:

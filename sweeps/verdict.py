@@ -171,16 +171,54 @@ def number(value: float) -> str:
 
 def table(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """Lines: the best trials, and the config's own if it is among them; settings beside values."""
-    default = settings.space.default(settings.config)
-    keys = [p.key for p in settings.space.parameters]
-    objectives = settings.sweep.objectives
-    sign = 1 if OBJECTIVES[objectives[0]] else -1
+    sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     done = [(sign * r.values[0], slot) for slot, r in slots.items() if r.state == TrialState.COMPLETE]
     order = [slot for _, slot in sorted(done)][:SHOWN]
-    own = next((s for s, r in slots.items() if chosen_of(settings, r.params) == default), None)
+    own = own_slot(settings, slots)
     if own is not None and own not in order and slots[own].state == TrialState.COMPLETE:
         order.append(own)
-    rows = [["trial", *(name.replace("_", " ") for name in objectives), "steps", *keys]]
+    return _lines(settings, slots, order)
+
+
+def own_slot(settings: Settings, slots: Mapping[int, FrozenTrial]) -> int | None:
+    """Of the trial that is the config itself."""
+    default = settings.space.default(settings.config)
+    return next((s for s, r in slots.items() if chosen_of(settings, r.params) == default), None)
+
+
+def front(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """Lines: of several objectives every trial that no other one beats; nothing for a single one.
+
+    One beats another if it is better by one objective and worse by none. They stand in the order of the first
+    objective; of equal settings the one that was trained stands for all.
+    """
+    signs = [1 if OBJECTIVES[name] else -1 for name in settings.sweep.objectives]
+    if len(signs) == 1:
+        return []
+    done = {
+        slot: tuple(sign * value for sign, value in zip(signs, record.values, strict=True))
+        for slot, record in slots.items()
+        if record.state == TrialState.COMPLETE and "same_as" not in record.user_attrs
+    }
+
+    def is_beaten(own: tuple[float, ...]) -> bool:
+        return any(
+            other != own and all(theirs <= mine for theirs, mine in zip(other, own, strict=True))
+            for other in done.values()
+        )
+
+    order = sorted((slot for slot, own in done.items() if not is_beaten(own)), key=lambda slot: done[slot])
+    if not order:
+        return []
+    head = f"the front, {len(order)} of {len(done)} trials: none is better by one objective and worse by none"
+    return [head, *_lines(settings, slots, order)]
+
+
+def _lines(settings: Settings, slots: Mapping[int, FrozenTrial], order: list[int]) -> list[str]:
+    """A table of these trials: their values, steps and settings."""
+    keys = [p.key for p in settings.space.parameters]
+    own = own_slot(settings, slots)
+    rows = [["trial", *(name.replace("_", " ") for name in settings.sweep.objectives), "steps", *keys]]
     for slot in order:
         record = slots[slot]
         mark = f"{slot} (the config)" if slot == own else str(slot)

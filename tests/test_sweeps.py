@@ -32,7 +32,7 @@ from sweeps.board import VALIDATED, Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
-from sweeps.verdict import Repeated, counts, differences, idle, verdict, winner
+from sweeps.verdict import Repeated, counts, differences, front, idle, verdict, winner
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -640,6 +640,55 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
     assert sentence.startswith("trial 2 has the best bits_per_byte of those that did not fail again; ")
     del slots[2]
     assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
+
+
+def test_the_front_in_words_is_optunas(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--objectives", "bits_per_byte,parameters,tokens_per_second"]
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), *words])
+    settings.sweep.folder.mkdir()
+    opened = open_studies(settings)
+    draw, kinds = random.Random(0), {p.key: studies.distribution(p) for p in settings.space.parameters}
+    slots = {
+        slot: optuna.trial.create_trial(
+            values=[1 + draw.randrange(9) / 8, float(draw.randrange(2000, 2009)), float(draw.randrange(7))],
+            params={"optimizer.head_lr": (slot + 1) / 1000, "model.dropout": 0.0},
+            distributions=kinds,
+            user_attrs={"slot": slot, "attempt": 0},
+        )
+        for slot in range(40)
+    }
+    told = optuna.create_study(directions=opened[0].directions)
+    told.add_trials(list(slots.values()))
+    expected = {trial.number for trial in told.best_trials}
+    assert 2 < len(expected) < 40
+    twin = {"values": slots[min(expected)].values, "user_attrs": {"slot": 41, "attempt": 0, "same_as": 0}}
+    slots[41] = optuna.trial.create_trial(**twin)  # was not trained
+    slots[42] = optuna.trial.create_trial(state=TrialState.FAIL)
+    head, names, _, *lines = front(settings, slots)
+    assert head.startswith(f"the front, {len(expected)} of 40 trials: ")
+    assert names.split()[:8] == ["trial", "bits", "per", "byte", "parameters", "tokens", "per", "second"]
+    assert {int(line.split()[0]) for line in lines} == expected
+    assert [line.split()[1] for line in lines] == sorted(line.split()[1] for line in lines)
+    finish(settings, opened, slots, {})
+    assert "\n".join([head, names]) in capsys.readouterr().out
+    assert head in (settings.sweep.folder / "report.html").read_text("utf-8")
+    one = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    assert front(one, {0: optuna.trial.create_trial(value=1.0)}) == []
+
+
+def test_a_sweep_that_trained_nothing_names_no_best(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    failed = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"reason": "memory is full"})
+    finish(settings, open_studies(settings), {0: failed}, {})
+    output = capsys.readouterr().out
+    assert "no trial was trained to its end" in output and "best config" not in output
+    assert not (settings.sweep.folder / "best.yaml").exists()
+    assert (settings.sweep.folder / "report.html").exists()
 
 
 def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: Path, corpus: Path) -> None:
