@@ -60,7 +60,7 @@ def run_trial(
 
     Args:
         log: A file that takes what the training prints.
-        report: Told the step and bits per byte of each validation; True prunes the trial.
+        report: Told the step and bits per byte of each validation; True prunes a trial that is not at its end.
         note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`, of which one
             that ends early has fewer than FIRST.
         tick: Called after each step.
@@ -80,7 +80,8 @@ def run_trial(
     if resume:  # a validation is saved before it is told, and a kill may fall between
         for row in rows_of(folder):
             if "eval/bits_per_byte" in row and not pruned:
-                pruned = report(int(row["step"]), row["eval/bits_per_byte"])
+                ended = config.train.max_steps == int(row["step"])
+                pruned = report(int(row["step"]), row["eval/bits_per_byte"]) and not ended
     if pruned:
         found = numbers_of(folder)
         return Outcome("pruned", "", found, int(found.pop("step", 0)), before)
@@ -97,7 +98,7 @@ def run_trial(
         if len(losses) == FIRST == step:
             note("first_losses", losses)
         if "eval/bits_per_byte" in values:
-            pruned = report(step, values["eval/bits_per_byte"])
+            pruned = report(step, values["eval/bits_per_byte"]) and manager.progress() < 1
         return pruned
 
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -455,10 +456,30 @@ def test_the_time_of_a_trial_is_that_of_all_its_attempts(tmp_path: Path, corpus:
     with pytest.raises(KeyboardInterrupt):
         attempt(slow)  # which the checkpoint of step 9 has 2 s of
     outcome, own = attempt(lambda step, value: step == 12)
-    assert outcome.state == "pruned" and outcome.steps == 12
+    assert outcome.state == "complete" and outcome.steps == 12
     assert 1 < outcome.seconds - own < 60
-    told, own = attempt(lambda step, value: step == 12)  # as it was told before: nothing is trained
+    told, own = attempt(lambda step, value: step == 9)  # as the pruner says now: nothing is trained
     assert told.state == "pruned" and 2 < told.seconds < 60 and told.steps == 12
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_trial_at_its_end_is_complete_whatever_the_pruner_says(
+    tmp_path: Path, corpus: Path, killed: bool
+) -> None:
+    config = parse_settings(["--config", str(tiny(tmp_path, corpus))]).config
+
+    def last(step: int, value: float) -> bool:
+        if killed and step == 12 and not told:
+            told.append(step)
+            raise KeyboardInterrupt  # between the last checkpoint and the record
+        return step == 12
+
+    told: list[int] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        outcome = run_trial(config, tmp_path / "trial", tmp_path / "log.txt", last, lambda key, value: None)
+    if killed:
+        outcome = run_trial(config, tmp_path / "trial", tmp_path / "log.txt", last, lambda key, value: None)
+    assert (outcome.state, outcome.steps) == ("complete", 12)
 
 
 def test_bad_trials_are_pruned_and_equal_ones_taken_over(
