@@ -60,7 +60,7 @@ def run_trial(
 
     Args:
         log: A file that takes what the training prints.
-        report: Told the step and bits per byte of each validation; True prunes a trial that is not at its end.
+        report: Told the step and bits per byte of each validation; True prunes it, if it is not at its end.
         note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`, of which one
             that ends early has fewer than FIRST.
         tick: Called after each step.
