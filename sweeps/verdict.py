@@ -21,6 +21,7 @@ from config import Config
 from runfolder import flat
 from suites.scoring import aligned
 from sweeps.settings import OBJECTIVES, Settings
+from sweeps.space import flow
 from sweeps.study import chosen_of
 
 CONFIDENCE = 0.95
@@ -166,7 +167,10 @@ def called(of: int | None) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    size = abs(value)
+    if 0 < size < 1e-3:
+        return f"{value:.2g}"
+    return f"{value:.4f}" if size < 1000 else f"{value:,.0f}" if size < 1e15 else f"{value:.4g}"
 
 
 def table(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
@@ -235,7 +239,7 @@ def _lines(settings: Settings, slots: Mapping[int, FrozenTrial], order: list[int
 
 
 def short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else flow(value)
 
 
 def asked_steps(settings: Settings, record: FrozenTrial) -> int:
@@ -258,7 +262,7 @@ def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     reasons = Counter(
         record.user_attrs.get("reason", "") for record in slots.values() if record.state == TrialState.FAIL
     )
-    return [line, *(f"failed, {count} times: {reason}" for reason, count in reasons.most_common())]
+    return [line, *(f"{count} failed: {reason}" for reason, count in reasons.most_common())]
 
 
 def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:

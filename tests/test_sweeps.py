@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -33,7 +32,7 @@ from sweeps.board import VALIDATED, Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
-from sweeps.verdict import Repeated, counts, differences, front, idle, verdict, winner
+from sweeps.verdict import Repeated, counts, differences, front, idle, number, short, verdict, winner
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -377,7 +376,7 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
     (steps,) = [r.user_attrs["steps"] for r in slots.values() if r.params["arms"] == "not finite"]
     assert steps == 3  # of which the log, at every tenth step, has the first alone
     assert reasons["refused"].startswith("preflight: vocabulary-too-large")
-    assert "failed, 1 times: memory is full" in counts(settings, slots)
+    assert "1 failed: memory is full" in counts(settings, slots)
 
 
 def test_a_trial_at_which_workers_keep_dying_is_failed_with_the_steps_that_it_took(
@@ -475,10 +474,11 @@ def test_a_trial_at_its_end_is_complete_whatever_the_pruner_says(
         return step == 12
 
     told: list[int] = []
-    with contextlib.suppress(KeyboardInterrupt):
-        outcome = run_trial(config, tmp_path / "trial", tmp_path / "log.txt", last, lambda key, value: None)
+    attempt = (config, tmp_path / "trial", tmp_path / "log.txt", last, lambda key, value: None)
     if killed:
-        outcome = run_trial(config, tmp_path / "trial", tmp_path / "log.txt", last, lambda key, value: None)
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(*attempt)
+    outcome = run_trial(*attempt)
     assert (outcome.state, outcome.steps) == ("complete", 12)
 
 
@@ -661,6 +661,27 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
     assert sentence.startswith("trial 2 has the best bits_per_byte of those that did not fail again; ")
     del slots[2]
     assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.81614, "1.8161"),
+        (0.0, "0.0000"),
+        (-0.000053, "-5.3e-05"),
+        (0.00051, "0.00051"),
+        (960_512.0, "960,512"),
+        (7_241_732_096.0, "7,241,732,096"),
+        (1e30, "1e+30"),
+    ],
+)
+def test_a_value_is_written_with_digits_that_say_something(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_settings_in_the_table_are_as_yaml_has_them() -> None:
+    values = (None, True, (0.9, 0.95), "adamw", 0.0200001, 1e-5)
+    assert [short(v) for v in values] == ["null", "true", "[0.9, 0.95]", "adamw", "0.02", "1e-05"]
 
 
 def test_the_front_in_words_is_optunas(
