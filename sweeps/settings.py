@@ -221,6 +221,11 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
     several = len(sweep.objectives) > 1
     if several and sweep.sampler == "cmaes":
         raise ValueError("sampler cmaes knows one objective; take tpe, random, grid or gp for several")
+    if sweep.sampler == "cmaes" and all(p.kind == "choice" or p.when for p in space.parameters):
+        raise ValueError(
+            "sampler cmaes chooses from ranges that always vary, and the space has none; take tpe, random, "
+            "grid or gp"
+        )
     by_loss = sweep.objectives == ("bits_per_byte",)
     if not by_loss and sweep.pruner not in ("auto", "none"):
         raise ValueError(

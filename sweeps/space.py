@@ -49,6 +49,7 @@ NOT_A_SETTING = {
 }
 # Free to change on a resume, since fingerprints or the run itself tell; yet they change what a run becomes.
 MATTERS = ("base", "base_revision", "tokenizer.path", "patience", "validate_every")
+GRID = 10_000  # combinations that a grid has at most: a week of minutes
 COMBINATIONS = 32  # of choices that are looked at before the start; of more, that many at random
 
 
@@ -106,7 +107,7 @@ class Parameter:
                 low = int(self.low)
                 return tuple(dict.fromkeys(low + round((v - low) / self.step) * self.step for v in values))
             return tuple(values)
-        if self.kind == "int" and not self.log:
+        if self.kind == "int" and not self.log and (self.high - self.low) / self.step < GRID:
             return tuple(range(int(self.low), int(self.high) + 1, self.step))
         raise ValueError(
             f"space: {self.key} is a range, of which a grid cannot try every value; add `points: 5` to "
@@ -189,8 +190,20 @@ class Space:
         return None if None in chosen.values() else chosen
 
     def grid(self, base: Config) -> list[dict[str, Any]]:
-        """Every combination, in a fixed order; ValueError where a range has no end of values."""
-        return list(self._walk(flat(base), {}, {p.key: p.grid() for p in self.parameters}))
+        """Every combination, in a fixed order.
+
+        Raises:
+            ValueError: A range has no end of values, or there are more than GRID of them.
+        """
+        values = {p.key: p.grid() for p in self.parameters}
+        found = list(itertools.islice(self._walk(flat(base), {}, values), GRID + 1))
+        if len(found) > GRID:
+            counts = " x ".join(str(len(own)) for own in values.values())
+            raise ValueError(
+                f"space: its grid of {counts} values has more than {GRID} combinations; "
+                "leave values or `points` out, or take another --sampler"
+            )
+        return found
 
     def _walk(
         self, base: Mapping[str, Any], chosen: dict[str, Any], values: Mapping[str, tuple[Any, ...]]

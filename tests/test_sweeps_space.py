@@ -12,6 +12,7 @@ import yaml
 
 from config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from runfolder import flat
+from sweeps import space as spaces
 from sweeps.settings import parse_settings
 from sweeps.space import Parameter, Space, parse_space
 from sweeps.study import open_studies
@@ -120,6 +121,16 @@ model.n_layer: {int: [1, 3]}
         space_of("head_lr: {log: [1e-3, 1e-1]}").grid(Config())
 
 
+def test_a_grid_of_too_many_combinations_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spaces, "GRID", 12)
+    text = "model.n_layer: {int: [1, 3]}\nbatch_size: [2, 4]\nseed: {int: [1, %d]}"
+    assert len(space_of(text % 2).grid(Config())) == 12
+    with pytest.raises(ValueError, match="grid of 3 x 2 x 3 values has more than 12 combinations"):
+        space_of(text % 3).grid(Config())
+    with pytest.raises(ValueError, match="seed is a range, of which a grid cannot try every value"):
+        space_of(text % 10**15).grid(Config())
+
+
 MISTAKES = {
     "lrr: [0.1, 0.2]": "lrr is no setting; did you mean optimizer.lr?",
     "optimizer.leaning: [0.1, 0.2]": "optimizer.leaning is no setting; did you mean",
@@ -203,6 +214,12 @@ COMMANDS = {
         "--pruner",
         "median",
     ): "pruner median goes by bits_per_byte alone",
+    (
+        "--config",
+        "recipes/sweep_seed.yaml",
+        "--sampler",
+        "cmaes",
+    ): "ranges that always vary, and the space has none",
     ("--objectives", "bits_per_byte,parameters", "--sampler", "cmaes"): "sampler cmaes knows one objective",
     ("--pruner", "hyperband", "--validate_every", "0"): "hyperband goes by validations on the way",
     (
