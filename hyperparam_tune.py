@@ -112,10 +112,10 @@ class Crew:
         for member in self.members:
             ticks = member.ticks.value
             member.seen, member.idle = ticks, member.idle + passed if ticks == member.seen else 0.0
-            if limit and member.idle >= limit and member.process.is_alive():
+            if limit and member.idle >= limit and member.process.is_alive() and not member.hung:
                 member.hung = True
                 member.process.kill()
-                member.process.join()
+                member.process.join(10 * LOOK)  # the kernel may take its time over a file system that is gone
                 ended.append(member.name)
         return ended
 
