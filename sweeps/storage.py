@@ -32,6 +32,7 @@ DRIVERS = {  # of a database: the package, and what a URL that names it begins w
     "mariadb": ("pymysql", "mariadb+pymysql://"),
 }
 CONNECT_SECONDS = 10
+FULL = re.compile(os.strerror(errno.ENOSPC) + "|" + os.strerror(errno.EDQUOT), re.IGNORECASE)
 PATIENCE_SECONDS = 300.0  # that a worker goes on asking a storage that is down
 T = TypeVar("T")
 
@@ -170,13 +171,15 @@ def told(url: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except failures() as error:
-        what = f"the storage {shown(url, folder)}"
-        if isinstance(error, OSError) and error.filename is not None:
-            what = str(error.filename)
-        raise ValueError(
-            f"{what} cannot be used ({_first_line(error)}); the study is as it was: start the same command "
-            "again when it is back, or name another --storage"
-        ) from None
+        what = f"the storage {shown(url, folder)} cannot be used ({_first_line(error)})"
+        again, other = "start the same command again when it is back", ", or name another --storage"
+        if isinstance(error, OSError) and error.errno is None:  # of a checkpoint, say: with words of its own
+            what, other = _first_line(error).split(";")[0], ""
+        elif isinstance(error, OSError) and error.filename is not None:
+            what = f"{error.filename} cannot be used ({_first_line(error)})"
+        if isinstance(error, OSError) and FULL.search(str(error)):
+            again = "free some space and start the same command again"
+        raise ValueError(f"{what}; the study is as it was: {again}{other}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -296,6 +297,32 @@ def test_a_driver_that_is_not_installed_is_named_with_its_package(
     sentence = str(told.value)
     assert f"cannot be opened: its driver {driver} is not installed; {advice}" in sentence
     assert "secret" not in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            OSError("step 6 could not be written (No space left on device); go on with --resume"),
+            "step 6 could not be written (No space left on device); the study is as it was: free some space and "
+            "start the same command again",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),  # as a write has it: which file is not known
+            "the storage x/journal.log cannot be used ([Errno 28] No space left on device); the study is as it "
+            "was: free some space and start the same command again, or name another --storage",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied", "x/logs"),
+            "x/logs cannot be used ([Errno 13] Permission denied: 'x/logs'); the study is as it was: start the "
+            "same command again when it is back, or name another --storage",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_named_and_nothing_else_blamed(error: OSError, sentence: str) -> None:
+    with pytest.raises(ValueError) as found, told("", Path("x")):
+        raise error
+    assert str(found.value) == sentence
 
 
 def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path) -> None:
