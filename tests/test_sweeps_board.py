@@ -304,18 +304,18 @@ def test_a_driver_that_is_not_installed_is_named_with_its_package(
     [
         (
             OSError("step 6 could not be written (No space left on device); go on with --resume"),
-            "step 6 could not be written (No space left on device); the study is as it was: free some space and "
-            "start the same command again",
+            "step 6 could not be written (No space left on device); the study is as it was: free some space "
+            "and start the same command again",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device"),  # as a write has it: which file is not known
-            "the storage x/journal.log cannot be used ([Errno 28] No space left on device); the study is as it "
-            "was: free some space and start the same command again, or name another --storage",
+            "the storage x/journal.log cannot be used ([Errno 28] No space left on device); the study is as "
+            "it was: free some space and start the same command again, or name another --storage",
         ),
         (
             OSError(errno.EACCES, "Permission denied", "x/logs"),
-            "x/logs cannot be used ([Errno 13] Permission denied: 'x/logs'); the study is as it was: start the "
-            "same command again when it is back, or name another --storage",
+            "x/logs cannot be used ([Errno 13] Permission denied: 'x/logs'); the study is as it was: start "
+            "the same command again when it is back, or name another --storage",
         ),
     ],
 )
