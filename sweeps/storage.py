@@ -89,6 +89,10 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         warnings.filterwarnings("ignore", category=kind, module="optuna|sweeps")
     if url and "://" not in url and not url.startswith("journal:"):
         raise ValueError(f"--storage {url} is no URL; write {KINDS}")
+    if re.fullmatch(r"sqlite(\+\w+)?://(/|/:memory:)?(\?.*)?", url):
+        raise ValueError(
+            f"--storage {url} is kept in the memory of one process, and every worker is one; write sqlite:///FILE"
+        )
     with told(url, folder):
         try:
             return _opened(url, folder)
@@ -173,7 +177,8 @@ def told(url: str, folder: Path) -> Iterator[None]:
     except failures() as error:
         what = f"the storage {shown(url, folder)} cannot be used ({_first_line(error)})"
         again, other = "start the same command again when it is back", ", or name another --storage"
-        if isinstance(error, OSError) and error.errno is None:  # of a checkpoint, say: with words of its own
+        # Of a checkpoint, say, with words of its own; a proxy that is down has a kind of its own.
+        if type(error) is OSError and error.errno is None:
             what, other = _first_line(error).split(";")[0], ""
         elif isinstance(error, OSError) and error.filename is not None:
             what = f"{error.filename} cannot be used ({_first_line(error)})"

@@ -140,9 +140,8 @@ def verdict(
     for of, one in sorted(found.items(), key=lambda pair: pair[1].mean):
         values = ", ".join(number(one.values[s]) for s in sorted(one.values))
         spread = f" +- {number(one.spread)}" if len(one.values) > 1 else ""
-        lines.append(
-            f"{called(of)}: {number(one.mean)}{spread} over {len(one.values)} other seeds ({values})"
-        )
+        seeds = "one other seed" if len(one.values) == 1 else f"{len(one.values)} other seeds"
+        lines.append(f"{called(of)}: {number(one.mean)}{spread} over {seeds} ({values})")
     compared = differences(found)
     sign = 1 if OBJECTIVES[name] else -1
     better = [d for d in compared if sign * (d.high if sign > 0 else d.low) < 0]

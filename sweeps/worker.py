@@ -292,7 +292,8 @@ class Worker:
         if step not in known:
             known.add(step)
             if trial is None or len(self.objectives) > 1:  # Optuna takes values of one objective alone
-                self.note(board, claim, VALIDATED, step)
+                if step > claim.record.user_attrs.get(VALIDATED, 0):
+                    self.note(board, claim, VALIDATED, step)
             else:
                 patiently(lambda: trial.report(value, step))
         return trial is not None and self.prunes and patiently(trial.should_prune)

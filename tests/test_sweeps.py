@@ -644,6 +644,12 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
         }
 
     own: list[float | None] = [1.0, 1.5, 1.5]
+    assert verdict(settings, {0: optuna.trial.create_trial(value=1.0)}, again({4: [1.05], None: own}))[
+        :2
+    ] == [
+        "trial 4: 1.0500 over one other seed (1.0500)",
+        "the config itself: 1.3333 +- 0.2887 over 3 other seeds (1.0000, 1.5000, 1.5000)",
+    ]
     assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [2.0]})) == 4
     assert winner(settings, {}, again({None: own, 4: [1.05, 1.0, 1.0], 9: [0.5]})) == 4
     assert winner(settings, {}, again({4: [1.0, 1.0], 9: [0.9, 1.2], 2: [0.5]})) == 4  # without the config

@@ -248,6 +248,9 @@ def test_commands_that_begin_at_once_share_a_new_database(tmp_path: Path) -> Non
     ("url", "sentence"),
     [
         ("study.db", "is no URL"),
+        ("sqlite://", "is kept in the memory of one process, and every worker is one; write sqlite:///FILE"),
+        ("sqlite:///:memory:", "is kept in the memory of one process"),
+        ("sqlite+pysqlite:///", "is kept in the memory of one process"),
         ("sqlite:////nowhere/at/all/s.db", "cannot be used"),
         ("postgresql://me:secret@localhost:1/s", "cannot be"),
         (
@@ -306,6 +309,11 @@ def test_a_driver_that_is_not_installed_is_named_with_its_package(
             OSError("step 6 could not be written (No space left on device); go on with --resume"),
             "step 6 could not be written (No space left on device); the study is as it was: free some space "
             "and start the same command again",
+        ),
+        (
+            ConnectionError("GRPC connection timeout"),
+            "the storage x/journal.log cannot be used (GRPC connection timeout); the study is as it was: start "
+            "the same command again when it is back, or name another --storage",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device"),  # as a write has it: which file is not known
