@@ -312,8 +312,8 @@ def test_a_driver_that_is_not_installed_is_named_with_its_package(
         ),
         (
             ConnectionError("GRPC connection timeout"),
-            "the storage x/journal.log cannot be used (GRPC connection timeout); the study is as it was: start "
-            "the same command again when it is back, or name another --storage",
+            "the storage x/journal.log cannot be used (GRPC connection timeout); the study is as it was: "
+            "start the same command again when it is back, or name another --storage",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device"),  # as a write has it: which file is not known
