@@ -261,7 +261,9 @@ def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     reasons = Counter(
         record.user_attrs.get("reason", "") for record in slots.values() if record.state == TrialState.FAIL
     )
-    return [line, *(f"{count} failed: {reason}" for reason, count in reasons.most_common())]
+    twins = sum("same_as" in record.user_attrs for record in slots.values())
+    same = [f"{twins} of them had the settings of an earlier one and were not trained again"] if twins else []
+    return [line, *same, *(f"{count} failed: {reason}" for reason, count in reasons.most_common())]
 
 
 def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:

@@ -43,6 +43,7 @@ from sweeps.study import (
 )
 
 ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
+NOTHING_NEW = 20  # trials in a row that took no step: the space holds no other settings, or next to none
 STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 
 
@@ -55,6 +56,8 @@ def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: flo
     done = [r for r in slots.values() if is_done(r)]
     if len(done) >= ALL_FAILED and all(r.state == TrialState.FAIL for r in done):
         return False
+    if not sweep.trials and nothing_new(slots):
+        return False
     if (sweep.trials and len(slots) >= sweep.trials) or (grid is not None and len(slots) >= grid):
         return False
     whole = settings.space.most_steps(settings.config)
@@ -66,6 +69,12 @@ def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: flo
         turns = math.ceil((sweep.repeat_best + 1) * sweep.repeat_seeds / sweep.workers)
         return spent + one + turns * one <= sweep.seconds
     return True
+
+
+def nothing_new(slots: Mapping[int, FrozenTrial]) -> bool:
+    """Whether budgets in steps and seconds would let trials go on for ever that cost none."""
+    last = list(slots.values())[-NOTHING_NEW:]
+    return len(last) == NOTHING_NEW and all(is_done(r) and not r.user_attrs.get("steps") for r in last)
 
 
 def seconds_of_one(slots: Mapping[int, FrozenTrial]) -> float:

@@ -28,6 +28,7 @@ import hyperparam_tune
 from config import parse_config
 from hyperparam_tune import Crew, finish
 from sweeps import study as studies
+from sweeps import worker
 from sweeps.board import VALIDATED, Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
@@ -494,7 +495,9 @@ def test_bad_trials_are_pruned_and_equal_ones_taken_over(
         assert record.state == (TrialState.COMPLETE if good else TrialState.PRUNED)
         assert record.user_attrs["steps"] == 0 if "same_as" in record.user_attrs else (12 if good else 3)
     assert sum("same_as" in r.user_attrs for r in slots.values()) == 3
-    assert counts(settings, slots)[0].endswith("; 15 steps, 38% fewer than without pruning")  # of 24
+    told = counts(settings, slots)
+    assert told[0].endswith("; 15 steps, 38% fewer than without pruning")  # of 24
+    assert told[1:] == ["3 of them had the settings of an earlier one and were not trained again"]
     assert {r.params["arms"] for r in slots.values()} == set(arms)
     assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
 
@@ -574,6 +577,21 @@ def test_a_budget_in_steps_holds_a_trial_whose_steps_do_not_vary(
         with pytest.raises(SystemExit):
             parse_settings(["--config", str(path), "--steps", "30"])
         assert sentence in capsys.readouterr().err
+
+
+def test_a_budget_in_steps_ends_where_the_space_has_nothing_left(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "NOTHING_NEW", 4)
+    space = {"model.dropout": [0.0, 0.2]}
+    path = tiny(tmp_path, corpus, space=space, max_steps=3, sweep={"trials": 0, "repeat_seeds": 0})
+    _, slots = sweep(path, "--steps", "10000", "--sampler", "random")
+    trained = [slot for slot, record in slots.items() if record.user_attrs["steps"]]
+    assert len(trained) == 2 and len(slots) == trained[-1] + 5
+    by_trials = parse_settings(["--config", str(path), "--trials", "100"])
+    assert more_trials(by_trials, slots, 0.0, None)  # which end by themselves
+    monkeypatch.setattr(worker, "NOTHING_NEW", 5)
+    assert more_trials(parse_settings(["--config", str(path), "--steps", "10000"]), slots, 0.0, None)
 
 
 def replaced(record: optuna.trial.FrozenTrial, **attributes: Any) -> optuna.trial.FrozenTrial:
