@@ -232,10 +232,16 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
             f"pruner {sweep.pruner} goes by bits_per_byte alone; take none with other objectives"
         )
     train = config.train
-    validates = any(any(space.values(config, key)) for key in ("validate_every", "save_every"))
+    every = [n for key in ("validate_every", "save_every") for n in space.values(config, key) if n]
+    validates, most = bool(every), space.most_steps(config)
     if sweep.pruner not in ("auto", "none") and not validates:
         raise ValueError(
             f"pruner {sweep.pruner} goes by validations on the way, and validate_every is 0; set one of them"
+        )
+    if sweep.pruner not in ("auto", "none") and most and min(every) >= most:
+        raise ValueError(
+            f"pruner {sweep.pruner} goes by validations on the way, and the first is at step {min(every)} of "
+            f"{most}; set validate_every lower than max_steps"
         )
     for name in ("run", "resume", "prove_resume", "overfit"):
         if getattr(train, name):

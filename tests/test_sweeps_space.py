@@ -227,6 +227,7 @@ COMMANDS = {
         "10",
     ): "--steps is 10, and one trial may take 100 of them, its max_steps; set --steps to 100 at "
     "least, or max_steps to 10 at most",
+    ("--pruner", "median", "--validate_every", "100"): "is at step 100 of 100; set validate_every lower",
     ("--run", "here"): "run is set, and every trial has a run of its own",
     ("--config", "nothing.yaml"): "nothing.yaml",
 }
