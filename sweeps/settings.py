@@ -121,7 +121,8 @@ def parse_settings(words: list[str]) -> Settings:
     if unknown is not None:
         near = difflib.get_close_matches(str(unknown), [n.removeprefix("--") for n in names], 1, 0.5)
         parser.error(f"sweep: {unknown} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
-    before = [] if not sections["sweep"] else ["--config", json.dumps(sections["sweep"])]
+    given = {key: value for key, value in sections["sweep"].items() if value is not None}  # null: left open
+    before = ["--config", json.dumps(given, default=str)] if given else []
     values = parser.parse_args([*before, *flags]).clone(with_meta=False).as_dict()
     config = parse_config(rest, "Sweep over the settings of a training.")
     try:

@@ -262,6 +262,9 @@ def test_a_section_of_comments_alone_is_as_none(tmp_path: Any) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("sweep:\n#  trials: 5\nspace: {seed: [1, 2]}\n", "utf-8")
     assert parse_settings(["--config", str(path)]).sweep.trials == 30
+    path.write_text("sweep: {objectives:, trials: }\nspace: {seed: [1, 2]}\n", "utf-8")
+    sweep = parse_settings(["--config", str(path)]).sweep
+    assert (sweep.objectives, sweep.trials) == (("bits_per_byte",), 30)
 
 
 OTHERS = {  # of `own` below: what is said of the study of that space
