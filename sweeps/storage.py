@@ -32,7 +32,7 @@ DRIVERS = {  # of a database: the package, and what a URL that names it begins w
     "mariadb": ("pymysql", "mariadb+pymysql://"),
 }
 CONNECT_SECONDS = 10
-FULL = re.compile(os.strerror(errno.ENOSPC) + "|" + os.strerror(errno.EDQUOT), re.IGNORECASE)
+FULL = re.compile(f"{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}|disk is full", re.IGNORECASE)
 PATIENCE_SECONDS = 300.0  # that a worker goes on asking a storage that is down
 T = TypeVar("T")
 
@@ -182,7 +182,7 @@ def told(url: str, folder: Path) -> Iterator[None]:
             what, other = _first_line(error).split(";")[0], ""
         elif isinstance(error, OSError) and error.filename is not None:
             what = f"{error.filename} cannot be used ({_first_line(error)})"
-        if isinstance(error, OSError) and FULL.search(str(error)):
+        if FULL.search(str(error)):
             again = "free some space and start the same command again"
         raise ValueError(f"{what}; the study is as it was: {again}{other}") from None
 

@@ -17,6 +17,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from sweeps import board as boards
 from sweeps.board import PULSE, VALIDATED, Board, Claim, Pulse, is_done, is_open, slots_of, spent_seconds
@@ -321,13 +322,18 @@ def test_a_driver_that_is_not_installed_is_named_with_its_package(
             "it was: free some space and start the same command again, or name another --storage",
         ),
         (
+            OperationalError("INSERT", {}, Exception("database or disk is full")),  # as SQLite has it
+            "the storage x/journal.log cannot be used ((builtins.Exception) database or disk is full); the "
+            "study is as it was: free some space and start the same command again, or name another --storage",
+        ),
+        (
             OSError(errno.EACCES, "Permission denied", "x/logs"),
             "x/logs cannot be used ([Errno 13] Permission denied: 'x/logs'); the study is as it was: start "
             "the same command again when it is back, or name another --storage",
         ),
     ],
 )
-def test_what_cannot_be_written_is_named_and_nothing_else_blamed(error: OSError, sentence: str) -> None:
+def test_what_cannot_be_written_is_named_and_nothing_else_blamed(error: Exception, sentence: str) -> None:
     with pytest.raises(ValueError) as found, told("", Path("x")):
         raise error
     assert str(found.value) == sentence
