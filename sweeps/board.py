@@ -8,7 +8,7 @@ next attempt goes on from its parameters and its run folder. So slots are counte
             created for one attempt, the lower number has it, and the other one ends.
     reap    a running record whose worker is gone is ended, which a storage grants only once.
 
-Whether a worker lives: on its own machine by a lock that the kernel frees when it ends; on others by its
+Whether a worker lives: where its files are by a lock that the kernel frees when it ends; elsewhere by its
 pulse, an attribute of the study that it writes every BEAT seconds, and that stands still when it is dead.
 """
 
@@ -75,14 +75,16 @@ class Pulse:
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # the storage may be what ended it
-            self.beat()
-        (self.folder / "workers" / self.id).unlink(missing_ok=True)
+        with contextlib.suppress(
+            Exception
+        ):  # the storage may be what ended it: then the file says so, unlocked
+            self.beat(ended=True)
+            (self.folder / "workers" / self.id).unlink(missing_ok=True)
         self._file.close()
 
-    def beat(self) -> None:
+    def beat(self, ended: bool = False) -> None:
         lock = str((self.folder / "workers" / self.id).resolve())
-        values = {"host": host(), "lock": lock, "start": self.started, "seen": time.time()}
+        values = {"host": host(), "lock": lock, "start": self.started, "seen": time.time(), "ended": ended}
         self.study.set_user_attr(PULSE + self.id, values)
 
     def _go_on(self) -> None:
@@ -101,7 +103,10 @@ class Pulse:
         if other == self.id:
             return True
         pulse = pulses.get(PULSE + other)
-        if pulse is not None and pulse["host"] == host():
+        if pulse is not None and pulse.get("ended"):
+            return False
+        # Containers may share a host's name and kernel, and not its files.
+        if pulse is not None and pulse["host"] == host() and Path(pulse["lock"]).is_file():
             return is_locked(Path(pulse["lock"]))
         value, since = self.seen.get(other, (None, 0.0))
         if other not in self.seen or value != pulse:

@@ -162,6 +162,39 @@ def test_a_worker_elsewhere_is_dead_when_its_pulse_stands_still(
         assert not pulse.lives("never seen", {}) or pulse.seen["never seen"] == (None, now[0])
 
 
+def test_a_worker_whose_files_are_not_here_lives_by_its_pulse_until_it_says_that_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in another container on this machine, which has its name and its kernel."""
+    study = study_in("", tmp_path)
+    with Pulse(study, tmp_path) as here:
+        with Pulse(study, tmp_path / "there") as there:
+            (tmp_path / "there" / "workers" / there.id).unlink()
+            now = [100.0]
+            monkeypatch.setattr(boards.time, "monotonic", lambda: now[0])
+            pulses = study.user_attrs
+            assert here.lives(there.id, pulses)
+            now[0] += boards.STALE - 1
+            assert here.lives(there.id, pulses)
+            now[0] += 2
+            assert not here.lives(there.id, pulses)
+            there.beat()
+            assert here.lives(there.id, study.user_attrs)
+        assert not here.lives(there.id, study.user_attrs)
+
+
+def test_a_worker_that_could_not_say_that_it_ended_is_dead_at_once_where_its_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in("", tmp_path)
+    with Pulse(study, tmp_path) as here:
+        with Pulse(study, tmp_path) as there:
+            pulses = study.user_attrs
+            assert here.lives(there.id, pulses)
+            monkeypatch.setattr(there, "study", None)  # a storage that is down
+        assert pulses == study.user_attrs and not here.lives(there.id, pulses)
+
+
 def test_a_release_is_granted_once_and_never_undoes_a_result(tmp_path: Path) -> None:
     study = study_in("", tmp_path)
     with Pulse(study, tmp_path) as pulse:
