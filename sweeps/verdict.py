@@ -272,13 +272,14 @@ def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     Where trials with equal losses differ in several, those are named together. Of a trial that ended early
     there are fewer losses; one alone, which is before any update, says nothing.
     """
-    seen = [
-        (slot, chosen_of(settings, r.params), r.user_attrs["first_losses"])
-        for slot, r in slots.items()
-        if len(r.user_attrs.get("first_losses", ())) > 1
-    ]
+    alike: dict[tuple[float, ...], list[tuple[int, dict[str, Any], list[float]]]] = {}
+    for slot, record in slots.items():
+        losses = record.user_attrs.get("first_losses", [])
+        if len(losses) > 1:  # by two of them: of 20,000 trials there are too many pairs
+            alike.setdefault(tuple(losses[:2]), []).append((slot, chosen_of(settings, record.params), losses))
+    pairs = itertools.chain.from_iterable(itertools.combinations(group, 2) for group in alike.values())
     found: dict[frozenset[str], tuple[bool, int, int, int]] = {}  # the pair that says most
-    for (one, a, losses), (other, b, same) in itertools.combinations(seen, 2):
+    for (one, a, losses), (other, b, same) in pairs:
         differ = frozenset(key for key in {**a, **b} if a.get(key) != b.get(key))
         count = min(len(losses), len(same))
         if losses[:count] == same[:count] and differ:
