@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ OBJECTIVES = {  # name: whether less is better
     "parameters": True,
     "tokens_per_second": False,
 }
+NEEDS = {"cmaes": "cmaes", "gp": "scipy"}  # of a sampler: the package that Optuna leaves open
 TRIALS = 30  # where no budget is set
 
 
@@ -222,6 +224,12 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
     several = len(sweep.objectives) > 1
     if several and sweep.sampler == "cmaes":
         raise ValueError("sampler cmaes knows one objective; take tpe, random, grid or gp for several")
+    package = NEEDS.get(sweep.sampler)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"sampler {sweep.sampler} needs the package {package}, which is not installed: pip install "
+            f"{package}, or take tpe"
+        )
     if sweep.sampler == "cmaes" and all(p.kind == "choice" or p.when for p in space.parameters):
         raise ValueError(
             "sampler cmaes chooses from ranges that always vary, and the space has none; take tpe, random, "

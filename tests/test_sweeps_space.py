@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -349,3 +350,13 @@ def test_a_study_has_the_name_of_its_folder_however_that_is_written(
     folder = folder.format(name=tmp_path.name, path=tmp_path)
     trials, repeats = open_studies(parse_settings(["--study", folder]))
     assert (trials.study_name, repeats.study_name) == (tmp_path.name, f"{tmp_path.name}-repeats")
+
+
+@pytest.mark.parametrize(("sampler", "package"), [("cmaes", "cmaes"), ("gp", "scipy")])
+def test_a_sampler_whose_package_is_not_installed_is_refused_at_once(
+    sampler: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    with pytest.raises(SystemExit):
+        parse_settings(["--sampler", sampler])
+    assert f"needs the package {package}, which is not installed: pip install" in capsys.readouterr().err
