@@ -79,9 +79,9 @@ def run_trial(
 
     if resume:  # a validation is saved before it is told, and a kill may fall between
         for row in rows_of(folder):
-            if "eval/bits_per_byte" in row and not pruned:
-                ended = config.train.max_steps == int(row["step"])
-                pruned = report(int(row["step"]), row["eval/bits_per_byte"]) and not ended
+            if "eval/bits_per_byte" in row:  # the pruner goes by the last one
+                pruned = report(int(row["step"]), row["eval/bits_per_byte"])
+                pruned = pruned and int(row["step"]) != config.train.max_steps
     if pruned:
         found = numbers_of(folder)
         return Outcome("pruned", "", found, int(found.pop("step", 0)), before)
