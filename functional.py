@@ -300,6 +300,12 @@ def evaluate(settings: FunctionalConfig) -> str:
 
     problems = read_problems(settings.problems)
     samples = read_samples(settings.samples, problems)
+    fewest = min(Counter(sample.task_id for sample in samples).values())
+    if min(settings.k) > fewest:
+        raise ValueError(
+            f"--k is {min(settings.k)}, and of some problem there are only {fewest} samples; give --k "
+            f"{fewest} or less, or more samples"
+        )
     limits = sandbox.Limits(cpu=settings.cpu, wall=settings.wall)
     unsafe = settings.allow == "unsandboxed"
     with tqdm(total=len(samples), desc="judged", unit=" samples", disable=None) as bar:
@@ -326,10 +332,12 @@ def evaluate(settings: FunctionalConfig) -> str:
             if set(chances) <= {0.0, 100.0}:
                 ends = share_interval(chances.count(100.0), len(chances))
             else:
-                ends = mean_interval(chances) if len(chances) > 1 else None
+                ends = mean_interval(chances, bounds=(0, 100)) if len(chances) > 1 else None
             intervals[f"pass@{k}"] = [ends.low, ends.high] if ends else None
             between = f" [{ends.low:.1f}, {ends.high:.1f}]" if ends else ""
             lines.append(f"pass@{k}  {mean:.2f}%{between}  over {len(chances)} problems")
+        elif settings.k != FunctionalConfig.k:
+            lines.append(f"pass@{k}  left out: of some problem there are only {fewest} samples")
     kinds = Counter(verdict.kind for verdict in found.verdicts)
     lines.append(
         f"{len(samples)} samples: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())

@@ -19,6 +19,7 @@ RESAMPLES = 2000
 POWER = 0.8  # the chance to find a difference of the size seen, that a plan of samples asks for
 # Of six samples that all go one way, chance alone gives 3%; of five, 6%.
 FEWEST_CHANGED = 6
+ALIKE = 1e-9  # scores of resamples that differ by less differ by rounding only
 _BATCH = 2**22  # samples drawn at a time
 _NORMAL = NormalDist()
 
@@ -46,14 +47,14 @@ def mean_of_sums(sums: np.ndarray) -> np.ndarray:
 
 
 def mean_interval(
-    scores: Sequence[float] | np.ndarray, seed: int = 0, confidence: float = 0.95, resamples: int = RESAMPLES
+    scores: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
-    """The mean with its bootstrap interval, by `interval`.
-
-    Scores that are all equal have an interval of no width, however few they are; for shares of successes
-    there is `share_interval`.
-    """
-    return interval(mean_rows(scores), mean_of_sums, seed, confidence, resamples)
+    """The mean with its bootstrap interval, by `interval`."""
+    return interval(mean_rows(scores), mean_of_sums, seed, confidence, resamples, bounds)
 
 
 def interval(
@@ -62,6 +63,7 @@ def interval(
     seed: int = 0,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
     """The score of all samples with its expanded percentile bootstrap interval (Hesterberg 2015, 5.3).
 
@@ -73,6 +75,10 @@ def interval(
     are rare events on few samples: 93% for a share of 0.1 on 25 samples, 71% for 0.05, where most resamples
     hold none (`share_interval`), and 91% for 25 scores that are nearly all close to 0.
 
+    Where all samples are alike, every resample is, and the interval has no width however few they are. With
+    `bounds` it is the exact one of a share that nobody has seen (Clopper and Pearson 1934 at 0 of n): so many
+    of the population may be unlike them, and have any score within the bounds.
+
     The samples must be independent of each other.
 
     Args:
@@ -81,6 +87,7 @@ def interval(
         seed: Of the resampling; the same rows and seed give the same interval.
         confidence: Share of intervals that hold the true score, nearly.
         resamples: Samples of size n that are drawn from the rows.
+        bounds: The least and the most that a score can be.
 
     Raises:
         ValueError: fewer than two rows.
@@ -88,7 +95,11 @@ def interval(
     _enough(len(rows))
     scores = np.sort(np.concatenate([of_sums(sums) for sums in _resampled(rows, seed, resamples)]))
     low, high = _ends(scores, len(rows), confidence)
-    return Interval(float(of_sums(rows.sum(0))), low, high, len(rows))
+    score = float(of_sums(rows.sum(0)))
+    if bounds is not None and scores[-1] - scores[0] < ALIKE:
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / len(rows))
+        low, high = (score + unseen * (end - score) for end in bounds)
+    return Interval(score, low, high, len(rows))
 
 
 def share_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
@@ -142,6 +153,8 @@ class Comparison:
             size = abs(self.difference.mean)
             return f"{'better' if better else 'worse'} than {other} by {size:.1f} on {n} samples"
         said = f"not distinguishable from {other} on {n} samples"
+        if n < FEWEST_CHANGED:
+            return f"{said}, where fewer than {FEWEST_CHANGED} can show nothing"
         if self.needed is None:
             return f"{said}: the scores are equal"
         return f"{said}; about {_rounded(self.needed):,} would be needed"
@@ -179,7 +192,7 @@ def compare(
     difference = float(gap(both.sum(0)))
     changed = int((rows != other_rows).any(1).sum())
     found = Comparison(Interval(difference, low, high, n), changed, None)
-    if abs(difference) < 1e-9:
+    if abs(difference) < ALIKE:
         return found
     # Of a mean of n differences, the standard error shrinks as the root of n.
     error = float(gaps.std()) * math.sqrt(n / (n - 1))

@@ -91,7 +91,8 @@ class Scored:
             passed = self.samples == self.metric.maximum
             if np.all(passed | (self.samples == 0)):
                 return share_interval(int(passed.sum()), len(self.rows), confidence)
-        return interval(self.rows, self.metric.of_sums, seed, confidence)
+        bounds = 0.0, self.metric.maximum
+        return interval(self.rows, self.metric.of_sums, seed, confidence, bounds=bounds)
 
     def compare(self, other: Scored, seed: int = 0, confidence: float = 0.95) -> Comparison:
         """This score against that of another system on the same pairs.
@@ -205,6 +206,16 @@ def _rouge(tokens: Callable[[str], list[str]]) -> Rows:
     return lambda pairs, _: _with_ones(*zip(*(one(*pair) for pair in pairs), strict=True))
 
 
+def _parses_rows(pairs: Sequence[Pair], language: str) -> np.ndarray:
+    # No text is a program, and no answer either: a system that says nothing must not be the best here.
+    return _with_ones(
+        [
+            100.0 * (parses(prediction, language) if prediction.strip() else not reference.strip())
+            for prediction, reference in pairs
+        ]
+    )
+
+
 def _no_model(pairs: Sequence[Pair], language: str) -> np.ndarray:
     raise ValueError(
         "semantic is had from the hidden states of a model, and none is here; evaluate a checkpoint"
@@ -246,9 +257,9 @@ _TABLE = [
     ),
     Metric(
         "parses",
-        lambda pairs, language: _with_ones([100.0 * parses(prediction, language) for prediction, _ in pairs]),
+        _parses_rows,
         _first,
-        "the prediction alone: ast for Python, tree-sitter for others",
+        "the prediction alone, unless it is empty: ast for Python, tree-sitter for others",
         by_language=True,
         all_or_nothing=True,
     ),

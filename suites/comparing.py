@@ -22,7 +22,7 @@ import numpy as np
 
 from metrics.intervals import compare
 from metrics.registry import Scored
-from suites.records import read_evaluation, scored_again
+from suites.records import not_whole, read_evaluation, scored_again
 from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, suites_of
 
 LETTERS = "ABCDEFGH"
@@ -80,10 +80,11 @@ def compare_files(paths: Sequence[str], suite: str = "") -> str:
             step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
             legend.append(f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}")
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no whole evaluation: {type(error).__name__} {error}") from None
+            raise not_whole(path, error) from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         evaluations.append((letter, evaluation))
+    whole = not suite and all(prompt is None for _, prompt, _ in asked)
     try:
         lines = [*legend, *(_token_lines(evaluations) if TOKENS in suite or not suite else [])]
         (first, _, records), *others = asked
@@ -98,12 +99,23 @@ def compare_files(paths: Sequence[str], suite: str = "") -> str:
                 column for label, prompt, found in asked for column in columns_of(label, found[suite], prompt)
             ]
             lines += ["", *comparison(columns)]
+        for prompt in _shared_prompts(evaluations) if whole else ():
+            columns = [
+                column
+                for label, evaluation in evaluations
+                for column in columns_of(f"{label} {prompt}", evaluation["prompts"][prompt], prompt)
+            ]
+            lines += ["", f"prompt {prompt}:", *comparison(columns)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"not all of {', '.join(paths)} are whole evaluations: {type(error).__name__} {error}"
-        ) from None
+        raise not_whole(" or ".join(paths), error) from None
     # The files may be a stranger's, and this is for a terminal.
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+
+def _shared_prompts(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The wordings that all were asked in."""
+    first, *others = ([*evaluation.get("prompts", {})] for _, evaluation in evaluations)
+    return [name for name in first if all(name in names for names in others)]
 
 
 def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[str, Any]]:
@@ -170,6 +182,9 @@ def comparison(columns: Sequence[Column]) -> list[str]:
                 f"{best[1][name].value:.1f} {best[0]}" if best is not None else "",
             ]
         )
+    long = [column.record.get("ran_long", {}).get(column.system) for column in columns]
+    if any(share is not None for share in long):
+        rows.append(["ran into the limit", *("" if share is None else f"{share:.1%}" for share in long), ""])
     n, files = len(record["samples"]), len({sample["name"] for sample in record["samples"]})
     lines = [f"{suite.title}: {suite.counted.format(n=n, files=files)}, with 95% intervals", *aligned(rows)]
     for name in names:
@@ -214,10 +229,13 @@ def _refuse_unlike(one: Column, other: Column) -> None:
     for key in ("suite", "language", "stop", "sampling", "draws"):
         refuse(key, ours.get(key), theirs.get(key))
     limits = [record.get("max_new_tokens") for record in (ours, theirs)]
-    # The limit that is not given is of the tokenizer's own tokens.
-    refuse(
-        "max_new_tokens", *limits, flag=f", as by --max_new_tokens {max(filter(None, limits), default=64)}"
-    )
+    # The limit that is not given is of the tokenizer's own tokens. One that no text ran into changed nothing.
+    if any(one.record.get("ran_long", {}).get(one.system, 1.0) for one in (one, other)):
+        refuse(
+            "max_new_tokens",
+            *limits,
+            flag=f", as by --max_new_tokens {max(filter(None, limits), default=64)}",
+        )
     refuse("the list of metrics", sorted(ours["signatures"]), sorted(theirs["signatures"]))
     for name, signature in ours["signatures"].items():
         refuse(f"the signature of {name}", signature, theirs["signatures"][name])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ def complete(
     how: GenerationConfig = GREEDY,
     draws: int = 1,
     kept: Kept | None = None,
+    each: Callable[[int], Any] = lambda n: None,
 ) -> Predictions:
     """Completions, without the prompt, each until `cut` leaves something of it off, a stop string, or an end.
 
@@ -86,6 +87,7 @@ def complete(
         how: Greedy, or how to sample; its stop strings; its limit is not read.
         draws: Texts of each example. A draw's random numbers are its own, whatever is beside it.
         kept: Predictions that an interrupted evaluation made, to which the others are added as they are made.
+        each: Called with the number of texts that are done now and were not before.
 
     Raises:
         ValueError: The tokenizer has ids that the model lacks, or the model's logits are NaN.
@@ -98,6 +100,7 @@ def complete(
         )
     prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
     done = {} if kept is None else kept.read(len(examples), draws)
+    each(len(done))
     wanted = [
         (i, draw)
         for i in sorted(
@@ -153,6 +156,7 @@ def complete(
                 done[rows[row]] = text, "stop" if ends_at else result.finish_reason
                 if kept is not None:
                     kept.add({rows[row]: done[rows[row]]})
+                each(1)
 
             try:
                 with precision.autocast():

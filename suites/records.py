@@ -36,6 +36,12 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     return evaluation
 
 
+def not_whole(what: str | Path, error: Exception) -> ValueError:
+    """What to raise where something in an eval.json is not as evaluation writes it."""
+    reason = f"it has no {error}" if isinstance(error, KeyError) else "a value in it is of another kind"
+    return ValueError(f"{what} is no whole evaluation: {reason}; evaluate again")
+
+
 def scored_again(
     record: dict[str, Any], systems: list[str] | None = None, most: int | None = None
 ) -> dict[str, dict[str, Scored]]:

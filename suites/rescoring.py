@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from suites.passing import scores_of
-from suites.records import models_of, read_json
+from suites.records import models_of, not_whole, read_json
 from suites.scoring import SUITES, Example, Predictions, record_of, records_of, scored
 
 
@@ -113,9 +113,7 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
                     f"by its predictions it is {fresh['best']}"
                 )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"no whole record of a suite: {type(error).__name__} {error}; evaluate again"
-        ) from None
+        raise not_whole("the record of a suite", error) from None
 
 
 def _predictions(samples: list[Any], system: str) -> Predictions:

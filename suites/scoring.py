@@ -111,6 +111,13 @@ SUITES = {
             ("exact_match", "edit_similarity", "chrf", "bleu_code"),
             plain,
         ),
+        Suite(
+            "examples",
+            "completions",
+            "{n} examples of a file",
+            ("exact_match", "edit_similarity", "chrf", "bleu_code"),
+            plain,
+        ),
         Suite("fim_line", "gaps of a line", "{n} gaps in {files} files", GAP_METRICS, plain),
         Suite("fim_lines", "gaps of several lines", "{n} gaps in {files} files", GAP_METRICS, plain),
         Suite("fim_span", "gaps anywhere", "{n} gaps in {files} files", GAP_METRICS, plain),
@@ -326,6 +333,8 @@ def suite_table(record: dict[str, Any]) -> str:
         lines.append(f"{name}: {'; '.join(verdict['against'][one] for one in dict.fromkeys(said))}")
     if "without" in record:
         lines.append(f"beside these: {record['without']}")
+    if "sandbox" in record:
+        lines.append(f"sandbox: {record['sandbox']}")
     left_out = record.get("left_out", {})
     if left_out:
         lines.append(

@@ -437,6 +437,28 @@ def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(ru
     assert json.loads(path.read_text("utf-8")) == written
 
 
+def test_a_look_at_a_few_samples_does_not_cost_the_evaluation_that_stood_there(run, capsys):
+    def evaluate(**settings: Any) -> str:
+        evaluation.main(here(run, max_new_tokens=4, precision="fp32", **settings))
+        return capsys.readouterr().out
+
+    evaluate(samples=6)
+    assert "other settings" not in evaluate(samples=6, batch_size=3)
+    assert not (run / "eval-1.json").exists()
+    whole, page = (run / "eval.json").read_bytes(), (run / "eval.html").read_bytes()
+    few = evaluate(samples=4)
+    assert f"the evaluation that stood there, of other settings, is {run / 'eval-1.json'} now" in few
+    assert (run / "eval-1.json").read_bytes() == whole
+    assert (run / "eval-1.html").read_bytes() == page
+    assert len(json.loads((run / "eval.json").read_text("utf-8"))["suite"]["samples"]) == 4
+    evaluate(samples=5, temperature=1.0)
+    assert len(json.loads((run / "eval-2.json").read_text("utf-8"))["suite"]["samples"]) == 4
+    # What is no evaluation is in nobody's way.
+    (run / "eval.json").write_text('{"settings": 3}', "utf-8")
+    evaluate(samples=6)
+    assert not (run / "eval-3.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -249,7 +249,10 @@ def test_an_evaluation_goes_on_and_another_setting_or_checkpoint_starts_anew(run
         ended_rows[:] = [0] * 4
         evaluation.evaluate(replace(settings, **changed))
         assert len(ended_rows) == 4 + asked, changed
-    assert "next_line, model: 4 predictions of an interrupted evaluation" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "next_line, model: 4 of 6 texts are kept in " in told
+    assert "next_line, model: 4 of 6 texts are those of an interrupted evaluation" in told
+    assert "next_line, model: 6 texts\n" in told
     result = evaluation.evaluate(settings)
     assert result["suite"] == whole["suite"]
     evaluation.write_results(result, settings)
