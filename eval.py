@@ -431,20 +431,11 @@ def suite_record(
 
 @contextmanager
 def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
-    """A bar of texts; where nobody watches, a line. An interrupt says that what is done is kept."""
+    """A bar of texts; where nobody watches, a line."""
     if not sys.stderr.isatty():
         print(f"{what}: {total:,} texts", file=sys.stderr)
     with tqdm(total=total, desc=what, unit=" texts", disable=None, leave=False) as bar:
-        try:
-            yield bar
-        except KeyboardInterrupt:
-            if kept.made:
-                print(
-                    f"{what}: {kept.made:,} of {total:,} texts are kept in {kept.path}; the same command "
-                    "goes on from them",
-                    file=sys.stderr,
-                )
-            raise
+        yield bar
     if kept.reused:
         print(
             f"{what}: {kept.reused:,} of {total:,} texts are those of an interrupted evaluation, {kept.path}",
@@ -487,7 +478,15 @@ def main(settings: EvalConfig) -> None:
         return
     if settings.out is not None:  # that cannot be made is known before anything takes time
         Path(settings.out).mkdir(parents=True, exist_ok=True)
-    result = evaluate(settings)
+    try:
+        result = evaluate(settings)
+    except KeyboardInterrupt:
+        folder = Path(settings.cache) / "predictions"
+        if any(folder.glob("eval-*.jsonl")):
+            print(
+                f"what was predicted is kept in {folder}; the same command goes on from it", file=sys.stderr
+            )
+        raise
     what = settings.model or (settings.predictions if result["run"] is None else result["run"])
     step = "" if result["step"] is None else f", step {result['step']}"
     print(f"{what}{step}, {result['precision']}")

@@ -19,6 +19,7 @@ RESAMPLES = 2000
 POWER = 0.8  # the chance to find a difference of the size seen, that a plan of samples asks for
 # Of six samples that all go one way, chance alone gives 3%; of five, 6%.
 FEWEST_CHANGED = 6
+MOST_PLANNED = 1_000_000  # samples; a plan of more is no plan
 ALIKE = 1e-9  # scores of resamples that differ by less differ by rounding only
 _BATCH = 2**22  # samples drawn at a time
 _NORMAL = NormalDist()
@@ -157,6 +158,8 @@ class Comparison:
             return f"{said}, where fewer than {FEWEST_CHANGED} can show nothing"
         if self.needed is None:
             return f"{said}: the scores are equal"
+        if self.needed > MOST_PLANNED:
+            return f"{said}; over {MOST_PLANNED:,} would be needed"
         return f"{said}; about {_rounded(self.needed):,} would be needed"
 
 

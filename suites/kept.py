@@ -34,7 +34,6 @@ class Kept:
         key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
         self.path = folder / f"eval-{name}-{key[:32]}.jsonl"
         self.reused = 0  # predictions that `read` found
-        self.made = 0  # and those that are there by now
 
     def read(self, n_examples: int, draws: int) -> Made:
         """What is there. A line that was cut by a kill, and anything else that is no prediction, is not."""
@@ -51,7 +50,7 @@ class Kept:
                 continue
             if 0 <= one[0] < n_examples and 0 <= one[1] < draws and isinstance(text, str):
                 made[one] = text, str(ended)
-        self.reused = self.made = len(made)
+        self.reused = len(made)
         return made
 
     def add(self, made: Made) -> None:
@@ -68,7 +67,6 @@ class Kept:
                 if file.read(1) != b"\n":  # after a line that a kill cut
                     data = b"\n" + data
             file.write(data)
-        self.made += len(made)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

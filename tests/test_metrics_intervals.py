@@ -228,6 +228,13 @@ def test_a_handful_of_changes_is_no_evidence():
     assert compare(mean_rows(a), mean_rows(b), mean_of_sums).distinguishable
 
 
+def test_a_plan_ends_at_a_million_samples():
+    a, b = np.array([1.0, 0, 1, 0] * 500), np.array([0.0, 1, 0, 1] * 500)
+    a[0] += 0.5  # a difference of 1/4000, and differences of 1
+    found = compare(mean_rows(a), mean_rows(b), mean_of_sums)
+    assert found.verdict("B") == "not distinguishable from B on 2000 samples; over 1,000,000 would be needed"
+
+
 def test_so_few_samples_that_nothing_can_be_shown_are_no_ground_for_a_plan():
     found = compare(mean_rows([3.0, 1, 4, 1, 5]), mean_rows([2.0, 1, 1, 1, 3]), mean_of_sums)
     assert (

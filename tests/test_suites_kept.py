@@ -237,7 +237,8 @@ def test_an_evaluation_goes_on_and_another_setting_or_checkpoint_starts_anew(run
     whole = evaluation.evaluate(replace(settings, cache=str(run.parent / "another")))
     ended_rows = interrupting(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate(settings)
+        evaluation.main(settings)
+    assert f"what was predicted is kept in {run.parent / 'cache' / 'predictions'}" in capsys.readouterr().err
     for changed, asked in (
         ({"max_new_tokens": 9}, 6),
         ({"seed": 1}, 6),
@@ -250,7 +251,6 @@ def test_an_evaluation_goes_on_and_another_setting_or_checkpoint_starts_anew(run
         evaluation.evaluate(replace(settings, **changed))
         assert len(ended_rows) == 4 + asked, changed
     told = capsys.readouterr().err
-    assert "next_line, model: 4 of 6 texts are kept in " in told
     assert "next_line, model: 4 of 6 texts are those of an interrupted evaluation" in told
     assert "next_line, model: 6 texts\n" in told
     result = evaluation.evaluate(settings)
