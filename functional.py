@@ -295,8 +295,8 @@ def evaluate(settings: FunctionalConfig) -> str:
     """
     from tqdm import tqdm
 
-    from metrics import mean_interval, pass_at_k
-    from metrics.intervals import share_interval
+    from metrics import pass_at_k
+    from metrics.intervals import chances_interval
 
     problems = read_problems(settings.problems)
     samples = read_samples(settings.samples, problems)
@@ -323,19 +323,17 @@ def evaluate(settings: FunctionalConfig) -> str:
         raise ValueError(f"no problem could be judged: {notes[1].strip()}")
     fewest = min(count for count, _ in found.solved.values())
     values: dict[str, float] = {}
-    intervals: dict[str, list[float] | None] = {}
+    intervals: dict[str, list[float]] = {}
     lines = notes if found.left_out else []
     for k in sorted(set(settings.k)):
         if k <= fewest:
             chances = [100 * pass_at_k(n, c, k) for n, c in found.solved.values()]
             values[f"pass@{k}"] = mean = sum(chances) / len(chances)
-            if set(chances) <= {0.0, 100.0}:
-                ends = share_interval(chances.count(100.0), len(chances))
-            else:
-                ends = mean_interval(chances, bounds=(0, 100)) if len(chances) > 1 else None
-            intervals[f"pass@{k}"] = [ends.low, ends.high] if ends else None
-            between = f" [{ends.low:.1f}, {ends.high:.1f}]" if ends else ""
-            lines.append(f"pass@{k}  {mean:.2f}%{between}  over {len(chances)} problems")
+            ends = chances_interval(chances)
+            intervals[f"pass@{k}"] = [ends.low, ends.high]
+            lines.append(
+                f"pass@{k}  {mean:.2f}% [{ends.low:.1f}, {ends.high:.1f}]  over {len(chances)} problems"
+            )
         elif settings.k != FunctionalConfig.k:
             lines.append(f"pass@{k}  left out: of some problem there are only {fewest} samples")
     kinds = Counter(verdict.kind for verdict in found.verdicts)

@@ -103,7 +103,7 @@ def interval(
     return Interval(score, low, high, len(rows))
 
 
-def share_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def share_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """The percentage of successes with its Wilson interval (Wilson 1927), for scores that are all or nothing.
 
     0 of 25 is 0 [0, 13.3] here, where resampling would say 0 [0, 0].
@@ -121,6 +121,26 @@ def share_interval(successes: int, n: int, confidence: float = 0.95) -> Interval
     share = successes / n
     low, high = max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
     return Interval(100 * share, 100 * low, 100 * high, n)
+
+
+def chances_interval(
+    chances: Sequence[float] | np.ndarray, seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """The mean of chances of success from 0 to 100 with its interval: Wilson's where each is all or nothing.
+
+    Of several draws a sample may have succeeded in some, and lies between. Where few do, or few do not,
+    resamples often hold none of those: then it is Wilson's, too, since what lies between all and nothing
+    varies less than they do; else the bootstrap's.
+
+    Raises:
+        ValueError: no chances.
+    """
+    values = np.asarray(chances, np.float64)
+    passed, failed = values == 100, values == 0
+    rare = min((~passed).sum(), (~failed).sum()) < FEWEST_CHANGED
+    if rare or np.all(passed | failed):
+        return share_interval(float(values.sum() / 100), len(values), confidence)
+    return mean_interval(values, seed, confidence, bounds=(0, 100))
 
 
 @dataclass(frozen=True)

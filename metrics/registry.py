@@ -19,7 +19,7 @@ from importlib.metadata import version
 import numpy as np
 
 from metrics import bleu, codebleu, rouge, texts
-from metrics.intervals import Comparison, Interval, OfSums, compare, interval, share_interval
+from metrics.intervals import Comparison, Interval, OfSums, chances_interval, compare, interval
 from metrics.texts import Pair, code_tokens
 from metrics.trees import check_language, parses
 
@@ -81,16 +81,13 @@ class Scored:
         return self.metric.of_sums(self.rows)
 
     def interval(self, seed: int = 0, confidence: float = 0.95) -> Interval:
-        """The score with its interval: Wilson's for shares of successes, else the bootstrap's.
+        """The score with its interval: of shares of successes `chances_interval`, else the bootstrap's.
 
         Raises:
             ValueError: fewer than two pairs.
         """
-        # Of several draws a sample may have passed in some, and is then neither.
         if self.metric.all_or_nothing and len(self.rows) > 1:
-            passed = self.samples == self.metric.maximum
-            if np.all(passed | (self.samples == 0)):
-                return share_interval(int(passed.sum()), len(self.rows), confidence)
+            return chances_interval(self.samples, seed, confidence)
         bounds = 0.0, self.metric.maximum
         return interval(self.rows, self.metric.of_sums, seed, confidence, bounds=bounds)
 

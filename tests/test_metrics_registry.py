@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from metrics.registry import METRICS, metric, score
+from metrics.intervals import mean_rows
+from metrics.registry import METRICS, Scored, metric, score
 from metrics.semantic import inverse_frequencies, token_similarity
 from metrics.texts import CLEANERS, cleaned
 from metrics.trees import LANGUAGES
@@ -52,6 +53,18 @@ def test_means_are_means_and_corpus_scores_are_not():
         low, high = scored.interval().low, scored.interval().high
         assert low <= scored.value <= high, name
         assert not np.isnan([low, high]).any()
+
+
+def test_few_draws_that_succeed_are_no_surer_than_none():
+    """One of 30 draws of one of 10 samples: most resamples of the ten hold no success at all."""
+    one = Scored(METRICS["exact_match"], mean_rows([100 / 30] + [0.0] * 9)).interval()
+    none = Scored(METRICS["exact_match"], mean_rows([0.0] * 10)).interval()
+    assert one.mean == pytest.approx(1 / 3)
+    assert one.high > none.high
+    assert one.low <= one.mean
+    # Of many that passed in some draws the draws say more than a share of so many samples would.
+    often = Scored(METRICS["exact_match"], mean_rows([40.0, 50.0, 60.0] * 10)).interval()
+    assert often.high - often.low < 10
 
 
 def test_shares_have_an_interval_even_if_none_succeeds():
