@@ -211,7 +211,7 @@ def memory_table(found: dict[str, Any]) -> str:
         ("median", "tokens, median"),
         ("longest", "tokens, longest"),
         ("long", f"texts with {LONG} tokens or more"),
-        ("whole", "texts that stand there whole"),
+        ("whole", f"whole texts, from {found['least']} tokens on"),
     ):
         of = " of {texts}" if key in ("long", "whole") else ""
         rows.append([name, *(f"{one[key]:g}{of.format(**one)}" for one in systems.values())])
