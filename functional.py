@@ -173,17 +173,22 @@ def read_samples(path: str | Path, problems: dict[str, Problem]) -> list[Sample]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, or of a JSON file that is one list, with their places for messages."""
+    """The objects of a JSONL file, or of a JSON file that is one list, with their places for messages.
+
+    Of a .json file what stands in it decides: CodeXGLUE's test.json has a row a line.
+    """
     try:
         with (
             gzip.open(path, "rt", encoding="utf-8")
             if path.suffix == ".gz"
             else open(path, encoding="utf-8") as f
         ):
-            if path.suffixes[:1] == [".json"]:
+            start = f.read(1)
+            while start.isspace():
+                start = f.read(1)
+            f.seek(0)
+            if start == "[" and path.suffixes[:1] != [".jsonl"]:
                 rows = json.load(f)
-                if not isinstance(rows, list):
-                    raise ValueError(f"{path} is a JSON {type(rows).__name__}, not a list of problems")
                 numbered = ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
             else:
                 numbered = _parsed(path, f)

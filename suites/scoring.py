@@ -375,7 +375,7 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
     try:
         held = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
         lines = held.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

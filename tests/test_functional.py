@@ -242,13 +242,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text("{} \n{'a': 1}\n")
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
     (tmp_path / "one.json").write_text("{}")
+    (tmp_path / "list.json").write_text(f" \n[{json.dumps(PROBLEMS[0])}, 3]")
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     for name, sentence in {
         "none.jsonl": "none.jsonl cannot be read: No such file",
         "cut.jsonl.gz": "not a whole gzip file",
         "text.jsonl": r"line 1 has no field canonical|line 1 has no field",
         "bytes.jsonl": "cannot be read as text",
-        "one.json": "is a JSON dict, not a list of problems",
+        "one.json": "one.json line 1 has no field task_id",
+        "list.json": r"list.json row 2 is a JSON int, not an object",
         "deep.jsonl": "deep.jsonl line 1 is not JSON",
         "": "cannot be read: Is a directory",
     }.items():

@@ -115,8 +115,9 @@ def test_suites_are_named_between_commas_and_fim_is_three():
 # --- examples ------------------------------------------------------------------------------------------
 
 
-def test_a_line_of_codexglue_is_asked_as_it_stands_and_ends_at_its_marker(tmp_path: Path):
-    asked = task("codexglue_line", write(tmp_path / "test.jsonl", LINES))
+@pytest.mark.parametrize("file", ["test.jsonl", "test.json"])  # the published one ends in .json
+def test_a_line_of_codexglue_is_asked_as_it_stands_and_ends_at_its_marker(tmp_path: Path, file: str):
+    asked = task("codexglue_line", write(tmp_path / file, LINES))
     assert [e.prompt for e in asked.examples] == [row["input"] for row in LINES]
     assert [e.reference for e in asked.examples] == [row["gt"] for row in LINES]
     assert asked.baselines(asked.examples) == {
