@@ -62,6 +62,7 @@ from pretrained import load_pretrained
 from runmodel import Run, load_run
 from suites import programs
 from suites.completing import complete, ngram_complete
+from suites.documents import add_intervals
 from suites.hidden import Judge
 from suites.kept import Kept
 from suites.memorising import memorisation
@@ -82,7 +83,6 @@ from suites.subject import Subject, data_config, data_of, open_published, publis
 from suites.task import Given, Task, answers
 from suites.tasks import OF_FILES, TASKS, suite_names
 from suites.tokens import (
-    add_intervals,
     model_scores,
     ngram_scores,
     token_values,

@@ -301,7 +301,7 @@ def evaluate(settings: FunctionalConfig) -> str:
     from tqdm import tqdm
 
     from metrics import pass_at_k
-    from metrics.intervals import chances_interval
+    from metrics.intervals import chances_interval, mean_rows
 
     problems = read_problems(settings.problems)
     samples = read_samples(settings.samples, problems)
@@ -334,7 +334,7 @@ def evaluate(settings: FunctionalConfig) -> str:
         if k <= fewest:
             chances = [100 * pass_at_k(n, c, k) for n, c in found.solved.values()]
             values[f"pass@{k}"] = mean = sum(chances) / len(chances)
-            ends = chances_interval(chances)
+            ends = chances_interval(mean_rows(chances))
             intervals[f"pass@{k}"] = [ends.low, ends.high]
             lines.append(
                 f"pass@{k}  {mean:.2f}% [{ends.low:.1f}, {ends.high:.1f}]  over {len(chances)} problems"

@@ -76,11 +76,12 @@ def interval(
     are rare events on few samples: 93% for a share of 0.1 on 25 samples, 71% for 0.05, where most resamples
     hold none (`share_interval`), and 91% for 25 scores that are nearly all close to 0.
 
-    Where all samples are alike, every resample is, and the interval has no width however few they are. With
-    `bounds` it is the exact one of a share that nobody has seen (Clopper and Pearson 1934 at 0 of n): so many
-    of the population may be unlike them, and have any score within the bounds.
+    Where all samples are alike, every resample is, and the interval has no width however few they are; and
+    resamples of fewer than six hold too little of what they are drawn from. With `bounds` it then goes as far
+    beyond the least and the most that was seen as a share that nobody has seen allows (Clopper and Pearson
+    1934 at 0 of n): so many of the population may have any score within the bounds.
 
-    The samples must be independent of each other.
+    The samples must be independent of each other: of samples that come from one file the sum is one row.
 
     Args:
         rows: (n, k) statistics, one row a sample.
@@ -97,9 +98,12 @@ def interval(
     scores = np.sort(np.concatenate([of_sums(sums) for sums in _resampled(rows, seed, resamples)]))
     low, high = _ends(scores, len(rows), confidence)
     score = float(of_sums(rows.sum(0)))
-    if bounds is not None and scores[-1] - scores[0] < ALIKE:
+    if bounds is not None and (len(rows) < FEWEST_CHANGED or scores[-1] - scores[0] < ALIKE):
         unseen = 1 - ((1 - confidence) / 2) ** (1 / len(rows))
-        low, high = (score + unseen * (end - score) for end in bounds)
+        each = of_sums(rows)
+        low = float(min(each.min(), score))
+        high = float(max(each.max(), score))
+        low, high = low + unseen * (bounds[0] - low), high + unseen * (bounds[1] - high)
     return Interval(score, low, high, len(rows))
 
 
@@ -123,24 +127,26 @@ def share_interval(successes: float, n: int, confidence: float = 0.95) -> Interv
     return Interval(100 * share, 100 * low, 100 * high, n)
 
 
-def chances_interval(
-    chances: Sequence[float] | np.ndarray, seed: int = 0, confidence: float = 0.95
-) -> Interval:
+def chances_interval(rows: np.ndarray, seed: int = 0, confidence: float = 0.95) -> Interval:
     """The mean of chances of success from 0 to 100 with its interval: Wilson's where each is all or nothing.
 
-    Of several draws a sample may have succeeded in some, and lies between. Where few do, or few do not,
-    resamples often hold none of those: then it is Wilson's, too, since what lies between all and nothing
-    varies less than they do; else the bootstrap's.
+    Of several draws a sample may have succeeded in some, and lies between; so may several samples of one
+    file, whose sum is a row. Where few rows do, or few do not, resamples often hold none of those: then it
+    is Wilson's, too, since what lies between all and nothing varies less than they do; else the bootstrap's.
+
+    Args:
+        rows: (n, 2) sums of chances, and how many each row sums.
 
     Raises:
-        ValueError: no chances.
+        ValueError: no rows.
     """
-    values = np.asarray(chances, np.float64)
-    passed, failed = values == 100, values == 0
+    sums, counts = rows[:, 0], rows[:, 1]
+    passed, failed = sums == 100 * counts, sums == 0
     rare = min((~passed).sum(), (~failed).sum()) < FEWEST_CHANGED
-    if rare or np.all(passed | failed):
-        return share_interval(float(values.sum() / 100), len(values), confidence)
-    return mean_interval(values, seed, confidence, bounds=(0, 100))
+    if rare or (np.all(passed | failed) and np.all(counts == 1)):
+        share = sums.sum() / counts.sum() / 100 if len(rows) else 0.0
+        return share_interval(float(share * len(rows)), len(rows), confidence)
+    return interval(rows, mean_of_sums, seed, confidence, bounds=(0, 100))
 
 
 @dataclass(frozen=True)
@@ -149,14 +155,16 @@ class Comparison:
 
     Args:
         difference: The first's score less the second's, with its interval.
-        changed: Samples whose statistics differ at all.
+        changed: Units whose statistics differ at all.
         needed: Samples, about, that would show a true difference of this size four times in five; None where
             the scores are equal.
+        units: What is independent of each other and resampled: samples, or files of several.
     """
 
     difference: Interval
     changed: int
     needed: int | None
+    units: int
 
     @property
     def distinguishable(self) -> bool:
@@ -172,10 +180,12 @@ class Comparison:
         if self.distinguishable:
             better = (self.difference.mean > 0) == higher_is_better
             size = abs(self.difference.mean)
-            return f"{'better' if better else 'worse'} than {other} by {size:.1f} on {n} samples"
+            said = f"{size:.1f}" if size >= 0.05 else f"{size:.1g}"
+            return f"{'better' if better else 'worse'} than {other} by {said} on {n} samples"
         said = f"not distinguishable from {other} on {n} samples"
-        if n < FEWEST_CHANGED:
-            return f"{said}, where fewer than {FEWEST_CHANGED} can show nothing"
+        if self.units < FEWEST_CHANGED:
+            files = "" if self.units == n else f" of {self.units} files"
+            return f"{said}{files}, where fewer than {FEWEST_CHANGED} can show nothing"
         if self.needed is None:
             return f"{said}: the scores are equal"
         if self.needed > MOST_PLANNED:
@@ -214,7 +224,7 @@ def compare(
     low, high = _ends(gaps, n, confidence)
     difference = float(gap(both.sum(0)))
     changed = int((rows != other_rows).any(1).sum())
-    found = Comparison(Interval(difference, low, high, n), changed, None)
+    found = Comparison(Interval(difference, low, high, n), changed, None, n)
     if abs(difference) < ALIKE:
         return found
     # Of a mean of n differences, the standard error shrinks as the root of n.

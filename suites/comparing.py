@@ -10,7 +10,6 @@ torch.
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metrics.intervals import compare
 from metrics.registry import Scored
+from suites.documents import OF_SUMS, rows_of, units_of
 from suites.records import not_whole, read_evaluation, scored_again
-from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, suites_of
+from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, origin_of, shares_told, suites_of
 
 LETTERS = "ABCDEFGH"
 SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs
@@ -182,11 +180,11 @@ def comparison(columns: Sequence[Column]) -> list[str]:
                 f"{best[1][name].value:.1f} {best[0]}" if best is not None else "",
             ]
         )
-    long = [column.record.get("ran_long", {}).get(column.system) for column in columns]
-    if any(share is not None for share in long):
-        rows.append(["ran into the limit", *("" if share is None else f"{share:.1%}" for share in long), ""])
-    n, files = len(record["samples"]), len({sample["name"] for sample in record["samples"]})
-    lines = [f"{suite.title}: {suite.counted.format(n=n, files=files)}, with 95% intervals", *aligned(rows)]
+    rows += [[*row, ""] for row in shares_told([(column.record, column.system) for column in columns])]
+    n, files = len(record["samples"]), len({origin_of(sample["name"]) for sample in record["samples"]})
+    over = " over files" if files < n else ""
+    head = f"{suite.title}: {suite.counted.format(n=n, files=files)}, with 95% intervals{over}"
+    lines = [head, *aligned(rows)]
     for name in names:
         for i, j in combinations(range(len(columns)), 2):
             one, other = columns[i], columns[j]
@@ -230,7 +228,9 @@ def _refuse_unlike(one: Column, other: Column) -> None:
         refuse(key, ours.get(key), theirs.get(key))
     limits = [record.get("max_new_tokens") for record in (ours, theirs)]
     # The limit that is not given is of the tokenizer's own tokens. One that no text ran into changed nothing.
-    if any(one.record.get("ran_long", {}).get(one.system, 1.0) for one in (one, other)):
+    # Of predictions made elsewhere nothing is known of one.
+    made_here = one.system != "given" and other.system != "given"
+    if made_here and any(one.record.get("ran_long", {}).get(one.system, 1.0) for one in (one, other)):
         refuse(
             "max_new_tokens",
             *limits,
@@ -302,14 +302,10 @@ def _token_difference(one: str, ours: dict[str, Any], other: str, theirs: dict[s
     if a["names"] != b["names"] or a["bytes"] != b["bytes"]:
         yield f"{one} and {other} were not over the same documents, so their difference has no interval"
         return
-    rows = [
-        np.column_stack([np.asarray(side["nats"]["model"], float), np.asarray(side["bytes"], float)])
-        for side in (b, a)
-    ]
-    found = compare(rows[0], rows[1], lambda sums: sums[..., 0] / math.log(2) / np.maximum(sums[..., 1], 1))
+    found = compare(rows_of(b, "model"), rows_of(a, "model"), OF_SUMS["bits_per_byte"])
     gap = found.difference
     said = f"{other} model less {one} model is {gap.mean:+.4f} [{gap.low:.4f}, {gap.high:.4f}]"
     if found.distinguishable:
-        yield f"{said}, {'better' if gap.mean < 0 else 'worse'} on {gap.n} documents"
+        yield f"{said}, {'better' if gap.mean < 0 else 'worse'} on {gap.n} {units_of(a)}"
     else:
-        yield f"{said}, {found.verdict(one + ' model').replace('samples', 'documents')}"
+        yield f"{said}, {found.verdict(one + ' model').replace('samples', units_of(a))}"

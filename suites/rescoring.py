@@ -89,8 +89,6 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
             raise ValueError(f"{missing[0]} has a score and no signature")
         for (system, name), values in said.items():
             what, fresh = f"{suite.name}{worded}, {system}, {name}", again["scores"][system][name]
-            if record["signatures"][name] != again["signatures"][name]:
-                what += f" (by {record['signatures'][name]}, and now by {again['signatures'][name]})"
             if not _near(values["mean"], fresh["mean"]):
                 yield f"{what}: the file says {_both(values['mean'], fresh['mean'])}"
             elif "spread" in fresh and not _near(values["spread"], fresh["spread"]):
@@ -100,7 +98,19 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
                 ends = ("[{low:.4f}, {high:.4f}] of {n}".format(**one) for one in (values, fresh))
                 yield "{}: the file has the interval {}, and its predictions {}".format(what, *ends)
         for name in names:
+            here = again["signatures"][name]
+            if record["signatures"][name] != here:
+                said = record["signatures"][name]
+                yield f"{suite.name}{worded}, {name}: by {said} in the file, and by {here} here"
             own, fresh = record["verdicts"][name], again["verdicts"][name]
+            for system, gap in fresh["differences"].items():
+                said = own["differences"][system]
+                wrong = [key for key in gap if said[key] != gap[key] and not _near(said[key], gap[key])]
+                for key in wrong:
+                    yield (
+                        f"{suite.name}{worded}, {name}: of the difference from {system} the file says {key} "
+                        f"{said[key]}, and its predictions {gap[key]}"
+                    )
             for system, verdict in fresh["against"].items():
                 if own["against"][system] != verdict:
                     yield (

@@ -18,13 +18,13 @@ from checkpoint import code_fingerprint
 from config import write_atomically
 from suites import programs
 from suites.comparing import columns_of, comparison
+from suites.documents import token_table
 from suites.memorising import memory_table
 from suites.overlaps import overlap_line
 from suites.page import write_page
 from suites.records import not_whole, read_evaluation
 from suites.scoring import SUITES, suite_table, suites_of
 from suites.settings import EvalConfig
-from suites.tokens import token_table
 
 HOUSE = Path(__file__).parent.parent
 # Packages whose other versions may give other predictions or other scores.

@@ -247,7 +247,8 @@ def test_token_scores_are_compared_over_the_same_documents(tmp_path):
             "top1": 0.5,
             "top5": 0.6,
         }
-        documents = {"names": list(map(str, range(30))), "bytes": [20] * 30, "nats": {"model": nats}}
+        documents = {"names": list(map(str, range(30))), "bytes": [20] * 30, "tokens": [9] * 30}
+        documents["nats"] = {"model": nats}
         return found | {
             "side": "test",
             "files": 30,

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 import eval as evaluation
+import suites.documents
 import suites.tokens
 from architecture import Decoder
 from checkpoint import code_fingerprint, save_checkpoint
@@ -24,7 +25,8 @@ from eval import EvalConfig
 from loss import score
 from metrics.intervals import interval
 from precision import choose_precision
-from suites.tokens import add_intervals, model_scores, ngram_scores, tokens_of, train_ngram
+from suites.documents import add_intervals
+from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenizer import CodeTokenizer, Tokenizer
 
 HOUSE = Path(__file__).parent.parent
@@ -228,10 +230,10 @@ def test_intervals_of_the_loss_resample_documents_and_name_what_they_tell_apart(
 
 
 def test_very_many_documents_are_resampled_in_groups_of_neighbours(monkeypatch):
-    monkeypatch.setattr(suites.tokens, "MOST_UNITS", 7)
+    monkeypatch.setattr(suites.documents, "MOST_UNITS", 7)
     result: dict[str, Any] = {"model": {}, "n-gram": {}}
     nats = np.arange(1.0, 41.0)
-    documents = {"names": ["f"] * 40, "tokens": [2] * 40, "bytes": [5] * 40}
+    documents = {"names": [f"f{i}" for i in range(40)], "tokens": [2] * 40, "bytes": [5] * 40}
     add_intervals(result, documents | {"nats": {"model": nats, "n-gram": nats + 1}}, 0)
     assert result["model"]["intervals"]["loss"]["n"] == 7
     assert result["model"]["intervals"]["loss"]["mean"] == pytest.approx(nats.sum() / 80)
@@ -249,7 +251,7 @@ def test_intervals_of_the_loss_cover_it_93_to_97_percent_of_the_time():
         tokens = draw.integers(20, 400, 60).astype(float)
         nats = tokens * draw.gamma(16, 2.0 / 16, 60)  # 2 nats a token, whatever the document's length
         rows = np.column_stack([nats, tokens, tokens])
-        found = interval(rows, suites.tokens.OF_SUMS["loss"], int(draw.integers(2**31)), resamples=1000)
+        found = interval(rows, suites.documents.OF_SUMS["loss"], int(draw.integers(2**31)), resamples=1000)
         covered += found.low <= 2.0 <= found.high
     assert 0.93 <= covered / trials <= 0.97
 

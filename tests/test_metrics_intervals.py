@@ -141,6 +141,20 @@ def test_alike_samples_leave_room_for_those_that_nobody_has_seen():
         assert found.high == pytest.approx(100 * (1 - 0.025 ** (1 / 9)))
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_very_few_scores_have_wide_intervals_that_hold(n):
+    draw = np.random.default_rng(n)
+    found = [mean_interval(draw.uniform(0, 100, n), bounds=(0, 100), resamples=200) for _ in range(300)]
+    assert sum(one.low <= 50 <= one.high for one in found) / 300 > 0.95
+    assert all(0 <= one.low <= one.mean <= one.high <= 100 for one in found)
+
+
+def test_a_small_difference_that_is_sure_is_not_0():
+    scores = np.random.default_rng(0).uniform(0, 100, 2000)
+    found = compare(mean_rows(scores + 0.031), mean_rows(scores), mean_of_sums)
+    assert found.verdict("B") == "better than B by 0.03 on 2000 samples"
+
+
 def test_one_score_has_no_interval():
     for scores in ([], [3.0]):
         with pytest.raises(ValueError, match=f"got {len(scores)}"):

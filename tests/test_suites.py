@@ -272,7 +272,8 @@ def test_a_prompt_keeps_its_place_and_leaves_room(data):
     assert asked(BYTES, example, 20, 100)[:2] == (whole, 20)
     assert asked(BYTES, example, 90, 100)[:2] == (whole, 100 - len(whole))
     # Never less than half of the row for either, if both want it.
-    ids, limit, _ = asked(BYTES, example, 90, 60)
+    ids, limit, _, trimmed = asked(BYTES, example, 90, 60)
+    assert trimmed and not asked(BYTES, example, 20, 100).trimmed
     assert (len(ids), limit) == (30, 30)
     assert ids == [whole[0], *whole[-29:]]
     assert all(
@@ -392,7 +393,10 @@ def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_name
             suite["scores"]["model"]["chrf"].update(mean=1.0),
         )
     )
-    assert "by chrF of?[2J old, and now by chrf" in said
+    assert "pairs, chrf: by chrF of?[2J old in the file, and by chrf|" in said
+    said = said_of(lambda suite: suite["verdicts"]["chrf"]["differences"]["copy"].update(needed=7, high=9.0))
+    assert "pairs, chrf: of the difference from copy the file says high 9.0, and its predictions " in said
+    assert "of the difference from copy the file says needed 7, and its predictions " in said
     # What was asked in other words is held to its predictions too.
     worded = copy.deepcopy(whole["suite"])
     worded["scores"]["model"]["chrf"]["mean"] += 1

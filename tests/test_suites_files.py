@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,24 @@ def test_published_solutions_all_pass_and_a_stub_does_not(isolated: None, tmp_pa
     write(theirs, made[::-1])
     with pytest.raises(ValueError, match="is for task_id 'HumanEval/2', and that example is 'HumanEval/0'"):
         evaluation.evaluate(asked)
+
+
+def test_prompts_that_a_row_has_no_room_for_are_told(isolated: None, folder, tmp_path: Path):
+    long = PROBLEMS[0] | {
+        "task_id": "HumanEval/9",
+        "prompt": "# " + "x " * 400 + "\n" + PROBLEMS[0]["prompt"],
+    }
+    file = write(
+        tmp_path / "HumanEval.jsonl", [PROBLEMS[0], PROBLEMS[1], long, long | {"task_id": "HumanEval/8"}]
+    )
+    result = evaluation.evaluate(settings(folder, tmp_path, "humaneval", suite_file=str(file)))
+    assert result["suite"]["trimmed"] == {"model": 0.5}
+    assert re.search(r"\nprompts cut to fit +50.0%\n", evaluation.table(result))
+    result = evaluation.evaluate(
+        settings(folder, tmp_path, "humaneval", suite_file=str(file), samples=2, seed=2)
+    )
+    told = "prompts cut to fit" in evaluation.table(result)
+    assert told == (result["suite"]["trimmed"]["model"] > 0)
 
 
 def test_samples_are_written_as_human_eval_and_the_harness_read_them(isolated: None, folder, tmp_path: Path):

@@ -24,7 +24,7 @@ from checkpoint import save_checkpoint
 from config import ModelConfig
 from generate import GenerationConfig, generate
 from suites import completing
-from suites.completing import complete, free_memory, rows_at_a_time, uncut
+from suites.completing import complete, draw_number, free_memory, rows_at_a_time, uncut
 from suites.kept import Kept
 from suites.rescoring import differences
 from suites.scoring import Example, Predictions, scored, suite_table
@@ -49,8 +49,14 @@ def test_a_draw_depends_on_its_seed_and_example_and_on_nothing_beside_it(model):
     assert whole.texts == made(model, how=SAMPLED).texts
     assert len({tuple(texts) for texts in whole.draws}) == 3
     assert made(model, how=replace(SAMPLED, seed=6)).texts != whole.texts
-    # Of one example it is what generation draws for that row.
-    alone = generate(model, BYTES, [EXAMPLES[0].prompt], replace(SAMPLED, max_new_tokens=12))
+    # Nor on which others are asked, and in which order.
+    few = complete(model, BYTES, EXAMPLES[5:2:-1], uncut, 12, 128, FP32, how=SAMPLED, draws=2)
+    assert few.draws == [texts[5:2:-1] for texts in whole.draws[:2]]
+    # It is what generation draws for a row of that number.
+    number = draw_number(EXAMPLES[0], 0)
+    alone = generate(
+        model, BYTES, [EXAMPLES[0].prompt], replace(SAMPLED, max_new_tokens=12), first_row=number
+    )
     assert alone[0].text == whole.texts[0]
     assert made(model).more == []
 
