@@ -19,8 +19,8 @@ from typing import Any
 
 from metrics.intervals import compare
 from metrics.registry import Scored
-from suites.documents import OF_SUMS, rows_of, units_of
-from suites.records import not_whole, read_evaluation, scored_again
+from suites.documents import OF_SUMS, rows_of, units_of, values_of
+from suites.records import DAMAGED, not_whole, read_evaluation, scored_again
 from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, origin_of, shares_told, suites_of
 
 LETTERS = "ABCDEFGH"
@@ -77,7 +77,7 @@ def compare_files(paths: Sequence[str], suite: str = "") -> str:
             asked.append((label, prompt, _chosen(_records(evaluation, prompt), suite)))
             step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
             legend.append(f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}")
-        except (KeyError, TypeError, AttributeError) as error:
+        except DAMAGED as error:
             raise not_whole(path, error) from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -104,7 +104,7 @@ def compare_files(paths: Sequence[str], suite: str = "") -> str:
                 for column in columns_of(f"{label} {prompt}", evaluation["prompts"][prompt], prompt)
             ]
             lines += ["", f"prompt {prompt}:", *comparison(columns)]
-    except (KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise not_whole(" or ".join(paths), error) from None
     # The files may be a stranger's, and this is for a terminal.
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
@@ -268,8 +268,11 @@ def _token_lines(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]
             f"token scores are left out: they are over {one[2]:,} bytes of {one[1]:,} {one[0]} files, and "
             f"over {other[2]:,} bytes of {other[1]:,} {other[0]} files",
         ]
+    # Made again of the documents, so that a number that somebody wrote in its place does not count.
     systems = [
-        (f"{letter} {system}", found[system])
+        (f"{letter} {system}", found[system] | values_of(found["documents"], system))
+        if system in found.get("documents", {}).get("nats", {})
+        else (f"{letter} {system}", found[system])
         for letter, found in scored
         for system in ("model", "base", "n-gram")
         if system in found

@@ -62,6 +62,13 @@ def rows_of(documents: dict[str, Any], system: str) -> np.ndarray:
     return np.add.reduceat(files, edges, axis=0)
 
 
+def values_of(documents: dict[str, Any], system: str) -> dict[str, float]:
+    """Loss, bits per byte and perplexity of all documents."""
+    sums = rows_of(documents, system).sum(0)
+    values = {key: float(of_sums(sums)) for key, of_sums in OF_SUMS.items()}
+    return values | {"perplexity": perplexity(values["loss"], 1)}
+
+
 def units_of(documents: dict[str, Any]) -> str:
     """What is resampled, in a word."""
     names = documents["names"]

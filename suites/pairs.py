@@ -40,9 +40,14 @@ def file_examples(file: str) -> list[Document]:
     Raises:
         ValueError: it cannot be read, or holds plain text.
     """
+    if not Path(file).exists():
+        raise ValueError(f"{file} cannot be read: No such file or directory")
     if not file.endswith((".jsonl", ".jsonl.gz", ".parquet")) or not Path(file).is_file():
         raise ValueError(f"{file} is no .jsonl, .jsonl.gz or .parquet file; give one with rows of examples")
-    documents = list(read_documents(DataConfig(source=file)))
+    try:
+        documents = list(read_documents(DataConfig(source=file)))
+    except ValueError as error:  # which speaks of training's flags
+        raise ValueError(str(error).replace("--data.source", "--suite_file")) from None
     if documents[0].prompt is None:
         raise ValueError(
             f"{file} holds plain text, and the suite examples is of prompts and completions; give both"

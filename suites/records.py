@@ -34,6 +34,10 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     return evaluation
 
 
+# What reading a damaged record, or one of a stranger, may raise.
+DAMAGED = (KeyError, TypeError, AttributeError, IndexError, OverflowError)
+
+
 def not_whole(what: str | Path, error: Exception) -> ValueError:
     """What to raise where something in an eval.json is not as evaluation writes it."""
     reason = f"it has no {error}" if isinstance(error, KeyError) else "a value in it is of another kind"

@@ -22,7 +22,7 @@ from suites.documents import token_table
 from suites.memorising import memory_table
 from suites.overlaps import overlap_line
 from suites.page import write_page
-from suites.records import not_whole, read_evaluation
+from suites.records import DAMAGED, not_whole, read_evaluation
 from suites.scoring import SUITES, suite_table, suites_of
 from suites.settings import EvalConfig
 
@@ -156,5 +156,5 @@ def rewrite_page(path: Path) -> Path:
     result = read_evaluation(path)
     try:
         return write_page(path, result, table(result))
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (*DAMAGED, ValueError, RecursionError) as error:
         raise not_whole(path, error) from None
