@@ -81,8 +81,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The fewest tokens whose probabilities reach p (nucleus sampling, arXiv:1904.09751)."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    before[:, 0] = 0.0  # the most likely token stays, whatever the rounding
+    before = probabilities.cumsum(dim=-1) - probabilities  # of the most likely one exactly 0: it stays
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(dropped, -math.inf)
 

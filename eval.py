@@ -39,12 +39,14 @@ if SETTINGS is not None and SETTINGS.compare:
         sys.exit()
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import sandbox
 from checkpoint import code_fingerprint
@@ -60,12 +62,14 @@ from pretrained import load_pretrained
 from runmodel import Run, load_run
 from suites import programs
 from suites.completing import complete, ngram_complete
+from suites.documents import add_intervals
 from suites.hidden import Judge
 from suites.kept import Kept
 from suites.memorising import memorisation
 from suites.overlaps import training_overlap
+from suites.pairs import file_examples
 from suites.prompts import variant_names, with_prompts
-from suites.results import rewrite_page, table, write_results
+from suites.results import results_path, rewrite_page, set_aside, table, write_results
 from suites.scoring import (
     SUITES,
     TOKENS,
@@ -79,7 +83,6 @@ from suites.subject import Subject, data_config, data_of, open_published, publis
 from suites.task import Given, Task, answers
 from suites.tasks import OF_FILES, TASKS, suite_names
 from suites.tokens import (
-    add_intervals,
     model_scores,
     ngram_scores,
     token_values,
@@ -114,6 +117,11 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
         raise ValueError(f"{' and '.join(of_files)} have a file each; ask for one of them at a time")
     if settings.suite_file is not None and not of_files:
         raise ValueError("--suite_file is of a suite with a file of its own; name that with --suite")
+    if settings.samples == 0 and names and TOKENS not in names:
+        raise ValueError(
+            f"--samples is 0, which leaves the scores of texts out, and {', '.join(names)} has no others; "
+            f"leave --samples out, or ask for {TOKENS} with --suite"
+        )
     if any(SUITES[name].runs for name in of_files):
         sandbox.isolation(settings.allow == "unsandboxed")
     device = choose_device(settings.device)
@@ -156,16 +164,12 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
         precision,
     )
     models = judges(subject, settings)
-    worded = worded_tasks(run, subject, data, settings)
     tasks = tasks_of(names, subject, data, settings)  # what cannot be asked is told before anything is
+    worded = worded_tasks(tasks, run, subject, data, settings)
     if TOKENS in names:
         add_token_scores(result, subject, data, baseline, settings)
     add_suites(result, subject, tasks, data, baseline, settings, models)
-    if worded:
-        result["prompts"] = {
-            name: suite_record(result, task, subject, data, baseline, settings, models)
-            for name, task in worded.items()
-        }
+    add_worded(result, subject, worded, data, baseline, settings, models)
     for record in suites_of(result):
         record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
         if settings.memorisation:
@@ -195,7 +199,10 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
             "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
         }
     tasks = tasks_of(names, subject, None, settings)
-    add_suites(result, subject, tasks, None, None, settings, judges(subject, settings))
+    worded = worded_tasks(tasks, None, subject, None, settings)
+    models = judges(subject, settings)
+    add_suites(result, subject, tasks, None, None, settings, models)
+    add_worded(result, subject, worded, None, None, settings, models)
     return result
 
 
@@ -274,19 +281,49 @@ def add_suites(
         result["suite_left_out"] = "\n".join(left_out)
 
 
-def worded_tasks(run: Run, subject: Subject, data: PreparedData, settings: EvalConfig) -> dict[str, Task]:
-    """The pairs in other words, by the wording's name."""
+def worded_tasks(
+    tasks: dict[str, Task],
+    run: Run | None,
+    subject: Subject | None,
+    data: PreparedData | None,
+    settings: EvalConfig,
+) -> dict[str, Task]:
+    """The examples of a file, or else the pairs of a run, in other words, by the wording's name."""
     names = variant_names(settings.prompts)
     if not names:
         return {}
-    if not data.test.holds_examples:
+    if "examples" in tasks:
+        assert settings.suite_file is not None
+        task, documents = tasks["examples"], iter(file_examples(settings.suite_file))
+    elif run is None or data is None or not data.test.holds_examples:
         raise ValueError(
-            "--prompts are other wordings of examples, and this run's files are plain text; leave it out"
+            "--prompts are other wordings of examples, and here "
+            + ("is no run whose examples they were" if run is None else "the run's files are plain text")
+            + "; leave it out, or give --suite examples and a file of examples"
         )
-    task = task_of("pairs", subject, data, settings)
-    documents = split_documents(data_config(run, settings))
-    worded = with_prompts(task.examples, data.test, documents, names)
+    else:
+        task = tasks["pairs"] if "pairs" in tasks else task_of("pairs", subject, data, settings)
+        sides = split_documents(data_config(run, settings))
+        documents = (document for side, document in sides if side == data.test.split)
+    worded = with_prompts(task.examples, documents, names)
     return {name: dataclasses.replace(task, examples=examples) for name, examples in worded.items()}
+
+
+def add_worded(
+    result: dict[str, Any],
+    subject: Subject | None,
+    worded: dict[str, Task],
+    data: PreparedData | None,
+    baseline: NGramModel | None,
+    settings: EvalConfig,
+    models: dict[str, Metric],
+) -> None:
+    """Put the record of each wording into `result["prompts"]`."""
+    if worded:
+        result["prompts"] = {
+            name: suite_record(result, task, subject, data, baseline, settings, models)
+            for name, task in worded.items()
+        }
 
 
 def task_of(name: str, subject: Subject | None, data: PreparedData | None, settings: EvalConfig) -> Task:
@@ -347,7 +384,11 @@ def suite_record(
                 "code": code_fingerprint(HOUSE),
             }
             kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
-            with nullcontext() if system == "model" else adapters_disabled(subject.model):
+            made_in_all = len(examples) * settings.samples_per_example
+            with (
+                nullcontext() if system == "model" else adapters_disabled(subject.model),
+                progress(f"{name}, {system}", made_in_all, kept) as bar,
+            ):
                 predictions[system] = complete(
                     subject.model,
                     subject.tokenizer,
@@ -360,11 +401,7 @@ def suite_record(
                     how,
                     settings.samples_per_example,
                     kept,
-                )
-            if kept.reused:
-                print(
-                    f"{name}, {system}: {kept.reused} predictions of an interrupted evaluation, {kept.path}",
-                    file=sys.stderr,
+                    bar.update,
                 )
             result.setdefault("kept", []).append(str(kept.path))
     if baseline is not None and data is not None and subject is not None:
@@ -392,6 +429,20 @@ def suite_record(
     return about | found | {"draws": settings.samples_per_example}
 
 
+@contextmanager
+def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
+    """A bar of texts; where nobody watches, a line."""
+    if not sys.stderr.isatty():
+        print(f"{what}: {total:,} texts", file=sys.stderr)
+    with tqdm(total=total, desc=what, unit=" texts", disable=None, leave=False) as bar:
+        yield bar
+    if kept.reused:
+        print(
+            f"{what}: {kept.reused:,} of {total:,} texts are those of an interrupted evaluation, {kept.path}",
+            file=sys.stderr,
+        )
+
+
 def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
     """The metric `semantic`, if it is asked for: by a model named for it, or by the subject's own base."""
     if "semantic" not in metric_names(settings.metrics):
@@ -413,8 +464,6 @@ def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
     """Judged one by one in the sandbox, under a bar."""
-    from tqdm import tqdm
-
     total = sum(len(texts) for made in predictions.values() for texts in made.draws)
     with tqdm(total=total, desc="judged", unit=" programs", disable=None, leave=False) as bar:
         return programs.judged(
@@ -429,11 +478,22 @@ def main(settings: EvalConfig) -> None:
         return
     if settings.out is not None:  # that cannot be made is known before anything takes time
         Path(settings.out).mkdir(parents=True, exist_ok=True)
-    result = evaluate(settings)
+    try:
+        result = evaluate(settings)
+    except KeyboardInterrupt:
+        folder = Path(settings.cache) / "predictions"
+        if any(folder.glob("eval-*.jsonl")):
+            print(
+                f"what was predicted is kept in {folder}; the same command goes on from it", file=sys.stderr
+            )
+        raise
     what = settings.model or (settings.predictions if result["run"] is None else result["run"])
     step = "" if result["step"] is None else f", step {result['step']}"
     print(f"{what}{step}, {result['precision']}")
     print(table(result))
+    earlier = set_aside(results_path(result, settings), settings)
+    if earlier is not None:
+        print(f"the evaluation that stood there, of other settings, is {earlier} now")
     path = write_results(result, settings)
     print(f"written to {path}, and {path.with_suffix('.html')} to look at it")
 

@@ -173,17 +173,22 @@ def read_samples(path: str | Path, problems: dict[str, Problem]) -> list[Sample]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, or of a JSON file that is one list, with their places for messages."""
+    """The objects of a JSONL file, or of a JSON file that is one list, with their places for messages.
+
+    Of a .json file what stands in it decides: CodeXGLUE's test.json has a row a line.
+    """
     try:
         with (
             gzip.open(path, "rt", encoding="utf-8")
             if path.suffix == ".gz"
             else open(path, encoding="utf-8") as f
         ):
-            if path.suffixes[:1] == [".json"]:
+            start = f.read(1)
+            while start.isspace():
+                start = f.read(1)
+            f.seek(0)
+            if start == "[" and path.suffixes[:1] != [".jsonl"]:
                 rows = json.load(f)
-                if not isinstance(rows, list):
-                    raise ValueError(f"{path} is a JSON {type(rows).__name__}, not a list of problems")
                 numbered = ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
             else:
                 numbered = _parsed(path, f)
@@ -295,11 +300,17 @@ def evaluate(settings: FunctionalConfig) -> str:
     """
     from tqdm import tqdm
 
-    from metrics import mean_interval, pass_at_k
-    from metrics.intervals import share_interval
+    from metrics import pass_at_k
+    from metrics.intervals import chances_interval, mean_rows
 
     problems = read_problems(settings.problems)
     samples = read_samples(settings.samples, problems)
+    fewest = min(Counter(sample.task_id for sample in samples).values())
+    if min(settings.k) > fewest:
+        raise ValueError(
+            f"--k is {min(settings.k)}, and of some problem there are only {fewest} samples; give --k "
+            f"{fewest} or less, or more samples"
+        )
     limits = sandbox.Limits(cpu=settings.cpu, wall=settings.wall)
     unsafe = settings.allow == "unsandboxed"
     with tqdm(total=len(samples), desc="judged", unit=" samples", disable=None) as bar:
@@ -317,19 +328,19 @@ def evaluate(settings: FunctionalConfig) -> str:
         raise ValueError(f"no problem could be judged: {notes[1].strip()}")
     fewest = min(count for count, _ in found.solved.values())
     values: dict[str, float] = {}
-    intervals: dict[str, list[float] | None] = {}
+    intervals: dict[str, list[float]] = {}
     lines = notes if found.left_out else []
     for k in sorted(set(settings.k)):
         if k <= fewest:
             chances = [100 * pass_at_k(n, c, k) for n, c in found.solved.values()]
             values[f"pass@{k}"] = mean = sum(chances) / len(chances)
-            if set(chances) <= {0.0, 100.0}:
-                ends = share_interval(chances.count(100.0), len(chances))
-            else:
-                ends = mean_interval(chances) if len(chances) > 1 else None
-            intervals[f"pass@{k}"] = [ends.low, ends.high] if ends else None
-            between = f" [{ends.low:.1f}, {ends.high:.1f}]" if ends else ""
-            lines.append(f"pass@{k}  {mean:.2f}%{between}  over {len(chances)} problems")
+            ends = chances_interval(mean_rows(chances))
+            intervals[f"pass@{k}"] = [ends.low, ends.high]
+            lines.append(
+                f"pass@{k}  {mean:.2f}% [{ends.low:.1f}, {ends.high:.1f}]  over {len(chances)} problems"
+            )
+        elif settings.k != FunctionalConfig.k:
+            lines.append(f"pass@{k}  left out: of some problem there are only {fewest} samples")
     kinds = Counter(verdict.kind for verdict in found.verdicts)
     lines.append(
         f"{len(samples)} samples: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())

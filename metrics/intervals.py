@@ -19,6 +19,8 @@ RESAMPLES = 2000
 POWER = 0.8  # the chance to find a difference of the size seen, that a plan of samples asks for
 # Of six samples that all go one way, chance alone gives 3%; of five, 6%.
 FEWEST_CHANGED = 6
+MOST_PLANNED = 1_000_000  # samples; a plan of more is no plan
+ALIKE = 1e-9  # scores of resamples that differ by less differ by rounding only
 _BATCH = 2**22  # samples drawn at a time
 _NORMAL = NormalDist()
 
@@ -46,14 +48,14 @@ def mean_of_sums(sums: np.ndarray) -> np.ndarray:
 
 
 def mean_interval(
-    scores: Sequence[float] | np.ndarray, seed: int = 0, confidence: float = 0.95, resamples: int = RESAMPLES
+    scores: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
-    """The mean with its bootstrap interval, by `interval`.
-
-    Scores that are all equal have an interval of no width, however few they are; for shares of successes
-    there is `share_interval`.
-    """
-    return interval(mean_rows(scores), mean_of_sums, seed, confidence, resamples)
+    """The mean with its bootstrap interval, by `interval`."""
+    return interval(mean_rows(scores), mean_of_sums, seed, confidence, resamples, bounds)
 
 
 def interval(
@@ -62,6 +64,7 @@ def interval(
     seed: int = 0,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
     """The score of all samples with its expanded percentile bootstrap interval (Hesterberg 2015, 5.3).
 
@@ -73,7 +76,12 @@ def interval(
     are rare events on few samples: 93% for a share of 0.1 on 25 samples, 71% for 0.05, where most resamples
     hold none (`share_interval`), and 91% for 25 scores that are nearly all close to 0.
 
-    The samples must be independent of each other.
+    Where all samples are alike, every resample is, and the interval has no width however few they are; and
+    resamples of fewer than six hold too little of what they are drawn from. With `bounds` it then goes as far
+    beyond the least and the most that was seen as a share that nobody has seen allows (Clopper and Pearson
+    1934 at 0 of n): so many of the population may have any score within the bounds.
+
+    The samples must be independent of each other: of samples that come from one file the sum is one row.
 
     Args:
         rows: (n, k) statistics, one row a sample.
@@ -81,6 +89,7 @@ def interval(
         seed: Of the resampling; the same rows and seed give the same interval.
         confidence: Share of intervals that hold the true score, nearly.
         resamples: Samples of size n that are drawn from the rows.
+        bounds: The least and the most that a score can be.
 
     Raises:
         ValueError: fewer than two rows.
@@ -88,10 +97,17 @@ def interval(
     _enough(len(rows))
     scores = np.sort(np.concatenate([of_sums(sums) for sums in _resampled(rows, seed, resamples)]))
     low, high = _ends(scores, len(rows), confidence)
-    return Interval(float(of_sums(rows.sum(0))), low, high, len(rows))
+    score = float(of_sums(rows.sum(0)))
+    if bounds is not None and (len(rows) < FEWEST_CHANGED or scores[-1] - scores[0] < ALIKE):
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / len(rows))
+        each = of_sums(rows)
+        low = float(min(each.min(), score))
+        high = float(max(each.max(), score))
+        low, high = low + unseen * (bounds[0] - low), high + unseen * (bounds[1] - high)
+    return Interval(score, low, high, len(rows))
 
 
-def share_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def share_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """The percentage of successes with its Wilson interval (Wilson 1927), for scores that are all or nothing.
 
     0 of 25 is 0 [0, 13.3] here, where resampling would say 0 [0, 0].
@@ -111,20 +127,44 @@ def share_interval(successes: int, n: int, confidence: float = 0.95) -> Interval
     return Interval(100 * share, 100 * low, 100 * high, n)
 
 
+def chances_interval(rows: np.ndarray, seed: int = 0, confidence: float = 0.95) -> Interval:
+    """The mean of chances of success from 0 to 100 with its interval: Wilson's where each is all or nothing.
+
+    Of several draws a sample may have succeeded in some, and lies between; so may several samples of one
+    file, whose sum is a row. Where few rows do, or few do not, resamples often hold none of those: then it
+    is Wilson's, too, since what lies between all and nothing varies less than they do; else the bootstrap's.
+
+    Args:
+        rows: (n, 2) sums of chances, and how many each row sums.
+
+    Raises:
+        ValueError: no rows.
+    """
+    sums, counts = rows[:, 0], rows[:, 1]
+    passed, failed = sums == 100 * counts, sums == 0
+    rare = min((~passed).sum(), (~failed).sum()) < FEWEST_CHANGED
+    if rare or (np.all(passed | failed) and np.all(counts == 1)):
+        share = sums.sum() / counts.sum() / 100 if len(rows) else 0.0
+        return share_interval(float(share * len(rows)), len(rows), confidence)
+    return interval(rows, mean_of_sums, seed, confidence, bounds=(0, 100))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two systems on the same samples.
 
     Args:
         difference: The first's score less the second's, with its interval.
-        changed: Samples whose statistics differ at all.
+        changed: Units whose statistics differ at all.
         needed: Samples, about, that would show a true difference of this size four times in five; None where
             the scores are equal.
+        units: What is independent of each other and resampled: samples, or files of several.
     """
 
     difference: Interval
     changed: int
     needed: int | None
+    units: int
 
     @property
     def distinguishable(self) -> bool:
@@ -140,10 +180,16 @@ class Comparison:
         if self.distinguishable:
             better = (self.difference.mean > 0) == higher_is_better
             size = abs(self.difference.mean)
-            return f"{'better' if better else 'worse'} than {other} by {size:.1f} on {n} samples"
+            said = f"{size:.1f}" if size >= 0.05 else f"{size:.1g}"
+            return f"{'better' if better else 'worse'} than {other} by {said} on {n} samples"
         said = f"not distinguishable from {other} on {n} samples"
+        if self.units < FEWEST_CHANGED:
+            files = "" if self.units == n else f" of {self.units} files"
+            return f"{said}{files}, where fewer than {FEWEST_CHANGED} can show nothing"
         if self.needed is None:
             return f"{said}: the scores are equal"
+        if self.needed > MOST_PLANNED:
+            return f"{said}; over {MOST_PLANNED:,} would be needed"
         return f"{said}; about {_rounded(self.needed):,} would be needed"
 
 
@@ -178,8 +224,8 @@ def compare(
     low, high = _ends(gaps, n, confidence)
     difference = float(gap(both.sum(0)))
     changed = int((rows != other_rows).any(1).sum())
-    found = Comparison(Interval(difference, low, high, n), changed, None)
-    if abs(difference) < 1e-9:
+    found = Comparison(Interval(difference, low, high, n), changed, None, n)
+    if abs(difference) < ALIKE:
         return found
     # Of a mean of n differences, the standard error shrinks as the root of n.
     error = float(gaps.std()) * math.sqrt(n / (n - 1))

@@ -11,15 +11,16 @@ score of the corpus is that of all rows, of a sample that of its row, and interv
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 
 import numpy as np
 
 from metrics import bleu, codebleu, rouge, texts
-from metrics.intervals import Comparison, Interval, OfSums, compare, interval, share_interval
+from metrics.intervals import Comparison, Interval, OfSums, chances_interval, compare, interval
 from metrics.texts import Pair, code_tokens
 from metrics.trees import check_language, parses
 
@@ -65,10 +66,13 @@ class Scored:
     Args:
         metric: Which.
         rows: (pairs, k) its statistics.
+        origins: (pairs,) the number of the file that each is from, where several may be from one: these are
+            not independent, so that files are resampled. None where each is from one of its own.
     """
 
     metric: Metric
     rows: np.ndarray
+    origins: np.ndarray | None = None
 
     @property
     def value(self) -> float:
@@ -80,18 +84,28 @@ class Scored:
         """(pairs,) the score of each; their mean is `value` unless the metric is one of the corpus."""
         return self.metric.of_sums(self.rows)
 
+    @property
+    def units(self) -> np.ndarray:
+        """(n, k) the rows, those of one file summed."""
+        if self.origins is None:
+            return self.rows
+        sums = np.zeros((int(self.origins.max()) + 1, self.rows.shape[1]))
+        np.add.at(sums, self.origins, self.rows)
+        return sums
+
     def interval(self, seed: int = 0, confidence: float = 0.95) -> Interval:
-        """The score with its interval: Wilson's for shares of successes, else the bootstrap's.
+        """The score with its interval: of shares of successes `chances_interval`, else the bootstrap's.
 
         Raises:
             ValueError: fewer than two pairs.
         """
-        # Of several draws a sample may have passed in some, and is then neither.
-        if self.metric.all_or_nothing and len(self.rows) > 1:
-            passed = self.samples == self.metric.maximum
-            if np.all(passed | (self.samples == 0)):
-                return share_interval(int(passed.sum()), len(self.rows), confidence)
-        return interval(self.rows, self.metric.of_sums, seed, confidence)
+        units = self.units
+        if self.metric.all_or_nothing and len(units) > 1:
+            found = chances_interval(units, seed, confidence)
+        else:
+            bounds = 0.0, self.metric.maximum
+            found = interval(units, self.metric.of_sums, seed, confidence, bounds=bounds)
+        return found._replace(n=len(self.rows))
 
     def compare(self, other: Scored, seed: int = 0, confidence: float = 0.95) -> Comparison:
         """This score against that of another system on the same pairs.
@@ -103,7 +117,12 @@ class Scored:
             raise ValueError(
                 f"{self.metric.name} is compared with {other.metric.name}: they must be the same"
             )
-        return compare(self.rows, other.rows, self.metric.of_sums, seed, confidence)
+        if len(self.rows) != len(other.rows):  # sums by file would hide it
+            return compare(self.rows, other.rows, self.metric.of_sums)
+        found = compare(self.units, other.units, self.metric.of_sums, seed, confidence)
+        n = len(self.rows)
+        needed = None if found.needed is None else math.ceil(found.needed * n / found.units)
+        return replace(found, difference=found.difference._replace(n=n), needed=needed)
 
 
 def metric(name: str) -> Metric:
@@ -146,6 +165,7 @@ def score(
     pairs: Sequence[Pair],
     language: str = "python",
     models: Mapping[str, Metric] | None = None,
+    origins: Sequence[str] | None = None,
 ) -> dict[str, Scored]:
     """The metrics of these names, over pairs that `texts.cleaned` made.
 
@@ -154,6 +174,8 @@ def score(
         pairs: Predictions and references.
         language: Of the code; `python`, `kotlin` or `java`. Only some metrics read it.
         models: In the place of those of `METRICS`, the ones that a model computes.
+        origins: The file that each pair is from. Pairs of one are not independent of each other. Of one file
+            alone nothing is said of others.
 
     Raises:
         ValueError: an unknown name or language, or no pairs.
@@ -166,7 +188,10 @@ def score(
     for one in wanted:
         if one.rows not in made:
             made[one.rows] = one.rows(pairs, language)
-    return {one.name: Scored(one, made[one.rows]) for one in wanted}
+    numbers = None
+    if origins is not None and 1 < len(set(origins)) < len(pairs):
+        numbers = np.unique(np.array(origins, object), return_inverse=True)[1]
+    return {one.name: Scored(one, made[one.rows], numbers) for one in wanted}
 
 
 # --- the table -----------------------------------------------------------------------------------------
@@ -203,6 +228,16 @@ def _rouge(tokens: Callable[[str], list[str]]) -> Rows:
         return rouge.rouge_n(found, wanted, 1), rouge.rouge_n(found, wanted, 2), rouge.rouge_l(found, wanted)
 
     return lambda pairs, _: _with_ones(*zip(*(one(*pair) for pair in pairs), strict=True))
+
+
+def _parses_rows(pairs: Sequence[Pair], language: str) -> np.ndarray:
+    # No text is a program, and no answer either: a system that says nothing must not be the best here.
+    return _with_ones(
+        [
+            100.0 * (parses(prediction, language) if prediction.strip() else not reference.strip())
+            for prediction, reference in pairs
+        ]
+    )
 
 
 def _no_model(pairs: Sequence[Pair], language: str) -> np.ndarray:
@@ -246,9 +281,9 @@ _TABLE = [
     ),
     Metric(
         "parses",
-        lambda pairs, language: _with_ones([100.0 * parses(prediction, language) for prediction, _ in pairs]),
+        _parses_rows,
         _first,
-        "the prediction alone: ast for Python, tree-sitter for others",
+        "the prediction alone, unless it is empty: ast for Python, tree-sitter for others",
         by_language=True,
         all_or_nothing=True,
     ),

@@ -36,12 +36,21 @@ def last_lines(examples: Sequence[Example]) -> list[str]:
 def copied(examples: Sequence[Example]) -> list[str]:
     """The input again. Of an example with a gap there is none, and it has "".
 
-    Prompts may wrap their input in words that are all alike. So there are up to three copies: the whole
-    prompt, what differs from prompt to prompt in whole lines, and the input of Alpaca's template. The one
-    that is most like the references, over all of them, is taken: a weaker baseline would flatter.
+    Prompts may wrap their input in words. So there are several copies: the whole prompt, what differs from
+    prompt to prompt in whole lines, or in characters, its longest and its last line, its last paragraph, and
+    the input of Alpaca's template. The one that is most like the references, over all of them, is taken: a
+    weaker baseline would flatter.
     """
     prompts = ["" if example.suffix is not None else example.prompt for example in examples]
-    copies = [prompts, _without_shared_lines(prompts)]
+    lines = [[line for line in prompt.split("\n") if line.strip()] or [""] for prompt in prompts]
+    copies = [
+        prompts,
+        _without_shared_lines(prompts),
+        _without_shared_ends(prompts),
+        [max(of_prompt, key=len) for of_prompt in lines],
+        [of_prompt[-1] for of_prompt in lines],
+        [prompt.strip("\n").rpartition("\n\n")[2] for prompt in prompts],
+    ]
     between = "\n\n### Input:\n", "\n\n### Response:"
     if all(mark in prompt for prompt in prompts for mark in between):
         copies.append([p.split(between[0], 1)[1].rsplit(between[1], 1)[0] for p in prompts])
@@ -58,6 +67,13 @@ def _without_shared_lines(prompts: list[str]) -> list[str]:
     before = len(os.path.commonprefix(rows))  # noqa: RUF071
     after = len(os.path.commonprefix([row[before:][::-1] for row in rows]))  # noqa: RUF071
     return ["\n".join(row[before : len(row) - after]) for row in rows]
+
+
+def _without_shared_ends(prompts: list[str]) -> list[str]:
+    """Each without the characters at both ends that all of them have."""
+    before = len(os.path.commonprefix(prompts))  # noqa: RUF071
+    after = len(os.path.commonprefix([prompt[before:][::-1] for prompt in prompts]))  # noqa: RUF071
+    return [prompt[before : len(prompt) - after] for prompt in prompts]
 
 
 def nearest(

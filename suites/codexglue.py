@@ -12,11 +12,11 @@ import re
 from collections.abc import Sequence
 
 from metrics.texts import codexglue_line
-from suites.baselines import Spans, copied, nearest_place, places_of
+from suites.baselines import copied
 from suites.functions import body_spans
 from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
-from suites.task import Given, Task, rows_of, texts_of
+from suites.task import Given, Task, nearest_in_training, rows_of, texts_of
 
 METHOD_TOKENS, LINE_TOKENS = 512, 100  # most of a body, and of a line
 _LINE_ENDS = re.compile(r"<EOL>|\n|</s>")
@@ -33,7 +33,7 @@ def method_task(given: Given) -> Task:
     def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         return {
             "copy": copied(examples),
-            **_nearest(given, examples, body_spans),
+            **nearest_in_training(given, examples, body_spans),
             "empty": [""] * len(examples),
         }
 
@@ -70,7 +70,7 @@ def line_task(given: Given) -> Task:
         before = [[part for part in _LINE_ENDS.split(e.prompt) if part.strip()] for e in examples]
         return {
             "copy": [parts[-1] if parts else "" for parts in before],
-            **_nearest(given, examples, line_spans),
+            **nearest_in_training(given, examples, line_spans),
             "empty": [""] * len(examples),
         }
 
@@ -90,10 +90,3 @@ def through_line(example: Example, text: str) -> str:
         if _LINE_ENDS.sub("", text[: end.start()]).strip():
             return text[: end.start()]
     return text
-
-
-def _nearest(given: Given, examples: Sequence[Example], spans: Spans) -> dict[str, list[str]]:
-    """By the training text of a run; a published model's is not at hand."""
-    if given.data is None or given.tokenizer is None:
-        return {}
-    return {"nearest": nearest_place(examples, places_of(given.data.train, given.tokenizer, spans))}

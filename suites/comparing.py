@@ -10,7 +10,6 @@ torch.
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metrics.intervals import compare
 from metrics.registry import Scored
-from suites.records import read_evaluation, scored_again
-from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, suites_of
+from suites.documents import OF_SUMS, rows_of, units_of, values_of
+from suites.records import DAMAGED, not_whole, read_evaluation, scored_again
+from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, origin_of, shares_told, suites_of
 
 LETTERS = "ABCDEFGH"
 SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs
@@ -79,11 +77,12 @@ def compare_files(paths: Sequence[str], suite: str = "") -> str:
             asked.append((label, prompt, _chosen(_records(evaluation, prompt), suite)))
             step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
             legend.append(f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no whole evaluation: {type(error).__name__} {error}") from None
+        except DAMAGED as error:
+            raise not_whole(path, error) from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         evaluations.append((letter, evaluation))
+    whole = not suite and all(prompt is None for _, prompt, _ in asked)
     try:
         lines = [*legend, *(_token_lines(evaluations) if TOKENS in suite or not suite else [])]
         (first, _, records), *others = asked
@@ -98,12 +97,23 @@ def compare_files(paths: Sequence[str], suite: str = "") -> str:
                 column for label, prompt, found in asked for column in columns_of(label, found[suite], prompt)
             ]
             lines += ["", *comparison(columns)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"not all of {', '.join(paths)} are whole evaluations: {type(error).__name__} {error}"
-        ) from None
+        for prompt in _shared_prompts(evaluations) if whole else ():
+            columns = [
+                column
+                for label, evaluation in evaluations
+                for column in columns_of(f"{label} {prompt}", evaluation["prompts"][prompt], prompt)
+            ]
+            lines += ["", f"prompt {prompt}:", *comparison(columns)]
+    except DAMAGED as error:
+        raise not_whole(" or ".join(paths), error) from None
     # The files may be a stranger's, and this is for a terminal.
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+
+def _shared_prompts(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The wordings that all were asked in."""
+    first, *others = ([*evaluation.get("prompts", {})] for _, evaluation in evaluations)
+    return [name for name in first if all(name in names for names in others)]
 
 
 def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[str, Any]]:
@@ -170,8 +180,11 @@ def comparison(columns: Sequence[Column]) -> list[str]:
                 f"{best[1][name].value:.1f} {best[0]}" if best is not None else "",
             ]
         )
-    n, files = len(record["samples"]), len({sample["name"] for sample in record["samples"]})
-    lines = [f"{suite.title}: {suite.counted.format(n=n, files=files)}, with 95% intervals", *aligned(rows)]
+    rows += [[*row, ""] for row in shares_told([(column.record, column.system) for column in columns])]
+    n, files = len(record["samples"]), len({origin_of(sample["name"]) for sample in record["samples"]})
+    over = " over files" if files < n else ""
+    head = f"{suite.title}: {suite.counted.format(n=n, files=files)}, with 95% intervals{over}"
+    lines = [head, *aligned(rows)]
     for name in names:
         for i, j in combinations(range(len(columns)), 2):
             one, other = columns[i], columns[j]
@@ -214,10 +227,15 @@ def _refuse_unlike(one: Column, other: Column) -> None:
     for key in ("suite", "language", "stop", "sampling", "draws"):
         refuse(key, ours.get(key), theirs.get(key))
     limits = [record.get("max_new_tokens") for record in (ours, theirs)]
-    # The limit that is not given is of the tokenizer's own tokens.
-    refuse(
-        "max_new_tokens", *limits, flag=f", as by --max_new_tokens {max(filter(None, limits), default=64)}"
-    )
+    # The limit that is not given is of the tokenizer's own tokens. One that no text ran into changed nothing.
+    # Of predictions made elsewhere nothing is known of one.
+    made_here = one.system != "given" and other.system != "given"
+    if made_here and any(one.record.get("ran_long", {}).get(one.system, 1.0) for one in (one, other)):
+        refuse(
+            "max_new_tokens",
+            *limits,
+            flag=f", as by --max_new_tokens {max(filter(None, limits), default=64)}",
+        )
     refuse("the list of metrics", sorted(ours["signatures"]), sorted(theirs["signatures"]))
     for name, signature in ours["signatures"].items():
         refuse(f"the signature of {name}", signature, theirs["signatures"][name])
@@ -250,8 +268,11 @@ def _token_lines(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]
             f"token scores are left out: they are over {one[2]:,} bytes of {one[1]:,} {one[0]} files, and "
             f"over {other[2]:,} bytes of {other[1]:,} {other[0]} files",
         ]
+    # Made again of the documents, so that a number that somebody wrote in its place does not count.
     systems = [
-        (f"{letter} {system}", found[system])
+        (f"{letter} {system}", found[system] | values_of(found["documents"], system))
+        if system in found.get("documents", {}).get("nats", {})
+        else (f"{letter} {system}", found[system])
         for letter, found in scored
         for system in ("model", "base", "n-gram")
         if system in found
@@ -284,14 +305,10 @@ def _token_difference(one: str, ours: dict[str, Any], other: str, theirs: dict[s
     if a["names"] != b["names"] or a["bytes"] != b["bytes"]:
         yield f"{one} and {other} were not over the same documents, so their difference has no interval"
         return
-    rows = [
-        np.column_stack([np.asarray(side["nats"]["model"], float), np.asarray(side["bytes"], float)])
-        for side in (b, a)
-    ]
-    found = compare(rows[0], rows[1], lambda sums: sums[..., 0] / math.log(2) / np.maximum(sums[..., 1], 1))
+    found = compare(rows_of(b, "model"), rows_of(a, "model"), OF_SUMS["bits_per_byte"])
     gap = found.difference
     said = f"{other} model less {one} model is {gap.mean:+.4f} [{gap.low:.4f}, {gap.high:.4f}]"
     if found.distinguishable:
-        yield f"{said}, {'better' if gap.mean < 0 else 'worse'} on {gap.n} documents"
+        yield f"{said}, {'better' if gap.mean < 0 else 'worse'} on {gap.n} {units_of(a)}"
     else:
-        yield f"{said}, {found.verdict(one + ' model').replace('samples', 'documents')}"
+        yield f"{said}, {found.verdict(one + ' model').replace('samples', units_of(a))}"

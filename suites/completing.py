@@ -5,11 +5,12 @@ Prompts are built and trimmed by the functions that training uses, and the promp
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,11 +38,12 @@ def uncut(example: Example, text: str) -> str:
 
 
 class Asked(NamedTuple):
-    """The prompt of an example, and how many tokens the model may add."""
+    """The prompt of an example, how many tokens the model may add, what ends them, and whether it was cut."""
 
     ids: list[int]
     limit: int
     ends: frozenset[int]
+    trimmed: bool
 
 
 def asked(tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: int) -> Asked:
@@ -53,14 +55,21 @@ def asked(tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: i
     """
     room = max(1, length - min(max_new_tokens, length // 2))
     if example.suffix is None:
-        ids = trim_prompt(prompt_ids(tokenizer, example.prompt), room, tokenizer.start_id)
+        whole = prompt_ids(tokenizer, example.prompt)
+        ids = trim_prompt(whole, room, tokenizer.start_id)
         ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
     else:
-        ids = trim_fim_prompt(
-            tokenizer, fim_prompt_ids(tokenizer, example.prompt, example.suffix), max(3, room)
-        )
+        whole = fim_prompt_ids(tokenizer, example.prompt, example.suffix)
+        ids = trim_fim_prompt(tokenizer, whole, max(3, room))
         ends = fim_end_ids(tokenizer)
-    return Asked(ids, max(1, min(max_new_tokens, length - len(ids))), ends | frozenset(tokenizer.eos_ids))
+    limit = max(1, min(max_new_tokens, length - len(ids)))
+    return Asked(ids, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
+
+
+def draw_number(example: Example, draw: int) -> int:
+    """What the random numbers of a draw hang on besides the seed: not on which others are asked, nor how."""
+    digest = hashlib.sha256(f"{draw} {example.id}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def complete(
@@ -75,6 +84,7 @@ def complete(
     how: GenerationConfig = GREEDY,
     draws: int = 1,
     kept: Kept | None = None,
+    each: Callable[[int], Any] = lambda n: None,
 ) -> Predictions:
     """Completions, without the prompt, each until `cut` leaves something of it off, a stop string, or an end.
 
@@ -86,6 +96,7 @@ def complete(
         how: Greedy, or how to sample; its stop strings; its limit is not read.
         draws: Texts of each example. A draw's random numbers are its own, whatever is beside it.
         kept: Predictions that an interrupted evaluation made, to which the others are added as they are made.
+        each: Called with the number of texts that are done now and were not before.
 
     Raises:
         ValueError: The tokenizer has ids that the model lacks, or the model's logits are NaN.
@@ -98,6 +109,7 @@ def complete(
         )
     prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
     done = {} if kept is None else kept.read(len(examples), draws)
+    each(len(done))
     wanted = [
         (i, draw)
         for i in sorted(
@@ -153,6 +165,7 @@ def complete(
                 done[rows[row]] = text, "stop" if ends_at else result.finish_reason
                 if kept is not None:
                     kept.add({rows[row]: done[rows[row]]})
+                each(1)
 
             try:
                 with precision.autocast():
@@ -163,8 +176,7 @@ def complete(
                         ends,
                         tokenizer.vocab_size,
                         stopped,
-                        # Of an example and a draw, and of nothing else.
-                        [draw * 2**32 + i for i, draw in rows],
+                        [draw_number(examples[i], draw) for i, draw in rows],
                         size,
                         ended,
                     )
@@ -179,7 +191,7 @@ def complete(
             rows = left
     texts = [[done[i, draw][0] for i in range(len(examples))] for draw in range(draws)]
     ran_long = sum(reason == "length" for _, reason in done.values())
-    return Predictions(texts[0], ran_long, texts[1:])
+    return Predictions(texts[0], ran_long, texts[1:], sum(prompt.trimmed for prompt in prompts))
 
 
 def rows_at_a_time(model: Decoder, longest: int) -> int:

@@ -85,7 +85,8 @@ class Judge:
 
     def metric(self) -> Metric:
         where = f"layer {self.layer} of {len(self.model.blocks)}" if self.layer else "the head's input"
-        says = f"F1 of greedy cosines, hidden states of {self.name}, {where}, no idf, no rescaling"
+        room = f"the first {self.model.config.block_size} tokens"
+        says = f"F1 of greedy cosines, hidden states of {self.name}, {where}, {room}, no idf, no rescaling"
         return of_means("semantic", self._rows, says)
 
     def _rows(self, pairs: Sequence[Pair], language: str) -> np.ndarray:

@@ -169,6 +169,11 @@ def memorisation(
         texts.append(("reference", number, sample["reference"]))
     ids = [tokenizer.encode(text) for _, _, text in texts]
     runs = longest_runs(ids, train)
+    of_text = [system for system, _, _ in texts]
+    wholes = [
+        _stands_whole(text, run, len(of_ids), train, tokenizer)
+        for (_, _, text), run, of_ids in zip(texts, runs, ids, strict=True)
+    ]
     by_system: dict[str, Any] = {}
     for system in [*systems, "reference"]:
         own = [(run, len(i)) for (of, _, _), run, i in zip(texts, runs, ids, strict=True) if of == system]
@@ -177,7 +182,7 @@ def memorisation(
             "texts": len(own),
             "median": float(np.median(sizes)),
             "longest": int(sizes.max()),
-            "whole": sum(run.length == size > 0 for run, size in own),
+            "whole": sum(whole for of, whole in zip(of_text, wholes, strict=True) if of == system),
             "long": int((sizes >= LONG).sum()),
         }
     order = sorted(range(len(runs)), key=lambda i: -runs[i].length)
@@ -203,6 +208,16 @@ def memorisation(
     return {"least": LEAST, "systems": by_system, "longest": rows}
 
 
+def _stands_whole(text: str, run: Run, size: int, train: TokenStore, tokenizer: Tokenizer) -> bool:
+    """Whether all of a text stands where its longest run does. Its first and last characters may be parts of
+    other tokens there, by what is around them.
+    """
+    if run.length == 0:
+        return False
+    ids = train.document(run.document)
+    return run.length == size or text.strip() in tokenizer.decode(ids.tolist())
+
+
 def memory_table(found: dict[str, Any]) -> str:
     """How long the runs are, beside those of the references, and where the longest stand."""
     systems = found["systems"]
@@ -211,7 +226,7 @@ def memory_table(found: dict[str, Any]) -> str:
         ("median", "tokens, median"),
         ("longest", "tokens, longest"),
         ("long", f"texts with {LONG} tokens or more"),
-        ("whole", "texts that stand there whole"),
+        ("whole", f"whole texts, from {found['least']} tokens on"),
     ):
         of = " of {texts}" if key in ("long", "whole") else ""
         rows.append([name, *(f"{one[key]:g}{of.format(**one)}" for one in systems.values())])

@@ -19,7 +19,7 @@ from typing import Any
 from config import write_atomically
 from metrics.registry import METRICS
 from suites.markup import escaped, marked, shortened, tail
-from suites.records import scored_again, texts_of
+from suites.records import DAMAGED, not_whole, scored_again, texts_of
 from suites.scoring import NAMED, SUITES, records_of
 
 SAMPLES = 1_000  # on a page; eval.json has them all
@@ -61,8 +61,8 @@ def page_of(record: dict[str, Any], printed: str) -> str:
         parts.append(f"<details><summary>what repeats it</summary><pre>{told}</pre></details>")
         named = record["run"] or record.get("settings", {}).get("predictions") or "predictions made elsewhere"
         title = escaped(named if record["step"] is None else f"{named}, step {record['step']}")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"no whole evaluation: {type(error).__name__} {error}; evaluate again") from None
+    except DAMAGED as error:
+        raise not_whole("this", error) from None
     policy = (
         f"default-src 'none'; script-src '{_hash(SCRIPT)}'; style-src '{_hash(STYLE)}'; "
         "base-uri 'none'; form-action 'none'"

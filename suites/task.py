@@ -16,6 +16,7 @@ import numpy as np
 
 from dataset import PreparedData
 from functional import Problem, field_of, read_rows
+from suites.baselines import Spans, nearest_place, places_of
 from suites.completing import Cut, uncut
 from suites.scoring import Example, Predictions, Suite
 from tokenizer import Tokenizer
@@ -110,6 +111,13 @@ def drawn(rows: list[Any], given: Given) -> list[Any]:
 def texts_of(where: str, row: dict[str, Any], *names: str) -> Iterator[str]:
     """Fields of a row that must be text; ValueError for one that is not."""
     return (field_of(where, row, name, str) for name in names)
+
+
+def nearest_in_training(given: Given, examples: Sequence[Example], spans: Spans) -> dict[str, list[str]]:
+    """For a suite with a file: by the training text of a run; a published model's is not at hand."""
+    if given.data is None or given.tokenizer is None:
+        return {}
+    return {"nearest": nearest_place(examples, places_of(given.data.train, given.tokenizer, spans))}
 
 
 def answers(systems: dict[str, list[str]]) -> dict[str, Predictions]:

@@ -12,6 +12,7 @@ from suites.task import Given, Task
 TASKS: dict[str, Callable[[Given], Task]] = {
     "next_line": lines.task,
     "pairs": pairs.task,
+    "examples": pairs.file_task,
     "fim_line": gaps.line_task,
     "fim_lines": gaps.lines_task,
     "fim_span": gaps.span_task,
@@ -22,7 +23,7 @@ TASKS: dict[str, Callable[[Given], Task]] = {
     "humaneval_infilling": programs.infilling_task,
 }
 assert set(TASKS) == set(SUITES)
-OF_FILES = {"codexglue_method", "codexglue_line", "humaneval", "mbpp", "humaneval_infilling"}
+OF_FILES = {"examples", "codexglue_method", "codexglue_line", "humaneval", "mbpp", "humaneval_infilling"}
 
 
 def suite_names(asked: str) -> tuple[str, ...]:

@@ -211,14 +211,29 @@ def changed(found: dict[str, Any], *keys: Any, to: Any) -> dict[str, Any]:
         (("suite", "samples", 7, "suffix"), "x", "suffix of sample 8 is None in one and 'x'"),
         (("suite", "samples"), [], "number of samples is 40 in one and 0"),
         (("suite", "suite"), "next_line", "suites are pairs in one and next_line in the other"),
-        (("suite", "samples", 3, "predictions"), {}, "not all of .* are whole evaluations"),
-        (("suite",), 3, "no whole evaluation"),
+        (
+            ("suite", "samples", 3, "predictions"),
+            {},
+            "is no whole evaluation: it has no 'model'; evaluate again",
+        ),
+        (("suite",), 3, "no whole evaluation: a value in it is of another kind; evaluate again"),
     ],
 )
 def test_what_was_not_measured_alike_is_refused_with_both_values(tmp_path, keys, value, says):
     a = evaluation(1, 0.5)
     with pytest.raises(ValueError, match=says):
         compare_files(write(tmp_path, a, changed(a, *keys, to=value)))
+
+
+def test_limits_that_no_text_ran_into_may_differ(tmp_path):
+    """Those that are not given are of each tokenizer's own tokens."""
+    a, b = evaluation(1, 0.5), changed(evaluation(2, 0.5), "suite", "max_new_tokens", to=64)
+    for found in (a, b):
+        found["suite"]["ran_long"] = {"model": 0.0}
+    assert "chrf: B model less A model" in compare_files(write(tmp_path / "a", a, b))
+    b["suite"]["ran_long"]["model"] = 0.025
+    with pytest.raises(ValueError, match="max_new_tokens is 9 in one and 64"):
+        compare_files(write(tmp_path / "b", a, b))
 
 
 def test_token_scores_are_compared_over_the_same_documents(tmp_path):
@@ -232,7 +247,8 @@ def test_token_scores_are_compared_over_the_same_documents(tmp_path):
             "top1": 0.5,
             "top5": 0.6,
         }
-        documents = {"names": list(map(str, range(30))), "bytes": [20] * 30, "nats": {"model": nats}}
+        documents = {"names": list(map(str, range(30))), "bytes": [20] * 30, "tokens": [9] * 30}
+        documents["nats"] = {"model": nats}
         return found | {
             "side": "test",
             "files": 30,

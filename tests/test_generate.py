@@ -490,6 +490,13 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_best(row, p):
         assert (i in stays) == (ratio >= p) or abs(ratio - p) < 1e-6
 
 
+def test_what_lies_on_the_boundary_of_a_cut():
+    even = torch.zeros(1, 4)  # quarters, which add up without rounding
+    assert kept(keep_top_p(even, 0.5)) == {0, 1}  # reached
+    assert kept(keep_top_p(even, 1e-9)) == {0}
+    assert kept(keep_min_p(torch.tensor([[1.0, 1.0, 0.0]]), 1.0)) == {0, 1}
+
+
 def test_each_row_is_cut_by_itself():
     logits = torch.tensor([[4.0, 0.0, 1.0, 3.9], [0.0, 1.0, 2.0, 9.0]])
     for cut in (lambda x: keep_top_k(x, 2), lambda x: keep_top_p(x, 0.9), lambda x: keep_min_p(x, 0.1)):

@@ -14,6 +14,7 @@ from test_overlaps import prepared, sample, words
 
 import shingles
 from suites.memorising import LEAST, Run, licences_of, longest_runs, memorisation, memory_table
+from tokenizer import CodeTokenizer
 
 
 def store_of(documents: list[list[int]]) -> Any:
@@ -120,6 +121,20 @@ def test_a_repeated_passage_is_named_with_its_file_and_licence(record_and_data):
     assert licence in table
     assert name in table
     assert f"below {LEAST} tokens" in table
+
+
+def test_a_line_stands_whole_though_its_ends_are_parts_of_other_tokens_there(tmp_path):
+    lines = [f"    result_{i} = call(other_{i}, flag=True)" for i in range(40)]
+    rows = [{"text": "\n".join([f"def f{n}():", *lines, ""]), "path": f"f{n}.py"} for n in range(90)]
+    code = CodeTokenizer.train([row["text"] for row in rows], 600)
+    data = prepared(tmp_path, rows, code)
+    own, there = code.encode(lines[7]), data.train.document(0).tolist()
+    assert all(there[i : i + len(own)] != own for i in range(len(there)))  # in other tokens
+    said = lines[7], lines[7].replace("True", "None")
+    samples = [{**sample(i, "p", "y"), "predictions": {"model": one}} for i, one in enumerate(said)]
+    record = {"suite": "pairs", "scores": {"model": {}}, "samples": samples}
+    found = memorisation(record, data.train, code, str(tmp_path / "rows.jsonl"))
+    assert found["systems"]["model"]["whole"] == 1
 
 
 def test_a_corpus_without_licences_says_unknown(record_and_data, tmp_path):

@@ -14,6 +14,7 @@ from metrics.intervals import (
     mean_rows,
     share_interval,
 )
+from metrics.registry import score
 
 SCORES = {
     "uniform": (lambda draw, n: draw.random(n), 0.5),
@@ -121,8 +122,40 @@ def test_wider_confidence_contains_narrower():
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
-def test_equal_scores_have_no_width_and_one_has_no_interval():
-    assert mean_interval([100.0] * 9)[:3] == (100, 100, 100)
+def test_alike_samples_leave_room_for_those_that_nobody_has_seen():
+    assert mean_interval([100.0] * 9)[:3] == (100, 100, 100)  # of scores that may be anything
+    # Clopper and Pearson at 0 of n: by (1 - share)**n = 2.5% none of n is seen.
+    for n in (2, 9, 200):
+        unseen = 1 - 0.025 ** (1 / n)
+        for value in (0.0, 50.0, 100.0):
+            found = mean_interval([value] * n, bounds=(0, 100))
+            assert found.low == pytest.approx(value * (1 - unseen))
+            assert found.high == pytest.approx(value + (100 - value) * unseen)
+        assert (1 - unseen) ** n == pytest.approx(0.025)
+    scores = np.random.default_rng(4).uniform(0, 100, 30)
+    assert mean_interval(scores, bounds=(0, 100)) == mean_interval(scores)
+    # Every score of a suite has its bounds, also one of the corpus.
+    for name in ("edit_similarity", "bleu_code"):
+        found = score([name], [("abcde", "vwxyz")] * 9)[name].interval()
+        assert found.low == 0
+        assert found.high == pytest.approx(100 * (1 - 0.025 ** (1 / 9)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_very_few_scores_have_wide_intervals_that_hold(n):
+    draw = np.random.default_rng(n)
+    found = [mean_interval(draw.uniform(0, 100, n), bounds=(0, 100), resamples=200) for _ in range(300)]
+    assert sum(one.low <= 50 <= one.high for one in found) / 300 > 0.95
+    assert all(0 <= one.low <= one.mean <= one.high <= 100 for one in found)
+
+
+def test_a_small_difference_that_is_sure_is_not_0():
+    scores = np.random.default_rng(0).uniform(0, 100, 2000)
+    found = compare(mean_rows(scores + 0.031), mean_rows(scores), mean_of_sums)
+    assert found.verdict("B") == "better than B by 0.03 on 2000 samples"
+
+
+def test_one_score_has_no_interval():
     for scores in ([], [3.0]):
         with pytest.raises(ValueError, match=f"got {len(scores)}"):
             mean_interval(scores)
@@ -207,6 +240,20 @@ def test_a_handful_of_changes_is_no_evidence():
     assert found.needed >= 30
     a[5] = 100
     assert compare(mean_rows(a), mean_rows(b), mean_of_sums).distinguishable
+
+
+def test_a_plan_ends_at_a_million_samples():
+    a, b = np.array([1.0, 0, 1, 0] * 500), np.array([0.0, 1, 0, 1] * 500)
+    a[0] += 0.5  # a difference of 1/4000, and differences of 1
+    found = compare(mean_rows(a), mean_rows(b), mean_of_sums)
+    assert found.verdict("B") == "not distinguishable from B on 2000 samples; over 1,000,000 would be needed"
+
+
+def test_so_few_samples_that_nothing_can_be_shown_are_no_ground_for_a_plan():
+    found = compare(mean_rows([3.0, 1, 4, 1, 5]), mean_rows([2.0, 1, 1, 1, 3]), mean_of_sums)
+    assert (
+        found.verdict("B") == "not distinguishable from B on 5 samples, where fewer than 6 can show nothing"
+    )
 
 
 def test_equal_scores_of_unlike_samples_ask_for_no_number():

@@ -1,9 +1,12 @@
 """Every metric by its name: the maximum for a reference against itself, ends of the scale, intervals."""
 
+import math
+
 import numpy as np
 import pytest
 
-from metrics.registry import METRICS, metric, score
+from metrics.intervals import mean_rows
+from metrics.registry import METRICS, Scored, metric, score
 from metrics.semantic import inverse_frequencies, token_similarity
 from metrics.texts import CLEANERS, cleaned
 from metrics.trees import LANGUAGES
@@ -30,18 +33,18 @@ PAIRS = cleaned(
 @pytest.mark.parametrize("how", CLEANERS)
 def test_a_reference_against_itself_has_the_maximum(language, how):
     pairs = cleaned(REFERENCES, REFERENCES, how)
-    for name, scored in score([name for name in METRICS if name != "parses"], pairs, language).items():
+    metrics = [name for name in METRICS if name != "parses"]  # judges the text, whatever the reference
+    for name, scored in score(metrics, pairs, language).items():
         assert scored.value == pytest.approx(scored.metric.maximum), name
         assert scored.samples == pytest.approx(scored.metric.maximum), name
 
 
 def test_an_empty_prediction_has_0():
-    # But for: CodeXGLUE's summaries, exp(-n) of n tokens; `parses`, since an empty file is a program.
+    # Nearly: CodeXGLUE's summaries, exp(-n) of n tokens.
     for name, scored in score(list(METRICS), [("", "def f(x):\n    return x")]).items():
-        if name == "parses":
-            assert scored.value == 100
-        else:
-            assert scored.value == pytest.approx(0, abs=0.1), name
+        assert scored.value == pytest.approx(0, abs=0.1), name
+    assert score(["parses"], [("", "")])["parses"].value == 100  # what was asked for
+    assert score(["parses"], [(" \n", "x")])["parses"].value == 0
 
 
 def test_means_are_means_and_corpus_scores_are_not():
@@ -52,6 +55,68 @@ def test_means_are_means_and_corpus_scores_are_not():
         low, high = scored.interval().low, scored.interval().high
         assert low <= scored.value <= high, name
         assert not np.isnan([low, high]).any()
+
+
+@pytest.mark.parametrize("name", ["edit_similarity", "exact_match"])
+def test_intervals_of_lines_of_files_cover_as_often_as_they_say(name):
+    """Lines of one file score alike: as if they were independent, 95% intervals hold 3 of 4 true scores."""
+    draw, held = np.random.default_rng(5), {"files": 0, "lines": 0}
+    trials = 300
+    for trial in range(trials):
+        sizes = draw.integers(1, 9, 50)
+        origins = np.repeat(np.arange(50), sizes)
+        chance = draw.beta(0.5, 0.5, 50)[origins]  # of a file; their mean is a half
+        if name == "exact_match":
+            scores = 100.0 * (draw.random(len(origins)) < chance)
+        else:
+            scores = 100 * np.clip(chance + draw.normal(0, 0.05, len(origins)), 0, 1)
+        for kind, by in (("files", origins), ("lines", None)):
+            found = Scored(METRICS[name], mean_rows(scores), by).interval(trial)
+            held[kind] += found.low <= 50 <= found.high
+            assert found.n == len(scores)
+            assert found.mean == pytest.approx(scores.mean())
+    assert 0.92 < held["files"] / trials < 0.98
+    assert held["lines"] / trials < 0.85
+
+
+def test_differences_of_lines_of_files_are_told_apart_no_more_often_than_promised():
+    draw, wrong, alone = np.random.default_rng(6), 0, 0
+    trials = 200
+    for trial in range(trials):
+        origins = np.repeat(np.arange(30), 6)
+        gaps = draw.normal(0, 10, 30)[origins] + draw.normal(0, 2, len(origins))
+        one, other = mean_rows(50 + gaps), mean_rows(np.full(len(origins), 50.0))
+        metric = METRICS["edit_similarity"]
+        found = Scored(metric, one, origins).compare(Scored(metric, other, origins), trial)
+        wrong += found.distinguishable
+        alone += Scored(metric, one).compare(Scored(metric, other), trial).distinguishable
+        assert found.units == 30 and found.difference.n == 180
+        if not found.distinguishable:
+            assert found.needed is not None and found.needed > 180
+    assert wrong / trials <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+    assert alone / trials > 0.3
+
+
+def test_what_is_from_one_file_is_told_by_its_name():
+    pairs = [("a", "a"), ("b", "c"), ("d", "d")]
+    assert score(["chrf"], pairs, origins=["f", "g", "h"])["chrf"].origins is None
+    assert score(["chrf"], pairs, origins=["f", "f", "f"])["chrf"].origins is None  # nothing of other files
+    found = score(["exact_match"], pairs, origins=["f", "g", "f"])["exact_match"]
+    assert found.units.tolist() == [[200, 2], [0, 1]]
+    said = found.compare(Scored(found.metric, mean_rows([0.0, 0, 0]), found.origins)).verdict("B")
+    assert said == "not distinguishable from B on 3 samples of 2 files, where fewer than 6 can show nothing"
+
+
+def test_few_draws_that_succeed_are_no_surer_than_none():
+    """One of 30 draws of one of 10 samples: most resamples of the ten hold no success at all."""
+    one = Scored(METRICS["exact_match"], mean_rows([100 / 30] + [0.0] * 9)).interval()
+    none = Scored(METRICS["exact_match"], mean_rows([0.0] * 10)).interval()
+    assert one.mean == pytest.approx(1 / 3)
+    assert one.high > none.high
+    assert one.low <= one.mean
+    # Of many that passed in some draws the draws say more than a share of so many samples would.
+    often = Scored(METRICS["exact_match"], mean_rows([40.0, 50.0, 60.0] * 10)).interval()
+    assert often.high - often.low < 10
 
 
 def test_shares_have_an_interval_even_if_none_succeeds():

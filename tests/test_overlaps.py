@@ -14,6 +14,7 @@ from config import DataConfig
 from corpus import split_documents
 from dataset import PreparedData, prepare_data
 from suites.overlaps import overlap_line, training_overlap
+from tokenizer import Tokenizer
 
 
 def words(seed: int, n: int) -> str:
@@ -21,9 +22,10 @@ def words(seed: int, n: int) -> str:
     return " ".join(f"w{i}" for i in draw.integers(0, 10**6, n))
 
 
-def prepared(folder: Path, rows: list[dict[str, str]]) -> PreparedData:
+def prepared(folder: Path, rows: list[dict[str, str]], tokenizer: Tokenizer = BYTES) -> PreparedData:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return prepare_data(DataConfig(str(folder / "rows.jsonl"), cache=str(folder / "cache"), workers=1), BYTES)
+    config = DataConfig(str(folder / "rows.jsonl"), cache=str(folder / "cache"), workers=1)
+    return prepare_data(config, tokenizer)
 
 
 def trained_on(data: PreparedData, rows: list[dict[str, str]]) -> list[dict[str, str]]:

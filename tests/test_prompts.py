@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from test_eval import BYTES, HOUSE, command, random_model
 import eval as evaluation
 from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig
-from corpus import split_documents
+from corpus import Document, split_documents
 from dataset import prepare_data
 from eval import EvalConfig
 from suites.baselines import copied
@@ -72,10 +73,14 @@ def data_of(run: Path) -> tuple[DataConfig, Any]:
     return config, prepare_data(config, BYTES)
 
 
+def held_out(config: DataConfig, data: Any) -> Iterator[Document]:
+    return (document for side, document in split_documents(config) if side == data.test.split)
+
+
 def test_each_example_gets_the_wording_of_its_own_row(run):
     config, data = data_of(run)
     examples = pair_examples(data.test, BYTES, 9, seed=1)
-    worded = with_prompts(examples, data.test, split_documents(config), ["verbose", "simple"])
+    worded = with_prompts(examples, held_out(config, data), ["verbose", "simple"])
     assert [e.prompt for e in worded["simple"]] == [e.prompt for e in examples]
     for plain, verbose in zip(examples, worded["verbose"], strict=True):
         words = plain.prompt.replace(":", ": ...")
@@ -92,7 +97,7 @@ def test_wordings_change_neither_the_data_nor_the_split(run):
     with pytest.raises(
         ValueError, match=r"rows.jsonl line \d+ has no prompt called 'simple' .*\(it has none\)"
     ):
-        with_prompts(examples, data.test, split_documents(config), ["simple"])
+        with_prompts(examples, held_out(config, data), ["simple"])
 
 
 def test_names_are_between_commas_and_once_each():
@@ -131,6 +136,16 @@ def test_the_command_asks_in_each_wording_and_prints_the_difference(run):
     assert again.returncode == 0, again.stdout
     compared = command("--compare", f"{run}:verbose", f"{run}:simple")
     assert "chrf: B simple model less A verbose model is " in compared.stdout, compared.stderr
+    # How many ran on is told of each wording, and two evaluations are compared wording by wording.
+    (long,) = [one for one in said.split("\n\n") if "verbose model" in one]
+    shares = [f"{records[name]['ran_long']['model']:.1%}" for name in ("verbose", "simple")]
+    assert (
+        next(one for one in long.splitlines() if one.startswith("ran into the limit")).split()[4:] == shares
+    )
+    both = command("--compare", run, run / "eval.json").stdout
+    for name in ("verbose", "simple"):
+        assert f"\nprompt {name}:\n" in both
+        assert f"A {name} model" in both
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,15 @@ def test_what_is_copied_is_the_input_and_not_the_words_around_it():
     assert copies([alpaca_prompt(f"Improve {i}.", text) for i, text in enumerate(inputs)]) == inputs
     wrapped = [f"Improve this:\n```\n{text}\n```\nAnswer:\n" for text in inputs]
     assert [text.strip() for text in copies(wrapped)] == [text.strip() for text in inputs]
+    # Words on the input's own line, and instructions that are not all alike.
+    inputs = ["value of one", "the second", "33", "fourth, too"]
+    assert copies([f"Repeat exactly: {text} ->" for text in inputs], inputs) == inputs
+    two = [f"{'Say this:' if i % 2 else 'Once more, please:'}\n{text}\n" for i, text in enumerate(inputs)]
+    assert copies(two, inputs) == inputs
+    inputs = [f"def f{i}():\n    return {i}" for i in range(4)]
+    three = [f"{'Refactor the code below. ' * (1 + i % 3)}\n\n{text}" for i, text in enumerate(inputs)]
+    assert copies(three, inputs) == inputs
+    inputs = [f"x = {i}\n" + "y = x\n" * i for i in range(4)]
     # Lines that all inputs share are theirs where the references keep them.
     headed = [f"import os\n{text}" for text in inputs]
     assert copies(headed, headed) == headed
@@ -272,7 +281,8 @@ def test_a_prompt_keeps_its_place_and_leaves_room(data):
     assert asked(BYTES, example, 20, 100)[:2] == (whole, 20)
     assert asked(BYTES, example, 90, 100)[:2] == (whole, 100 - len(whole))
     # Never less than half of the row for either, if both want it.
-    ids, limit, _ = asked(BYTES, example, 90, 60)
+    ids, limit, _, trimmed = asked(BYTES, example, 90, 60)
+    assert trimmed and not asked(BYTES, example, 20, 100).trimmed
     assert (len(ids), limit) == (30, 30)
     assert ids == [whole[0], *whole[-29:]]
     assert all(
@@ -348,9 +358,9 @@ def test_a_run_of_examples_is_scored_on_its_test_side_beside_all_baselines(run, 
     assert "completions: 6 held-out examples" in shown
     assert "ran into the limit" in shown
     assert rescore(path) == 0
-    assert capsys.readouterr().out.startswith(
-        "equal: 20 scores of model, n-gram, copy, nearest, empty from 6"
-    )
+    told = capsys.readouterr().out
+    assert told.startswith("equal: token scores of model, n-gram, but for accuracies\n")
+    assert "\nequal: 20 scores of model, n-gram, copy, nearest, empty from 6" in told
 
 
 def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_named(tmp_path, data, capsys):
@@ -392,7 +402,10 @@ def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_name
             suite["scores"]["model"]["chrf"].update(mean=1.0),
         )
     )
-    assert "by chrF of?[2J old, and now by chrf" in said
+    assert "pairs, chrf: by chrF of?[2J old in the file, and by chrf|" in said
+    said = said_of(lambda suite: suite["verdicts"]["chrf"]["differences"]["copy"].update(needed=7, high=9.0))
+    assert "pairs, chrf: of the difference from copy the file says high 9.0, and its predictions " in said
+    assert "of the difference from copy the file says needed 7, and its predictions " in said
     # What was asked in other words is held to its predictions too.
     worded = copy.deepcopy(whole["suite"])
     worded["scores"]["model"]["chrf"]["mean"] += 1

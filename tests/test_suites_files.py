@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,9 @@ def test_suites_are_named_between_commas_and_fim_is_three():
 # --- examples ------------------------------------------------------------------------------------------
 
 
-def test_a_line_of_codexglue_is_asked_as_it_stands_and_ends_at_its_marker(tmp_path: Path):
-    asked = task("codexglue_line", write(tmp_path / "test.jsonl", LINES))
+@pytest.mark.parametrize("file", ["test.jsonl", "test.json"])  # the published one ends in .json
+def test_a_line_of_codexglue_is_asked_as_it_stands_and_ends_at_its_marker(tmp_path: Path, file: str):
+    asked = task("codexglue_line", write(tmp_path / file, LINES))
     assert [e.prompt for e in asked.examples] == [row["input"] for row in LINES]
     assert [e.reference for e in asked.examples] == [row["gt"] for row in LINES]
     assert asked.baselines(asked.examples) == {
@@ -294,6 +296,71 @@ def test_mistakes_about_a_published_model_are_one_sentence(folder: Path, tmp_pat
         assert captured.out == ""
 
 
+ROWS = [
+    {
+        "prompt": f"class C{i}:\n    x = {i}\n",
+        "completion": f"Holds {i} and nothing else.",
+        "prompts": {"simple": f"class C{i}:\n    x = {i}\n", "verbose": f"Summarise:\nclass C{i}: x = {i}\n"},
+    }
+    for i in range(8)
+]
+
+
+def test_a_published_model_is_asked_rows_of_ones_own_in_each_wording(folder: Path, tmp_path: Path):
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    asked = settings(folder, tmp_path, "examples", suite_file=str(file), samples=5, prompts="verbose,simple")
+    result = evaluation.evaluate(replace(asked, metrics="chrf,rougeL"))
+    record = result["suite"]
+    numbers = [sample["where"] for sample in record["samples"]]
+    assert len(numbers) == 5
+    assert [s["prompt"] for s in record["samples"]] == [ROWS[i]["prompt"] for i in numbers]
+    assert [s["reference"] for s in record["samples"]] == [ROWS[i]["completion"] for i in numbers]
+    assert list(record["scores"]) == ["model", "copy", "empty"]
+    assert record["samples"][0]["predictions"]["copy"].startswith("class C")
+    model = load_pretrained(str(folder)).model
+    said = generate(
+        model, STARCODER, [s["prompt"] for s in record["samples"]], GenerationConfig(max_new_tokens=6)
+    )
+    assert [s["predictions"]["model"] for s in record["samples"]] == [one.text for one in said]
+    verbose, simple = result["prompts"]["verbose"], result["prompts"]["simple"]
+    assert [s["prompt"] for s in verbose["samples"]] == [ROWS[i]["prompts"]["verbose"] for i in numbers]
+    assert simple["samples"] == record["samples"]
+    assert "completions: 5 examples of a file, with 95% intervals" in evaluation.table(result)
+    # A gap is asked with its markers, and has no input to copy.
+    gaps = [
+        {"prefix": f"def f{i}(x):\n", "middle": f"    x += {i}\n", "suffix": "    return x\n"} for i in (1, 2)
+    ]
+    made = task("examples", write(tmp_path / "gaps.jsonl", gaps))
+    assert [(e.prompt, e.reference, e.suffix) for e in made.examples] == [
+        (row["prefix"], row["middle"], row["suffix"]) for row in gaps
+    ]
+    assert list(made.baselines(made.examples)) == ["empty"]
+
+
+def test_rows_of_ones_own_that_cannot_be_asked_are_one_sentence(folder: Path, tmp_path: Path):
+    rows = str(write(tmp_path / "rows.jsonl", ROWS))
+    text = str(write(tmp_path / "text.jsonl", [{"text": "x = 1\n"}]))
+    lacking = str(write(tmp_path / "lacking.jsonl", [{"prompt": "x", "path": "y"}]))
+    for changed, said in (
+        ({"suite_file": None}, "name it with --suite_file"),
+        ({"suite_file": text}, "holds plain text, and the suite examples is of prompts and completions"),
+        ({"suite_file": lacking}, "has no field completion"),
+        ({"suite_file": str(tmp_path)}, "is no .jsonl, .jsonl.gz or .parquet file"),
+        ({"samples": 0}, "--samples is 0, which leaves the scores of texts out, and examples has no others"),
+        ({"prompts": "terse"}, "has no prompt called 'terse'"),
+        ({"suite": "examples,humaneval"}, "have a file each"),
+    ):
+        asked = replace(settings(folder, tmp_path, "examples", suite_file=rows), **changed)
+        with pytest.raises(ValueError, match=said):
+            evaluation.evaluate(asked)
+    other = settings(folder, tmp_path, "codexglue_line", suite_file=str(write(tmp_path / "l.jsonl", LINES)))
+    with pytest.raises(ValueError, match="here is no run whose examples they were"):
+        evaluation.evaluate(replace(other, prompts="simple"))
+    assert "--prompts ask a model again" in (
+        mistake(replace(other, prompts="simple", predictions=rows)) or ""
+    )
+
+
 def test_one_example_is_left_out_and_said(folder: Path, tmp_path: Path):
     file = write(tmp_path / "lines.jsonl", LINES[:1])
     result = evaluation.evaluate(settings(folder, tmp_path, "codexglue_line", suite_file=str(file)))
@@ -329,6 +396,24 @@ def test_published_solutions_all_pass_and_a_stub_does_not(isolated: None, tmp_pa
         evaluation.evaluate(asked)
 
 
+def test_prompts_that_a_row_has_no_room_for_are_told(isolated: None, folder, tmp_path: Path):
+    long = PROBLEMS[0] | {
+        "task_id": "HumanEval/9",
+        "prompt": "# " + "x " * 400 + "\n" + PROBLEMS[0]["prompt"],
+    }
+    file = write(
+        tmp_path / "HumanEval.jsonl", [PROBLEMS[0], PROBLEMS[1], long, long | {"task_id": "HumanEval/8"}]
+    )
+    result = evaluation.evaluate(settings(folder, tmp_path, "humaneval", suite_file=str(file)))
+    assert result["suite"]["trimmed"] == {"model": 0.5}
+    assert re.search(r"\nprompts cut to fit +50.0%\n", evaluation.table(result))
+    result = evaluation.evaluate(
+        settings(folder, tmp_path, "humaneval", suite_file=str(file), samples=2, seed=2)
+    )
+    told = "prompts cut to fit" in evaluation.table(result)
+    assert told == (result["suite"]["trimmed"]["model"] > 0)
+
+
 def test_samples_are_written_as_human_eval_and_the_harness_read_them(isolated: None, folder, tmp_path: Path):
     file = write(tmp_path / "HumanEval.jsonl", SOLVED)
     asked = settings(
@@ -357,6 +442,28 @@ def test_samples_are_written_as_human_eval_and_the_harness_read_them(isolated: N
         assert all(text.startswith(problem["prompt"]) for text in program)
         if passes:  # as the harness runs it: the program, then its test
             exec(f"{program[1]}\n{problem['test']}\ncheck({problem['entry_point']})", {})
+
+
+def test_samples_of_a_part_are_judged_again_by_the_problems_beside_them(
+    isolated: None, folder, tmp_path: Path
+):
+    file = write(tmp_path / "HumanEval.jsonl", SOLVED)
+    asked = settings(folder, tmp_path, "humaneval", suite_file=str(file), samples=2)
+    result = evaluation.evaluate(asked)
+    assert "\nsandbox: bubblewrap" in evaluation.table(result)
+    path = evaluation.write_results(result, asked)
+    samples, problems = (
+        path.parent / "samples-humaneval-model.jsonl",
+        path.parent / "problems-humaneval.jsonl",
+    )
+    with pytest.raises(ValueError, match="has samples for 2 of 3 problems"):
+        functional.evaluate(FunctionalConfig(str(file), str(samples)))
+    whole = {row["task_id"]: row for row in SOLVED}
+    held = [json.loads(line) for line in problems.read_text("utf-8").splitlines()]
+    assert held == [whole[sample["name"]] for sample in result["suite"]["samples"]]
+    said = functional.evaluate(FunctionalConfig(str(problems), str(samples)))
+    assert f"pass@1  {result['suite']['scores']['model']['pass@1']['mean']:.2f}%" in said
+    assert "over 2 problems" in said
 
 
 def test_mbpp_samples_keep_their_numbers_and_judge_whole_programs(isolated: None, folder, tmp_path: Path):

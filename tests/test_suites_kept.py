@@ -24,7 +24,7 @@ from checkpoint import save_checkpoint
 from config import ModelConfig
 from generate import GenerationConfig, generate
 from suites import completing
-from suites.completing import complete, free_memory, rows_at_a_time, uncut
+from suites.completing import complete, draw_number, free_memory, rows_at_a_time, uncut
 from suites.kept import Kept
 from suites.rescoring import differences
 from suites.scoring import Example, Predictions, scored, suite_table
@@ -49,8 +49,14 @@ def test_a_draw_depends_on_its_seed_and_example_and_on_nothing_beside_it(model):
     assert whole.texts == made(model, how=SAMPLED).texts
     assert len({tuple(texts) for texts in whole.draws}) == 3
     assert made(model, how=replace(SAMPLED, seed=6)).texts != whole.texts
-    # Of one example it is what generation draws for that row.
-    alone = generate(model, BYTES, [EXAMPLES[0].prompt], replace(SAMPLED, max_new_tokens=12))
+    # Nor on which others are asked, and in which order.
+    few = complete(model, BYTES, EXAMPLES[5:2:-1], uncut, 12, 128, FP32, how=SAMPLED, draws=2)
+    assert few.draws == [texts[5:2:-1] for texts in whole.draws[:2]]
+    # It is what generation draws for a row of that number.
+    number = draw_number(EXAMPLES[0], 0)
+    alone = generate(
+        model, BYTES, [EXAMPLES[0].prompt], replace(SAMPLED, max_new_tokens=12), first_row=number
+    )
     assert alone[0].text == whole.texts[0]
     assert made(model).more == []
 
@@ -237,7 +243,8 @@ def test_an_evaluation_goes_on_and_another_setting_or_checkpoint_starts_anew(run
     whole = evaluation.evaluate(replace(settings, cache=str(run.parent / "another")))
     ended_rows = interrupting(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate(settings)
+        evaluation.main(settings)
+    assert f"what was predicted is kept in {run.parent / 'cache' / 'predictions'}" in capsys.readouterr().err
     for changed, asked in (
         ({"max_new_tokens": 9}, 6),
         ({"seed": 1}, 6),
@@ -249,7 +256,9 @@ def test_an_evaluation_goes_on_and_another_setting_or_checkpoint_starts_anew(run
         ended_rows[:] = [0] * 4
         evaluation.evaluate(replace(settings, **changed))
         assert len(ended_rows) == 4 + asked, changed
-    assert "next_line, model: 4 predictions of an interrupted evaluation" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "next_line, model: 4 of 6 texts are those of an interrupted evaluation" in told
+    assert "next_line, model: 6 texts\n" in told
     result = evaluation.evaluate(settings)
     assert result["suite"] == whole["suite"]
     evaluation.write_results(result, settings)

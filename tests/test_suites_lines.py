@@ -200,7 +200,7 @@ def test_the_baseline_completes_what_it_was_trained_on(data):
 
     knows, weak = scores(documents_of(data.test), 12), scores(documents_of(data.train), 1)
     for name in SUITES["next_line"].metrics:
-        assert weak[name]["high"] < knows[name]["low"]
+        assert weak[name]["mean"] + 20 < knows[name]["mean"]
 
 
 def test_a_limit_that_was_run_into_is_counted(data, model):
