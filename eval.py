@@ -83,6 +83,7 @@ from suites.subject import Subject, data_config, data_of, open_published, publis
 from suites.task import Given, Task, answers
 from suites.tasks import OF_FILES, TASKS, suite_names
 from suites.tokens import (
+    KEPT,
     model_scores,
     ngram_scores,
     token_values,
@@ -234,7 +235,7 @@ def add_token_scores(
         "names": store.names,
         "tokens": tokens_of(store, subject.length).tolist(),
         "bytes": store.byte_lengths.tolist(),
-        "nats": {name: nats.tolist() for name, (_, nats) in found.items()},
+        **{key: {name: sums[key].tolist() for name, (_, sums) in found.items()} for key in KEPT},
     }
     add_intervals(result, documents, settings.seed)
 

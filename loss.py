@@ -31,9 +31,18 @@ class TokenLoss(NamedTuple):
     objective: Tensor  # () what is minimised, label smoothing and z-loss included
     cross_entropy: Tensor  # () nats, never smoothed: perplexity and bits per byte come from this
     tokens: int
-    top1: int  # tokens whose target had the largest logit; 0 unless ranks were asked for
-    top5: int  # tokens whose target was among the five largest
     nats: Tensor  # (tokens,) of each of them, in the order of the labels; none unless ranks were asked for
+    above: Tensor  # (tokens,) logits that are not below the target's, likewise: 0 is a hit
+
+    @property
+    def top1(self) -> int:
+        """Tokens whose target had the largest logit."""
+        return int((self.above < 1).sum())
+
+    @property
+    def top5(self) -> int:
+        """Tokens whose target was among the five largest."""
+        return int((self.above < 5).sum())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -78,8 +87,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for i, t in enumerate(again)
         ]
         sums = torch.zeros(2, device=device)
-        hits = torch.zeros(2, dtype=torch.long, device=device)
         nats = torch.empty(h.size(0) if ranks else 0, device=device)
+        above = torch.empty(h.size(0) if ranks else 0, dtype=torch.long, device=device)
         a_token = w.size(0) * (4 + dtype.itemsize)
         chunks = -(-h.size(0) // max(1, CHUNK_BYTES[device.type] // a_token))
         n = max(1, -(-h.size(0) // max(1, chunks)))  # alike, since a small one packs the weight just as well
@@ -110,8 +119,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 nll[chosen] = -exact
             if ranks:
                 # Counted are those below: a tie, as in a constant output, and NaN are then no hit.
-                above = w.size(0) - 1 - (logits < target_logit).sum(dim=1)
-                hits += torch.stack(((above < 1).sum(), (above < 5).sum()))
+                above[start : start + n] = w.size(0) - 1 - (logits < target_logit).sum(dim=1)
                 nats[start : start + n] = nll[:, 0]
             total = objective = nll.sum()
             log_sum = target_logit + nll  # of the exponentials: (n, 1)
@@ -154,8 +162,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_u, grad_v, *grad_again)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias, u, v, *again))
         cross_entropy = sums[1].clone()
-        ctx.mark_non_differentiable(cross_entropy, hits, nats)
-        return sums[0].clone(), cross_entropy, hits, nats
+        ctx.mark_non_differentiable(cross_entropy, nats, above)
+        return sums[0].clone(), cross_entropy, nats, above
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,7 +187,7 @@ def token_loss(
         smoothing: Share of the target spread evenly over the vocabulary (arXiv:1512.00567). It changes the
             objective only, and masked tokens stay out of it.
         z_loss: Weight of the squared log of the softmax's denominator (arXiv:2204.02311), likewise.
-        ranks: Count top-1 and top-5 hits too, by one more pass over the logits, and give each token's nats.
+        ranks: Rank each token's target too, by one more pass over the logits, and give each token's nats.
     """
     hidden = model.hidden(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1)
     labels = batch.labels.flatten()
@@ -189,7 +197,7 @@ def token_loss(
         hidden, labels = hidden[bears], labels[bears]
     terms = getattr(model.head, "terms", None)
     added = terms(hidden) if terms is not None else ()
-    objective, cross_entropy, hits, nats = _ChunkedCrossEntropy.apply(
+    objective, cross_entropy, nats, above = _ChunkedCrossEntropy.apply(
         hidden,
         model.head.weight,
         model.head.bias,
@@ -200,8 +208,7 @@ def token_loss(
         ranks,
         *added,
     )
-    top1, top5 = hits.tolist()
-    return TokenLoss(objective, cross_entropy, tokens, top1, top5, nats)
+    return TokenLoss(objective, cross_entropy, tokens, nats, above)
 
 
 @dataclass(frozen=True)
@@ -232,12 +239,13 @@ def score(
     model: Decoder,
     batches: Iterable[Batch],
     precision: Precision,
-    seen: Callable[[Batch, Tensor], None] = lambda batch, nats: None,
+    seen: Callable[[Batch, Tensor, Tensor], None] = lambda batch, nats, above: None,
 ) -> Scores:
     """Scores of `batches`, by the same function as training's loss, in eval mode; the mode is put back.
 
     Args:
-        seen: Called after each batch with the nats of each of its tokens that bear loss, in order.
+        seen: Called after each batch with the nats of each of its tokens that bear loss, in order, and how
+            many logits were not below its target's.
     """
     was_training, device = model.training, precision.device
     nats, tokens, top1, top5 = 0.0, 0, 0, 0
@@ -247,7 +255,7 @@ def score(
             with precision.autocast():
                 loss = token_loss(model, Batch(*(t.to(device) for t in batch)), ranks=True)
             nats += loss.cross_entropy.item()
-            seen(batch, loss.nats)
+            seen(batch, loss.nats, loss.above)
             tokens, top1, top5 = tokens + loss.tokens, top1 + loss.top1, top5 + loss.top5
     finally:
         model.train(was_training)

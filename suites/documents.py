@@ -7,12 +7,13 @@ one. An evaluation holds each document's nats, so that two of the same files can
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from metrics.estimates import perplexity
-from metrics.intervals import Comparison, compare, interval
+from metrics.intervals import Comparison, OfSums, compare, interval
 from suites.scoring import NAMED, aligned, origin_of
 
 # Of more files neighbours are taken together: intervals are no narrower, and resampling no slower.
@@ -25,7 +26,8 @@ def add_intervals(result: dict[str, Any], documents: dict[str, Any], seed: int) 
     A difference is the model's score less the other's on the same resamples, so below 0 the model is better.
 
     Args:
-        documents: `names`, `tokens`, `bytes`, and `nats` of each system, one for each document.
+        documents: `names`, `tokens`, `bytes`, and of each system `nats`, `top1` and `top5`, one for each
+            document; evaluations of old have no hits.
     """
     result["documents"] = documents
     names: list[str] = list(documents["nats"])
@@ -34,10 +36,12 @@ def add_intervals(result: dict[str, Any], documents: dict[str, Any], seed: int) 
     if len(rows[model]) < 2:
         return
     verdicts: dict[str, Any] = {}
-    for key, of_sums in OF_SUMS.items():
+    for key, of_sums in known_of(documents).items():
         for system in names:
             found = interval(rows[system], of_sums, seed)
             result[system].setdefault("intervals", {})[key] = found._asdict()
+        if key not in LOWER_IS_BETTER:
+            continue
         verdicts[key] = {}
         for other in others:
             compared = compare(rows[model], rows[other], of_sums, seed)
@@ -50,12 +54,14 @@ def add_intervals(result: dict[str, Any], documents: dict[str, Any], seed: int) 
 
 
 def rows_of(documents: dict[str, Any], system: str) -> np.ndarray:
-    """(units, 3) nats, tokens and bytes of each file: documents may be parts of one."""
+    """(units, 5) nats, tokens, bytes and hits of each file: documents may be parts of one."""
     columns = [documents["nats"][system], documents["tokens"], documents["bytes"]]
+    none = [0] * len(documents["names"])
+    columns += [documents[key][system] if key in documents else none for key in HITS]
     rows = np.column_stack([np.asarray(column, np.float64) for column in columns])
     numbers: dict[str, int] = {}
     owner = np.array([numbers.setdefault(origin_of(name), len(numbers)) for name in documents["names"]])
-    files = np.zeros((len(numbers), 3))
+    files = np.zeros((len(numbers), rows.shape[1]))
     np.add.at(files, owner, rows)
     units = min(len(files), MOST_UNITS)
     edges = np.arange(units) * len(files) // units
@@ -63,9 +69,9 @@ def rows_of(documents: dict[str, Any], system: str) -> np.ndarray:
 
 
 def values_of(documents: dict[str, Any], system: str) -> dict[str, float]:
-    """Loss, bits per byte and perplexity of all documents."""
+    """The scores of all documents together."""
     sums = rows_of(documents, system).sum(0)
-    values = {key: float(of_sums(sums)) for key, of_sums in OF_SUMS.items()}
+    values = {key: float(of_sums(sums)) for key, of_sums in known_of(documents).items()}
     return values | {"perplexity": perplexity(values["loss"], 1)}
 
 
@@ -83,7 +89,18 @@ def _bits_per_byte(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / math.log(2) / np.maximum(sums[..., 2], 1)
 
 
-OF_SUMS = {"loss": _loss, "bits_per_byte": _bits_per_byte}
+def _share(column: int, sums: np.ndarray) -> np.ndarray:
+    return sums[..., column] / np.maximum(sums[..., 1], 1)
+
+
+HITS = "top1", "top5"
+LOWER_IS_BETTER = {"loss": _loss, "bits_per_byte": _bits_per_byte}
+OF_SUMS = LOWER_IS_BETTER | {key: partial(_share, column) for column, key in enumerate(HITS, 3)}
+
+
+def known_of(documents: dict[str, Any]) -> dict[str, OfSums]:
+    """The scores that these documents have."""
+    return {key: of_sums for key, of_sums in OF_SUMS.items() if key not in HITS or key in documents}
 
 
 def said(compared: Comparison, other: str, documents: dict[str, Any]) -> str:

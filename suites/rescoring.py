@@ -43,7 +43,7 @@ def rescore(path: str | Path) -> int:
     if found:
         return 1
     if "documents" in record:
-        print(f"equal: token scores of {', '.join(record['documents']['nats'])}, but for accuracies")
+        print(f"equal: token scores of {', '.join(record['documents']['nats'])}")
     for worded, suite in suites:
         scores = suite["scores"]
         count = sum(len(by_name) for by_name in scores.values())

@@ -1,6 +1,6 @@
 """Scores over every token of the held-out files: of the model, its base and the n-gram model.
 
-Each comes with the nats of each document, of which `documents` makes intervals.
+Each comes with the sums of each document, of which `documents` makes intervals.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ BASELINE_TOKENS = 10_000_000
 SCORED_TOKENS = 2**20  # that the n-gram model scores at a time
 
 
+KEPT = "nats", "top1", "top5"  # of each document: its tokens' sum, and how many were hit
+Sums = dict[str, np.ndarray]  # by these, (n_documents,) each
+
+
 # --- scores --------------------------------------------------------------------------------------------
 
 
 def model_scores(
     model: Decoder, store: TokenStore, batch_size: int, row_length: int, precision: Precision
-) -> tuple[Scores, np.ndarray]:
-    """The model's scores, and the nats (n_documents,) of each document."""
-    nats = np.zeros(store.n_documents)
+) -> tuple[Scores, Sums]:
+    """The model's scores, and the sums of each document."""
+    sums = {key: np.zeros(store.n_documents) for key in KEPT}
     numbers: list[np.ndarray] = []
 
     def batches() -> Iterator[Batch]:
@@ -39,10 +43,12 @@ def model_scores(
             numbers.append(documents[(batch.labels != IGNORE_INDEX).numpy()])
             yield batch
 
-    def seen(batch: Batch, of_tokens: Tensor) -> None:
-        np.add.at(nats, numbers.pop(), of_tokens.double().cpu().numpy())
+    def seen(batch: Batch, nats: Tensor, above: Tensor) -> None:
+        owner = numbers.pop()
+        for key, of_tokens in zip(KEPT, (nats, above < 1, above < 5), strict=True):
+            np.add.at(sums[key], owner, of_tokens.double().cpu().numpy())
 
-    return score(model, batches(), precision, seen), nats
+    return score(model, batches(), precision, seen), sums
 
 
 def train_ngram(train: TokenStore) -> NGramModel:
@@ -52,12 +58,12 @@ def train_ngram(train: TokenStore) -> NGramModel:
     return NGramModel(documents, train.vocab_size)
 
 
-def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tuple[Scores, np.ndarray]:
+def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tuple[Scores, Sums]:
     """The baseline's, over the same tokens as `loss.score` counts on `validation_batches`.
 
     Of examples these are the completions' tokens, each after as much of its prompt as a row shows.
     """
-    nats, tokens, top1, top5 = np.zeros(store.n_documents), 0, 0, 0
+    sums, tokens = {key: np.zeros(store.n_documents) for key in KEPT}, 0
     rows = shown(store, block_size)
     for numbers in _groups(store):
         documents = [as_shown(store, number, rows) for number in numbers]
@@ -68,9 +74,12 @@ def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tu
         ]
         labels = np.concatenate([document[1:] for document in documents])[counts]
         hits = baseline.top(documents, 5)[counts] == labels[:, None]
-        np.subtract.at(nats, owner, baseline.log_probs(documents)[counts])
-        tokens, top1, top5 = tokens + len(labels), top1 + int(hits[:, 0].sum()), top5 + int(hits.sum())
-    return Scores(float(nats.sum()), tokens, top1 / tokens, top5 / tokens), nats
+        of_tokens = -baseline.log_probs(documents)[counts], hits[:, 0], hits.any(1)
+        for key, values in zip(KEPT, of_tokens, strict=True):
+            np.add.at(sums[key], owner, values)
+        tokens += len(labels)
+    nats, top1, top5 = (float(sums[key].sum()) for key in KEPT)
+    return Scores(nats, tokens, top1 / tokens, top5 / tokens), sums
 
 
 def _groups(store: TokenStore) -> Iterator[range]:

@@ -140,7 +140,9 @@ def test_model_scores_do_not_depend_on_the_batch_size(data, model):
 
 def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, model, monkeypatch):
     store, baseline = data.test, train_ngram(data.train)
-    found, by_document = ngram_scores(baseline, store, 64)
+    found, sums = ngram_scores(baseline, store, 64)
+    by_document = sums["nats"]
+    assert (sums["top1"].sum(), sums["top5"].sum()) == (found.top1 * found.tokens, found.top5 * found.tokens)
     assert found.tokens == score(model, validation_batches(store, 4, 64), FP32).tokens
     alone = [-baseline.log_probs([document]).sum() for document in documents_of(store)]
     assert by_document == pytest.approx(alone, rel=1e-12)
@@ -175,7 +177,8 @@ def test_a_very_large_corpus_trains_the_baseline_on_spread_documents(data, monke
 @pytest.mark.parametrize("row_length", [31, 700, 5000])
 def test_nats_of_documents_are_those_of_each_file_alone_where_rows_do_not_cut_them(data, model, row_length):
     store = data.test
-    scores, nats = model_scores(model, store, 2, row_length, FP32)
+    scores, sums = model_scores(model, store, 2, row_length, FP32)
+    nats = sums["nats"]
     assert nats.sum() == pytest.approx(scores.nats, rel=1e-6)
     assert tokens_of(store, row_length).tolist() == [len(document) - 1 for document in documents_of(store)]
     assert tokens_of(store, row_length).sum() == scores.tokens
@@ -189,6 +192,11 @@ def test_nats_of_documents_are_those_of_each_file_alone_where_rows_do_not_cut_th
             log_p = model(tokens[:, :-1])[0].double().log_softmax(-1)
             alone = -log_p.gather(1, tokens[0, 1:, None]).sum().item()
             assert nats[number] == pytest.approx(alone, rel=1e-5)
+            place = (log_p > log_p.gather(1, tokens[0, 1:, None])).sum(1)
+            for key, k in (("top1", 1), ("top5", 5)):
+                assert sums[key][number] == pytest.approx((place < k).sum().item(), abs=1)  # a near tie
+    assert sums["top1"].sum() == pytest.approx(scores.top1 * scores.tokens)
+    assert sums["top5"].sum() == pytest.approx(scores.top5 * scores.tokens)
 
 
 def test_intervals_of_the_loss_resample_documents_and_name_what_they_tell_apart():
@@ -313,6 +321,18 @@ def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, mode
             assert ends["low"] < result[side][key] < ends["high"]
             assert ends["mean"] == pytest.approx(result[side][key], rel=1e-6)
             assert f"[{ends['low']:.4f}, {ends['high']:.4f}]" in done.stdout
+    # Accuracies and perplexity have their intervals too, each below its row.
+    lines = done.stdout.splitlines()
+    for name, key, scale in (
+        ("perplexity", None, 1),
+        ("top-1 accuracy", "top1", 100),
+        ("top-5", "top5", 100),
+    ):
+        (at,) = (i for i, line in enumerate(lines) if line.startswith(name))
+        low, high = (float(end.strip("[],%")) for end in lines[at + 1].split()[2:4])
+        ends = result["model"]["intervals"][key or "loss"]
+        wanted = [scale * ends[end] if key else math.exp(ends[end]) for end in ("low", "high")]
+        assert [low, high] == pytest.approx(wanted, abs=0.01)
     assert f"\nloss: {result['token_verdicts']['loss']['n-gram']['verdict']}\n" in done.stdout
     systems = ["model", "n-gram", "copy", "nearest", "empty"]
     assert list(result["suite"]["scores"]) == systems
@@ -461,10 +481,7 @@ def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(ru
 def test_token_scores_that_the_documents_do_not_have_are_named(run):
     evaluation.main(here(run, samples=4, max_new_tokens=4, precision="fp32"))
     whole = json.loads((run / "eval.json").read_text("utf-8"))
-    assert (
-        "equal: token scores of model, n-gram, but for accuracies\n"
-        in command("--rescore", run / "eval.json").stdout
-    )
+    assert "equal: token scores of model, n-gram\n" in command("--rescore", run / "eval.json").stdout
     table = command("--compare", run, run).stdout
     for keys, value, said in (
         (("model", "loss"), 0.5, "model, loss: the file says 0.5, and its documents "),

@@ -196,7 +196,8 @@ def test_examples_come_back_as_they_were(data):
 def test_nats_of_examples_are_those_of_each_completion_alone(data, model, batch_size):
     """Several share a row, in an order of their lengths."""
     store = data.test
-    scores, nats = model_scores(model, store, batch_size, 160, FP32)
+    scores, sums = model_scores(model, store, batch_size, 160, FP32)
+    nats = sums["nats"]
     with torch.no_grad():
         for number, found in enumerate(nats):
             tokens = torch.from_numpy(store.document(number))[None]
@@ -205,7 +206,8 @@ def test_nats_of_examples_are_those_of_each_completion_alone(data, model, batch_
             assert found == pytest.approx(-bears.sum().item(), rel=1e-5)
             assert tokens_of(store, 160)[number] == len(bears)
     assert nats.sum() == pytest.approx(scores.nats, rel=1e-6)
-    of_ngram, by_document = ngram_scores(train_ngram(data.train), store, 160)
+    of_ngram, sums = ngram_scores(train_ngram(data.train), store, 160)
+    by_document = sums["nats"]
     assert by_document.sum() == pytest.approx(of_ngram.nats) and len(by_document) == store.n_documents
 
 
@@ -359,7 +361,7 @@ def test_a_run_of_examples_is_scored_on_its_test_side_beside_all_baselines(run, 
     assert "ran into the limit" in shown
     assert rescore(path) == 0
     told = capsys.readouterr().out
-    assert told.startswith("equal: token scores of model, n-gram, but for accuracies\n")
+    assert told.startswith("equal: token scores of model, n-gram\n")
     assert "\nequal: 20 scores of model, n-gram, copy, nearest, empty from 6" in told
 
 
