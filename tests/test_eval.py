@@ -331,7 +331,7 @@ def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, mode
         (at,) = (i for i, line in enumerate(lines) if line.startswith(name))
         low, high = (float(end.strip("[],%")) for end in lines[at + 1].split()[2:4])
         ends = result["model"]["intervals"][key or "loss"]
-        wanted = [scale * ends[end] if key else math.exp(ends[end]) for end in ("low", "high")]
+        wanted = [scale * ends[end] if key else np.exp(ends[end]) for end in ("low", "high")]
         assert [low, high] == pytest.approx(wanted, abs=0.01)
     assert f"\nloss: {result['token_verdicts']['loss']['n-gram']['verdict']}\n" in done.stdout
     systems = ["model", "n-gram", "copy", "nearest", "empty"]
