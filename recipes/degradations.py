@@ -54,6 +54,27 @@ def syntax_tree(text: str, mode: str = "exec") -> Any:
         return ast.parse(text, mode=mode)
 
 
+DEEPEST = 200  # levels of a tree; each takes up to 3 of the 1,000 calls that Python nests
+
+
+def unwritable(node: ast.AST) -> str:
+    """Why `ast.dump` and `ast.unparse` cannot write a tree, though Python reads its text; "" if they can.
+
+    A whole number may have more digits than Python writes (4,300), being read in hexadecimal; and a sum of a
+    thousand terms is a thousand levels deep.
+    """
+    level = [node]
+    for _ in range(DEEPEST):
+        for one in level:
+            if isinstance(one, ast.Constant) and type(one.value) is int:
+                try:
+                    str(one.value)
+                except ValueError:
+                    return "a number of more digits than Python writes"
+        level = [child for one in level for child in ast.iter_child_nodes(one)]
+    return "code that is nested too deeply" if level else ""
+
+
 def parsed(source: str) -> Function:
     """The function that `source` is; ValueError if it is not one function."""
     try:
@@ -476,7 +497,7 @@ def degrade(source: str, strategy: str, constants: Constants | None = None) -> s
     """The function written worse, or None where this way finds nothing to do, or the function reads itself.
 
     Args:
-        source: One function, without indentation.
+        source: One function, without indentation, and not `unwritable`.
         strategy: A key of STRATEGIES.
         constants: Numbers that the function's module gives a name to.
 

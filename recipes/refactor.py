@@ -31,7 +31,15 @@ import sandbox
 from corpus import SPLITS
 from recipes.behaviour import Judgement, agreements, context_of
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
-from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, own_identifiers, parsed
+from recipes.degradations import (
+    STRATEGIES,
+    Function,
+    check_distinct,
+    degrade,
+    own_identifiers,
+    parsed,
+    unwritable,
+)
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
@@ -137,7 +145,10 @@ def pieces(text: str, skipped: Counter[str] | None = None) -> list[Piece]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise ValueError(f"it does not parse: {error.msg}{where}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"it does not parse: {error}") from None
     lines = text.split("\n")
     found = []
@@ -153,6 +164,8 @@ def pieces(text: str, skipped: Counter[str] | None = None) -> list[Piece]:
             skipped["text at the margin"] += 1
         elif indent and holds_text_over_lines(node):
             skipped["text over several lines, which cannot be indented"] += 1
+        elif reason := unwritable(node):
+            skipped[reason] += 1
         else:
             try:
                 parsed(source)
