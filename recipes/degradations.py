@@ -36,6 +36,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef | Comprehension
 
+MOST_EQUAL = 0.1  # of real functions no two ways make the same text of any
+
 # With one of these a function may see its own names, annotations or docstring.
 REFLECTION = frozenset(
     {"locals", "vars", "eval", "exec", "globals", "dir", "__doc__", "__annotations__", "inspect", "sys"}
@@ -588,18 +590,23 @@ def _renamed_alike(one: ast.AST, other: ast.AST) -> bool:
 
 
 def check_distinct(results: Mapping[str, list[str | None]]) -> None:
-    """ValueError if two ways give the same for a function that both change: one would be a copy of the other.
+    """ValueError if two ways often give the same: one would be the other, or fall back to it.
+
+    Of the functions that the rarer of two ways changes, the other may change MOST_EQUAL to the same text. (Of
+    those that either changes, a rare way could be a copy all through and stay below any share.)
 
     Args:
         results: For each way what it makes of the same functions, in order.
     """
-    for (one, mine), (other, theirs) in combinations(results.items(), 2):
-        both = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
-        same = sum(a == b for a, b in both)
-        if both and same == len(both):
+    for pair in combinations(results.items(), 2):
+        changed = {name: sum(text is not None for text in made) for name, made in pair}
+        rarer = min(changed, key=lambda name: changed[name])
+        (one, mine), (other, theirs) = pair
+        same = sum(a is not None and a == b for a, b in zip(mine, theirs, strict=True))
+        if same > MOST_EQUAL * changed[rarer]:
             raise ValueError(
-                f"degradation-is-a-copy: {one} and {other} give the same for all {same} functions that "
-                "both change"
+                f"degradation-is-a-copy: {one} and {other} give the same for {same} of the {changed[rarer]} "
+                f"functions that {rarer} changes, and {MOST_EQUAL:.0%} is the most"
             )
     for name, made in results.items():
         if not any(text is not None for text in made):
