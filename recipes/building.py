@@ -5,6 +5,7 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
     Settings                                 a frozen dataclass below RecipeSettings: its own flags
     FAMILY                                   model_type of the small base where none is given; None: no base
     EVALUATION                               fields of eval.EvalConfig that are not the default's
+    evaluation(settings) -> {field: value}   optional: those that the settings decide
     SMALL                                    flags, its own and training's, that are other where no base is
                                              named: what two cores do in minutes with a small one
     longest(settings) -> int                 most tokens of an example, with its end: what a row must hold

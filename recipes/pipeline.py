@@ -350,6 +350,8 @@ def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
     out, train = asked.out, config.train
     precision = train.precision if train.eval_precision == "auto" else train.eval_precision
     fields = {"samples": asked.settings.eval_samples, "source": config.data.source} | asked.module.EVALUATION
+    if decided := getattr(asked.module, "evaluation", None):
+        fields |= decided(asked.settings)
     scoring = EvalConfig(
         train.run, device=train.device, precision=precision, cache=config.data.cache, **fields
     )

@@ -52,7 +52,7 @@ class Settings(RecipeSettings):
         temperature: Of the sampled texts.
         top_p: Of the sampled texts.
         split_seed: Of the split.
-        sampling_seed: Of the sampled texts.
+        sampling_seed: Of the sampled texts, and of which examples are completed where `eval_samples` is less.
     """
 
     source: str = ""
@@ -306,6 +306,11 @@ def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Toke
 # --- scores ------------------------------------------------------------------------------------------
 
 
+def evaluation(settings: Settings) -> dict[str, Any]:
+    """The seed of all scores, by which examples are chosen, too: greedy and sampled texts are of the same."""
+    return {"seed": settings.sampling_seed}
+
+
 def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     """Greedy texts of the run's scores and sampled ones, of the base and the tuned model, in one table.
 
@@ -315,12 +320,11 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     """
     from eval import evaluate as evaluated
 
-    how = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.sampling_seed}
+    how = {"temperature": settings.temperature, "top_p": settings.top_p}
     drawn = evaluated(replace(scoring, suite="pairs", **how))["suite"]["samples"]
     found = {"greedy": result["suite"]["samples"], "sampled": sorted(drawn, key=lambda sample: sample["id"])}
     found["greedy"] = sorted(found["greedy"], key=lambda sample: sample["id"])
-    if [one["id"] for one in found["greedy"]] != [one["id"] for one in found["sampled"]]:
-        raise ValueError("other examples were sampled than completed greedily; set --sampling_seed 0")
+    assert [one["id"] for one in found["greedy"]] == [one["id"] for one in found["sampled"]]
     record: dict[str, Any] = {
         "step": result["step"],
         "references": [sample["reference"] for sample in found["greedy"]],
