@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from config import DataConfig
 from corpus import CORPUS, SPLITS, read_documents
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
+from recipes.files import ROWS, content_of
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -72,6 +74,17 @@ def longest(settings: Settings) -> int:
     return 0
 
 
+def check(settings: Settings) -> None:
+    decoders(settings)
+    source = settings.source
+    if source != "stdlib" and (source.endswith(ROWS) or not Path(source).exists()):
+        problem = "is a file of rows" if Path(source).exists() else "does not exist"
+        raise ValueError(
+            f"--source {source} {problem}: give stdlib, a folder or archive of Python files, or a corpus of "
+            "python -m scraping build"
+        )
+
+
 def prompt_of(text: str) -> str:
     """A file as far as it goes, the line break at its end left off: see suites/lines.py."""
     return text.rstrip()
@@ -83,7 +96,7 @@ def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Coun
     Raises:
         ValueError: The source cannot be had, or a side would be empty.
     """
-    decoders(settings)  # a setting that cannot be is told before anything takes time
+    check(settings)
     counts = Counts("files")
     corpus = Path(settings.source)
     if not (corpus / CORPUS).is_file():
@@ -102,7 +115,17 @@ def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Coun
 
 
 def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
-    """The corpus that `python -m scraping` makes of the source, in `folder`; what goes is counted."""
+    """The corpus that `python -m scraping` makes of the source, in `folder`; what goes is counted.
+
+    A ledger keeps what it was given: a source that is another one, or has changed, begins anew.
+    """
+    source = Path(settings.source)
+    content = content_of(source) if settings.source != "stdlib" and source.exists() else ""
+    mark, made_from = folder / "source", f"{settings.source} {content}"
+    if not mark.is_file() or mark.read_text("utf-8", "surrogateescape") != made_from:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mark.write_text(made_from, "utf-8", "surrogateescape")
     from scraping import build, clean, dedup, local, stdlib
     from scraping.source import open_ledger
 

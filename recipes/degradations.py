@@ -610,4 +610,7 @@ def check_distinct(results: Mapping[str, list[str | None]]) -> None:
             )
     for name, made in results.items():
         if not any(text is not None for text in made):
-            raise ValueError(f"degradation-does-nothing: {name} changes none of {len(made)} functions")
+            raise ValueError(
+                f"degradation-does-nothing: {name} changes none of {len(made)} functions: give more of them, "
+                f"or leave {name} out of --strategies"
+            )

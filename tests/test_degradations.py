@@ -401,7 +401,8 @@ def test_a_way_that_is_a_copy_of_another_is_named(monkeypatch: pytest.MonkeyPatc
                 check_distinct(made())
     monkeypatch.setitem(STRATEGIES, "redundant", lambda source, constants: None)
     with pytest.raises(
-        ValueError, match=f"degradation-does-nothing: redundant changes none of {len(sources)}"
+        ValueError,
+        match=f"degradation-does-nothing: redundant changes none of {len(sources)} .* or leave redundant out",
     ):
         check_distinct(made())
 

@@ -25,7 +25,7 @@ from recipes.building import Counts, plain_documents, split, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
-from recipes.pipeline import parse_words
+from recipes.pipeline import parse_words, samples
 from scraping.documents import Document
 from tokenizer import BPETokenizer
 
@@ -475,7 +475,9 @@ def test_a_recipe_that_was_killed_goes_on(
         (["--base", "OTHER"], "is of the family gpt_bigcode, which this recipe's settings do not fit"),
         (["--row_length", "100"], "let an example have 160 tokens"),
         (["--min_wrods", "3"], "min_wrods"),
-        (["--run", "elsewhere"], "--run is the recipe's own"),
+        (["--run", "elsewhere"], "--run is the recipe's own; give --out"),
+        (["--data.source=x"], "--data.source is the recipe's own; give --source"),
+        (["--related"], "expected one argument"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -506,7 +508,10 @@ def test_a_mistake_is_one_sentence(
         ("kotlin --source EMPTY", "EMPTY holds no .kt file"),
         ("summaries --source EMPTY", "EMPTY holds no .py file"),
         ("fastapi --source EMPTY", "EMPTY holds no .py file"),
-        ("refactor --source EMPTY", "EMPTY"),
+        (
+            "refactor --source EMPTY",
+            "EMPTY holds no document with a name ending in .py: write some there, or name another --source",
+        ),
         ("kotlin --source EMPTY --window 9", "--window is 9; it must be at least 32 tokens"),
         ("kotlin --source EMPTY --base_seconds 0", "--base_seconds is 0.0; it must be above 0"),
         ("kotlin", "no source is named"),
@@ -514,6 +519,13 @@ def test_a_mistake_is_one_sentence(
             "completion --base EMPTY",
             "--base is given, and the recipe completion trains from scratch; leave it out",
         ),
+        ("completion --source nowhere", "--source nowhere does not exist: give stdlib, a folder or archive"),
+        (
+            "completion --source METHODS.jsonl",
+            "METHODS.jsonl is a file of rows: give stdlib, a folder or archive",
+        ),
+        ("completion --source EMPTY", "EMPTY holds no .py file of 1 to 100 KiB: name another --source"),
+        ("completion --source EMPTY --top_p 2", "top_p is 2.0"),
         ("kotlin --source EMPTY --methods nowhere", "nowhere"),
         ("kotlin --source EMPTY --methods METHODS", "METHODS line 1"),
         ("kotlin --source EMPTY --per_file -3", "--per_file is -3; it must be at least 0"),
@@ -534,7 +546,8 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recipes.base, "make_base", None)
     (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "METHODS").write_text('{"signature": "def f():"}\n', "utf-8")
+    for name in ("METHODS", "METHODS.jsonl"):
+        (tmp_path / name).write_text('{"signature": "def f():"}\n', "utf-8")
     with pytest.raises(SystemExit) as ended:
         main(recipe.split())
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
@@ -555,6 +568,11 @@ def test_small_models_have_settings_of_their_own_and_flags_override_them() -> No
     )
     settings, config = asked("--base elsewhere")
     assert (settings.functions, config.train.max_epochs, config.optimizer.lr) == (0, 5, 2e-5)
+    for line in ("--strategies names,loops", "--strategies=names,loops", "--strategies [names,loops]"):
+        assert asked(line)[0].strategies == ("names", "loops")
+    for line in ("--check_behaviour --seed 1", "--seed 1 --check_behaviour=true", "--check_behaviour false"):
+        settings, config = asked(line)
+        assert settings.check_behaviour != ("false" in line) and config.train.seed == ("seed" in line)
     for name in RECIPES:  # each of them is a flag
         parse_words(name, [])
 
@@ -587,6 +605,13 @@ def test_kotlin_ends_with_its_table_and_both_prompts_with_theirs(
 
 def test_an_unknown_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sumaries"]) == 2 and "did you mean summaries?" in capsys.readouterr().err
+    assert main(["--base", "x", "kotlin"]) == 2
+    assert "--base comes before the recipe's name; write" in capsys.readouterr().err
+
+
+def test_a_text_of_blanks_is_no_empty_place_in_the_report() -> None:
+    sample = {"id": "a:1", "prompt": "p", "reference": "r", "predictions": {"base": "\n \n", "model": ""}}
+    assert samples([sample]) == "--- a:1\np\n--- base\n(3 blanks)\n--- tuned\n(nothing)\n--- the reference\nr"
 
 
 def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None:
