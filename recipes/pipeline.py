@@ -76,10 +76,17 @@ def parse_words(name: str, words: list[str]) -> Asked:
         less = " ".join(f"--{key} {value}" for key, value in module.SMALL.items())
         print(f"Without --base, small models have other defaults: {less}")
         sys.exit(0)
+    given = {word.split("=")[0] for word in rest}
     for place, instead in {**PLACES, "--resume": "the same command again, which goes on"}.items():
-        if any(word.split("=")[0] == place for word in rest):
+        if place in given:
             parser.error(f"{place} is the recipe's own; give {instead}")
-    if module.FAMILY is None and any(word.split("=")[0] == "--base" for word in rest):
+    for other in ("--plan", "--prove_resume", "--overfit"):
+        if other in given:
+            parser.error(
+                f"{other} is no part of a recipe; ask for it by python trainingmanager.py {other} --config "
+                f"recipes/{name}.yaml, with --base and --data.source"
+            )
+    if module.FAMILY is None and "--base" in given:
         parser.error(f"--base is given, and the recipe {name} trains from scratch; leave it out")
     values = parser.parse_args(mine).clone(with_meta=False).as_dict()
     asked = Asked(name, module, _settings(module, values), rest)
@@ -326,13 +333,16 @@ def export_run(out: Path, config: Config) -> list[str]:
 
     made_from = [[m.step, m.files] for m in checkpoints(Path(config.train.run) / "checkpoints")]
     made_from = json.loads(json.dumps(made_from))
-    if done(out).get("export", {}).get("from") == made_from:
-        return done(out)["export"]["notes"]
+    names = ("adapter", "merged") if config.train.base and config.lora.r else ("model",)
+    before = done(out).get("export", {})
+    if before.get("from") == made_from:
+        missing = [name for name in names if not (out / name).is_dir()]
+        if all(any(note.startswith(f"not written: {name}:") for note in before["notes"]) for name in missing):
+            return before["notes"]
     import shutil
 
     notes = []
-    adapted = bool(config.train.base and config.lora.r)
-    for name in ("adapter", "merged") if adapted else ("model",):
+    for name in names:
         shutil.rmtree(out / name, ignore_errors=True)  # of an earlier checkpoint
         try:
             print(export(ExportConfig(str(out / name), config.train.run, merge=name == "merged")), flush=True)

@@ -431,7 +431,9 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     assert main(words) == 0
     shutil.move(tmp_path / "base", tmp_path / "moved")
     words += ["--base", str(tmp_path / "moved")]
-    assert main(words) == 0
+    shutil.rmtree(out / "merged")
+    assert main([*words, "--eval_samples", "4"]) == 0, "what opens the run looks for the base where it was"
+    assert (out / "merged" / "config.json").is_file()
     monkeypatch.undo()
     assert main([*words, "--max_steps", "3", "--validation_rows", "1"]) == 0
     assert re.search(r"validation_rows was \d+ so far and is 1 now", capsys.readouterr().err)
@@ -478,6 +480,10 @@ def test_a_recipe_that_was_killed_goes_on(
         (["--run", "elsewhere"], "--run is the recipe's own; give --out"),
         (["--data.source=x"], "--data.source is the recipe's own; give --source"),
         (["--related"], "expected one argument"),
+        (
+            ["--plan"],
+            "--plan is no part of a recipe; ask for it by python trainingmanager.py --plan --config",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(
