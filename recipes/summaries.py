@@ -160,10 +160,13 @@ def first_lines(text: str, tokens: int, tokenizer: Tokenizer) -> str:
 def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such classes."""
     counts = Counts("classes")
-    found, unparsed = [], 0
+    found, unparsed, unread = [], 0, 0
     for file in files_of(settings, folder.parent / "source"):
+        if not isinstance(file, Document):
+            unread += 1
+            continue
         try:
-            found += classes_of(file.text, file.path) if isinstance(file, Document) else []
+            found += classes_of(file.text, file.path)
         except (SyntaxError, RecursionError):
             unparsed += 1
     counts.found = len(found)
@@ -189,11 +192,11 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         rows,
         counts,
         "Classes and their docstrings",
-        about(settings, unparsed, cut, shortened, len(chosen)),
+        about(settings, unparsed, unread, cut, shortened, len(chosen)),
     )
 
 
-def about(settings: Settings, unparsed: int, cut: int, shortened: int, n: int) -> str:
+def about(settings: Settings, unparsed: int, unread: int, cut: int, shortened: int, n: int) -> str:
     """The card's text."""
     revision = f" at {settings.revision}" if settings.revision else ""
     related = (
@@ -208,7 +211,7 @@ spaces and line breaks. A prompt holds the {settings.prompt} instruction and the
 on, without the docstrings of the class and of whatever is inside: at most {settings.code_tokens} tokens,
 in whole lines ({cut} of {n} classes lose their end).
 {related}A completion is the docstring without its indentation; {shortened} are cut to their first
-{settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse.
+{settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse, and {unread} are no text.
 
 The split is drawn by seed {settings.split_seed}: a fifth of all is test, and a tenth of the rest
 validation, by which the best checkpoint is chosen. Classes of one file may stand on two sides.

@@ -74,6 +74,7 @@ def source(tmp_path: Path) -> Path:
     name = next(f"copy{n}.py" for n in range(99) if split_of(f"copy{n}.py", 10, 10) == "train")
     (folder / name).write_text(copy)
     (folder / "broken.py").write_text("def f(:\n")
+    (folder / "latin.py").write_bytes(b"x = '\xe9'\n")
     return folder
 
 
@@ -178,7 +179,8 @@ def test_pairs_compile_agree_and_keep_to_one_side(
     assert runs and all(name.startswith("scaled") for name in runs)  # methods are not run
     assert all("context" not in row for row in made["train"])
     card = (tmp_path / "dataset" / "README.md").read_text()
-    assert "Of 20 functions 10 could be run" in card and "| loops | 10 | 10 | 0 |" in card
+    assert "Of 13 documents 1 do not parse, and 1 are not UTF-8. Of 20 functions 10 could be run" in card
+    assert "| loops | 10 | 10 | 0 |" in card
 
 
 @isolated

@@ -219,8 +219,12 @@ def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
     repository: Path, tokenizer: BPETokenizer, tmp_path: Path
 ) -> None:
     settings = summaries.Settings(source=str(repository), prompt="verbose", related=1)
+    (repository / "broken.py").write_text("class A(:\n", "utf-8")
+    (repository / "latin.py").write_bytes(b"x = '\xe9'\n")
     counts = summaries.build(settings, tokenizer, tmp_path / "made" / "dataset")
     assert (counts.found, counts.dropped) == (40, {"no docstring": 20})
+    card = (tmp_path / "made" / "dataset" / "README.md").read_text("utf-8")
+    assert "1 files do not parse, and 1 are no text." in card
     sides = rows_of(tmp_path / "made" / "dataset")
     assert {side: len(rows) for side, rows in sides.items()} == {"train": 14, "validation": 2, "test": 4}
     shown = {row["completion"] for row in sides["train"]}
