@@ -165,14 +165,16 @@ def in_small(asked: Asked, words: list[str]) -> list[str]:
 
 def done(out: Path) -> dict[str, Any]:
     """What each finished step was made from, by its name."""
+    path = out / "steps.json"
     try:
-        return json.loads((out / "steps.json").read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it must be a mapping")
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ValueError(
-            f"{out / 'steps.json'} cannot be read; remove {out}, or name another --out"
-        ) from None
+        raise ValueError(f"{path} is damaged; remove {out}, or name another --out") from None
+    return found
 
 
 def mark(out: Path, step: str, made_from: Any) -> None:

@@ -35,7 +35,12 @@ def finish(config: Config) -> bool:
     folder = Path(config.train.run)
     mark = folder / FINISHED
     if mark.is_file():
-        before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+        try:
+            before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+        except ValueError as error:
+            raise ValueError(
+                f"{mark} is damaged ({error}); remove it, and the run is looked at anew"
+            ) from None
         changed = [key for key in now if before[key] != now[key]]
         for key in changed:
             if KEY_CLASSES[key] == FIXED:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from architecture import Decoder
+from config import Config
 from fim import known_markers
 from precision import choose_device, choose_precision
 from pretrained import load_pretrained, save_pretrained
@@ -25,7 +26,8 @@ from recipes.building import Counts, plain_documents, split, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
-from recipes.pipeline import parse_words, samples
+from recipes.pipeline import done, parse_words, samples
+from recipes.training import finish
 from scraping.documents import Document
 from tokenizer import BPETokenizer
 
@@ -617,6 +619,21 @@ def test_an_unknown_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sumaries"]) == 2 and "did you mean summaries?" in capsys.readouterr().err
     assert main(["--base", "x", "kotlin"]) == 2
     assert "--base comes before the recipe's name; write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"base": 3}'])
+def test_a_damaged_record_of_what_was_done_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "asked.json").write_text(text, "utf-8")
+    with pytest.raises(
+        ValueError, match=r"asked\.json is damaged .*remove it, and the run is looked at anew"
+    ):
+        finish(replace(Config(), train=replace(Config().train, run=str(tmp_path))))
+    (tmp_path / "steps.json").write_text(text, "utf-8")
+    if text[-1:] == "}":
+        assert done(tmp_path) == {"base": 3}
+        return
+    with pytest.raises(ValueError, match=r"steps\.json is damaged; remove .*, or name another --out"):
+        done(tmp_path)
 
 
 def test_a_text_of_blanks_is_no_empty_place_in_the_report() -> None:
