@@ -22,17 +22,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from config import DataConfig
 from corpus import CORPUS, SPLITS, read_documents
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
 from recipes.files import ROWS, content_of
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from generate import GenerationConfig
-    from runmodel import Run
 
 FAMILY = None
 EVALUATION: dict[str, Any] = {}
@@ -161,8 +157,15 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
 # --- four ways to complete a line --------------------------------------------------------------------
 
 
-def decoders(settings: Settings) -> dict[str, GenerationConfig]:
-    """How each way chooses tokens, by its name; ValueError for a setting that is out of range."""
+def decoders(settings: Settings) -> dict[str, Any]:
+    """How each way chooses tokens, a generate.GenerationConfig by its name.
+
+    Not named in the signature: the parser of flags reads a module's annotations, and would import torch even
+    for a name that is imported for type checkers alone.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
     from generate import GenerationConfig
 
     common: dict[str, Any] = {"max_new_tokens": settings.line_tokens}
@@ -195,8 +198,8 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     return decoding_table(texts, [sample["reference"] for sample in samples])
 
 
-def completed(run: Run, prompts: Sequence[str], way: GenerationConfig, batch_size: int = 16) -> list[str]:
-    """The first line that is written after each prompt."""
+def completed(run: Any, prompts: Sequence[str], way: Any, batch_size: int = 16) -> list[str]:
+    """The first line that a runmodel.Run writes after each prompt, in one of the ways of `decoders`."""
     from generate import generate
 
     texts = []

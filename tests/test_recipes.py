@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from recipes.training import finish
 from scraping.documents import Document
 from tokenizer import BPETokenizer
 
+HOUSE = Path(summaries.__file__).parents[1]
 WORDS = "holds the things that a shop of this kind keeps in its many drawers, and counts them whenever asked"
 
 
@@ -564,6 +567,14 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
         main(recipe.split())
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_does_not_wait_for_torch(name: str) -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "recipes", name, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=HOUSE)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "--out OUT" in done.stdout and "recipes.pipeline" in imported and "torch" not in imported
 
 
 def test_small_models_have_settings_of_their_own_and_flags_override_them() -> None:
