@@ -215,8 +215,11 @@ def globals_of(source: str) -> set[str]:
 
     def visit(table: symtable.SymbolTable) -> None:
         whole = table.get_type() == "module"
-        symbols = (s for s in table.get_symbols() if s.is_referenced())
-        found.update(s.get_name() for s in symbols if whole or s.is_global())
+        for symbol in table.get_symbols():
+            # Of a function called `top` symtable says that its locals are global, and local, too.
+            outer = symbol.is_declared_global() or (symbol.is_global() and not symbol.is_local())
+            if symbol.is_referenced() and (whole or outer):
+                found.add(symbol.get_name())
         for child in table.get_children():
             visit(child)
 

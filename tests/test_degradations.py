@@ -422,6 +422,14 @@ def test_names_from_outside_are_told_in_every_scope() -> None:
     assert globals_of(source) == {"b", "c", "len"}
 
 
+def test_a_function_called_top_is_one_like_others() -> None:
+    """CPython's symtable takes it for the module, whose table has that name."""
+    source = "def {}(a):\n    global d\n    d = b = a\n    return b + c + d\n"
+    assert globals_of(source.format("top")) == globals_of(source.format("f")) == {"c", "d"}
+    made = {name: degrade(source.format(name), "redundant") for name in ("top", "f")}
+    assert made["top"] == str(made["f"]).replace("def f(", "def top(")
+
+
 def test_an_async_function_keeps_its_result() -> None:
     source = "async def f(a):\n    xs = [x async for x in a()]\n    ys = [x for x in xs]\n    return ys\n"
     result = degrade(source, "mixed")
