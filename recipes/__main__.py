@@ -34,6 +34,13 @@ def main(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 2
     name, *words = argv
+    if name.startswith("-"):
+        print(
+            f"error: {name} comes before the recipe's name; write python -m recipes NAME {name} ..., with "
+            f"one of {', '.join(RECIPES)}",
+            file=sys.stderr,
+        )
+        return 2
     if name not in RECIPES:
         import difflib
 
@@ -41,10 +48,10 @@ def main(argv: list[str]) -> int:
         meant = f"; did you mean {near[0]}?" if near else ""
         print(f"error: there is no recipe {name}; there are {', '.join(RECIPES)}{meant}", file=sys.stderr)
         return 2
-    from recipes.pipeline import parse_words, run
+    from recipes.pipeline import in_own_words, parse_words, run
 
     asked = parse_words(name, words)
-    with one_sentence():
+    with one_sentence(), in_own_words():
         return run(asked)
     return 2
 

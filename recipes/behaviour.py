@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from recipes.degradations import parsed, syntax_tree
+from recipes.degradations import parsed, syntax_tree, unwritable
 from sandbox_child import encode
 
 LIMITS = replace(sandbox.LIMITS, cpu=10, wall=60.0)
@@ -53,6 +53,8 @@ class Judgement(NamedTuple):
 def context_of(module: str, source: str) -> str:
     """The statements of a module's top level that a function needs, and those that these need, in order.
 
+    Without those that are `unwritable`, so that a function that needs one is not run.
+
     Raises:
         ValueError: the module does not parse.
     """
@@ -80,7 +82,8 @@ def context_of(module: str, source: str) -> str:
         for number in set(bound.get(name, ())) - chosen:
             chosen.add(number)
             wanted += [n.id for n in ast.walk(statements[number]) if isinstance(n, ast.Name)]
-    return "".join(f"{ast.unparse(statements[number])}\n" for number in sorted(chosen))
+    shown = (statements[number] for number in sorted(chosen))
+    return "".join(f"{ast.unparse(one)}\n" for one in shown if not unwritable(one))
 
 
 def _bound(statement: ast.stmt) -> Iterator[str]:

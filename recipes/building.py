@@ -5,6 +5,7 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
     Settings                                 a frozen dataclass below RecipeSettings: its own flags
     FAMILY                                   model_type of the small base where none is given; None: no base
     EVALUATION                               fields of eval.EvalConfig that are not the default's
+    evaluation(settings) -> {field: value}   optional: those that the settings decide
     SMALL                                    flags, its own and training's, that are other where no base is
                                              named: what two cores do in minutes with a small one
     longest(settings) -> int                 most tokens of an example, with its end: what a row must hold
@@ -33,7 +34,7 @@ from typing import Any, TypeVar
 
 from config import DataConfig, write_atomically
 from corpus import SPLITS as SIDES
-from corpus import Document, EmptySide, split_documents
+from corpus import Document, EmptySide, Report, split_documents
 
 T = TypeVar("T")
 CARD = "README.md"
@@ -123,15 +124,19 @@ def write_dataset(
     return counts
 
 
-def plain_documents(source: str) -> list[tuple[str, Document]]:
+def plain_documents(source: str, report: Report | None = None) -> list[tuple[str, Document]]:
     """(side, document) of a source of plain text, without the examples that it may hold.
+
+    Args:
+        source: As --data.source; of a folder, what is not UTF-8 is left out.
+        report: Gets the counts.
 
     Raises:
         ValueError: It cannot be read, or has too few documents for three sides.
     """
     found: list[tuple[str, Document]] = []
     try:
-        for side, document in split_documents(DataConfig(source=source)):
+        for side, document in split_documents(DataConfig(source=source, skip_undecodable=True), report):
             found.append((side, document))
     except EmptySide as error:
         if error.given:

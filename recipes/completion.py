@@ -17,20 +17,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from config import DataConfig
 from corpus import CORPUS, SPLITS, read_documents
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
+from recipes.files import ROWS, content_of
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from generate import GenerationConfig
-    from runmodel import Run
 
 FAMILY = None
 EVALUATION: dict[str, Any] = {}
@@ -72,6 +70,17 @@ def longest(settings: Settings) -> int:
     return 0
 
 
+def check(settings: Settings) -> None:
+    decoders(settings)
+    source = settings.source
+    if source != "stdlib" and (source.endswith(ROWS) or not Path(source).exists()):
+        problem = "is a file of rows" if Path(source).exists() else "does not exist"
+        raise ValueError(
+            f"--source {source} {problem}: give stdlib, a folder or archive of Python files, or a corpus of "
+            "python -m scraping build"
+        )
+
+
 def prompt_of(text: str) -> str:
     """A file as far as it goes, the line break at its end left off: see suites/lines.py."""
     return text.rstrip()
@@ -83,7 +92,7 @@ def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Coun
     Raises:
         ValueError: The source cannot be had, or a side would be empty.
     """
-    decoders(settings)  # a setting that cannot be is told before anything takes time
+    check(settings)
     counts = Counts("files")
     corpus = Path(settings.source)
     if not (corpus / CORPUS).is_file():
@@ -102,7 +111,17 @@ def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Coun
 
 
 def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
-    """The corpus that `python -m scraping` makes of the source, in `folder`; what goes is counted."""
+    """The corpus that `python -m scraping` makes of the source, in `folder`; what goes is counted.
+
+    A ledger keeps what it was given: a source that is another one, or has changed, begins anew.
+    """
+    source = Path(settings.source)
+    content = content_of(source) if settings.source != "stdlib" and source.exists() else ""
+    mark, made_from = folder / "source", f"{settings.source} {content}"
+    if not mark.is_file() or mark.read_text("utf-8", "surrogateescape") != made_from:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mark.write_text(made_from, "utf-8", "surrogateescape")
     from scraping import build, clean, dedup, local, stdlib
     from scraping.source import open_ledger
 
@@ -138,8 +157,15 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
 # --- four ways to complete a line --------------------------------------------------------------------
 
 
-def decoders(settings: Settings) -> dict[str, GenerationConfig]:
-    """How each way chooses tokens, by its name; ValueError for a setting that is out of range."""
+def decoders(settings: Settings) -> dict[str, Any]:
+    """How each way chooses tokens, a generate.GenerationConfig by its name.
+
+    Not named in the signature: the parser of flags reads a module's annotations, and would import torch even
+    for a name that is imported for type checkers alone.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
     from generate import GenerationConfig
 
     common: dict[str, Any] = {"max_new_tokens": settings.line_tokens}
@@ -172,8 +198,8 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     return decoding_table(texts, [sample["reference"] for sample in samples])
 
 
-def completed(run: Run, prompts: Sequence[str], way: GenerationConfig, batch_size: int = 16) -> list[str]:
-    """The first line that is written after each prompt."""
+def completed(run: Any, prompts: Sequence[str], way: Any, batch_size: int = 16) -> list[str]:
+    """The first line that a runmodel.Run writes after each prompt, in one of the ways of `decoders`."""
     from generate import generate
 
     texts = []

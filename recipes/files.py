@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,21 @@ def check_source(source: str, extension: str, revision: str = "") -> None:
         raise ValueError(
             f"--revision is {revision}, and {source} is no address of a repository; leave it out"
         )
+
+
+def content_of(path: Path) -> str:
+    """A fingerprint of a file; of a folder by the names, sizes and times of all below it."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(files):
+            state = os.lstat(os.path.join(folder, name))
+            inner = os.path.relpath(os.path.join(folder, name), path)
+            digest.update(os.fsencode(f"{inner} {state.st_size} {state.st_mtime_ns}\n"))
+    return digest.hexdigest()
 
 
 def read_files(

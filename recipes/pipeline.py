@@ -10,15 +10,15 @@ OUT/steps.json      what each step was made from
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
-import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +26,14 @@ from typing import Any
 
 from config import Config, make_parser, parse_config, write_atomically
 from recipes.building import RecipeSettings, read_counts
+from recipes.files import content_of
 
 HERE = Path(__file__).parent
 SAMPLES = 5
 SHOWN = 600  # characters of a sample's prompt, from its end
 BUDGETS = ("max_seconds", "max_steps", "max_epochs")
 TO_BE_MADE = "(none yet)"  # the base, where the command line names none
+PLACES = {"--run": "--out", "--data.source": "--source"}  # flags of training -> what a recipe has instead
 SMALL_BASE = "small base trained here, figures are not those of the published weights"
 
 
@@ -74,12 +76,17 @@ def parse_words(name: str, words: list[str]) -> Asked:
         less = " ".join(f"--{key} {value}" for key, value in module.SMALL.items())
         print(f"Without --base, small models have other defaults: {less}")
         sys.exit(0)
-    for place in ("run", "data.source", "resume"):
-        if any(word.split("=")[0] == f"--{place}" for word in rest):
+    given = {word.split("=")[0] for word in rest}
+    for place, instead in {**PLACES, "--resume": "the same command again, which goes on"}.items():
+        if place in given:
+            parser.error(f"{place} is the recipe's own; give {instead}")
+    for other in ("--plan", "--prove_resume", "--overfit"):
+        if other in given:
             parser.error(
-                f"--{place} is the recipe's own; everything it makes goes to --out, and goes on there"
+                f"{other} is no part of a recipe; ask for it by python trainingmanager.py {other} --config "
+                f"recipes/{name}.yaml, with --base and --data.source"
             )
-    if module.FAMILY is None and any(word.split("=")[0] == "--base" for word in rest):
+    if module.FAMILY is None and "--base" in given:
         parser.error(f"--base is given, and the recipe {name} trains from scratch; leave it out")
     values = parser.parse_args(mine).clone(with_meta=False).as_dict()
     asked = Asked(name, module, _settings(module, values), rest)
@@ -100,6 +107,16 @@ def parse_words(name: str, words: list[str]) -> Asked:
     return asked
 
 
+@contextlib.contextmanager
+def in_own_words() -> Iterator[None]:
+    """What the rest of the house says of its flags, with those that a recipe takes."""
+    try:
+        yield
+    except ValueError as error:
+        said = re.sub(r"--[a-z_.]+", lambda flag: PLACES.get(flag[0], flag[0]), str(error))
+        raise ValueError(said) from error
+
+
 def _settings(module: ModuleType, values: dict[str, Any]) -> Any:
     return module.Settings(**{key: value for key, value in values.items() if key != "config"})
 
@@ -110,19 +127,23 @@ def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
     mine, rest, place = [], [], 0
     while place < len(words):
         word = words[place]
-        flag, equals, _ = word.removeprefix("--").partition("=")
+        flag, equals, value = word.removeprefix("--").partition("=")
         place += 1
         if not word.startswith("--") or flag not in own:
             rest.append(word)
             continue
-        mine.append(word)
-        if not equals:
-            following = words[place] if place < len(words) else "--"
-            if own[flag] == "bool" and following.startswith("--"):
-                mine.append("true")
-            elif place < len(words):
-                mine.append(following)
-                place += 1
+        mine.append(f"--{flag}")
+        following = words[place] if place < len(words) else "--"
+        if equals:
+            following = value
+        elif own[flag] == "bool" and following.startswith("--"):
+            following = "true"
+        elif place < len(words):
+            place += 1
+        else:
+            continue  # the parser says that it wants a value
+        several = own[flag].startswith("tuple") and not following.startswith("[")
+        mine.append(json.dumps(following.split(",")) if several else following)
     return mine, rest
 
 
@@ -144,14 +165,16 @@ def in_small(asked: Asked, words: list[str]) -> list[str]:
 
 def done(out: Path) -> dict[str, Any]:
     """What each finished step was made from, by its name."""
+    path = out / "steps.json"
     try:
-        return json.loads((out / "steps.json").read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it must be a mapping")
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ValueError(
-            f"{out / 'steps.json'} cannot be read; remove {out}, or name another --out"
-        ) from None
+        raise ValueError(f"{path} is damaged; remove {out}, or name another --out") from None
+    return found
 
 
 def mark(out: Path, step: str, made_from: Any) -> None:
@@ -159,25 +182,13 @@ def mark(out: Path, step: str, made_from: Any) -> None:
 
 
 def sources(settings: RecipeSettings) -> dict[str, str]:
-    """A fingerprint of each file or folder that a setting names: of a folder by names, sizes and times."""
+    """The `content_of` each file or folder that a setting names."""
     found = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         path = Path(value) if isinstance(value, str) and value and field.name != "out" else None
-        if path is None or not path.exists():
-            continue
-        if path.is_file():
-            with open(path, "rb") as file:
-                found[field.name] = hashlib.file_digest(file, "sha256").hexdigest()
-            continue
-        digest = hashlib.sha256()
-        for folder, folders, files in os.walk(path):
-            folders.sort()
-            for name in sorted(files):
-                state = os.lstat(os.path.join(folder, name))
-                inner = os.path.relpath(os.path.join(folder, name), path)
-                digest.update(os.fsencode(f"{inner} {state.st_size} {state.st_mtime_ns}\n"))
-        found[field.name] = digest.hexdigest()
+        if path is not None and path.exists():
+            found[field.name] = content_of(path)
     return found
 
 
@@ -324,13 +335,16 @@ def export_run(out: Path, config: Config) -> list[str]:
 
     made_from = [[m.step, m.files] for m in checkpoints(Path(config.train.run) / "checkpoints")]
     made_from = json.loads(json.dumps(made_from))
-    if done(out).get("export", {}).get("from") == made_from:
-        return done(out)["export"]["notes"]
+    names = ("adapter", "merged") if config.train.base and config.lora.r else ("model",)
+    before = done(out).get("export", {})
+    if before.get("from") == made_from:
+        missing = [name for name in names if not (out / name).is_dir()]
+        if all(any(note.startswith(f"not written: {name}:") for note in before["notes"]) for name in missing):
+            return before["notes"]
     import shutil
 
     notes = []
-    adapted = bool(config.train.base and config.lora.r)
-    for name in ("adapter", "merged") if adapted else ("model",):
+    for name in names:
         shutil.rmtree(out / name, ignore_errors=True)  # of an earlier checkpoint
         try:
             print(export(ExportConfig(str(out / name), config.train.run, merge=name == "merged")), flush=True)
@@ -350,6 +364,8 @@ def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
     out, train = asked.out, config.train
     precision = train.precision if train.eval_precision == "auto" else train.eval_precision
     fields = {"samples": asked.settings.eval_samples, "source": config.data.source} | asked.module.EVALUATION
+    if decided := getattr(asked.module, "evaluation", None):
+        fields |= decided(asked.settings)
     scoring = EvalConfig(
         train.run, device=train.device, precision=precision, cache=config.data.cache, **fields
     )
@@ -388,6 +404,7 @@ def samples(found: list[dict[str, Any]]) -> str:
         }
         lines = [f"--- {sample['id']}", prompt]
         for name, text in texts.items():
-            lines += [f"--- {'tuned' if name == 'model' and 'base' in texts else name}", text.strip("\n")]
+            shown = text.strip("\n") if text.strip() else f"({len(text)} blanks)" if text else "(nothing)"
+            lines += [f"--- {'tuned' if name == 'model' and 'base' in texts else name}", shown]
         parts.append("\n".join([*lines, "--- the reference", sample["reference"].strip("\n")]))
     return "\n\n".join(parts)

@@ -28,10 +28,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sandbox
-from corpus import SPLITS
+from corpus import SPLITS, Report
 from recipes.behaviour import Judgement, agreements, context_of
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
-from recipes.degradations import STRATEGIES, Function, check_distinct, degrade, own_identifiers, parsed
+from recipes.degradations import (
+    STRATEGIES,
+    Function,
+    check_distinct,
+    degrade,
+    own_identifiers,
+    parsed,
+    unwritable,
+)
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
@@ -137,7 +145,10 @@ def pieces(text: str, skipped: Counter[str] | None = None) -> list[Piece]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise ValueError(f"it does not parse: {error.msg}{where}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"it does not parse: {error}") from None
     lines = text.split("\n")
     found = []
@@ -153,6 +164,8 @@ def pieces(text: str, skipped: Counter[str] | None = None) -> list[Piece]:
             skipped["text at the margin"] += 1
         elif indent and holds_text_over_lines(node):
             skipped["text over several lines, which cannot be indented"] += 1
+        elif reason := unwritable(node):
+            skipped[reason] += 1
         else:
             try:
                 parsed(source)
@@ -255,7 +268,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """
     longest(settings)
     counts = Counts("functions")
-    functions = _chosen(settings, counts)
+    functions, unread = _chosen(settings, counts)
     made: dict[str, list[str | None]] = {name: [] for name in settings.strategies}
     found: list[Found] = []
     for side, path, piece, text in functions:
@@ -284,23 +297,30 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         sides[one.side] += rows
         if not rows:
             counts.drop("no rewrite does what the function does")
-    return write_dataset(folder, sides, counts, "Degraded functions", about(settings, found))
+    return write_dataset(folder, sides, counts, "Degraded functions", about(settings, found, unread))
 
 
 def files_of(settings: Settings, work: Path | None = None) -> list[tuple[str, str, str]]:
     """(side, path, text) of what functions are taken from."""
-    documents = [(side, one.name, one.text) for side, one in plain_documents(settings.source)]
+    return _documents(settings)[0]
+
+
+def _documents(settings: Settings) -> tuple[list[tuple[str, str, str]], int]:
+    """`files_of`, and how many documents are left out since they are not UTF-8."""
+    report = Report()
+    documents = [(side, one.name, one.text) for side, one in plain_documents(settings.source, report)]
     if not documents:
         raise ValueError(
             f"{settings.source} holds examples and no plain code to take functions from: name files, or a "
             "corpus of plain text"
         )
-    return documents
+    return documents, report.undecodable
 
 
-def _chosen(settings: Settings, counts: Counts) -> list[tuple[str, str, Piece, str]]:
-    """(side, path, function, text of its file), each function once; of copies the one of a held-out side."""
-    documents = files_of(settings)
+def _chosen(settings: Settings, counts: Counts) -> tuple[list[tuple[str, str, Piece, str]], str]:
+    """(side, path, function, text of its file), each function once; of copies the one of a held-out side. And
+    in words, how many documents could not be read."""
+    documents, undecodable = _documents(settings)
     documents.sort(key=lambda document: SPLITS.index(document[0]), reverse=True)
     fitting: list[tuple[str, str, Piece, str]] = []
     unparsed = 0
@@ -338,7 +358,9 @@ def _chosen(settings: Settings, counts: Counts) -> list[tuple[str, str, Piece, s
         else:
             seen.add(shape)
             chosen.append(one)
-    return chosen
+    n_read = len(documents) + undecodable
+    unread = f"Of {n_read:,} documents {unparsed:,} do not parse, and {undecodable:,} are not UTF-8."
+    return chosen, unread
 
 
 def _judge(found: Sequence[Found]) -> None:
@@ -355,8 +377,12 @@ def _judge(found: Sequence[Found]) -> None:
             pass
 
 
-def about(settings: Settings, found: Sequence[Found]) -> str:
-    """The card's text: what a pair is, and how many each strategy made."""
+def about(settings: Settings, found: Sequence[Found], unread: str) -> str:
+    """The card's text: what a pair is, and how many each strategy made.
+
+    Args:
+        unread: A sentence about the documents that could not be read.
+    """
     made = Counter(way for one in found for way in one.ways)
     kinds = Counter((way, judgement.kind) for one in found for way, judgement in one.judged.items())
     rows = [
@@ -375,7 +401,7 @@ def about(settings: Settings, found: Sequence[Found]) -> str:
     return (
         "A row is a function written worse (`prompt`) and as it was (`completion`). `path` is the file that "
         "it is from, which is on one side only; a function that stands in several files is taken once. "
-        f"`strategy` says how it was degraded.\n\nSource: {settings.source}. {ran}\n\n{table}"
+        f"`strategy` says how it was degraded.\n\nSource: {settings.source}. {unread} {ran}\n\n{table}"
     )
 
 

@@ -1,25 +1,30 @@
 """Refactor a file with a model of the recipe: `python generate.py --recipe refactor --file F`.
 
 Each function is asked for as in training, and the answer takes its place if it is one function of that name
-and, where both can be run, does what the function does. Otherwise the function stays as it was. The
-difference is printed as a unified diff; the file is written only with --write.
+with the same parameters and decorators, takes no name that the file does not have and, where both can be run,
+does what the function does. Otherwise the function stays as it was. The difference is printed as a unified
+diff; the file is written only with --write.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import difflib
+import io
+import os
+import symtable
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from config import make_parser, one_sentence, write_atomically
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
-from recipes.degradations import parsed
+from recipes.degradations import Function, Scope, globals_of, parsed, unwritable
 from recipes.pipeline import Asked
 from recipes.refactor import Piece, holds_text_over_lines, pieces, prompt_of
 
@@ -76,44 +81,85 @@ def parse_settings(argv: Sequence[str]) -> RefactorConfig:
     return replace(settings, model=str(run))
 
 
+class Answer(NamedTuple):
+    """What a model wrote, or why that is nothing to look at."""
+
+    code: str
+    problem: str = ""
+
+
+def plain(text: str) -> tuple[str, Callable[[str], str]]:
+    """A file's text as `pieces` reads it, and how another one gets its byte order mark and line ends."""
+    mark = "\ufeff" if text.startswith("\ufeff") else ""
+    body = text.removeprefix(mark)
+    end = "\r\n" if 0 < body.count("\r\n") == body.count("\n") == body.count("\r") else "\n"
+    return body.replace(end, "\n"), lambda other: mark + other.replace("\n", end)
+
+
+def taken_out(text: str) -> tuple[list[Piece], Counter[str]]:
+    """The functions of a file, and why some cannot be taken out.
+
+    Raises:
+        ValueError: The file does not parse, or no function can be taken out.
+    """
+    left_out: Counter[str] = Counter()
+    found = pieces(text, left_out)
+    if not found:
+        why = "".join(f"; {n} cannot be taken out: {reason}" for reason, n in left_out.items())
+        raise ValueError(f"it holds no function that can be refactored{why}")
+    return found, left_out
+
+
 def refactored(
-    text: str, answer: Callable[[list[str]], list[str]], check_behaviour: bool = True
+    text: str, answer: Callable[[list[str]], list[Answer]], check_behaviour: bool = True
 ) -> tuple[str, Counter[str]]:
     """A file with every function that has a better answer replaced, and what became of each function.
 
     Args:
         text: Of the file.
-        answer: The answers of a model to prompts; it may leave some out with "".
+        answer: The answers of a model to prompts.
         check_behaviour: Take no answer that, run on generated inputs, does something else.
 
     Raises:
-        ValueError: The file does not parse; or nothing isolates here, and `check_behaviour` is set.
+        ValueError: The file does not parse, or has no function that can be taken out; or nothing isolates
+            here, and `check_behaviour` is set.
     """
-    left_out: Counter[str] = Counter()
-    found = pieces(text, left_out)
-    became = Counter({"cannot be taken out": left_out.total()}) if left_out else Counter()
+    text, restored = plain(text)
+    found, left_out = taken_out(text)
+    became = Counter({f"cannot be taken out: {reason}": n for reason, n in left_out.items()})
     lines = text.split("\n")
     new = answer([prompt_of(piece.source) for piece in found])
-    for piece, code in list(zip(found, new, strict=True))[::-1]:  # so that lines above keep their numbers
-        put, told = _taken(piece, code, text, check_behaviour)
+    for piece, one in list(zip(found, new, strict=True))[::-1]:  # so that lines above keep their numbers
+        put, told = _taken(piece, one, text, check_behaviour)
         became[told] += 1
         if put is not None:
             lines[piece.first - 1 : piece.last] = put
     result = "\n".join(lines)
     ast.parse(result)
-    return result, became
+    return restored(result), became
 
 
-def _taken(piece: Piece, code: str, text: str, check_behaviour: bool) -> tuple[list[str] | None, str]:
+def _taken(piece: Piece, answer: Answer, text: str, check_behaviour: bool) -> tuple[list[str] | None, str]:
     """The lines that take a function's place, or None; and what became of it."""
+    code = answer.code
+    if answer.problem:
+        return None, answer.problem
     if not code.strip():
-        return None, "too long for the model"
+        return None, "the answer is empty"
     try:
         function = parsed(code)
     except ValueError:
         return None, "the answer does not parse"
     if function.name != piece.name.rpartition(".")[2]:
         return None, "the answer is another function"
+    if "\r" in code or "\f" in code:
+        return None, "the answer has unusual line ends"
+    if reason := unwritable(function):
+        return None, f"the answer holds {reason}"
+    if told := other_interface(parsed(piece.source), function):
+        return None, told
+    if globals_of(code) - globals_of(piece.source) - _names_of(text, code):
+        return None, "the answer takes a name that the file does not have"
     if piece.indent and holds_text_over_lines(function):
         return None, "the answer holds text over lines"
     if code.rstrip() == piece.source.rstrip():
@@ -128,6 +174,64 @@ def _taken(piece: Piece, code: str, text: str, check_behaviour: bool) -> tuple[l
     return put, told
 
 
+def other_interface(before: Function, after: Function) -> str:
+    """In which way another function cannot be called or used as the first one; "" if it can.
+
+    Compared are names, kinds and order of parameters, which callers may spell, their defaults, the decorators
+    and whether a call gives a value, an iterator or a coroutine. Hints may differ.
+    """
+
+    def parameters(function: Function) -> list[list[str]]:
+        a = function.args
+        kinds = [a.posonlyargs, a.args, [a.vararg], a.kwonlyargs, [a.kwarg]]
+        return [[one.arg for one in kind if one] for kind in kinds]
+
+    def defaults(function: Function) -> list[str]:
+        a = function.args
+        return [ast.dump(one) if one else "" for one in [*a.defaults, *a.kw_defaults]]
+
+    def decorators(function: Function) -> list[str]:
+        return [ast.dump(one) for one in function.decorator_list]
+
+    def gives(function: Function) -> tuple[bool, bool]:
+        return isinstance(function, ast.AsyncFunctionDef), _yields(function)
+
+    for what, of in {
+        "other parameters": parameters,
+        "other defaults": defaults,
+        "other decorators": decorators,
+    }.items():
+        if of(before) != of(after):
+            return f"the answer has {what}"
+    return "" if gives(before) == gives(after) else "the answer gives a value, iterator or coroutine instead"
+
+
+def _yields(function: Function) -> bool:
+    below: list[ast.AST] = list(function.body)
+    for node in below:
+        if isinstance(node, ast.Yield | ast.YieldFrom):
+            return True
+        if not isinstance(node, Scope):
+            below += ast.iter_child_nodes(node)
+    return False
+
+
+def _names_of(text: str, code: str) -> set[str]:
+    """What a function of a file may take from outside: builtins, and what the module binds.
+
+    Args:
+        code: Of the function. Where the module imports `*`, that may be any of its names.
+    """
+    symbols = symtable.symtable(text, "file", "exec").get_symbols()
+    found = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Global):
+            found.update(node.names)
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            found |= globals_of(code)
+    return found | {*dir(builtins), "__file__", "__class__"}
+
+
 def main(argv: Sequence[str]) -> None:
     """Print the diff on the standard output, and on the standard error what became of the functions."""
     settings = parse_settings(argv)
@@ -138,23 +242,35 @@ def main(argv: Sequence[str]) -> None:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: byte {error.start} cannot be read") from None
         try:
-            n = len(pieces(text))
+            taken_out(plain(text)[0])  # before a model is opened
         except ValueError as error:
             raise ValueError(f"{path} cannot be refactored: {error}") from None
-        if not n:
-            raise ValueError(f"{path} holds no function that can be refactored")
         result, became = refactored(text, _model(settings), settings.check_behaviour)
-        names = (str(path), str(path))
-        shown = difflib.unified_diff(text.splitlines(True), result.splitlines(True), *names)
-        _write("".join(line if line.endswith("\n") else f"{line}\n" for line in shown))
+        _write(diff(text, result, str(path)))
         changed = sum(count for told, count in became.items() if told.startswith("changed"))
         kept = became.total() - changed
         print(f"{became.total()} functions: {changed} changed, {kept} kept as they were", file=sys.stderr)
         for told, count in became.most_common():
             print(f"{count:>6}  {told}", file=sys.stderr)
         if settings.write and changed:
-            write_atomically(path, result)
+            _replace(path, result)
             print(f"written to {path}", file=sys.stderr)
+
+
+def diff(before: str, after: str, name: str) -> str:
+    """A unified diff that `git apply` takes: lines end at line feeds alone."""
+    one, other = (io.StringIO(text, newline="\n").readlines() for text in (before, after))
+    lines = difflib.unified_diff(one, other, name, name)
+    unended = "\n\\ No newline at end of file\n"
+    return "".join(line if line.endswith("\n") else line + unended for line in lines)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that keeps its mode; where it is a link, what it leads to."""
+    path = path.resolve()
+    mode = path.stat().st_mode
+    write_atomically(path, text)
+    os.chmod(path, mode)
 
 
 def _write(text: str) -> None:
@@ -164,7 +280,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _model(settings: RefactorConfig) -> Callable[[list[str]], list[str]]:
+def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
     from generate import CommandConfig, GenerationConfig, generate, open_model, prompt_ids
 
     asked = CommandConfig(
@@ -173,8 +289,8 @@ def _model(settings: RefactorConfig) -> Callable[[list[str]], list[str]]:
     model, tokenizer = open_model(asked)
     room = model.config.block_size
 
-    def answer(prompts: list[str]) -> list[str]:
-        answers = [""] * len(prompts)
+    def answer(prompts: list[str]) -> list[Answer]:
+        answers = [Answer("", "too long for the model")] * len(prompts)
         lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
         # An answer is about as long as its question: what leaves no room for that is not asked.
         able = sorted((n for n, length in enumerate(lengths) if 2 * length <= room), key=lambda n: lengths[n])
@@ -185,7 +301,8 @@ def _model(settings: RefactorConfig) -> Callable[[list[str]], list[str]]:
                 model, tokenizer, [prompts[n] for n in batch], GenerationConfig(max_new_tokens=most)
             )
             for n, completion in zip(batch, texts, strict=True):
-                answers[n] = completion.text
+                cut = "the answer is cut off, by --max_new_tokens or the model's context"
+                answers[n] = Answer(completion.text, cut if completion.finish_reason == "length" else "")
         return answers
 
     return answer

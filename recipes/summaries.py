@@ -52,7 +52,7 @@ class Settings(RecipeSettings):
         temperature: Of the sampled texts.
         top_p: Of the sampled texts.
         split_seed: Of the split.
-        sampling_seed: Of the sampled texts.
+        sampling_seed: Of the sampled texts, and of which examples are completed where `eval_samples` is less.
     """
 
     source: str = ""
@@ -160,10 +160,13 @@ def first_lines(text: str, tokens: int, tokenizer: Tokenizer) -> str:
 def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such classes."""
     counts = Counts("classes")
-    found, unparsed = [], 0
+    found, unparsed, unread = [], 0, 0
     for file in files_of(settings, folder.parent / "source"):
+        if not isinstance(file, Document):
+            unread += 1
+            continue
         try:
-            found += classes_of(file.text, file.path) if isinstance(file, Document) else []
+            found += classes_of(file.text, file.path)
         except (SyntaxError, RecursionError):
             unparsed += 1
     counts.found = len(found)
@@ -189,11 +192,11 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         rows,
         counts,
         "Classes and their docstrings",
-        about(settings, unparsed, cut, shortened, len(chosen)),
+        about(settings, unparsed, unread, cut, shortened, len(chosen)),
     )
 
 
-def about(settings: Settings, unparsed: int, cut: int, shortened: int, n: int) -> str:
+def about(settings: Settings, unparsed: int, unread: int, cut: int, shortened: int, n: int) -> str:
     """The card's text."""
     revision = f" at {settings.revision}" if settings.revision else ""
     related = (
@@ -208,7 +211,7 @@ spaces and line breaks. A prompt holds the {settings.prompt} instruction and the
 on, without the docstrings of the class and of whatever is inside: at most {settings.code_tokens} tokens,
 in whole lines ({cut} of {n} classes lose their end).
 {related}A completion is the docstring without its indentation; {shortened} are cut to their first
-{settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse.
+{settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse, and {unread} are no text.
 
 The split is drawn by seed {settings.split_seed}: a fifth of all is test, and a tenth of the rest
 validation, by which the best checkpoint is chosen. Classes of one file may stand on two sides.
@@ -306,6 +309,11 @@ def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Toke
 # --- scores ------------------------------------------------------------------------------------------
 
 
+def evaluation(settings: Settings) -> dict[str, Any]:
+    """The seed of all scores, by which examples are chosen, too: greedy and sampled texts are of the same."""
+    return {"seed": settings.sampling_seed}
+
+
 def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     """Greedy texts of the run's scores and sampled ones, of the base and the tuned model, in one table.
 
@@ -315,12 +323,11 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     """
     from eval import evaluate as evaluated
 
-    how = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.sampling_seed}
+    how = {"temperature": settings.temperature, "top_p": settings.top_p}
     drawn = evaluated(replace(scoring, suite="pairs", **how))["suite"]["samples"]
     found = {"greedy": result["suite"]["samples"], "sampled": sorted(drawn, key=lambda sample: sample["id"])}
     found["greedy"] = sorted(found["greedy"], key=lambda sample: sample["id"])
-    if [one["id"] for one in found["greedy"]] != [one["id"] for one in found["sampled"]]:
-        raise ValueError("other examples were sampled than completed greedily; set --sampling_seed 0")
+    assert [one["id"] for one in found["greedy"]] == [one["id"] for one in found["sampled"]]
     record: dict[str, Any] = {
         "step": result["step"],
         "references": [sample["reference"] for sample in found["greedy"]],

@@ -8,9 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from checkpoint import step_folders
 from config import Config, write_atomically
-from runfolder import FIXED, KEY_CLASSES, flat
+from precision import choose_device, choose_precision
+from runfolder import FIXED, KEY_CLASSES, WARNED, flat
+from runmodel import resolved_format
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
 FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
@@ -18,6 +22,7 @@ FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whos
 
 BUDGET = {"max_seconds", "max_steps", "max_epochs", "patience"}
 BASE = {"base", "base_revision"}  # may lie elsewhere: training compares its fingerprint
+HELD_BY = {"precision", "device"}  # decide the format of a base whose format is `auto`
 
 
 def finish(config: Config) -> bool:
@@ -30,15 +35,29 @@ def finish(config: Config) -> bool:
     folder = Path(config.train.run)
     mark = folder / FINISHED
     if mark.is_file():
-        before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+        try:
+            before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+        except ValueError as error:
+            raise ValueError(
+                f"{mark} is damaged ({error}); remove it, and the run is looked at anew"
+            ) from None
         changed = [key for key in now if before[key] != now[key]]
         for key in changed:
-            if KEY_CLASSES[key] == FIXED:  # of others training warns, and scores are made anew
+            if KEY_CLASSES[key] == FIXED:
                 raise ValueError(
                     f"{folder} was finished with {key} {before[key]}, and now it is {now[key]}; set it back, "
                     "or name another --out"
                 )
+        if HELD_BY & {*changed}:
+            _refuse_another_format(config, folder)
         if not (BUDGET | BASE) & {*changed}:
+            for key in changed:
+                if KEY_CLASSES[key] == WARNED:
+                    print(
+                        f"warning: {key} was {before[key]} when {folder} was trained and is {now[key]} now; "
+                        "it is finished, and only its scores are made by that",
+                        file=sys.stderr,
+                    )
             return False
     begun = (folder / "config.yaml").is_file()
     if begun and not step_folders(folder / "checkpoints"):  # killed before its first checkpoint
@@ -46,11 +65,35 @@ def finish(config: Config) -> bool:
         begun = False
     try:
         manager = train(replace(config, train=replace(config.train, resume=begun)))
-    except BudgetUsed:  # killed between its last checkpoint and the mark
-        pass
+    except BudgetUsed:  # killed between its last checkpoint and the mark; or its base has moved
+        _say_where_base_is(config, folder)
     else:
         if manager.stop_signal is not None and manager.progress() < 1:
             say(f"stopped at step {manager.state.step}; the same command goes on")
             sys.exit(RESUMABLE)
     write_atomically(mark, json.dumps(config.to_dict()))
     return True
+
+
+def _refuse_another_format(config: Config, folder: Path) -> None:
+    """ValueError if a base would be held in another format now than the finished run's was."""
+    train = config.train
+    if not (train.base and config.lora.r):
+        return
+    asked = choose_precision(choose_device(train.device), train.precision)
+    held = resolved_format(train.base_format, asked.dtype)
+    before = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["base_format"]
+    if held != before:
+        raise ValueError(
+            f"{folder} was finished on a base held in {before}, and with --precision {train.precision} on "
+            f"{asked.device.type} it would be held in {held}; set it back, or name another --out"
+        )
+
+
+def _say_where_base_is(config: Config, folder: Path) -> None:
+    """Whoever opens the run looks for its base there; training has compared the fingerprint."""
+    path, base = folder / "config.yaml", config.train.base
+    if base is not None:
+        place = str(Path(base).resolve()) if Path(base).is_dir() else base
+        saved = yaml.safe_load(path.read_text("utf-8")) | {"base": place}
+        write_atomically(path, yaml.safe_dump(saved, sort_keys=False))

@@ -11,7 +11,6 @@ document. Units here are words and punctuation marks, and so a run is longer tha
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from config import parse_line
 from scraping.documents import Document, Drop
 from shingles import Batch, Units, Words
 
@@ -92,9 +92,12 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+                    text = line.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path} line {number} is not UTF-8: byte {error.start} cannot be read"
+                    ) from None
+                row = parse_line(text, f"{path} line {number}")
                 if not isinstance(row, dict):
                     raise ValueError(f"{path} line {number} is a JSON {type(row).__name__}, not an object")
                 for field, value in row.items():

@@ -39,22 +39,68 @@ START = 1_700_000_000.0
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 
 
+class _Exchanges(threading.local):
+    """How many requests of this process the client may have sent without having read the answers.
+
+    No server can tell: an answer that it has sent lies there until its thread gets the processor.
+    """
+
+    lock = threading.RLock()
+    under_way = 0  # of all threads
+    own = 0  # of this one
+
+    def add(self, number: int) -> None:
+        with self.lock:
+            _Exchanges.under_way += number
+            self.own += number
+
+
+EXCHANGES = _Exchanges()
+
+
+def watch_exchanges() -> None:
+    """From here on EXCHANGES counts what each Gate lets out, from where leave is asked for."""
+    import scraping.github
+
+    if scraping.github.Gate.__module__ == __name__:
+        return
+
+    class Gate(scraping.github.Gate):
+        def enter(self, host: str, resource: str) -> float:
+            EXCHANGES.add(1)
+            try:
+                return super().enter(host, resource)
+            except BaseException:
+                EXCHANGES.add(-1)
+                raise
+
+        def leave(self, host: str, resource: str, sent: float, reply: scraping.github.Reply) -> None:
+            try:
+                super().leave(host, resource, sent, reply)
+            finally:
+                EXCHANGES.add(-1)
+
+    scraping.github.Gate = Gate
+
+
 class SharedClock:
     """A clock that several processes share, and that stands still but for waits and requests.
 
     When no request is under way and nothing has happened for a few real milliseconds, it goes forward to the
     earliest time that a thread waits for. So a wait of an hour costs nothing, and a thread that does not wait
-    as it should is heard while the others do.
+    as it should is heard while the others do. Under way is what the server answers, and what this process has
+    not read: an answer of the last hour's limit that was read in this one would pass for this one's.
     """
 
     QUIET = 0.003
 
     def __init__(self, path: Path) -> None:
+        watch_exchanges()
         if not path.exists():
             path.write_bytes(struct.pack("ddq", START, 0.0, 0))
         with open(path, "r+b") as file:
             self._map = mmap.mmap(file.fileno(), 24)
-        self._lock = threading.Lock()
+        self._lock = EXCHANGES.lock
         self._waits: list[float] = []
 
     def now(self) -> float:
@@ -71,17 +117,22 @@ class SharedClock:
 
     def sleep(self, seconds: float) -> None:
         until = self.now() + seconds
+        asking = EXCHANGES.own  # whoever waits in a Gate has sent nothing
         with self._lock:
             self._waits.append(until)
+            EXCHANGES.add(-asking)
         try:
             while self.now() < until:
                 time.sleep(0.001)
-                active, under_way = struct.unpack_from("dq", self._map, 8)
-                if not under_way and time.monotonic() - active > self.QUIET and until == min(self._waits):
-                    self.forward(until)
+                with self._lock:
+                    active, under_way = struct.unpack_from("dq", self._map, 8)
+                    quiet = time.monotonic() - active > self.QUIET
+                    if not under_way and not EXCHANGES.under_way and quiet and until == min(self._waits):
+                        self.forward(until)
         finally:
             with self._lock:
                 self._waits.remove(until)
+                EXCHANGES.add(asking)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -72,6 +72,16 @@ def test_the_answer_cannot_be_read_off_what_is_expected() -> None:
 
 
 @isolated
+def test_a_context_that_python_cannot_write_is_left_out_and_the_function_not_run() -> None:
+    """Python reads such a number, and such a sum, and writes neither."""
+    for value in (f"0x{'F' * 5000}", "+".join(["1"] * 1500)):
+        module = f"BIG = {value}\n\ndef f(n: int):\n    return n + BIG\n"
+        source = "def f(n: int):\n    return n + BIG\n"
+        assert context_of(module, source) == ""
+        assert agreement(source, source, context_of(module, source)).kind == "not run"
+
+
+@isolated
 def test_context_is_what_the_function_needs_and_is_run_with_it() -> None:
     module = (
         "from __future__ import annotations\nimport re\nimport json\nLIMIT = 2\nOTHER = 3\n\n"

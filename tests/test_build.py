@@ -275,7 +275,11 @@ def test_half_of_two_examples_is_none_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "line 1 is not JSON"),
+        (
+            "{",
+            r"b\.jsonl line 1 is not JSON at column 2: Expecting property name [^;]* quotes; write the row",
+        ),
+        ("\udcff", r"b\.jsonl line 1 is not UTF-8: byte 0 cannot be read"),
         ("[1]", "line 1 is a JSON list, not an object"),
         ('{"a": "short"}', "holds no text of 26 words and marks"),
         (None, "cannot be read"),
@@ -284,7 +288,7 @@ def test_half_of_two_examples_is_none_of_them(tmp_path: Path) -> None:
 def test_a_benchmark_file_that_is_none_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "b.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, "utf-8", "surrogateescape")
     with pytest.raises(ValueError, match=message):
         Benchmarks([str(path)])
 

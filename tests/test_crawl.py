@@ -26,6 +26,7 @@ import pytest
 from github_server import START, TOKEN, Repo, Server, SharedClock, blob_id, expected, schedule, source, world
 
 import scraping.clone
+import scraping.github
 import scraping.search
 from scraping.crawl import Settings, Stopped, crawl
 from scraping.fetch import CLONE, REQUEST, TARBALL_TRIES, route
@@ -355,6 +356,22 @@ def test_files_of_one_name_and_branches_of_one_name_are_different_files(place) -
     ledger.close()
     assert here.server.violations == []  # eight threads know from the start that nothing is left
     assert here.stored == expected(repos)
+
+
+def test_the_clock_stands_while_an_answer_waits_for_its_thread(tmp_path: Path) -> None:
+    """Else an answer about one hour's limit is read in the next hour, and believed to be about that."""
+    clock = SharedClock(tmp_path / "clock")
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    gate = scraping.github.Gate(Clock(clock.now, clock.sleep), ledger, lambda why, seconds: None)
+    sent = gate.enter("host", "core")
+    other = threading.Thread(target=clock.sleep, args=(3600.0,))
+    other.start()
+    other.join(0.2)  # of which a few milliseconds used to be enough
+    assert other.is_alive() and clock.now() == START
+    gate.leave("host", "core", sent, scraping.github.Reply(200))
+    other.join()
+    assert clock.now() == START + 3600
+    ledger.close()
 
 
 def test_the_order_of_completion_does_not_matter(place) -> None:

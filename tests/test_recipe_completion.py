@@ -69,6 +69,19 @@ def test_the_corpus_is_the_scrapers_and_every_file_is_accounted_for(source: Path
     ).read_bytes()
 
 
+def test_a_corpus_holds_nothing_of_a_source_that_was_given_before(source: Path, tmp_path: Path) -> None:
+    """What was refused is not begun: its folder takes another source, and that one with more in it."""
+    folder, few = tmp_path / "out" / "dataset", tmp_path / "few"
+    few.mkdir()
+    (few / "other.py").write_text(module(99))
+    with pytest.raises(ValueError, match="set would be empty"):
+        build(Settings(source=str(few), format="none"), None, folder)
+    assert build(Settings(source=str(source), format="none"), None, folder).found == 42
+    for n in range(40, 45):
+        (source / f"m{n}.py").write_text(module(n))
+    assert build(Settings(source=str(source), format="none"), None, folder).found == 47
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from recipes.refactor import (
     prompt_of,
     shape_of,
 )
+from recipes.refactoring import Answer, diff, refactored
 from recipes.refactoring import main as refactor_file
-from recipes.refactoring import refactored
 from tokenizer import BPETokenizer
 
 HOUSE = Path(sandbox.__file__).parent
@@ -73,6 +74,7 @@ def source(tmp_path: Path) -> Path:
     name = next(f"copy{n}.py" for n in range(99) if split_of(f"copy{n}.py", 10, 10) == "train")
     (folder / name).write_text(copy)
     (folder / "broken.py").write_text("def f(:\n")
+    (folder / "latin.py").write_bytes(b"x = '\xe9'\n")
     return folder
 
 
@@ -124,6 +126,19 @@ def test_what_cannot_be_indented_again_stays_and_is_counted() -> None:
     assert pieces("def f():\r\n    return 1\r\n", skipped) == [] and skipped["unusual line ends"] == 1
 
 
+def test_a_function_that_no_tree_can_show_is_left_out(tmp_path: Path, tokenizer: BPETokenizer) -> None:
+    """Python reads both; to write them out it has neither the digits nor the depth."""
+    skipped: Counter[str] = Counter()
+    long = f"def f(a):\n    b = a\n    return b + 0x{'F' * 5000}\n"
+    deep = f"def g(a):\n    b = a\n    return {' + '.join(['b'] * 1500)}\n"
+    assert pieces(f"{long}{deep}def h():\n    return {' + '.join('b' * 99)}\n", skipped)[0].name == "h"
+    assert skipped == {"a number of more digits than Python writes": 1, "code that is nested too deeply": 1}
+    for n in range(10):
+        (tmp_path / f"e{n}.py").write_text(f"{module(n)}\n\n{long}\n\n{deep}")
+    counts = build(Settings(source=str(tmp_path), check_behaviour=False), tokenizer, tmp_path / "dataset")
+    assert counts.kept == 20 and all(counts.dropped[reason] == 10 for reason in skipped)
+
+
 def test_constants_are_numbers_that_are_bound_once() -> None:
     text = "A = 1\nB = 2\nB += 1\nC = 'x'\nD = True\nE = 0.5\nF = 3\ndef f():\n    global F\n    F = 4\n"
     assert constants_of(text) == {"A": 1, "E": 0.5}
@@ -164,7 +179,8 @@ def test_pairs_compile_agree_and_keep_to_one_side(
     assert runs and all(name.startswith("scaled") for name in runs)  # methods are not run
     assert all("context" not in row for row in made["train"])
     card = (tmp_path / "dataset" / "README.md").read_text()
-    assert "Of 20 functions 10 could be run" in card and "| loops | 10 | 10 | 0 |" in card
+    assert "Of 13 documents 1 do not parse, and 1 are not UTF-8. Of 20 functions 10 could be run" in card
+    assert "| loops | 10 | 10 | 0 |" in card
 
 
 @isolated
@@ -271,40 +287,131 @@ def test_answers_take_their_functions_place_only_if_they_hold() -> None:
         "class Box:\n    def put(self, item):\n        self.item = item\n        return self.item\n\n\n"
         "def other(n: int):\n    return 1 + n\n"
     )
-    result, became = refactored(TEXT, lambda prompts: list(wanted.values()))
+    result, became = refactored(TEXT, lambda prompts: [Answer(code) for code in wanted.values()])
     assert result == expected
     assert became == {"changed, and does the same when run": 2, "changed, and not run": 1}
-    for answers, told in [
-        (["", "def put(self, item):\n    return item +", "def n(n):\n    return n + 1\n"], 3),
-        (["def twice(xs: list):\n    return xs\n", "x = 1", "def other(n: int):\n    return n + 1\n"], 3),
-        ([TEXT, "def put(self, item):\n    return '''a\nb'''\n", "def other(n):\n    return n - 1\n"], 3),
+    for answers in [
+        ["", "def put(self, item):\n    return item +", "def n(n):\n    return n + 1\n"],
+        ["def twice(xs: list):\n    return xs\n", "x = 1", "def other(n: int):\n    return n + 1\n"],
+        [TEXT, "def put(self, item):\n    return '''a\nb'''\n", "def other(n):\n    return n - 1\n"],
     ]:
-        result, became = refactored(TEXT, lambda prompts, answers=answers: answers)
-        assert result == TEXT and became.total() == told
+        result, became = refactored(TEXT, lambda prompts, answers=answers: [Answer(a) for a in answers])
+        assert result == TEXT and became.total() == 3
         assert not any(name.startswith("changed") for name in became)
     asked: list[str] = []
-    refactored(TEXT, lambda prompts: asked.extend(prompts) or [""] * len(prompts))
+    refactored(TEXT, lambda prompts: asked.extend(prompts) or [Answer("")] * len(prompts))
     assert asked[1] == f"{HEADER}\n\ndef put(self, item):\n    self.item = item\n    return item\n\n"
+
+
+METHOD = (
+    "LIMIT = 2\n\n\nclass Box:\n    @cached\n    def put(self, item, /, *more, size=1, **rest):\n"
+    "        yield item\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "told"),
+    [
+        ("def put(self, item: int, /, *more, size: int = 1, **rest):", "yield item + LIMIT", "changed, and"),
+        ("def put(self, item, *more, size=1, **rest):", "yield item + 1", "has other parameters"),
+        ("def put(self, it, /, *more, size=1, **rest):", "yield it", "has other parameters"),
+        ("def put(item, self, /, *more, size=1, **rest):", "yield item + 1", "has other parameters"),
+        ("def put(self, item, size=1, /, *more, **rest):", "yield item + 1", "has other parameters"),
+        ("def put(self, item, /, *more, size=1):", "yield item + 1", "has other parameters"),
+        ("def put(self, item, /, *more, size=2, **rest):", "yield item + 1", "has other defaults"),
+        ("def put(self, item, /, *more, size, **rest):", "yield item + 1", "has other defaults"),
+        ("def put(self, item=1, /, *more, size=1, **rest):", "yield item + 1", "has other defaults"),
+        ("def put(self, item, /, *more, size=1, **rest):", "return [(yield_ := item)]", "gives a value"),
+        ("async def put(self, item, /, *more, size=1, **rest):", "yield item + 1", "gives a value"),
+        ("def put(self, item, /, *more, size=1, **rest):", "yield item + MISSING", "takes a name"),
+        ("def put(self, item, /, *more, size=1, **rest):", f"yield 0x{'f' * 5000}", "more digits than"),
+        ("def put(self, item, /, *more, size=1, **rest):", "\r    yield item + 1", "unusual line ends"),
+    ],
+)
+def test_an_answer_that_cannot_be_run_keeps_the_way_it_is_called(head: str, body: str, told: str) -> None:
+    code = f"@cached\n{head}\n    {body}\n"
+    result, became = refactored(METHOD, lambda prompts: [Answer(code)], False)
+    assert told in "".join(became) and (result != METHOD) == told.startswith("changed")
+    _, became = refactored(METHOD, lambda prompts: [Answer(code.removeprefix("@cached\n"))], False)
+    assert not any(name.startswith("changed") for name in became)
+    starred = f"from lib import *\n{METHOD}"
+    result, became = refactored(starred, lambda prompts: [Answer(code)], False)
+    assert (result != starred) == (told.startswith("changed") or told == "takes a name")
+
+
+def test_an_answer_that_was_cut_off_is_not_taken() -> None:
+    """It may parse all the same, and then the end of the function would be gone."""
+    code = textwrap.dedent(METHOD.split("class Box:\n")[1]).replace("yield item", "yield item + 1")
+    for problem, changed in (("", True), ("the answer is cut off", False)):
+        result, _ = refactored(METHOD, lambda prompts, problem=problem: [Answer(code, problem)], False)
+        assert (result != METHOD) == changed
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("last", ["", "    # \u2028 the last line has no end"])
+def test_a_file_keeps_its_mark_and_line_ends_and_its_diff_applies(
+    tmp_path: Path, end: str, mark: str, last: str
+) -> None:
+    def spelled(text: str) -> str:
+        return mark + text.replace("\n", end) + last
+
+    before = "def f(n):\n    return n + 1\n\n\nclass A:\n\tdef m(self):\n\t\treturn 1\n"
+    answers = ["def f(n):\n    m = n + 1\n    return m\n", "def m(self):\n\treturn 2\n"]
+    after = before.replace("return n + 1", "m = n + 1\n    return m").replace("return 1", "return 2")
+    result, became = refactored(spelled(before), lambda prompts: [Answer(a) for a in answers], False)
+    assert became == {"changed, and not run": 2} and result == spelled(after)
+    path = tmp_path / "f.py"
+    path.write_bytes(spelled(before).encode())
+    made = diff(spelled(before), result, "f.py").encode()
+    subprocess.run(["git", "apply", "-p0", "--unsafe-paths"], input=made, cwd=tmp_path, check=True)
+    assert path.read_bytes() == spelled(after).encode()
+
+
+def test_a_file_of_one_line_gets_line_feeds() -> None:
+    answer = Answer("def f(n):\n    return n + 1")
+    assert refactored("def f(n): return n + 2", lambda prompts: [answer], False)[0] == answer.code
+
+
+def test_what_is_written_keeps_its_mode_and_stays_where_a_link_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import recipes.refactoring
+
+    place, link = tmp_path / "place.py", tmp_path / "link.py"
+    place.write_text("def f(n):\n    return n + 1\n")
+    place.chmod(0o750)
+    link.symlink_to(place)
+    answer = "def f(n):\n    return 1 + n\n"
+    monkeypatch.setattr(recipes.refactoring, "_model", lambda settings: lambda prompts: [Answer(answer)])
+    words = ["--recipe", "refactor", "--model", "any", "--check_behaviour", "false", "--file", str(link)]
+    refactor_file(words)
+    assert place.read_text() != answer
+    refactor_file([*words, "--write"])
+    assert link.is_symlink() and place.read_text() == answer and place.stat().st_mode & 0o777 == 0o750
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("def f(:\n", "cannot be refactored: it does not parse"),
+        ("def f(:\n", "cannot be refactored: it does not parse: invalid syntax, line 1"),
         ("x = 1\n", "holds no function that can be refactored"),
+        ("\ufeffx = 1\n", "holds no function that can be refactored"),
+        ("def f():\r    return 1\n", "; 1 cannot be taken out: unusual line ends"),
+        (f"def f():\n    return 0x{'f' * 5000}\n", "; 1 cannot be taken out: a number of more digits than"),
         (None, "cannot be used (No such file or directory)"),
     ],
 )
 def test_the_command_refuses_a_file_in_one_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
     path = tmp_path / "file.py"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text.encode())
     words = ["generate.py", "--recipe", "refactor", "--model", "nowhere", "--file", str(path)]
     done = subprocess.run([sys.executable, *words], cwd=HOUSE, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert sentence in done.stderr and done.stderr.count("\n") == 1
     if text is not None:
-        assert path.read_text() == text
+        assert path.read_bytes() == text.encode()
 
 
 @pytest.mark.parametrize(

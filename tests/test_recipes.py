@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import pytest
 import torch
 
 from architecture import Decoder
+from config import Config
 from fim import known_markers
+from precision import choose_device, choose_precision
 from pretrained import load_pretrained, save_pretrained
 from recipes import kotlin, summaries
 from recipes.__main__ import RECIPES, main
@@ -24,10 +28,12 @@ from recipes.building import Counts, plain_documents, split, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
-from recipes.pipeline import parse_words
+from recipes.pipeline import done, parse_words, samples
+from recipes.training import finish
 from scraping.documents import Document
 from tokenizer import BPETokenizer
 
+HOUSE = Path(summaries.__file__).parents[1]
 WORDS = "holds the things that a shop of this kind keeps in its many drawers, and counts them whenever asked"
 
 
@@ -218,8 +224,12 @@ def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
     repository: Path, tokenizer: BPETokenizer, tmp_path: Path
 ) -> None:
     settings = summaries.Settings(source=str(repository), prompt="verbose", related=1)
+    (repository / "broken.py").write_text("class A(:\n", "utf-8")
+    (repository / "latin.py").write_bytes(b"x = '\xe9'\n")
     counts = summaries.build(settings, tokenizer, tmp_path / "made" / "dataset")
     assert (counts.found, counts.dropped) == (40, {"no docstring": 20})
+    card = (tmp_path / "made" / "dataset" / "README.md").read_text("utf-8")
+    assert "1 files do not parse, and 1 are no text." in card
     sides = rows_of(tmp_path / "made" / "dataset")
     assert {side: len(rows) for side, rows in sides.items()} == {"train": 14, "validation": 2, "test": 4}
     shown = {row["completion"] for row in sides["train"]}
@@ -371,10 +381,11 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
+    words += ["--eval_samples", "3", "--sampling_seed", "1"]  # the same three of four, drawn and not
     assert main(words) == 0
     printed = capsys.readouterr().out
     report = (out / "report.txt").read_text("utf-8")
-    assert report in printed and report.count("\n--- ") >= 4 * 4
+    assert report in printed and report.count("\n--- ") >= 3 * 4
     assert "\ntime      0:" in printed and ", training 0:" in printed
     for name in ("dataset/README.md", "adapter/adapter_config.json", "merged/config.json", "run/eval.json"):
         assert (out / name).is_file(), name
@@ -386,7 +397,8 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     ):
         assert said in report
     record = json.loads((out / "run" / "summaries.json").read_text("utf-8"))
-    assert len(record["references"]) == 4 and record["greedy"]["base"] != record["sampled"]["base"]
+    assert json.loads((out / "run" / "eval.json").read_text("utf-8"))["suite"]["seed"] == 1
+    assert len(record["references"]) == 3 and record["greedy"]["base"] != record["sampled"]["base"]
     assert load_pretrained(out / "merged").family.model_type == "llama"
 
     import trainingmanager
@@ -407,8 +419,15 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     torch.manual_seed(1)
     other = replace(load_pretrained(tmp_path / "base").model.config, init="normal")
     save_pretrained(Decoder(other), tokenizer, tmp_path / "other", "llama")
+    held = {True: "bf16", False: "fp32"}
+    native = choose_precision(choose_device("auto"), "auto").dtype == torch.bfloat16
     for flag, value, sentence in (
         ("--optimizer.lr", "0.5", "was finished with optimizer.lr 0.0002, and now it is 0.5; set it back"),
+        (
+            "--precision",
+            held[not native],
+            f"was finished on a base held in {held[native]}, and with --precision",
+        ),
         ("--base", str(tmp_path / "other"), "the base changed since"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -416,11 +435,14 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
     scored = (out / "report.txt").stat().st_mtime_ns
     assert main([*words, "--eval_precision", "fp32", "--compile", "true"]) == 0
+    assert "compile was False when" in capsys.readouterr().err
     assert (out / "report.txt").stat().st_mtime_ns > scored, "not scored anew"
     assert main(words) == 0
     shutil.move(tmp_path / "base", tmp_path / "moved")
     words += ["--base", str(tmp_path / "moved")]
-    assert main(words) == 0
+    shutil.rmtree(out / "merged")
+    assert main([*words, "--eval_samples", "4"]) == 0, "what opens the run looks for the base where it was"
+    assert (out / "merged" / "config.json").is_file()
     monkeypatch.undo()
     assert main([*words, "--max_steps", "3", "--validation_rows", "1"]) == 0
     assert re.search(r"validation_rows was \d+ so far and is 1 now", capsys.readouterr().err)
@@ -464,7 +486,13 @@ def test_a_recipe_that_was_killed_goes_on(
         (["--base", "OTHER"], "is of the family gpt_bigcode, which this recipe's settings do not fit"),
         (["--row_length", "100"], "let an example have 160 tokens"),
         (["--min_wrods", "3"], "min_wrods"),
-        (["--run", "elsewhere"], "--run is the recipe's own"),
+        (["--run", "elsewhere"], "--run is the recipe's own; give --out"),
+        (["--data.source=x"], "--data.source is the recipe's own; give --source"),
+        (["--related"], "expected one argument"),
+        (
+            ["--plan"],
+            "--plan is no part of a recipe; ask for it by python trainingmanager.py --plan --config",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -495,7 +523,10 @@ def test_a_mistake_is_one_sentence(
         ("kotlin --source EMPTY", "EMPTY holds no .kt file"),
         ("summaries --source EMPTY", "EMPTY holds no .py file"),
         ("fastapi --source EMPTY", "EMPTY holds no .py file"),
-        ("refactor --source EMPTY", "EMPTY"),
+        (
+            "refactor --source EMPTY",
+            "EMPTY holds no document with a name ending in .py: write some there, or name another --source",
+        ),
         ("kotlin --source EMPTY --window 9", "--window is 9; it must be at least 32 tokens"),
         ("kotlin --source EMPTY --base_seconds 0", "--base_seconds is 0.0; it must be above 0"),
         ("kotlin", "no source is named"),
@@ -503,6 +534,13 @@ def test_a_mistake_is_one_sentence(
             "completion --base EMPTY",
             "--base is given, and the recipe completion trains from scratch; leave it out",
         ),
+        ("completion --source nowhere", "--source nowhere does not exist: give stdlib, a folder or archive"),
+        (
+            "completion --source METHODS.jsonl",
+            "METHODS.jsonl is a file of rows: give stdlib, a folder or archive",
+        ),
+        ("completion --source EMPTY", "EMPTY holds no .py file of 1 to 100 KiB: name another --source"),
+        ("completion --source EMPTY --top_p 2", "top_p is 2.0"),
         ("kotlin --source EMPTY --methods nowhere", "nowhere"),
         ("kotlin --source EMPTY --methods METHODS", "METHODS line 1"),
         ("kotlin --source EMPTY --per_file -3", "--per_file is -3; it must be at least 0"),
@@ -523,11 +561,20 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recipes.base, "make_base", None)
     (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "METHODS").write_text('{"signature": "def f():"}\n', "utf-8")
+    for name in ("METHODS", "METHODS.jsonl"):
+        (tmp_path / name).write_text('{"signature": "def f():"}\n', "utf-8")
     with pytest.raises(SystemExit) as ended:
         main(recipe.split())
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_does_not_wait_for_torch(name: str) -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "recipes", name, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=HOUSE)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "--out OUT" in done.stdout and "recipes.pipeline" in imported and "torch" not in imported
 
 
 def test_small_models_have_settings_of_their_own_and_flags_override_them() -> None:
@@ -544,6 +591,11 @@ def test_small_models_have_settings_of_their_own_and_flags_override_them() -> No
     )
     settings, config = asked("--base elsewhere")
     assert (settings.functions, config.train.max_epochs, config.optimizer.lr) == (0, 5, 2e-5)
+    for line in ("--strategies names,loops", "--strategies=names,loops", "--strategies [names,loops]"):
+        assert asked(line)[0].strategies == ("names", "loops")
+    for line in ("--check_behaviour --seed 1", "--seed 1 --check_behaviour=true", "--check_behaviour false"):
+        settings, config = asked(line)
+        assert settings.check_behaviour != ("false" in line) and config.train.seed == ("seed" in line)
     for name in RECIPES:  # each of them is a flag
         parse_words(name, [])
 
@@ -576,6 +628,28 @@ def test_kotlin_ends_with_its_table_and_both_prompts_with_theirs(
 
 def test_an_unknown_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sumaries"]) == 2 and "did you mean summaries?" in capsys.readouterr().err
+    assert main(["--base", "x", "kotlin"]) == 2
+    assert "--base comes before the recipe's name; write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"base": 3}'])
+def test_a_damaged_record_of_what_was_done_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "asked.json").write_text(text, "utf-8")
+    with pytest.raises(
+        ValueError, match=r"asked\.json is damaged .*remove it, and the run is looked at anew"
+    ):
+        finish(replace(Config(), train=replace(Config().train, run=str(tmp_path))))
+    (tmp_path / "steps.json").write_text(text, "utf-8")
+    if text[-1:] == "}":
+        assert done(tmp_path) == {"base": 3}
+        return
+    with pytest.raises(ValueError, match=r"steps\.json is damaged; remove .*, or name another --out"):
+        done(tmp_path)
+
+
+def test_a_text_of_blanks_is_no_empty_place_in_the_report() -> None:
+    sample = {"id": "a:1", "prompt": "p", "reference": "r", "predictions": {"base": "\n \n", "model": ""}}
+    assert samples([sample]) == "--- a:1\np\n--- base\n(3 blanks)\n--- tuned\n(nothing)\n--- the reference\nr"
 
 
 def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None:
