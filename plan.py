@@ -1,16 +1,16 @@
 """Memory and speed of a run before it begins: `python trainingmanager.py --plan [the run's flags]`.
 
 A child process on this machine makes the run's model with drawn weights, held as the run would hold them,
-and takes a few steps of training on rows of drawn tokens, reads a batch as validation does, and saves a
-checkpoint. A model above WHOLE weights is made at its full width with one and with three of its blocks, in a
-child each: what blocks take is linear in their number, so peak memory and time of the whole depth follow.
+and does with it what a run does, by the same functions, on drawn text and tokens: the guards, some updates, a
+validation, a checkpoint. A model above WHOLE weights is made at its full width with two and with eight of its
+blocks, in a child each: what blocks take is linear in their number, so those of the whole depth follow.
 Nothing of the data is read, and of a base only its config.json.
 
 On a CPU, seconds are those of processor time of the thread that drives the step: it computes its own share of
 every product, so that on a quiet machine they are the clock's, and what else runs does not count.
 
-The peak is that of the training process: evaluation at the end, and an n-gram model of many files there, may
-take more.
+The peak is that of training, to its last checkpoint. The scores at the end read more rows at a time, hold the
+best checkpoint's model too, and an n-gram model of the training files, and may take more.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import Config, ModelConfig
+from config import Config, DataConfig, ModelConfig
 
 WARMUP = 1  # steps that fill caches and are not timed
-STEPS, SECONDS = (2, 20), 3.0  # least and most that are timed, and when to stop in between
+STEPS, SECONDS = (3, 20), 3.0  # least and most that are timed, and when to stop in between
 BASE_ROW = 512  # as runmodel's, where nothing is said
-DEPTHS = (1, 3)
+# Resident memory differs by some per cent from process to process, as the allocator finds room: by the line
+# through one and three blocks, estimates of 24 blocks differed by up to 30%.
+DEPTHS = (2, 8)
+FUNCTIONS = 100  # in each of 24 drawn files
+IDS = 259  # of their tokenizer: the least that one has
 WHOLE = 50_000_000  # weights of a model that is measured with all of its blocks
 
 
@@ -38,7 +42,8 @@ class Cost:
     """Of a number of blocks, as measured.
 
     Args:
-        step_bytes: Most memory of the process while it trains; on a GPU that of its tensors.
+        guard_bytes: Most memory of the process in the guards; on a GPU that of its tensors.
+        step_bytes: While it trains and validates.
         save_bytes: While it saves a checkpoint.
         held_bytes: Weights as they are held, the trainable ones' gradients and optimizer state left out.
         trained_bytes: Trainable weights with gradients and optimizer state.
@@ -46,6 +51,7 @@ class Cost:
         update_seconds: Of the clip and the optimizers.
     """
 
+    guard_bytes: float
     step_bytes: float
     save_bytes: float
     held_bytes: float
@@ -64,7 +70,7 @@ class Cost:
 
     @property
     def peak(self) -> float:
-        return max(self.step_bytes, self.save_bytes)
+        return max(self.guard_bytes, self.step_bytes, self.save_bytes)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Plan:
         tokens = train.batch_size * train.accumulation * self.row_tokens
         rest = cost.peak - cost.held_bytes - cost.trained_bytes
         seconds = self.step_seconds
-        where = " (in saving)" if cost.save_bytes > cost.step_bytes else ""
+        stages = {"": cost.step_bytes, " (in the guards)": cost.guard_bytes, " (in saving)": cost.save_bytes}
+        where = max(stages, key=lambda stage: stages[stage])
         lines = [
             f"peak memory      {cost.peak / 1e9:.2f} GB{where}",
             f"  weights        {cost.held_bytes / 1e9:.2f} GB, frozen ones",
@@ -102,7 +109,7 @@ class Plan:
             measured = f"{' and '.join(map(str, self.depths))} of {self.n_layer} blocks at full width"
         lines.append(
             f"measured just now with {measured}, on drawn tokens that all bear loss, as if nothing else ran; "
-            "the seconds of validation, guards and the final scores are not counted"
+            "the seconds of validation and guards are not counted, nor time and memory of the final scores"
         )
         return "\n".join(lines)
 
@@ -187,61 +194,83 @@ def _measured(config: Config, model: ModelConfig, family: str | None, n_layer: i
 
 
 def _child(asked: dict[str, Any]) -> Cost:
-    """In a process of its own: make the model, train, validate, save, and say what it took."""
+    """In a process of its own: make the model, do what a run does with it, and say what that took."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a training process has in memory besides its tensors.
-    import trainingmanager
     from checkpoint import save_checkpoint
-    from loss import score
-    from optim import build_optimizers
-    from precision import choose_device, choose_precision, keep_freed_memory
+    from guards.subject import FAULTS
+    from live import FirstSteps
+    from precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
+    from preflight import preflight
 
-    assert trainingmanager and SummaryWriter
+    assert SummaryWriter  # what a training process has in memory besides its tensors
     config = Config.from_dict(asked["config"])
     shape = asked["model"] | {"n_layer": asked["n_layer"]}
+    shape["vocab_size"] = max(shape["vocab_size"], IDS)
     shape["window_layers"] = [layer for layer in shape["window_layers"] if layer < asked["n_layer"]]
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     model = _model(Config.from_dict({"model": shape}).model.resolved(), asked["family"], config, precision)
     model.to(device).train()
-    model.checkpoint_activations = config.train.activation_checkpointing
-    if config.lora.r and not config.train.activation_checkpointing:
-        model.keep_less()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    held = {*model.parameters(), *model.buffers()} - set(trainable)
-    optimizers = build_optimizers(model, config.optimizer, config.lora.lr_ratio)
-    keep_freed_memory()
-    batch = _batch(config.train.batch_size, asked["rows"], model.config.vocab_size, device)
-    _reset_peak(device)
-    scored_in = config.train.eval_precision
-    scoring = precision if scored_in == "auto" else choose_precision(device, scored_in)
-    score(model, [batch], scoring)  # as a guard does, before the first step
-    micro, update, started = [], [], time.perf_counter()
-    for number in range(WARMUP + STEPS[1]):
-        if number >= WARMUP + STEPS[0] and time.perf_counter() - started > SECONDS:
-            break
-        seconds = _step(model, batch, optimizers, trainable, config, precision)
-        micro.append(seconds[0])
-        update.append(seconds[1])
-    score(model, [batch], scoring)
-    step_bytes = _peak(device)
-    states = [value for o in optimizers for state in o.state.values() for value in state.values()]
-    state_bytes = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
-    _reset_peak(device)
+    train = replace(config.train, row_length=asked["rows"])
+    config = replace(config, model=model.config, train=train)
     with tempfile.TemporaryDirectory() as folder:
-        state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        save_checkpoint(Path(folder), 1, model, state, None, False)
+        manager, subject = _run(config, model, precision, asked["family"], Path(folder))
+        release_freed_memory()
+        keep_freed_memory()
+        _reset_peak(device)
+        preflight(subject, FAULTS.split())  # on drawn tokens most things would be refused
+        release_freed_memory()
+        guard_bytes = _peak(device)
+        batch = _batch(train.batch_size, asked["rows"], model.config.vocab_size, device)
+        _reset_peak(device)
+        watch = FirstSteps(subject)
+        micro, update, started = [], [], time.perf_counter()
+        for number in range(WARMUP + STEPS[1]):
+            if number == WARMUP:
+                watch.close()
+            if number >= WARMUP + STEPS[0] and time.perf_counter() - started > SECONDS:
+                break
+            seconds = _step(manager, batch)
+            micro.append(seconds[0])
+            update.append(seconds[1])
+        release_freed_memory()
+        manager.score([batch, batch])
+        step_bytes = _peak(device)
+        _reset_peak(device)
+        # Not by the manager, which refuses weights that are not finite, as on drawn tokens they may be.
+        save_checkpoint(manager.folder / "checkpoints", 1, model, manager.whole_state(), None, False)
+        save_bytes = _peak(device)
+    held = {*model.parameters(), *model.buffers()} - set(manager.parameters)
+    states = [value for o in manager.optimizers for state in o.state.values() for value in state.values()]
+    state_bytes = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     return Cost(
+        guard_bytes=guard_bytes,
         step_bytes=step_bytes,
-        save_bytes=_peak(device),
+        save_bytes=save_bytes,
         held_bytes=sum(t.nbytes for t in held),
-        trained_bytes=2 * sum(p.nbytes for p in trainable) + state_bytes,
+        trained_bytes=2 * sum(p.nbytes for p in manager.parameters) + state_bytes,
         # The least: what else runs takes caches, too, and only ever adds.
         micro_seconds=min(micro[WARMUP:]),
         update_seconds=min(update[WARMUP:]),
     )
+
+
+def _run(config: Config, model: Any, precision: Any, family: str | None, folder: Path) -> tuple[Any, Any]:
+    """As trainingmanager makes it, on some functions of drawn words; and what its guards look at."""
+    from corpus import training_texts
+    from dataset import prepare_data
+    from planted_data import write_corpus
+    from tokenizer import BPETokenizer
+    from trainingmanager import TrainingManager
+
+    write_corpus(folder / "texts", FUNCTIONS)
+    config = replace(config, data=DataConfig(str(folder / "texts"), cache=str(folder / "cache"), workers=1))
+    tokenizer = BPETokenizer.train(training_texts(config.data), IDS)
+    data = prepare_data(config.data, tokenizer)
+    manager = TrainingManager(config, model, data, precision, folder)
+    return manager, manager.subject(tokenizer, "fresh" if family is None else "loaded", None)
 
 
 def _model(shape: ModelConfig, family: str | None, config: Config, precision: Any) -> Any:
@@ -291,28 +320,23 @@ def _batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
     return Batch(tokens, tokens, second, place - second * (length // 2))
 
 
-def _step(
-    model: Any, batch: Any, optimizers: list[Any], trainable: list[Any], config: Config, precision: Any
-) -> tuple[float, float]:
+def _step(manager: Any, batch: Any) -> tuple[float, float]:
     """Seconds of forward and backward, and of the update; see the module."""
     import torch
 
-    from loss import token_loss
-
     def now() -> float:
-        if precision.device.type == "cuda":
-            torch.cuda.synchronize(precision.device)
+        if manager.device.type == "cuda":
+            torch.cuda.synchronize(manager.device)
             return time.perf_counter()
         return time.thread_time()
 
     start = now()
-    with precision.autocast():
-        loss = token_loss(model, batch, config.optimizer.label_smoothing, config.optimizer.z_loss)
+    loss = manager.loss(batch)
     (loss.objective / loss.tokens).backward()
     del loss
     middle = now()
-    torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.grad_clip or float("inf"))
-    for optimizer in optimizers:
+    torch.nn.utils.clip_grad_norm_(manager.parameters, manager.config.optimizer.grad_clip or float("inf"))
+    for optimizer in manager.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return middle - start, now() - middle

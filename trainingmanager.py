@@ -89,7 +89,7 @@ from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
 from optim import build_optimizers, learning_rate_factor
-from precision import Precision, choose_device, choose_precision, keep_freed_memory
+from precision import Precision, choose_device, choose_precision, keep_freed_memory, release_freed_memory
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
@@ -337,7 +337,10 @@ class TrainingManager:
 
     def validate(self, limit: int = 0) -> Scores:
         """Scores on `limit` rows spread evenly over the validation files; 0 reads all of them."""
-        return self.score(self.validation_batches(limit))
+        release_freed_memory()
+        scores = self.score(self.validation_batches(limit))
+        release_freed_memory()
+        return scores
 
     def score(self, batches: Iterable[Batch]) -> Scores:
         """Of validation, in its precision."""
@@ -677,7 +680,8 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     print(f"model: {n_weights(model):,} parameters on {device}")
     if base is not None:
         print(trainable_table(model, base.family.key))
-    keep_freed_memory()  # not before: what loading the data and the weights frees is not needed again
+    release_freed_memory()  # what loading the data and the weights freed is not needed again
+    keep_freed_memory()
     manager = TrainingManager(config, model, data, precision, folder)
     if config.train.resume:
         refuse_changes(folder, config)
@@ -688,6 +692,7 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
         None if base is None or base.tokenizer is None else base.tokenizer.vocab_size,
     )
     passed = preflight(subject, config.train.allow)
+    release_freed_memory()
     # Only now: a run that a guard refuses leaves its folder as it was, free for the next try.
     if not config.train.resume:
         tokenizer.save(folder / "tokenizer")

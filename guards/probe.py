@@ -140,10 +140,12 @@ def sensitivity(subject: Subject, look: Look) -> Tensor:
     handle = subject.model.embed.register_forward_hook(hold)
     try:
         with frozen(subject.model), torch.enable_grad():
-            objective = subject.loss(batch._replace(labels=labels)).objective
             # Times 1,024, so that fp16 does not round a small gradient to zero; once, if that is too large.
             for scale in (1024, 1):
-                found = torch.autograd.grad(objective * scale, embedded, allow_unused=True, retain_graph=True)
+                embedded.clear()
+                # Made anew: of a graph that is retained, torch frees nothing that it made again in backward.
+                objective = subject.loss(batch._replace(labels=labels)).objective
+                found = torch.autograd.grad(objective * scale, embedded, allow_unused=True)
                 used = [g.abs().amax(-1).float().cpu() for g in found if g is not None]
                 gradient = torch.stack(used).amax(0) if used else torch.zeros(batch.tokens.shape)
                 if torch.isfinite(gradient).all():

@@ -13,7 +13,7 @@ import loss
 from architecture import Decoder
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
-from loss import score, token_loss
+from loss import count_below, score, token_loss
 from precision import Precision
 
 FP32 = Precision(torch.device("cpu"), torch.float32, "")
@@ -102,6 +102,16 @@ def test_ranks_equal_topk() -> None:
     hits = best == batch.labels[bears][:, None]
     assert (result.top1, result.top5) == (int(hits[:, 0].sum()), int(hits.sum()))
     assert 0 < result.top5 < result.tokens  # neither bound would show a fault
+
+
+def test_ranks_are_counted_in_little_memory() -> None:
+    """A sum over many rows at once made int64 of them all, eight bytes for each logit."""
+    logits = torch.randn(256, 1000)
+    targets = logits[:, 7:8]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        found = count_below(logits, targets)
+    assert torch.equal(found, (logits < targets).sum(dim=1))
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events() or ()) <= 16 * 1000 * 8
 
 
 def test_a_constant_output_has_no_hits() -> None:

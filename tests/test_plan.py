@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import checkpoint
 import plan
+import preflight
 import trainingmanager
 from config import Config, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, parse_config
 from plan import Cost
+from trainingmanager import TrainingManager
 
 STARCODER_1B = {"model_type": "gpt_bigcode", "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 8192}
 
@@ -27,7 +31,10 @@ def asked(config: Config, family: str | None, model: ModelConfig, n_layer: int) 
 
 
 @pytest.mark.parametrize("base_format", ["fp32", "nf4"])
-def test_what_blocks_take_is_linear_and_counted_right(base_format: str, tmp_path: Path) -> None:
+def test_what_blocks_take_is_linear_and_counted_right(
+    base_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "DEPTHS", (1, 3))
     values = {"model_type": "gpt_bigcode", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(values), "utf-8")
     config = Config(
@@ -69,16 +76,62 @@ def test_a_run_from_scratch_trains_all_of_its_weights() -> None:
     assert 3 * 4 * weights <= cost.trained_bytes <= 4 * 4 * weights + 1000  # Muon keeps one moment, AdamW two
 
 
+def test_the_child_does_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own guards, each to its end, updates, validation and checkpoint, in this order."""
+    done: list[str] = []
+    guards = dict(preflight.GUARDS)
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            done.append(name)
+            return function(*args, **options)
+
+        return call
+
+    def to_its_end(name: str) -> Any:
+        def guard(subject: Any) -> Any:
+            yield from guards[name](subject)
+            done.append(name)
+
+        return guard
+
+    for name in guards:
+        monkeypatch.setitem(preflight.GUARDS, name, to_its_end(name))
+    for place, name in (
+        (TrainingManager, "loss"),
+        (TrainingManager, "score"),
+        (checkpoint, "save_checkpoint"),
+    ):
+        monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
+    config = Config(
+        model=ModelConfig(n_layer=1, n_embd=24, block_size=16, vocab_size=50),
+        train=TrainConfig(batch_size=2, device="cpu"),
+    )
+    model, _ = plan.shape_of(config)
+    cost = plan._child(asked(config, None, model, 1))
+    assert min(cost.guard_bytes, cost.step_bytes, cost.save_bytes) > 0
+    assert [name for name in done if name in guards] == [*guards]
+    after = done[done.index("generation") + 1 :]
+    steps = after.index("score")
+    assert steps >= plan.WARMUP + plan.STEPS[0]
+    assert after == ["loss"] * steps + ["score", "save_checkpoint"]
+
+
 def test_a_line_through_two_depths_gives_the_others() -> None:
-    first, second = Cost(10, 20, 1, 2, 0.5, 0.1), Cost(16, 22, 3, 2, 0.9, 0.05)
+    first, second = Cost(5, 10, 12, 1, 2, 0.5, 0.1), Cost(6, 16, 14, 3, 2, 0.9, 0.05)
     found = first.at(second, 11)
-    assert found == Cost(40, 30, 11, 2, pytest.approx(2.5), 0.1) and found.peak == 40  # pyright: ignore[reportArgumentType]
+    assert found == Cost(6.5, 19, 15, 4, 2, pytest.approx(1.1), 0.1) and found.peak == 19  # pyright: ignore[reportArgumentType]
     config = Config(train=TrainConfig(accumulation=3, batch_size=2, max_steps=50))
-    made = plan.Plan(found, 11, (1, 3), 128, config)
-    assert made.step_seconds == pytest.approx(7.6)
+    made = plan.Plan(found, 11, (2, 8), 128, config)
+    assert made.step_seconds == pytest.approx(3.4)
     said = str(made)
-    assert "474, of 768 tokens and 7.60 s" in said and "1 and 3 of 11 blocks" in said and "0.11 hours" in said
-    assert "all 11 blocks" in str(dataclasses.replace(made, depths=(11,)))
+    assert (
+        "1,059, of 768 tokens and 3.40 s" in said and "2 and 8 of 11 blocks" in said and "0.05 hours" in said
+    )
+    assert "all 11 blocks" in str(dataclasses.replace(made, depths=(11,))) and "GB (in" not in said
+    for stage, words in (("guard_bytes", "in the guards"), ("save_bytes", "in saving")):
+        more = dataclasses.replace(found, **{stage: 2e9})
+        assert f"2.00 GB ({words})" in str(dataclasses.replace(made, cost=more))
 
 
 def test_small_models_are_measured_whole_and_large_ones_at_two_depths(
@@ -88,10 +141,10 @@ def test_small_models_are_measured_whole_and_large_ones_at_two_depths(
 
     def measured(config: Config, model: ModelConfig, family: str | None, n: int, rows: int) -> Cost:
         made.append(n)
-        return Cost(n, n, n, n, n, n)
+        return Cost(n, n, n, n, n, n, n)
 
     monkeypatch.setattr(plan, "_measured", measured)
-    for width, depths in ((64, [12]), (2048, [1, 3])):
+    for width, depths in ((64, [12]), (2048, [2, 8])):
         made.clear()
         found = plan.plan(Config(model=ModelConfig(n_layer=12, n_head=4, n_embd=width)))
         assert made == depths and found.cost.peak == 12

@@ -25,6 +25,24 @@ def pages_of_a_step():
 print(sum([pages_of_a_step() for _ in range(6)][3:]))
 """
 
+RESIDENT = """
+import sys, torch
+from pathlib import Path
+from precision import keep_freed_memory, release_freed_memory
+if not keep_freed_memory():
+    sys.exit(7)
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+before = resident()
+parts = [torch.ones(2**20) for _ in range(64)]
+last = torch.ones(2**20)  # above them, so that the heap itself cannot shrink
+del parts
+kept = resident()
+release_freed_memory()
+print(kept - before, resident() - before)
+"""
+
 
 def pages(*flags: str) -> int:
     command = [sys.executable, "-c", FAULTS, *flags]
@@ -38,6 +56,14 @@ def pages(*flags: str) -> int:
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """The kernel clears the pages of each large tensor in each step, unless the process keeps them."""
     assert pages("keep") < 0.5 * pages()
+
+
+def test_kept_memory_is_given_back_when_asked() -> None:
+    result = subprocess.run([sys.executable, "-c", RESIDENT], cwd=HOUSE, stdout=subprocess.PIPE, text=True)
+    if result.returncode == 7:
+        pytest.skip("no glibc here")
+    kept, left = map(int, result.stdout.split())
+    assert kept > 200 and left < 50  # of 256 MB
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import re
 from pathlib import Path
@@ -308,6 +309,27 @@ def test_allow_takes_names_on_the_command_line() -> None:
     for words in (["--allow", "a-b,c"], ["--allow=a-b,c"], ["--allow", "[a-b,c]"]):
         assert parse_config(words).train.allow == ("a-b", "c")
     assert parse_config(["--data.suffixes", ".kt"]).data.suffixes == (".kt",)
+
+
+def test_guards_leave_no_tensor_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run would hold it until its end: once, of a LoRA run, as much as all that it trains and freezes."""
+    held: dict[str, int] = {}
+    guard = preflight.run_guard
+
+    def held_now() -> int:
+        gc.collect()
+        tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def counted(subject: looking.Subject, name: str, allowed: set[str]) -> list[looking.Fault]:
+        before = held_now()
+        found = guard(subject, name, allowed)
+        held[name] = held_now() - before
+        return found
+
+    monkeypatch.setattr(preflight, "run_guard", counted)
+    assert outcome(small_config(folder, TUNED)) == ""
+    assert held == dict.fromkeys(preflight.GUARDS, 0)
 
 
 def test_guards_restore_the_random_states_of_every_device(folder: Path) -> None:

@@ -24,6 +24,7 @@ import yaml
 from commands import command
 from safetensors.torch import load_file
 
+import preflight
 import trainingmanager
 from architecture import Decoder
 from checkpoint import checkpoints, first_difference, load_state
@@ -427,6 +428,27 @@ def test_skips_in_a_row_are_counted_over_a_resume(config: Config, monkeypatch: p
         assert train(config).state.skipped_in_a_row == 2
     with pytest.raises(ValueError, match="not finite 3 times in a row, up to step 4"):
         train(adapted(config, resume=True))
+
+
+def test_freed_memory_is_given_back_where_other_sizes_follow(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run frees and keeps is for the next update: before and after all else it would come on top."""
+    done: list[str] = []
+
+    def note(place: Any, name: str) -> None:
+        function = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args: (done.append(name), function(*args))[1])
+
+    for name in ("prepare_data", "release_freed_memory", "preflight"):
+        note(trainingmanager, name)
+    for name in ("update", "validation_batches"):
+        note(TrainingManager, name)
+    monkeypatch.setattr(preflight, "GUARDS", {})
+    train(config)
+    validated = ["update"] * 3 + ["release_freed_memory", "validation_batches", "release_freed_memory"]
+    begun = ["prepare_data", "release_freed_memory", "preflight", "release_freed_memory"]
+    assert done == begun + validated * 2
 
 
 def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
