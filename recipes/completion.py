@@ -187,6 +187,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     """
     from precision import choose_device
     from runmodel import load_run
+    from suites.scoring import origin_of
 
     samples = result.get("suite", {}).get("samples", [])[: settings.decoded]
     if len(samples) < 2:
@@ -195,7 +196,8 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     run.model.to(choose_device(scoring.device))
     texts = {name: completed(run, [s["prompt"] for s in samples], way) for name, way in ways.items()}
     result["decoding"] = texts
-    return decoding_table(texts, [sample["reference"] for sample in samples])
+    files = [origin_of(sample["name"]) for sample in samples]
+    return decoding_table(texts, [sample["reference"] for sample in samples], files)
 
 
 def completed(run: Any, prompts: Sequence[str], way: Any, batch_size: int = 16) -> list[str]:
@@ -211,13 +213,20 @@ def completed(run: Any, prompts: Sequence[str], way: Any, batch_size: int = 16) 
     return texts
 
 
-def decoding_table(texts: dict[str, list[str]], references: Sequence[str]) -> str:
-    """A row for each way; below it, against greedy, a verdict, and of how many lines the choice differs."""
+def decoding_table(texts: dict[str, list[str]], references: Sequence[str], files: Sequence[str]) -> str:
+    """A row for each way; below it, against greedy, a verdict, and of how many lines the choice differs.
+
+    Args:
+        texts: By way, one for each reference.
+        files: That the references are from.
+    """
     from metrics.registry import score
     from suites.scoring import aligned
 
     found = {
-        name: score(METRICS, [(t.strip(), r.strip()) for t, r in zip(own, references, strict=True)])
+        name: score(
+            METRICS, [(t.strip(), r.strip()) for t, r in zip(own, references, strict=True)], origins=files
+        )
         for name, own in texts.items()
     }
     rows = [["decoding", *METRICS]]

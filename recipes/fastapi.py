@@ -245,8 +245,8 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
         scoring: The eval.EvalConfig of the scores; its source is the dataset.
         result: Of `eval.evaluate` by it.
     """
-    from metrics.intervals import share_interval
-    from suites.scoring import aligned
+    from metrics.registry import score
+    from suites.scoring import aligned, origin_of
 
     samples = result.get("suite", {}).get("samples", [])
     rows = (Path(scoring.source) / "train.jsonl").read_text("utf-8").splitlines()
@@ -261,8 +261,9 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
             continue
         shares = []
         for system in table[0][1:]:
-            right = sum(s["predictions"][system].strip() == s["reference"].strip() for s in part)
-            ends = share_interval(right, len(part))
-            shares.append(f"{100 * right / len(part):.1f} [{ends.low:.1f}, {ends.high:.1f}]")
+            pairs = [(s["predictions"][system].strip(), s["reference"].strip()) for s in part]
+            files = [origin_of(s["name"]) for s in part]
+            ends = score(["exact_match"], pairs, origins=files)["exact_match"].interval()
+            shares.append(f"{ends.mean:.1f} [{ends.low:.1f}, {ends.high:.1f}]")
         table.append([f"{len(part)} {name}", *shares])
     return "\n".join(aligned(table)) if len(table) > 1 else ""

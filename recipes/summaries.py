@@ -322,6 +322,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
         result: Of `eval.evaluate` by it.
     """
     from eval import evaluate as evaluated
+    from suites.scoring import origin_of
 
     how = {"temperature": settings.temperature, "top_p": settings.top_p}
     drawn = evaluated(replace(scoring, suite="pairs", **how))["suite"]["samples"]
@@ -331,6 +332,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     record: dict[str, Any] = {
         "step": result["step"],
         "references": [sample["reference"] for sample in found["greedy"]],
+        "files": [origin_of(sample["name"]) for sample in found["greedy"]],
     }
     for way, samples in found.items():
         record[way] = {s: [sample["predictions"][s] for sample in samples] for s in ("base", "model")}
@@ -356,7 +358,11 @@ def table(records: dict[str, Any], settings: Settings) -> str:
     verdicts = []
     for prompt, record in records.items():
         scored = {
-            (system, way): score(METRICS, cleaned(record[way][system], record["references"], "plain"))
+            (system, way): score(
+                METRICS,
+                cleaned(record[way][system], record["references"], "plain"),
+                origins=record["files"],
+            )
             for way in ways
             for system in ("base", "model")
         }

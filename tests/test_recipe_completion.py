@@ -115,9 +115,11 @@ def test_the_four_ways_are_four_and_a_beam_that_is_greedy_is_seen() -> None:
     ]
     references = [f"return {n}" for n in range(30)]
     texts = dict.fromkeys(ways, references) | {"top-k 40": ["return x"] * 30}
-    table = decoding_table(texts, references)
+    table = decoding_table(texts, references, list(map(str, range(30))))
     assert "beam 4: 0 lines differ from greedy" in table and "top-k 40: 30 lines differ from greedy" in table
     assert "worse than greedy" in next(line for line in table.splitlines() if line.startswith("top-k 40: 30"))
+    few = decoding_table(texts, references, ["f.py", "g.py"] * 15)  # of two files
+    assert "on 30 samples of 2 files, where fewer than 6 can show nothing" in few
 
 
 def test_the_whole_recipe(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

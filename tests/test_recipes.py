@@ -656,7 +656,7 @@ def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None
     texts = ["keeps the pool", "counts what it holds"]
     both = {"base": texts[::-1], "model": texts}
     records = {
-        name: {"step": 9, "references": texts, "greedy": both, "sampled": both}
+        name: {"step": 9, "references": texts, "files": ["a.py", "b.py"], "greedy": both, "sampled": both}
         for name in ("verbose", "simple")
     }
     assert "NOTE" not in summaries.table(records, summaries.Settings())
