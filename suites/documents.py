@@ -60,7 +60,7 @@ def rows_of(documents: dict[str, Any], system: str) -> np.ndarray:
     columns += [documents[key][system] if key in documents else none for key in HITS]
     rows = np.column_stack([np.asarray(column, np.float64) for column in columns])
     numbers: dict[str, int] = {}
-    owner = np.array([numbers.setdefault(origin_of(name), len(numbers)) for name in documents["names"]])
+    owner = np.array([numbers.setdefault(name, len(numbers)) for name in _files(documents)])
     files = np.zeros((len(numbers), rows.shape[1]))
     np.add.at(files, owner, rows)
     units = min(len(files), MOST_UNITS)
@@ -77,8 +77,14 @@ def values_of(documents: dict[str, Any], system: str) -> dict[str, float]:
 
 def units_of(documents: dict[str, Any]) -> str:
     """What is resampled, in a word."""
+    return "files" if len(set(_files(documents))) < len(documents["names"]) else "documents"
+
+
+def _files(documents: dict[str, Any]) -> list[str]:
+    """That the documents are from; if all are from one, each stands for itself."""
     names = documents["names"]
-    return "files" if len({origin_of(name) for name in names}) < len(names) else "documents"
+    files = [origin_of(name) for name in names]
+    return files if len(set(files)) > 1 else [f"{name} {i}" for i, name in enumerate(names)]
 
 
 def _loss(sums: np.ndarray) -> np.ndarray:

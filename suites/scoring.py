@@ -54,7 +54,8 @@ class Example:
 
 def origin_of(name: str) -> str:
     """The file of a document: one that is called `FILE:PART`, as a line or a class of it, is from FILE."""
-    return name.rpartition(":")[0] or name
+    file, _, part = name.rpartition(":")
+    return name if "/" in part or "\\" in part else file or name  # of an address, or of a drive
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import commands
 import numpy as np
@@ -254,6 +255,8 @@ def test_documents_of_one_file_are_resampled_together():
     assert (wide["n"], narrow["n"]) == (20, 80)
     assert (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) == pytest.approx(2, rel=0.2)
     assert one.endswith("on 20 files") and other.endswith("on 80 documents")
+    # Of one file alone nothing is said of others.
+    assert found([f"f.py:{i}" for i in range(80)]) == lines | {"documents": ANY}
 
 
 def test_very_many_documents_are_resampled_in_groups_of_neighbours(monkeypatch):

@@ -31,7 +31,16 @@ from suites.baselines import copied, last_lines, nearest
 from suites.completing import asked, complete, ngram_complete, uncut
 from suites.pairs import longest_completion, pair_examples
 from suites.rescoring import differences, rescore
-from suites.scoring import SUITES, Example, Predictions, metric_names, read_predictions, scored, suite_table
+from suites.scoring import (
+    SUITES,
+    Example,
+    Predictions,
+    metric_names,
+    origin_of,
+    read_predictions,
+    scored,
+    suite_table,
+)
 from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenizer import Tokenizer
 
@@ -209,6 +218,19 @@ def test_nats_of_examples_are_those_of_each_completion_alone(data, model, batch_
     of_ngram, sums = ngram_scores(train_ngram(data.train), store, 160)
     by_document = sums["nats"]
     assert by_document.sum() == pytest.approx(of_ngram.nats) and len(by_document) == store.n_documents
+
+
+def test_a_part_of_a_file_is_from_it():
+    for name, file in (
+        ("a/b.py:17", "a/b.py"),
+        ("a/b.py:Class", "a/b.py"),
+        ("a/b.py", "a/b.py"),
+        ("HumanEval/3", "HumanEval/3"),
+        ("https://x.org:80/page", "https://x.org:80/page"),
+        ("C:\\code\\b.py", "C:\\code\\b.py"),
+        (":17", ":17"),
+    ):
+        assert origin_of(name) == Example(name, 0, "", "").origin == file
 
 
 def test_what_is_copied_is_the_input_and_not_the_words_around_it():
