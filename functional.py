@@ -183,15 +183,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if path.suffix == ".gz"
             else open(path, encoding="utf-8") as f
         ):
-            start = f.read(1)
-            while start.isspace():
-                start = f.read(1)
-            f.seek(0)
-            if start == "[" and path.suffixes[:1] != [".jsonl"]:
-                rows = json.load(f)
+            text = f.read()  # once: it may be a pipe
+            if path.suffixes[:1] != [".jsonl"] and text.lstrip().startswith("["):
+                rows = json.loads(text)
                 numbered = ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
             else:
-                numbered = _parsed(path, f)
+                numbered = _parsed(path, text.split("\n"))
             for where, row in numbered:
                 if not isinstance(row, dict):
                     raise ValueError(f"{where} is a JSON {type(row).__name__}, not an object")

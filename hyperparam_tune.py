@@ -22,7 +22,7 @@ import shlex
 import signal
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,20 +104,24 @@ class Crew:
             if member.process.is_alive():
                 member.process.terminate() if self.asked == 1 else member.process.kill()
 
-    def end_hung(self) -> list[str]:
-        """Kill the workers that have done nothing for too long; their names."""
+    def end_hung(self, fail: Callable[[str], object]) -> None:
+        """Kill the workers that have done nothing for too long.
+
+        Args:
+            fail: Told the name of each, to fail its trial, while it still lives: of a dead one another worker
+                would take it up.
+        """
         # While this process itself stood still, they may have too.
         passed, self.looked = min(time.monotonic() - self.looked, 10 * LOOK), time.monotonic()
-        limit, ended = self.settings.sweep.hung_after, []
+        limit = self.settings.sweep.hung_after
         for member in self.members:
             ticks = member.ticks.value
             member.seen, member.idle = ticks, member.idle + passed if ticks == member.seen else 0.0
             if limit and member.idle >= limit and member.process.is_alive() and not member.hung:
                 member.hung = True
+                fail(member.name)
                 member.process.kill()
                 member.process.join(10 * LOOK)  # the kernel may take its time over a file system that is gone
-                ended.append(member.name)
-        return ended
 
     def look(self) -> int | None:
         """The exit code of all once they have ended; those that were killed are started again."""
@@ -168,13 +172,16 @@ def sweep(settings: Settings) -> int:
         print(f"the study in {folder} goes on after {len(shown)} trials")
     crew, code = Crew(settings, fingerprint), None
     hung = f"its worker did nothing for {settings.sweep.hung_after:g} s (--hung_after) and was killed"
+
+    def fail_hung(name: str) -> None:
+        if not trials.fail(name, hung) + repeats.fail(name, hung):
+            print(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
+
     try:
         with told(settings.sweep.storage, folder):
             while code is None:
                 time.sleep(LOOK)
-                for name in crew.end_hung():
-                    if not trials.fail(name, hung) + repeats.fail(name, hung):
-                        print(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
+                crew.end_hung(fail_hung)
                 code = crew.look()
                 for board, known in ((trials, shown), (repeats, again)):
                     for slot, record in board.slots().items():

@@ -107,7 +107,7 @@ def interval(
     return Interval(score, low, high, len(rows))
 
 
-def share_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
+def share_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
     """The percentage of successes with its Wilson interval (Wilson 1927), for scores that are all or nothing.
 
     0 of 25 is 0 [0, 13.3] here, where resampling would say 0 [0, 0].
@@ -124,7 +124,7 @@ def share_interval(successes: float, n: int, confidence: float = 0.95) -> Interv
     half = z / (n + z * z) * math.sqrt(successes * (n - successes) / n + z * z / 4)
     share = successes / n
     low, high = max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
-    return Interval(100 * share, 100 * low, 100 * high, n)
+    return Interval(100 * share, 100 * low, 100 * high, int(n))
 
 
 def chances_interval(rows: np.ndarray, seed: int = 0, confidence: float = 0.95) -> Interval:
@@ -132,7 +132,8 @@ def chances_interval(rows: np.ndarray, seed: int = 0, confidence: float = 0.95) 
 
     Of several draws a sample may have succeeded in some, and lies between; so may several samples of one
     file, whose sum is a row. Where few rows do, or few do not, resamples often hold none of those: then it
-    is Wilson's, too, since what lies between all and nothing varies less than they do; else the bootstrap's.
+    is Wilson's, too, since what lies between all and nothing varies less than they do, of as many as rows of
+    one size would tell as much (Kish 1965, 11.7); else the bootstrap's.
 
     Args:
         rows: (n, 2) sums of chances, and how many each row sums.
@@ -145,7 +146,9 @@ def chances_interval(rows: np.ndarray, seed: int = 0, confidence: float = 0.95) 
     rare = min((~passed).sum(), (~failed).sum()) < FEWEST_CHANGED
     if rare or (np.all(passed | failed) and np.all(counts == 1)):
         share = sums.sum() / counts.sum() / 100 if len(rows) else 0.0
-        return share_interval(float(share * len(rows)), len(rows), confidence)
+        n = counts.sum() ** 2 / np.square(counts).sum() if len(rows) else 0.0
+        found = share_interval(float(min(share, 1.0) * n), float(n), confidence)
+        return found._replace(n=len(rows))
     return interval(rows, mean_of_sums, seed, confidence, bounds=(0, 100))
 
 

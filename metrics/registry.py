@@ -188,10 +188,17 @@ def score(
     for one in wanted:
         if one.rows not in made:
             made[one.rows] = one.rows(pairs, language)
-    numbers = None
-    if origins is not None and 1 < len(set(origins)) < len(pairs):
-        numbers = np.unique(np.array(origins, object), return_inverse=True)[1]
+    numbers = None if origins is None else numbers_of(origins)
     return {one.name: Scored(one, made[one.rows], numbers) for one in wanted}
+
+
+def numbers_of(origins: Sequence[str]) -> np.ndarray | None:
+    """(n,) the number of each one's file; None where each has one of its own, or all are of one, of which
+    alone nothing can be said of others.
+    """
+    if not 1 < len(set(origins)) < len(origins):
+        return None
+    return np.unique(np.array(origins, object), return_inverse=True)[1]
 
 
 # --- the table -----------------------------------------------------------------------------------------

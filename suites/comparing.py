@@ -182,7 +182,7 @@ def comparison(columns: Sequence[Column]) -> list[str]:
         )
     rows += [[*row, ""] for row in shares_told([(column.record, column.system) for column in columns])]
     n, files = len(record["samples"]), len({origin_of(sample["name"]) for sample in record["samples"]})
-    over = " over files" if files < n else ""
+    over = " over files" if 1 < files < n else ""
     head = f"{suite.title}: {suite.counted.format(n=n, files=files)}, with 95% intervals{over}"
     lines = [head, *aligned(rows)]
     for name in names:

@@ -4,6 +4,7 @@ of a file, which any model can be asked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def file_examples(file: str) -> list[Document]:
     try:
         documents = list(read_documents(DataConfig(source=file)))
     except ValueError as error:  # which speaks of training's flags
-        raise ValueError(str(error).replace("--data.source", "--suite_file")) from None
+        said = str(error).replace("--data.source", "--suite_file")
+        raise ValueError(re.sub(r"(,| or|, or|:) set --data\.[^,;]*", "", said)) from None
     if documents[0].prompt is None:
         raise ValueError(
             f"{file} holds plain text, and the suite examples is of prompts and completions; give both"

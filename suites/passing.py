@@ -9,7 +9,7 @@ import numpy as np
 
 from metrics.estimates import pass_at_k
 from metrics.intervals import mean_of_sums, mean_rows
-from metrics.registry import Metric, Scored
+from metrics.registry import Metric, Scored, numbers_of
 from suites.scoring import Example
 
 K = (1, 10, 100)
@@ -23,6 +23,7 @@ def scores_of(
     if len(kept) < 2:
         why = next(iter(left_out.values()), "there are no more")
         raise ValueError(f"{len(kept)} problems could be judged, and an interval needs at least 2: {why}")
+    origins = numbers_of([examples[i].origin for i in kept])  # gaps of one solution are not independent
     subject = next(iter(results))
     fewest = min(len(results[subject][i]) for i in kept)
     found: dict[str, dict[str, Scored]] = {}
@@ -34,7 +35,7 @@ def scores_of(
                 100.0 * pass_at_k(n, c, k) if n > 1 else 100.0 * c
                 for n, c in ((len(rows[i]), rows[i].count("passed")) for i in kept)
             ]
-            found[system][f"pass@{k}"] = Scored(_pass_metric(k, box), mean_rows(chances))
+            found[system][f"pass@{k}"] = Scored(_pass_metric(k, box), mean_rows(chances), origins)
     return found
 
 

@@ -174,10 +174,11 @@ def write_samples(folder: Path, record: dict[str, Any], file: str) -> list[Path]
     rows = list(read_rows(Path(file)))
     problems = {problem.task_id: problem for problem in (problem_of(where, row) for where, row in rows)}
     paths = []
+    path = folder / f"problems-{record['suite']}.jsonl"
+    path.unlink(missing_ok=True)  # of an earlier part
     if len(record["samples"]) < len(rows):
         # The tools ask for samples of every problem that they are given.
         chosen = {sample["name"] for sample in record["samples"]}
-        path = folder / f"problems-{record['suite']}.jsonl"
         kept = (row for _, row in rows if str(row.get("task_id")) in chosen)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         paths.append(path)

@@ -41,6 +41,14 @@ def rescore(path: str | Path) -> int:
     for sentence in found:
         print("".join(c if c.isprintable() else "?" for c in sentence))  # the file may be a stranger's
     if found:
+        told = record.get("evaluation_code")
+        from checkpoint import code_fingerprint  # imports torch
+
+        if told != code_fingerprint(Path(__file__).parent.parent):
+            print(
+                "this file is of another version of the evaluation: its intervals and verdicts may be by "
+                "another method, its scores may not"
+            )
         return 1
     if "documents" in record:
         print(f"equal: token scores of {', '.join(record['documents']['nats'])}")
@@ -164,8 +172,12 @@ def _predictions(samples: list[Any], system: str) -> Predictions:
     return Predictions(texts, None, [list(draw) for draw in zip(*more, strict=True)])
 
 
-def _near(one: Any, other: float) -> bool:
-    return isinstance(one, int | float) and math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
+def _near(one: Any, other: Any) -> bool:
+    return (
+        isinstance(one, int | float)
+        and isinstance(other, int | float)
+        and math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
+    )
 
 
 def _both(said: Any, found: float) -> str:

@@ -40,6 +40,7 @@ DECIDING = (
     "tree-sitter-kotlin",
     "tree-sitter-java",
 )
+SUBJECTS = "checkpoint", "model", "adapter"
 # What makes of two evaluations of one model two things; where they ran is not part of it.
 ASKED = (
     "suite",
@@ -137,7 +138,10 @@ def set_aside(path: Path, settings: EvalConfig) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     asked = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if not isinstance(was, dict) or all(was.get(name) == asked[name] for name in ASKED):
+    if not isinstance(was, dict) or (
+        all(was.get(name) == asked[name] for name in ASKED)
+        and all(_same_place(was.get(name), asked[name]) for name in SUBJECTS)
+    ):
         return None
     numbers = itertools.count(1)
     free = next(p for n in numbers if not (p := path.with_name(f"{path.stem}-{n}.json")).exists())
@@ -145,6 +149,12 @@ def set_aside(path: Path, settings: EvalConfig) -> Path | None:
     with contextlib.suppress(OSError):
         path.with_suffix(".html").rename(free.with_suffix(".html"))
     return free
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    return one == other or (
+        isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+    )
 
 
 def rewrite_page(path: Path) -> Path:

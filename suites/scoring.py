@@ -9,6 +9,7 @@ A record is plain data and holds every prediction, so that each number in it can
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,7 +54,12 @@ class Example:
 
 
 def origin_of(name: str) -> str:
-    """The file of a document: one that is called `FILE:PART`, as a line or a class of it, is from FILE."""
+    """The file of a document: one that is called `FILE:PART`, as a line or a class of it, is from FILE.
+
+    Of a task of HumanEval's infilling, `KindInfilling/HumanEval/N/...`, it is the problem.
+    """
+    if infilling := re.match(r"\w+Infilling/\w+/\d+(?=/)", name):
+        return infilling[0]
     file, _, part = name.rpartition(":")
     return name if "/" in part or "\\" in part else file or name  # of an address, or of a drive
 
@@ -364,7 +370,7 @@ def suite_table(record: dict[str, Any]) -> str:
         )
     draws = record.get("draws", 1)
     each = f", {draws} draws each" if draws > 1 else ""
-    over = " over files" if files < len(record["samples"]) else ""
+    over = " over files" if 1 < files < len(record["samples"]) else ""
     return "\n".join([f"{head}{each}, with 95% intervals{over}", *lines])
 
 

@@ -56,7 +56,7 @@ def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: flo
     done = [r for r in slots.values() if is_done(r)]
     if len(done) >= ALL_FAILED and all(r.state == TrialState.FAIL for r in done):
         return False
-    if not sweep.trials and nothing_new(slots):
+    if not sweep.trials and grid is None and nothing_new(slots):  # a grid has an end
         return False
     if (sweep.trials and len(slots) >= sweep.trials) or (grid is not None and len(slots) >= grid):
         return False

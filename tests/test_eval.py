@@ -527,6 +527,22 @@ def test_a_look_at_a_few_samples_does_not_cost_the_evaluation_that_stood_there(r
     assert len(json.loads((run / "eval.json").read_text("utf-8"))["suite"]["samples"]) == 4
     evaluate(samples=5, temperature=1.0)
     assert len(json.loads((run / "eval-2.json").read_text("utf-8"))["suite"]["samples"]) == 4
+    # Nor that of another checkpoint in the same folder; the run by another name is no other.
+    (run.parent / "link").symlink_to(run)
+    out = run.parent / "out"
+    evaluate(samples=5, out=str(out))
+    evaluation.main(
+        replace(
+            here(run.parent / "link", max_new_tokens=4, precision="fp32", samples=5, out=str(out)),
+            cache=str(run.parent / "cache"),
+        )
+    )
+    assert not (out / "eval-1.json").exists()
+    step = str(run / "checkpoints" / "step-00000007")
+    evaluation.main(
+        replace(here(run, max_new_tokens=4, precision="fp32", samples=5, out=str(out)), checkpoint=step)
+    )
+    assert (out / "eval-1.json").exists()
     # What is no evaluation is in nobody's way.
     (run / "eval.json").write_text('{"settings": 3}', "utf-8")
     evaluate(samples=6)

@@ -258,6 +258,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             read_problems(tmp_path / name)
 
 
+def test_samples_come_from_a_pipe_too(tmp_path: Path) -> None:
+    problems = read_problems(write(tmp_path / "problems.jsonl", PROBLEMS))
+    rows = [{"task_id": name, "completion": "pass"} for name in problems]
+    ears, mouth = os.pipe()
+    os.write(mouth, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    os.close(mouth)
+    assert [one.task_id for one in read_samples(f"/dev/fd/{ears}", problems)] == list(problems)
+    os.close(ears)
+
+
 def test_a_k_above_the_number_of_samples_is_named(isolated: None, tmp_path: Path) -> None:
     problems = write(tmp_path / "problems.jsonl", PROBLEMS[:1])
     row = {"task_id": PROBLEMS[0]["task_id"], "completion": PROBLEMS[0]["canonical_solution"]}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from metrics.intervals import mean_rows
+from metrics.intervals import mean_rows, share_interval
 from metrics.registry import METRICS, Scored, metric, score
 from metrics.semantic import inverse_frequencies, token_similarity
 from metrics.texts import CLEANERS, cleaned
@@ -95,6 +95,18 @@ def test_differences_of_lines_of_files_are_told_apart_no_more_often_than_promise
             assert found.needed is not None and found.needed > 180
     assert wrong / trials <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
     assert alone / trials > 0.3
+
+
+def test_a_file_of_many_hits_is_one_file():
+    """Rows of unequal size tell less than as many alike: 100 hits of one file, and 59 files of one miss."""
+    scores, origins = [100.0] * 100 + [0.0] * 59, np.array([0] * 100 + list(range(1, 60)))
+    found = Scored(METRICS["exact_match"], mean_rows(scores), origins).interval()
+    assert found.mean == pytest.approx(100 * 100 / 159)
+    assert found.low < 20 and found.high > 90
+    alike = Scored(
+        METRICS["exact_match"], mean_rows([100.0] * 4 + [0.0] * 116), np.arange(120) // 2
+    ).interval()
+    assert alike[1:3] == pytest.approx(share_interval(2, 60)[1:3])
 
 
 def test_what_is_from_one_file_is_told_by_its_name():

@@ -229,6 +229,7 @@ def test_a_part_of_a_file_is_from_it():
         ("https://x.org:80/page", "https://x.org:80/page"),
         ("C:\\code\\b.py", "C:\\code\\b.py"),
         (":17", ":17"),
+        ("SingleLineInfilling/HumanEval/3/L0", "SingleLineInfilling/HumanEval/3"),
     ):
         assert origin_of(name) == Example(name, 0, "", "").origin == file
 
@@ -401,7 +402,9 @@ def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_name
         change(changed["suite"])
         path.write_text(json.dumps(changed), "utf-8")
         assert rescore(path) == 1
-        return capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out.endswith("by another method, its scores may not\n")  # it names no version of the code
+        return out.rpartition("this file is of another version")[0]
 
     true = whole["suite"]["scores"]["model"]["chrf"]["mean"]
     said = said_of(lambda suite: suite["scores"]["model"]["chrf"].update(mean=true + 2))
@@ -430,6 +433,8 @@ def test_saved_predictions_score_what_the_file_says_and_an_edited_number_is_name
     said = said_of(lambda suite: suite["verdicts"]["chrf"]["differences"]["copy"].update(needed=7, high=9.0))
     assert "pairs, chrf: of the difference from copy the file says high 9.0, and its predictions " in said
     assert "of the difference from copy the file says needed 7, and its predictions " in said
+    said = said_of(lambda suite: suite["verdicts"]["chrf"]["differences"]["copy"].update(needed=None))
+    assert "the file says needed None, and its predictions " in said or "equal" in said
     # What was asked in other words is held to its predictions too.
     worded = copy.deepcopy(whole["suite"])
     worded["scores"]["model"]["chrf"]["mean"] += 1

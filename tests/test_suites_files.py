@@ -461,6 +461,11 @@ def test_samples_of_a_part_are_judged_again_by_the_problems_beside_them(
     held = [json.loads(line) for line in problems.read_text("utf-8").splitlines()]
     assert held == [whole[sample["name"]] for sample in result["suite"]["samples"]]
     said = functional.evaluate(FunctionalConfig(str(problems), str(samples)))
+    # Of the whole, later, there is no part beside it.
+    whole_of = replace(asked, samples=None)
+    evaluation.write_results(evaluation.evaluate(whole_of), whole_of)
+    assert not problems.exists()
+    evaluation.write_results(result, asked)
     assert f"pass@1  {result['suite']['scores']['model']['pass@1']['mean']:.2f}%" in said
     assert "over 2 problems" in said
 
