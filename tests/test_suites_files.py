@@ -344,7 +344,7 @@ def test_rows_of_ones_own_that_cannot_be_asked_are_one_sentence(folder: Path, tm
     for changed, said in (
         ({"suite_file": None}, "name it with --suite_file"),
         ({"suite_file": text}, "holds plain text, and the suite examples is of prompts and completions"),
-        ({"suite_file": lacking}, "has no field completion"),
+        ({"suite_file": lacking}, r"has no field completion but path, prompt: [^-]*$"),  # no flag of training
         ({"suite_file": str(tmp_path)}, "is no .jsonl, .jsonl.gz or .parquet file"),
         ({"samples": 0}, "--samples is 0, which leaves the scores of texts out, and examples has no others"),
         ({"prompts": "terse"}, "has no prompt called 'terse'"),

@@ -561,6 +561,22 @@ def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus:
     assert not more_trials(three, slots, 71.0, None)
 
 
+def test_a_grid_is_tried_whole_where_other_samplers_have_seen_enough(tmp_path: Path, corpus: Path) -> None:
+    """A block of twenty settings that cannot be built stands in front of the rest of a grid."""
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--steps", "900", "--trials", "0"])
+    made = {"attempt": 0, "steps": 12, "seconds": 1.0}
+    slots = {
+        0: optuna.trial.create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs=made | {"slot": 0})
+    }
+    for slot in range(1, 21):
+        attributes = {"slot": slot, "attempt": 0, "steps": 0, "seconds": 0.0}
+        slots[slot] = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes)
+    assert more_trials(settings, slots, 0.0, 80)
+    assert not more_trials(settings, slots, 0.0, None)
+    del slots[20]
+    assert more_trials(settings, slots, 0.0, None)
+
+
 def test_a_budget_in_steps_holds_the_longest_trial_of_the_space(tmp_path: Path, corpus: Path) -> None:
     for space in ({"max_steps": {"int": [6, 24]}}, {"arms": {"a": {"max_steps": 6}, "b": {"max_steps": 24}}}):
         words = ["--config", str(tiny(tmp_path, corpus, space=space)), "--trials", "0", "--steps"]
