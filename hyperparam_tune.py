@@ -70,6 +70,16 @@ class Member:
     hung: bool = False
 
 
+def gpus_for(device: str) -> list[str]:
+    """The GPUs that workers share out, as CUDA_VISIBLE_DEVICES names them; none where `device` names one."""
+    from torch.cuda import device_count
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device not in ("auto", "cuda"):
+        return []
+    return visible.split(",") if visible is not None else [str(n) for n in range(device_count())]
+
+
 class Crew:
     """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
 
@@ -78,6 +88,7 @@ class Crew:
         self.asked = 0  # signals
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
+        self.gpus = gpus_for(settings.config.train.device)
         self.context = multiprocessing.get_context("spawn")
         self.deaths = 0
         self.sentence = ""  # the first worker's that ended with an error
@@ -85,15 +96,17 @@ class Crew:
         self.members: list[Member] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
-        for _ in range(settings.sweep.workers):
-            self.members.append(self.started())
+        for place in range(settings.sweep.workers):
+            self.members.append(self.started(place))
 
-    def started(self) -> Member:
+    def started(self, place: int) -> Member:
         ear, mouth = self.context.Pipe(duplex=False)
         name, ticks = uuid.uuid4().hex, self.context.RawValue("Q")
         process = self.context.Process(
             target=start, args=(self.settings, self.fingerprint, mouth, name, ticks)
         )
+        if len(self.gpus) > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         process.start()
         mouth.close()
         return Member(name, process, ear, ticks)
@@ -142,7 +155,7 @@ class Crew:
                 )
             if not member.hung:
                 print(f"a worker died (exit code {code}); another one takes its trial up")
-            self.members[place] = self.started()
+            self.members[place] = self.started(place)
         codes = [member.process.exitcode for member in self.members]
         if 2 in codes and not self.asked:
             self.stop()
@@ -197,10 +210,11 @@ def sweep(settings: Settings) -> int:
     if code == 2:
         raise ValueError(crew.sentence)
     slots, repeated = trials.slots(), repeats.slots()
+    if code == 0 or any(record.state == TrialState.COMPLETE for record in slots.values()):
+        finish(settings, studies, slots, repeated)
     if code == STOPPED:
         print(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")
         return code
-    finish(settings, studies, slots, repeated)
     if slots and all(record.state == TrialState.FAIL for record in slots.values()):
         reason = slots[0].user_attrs.get("reason")
         raise ValueError(
@@ -232,7 +246,7 @@ def finish(
     slots: Mapping[int, FrozenTrial],
     repeats: Mapping[int, FrozenTrial],
 ) -> None:
-    """Print the table and the verdict; write the best config, the pictures and the page."""
+    """Print the table and the verdict; write the best config, the pictures and the page; as of now."""
     from sweeps.pictures import draw
 
     folder = settings.sweep.folder

@@ -37,6 +37,7 @@ from sweeps.storage import patiently
 BEAT = 10.0  # seconds between two writes of a pulse
 STALE = 60.0  # seconds that the pulse of a dead worker has stood still, on this machine's clock
 PULSE = "worker "  # and its id: an attribute of the study
+KILLED = "killed"  # for good: it may have gone on after the last validation that is known
 VALIDATED = "validated"  # step of the last validation, where Optuna is not told of it
 RUN_ON = ("slot", "attempt", "of", "seed", "first_losses", "parameters", "fingerprint", VALIDATED)
 
@@ -209,7 +210,7 @@ class Board:
                 continue
 
             def end(record: FrozenTrial = record) -> bool:
-                for key, value in (("reason", reason), ("steps", validated(record))):
+                for key, value in (("reason", reason), ("steps", validated(record)), (KILLED, True)):
                     storage.set_trial_user_attr(record._trial_id, key, value)
                 return storage.set_trial_state_values(record._trial_id, TrialState.FAIL)
 

@@ -39,7 +39,7 @@ class SweepConfig:
         trials: Budget in trials; 30 where no other is set.
         steps: Budget in training steps of all trials; no trial begins that might go beyond it.
         seconds: Budget in seconds by the clock while at least one worker is at it, repeats included.
-        workers: Processes on this machine, which share its cores.
+        workers: Processes on this machine, which share its cores; of several GPUs each has one, in turn.
         sampler: How settings are chosen: `tpe`, `random`, `grid`, `cmaes` or `gp`.
         pruner: What ends bad trials early: `median`, `hyperband`, `halving`, `patient` or `none`; `auto` is
             median, and none with several objectives or without validations on the way.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import optuna
@@ -23,13 +24,16 @@ from optuna.pruners import (
 )
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from runfolder import FREE, KEY_CLASSES, flat
+from sweeps.board import is_open, slots_of
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.space import ARMS, MATTERS, Parameter, flow, written
 from sweeps.storage import open_storage, patiently, told
 
 STARTUP = 5  # trials at random before a sampler models, and before a pruner compares
+NO_BRACKET = -1  # of Hyperband's, whose numbers count from 0
 REPEATS = "-repeats"  # and the study's name before it: the study of the repeats
 
 
@@ -143,11 +147,39 @@ def make_pruner(settings: Settings) -> BasePruner:
         return PatientPruner(MedianPruner(n_startup_trials=STARTUP), patience=1)
     every = max(1, train.validate_every)
     if name == "halving":
-        return SuccessiveHalvingPruner(min_resource=every, reduction_factor=3)
+        return _Halving(min_resource=every, reduction_factor=3)
     if name == "hyperband":
         most = train.max_steps if train.max_steps > every else "auto"
-        return HyperbandPruner(min_resource=every, max_resource=most, reduction_factor=3)
+        return _Hyperband(min_resource=every, max_resource=most, reduction_factor=3)
     return NopPruner()
+
+
+class _Slots(optuna.Study):
+    """A study in which an attempt that another one goes on from does not compete with it."""
+
+    def __init__(self, study: optuna.Study):
+        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return list(slots_of(super().get_trials(deepcopy, states)).values())
+
+
+class _Halving(SuccessiveHalvingPruner):
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return super().prune(_Slots(study), trial)
+
+
+class _Hyperband(HyperbandPruner):
+    """Its brackets are drawn by slot, so that a trial stays in its own whoever goes on with it."""
+
+    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        if is_open(trial):
+            return NO_BRACKET
+        slot = copy.copy(trial)
+        slot.number = trial.user_attrs["slot"]
+        return super()._get_bracket_id(study, slot)
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:

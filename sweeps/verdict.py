@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from config import Config
 from runfolder import flat
 from suites.scoring import aligned
+from sweeps.board import is_done
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.space import flow
 from sweeps.study import chosen_of
@@ -249,14 +250,17 @@ def asked_steps(settings: Settings, record: FrozenTrial) -> int:
 
 def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """How many trials ended how, the steps they took, and each reason for a failure."""
+    left = sum(not is_done(record) for record in slots.values())
+    slots = {slot: record for slot, record in slots.items() if is_done(record)}
     states = Counter(record.state for record in slots.values())
     steps = sum(record.user_attrs.get("steps", 0) for record in slots.values())
     pruned = [r for r in slots.values() if r.state == TrialState.PRUNED and "same_as" not in r.user_attrs]
     whole = steps + sum(max(0, asked_steps(settings, r) - r.user_attrs.get("steps", 0)) for r in pruned)
     saved = f", {1 - steps / whole:.0%} fewer than without pruning" if whole > steps else ""
     line = (
-        f"{len(slots)} trials: {states[TrialState.COMPLETE]} complete, {states[TrialState.PRUNED]} pruned, "
-        f"{states[TrialState.FAIL]} failed; {steps:,} steps{saved}"
+        f"{len(slots) + left} trials: {states[TrialState.COMPLETE]} complete, "
+        f"{states[TrialState.PRUNED]} pruned, {states[TrialState.FAIL]} failed"
+        f"{f', {left} not ended' if left else ''}; {steps:,} steps{saved}"
     )
     reasons = Counter(
         record.user_attrs.get("reason", "") for record in slots.values() if record.state == TrialState.FAIL

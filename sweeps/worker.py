@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from config import Config
 from runfolder import LOCK, flat
-from sweeps.board import VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
+from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.storage import patiently, told
 from sweeps.study import (
@@ -61,7 +61,8 @@ def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: flo
     if (sweep.trials and len(slots) >= sweep.trials) or (grid is not None and len(slots) >= grid):
         return False
     whole = settings.space.most_steps(settings.config)
-    used = sum(r.user_attrs.get("steps", 0) if is_done(r) else whole for r in slots.values())
+    known = [r.user_attrs.get("steps", 0) for r in done if KILLED not in r.user_attrs]
+    used = sum(known) + whole * (len(slots) - len(known))
     if sweep.steps and used + whole > sweep.steps:
         return False
     if sweep.seconds and slots:
@@ -206,6 +207,7 @@ class Worker:
                 reason = (
                     f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
                 )
+                self.note(board, claim, KILLED, True)
                 self.record(board, claim, Outcome("failed", reason, steps=at))
                 return
             try:

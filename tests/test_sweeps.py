@@ -29,7 +29,7 @@ from config import parse_config
 from hyperparam_tune import Crew, finish
 from sweeps import study as studies
 from sweeps import worker
-from sweeps.board import VALIDATED, Board, Pulse, is_done, is_open, slots_of
+from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
@@ -181,21 +181,28 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_of_it_and_the_same_command_goes_on(tmp_path: Path, corpus: Path) -> None:
-    path = tiny(tmp_path, corpus, max_steps=3000, sweep={"trials": 2, "repeat_seeds": 0})
+def test_ctrl_c_ends_all_of_it_tells_what_was_found_and_the_same_command_goes_on(
+    tmp_path: Path, corpus: Path
+) -> None:
+    grid = {"trials": 2, "repeat_seeds": 2, "sampler": "grid"}
+    path = tiny(tmp_path, corpus, space={"max_steps": [12, 3000]}, sweep=grid)
     process = subprocess.Popen(
         command("--config", path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0000/checkpoints/step-*")))
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0001/checkpoints/step-*")))
     trainers = workers_of(process.pid)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == STOPPED, errors
     assert "the same command goes on" in output and "Traceback" not in errors
     assert trainers and not any(Path(f"/proc/{pid}").exists() for pid in trainers)
-    (slot,) = slots_of(records(tmp_path)).values()
-    assert is_open(slot) and slot.user_attrs["requeue"] == "it was stopped"
+    ended, slot = slots_of(records(tmp_path)).values()
+    assert is_done(ended) and is_open(slot) and slot.user_attrs["requeue"] == "it was stopped"
     assert max(slot.intermediate_values) >= 3
+    assert "\n2 trials: 1 complete, 0 pruned, 0 failed, 1 not ended; 12 steps\n" in output
+    assert "nothing was repeated, so whether it differs is not known" in output
+    best = yaml.safe_load((tmp_path / "study" / "best.yaml").read_text("utf-8"))
+    assert best["max_steps"] == 12 and (tmp_path / "study" / "report.html").is_file()
 
 
 @pytest.mark.slow
@@ -225,6 +232,26 @@ def test_a_worker_that_ends_without_a_word_is_told_of(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def tells_its_gpu(settings: Settings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
+    mouth.send(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def test_workers_share_out_the_gpus_that_their_command_may_see(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hyperparam_tune, "start", tells_its_gpu)
+    for device, gpus in (("auto", ["3", "5", "3"]), ("cuda:1", ["3,5"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        words = ["--config", str(tiny(tmp_path, corpus)), "--workers", str(len(gpus)), "--device", device]
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            crew = Crew(parse_settings(words), "")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert [member.ear.recv() for member in crew.members] == gpus
 
 
 def stands_still(settings: Settings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
@@ -402,7 +429,7 @@ def test_a_trial_at_which_workers_keep_dying_is_failed_with_the_steps_that_it_to
             board.release(claim.record, "its worker died")
         Worker(settings, trials, repeats, pulse).work()
         (slot,) = board.slots().values()
-    assert is_done(slot) and slot.user_attrs["steps"] == 9
+    assert is_done(slot) and slot.user_attrs["steps"] == 9 and slot.user_attrs[KILLED]
     assert slot.user_attrs["reason"] == "2 workers died at it after step 9; memory may be full"
 
 
@@ -508,6 +535,48 @@ def test_bad_trials_are_pruned_and_equal_ones_taken_over(
     assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
 
 
+@pytest.mark.parametrize("pruner", ["halving", "hyperband", "median"])
+def test_the_pruner_decides_as_in_a_study_in_which_nobody_was_stopped(
+    tmp_path: Path, corpus: Path, pruner: str
+) -> None:
+    """A trial that another attempt goes on with has two records, and competes once, in the same bracket."""
+    draw, values = random.Random(5), {}
+    for slot in range(24):
+        values[slot] = [draw.random() for _ in range(4)]
+
+    def decisions(stopped: int) -> list[int]:
+        """Of each slot after how many validations it was pruned; 4: never."""
+        path = tiny(tmp_path, corpus, sweep={"study": str(tmp_path / f"stopped{stopped}" / "study")})
+        settings = parse_settings(["--config", str(path), "--pruner", pruner])
+        settings.sweep.folder.mkdir(parents=True)
+        study, _ = open_studies(settings)
+        study.pruner, ended = studies.make_pruner(settings), []
+        with Pulse(study, settings.sweep.folder) as pulse:
+            board = Board(study, pulse)
+            for slot in values:
+                went_on = 0
+                while True:
+                    claim = board.claim(lambda slots, n=slot: len(slots) <= n, lambda slots: {})
+                    assert claim is not None and claim.slot == slot
+                    trial, pruned = optuna.trial.Trial(study, claim.record._trial_id), False
+                    while not pruned and went_on < 4:
+                        trial.report(values[slot][went_on], 3 * went_on + 3)
+                        pruned, went_on = trial.should_prune(), went_on + 1
+                        if went_on <= stopped:
+                            break
+                    if pruned or went_on == 4:
+                        break
+                    board.release(claim.record, "it was stopped")
+                state = TrialState.PRUNED if pruned else TrialState.COMPLETE
+                study._storage.set_trial_state_values(claim.record._trial_id, state, [values[slot][-1]])
+                ended.append(went_on)
+        return ended
+
+    undisturbed = decisions(0)
+    assert set(undisturbed) >= {1, 4}
+    assert decisions(1) == decisions(3) == undisturbed
+
+
 @pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
 def test_samplers_ask_within_the_space(tmp_path: Path, corpus: Path, sampler: str) -> None:
     """Without training: each is asked after trials that were told, as many as it needs to model them."""
@@ -552,6 +621,11 @@ def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus:
     assert more_trials(settings, slots, 0.0, None)  # 27 + 12
     slots[3] = record(3, TrialState.COMPLETE, 12)
     assert not more_trials(settings, slots, 0.0, None)  # 39 + 12
+    slots[3] = record(3, TrialState.FAIL, 9)
+    assert more_trials(settings, slots, 0.0, None)  # 36 + 12
+    slots[3].user_attrs[KILLED] = True  # and may have taken all 12
+    assert not more_trials(settings, slots, 0.0, None)
+    slots[3] = record(3, TrialState.COMPLETE, 12)
     slots[3].user_attrs["same_as"], slots[3].user_attrs["seconds"] = 0, 0.0  # taken over in no time
     timed = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--seconds", "100", "--trials", "0"])
     assert more_trials(timed, slots, 50.0, None)  # 10 for it, 40 for the repeats of two configs by two seeds

@@ -20,7 +20,18 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from sweeps import board as boards
-from sweeps.board import PULSE, VALIDATED, Board, Claim, Pulse, is_done, is_open, slots_of, spent_seconds
+from sweeps.board import (
+    KILLED,
+    PULSE,
+    VALIDATED,
+    Board,
+    Claim,
+    Pulse,
+    is_done,
+    is_open,
+    slots_of,
+    spent_seconds,
+)
 from sweeps.storage import open_storage, shown, told
 from sweeps.study import refuse_other_data
 
@@ -222,7 +233,7 @@ def test_what_a_worker_that_is_gone_was_running_is_failed_once_and_nothing_else(
         slots = others.slots()
         assert [r.state.name for r in slots.values()] == ["COMPLETE", "FAIL", "RUNNING"]
         assert is_done(slots[1]) and slots[1].user_attrs["reason"] == "it hung"
-        assert slots[1].user_attrs["steps"] == 6
+        assert slots[1].user_attrs["steps"] == 6 and slots[1].user_attrs[KILLED]
         board.release(slots[2], "its worker died")  # which somebody else saw first
         assert others.fail("other", "it hung") == 0 and is_open(others.slots()[2])
 
