@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,15 +76,15 @@ def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
-def records(folder: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
+def records(folder: Path, name: str = "study", url: str = "") -> list[optuna.trial.FrozenTrial]:
     """As Optuna's own reader has them."""
-    storage = JournalStorage(JournalFileBackend(str(folder / "study" / "journal.log")))
+    storage = url or JournalStorage(JournalFileBackend(str(folder / "study" / "journal.log")))
     return optuna.load_study(study_name=name, storage=storage).get_trials()
 
 
-def results(folder: Path, name: str = "study") -> dict[int, Any]:
+def results(folder: Path, name: str = "study", url: str = "") -> dict[int, Any]:
     """Of each slot its parameters and value."""
-    return {slot: (r.params, r.value) for slot, r in slots_of(records(folder, name)).items()}
+    return {slot: (r.params, r.value) for slot, r in slots_of(records(folder, name, url)).items()}
 
 
 def wait_for(true: Callable[[], bool], seconds: float = 600) -> None:
@@ -914,7 +915,11 @@ def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Pa
 
 @pytest.mark.slow
 def test_fifty_kills_at_random_instants_lose_nothing(tmp_path: Path, corpus: Path) -> None:
-    """Each slot ends once, with the parameters and the value that it has in a study that nobody killed."""
+    """Each slot ends once, with the parameters and the value that it has in a study that nobody killed.
+
+    Studies are kept in PLUMB_STORAGE, the URL of a database, or in journals where it is not set.
+    """
+    url, mark = os.environ.get("PLUMB_STORAGE", ""), uuid.uuid4().hex[:8]
     options = ("--sampler", "random", "--pruner", "none", "--trials", "8", "--deaths", "1000")
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -926,6 +931,10 @@ def test_fifty_kills_at_random_instants_lose_nothing(tmp_path: Path, corpus: Pat
         killed = tmp_path / f"killed-{ended}"
         killed.mkdir()
         words = command("--config", tiny(killed, corpus, max_steps=40), *options, "--workers", "2")
+        study = "study"
+        if url:  # whose names are not of this folder alone
+            study = f"study-{mark}-{ended}"
+            words += ["--storage", url, "--study", str(killed / study)]
         while True:
             process = subprocess.Popen(
                 words, cwd=killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -946,10 +955,11 @@ def test_fifty_kills_at_random_instants_lose_nothing(tmp_path: Path, corpus: Pat
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL, output
-        for name in ("study", "study-repeats"):
-            assert results(killed, name) == results(whole, name)
-            assert all(r.state.is_finished() for r in records(killed, name))
-            assert all(is_done(record) for record in slots_of(records(killed, name)).values())
-        assert list(results(killed)) == list(range(8))
+        for kind in ("", "-repeats"):
+            found = records(killed, study + kind, url)
+            assert results(killed, study + kind, url) == results(whole, "study" + kind)
+            assert all(r.state.is_finished() for r in found)
+            assert all(is_done(record) for record in slots_of(found).values())
+        assert list(results(killed, study, url)) == list(range(8))
         ended += 1
     print(f"{kills} kills, {of_command} of them of the command itself; {starts} starts of {ended} studies")
