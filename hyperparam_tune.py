@@ -218,7 +218,8 @@ def sweep(settings: Settings) -> int:
     if slots and all(record.state == TrialState.FAIL for record in slots.values()):
         reason = slots[0].user_attrs.get("reason")
         raise ValueError(
-            f"all {len(slots)} trials failed (it stops after {ALL_FAILED}); the first one: {reason}"
+            f"all {len(slots)} trials failed (it stops after {ALL_FAILED}); the first one: {reason}; mend that, "
+            "and begin anew with another --study"
         )
     return 0
 

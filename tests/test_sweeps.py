@@ -414,6 +414,14 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
     assert "1 failed: memory is full" in counts(settings, slots)
 
 
+def test_a_sweep_of_failures_alone_says_why_and_what_to_do(tmp_path: Path, corpus: Path) -> None:
+    words = ("--config", tiny(tmp_path, corpus), "--allow", "nothing", "--trials", "2")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "all 2 trials failed (it stops after 5); the first one: --allow nothing names no" in done.stderr
+    assert "; mend that, and begin anew with another --study" in done.stderr
+
+
 def test_a_trial_at_which_workers_keep_dying_is_failed_with_the_steps_that_it_took(
     tmp_path: Path, corpus: Path
 ) -> None:
