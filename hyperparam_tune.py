@@ -30,7 +30,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps import verdict
-from sweeps.board import Board, Pulse, is_done
+from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.storage import told
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import ALL_FAILED, STOPPED, start
@@ -172,8 +172,14 @@ def sweep(settings: Settings) -> int:
     """
     folder = settings.sweep.folder
     folder.mkdir(parents=True, exist_ok=True)
+    left = any((folder / "trials").glob("*"))  # looked at first: a trial is told before its folder is made
     with told(settings.sweep.storage, folder):
         studies = open_studies(settings)
+        if left and not studies[0].get_trials(deepcopy=False):
+            raise ValueError(
+                f"{folder / 'trials'} holds runs that trials would go on from, and the storage has no trial "
+                f"of a study {settings.sweep.name}: name the folder as it was, or set another --study"
+            )
     fingerprint = prepare(settings)
     with told(settings.sweep.storage, folder):
         refuse_other_data(studies[0], fingerprint)
@@ -218,8 +224,8 @@ def sweep(settings: Settings) -> int:
     if slots and all(record.state == TrialState.FAIL for record in slots.values()):
         reason = slots[0].user_attrs.get("reason")
         raise ValueError(
-            f"all {len(slots)} trials failed (it stops after {ALL_FAILED}); the first one: {reason}; mend that, "
-            "and begin anew with another --study"
+            f"all {len(slots)} trials failed (it stops after {ALL_FAILED}); the first one: {reason}; mend "
+            "that, and begin anew with another --study"
         )
     return 0
 
@@ -255,17 +261,18 @@ def finish(
     said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
     judged = verdict.verdict(settings, slots, repeats)
     print("\n".join(["", *rows, "", *front, *([""] if front else []), *said, "", *judged, ""]))
-    if any(record.state == TrialState.COMPLETE for record in slots.values()):
-        best = verdict.winner(settings, slots, repeats)
-        config = verdict.config_of(settings, slots, best)
-        name = verdict.called(best).capitalize()
-        head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
-        path = folder / "best.yaml"
-        write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
-        print(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
-    pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
-    print(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
-    print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+    with alone(folder / ".finish"):  # several commands may end at once
+        if any(record.state == TrialState.COMPLETE for record in slots.values()):
+            best = verdict.winner(settings, slots, repeats)
+            config = verdict.config_of(settings, slots, best)
+            name = verdict.called(best).capitalize()
+            head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
+            path = folder / "best.yaml"
+            write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
+            print(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
+        pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
+        print(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
+        print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
 
 
 def main(settings: Settings) -> None:

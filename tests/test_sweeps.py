@@ -28,9 +28,9 @@ from scipy import stats
 import hyperparam_tune
 from config import parse_config
 from hyperparam_tune import Crew, finish
+from sweeps import pictures, worker
 from sweeps import study as studies
-from sweeps import worker
-from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_open, slots_of
+from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_locked, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
@@ -154,6 +154,13 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "the study study has other data: its fingerprint was" in refused.stderr
     assert (study / "journal.log").read_bytes() == before
+
+    study.rename(tmp_path / "moved")  # whose journal tells of a study of another name
+    words = ("hyperparam_tune.py", "--config", path, "--study", tmp_path / "moved", "--max_steps", "3")
+    for _ in range(2):
+        refused = commands.command(*words, cwd=tmp_path)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert "moved/trials holds runs that trials would go on from, and the storage" in refused.stderr
 
 
 @pytest.mark.slow
@@ -791,6 +798,10 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
     del slots[2]
     assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
 
+    words = ["--config", str(tiny(tmp_path, corpus)), "--objectives", "tokens_per_second"]
+    told = verdict(parse_settings(words), slots, again({4: [9.0], None: [7.0], 5: [8.0]}))
+    assert [line.split(":")[0] for line in told[:3]] == ["trial 4", "trial 5", "the config itself"]
+
 
 @pytest.mark.parametrize(
     ("value", "text"),
@@ -883,12 +894,28 @@ def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: 
         for slot in range(12)
     }
     finish(settings, open_studies(settings), slots, {})
-    pictures = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
-    assert pictures == {"history", "parallel", "slices", "importances", "intermediate"}
+    drawn = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
+    assert drawn == {"history", "parallel", "slices", "importances", "intermediate"}
     assert "seed" not in yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
     page = (settings.sweep.folder / "report.html").read_text("utf-8")
     assert "<script" not in page and "<img src" not in page
     assert page.count("&lt;script&gt;") == 5 and "<title>&lt;img src=x&gt;\n" in page
+
+
+def test_of_commands_that_end_at_once_one_writes_at_a_time(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    draw, held = pictures.draw, []
+
+    def seen(*given: Any) -> list[Path]:
+        held.append(is_locked(settings.sweep.folder / ".finish"))
+        return draw(*given)
+
+    monkeypatch.setattr(pictures, "draw", seen)
+    finish(settings, open_studies(settings), {}, {})
+    assert held == [True] and not is_locked(settings.sweep.folder / ".finish")
 
 
 # --- kills -------------------------------------------------------------------------------------------
