@@ -17,7 +17,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from config import Config
+from config import Config, parse_config
 from runfolder import flat
 from suites.scoring import aligned
 from sweeps.board import is_done
@@ -310,7 +310,8 @@ def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
 
 def best_yaml(config: Config) -> dict[str, Any]:
     """The config as a file for `python trainingmanager.py --config`: what differs from the defaults."""
-    default = flat(Config())
+    base = config.train.base  # which brings defaults of its own
+    default = flat(parse_config(["--base", base] if base is not None else [])) | {"base": None}
     plain: dict[str, Any] = {}
     for key, value in flat(config).items():
         if value != default[key] and key not in ("run", "resume"):

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from scipy import stats
 
 import hyperparam_tune
-from config import parse_config
+from config import RECIPES, parse_config
 from hyperparam_tune import Crew, finish
 from sweeps import pictures, worker
 from sweeps import study as studies
@@ -34,7 +34,18 @@ from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_locked, is
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
-from sweeps.verdict import Repeated, counts, differences, front, idle, number, short, verdict, winner
+from sweeps.verdict import (
+    Repeated,
+    best_yaml,
+    counts,
+    differences,
+    front,
+    idle,
+    number,
+    short,
+    verdict,
+    winner,
+)
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -817,6 +828,20 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
 )
 def test_a_value_is_written_with_digits_that_say_something(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_seconds", "60", "--model.n_layer", "2"],
+        ["--base", "folder", "--config", str(RECIPES / "kotlin.yaml")],  # whose batch_size is 8
+        ["--base", "folder", "--lora.r", "0", "--optimizer.name", "muon", "--optimizer.schedule", "wsd"],
+    ],
+)
+def test_the_best_config_is_read_again_as_it_was(words: list[str], tmp_path: Path) -> None:
+    config, path = parse_config(words), tmp_path / "best.yaml"
+    path.write_text(yaml.safe_dump(best_yaml(config)), "utf-8")
+    assert parse_config(["--config", str(path)]) == config
 
 
 def test_settings_in_the_table_are_as_yaml_has_them() -> None:
