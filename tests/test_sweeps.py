@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
 import signal
 import socket
@@ -225,6 +226,44 @@ def test_ctrl_c_ends_all_of_it_tells_what_was_found_and_the_same_command_goes_on
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_closed_terminal_stops_it_once_and_what_was_found_is_written(tmp_path: Path, corpus: Path) -> None:
+    grid = {"trials": 2, "repeat_seeds": 2, "sampler": "grid"}
+    path = tiny(tmp_path, corpus, space={"max_steps": [12, 3000]}, sweep=grid)
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, command("--config", path))
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0001/checkpoints/step-*")))
+    os.close(terminal)  # by which the kernel hangs up
+    time.sleep(0.03)
+    os.kill(child, signal.SIGHUP)  # as does a shell
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == STOPPED
+    ended, slot = slots_of(records(tmp_path)).values()
+    assert is_done(ended) and slot.user_attrs["requeue"] == "it was stopped"
+    assert all((tmp_path / "study" / name).is_file() for name in ("best.yaml", "report.html"))
+
+
+def test_a_reader_that_went_away_and_a_terminal_that_nohup_waives_stop_nothing(
+    tmp_path: Path, corpus: Path
+) -> None:
+    process = subprocess.Popen(
+        ["nohup", *command("--config", tiny(tmp_path, corpus), "--trials", "3", "--repeat_seeds", "0")],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("training a code tokenizer")
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0001")))
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr is not None and process.stderr.read() == ""
+    assert process.wait(300) == 0
+    assert [r.state for r in records(tmp_path)] == [TrialState.COMPLETE] * 3
+    assert (tmp_path / "study" / "report.html").is_file()
+
+
 def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus: Path) -> None:
     path = tiny(tmp_path, corpus, sweep={"workers": 2})
     (tmp_path / "study").mkdir()
