@@ -949,17 +949,19 @@ def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: 
     distributions = {p.key: studies.distribution(p) for p in settings.space.parameters}
     slots = {
         slot: optuna.trial.create_trial(
-            value=2 - slot / 20,
-            params={"arms": (name, "b")[slot % 2], "optimizer.head_lr": (slot + 1) / 200},
+            value=3 - slot / 20,
+            params={"arms": (name, "b")[slot % 2], "optimizer.head_lr": (slot + 1) / 490},
             distributions=distributions,
             user_attrs={"slot": slot, "attempt": 0},
             intermediate_values={3: 2.5, 6: 2.2},
         )
-        for slot in range(12)
+        for slot in range(48)
     }
     finish(settings, open_studies(settings), slots, {})
     drawn = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
     assert drawn == {"history", "parallel", "slices", "importances", "intermediate"}
+    heights = [int.from_bytes(p.read_bytes()[20:24]) for p in (settings.sweep.folder / "pictures").iterdir()]
+    assert max(heights) < 800  # not all 48 stand in a legend
     assert "seed" not in yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
     page = (settings.sweep.folder / "report.html").read_text("utf-8")
     assert "<script" not in page and "<img src" not in page
