@@ -161,11 +161,23 @@ _HELP = (
 )
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which each key stands once: of two alike the parser takes the later one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     """The words for the rest of a config file, after its sections `space` and `sweep` were taken."""
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, _Once)
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         print(f"error: {path} is no YAML: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

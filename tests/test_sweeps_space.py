@@ -274,6 +274,7 @@ FILES = {
     "max_stps: 3": "error: Option 'max_stps' is not accepted; did you mean max_steps?",
     "modle: {n_layer: 3}": "error: Option 'modle.n_layer' is not accepted; did you mean model.n_layer?",
     "space: {seed: [1, 2]": 'error: {path} is no YAML: while parsing a flow mapping in "{path}", line 1',
+    "space:\n seed: [1, 2]\n seed: [3]": 'error: {path} is no YAML: seed is there twice in "{path}", line 3',
     "seed: \udcff": "error: {path} is no YAML: 'utf-8' codec can't decode byte 0xff in position 6",
 }
 
