@@ -896,7 +896,7 @@ def _suggestion(message: str, groups: dict[str, type]) -> str:
         f"{name}.{f.name}".lstrip(".") for name, group in groups.items() for f in dataclasses.fields(group)
     ]
     group = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", message)
-    flag = re.search(r"(?:unrecognized arguments: --|does not accept option '|Key ')([\w.]+)", message)
+    flag = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|Key ')([\w.]+)", message)
     if group:
         wrong = f"{group[1]}.{group[2]}"
     elif flag:

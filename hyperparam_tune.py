@@ -16,6 +16,7 @@ from sweeps.settings import Settings, parse_settings
 # Before torch is imported, so that --help and a typo answer at once.
 SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
 
+import contextlib
 import multiprocessing
 import os
 import shlex
@@ -30,13 +31,20 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps import verdict
-from sweeps.board import Board, Pulse, is_done
+from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.storage import told
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import ALL_FAILED, STOPPED, start
 
 LOOK = 1.0  # seconds between two looks at workers and study
+SAME_SIGNAL = 0.1  # seconds in which the same signal is no second one
 DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
+
+
+def say(text: str) -> None:
+    """Print. A reader (`| head`) or a terminal that went away does not end the sweep."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def prepare(settings: Settings) -> str:
@@ -86,6 +94,7 @@ class Crew:
     def __init__(self, settings: Settings, fingerprint: str):
         self.settings, self.fingerprint = settings, fingerprint
         self.asked = 0  # signals
+        self.heard = (0, 0.0)  # the last one, and when
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.gpus = gpus_for(settings.config.train.device)
@@ -95,7 +104,8 @@ class Crew:
         self.looked = time.monotonic()
         self.members: list[Member] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.stop)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self.stop)
         for place in range(settings.sweep.workers):
             self.members.append(self.started(place))
 
@@ -112,6 +122,9 @@ class Crew:
         return Member(name, process, ear, ticks)
 
     def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
+        last, self.heard = self.heard, (number, time.monotonic())
+        if frame is not None and last[0] == number and self.heard[1] - last[1] < SAME_SIGNAL:
+            return  # a closed terminal hangs up twice
         self.asked += 1
         for member in self.members:
             if member.process.is_alive():
@@ -154,7 +167,7 @@ class Crew:
                     f"exit code was {code}"
                 )
             if not member.hung:
-                print(f"a worker died (exit code {code}); another one takes its trial up")
+                say(f"a worker died (exit code {code}); another one takes its trial up")
             self.members[place] = self.started(place)
         codes = [member.process.exitcode for member in self.members]
         if 2 in codes and not self.asked:
@@ -172,8 +185,14 @@ def sweep(settings: Settings) -> int:
     """
     folder = settings.sweep.folder
     folder.mkdir(parents=True, exist_ok=True)
+    left = any((folder / "trials").glob("*"))  # looked at first: a trial is told before its folder is made
     with told(settings.sweep.storage, folder):
         studies = open_studies(settings)
+        if left and not studies[0].get_trials(deepcopy=False):
+            raise ValueError(
+                f"{folder / 'trials'} holds runs that trials would go on from, and the storage has no trial "
+                f"of a study {settings.sweep.name}: name the folder as it was, or set another --study"
+            )
     fingerprint = prepare(settings)
     with told(settings.sweep.storage, folder):
         refuse_other_data(studies[0], fingerprint)
@@ -182,13 +201,13 @@ def sweep(settings: Settings) -> int:
     shown = {slot for slot, record in trials.slots().items() if is_done(record)}
     again = {slot for slot, record in repeats.slots().items() if is_done(record)}
     if shown:
-        print(f"the study in {folder} goes on after {len(shown)} trials")
+        say(f"the study in {folder} goes on after {len(shown)} trials")
     crew, code = Crew(settings, fingerprint), None
     hung = f"its worker did nothing for {settings.sweep.hung_after:g} s (--hung_after) and was killed"
 
     def fail_hung(name: str) -> None:
         if not trials.fail(name, hung) + repeats.fail(name, hung):
-            print(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
+            say(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
 
     try:
         with told(settings.sweep.storage, folder):
@@ -201,7 +220,7 @@ def sweep(settings: Settings) -> int:
                         if is_done(record) and slot not in known:
                             known.add(slot)
                             crew.deaths = 0
-                            print(line(settings, board is repeats, record), flush=True)
+                            say(line(settings, board is repeats, record))
             trials.reap()
             repeats.reap()
     except ValueError:
@@ -213,12 +232,13 @@ def sweep(settings: Settings) -> int:
     if code == 0 or any(record.state == TrialState.COMPLETE for record in slots.values()):
         finish(settings, studies, slots, repeated)
     if code == STOPPED:
-        print(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")
+        say(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")
         return code
     if slots and all(record.state == TrialState.FAIL for record in slots.values()):
         reason = slots[0].user_attrs.get("reason")
         raise ValueError(
-            f"all {len(slots)} trials failed (it stops after {ALL_FAILED}); the first one: {reason}"
+            f"all {len(slots)} trials failed (it stops after {ALL_FAILED}); the first one: {reason}; mend "
+            "that, and begin anew with another --study"
         )
     return 0
 
@@ -253,18 +273,19 @@ def finish(
     rows, front = verdict.table(settings, slots), verdict.front(settings, slots)
     said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
     judged = verdict.verdict(settings, slots, repeats)
-    print("\n".join(["", *rows, "", *front, *([""] if front else []), *said, "", *judged, ""]))
-    if any(record.state == TrialState.COMPLETE for record in slots.values()):
-        best = verdict.winner(settings, slots, repeats)
-        config = verdict.config_of(settings, slots, best)
-        name = verdict.called(best).capitalize()
-        head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
-        path = folder / "best.yaml"
-        write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
-        print(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
-    pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
-    print(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
-    print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+    say("\n".join(["", *rows, "", *front, *([""] if front else []), *said, "", *judged, ""]))
+    with alone(folder / ".finish"):  # several commands may end at once
+        if any(record.state == TrialState.COMPLETE for record in slots.values()):
+            best = verdict.winner(settings, slots, repeats)
+            config = verdict.config_of(settings, slots, best)
+            name = verdict.called(best).capitalize()
+            head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
+            path = folder / "best.yaml"
+            write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
+            say(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
+        pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
+        say(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
+        say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
 
 
 def main(settings: Settings) -> None:

@@ -90,8 +90,9 @@ def parse_settings(words: list[str]) -> Settings:
     """The settings of a command line; a mistake prints one sentence and exits with 2."""
     names = {f"--{f.name}" for f in fields(SweepConfig)}
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    parser = make_parser({"": SweepConfig}, _HELP)
     if "--help" in words or "-h" in words:
-        make_parser({"": SweepConfig}, _HELP).parse_args(["--help"])
+        parser.parse_args(["--help"])
     _refuse_unknown(words, names)
     if "--config" not in words:
         words = ["--config", str(DEFAULT), *words]
@@ -102,7 +103,9 @@ def parse_settings(words: list[str]) -> Settings:
     place = 0
     while place < len(words):
         word, value = words[place], words[place + 1] if place + 1 < len(words) else None
-        if word in names and value is not None:
+        if word in names and (value is None or value.startswith("--")):
+            parser.error(f"{word} has no value; write {word} VALUE")
+        if word in names:
             own += [word, value]
         elif word == "--config" and value is not None:
             files.append(Path(value))
@@ -114,7 +117,6 @@ def parse_settings(words: list[str]) -> Settings:
         place += 2
     if rest.count("--print_config"):
         own = []
-    parser = make_parser({"": SweepConfig}, _HELP)
     flags = [
         json.dumps(w.split(",")) if b == "--objectives" and not w.startswith("[") else w
         for b, w in zip(["", *own], own, strict=False)
@@ -159,14 +161,35 @@ _HELP = (
 )
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which each key stands once: of two alike the parser takes the later one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     """The words for the rest of a config file, after its sections `space` and `sweep` were taken."""
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, _Once)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        print(f"error: {path} is no YAML: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError:
         return ["--config", path]  # whose reader has the right words for it
     if not isinstance(values, dict):
         return ["--config", path]
+    for key in values:
+        near = difflib.get_close_matches(str(key), sections, 1, 0.6)
+        if near and key not in (*sections, *CONFIG_GROUPS, *(f.name for f in fields(CONFIG_GROUPS[""]))):
+            print(f"error: {key} in {path} is no section; did you mean {near[0]}?", file=sys.stderr)
+            sys.exit(2)
     for name, known in sections.items():
         found = values.pop(name, None) or {}  # a section whose lines are all comments is null
         if not isinstance(found, dict):
@@ -184,8 +207,9 @@ def _refuse_unknown(words: list[str], names: set[str]) -> None:
     }
     for word in words:
         if word.startswith("--") and word not in keys:
-            near = difflib.get_close_matches(word, keys, 1, 0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = sorted(key for key in keys if key.rpartition(".")[2] == word[2:])
+            near = near or difflib.get_close_matches(word, keys, 1, 0.6)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
             print(f"error: {word} is no flag{hint}", file=sys.stderr)
             sys.exit(2)
 
@@ -252,7 +276,7 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
             f"pruner {sweep.pruner} goes by validations on the way, and the first is at step {min(every)} of "
             f"{most}; set validate_every lower than max_steps"
         )
-    for name in ("run", "resume", "prove_resume", "overfit"):
+    for name in ("run", "resume", "prove_resume", "plan", "overfit"):
         if getattr(train, name):
             raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")
     filled: dict[str, Any] = {}

@@ -35,7 +35,9 @@ ARMS = "arms"
 KINDS = ("float", "int", "log", "choice")
 # They decide which run it is, or what it is compared by, rather than how good it is.
 NOT_A_SETTING = {
-    **dict.fromkeys(("run", "resume", "prove_resume", "overfit", "allow"), "is no setting of a model"),
+    **dict.fromkeys(
+        ("run", "resume", "prove_resume", "plan", "overfit", "allow"), "is no setting of a model"
+    ),
     **dict.fromkeys(
         (
             "validation_rows",
@@ -339,6 +341,8 @@ def _ungrouped(raw: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
     """`optimizer: {lr: ...}` is `optimizer.lr: ...`."""
     for key, value in raw.items():
         if key in CONFIG_GROUPS and key and isinstance(value, dict):
+            if not value:
+                raise ValueError(f"space: {key} is empty; write in it what varies, or leave it out")
             yield from ((f"{key}.{name}", spec) for name, spec in value.items())
         else:
             yield key, value
@@ -383,8 +387,8 @@ def _parameter(key: str, spec: Any) -> Parameter:
             f"space: {key} goes from {low:.15g} to {high:.15g}, which steps of {step} do not meet; let it "
             f"end at {' or '.join(ends)}"
         )
-    if type(points) is not int or points < 0 or points == 1:
-        raise ValueError(f"space: {key} has {points!r} points; they must be at least 2")
+    if "points" in spec and (type(points) is not int or not 2 <= points <= GRID):
+        raise ValueError(f"space: {key} has {points!r} points; write a whole number from 2 to {GRID}")
     if kind == "int" or whole:
         return Parameter(key, "int", int(low), int(high), kind == "log", step, points, when=when)
     return Parameter(key, "float", low, high, kind == "log", points=points, when=when)

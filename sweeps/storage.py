@@ -106,7 +106,7 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
             raise ValueError(
                 f"the storage {shown(url, folder)} cannot be opened ({_first_line(error)}); write {KINDS}"
             ) from None
-        except (ValueError, AssertionError, KeyError) as error:  # no journal
+        except (ValueError, AssertionError, LookupError, TypeError) as error:  # no journal
             raise ValueError(
                 f"the storage {shown(url, folder)} cannot be opened ({_first_line(error)}); name another"
             ) from None

@@ -17,7 +17,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from config import Config
+from config import Config, parse_config
 from runfolder import flat
 from suites.scoring import aligned
 from sweeps.board import is_done
@@ -137,14 +137,13 @@ def verdict(
         return [
             f"{shown} has the best {name}{among}; nothing was repeated, so whether it differs is not known"
         ]
-    lines = []
-    for of, one in sorted(found.items(), key=lambda pair: pair[1].mean):
+    lines, sign = [], 1 if OBJECTIVES[name] else -1
+    for of, one in sorted(found.items(), key=lambda pair: sign * pair[1].mean):
         values = ", ".join(number(one.values[s]) for s in sorted(one.values))
         spread = f" +- {number(one.spread)}" if len(one.values) > 1 else ""
         seeds = "one other seed" if len(one.values) == 1 else f"{len(one.values)} other seeds"
         lines.append(f"{called(of)}: {number(one.mean)}{spread} over {seeds} ({values})")
     compared = differences(found)
-    sign = 1 if OBJECTIVES[name] else -1
     better = [d for d in compared if sign * (d.high if sign > 0 else d.low) < 0]
     if not compared:
         lines.append("too few seeds were trained to say whether any differs from the config itself")
@@ -311,7 +310,8 @@ def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
 
 def best_yaml(config: Config) -> dict[str, Any]:
     """The config as a file for `python trainingmanager.py --config`: what differs from the defaults."""
-    default = flat(Config())
+    base = config.train.base  # which brings defaults of its own
+    default = flat(parse_config(["--base", base] if base is not None else [])) | {"base": None}
     plain: dict[str, Any] = {}
     for key, value in flat(config).items():
         if value != default[key] and key not in ("run", "resume"):

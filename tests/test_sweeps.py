@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
 import signal
 import socket
@@ -26,15 +27,26 @@ from optuna.trial import TrialState
 from scipy import stats
 
 import hyperparam_tune
-from config import parse_config
+from config import RECIPES, parse_config
 from hyperparam_tune import Crew, finish
+from sweeps import pictures, worker
 from sweeps import study as studies
-from sweeps import worker
-from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_open, slots_of
+from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_locked, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
-from sweeps.verdict import Repeated, counts, differences, front, idle, number, short, verdict, winner
+from sweeps.verdict import (
+    Repeated,
+    best_yaml,
+    counts,
+    differences,
+    front,
+    idle,
+    number,
+    short,
+    verdict,
+    winner,
+)
 from sweeps.worker import STOPPED, Worker, more_trials
 from trainingmanager import train
 
@@ -155,6 +167,13 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     assert "the study study has other data: its fingerprint was" in refused.stderr
     assert (study / "journal.log").read_bytes() == before
 
+    study.rename(tmp_path / "moved")  # whose journal tells of a study of another name
+    words = ("hyperparam_tune.py", "--config", path, "--study", tmp_path / "moved", "--max_steps", "3")
+    for _ in range(2):
+        refused = commands.command(*words, cwd=tmp_path)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert "moved/trials holds runs that trials would go on from, and the storage" in refused.stderr
+
 
 @pytest.mark.slow
 def test_a_worker_whose_command_was_killed_while_it_began_ends(tmp_path: Path, corpus: Path) -> None:
@@ -207,6 +226,44 @@ def test_ctrl_c_ends_all_of_it_tells_what_was_found_and_the_same_command_goes_on
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_closed_terminal_stops_it_once_and_what_was_found_is_written(tmp_path: Path, corpus: Path) -> None:
+    grid = {"trials": 2, "repeat_seeds": 2, "sampler": "grid"}
+    path = tiny(tmp_path, corpus, space={"max_steps": [12, 3000]}, sweep=grid)
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, command("--config", path))
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0001/checkpoints/step-*")))
+    os.close(terminal)  # by which the kernel hangs up
+    time.sleep(0.03)
+    os.kill(child, signal.SIGHUP)  # as does a shell
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == STOPPED
+    ended, slot = slots_of(records(tmp_path)).values()
+    assert is_done(ended) and slot.user_attrs["requeue"] == "it was stopped"
+    assert all((tmp_path / "study" / name).is_file() for name in ("best.yaml", "report.html"))
+
+
+def test_a_reader_that_went_away_and_a_terminal_that_nohup_waives_stop_nothing(
+    tmp_path: Path, corpus: Path
+) -> None:
+    process = subprocess.Popen(
+        ["nohup", *command("--config", tiny(tmp_path, corpus), "--trials", "3", "--repeat_seeds", "0")],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("training a code tokenizer")
+    wait_for(lambda: any((tmp_path / "study" / "trials").glob("0001")))
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr is not None and process.stderr.read() == ""
+    assert process.wait(300) == 0
+    assert [r.state for r in records(tmp_path)] == [TrialState.COMPLETE] * 3
+    assert (tmp_path / "study" / "report.html").is_file()
+
+
 def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus: Path) -> None:
     path = tiny(tmp_path, corpus, sweep={"workers": 2})
     (tmp_path / "study").mkdir()
@@ -412,6 +469,14 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
     assert steps == 3  # of which the log, at every tenth step, has the first alone
     assert reasons["refused"].startswith("preflight: vocabulary-too-large")
     assert "1 failed: memory is full" in counts(settings, slots)
+
+
+def test_a_sweep_of_failures_alone_says_why_and_what_to_do(tmp_path: Path, corpus: Path) -> None:
+    words = ("--config", tiny(tmp_path, corpus), "--allow", "nothing", "--trials", "2")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "all 2 trials failed (it stops after 5); the first one: --allow nothing names no" in done.stderr
+    assert "; mend that, and begin anew with another --study" in done.stderr
 
 
 def test_a_trial_at_which_workers_keep_dying_is_failed_with_the_steps_that_it_took(
@@ -783,6 +848,10 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
     del slots[2]
     assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
 
+    words = ["--config", str(tiny(tmp_path, corpus)), "--objectives", "tokens_per_second"]
+    told = verdict(parse_settings(words), slots, again({4: [9.0], None: [7.0], 5: [8.0]}))
+    assert [line.split(":")[0] for line in told[:3]] == ["trial 4", "trial 5", "the config itself"]
+
 
 @pytest.mark.parametrize(
     ("value", "text"),
@@ -798,6 +867,20 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
 )
 def test_a_value_is_written_with_digits_that_say_something(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_seconds", "60", "--model.n_layer", "2"],
+        ["--base", "folder", "--config", str(RECIPES / "kotlin.yaml")],  # whose batch_size is 8
+        ["--base", "folder", "--lora.r", "0", "--optimizer.name", "muon", "--optimizer.schedule", "wsd"],
+    ],
+)
+def test_the_best_config_is_read_again_as_it_was(words: list[str], tmp_path: Path) -> None:
+    config, path = parse_config(words), tmp_path / "best.yaml"
+    path.write_text(yaml.safe_dump(best_yaml(config)), "utf-8")
+    assert parse_config(["--config", str(path)]) == config
 
 
 def test_settings_in_the_table_are_as_yaml_has_them() -> None:
@@ -866,21 +949,39 @@ def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: 
     distributions = {p.key: studies.distribution(p) for p in settings.space.parameters}
     slots = {
         slot: optuna.trial.create_trial(
-            value=2 - slot / 20,
-            params={"arms": (name, "b")[slot % 2], "optimizer.head_lr": (slot + 1) / 200},
+            value=3 - slot / 20,
+            params={"arms": (name, "b")[slot % 2], "optimizer.head_lr": (slot + 1) / 490},
             distributions=distributions,
             user_attrs={"slot": slot, "attempt": 0},
             intermediate_values={3: 2.5, 6: 2.2},
         )
-        for slot in range(12)
+        for slot in range(48)
     }
     finish(settings, open_studies(settings), slots, {})
-    pictures = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
-    assert pictures == {"history", "parallel", "slices", "importances", "intermediate"}
+    drawn = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
+    assert drawn == {"history", "parallel", "slices", "importances", "intermediate"}
+    heights = [int.from_bytes(p.read_bytes()[20:24]) for p in (settings.sweep.folder / "pictures").iterdir()]
+    assert max(heights) < 800  # not all 48 stand in a legend
     assert "seed" not in yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
     page = (settings.sweep.folder / "report.html").read_text("utf-8")
     assert "<script" not in page and "<img src" not in page
     assert page.count("&lt;script&gt;") == 5 and "<title>&lt;img src=x&gt;\n" in page
+
+
+def test_of_commands_that_end_at_once_one_writes_at_a_time(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    draw, held = pictures.draw, []
+
+    def seen(*given: Any) -> list[Path]:
+        held.append(is_locked(settings.sweep.folder / ".finish"))
+        return draw(*given)
+
+    monkeypatch.setattr(pictures, "draw", seen)
+    finish(settings, open_studies(settings), {}, {})
+    assert held == [True] and not is_locked(settings.sweep.folder / ".finish")
 
 
 # --- kills -------------------------------------------------------------------------------------------

@@ -383,12 +383,13 @@ def test_what_cannot_be_written_is_named_and_nothing_else_blamed(error: Exceptio
     assert str(found.value) == sentence
 
 
-def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["hello\nworld\n", "[1]\n", "3\n", '{"a": 1}\n'])
+def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path, text: str) -> None:
     path = tmp_path / "journal.log"
-    path.write_text("hello\nworld\n", "utf-8")
+    path.write_text(text, "utf-8")
     with pytest.raises(ValueError, match="cannot be opened"):
         open_storage("", tmp_path)
-    assert path.read_text("utf-8") == "hello\nworld\n"
+    assert path.read_text("utf-8") == text
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import yaml
 from config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from runfolder import flat
 from sweeps import space as spaces
-from sweeps.settings import parse_settings
+from sweeps.settings import DEFAULT, parse_settings
 from sweeps.space import Parameter, Space, parse_space
 from sweeps.study import open_studies
 
@@ -162,6 +162,10 @@ MISTAKES = {
     "log_every: [1, 2]": "log_every changes nothing that a run computes",
     "data.source: [a, b]": "changes what validation reads",
     "run: [a, b]": "run is no setting of a model",
+    "plan: [false, true]": "plan is no setting of a model",
+    "head_lr: {log: [1e-3, 1], points: 1}": "has 1 points; write a whole number from 2 to 10000",
+    "head_lr: {log: [1e-3, 1], points: 10_001}": "has 10001 points; write a whole number from 2",
+    "head_lr: [0.1, 0.2]\nmodel: {}": "model is empty; write in it what varies",
     "model.rope_factor: {float: [2, 4]}": "contradicts the config .*model.rope_scaling is none",
     "beta1: {float: [0.5, 1.5]}": "optimizer.beta1 1.5 contradicts the config: .* must be below 1",
     "seed: [1, 2]\nmodel.n_head: [5, 7]": "contradicts the config .*n_embd 192 is not a multiple",
@@ -205,6 +209,11 @@ def test_choices_that_sometimes_do_not_go_together_are_no_contradiction() -> Non
 
 COMMANDS = {
     ("--worker", "2"): "--worker is no flag; did you mean --workers?",
+    ("--head_lr", "0.1"): "--head_lr is no flag; did you mean --optimizer.head_lr?",
+    ("--dropout", "0.1"): "--dropout is no flag; did you mean --lora.dropout or --model.dropout?",
+    ("--workers", "2", "--trials"): "--trials has no value; write --trials VALUE",
+    ("--trials", "--workers", "2"): "--trials has no value",
+    ("--plan",): "plan is set, and every trial has a run of its own",
     ("--optimizer.head_lr", "0.1"): "--optimizer.head_lr is set, and the space varies it",
     ("--workers", "0"): "workers is 0; it must be at least 1",
     ("--sampler", "grid"): "a grid cannot try every value",
@@ -257,6 +266,30 @@ def test_a_space_that_is_empty_is_said_to_be(
     assert told.startswith(
         f"error: {path}: there is no section `space:`, or it is empty; say there what varies"
     )
+
+
+FILES = {
+    "spcae: {seed: [1, 2]}": "error: spcae in {path} is no section; did you mean space?",
+    "sweeps: {trials: 2}": "error: sweeps in {path} is no section; did you mean sweep?",
+    "max_stps: 3": "error: Option 'max_stps' is not accepted; did you mean max_steps?",
+    "modle: {n_layer: 3}": "error: Option 'modle.n_layer' is not accepted; did you mean model.n_layer?",
+    "space: {seed: [1, 2]": 'error: {path} is no YAML: while parsing a flow mapping in "{path}", line 1',
+    "space:\n seed: [1, 2]\n seed: [3]": 'error: {path} is no YAML: seed is there twice in "{path}", line 3',
+    "seed: \udcff": "error: {path} is no YAML: 'utf-8' codec can't decode byte 0xff in position 6",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_mistake_in_a_file_is_told_with_its_name_or_the_nearest_key(
+    text: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text, "utf-8", "surrogateescape")
+    with pytest.raises(SystemExit) as ended:
+        parse_settings(["--config", str(DEFAULT), "--config", str(path)])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1
+    assert told.startswith(FILES[text].replace("{path}", str(path)))
 
 
 def test_a_section_of_comments_alone_is_as_none(tmp_path: Any) -> None:
