@@ -250,6 +250,7 @@ def finish(
     from sweeps.pictures import draw
 
     folder = settings.sweep.folder
+    repeats = {slot: record for slot, record in repeats.items() if is_done(record)}  # a stopped one goes on
     rows, front = verdict.table(settings, slots), verdict.front(settings, slots)
     said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
     judged = verdict.verdict(settings, slots, repeats)

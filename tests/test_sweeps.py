@@ -780,8 +780,31 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
     assert winner(settings, slots, again({4: [None], None: [None]})) == 2
     (sentence,) = verdict(settings, slots, again({4: [None], None: [None]}))
     assert sentence.startswith("trial 2 has the best bits_per_byte of those that did not fail again; ")
+    assert winner(settings, slots, again({None: own})) == 4  # whose first turn has not ended
+    assert winner(settings, slots, again({None: own, 4: [None]})) is None
     del slots[2]
     assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
+
+
+def test_a_repeat_that_was_stopped_did_not_fail(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    kinds = {p.key: studies.distribution(p) for p in settings.space.parameters}
+    slots = {
+        slot: optuna.trial.create_trial(
+            params={"optimizer.head_lr": rate, "model.dropout": 0.0}, distributions=kinds, value=rate
+        )
+        for slot, rate in enumerate((0.03, 0.02, 0.05))
+    }
+    repeat = {"of": 1, "seed": 1}
+    for reason, best in (({"requeue": "it was stopped"}, 1), ({"reason": "memory is full"}, 0)):
+        ended = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=repeat | reason)
+        finish(settings, open_studies(settings), slots, {0: ended})
+        assert f"\ntrial {best} has the best bits_per_byte" in capsys.readouterr().out
+        found = yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
+        assert found["optimizer"]["head_lr"] == slots[best].params["optimizer.head_lr"]
 
 
 @pytest.mark.parametrize(
