@@ -30,7 +30,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps import verdict
-from sweeps.board import Board, Pulse, is_done
+from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.storage import told
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import ALL_FAILED, STOPPED, start
@@ -70,6 +70,14 @@ class Member:
     hung: bool = False
 
 
+def say(text: str) -> None:
+    """Print. A reader (`| head`) or a terminal that went away does not end the sweep."""
+    try:
+        print(text, flush=True)
+    except OSError:  # what is still in the buffer would fail once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def gpus_for(device: str) -> list[str]:
     """The GPUs that workers share out, as CUDA_VISIBLE_DEVICES names them; none where `device` names one."""
     from torch.cuda import device_count
@@ -84,8 +92,11 @@ class Crew:
     """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
 
     def __init__(self, settings: Settings, fingerprint: str):
-        self.settings, self.fingerprint = settings, fingerprint
+        from trainingmanager import SAME_SIGNAL
+
+        self.settings, self.fingerprint, self.same_signal = settings, fingerprint, SAME_SIGNAL
         self.asked = 0  # signals
+        self.signal = (0, 0.0)  # the last one, and when it came
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.gpus = gpus_for(settings.config.train.device)
@@ -97,9 +108,10 @@ class Crew:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
         for place in range(settings.sweep.workers):
-            self.members.append(self.started(place))
+            self.begin(place)
 
-    def started(self, place: int) -> Member:
+    def begin(self, place: int) -> None:
+        """Start a worker, the first one of that place or another."""
         ear, mouth = self.context.Pipe(duplex=False)
         name, ticks = uuid.uuid4().hex, self.context.RawValue("Q")
         process = self.context.Process(
@@ -109,9 +121,15 @@ class Crew:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         process.start()
         mouth.close()
-        return Member(name, process, ear, ticks)
+        self.members[place : place + 1] = [Member(name, process, ear, ticks)]
+        if self.asked:  # before it was a member
+            process.terminate()
 
-    def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
+    def stop(self, number: int = 0, frame: Any = None) -> None:
+        """Tell the workers to stop; the second time kill them. The same signal at once is no second one."""
+        before, self.signal = self.signal, (number, time.monotonic())
+        if number and number == before[0] and self.signal[1] - before[1] < self.same_signal:
+            return
         self.asked += 1
         for member in self.members:
             if member.process.is_alive():
@@ -154,14 +172,14 @@ class Crew:
                     f"exit code was {code}"
                 )
             if not member.hung:
-                print(f"a worker died (exit code {code}); another one takes its trial up")
-            self.members[place] = self.started(place)
+                say(f"a worker died (exit code {code}); another one takes its trial up")
+            self.begin(place)
         codes = [member.process.exitcode for member in self.members]
         if 2 in codes and not self.asked:
             self.stop()
         if None in codes:
             return None
-        return 2 if 2 in codes else STOPPED if self.asked or STOPPED in codes else 0
+        return 2 if 2 in codes else 0 if 0 in codes else STOPPED  # 0: one found nothing left to do
 
 
 def sweep(settings: Settings) -> int:
@@ -182,13 +200,13 @@ def sweep(settings: Settings) -> int:
     shown = {slot for slot, record in trials.slots().items() if is_done(record)}
     again = {slot for slot, record in repeats.slots().items() if is_done(record)}
     if shown:
-        print(f"the study in {folder} goes on after {len(shown)} trials")
+        say(f"the study in {folder} goes on after {len(shown)} trials")
     crew, code = Crew(settings, fingerprint), None
     hung = f"its worker did nothing for {settings.sweep.hung_after:g} s (--hung_after) and was killed"
 
     def fail_hung(name: str) -> None:
         if not trials.fail(name, hung) + repeats.fail(name, hung):
-            print(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
+            say(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
 
     try:
         with told(settings.sweep.storage, folder):
@@ -201,19 +219,22 @@ def sweep(settings: Settings) -> int:
                         if is_done(record) and slot not in known:
                             known.add(slot)
                             crew.deaths = 0
-                            print(line(settings, board is repeats, record), flush=True)
+                            say(line(settings, board is repeats, record))
             trials.reap()
             repeats.reap()
     except ValueError:
-        crew.stop()
+        if not crew.asked:  # or they are saving
+            crew.stop()
         raise
     if code == 2:
         raise ValueError(crew.sentence)
-    slots, repeated = trials.slots(), repeats.slots()
-    if code == 0 or any(record.state == TrialState.COMPLETE for record in slots.values()):
-        finish(settings, studies, slots, repeated)
+    with alone(folder, ".finish"):  # of another command that shares the folder
+        with told(settings.sweep.storage, folder):
+            slots, repeated = trials.slots(), repeats.slots()
+        if code == 0 or any(record.state == TrialState.COMPLETE for record in slots.values()):
+            finish(settings, studies, slots, repeated)
     if code == STOPPED:
-        print(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")
+        say(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")
         return code
     if slots and all(record.state == TrialState.FAIL for record in slots.values()):
         reason = slots[0].user_attrs.get("reason")
@@ -254,7 +275,7 @@ def finish(
     rows, front = verdict.table(settings, slots), verdict.front(settings, slots)
     said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
     judged = verdict.verdict(settings, slots, repeats)
-    print("\n".join(["", *rows, "", *front, *([""] if front else []), *said, "", *judged, ""]))
+    say("\n".join(["", *rows, "", *front, *([""] if front else []), *said, "", *judged, ""]))
     if any(record.state == TrialState.COMPLETE for record in slots.values()):
         best = verdict.winner(settings, slots, repeats)
         config = verdict.config_of(settings, slots, best)
@@ -262,10 +283,10 @@ def finish(
         head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
         path = folder / "best.yaml"
         write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
-        print(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
+        say(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
     pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
-    print(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
-    print(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+    say(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
+    say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
 
 
 def main(settings: Settings) -> None:

@@ -229,7 +229,7 @@ class Board:
             more: Whether the budget has a slot beyond these.
             template: What `create_trial` is given for the slot after these: parameters, attributes.
         """
-        with _alone(self.pulse.folder):
+        with alone(self.pulse.folder, ".claim"):
             slots = self.slots()
             left = next((record for record in slots.values() if is_open(record)), None)
             if left is not None:
@@ -278,8 +278,8 @@ def _deaths(left: FrozenTrial) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Workers that share the folder claim in turn. Those that do not are told apart by the storage."""
-    with open(folder / ".claim", "w", encoding="utf-8") as file:
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """Processes that share the folder come in turn. Claims of those that do not the storage tells apart."""
+    with open(folder / name, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

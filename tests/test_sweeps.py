@@ -30,7 +30,7 @@ from config import parse_config
 from hyperparam_tune import Crew, finish
 from sweeps import study as studies
 from sweeps import worker
-from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_open, slots_of
+from sweeps.board import KILLED, VALIDATED, Board, Pulse, alone, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
@@ -156,6 +156,27 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     assert (study / "journal.log").read_bytes() == before
 
 
+def test_a_reader_that_goes_away_does_not_end_a_sweep_and_commands_write_their_results_in_turn(
+    tmp_path: Path, corpus: Path
+) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    path = tiny(tmp_path, corpus, sweep={"trials": 1, "repeat_seeds": 0})
+    process = subprocess.Popen(
+        command("--config", path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("training a code tokenizer")
+    process.stdout.close()
+    with alone(study, ".finish"):  # as another command has it
+        wait_for(lambda: (study / "trials").is_dir())
+        wait_for(lambda: [r.state for r in records(tmp_path)] == [TrialState.COMPLETE])
+        time.sleep(4)  # looks at the study come each second
+        assert process.poll() is None and not (study / "best.yaml").exists()
+    assert not process.stderr.read() and process.wait() == 0
+    assert (study / "best.yaml").is_file() and (study / "report.html").is_file()
+
+
 @pytest.mark.slow
 def test_a_worker_whose_command_was_killed_while_it_began_ends(tmp_path: Path, corpus: Path) -> None:
     path = tiny(tmp_path, corpus, max_steps=100_000, sweep={"trials": 1, "repeat_seeds": 0})
@@ -230,6 +251,38 @@ def test_a_worker_that_ends_without_a_word_is_told_of(
         crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus))]), "")
         crew.members[0].process.join()
         assert crew.look() == 2 and crew.sentence == "a worker ended with exit code 2 and did not say why"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def ends_as_another_is_stopped(settings: Settings, *_: Any) -> None:
+    try:
+        (settings.sweep.folder / "first").mkdir(parents=True)
+    except FileExistsError:
+        os._exit(STOPPED)
+    os._exit(0)
+
+
+def test_a_study_is_at_its_end_where_one_worker_says_so_and_a_signal_twice_at_once_is_one(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hyperparam_tune, "start", ends_as_another_is_stopped)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus)), "--workers", "2"]), "")
+        for member in crew.members:
+            member.process.join()
+        assert sorted(member.process.exitcode for member in crew.members) == [0, STOPPED]
+        assert crew.look() == 0
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # as of a terminal that is closed
+        assert crew.asked == 1
+        crew.begin(1)  # which had begun when the signal came
+        crew.members[1].process.join()
+        assert len(crew.members) == 2 and crew.members[1].process.exitcode == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert crew.asked == 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
