@@ -26,10 +26,11 @@ from optuna.trial import TrialState
 from scipy import stats
 
 import hyperparam_tune
+from checkpoint import checkpoints
 from config import parse_config
 from hyperparam_tune import Crew, finish
 from sweeps import study as studies
-from sweeps import worker
+from sweeps import trial, worker
 from sweeps.board import KILLED, VALIDATED, Board, Pulse, alone, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
@@ -568,6 +569,52 @@ def test_a_trial_at_its_end_is_complete_whatever_the_pruner_says(
             run_trial(*attempt)
     outcome = run_trial(*attempt)
     assert (outcome.state, outcome.steps) == ("complete", 12)
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 12}, {"max_epochs": 0.5}, {"max_seconds": 1.0}])
+def test_a_trial_killed_before_its_record_is_at_its_end_by_any_budget(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, budget: dict[str, float]
+) -> None:
+    config = parse_settings(["--config", str(tiny(tmp_path, corpus, **{"max_steps": 0} | budget))]).config
+    folder, right = tmp_path / "trial", trial.numbers_of
+
+    def killed(folder: Path) -> dict[str, float]:
+        monkeypatch.setattr(trial, "numbers_of", right)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, "numbers_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(config, folder, tmp_path / "log.txt", lambda step, value: False, lambda key, value: None)
+    outcome = run_trial(
+        config, folder, tmp_path / "log.txt", lambda step, value: True, lambda key, value: None
+    )
+    assert outcome.state == "complete" and outcome.steps == checkpoints(folder / "checkpoints")[-1].step > 3
+
+
+def test_a_stop_is_known_of_a_trial_that_failed_and_its_steps_of_one_that_is_pruned(
+    tmp_path: Path, corpus: Path
+) -> None:
+    config = parse_settings(["--config", str(tiny(tmp_path, corpus))]).config
+
+    def fail(step: int, value: float) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("of the third step")
+
+    log = tmp_path / "log.txt"
+    failed = run_trial(config, tmp_path / "failed", log, fail, lambda key, value: None)
+    assert (failed.state, failed.steps, failed.signalled) == ("failed", 3, True)
+
+    def stop() -> None:
+        ticks.append(0)
+        if len(ticks) == 5:  # between two validations
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ticks: list[int] = []
+    folder = tmp_path / "stopped"
+    stopped = run_trial(config, folder, log, lambda step, value: False, lambda key, value: None, stop)
+    assert (stopped.state, stopped.steps) == ("stopped", 5)
+    pruned = run_trial(config, folder, log, lambda step, value: True, lambda key, value: None)
+    assert (pruned.state, pruned.steps) == ("pruned", 5)
 
 
 def test_bad_trials_are_pruned_and_equal_ones_taken_over(
