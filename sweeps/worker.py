@@ -215,7 +215,8 @@ class Worker:
             except ValueError as error:  # choices that do not go together
                 self.record(board, claim, Outcome("failed", f"it cannot be built: {error}"))
                 return
-            if trial is not None and (twin := self.twin(claim, config)) is not None:
+            trained = (folder / "checkpoints").is_dir()  # by an attempt before: its steps are spent
+            if trial is not None and not trained and (twin := self.twin(claim, config)) is not None:
                 self.note(board, claim, "same_as", twin.user_attrs["slot"])
                 state = "complete" if twin.state == TrialState.COMPLETE else "pruned"
                 self.record(
@@ -278,8 +279,9 @@ class Worker:
         self.note(
             self.trials, claim, "fingerprint", own_hash := hashlib.sha256(own.encode()).hexdigest()[:16]
         )
-        if config.train.max_seconds:  # no two runs by the clock are the same
-            return None
+        train = config.train
+        if train.max_seconds or not (train.max_steps or train.max_epochs):
+            return None  # no two runs by the clock are the same
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return next(
             (

@@ -636,6 +636,54 @@ def test_bad_trials_are_pruned_and_equal_ones_taken_over(
     assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
 
 
+def test_what_was_trained_of_a_trial_counts_although_an_equal_one_ended_before_it(
+    tmp_path: Path, corpus: Path
+) -> None:
+    path = tiny(tmp_path, corpus, sweep={"trials": 2, "repeat_seeds": 0})
+    settings = parse_settings(["--config", str(path)])
+    settings.sweep.folder.mkdir()
+    opened = open_studies(settings)
+    with Pulse(opened[0], settings.sweep.folder) as pulse:
+        own = Worker(settings, *opened, pulse)
+        first, equal = (own.trials.claim(lambda slots: True, lambda slots: own.template({})) for _ in range(2))
+        assert first is not None and equal is not None
+        ticks: list[int] = []
+
+        def stop() -> None:
+            ticks.append(0)
+            if len(ticks) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        stopped = Worker(settings, *opened, pulse, stop)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run(stopped.trials, equal)
+        own.run(own.trials, first)
+        own.work()
+        ended = own.trials.slots()
+    assert [record.user_attrs["steps"] for record in ended.values()] == [12, 12]
+    assert ended[0].value == ended[1].value and "same_as" not in ended[1].user_attrs
+
+
+@pytest.mark.parametrize(
+    ("budget", "equal"),
+    [({}, True), ({"max_seconds": 9}, False), ({"max_steps": 0}, False), ({"max_epochs": 1}, True)],
+)
+def test_runs_by_the_clock_are_no_twins(
+    tmp_path: Path, corpus: Path, budget: dict[str, int], equal: bool
+) -> None:
+    """Without any budget a run goes by the clock too."""
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus, **budget))])
+    settings.sweep.folder.mkdir()
+    opened = open_studies(settings)
+    with Pulse(opened[0], settings.sweep.folder) as pulse:
+        own, board = Worker(settings, *opened, pulse), Board(opened[0], pulse)
+        first, other = (board.claim(lambda slots: True, lambda slots: {}) for _ in range(2))
+        assert first is not None and other is not None
+        assert own.twin(first, settings.config) is None
+        own.record(board, first, Outcome("complete", values={"bits_per_byte": 1.0}))
+        assert (own.twin(other, settings.config) is not None) == equal
+
+
 @pytest.mark.parametrize("pruner", ["halving", "hyperband", "median"])
 def test_the_pruner_decides_as_in_a_study_in_which_nobody_was_stopped(
     tmp_path: Path, corpus: Path, pruner: str
