@@ -240,20 +240,18 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
         raise ValueError(
             f"pruner {sweep.pruner} goes by bits_per_byte alone; take none with other objectives"
         )
-    train = config.train
-    every = [n for key in ("validate_every", "save_every") for n in space.values(config, key) if n]
-    validates, most = bool(every), space.most_steps(config)
-    if sweep.pruner not in ("auto", "none") and not validates:
+    first, most = space.first_validation(config), space.most_steps(config)
+    if sweep.pruner not in ("auto", "none") and not first:
         raise ValueError(
             f"pruner {sweep.pruner} goes by validations on the way, and validate_every is 0; set one of them"
         )
-    if sweep.pruner not in ("auto", "none") and most and min(every) >= most:
+    if sweep.pruner not in ("auto", "none") and most and first >= most:
         raise ValueError(
-            f"pruner {sweep.pruner} goes by validations on the way, and the first is at step {min(every)} of "
+            f"pruner {sweep.pruner} goes by validations on the way, and the first is at step {first} of "
             f"{most}; set validate_every lower than max_steps"
         )
     for name in ("run", "resume", "prove_resume", "overfit"):
-        if getattr(train, name):
+        if getattr(config.train, name):
             raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")
     filled: dict[str, Any] = {}
     if not sweep.study:
@@ -261,5 +259,5 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
     if not (sweep.trials or sweep.steps or sweep.seconds):
         filled["trials"] = TRIALS
     if sweep.pruner == "auto":
-        filled["pruner"] = "median" if by_loss and validates else "none"
+        filled["pruner"] = "median" if by_loss and first else "none"
     return SweepConfig(**asdict(sweep) | filled)

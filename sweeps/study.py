@@ -139,17 +139,17 @@ def make_sampler(settings: Settings, slot: int) -> BaseSampler:
 
 
 def make_pruner(settings: Settings) -> BasePruner:
-    """By validations: a rung is at least the steps between two of them."""
-    train, name = settings.config.train, settings.sweep.pruner
+    """By validations: the first rung is at the first of them."""
+    name, space = settings.sweep.pruner, settings.space
     if name == "median":
         return MedianPruner(n_startup_trials=STARTUP)
     if name == "patient":
         return PatientPruner(MedianPruner(n_startup_trials=STARTUP), patience=1)
-    every = max(1, train.validate_every)
+    every = space.first_validation(settings.config)
     if name == "halving":
         return _Halving(min_resource=every, reduction_factor=3)
     if name == "hyperband":
-        most = train.max_steps if train.max_steps > every else "auto"
+        most = space.most_steps(settings.config) or "auto"
         return _Hyperband(min_resource=every, max_resource=most, reduction_factor=3)
     return NopPruner()
 

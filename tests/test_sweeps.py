@@ -726,6 +726,28 @@ def test_the_pruner_decides_as_in_a_study_in_which_nobody_was_stopped(
     assert decisions(1) == decisions(3) == undisturbed
 
 
+@pytest.mark.parametrize("pruner", ["halving", "hyperband"])
+def test_rungs_are_where_trials_of_the_space_validate(tmp_path: Path, corpus: Path, pruner: str) -> None:
+    """Here at each third step of at most 24, whatever the config itself would do without the space."""
+    space, changes = {"max_steps": {"int": [12, 24]}}, {"validate_every": 0, "save_every": 3}
+    path = tiny(tmp_path, corpus, space=space, max_steps=9000, **changes)
+    settings = parse_settings(["--config", str(path), "--pruner", pruner])
+    settings.sweep.folder.mkdir()
+    study, _ = open_studies(settings)
+    study.pruner = studies.make_pruner(settings)
+    rungs: dict[int, set[int]] = {}
+    for slot in range(20):
+        attributes = {"slot": slot, "attempt": 0}
+        study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes))
+        trial = optuna.trial.Trial(study, study.trials[-1]._trial_id)
+        for step in range(3, 25, 3):
+            trial.report(1 - slot / 100, step)  # each is better than those before it
+            assert not trial.should_prune()
+            rungs.setdefault(step, set()).add(len(study.trials[-1].system_attrs))
+    assert rungs[3] == ({1} if pruner == "halving" else {0, 1})
+    assert rungs[24] == ({2} if pruner == "halving" else {1, 2})
+
+
 @pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
 def test_samplers_ask_within_the_space(tmp_path: Path, corpus: Path, sampler: str) -> None:
     """Without training: each is asked after trials that were told, as many as it needs to model them."""
