@@ -36,7 +36,7 @@ class SweepConfig:
             part is the study's name in the storage.
         storage: `journal:FILE`, `grpc://HOST:PORT`, or any URL that Optuna knows (`sqlite:///FILE`,
             `postgresql://...`); by default a journal in the study's folder.
-        trials: Budget in trials; 30 where no other is set.
+        trials: Budget in trials; where none is set 30, and all of a grid.
         steps: Budget in training steps of all trials; no trial begins that might go beyond it.
         seconds: Budget in seconds by the clock while at least one worker is at it, repeats included.
         workers: Processes on this machine, which share its cores; of several GPUs each has one, in turn.
@@ -256,7 +256,7 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
     filled: dict[str, Any] = {}
     if not sweep.study:
         filled["study"] = "runs/sweep" if file == DEFAULT else f"runs/sweep-{file.stem}"
-    if not (sweep.trials or sweep.steps or sweep.seconds):
+    if not (sweep.trials or sweep.steps or sweep.seconds or sweep.sampler == "grid"):  # which has an end
         filled["trials"] = TRIALS
     if sweep.pruner == "auto":
         filled["pruner"] = "median" if by_loss and first else "none"
