@@ -383,6 +383,12 @@ def test_what_cannot_be_written_is_named_and_nothing_else_blamed(error: Exceptio
     assert str(found.value) == sentence
 
 
+def test_an_interrupt_of_the_imports_of_a_storage_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sqlalchemy.exc", None)
+    with pytest.raises(KeyboardInterrupt), told("", Path("x")):
+        raise KeyboardInterrupt
+
+
 def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path) -> None:
     path = tmp_path / "journal.log"
     path.write_text("hello\nworld\n", "utf-8")
