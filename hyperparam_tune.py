@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps import verdict
 from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.storage import told
-from sweeps.study import open_studies, refuse_other_data
+from sweeps.study import open_studies, refuse_other_data, refuse_other_runs
 from sweeps.worker import ALL_FAILED, STOPPED, start
 
 LOOK = 1.0  # seconds between two looks at workers and study
@@ -192,6 +192,7 @@ def sweep(settings: Settings) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with told(settings.sweep.storage, folder):
         studies = open_studies(settings)
+        refuse_other_runs(studies[0], folder)
     fingerprint = prepare(settings)
     with told(settings.sweep.storage, folder):
         refuse_other_data(studies[0], fingerprint)

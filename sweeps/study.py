@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -88,6 +89,16 @@ def refuse_other_data(study: optuna.Study, fingerprint: str) -> None:
         raise ValueError(
             f"the study {study.study_name} has other data: its fingerprint was {known[:12]} and is "
             f"{fingerprint[:12]} now; restore it, or name another --study"
+        )
+
+
+def refuse_other_runs(study: optuna.Study, folder: Path) -> None:
+    """ValueError if a study that is new would go on with runs of another storage, or of one that is gone."""
+    runs = any((folder / "trials").glob("*"))  # before the trials: another command may begin now
+    if runs and not study.get_trials(deepcopy=False):
+        raise ValueError(
+            f"{folder / 'trials'} holds runs, and the study {study.study_name} in this storage has no "
+            "trials; name the --storage that they are of, or another --study"
         )
 
 

@@ -70,19 +70,19 @@ def run_trial(
         KeyboardInterrupt: A signal before or after the training itself.
     """
     newest = _newest(folder)
-    resume = newest is not None
-    counted = load_counters(newest) if newest is not None else {"run": {"seconds": 0.0}, "epoch": 0.0}
-    before = counted["run"]["seconds"]  # of training
-    config = replace(config, train=replace(config.train, run=str(folder), resume=resume))
+    config = replace(config, train=replace(config.train, run=str(folder), resume=newest is not None))
+    before = 0.0  # seconds of training
     losses: list[float] = []
     managers: list[TrainingManager] = []
     pruned = False
 
     if newest is not None:  # a validation is saved before it is told, and a kill may fall between
+        counters = load_counters(newest)
+        before = counters["run"]["seconds"]
         for row in rows_of(folder):
             if "eval/bits_per_byte" in row and row["step"] <= newest.step:  # the pruner goes by the last one
                 pruned = report(int(row["step"]), row["eval/bits_per_byte"])
-        if pruned and budget_used(config.train, newest.step, counted["epoch"], before) < 1:
+        if pruned and budget_used(config.train, newest.step, counters["epoch"], before) < 1:
             found = numbers_of(folder)
             return Outcome("pruned", "", found, max(int(found.pop("step")), newest.step), before)
         pruned = False

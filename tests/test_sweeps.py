@@ -150,6 +150,11 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     )
     assert (study / "journal.log").read_bytes() == before
 
+    words = ("--config", path, "--storage", f"sqlite:///{tmp_path}/new.db")
+    refused = commands.command("hyperparam_tune.py", *words, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "study/trials holds runs, and the study study in this storage has no trials" in refused.stderr
+
     (corpus / "part0.py").write_text("print('another file')\n", "utf-8")
     refused = commands.command("hyperparam_tune.py", "--config", path, cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
@@ -645,7 +650,8 @@ def test_what_was_trained_of_a_trial_counts_although_an_equal_one_ended_before_i
     opened = open_studies(settings)
     with Pulse(opened[0], settings.sweep.folder) as pulse:
         own = Worker(settings, *opened, pulse)
-        first, equal = (own.trials.claim(lambda slots: True, lambda slots: own.template({})) for _ in range(2))
+        equals = [own.trials.claim(lambda slots: True, lambda slots: own.template({})) for _ in range(2)]
+        first, equal = equals
         assert first is not None and equal is not None
         ticks: list[int] = []
 
