@@ -245,11 +245,11 @@ class Worker:
             raise
         known = patiently(lambda: board.study.get_trials(deepcopy=False))[claim.record.number].user_attrs
         outcome.values |= {"parameters": known["parameters"]} if "parameters" in known else {}
-        self.record(board, claim, outcome)
-        if board is self.repeats:
-            remove_checkpoints(folder)
-        else:
+        granted = self.record(board, claim, outcome)
+        if board is self.trials:
             self.keep_the_best()
+        elif granted:  # or another worker goes on from there
+            remove_checkpoints(folder)
         if outcome.signalled:  # as it ended
             raise KeyboardInterrupt
 
@@ -318,8 +318,8 @@ class Worker:
         except UpdateFinishedTrialError:  # another worker thought that this one was dead
             _say(f"slot {claim.slot} was taken over while this worker stood still")
 
-    def record(self, board: Board, claim: Claim, outcome: Any) -> None:
-        """End the slot's record, with everything that the table says of it."""
+    def record(self, board: Board, claim: Claim, outcome: Any) -> bool:
+        """End the slot's record, with everything that the table says of it; False if it had ended before."""
         facts = {
             "steps": outcome.steps,
             "seconds": outcome.seconds,
@@ -341,6 +341,8 @@ class Worker:
                 patiently(lambda: storage.set_trial_state_values(record, TrialState.FAIL))
         except UpdateFinishedTrialError:
             _say(f"slot {claim.slot} was taken over while this worker stood still; its result is dropped")
+            return False
+        return True
 
     def keep_the_best(self) -> None:
         """Checkpoints stay of the trials that may still be repeated or be the best."""

@@ -670,6 +670,26 @@ def test_what_was_trained_of_a_trial_counts_although_an_equal_one_ended_before_i
     assert ended[0].value == ended[1].value and "same_as" not in ended[1].user_attrs
 
 
+def test_a_worker_whose_repeat_was_taken_over_leaves_its_checkpoints_to_the_next(
+    tmp_path: Path, corpus: Path
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    opened = open_studies(settings)
+    with Pulse(opened[0], settings.sweep.folder) as pulse:
+        own = Worker(settings, *opened, pulse)
+        repeat = {"user_attrs": {"of": None, "seed": 1}}
+        for kept in (True, False):
+            claim = own.repeats.claim(lambda slots: not slots, lambda slots: repeat)
+            assert claim is not None
+            own.tick = (lambda c=claim: own.repeats.release(c.record, "its worker died")) if kept else int
+            own.run(own.repeats, claim)
+            at = settings.sweep.folder / "trials" / "repeat-0000" / "checkpoints"
+            assert at.is_dir() == kept
+        (record,) = own.repeats.slots().values()
+        assert record.state == TrialState.COMPLETE and record.user_attrs["steps"] == 12
+
+
 @pytest.mark.parametrize(
     ("budget", "equal"),
     [({}, True), ({"max_seconds": 9}, False), ({"max_steps": 0}, False), ({"max_epochs": 1}, True)],
