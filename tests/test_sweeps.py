@@ -31,7 +31,7 @@ from config import parse_config
 from hyperparam_tune import Crew, finish
 from sweeps import study as studies
 from sweeps import trial, worker
-from sweeps.board import KILLED, VALIDATED, Board, Pulse, alone, is_done, is_open, slots_of
+from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, alone, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
@@ -677,12 +677,18 @@ def test_a_worker_whose_repeat_was_taken_over_leaves_its_checkpoints_to_the_next
     settings.sweep.folder.mkdir()
     opened = open_studies(settings)
     with Pulse(opened[0], settings.sweep.folder) as pulse:
-        own = Worker(settings, *opened, pulse)
+        left: list[Claim] = []  # of which another worker thinks that this one is dead
+
+        def tick() -> None:
+            for claim in left:
+                own.repeats.release(claim.record, "its worker died")
+
+        own = Worker(settings, *opened, pulse, tick)
         repeat = {"user_attrs": {"of": None, "seed": 1}}
         for kept in (True, False):
             claim = own.repeats.claim(lambda slots: not slots, lambda slots: repeat)
             assert claim is not None
-            own.tick = (lambda c=claim: own.repeats.release(c.record, "its worker died")) if kept else int
+            left[:] = [claim] if kept else []
             own.run(own.repeats, claim)
             at = settings.sweep.folder / "trials" / "repeat-0000" / "checkpoints"
             assert at.is_dir() == kept
