@@ -138,14 +138,13 @@ def verdict(
         return [
             f"{shown} has the best {name}{among}; nothing was repeated, so whether it differs is not known"
         ]
-    lines = []
-    for of, one in sorted(found.items(), key=lambda pair: pair[1].mean):
+    lines, sign = [], 1 if OBJECTIVES[name] else -1
+    for of, one in sorted(found.items(), key=lambda pair: sign * pair[1].mean):
         values = ", ".join(number(one.values[s]) for s in sorted(one.values))
         spread = f" +- {number(one.spread)}" if len(one.values) > 1 else ""
         seeds = "one other seed" if len(one.values) == 1 else f"{len(one.values)} other seeds"
         lines.append(f"{called(of)}: {number(one.mean)}{spread} over {seeds} ({values})")
     compared = differences(found)
-    sign = 1 if OBJECTIVES[name] else -1
     better = [d for d in compared if sign * (d.high if sign > 0 else d.low) < 0]
     if not compared:
         lines.append("too few seeds were trained to say whether any differs from the config itself")

@@ -1010,6 +1010,26 @@ def test_a_repeat_that_was_stopped_did_not_fail(
 
 
 @pytest.mark.parametrize(
+    ("objective", "first"), [("bits_per_byte", "trial 1"), ("tokens_per_second", "trial 0")]
+)
+def test_the_best_of_the_repeated_stands_first(
+    tmp_path: Path, corpus: Path, objective: str, first: str
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--objectives", objective])
+    values = {0: (3.0, 3.1, 3.2), None: (2.0, 2.1, 2.3), 1: (1.0, 1.1, 1.3)}
+    repeats = [
+        optuna.trial.create_trial(value=value, user_attrs={"of": of, "seed": seed})
+        for of, own in values.items()
+        for seed, value in enumerate(own, 1)
+    ]
+    slots = {n: optuna.trial.create_trial(value=values[n][0]) for n in (0, 1)}
+    lines = verdict(settings, slots, dict(enumerate(repeats)))
+    assert [line.split(":")[0] for line in lines[:2]] == [first, "the config itself"]
+    assert [line.rpartition(": ")[2] for line in lines[3:]].count("better") == 1
+    assert winner(settings, slots, dict(enumerate(repeats))) == int(first[-1])
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         (1.81614, "1.8161"),
