@@ -96,7 +96,7 @@ class Crew:
 
         self.settings, self.fingerprint, self.same_signal = settings, fingerprint, SAME_SIGNAL
         self.asked = 0  # signals
-        self.signal = (0, 0.0)  # the last one, and when it came
+        self.signal = (0, 0.0)  # the last one that counted, and when it came
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.gpus = gpus_for(settings.config.train.device)
@@ -127,9 +127,10 @@ class Crew:
 
     def stop(self, number: int = 0, frame: Any = None) -> None:
         """Tell the workers to stop; the second time kill them. The same signal at once is no second one."""
-        before, self.signal = self.signal, (number, time.monotonic())
-        if number and number == before[0] and self.signal[1] - before[1] < self.same_signal:
+        (before, since), now = self.signal, time.monotonic()
+        if number and number == before and now - since < self.same_signal:
             return
+        self.signal = (number, now)
         self.asked += 1
         for member in self.members:
             if member.process.is_alive():
