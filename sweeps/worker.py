@@ -153,7 +153,8 @@ class Worker:
                 time.sleep(1.0)
 
     def more(self, slots: dict[int, FrozenTrial]) -> bool:
-        return more_trials(self.settings, slots, self.spent(), None if self.grid is None else len(self.grid))
+        grid = None if self.grid is None else len(slots) + len(self.untried(self.grid, slots))
+        return more_trials(self.settings, slots, self.spent(), grid)
 
     def more_repeats(self, known: dict[int, FrozenTrial]) -> bool:
         seconds, slots = self.settings.sweep.seconds, self.trials.slots()
@@ -169,9 +170,11 @@ class Worker:
 
     def template(self, slots: dict[int, FrozenTrial]) -> dict[str, Any]:
         """What a new trial is given: nothing, where the sampler is to choose."""
-        slot = len(slots)
-        default = self.settings.space.default(self.settings.config)
-        chosen = self.grid[slot] if self.grid is not None else default if slot == 0 else None
+        chosen = None
+        if self.grid is not None:
+            chosen = self.untried(self.grid, slots)[0]
+        elif not slots:
+            chosen = self.settings.space.default(self.settings.config)
         if chosen is None:
             return {}
         named = {p.key: p for p in self.settings.space.parameters}
@@ -179,6 +182,11 @@ class Worker:
             "params": {key: label(value) for key, value in chosen.items()},
             "distributions": {key: distribution(named[key]) for key in chosen},
         }
+
+    def untried(self, grid: list[dict[str, Any]], slots: Mapping[int, FrozenTrial]) -> list[dict[str, Any]]:
+        """What no slot has of the grid, which another sampler or other `points` may have come before."""
+        tried = {tuple(sorted(record.params.items())) for record in slots.values()}
+        return [c for c in grid if tuple(sorted((key, label(v)) for key, v in c.items())) not in tried]
 
     def missing(self, known: dict[int, FrozenTrial]) -> list[dict[str, Any]]:
         """What is repeated with which seed, of all repeats that are not known; each seed of all in turn."""

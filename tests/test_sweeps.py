@@ -854,6 +854,15 @@ def test_a_grid_is_tried_whole_where_other_samplers_have_seen_enough(tmp_path: P
     assert more_trials(settings, slots, 0.0, None)
 
 
+def test_a_grid_that_goes_on_after_another_sampler_is_tried_whole(tmp_path: Path, corpus: Path) -> None:
+    space, few = {"model.dropout": [0.0, 0.2], "model.n_layer": [1, 2]}, {"trials": 0, "repeat_seeds": 0}
+    path = tiny(tmp_path, corpus, space=space, max_steps=3, sweep=few)
+    _, drawn = sweep(path, "--sampler", "random", "--trials", "2", "--sampler_seed", "4")
+    assert drawn[1].params["model.dropout"] == 0.2  # beside the config itself, which is the first of a grid
+    _, slots = sweep(path, "--sampler", "grid")
+    assert len({tuple(sorted(r.params.items())) for r in slots.values()}) == len(slots) == 4
+
+
 def test_a_budget_in_steps_holds_the_longest_trial_of_the_space(tmp_path: Path, corpus: Path) -> None:
     for space in ({"max_steps": {"int": [6, 24]}}, {"arms": {"a": {"max_steps": 6}, "b": {"max_steps": 24}}}):
         words = ["--config", str(tiny(tmp_path, corpus, space=space)), "--trials", "0", "--steps"]
