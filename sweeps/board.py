@@ -242,6 +242,10 @@ class Board:
                     "user_attrs": {k: v for k, v in left.user_attrs.items() if k in RUN_ON},
                 }
                 given["user_attrs"] |= _deaths(left)
+                if left.params and "fingerprint" not in left.user_attrs:  # not all of them were chosen
+                    before = template({number: slots[number] for number in range(slot)})
+                    given |= {key: before.get(key, {}) for key in ("params", "distributions")}
+                    given["system_attrs"] = {}
             elif more(slots):
                 slot, attempt = len(slots), 0
                 given = dict(template(slots))

@@ -172,7 +172,7 @@ class Worker:
         """What a new trial is given: nothing, where the sampler is to choose."""
         chosen = None
         if self.grid is not None:
-            chosen = self.untried(self.grid, slots)[0]
+            chosen = next(iter(self.untried(self.grid, slots)), None)
         elif not slots:
             chosen = self.settings.space.default(self.settings.config)
         if chosen is None:

@@ -1167,6 +1167,32 @@ def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Pa
     assert "resumed from" in (killed / "study" / "logs" / "0000.txt").read_text("utf-8")
 
 
+def test_a_stop_between_two_parameters_changes_none(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the first one kept, the next would be drawn by the random number that the first was drawn by."""
+    space = {"optimizer.beta1": {"float": [0.1, 0.9]}, "optimizer.beta2": {"float": [0.1, 0.9]}}
+    right, drawn = worker.suggest, []
+
+    def interrupted(trial: optuna.trial.Trial, parameter: Any) -> Any:
+        if parameter.key == "optimizer.beta2" and not drawn:
+            drawn.append(trial.params)
+            raise KeyboardInterrupt
+        return right(trial, parameter)
+
+    found = []
+    for name in ("whole", "stopped"):
+        own = {"trials": 2, "repeat_seeds": 0, "sampler": "random", "study": str(tmp_path / name)}
+        path = tiny(tmp_path, corpus, space=space, max_steps=3, sweep=own)
+        if name == "stopped":
+            monkeypatch.setattr(worker, "suggest", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                sweep(path)
+        _, slots = sweep(path)
+        found.append([record.params for record in slots.values()])
+    assert list(drawn[0]) == ["optimizer.beta1"] and found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_fifty_kills_at_random_instants_lose_nothing(tmp_path: Path, corpus: Path) -> None:
     """Each slot ends once, with the parameters and the value that it has in a study that nobody killed.

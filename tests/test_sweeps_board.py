@@ -104,6 +104,7 @@ def test_a_killed_workers_slot_goes_on_where_it_was(tmp_path: Path) -> None:
             assert claim is not None
             trial = optuna.trial.Trial(own, claim.record._trial_id)
             trial.suggest_float("x", 0, 1)
+            own._storage.set_trial_user_attr(claim.record._trial_id, "fingerprint", "of all parameters")
             trial.report(0.5, 3)
             ready.touch()
             time.sleep(60)
