@@ -24,7 +24,8 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,12 @@ def load_state(manifest: Manifest) -> dict[str, Any]:
     """The `state` that `save_checkpoint` was given."""
     tensors = load_file(manifest.folder / "state.safetensors")
     return _put_tensors(json.loads((manifest.folder / "state.json").read_text("utf-8")), tensors)
+
+
+def load_counters(manifest: Manifest) -> dict[str, Any]:
+    """As `load_state`, with None for each tensor: those are not read."""
+    plain = json.loads((manifest.folder / "state.json").read_text("utf-8"))
+    return _put_tensors(plain, defaultdict(lambda: None))
 
 
 def load_weights(model: nn.Module, manifest: Manifest) -> None:
@@ -399,7 +406,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _put_tensors(value: Any, tensors: Mapping[str, Tensor | None]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()

@@ -826,6 +826,53 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file of settings holds.
+
+    Raises:
+        ValueError: It is no YAML; or a mapping has a key twice, of which a parser takes the later one without
+            a word; or a group, and a key of it apart.
+        OSError: It cannot be read.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            loader = yaml.SafeLoader(file)
+            node = loader.get_single_node()
+        found = _key_twice(node)  # first: a merge puts another mapping's keys beside a mapping's own
+        values = None if node is None else loader.construct_document(node)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML: {_one_line(str(error))}") from None
+    if found is not None:
+        raise ValueError(f"{found[0]} is twice in {path}, again in line {found[1]}; leave one out")
+    names = values if isinstance(values, dict) else {}
+    for key in map(str, names):  # of which the parser would forget the one that comes first
+        group, dot, name = key.partition(".")
+        if dot and group in names:
+            raise ValueError(f"{path} has both {group} and {key}; write {name} inside {group}")
+    return values
+
+
+def _key_twice(root: Any) -> tuple[str, int] | None:
+    """The first key that a mapping of a YAML tree has for the second time, and its line."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))  # an alias is the node that it names
+        keys = set()
+        for pair in node.value:
+            key, *rest = pair if isinstance(pair, tuple) else (None, pair)
+            waiting += rest
+            if key is not None and isinstance(key.value, str):
+                if (key.tag, key.value) in keys:
+                    return key.value, key.start_mark.line + 1
+                keys.add((key.tag, key.value))
+    return None
+
+
 def make_parser(groups: dict[str, type], description: str) -> Any:
     """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
@@ -838,6 +885,16 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
             sys.exit(2)
 
         def parse_args(self, *args: Any, **options: Any) -> Any:
+            words = args[0] if args and args[0] is not None else sys.argv[1:]
+            for word, after in pairwise([*words, ""]):
+                file = after if word == "--config" else word.removeprefix("--config=")
+                if word.startswith("--config") and os.path.isfile(file):  # or the values themselves
+                    try:
+                        read_yaml(Path(file))
+                    except ValueError as error:
+                        self.error(str(error))
+                    except OSError:  # which the parser tells
+                        pass
             try:
                 return super().parse_args(*args, **options)
             except (ValueError, TypeError, OSError, RecursionError) as error:  # a file that is no YAML

@@ -16,7 +16,6 @@ from sweeps.settings import Settings, parse_settings
 # Before torch is imported, so that --help and a typo answer at once.
 SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
 
-import contextlib
 import multiprocessing
 import os
 import shlex
@@ -33,18 +32,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps import verdict
 from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.storage import told
-from sweeps.study import open_studies, refuse_other_data
+from sweeps.study import open_studies, refuse_other_data, refuse_other_runs
 from sweeps.worker import ALL_FAILED, STOPPED, start
 
 LOOK = 1.0  # seconds between two looks at workers and study
-SAME_SIGNAL = 0.1  # seconds in which the same signal is no second one
 DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
-
-
-def say(text: str) -> None:
-    """Print. A reader (`| head`) or a terminal that went away does not end the sweep."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
 
 
 def prepare(settings: Settings) -> str:
@@ -78,6 +70,14 @@ class Member:
     hung: bool = False
 
 
+def say(text: str) -> None:
+    """Print. A reader (`| head`) or a terminal that went away does not end the sweep."""
+    try:
+        print(text, flush=True)
+    except OSError:  # what is still in the buffer would fail once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def gpus_for(device: str) -> list[str]:
     """The GPUs that workers share out, as CUDA_VISIBLE_DEVICES names them; none where `device` names one."""
     from torch.cuda import device_count
@@ -92,9 +92,11 @@ class Crew:
     """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
 
     def __init__(self, settings: Settings, fingerprint: str):
-        self.settings, self.fingerprint = settings, fingerprint
+        from trainingmanager import SAME_SIGNAL
+
+        self.settings, self.fingerprint, self.same_signal = settings, fingerprint, SAME_SIGNAL
         self.asked = 0  # signals
-        self.heard = (0, 0.0)  # the last one, and when
+        self.signal = (0, 0.0)  # the last one that counted, and when it came
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.gpus = gpus_for(settings.config.train.device)
@@ -107,9 +109,10 @@ class Crew:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 signal.signal(number, self.stop)
         for place in range(settings.sweep.workers):
-            self.members.append(self.started(place))
+            self.begin(place)
 
-    def started(self, place: int) -> Member:
+    def begin(self, place: int) -> None:
+        """Start a worker, the first one of that place or another."""
         ear, mouth = self.context.Pipe(duplex=False)
         name, ticks = uuid.uuid4().hex, self.context.RawValue("Q")
         process = self.context.Process(
@@ -119,12 +122,16 @@ class Crew:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         process.start()
         mouth.close()
-        return Member(name, process, ear, ticks)
+        self.members[place : place + 1] = [Member(name, process, ear, ticks)]
+        if self.asked:  # before it was a member
+            process.terminate()
 
-    def stop(self, number: int = signal.SIGINT, frame: Any = None) -> None:
-        last, self.heard = self.heard, (number, time.monotonic())
-        if frame is not None and last[0] == number and self.heard[1] - last[1] < SAME_SIGNAL:
-            return  # a closed terminal hangs up twice
+    def stop(self, number: int = 0, frame: Any = None) -> None:
+        """Tell the workers to stop; the second time kill them. The same signal at once is no second one."""
+        (before, since), now = self.signal, time.monotonic()
+        if number and number == before and now - since < self.same_signal:
+            return
+        self.signal = (number, now)
         self.asked += 1
         for member in self.members:
             if member.process.is_alive():
@@ -168,13 +175,13 @@ class Crew:
                 )
             if not member.hung:
                 say(f"a worker died (exit code {code}); another one takes its trial up")
-            self.members[place] = self.started(place)
+            self.begin(place)
         codes = [member.process.exitcode for member in self.members]
         if 2 in codes and not self.asked:
             self.stop()
         if None in codes:
             return None
-        return 2 if 2 in codes else STOPPED if self.asked or STOPPED in codes else 0
+        return 2 if 2 in codes else 0 if 0 in codes else STOPPED  # 0: one found nothing left to do
 
 
 def sweep(settings: Settings) -> int:
@@ -185,14 +192,9 @@ def sweep(settings: Settings) -> int:
     """
     folder = settings.sweep.folder
     folder.mkdir(parents=True, exist_ok=True)
-    left = any((folder / "trials").glob("*"))  # looked at first: a trial is told before its folder is made
     with told(settings.sweep.storage, folder):
         studies = open_studies(settings)
-        if left and not studies[0].get_trials(deepcopy=False):
-            raise ValueError(
-                f"{folder / 'trials'} holds runs that trials would go on from, and the storage has no trial "
-                f"of a study {settings.sweep.name}: name the folder as it was, or set another --study"
-            )
+        refuse_other_runs(studies[0], folder)
     fingerprint = prepare(settings)
     with told(settings.sweep.storage, folder):
         refuse_other_data(studies[0], fingerprint)
@@ -224,13 +226,16 @@ def sweep(settings: Settings) -> int:
             trials.reap()
             repeats.reap()
     except ValueError:
-        crew.stop()
+        if not crew.asked:  # or they are saving
+            crew.stop()
         raise
     if code == 2:
         raise ValueError(crew.sentence)
-    slots, repeated = trials.slots(), repeats.slots()
-    if code == 0 or any(record.state == TrialState.COMPLETE for record in slots.values()):
-        finish(settings, studies, slots, repeated)
+    with alone(folder, ".finish"):  # of another command that shares the folder
+        with told(settings.sweep.storage, folder):
+            slots, repeated = trials.slots(), repeats.slots()
+        if code == 0 or any(record.state == TrialState.COMPLETE for record in slots.values()):
+            finish(settings, studies, slots, repeated)
     if code == STOPPED:
         say(f"stopped after {sum(map(is_done, slots.values()))} trials; the same command goes on")
         return code
@@ -270,22 +275,22 @@ def finish(
     from sweeps.pictures import draw
 
     folder = settings.sweep.folder
+    repeats = {slot: record for slot, record in repeats.items() if is_done(record)}  # a stopped one goes on
     rows, front = verdict.table(settings, slots), verdict.front(settings, slots)
     said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
     judged = verdict.verdict(settings, slots, repeats)
     say("\n".join(["", *rows, "", *front, *([""] if front else []), *said, "", *judged, ""]))
-    with alone(folder / ".finish"):  # several commands may end at once
-        if any(record.state == TrialState.COMPLETE for record in slots.values()):
-            best = verdict.winner(settings, slots, repeats)
-            config = verdict.config_of(settings, slots, best)
-            name = verdict.called(best).capitalize()
-            head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
-            path = folder / "best.yaml"
-            write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
-            say(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
-        pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
-        say(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
-        say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+    if any(record.state == TrialState.COMPLETE for record in slots.values()):
+        best = verdict.winner(settings, slots, repeats)
+        config = verdict.config_of(settings, slots, best)
+        name = verdict.called(best).capitalize()
+        head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
+        path = folder / "best.yaml"
+        write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
+        say(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
+    pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
+    say(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
+    say(f"TensorBoard  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
 
 
 def main(settings: Settings) -> None:

@@ -66,7 +66,7 @@ from checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from config import write_atomically
+from config import TrainConfig, write_atomically
 from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
@@ -125,6 +125,18 @@ class RunState:
     skipped_in_a_row: int = 0
 
 
+def budget_used(train: TrainConfig, step: int, epoch: float, seconds: float) -> float:
+    """The share of it: of steps, epochs or seconds, whichever is furthest."""
+    shares = [0.0]
+    if train.max_steps:
+        shares.append(step / train.max_steps)
+    if train.max_epochs:
+        shares.append(epoch / train.max_epochs)
+    if train.max_seconds or len(shares) == 1:
+        shares.append(seconds / (train.max_seconds or DEFAULT_SECONDS))
+    return max(shares)
+
+
 class TrainingManager:
     """Owns one run: model, optimizers, data order, logs and checkpoints.
 
@@ -166,14 +178,12 @@ class TrainingManager:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.max_seconds = train.max_seconds
-        if not (train.max_seconds or train.max_steps or train.max_epochs):
-            self.max_seconds = DEFAULT_SECONDS
         # A validation on the way reads a part of the files only, so its bytes are taken from the average.
         held_out = data.validation
         self.targets_per_byte = held_out.n_targets / held_out.n_bytes
         self.stop_signal: int | None = None
         self.saved_step: int | None = None
+        self.began = 0.0  # on the clock, as if all of it had been one stretch
         self.resumed_from: Manifest | None = None
         model.checkpoint_activations = train.activation_checkpointing
         if config.lora.r and not train.activation_checkpointing:  # whole blocks are made again there
@@ -206,7 +216,7 @@ class TrainingManager:
     def fit(self, subject: Subject, observer: Observer | None = None) -> None:
         """Train until the budget is used, patience ends, or a signal or the observer says so; then save."""
         train = self.config.train
-        started = time.perf_counter() - self.state.seconds
+        self.began = time.perf_counter() - self.state.seconds
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
         if self.config.train.compile:  # after the guards, which would compile for many shapes
             compile_blocks(self.model)
@@ -220,7 +230,7 @@ class TrainingManager:
         ):
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
-                self.state.seconds = time.perf_counter() - started
+                self.state.seconds = time.perf_counter() - self.began
                 step = self.state.step
                 if watch.after(self.progress(), self.state.skipped_in_a_row > 0):
                     record_overrides(self.folder, watch.passed)  # at once: a killed run keeps the record too
@@ -231,7 +241,6 @@ class TrainingManager:
                 due = bool(train.validate_every) and step % train.validate_every == 0
                 if due or (train.save_every and step % train.save_every == 0):
                     values |= self.validate_and_save(log)
-                    self.state.seconds = time.perf_counter() - started
                 if train.overfit and not train.prove_resume and due and self.knows_by_heart(self.validate()):
                     break
                 if observer is not None and observer(self, values):
@@ -319,15 +328,7 @@ class TrainingManager:
         return self.state.step * self.config.train.accumulation / self.batches.steps_per_epoch
 
     def progress(self) -> float:
-        """Share of the budget used: of steps, epochs or seconds, whichever is furthest."""
-        train, shares = self.config.train, [0.0]
-        if train.max_steps:
-            shares.append(self.state.step / train.max_steps)
-        if train.max_epochs:
-            shares.append(self.epoch() / train.max_epochs)
-        if self.max_seconds:
-            shares.append(self.state.seconds / self.max_seconds)
-        return max(shares)
+        return budget_used(self.config.train, self.state.step, self.epoch(), self.state.seconds)
 
     def out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -359,6 +360,7 @@ class TrainingManager:
         """Validate, keep count of patience, and save; only then tell. Returns what is logged."""
         train, state = self.config.train, self.state
         scores = self.validate(train.validation_rows)
+        state.seconds = time.perf_counter() - self.began  # before it is saved: a resume knows what was used
         if not math.isfinite(scores.loss):
             raise ValueError(
                 f"the validation loss of step {state.step} is {scores.loss}, so it was not saved; "
@@ -542,7 +544,9 @@ def signals_noted(manager: TrainingManager) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # print fails where it has itself been interrupted
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield

@@ -229,7 +229,7 @@ class Board:
             more: Whether the budget has a slot beyond these.
             template: What `create_trial` is given for the slot after these: parameters, attributes.
         """
-        with alone(self.pulse.folder / ".claim"):
+        with alone(self.pulse.folder, ".claim"):
             slots = self.slots()
             left = next((record for record in slots.values() if is_open(record)), None)
             if left is not None:
@@ -242,6 +242,10 @@ class Board:
                     "user_attrs": {k: v for k, v in left.user_attrs.items() if k in RUN_ON},
                 }
                 given["user_attrs"] |= _deaths(left)
+                if left.params and "fingerprint" not in left.user_attrs:  # not all of them were chosen
+                    before = template({number: slots[number] for number in range(slot)})
+                    given |= {key: before.get(key, {}) for key in ("params", "distributions")}
+                    given["system_attrs"] = {}
             elif more(slots):
                 slot, attempt = len(slots), 0
                 given = dict(template(slots))
@@ -278,8 +282,8 @@ def _deaths(left: FrozenTrial) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Processes that share the lock's folder take turns. Those that do not are told apart by the storage."""
-    with open(lock, "w", encoding="utf-8") as file:
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """Processes that share the folder come in turn. Claims of those that do not the storage tells apart."""
+    with open(folder / name, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

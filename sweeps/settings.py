@@ -11,9 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
+from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config, read_yaml
 from sweeps.space import Space, parse_space
 
 DEFAULT = RECIPES / "sweep.yaml"
@@ -36,7 +34,7 @@ class SweepConfig:
             part is the study's name in the storage.
         storage: `journal:FILE`, `grpc://HOST:PORT`, or any URL that Optuna knows (`sqlite:///FILE`,
             `postgresql://...`); by default a journal in the study's folder.
-        trials: Budget in trials; 30 where no other is set.
+        trials: Budget in trials; where none is set 30, and all of a grid.
         steps: Budget in training steps of all trials; no trial begins that might go beyond it.
         seconds: Budget in seconds by the clock while at least one worker is at it, repeats included.
         workers: Processes on this machine, which share its cores; of several GPUs each has one, in turn.
@@ -161,27 +159,11 @@ _HELP = (
 )
 
 
-class _Once(yaml.SafeLoader):
-    """YAML in which each key stands once: of two alike the parser takes the later one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                mark = node.value[place][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", mark)
-        return super().construct_mapping(node, deep)
-
-
 def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     """The words for the rest of a config file, after its sections `space` and `sweep` were taken."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, _Once)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        print(f"error: {path} is no YAML: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError:
+        values = read_yaml(Path(path))
+    except (OSError, ValueError):
         return ["--config", path]  # whose reader has the right words for it
     if not isinstance(values, dict):
         return ["--config", path]
@@ -264,26 +246,24 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
         raise ValueError(
             f"pruner {sweep.pruner} goes by bits_per_byte alone; take none with other objectives"
         )
-    train = config.train
-    every = [n for key in ("validate_every", "save_every") for n in space.values(config, key) if n]
-    validates, most = bool(every), space.most_steps(config)
-    if sweep.pruner not in ("auto", "none") and not validates:
+    first, most = space.first_validation(config), space.most_steps(config)
+    if sweep.pruner not in ("auto", "none") and not first:
         raise ValueError(
             f"pruner {sweep.pruner} goes by validations on the way, and validate_every is 0; set one of them"
         )
-    if sweep.pruner not in ("auto", "none") and most and min(every) >= most:
+    if sweep.pruner not in ("auto", "none") and most and first >= most:
         raise ValueError(
-            f"pruner {sweep.pruner} goes by validations on the way, and the first is at step {min(every)} of "
+            f"pruner {sweep.pruner} goes by validations on the way, and the first is at step {first} of "
             f"{most}; set validate_every lower than max_steps"
         )
     for name in ("run", "resume", "prove_resume", "plan", "overfit"):
-        if getattr(train, name):
+        if getattr(config.train, name):
             raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")
     filled: dict[str, Any] = {}
     if not sweep.study:
         filled["study"] = "runs/sweep" if file == DEFAULT else f"runs/sweep-{file.stem}"
-    if not (sweep.trials or sweep.steps or sweep.seconds):
+    if not (sweep.trials or sweep.steps or sweep.seconds or sweep.sampler == "grid"):  # which has an end
         filled["trials"] = TRIALS
     if sweep.pruner == "auto":
-        filled["pruner"] = "median" if by_loss and validates else "none"
+        filled["pruner"] = "median" if by_loss and first else "none"
     return SweepConfig(**asdict(sweep) | filled)

@@ -171,6 +171,11 @@ class Space:
         found = self.values(base, "max_steps")
         return max(found) if all(found) else 0
 
+    def first_validation(self, base: Config) -> int:
+        """The earliest step at which a trial may validate on the way; 0 where none does."""
+        found = [n for key in ("validate_every", "save_every") for n in self.values(base, key) if n]
+        return min(found, default=0)
+
     def default(self, base: Config) -> dict[str, Any] | None:
         """The parameters that give the config itself; None if the space does not hold it."""
         values, model = flat(base), base.model

@@ -174,7 +174,9 @@ def told(url: str, folder: Path) -> Iterator[None]:
     """A storage that is down or full, or a disk that is, is told in one sentence, as a ValueError."""
     try:
         yield
-    except failures() as error:
+    except Exception as error:  # no Ctrl-C, which may have cut off the imports of `failures`
+        if not isinstance(error, failures()):
+            raise
         what = f"the storage {shown(url, folder)} cannot be used ({_first_line(error)})"
         again, other = "start the same command again when it is back", ", or name another --storage"
         # Of a checkpoint, say, with words of its own; a proxy that is down has a kind of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -91,6 +92,16 @@ def refuse_other_data(study: optuna.Study, fingerprint: str) -> None:
         )
 
 
+def refuse_other_runs(study: optuna.Study, folder: Path) -> None:
+    """ValueError if a study that is new would go on with runs of another storage, or of one that is gone."""
+    runs = any((folder / "trials").glob("*"))  # before the trials: another command may begin now
+    if runs and not study.get_trials(deepcopy=False):
+        raise ValueError(
+            f"{folder / 'trials'} holds runs, and the study {study.study_name} in this storage has no "
+            "trials; name the --storage that they are of, or another --study"
+        )
+
+
 def identity(settings: Settings) -> dict[str, Any]:
     """What trials of one study share: other budgets, workers, samplers and pruners may go on with it."""
     return {
@@ -139,17 +150,17 @@ def make_sampler(settings: Settings, slot: int) -> BaseSampler:
 
 
 def make_pruner(settings: Settings) -> BasePruner:
-    """By validations: a rung is at least the steps between two of them."""
-    train, name = settings.config.train, settings.sweep.pruner
+    """By validations: the first rung is at the first of them."""
+    name, space = settings.sweep.pruner, settings.space
     if name == "median":
         return MedianPruner(n_startup_trials=STARTUP)
     if name == "patient":
         return PatientPruner(MedianPruner(n_startup_trials=STARTUP), patience=1)
-    every = max(1, train.validate_every)
+    every = space.first_validation(settings.config)
     if name == "halving":
         return _Halving(min_resource=every, reduction_factor=3)
     if name == "hyperband":
-        most = train.max_steps if train.max_steps > every else "auto"
+        most = space.most_steps(settings.config) or "auto"
         return _Hyperband(min_resource=every, max_resource=most, reduction_factor=3)
     return NopPruner()
 

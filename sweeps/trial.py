@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 import trainingmanager
-from checkpoint import Manifest, load_state, newest_whole
+from checkpoint import Manifest, load_counters, newest_whole
 from config import Config, memory_is_full
 from guards.subject import Fault
 from quantize import n_weights
 from runfolder import LOCK
 from sweeps.storage import failures
-from trainingmanager import BudgetUsed, RunState, TrainingManager
+from trainingmanager import BudgetUsed, TrainingManager, budget_used
 
 FIRST = 10  # losses by which trials are told apart
 # Kept of the finished run's metrics: name: the tag, and which of its values.
@@ -70,21 +70,22 @@ def run_trial(
         KeyboardInterrupt: A signal before or after the training itself.
     """
     newest = _newest(folder)
-    resume = newest is not None
-    before = load_state(newest)["run"]["seconds"] if newest is not None else 0.0  # of training
-    config = replace(config, train=replace(config.train, run=str(folder), resume=resume))
+    config = replace(config, train=replace(config.train, run=str(folder), resume=newest is not None))
+    before = 0.0  # seconds of training
     losses: list[float] = []
-    seen: list[RunState] = []
+    managers: list[TrainingManager] = []
     pruned = False
 
-    if resume:  # a validation is saved before it is told, and a kill may fall between
+    if newest is not None:  # a validation is saved before it is told, and a kill may fall between
+        counters = load_counters(newest)
+        before = counters["run"]["seconds"]
         for row in rows_of(folder):
-            if "eval/bits_per_byte" in row:  # the pruner goes by the last one
+            if "eval/bits_per_byte" in row and row["step"] <= newest.step:  # the pruner goes by the last one
                 pruned = report(int(row["step"]), row["eval/bits_per_byte"])
-                pruned = pruned and int(row["step"]) != config.train.max_steps
-    if pruned:
-        found = numbers_of(folder)
-        return Outcome("pruned", "", found, int(found.pop("step", 0)), before)
+        if pruned and budget_used(config.train, newest.step, counters["epoch"], before) < 1:
+            found = numbers_of(folder)
+            return Outcome("pruned", "", found, max(int(found.pop("step")), newest.step), before)
+        pruned = False
 
     def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
         nonlocal pruned
@@ -92,8 +93,8 @@ def run_trial(
         step = manager.state.step
         if step <= FIRST:
             losses.append(values["train/loss"])
-        if not seen:
-            seen.append(manager.state)
+        if not managers:
+            managers.append(manager)
             note("parameters", n_weights(manager.model))
         if len(losses) == FIRST == step:
             note("first_losses", losses)
@@ -126,12 +127,15 @@ def run_trial(
         except Exception as error:  # whatever it is, the other trials go on; the log has all of it
             traceback.print_exc()
             state, reason = "failed", reason_of(error)
+            signalled = any(manager.stop_signal is not None for manager in managers)
+        seen = [manager.state.step for manager in managers]
+        managers.clear()
         gc.collect()
     found = numbers_of(folder)
     if state == "complete" and "bits_per_byte" not in found:
         state, reason = "failed", "it ended without a validation"
     # The log has every log_every-th step, which is not where a failure was.
-    steps = [int(found.pop("step", 0)), *(run.step for run in seen)]
+    steps = [int(found.pop("step")), *seen]
     if newest is not None:
         steps.append(newest.step)
     return Outcome(state, reason, found, max(steps), before + time.monotonic() - started, signalled)

@@ -94,7 +94,8 @@ def winner(
     """The slot that is best with the other seeds, else the best trial; None is the config itself.
 
     Time may end before the last turn: those compete that share the most seeds with the config itself (or have
-    the most, where it has none), by the seeds that they all have. One that failed once is out.
+    the most, where it has none), by the seeds that they all have. One that failed once is out. While only the
+    config itself was repeated, and none failed, the trials decide.
     """
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     failed = {r.user_attrs["of"] for r in repeats.values() if r.state == TrialState.FAIL}
@@ -103,7 +104,7 @@ def winner(
     most = max((len(own) for of, own in seeds.items() if of is not None), default=0)
     seeds = {of: own for of, own in seeds.items() if of is None or len(own) == most}
     shared = set.intersection(*seeds.values()) if seeds else set()
-    if shared:
+    if shared and (most or failed):
         return min(seeds, key=lambda of: sign * statistics.fmean(found[of][s] for s in shared))
     out = [chosen_of(settings, r.params) for slot, r in slots.items() if slot in failed]
     out += [settings.space.default(settings.config)] if None in failed else []

@@ -153,7 +153,8 @@ class Worker:
                 time.sleep(1.0)
 
     def more(self, slots: dict[int, FrozenTrial]) -> bool:
-        return more_trials(self.settings, slots, self.spent(), None if self.grid is None else len(self.grid))
+        grid = None if self.grid is None else len(slots) + len(self.untried(self.grid, slots))
+        return more_trials(self.settings, slots, self.spent(), grid)
 
     def more_repeats(self, known: dict[int, FrozenTrial]) -> bool:
         seconds, slots = self.settings.sweep.seconds, self.trials.slots()
@@ -169,9 +170,11 @@ class Worker:
 
     def template(self, slots: dict[int, FrozenTrial]) -> dict[str, Any]:
         """What a new trial is given: nothing, where the sampler is to choose."""
-        slot = len(slots)
-        default = self.settings.space.default(self.settings.config)
-        chosen = self.grid[slot] if self.grid is not None else default if slot == 0 else None
+        chosen = None
+        if self.grid is not None:
+            chosen = next(iter(self.untried(self.grid, slots)), None)
+        elif not slots:
+            chosen = self.settings.space.default(self.settings.config)
         if chosen is None:
             return {}
         named = {p.key: p for p in self.settings.space.parameters}
@@ -179,6 +182,11 @@ class Worker:
             "params": {key: label(value) for key, value in chosen.items()},
             "distributions": {key: distribution(named[key]) for key in chosen},
         }
+
+    def untried(self, grid: list[dict[str, Any]], slots: Mapping[int, FrozenTrial]) -> list[dict[str, Any]]:
+        """What no slot has of the grid, which another sampler or other `points` may have come before."""
+        tried = {tuple(sorted(record.params.items())) for record in slots.values()}
+        return [c for c in grid if tuple(sorted((key, label(v)) for key, v in c.items())) not in tried]
 
     def missing(self, known: dict[int, FrozenTrial]) -> list[dict[str, Any]]:
         """What is repeated with which seed, of all repeats that are not known; each seed of all in turn."""
@@ -215,7 +223,8 @@ class Worker:
             except ValueError as error:  # choices that do not go together
                 self.record(board, claim, Outcome("failed", f"it cannot be built: {error}"))
                 return
-            if trial is not None and (twin := self.twin(claim, config)) is not None:
+            trained = (folder / "checkpoints").is_dir()  # by an attempt before: its steps are spent
+            if trial is not None and not trained and (twin := self.twin(claim, config)) is not None:
                 self.note(board, claim, "same_as", twin.user_attrs["slot"])
                 state = "complete" if twin.state == TrialState.COMPLETE else "pruned"
                 self.record(
@@ -244,11 +253,11 @@ class Worker:
             raise
         known = patiently(lambda: board.study.get_trials(deepcopy=False))[claim.record.number].user_attrs
         outcome.values |= {"parameters": known["parameters"]} if "parameters" in known else {}
-        self.record(board, claim, outcome)
-        if board is self.repeats:
-            remove_checkpoints(folder)
-        else:
+        granted = self.record(board, claim, outcome)
+        if board is self.trials:
             self.keep_the_best()
+        elif granted:  # or another worker goes on from there
+            remove_checkpoints(folder)
         if outcome.signalled:  # as it ended
             raise KeyboardInterrupt
 
@@ -278,8 +287,9 @@ class Worker:
         self.note(
             self.trials, claim, "fingerprint", own_hash := hashlib.sha256(own.encode()).hexdigest()[:16]
         )
-        if config.train.max_seconds:  # no two runs by the clock are the same
-            return None
+        train = config.train
+        if train.max_seconds or not (train.max_steps or train.max_epochs):
+            return None  # no two runs by the clock are the same
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return next(
             (
@@ -316,8 +326,8 @@ class Worker:
         except UpdateFinishedTrialError:  # another worker thought that this one was dead
             _say(f"slot {claim.slot} was taken over while this worker stood still")
 
-    def record(self, board: Board, claim: Claim, outcome: Any) -> None:
-        """End the slot's record, with everything that the table says of it."""
+    def record(self, board: Board, claim: Claim, outcome: Any) -> bool:
+        """End the slot's record, with everything that the table says of it; False if it had ended before."""
         facts = {
             "steps": outcome.steps,
             "seconds": outcome.seconds,
@@ -339,6 +349,8 @@ class Worker:
                 patiently(lambda: storage.set_trial_state_values(record, TrialState.FAIL))
         except UpdateFinishedTrialError:
             _say(f"slot {claim.slot} was taken over while this worker stood still; its result is dropped")
+            return False
+        return True
 
     def keep_the_best(self) -> None:
         """Checkpoints stay of the trials that may still be repeated or be the best."""

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
-from config import RANGES, RECIPES, Config, ModelConfig, check_ranges, one_sentence, parse_config, unused_keys
+from config import (
+    RANGES,
+    RECIPES,
+    Config,
+    ModelConfig,
+    check_ranges,
+    one_sentence,
+    parse_config,
+    read_yaml,
+    unused_keys,
+)
 
 HOUSE = Path(__file__).parent.parent
 
@@ -151,6 +161,26 @@ def test_typos_in_a_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "did you mean optimizer.warmup_steps?" in capsys.readouterr().err
 
 
+def test_what_stands_in_a_file_twice_is_refused_of_which_the_parser_takes_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    for text, sentence in (
+        ("optimizer: {muon_lr: 0.05}\nseed: 3\noptimizer: {beta1: 0.9}\n", "again in line 3; leave one out"),
+        ("optimizer:\n  muon_lr: 0.05\n  muon_lr: 0.02\n", f"muon_lr is twice in {file}, again in line 3"),
+        ("optimizer.muon_lr: 0.05\noptimizer: {beta1: 0.9}\n", "write muon_lr inside optimizer"),
+        ("optimizer: [1\n", f"{file} is no YAML: "),
+    ):
+        file.write_text(text, "utf-8")
+        with pytest.raises(SystemExit):
+            parse_config(["--config", str(file)])
+        printed = capsys.readouterr().err
+        assert sentence in printed and printed.count("\n") == 1
+    chain = "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: [*b, *b, {<<: *b, x: 3}]\n"
+    file.write_text(chain, "utf-8")
+    assert read_yaml(file)["c"] == [{"x": 1, "y": 2}, {"x": 1, "y": 2}, {"x": 3, "y": 2}]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -158,9 +188,9 @@ def test_typos_in_a_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (b"model: [1]\n", "model is [1]; it must be a mapping"),
         (b"- 1\n- 2\n", "must be a YAML mapping"),
         (b"", "must be a YAML mapping"),
-        (b"\x00\xff\xfe\x01", "cannot be read"),
+        (b"\x00\xff\xfe\x01", "is no YAML"),
         (b"a: &a [*a]\n", "cannot be read"),
-        (b"max_steps: [1\n", "Problems parsing config"),
+        (b"max_steps: [1\n", "is no YAML"),
         (None, "is not a file"),
     ],
 )

@@ -27,11 +27,12 @@ from optuna.trial import TrialState
 from scipy import stats
 
 import hyperparam_tune
+from checkpoint import checkpoints
 from config import RECIPES, parse_config
 from hyperparam_tune import Crew, finish
-from sweeps import pictures, worker
 from sweeps import study as studies
-from sweeps.board import KILLED, VALIDATED, Board, Pulse, is_done, is_locked, is_open, slots_of
+from sweeps import trial, worker
+from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, alone, is_done, is_open, slots_of
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.trial import Outcome, run_trial
@@ -161,6 +162,11 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     )
     assert (study / "journal.log").read_bytes() == before
 
+    words = ("--config", path, "--storage", f"sqlite:///{tmp_path}/new.db")
+    refused = commands.command("hyperparam_tune.py", *words, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "study/trials holds runs, and the study study in this storage has no trials" in refused.stderr
+
     (corpus / "part0.py").write_text("print('another file')\n", "utf-8")
     refused = commands.command("hyperparam_tune.py", "--config", path, cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
@@ -172,7 +178,28 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     for _ in range(2):
         refused = commands.command(*words, cwd=tmp_path)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-        assert "moved/trials holds runs that trials would go on from, and the storage" in refused.stderr
+        assert "moved/trials holds runs, and the study moved in this storage has no trials" in refused.stderr
+
+
+def test_a_reader_that_goes_away_does_not_end_a_sweep_and_commands_write_their_results_in_turn(
+    tmp_path: Path, corpus: Path
+) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    path = tiny(tmp_path, corpus, sweep={"trials": 1, "repeat_seeds": 0})
+    process = subprocess.Popen(
+        command("--config", path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("training a code tokenizer")
+    process.stdout.close()
+    with alone(study, ".finish"):  # as another command has it
+        wait_for(lambda: (study / "trials").is_dir())
+        wait_for(lambda: [r.state for r in records(tmp_path)] == [TrialState.COMPLETE])
+        time.sleep(4)  # looks at the study come each second
+        assert process.poll() is None and not (study / "best.yaml").exists()
+    assert not process.stderr.read() and process.wait() == 0
+    assert (study / "best.yaml").is_file() and (study / "report.html").is_file()
 
 
 @pytest.mark.slow
@@ -287,6 +314,38 @@ def test_a_worker_that_ends_without_a_word_is_told_of(
         crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus))]), "")
         crew.members[0].process.join()
         assert crew.look() == 2 and crew.sentence == "a worker ended with exit code 2 and did not say why"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def ends_as_another_is_stopped(settings: Settings, *_: Any) -> None:
+    try:
+        (settings.sweep.folder / "first").mkdir(parents=True)
+    except FileExistsError:
+        os._exit(STOPPED)
+    os._exit(0)
+
+
+def test_a_study_is_at_its_end_where_one_worker_says_so_and_a_signal_twice_at_once_is_one(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hyperparam_tune, "start", ends_as_another_is_stopped)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus)), "--workers", "2"]), "")
+        for member in crew.members:
+            member.process.join()
+        assert sorted(member.process.exitcode for member in crew.members) == [0, STOPPED]
+        assert crew.look() == 0
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # as of a terminal that is closed
+        assert crew.asked == 1
+        crew.begin(1)  # which had begun when the signal came
+        crew.members[1].process.join()
+        assert len(crew.members) == 2 and crew.members[1].process.exitcode == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert crew.asked == 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -582,6 +641,52 @@ def test_a_trial_at_its_end_is_complete_whatever_the_pruner_says(
     assert (outcome.state, outcome.steps) == ("complete", 12)
 
 
+@pytest.mark.parametrize("budget", [{"max_steps": 12}, {"max_epochs": 0.5}, {"max_seconds": 1.0}])
+def test_a_trial_killed_before_its_record_is_at_its_end_by_any_budget(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, budget: dict[str, float]
+) -> None:
+    config = parse_settings(["--config", str(tiny(tmp_path, corpus, **{"max_steps": 0} | budget))]).config
+    folder, right = tmp_path / "trial", trial.numbers_of
+
+    def killed(folder: Path) -> dict[str, float]:
+        monkeypatch.setattr(trial, "numbers_of", right)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, "numbers_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(config, folder, tmp_path / "log.txt", lambda step, value: False, lambda key, value: None)
+    outcome = run_trial(
+        config, folder, tmp_path / "log.txt", lambda step, value: True, lambda key, value: None
+    )
+    assert outcome.state == "complete" and outcome.steps == checkpoints(folder / "checkpoints")[-1].step > 3
+
+
+def test_a_stop_is_known_of_a_trial_that_failed_and_its_steps_of_one_that_is_pruned(
+    tmp_path: Path, corpus: Path
+) -> None:
+    config = parse_settings(["--config", str(tiny(tmp_path, corpus))]).config
+
+    def fail(step: int, value: float) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("of the third step")
+
+    log = tmp_path / "log.txt"
+    failed = run_trial(config, tmp_path / "failed", log, fail, lambda key, value: None)
+    assert (failed.state, failed.steps, failed.signalled) == ("failed", 3, True)
+
+    def stop() -> None:
+        ticks.append(0)
+        if len(ticks) == 5:  # between two validations
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ticks: list[int] = []
+    folder = tmp_path / "stopped"
+    stopped = run_trial(config, folder, log, lambda step, value: False, lambda key, value: None, stop)
+    assert (stopped.state, stopped.steps) == ("stopped", 5)
+    pruned = run_trial(config, folder, log, lambda step, value: True, lambda key, value: None)
+    assert (pruned.state, pruned.steps) == ("pruned", 5)
+
+
 def test_bad_trials_are_pruned_and_equal_ones_taken_over(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -599,6 +704,81 @@ def test_bad_trials_are_pruned_and_equal_ones_taken_over(
     assert told[1:] == ["3 of them had the settings of an earlier one and were not trained again"]
     assert {r.params["arms"] for r in slots.values()} == set(arms)
     assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
+
+
+def test_what_was_trained_of_a_trial_counts_although_an_equal_one_ended_before_it(
+    tmp_path: Path, corpus: Path
+) -> None:
+    path = tiny(tmp_path, corpus, sweep={"trials": 2, "repeat_seeds": 0})
+    settings = parse_settings(["--config", str(path)])
+    settings.sweep.folder.mkdir()
+    opened = open_studies(settings)
+    with Pulse(opened[0], settings.sweep.folder) as pulse:
+        own = Worker(settings, *opened, pulse)
+        equals = [own.trials.claim(lambda slots: True, lambda slots: own.template({})) for _ in range(2)]
+        first, equal = equals
+        assert first is not None and equal is not None
+        ticks: list[int] = []
+
+        def stop() -> None:
+            ticks.append(0)
+            if len(ticks) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        stopped = Worker(settings, *opened, pulse, stop)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run(stopped.trials, equal)
+        own.run(own.trials, first)
+        own.work()
+        ended = own.trials.slots()
+    assert [record.user_attrs["steps"] for record in ended.values()] == [12, 12]
+    assert ended[0].value == ended[1].value and "same_as" not in ended[1].user_attrs
+
+
+def test_a_worker_whose_repeat_was_taken_over_leaves_its_checkpoints_to_the_next(
+    tmp_path: Path, corpus: Path
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    opened = open_studies(settings)
+    with Pulse(opened[0], settings.sweep.folder) as pulse:
+        left: list[Claim] = []  # of which another worker thinks that this one is dead
+
+        def tick() -> None:
+            for claim in left:
+                own.repeats.release(claim.record, "its worker died")
+
+        own = Worker(settings, *opened, pulse, tick)
+        repeat = {"user_attrs": {"of": None, "seed": 1}}
+        for kept in (True, False):
+            claim = own.repeats.claim(lambda slots: not slots, lambda slots: repeat)
+            assert claim is not None
+            left[:] = [claim] if kept else []
+            own.run(own.repeats, claim)
+            at = settings.sweep.folder / "trials" / "repeat-0000" / "checkpoints"
+            assert at.is_dir() == kept
+        (record,) = own.repeats.slots().values()
+        assert record.state == TrialState.COMPLETE and record.user_attrs["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("budget", "equal"),
+    [({}, True), ({"max_seconds": 9}, False), ({"max_steps": 0}, False), ({"max_epochs": 1}, True)],
+)
+def test_runs_by_the_clock_are_no_twins(
+    tmp_path: Path, corpus: Path, budget: dict[str, int], equal: bool
+) -> None:
+    """Without any budget a run goes by the clock too."""
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus, **budget))])
+    settings.sweep.folder.mkdir()
+    opened = open_studies(settings)
+    with Pulse(opened[0], settings.sweep.folder) as pulse:
+        own, board = Worker(settings, *opened, pulse), Board(opened[0], pulse)
+        first, other = (board.claim(lambda slots: True, lambda slots: {}) for _ in range(2))
+        assert first is not None and other is not None
+        assert own.twin(first, settings.config) is None
+        own.record(board, first, Outcome("complete", values={"bits_per_byte": 1.0}))
+        assert (own.twin(other, settings.config) is not None) == equal
 
 
 @pytest.mark.parametrize("pruner", ["halving", "hyperband", "median"])
@@ -641,6 +821,28 @@ def test_the_pruner_decides_as_in_a_study_in_which_nobody_was_stopped(
     undisturbed = decisions(0)
     assert set(undisturbed) >= {1, 4}
     assert decisions(1) == decisions(3) == undisturbed
+
+
+@pytest.mark.parametrize("pruner", ["halving", "hyperband"])
+def test_rungs_are_where_trials_of_the_space_validate(tmp_path: Path, corpus: Path, pruner: str) -> None:
+    """Here at each third step of at most 24, whatever the config itself would do without the space."""
+    space, changes = {"max_steps": {"int": [12, 24]}}, {"validate_every": 0, "save_every": 3}
+    path = tiny(tmp_path, corpus, space=space, max_steps=9000, **changes)
+    settings = parse_settings(["--config", str(path), "--pruner", pruner])
+    settings.sweep.folder.mkdir()
+    study, _ = open_studies(settings)
+    study.pruner = studies.make_pruner(settings)
+    rungs: dict[int, set[int]] = {}
+    for slot in range(20):
+        attributes = {"slot": slot, "attempt": 0}
+        study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes))
+        trial = optuna.trial.Trial(study, study.trials[-1]._trial_id)
+        for step in range(3, 25, 3):
+            trial.report(1 - slot / 100, step)  # each is better than those before it
+            assert not trial.should_prune()
+            rungs.setdefault(step, set()).add(len(study.trials[-1].system_attrs))
+    assert rungs[3] == ({1} if pruner == "halving" else {0, 1})
+    assert rungs[24] == ({2} if pruner == "halving" else {1, 2})
 
 
 @pytest.mark.parametrize("sampler", ["cmaes", "gp", "tpe"])
@@ -715,6 +917,15 @@ def test_a_grid_is_tried_whole_where_other_samplers_have_seen_enough(tmp_path: P
     assert not more_trials(settings, slots, 0.0, None)
     del slots[20]
     assert more_trials(settings, slots, 0.0, None)
+
+
+def test_a_grid_that_goes_on_after_another_sampler_is_tried_whole(tmp_path: Path, corpus: Path) -> None:
+    space, few = {"model.dropout": [0.0, 0.2], "model.n_layer": [1, 2]}, {"trials": 0, "repeat_seeds": 0}
+    path = tiny(tmp_path, corpus, space=space, max_steps=3, sweep=few)
+    _, drawn = sweep(path, "--sampler", "random", "--trials", "2", "--sampler_seed", "4")
+    assert drawn[1].params["model.dropout"] == 0.2  # beside the config itself, which is the first of a grid
+    _, slots = sweep(path, "--sampler", "grid")
+    assert len({tuple(sorted(r.params.items())) for r in slots.values()}) == len(slots) == 4
 
 
 def test_a_budget_in_steps_holds_the_longest_trial_of_the_space(tmp_path: Path, corpus: Path) -> None:
@@ -845,12 +1056,51 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
     assert winner(settings, slots, again({4: [None], None: [None]})) == 2
     (sentence,) = verdict(settings, slots, again({4: [None], None: [None]}))
     assert sentence.startswith("trial 2 has the best bits_per_byte of those that did not fail again; ")
+    assert winner(settings, slots, again({None: own})) == 4  # whose first turn has not ended
+    assert winner(settings, slots, again({None: own, 4: [None]})) is None
     del slots[2]
     assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
 
-    words = ["--config", str(tiny(tmp_path, corpus)), "--objectives", "tokens_per_second"]
-    told = verdict(parse_settings(words), slots, again({4: [9.0], None: [7.0], 5: [8.0]}))
-    assert [line.split(":")[0] for line in told[:3]] == ["trial 4", "trial 5", "the config itself"]
+
+def test_a_repeat_that_was_stopped_did_not_fail(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    settings.sweep.folder.mkdir()
+    kinds = {p.key: studies.distribution(p) for p in settings.space.parameters}
+    slots = {
+        slot: optuna.trial.create_trial(
+            params={"optimizer.head_lr": rate, "model.dropout": 0.0}, distributions=kinds, value=rate
+        )
+        for slot, rate in enumerate((0.03, 0.02, 0.05))
+    }
+    repeat = {"of": 1, "seed": 1}
+    for reason, best in (({"requeue": "it was stopped"}, 1), ({"reason": "memory is full"}, 0)):
+        ended = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=repeat | reason)
+        finish(settings, open_studies(settings), slots, {0: ended})
+        assert f"\ntrial {best} has the best bits_per_byte" in capsys.readouterr().out
+        found = yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
+        assert found["optimizer"]["head_lr"] == slots[best].params["optimizer.head_lr"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "first"), [("bits_per_byte", "trial 1"), ("tokens_per_second", "trial 0")]
+)
+def test_the_best_of_the_repeated_stands_first(
+    tmp_path: Path, corpus: Path, objective: str, first: str
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--objectives", objective])
+    values = {0: (3.0, 3.1, 3.2), None: (2.0, 2.1, 2.3), 1: (1.0, 1.1, 1.3)}
+    repeats = [
+        optuna.trial.create_trial(value=value, user_attrs={"of": of, "seed": seed})
+        for of, own in values.items()
+        for seed, value in enumerate(own, 1)
+    ]
+    slots = {n: optuna.trial.create_trial(value=values[n][0]) for n in (0, 1)}
+    lines = verdict(settings, slots, dict(enumerate(repeats)))
+    assert [line.split(":")[0] for line in lines[:2]] == [first, "the config itself"]
+    assert [line.rpartition(": ")[2] for line in lines[3:]].count("better") == 1
+    assert winner(settings, slots, dict(enumerate(repeats))) == int(first[-1])
 
 
 @pytest.mark.parametrize(
@@ -968,22 +1218,6 @@ def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: 
     assert page.count("&lt;script&gt;") == 5 and "<title>&lt;img src=x&gt;\n" in page
 
 
-def test_of_commands_that_end_at_once_one_writes_at_a_time(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
-    settings.sweep.folder.mkdir()
-    draw, held = pictures.draw, []
-
-    def seen(*given: Any) -> list[Path]:
-        held.append(is_locked(settings.sweep.folder / ".finish"))
-        return draw(*given)
-
-    monkeypatch.setattr(pictures, "draw", seen)
-    finish(settings, open_studies(settings), {}, {})
-    assert held == [True] and not is_locked(settings.sweep.folder / ".finish")
-
-
 # --- kills -------------------------------------------------------------------------------------------
 
 
@@ -1012,6 +1246,32 @@ def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Pa
         and found[0].intermediate_values == expected[0].intermediate_values
     )
     assert "resumed from" in (killed / "study" / "logs" / "0000.txt").read_text("utf-8")
+
+
+def test_a_stop_between_two_parameters_changes_none(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the first one kept, the next would be drawn by the random number that the first was drawn by."""
+    space = {"optimizer.beta1": {"float": [0.1, 0.9]}, "optimizer.beta2": {"float": [0.1, 0.9]}}
+    right, drawn = worker.suggest, []
+
+    def interrupted(trial: optuna.trial.Trial, parameter: Any) -> Any:
+        if parameter.key == "optimizer.beta2" and not drawn:
+            drawn.append(trial.params)
+            raise KeyboardInterrupt
+        return right(trial, parameter)
+
+    found = []
+    for name in ("whole", "stopped"):
+        own = {"trials": 2, "repeat_seeds": 0, "sampler": "random", "study": str(tmp_path / name)}
+        path = tiny(tmp_path, corpus, space=space, max_steps=3, sweep=own)
+        if name == "stopped":
+            monkeypatch.setattr(worker, "suggest", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                sweep(path)
+        _, slots = sweep(path)
+        found.append([record.params for record in slots.values()])
+    assert list(drawn[0]) == ["optimizer.beta1"] and found[0] == found[1]
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ def test_a_killed_workers_slot_goes_on_where_it_was(tmp_path: Path) -> None:
             assert claim is not None
             trial = optuna.trial.Trial(own, claim.record._trial_id)
             trial.suggest_float("x", 0, 1)
+            own._storage.set_trial_user_attr(claim.record._trial_id, "fingerprint", "of all parameters")
             trial.report(0.5, 3)
             ready.touch()
             time.sleep(60)
@@ -381,6 +382,12 @@ def test_what_cannot_be_written_is_named_and_nothing_else_blamed(error: Exceptio
     with pytest.raises(ValueError) as found, told("", Path("x")):
         raise error
     assert str(found.value) == sentence
+
+
+def test_an_interrupt_of_the_imports_of_a_storage_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sqlalchemy.exc", None)
+    with pytest.raises(KeyboardInterrupt), told("", Path("x")):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("text", ["hello\nworld\n", "[1]\n", "3\n", '{"a": 1}\n'])

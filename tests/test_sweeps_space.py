@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from optuna.trial import create_trial
 
 from config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from runfolder import flat
@@ -17,6 +18,7 @@ from sweeps import space as spaces
 from sweeps.settings import DEFAULT, parse_settings
 from sweeps.space import Parameter, Space, parse_space
 from sweeps.study import open_studies
+from sweeps.worker import more_trials
 
 WHOLE = """
 head_lr: {log: [1e-3, 1e-1]}
@@ -274,7 +276,7 @@ FILES = {
     "max_stps: 3": "error: Option 'max_stps' is not accepted; did you mean max_steps?",
     "modle: {n_layer: 3}": "error: Option 'modle.n_layer' is not accepted; did you mean model.n_layer?",
     "space: {seed: [1, 2]": 'error: {path} is no YAML: while parsing a flow mapping in "{path}", line 1',
-    "space:\n seed: [1, 2]\n seed: [3]": 'error: {path} is no YAML: seed is there twice in "{path}", line 3',
+    "space:\n seed: [1, 2]\n seed: [3]": "error: seed is twice in {path}, again in line 3; leave one out",
     "seed: \udcff": "error: {path} is no YAML: 'utf-8' codec can't decode byte 0xff in position 6",
 }
 
@@ -299,6 +301,16 @@ def test_a_section_of_comments_alone_is_as_none(tmp_path: Any) -> None:
     path.write_text("sweep: {objectives:, trials: }\nspace: {seed: [1, 2]}\n", "utf-8")
     sweep = parse_settings(["--config", str(path)]).sweep
     assert (sweep.objectives, sweep.trials) == (("bits_per_byte",), 30)
+
+
+def test_without_a_budget_a_grid_is_tried_whole(tmp_path: Any) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("space: {model.n_layer: {int: [1, 40]}}\n", "utf-8")
+    grid = parse_settings(["--config", str(path), "--sampler", "grid"])
+    slots = {n: create_trial(value=1.0, user_attrs={"slot": n, "steps": 1}) for n in range(40)}
+    assert not more_trials(grid, slots, 0.0, 40)
+    del slots[39]
+    assert more_trials(grid, slots, 0.0, 40)
 
 
 OTHERS = {  # of `own` below: what is said of the study of that space

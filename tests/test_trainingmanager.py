@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import preflight
 import trainingmanager
 from architecture import Decoder
-from checkpoint import checkpoints, first_difference, load_state
+from checkpoint import checkpoints, first_difference, load_counters, load_state
 from config import (
     BEFORE,
     Config,
@@ -44,7 +44,7 @@ from optim import Muon
 from proofs import run_difference
 from runfolder import FIXED, KEY_CLASSES, claimed_folder, config_fingerprint, flat, new_folder
 from runmodel import load_run
-from trainingmanager import RESUMABLE, RunState, TrainingManager, compile_blocks, train
+from trainingmanager import RESUMABLE, RunState, TrainingManager, budget_used, compile_blocks, train
 
 HOUSE = Path(__file__).parent.parent
 
@@ -81,6 +81,23 @@ def weights(manager: TrainingManager) -> dict[str, torch.Tensor]:
 def assert_equal(a: Any, b: Any) -> None:
     """Bit for bit, through nested dicts and lists; names the first item that differs."""
     assert (name := first_difference(a, b)) is None, name
+
+
+@pytest.mark.parametrize(("handler", "steps"), [(signal.SIG_IGN, 6), (signal.SIG_DFL, 2)])
+def test_a_closed_terminal_ends_a_run_unless_nohup_waived_it(
+    config: Config, handler: signal.Handlers, steps: int
+) -> None:
+    def hang_up(manager: TrainingManager, values: dict[str, float]) -> bool:
+        if manager.state.step == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return False
+
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert train(config, hang_up).state.step == steps
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- exactness ---------------------------------------------------------------------------------------
@@ -356,6 +373,33 @@ def test_budgets_end_a_run(config: Config, tmp_path: Path) -> None:
     assert epochs.state.step == math.ceil(0.5 * epochs.batches.steps_per_epoch)
     seconds = train(adapted(config, max_steps=0, max_seconds=1.0, run=str(tmp_path / "b")))
     assert 1.0 <= seconds.state.seconds < 20 and seconds.state.step > 1
+
+
+def test_a_checkpoint_knows_how_much_of_the_budget_was_used(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock too, with its own validation, as the run that saved it knew."""
+    known: dict[int, tuple[float, float]] = {}
+
+    def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
+        known[manager.state.step] = manager.progress(), manager.state.seconds
+        return False
+
+    right = TrainingManager.validate
+    monkeypatch.setattr(TrainingManager, "validate", lambda *given: time.sleep(0.2) or right(*given))
+    run = adapted(config, validate_every=2, save_every=2, keep=0, max_seconds=300.0)
+    manager = train(run, observe)
+    found = checkpoints(manager.folder / "checkpoints")
+    assert [m.step for m in found] == [2, 4, 6]
+    for number, manifest in enumerate(found, 1):
+        counters = load_counters(manifest)
+        assert counters["run"]["seconds"] > 0.2 * number
+        assert counters["run"] == load_state(manifest)["run"]
+        epoch, seconds = counters["epoch"], counters["run"]["seconds"]
+        assert (budget_used(run.train, manifest.step, epoch, seconds), seconds) == known[manifest.step]
+        assert budget_used(adapted(run, max_steps=0).train, manifest.step, epoch, seconds) == seconds / 300
+    nothing_set = adapted(run, max_steps=0, max_seconds=0.0).train
+    assert budget_used(nothing_set, 1, 1.0, 30.0) == 0.1
 
 
 def broken_from(step: int, monkeypatch: pytest.MonkeyPatch, value: float = math.nan) -> None:
