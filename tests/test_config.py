@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -176,6 +177,8 @@ def test_what_stands_in_a_file_twice_is_refused_of_which_the_parser_takes_one(
             parse_config(["--config", str(file)])
         printed = capsys.readouterr().err
         assert sentence in printed and printed.count("\n") == 1
+    values = json.dumps({"run": "r" * 300})  # no file has so long a name
+    assert parse_config(["--config", values]).train.run == "r" * 300
     chain = "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: [*b, *b, {<<: *b, x: 3}]\n"
     file.write_text(chain, "utf-8")
     assert read_yaml(file)["c"] == [{"x": 1, "y": 2}, {"x": 1, "y": 2}, {"x": 3, "y": 2}]
