@@ -839,10 +839,14 @@ def read_yaml(path: Path) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             loader = yaml.SafeLoader(file)
+            loader.yaml_implicit_resolvers = {  # without dates, which are text to the parser: a folder's name
+                first: [kind for kind in kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
+                for first, kinds in loader.yaml_implicit_resolvers.items()
+            }
             node = loader.get_single_node()
         found = _key_twice(node)  # first: a merge puts another mapping's keys beside a mapping's own
         values = None if node is None else loader.construct_document(node)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: `!!int a`, undecodable bytes
         raise ValueError(f"{path} is no YAML: {_one_line(str(error))}") from None
     if found is not None:
         raise ValueError(f"{found[0]} is twice in {path}, again in line {found[1]}; leave one out")

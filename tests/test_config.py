@@ -170,12 +170,17 @@ def test_what_stands_in_a_file_twice_is_refused_of_which_the_parser_takes_one(
         ("optimizer:\n  muon_lr: 0.05\n  muon_lr: 0.02\n", f"muon_lr is twice in {file}, again in line 3"),
         ("optimizer.muon_lr: 0.05\noptimizer: {beta1: 0.9}\n", "write muon_lr inside optimizer"),
         ("optimizer: [1\n", f"{file} is no YAML: "),
+        ("max_steps: !!int a\n", f"{file} is no YAML: "),
     ):
         file.write_text(text, "utf-8")
         with pytest.raises(SystemExit):
             parse_config(["--config", str(file)])
         printed = capsys.readouterr().err
         assert sentence in printed and printed.count("\n") == 1
+    file.write_text("data: {source: 2023-02-30}\ntokenizer: {path: 2026-11-23T07:00:00}\n", "utf-8")
+    config = parse_config(["--config", str(file)])
+    assert (config.data.source, config.tokenizer.path) == ("2023-02-30", "2026-11-23T07:00:00")
+    assert read_yaml(file)["tokenizer"] == {"path": "2026-11-23T07:00:00"}
     chain = "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: [*b, *b, {<<: *b, x: 3}]\n"
     file.write_text(chain, "utf-8")
     assert read_yaml(file)["c"] == [{"x": 1, "y": 2}, {"x": 1, "y": 2}, {"x": 3, "y": 2}]
