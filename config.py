@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -831,19 +832,23 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         ValueError: It is no YAML; or a mapping has a key twice, of which a parser takes the later one without
-            a word; or a group, and a key of it apart.
+            a word; or a key of a group apart from it, which is in it too or stands before it.
         OSError: It cannot be read.
     """
     import yaml
 
     try:
-        with open(path, encoding="utf-8") as file:
-            loader = yaml.SafeLoader(file)
-            loader.yaml_implicit_resolvers = {  # without dates, which are text to the parser: a folder's name
-                first: [kind for kind in kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
-                for first, kinds in loader.yaml_implicit_resolvers.items()
-            }
-            node = loader.get_single_node()
+        text = path.read_text("utf-8")
+        with suppress(ValueError, RecursionError):
+            json.loads(text)
+            text = text.replace("\t", " ")  # JSON may be indented by tabs, and holds no others; YAML may not
+        loader = yaml.SafeLoader(io.StringIO(text))
+        loader.name = str(path)
+        loader.yaml_implicit_resolvers = {  # without dates, which are text to the parser: a folder's name
+            first: [kind for kind in kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
+            for first, kinds in loader.yaml_implicit_resolvers.items()
+        }
+        node = loader.get_single_node()
         found = _key_twice(node)  # first: a merge puts another mapping's keys beside a mapping's own
         values = None if node is None else loader.construct_document(node)
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: `!!int a`, undecodable bytes
@@ -851,9 +856,12 @@ def read_yaml(path: Path) -> Any:
     if found is not None:
         raise ValueError(f"{found[0]} is twice in {path}, again in line {found[1]}; leave one out")
     names = values if isinstance(values, dict) else {}
-    for key in map(str, names):  # of which the parser would forget the one that comes first
+    order = list(map(str, names))
+    for place, key in enumerate(order):
         group, dot, name = key.partition(".")
-        if dot and group in names:
+        inside = names.get(group)
+        # The parser forgets what comes before its group; what comes after it is fine, if it is not in it too.
+        if dot and (group in order[place:] or (isinstance(inside, dict) and name in inside)):
             raise ValueError(f"{path} has both {group} and {key}; write {name} inside {group}")
     return values
 
