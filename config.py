@@ -878,7 +878,9 @@ def _key_twice(root: Any) -> tuple[str, int] | None:
         for pair in node.value:
             key, *rest = pair if isinstance(pair, tuple) else (None, pair)
             waiting += rest
-            if key is not None and isinstance(key.value, str):
+            if (
+                key is not None and isinstance(key.value, str) and key.value != "<<"
+            ):  # each of which is merged
                 if (key.tag, key.value) in keys:
                     return key.value, key.start_mark.line + 1
                 keys.add((key.tag, key.value))

@@ -191,6 +191,8 @@ def test_what_stands_in_a_file_twice_is_refused_of_which_the_parser_takes_one(
     chain = "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: [*b, *b, {<<: *b, x: 3}]\n"
     file.write_text(chain, "utf-8")
     assert read_yaml(file)["c"] == [{"x": 1, "y": 2}, {"x": 1, "y": 2}, {"x": 3, "y": 2}]
+    file.write_text("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n", "utf-8")
+    assert read_yaml(file)["c"] == {"x": 1, "y": 2}
 
 
 @pytest.mark.parametrize(
