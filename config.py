@@ -715,6 +715,14 @@ def parse_line(line: str, where: str) -> Any:
     raise ValueError(f"{where} is not JSON{at}: {reason}; write the row as one object in one line")
 
 
+def say(text: str) -> None:
+    """Print. A reader (`| head`) or a terminal that went away does not end the command."""
+    try:
+        print(text, flush=True)
+    except OSError:  # what is still in the buffer would fail once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -878,9 +886,7 @@ def _key_twice(root: Any) -> tuple[str, int] | None:
         for pair in node.value:
             key, *rest = pair if isinstance(pair, tuple) else (None, pair)
             waiting += rest
-            if (
-                key is not None and isinstance(key.value, str) and key.value != "<<"
-            ):  # each of which is merged
+            if key is not None and isinstance(key.value, str) and key.value != "<<":  # all of which count
                 if (key.tag, key.value) in keys:
                     return key.value, key.start_mark.line + 1
                 keys.add((key.tag, key.value))
