@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -714,6 +715,14 @@ def parse_line(line: str, where: str) -> Any:
     raise ValueError(f"{where} is not JSON{at}: {reason}; write the row as one object in one line")
 
 
+def say(text: str) -> None:
+    """Print. A reader (`| head`) or a terminal that went away does not end the command."""
+    try:
+        print(text, flush=True)
+    except OSError:  # what is still in the buffer would fail once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -831,25 +840,36 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         ValueError: It is no YAML; or a mapping has a key twice, of which a parser takes the later one without
-            a word; or a group, and a key of it apart.
+            a word; or a key of a group apart from it, which is in it too or stands before it.
         OSError: It cannot be read.
     """
     import yaml
 
     try:
-        with open(path, encoding="utf-8") as file:
-            loader = yaml.SafeLoader(file)
-            node = loader.get_single_node()
+        text = path.read_text("utf-8")
+        with suppress(ValueError, RecursionError):
+            json.loads(text)
+            text = text.replace("\t", " ")  # JSON may be indented by tabs, and holds no others; YAML may not
+        loader = yaml.SafeLoader(io.StringIO(text))
+        loader.name = str(path)
+        loader.yaml_implicit_resolvers = {  # without dates, which are text to the parser: a folder's name
+            first: [kind for kind in kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
+            for first, kinds in loader.yaml_implicit_resolvers.items()
+        }
+        node = loader.get_single_node()
         found = _key_twice(node)  # first: a merge puts another mapping's keys beside a mapping's own
         values = None if node is None else loader.construct_document(node)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: `!!int a`, undecodable bytes
         raise ValueError(f"{path} is no YAML: {_one_line(str(error))}") from None
     if found is not None:
         raise ValueError(f"{found[0]} is twice in {path}, again in line {found[1]}; leave one out")
     names = values if isinstance(values, dict) else {}
-    for key in map(str, names):  # of which the parser would forget the one that comes first
+    order = list(map(str, names))
+    for place, key in enumerate(order):
         group, dot, name = key.partition(".")
-        if dot and group in names:
+        inside = names.get(group)
+        # The parser forgets what comes before its group; what comes after it is fine, if it is not in it too.
+        if dot and (group in order[place:] or (isinstance(inside, dict) and name in inside)):
             raise ValueError(f"{path} has both {group} and {key}; write {name} inside {group}")
     return values
 
@@ -866,7 +886,7 @@ def _key_twice(root: Any) -> tuple[str, int] | None:
         for pair in node.value:
             key, *rest = pair if isinstance(pair, tuple) else (None, pair)
             waiting += rest
-            if key is not None and isinstance(key.value, str):
+            if key is not None and isinstance(key.value, str) and key.value != "<<":  # all of which count
                 if (key.tag, key.value) in keys:
                     return key.value, key.start_mark.line + 1
                 keys.add((key.tag, key.value))

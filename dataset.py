@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import DataConfig, TokenizerConfig
+from config import DataConfig, TokenizerConfig, say
 from corpus import Report, split_documents, training_texts
 from curriculum import order_of
 from fim import fim_kept, fim_markers
@@ -64,7 +64,7 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
         key.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     folder = Path(data.cache) / "tokenizers" / key.hexdigest()[:32]
     if not folder.is_dir():
-        print(f"training a {settings.kind} tokenizer of up to {settings.vocab_size} ids")
+        say(f"training a {settings.kind} tokenizer of up to {settings.vocab_size} ids")
         texts = training_texts(data)
         if settings.kind == "code":
             tokenizer: Tokenizer = CodeTokenizer.train(texts, settings.vocab_size, settings.min_count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from config import one_sentence, write_atomically
+from config import one_sentence, say, write_atomically
 from sweeps.settings import Settings, parse_settings
 
 # Before torch is imported, so that --help and a typo answer at once.
@@ -68,14 +68,6 @@ class Member:
     seen: int = 0
     idle: float = 0.0  # seconds since it stood at another number
     hung: bool = False
-
-
-def say(text: str) -> None:
-    """Print. A reader (`| head`) or a terminal that went away does not end the sweep."""
-    try:
-        print(text, flush=True)
-    except OSError:  # what is still in the buffer would fail once more at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def gpus_for(device: str) -> list[str]:

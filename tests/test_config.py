@@ -170,7 +170,10 @@ def test_what_stands_in_a_file_twice_is_refused_of_which_the_parser_takes_one(
         ("optimizer: {muon_lr: 0.05}\nseed: 3\noptimizer: {beta1: 0.9}\n", "again in line 3; leave one out"),
         ("optimizer:\n  muon_lr: 0.05\n  muon_lr: 0.02\n", f"muon_lr is twice in {file}, again in line 3"),
         ("optimizer.muon_lr: 0.05\noptimizer: {beta1: 0.9}\n", "write muon_lr inside optimizer"),
+        ("optimizer: {muon_lr: 0.05}\noptimizer.muon_lr: 0.02\n", "write muon_lr inside optimizer"),
+        ('{\t"seed": 1,\n\t"seed": 2}\n', f"seed is twice in {file}, again in line 2"),
         ("optimizer: [1\n", f"{file} is no YAML: "),
+        ("max_steps: !!int a\n", f"{file} is no YAML: "),
     ):
         file.write_text(text, "utf-8")
         with pytest.raises(SystemExit):
@@ -179,9 +182,20 @@ def test_what_stands_in_a_file_twice_is_refused_of_which_the_parser_takes_one(
         assert sentence in printed and printed.count("\n") == 1
     values = json.dumps({"run": "r" * 300})  # no file has so long a name
     assert parse_config(["--config", values]).train.run == "r" * 300
+    file.write_text("data: {source: 2023-02-30}\ntokenizer: {path: 2026-11-23T07:00:00}\n", "utf-8")
+    config = parse_config(["--config", str(file)])
+    assert (config.data.source, config.tokenizer.path) == ("2023-02-30", "2026-11-23T07:00:00")
+    assert read_yaml(file)["tokenizer"] == {"path": "2026-11-23T07:00:00"}
+    file.write_text("optimizer: {beta1: 0.9}\noptimizer.muon_lr: 0.05\n", "utf-8")
+    optimizer = parse_config(["--config", str(file)]).optimizer
+    assert (optimizer.beta1, optimizer.muon_lr) == (0.9, 0.05)
+    file.write_text('{\n\t"seed": 3\n}\n', "utf-8")
+    assert parse_config(["--config", str(file)]).train.seed == 3 == read_yaml(file)["seed"]
     chain = "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: [*b, *b, {<<: *b, x: 3}]\n"
     file.write_text(chain, "utf-8")
     assert read_yaml(file)["c"] == [{"x": 1, "y": 2}, {"x": 1, "y": 2}, {"x": 3, "y": 2}]
+    file.write_text("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n", "utf-8")
+    assert read_yaml(file)["c"] == {"x": 1, "y": 2}
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,7 @@ def test_a_reader_that_goes_away_does_not_end_a_sweep_and_commands_write_their_r
         command("--config", path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stderr is not None
-    assert process.stdout.readline().startswith("training a code tokenizer")
-    process.stdout.close()
+    process.stdout.close()  # before its first line
     with alone(study, ".finish"):  # as another command has it
         wait_for(lambda: (study / "trials").is_dir())
         wait_for(lambda: [r.state for r in records(tmp_path)] == [TrialState.COMPLETE])
