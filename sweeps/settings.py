@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config, read_yaml
+from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
 from sweeps.space import Space, parse_space
+from yamlfile import read_yaml
 
 DEFAULT = RECIPES / "sweep.yaml"
 OBJECTIVES = {  # name: whether less is better

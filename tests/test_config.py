@@ -21,9 +21,9 @@ from config import (
     check_ranges,
     one_sentence,
     parse_config,
-    read_yaml,
     unused_keys,
 )
+from yamlfile import read_yaml
 
 HOUSE = Path(__file__).parent.parent
 
