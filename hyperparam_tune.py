@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import yaml
@@ -149,6 +150,11 @@ class Crew:
                 member.process.kill()
                 member.process.join(10 * LOOK)  # the kernel may take its time over a file system that is gone
 
+    def wait(self) -> None:
+        """Until it is time to look again: LOOK seconds, or less where a worker ends."""
+        alive = [member.process.sentinel for member in self.members if member.process.is_alive()]
+        wait(alive, LOOK) if alive else time.sleep(LOOK)
+
     def look(self) -> int | None:
         """The exit code of all once they have ended; those that were killed are started again."""
         for place, member in enumerate(self.members):
@@ -208,7 +214,7 @@ def sweep(settings: Settings) -> int:
     try:
         with told(settings.sweep.storage, folder):
             while code is None:
-                time.sleep(LOOK)
+                crew.wait()
                 crew.end_hung(fail_hung)
                 code = crew.look()
                 for board, known in ((trials, shown), (repeats, again)):
