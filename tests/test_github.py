@@ -449,11 +449,21 @@ def test_redirections_take_the_token_to_the_api_alone(
     assert "plumb" in api.asked[0][1]["User-Agent"]
 
 
-@pytest.mark.parametrize("location", ["", "file:///etc/passwd", "ftp://x/y", "http://"])
+@pytest.mark.parametrize(
+    "location", ["", "file:///etc/passwd", "ftp://x/y", "http://", "http://[::1/", "http://h:x/"]
+)
 def test_a_redirection_to_nowhere_is_an_accident(memory: Ledger, host, location: str) -> None:
     clock = Time()
     api = host(clock, (302, {"Location": location}, b""), (200, {}, b"a"))
     assert client(api.url, memory, clock).get("/x", text) == "a"
+
+
+def test_a_next_page_at_no_address_is_an_accident(memory: Ledger, host) -> None:
+    clock = Time()
+    links = ({"Link": f'<{url}>; rel="next"'} for url in ("http://[::1/", "http://h:x/", "http://h/2"))
+    api = host(clock, *((200, headers, b"") for headers in links))
+    found = client(api.url, memory, clock).get("/x", lambda answer: answer.next_url)
+    assert found == "http://h/2" and len(api.asked) == 3
 
 
 def test_redirections_end(memory: Ledger, host) -> None:
