@@ -133,6 +133,7 @@ class _Bucket:
     remaining: float = float("inf")
     limit: float = float("inf")
     resets: float = 0.0  # on the local clock
+    window: float = 0.0  # the same as the server told it, which says of which window an answer is
     in_flight: int = 0
     refilled: bool = False  # since the last answer
 
@@ -247,12 +248,14 @@ class Gate:
         date = _date(headers.get("date"))
         resets = now + max(0.0, reset - date) if date else reset
         bucket = self._buckets.setdefault(resource, _Bucket())
-        if resets < bucket.resets - WINDOW_SLACK:
+        # By the server's word: an answer may be read long after it was sent. By the local clock one of this
+        # window would then be the first of the next, and what it says is left has been used since.
+        if reset < bucket.window - WINDOW_SLACK:
             return  # an answer that was overtaken by one of the next window
         # Requests under way may have been counted in `remaining` or not; they are taken off to be sure.
         remaining -= bucket.in_flight
-        if resets > bucket.resets + WINDOW_SLACK:
-            bucket.remaining = remaining
+        if reset > bucket.window + WINDOW_SLACK:
+            bucket.remaining, bucket.window = remaining, reset
         else:
             bucket.remaining = min(bucket.remaining, remaining)
         bucket.resets = max(bucket.resets, resets)
