@@ -52,6 +52,7 @@ INSIDE = "/sandbox_child.pyc"
 REPORTED = ("passed", "failed", "ended", "no data", "not judged")
 REPORT_BYTES = 1 << 16
 PARENT_BYTES = 1 << 20  # of an answer that this process decodes; as empty sets they are 75 times as much
+SIGNALS = 256  # that may wait; a timer is one of them, and kernel memory
 WATCH_SECONDS = 0.02  # between two counts of the files of a sandbox
 UNSAFE = "none: it ran with this user's rights"
 # Ids that systemd sets aside for services of a moment (systemd.io/UIDS-GIDS); one each, as the kernel counts
@@ -361,6 +362,7 @@ def _job(found: Isolation, limits: Limits, **fields: Any) -> bytes:
     }
     if found.prefix:  # elsewhere the user's other processes would count too
         numbers |= {"RLIMIT_NPROC": limits.threads + 1, "RLIMIT_MEMLOCK": 0, "RLIMIT_MSGQUEUE": 0}
+        numbers["RLIMIT_SIGPENDING"] = SIGNALS
     uid = USER_IDS[next(_turns) % len(USER_IDS)] if found.leave_root else None
     return framed(encode(fields | {"limits": numbers, "uid": uid}))
 
