@@ -304,12 +304,12 @@ class Sandbox:
 def _started(*args: Any, **kwargs: Any) -> Iterator[Sandbox]:
     global _watcher
     sandbox = Sandbox(*args, **kwargs)
-    with _lock:
-        _live.add(sandbox)
-        if sandbox.isolated and (_watcher is None or not _watcher.is_alive()):
-            _watcher = threading.Thread(target=_watch, daemon=True)
-            _watcher.start()
     try:
+        with _lock:
+            _live.add(sandbox)
+            if sandbox.isolated and (_watcher is None or not _watcher.is_alive()):
+                _watcher = threading.Thread(target=_watch, daemon=True)
+                _watcher.start()
         yield sandbox
     finally:
         with _lock:

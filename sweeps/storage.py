@@ -35,8 +35,10 @@ DRIVERS = {  # of a database: the package, and what a URL that names it begins w
 }
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql", "cockroachdb")
 UNPARSED = "that --storage names"  # Nothing of an address that is none is shown: any part may be a password.
-# Names of options say nothing about their values, and drivers use them in their messages.
-OPTION_WORDS = frozenset(("password", "passwd", "sslpassword", "user", "host", "port", "database", "connect"))
+# Kinds, and names of options, say nothing about a password, and drivers use them in their messages.
+KNOWN_WORDS = frozenset(
+    ("password", "passwd", "sslpassword", "user", "host", "port", "database", "sqlite3", *DATABASES)
+)
 WORD = r"[^\W_]+"
 LONG_WORD = 4  # characters from which a word of an address is hidden inside other words too
 CONNECT_SECONDS = 10
@@ -96,7 +98,8 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     import sqlalchemy.exc
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for kind in (ExperimentalWarning, FutureWarning):  # that parts of it may change
+    # That parts of it may change, and which options of an address are not taken, which it quotes.
+    for kind in (ExperimentalWarning, FutureWarning, sqlalchemy.exc.SAWarning):
         warnings.filterwarnings("ignore", category=kind, module="optuna|sweeps")
     if url and "://" not in url and not url.startswith("journal:"):
         raise ValueError(f"--storage is no URL; write {KINDS}")
@@ -203,13 +206,13 @@ def _scrubbed(text: str, url: str) -> str:
     if url:
         text = text.replace(url, name)
     text = re.sub(r"\S+://\S+", lambda word: name if word[0] == name else "***", text)
-    hidden = (_words(url) | _words(unquote_plus(url))) - _words(name) - OPTION_WORDS
+    hidden = (_words(url) | _words(unquote_plus(url))) - _words(name) - KNOWN_WORDS
     long = [word for word in hidden if len(word) >= LONG_WORD]
 
     def word_or_stars(found: re.Match[str]) -> str:
         word = found[0].lower()
         inside = len(word) >= LONG_WORD and any(word in other or other in word for other in long)
-        return "***" if word in hidden or inside else found[0]
+        return "***" if word not in KNOWN_WORDS and (word in hidden or inside) else found[0]
 
     return re.sub(WORD, word_or_stars, text)
 
