@@ -836,12 +836,15 @@ def _one_line(text: str) -> str:
 
 def make_parser(groups: dict[str, type], description: str) -> Any:
     """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
-    from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # pyright: ignore
+    from yaml import YAMLError
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if message.startswith("Unexpected config:"):  # and then the whole file
                 message = "a --config file must be a YAML mapping of keys to values"
+            if _FAULT in message:  # behind what the parser was about
+                message = message.rpartition(_FAULT)[2]
             print(f"error: {_in_our_words(message, groups)}{_suggestion(message, groups)}", file=sys.stderr)
             sys.exit(2)
 
@@ -849,9 +852,11 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
             from yamlfile import read_yaml
 
             words = args[0] if args and args[0] is not None else sys.argv[1:]
+            flags = ("--config", *(f"--{name}" for name in groups if name))  # a group may have a file too
             for word, after in pairwise([*words, ""]):
-                file = after if word == "--config" else word.removeprefix("--config=")
-                if word.startswith("--config") and os.path.isfile(file):  # or the values themselves
+                flag, equals, value = word.partition("=")
+                file = value if equals else after
+                if flag in flags and os.path.isfile(file):  # or the values themselves
                     try:
                         read_yaml(Path(file))
                     except ValueError as error:
@@ -863,11 +868,36 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
             except (ValueError, TypeError, OSError, RecursionError) as error:  # a file that is no YAML
                 self.error(f"the settings cannot be read: {error}")
 
-    parser = Parser(description=description, allow_abbrev=False)
+    set_loader("settings", _load_settings, (ValueError, RecursionError, YAMLError))
+    parser = Parser(description=description, allow_abbrev=False, parser_mode="settings")
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; flags after it override it.")
     for name, group in groups.items():
         parser.add_class_arguments(group, name or None)
     return parser
+
+
+_FAULT = "the settings cannot be taken: "
+
+
+def _load_settings(text: str, path: str = "") -> Any:
+    """What a text is to the parser: of a file, of a file that it names, or on the command line.
+
+    Raises:
+        ValueError: As `parse_yaml`. Where the parser wants text, it then takes the text as it is.
+    """
+    from jsonargparse import get_loader
+
+    from yamlfile import parse_yaml
+
+    name = str(path) or "the settings given"
+    try:
+        values = parse_yaml(text, name)
+        named = values.get("config") if isinstance(values, dict) else None
+        if named is not None and not isinstance(named, str):
+            raise ValueError(f"config in {name} is {reprlib.repr(named)}; it must be one file's name")
+    except ValueError as error:
+        raise ValueError(f"{_FAULT}{error}") from None
+    return get_loader("yaml")(text)
 
 
 def _in_our_words(message: str, groups: dict[str, type]) -> str:

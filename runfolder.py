@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from config import BEFORE, Config
+from yamlfile import read_yaml
 
 LOCK = ".lock"
 LOCK_TRIES = 1000  # each fails only if another run ended in the same microseconds
@@ -249,7 +248,7 @@ def config_fingerprint(config: Config) -> str:
 
 def refuse_changes(folder: Path, config: Config) -> None:
     """ValueError if a resumed run would go on with another value of a fixed key; tells of warned ones."""
-    saved = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    saved = read_yaml(folder / "config.yaml")
     before = flat(Config.from_dict(saved))
     if "validation_batches" in saved:
         print(
