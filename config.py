@@ -700,11 +700,28 @@ def one_sentence() -> Iterator[None]:
         sys.exit(2)
 
 
+class RepeatedKey(ValueError):
+    """An object of JSON has a key twice, of which a parser takes the later one without a word."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json's `object_pairs_hook`; RepeatedKey if a key is in two of them."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise RepeatedKey(f"the key {reprlib.repr(twice)} stands twice in it")
+    return values
+
+
 def parse_line(line: str, where: str) -> Any:
     """The value of a line of JSONL; ValueError that names `where`, the file and the line, and the column."""
     at = ""
     try:
-        return json.loads(line.rstrip("\r\n"))  # json would count the line end, and say line 2 column 1
+        # json would count the line end, and say line 2 column 1.
+        return json.loads(line.rstrip("\r\n"), object_pairs_hook=unrepeated)
+    except RepeatedKey as error:
+        raise ValueError(f"{where} has two readings: {error}; leave one out") from None
     except json.JSONDecodeError as error:
         at, reason = f" at column {error.colno}", error.msg.split(" (")[0]
     except RecursionError:

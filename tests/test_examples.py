@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -293,6 +295,10 @@ def test_parquet_refuses_by_its_columns(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             list(read_documents(settings_for(write_rows(tmp_path / "r.parquet", [row]))))
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "r.parquet")
+    with pytest.raises(ValueError, match=r"r\.parquet has two columns text; leave one out"):
+        list(read_documents(settings_for(tmp_path / "r.parquet")))
 
 
 def test_a_named_text_field_is_plain_text_even_in_a_row_that_could_be_an_example(tmp_path: Path):
