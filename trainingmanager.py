@@ -66,7 +66,7 @@ from checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from config import TrainConfig, write_atomically
+from config import TrainConfig, unread_rates, write_atomically
 from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
@@ -88,7 +88,7 @@ from generate import GenerationConfig, generate, printable
 from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
-from optim import build_optimizers, learning_rate_factor
+from optim import ParameterGroup, build_optimizers, groups_table, learning_rate_factor, parameter_groups
 from precision import Precision, choose_device, choose_precision, keep_freed_memory, release_freed_memory
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
@@ -150,6 +150,7 @@ class TrainingManager:
     def __init__(
         self, config: Config, model: Decoder, data: PreparedData, precision: Precision, folder: Path
     ):
+        config = config.with_optimizer_defaults()
         self.config, self.model, self.data, self.folder = config, model, data, folder
         self.precision = precision
         train = config.train
@@ -645,6 +646,8 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     else:
         tokenizer = starting_tokenizer(config, base)
         config = adopted(config, base, tokenizer, precision.dtype)
+        if not config.lora.r:  # before the data are read: what trains is the base as it is
+            checked_groups(config, base.model)
     data = prepare_data(config.data, tokenizer)
     fingerprints = {
         "data": data.fingerprint,
@@ -686,7 +689,9 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
         print(trainable_table(model, base.family.key))
     release_freed_memory()  # what loading the data and the weights freed is not needed again
     keep_freed_memory()
+    say_groups(config, model)
     manager = TrainingManager(config, model, data, precision, folder)
+    config = manager.config
     if config.train.resume:
         refuse_changes(folder, config)
         manager.resume()
@@ -706,6 +711,26 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     record_overrides(folder, passed)
     manager.fit(subject, observer)
     return manager
+
+
+def checked_groups(config: Config, model: Decoder) -> list[ParameterGroup]:
+    """What moves which parameters; ValueError for a learning rate that is set and at which none learns."""
+    groups = parameter_groups(model, config.optimizer, config.lora.lr_ratio, config.model.widening)
+    for key, reason in unread_rates(config.optimizer, {group.kind for group in groups}):
+        raise ValueError(f"{key} is set, but {reason}; remove it")
+    return groups
+
+
+def say_groups(config: Config, model: Decoder) -> None:
+    """Print each group of parameters; ValueError as `checked_groups`."""
+    groups = checked_groups(config, model)
+    print(groups_table(groups, config.optimizer))
+    if config.optimizer.name == "muon" and all(group.optimizer != "Muon" for group in groups):
+        print(
+            "warning: optimizer.name is muon, and no matrix of a block trains, which is all that Muon moves: "
+            "AdamW moves everything; set --optimizer.name adamw to say so",
+            file=sys.stderr,
+        )
 
 
 def say_absent(new_tokens: Sequence[str], tokenizer: Tokenizer, train: TokenStore) -> None:

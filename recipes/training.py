@@ -33,11 +33,12 @@ def finish(config: Config) -> bool:
         ValueError: As `trainingmanager.train`, also for a run that was finished with another fixed setting.
         SystemExit: With 75; a signal asked to stop, and the next call goes on.
     """
-    folder = Path(config.train.run)
+    folder, config = Path(config.train.run), config.with_optimizer_defaults()
     mark = folder / FINISHED
     if mark.is_file():
         try:
-            before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+            made = Config.from_dict(json.loads(mark.read_text("utf-8")))
+            before, now = flat(made.with_optimizer_defaults()), flat(config)
         except ValueError as error:
             raise ValueError(
                 f"{mark} is damaged ({error}); remove it, and the run is looked at anew"

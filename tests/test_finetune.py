@@ -38,14 +38,14 @@ from corpus import training_texts
 from dropout import Dropout
 from eval import EvalConfig, evaluate, table
 from guards.subject import Fault
-from lora import adapters_disabled
-from pretrained import FAMILIES, save_pretrained
+from lora import adapters_disabled, add_adapter
+from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from proofs import run_difference
 from quantize import Linear4bit
 from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
-from trainingmanager import TrainingManager, train
+from trainingmanager import TrainingManager, say_groups, train
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = ModelConfig(
@@ -103,6 +103,29 @@ def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
     )
 
 
+def test_a_rate_of_no_parameter_is_refused_before_the_data_are_read(config: Config) -> None:
+    """The base's head is its embedding, which only the open base says."""
+    config = other(other(config, "lora", r=0), "data", source="nowhere")
+    with pytest.raises(
+        ValueError, match=r"optimizer.head_lr is set, but no parameter .*what acts is optimizer.lr;"
+    ):
+        train(other(config, "optimizer", head_lr=0.5))
+    with pytest.raises(ValueError, match="nowhere"):
+        train(config)
+
+
+def test_muon_beside_adapters_alone_is_told_that_it_moves_nothing(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Decoder(replace(SHAPE, vocab_size=300))
+    add_adapter(model, config.lora, load_pretrained(config.train.base or "").family.key)
+    with pytest.raises(ValueError, match=r"optimizer.muon_lr is set, but .* what acts is optimizer.lr;"):
+        say_groups(other(config, "optimizer", name="muon", muon_lr=0.5), model)
+    say_groups(other(config, "optimizer", name="muon"), model)
+    said = capsys.readouterr()
+    assert "AdamW moves everything; set --optimizer.name adamw" in said.err and "Muon" not in said.out
+
+
 def other(config: Config, group: str = "train", **values: Any) -> Config:
     return replace(config, **{group: replace(getattr(config, group), **values)})
 
@@ -116,6 +139,7 @@ def test_adapters_train_and_the_base_stays(config: Config, capsys: pytest.Captur
     manager = train(config)
     printed = capsys.readouterr().out
     assert "transformer.h.*.attn.c_attn" in printed and "parameters train beside" in printed
+    assert "parameters, adapters   learning rate 0.01     optimizer.lr\n" in printed
     stored = load_file(Path(config.train.base or "") / "model.safetensors")
     assert torch.equal(manager.model.embed.weight, stored["transformer.wte.weight"])
     with adapters_disabled(manager.model):

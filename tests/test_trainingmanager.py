@@ -113,6 +113,8 @@ def test_resumed_equals_uninterrupted(config: Config, tmp_path: Path, name: Any)
     assert whole.state.step == resumed.state.step == 6
     assert_equal(weights(whole), weights(resumed))
     assert run_difference(whole.folder, resumed.folder) is None
+    saved = yaml.safe_load((resumed.folder / "config.yaml").read_text("utf-8"))["optimizer"]
+    assert OptimizerConfig(**saved) == config.optimizer.resolved() == resumed.config.optimizer
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_activation_checkpointing_changes_nothing(config: Config, tmp_path: Path
 
 
 def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
-    still = replace(config.optimizer, lr=0.0, muon_lr=0.0, embedding_lr=1e-30, head_lr=1e-30)
+    still = replace(config.optimizer, muon_lr=0.0, embedding_lr=1e-30, head_lr=1e-30)
     patient = adapted(
         config, max_steps=100, validate_every=2, patience=3, allow=("parameter-without-gradient",)
     )
@@ -634,7 +636,8 @@ def test_a_run_from_before_the_test_side_goes_on_without_one(
     from eval import EvalConfig, evaluate, table
 
     config = replace(config, data=replace(config.data, test_one_in=0))
-    fixed = {key: value for key, value in flat(config).items() if KEY_CLASSES[key] == FIXED}
+    values = flat(config.with_optimizer_defaults())
+    fixed = {key: value for key, value in values.items() if KEY_CLASSES[key] == FIXED}
     for key in BEFORE:
         del fixed[key]
     assert (
