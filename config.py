@@ -427,7 +427,8 @@ class TrainConfig:
         base_revision: Branch, tag or commit of `base` on the hub; the run's config.yaml names the commit.
         base_format: How frozen weights are held: `fp32`, `bf16` or `nf4` (4.13 bits, arXiv:2305.14314);
             `auto` is the number format of the run's matrix products.
-        row_length: Tokens in a training row; 0 means model.block_size, and 512 of it where `base` is given.
+        row_length: Tokens in a training row; 0 means model.block_size, and where `base` is given 512 of it,
+            or fewer where the longest example needs fewer, in steps of 64.
         seed: Of the weights, the order of the data and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.

@@ -75,6 +75,7 @@ from dataset import (
     Batch,
     Batches,
     PreparedData,
+    fitting_row,
     gaps_in_sight,
     is_trimmed,
     prepare_data,
@@ -97,6 +98,7 @@ from runmodel import adopted, export_adapter, load_run, open_base, starting_mode
 from suites.functions import sample_completions
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
+from yamlfile import read_yaml
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -640,7 +642,7 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     print(f"precision: {precision.reason}")
-    base = open_base(config, precision.dtype, device)
+    base, given_row = open_base(config, precision.dtype, device), config.train.row_length
     if base is None:
         tokenizer = prepare_tokenizer(config.data, config.tokenizer)
     else:
@@ -649,6 +651,8 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
         if not config.lora.r:  # before the data are read: what trains is the base as it is
             checked_groups(config, base.model)
     data = prepare_data(config.data, tokenizer)
+    if base is not None and not given_row:
+        config = with_fitting_row(folder, config, data)
     fingerprints = {
         "data": data.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -711,6 +715,16 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     record_overrides(folder, passed)
     manager.fit(subject, observer)
     return manager
+
+
+def with_fitting_row(folder: Path, config: Config, data: PreparedData) -> Config:
+    """The settings with rows only as long as the examples need, at most as they are; a resumed run's own."""
+    row = fitting_row((data.train, data.validation, data.test), config.row_length)
+    if config.train.resume:
+        row = Config.from_dict(read_yaml(folder / "config.yaml")).train.row_length or row
+    elif row < config.row_length:
+        print(f"rows: {row} tokens, which hold every example whole; --row_length sets another length")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, row_length=row))
 
 
 def checked_groups(config: Config, model: Decoder) -> list[ParameterGroup]:

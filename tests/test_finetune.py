@@ -126,6 +126,28 @@ def test_muon_beside_adapters_alone_is_told_that_it_moves_nothing(
     assert "AdamW moves everything; set --optimizer.name adamw" in said.err and "Muon" not in said.out
 
 
+def test_rows_are_as_long_as_the_examples_need_and_a_resumed_run_keeps_its_own(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_pretrained(config.train.base or "").tokenizer
+    assert tokenizer is not None
+    model = Decoder(replace(SHAPE, vocab_size=tokenizer.vocab_size, block_size=160))
+    save_pretrained(model, tokenizer, tmp_path / "long")
+    rows = [{"prompt": f"def f_{n}(x):\n", "completion": f"    return x + {n}\n"} for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = other(config, "data", source=str(tmp_path / "pairs.jsonl"))
+    allowed = (*config.train.allow, "split-leaks")
+    config = other(config, base=str(tmp_path / "long"), allow=allowed, max_steps=1, validate_every=0)
+    for row_length, length in ((0, 64), (160, 160)):
+        asked = other(config, row_length=row_length, run=str(tmp_path / f"run-{length}"))
+        assert train(asked).config.row_length == length
+        told = "rows: 64 tokens, which hold every example whole; --row_length sets another length\n"
+        assert (told in capsys.readouterr().out) == (not row_length)
+        assert yaml.safe_load((Path(asked.train.run) / "config.yaml").read_text())["row_length"] == length
+        assert train(other(asked, row_length=0, resume=True, max_steps=2)).config.row_length == length
+        assert "rows: " not in capsys.readouterr().out
+
+
 def other(config: Config, group: str = "train", **values: Any) -> Config:
     return replace(config, **{group: replace(getattr(config, group), **values)})
 
