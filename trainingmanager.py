@@ -103,6 +103,8 @@ from yamlfile import read_yaml
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
 SAME_SIGNAL = 0.1  # seconds
+LEAST_QUARTER = 5  # steps; of fewer the mean loss says little
+STEEP = 0.1  # of all that the training loss fell, and nats a token: more in the last quarter is steep
 HOUSE = Path(__file__).parent
 
 
@@ -223,6 +225,7 @@ class TrainingManager:
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
         if self.config.train.compile:  # after the guards, which would compile for many shapes
             compile_blocks(self.model)
+        losses: list[float] = []  # of training, of each step since the run began
         watch = FirstSteps(subject, self.config.train.allow, self.state.step, self.progress())
         self.refuse_difference()  # again: between resume and here nothing may have changed
         with (
@@ -234,6 +237,7 @@ class TrainingManager:
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
                 self.state.seconds = time.perf_counter() - self.began
+                losses.append(values["train/loss"])
                 step = self.state.step
                 if watch.after(self.progress(), self.state.skipped_in_a_row > 0):
                     record_overrides(self.folder, watch.passed)  # at once: a killed run keeps the record too
@@ -256,6 +260,8 @@ class TrainingManager:
                 self.save(None)  # without a validation, which a run that is not stopped would not have here
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
+        if self.resumed_from is None and self.progress() >= 1 and (told := still_falling(losses)):
+            print(f"warning: {told}", file=sys.stderr)
 
     def update(self) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns what is logged."""
@@ -478,6 +484,26 @@ class TrainingManager:
             f"  {left // 60:.0f}:{left % 60:02.0f} left"
         )
         bar.update(min(1.0, progress) - bar.n)
+
+
+def still_falling(losses: Sequence[float]) -> str | None:
+    """What to say of a run that ends while its training loss falls steeply, or None.
+
+    Args:
+        losses: Of each step of the whole run, nats a token.
+    """
+    quarter = len(losses) // 4
+    if quarter < LEAST_QUARTER:
+        return None
+    before, last = (sum(part) / quarter for part in (losses[-2 * quarter : -quarter], losses[-quarter:]))
+    share = (before - last) / max(losses[0] - last, 1e-9)
+    if not (share > STEEP and before - last > STEEP):
+        return None
+    return (
+        f"the training loss still fell steeply at the end, from {before:.2f} to {last:.2f} between the third "
+        f"and the last quarter of {len(losses)} steps, {min(share, 1):.0%} of all that it fell: train for "
+        "longer, or with a higher learning rate"
+    )
 
 
 class Log:
