@@ -17,7 +17,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -325,18 +325,20 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights move.
+    """How the weights move. What is not given of AdamW's rates, betas and eps follows `name`: see `resolved`.
 
     Args:
         name: `muon` (Muon for the blocks' matrices, AdamW for the rest) or `adamw`.
-        lr: Learning rate of AdamW.
+        lr: Learning rate of AdamW; none given means 0.01 beside Muon, and 1e-3 with `adamw`.
         muon_lr: Learning rate of Muon.
-        embedding_lr: AdamW's for token and position embeddings; 0 means lr.
-        head_lr: AdamW's for the head; 0 means lr.
+        embedding_lr: AdamW's for token and position embeddings; 0 means lr; none given means 0.3 beside Muon,
+            and lr with `adamw`.
+        head_lr: AdamW's for the head; 0 means lr; none given means 0.01 beside Muon, and lr with `adamw`.
         weight_decay: Decoupled, on matrices; never on norms and biases.
-        beta1: AdamW's decay of the gradient's mean.
-        beta2: AdamW's decay of the gradient's square.
-        eps: Added to AdamW's denominator.
+        beta1: AdamW's decay of the gradient's mean; none given means 0.8 beside Muon, and 0.9 with `adamw`.
+        beta2: AdamW's decay of the gradient's square; none given means 0.95 beside Muon, and 0.999 with
+            `adamw`.
+        eps: Added to AdamW's denominator; none given means 1e-10 beside Muon, and 1e-8 with `adamw`.
         grad_clip: Largest gradient norm, all parameters together; 0 turns clipping off.
         schedule: `wsd`, `cosine`, `linear` or `constant`, after the warmup.
         warmup_steps: Steps over which the learning rate rises from 0.
@@ -348,14 +350,14 @@ class OptimizerConfig:
     """
 
     name: Literal["muon", "adamw"] = "muon"
-    lr: float = 0.01
+    lr: float | None = None
     muon_lr: float = 0.02
-    embedding_lr: float = 0.3
-    head_lr: float = 0.01
+    embedding_lr: float | None = None
+    head_lr: float | None = None
     weight_decay: float = 0.0
-    beta1: float = 0.8
-    beta2: float = 0.95
-    eps: float = 1e-10
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
     grad_clip: float = 1.0
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     warmup_steps: int = 20
@@ -363,6 +365,50 @@ class OptimizerConfig:
     min_lr_factor: float = 0.02
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def resolved(self) -> OptimizerConfig:
+        """The same with every value that is not given as the optimizer has it."""
+        own = OPTIMIZER_DEFAULTS.get(self.name, {})
+        return replace(self, **{key: value for key, value in own.items() if getattr(self, key) is None})
+
+    def rate_keys(self) -> dict[str, str]:
+        """The key of the learning rate of each kind of parameters (optim.parameter_groups)."""
+        own = self.resolved()
+        return {
+            "matrices": "muon_lr" if own.name == "muon" else "lr",
+            "embeddings": "embedding_lr" if own.embedding_lr else "lr",
+            "head": "head_lr" if own.head_lr else "lr",
+            "vectors": "lr",
+            "adapters": "lr",
+        }
+
+    def rates_read(self, kinds: Collection[str]) -> list[str]:
+        """The full keys of the learning rates that parameters of these kinds learn at, each once."""
+        return list(
+            dict.fromkeys(f"optimizer.{key}" for kind, key in self.rate_keys().items() if kind in kinds)
+        )
+
+
+# What follows the optimizer. AdamW beside Muon moves little but embeddings and head, which take other rates
+# than matrices; alone it has the values of torch.optim.AdamW.
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
+    "muon": {
+        "lr": 0.01,
+        "embedding_lr": 0.3,
+        "head_lr": 0.01,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "eps": 1e-10,
+    },
+    "adamw": {
+        "lr": 1e-3,
+        "embedding_lr": 0.0,  # as lr
+        "head_lr": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -381,7 +427,8 @@ class TrainConfig:
         base_revision: Branch, tag or commit of `base` on the hub; the run's config.yaml names the commit.
         base_format: How frozen weights are held: `fp32`, `bf16` or `nf4` (4.13 bits, arXiv:2305.14314);
             `auto` is the number format of the run's matrix products.
-        row_length: Tokens in a training row; 0 means model.block_size, and 512 of it where `base` is given.
+        row_length: Tokens in a training row; 0 means model.block_size, and where `base` is given 512 of it,
+            or fewer where the longest example needs fewer, in steps of 64.
         seed: Of the weights, the order of the data and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
@@ -450,6 +497,10 @@ class Config:
     def row_length(self) -> int:
         """Tokens in a training row."""
         return self.train.row_length or self.model.block_size
+
+    def with_optimizer_defaults(self) -> Config:
+        """The same with what is not given of the optimizer's settings as the optimizer has it."""
+        return replace(self, optimizer=self.optimizer.resolved())
 
     def to_dict(self) -> dict[str, Any]:
         """The layout of the YAML files: training's settings at the top, the other groups below their name."""
@@ -554,6 +605,7 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
     words = _switches(argv)
     if any(word == "--overfit" and after.lower() in ("true", "yes", "on") for word, after in pairwise(words)):
         words = ["--config", str(RECIPES / "overfit.yaml"), *words]
+    words, rate = _without_rate(words)
     values = parser.parse_args(words).clone(with_meta=False).as_dict()
     if values["base"] is not None:  # said in a flag or in a file
         words = ["--config", str(RECIPES / "finetune.yaml"), *words]
@@ -561,6 +613,9 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
     values.pop("config", None)
     try:
         config = _build(values)
+        if rate:
+            acting = config.optimizer.rates_read(possible_kinds(config))
+            raise ValueError(f"{rate} is no flag; did you mean {' or '.join(acting)}?")
         sourced = any(word.split("=")[0] == "--data.source" for word in words)
         if config.train.overfit and config.data.source == DataConfig.source and not sourced:
             config = replace(config, data=replace(config.data, source=str(RECIPES / "overfit")))
@@ -571,11 +626,23 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
                 f"base_format is {held} and lora.r is 0, by which all of the base would train, and weights "
                 "can only in fp32: set lora.r to 1 or more to train adapters, or remove base_format"
             )
-        for key, reason in unused_keys(config):
+        given = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
+        for key, reason in unused_keys(config, given):
             raise ValueError(f"{key} is set, but {reason}; remove it")
         return config
     except ValueError as error:
         return parser.error(str(error))  # exits
+
+
+def _without_rate(words: list[str]) -> tuple[list[str], str]:
+    """The words without `--lr`, and that flag or "": which key is meant follows from the rest."""
+    place = next(
+        (n for n, word in enumerate(words) if word.split("=")[0] in ("--lr", "--learning_rate")), None
+    )
+    if place is None:
+        return words, ""
+    has_value = "=" not in words[place] and not "".join(words[place + 1 : place + 2]).startswith("--")
+    return words[:place] + words[place + 1 + has_value :], words[place].split("=")[0]
 
 
 def check_ranges(config: Config) -> None:
@@ -612,8 +679,58 @@ def check_ranges(config: Config) -> None:
     replace(config.model, vocab_size=config.model.vocab_size or 1).resolved()
 
 
-def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
-    """Keys that differ from their default although nothing reads them, each with the reason."""
+def possible_kinds(config: Config) -> set[str]:
+    """The kinds of parameters that train (optim.parameter_groups); with a base, all that may be."""
+    model, lora, kinds = config.model, config.lora, set(OptimizerConfig().rate_keys())
+    if config.train.base is None:
+        vectors = (model.norm_weight, model.norm_bias, model.qkv_bias, model.attention_bias, model.mlp_bias)
+        absent = {
+            "adapters": True,
+            "head": model.tie_embeddings,
+            "vectors": not (any(vectors) or model.head_bias),
+        }
+        return {kind for kind in kinds if not absent.get(kind)}
+    if lora.r and not lora.train_modules and not lora.new_tokens:
+        return {"adapters", "vectors"}
+    return kinds if lora.r else kinds - {"adapters"}
+
+
+def unread_rates(
+    optimizer: OptimizerConfig, kinds: Collection[str], given: Collection[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """Learning rates that are set although no parameter learns at them, each with the reason.
+
+    Args:
+        kinds: Of the parameters that train.
+        given: Full keys that the user named, whose value counts as set whatever it is. Elsewhere a value that
+            the optimizer would have without it does not: a run's config.yaml holds every key.
+    """
+    read = {*optimizer.rates_read(kinds)}
+    read |= {
+        f"optimizer.{key}_lr"
+        for kind, key in (("embeddings", "embedding"), ("head", "head"))
+        if kind in kinds
+    }
+    for name in ("lr", "muon_lr", "embedding_lr", "head_lr"):
+        key, value = f"optimizer.{name}", getattr(optimizer, name)
+        # Runs wrote the values beside Muon for every optimizer, before what is not given followed it.
+        tables = [OPTIMIZER_DEFAULTS[own] for own in ("muon", optimizer.name)]
+        unset = {table.get(name, OptimizerConfig.muon_lr) for table in tables}
+        if name in ("embedding_lr", "head_lr"):
+            unset.add(0.0)  # as lr
+        if key in read or value is None or (value in unset and key not in given):
+            continue
+        acting = optimizer.rates_read(kinds)
+        named = " and ".join(filter(None, [", ".join(acting[:-1]), *acting[-1:]])) or "none"
+        yield key, f"no parameter of this run learns at it; what acts is {named}"
+
+
+def unused_keys(config: Config, given: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """Keys that differ from their default although nothing reads them, each with the reason.
+
+    Args:
+        given: As of `unread_rates`.
+    """
     model, optimizer, tokenizer, train = config.model, config.optimizer, config.tokenizer, config.train
     trained = tokenizer.path is None and train.base is None
     adapted = train.base is not None and config.lora.r > 0
@@ -651,11 +768,6 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
         "model.rope_high_freq": (model.rope_scaling == "llama3", "model.rope_scaling is not llama3"),
         "model.window_layers": (model.sliding_window > 0, "model.sliding_window is 0"),
         "model.qkv_layout": (model.fused_qkv, "model.fused_qkv is false"),
-        "optimizer.muon_lr": (optimizer.name == "muon", "optimizer.name is not muon"),
-        "optimizer.head_lr": (
-            not model.tie_embeddings or train.base is not None,
-            "model.tie_embeddings leaves no separate head",
-        ),
         "optimizer.cooldown": (optimizer.schedule == "wsd", "optimizer.schedule is not wsd"),
         "optimizer.min_lr_factor": (optimizer.schedule != "constant", "optimizer.schedule is constant"),
         "keep": (train.save_every > 0, "save_every is 0"),
@@ -665,6 +777,12 @@ def unused_keys(config: Config) -> Iterator[tuple[str, str]]:
     for key, (is_read, reason) in rules.items():
         if not is_read and values[key] != default[key]:
             yield key, reason
+    for key, reason in unread_rates(optimizer, possible_kinds(config), given):
+        if key == "optimizer.muon_lr" and optimizer.name != "muon":
+            reason = f"optimizer.name is not muon, and {reason}"
+        if key == "optimizer.head_lr" and model.tie_embeddings and train.base is None:
+            reason = f"model.tie_embeddings leaves no separate head, and {reason}"
+        yield key, reason
 
 
 # How torch words it: on CUDA, on Windows, on Linux.
@@ -700,11 +818,28 @@ def one_sentence() -> Iterator[None]:
         sys.exit(2)
 
 
+class RepeatedKey(ValueError):
+    """An object of JSON has a key twice, of which a parser takes the later one without a word."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json's `object_pairs_hook`; RepeatedKey if a key is in two of them."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise RepeatedKey(f"the key {reprlib.repr(twice)} stands twice in it")
+    return values
+
+
 def parse_line(line: str, where: str) -> Any:
     """The value of a line of JSONL; ValueError that names `where`, the file and the line, and the column."""
     at = ""
     try:
-        return json.loads(line.rstrip("\r\n"))  # json would count the line end, and say line 2 column 1
+        # json would count the line end, and say line 2 column 1.
+        return json.loads(line.rstrip("\r\n"), object_pairs_hook=unrepeated)
+    except RepeatedKey as error:
+        raise ValueError(f"{where} has two readings: {error}; leave one out") from None
     except json.JSONDecodeError as error:
         at, reason = f" at column {error.colno}", error.msg.split(" (")[0]
     except RecursionError:
@@ -783,7 +918,7 @@ def _group(name: str, group: type, values: Any, missing: dict[str, Any]) -> Any:
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
     """The value as its field holds it: a whole number may be a float's value, a list a tuple's."""
-    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+    if float in (kind, *get_args(kind)) and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if get_origin(kind) is tuple:
         value = tuple(value) if isinstance(value, list) else value
@@ -836,12 +971,15 @@ def _one_line(text: str) -> str:
 
 def make_parser(groups: dict[str, type], description: str) -> Any:
     """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
-    from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # pyright: ignore
+    from yaml import YAMLError
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if message.startswith("Unexpected config:"):  # and then the whole file
                 message = "a --config file must be a YAML mapping of keys to values"
+            if _FAULT in message:  # behind what the parser was about
+                message = message.rpartition(_FAULT)[2]
             print(f"error: {_in_our_words(message, groups)}{_suggestion(message, groups)}", file=sys.stderr)
             sys.exit(2)
 
@@ -849,9 +987,11 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
             from yamlfile import read_yaml
 
             words = args[0] if args and args[0] is not None else sys.argv[1:]
+            flags = ("--config", *(f"--{name}" for name in groups if name))  # a group may have a file too
             for word, after in pairwise([*words, ""]):
-                file = after if word == "--config" else word.removeprefix("--config=")
-                if word.startswith("--config") and os.path.isfile(file):  # or the values themselves
+                flag, equals, value = word.partition("=")
+                file = value if equals else after
+                if flag in flags and os.path.isfile(file):  # or the values themselves
                     try:
                         read_yaml(Path(file))
                     except ValueError as error:
@@ -863,11 +1003,36 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
             except (ValueError, TypeError, OSError, RecursionError) as error:  # a file that is no YAML
                 self.error(f"the settings cannot be read: {error}")
 
-    parser = Parser(description=description, allow_abbrev=False)
+    set_loader("settings", _load_settings, (ValueError, RecursionError, YAMLError))
+    parser = Parser(description=description, allow_abbrev=False, parser_mode="settings")
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; flags after it override it.")
     for name, group in groups.items():
         parser.add_class_arguments(group, name or None)
     return parser
+
+
+_FAULT = "the settings cannot be taken: "
+
+
+def _load_settings(text: str, path: str = "") -> Any:
+    """What a text is to the parser: of a file, of a file that it names, or on the command line.
+
+    Raises:
+        ValueError: As `parse_yaml`. Where the parser wants text, it then takes the text as it is.
+    """
+    from jsonargparse import get_loader
+
+    from yamlfile import parse_yaml
+
+    name = str(path) or "the settings given"
+    try:
+        values = parse_yaml(text, name)
+        named = values.get("config") if isinstance(values, dict) else None
+        if named is not None and not isinstance(named, str):
+            raise ValueError(f"config in {name} is {reprlib.repr(named)}; it must be one file's name")
+    except ValueError as error:
+        raise ValueError(f"{_FAULT}{error}") from None
+    return get_loader("yaml")(text)
 
 
 def _in_our_words(message: str, groups: dict[str, type]) -> str:

@@ -437,6 +437,8 @@ def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tu
     try:
         with pq.ParquetFile(path) as file:
             fields = file.schema_arrow.names
+            if twice := next((field for field in fields if fields.count(field) > 1), None):
+                raise ValueError(f"{path} has two columns {twice}; leave one out")
             wanted = {
                 *_fields_of(fields, config, str(path), one_row=False),
                 "path",

@@ -26,7 +26,7 @@ import uuid
 import warnings
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +46,7 @@ IGNORE_INDEX = -100
 # Starting the processes takes 0.3 to 0.5 s. At 3 MB/s a core two of them are ahead from about 4 MB on.
 POOL_PAYS_BYTES = 4_000_000
 GAPS_READ = 1000  # documents, for the share of gaps that rows show whole
+ROW_STEP = 64  # tokens; a row that no setting names is a multiple of it
 GAPS_SEEN = 0.5  # below this share a run warns
 HOUSE = Path(__file__).parent
 
@@ -347,6 +348,16 @@ def shown(store: TokenStore, block_size: int) -> Shown:
     left = np.where(is_fim, n_prefix - prefix_kept, excess)
     right = np.where(is_fim, n_suffix - suffix_kept, 0)
     return Shown(length - excess, prompt - excess, left, right, prompt - excess - 1)
+
+
+def fitting_row(sides: Iterable[TokenStore], most: int) -> int:
+    """Tokens of a row in which the longest example is whole: a multiple of ROW_STEP, at most `most`.
+
+    Of plain texts, which are cut into rows of any length, it is `most`.
+    """
+    lengths = [np.diff(store.offsets) if store.holds_examples else np.array([most + 1]) for store in sides]
+    longest = max((int(of_one.max()) for of_one in lengths if len(of_one)), default=0)
+    return min(most, -(-max(longest - 1, 1) // ROW_STEP) * ROW_STEP)  # the last token is a target only
 
 
 def is_trimmed(store: TokenStore, block_size: int) -> np.ndarray:

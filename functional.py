@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from config import make_parser, one_sentence, parse_line, write_atomically
+from config import RepeatedKey, make_parser, one_sentence, parse_line, unrepeated, write_atomically
 
 TESTS_OF_MBPP = ("test_imports", "test_setup_code", "test_list")
 
@@ -185,7 +185,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ):
             text = f.read()  # once: it may be a pipe
             if path.suffixes[:1] != [".jsonl"] and text.lstrip().startswith("["):
-                rows = json.loads(text)
+                rows = json.loads(text, object_pairs_hook=unrepeated)
                 numbered = ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
             else:
                 numbered = _parsed(path, text.split("\n"))
@@ -195,7 +195,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, RepeatedKey) as error:
         raise ValueError(f"{path} cannot be read as text and JSON: {error}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None

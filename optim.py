@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,68 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
+class ParameterGroup(NamedTuple):
+    """Parameters that one optimizer moves at one learning rate."""
+
+    kind: str  # `embeddings`, `head`, `vectors`, `adapters` or `matrices`
+    key: str  # of OptimizerConfig, that the rate is from
+    lr: float
+    weight_decay: float
+    parameters: list[Tensor]
+    optimizer: Literal["AdamW", "Muon"]
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, widening: float = 1.0
+) -> list[ParameterGroup]:
+    """The trainable parameters by kind, without kinds that are not there; arguments as `build_optimizers`.
+
+    `vectors` (norms, biases, DoRA's magnitudes) never decay. The adapters' A and B are two groups.
+    """
+    config, keys = config.resolved(), config.rate_keys()
+    members: dict[str, list[Tensor]] = {kind: [] for kind in ("embeddings", "head", "vectors", "a", "b")}
+    members["matrices"] = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2:
+            kind = "vectors"
+        elif ".adapters." in name and name.endswith((".a", ".b")):
+            kind = name[-1]
+        elif name.startswith("blocks."):
+            kind = "matrices"
+        else:
+            kind = "head" if name.startswith("head.") else "embeddings"
+        members[kind].append(p)
+    found = []
+    for part, parameters in members.items():
+        kind = "adapters" if part in ("a", "b") else part
+        by_muon = keys[kind] == "muon_lr"
+        lr = getattr(config, keys[kind])
+        if part == "b":
+            lr *= lr_ratio
+        elif kind == "head" or (kind == "matrices" and not by_muon):
+            lr /= widening
+        decay = 0.0 if kind == "vectors" else config.weight_decay
+        if parameters:
+            name = "Muon" if by_muon else "AdamW"
+            found.append(ParameterGroup(kind, keys[kind], lr, decay, parameters, name))
+    return found
+
+
+def groups_table(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> str:
+    """What moves which parameters, at which rate and by which setting; a line for each group."""
+    own = config.resolved()
+    lines = [
+        f"{g.optimizer:<5} {sum(p.numel() for p in g.parameters):>13,} parameters, {g.kind:<10} "
+        f"learning rate {g.lr:<8.6g} optimizer.{g.key}"
+        for g in groups
+    ]
+    betas = f"beta1 {own.beta1:g}, beta2 {own.beta2:g}, eps {own.eps:g}, "
+    betas = betas if any(g.optimizer == "AdamW" for g in groups) else ""
+    return "\n".join([*lines, f"AdamW with {betas}weight decay {own.weight_decay:g}"])
+
+
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, widening: float = 1.0
 ) -> list[torch.optim.Optimizer]:
@@ -97,45 +159,23 @@ def build_optimizers(
             Those for embeddings and vectors stay, and so does Muon's: a step of it has the same spectral norm
             for its shape at every width (arXiv:2310.17813).
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices, embeddings, heads, vectors, adapters_a, adapters_b = {}, {}, {}, {}, {}, {}
-    for name, p in trainable.items():
-        if p.dim() < 2:
-            vectors[name] = p
-        elif ".adapters." in name and name.endswith((".a", ".b")):
-            (adapters_b if name.endswith(".b") else adapters_a)[name] = p
-        elif name.startswith("blocks."):
-            matrices[name] = p
-        elif name.startswith("head."):
-            heads[name] = p
-        else:
-            embeddings[name] = p
-
-    def group(members: dict[str, Tensor], lr: float, weight_decay: float) -> dict[str, Any]:
-        return {"params": list(members.values()), "lr": lr, "weight_decay": weight_decay}
-
-    groups = [
-        group(embeddings, config.embedding_lr or config.lr, config.weight_decay),
-        group(heads, (config.head_lr or config.lr) / widening, config.weight_decay),
-        group(vectors, config.lr, 0.0),
-        group(adapters_a, config.lr, config.weight_decay),
-        group(adapters_b, config.lr * lr_ratio, config.weight_decay),
-    ]
+    config = config.resolved()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    found = parameter_groups(model, config, lr_ratio, widening)
+    plain: dict[str, list[dict[str, Any]]] = {"Muon": [], "AdamW": []}
+    for g in found:
+        plain[g.optimizer].append({"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay})
     optimizers: list[torch.optim.Optimizer] = []
-    if config.name == "muon" and matrices:
-        optimizers.append(Muon([group(matrices, config.muon_lr, config.weight_decay)], lr=config.muon_lr))
-    else:
-        groups.append(group(matrices, config.lr / widening, config.weight_decay))
-    groups = [g for g in groups if g["params"]]
-    if groups:
-        fused = all(p.device.type in ("cpu", "cuda") for p in trainable.values())
+    if plain["Muon"]:
+        optimizers.append(Muon(plain["Muon"], lr=config.muon_lr))
+    if plain["AdamW"]:
+        fused = all(p.device.type in ("cpu", "cuda") for p in trainable)
+        assert config.beta1 is not None and config.beta2 is not None and config.eps is not None
         betas = (config.beta1, config.beta2)
-        optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=fused))
+        optimizers.append(torch.optim.AdamW(plain["AdamW"], betas=betas, eps=config.eps, fused=fused))
 
     grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in trainable.values()), (
-        "a parameter is in no group, or in two"
-    )
+    assert sorted(grouped) == sorted(map(id, trainable)), "a parameter is in no group, or in two"
     for optimizer in optimizers:
         for g in optimizer.param_groups:
             g["initial_lr"] = g["lr"]

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from checkpoint import Manifest, checkpoints, first_difference, load_state
 from config import Config, one_sentence
+from yamlfile import read_yaml
 
 HOUSE = Path(__file__).parent
 DEFAULT_STEPS = 4  # before the kill, and after it
@@ -165,7 +166,7 @@ def _train_as_child(path: Path, kill_at: int) -> None:
     trainingmanager.save_checkpoint = write_and_die
     with one_sentence():
         keep_freed_memory()
-        trainingmanager.train(Config.from_dict(yaml.safe_load(path.read_text("utf-8"))))
+        trainingmanager.train(Config.from_dict(read_yaml(path)))
 
 
 if __name__ == "__main__":

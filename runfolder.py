@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from config import BEFORE, Config
+from yamlfile import read_yaml
 
 LOCK = ".lock"
 LOCK_TRIES = 1000  # each fails only if another run ended in the same microseconds
@@ -241,7 +240,7 @@ def config_fingerprint(config: Config) -> str:
     """
     fixed = {
         key: value
-        for key, value in flat(config).items()
+        for key, value in flat(config.with_optimizer_defaults()).items()
         if KEY_CLASSES.get(key, FIXED) == FIXED and not (key in BEFORE and BEFORE[key] == value)
     }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
@@ -249,15 +248,16 @@ def config_fingerprint(config: Config) -> str:
 
 def refuse_changes(folder: Path, config: Config) -> None:
     """ValueError if a resumed run would go on with another value of a fixed key; tells of warned ones."""
-    saved = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    before = flat(Config.from_dict(saved))
+    saved = read_yaml(folder / "config.yaml")
+    before = flat(Config.from_dict(saved).with_optimizer_defaults())
     if "validation_batches" in saved:
         print(
             f"warning: {folder} began when a validation read whole batches; it reads as many single rows "
             "now, so that its best loss so far is of other rows",
             file=sys.stderr,
         )
-    changed = {key: (before[key], new) for key, new in flat(config).items() if before[key] != new}
+    after = flat(config.with_optimizer_defaults())
+    changed = {key: (before[key], new) for key, new in after.items() if before[key] != new}
     for key, (old, new) in changed.items():
         if KEY_CLASSES.get(key, FIXED) == FIXED:
             raise ValueError(f"{key} was {old} when {folder} began and is {new} now; set it back")

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 import torch
-import yaml
 from torch import Tensor
 
 from architecture import Decoder, ParallelBlock, SequentialBlock
@@ -45,6 +44,7 @@ from pretrained.load import TOKENIZER
 from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabulary
 from pretrained.save_adapter import save_adapter
 from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
+from yamlfile import read_yaml
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
@@ -415,7 +415,7 @@ def _preference(losses: dict[Path, float | None], path: Path) -> tuple[bool, flo
 
 
 def _config(path: Path) -> Config:
-    config = Config.from_dict(yaml.safe_load(path.read_text("utf-8")))
+    config = Config.from_dict(read_yaml(path))
     if config.model.block_size > LONGEST_BLOCK:
         raise ValueError(f"model.block_size is {config.model.block_size}, and {LONGEST_BLOCK} is the most")
     return replace(config, model=config.model.resolved())

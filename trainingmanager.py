@@ -66,7 +66,7 @@ from checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from config import TrainConfig, write_atomically
+from config import TrainConfig, unread_rates, write_atomically
 from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
@@ -75,6 +75,7 @@ from dataset import (
     Batch,
     Batches,
     PreparedData,
+    fitting_row,
     gaps_in_sight,
     is_trimmed,
     prepare_data,
@@ -88,7 +89,7 @@ from generate import GenerationConfig, generate, printable
 from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
-from optim import build_optimizers, learning_rate_factor
+from optim import ParameterGroup, build_optimizers, groups_table, learning_rate_factor, parameter_groups
 from precision import Precision, choose_device, choose_precision, keep_freed_memory, release_freed_memory
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
@@ -98,10 +99,13 @@ from suites.closing import closing_lines, flags_of, shown_examples
 from suites.functions import sample_completions
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
+from yamlfile import read_yaml
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
 SAME_SIGNAL = 0.1  # seconds
+LEAST_QUARTER = 5  # steps; of fewer the mean loss says little
+STEEP = 0.1  # of all that the training loss fell, and nats a token: more in the last quarter is steep
 HOUSE = Path(__file__).parent
 
 
@@ -151,6 +155,7 @@ class TrainingManager:
     def __init__(
         self, config: Config, model: Decoder, data: PreparedData, precision: Precision, folder: Path
     ):
+        config = config.with_optimizer_defaults()
         self.config, self.model, self.data, self.folder = config, model, data, folder
         self.precision = precision
         train = config.train
@@ -221,6 +226,7 @@ class TrainingManager:
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
         if self.config.train.compile:  # after the guards, which would compile for many shapes
             compile_blocks(self.model)
+        losses: list[float] = []  # of training, of each step since the run began
         watch = FirstSteps(subject, self.config.train.allow, self.state.step, self.progress())
         self.refuse_difference()  # again: between resume and here nothing may have changed
         with (
@@ -232,6 +238,7 @@ class TrainingManager:
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
                 self.state.seconds = time.perf_counter() - self.began
+                losses.append(values["train/loss"])
                 step = self.state.step
                 if watch.after(self.progress(), self.state.skipped_in_a_row > 0):
                     record_overrides(self.folder, watch.passed)  # at once: a killed run keeps the record too
@@ -254,6 +261,8 @@ class TrainingManager:
                 self.save(None)  # without a validation, which a run that is not stopped would not have here
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
+        if self.resumed_from is None and self.progress() >= 1 and (told := still_falling(losses)):
+            print(f"warning: {told}", file=sys.stderr)
 
     def update(self) -> dict[str, float]:
         """One optimizer step over `accumulation` micro-batches; returns what is logged."""
@@ -478,6 +487,26 @@ class TrainingManager:
         bar.update(min(1.0, progress) - bar.n)
 
 
+def still_falling(losses: Sequence[float]) -> str | None:
+    """What to say of a run that ends while its training loss falls steeply, or None.
+
+    Args:
+        losses: Of each step of the whole run, nats a token.
+    """
+    quarter = len(losses) // 4
+    if quarter < LEAST_QUARTER:
+        return None
+    before, last = (sum(part) / quarter for part in (losses[-2 * quarter : -quarter], losses[-quarter:]))
+    share = (before - last) / max(losses[0] - last, 1e-9)
+    if not (share > STEEP and before - last > STEEP):
+        return None
+    return (
+        f"the training loss still fell steeply at the end, from {before:.2f} to {last:.2f} between the third "
+        f"and the last quarter of {len(losses)} steps, {min(share, 1):.0%} of all that it fell: train for "
+        "longer, or with a higher learning rate"
+    )
+
+
 class Log:
     """metrics.jsonl and TensorBoard, the same values under the same names."""
 
@@ -640,13 +669,17 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     print(f"precision: {precision.reason}")
-    base = open_base(config, precision.dtype, device)
+    base, given_row = open_base(config, precision.dtype, device), config.train.row_length
     if base is None:
         tokenizer = prepare_tokenizer(config.data, config.tokenizer)
     else:
         tokenizer = starting_tokenizer(config, base)
         config = adopted(config, base, tokenizer, precision.dtype)
+        if not config.lora.r:  # before the data are read: what trains is the base as it is
+            checked_groups(config, base.model)
     data = prepare_data(config.data, tokenizer)
+    if base is not None and not given_row:
+        config = with_fitting_row(folder, config, data)
     fingerprints = {
         "data": data.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -687,7 +720,9 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
         print(trainable_table(model, base.family.key))
     release_freed_memory()  # what loading the data and the weights freed is not needed again
     keep_freed_memory()
+    say_groups(config, model)
     manager = TrainingManager(config, model, data, precision, folder)
+    config = manager.config
     if config.train.resume:
         refuse_changes(folder, config)
         manager.resume()
@@ -707,6 +742,36 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     record_overrides(folder, passed)
     manager.fit(subject, observer)
     return manager
+
+
+def with_fitting_row(folder: Path, config: Config, data: PreparedData) -> Config:
+    """The settings with rows only as long as the examples need, at most as they are; a resumed run's own."""
+    row = fitting_row((data.train, data.validation, data.test), config.row_length)
+    if config.train.resume:
+        row = Config.from_dict(read_yaml(folder / "config.yaml")).train.row_length or row
+    elif row < config.row_length:
+        print(f"rows: {row} tokens, which hold every example whole; --row_length sets another length")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, row_length=row))
+
+
+def checked_groups(config: Config, model: Decoder) -> list[ParameterGroup]:
+    """What moves which parameters; ValueError for a learning rate that is set and at which none learns."""
+    groups = parameter_groups(model, config.optimizer, config.lora.lr_ratio, config.model.widening)
+    for key, reason in unread_rates(config.optimizer, {group.kind for group in groups}):
+        raise ValueError(f"{key} is set, but {reason}; remove it")
+    return groups
+
+
+def say_groups(config: Config, model: Decoder) -> None:
+    """Print each group of parameters; ValueError as `checked_groups`."""
+    groups = checked_groups(config, model)
+    print(groups_table(groups, config.optimizer))
+    if config.optimizer.name == "muon" and all(group.optimizer != "Muon" for group in groups):
+        print(
+            "warning: optimizer.name is muon, and no matrix of a block trains, which is all that Muon moves: "
+            "AdamW moves everything; set --optimizer.name adamw to say so",
+            file=sys.stderr,
+        )
 
 
 def say_absent(new_tokens: Sequence[str], tokenizer: Tokenizer, train: TokenStore) -> None:

@@ -122,7 +122,7 @@ def main() -> None:
     model = ModelConfig(tokenizer.vocab_size, LENGTH, n_layer=2)
     order = Batches(store, ROWS, LENGTH, seed=0)
     batches = [order.batch(step) for step in range(max(STEPS, given.rates))]
-    plain = OptimizerConfig(lr=3e-3, embedding_lr=3e-2, head_lr=3e-3)
+    plain = OptimizerConfig(lr=3e-3, embedding_lr=3e-2, head_lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-10)
     for name in ("adamw", "muon"):
         optimizer = replace(plain, name=name)
         for init in ("zero_output", "normal", "xavier"):

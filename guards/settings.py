@@ -53,7 +53,7 @@ def settings(subject: Subject) -> Iterator[Fault | str]:
 
 def group_faults(subject: Subject) -> Iterator[Fault]:
     """Every parameter that trains and every setting of the optimizer stands in a parameter group."""
-    config = subject.config.optimizer
+    config = subject.config.optimizer.resolved()
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
     held = [id(p) for group in groups for p in group["params"]]
     left_out = [n for n, p in subject.model.named_parameters() if p.requires_grad and held.count(id(p)) != 1]
@@ -81,16 +81,17 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
 
 def rate_faults(subject: Subject) -> Iterator[Fault]:
     """Each parameter has the learning rate that is set for its kind."""
-    config, lora = subject.config.optimizer, subject.config.lora
+    config, lora = subject.config.optimizer.resolved(), subject.config.lora
+    lr = config.lr or 0.0
     wider = subject.config.model.widening
     of_matrices = "muon_lr" if config.name == "muon" else "lr / model.widening"
     rates = {
-        "lr": config.lr,
+        "lr": lr,
         "muon_lr": config.muon_lr,
-        "embedding_lr": config.embedding_lr or config.lr,
-        "lr / model.widening": config.lr / wider,
-        "head_lr": (config.head_lr or config.lr) / wider,
-        "lr times lora.lr_ratio": config.lr * lora.lr_ratio,
+        "embedding_lr": config.embedding_lr or lr,
+        "lr / model.widening": lr / wider,
+        "head_lr": (config.head_lr or lr) / wider,
+        "lr times lora.lr_ratio": lr * lora.lr_ratio,
     }
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
     given = {p: group["initial_lr"] for group in groups for p in group["params"]}

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from config import unrepeated
+
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
@@ -143,21 +145,12 @@ def parse_json(text: bytes) -> dict[str, Any]:
         raise ValueError(f"{number} is no JSON number")
 
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=refuse)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unrepeated, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"it holds {shown(value)}; it must be an object")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"the key {shown(key)} stands twice in it")
-        values[key] = value
-    return values
 
 
 def inner_path(folder: Path, name: Any, linked: bool) -> Path:

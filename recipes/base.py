@@ -142,7 +142,7 @@ def make_base(settings: BaseConfig) -> Path:
         tokenizer=tokenizer,
         model=model,
         # A head that is the embedding too takes the head's learning rate.
-        optimizer=OptimizerConfig(embedding_lr=0.01 if tied else OptimizerConfig.embedding_lr),
+        optimizer=OptimizerConfig(embedding_lr=0.01 if tied else None),
         train=TrainConfig(
             run=str(run),
             seed=settings.seed,

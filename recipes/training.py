@@ -16,6 +16,7 @@ from precision import choose_device, choose_precision
 from runfolder import FIXED, KEY_CLASSES, WARNED, flat
 from runmodel import resolved_format
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
+from yamlfile import read_yaml
 
 FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
 
@@ -32,11 +33,12 @@ def finish(config: Config) -> bool:
         ValueError: As `trainingmanager.train`, also for a run that was finished with another fixed setting.
         SystemExit: With 75; a signal asked to stop, and the next call goes on.
     """
-    folder = Path(config.train.run)
+    folder, config = Path(config.train.run), config.with_optimizer_defaults()
     mark = folder / FINISHED
     if mark.is_file():
         try:
-            before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+            made = Config.from_dict(json.loads(mark.read_text("utf-8")))
+            before, now = flat(made.with_optimizer_defaults()), flat(config)
         except ValueError as error:
             raise ValueError(
                 f"{mark} is damaged ({error}); remove it, and the run is looked at anew"
@@ -82,7 +84,7 @@ def _refuse_another_format(config: Config, folder: Path) -> None:
         return
     asked = choose_precision(choose_device(train.device), train.precision)
     held = resolved_format(train.base_format, asked.dtype)
-    before = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["base_format"]
+    before = read_yaml(folder / "config.yaml")["base_format"]
     if held != before:
         raise ValueError(
             f"{folder} was finished on a base held in {before}, and with --precision {train.precision} on "
@@ -95,5 +97,5 @@ def _say_where_base_is(config: Config, folder: Path) -> None:
     path, base = folder / "config.yaml", config.train.base
     if base is not None:
         place = str(Path(base).resolve()) if Path(base).is_dir() else base
-        saved = yaml.safe_load(path.read_text("utf-8")) | {"base": place}
+        saved = read_yaml(path) | {"base": place}
         write_atomically(path, yaml.safe_dump(saved, sort_keys=False))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from config import parse_line
 from corpus import CORPUS
 from shingles import Batch, Units, batches, mixed
 from suites.records import texts_of
@@ -272,7 +273,10 @@ def licences_of(source: str, names: set[str]) -> dict[str, str]:
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as lines:
-        yield from (row for row in map(json.loads, filter(str.strip, lines)) if isinstance(row, dict))
+        for number, line in enumerate(lines, 1):
+            row = parse_line(line, f"{path} line {number}") if line.strip() else None
+            if isinstance(row, dict):
+                yield row
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -179,7 +179,8 @@ class Space:
     def default(self, base: Config) -> dict[str, Any] | None:
         """The parameters that give the config itself; None if the space does not hold it."""
         values, model = flat(base), base.model
-        dropouts = flat(replace(base, model=replace(model, vocab_size=model.vocab_size or 1).resolved()))
+        found = replace(base, model=replace(model, vocab_size=model.vocab_size or 1).resolved())
+        resolved = flat(found.with_optimizer_defaults())
 
         def choose(parameter: Parameter) -> Any:
             if parameter.arms:
@@ -188,9 +189,9 @@ class Space:
                 )
                 return next(named, None)
             value = values[parameter.key]
-            if value is None and parameter.key.startswith("model."):  # a dropout that is not given
-                unread = base.train.base is not None and model.dropout is None  # it is the base's own
-                value = None if unread else dropouts[parameter.key]
+            if value is None and parameter.key.startswith(("model.", "optimizer.")):  # it follows another key
+                unread = base.train.base is not None and model.dropout is None  # a dropout is the base's own
+                value = None if unread and parameter.key.startswith("model.") else resolved[parameter.key]
             return value if parameter.holds(value) else None
 
         chosen = self.draw(values, choose)

@@ -109,7 +109,7 @@ def identity(settings: Settings) -> dict[str, Any]:
         "space": settings.space.plain,
         "config": {
             key: value
-            for key, value in flat(settings.config).items()
+            for key, value in flat(settings.config.with_optimizer_defaults()).items()
             if KEY_CLASSES.get(key) != FREE or key in MATTERS
         },
     }

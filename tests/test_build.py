@@ -281,6 +281,7 @@ def test_half_of_two_examples_is_none_of_them(tmp_path: Path) -> None:
         ),
         ("\udcff", r"b\.jsonl line 1 is not UTF-8: byte 0 cannot be read"),
         ("[1]", "line 1 is a JSON list, not an object"),
+        ('{"a": "x", "a": "y"}', r"b\.jsonl line 1 has two readings: the key 'a' stands twice in it"),
         ('{"a": "short"}', "holds no text of 26 words and marks"),
         (None, "cannot be read"),
     ],

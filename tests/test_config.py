@@ -128,6 +128,19 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
             "optimizer.schedule is constant",
         ),
         (["--model.tie_embeddings", "true", "--optimizer.head_lr", "1"], "no separate head"),
+        (
+            ["--optimizer.lr", "1e-6"],
+            "optimizer.lr is set, but no parameter of this run learns at it; what acts is optimizer.muon_lr, "
+            "optimizer.embedding_lr and optimizer.head_lr; remove it",
+        ),
+        (["--optimizer.lr", "0.01"], "optimizer.lr is set, but no parameter of this run learns at it"),
+        (["--config", "{optimizer: {lr: 0.5}}"], "optimizer.lr is set, but no parameter"),
+        (["--base", "x", "--optimizer.embedding_lr", "0.1"], "learns at it; what acts is optimizer.lr; "),
+        (["--base", "x", "--optimizer.name", "muon", "--optimizer.muon_lr", "1"], "acts is optimizer.lr; "),
+        (["--lr", "0.1"], "--lr is no flag; did you mean optimizer.muon_lr or optimizer.embedding_lr or opt"),
+        (["--seed", "3", "--lr=1e-3"], "--lr is no flag; did you mean optimizer.muon_lr or "),
+        (["--lr", "--optimizer.name", "adamw"], "--lr is no flag; did you mean optimizer.lr?\n"),
+        (["--learning_rate", "1", "--base", "x"], "--learning_rate is no flag; did you mean optimizer.lr?\n"),
         (["--validate_every", "0", "--patience", "3"], "validate_every and save_every are 0"),
         (["--max_step", "5"], "did you mean max_steps?"),
         (["--model.n_lay=5"], "did you mean model.n_layer?"),
@@ -360,7 +373,39 @@ def test_settings_of_an_adapter_that_nothing_reads_are_refused(
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "saved"),
+    [
+        ([], {"lr": 0.01, "embedding_lr": 0.3, "head_lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10}),
+        (
+            ["--optimizer.name", "adamw", "--model.tie_embeddings", "true"],
+            {"lr": 3e-4, "embedding_lr": 0.3, "head_lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10},
+        ),
+        (["--base", "x"], {}),
+    ],
+)
+def test_a_saved_config_keeps_its_rates_and_opens_again(
+    words: list[str], saved: dict[str, float], tmp_path: Path
+) -> None:
+    """As a file of settings, too: what it names stays, whether or not anything reads it."""
+    plain = parse_config(words).with_optimizer_defaults().to_dict()
+    plain["optimizer"] |= saved
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(plain), "utf-8")
+    for config in (Config.from_dict(read_yaml(file)), parse_config(["--config", str(file)])):
+        assert config.to_dict() == plain
+        assert config.with_optimizer_defaults() == config
+
+
+def test_what_a_base_brings_is_its_own_whatever_the_optimizer() -> None:
+    optimizer = parse_config(["--base", "x", "--optimizer.name", "muon", "--lora.r", "0"]).optimizer
+    assert (optimizer.lr, optimizer.embedding_lr, optimizer.beta2) == (2e-4, 0.0, 0.999)
+
+
 def test_a_key_that_something_reads_is_not_called_unused() -> None:
+    parse_config(["--optimizer.lr", "0.5", "--model.norm_weight", "true"])
+    parse_config(["--optimizer.lr", "0.5", "--optimizer.embedding_lr", "0"])
+    parse_config(["--base", "x", "--lora.train_modules", "lm_head", "--optimizer.head_lr", "1"])
     parse_config(["--validate_every", "0", "--save_every", "5", "--patience", "3"])
     parse_config(["--validate_every", "0", "--validation_rows", "3"])
     parse_config(["--tokenizer.path", "x", "--tokenizer.kind", "pretrained"])

@@ -306,6 +306,11 @@ BAD = {
     "two objects": (lambda p: bad_lines(p, GOOD + GOOD), {}, r"line 1 is not JSON at column 16: Extra"),
     "byte order mark": (lambda p: bad_lines(p, b"\xef\xbb\xbf" + GOOD), {}, r"line 1 is not JSON at .*BOM"),
     "deep JSON": (lambda p: bad_lines(p, GOOD, b"[" * 99_999), {}, r"bad.jsonl line 2 is not JSON"),
+    "key twice": (
+        lambda p: bad_lines(p, GOOD, b'{"text": "a", "meta": {"b": 1, "b": 2}}'),
+        {},
+        r"bad.jsonl line 2 has two readings: the key 'b' stands twice in it; leave one out",
+    ),
     "empty line": (lambda p: bad_lines(p, GOOD, b"", b" ", GOOD), {}, r"line 2 is empty: remove it, or"),
     "not an object": (lambda p: bad_lines(p, b"[1]"), {}, r"line 1 is a JSON list, not an object"),
     "no text": (lambda p: bad_lines(p, b'{"b":1,"a":2}'), {}, r"no field text or content but a, b: set"),

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,9 +45,11 @@ from config import Config, TokenizerConfig
 from corpus import SPLITS, Document, Report, alpaca_prompt, read_documents, split_documents, training_texts
 from dataset import (
     IGNORE_INDEX,
+    ROW_STEP,
     Batch,
     Batches,
     best_fit,
+    fitting_row,
     gaps_in_sight,
     is_trimmed,
     next_token_labels,
@@ -293,6 +297,23 @@ def test_parquet_refuses_by_its_columns(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             list(read_documents(settings_for(write_rows(tmp_path / "r.parquet", [row]))))
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "r.parquet")
+    with pytest.raises(ValueError, match=r"r\.parquet has two columns text; leave one out"):
+        list(read_documents(settings_for(tmp_path / "r.parquet")))
+
+
+@pytest.mark.parametrize(("letters", "row"), [(1, 64), (60, 64), (61, 128), (400, 256)])
+def test_a_row_that_fits_holds_the_longest_example_of_any_side_whole(tmp_path: Path, letters: int, row: int):
+    rows = [{"prompt": f"{n:03}", "completion": "b"} for n in range(40)]
+    rows[7]["completion"] = "b" * letters
+    sides = prepare_data(settings_for(write_rows(tmp_path / "rows.jsonl", rows)), Bytes())
+    stores = (sides.train, sides.validation, sides.test)
+    longest = max(int(np.diff(store.offsets).max()) for store in stores)
+    assert longest == letters + 3 + 2  # a start and an end
+    assert fitting_row(stores, 256) == row
+    assert row == 256 or not any(is_trimmed(store, row).any() for store in stores)
+    assert row == 64 or any(is_trimmed(store, row - ROW_STEP).any() for store in stores)
 
 
 def test_a_named_text_field_is_plain_text_even_in_a_row_that_could_be_an_example(tmp_path: Path):

@@ -38,14 +38,14 @@ from corpus import training_texts
 from dropout import Dropout
 from eval import EvalConfig, evaluate, table
 from guards.subject import Fault
-from lora import adapters_disabled
-from pretrained import FAMILIES, save_pretrained
+from lora import adapters_disabled, add_adapter
+from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from proofs import run_difference
 from quantize import Linear4bit
 from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
-from trainingmanager import TrainingManager, train
+from trainingmanager import TrainingManager, say_groups, train
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = ModelConfig(
@@ -103,6 +103,51 @@ def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
     )
 
 
+def test_a_rate_of_no_parameter_is_refused_before_the_data_are_read(config: Config) -> None:
+    """The base's head is its embedding, which only the open base says."""
+    config = other(other(config, "lora", r=0), "data", source="nowhere")
+    with pytest.raises(
+        ValueError, match=r"optimizer.head_lr is set, but no parameter .*what acts is optimizer.lr;"
+    ):
+        train(other(config, "optimizer", head_lr=0.5))
+    with pytest.raises(ValueError, match="nowhere"):
+        train(config)
+
+
+def test_muon_beside_adapters_alone_is_told_that_it_moves_nothing(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Decoder(replace(SHAPE, vocab_size=300))
+    add_adapter(model, config.lora, load_pretrained(config.train.base or "").family.key)
+    with pytest.raises(ValueError, match=r"optimizer.muon_lr is set, but .* what acts is optimizer.lr;"):
+        say_groups(other(config, "optimizer", name="muon", muon_lr=0.5), model)
+    say_groups(other(config, "optimizer", name="muon"), model)
+    said = capsys.readouterr()
+    assert "AdamW moves everything; set --optimizer.name adamw" in said.err and "Muon" not in said.out
+
+
+def test_rows_are_as_long_as_the_examples_need_and_a_resumed_run_keeps_its_own(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_pretrained(config.train.base or "").tokenizer
+    assert tokenizer is not None
+    model = Decoder(replace(SHAPE, vocab_size=tokenizer.vocab_size, block_size=160))
+    save_pretrained(model, tokenizer, tmp_path / "long")
+    rows = [{"prompt": f"def f_{n}(x):\n", "completion": f"    return x + {n}\n"} for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = other(config, "data", source=str(tmp_path / "pairs.jsonl"))
+    allowed = (*config.train.allow, "split-leaks")
+    config = other(config, base=str(tmp_path / "long"), allow=allowed, max_steps=1, validate_every=0)
+    for row_length, length in ((0, 64), (160, 160)):
+        asked = other(config, row_length=row_length, run=str(tmp_path / f"run-{length}"))
+        assert train(asked).config.row_length == length
+        told = "rows: 64 tokens, which hold every example whole; --row_length sets another length\n"
+        assert (told in capsys.readouterr().out) == (not row_length)
+        assert yaml.safe_load((Path(asked.train.run) / "config.yaml").read_text())["row_length"] == length
+        assert train(other(asked, row_length=0, resume=True, max_steps=2)).config.row_length == length
+        assert "rows: " not in capsys.readouterr().out
+
+
 def other(config: Config, group: str = "train", **values: Any) -> Config:
     return replace(config, **{group: replace(getattr(config, group), **values)})
 
@@ -116,6 +161,7 @@ def test_adapters_train_and_the_base_stays(config: Config, capsys: pytest.Captur
     manager = train(config)
     printed = capsys.readouterr().out
     assert "transformer.h.*.attn.c_attn" in printed and "parameters train beside" in printed
+    assert "parameters, adapters   learning rate 0.01     optimizer.lr\n" in printed
     stored = load_file(Path(config.train.base or "") / "model.safetensors")
     assert torch.equal(manager.model.embed.weight, stored["transformer.wte.weight"])
     with adapters_disabled(manager.model):

@@ -244,6 +244,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text("{}")
     (tmp_path / "list.json").write_text(f" \n[{json.dumps(PROBLEMS[0])}, 3]")
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "twice.jsonl").write_text('{"task_id": "a", "task_id": "b"}')
+    (tmp_path / "twice.json").write_text('[{"task_id": "a"}, {"task_id": "a", "task_id": "b"}]')
     for name, sentence in {
         "none.jsonl": "none.jsonl cannot be read: No such file",
         "cut.jsonl.gz": "not a whole gzip file",
@@ -252,6 +254,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "one.json": "one.json line 1 has no field task_id",
         "list.json": r"list.json row 2 is a JSON int, not an object",
         "deep.jsonl": "deep.jsonl line 1 is not JSON",
+        "twice.jsonl": "twice.jsonl line 1 has two readings: the key 'task_id' stands twice in it",
+        "twice.json": "twice.json cannot be read as text and JSON: the key 'task_id' stands twice in it",
         "": "cannot be read: Is a directory",
     }.items():
         with pytest.raises(ValueError, match=sentence):

@@ -144,6 +144,15 @@ def test_a_corpus_without_licences_says_unknown(record_and_data, tmp_path):
     assert "unknown" in memory_table(found)
 
 
+def test_licences_are_read_from_rows_of_one_reading(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"path": "a", "text": "x", "licence": "MIT"}\n\n[1]\n')
+    assert licences_of(str(file), {"a"}) == {"a": "MIT"}
+    file.write_text('{"path": "a", "text": "x", "licence": "MIT", "licence": "GPL-3.0-only"}\n')
+    with pytest.raises(ValueError, match="line 1 has two readings: the key 'licence' stands twice in it"):
+        licences_of(str(file), {"a"})
+
+
 def test_licences_of_parquet_and_of_a_scraped_corpus(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -11,8 +12,16 @@ import pytest
 import torch
 
 from architecture import Decoder
-from config import ModelConfig, OptimizerConfig
-from optim import SCHEDULES, Muon, build_optimizers, learning_rate_factor, orthogonalise
+from config import Config, ModelConfig, OptimizerConfig, possible_kinds, unread_rates
+from optim import (
+    SCHEDULES,
+    Muon,
+    build_optimizers,
+    groups_table,
+    learning_rate_factor,
+    orthogonalise,
+    parameter_groups,
+)
 
 TINY = ModelConfig(
     vocab_size=31,
@@ -55,6 +64,110 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(name: Any, tie
         for p in group["params"]:
             assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0)
     assert any(isinstance(o, Muon) for o in optimizers) == (name == "muon")
+
+
+BESIDE_MUON: dict[str, Any] = {
+    "lr": 0.01,
+    "embedding_lr": 0.3,
+    "head_lr": 0.01,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "eps": 1e-10,
+}
+
+
+def test_what_is_not_given_follows_the_optimizer() -> None:
+    muon = OptimizerConfig().resolved()
+    assert {key: getattr(muon, key) for key in BESIDE_MUON} == BESIDE_MUON and muon.muon_lr == 0.02
+    adamw = OptimizerConfig(name="adamw", lr=3e-4).resolved()
+    own = inspect.signature(torch.optim.AdamW).parameters
+    assert (adamw.beta1, adamw.beta2) == own["betas"].default and adamw.eps == own["eps"].default
+    assert OptimizerConfig(name="adamw").resolved().lr == own["lr"].default
+    (optimizer,) = build_optimizers(Decoder(TINY), OptimizerConfig(name="adamw", lr=3e-4))
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {3e-4}
+    given = OptimizerConfig(name="adamw", **BESIDE_MUON)
+    assert given.resolved() == given
+    partly = OptimizerConfig(beta1=0.7, head_lr=0.0).resolved()
+    assert (partly.beta1, partly.head_lr, partly.embedding_lr) == (0.7, 0.0, 0.3)
+
+
+def test_the_default_moves_as_if_every_value_were_given() -> None:
+    """Runs whose config.yaml names them all, and runs that name none, are one run."""
+    states = []
+    for config in (OptimizerConfig(), OptimizerConfig(**BESIDE_MUON)):
+        torch.manual_seed(0)
+        model = Decoder(TINY)
+        optimizers = build_optimizers(model, config)
+        model(torch.randint(31, (2, 8))).logsumexp(-1).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        settings = [{k: v for k, v in g.items() if k != "params"} for o in optimizers for g in o.param_groups]
+        states.append((settings, [p.detach() for p in model.parameters()]))
+    assert states[0][0] == states[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(states[0][1], states[1][1], strict=True))
+
+
+PLAIN = replace(TINY, norm_weight=False, norm_bias=False, qkv_bias=False, mlp_bias=False)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"position": "rotary"},
+        *({part: True} for part in ("norm_weight", "norm_bias", "qkv_bias", "mlp_bias")),
+        *({part: True} for part in ("attention_bias", "head_bias")),
+    ],
+)
+def test_the_settings_foretell_the_groups_and_a_rate_without_one_is_named(name: Any, parts: Any) -> None:
+    """What is refused before torch is imported, and what the model's own parameters say, agree."""
+    shape = replace(PLAIN, **parts)
+    config = Config(model=shape, optimizer=OptimizerConfig(name=name))
+    groups = parameter_groups(Decoder(shape), config.optimizer)
+    kinds = {group.kind for group in groups}
+    assert kinds == possible_kinds(config)
+    read = {group.key for group in groups}
+    assert {f"optimizer.{key}" for key in read} == {*config.optimizer.rates_read(kinds)}
+    separate = (
+        {"embedding_lr", "head_lr"} if "head" in kinds else {"embedding_lr"}
+    )  # with adamw they are lr's
+    for key in ("lr", "muon_lr", "embedding_lr", "head_lr"):
+        rate: dict[str, Any] = {key: 0.123}
+        found = dict(unread_rates(OptimizerConfig(name=name, **rate), kinds))
+        assert (f"optimizer.{key}" in found) == (key not in read | separate)
+        assert all(all(f"optimizer.{one}" in reason for one in read) for reason in found.values())
+
+
+def test_a_saved_rate_that_nothing_reads_is_no_mistake_and_a_named_one_is() -> None:
+    """A run's config.yaml has every key; before rates followed the optimizer it had Muon's for all."""
+    old = OptimizerConfig(name="adamw", **BESIDE_MUON)
+    assert not list(unread_rates(old, {"embeddings", "matrices"}))
+    assert not list(unread_rates(old.resolved(), {"adapters"}))
+    given = ["optimizer.head_lr", "optimizer.muon_lr"]
+    assert [key for key, _ in unread_rates(old, {"adapters"}, given)] == [
+        "optimizer.muon_lr",
+        "optimizer.head_lr",
+    ]
+    assert not list(unread_rates(OptimizerConfig(), {"adapters"}, given[:1]))
+    (found,) = unread_rates(replace(old, head_lr=0.02), set())
+    assert found == ("optimizer.head_lr", "no parameter of this run learns at it; what acts is none")
+
+
+def test_each_group_is_shown_with_its_rate_setting_and_size() -> None:
+    model = Decoder(TINY)
+    config = OptimizerConfig(weight_decay=0.1, lr=0.002)
+    groups = parameter_groups(model, config, widening=4.0)
+    lines = groups_table(groups, config).splitlines()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    assert [" ".join(line.split()) for line in lines[:-1]] == [
+        "AdamW 624 parameters, embeddings learning rate 0.3 optimizer.embedding_lr",
+        "AdamW 496 parameters, head learning rate 0.0025 optimizer.head_lr",
+        f"AdamW {vectors:,} parameters, vectors learning rate 0.002 optimizer.lr",
+        "Muon 6,144 parameters, matrices learning rate 0.02 optimizer.muon_lr",
+    ]
+    assert lines[-1] == "AdamW with beta1 0.8, beta2 0.95, eps 1e-10, weight decay 0.1"
 
 
 def test_frozen_parameters_are_left_out_and_do_not_move() -> None:

@@ -530,6 +530,9 @@ def test_predictions_of_another_length_or_order_are_one_sentence_and_exit_2(run,
     file.write_text('{"completion": "x"}\n' * 5 + "{", "utf-8")
     with pytest.raises(ValueError, match="line 6 is not JSON"):
         read_predictions(file, examples)
+    file.write_text('{"completion": "x"}\n' * 5 + '{"completion": "x", "completion": "y"}', "utf-8")
+    with pytest.raises(ValueError, match="line 6 has two readings: the key 'completion' stands twice"):
+        read_predictions(file, examples)
     file.write_bytes(b'{"completion": "x"}\n' * 5 + b'{"completion": "\xff"}')
     with pytest.raises(ValueError, match=r"line 6 is no UTF-8 \(byte 0xff\): write the file in UTF-8"):
         read_predictions(file, examples)

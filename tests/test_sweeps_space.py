@@ -84,6 +84,21 @@ def test_what_is_read_where_it_does_not_vary_stays_as_in_the_config() -> None:
     assert space.config(base, itself) == base
 
 
+def test_each_optimizer_of_a_space_has_its_own_rates_beside_what_is_shared() -> None:
+    text = "optimizer.name: [adamw, muon]\nlr: {log: [1e-4, 1e-2], when: {optimizer.name: adamw}}\n"
+    space = space_of(text + "weight_decay: [0.0, 0.1]")
+    shared = {"optimizer.weight_decay": 0.1}
+    muon = space.config(Config(), {"optimizer.name": "muon", **shared}).optimizer
+    assert muon == OptimizerConfig(weight_decay=0.1) and muon.resolved().embedding_lr == 0.3
+    adamw = space.config(Config(), {"optimizer.name": "adamw", "optimizer.lr": 3e-4, **shared}).optimizer
+    assert adamw == OptimizerConfig(name="adamw", lr=3e-4, weight_decay=0.1)
+    assert adamw.resolved().embedding_lr == 0.0  # as lr
+    with pytest.raises(
+        ValueError, match=r"optimizer.name muon contradicts the config: optimizer.lr is set, but"
+    ):
+        space_of("optimizer.name: [adamw, muon]\nlr: {log: [1e-4, 1e-3]}")
+
+
 def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
     assert space_of("head_lr: {log: [1e-3, 1e-1]}").default(Config()) == {"optimizer.head_lr": 0.01}
     assert space_of("head_lr: {log: [1e-3, 5e-3]}").default(Config()) is None
@@ -173,6 +188,7 @@ MISTAKES = {
     "seed: [1, 2]\nmodel.n_head: [5, 7]": "contradicts the config .*n_embd 192 is not a multiple",
     "muon_lr: {log: [1e-3, 1e-2], when: {optimizer.name: adamw}}": "never varies",
     "muon_lr: {log: [1e-3, 1e-2], when: {optimizer.nam: muon}}": "optimizer.nam is no setting",
+    "lr: {log: [1e-4, 1e-3]}": "learns at it; what acts is optimizer.muon_lr, optimizer.embedding_lr and",
     "optimizer.name: [muon, adamw]\nmuon_lr: {log: [1e-3, 1e-2]}": "optimizer.name adamw contradicts",
     "seed: {int: [0, 3], when: {keep: 0}}": "keep changes nothing",
     "seed: {int: [0, 3], when: {batch_size: 4}}\nbatch_size: {int: [2, 4], when: {seed: 1}}": "comes back",

@@ -87,40 +87,43 @@ def test_a_trial_at_which_workers_keep_dying_is_failed_with_the_steps_that_it_to
 
 
 def test_a_parameter_that_changes_nothing_is_named(tmp_path: Path, corpus: Path) -> None:
-    """With muon, embedding_lr and head_lr of their own, nothing is left that lr moves."""
-    space = {"optimizer.lr": [0.01, 0.1], "model.dropout": [0.0, 0.3]}
+    """No gradient is so large that either of these clips it."""
+    space = {"optimizer.grad_clip": [1e3, 1e4], "model.dropout": [0.0, 0.3]}
     path = tiny(tmp_path, corpus, space=space, sweep={"trials": 4, "sampler": "grid", "repeat_seeds": 0})
     settings, slots = sweep(path)
     assert len(slots) == 4
     (line,) = idle(settings, slots)
-    assert line.startswith("optimizer.lr changed nothing in the first 10 losses") and "nor in their" in line
+    assert (
+        line.startswith("optimizer.grad_clip changed nothing in the first 10 losses")
+        and "nor in their" in line
+    )
 
 
 def test_of_trials_that_end_early_the_losses_that_there_are_are_compared(
     tmp_path: Path, corpus: Path
 ) -> None:
-    space = {"optimizer.lr": [0.01, 0.1], "model.dropout": [0.0, 0.3]}
+    space = {"optimizer.grad_clip": [1e3, 1e4], "model.dropout": [0.0, 0.3]}
     short = {"trials": 4, "sampler": "grid", "repeat_seeds": 0}
     settings, slots = sweep(tiny(tmp_path, corpus, space=space, max_steps=4, sweep=short))
     assert [len(r.user_attrs["first_losses"]) for r in slots.values()] == [4] * 4
     (line,) = idle(settings, slots)
-    assert line.startswith("optimizer.lr changed nothing in the first 4 losses of trials ")
+    assert line.startswith("optimizer.grad_clip changed nothing in the first 4 losses of trials ")
     assert line.endswith("; nor in their results")
 
     def ended(rate: float, losses: list[float], state: TrialState) -> optuna.trial.FrozenTrial:
-        chosen = {"optimizer.lr": rate, "model.dropout": 0.0}
+        chosen = {"optimizer.grad_clip": rate, "model.dropout": 0.0}
         kinds = {p.key: studies.distribution(p) for p in settings.space.parameters}
         attributes = {"first_losses": losses}
         return optuna.trial.create_trial(
             state=state, params=chosen, distributions=kinds, value=1.0, user_attrs=attributes
         )
 
-    whole, pruned = ended(0.01, [3.0, 2.0, 1.0], TrialState.COMPLETE), TrialState.PRUNED
-    (line,) = idle(settings, {0: whole, 1: ended(0.1, [3.0, 2.0], pruned)})
+    whole, pruned = ended(1e3, [3.0, 2.0, 1.0], TrialState.COMPLETE), TrialState.PRUNED
+    (line,) = idle(settings, {0: whole, 1: ended(1e4, [3.0, 2.0], pruned)})
     assert line.endswith("first 2 losses of trials 0 and 1; what it would have done later is not known")
-    assert not idle(settings, {0: whole, 1: ended(0.1, [3.0, 2.5], pruned)})
-    assert not idle(settings, {0: whole, 1: ended(0.1, [3.0], pruned)})  # before any update
-    more = {0: whole, 1: ended(0.1, [3.0, 2.0], pruned), 2: ended(0.1, [3.0, 2.0, 1.0], pruned)}
+    assert not idle(settings, {0: whole, 1: ended(1e4, [3.0, 2.5], pruned)})
+    assert not idle(settings, {0: whole, 1: ended(1e4, [3.0], pruned)})  # before any update
+    more = {0: whole, 1: ended(1e4, [3.0, 2.0], pruned), 2: ended(1e4, [3.0, 2.0, 1.0], pruned)}
     assert "first 3 losses of trials 0 and 2; what" in idle(settings, more)[0]
 
 

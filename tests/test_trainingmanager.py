@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,15 @@ from optim import Muon
 from proofs import run_difference
 from runfolder import FIXED, KEY_CLASSES, claimed_folder, config_fingerprint, flat, new_folder
 from runmodel import load_run
-from trainingmanager import RESUMABLE, RunState, TrainingManager, budget_used, compile_blocks, train
+from trainingmanager import (
+    RESUMABLE,
+    RunState,
+    TrainingManager,
+    budget_used,
+    compile_blocks,
+    still_falling,
+    train,
+)
 
 HOUSE = Path(__file__).parent.parent
 
@@ -113,6 +122,8 @@ def test_resumed_equals_uninterrupted(config: Config, tmp_path: Path, name: Any)
     assert whole.state.step == resumed.state.step == 6
     assert_equal(weights(whole), weights(resumed))
     assert run_difference(whole.folder, resumed.folder) is None
+    saved = yaml.safe_load((resumed.folder / "config.yaml").read_text("utf-8"))["optimizer"]
+    assert OptimizerConfig(**saved) == config.optimizer.resolved() == resumed.config.optimizer
 
 
 @pytest.mark.parametrize(
@@ -358,7 +369,7 @@ def test_activation_checkpointing_changes_nothing(config: Config, tmp_path: Path
 
 
 def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
-    still = replace(config.optimizer, lr=0.0, muon_lr=0.0, embedding_lr=1e-30, head_lr=1e-30)
+    still = replace(config.optimizer, muon_lr=0.0, embedding_lr=1e-30, head_lr=1e-30)
     patient = adapted(
         config, max_steps=100, validate_every=2, patience=3, allow=("parameter-without-gradient",)
     )
@@ -366,6 +377,32 @@ def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
     assert manager.state.step == 8  # the first validation is the best, then three without a better one
     resumed = train(replace(adapted(patient, resume=True), optimizer=still))
     assert resumed.state.step == 8  # nor does it train on
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([8 - 2.6 * n / 60 for n in range(60)], "from 6.40 to 5.75 .* quarter of 60 steps, 29% of all"),
+        ([8 - 0.1 * n for n in range(20)], "of 20 steps"),
+        ([8 - 0.1 * n for n in range(19)], None),  # too few to say
+        ([2.7 + 5.6 / (1 + n / 20) for n in range(1000)], None),  # as the default run's
+        ([8.0] * 80 + [3.0] * 20, "from 8.00 to 4.00"),
+        ([3 - 0.001 * n for n in range(100)], None),  # all that it fell is little
+        ([3.0] * 100, None),
+        ([3 + 0.1 * n for n in range(100)], None),
+    ],
+)
+def test_a_loss_that_still_falls_steeply_at_the_end_is_told(losses: list[float], told: str | None) -> None:
+    said = still_falling(losses)
+    assert said is None if told is None else said and re.search(told, said)
+
+
+def test_a_run_that_ends_while_its_loss_falls_says_so(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = replace(config.optimizer, name="adamw", lr=3e-3, schedule="constant")
+    train(replace(adapted(config, max_steps=24, validate_every=0), optimizer=slow))
+    assert "warning: the training loss still fell steeply at the end" in capsys.readouterr().err
 
 
 def test_budgets_end_a_run(config: Config, tmp_path: Path) -> None:
@@ -634,7 +671,8 @@ def test_a_run_from_before_the_test_side_goes_on_without_one(
     from eval import EvalConfig, evaluate, table
 
     config = replace(config, data=replace(config.data, test_one_in=0))
-    fixed = {key: value for key, value in flat(config).items() if KEY_CLASSES[key] == FIXED}
+    values = flat(config.with_optimizer_defaults())
+    fixed = {key: value for key, value in values.items() if KEY_CLASSES[key] == FIXED}
     for key in BEFORE:
         del fixed[key]
     assert (
