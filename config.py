@@ -24,6 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from terminal import one_line, refuse, shown_safely
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -473,7 +475,7 @@ class Config:
             config = _build(_in_rows(values), BEFORE)
             check_ranges(config)
         except ValueError as error:
-            raise ValueError(f"the saved config cannot be read: {_one_line(str(error))}") from None
+            raise ValueError(f"the saved config cannot be read: {one_line(str(error))}") from None
         return config
 
 
@@ -682,22 +684,28 @@ def one_sentence() -> Iterator[None]:
 
     An interrupt exits with 130. Set PLUMB_TRACEBACK=1 to see where it came from.
     """
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        full = memory_is_full(error)
-        if os.environ.get("PLUMB_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
-        sentence = "memory is full; a smaller batch_size or model needs less" if full else str(error)
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            sentence = f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
-        elif isinstance(error, OSError) and error.filename is not None and error.strerror:
-            sentence = f"{error.filename} cannot be used ({error.strerror}); name another file or folder"
-        print(f"error: {_one_line(sentence)}", file=sys.stderr)
-        sys.exit(2)
+    with shown_safely():
+        try:
+            yield
+        except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            full = memory_is_full(error)
+            if os.environ.get("PLUMB_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
+                raise
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
+            refuse(_sentence_of(error))
+
+
+def _sentence_of(error: BaseException) -> str:
+    """What is said of an error that ends a command."""
+    if memory_is_full(error):
+        return "memory is full; a smaller batch_size or model needs less"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}); name another file or folder"
+    return str(error)
 
 
 def parse_line(line: str, where: str) -> Any:
@@ -830,10 +838,6 @@ def _switches(argv: Sequence[str] | None) -> list[str]:
     return spelled
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def make_parser(groups: dict[str, type], description: str) -> Any:
     """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
@@ -842,8 +846,7 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if message.startswith("Unexpected config:"):  # and then the whole file
                 message = "a --config file must be a YAML mapping of keys to values"
-            print(f"error: {_in_our_words(message, groups)}{_suggestion(message, groups)}", file=sys.stderr)
-            sys.exit(2)
+            refuse(f"{_in_our_words(message, groups)}{_suggestion(message, groups)}")
 
         def parse_args(self, *args: Any, **options: Any) -> Any:
             from yamlfile import read_yaml
@@ -872,7 +875,7 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
 
 def _in_our_words(message: str, groups: dict[str, type]) -> str:
     """An error of jsonargparse in one line; a value that does not fit its key with what would."""
-    line = _one_line(message)
+    line = one_line(message)
     found = re.search(
         r'Parser key "([\w.]+)": (?:Expected|Does not validate) .*?(?:Got|Given) value: ?(.*)$', line
     )

@@ -84,7 +84,7 @@ from dataset import (
 )
 from eval import EvalConfig, evaluate, table, write_results
 from fim import fim_markers
-from generate import GenerationConfig, generate, printable
+from generate import GenerationConfig, generate
 from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
@@ -95,6 +95,7 @@ from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 from suites.functions import sample_completions
+from terminal import printable
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 

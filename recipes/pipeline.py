@@ -27,6 +27,7 @@ from typing import Any
 from config import Config, make_parser, parse_config, write_atomically
 from recipes.building import RecipeSettings, read_counts
 from recipes.files import content_of
+from terminal import printable
 
 HERE = Path(__file__).parent
 SAMPLES = 5
@@ -359,7 +360,6 @@ def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
     from checkpoint import checkpoints
     from curves import draw_curves
     from eval import EvalConfig, evaluate, table, write_results
-    from generate import printable
 
     out, train = asked.out, config.train
     precision = train.precision if train.eval_precision == "auto" else train.eval_precision

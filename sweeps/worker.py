@@ -41,6 +41,7 @@ from sweeps.study import (
     refuse_other_data,
     suggest,
 )
+from terminal import shown_safely
 
 ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
 NOTHING_NEW = 20  # trials in a row that took no step: the space holds no other settings, or next to none
@@ -367,6 +368,7 @@ def _say(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+@shown_safely()
 def start(settings: Settings, fingerprint: str, mouth: Connection, name: str, ticks: Any) -> NoReturn:
     """A worker's process, which exits with 0 where nothing is left, 75 if stopped, 2 for an error it told.
 
