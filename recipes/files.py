@@ -89,11 +89,12 @@ def _path(one: Document | tuple[str, Drop]) -> str:
 
 def _scraped(source: str, extension: str, revision: str, folder: str) -> list[Document | tuple[str, Drop]]:
     from scraping import clone, local
-    from scraping.source import open_ledger
+    from scraping.source import NothingStored, open_ledger
 
     wanted = {"folder": folder, "extensions": (extension,), "min_bytes": 0, "max_bytes": MOST_BYTES}
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # what they count is counted again by the recipe
+    # What they count is counted again by the recipe, and what they lack is said in its own flags.
+    with contextlib.redirect_stdout(said), contextlib.suppress(NothingStored):
         if "://" in source:
             clone.run(clone.Settings(url=source, revision=revision or clone.Settings.revision, **wanted))
         else:

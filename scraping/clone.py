@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
     origin = Origin(name, "clone", settings.revision, settings.licence)
     ledger = open_ledger(settings.folder)
     clone(ledger, origin, settings, wanted)
-    report(ledger)
+    report(ledger, origin.name)
 
 
 def clone(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted) -> None:
