@@ -11,12 +11,14 @@ import dataclasses
 import difflib
 import errno
 import functools
+import io
 import json
 import math
 import os
 import re
 import reprlib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -700,12 +702,29 @@ def one_sentence() -> Iterator[None]:
 def _sentence_of(error: BaseException) -> str:
     """What is said of an error that ends a command."""
     if memory_is_full(error):
-        return "memory is full; a smaller batch_size or model needs less"
+        return "memory is full; a smaller batch_size, model or corpus needs less"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename} cannot be used ({error.strerror}); name another file or folder"
     return str(error)
+
+
+MOST_BYTES = 2**28  # of a document or of a row of it, which is held and tokenised whole
+
+
+def bounded_lines(lines: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """The lines of an open file; ValueError for one that is too long to be held.
+
+    Without a bound a gz of a megabyte, or a sparse file, may be one line that no memory holds.
+    """
+    for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
+        if len(line) > MOST_BYTES:
+            raise ValueError(
+                f"{path} line {number} has more than {MOST_BYTES:,} bytes, the most of a row: check that it "
+                "is the file you mean, or write its text in several rows"
+            )
+        yield line
 
 
 def parse_line(line: str, where: str) -> Any:
@@ -728,6 +747,27 @@ def say(text: str) -> None:
         print(text, flush=True)
     except OSError:  # what is still in the buffer would fail once more at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refuse_unwritable(folder: str | Path, setting: str, unless: str | None = None) -> None:
+    """ValueError if a folder can neither be written to nor be made; nothing of the try is left.
+
+    Args:
+        setting: What names it, for the sentence.
+        unless: A pattern of what may make it useful all the same, as a cache that is only read.
+    """
+    whole = Path(os.path.abspath(folder))
+    there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".plumb-"):
+            return
+    except OSError as error:
+        if unless is not None and there == whole and next(whole.glob(unless), None) is not None:
+            return
+        raise ValueError(
+            f"{setting} {folder} cannot be written to ({there}: {error.strerror}); name a folder that you "
+            "may write to"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
