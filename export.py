@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import make_parser, one_sentence
+from config import make_parser, one_sentence, refuse_unwritable
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ from architecture import Decoder
 from lora import adapters_disabled, wrappers
 from merging import MergeReport, merge, merge_checked, merge_report
 from pretrained import save_pretrained
+from pretrained.save import refuse_full
 from quantize import Linear4bit, dequantize_linears
 from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import Tokenizer
@@ -107,6 +108,8 @@ def export(settings: ExportConfig) -> str:
         ValueError: The run, base or adapter cannot be opened or do not belong together, no family has the
             model's parts, the merge is not what was trained, or the folder is not empty.
     """
+    refuse_full(Path(settings.out))
+    refuse_unwritable(settings.out, "--out")
     if settings.run is not None:
         run = load_run(settings.run, settings.which)
         model, tokenizer, family = run.model, run.tokenizer, run.family

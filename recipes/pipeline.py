@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from config import Config, make_parser, parse_config, write_atomically
+from config import Config, make_parser, parse_config, refuse_unwritable, write_atomically
 from recipes.building import RecipeSettings, read_counts
 from recipes.files import content_of
 from terminal import printable
@@ -224,6 +224,7 @@ def run(asked: Asked) -> int:
             f"--row_length is {config.train.row_length}, and the recipe's settings let an example have "
             f"{longest} tokens: raise it, or ask for shorter examples"
         )
+    refuse_early(asked, config)
     asked.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     if asked.less:
@@ -248,6 +249,16 @@ def run(asked: Asked) -> int:
     lap("scores")
     print(f"time      {lap('')}", flush=True)
     return 0
+
+
+def refuse_early(asked: Asked, config: Config) -> None:
+    """ValueError for what can be known not to do before the source is opened, and before a base is made."""
+    from beforehand import refuse_mistakes, refuse_other_base
+
+    refuse_unwritable(asked.out, "--out")
+    refuse_mistakes(config, made_here=True)
+    if config.train.base != TO_BE_MADE:
+        refuse_other_base(config)
 
 
 def laps() -> Callable[[str], str]:
