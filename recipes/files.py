@@ -30,7 +30,11 @@ def check_source(source: str, extension: str, revision: str = "") -> None:
         )
     if "://" not in source and not Path(source).exists():
         raise ValueError(f"{source} is not there: give --source a folder, archive, .jsonl or repository")
-    if revision and "://" not in source:
+    if "://" in source:
+        from scraping.gitrepo import refuse_without_git
+
+        refuse_without_git()
+    elif revision:
         raise ValueError(
             f"--revision is {revision}, and {source} is no address of a repository; leave it out"
         )

@@ -62,12 +62,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "samples").mkdir()
     (folder / "samples" / "s.jsonl").write_text(json.dumps({"task_id": 1, "completion": "x = 1"}) + "\n")
     (folder / "file").write_text("")
+    (folder / "scraped" / "clean").mkdir(parents=True)
+    for name in ("ledger.sqlite", "clean/part-00000-of-00001.parquet"):
+        (folder / "scraped" / name).write_text("")
     (folder / "samples.jsonl").write_text("[]\n")
     return folder
 
 
 def train(words: list[str]) -> None:
-    trainingmanager.main(parse_config(words))
+    trainingmanager.main(parse_config(trainingmanager.command_line(words)))
 
 
 def score(words: list[str]) -> None:
@@ -137,6 +140,11 @@ MISTAKES: dict[tuple[Callable, str], dict[str, str]] = {
     (train, "--data.source corpus --base base --run r"): FEW | OF_BASE,
     (train, "--data.source corpus --base base --plan"): FEW_OF_BASE,
     (train, "--data.source nope --base base"): {"": "nope does not exist"},
+    (train, "--resume --run other/run"): {
+        "--seed 5": "seed was 0 when",
+        "--model.n_layer 1": "model.n_layer was 2 when",
+        "--allow split-leak": "did you mean split-leaks?",
+    },
     (sweep, "--data.source corpus --seconds 5 --study s"): OF_TRAINING | {"--objectives nope": "nope"},
     (score, "--checkpoint other/run --device cpu"): {
         "--device gpu": "device 'gpu' is not known",
@@ -204,6 +212,53 @@ MISTAKES: dict[tuple[Callable, str], dict[str, str]] = {
         "--extensions py": "py",
         "--min_bytes 9 --max_bytes 1": "min_bytes",
         "--strip 1": "strip",
+        "--path nope": "nope is not there",
+    },
+    (scrape, "stdlib --folder ledger"): {"--extensions py": "py", f"--folder {NOT_A_FOLDER}": "file/below"},
+    (scrape, "clone --url https://a.example/b/c --folder ledger"): {
+        "--url file:///x": "file:///x",
+        "--url=": "--url",
+        "--licence nope": "no SPDX expression",
+        "--revision a..b": "a..b",
+        f"--folder {NOT_A_FOLDER}": "file/below",
+    },
+    (scrape, "site --url https://a.example/b --folder ledger"): {
+        "--url ftp://x": "ftp://x",
+        "--licence nope": "no SPDX expression",
+        "--delay -1": "--delay",
+        f"--folder {NOT_A_FOLDER}": "file/below",
+    },
+    (scrape, "crawl --folder ledger"): {
+        "--created_after x": "created_after",
+        "--workers 0": "workers is 0",
+        "--shard 2/2": "shard",
+        f"--folder {NOT_A_FOLDER}": "file/below",
+    },
+    (scrape, "status"): {"--folder nope": "nope holds no ledger.sqlite"},
+    (scrape, "clean --folder scraped"): {
+        "--skip nope": "--skip names nope",
+        "--shard 1/1": "shard",
+        "--licences nope": "nope",
+        "--min_lines -1": "--min_lines is -1",
+        "--memory_mb 1": "--memory_mb is 1",
+        "--format black": "format",
+        "--folder nope": "nope holds no ledger.sqlite",
+    },
+    (scrape, "dedup --folder scraped"): {
+        "--threshold 2": "--threshold is 2",
+        "--shingle 0": "--shingle is 0",
+        "--step nope": "step",
+        "--shard 0/1": "leave it out",
+        "--step signature --shard 0/5": "is of 5, and clean made 1 parts",
+        "--step bucket --shard 5/5": "shard",
+        "--folder nope": "nope",
+    },
+    (scrape, "build --folder scraped"): {
+        "--benchmarks nope": "nope cannot be read",
+        "--form csv": "form",
+        "--near both": "near",
+        "--shard 0/5": "is of 5, and clean made 1 parts",
+        "--folder nope": "nope",
     },
 }
 CASES = [
@@ -222,7 +277,7 @@ def test_a_mistake_is_told_before_the_corpus_is_opened(
     before = sorted(path.name for path in place.iterdir())
     del OPENED[:]
     weights = () if command is score else ("base/model.safetensors",)  # there it is what judges a text
-    GUARDED[:] = [place / name for name in ("corpus", "other/corpus", "samples", *weights)]
+    GUARDED[:] = [place / name for name in ("corpus", "other/corpus", "samples", "scraped", *weights)]
     try:
         with pytest.raises(SystemExit) as ended:
             command(words.split())
@@ -234,3 +289,22 @@ def test_a_mistake_is_told_before_the_corpus_is_opened(
     assert said in found.err.splitlines()[-1] and found.err.splitlines()[-1].startswith("error: ")
     assert not OPENED, words
     assert sorted(path.name for path in place.iterdir()) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (scrape, "clone --url https://a.example/b/c --folder ledger"),
+        (recipe, "kotlin --source https://a.example/b/c --out out"),
+    ],
+)
+def test_a_system_package_that_is_missing_is_told_before_anything_is_made(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command, words
+):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PATH", str(place))
+    before = sorted(path.name for path in place.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        command(words.split())
+    assert "git is not installed" in capsys.readouterr().err
+    assert sorted(path.name for path in place.iterdir()) == before
