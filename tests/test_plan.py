@@ -179,7 +179,8 @@ def test_the_command_says_a_mistake_in_one_sentence_and_starts_no_run(
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: lora.targets: the model has no q_proj; it has")
     with pytest.raises(ValueError, match=r"^1 of 24 blocks could not be measured: KeyError: 'nope'$"):
-        plan._measured(Config(), plan.shape_of(parse_config(["--base", str(tmp_path)]))[0], "nope", 1, 8)
+        model, _ = plan.shape_of(parse_config(["--base", str(tmp_path)]))
+        plan._measured(Config(lora=LoraConfig(r=1)), model, "nope", 1, 8)  # what only the child can know
 
 
 @pytest.mark.slow
