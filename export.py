@@ -110,6 +110,8 @@ def export(settings: ExportConfig) -> str:
     """
     refuse_full(Path(settings.out))
     refuse_unwritable(settings.out, "--out")
+    if settings.merge:
+        judging_text(settings)
     if settings.run is not None:
         run = load_run(settings.run, settings.which)
         model, tokenizer, family = run.model, run.tokenizer, run.family
@@ -138,13 +140,19 @@ def export(settings: ExportConfig) -> str:
     return f"{report}{written.model_type} model in {settings.out}"
 
 
-def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
-    """Merge in place, judged by text; says how it went."""
+def judging_text(settings: ExportConfig) -> tuple[Path, str]:
+    """The file that judges a merge, and its text; ValueError if it cannot be read."""
     path = Path(settings.text or str(default_text.__file__))
     try:
-        ids = tokenizer.encode(path.read_text("utf-8"))
+        return path, path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, whose text should judge the merge, cannot be read: {error}") from None
+
+
+def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
+    """Merge in place, judged by text; says how it went."""
+    path, text = judging_text(settings)
+    ids = tokenizer.encode(text)
     length = min(PROMPT_TOKENS, model.config.block_size)
     prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
     if settings.requantise:

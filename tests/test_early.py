@@ -20,6 +20,7 @@ import generate
 import hyperparam_tune
 import recipes.__main__
 import recipes.base
+import recipes.refactoring
 import trainingmanager
 from architecture import Decoder
 from config import ModelConfig, one_sentence, parse_config
@@ -101,6 +102,10 @@ def recipe(words: list[str]) -> None:
     sys.exit(recipes.__main__.main(words))
 
 
+def refactor(words: list[str]) -> None:
+    recipes.refactoring.main(words)
+
+
 def base(words: list[str]) -> None:
     with one_sentence():
         recipes.base.make_base(recipes.base.parse_settings(words))
@@ -175,7 +180,12 @@ MISTAKES: dict[tuple[Callable, str], dict[str, str]] = {
     },
     (put, "--base base --adapter other --merge"): {
         f"--out {NOT_A_FOLDER}": "file/below",
-        "--out corpus": "corpus",
+        "--out corpus": "corpus is not empty",
+        "--out new --text nope": "nope, whose text should judge the merge, cannot be read",
+    },
+    (refactor, "--recipe refactor --model base --file problems.jsonl"): {
+        "--file nope": "nope",
+        "--batch_size 0": "batch_size is 0",
     },
     (put, "--run other/run"): {
         f"--out {NOT_A_FOLDER}": "file/below",
