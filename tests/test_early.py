@@ -318,3 +318,14 @@ def test_a_system_package_that_is_missing_is_told_before_anything_is_made(
         command(words.split())
     assert "git is not installed" in capsys.readouterr().err
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_results_that_cannot_be_written_are_told_before_a_program_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sandbox.judge", None)
+    with open(place / "samples" / "s.jsonl", "rb") as samples, pytest.raises(SystemExit, match="2"):
+        # Nobody makes a file in that folder, whoever asks.
+        judge(["--problems", "problems.jsonl", "--samples", f"/proc/self/fd/{samples.fileno()}"])
+    assert "/proc/self/fd cannot be written to" in capsys.readouterr().err
