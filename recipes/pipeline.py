@@ -254,11 +254,25 @@ def run(asked: Asked) -> int:
 def refuse_early(asked: Asked, config: Config) -> None:
     """ValueError for what can be known not to do before the source is opened, and before a base is made."""
     from beforehand import refuse_mistakes, refuse_other_base
+    from pretrained.load import described
+    from recipes.training import FINISHED
 
     refuse_unwritable(asked.out, "--out")
+    if (asked.run / FINISHED).is_file():  # what is left is to score it, which may be done by other settings
+        return
     refuse_mistakes(config, made_here=True)
-    if config.train.base != TO_BE_MADE:
+    if config.train.base in (None, TO_BE_MADE):
+        return
+    try:
         refuse_other_base(config)
+    except ValueError as error:
+        if not str(error).startswith("lora."):
+            raise
+        family, _ = described(config.train.base, config.train.base_revision)
+        raise ValueError(
+            f"{config.train.base} is of the family {family.model_type}, which this recipe's settings do not "
+            f"fit: {error}; set --lora.targets, or take another --base"
+        ) from None
 
 
 def laps() -> Callable[[str], str]:
@@ -293,26 +307,11 @@ def with_small_base(asked: Asked, config: Config) -> Config:
 
 
 def checked_base(config: Config) -> Any:
-    """The tokenizer that training will use; a base without the recipe's targets is refused before all else.
-
-    Raises:
-        ValueError: The base cannot be opened, or has no such modules.
-    """
-    from lora import held_modules
+    """The tokenizer that training will use; ValueError if the base cannot be opened."""
     from pretrained import load_pretrained
     from runmodel import starting_tokenizer
-    from targets import select_targets
 
     found = load_pretrained(str(config.train.base), revision=config.train.base_revision)
-    if config.lora.r:
-        modules = {name: found.family.key(name) for name in held_modules(found.model)}
-        try:
-            select_targets(modules, config.lora.targets)
-        except ValueError as error:
-            raise ValueError(
-                f"{config.train.base} is of the family {found.family.model_type}, which this recipe's "
-                f"settings do not fit: {error}; set --lora.targets, or take another --base"
-            ) from None
     return starting_tokenizer(config, found)
 
 
