@@ -14,8 +14,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO, cast
 
-# A bar of tqdm goes to the start of its line and up to it: before its text, after it, or in a write alone.
-_MOVES = re.compile(r"(\r*|(?:\x1b\[A)+)(.*?)(\r*)", re.DOTALL)
+# A bar of tqdm goes to the start of its line, before and after its text, and up to it, in a write alone.
+_LINES_UP = re.compile(r"(?:\x1b\[A)+")
+_AROUND = re.compile(r"(\r*)(.*?)(\r*)", re.DOTALL)
 
 
 def printable(text: str) -> str:
@@ -41,9 +42,10 @@ class _Safe:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        found = _MOVES.fullmatch(text)
+        found = _AROUND.fullmatch(text)
         assert found is not None, "every text matches"
-        self._stream.write(found[1] + printable(found[2]) + found[3])
+        is_move = _LINES_UP.fullmatch(text) is not None
+        self._stream.write(text if is_move else found[1] + printable(found[2]) + found[3])
         return len(text)
 
     def writelines(self, lines: Any) -> None:
