@@ -11,18 +11,22 @@ import dataclasses
 import difflib
 import errno
 import functools
+import io
 import json
 import math
 import os
 import re
 import reprlib
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from terminal import one_line, refuse, shown_safely
 
 
 @dataclass(frozen=True)
@@ -524,7 +528,7 @@ class Config:
             config = _build(_in_rows(values), BEFORE)
             check_ranges(config)
         except ValueError as error:
-            raise ValueError(f"the saved config cannot be read: {_one_line(str(error))}") from None
+            raise ValueError(f"the saved config cannot be read: {one_line(str(error))}") from None
         return config
 
 
@@ -800,22 +804,45 @@ def one_sentence() -> Iterator[None]:
 
     An interrupt exits with 130. Set PLUMB_TRACEBACK=1 to see where it came from.
     """
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        full = memory_is_full(error)
-        if os.environ.get("PLUMB_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
-        sentence = "memory is full; a smaller batch_size or model needs less" if full else str(error)
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            sentence = f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
-        elif isinstance(error, OSError) and error.filename is not None and error.strerror:
-            sentence = f"{error.filename} cannot be used ({error.strerror}); name another file or folder"
-        print(f"error: {_one_line(sentence)}", file=sys.stderr)
-        sys.exit(2)
+    with shown_safely():
+        try:
+            yield
+        except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            full = memory_is_full(error)
+            if os.environ.get("PLUMB_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
+                raise
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
+            refuse(_sentence_of(error))
+
+
+def _sentence_of(error: BaseException) -> str:
+    """What is said of an error that ends a command."""
+    if memory_is_full(error):
+        return "memory is full; a smaller batch_size, model or corpus needs less"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}); name another file or folder"
+    return str(error)
+
+
+MOST_BYTES = 2**28  # of a document or of a row of it, which is held and tokenised whole
+
+
+def bounded_lines(lines: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """The lines of an open file; ValueError for one that is too long to be held.
+
+    Without a bound a gz of a megabyte, or a sparse file, may be one line that no memory holds.
+    """
+    for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
+        if len(line) > MOST_BYTES:
+            raise ValueError(
+                f"{path} line {number} has more than {MOST_BYTES:,} bytes, the most of a row: check that it "
+                "is the file you mean, or write its text in several rows"
+            )
+        yield line
 
 
 class RepeatedKey(ValueError):
@@ -855,6 +882,27 @@ def say(text: str) -> None:
         print(text, flush=True)
     except OSError:  # what is still in the buffer would fail once more at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refuse_unwritable(folder: str | Path, setting: str, unless: str | None = None) -> None:
+    """ValueError if a folder can neither be written to nor be made; nothing of the try is left.
+
+    Args:
+        setting: What names it, for the sentence.
+        unless: A pattern of what may make it useful all the same, as a cache that is only read.
+    """
+    whole = Path(os.path.abspath(folder))
+    there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".plumb-"):
+            return
+    except OSError as error:
+        if unless is not None and there == whole and next(whole.glob(unless), None) is not None:
+            return
+        raise ValueError(
+            f"{setting} {folder} cannot be written to ({there}: {error.strerror}); name a folder that you "
+            "may write to"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -965,10 +1013,6 @@ def _switches(argv: Sequence[str] | None) -> list[str]:
     return spelled
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def make_parser(groups: dict[str, type], description: str) -> Any:
     """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # pyright: ignore
@@ -980,8 +1024,7 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
                 message = "a --config file must be a YAML mapping of keys to values"
             if _FAULT in message:  # behind what the parser was about
                 message = message.rpartition(_FAULT)[2]
-            print(f"error: {_in_our_words(message, groups)}{_suggestion(message, groups)}", file=sys.stderr)
-            sys.exit(2)
+            refuse(f"{_in_our_words(message, groups)}{_suggestion(message, groups)}")
 
         def parse_args(self, *args: Any, **options: Any) -> Any:
             from yamlfile import read_yaml
@@ -1037,7 +1080,7 @@ def _load_settings(text: str, path: str = "") -> Any:
 
 def _in_our_words(message: str, groups: dict[str, type]) -> str:
     """An error of jsonargparse in one line; a value that does not fit its key with what would."""
-    line = _one_line(message)
+    line = one_line(message)
     found = re.search(
         r'Parser key "([\w.]+)": (?:Expected|Does not validate) .*?(?:Got|Given) value: ?(.*)$', line
     )

@@ -22,13 +22,14 @@ import re
 import reprlib
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from comments import drop_comments
-from config import DataConfig, parse_line, write_atomically
+from config import MOST_BYTES, DataConfig, bounded_lines, parse_line, write_atomically
 from fim import gap_of
 
 # What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
@@ -45,6 +46,7 @@ ROW_KINDS = (
 )
 # Files of rows that give the split themselves, also in shards (train-00000-of-00002.parquet).
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.(jsonl|jsonl\.gz|parquet)")
+ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
 NAME_FIELDS = ("path", "name", "repository")
 CORPUS = "corpus.json"  # of a corpus that `scraping` built
 STDLIB_LEFT_OUT = frozenset(
@@ -121,6 +123,40 @@ class Report:
     without_rows: list[str] = dataclasses.field(default_factory=list)
 
 
+def refuse_unreadable(config: DataConfig) -> None:
+    """ValueError for what can be said of a source and its settings before a document of it is opened."""
+    source = Path(config.source)
+    is_file = source.name.endswith(ROW_FILES) and source.is_file()
+    if config.source != "stdlib" and not source.is_dir() and not is_file:
+        problem = "is not a kind that can be read" if source.exists() else "does not exist"
+        raise ValueError(
+            f"the corpus {config.source} {problem}: set --data.source to a folder, a .jsonl, .jsonl.gz or "
+            ".parquet file, or stdlib"
+        )
+    for side, n in {"validation": config.validation_one_in, "test": config.test_one_in}.items():
+        if n < 0:
+            raise ValueError(f"--data.{side}_one_in is {n}, and must be at least 2")
+    given = dict(_split_files(source))
+    if given and config.regroup:
+        raise ValueError(
+            f"--data.regroup is set, and {config.source} gives the split itself, in files named "
+            f"{' and '.join(side for side in SPLITS if side in given)}; leave it out, or name one file"
+        )
+    if config.fim_rate and not config.validation_one_in:
+        raise ValueError(
+            f"--data.fim_rate is {config.fim_rate}, and --data.validation_one_in 0 validates on the training "
+            "files, which it would cut; leave one of them out"
+        )
+    if is_file or given or (source / CORPUS).is_file():
+        return
+    for name in ("text_field", "group_field"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"--data.{name} {getattr(config, name)} names a field of JSONL or Parquet rows, and "
+                f"{config.source} is read as files"
+            )
+
+
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
     """Yield the documents of `config.source` in a fixed order: files by relative POSIX path, rows as stored.
 
@@ -134,6 +170,7 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
     Raises:
         ValueError: the source is missing, of an unknown kind or empty, or something in it cannot be read.
     """
+    refuse_unreadable(config)
     report = Report() if report is None else report
     source = Path(config.source)
     if config.source == "stdlib":
@@ -146,14 +183,8 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
         )
     elif source.is_dir():
         documents = _read_folder(source, frozenset(), config, report)
-    elif source.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) and source.is_file():
-        documents = _read_rows(source, config, report)
     else:
-        problem = "is not a kind that can be read" if source.exists() else "does not exist"
-        raise ValueError(
-            f"the corpus {config.source} {problem}: set --data.source to a folder, a .jsonl, .jsonl.gz or "
-            ".parquet file, or stdlib"
-        )
+        documents = _read_rows(source, config, report)
     python_files = 0
     for document in documents:
         report.documents += 1
@@ -181,9 +212,14 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
         files = config.source == "stdlib" or source.is_dir()
         kind = f" with a name ending in {' or '.join(config.suffixes)}" if files else ""
         empty = f": {'; '.join(report.without_rows)}" if report.without_rows else ""
+        others = _other_endings(source) if source.is_dir() and not left_out else []
+        there = ", ".join(f"{count} with {ending}" for ending, count in others)
+        remedy = f"set --data.suffixes {others[0][0]}" if others else "write some there"
+        if others and others[0][0] in (".jsonl", ".gz", ".parquet"):
+            remedy = "name one file of rows itself"
         raise ValueError(
-            f"the corpus {config.source} holds no document{kind}{left_out}{empty}: write some there, or name "
-            "another --data.source"
+            f"the corpus {config.source} holds no document{kind}{left_out}{empty}"
+            f"{f' but {there}' if there else ''}: {remedy}, or name another --data.source"
         )
     if config.drop_comments and python_files == 0:
         raise ValueError(
@@ -237,16 +273,18 @@ def _without_comments(document: Document, report: Report) -> Document:
         return document
 
 
+def _other_endings(root: Path) -> list[tuple[str, int]]:
+    """The three commonest endings of the files below a folder, and how many have each."""
+    endings: Counter[str] = Counter()
+    for _, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        endings.update(Path(name).suffix for name in files if Path(name).suffix)
+    return endings.most_common(3)
+
+
 def _read_folder(
     root: Path, left_out: frozenset[str], config: DataConfig, report: Report
 ) -> Iterator[Document]:
-    for name in ("text_field", "group_field"):
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"--data.{name} {getattr(config, name)} names a field of JSONL or Parquet rows, and "
-                f"{config.source} is read as files"
-            )
-
     def stop(error: OSError) -> NoReturn:  # os.walk would skip a folder it may not read without a word
         raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
 
@@ -260,6 +298,12 @@ def _read_folder(
             if file.endswith(tuple(config.suffixes)) and inside and path.is_file():
                 paths.append(path.relative_to(root).as_posix())
     for name in sorted(paths):
+        size = (root / name).stat().st_size  # of a sparse file any number, on a small disk
+        if size > MOST_BYTES:
+            raise ValueError(
+                f"{root / name} has {size:,} bytes, and a document may have {MOST_BYTES:,}: cut it into "
+                "several files, or leave it out of the folder"
+            )
         text = _decoded((root / name).read_bytes(), str(root / name), 0, config, report)
         if text is not None:
             yield Document(name, text, name, where=str(root / name))
@@ -405,7 +449,7 @@ def _jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tupl
     offset = blank = number = rows = 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(bounded_lines(lines, path), 1):
                 text = _decoded(line, f"{path} line {number}", offset, config, report)
                 offset += len(line)
                 if text is None:
@@ -513,21 +557,8 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         EmptySide: a side is left without a document.
     """
     one_in = {"validation": config.validation_one_in, "test": config.test_one_in}
-    for side, n in one_in.items():
-        if n < 0:
-            raise ValueError(f"--data.{side}_one_in is {n}, and must be at least 2")
     given = dict(_split_files(Path(config.source)))
-    if given and config.regroup:
-        raise ValueError(
-            f"--data.regroup is set, and {config.source} gives the split itself, in files named "
-            f"{' and '.join(side for side in SPLITS if side in given)}; leave it out, or name one file"
-        )
     one_in |= dict.fromkeys(given.keys() & one_in.keys(), 0)
-    if config.fim_rate and not config.validation_one_in:
-        raise ValueError(
-            f"--data.fim_rate is {config.fim_rate}, and --data.validation_one_in 0 validates on the training "
-            "files, which it would cut; leave one of them out"
-        )
     report = Report() if report is None else report
     content = hashlib.sha256()
     documents = _without_duplicates(config, report)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from config import one_sentence
+from config import one_sentence, refuse_unwritable
 from suites.settings import EvalConfig, mistake, parse_settings
 
 # Before torch is imported, so that --help and a typo answer at once.
@@ -39,7 +39,7 @@ if SETTINGS is not None and SETTINGS.compare:
         sys.exit()
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ from suites.scoring import (
     TOKENS,
     Predictions,
     metric_names,
+    prediction_rows,
     read_predictions,
     scored,
     suites_of,
@@ -112,6 +113,7 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
         raise ValueError(problem)
     metric_names(settings.metrics)
     variant_names(settings.prompts)
+    sampling(settings, ())
     names = suite_names(settings.suite)
     of_files = [name for name in names if name in OF_FILES]
     if len(of_files) > 1:
@@ -123,6 +125,11 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
             f"--samples is 0, which leaves the scores of texts out, and {', '.join(names)} has no others; "
             f"leave --samples out, or ask for {TOKENS} with --suite"
         )
+    if of_files and not is_pipe(settings.suite_file):
+        task_of(of_files[0], None, None, settings)  # its file can be used
+    refuse_unwritable(settings.cache, "--cache", unless="*")
+    if settings.predictions is not None and not is_pipe(settings.predictions):
+        prediction_rows(settings.predictions)
     if any(SUITES[name].runs for name in of_files):
         sandbox.isolation(settings.allow == "unsandboxed")
     device = choose_device(settings.device)
@@ -132,11 +139,25 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
     return evaluate_published(settings, names, precision)
 
 
+def is_pipe(path: str | None) -> bool:
+    """Whether a file can be read once only, and so not looked at beforehand."""
+    return path is not None and Path(path).is_fifo()
+
+
 def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
     """A run's checkpoint, by its held-out files and others."""
     assert settings.checkpoint is not None
     run = load_run(settings.checkpoint, settings.which, settings.base)
     run.model.to(precision.device)
+    subject = Subject(
+        run.model,
+        run.tokenizer,
+        run.config.row_length,
+        run.config.lora.r > 0,
+        run.weights,
+        precision,
+    )
+    models = judges(subject, settings)
     data = data_of(run, settings)
     if not names:
         names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
@@ -156,15 +177,6 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
         "bytes": store.n_bytes,
         "n-gram order": baseline.order,
     }
-    subject = Subject(
-        run.model,
-        run.tokenizer,
-        run.config.row_length,
-        run.config.lora.r > 0,
-        run.weights,
-        precision,
-    )
-    models = judges(subject, settings)
     tasks = tasks_of(names, subject, data, settings)  # what cannot be asked is told before anything is
     worded = worded_tasks(tasks, run, subject, data, settings)
     if TOKENS in names:
@@ -345,6 +357,17 @@ def task_of(name: str, subject: Subject | None, data: PreparedData | None, setti
     return task if settings.stop is None else dataclasses.replace(task, stop=settings.stop)
 
 
+def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
+    """How tokens are chosen; ValueError for settings that are out of range or would do nothing."""
+    return GenerationConfig(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop=settings.stop if settings.stop is not None else tuple(stop),
+        seed=settings.seed,
+    )
+
+
 def suite_record(
     result: dict[str, Any],
     task: Task,
@@ -356,13 +379,7 @@ def suite_record(
 ) -> dict[str, Any]:
     """One suite: every system's predictions, and their scores, those of `models` among them."""
     examples, name = task.examples, task.suite.name
-    how = GenerationConfig(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        stop=task.stop,
-        seed=settings.seed,
-    )
+    how = sampling(settings, task.stop)
     predictions: dict[str, Predictions] = {}
     if settings.predictions is not None:
         predictions["given"] = Predictions(read_predictions(settings.predictions, examples))

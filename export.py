@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import make_parser, one_sentence
+from config import make_parser, one_sentence, refuse_unwritable
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ from architecture import Decoder
 from lora import adapters_disabled, wrappers
 from merging import MergeReport, merge, merge_checked, merge_report
 from pretrained import save_pretrained
+from pretrained.save import refuse_full
 from quantize import Linear4bit, dequantize_linears
 from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import Tokenizer
@@ -107,6 +108,10 @@ def export(settings: ExportConfig) -> str:
         ValueError: The run, base or adapter cannot be opened or do not belong together, no family has the
             model's parts, the merge is not what was trained, or the folder is not empty.
     """
+    refuse_full(Path(settings.out))
+    refuse_unwritable(settings.out, "--out")
+    if settings.merge:
+        judging_text(settings)
     if settings.run is not None:
         run = load_run(settings.run, settings.which)
         model, tokenizer, family = run.model, run.tokenizer, run.family
@@ -135,13 +140,19 @@ def export(settings: ExportConfig) -> str:
     return f"{report}{written.model_type} model in {settings.out}"
 
 
-def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
-    """Merge in place, judged by text; says how it went."""
+def judging_text(settings: ExportConfig) -> tuple[Path, str]:
+    """The file that judges a merge, and its text; ValueError if it cannot be read."""
     path = Path(settings.text or str(default_text.__file__))
     try:
-        ids = tokenizer.encode(path.read_text("utf-8"))
+        return path, path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, whose text should judge the merge, cannot be read: {error}") from None
+
+
+def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
+    """Merge in place, judged by text; says how it went."""
+    path, text = judging_text(settings)
+    ids = tokenizer.encode(text)
     length = min(PROMPT_TOKENS, model.config.block_size)
     prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
     if settings.requantise:

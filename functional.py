@@ -25,8 +25,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from config import RepeatedKey, make_parser, one_sentence, parse_line, unrepeated, write_atomically
+from config import (
+    RepeatedKey,
+    make_parser,
+    one_sentence,
+    parse_line,
+    refuse_unwritable,
+    unrepeated,
+    write_atomically,
+)
 
+MOST_CHARACTERS = 2**28  # of a file, which is read whole; a gz of a megabyte may unpack to any number
 TESTS_OF_MBPP = ("test_imports", "test_setup_code", "test_list")
 
 
@@ -183,7 +192,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if path.suffix == ".gz"
             else open(path, encoding="utf-8") as f
         ):
-            text = f.read()  # once: it may be a pipe
+            text = f.read(MOST_CHARACTERS + 1)  # once: it may be a pipe
+            if len(text) > MOST_CHARACTERS:
+                raise ValueError(
+                    f"{path} holds more than {MOST_CHARACTERS:,} characters, the most of a file that is read "
+                    "whole: check that it is the file you mean, or give fewer rows at a time"
+                )
             if path.suffixes[:1] != [".jsonl"] and text.lstrip().startswith("["):
                 rows = json.loads(text, object_pairs_hook=unrepeated)
                 numbered = ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
@@ -308,6 +322,7 @@ def evaluate(settings: FunctionalConfig) -> str:
             f"--k is {min(settings.k)}, and of some problem there are only {fewest} samples; give --k "
             f"{fewest} or less, or more samples"
         )
+    refuse_unwritable(Path(settings.samples).parent, "the results stand beside --samples, and")
     limits = sandbox.Limits(cpu=settings.cpu, wall=settings.wall)
     unsafe = settings.allow == "unsandboxed"
     with tqdm(total=len(samples), desc="judged", unit=" samples", disable=None) as bar:

@@ -173,6 +173,7 @@ from decoding import Stopped, generate_ids
 from fim import fim_end_ids, fim_prompt_ids
 from precision import choose_device
 from runmodel import load_run, open_adapted
+from terminal import printable
 from tokenizer import Tokenizer
 
 
@@ -374,11 +375,6 @@ class _Stream:
         if text.startswith(self.given) and text != self.given:
             self.on_text(text[len(self.given) :])
             self.given = text
-
-
-def printable(text: str) -> str:
-    """`text` with control characters escaped: what a model writes must not steer the reader's terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -189,6 +189,9 @@ def sweep(settings: Settings) -> int:
     Raises:
         ValueError: The storage, the data or every trial is at fault; one sentence.
     """
+    from beforehand import refuse_mistakes
+
+    refuse_mistakes(settings.config)
     folder = settings.sweep.folder
     folder.mkdir(parents=True, exist_ok=True)
     with told(settings.sweep.storage, folder):

@@ -120,12 +120,13 @@ def plan(config: Config) -> Plan:
     Raises:
         ValueError: The base or the settings do not fit, or a child failed: one sentence.
     """
+    from beforehand import refuse_mistakes
+
+    refuse_mistakes(config)
     model, family = shape_of(config)
     rows = config.train.row_length or (
         model.block_size if family is None else min(BASE_ROW, model.block_size)
     )
-    if rows > model.block_size:
-        raise ValueError(f"row_length is {rows}, and the model has a context of {model.block_size} tokens")
     whole = model.n_layer <= DEPTHS[1] or n_weights(model) <= WHOLE
     depths = (model.n_layer,) if whole else DEPTHS
     first, *others = (_measured(config, model, family, n, rows) for n in depths)
@@ -145,31 +146,10 @@ def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
     if base is None:
         vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
         return replace(config.model, vocab_size=vocab_size).resolved(), None
-    from pretrained import FAMILIES
-    from pretrained.family import to_model
-    from pretrained.folder import read_json
+    from pretrained.load import described
 
-    folder = Path(base)
-    if not folder.is_dir():
-        import huggingface_hub
-
-        try:
-            revision = config.train.base_revision
-            folder = Path(huggingface_hub.hf_hub_download(base, "config.json", revision=revision)).parent
-        except Exception as error:  # of the network, of the hub, of the disk
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"config.json of {base} could not be fetched ({reason}); check the name, or name a folder"
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json, which says the model's shape; name its folder")
-    values = read_json(folder, "config.json", not Path(base).is_dir())
-    family = FAMILIES.get(str(values.get("model_type")))
-    if family is None:
-        raise ValueError(
-            f"{folder / 'config.json'} is of no family known here; known are {', '.join(FAMILIES)}"
-        )
-    return to_model(family, values), family.model_type
+    family, model = described(base, config.train.base_revision)
+    return model, family.model_type
 
 
 # --- a child -----------------------------------------------------------------------------------------

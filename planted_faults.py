@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import architecture
+import beforehand
 import changes
 import dataset
 import decoding
@@ -475,7 +476,7 @@ def moments_not_finite() -> contextlib.AbstractContextManager:
 def old_gpu() -> contextlib.AbstractContextManager:
     """A GPU that does not multiply bf16; nothing is computed on it."""
     stack = contextlib.ExitStack()
-    stack.enter_context(patch.object(trainingmanager, "choose_device", lambda asked: torch.device("cuda")))
+    stack.enter_context(patch.object(beforehand, "choose_device", lambda asked: torch.device("cuda")))
     stack.enter_context(patch.object(precision, "has_native_bf16", lambda device: False))
     stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda device: "GPU of 2018"))
     return stack

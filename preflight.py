@@ -9,7 +9,6 @@ Here are their order and the record of what was let pass; each guard is a file o
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import sys
 import time
@@ -29,7 +28,7 @@ from guards.settings import settings
 from guards.sizes import sizes
 from guards.split import split
 from guards.start import start
-from guards.subject import FAULTS, Fault, Guard, Subject, shortened
+from guards.subject import Fault, Guard, Subject, refuse_unknown_faults, shortened
 
 GUARDS: dict[str, Guard] = {
     "sizes": sizes,
@@ -52,9 +51,7 @@ def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:
         Fault: The first one that is not allowed.
     """
     passed, allowed = [], set(allowed)
-    for name in sorted(allowed - {*FAULTS.split()}):
-        near = difflib.get_close_matches(name, FAULTS.split(), 1, 0.0)[0]
-        raise ValueError(f"--allow {name} names no fault; did you mean {near}?")
+    refuse_unknown_faults(allowed)
     with torch.random.fork_rng():  # of every device: torch.manual_seed sets them all
         for name in GUARDS:
             passed += run_guard(subject, name, allowed)

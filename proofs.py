@@ -22,6 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from beforehand import refuse_mistakes
 from checkpoint import Manifest, checkpoints, first_difference, load_state
 from config import Config, one_sentence
 from yamlfile import read_yaml
@@ -43,6 +44,7 @@ def prove_resume(config: Config) -> bool:
             f"--prove_resume trains in folders of its own, and --run {given.run or 'of --resume'} was given; "
             "leave --run and --resume out"
         )
+    refuse_mistakes(config)
     steps = given.max_steps or DEFAULT_STEPS
     # Validations before and after the kill; the whole budget is in steps, since times never repeat.
     settings = replace(

@@ -119,22 +119,11 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
         )
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
-    default = ModelConfig()
+    refuse_other_model(config, own, ("vocab_size",))
     for key in DROPOUTS:  # not given, `dropout` stands for the other two
         value = getattr(asked, key) if getattr(asked, key) is not None else asked.dropout
         own = own if value is None else replace(own, **{key: value})
-    for key, value in vars(asked).items():
-        if value != getattr(default, key) and value != getattr(own, key):
-            raise ValueError(
-                f"model.{key} is {value}, and {config.train.base} brings its own, {getattr(own, key)}; "
-                f"leave model.{key} out"
-            )
     row_length = config.train.row_length or min(BASE_ROW, own.block_size)
-    if row_length > own.block_size:
-        raise ValueError(
-            f"row_length is {row_length}, and {config.train.base} has a context of {own.block_size} tokens; "
-            f"set --row_length to at most {own.block_size}"
-        )
     revision = base.revision or config.train.base_revision
     folder = Path(str(config.train.base))
     place = str(folder.resolve()) if folder.is_dir() else config.train.base  # found from any folder
@@ -142,6 +131,29 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
     if config.lora.r and train.base_format == "auto":
         train = replace(train, base_format=resolved_format(train.base_format, dtype))
     return replace(config, model=own, train=train)
+
+
+def refuse_other_model(config: Config, own: ModelConfig, more: tuple[str, ...] = ()) -> None:
+    """ValueError if the settings ask for another model than the base, or for rows that it has no room for.
+
+    Args:
+        own: The base's.
+        more: Keys that are compared too; without its tokenizer the size of the vocabulary is not known.
+    """
+    default = ModelConfig()
+    for key, value in vars(config.model).items():
+        if key in DROPOUTS or (key == "vocab_size" and key not in more):
+            continue
+        if value != getattr(default, key) and value != getattr(own, key):
+            raise ValueError(
+                f"model.{key} is {value}, and {config.train.base} brings its own, {getattr(own, key)}; "
+                f"leave model.{key} out"
+            )
+    if config.train.row_length > own.block_size:
+        raise ValueError(
+            f"row_length is {config.train.row_length}, and {config.train.base} has a context of "
+            f"{own.block_size} tokens; set --row_length to at most {own.block_size}"
+        )
 
 
 def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:

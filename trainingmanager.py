@@ -53,6 +53,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from architecture import Decoder
+from beforehand import refuse_mistakes
 from checkpoint import (
     Manifest,
     changed_weight,
@@ -85,18 +86,19 @@ from dataset import (
 )
 from eval import EvalConfig, evaluate, table, write_results
 from fim import fim_markers
-from generate import GenerationConfig, generate, printable
+from generate import GenerationConfig, generate
 from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
 from optim import ParameterGroup, build_optimizers, groups_table, learning_rate_factor, parameter_groups
-from precision import Precision, choose_device, choose_precision, keep_freed_memory, release_freed_memory
+from precision import Precision, evaluation_precision, keep_freed_memory, release_freed_memory
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 from runmodel import Run, adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.functions import sample_completions
+from terminal import printable
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 from yamlfile import read_yaml
@@ -159,14 +161,8 @@ class TrainingManager:
         self.config, self.model, self.data, self.folder = config, model, data, folder
         self.precision = precision
         train = config.train
-        asked = train.eval_precision
-        self.eval_precision = precision if asked == "auto" else choose_precision(precision.device, asked)
         held = model.embed.weight.dtype
-        if self.eval_precision.dtype == torch.float32 != held:
-            raise ValueError(
-                f"eval_precision is fp32, and the base is held in {str(held).removeprefix('torch.')}, "
-                "in which validation would compute all the same; leave it out, or set --precision fp32"
-            )
+        self.eval_precision = evaluation_precision(precision, train.eval_precision, held)
         self.device = precision.device
         self.state = RunState()
         by_difficulty = config.data.order not in ("shuffled", "sequential")
@@ -648,28 +644,32 @@ def compile_blocks(model: Decoder) -> None:
 # --- a run, from settings to the final report --------------------------------------------------------
 
 
-def train(config: Config, observer: Observer | None = None) -> TrainingManager:
+def train(config: Config, observer: Observer | None = None, is_preset: bool = False) -> TrainingManager:
     """One whole run, from settings to the last checkpoint; prints what it decides on the way.
 
-    `observer` is told of each step and may end the run there.
+    Args:
+        observer: Is told of each step and may end the run there.
+        is_preset: The settings are no user's, but a recipe's own, who says itself what they are like.
 
     Raises:
         ValueError: The settings, the data or the folder do not fit; nothing that was there is touched.
         OSError: The disk is full or read-only; older checkpoints stay.
     """
+    precision = refuse_mistakes(config)
     with claimed_folder(config) as folder:
-        return _train_in(folder, config, observer)
+        return _train_in(folder, config, precision, observer, is_preset)
 
 
-def _train_in(folder: Path, config: Config, observer: Observer | None = None) -> TrainingManager:
-    if config.data.validation_one_in == 0 and not config.train.overfit:
-        raise ValueError(
-            "--data.validation_one_in 0 would validate on the training files; only --overfit may"
-        )
-    device = choose_device(config.train.device)
-    precision = choose_precision(device, config.train.precision)
+def _train_in(
+    folder: Path, config: Config, precision: Precision, observer: Observer | None, is_preset: bool
+) -> TrainingManager:
+    device = precision.device
     print(f"precision: {precision.reason}")
-    base, given_row = open_base(config, precision.dtype, device), config.train.row_length
+    base = open_base(config, precision.dtype, device)
+    row_follows = base is not None and not config.train.row_length
+    told = base is None and config.model.vocab_size > 0
+    if config.train.resume and told:  # before the corpus, where the tokenizer need not be made of it
+        refuse_changes(folder, dataclasses.replace(config, model=config.model.resolved()))
     if base is None:
         tokenizer = prepare_tokenizer(config.data, config.tokenizer)
     else:
@@ -677,9 +677,22 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
         config = adopted(config, base, tokenizer, precision.dtype)
         if not config.lora.r:  # before the data are read: what trains is the base as it is
             checked_groups(config, base.model)
+        if row_follows and config.train.resume:
+            config = with_row_of(folder, config)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {vocab_size} does not hold the tokenizer's {tokenizer.vocab_size} ids; "
+            "leave model.vocab_size out, or take a smaller tokenizer"
+        )
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
+    )
+    if config.train.resume and not told:
+        refuse_changes(folder, config)
     data = prepare_data(config.data, tokenizer)
-    if base is not None and not given_row:
-        config = with_fitting_row(folder, config, data)
+    if row_follows and not config.train.resume:
+        config = with_fitting_row(config, data)
     fingerprints = {
         "data": data.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -691,14 +704,6 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
         fingerprints["base"] = base.fingerprint
     if config.train.resume:
         refuse_other_data(folder, config, fingerprints)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size {vocab_size} does not hold the tokenizer's {tokenizer.vocab_size} ids; "
-            "leave model.vocab_size out, or take a smaller tokenizer"
-        )
-    model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
-    config = dataclasses.replace(config, model=model_config)
     for side in dict.fromkeys((data.train, data.validation, data.test)):
         kind = "examples" if side.holds_examples else "files"
         refuse_long_answers(config.data, side, config.row_length)
@@ -712,7 +717,8 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     if config.lora.new_tokens:
         say_absent(config.lora.new_tokens, tokenizer, data.train)
     if data.report.gaps:
-        say_gaps_in_sight(gaps_in_sight(data.train, fim_markers(tokenizer), config.row_length), config)
+        share = gaps_in_sight(data.train, fim_markers(tokenizer), config.row_length)
+        say_gaps_in_sight(share, config, warn=not is_preset)
     seed_everything(config.train.seed)
     model = starting_model(config, base, tokenizer).to(device)
     print(f"model: {n_weights(model):,} parameters on {device}")
@@ -724,7 +730,6 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     manager = TrainingManager(config, model, data, precision, folder)
     config = manager.config
     if config.train.resume:
-        refuse_changes(folder, config)
         manager.resume()
     subject = manager.subject(
         tokenizer,
@@ -744,12 +749,16 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     return manager
 
 
-def with_fitting_row(folder: Path, config: Config, data: PreparedData) -> Config:
-    """The settings with rows only as long as the examples need, at most as they are; a resumed run's own."""
+def with_row_of(folder: Path, config: Config) -> Config:
+    """The settings with the rows that the run in the folder was begun with."""
+    row = Config.from_dict(read_yaml(folder / "config.yaml")).train.row_length or config.row_length
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, row_length=row))
+
+
+def with_fitting_row(config: Config, data: PreparedData) -> Config:
+    """The settings with rows only as long as the examples need, at most as they are."""
     row = fitting_row((data.train, data.validation, data.test), config.row_length)
-    if config.train.resume:
-        row = Config.from_dict(read_yaml(folder / "config.yaml")).train.row_length or row
-    elif row < config.row_length:
+    if row < config.row_length:
         print(f"rows: {row} tokens, which hold every example whole; --row_length sets another length")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, row_length=row))
 
@@ -788,11 +797,11 @@ def say_absent(new_tokens: Sequence[str], tokenizer: Tokenizer, train: TokenStor
         )
 
 
-def say_gaps_in_sight(share: float, config: Config) -> None:
+def say_gaps_in_sight(share: float, config: Config, warn: bool = True) -> None:
     """Rows are cut from documents with their gaps: in the rest of a long one, a gap is filled by guessing."""
     length = config.row_length
     print(f"gaps: {share:.1%} of the tokens that fill one see their prefix and suffix in a row of {length}")
-    if share < GAPS_SEEN:
+    if warn and share < GAPS_SEEN:
         print(
             f"warning: of the tokens that --data.fim_rate {config.data.fim_rate} makes the model fill in, "
             f"{1 - share:.1%} are learned without prefix and suffix, since documents are longer than rows of "

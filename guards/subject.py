@@ -8,6 +8,7 @@ that a run with guards equals one without them bit for bit.
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -35,6 +36,13 @@ FAULTS = (
     "score-not-plain-loss setting-ignored split-leaks start-doubled token-invisible "
     "token-never-trained too-few-positions validation-differs vocabulary-too-large worse-than-unigram"
 )
+
+
+def refuse_unknown_faults(names: Iterable[str]) -> None:
+    """ValueError for a name that no fault has, with the nearest that one has."""
+    for name in sorted({*names} - {*FAULTS.split()}):
+        near = difflib.get_close_matches(name, FAULTS.split(), 1, 0.0)[0]
+        raise ValueError(f"--allow {name} names no fault; did you mean {near}?")
 
 
 class Fault(ValueError):

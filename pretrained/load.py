@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -47,6 +48,7 @@ FAMILIES = {
 }
 THREADS = min(4, os.cpu_count() or 1)
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
+RUNS, MARKS = "runs", ("config.yaml", CONFIG)  # where runs are made, and what a run and a model hold
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
     "tokenizer.json",
@@ -149,17 +151,7 @@ def load_pretrained(
     """
     folder, commit = _locate(str(source), revision, local_only)
     linked = commit is not None
-    values = read_json(folder, CONFIG, linked)
-    family = FAMILIES.get(str(values.get("model_type")))
-    if family is None:
-        raise ValueError(
-            f"{folder / CONFIG} has model_type {reprlib.repr(values.get('model_type'))}; "
-            f"known are {', '.join(FAMILIES)}"
-        )
-    try:
-        config = to_model(family, values)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a model known here: {error}") from None
+    values, family, config = _described(folder, linked)
     eos_ids = _eos_ids(folder, values, config.vocab_size, linked)
     entries = read_tensors(folder, linked)
     if config.n_layer > len(entries):
@@ -202,6 +194,44 @@ def load_pretrained(
     if tokenizer is not None:
         tokenizer.eos_ids = eos_ids
     return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored, eos_ids)
+
+
+def described(source: str, revision: str | None = None) -> tuple[Family, ModelConfig]:
+    """The family and the shape that a source's config.json tells; of the hub only that file is fetched.
+
+    Raises:
+        ValueError: As `load_pretrained`.
+    """
+    folder = Path(source)
+    is_here = _is_folder(source, revision)
+    if not is_here:
+        import huggingface_hub
+
+        try:
+            folder = Path(huggingface_hub.hf_hub_download(source, CONFIG, revision=revision)).parent
+        except Exception as error:  # of the network, of the hub, of the disk
+            raise _not_fetched(source, error) from error
+    return _described(folder, not is_here)[1:]
+
+
+def without_memory(config: ModelConfig) -> Decoder:
+    """The model without weights; ValueError if its sizes overflow."""
+    return _on_meta(Path(), config)
+
+
+def _described(folder: Path, linked: bool) -> tuple[Values, Family, ModelConfig]:
+    """What config.json holds, and the family and shape that it means."""
+    values = read_json(folder, CONFIG, linked)
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        raise ValueError(
+            f"{folder / CONFIG} has model_type {reprlib.repr(values.get('model_type'))}; "
+            f"known are {', '.join(FAMILIES)}"
+        )
+    try:
+        return values, family, to_model(family, values)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a model known here: {error}") from None
 
 
 def _eos_ids(folder: Path, values: Values, vocab_size: int, linked: bool) -> tuple[int, ...]:
@@ -249,14 +279,8 @@ class _NoInit(TorchFunctionMode):
 
 def _locate(source: str, revision: str | None, local_only: bool) -> tuple[Path, str | None]:
     """The folder, and the commit if it came from the hub."""
-    if Path(source).is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"{source} is a folder, which has no revision {revision}; leave the revision out"
-            )
+    if _is_folder(source, revision):
         return Path(source), None
-    if not HUB_ID.fullmatch(source):
-        raise ValueError(f"{source} is neither a folder nor a hub id such as bigcode/starcoder2-3b")
     import huggingface_hub
 
     try:
@@ -276,11 +300,34 @@ def _locate(source: str, revision: str | None, local_only: bool) -> tuple[Path, 
                 source, revision=commit, allow_patterns=weights, local_files_only=local_only
             )
     except Exception as error:  # of the network, of the hub, of the disk
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{source} could not be fetched ({reason}); check the name, network and HF_TOKEN, or use a folder"
-        ) from error
+        raise _not_fetched(source, error) from error
     return folder, commit
+
+
+def _is_folder(source: str, revision: str | None) -> bool:
+    """Whether a source is a folder, and not a hub id; ValueError if it can be neither."""
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{source} is a folder, which has no revision {revision}; leave the revision out"
+            )
+        return True
+    beside = sorted({found.parent.name for name in MARKS for found in path.parent.glob(f"*/{name}")})
+    if path.parent != Path() and (beside or path.parent.name == RUNS):  # nobody means the hub by it
+        near = difflib.get_close_matches(path.name, beside, 3, 0.0)
+        there = f"in {path.parent} there are {', '.join(near)}" if near else f"{path.parent} holds none"
+        raise ValueError(f"there is no folder {source}; {there}")
+    if not HUB_ID.fullmatch(source):
+        raise ValueError(f"{source} is neither a folder nor a hub id such as bigcode/starcoder2-3b")
+    return False
+
+
+def _not_fetched(source: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(
+        f"{source} could not be fetched ({reason}); check the name, network and HF_TOKEN, or use a folder"
+    )
 
 
 def _commit(snapshot: Path) -> str:

@@ -28,6 +28,12 @@ UNREADABLE = {
 }
 
 
+def refuse_full(folder: Path) -> None:
+    """ValueError if a folder is neither new nor empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+
+
 def save_pretrained(
     model: Decoder,
     tokenizer: Tokenizer | None,
@@ -54,8 +60,7 @@ def save_pretrained(
     if any(isinstance(module, FrozenLinear) for module in model.modules()):
         raise ValueError("the model is held in fewer bits; call quantize.dequantize_linears before saving it")
     chosen = choose_family(model.config, family)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty; give a new folder")
+    refuse_full(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -23,7 +23,7 @@ from config import LoraConfig, write_atomically
 from lora import adapters_of, changes_of, held_modules, wrappers
 from pretrained.family import Family
 from pretrained.load_adapter import ADAPTER_CONFIG, PREFIX, WEIGHTS, pair_suffixes
-from pretrained.save import _json
+from pretrained.save import _json, refuse_full
 from targets import as_peft_pattern
 
 # PEFT saves the weights of these two beside their adapters, where they are targets by this very name.
@@ -68,8 +68,7 @@ def save_adapter(
     changes = changes_of(model, name)
     if not changes:
         raise ValueError("the model's adapters are merged into its weights; call unmerge before saving one")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty; give a new folder")
+    refuse_full(folder)
     values, tensors = _written(model, family, name, changes)
     values |= {"base_model_name_or_path": base, "revision": revision}
     temporary = folder.with_name(f".{folder.name}.tmp")

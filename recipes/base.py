@@ -67,6 +67,10 @@ def parse_settings(argv: list[str]) -> BaseConfig:
     settings = BaseConfig(**values)
     if not settings.max_seconds > 0:
         parser.error(f"--max_seconds is {settings.max_seconds}; it must be above 0")
+    if settings.n_head < 1 or settings.n_head % 4:
+        parser.error(f"--n_head is {settings.n_head}; it must be a multiple of 4")
+    if settings.n_embd < 1 or settings.n_embd % settings.n_head:
+        parser.error(f"--n_embd is {settings.n_embd}; it must be a multiple of --n_head, {settings.n_head}")
     return settings
 
 
@@ -77,6 +81,7 @@ import os
 import shutil
 from dataclasses import replace
 
+from beforehand import refuse_mistakes
 from config import (
     Config,
     DataConfig,
@@ -85,10 +90,12 @@ from config import (
     TokenizerConfig,
     TrainConfig,
     check_ranges,
+    refuse_unwritable,
 )
 from dataset import prepare_tokenizer
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
+from pretrained.save import refuse_full
 from recipes.training import finish
 from runmodel import load_run
 from tokenizer import PretrainedTokenizer, Tokenizer
@@ -128,12 +135,20 @@ def make_base(settings: BaseConfig) -> Path:
     if (folder / "config.json").is_file():
         print(f"base: {folder} is there already")
         return folder
+    refuse_full(folder)
+    refuse_unwritable(folder, "--out" if settings.out else "--cache")
     run = folder.with_name(f"{folder.name}-run")
     data = DataConfig(source=settings.source, cache=settings.cache)
+    refuse_mistakes(Config(data=data))
     tokenizer = TokenizerConfig(kind="bpe", vocab_size=settings.vocab_size)
     if settings.family == "gpt_bigcode":
         path = folder.with_name(f"{folder.name}-tokenizer")
         with_gaps(prepare_tokenizer(data, tokenizer), path)
+        print(
+            f"{FIM_RATE:.0%} of the documents are cut for filling in: of files longer than a row of "
+            f"{settings.block_size} tokens the base learns the markers' places, and to fill a gap by what is "
+            "tuned on it"
+        )
         tokenizer, data = TokenizerConfig(path=str(path)), replace(data, fim_rate=FIM_RATE)
     model = replace(model_of(settings), vocab_size=0)
     tied = model.tie_embeddings
@@ -151,10 +166,11 @@ def make_base(settings: BaseConfig) -> Path:
         ),
     )
     check_ranges(config)
-    finish(config)
+    finish(config, is_preset=True)
     trained = load_run(run)
     save_pretrained(trained.model, trained.tokenizer, folder, settings.family)
-    shutil.rmtree(folder.with_name(f"{folder.name}-tokenizer"), ignore_errors=True)
+    for made_on_the_way in (f"{folder.name}-tokenizer", run.name):
+        shutil.rmtree(folder.with_name(made_on_the_way), ignore_errors=True)
     return folder
 
 

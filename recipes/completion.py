@@ -123,14 +123,15 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
         folder.mkdir(parents=True)
         mark.write_text(made_from, "utf-8", "surrogateescape")
     from scraping import build, clean, dedup, local, stdlib
-    from scraping.source import open_ledger
+    from scraping.source import NothingStored, open_ledger
 
     place: dict[str, Any] = {"folder": str(folder)}
     with contextlib.redirect_stdout(io.StringIO()):  # what they print is counted here
-        if settings.source == "stdlib":
-            stdlib.run(stdlib.Settings(**place))
-        else:
-            local.run(local.Settings(path=settings.source, **place))
+        with contextlib.suppress(NothingStored):  # which is said below, in the recipe's own flags
+            if settings.source == "stdlib":
+                stdlib.run(stdlib.Settings(**place))
+            else:
+                local.run(local.Settings(path=settings.source, **place))
         ledger = open_ledger(str(folder))
         try:
             counts.found = sum(1 for _ in ledger.files())

@@ -30,7 +30,11 @@ def check_source(source: str, extension: str, revision: str = "") -> None:
         )
     if "://" not in source and not Path(source).exists():
         raise ValueError(f"{source} is not there: give --source a folder, archive, .jsonl or repository")
-    if revision and "://" not in source:
+    if "://" in source:
+        from scraping.gitrepo import refuse_without_git
+
+        refuse_without_git()
+    elif revision:
         raise ValueError(
             f"--revision is {revision}, and {source} is no address of a repository; leave it out"
         )
@@ -89,11 +93,12 @@ def _path(one: Document | tuple[str, Drop]) -> str:
 
 def _scraped(source: str, extension: str, revision: str, folder: str) -> list[Document | tuple[str, Drop]]:
     from scraping import clone, local
-    from scraping.source import open_ledger
+    from scraping.source import NothingStored, open_ledger
 
     wanted = {"folder": folder, "extensions": (extension,), "min_bytes": 0, "max_bytes": MOST_BYTES}
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # what they count is counted again by the recipe
+    # What they count is counted again by the recipe, and what they lack is said in its own flags.
+    with contextlib.redirect_stdout(said), contextlib.suppress(NothingStored):
         if "://" in source:
             clone.run(clone.Settings(url=source, revision=revision or clone.Settings.revision, **wanted))
         else:

@@ -24,9 +24,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from config import Config, make_parser, parse_config, write_atomically
+from config import Config, make_parser, parse_config, refuse_unwritable, write_atomically
 from recipes.building import RecipeSettings, read_counts
 from recipes.files import content_of
+from terminal import printable
 
 HERE = Path(__file__).parent
 SAMPLES = 5
@@ -223,6 +224,7 @@ def run(asked: Asked) -> int:
             f"--row_length is {config.train.row_length}, and the recipe's settings let an example have "
             f"{longest} tokens: raise it, or ask for shorter examples"
         )
+    refuse_early(asked, config)
     asked.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     if asked.less:
@@ -247,6 +249,30 @@ def run(asked: Asked) -> int:
     lap("scores")
     print(f"time      {lap('')}", flush=True)
     return 0
+
+
+def refuse_early(asked: Asked, config: Config) -> None:
+    """ValueError for what can be known not to do before the source is opened, and before a base is made."""
+    from beforehand import refuse_mistakes, refuse_other_base
+    from pretrained.load import described
+    from recipes.training import FINISHED
+
+    refuse_unwritable(asked.out, "--out")
+    if (asked.run / FINISHED).is_file():  # what is left is to score it, which may be done by other settings
+        return
+    refuse_mistakes(config, made_here=True)
+    if config.train.base in (None, TO_BE_MADE):
+        return
+    try:
+        refuse_other_base(config)
+    except ValueError as error:
+        if not str(error).startswith("lora."):
+            raise
+        family, _ = described(config.train.base, config.train.base_revision)
+        raise ValueError(
+            f"{config.train.base} is of the family {family.model_type}, which this recipe's settings do not "
+            f"fit: {error}; set --lora.targets, or take another --base"
+        ) from None
 
 
 def laps() -> Callable[[str], str]:
@@ -281,26 +307,11 @@ def with_small_base(asked: Asked, config: Config) -> Config:
 
 
 def checked_base(config: Config) -> Any:
-    """The tokenizer that training will use; a base without the recipe's targets is refused before all else.
-
-    Raises:
-        ValueError: The base cannot be opened, or has no such modules.
-    """
-    from lora import held_modules
+    """The tokenizer that training will use; ValueError if the base cannot be opened."""
     from pretrained import load_pretrained
     from runmodel import starting_tokenizer
-    from targets import select_targets
 
     found = load_pretrained(str(config.train.base), revision=config.train.base_revision)
-    if config.lora.r:
-        modules = {name: found.family.key(name) for name in held_modules(found.model)}
-        try:
-            select_targets(modules, config.lora.targets)
-        except ValueError as error:
-            raise ValueError(
-                f"{config.train.base} is of the family {found.family.model_type}, which this recipe's "
-                f"settings do not fit: {error}; set --lora.targets, or take another --base"
-            ) from None
     return starting_tokenizer(config, found)
 
 
@@ -359,7 +370,6 @@ def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
     from checkpoint import checkpoints
     from curves import draw_curves
     from eval import EvalConfig, evaluate, table, write_results
-    from generate import printable
 
     out, train = asked.out, config.train
     precision = train.precision if train.eval_precision == "auto" else train.eval_precision

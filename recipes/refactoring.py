@@ -27,6 +27,7 @@ from recipes.behaviour import agreement, context_of
 from recipes.degradations import Function, Scope, globals_of, parsed, unwritable
 from recipes.pipeline import Asked
 from recipes.refactor import Piece, holds_text_over_lines, pieces, prompt_of
+from terminal import printable
 
 
 @dataclass(frozen=True)
@@ -274,9 +275,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _write(text: str) -> None:
-    from generate import printable
-
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    shown = printable(text) if sys.stdout.isatty() else text
+    sys.stdout.buffer.write(shown.encode("utf-8", "surrogatepass"))
     sys.stdout.flush()
 
 

@@ -26,8 +26,10 @@ BASE = {"base", "base_revision"}  # may lie elsewhere: training compares its fin
 HELD_BY = {"precision", "device"}  # decide the format of a base whose format is `auto`
 
 
-def finish(config: Config) -> bool:
+def finish(config: Config, is_preset: bool = False) -> bool:
     """Train in `config.train.run` until the budget is used; False if it was before this call.
+
+    `is_preset` as in `trainingmanager.train`.
 
     Raises:
         ValueError: As `trainingmanager.train`, also for a run that was finished with another fixed setting.
@@ -66,7 +68,7 @@ def finish(config: Config) -> bool:
         shutil.rmtree(folder)
         begun = False
     try:
-        manager = train(replace(config, train=replace(config.train, resume=begun)))
+        manager = train(replace(config, train=replace(config.train, resume=begun)), is_preset=is_preset)
     except BudgetUsed:  # killed between its last checkpoint and the mark; or its base has moved
         _say_where_base_is(config, folder)
     else:

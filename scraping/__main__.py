@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from config import make_parser, one_sentence
+from terminal import refuse
 
 # Each command is a dataclass of settings and a function of them, in a module that is imported when asked for.
 COMMANDS = {
@@ -54,8 +55,7 @@ def main(argv: list[str]) -> None:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        print(f"error: {command} is no command; {hint}", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"{command} is no command; {hint}")
     with one_sentence():
         module = importlib.import_module(COMMANDS[command][0])
         module.run(parse(module, command, words))

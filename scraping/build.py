@@ -247,4 +247,9 @@ def run(settings: Settings) -> None:
     with alone(Path(settings.folder, "corpus", "corpus.json")):
         corpus = finish(settings)
     print("\n".join(lines(corpus["stages"], size(corpus))))
+    if not corpus["documents"]:
+        raise ValueError(
+            f"the corpus in {Path(settings.folder, 'corpus')} has no document: loosen what took the most of "
+            "what is counted above, and clean again"
+        )
     return None

@@ -379,6 +379,27 @@ def reasons_table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def refuse_empty(record: dict[str, Any]) -> None:
+    """ValueError if no document is left, with what took the most and what to do about it."""
+    if record["output"]["documents"]:
+        return
+    files = record["input"]["files"]
+    if not files:
+        raise ValueError("the ledger has no stored file, so there is nothing to clean: take in some first")
+    count, stage, reason = max(
+        (counts["files"], stage, reason)
+        for stage, reasons in record["dropped"].items()
+        for reason, counts in reasons.items()
+    )
+    remedy = f"loosen that, or leave the stage out with --skip {stage}"
+    if reason == "licence unknown":
+        remedy = (
+            "if you know it, take the files into a new --folder with --licence; or keep such files with "
+            "--unknown_licence true"
+        )
+    raise ValueError(f"no document is left: of {files:,} files {count:,} went by {stage}: {reason}; {remedy}")
+
+
 def check(settings: Settings) -> tuple[int, int]:
     """The shard of settings that can be worked with.
 
@@ -435,3 +456,5 @@ def run(settings: Settings) -> None:
     finally:
         ledger.close()
     print("\n".join(reasons_table(record)))
+    if shard[1] == 1:  # one of several may have none
+        refuse_empty(record)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scraping.documents import path_text
-from scraping.gitrepo import Limits, check_revision, check_url, fetched
+from scraping.gitrepo import Limits, check_revision, check_url, fetched, refuse_without_git
 from scraping.ledger import Entry, Ledger
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report, store_files
 from scraping.wanted import Wanted
@@ -52,10 +52,11 @@ def run(settings: Settings) -> None:
     if not name:
         raise ValueError(f"{settings.url} names no repository: give one with --repository")
     wanted = settings.wanted()
+    refuse_without_git()
     origin = Origin(name, "clone", settings.revision, settings.licence)
     ledger = open_ledger(settings.folder)
     clone(ledger, origin, settings, wanted)
-    report(ledger)
+    report(ledger, origin.name)
 
 
 def clone(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted) -> None:

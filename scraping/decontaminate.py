@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from config import parse_line
+from config import bounded_lines, parse_line
 from scraping.documents import Document, Drop
 from shingles import Batch, Units, Words
 
@@ -88,7 +88,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
     """(file, line and field, text) of all that is text in the rows of a file."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(bounded_lines(lines, path), 1):
                 if not line.strip():
                     continue
                 try:

@@ -327,6 +327,12 @@ def _split(out: IO[bytes], separator: bytes) -> Iterator[bytes]:
         yield from whole
 
 
+def refuse_without_git() -> None:
+    """ValueError where git is not installed."""
+    if shutil.which("git") is None:
+        raise ValueError("git is not installed, and to clone needs it: install the system's package git")
+
+
 @contextlib.contextmanager
 def fetched(
     url: str, revision: str, folder: Path, limits: Limits | None = None, insecure: bool = False
@@ -341,8 +347,7 @@ def fetched(
     """
     check_url(url, insecure)
     check_revision(revision)
-    if shutil.which("git") is None:
-        raise ValueError("git is not installed, and clone needs it")
+    refuse_without_git()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -63,7 +63,7 @@ def run(settings: Settings) -> None:
         take_folder(ledger, origin, path, wanted)
     else:
         take_archive(ledger, origin, path, wanted, settings.strip)
-    report(ledger)
+    report(ledger, origin.name)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def run(settings: Settings) -> None:
     wanted = settings.wanted()
     ledger = open_ledger(settings.folder)
     take_site(ledger, origin, settings, wanted, client)
-    report(ledger)
+    report(ledger, origin.name)
 
 
 def client_of(settings: Settings) -> Client:

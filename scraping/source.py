@@ -140,7 +140,21 @@ def store_files(
     ledger.done(name)
 
 
-def report(ledger: Ledger) -> None:
-    """Print what the ledger knows, and close it."""
+class NothingStored(ValueError):
+    """A source gave no file; the ledger has what was found of it, and why it was left out."""
+
+
+def report(ledger: Ledger, name: str) -> None:
+    """Print what the ledger knows, and close it; NothingStored if the repository `name` gave no file."""
     print("\n".join(status_lines(ledger)))
+    rows = ledger.rows(
+        "SELECT state, reason, count(*) FROM files WHERE repository = ? GROUP BY 1, 2 ORDER BY 3 DESC", name
+    )
     ledger.close()
+    if not any(state == "stored" for state, _, _ in rows):
+        why = ", ".join(f"{count:,} {reason or state}" for state, reason, count in rows)
+        raise NothingStored(
+            f"{name} gave no file, and {f'of those found there are {why}' if why else 'none was found'}; "
+            "ask for others with --extensions, --min_bytes or --max_bytes, with another --folder or "
+            "--repository, since this ledger keeps what it found; or name another source"
+        )

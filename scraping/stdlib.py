@@ -25,4 +25,4 @@ def run(settings: Settings) -> None:
     # The tag that this version has in the repository of that name; the licence is what python.org states.
     origin = Origin("python/cpython", "stdlib", f"v{platform.python_version()}", "PSF-2.0")
     take_folder(ledger, origin, Path(sysconfig.get_path("stdlib")), wanted, LEFT_OUT)
-    report(ledger)
+    report(ledger, origin.name)

@@ -112,6 +112,7 @@ class Suite:
 
 
 TOKENS = "next_token"  # the token scores, which are of no suite
+MUCH_CUT = 0.25  # of the prompts; from this share on it is a warning
 TOGETHER = {"fim": ("fim_line", "fim_lines", "fim_span")}  # suites that one name asks for
 GAP_METRICS = ("exact_match", "edit_similarity", "chrf")
 SUITES = {
@@ -356,6 +357,13 @@ def suite_table(record: dict[str, Any]) -> str:
         intervals = (record["scores"][system][name] for system in systems)
         rows.append([name, *map(_shown, intervals)])
     lines = aligned(rows + shares_told([(record, system) for system in systems]))
+    cut = max(record.get("trimmed", {}).values(), default=0)
+    if cut >= MUCH_CUT:
+        lines.append(
+            f"warning: {cut:.1%} of the prompts were cut, so that these scores are of prompts without their "
+            "beginning: a row has no room for them; train with a longer --row_length, or ask for less with "
+            "--max_new_tokens"
+        )
     for name, verdict in record["verdicts"].items():
         said = [verdict["best"], *(["base"] if "base" in verdict["against"] else [])]
         lines.append(f"{name}: {'; '.join(verdict['against'][one] for one in dict.fromkeys(said))}")
@@ -415,6 +423,28 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
     Raises:
         ValueError: it cannot be read, a line is something else, or there are more or fewer than examples.
     """
+    rows = prediction_rows(path)
+    if len(rows) != len(examples):
+        raise ValueError(
+            f"{path} holds {len(rows)} predictions, and the suite has {len(examples)} examples: "
+            "give one a line, in the order of the samples in eval.json"
+        )
+    for (where, row, _), example in zip(rows, examples, strict=True):
+        if row.get("id", example.id) != example.id:
+            raise ValueError(
+                f"{where} is for {row['id']!r}, and that example is {example.id!r}: the order must be "
+                "that of the samples in eval.json, of the same --seed and --samples"
+            )
+        if str(row.get("task_id", example.name)) != example.name:
+            raise ValueError(
+                f"{where} is for task_id {row['task_id']!r}, and that example is {example.name!r}: the order "
+                "must be that of the suite's file"
+            )
+    return [text for _, _, text in rows]
+
+
+def prediction_rows(path: str | Path) -> list[tuple[str, dict[str, Any], str]]:
+    """(place, row, text) of each line of a file of predictions; ValueError if it cannot be read as such."""
     try:
         held = Path(path).read_bytes()
     except OSError as error:
@@ -427,27 +457,12 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
             f"{path} line {line} is no UTF-8 (byte 0x{held[error.start]:02x}): write the file in UTF-8"
         ) from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if len(numbered) != len(examples):
-        raise ValueError(
-            f"{path} holds {len(numbered)} predictions, and the suite has {len(examples)} examples: "
-            "give one a line, in the order of the samples in eval.json"
-        )
-    texts = []
-    for (number, line), example in zip(numbered, examples, strict=True):
+    rows = []
+    for number, line in numbered:
         where = f"{path} line {number}"
         row = parse_line(line, where)
         text = row.get("prediction", row.get("completion")) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise ValueError(f"{where} has no text in a field prediction or completion: give one")
-        if row.get("id", example.id) != example.id:
-            raise ValueError(
-                f"{where} is for {row['id']!r}, and that example is {example.id!r}: the order must be "
-                "that of the samples in eval.json, of the same --seed and --samples"
-            )
-        if str(row.get("task_id", example.name)) != example.name:
-            raise ValueError(
-                f"{where} is for task_id {row['task_id']!r}, and that example is {example.name!r}: the order "
-                "must be that of the suite's file"
-            )
-        texts.append(text)
-    return texts
+        rows.append((where, row, text))
+    return rows

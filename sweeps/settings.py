@@ -6,13 +6,13 @@ import difflib
 import importlib.util
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
 from sweeps.space import Space, parse_space
+from terminal import refuse
 from yamlfile import read_yaml
 
 DEFAULT = RECIPES / "sweep.yaml"
@@ -175,13 +175,11 @@ def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[st
     for key in values:
         near = difflib.get_close_matches(str(key), sections, 1, 0.6)
         if near and key not in (*sections, *CONFIG_GROUPS, *(f.name for f in fields(CONFIG_GROUPS[""]))):
-            print(f"error: {key} in {path} is no section; did you mean {near[0]}?", file=sys.stderr)
-            sys.exit(2)
+            refuse(f"{key} in {path} is no section; did you mean {near[0]}?")
     for name, known in sections.items():
         found = values.pop(name, None) or {}  # a section whose lines are all comments is null
         if not isinstance(found, dict):
-            print(f"error: {name} in {path} must be a mapping of keys to values", file=sys.stderr)
-            sys.exit(2)
+            refuse(f"{name} in {path} must be a mapping of keys to values")
         known |= found
     return ["--config", json.dumps(values, default=str)] if values else []
 
@@ -197,8 +195,7 @@ def _refuse_unknown(words: list[str], names: set[str]) -> None:
             near = sorted(key for key in keys if key.rpartition(".")[2] == word[2:])
             near = near or difflib.get_close_matches(word, keys, 1, 0.6)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            print(f"error: {word} is no flag{hint}", file=sys.stderr)
-            sys.exit(2)
+            refuse(f"{word} is no flag{hint}")
 
 
 def _refuse_flags(space: Space, words: list[str]) -> None:

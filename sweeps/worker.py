@@ -41,6 +41,7 @@ from sweeps.study import (
     refuse_other_data,
     suggest,
 )
+from terminal import shown_safely
 
 STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 
@@ -326,6 +327,7 @@ def _say(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+@shown_safely()
 def start(settings: Settings, fingerprint: str, mouth: Connection, name: str, ticks: Any) -> NoReturn:
     """A worker's process, which exits with 0 where nothing is left, 75 if stopped, 2 for an error it told.
 

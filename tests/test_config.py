@@ -317,7 +317,7 @@ def test_a_saved_whole_number_is_read_as_the_float_that_it_was() -> None:
     [
         (ValueError("two\nlines"), 2, "error: two lines\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (MemoryError(), 2, "error: memory is full; a smaller batch_size or model needs less\n"),
+        (MemoryError(), 2, "error: memory is full; a smaller batch_size, model or corpus needs less\n"),
         (RuntimeError("CUDA out of memory. Tried"), 2, "error: memory is full; a smaller "),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you"), 2, "error: memory is full; a smaller "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: memory is full; a smaller "),

@@ -16,10 +16,12 @@ import itertools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -275,6 +277,18 @@ def bad_folder(tmp_path: Path, text: bytes) -> Path:
     return root
 
 
+def folder_of(tmp_path: Path, name: str) -> Path:
+    (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+def sparse(path: Path) -> Path:
+    """A file of a terabyte that takes no room."""
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+    return path
+
+
 def bad_lines(tmp_path: Path, *lines: bytes) -> Path:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"\n".join(lines))
@@ -295,6 +309,16 @@ BAD = {
         r"rows.txt is not a kind that can be read",
     ),
     "empty folder": (lambda p: p, {}, r"holds no document with a name ending in \.py"),
+    "other files": (
+        lambda p: folder_of(p, "a.js"),
+        {},
+        r"no document with a name ending in \.py but 1 with \.js: set --data\.suffixes \.js, or name another",
+    ),
+    "rows in files of no split": (
+        lambda p: folder_of(p, "a.jsonl"),
+        {},
+        r"but 1 with \.jsonl: name one file of rows itself, or name another --data\.source",
+    ),
     "empty file": (bad_lines, {}, r"holds no document: .*bad.jsonl has 0 lines and no row in them: write"),
     "latin-1": (
         lambda p: bad_folder(p, b"ab\xe9"),
@@ -903,3 +927,29 @@ def test_groups_are_found_once_for_the_same_documents(tmp_path: Path, monkeypatc
     assert calls == [40] * 5
     write_rows(tmp_path / "rows.jsonl", [rows[0] | {"text": "other"}, *rows[1:]])
     assert next(d.text for _, d in split_documents(config)) == "other" and len(calls) == 6
+
+
+@pytest.mark.parametrize("kind", ["gz", "sparse rows", "sparse file"])
+def test_what_no_memory_holds_is_told_by_name_with_both_numbers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("config.MOST_BYTES", 2**20)
+    monkeypatch.setattr(corpus, "MOST_BYTES", 2**20)
+    if kind == "gz":
+        path = tmp_path / "bomb.jsonl.gz"
+        path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "' + b"a" * 2**24))
+        said = f"{path} line 2 has more than 1,048,576 bytes, the most of a row: check"
+    elif kind == "sparse rows":
+        path = sparse(tmp_path / "rows.jsonl")
+        said = f"{path} line 1 has more than 1,048,576 bytes, the most of a row: check"
+    else:
+        path = tmp_path
+        said = (
+            f"{sparse(tmp_path / 'a.py')} has 1,099,511,627,776 bytes, and a document may have 1,048,576: cut"
+        )
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        list(corpus.read_documents(DataConfig(source=str(path))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24, "no more is read than it takes to know"

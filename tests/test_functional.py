@@ -314,3 +314,11 @@ def test_every_solution_of_human_eval_passes_and_no_stub(isolated: None, tmp_pat
     write(tmp_path / "samples.jsonl", [{"task_id": s.task_id, "completion": s.completion} for s in whole])
     said = evaluate(FunctionalConfig(problems=path, samples=str(tmp_path / "samples.jsonl")))
     assert said.startswith("pass@1  100.00%") and "over 164 problems" in said
+
+
+def test_a_file_that_no_memory_holds_is_told_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(functional, "MOST_CHARACTERS", 2**20)
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(b" " * 2**24))
+    with pytest.raises(ValueError, match=r"bomb\.jsonl\.gz holds more than 1,048,576 characters, the most"):
+        list(functional.read_rows(path))

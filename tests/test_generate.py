@@ -34,8 +34,9 @@ from decoding import (
     row_generator,
     sample,
 )
-from generate import GenerationConfig, generate, printable, prompt_ids, trim_prompt
+from generate import GenerationConfig, generate, prompt_ids, trim_prompt
 from kvcache import KVCache
+from terminal import printable
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.

@@ -364,6 +364,7 @@ def test_a_wrong_command_line_is_one_sentence(words, sentence, capsys):
     ("change", "sentence"),
     [
         ({"model": "no such"}, "neither a folder nor a hub id"),
+        ({"model": "runs/nope"}, "there is no folder runs/nope; runs holds none"),
         ({"model": "EMPTY"}, "holds no run"),
         ({"model": "BARE"}, "has no tokenizer"),
         ({"prompt": (), "prompt_file": "no such"}, "--prompt_file no such cannot be read"),

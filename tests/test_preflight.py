@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import architecture
+import beforehand
 import guards.probe
 import plants
 import preflight
-import trainingmanager
 from architecture import Decoder
 from config import Config, ModelConfig, parse_config
 from guards import subject as looking
@@ -266,7 +266,7 @@ def test_the_size_of_a_gradient_is_that_of_the_mean(
 ) -> None:
     """Of passes that hold different numbers of tokens, smoothed, with a loss on the head's logarithms."""
     precision = Precision(torch.device("cpu"), getattr(torch, dtype), "planted")
-    monkeypatch.setattr(trainingmanager, "choose_precision", lambda *args: precision)
+    monkeypatch.setattr(beforehand, "choose_precision", lambda *args: precision)
     settings = plants.merged(
         EXAMPLES,
         {
@@ -280,7 +280,7 @@ def test_the_size_of_a_gradient_is_that_of_the_mean(
 def test_a_small_gradient_of_fp16_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the scaler's scale, that of one of 8,000 tokens is below what fp16 holds."""
     precision = Precision(torch.device("cpu"), torch.float16, "planted")
-    monkeypatch.setattr(trainingmanager, "choose_precision", lambda *args: precision)
+    monkeypatch.setattr(beforehand, "choose_precision", lambda *args: precision)
     settings: dict[str, dict[str, Any]] = {
         "train": {"accumulation": 8, "batch_size": 16},
         "optimizer": {"warmup_steps": 20},

@@ -338,6 +338,10 @@ def test_a_small_base_opens_in_transformers_with_equal_logits(
         family, 0.3, str(tmp_path / "base"), str(corpus), 320, 1, 4, 32, 64, cache=str(tmp_path / "cache")
     )
     folder = make_base(settings)
+    said = capsys.readouterr()
+    assert "warning" not in said.err, "of settings that nobody chose"
+    assert ("of files longer than a row of 64 tokens" in said.out) == (family == "gpt_bigcode")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "cache", "corpus"}
     found = load_pretrained(folder)
     assert found.family.model_type == family and found.tokenizer is not None
     assert (known_markers(found.tokenizer) is not None) == (family == "gpt_bigcode")

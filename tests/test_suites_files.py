@@ -406,7 +406,9 @@ def test_prompts_that_a_row_has_no_room_for_are_told(isolated: None, folder, tmp
     )
     result = evaluation.evaluate(settings(folder, tmp_path, "humaneval", suite_file=str(file)))
     assert result["suite"]["trimmed"] == {"model": 0.5}
-    assert re.search(r"\nprompts cut to fit +50.0%\n", evaluation.table(result))
+    assert re.search(r"\nprompts cut to fit +50.0%\nwarning: 50.0% of the prompts", evaluation.table(result))
+    result["suite"]["trimmed"] = {"model": 0.24}
+    assert "warning: " not in evaluation.table(result)
     few = write(tmp_path / "few.jsonl", PROBLEMS[:2])
     result = evaluation.evaluate(settings(folder, tmp_path, "humaneval", suite_file=str(few)))
     assert result["suite"]["trimmed"] == {"model": 0}
