@@ -92,7 +92,13 @@ from optim import build_optimizers, learning_rate_factor
 from precision import Precision, choose_device, choose_precision, keep_freed_memory, release_freed_memory
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
-from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
+from runfolder import (
+    claimed_folder,
+    config_fingerprint,
+    refuse_changes,
+    refuse_other_data,
+    with_data_resolved,
+)
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 from suites.functions import sample_completions
 from tokenizer import Tokenizer
@@ -628,7 +634,7 @@ def train(config: Config, observer: Observer | None = None) -> TrainingManager:
         OSError: The disk is full or read-only; older checkpoints stay.
     """
     with claimed_folder(config) as folder:
-        return _train_in(folder, config, observer)
+        return _train_in(folder, with_data_resolved(config, folder), observer)
 
 
 def _train_in(folder: Path, config: Config, observer: Observer | None = None) -> TrainingManager:
@@ -665,6 +671,9 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
         )
     model_config = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
     config = dataclasses.replace(config, model=model_config)
+    if groups := data.report.groups:
+        documents = sum(data.report.kept.values())
+        print(f"split: {documents:,} documents in {groups:,} groups by their text (data.regroup true)")
     for side in dict.fromkeys((data.train, data.validation, data.test)):
         kind = "examples" if side.holds_examples else "files"
         refuse_long_answers(config.data, side, config.row_length)

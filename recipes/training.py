@@ -13,7 +13,7 @@ import yaml
 from checkpoint import step_folders
 from config import Config, write_atomically
 from precision import choose_device, choose_precision
-from runfolder import FIXED, KEY_CLASSES, WARNED, flat
+from runfolder import FIXED, KEY_CLASSES, WARNED, flat, with_data_resolved
 from runmodel import resolved_format
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
@@ -36,11 +36,12 @@ def finish(config: Config) -> bool:
     mark = folder / FINISHED
     if mark.is_file():
         try:
-            before, now = flat(Config.from_dict(json.loads(mark.read_text("utf-8")))), flat(config)
+            asked = Config.from_dict(json.loads(mark.read_text("utf-8")))
         except ValueError as error:
             raise ValueError(
                 f"{mark} is damaged ({error}); remove it, and the run is looked at anew"
             ) from None
+        before, now = (flat(with_data_resolved(one, folder)) for one in (asked, config))
         changed = [key for key in now if before[key] != now[key]]
         for key in changed:
             if KEY_CLASSES[key] == FIXED:
