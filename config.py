@@ -43,7 +43,8 @@ class DataConfig:
         group_field: Field whose value keeps documents together on one side of the split (a repository,
             say). Without it each document is its own group, and examples without a name go by their prompt.
         regroup: Find what belongs together by its text (near duplicates, shared passages) and keep it on one
-            side of the split too. `--fix` is short for it.
+            side of the split too. `--fix` is short for it. Unset, it is on for `stdlib`, many of whose code
+            pages are near copies of each other, and off for a source of one's own.
         validation_one_in: Of the groups that are not test, those are validation where
             `sha1(group) % validation_one_in == 0`. The best checkpoint is chosen by them. 0 validates on the
             training files, which only `--overfit` allows.
@@ -68,7 +69,7 @@ class DataConfig:
     suffixes: tuple[str, ...] = (".py",)
     text_field: str | None = None
     group_field: str | None = None
-    regroup: bool = False
+    regroup: bool | None = None
     validation_one_in: int = 10
     test_one_in: int = 10
     drop_comments: bool = False
@@ -79,6 +80,12 @@ class DataConfig:
     difficulty: Literal["rarity", "entropy", "loss"] = "rarity"
     cache: str = "cache"
     workers: int = 0
+
+    def resolved(self) -> DataConfig:
+        """The same settings with `regroup` decided. This is the one place that decides it."""
+        if self.regroup is not None:
+            return self
+        return replace(self, regroup=self.source == "stdlib")
 
 
 @dataclass(frozen=True)
@@ -542,7 +549,7 @@ CONFIG_GROUPS: dict[str, type] = {
     "optimizer": OptimizerConfig,
 }
 # Keys that came after runs had been saved, with what those runs did: their config.yaml lacks them.
-BEFORE: dict[str, Any] = {"data.test_one_in": 0, "model.base_width": 0}
+BEFORE: dict[str, Any] = {"data.regroup": False, "data.test_one_in": 0, "model.base_width": 0}
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 # Key: least, most, and which of the two is itself refused. None is no bound but the type's own; what depends
 # on several keys is in ModelConfig.resolved. The model's upper bounds only keep out what no machine holds.

@@ -104,6 +104,7 @@ class Report:
         duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
         kept: Documents on each side.
         kept_bytes: UTF-8 bytes on each side, prompts included.
+        groups: Groups that were found by the text of the documents kept; 0 if none were looked for.
         gaps: Plain documents for training that `fim_rate` cuts.
         fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
             which are test; set at the end.
@@ -117,6 +118,7 @@ class Report:
     duplicates: int = 0
     kept: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     kept_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    groups: int = 0
     gaps: int = 0
     fingerprint: str = ""
     corpus: str = ""
@@ -556,6 +558,7 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         ValueError: as `read_documents`.
         EmptySide: a side is left without a document.
     """
+    config = config.resolved()
     one_in = {"validation": config.validation_one_in, "test": config.test_one_in}
     given = dict(_split_files(Path(config.source)))
     one_in |= dict.fromkeys(given.keys() & one_in.keys(), 0)
@@ -564,9 +567,11 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
     documents = _without_duplicates(config, report)
     if config.regroup:
         kept = list(documents)
+        groups = _regrouped(config, kept)
+        report.groups = len(set(groups))
         documents = (
             (dataclasses.replace(document, group=group), digest, size)
-            for (document, digest, size), group in zip(kept, _regrouped(config, kept), strict=True)
+            for (document, digest, size), group in zip(kept, groups, strict=True)
         )
     for document, digest, size in documents:
         side = document.side or "train"

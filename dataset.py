@@ -131,6 +131,7 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
         raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
+    config = config.resolved()
     report = Report()
     with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
         for _, document in split_documents(config, report):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -223,6 +224,24 @@ KEY_CLASSES: dict[str, str] = {
 }
 
 
+# Keys that came after the first fingerprints of settings, which lack them.
+LATER = frozenset({"data.test_one_in", "model.base_width"})
+
+
+def with_data_resolved(config: Config, folder: Path) -> Config:
+    """The config with `data.regroup` decided: where it is unset, as the run in the folder has it, or else by
+    the source.
+
+    Raises:
+        ValueError: The folder's config.yaml cannot be read.
+    """
+    data, saved = config.data, folder / "config.yaml"
+    if data.regroup is None and saved.is_file():
+        before = Config.from_dict(read_yaml(saved))
+        data = dataclasses.replace(data, regroup=before.data.regroup)
+    return dataclasses.replace(config, data=data.resolved())
+
+
 def flat(config: Config) -> dict[str, Any]:
     """The config's values by full key, as in `model.n_layer`."""
     values: dict[str, Any] = {}
@@ -236,12 +255,13 @@ def flat(config: Config) -> dict[str, Any]:
 def config_fingerprint(config: Config) -> str:
     """SHA-256 of the fixed keys' values: equal for all stretches of one run.
 
-    A key that has the value of before it was there is left out: so a run that was saved then can go on.
+    A key that came later and has the value of before it was there is left out, so that a run that was saved
+    then can go on.
     """
     fixed = {
         key: value
         for key, value in flat(config.with_optimizer_defaults()).items()
-        if KEY_CLASSES.get(key, FIXED) == FIXED and not (key in BEFORE and BEFORE[key] == value)
+        if KEY_CLASSES.get(key, FIXED) == FIXED and not (key in LATER and BEFORE[key] == value)
     }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

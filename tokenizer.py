@@ -479,7 +479,8 @@ class CodeTokenizer(Tokenizer):
         Args:
             texts: The corpus; it is read once.
             vocab_size: Most ids the tokenizer may have, specials, bytes and markers included. There are fewer
-                where the corpus has too few pieces that are frequent enough.
+                where the corpus has too few pieces that are frequent enough, and by the few pieces that the
+                last choice leaves idle.
             min_count: A piece is taken only if it occurs more than this many times in `texts`.
 
         Raises:

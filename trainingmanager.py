@@ -94,7 +94,13 @@ from optim import ParameterGroup, build_optimizers, groups_table, learning_rate_
 from precision import Precision, evaluation_precision, keep_freed_memory, release_freed_memory
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
-from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
+from runfolder import (
+    claimed_folder,
+    config_fingerprint,
+    refuse_changes,
+    refuse_other_data,
+    with_data_resolved,
+)
 from runmodel import Run, adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.functions import sample_completions
@@ -657,7 +663,7 @@ def train(config: Config, observer: Observer | None = None, is_preset: bool = Fa
     """
     precision = refuse_mistakes(config)
     with claimed_folder(config) as folder:
-        return _train_in(folder, config, precision, observer, is_preset)
+        return _train_in(folder, with_data_resolved(config, folder), precision, observer, is_preset)
 
 
 def _train_in(
@@ -704,6 +710,9 @@ def _train_in(
         fingerprints["base"] = base.fingerprint
     if config.train.resume:
         refuse_other_data(folder, config, fingerprints)
+    if groups := data.report.groups:
+        documents = sum(data.report.kept.values())
+        print(f"split: {documents:,} documents in {groups:,} groups by their text (data.regroup true)")
     for side in dict.fromkeys((data.train, data.validation, data.test)):
         kind = "examples" if side.holds_examples else "files"
         refuse_long_answers(config.data, side, config.row_length)

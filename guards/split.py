@@ -24,8 +24,10 @@ def split(subject: Subject) -> Iterator[Fault | str]:
                 f"; {e.held_out!r} and {e.train!r} share {' '.join(e.excerpt.split())[:60]!r}"
                 for e in found.examples[:1]
             )
-            yield Fault(
-                "split-leaks",
-                f"of {held_out.split} in {known.split}: {found}{largest}",
-                "name what belongs together with --data.group_field, or let --fix find it by its text",
-            )
+            remedy = "name what belongs together with --data.group_field, or let --fix find it by its text"
+            if subject.config.data.regroup:
+                remedy = (
+                    "the split is by text already (data.regroup), so name what else belongs together with "
+                    "--data.group_field, or take it out"
+                )
+            yield Fault("split-leaks", f"of {held_out.split} in {known.split}: {found}{largest}", remedy)

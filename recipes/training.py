@@ -13,7 +13,7 @@ import yaml
 from checkpoint import step_folders
 from config import Config, write_atomically
 from precision import choose_device, choose_precision
-from runfolder import FIXED, KEY_CLASSES, WARNED, flat
+from runfolder import FIXED, KEY_CLASSES, WARNED, flat, with_data_resolved
 from runmodel import resolved_format
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 from yamlfile import read_yaml
@@ -39,12 +39,12 @@ def finish(config: Config, is_preset: bool = False) -> bool:
     mark = folder / FINISHED
     if mark.is_file():
         try:
-            made = Config.from_dict(json.loads(mark.read_text("utf-8")))
-            before, now = flat(made.with_optimizer_defaults()), flat(config)
+            made = Config.from_dict(json.loads(mark.read_text("utf-8"))).with_optimizer_defaults()
         except ValueError as error:
             raise ValueError(
                 f"{mark} is damaged ({error}); remove it, and the run is looked at anew"
             ) from None
+        before, now = (flat(with_data_resolved(one, folder)) for one in (made, config))
         changed = [key for key in now if before[key] != now[key]]
         for key in changed:
             if KEY_CLASSES[key] == FIXED:

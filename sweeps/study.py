@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,13 @@ def refuse_other_runs(study: optuna.Study, folder: Path) -> None:
 
 def identity(settings: Settings) -> dict[str, Any]:
     """What trials of one study share: other budgets, workers, samplers and pruners may go on with it."""
+    config = replace(settings.config, data=settings.config.data.resolved())
     return {
         "objectives": list(settings.sweep.objectives),
         "space": settings.space.plain,
         "config": {
             key: value
-            for key, value in flat(settings.config.with_optimizer_defaults()).items()
+            for key, value in flat(config.with_optimizer_defaults()).items()
             if KEY_CLASSES.get(key) != FREE or key in MATTERS
         },
     }

@@ -83,6 +83,21 @@ def test_fix_is_short_for_regrouping(words: list[str]) -> None:
     assert not parse_config(["--fix", "false"]).data.regroup
 
 
+@pytest.mark.parametrize(
+    ("words", "regroup"),
+    [
+        ([], True),
+        (["--fix", "false"], False),
+        (["--data.regroup", "null"], True),
+        (["--data.source", "mine"], False),
+        (["--data.source", "mine", "--fix"], True),
+        (["--overfit"], False),
+    ],
+)
+def test_by_text_is_the_default_of_the_embedded_source_alone(words: list[str], regroup: bool) -> None:
+    assert parse_config(words).data.resolved().regroup is regroup
+
+
 def test_a_value_that_is_spelled_like_a_switch_is_no_switch() -> None:
     assert parse_config(["--run", "overfit", "--seed", "3"]).train.run == "overfit"
 

@@ -36,6 +36,7 @@ from hypothesis import strategies as st
 
 import corpus
 import dataset
+import leaks
 import tokenstore
 from config import DataConfig
 from corpus import Document, Report, read_documents, split_documents, split_of, training_texts
@@ -218,19 +219,23 @@ def test_hidden_folders_other_suffixes_and_links_that_leave_are_skipped(folder: 
 
 
 def test_the_standard_library_is_split_by_the_published_rule():
+    """Without groups by text. Of a build that names one file twice, by a link, the first name stands."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
     sides: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if not left_out & set(path.relative_to(root).parts) and not path.is_symlink():
+        if left_out & set(path.relative_to(root).parts):
+            continue
+        if not path.is_symlink() or path.resolve().is_relative_to(root.resolve()):  # Debian has one to /etc
             scored = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
             chosen_by = int(hashlib.sha1(name.encode()).hexdigest(), 16) % 10 == 0
             sides["test" if scored else "validation" if chosen_by else "train"].append(name)
     report = Report()
     got: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
-    for side, document in split_documents(DataConfig(), report):
+    for side, document in split_documents(DataConfig(regroup=False), report):
         got[side].append(document.name)
+    assert report.groups == 0
     for side in sides:
         assert set(got[side]) <= set(sides[side])
         assert report.kept[side] == len(got[side]) > 20
@@ -238,6 +243,46 @@ def test_the_standard_library_is_split_by_the_published_rule():
     assert report.documents == report.duplicates + sum(report.kept.values())
     for side in ("validation", "test"):
         assert report.kept_bytes[side] == sum((root / n).stat().st_size for n in got[side])
+
+
+def leaked(config: DataConfig) -> list[leaks.Overlap]:
+    """What the two held-out sides have of training, and test of validation."""
+    sides: dict[str, list[Document]] = {side: [] for side in corpus.SPLITS}
+    for side, document in split_documents(config):
+        sides[side].append(document)
+    train, validation, test = sides.values()
+    return [leaks.overlap(train, validation + test), leaks.overlap(validation, test)]
+
+
+def test_the_default_passes_the_guard_against_leaks_with_room(tmp_path: Path):
+    """On whatever build of the library this interpreter has; the guard refuses above a quarter."""
+    for found in leaked(DataConfig(cache=str(tmp_path))):
+        assert max(found.leaked_share, found.duplicate_share) < 0.1 and found.groups == 0, found
+
+
+def test_near_copies_of_the_library_stay_on_one_side_by_default(library: Path, tmp_path: Path):
+    def sides_of_pages(config: DataConfig) -> set[str]:
+        found = list(split_documents(dataclasses.replace(config, cache=str(tmp_path / "cache"))))
+        assert len(found) == 64
+        return {side for side, document in found if document.name.startswith("encodings/")}
+
+    assert len(sides_of_pages(DataConfig())) == 1
+    assert not any(found.refused for found in leaked(DataConfig(cache=str(tmp_path / "cache"))))
+    # Without groups the guard refuses it, as it does a folder of one's own, whose default is the name.
+    assert sides_of_pages(DataConfig(regroup=False)) == set(corpus.SPLITS)
+    assert any(found.refused for found in leaked(DataConfig(regroup=False)))
+    assert sides_of_pages(DataConfig(source=str(library))) == set(corpus.SPLITS)
+    assert sides_of_pages(DataConfig(source=str(library), regroup=True)) == sides_of_pages(DataConfig())
+
+
+def test_stores_of_the_library_differ_by_how_it_is_split(library: Path, tmp_path: Path):
+    """An unset `regroup` is the same store as the value that it means, and another than the other one."""
+    folders = {
+        regroup: prepare_data(DataConfig(regroup=regroup, cache=str(tmp_path)), Bytes())
+        for regroup in (None, True, False)
+    }
+    assert folders[None].folder == folders[True].folder != folders[False].folder
+    assert folders[None].report.groups == 41 and folders[False].report.groups == 0
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -904,8 +949,6 @@ def test_regrouped_documents_that_belong_together_stay_on_one_side(tmp_path: Pat
 
 
 def test_groups_are_found_once_for_the_same_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import leaks
-
     right, calls = leaks.regroup, []
 
     def counted(documents: list[Document]) -> list[str]:

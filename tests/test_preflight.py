@@ -185,6 +185,15 @@ def test_a_fault_names_itself_its_evidence_its_remedy_and_its_override(folder: P
     assert "\n" not in text
 
 
+def test_what_leaks_although_it_was_split_by_text_is_not_told_to_be(folder: Path) -> None:
+    plant = next(plant for plant in PLANTS if plant.name == "E3 trained on")
+    with plant.fault():
+        by_name, by_text = (outcome(small_config(folder, {"data": {"regroup": on}})) for on in (False, True))
+    assert by_name.startswith("split-leaks: ") and "let --fix find it" in by_name
+    assert by_text.startswith("split-leaks: ") and "is by text already (data.regroup)" in by_text
+    assert "--fix" not in by_text
+
+
 def test_an_override_is_recorded_and_printed_with_every_score(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

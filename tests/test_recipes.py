@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from architecture import Decoder
 from config import Config
@@ -649,6 +650,17 @@ def test_a_damaged_record_of_what_was_done_is_named(text: str, tmp_path: Path) -
         return
     with pytest.raises(ValueError, match=r"steps\.json is damaged; remove .*, or name another --out"):
         done(tmp_path)
+
+
+def test_a_base_of_before_near_copies_were_grouped_is_finished_as_it_was(tmp_path: Path) -> None:
+    """Its config.yaml says how it was split, and its recipe has no flag for that."""
+    config = replace(Config(), train=replace(Config().train, run=str(tmp_path)))
+    by_name = replace(config, data=replace(config.data, regroup=False)).to_dict()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(by_name), "utf-8")
+    (tmp_path / "asked.json").write_text(json.dumps(by_name), "utf-8")
+    assert finish(config) is False
+    with pytest.raises(ValueError, match=r"finished with data.regroup False, and now it is True"):
+        finish(replace(config, data=replace(config.data, regroup=True)))
 
 
 def test_a_text_of_blanks_is_no_empty_place_in_the_report() -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import runfolder
-from config import CONFIG_GROUPS, Config, TrainConfig
+from config import CONFIG_GROUPS, Config, DataConfig, TrainConfig
 from runfolder import (
     FIXED,
     FREE,
@@ -28,12 +28,26 @@ from runfolder import (
     flat,
     refuse_changes,
     refuse_other_data,
+    with_data_resolved,
 )
 
 
 def test_the_fingerprint_of_settings_is_that_of_runs_saved_long_ago() -> None:
     """If a new key changes it, those runs cannot be resumed: the key belongs in config.BEFORE."""
-    assert config_fingerprint(Config(train=TrainConfig(max_steps=1))).startswith("d7fc37afbefb")
+    config = Config(data=DataConfig(regroup=False), train=TrainConfig(max_steps=1))
+    assert config_fingerprint(config).startswith("d7fc37afbefb")
+
+
+@pytest.mark.parametrize("saved", [False, True, None])  # None: it lacks the key, as the very first runs' do
+@pytest.mark.parametrize("given", [False, True, None])
+def test_a_run_is_split_as_it_was_unless_that_is_said(tmp_path: Path, saved: Any, given: Any) -> None:
+    config = Config(data=DataConfig(regroup=given))
+    assert with_data_resolved(config, tmp_path).data.regroup == (given is not False)  # no run is there
+    plain = Config(data=DataConfig(regroup=saved)).to_dict()
+    if saved is None:
+        del plain["data"]["regroup"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain), "utf-8")
+    assert with_data_resolved(config, tmp_path).data.regroup == (bool(saved) if given is None else given)
 
 
 def test_a_run_saved_when_validation_was_counted_in_batches_is_read_in_rows(

@@ -339,6 +339,7 @@ OTHERS = {  # of `own` below: what is said of the study of that space
     "arms: {a: {model.n_layer: 1}, b: {model.n_layer: 3}}": "in the arm b model.n_layer was 2 and is 3 now",
     "max_steps: 8": "another config: max_steps was 9 and is 8 now",
     "patience: 2": "another config: patience was 0 and is 2 now",
+    "data: {regroup: false}": "another config: data.regroup was true and is false now",
     "sweep.objectives: [bits_per_byte, parameters]": "was bits_per_byte and is bits_per_byte,parameters now",
 }
 
@@ -360,11 +361,19 @@ def test_what_a_study_differs_in_is_told_as_yaml_has_it(change: str, tmp_path: A
 
     studies()
     ((key, value),) = yaml.safe_load(change).items()
-    where = own if key in ("max_steps", "patience") else own["sweep"] if "." in key else space
+    where = own if key in ("max_steps", "patience", "data") else own["sweep"] if "." in key else space
     where[key.removeprefix("sweep.")] = value
     with pytest.raises(ValueError, match=re.escape(OTHERS[change])) as told:
         studies()
     assert "'" not in str(told.value)
+
+
+def test_a_study_of_ones_own_files_goes_on_from_when_they_were_split_by_name_in_words(tmp_path: Any) -> None:
+    own = {"space": {"seed": [1, 2]}, "sweep": {"study": str(tmp_path)}, "data": {"source": str(tmp_path)}}
+    path = tmp_path / "own.yaml"
+    for data in (own["data"] | {"regroup": False}, own["data"]):
+        path.write_text(yaml.safe_dump(own | {"data": data}), "utf-8")
+        open_studies(parse_settings(["--config", str(path)]))
 
 
 def test_sections_of_files_are_layered_and_flags_come_last(tmp_path: Any) -> None:

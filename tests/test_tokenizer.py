@@ -36,9 +36,10 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 SMALL = "def get_http_response(url):\n    return url\n\n\nclass HTTPResponse(Response):\n    LIMIT = None\n"
 
 
-def stdlib_files(step: int) -> list[Path]:
-    files = [p for p in sorted(STDLIB.rglob("*.py")) if "site-packages" not in p.parts]
-    return files[::step]
+def stdlib_files(count: int | None = None) -> list[Path]:
+    """All files of the library, or so many, spread evenly: Debian's has 668, without tests, others 1,790."""
+    files = [p for p in sorted(STDLIB.rglob("*.py")) if "site-packages" not in p.parts and p.is_file()]
+    return files if count is None else [files[i * len(files) // count] for i in range(count)]
 
 
 def corpus() -> Iterator[str]:
@@ -170,17 +171,16 @@ class TestCodeRoundTrip:
         letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyzABC0189", k=1_000_000))
         check_exact(code, letters)
 
-    def test_every_tenth_file_of_the_standard_library(self, code: CodeTokenizer) -> None:
-        self.check_stdlib(code, 10)
+    def test_150_files_of_the_standard_library(self, code: CodeTokenizer) -> None:
+        self.check_files(code, stdlib_files(150))
 
     @pytest.mark.slow
     def test_every_file_of_the_standard_library(self, code: CodeTokenizer) -> None:
-        self.check_stdlib(code, 1)
+        self.check_files(code, stdlib_files())
 
     @staticmethod
-    def check_stdlib(tokenizer: CodeTokenizer, step: int) -> None:
-        files = stdlib_files(step)
-        assert len(files) > 100
+    def check_files(tokenizer: CodeTokenizer, files: list[Path]) -> None:
+        assert len(set(files)) == len(files) >= 150
         for path in files:
             data = path.read_bytes()
             text = data.decode("utf-8", "surrogateescape")
@@ -244,7 +244,9 @@ class TestCodePieces:
             assert text.count(piece) > 10, piece
 
     def test_vocabulary_is_used_and_no_larger_than_asked(self, code: CodeTokenizer) -> None:
-        assert code.vocab_size == 1500
+        # What the last choice of pieces leaves idle goes, and nothing takes its place: one row with some
+        # versions of the library, whose texts these are, and none with others.
+        assert 0.99 * 1500 <= code.vocab_size <= 1500
         for size in (266, 270, 300):
             small = CodeTokenizer.train([SMALL] * 20, size)
             assert small.vocab_size <= size
@@ -780,8 +782,8 @@ class TestPretrained:
         """Ids are those of AutoTokenizer and text comes back, on each file; for byte-level tokenizers."""
         folder = Path(os.environ["PLUMB_TOKENIZER"])
         ours, theirs = PretrainedTokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
-        files = stdlib_files(1)
-        assert len(files) > 1000
+        files = stdlib_files()
+        assert len(files) > 500
         for path in files:
             text = path.read_bytes().decode("utf-8", "replace")
             ids = ours.encode(text)

@@ -43,7 +43,7 @@ from corpus import SPLITS
 from dataset import IGNORE_INDEX, Batch
 from optim import Muon
 from proofs import run_difference
-from runfolder import FIXED, KEY_CLASSES, claimed_folder, config_fingerprint, flat, new_folder
+from runfolder import FIXED, KEY_CLASSES, LATER, claimed_folder, config_fingerprint, flat, new_folder
 from runmodel import load_run
 from trainingmanager import (
     RESUMABLE,
@@ -673,7 +673,7 @@ def test_a_run_from_before_the_test_side_goes_on_without_one(
     config = replace(config, data=replace(config.data, test_one_in=0))
     values = flat(config.with_optimizer_defaults())
     fixed = {key: value for key, value in values.items() if KEY_CLASSES[key] == FIXED}
-    for key in BEFORE:
+    for key in LATER:
         del fixed[key]
     assert (
         config_fingerprint(config) == hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
@@ -688,6 +688,33 @@ def test_a_run_from_before_the_test_side_goes_on_without_one(
     result = evaluate(EvalConfig(str(manager.folder), samples=0, cache=config.data.cache))
     assert result["side"] == "validation" and result["bytes"] == manager.data.validation.n_bytes
     assert "no test side: the scores are of the validation files" in table(result)
+
+
+def test_a_run_on_the_library_says_how_it_is_split_and_one_of_before_goes_on_by_name(
+    config: Config, library: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config.yaml of a run of before says `regroup: false`. Of 64 modules 24 are near copies."""
+    from eval import EvalConfig
+    from suites.subject import data_of
+
+    data = replace(config.data, source="stdlib")
+    runs = {}
+    for regroup in (None, False):
+        place = str(Path(config.train.run) / str(regroup))
+        own = adapted(replace(config, data=replace(data, regroup=regroup)), run=place, max_steps=1)
+        own = adapted(own, allow=("split-leaks",))
+        capsys.readouterr()
+        train(own)
+        said = "split: 64 documents in 41 groups by their text (data.regroup true)" in capsys.readouterr().out
+        saved = yaml.safe_load((Path(place) / "config.yaml").read_text())["data"]["regroup"]
+        assert said is saved is (regroup is None)
+        later = adapted(replace(own, data=data), max_steps=2, resume=True)  # as a program asks for it
+        assert train(later).state.step == 2
+        data_of(
+            load_run(place), EvalConfig(place, cache=data.cache)
+        )  # refuses other data than it was trained on
+        runs[regroup] = json.loads((Path(place) / "fingerprints.json").read_text())["data"]
+    assert runs[None] != runs[False]
 
 
 def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_from_test(
