@@ -148,6 +148,7 @@ KEY_CLASSES: dict[str, str] = {
     "data.order": FIXED,
     "data.difficulty": FIXED,
     "data.cache": FREE,
+    "data.cache_gb": FREE,
     "data.workers": FREE,
     "tokenizer.kind": FIXED,
     "tokenizer.vocab_size": FIXED,
