@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import yaml
@@ -31,9 +32,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeps import verdict
 from sweeps.board import Board, Pulse, alone, is_done
+from sweeps.budget import ALL_FAILED, foreseen
 from sweeps.storage import told
 from sweeps.study import open_studies, refuse_other_data, refuse_other_runs
-from sweeps.worker import ALL_FAILED, STOPPED, start
+from sweeps.worker import STOPPED, start
 
 LOOK = 1.0  # seconds between two looks at workers and study
 DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
@@ -148,6 +150,11 @@ class Crew:
                 member.process.kill()
                 member.process.join(10 * LOOK)  # the kernel may take its time over a file system that is gone
 
+    def wait(self) -> None:
+        """Until it is time to look again: LOOK seconds, or less where a worker ends."""
+        alive = [member.process.sentinel for member in self.members if member.process.is_alive()]
+        wait(alive, LOOK) if alive else time.sleep(LOOK)
+
     def look(self) -> int | None:
         """The exit code of all once they have ended; those that were killed are started again."""
         for place, member in enumerate(self.members):
@@ -187,6 +194,7 @@ def sweep(settings: Settings) -> int:
     with told(settings.sweep.storage, folder):
         studies = open_studies(settings)
         refuse_other_runs(studies[0], folder)
+    say(beginning(settings))
     fingerprint = prepare(settings)
     with told(settings.sweep.storage, folder):
         refuse_other_data(studies[0], fingerprint)
@@ -196,7 +204,7 @@ def sweep(settings: Settings) -> int:
     again = {slot for slot, record in repeats.slots().items() if is_done(record)}
     if shown:
         say(f"the study in {folder} goes on after {len(shown)} trials")
-    crew, code = Crew(settings, fingerprint), None
+    crew, code, expected = Crew(settings, fingerprint), None, ""
     hung = f"its worker did nothing for {settings.sweep.hung_after:g} s (--hung_after) and was killed"
 
     def fail_hung(name: str) -> None:
@@ -206,7 +214,7 @@ def sweep(settings: Settings) -> int:
     try:
         with told(settings.sweep.storage, folder):
             while code is None:
-                time.sleep(LOOK)
+                crew.wait()
                 crew.end_hung(fail_hung)
                 code = crew.look()
                 for board, known in ((trials, shown), (repeats, again)):
@@ -215,6 +223,8 @@ def sweep(settings: Settings) -> int:
                             known.add(slot)
                             crew.deaths = 0
                             say(line(settings, board is repeats, record))
+                if not expected and (expected := foreseen(settings, trials.slots())):
+                    say(expected)
             trials.reap()
             repeats.reap()
     except ValueError:
@@ -238,6 +248,20 @@ def sweep(settings: Settings) -> int:
             "that, and begin anew with another --study"
         )
     return 0
+
+
+def beginning(settings: Settings) -> str:
+    """What the sweep is about to do, in one line: no trial ends in its first minute."""
+    own = settings.sweep
+    budgets = [
+        f"{value:g} {name}" for name in ("trials", "steps", "seconds") if (value := getattr(own, name))
+    ]
+    return (
+        f"sweep over {len(settings.space.parameters)} settings with "
+        f"{own.workers} worker{'s' * (own.workers > 1)}, "
+        f"{' or '.join(budgets) or 'the whole grid'}: first the tokens of all trials, then trial 0; "
+        f"what a trial prints is in {own.folder / 'logs'}"
+    )
 
 
 def line(settings: Settings, is_repeat: bool, record: FrozenTrial) -> str:
@@ -275,10 +299,10 @@ def finish(
     if any(record.state == TrialState.COMPLETE for record in slots.values()):
         best = verdict.winner(settings, slots, repeats)
         config = verdict.config_of(settings, slots, best)
-        name = verdict.called(best).capitalize()
-        head = f"# {name} of the sweep in {str(folder)!r}; budgets are of its trials.\n"
+        head = verdict.best_head(settings, config, best)
+        values = verdict.best_yaml(config, settings.space, settings.config)
         path = folder / "best.yaml"
-        write_atomically(path, head + yaml.safe_dump(verdict.best_yaml(config), sort_keys=False))
+        write_atomically(path, head + yaml.safe_dump(values, sort_keys=False))
         say(f"best config  python trainingmanager.py --config {shlex.quote(str(path))}")
     pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
     say(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")

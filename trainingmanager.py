@@ -93,7 +93,8 @@ from precision import Precision, choose_device, choose_precision, keep_freed_mem
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
-from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
+from runmodel import Run, adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
+from suites.closing import closing_lines, flags_of, shown_examples
 from suites.functions import sample_completions
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
@@ -735,6 +736,35 @@ def say_gaps_in_sight(share: float, config: Config) -> None:
         )
 
 
+def samples_of(manager: TrainingManager, run: Run, scores: dict[str, Any]) -> tuple[str, str]:
+    """What the model makes of held-out text, to read, and the words that ask `generate.py` for one of them.
+
+    Of a corpus of examples it is examples of its own, of plain files completions of functions.
+    """
+    n = manager.config.train.samples
+    if manager.data.test.holds_examples:
+        record = scores.get("suite")
+        if record is None:
+            return "no held-out example to complete\n", flags_of([])
+        return shown_examples(record, n), flags_of(record["samples"])
+    samples = sample_completions(
+        run.model.to(manager.device),
+        run.tokenizer,
+        manager.data.test,
+        manager.config.row_length,
+        manager.eval_precision,
+        n,
+    )
+    shown = "\n".join(
+        f"--- {s.name}:{s.line}\n{s.prompt}\n--- the model goes on\n{s.completion.strip(chr(10))}\n"
+        f"--- the file goes on\n{s.reference}\n"
+        for s in samples
+    )
+    if n and not samples:
+        shown = "no held-out function to complete\n"
+    return shown, flags_of([{"prompt": s.prompt.split("\n")[0].lstrip()} for s in samples])
+
+
 def report(manager: TrainingManager) -> None:
     """Scores of the best checkpoint beside the baseline, pictures, and completions; says where they are."""
     folder, train = manager.folder, manager.config.train
@@ -752,20 +782,8 @@ def report(manager: TrainingManager) -> None:
     scores = evaluate(settings)
     print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
     write_results(scores, settings)
-    samples = sample_completions(
-        run.model.to(manager.device),
-        run.tokenizer,
-        manager.data.test,
-        manager.config.row_length,
-        manager.eval_precision,
-        train.samples,
-    )
-    shown = "\n".join(
-        f"--- {s.name}:{s.line}\n{s.prompt}\n--- the model goes on\n{s.completion.strip(chr(10))}\n"
-        f"--- the file goes on\n{s.reference}\n"
-        for s in samples
-    )
-    shown = printable(shown) if samples or not train.samples else "no held-out function to complete\n"
+    shown, asked = samples_of(manager, run, scores)
+    shown = printable(shown)
     write_atomically(folder / "samples.txt", shown)
     print(f"\n{shown}")
     pictures = draw_curves(folder)
@@ -776,6 +794,7 @@ def report(manager: TrainingManager) -> None:
     print(f"pictures     {', '.join(str(path) for path in pictures)}")
     print(f"every line   {folder / 'eval.html'}")
     print(f"score again  python eval.py --checkpoint {folder}")
+    print("\n".join(closing_lines(folder, manager.config.lora.r > 0, printable(asked))))
 
 
 def prove_overfit(manager: TrainingManager) -> bool:

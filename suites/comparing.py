@@ -20,7 +20,7 @@ from typing import Any
 from metrics.intervals import compare
 from metrics.registry import Scored
 from suites.documents import OF_SUMS, rows_of, units_of, values_of
-from suites.records import DAMAGED, not_whole, read_evaluation, scored_again
+from suites.records import DAMAGED, evaluation_files, not_whole, read_evaluation, scored_again
 from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, origin_of, shares_told, suites_of
 
 LETTERS = "ABCDEFGH"
@@ -53,61 +53,157 @@ def columns_of(label: str, record: dict[str, Any], prompt: str | None = None) ->
     ]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One side of a comparison: what its evaluations hold of what was asked for.
+
+    Args:
+        label: In tables.
+        prompt: The name of the wording that was asked with; None where it is the prompt trained on.
+        evaluation: Its evaluations as one, by `_merged`.
+        records: By suite.
+        legend: Lines that say what it is, and which of its files were left out.
+    """
+
+    label: str
+    prompt: str | None
+    evaluation: dict[str, Any]
+    records: dict[str, dict[str, Any]]
+    legend: list[str]
+
+
 def compare_files(paths: Sequence[str], suite: str = "") -> str:
-    """The table and the verdicts of several evaluations.
+    """The table and the verdicts of several evaluations, over the suites that all of them hold.
 
     Args:
         paths: Run folders or eval.json files, each with `:NAME` behind it for the predictions that prompts of
-            that name had. So `a:verbose b:simple` are compared though they were asked in other words.
+            that name had. So `a:verbose b:simple` are compared though they were asked in other words. A
+            folder stands for all of its evaluations.
         suite: Names between commas, as of `--suite`; "" for all that they hold.
 
     Raises:
-        ValueError: fewer than two, one cannot be read or lacks a suite, or they were not measured alike.
+        ValueError: fewer than two, one cannot be read or lacks a suite that `suite` names, they share none,
+            or they were not measured alike.
     """
     if len(paths) < 2:
         raise ValueError(f"--compare has {len(paths)} evaluation to compare: name two or more")
     if len(paths) > len(LETTERS):
         raise ValueError(f"--compare has {len(paths)} evaluations; it takes {len(LETTERS)} at most")
-    legend, evaluations, asked = [], [], []
-    for letter, given in zip(LETTERS, paths, strict=False):
-        path, prompt = _path_and_prompt(given)
-        evaluation = read_evaluation(path)
-        label = letter if prompt is None else f"{letter} {prompt}"
-        try:
-            asked.append((label, prompt, _chosen(_records(evaluation, prompt), suite)))
-            step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
-            legend.append(f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}")
-        except DAMAGED as error:
-            raise not_whole(path, error) from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        evaluations.append((letter, evaluation))
-    whole = not suite and all(prompt is None for _, prompt, _ in asked)
+    sides = [_opened(letter, given, suite) for letter, given in zip(LETTERS, paths, strict=False)]
     try:
-        lines = [*legend, *(_token_lines(evaluations) if TOKENS in suite or not suite else [])]
-        (first, _, records), *others = asked
-        for label, _, found in others:
-            if list(found) != list(records):
-                raise ValueError(
-                    f"{first} and {label} cannot be compared: the suites are {', '.join(records)} in one and "
-                    f"{', '.join(found)} in the other; evaluate both alike"
-                )
-        for suite in records:
-            columns = [
-                column for label, prompt, found in asked for column in columns_of(label, found[suite], prompt)
-            ]
-            lines += ["", *comparison(columns)]
-        for prompt in _shared_prompts(evaluations) if whole else ():
-            columns = [
-                column
-                for label, evaluation in evaluations
-                for column in columns_of(f"{label} {prompt}", evaluation["prompts"][prompt], prompt)
-            ]
-            lines += ["", f"prompt {prompt}:", *comparison(columns)]
+        lines = _compared(sides, suite)
     except DAMAGED as error:
         raise not_whole(" or ".join(paths), error) from None
     # The files may be a stranger's, and this is for a terminal.
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+
+def _compared(sides: Sequence[Compared], suite: str) -> list[str]:
+    """The legend, the token scores, and a table for each suite and wording that all sides hold."""
+    tokens = TOKENS in suite or not suite
+    evaluations = [(side.label, side.evaluation) for side in sides]
+    lines = [line for side in sides for line in side.legend]
+    shared = [name for name in sides[0].records if all(name in side.records for side in sides)]
+    scored = _token_lines(evaluations) if tokens else []
+    if not shared and not scored:
+        held = "; ".join(f"{side.label} holds {', '.join(_held(side.evaluation))}" for side in sides)
+        raise ValueError(f"they share no suite: {held}; evaluate both alike, with --suite")
+    single = [
+        f"left out: {name}, which is only in {' and '.join(s.label for s in sides if name in s.records)}"
+        for name in dict.fromkeys(name for side in sides for name in side.records)
+        if name not in shared
+    ]
+    lines += [*single, *scored]
+    for name in shared:
+        columns = [c for side in sides for c in columns_of(side.label, side.records[name], side.prompt)]
+        lines += ["", *_told_by_bytes(columns, sides)]
+    whole = not suite and all(side.prompt is None for side in sides)
+    for prompt in _shared_prompts(evaluations) if whole else ():
+        columns = [
+            column
+            for label, evaluation in evaluations
+            for column in columns_of(f"{label} {prompt}", evaluation["prompts"][prompt], prompt)
+        ]
+        lines += ["", f"prompt {prompt}:", *_told_by_bytes(columns, sides)]
+    return lines
+
+
+def _told_by_bytes(columns: Sequence[Column], sides: Sequence[Compared]) -> list[str]:
+    """The lines of `comparison`; a refusal of other tokenizers names what can be compared all the same."""
+    try:
+        return comparison(columns)
+    except ValueError as error:
+        tokenizers = {side.evaluation.get("fingerprints", {}).get("tokenizer") for side in sides}
+        if len(tokenizers) == 1 or any("model" not in side.evaluation for side in sides):
+            raise
+        raise ValueError(
+            f"{error}; their tokenizers differ, and --suite {TOKENS} compares their bits per byte"
+        ) from None
+
+
+def _opened(letter: str, given: str, suite: str) -> Compared:
+    """One side, read from its files. Raises ValueError, with the path, where it lacks what is asked for."""
+    place, prompt = _path_and_prompt(given)
+    label = letter if prompt is None else f"{letter} {prompt}"
+    files = {path: read_evaluation(path) for path in evaluation_files(place)}
+    try:
+        files, legend = _of_one_checkpoint(_that_hold(files, suite, prompt), label)
+        evaluation = _merged(list(files.values()))
+        records = _chosen(_records(evaluation, prompt), suite, _held(evaluation))
+        return Compared(label, prompt, evaluation, records, legend)
+    except DAMAGED as error:
+        raise not_whole(next(iter(files)), error) from None
+    except ValueError as error:
+        raise ValueError(f"{next(iter(files))}: {error}") from None
+
+
+def _that_hold(
+    files: dict[Path, dict[str, Any]], suite: str, prompt: str | None
+) -> dict[Path, dict[str, Any]]:
+    """Of several evaluations of a run those that hold a suite or wording that is asked for; else all."""
+    names = {name for asked in map(str.strip, suite.split(",")) for name in TOGETHER.get(asked, (asked,))}
+    if len(files) == 1 or not (suite or prompt):
+        return files
+    found = {
+        path: evaluation
+        for path, evaluation in files.items()
+        if (prompt is not None and prompt in evaluation.get("prompts", {}))
+        or names & {record["suite"] for record in suites_of(evaluation)}
+        or (TOKENS in names and "model" in evaluation)
+    }
+    return found or files
+
+
+def _of_one_checkpoint(
+    files: dict[Path, dict[str, Any]], label: str
+) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """The evaluations of the checkpoint that the first of them is of, and lines that say what is what."""
+    weights = {path: evaluation.get("fingerprints", {}).get("weights") for path, evaluation in files.items()}
+    first = next(iter(files))
+    kept = {path: evaluation for path, evaluation in files.items() if weights[path] == weights[first]}
+    lines = []
+    for path, evaluation in files.items():
+        step = "" if evaluation["step"] is None else f", step {evaluation['step']}"
+        said = f"{label}: {evaluation['run'] or 'predictions'}{step}, from {path}"
+        lines.append(said if path in kept else f"{said}: left out, for {first} is of another checkpoint")
+    return kept, lines
+
+
+def _merged(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several evaluations of one checkpoint as one: what the first holds stands before what others hold.
+
+    A suite is taken from the last one that has it: its own file is newer than an eval.json of several suites.
+    """
+    whole: dict[str, Any] = {}
+    for evaluation in reversed(evaluations):
+        whole |= evaluation
+    records = {record["suite"]: record for evaluation in evaluations for record in suites_of(evaluation)}
+    if records:
+        whole["suite"], *whole["more_suites"] = records.values()
+    prompts = [evaluation["prompts"] for evaluation in reversed(evaluations) if "prompts" in evaluation]
+    if prompts:
+        whole["prompts"] = {name: record for held in prompts for name, record in held.items()}
+    return whole
 
 
 def _shared_prompts(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -117,9 +213,9 @@ def _shared_prompts(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[s
 
 
 def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[str, Any]]:
-    """By suite. Raises ValueError where there are none."""
+    """By suite. Raises ValueError where there is nothing to compare."""
     if prompt is None:
-        if not suites_of(evaluation):
+        if not suites_of(evaluation) and "model" not in evaluation:
             raise ValueError("it holds no predictions of a suite; evaluate with --samples above 0")
         return {record["suite"]: record for record in suites_of(evaluation)}
     held = evaluation.get("prompts", {})
@@ -131,16 +227,21 @@ def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[s
     return {held[prompt]["suite"]: held[prompt]}
 
 
-def _chosen(records: dict[str, dict[str, Any]], suite: str) -> dict[str, dict[str, Any]]:
-    """Of these suites those that are asked for. Raises ValueError where one is not there."""
+def _held(evaluation: dict[str, Any]) -> list[str]:
+    """The names of its suites, token scores among them."""
+    return [TOKENS] * ("model" in evaluation) + [record["suite"] for record in suites_of(evaluation)]
+
+
+def _chosen(records: dict[str, dict[str, Any]], suite: str, held: list[str]) -> dict[str, dict[str, Any]]:
+    """The records of the suites that are asked for. Raises ValueError where one is not held."""
     if not suite:
         return records
     found: dict[str, dict[str, Any]] = {}
     for asked in map(str.strip, suite.split(",")):
         own = {name: records[name] for name in TOGETHER.get(asked, (asked,)) if name in records}
-        if not own and asked != TOKENS:
+        if not own and (asked != TOKENS or TOKENS not in held):
             raise ValueError(
-                f"it holds no suite {asked!r} but {', '.join(records)}; evaluate with --suite {asked}"
+                f"it holds no suite {asked!r} but {', '.join(held)}; evaluate with --suite {asked}"
             )
         found |= own
     return found
@@ -151,7 +252,7 @@ def _path_and_prompt(given: str) -> tuple[Path, str | None]:
     if not path.exists() and ":" in given:
         start, _, prompt = given.rpartition(":")
         path = Path(start)
-    return (path / "eval.json" if path.is_dir() else path), prompt
+    return path, prompt
 
 
 def comparison(columns: Sequence[Column]) -> list[str]:

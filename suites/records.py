@@ -34,6 +34,17 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     return evaluation
 
 
+def evaluation_files(place: Path) -> list[Path]:
+    """The evaluations in a run's folder: eval.json first, then those of suites with a file of their own.
+
+    A file stands for itself, and a folder without evaluations for the eval.json that is missing.
+    """
+    if not place.is_dir():
+        return [place]
+    files = [place / "eval.json", *(place / f"eval-{name}.json" for name in SUITES)]
+    return [path for path in files if path.exists()] or files[:1]
+
+
 # What reading a damaged record, or one of a stranger, may raise.
 DAMAGED = (KeyError, TypeError, AttributeError, IndexError, OverflowError)
 

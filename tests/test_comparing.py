@@ -15,8 +15,10 @@ from metrics.intervals import compare, mean_of_sums, mean_rows
 from metrics.registry import score
 from suites.comparing import compare_files
 from suites.programs import record_of_results
-from suites.records import scored_again
+from suites.records import evaluation_files, scored_again
+from suites.results import results_path
 from suites.scoring import SUITES, Example, Predictions, scored, suites_of
+from suites.settings import EvalConfig
 from suites.task import Task
 
 PAIRS = SUITES["pairs"]
@@ -66,6 +68,29 @@ def write(folder: Path, *evaluations: dict[str, Any]) -> list[str]:
         (run / "eval.json").write_text(json.dumps(found), "utf-8")
         paths.append(str(run))
     return paths
+
+
+def with_tokens(found: dict[str, Any], factor: float, tokenizer: str) -> dict[str, Any]:
+    """The evaluation with token scores of 30 documents beside, by a tokenizer of this fingerprint."""
+    nats = [factor * (10.0 + i) for i in range(30)]
+    values = {
+        "tokens": 500,
+        "loss": 2.0,
+        "perplexity": 7.4,
+        "bits_per_byte": factor,
+        "top1": 0.5,
+        "top5": 0.6,
+    }
+    documents = {"names": list(map(str, range(30))), "bytes": [20] * 30, "tokens": [9] * 30}
+    documents["nats"] = {"model": nats}
+    return found | {
+        "side": "test",
+        "files": 30,
+        "bytes": 600,
+        "model": values,
+        "documents": documents,
+        "fingerprints": {"tokenizer": tokenizer},
+    }
 
 
 def test_differences_are_the_paired_bootstraps_of_the_metrics(tmp_path):
@@ -146,8 +171,9 @@ def test_only_the_suites_that_are_asked_for_are_compared(tmp_path):
     a, b = evaluation(1, 0.2), evaluation(2, 0.9)
     gap = {**a["suite"], "suite": "fim_line"}
     paths = write(tmp_path, a | {"more_suites": [gap]}, b)
-    with pytest.raises(ValueError, match="the suites are pairs, fim_line in one and pairs in the other"):
-        compare_files(paths)
+    said = compare_files(paths)
+    assert "left out: fim_line, which is only in A\n" in said
+    assert said.splitlines()[4:] == compare_files(paths, "pairs").splitlines()[3:]
     assert (
         compare_files(paths, "pairs").splitlines()[3:]
         == compare_files(write(tmp_path / "a", a, b)).splitlines()[3:]
@@ -159,6 +185,44 @@ def test_only_the_suites_that_are_asked_for_are_compared(tmp_path):
     a["suite"]["suite"] = b["suite"]["suite"] = "humaneval_infilling"
     with pytest.raises(ValueError, match="it holds no suite 'humaneval' but humaneval_infilling"):
         compare_files(write(tmp_path / "c", a, b), "humaneval")
+
+
+def test_a_run_stands_for_the_evaluations_of_its_suites_with_files_of_their_own(tmp_path):
+    def files(run: Path, suite: str, found: dict[str, Any], weights: str) -> None:
+        run.mkdir(exist_ok=True)
+        found = copy.deepcopy(found) | {"fingerprints": {"weights": weights, "tokenizer": "t"}}
+        found["suite"]["suite"] = suite
+        name = "eval.json" if suite == "pairs" else f"eval-{suite}.json"
+        (run / name).write_text(json.dumps(found), "utf-8")
+
+    a, b = evaluation(1, 0.2), evaluation(2, 0.9)
+    for run, found in (("a", a), ("b", b)):
+        for suite in ("pairs", "examples"):
+            files(tmp_path / run, suite, found, run)
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    both = [f"{path}/eval-examples.json" for path in paths]
+    said = compare_files(paths)
+    assert f"A: runs/1, step 1, from {tmp_path}/a/eval.json\n" in said
+    for suite in ("pairs", "examples"):
+        assert "\n".join(compare_files(paths, suite).splitlines()[3:]) in said
+    assert compare_files(paths, "examples") == compare_files(both)
+    files(tmp_path / "b", "examples", b, "of an earlier checkpoint")
+    said = compare_files(paths)
+    assert f"{both[1]}: left out, for {tmp_path}/b/eval.json is of another checkpoint\n" in said
+    assert "left out: examples, which is only in A\n" in said
+    assert compare_files(paths, "examples") == compare_files(both)
+
+
+def test_of_other_tokenizers_the_bytes_can_be_compared_and_are_named(tmp_path):
+    a, b = (with_tokens(evaluation(1, 0.5), 0.5, tokenizer) for tokenizer in "tu")
+    b["suite"]["samples"][7]["prompt"] = "x"
+    paths = write(tmp_path, a, b)
+    with pytest.raises(ValueError, match=r"prompt of sample 8.*--suite next_token compares their bits"):
+        compare_files(paths)
+    assert "bits per byte" in compare_files(paths, "next_token")
+    (tmp_path / "run1" / "eval.json").write_text(json.dumps(evaluation(1, 0.5)), "utf-8")
+    with pytest.raises(ValueError, match=r"run1/eval.json: it holds no suite .next_token. but pairs"):
+        compare_files(paths, "next_token")
 
 
 def test_wordings_are_compared_by_name_and_only_so(tmp_path):
@@ -210,7 +274,11 @@ def changed(found: dict[str, Any], *keys: Any, to: Any) -> dict[str, Any]:
         (("suite", "samples", 7, "prompt"), "x", "prompt of sample 8 is 'say 7' in one and 'x'"),
         (("suite", "samples", 7, "suffix"), "x", "suffix of sample 8 is None in one and 'x'"),
         (("suite", "samples"), [], "number of samples is 40 in one and 0"),
-        (("suite", "suite"), "next_line", "suites are pairs in one and next_line in the other"),
+        (
+            ("suite", "suite"),
+            "next_line",
+            "they share no suite: A holds pairs; B holds next_line; eval",
+        ),
         (
             ("suite", "samples", 3, "predictions"),
             {},
@@ -237,27 +305,6 @@ def test_limits_that_no_text_ran_into_may_differ(tmp_path):
 
 
 def test_token_scores_are_compared_over_the_same_documents(tmp_path):
-    def with_tokens(found: dict[str, Any], factor: float, tokenizer: str) -> dict[str, Any]:
-        nats = [factor * (10.0 + i) for i in range(30)]
-        values = {
-            "tokens": 500,
-            "loss": 2.0,
-            "perplexity": 7.4,
-            "bits_per_byte": factor,
-            "top1": 0.5,
-            "top5": 0.6,
-        }
-        documents = {"names": list(map(str, range(30))), "bytes": [20] * 30, "tokens": [9] * 30}
-        documents["nats"] = {"model": nats}
-        return found | {
-            "side": "test",
-            "files": 30,
-            "bytes": 600,
-            "model": values,
-            "documents": documents,
-            "fingerprints": {"tokenizer": tokenizer},
-        }
-
     a, b = with_tokens(evaluation(1, 0.5), 1.0, "t"), with_tokens(evaluation(2, 0.5), 0.5, "t")
     paths = write(tmp_path, a, b)
     said = compare_files(paths)
@@ -301,3 +348,15 @@ def test_a_strangers_file_does_not_write_to_the_terminal(tmp_path):
     a = evaluation(1, 0.5) | {"run": "\x1b[2Jx\u202e"}
     said = compare_files(write(tmp_path, a, evaluation(2, 0.9)))
     assert all(c.isprintable() or c == "\n" for c in said)
+
+
+def test_a_suite_with_a_file_of_its_own_leaves_the_scores_of_the_run_where_they_are(tmp_path):
+    run = {"run": str(tmp_path)}
+    assert results_path(run, EvalConfig("run")) == tmp_path / "eval.json"
+    assert results_path(run, EvalConfig("run", suite="fim,next_token")) == tmp_path / "eval.json"
+    assert results_path(run, EvalConfig("run", suite="mbpp")) == tmp_path / "eval-mbpp.json"
+    assert results_path(run, EvalConfig("run", suite="pairs,mbpp")) == tmp_path / "eval.json"
+    assert set(evaluation_files(tmp_path)) == {tmp_path / "eval.json"}
+    for name in ("eval-mbpp.json", "eval-mbpp-1.json", "eval-1.json"):
+        (tmp_path / name).touch()
+    assert evaluation_files(tmp_path) == [tmp_path / "eval-mbpp.json"]

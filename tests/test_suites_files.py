@@ -228,7 +228,7 @@ def test_the_command_scores_a_published_model_by_a_file(folder: Path, tmp_path: 
     words = ["--model", str(folder), "--suite", "codexglue_line", "--suite_file", file, "--max_new_tokens", 5]
     done = command("eval.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "evals" / "tiny" / "eval.json").read_text("utf-8"))
+    result = json.loads((tmp_path / "evals" / "tiny" / "eval-codexglue_line.json").read_text("utf-8"))
     assert "CodeXGLUE line completion: 6 lines, with 95% intervals" in done.stdout
     assert list(result["suite"]["scores"]) == ["model", "copy", "empty"]
     assert "\nbeside these: no n-gram model and no nearest training example: no training text" in done.stdout
@@ -236,7 +236,7 @@ def test_the_command_scores_a_published_model_by_a_file(folder: Path, tmp_path: 
     assert result["fingerprints"]["weights"] == load_pretrained(str(folder)).fingerprint
     assert (result["settings"]["seed"], result["suite"]["sampling"]) == (0, None)
     assert not list((tmp_path / "cache").rglob("*.jsonl"))  # nothing was interrupted
-    assert rescore(tmp_path / "evals" / "tiny" / "eval.json") == 0
+    assert rescore(tmp_path / "evals" / "tiny" / "eval-codexglue_line.json") == 0
 
 
 def test_an_adapter_is_scored_beside_its_base(folder: Path, tmp_path: Path):

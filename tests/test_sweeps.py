@@ -62,7 +62,9 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
 
     best = parse_config(["--config", str(study / "best.yaml")])
     of = yaml.safe_load((study / "best.yaml").read_text("utf-8"))
-    assert best.train.max_steps == 12 and of["data"]["source"] == str(corpus)
+    assert best.train.max_steps == 0 and of["data"]["source"] == str(corpus)
+    assert "tried for max_steps 12.\n" in (study / "best.yaml").read_text("utf-8")
+    assert "sweep over 2 settings with" in done.stderr + done.stdout
     words = ["--config", str(study / "best.yaml"), "--max_steps", "2", "--run", str(tmp_path / "again")]
     assert train(parse_config(words)).state.step == 2
 
@@ -195,7 +197,9 @@ def test_a_reader_that_went_away_and_a_terminal_that_nohup_waives_stop_nothing(
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None and process.stdout.readline().startswith("training a code tokenizer")
+    assert process.stdout is not None and process.stdout.readline().startswith(
+        "sweep over 2 settings with 1 worker, 3 trials"
+    )
     wait_for(lambda: any((tmp_path / "study" / "trials").glob("0001")))
     process.stdout.close()
     process.send_signal(signal.SIGHUP)

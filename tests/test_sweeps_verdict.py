@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -13,12 +14,14 @@ from optuna.trial import TrialState
 from scipy import stats
 from sweeping import tiny
 
-from config import RECIPES, parse_config
+from config import RECIPES, Config, parse_config
 from hyperparam_tune import finish
 from sweeps import study as studies
 from sweeps.settings import parse_settings
+from sweeps.space import Space, parse_space
 from sweeps.study import open_studies
 from sweeps.verdict import (
+    BUDGETS,
     Repeated,
     best_yaml,
     differences,
@@ -165,15 +168,23 @@ def test_a_value_is_written_with_digits_that_say_something(value: float, text: s
 @pytest.mark.parametrize(
     "words",
     [
-        ["--max_seconds", "60", "--model.n_layer", "2"],
+        ["--batch_size", "60", "--model.n_layer", "2"],
         ["--base", "folder", "--config", str(RECIPES / "kotlin.yaml")],  # whose batch_size is 8
         ["--base", "folder", "--lora.r", "0", "--optimizer.name", "muon", "--optimizer.schedule", "wsd"],
     ],
 )
 def test_the_best_config_is_read_again_as_it_was(words: list[str], tmp_path: Path) -> None:
     config, path = parse_config(words), tmp_path / "best.yaml"
-    path.write_text(yaml.safe_dump(best_yaml(config)), "utf-8")
-    assert parse_config(["--config", str(path)]) == config
+    path.write_text(yaml.safe_dump(best_yaml(config, Space((), {}), config)), "utf-8")
+    own = {key: getattr(Config().train, key) for key in BUDGETS}  # those of the trials stay out of it
+    assert parse_config(["--config", str(path)]) == replace(config, train=replace(config.train, **own))
+
+
+def test_the_budget_of_the_trials_stays_out_of_the_best_config_unless_it_was_varied() -> None:
+    base = parse_config(["--max_steps", "60", "--max_seconds", "9", "--batch_size", "60"])
+    assert best_yaml(base, Space((), {}), base) == {"batch_size": 60}
+    varied = parse_space({"max_steps": [30, 60]}, base)
+    assert best_yaml(base, varied, base) == {"batch_size": 60, "max_steps": 60}
 
 
 def test_settings_in_the_table_are_as_yaml_has_them() -> None:

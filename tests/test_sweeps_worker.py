@@ -17,9 +17,10 @@ from optuna.trial import TrialState
 from sweeping import run, sweep, tiny
 
 from checkpoint import checkpoints
+from sweeps import budget, trial
 from sweeps import study as studies
-from sweeps import trial, worker
 from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done
+from sweeps.budget import foreseen, more_trials, room_for_a_round, whole_rounds
 from sweeps.settings import parse_settings
 from sweeps.study import open_studies
 from sweeps.trial import Outcome, run_trial
@@ -27,7 +28,7 @@ from sweeps.verdict import (
     counts,
     idle,
 )
-from sweeps.worker import Worker, more_trials
+from sweeps.worker import Worker
 
 
 def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_on(
@@ -430,6 +431,49 @@ def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus:
     assert not more_trials(three, slots, 71.0, None)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "seeds", "rounds"), [(0, 3, 3), (120, 3, 3), (119, 3, 2), (80, 3, 2), (79, 3, 0), (40, 1, 1)]
+)
+def test_rounds_of_repeats_are_whole_and_take_half_of_the_time(
+    tmp_path: Path, corpus: Path, seconds: float, seeds: int, rounds: int
+) -> None:
+    """Two configs by 10 s each: a round takes one worker 20 s."""
+    words = ["--config", str(tiny(tmp_path, corpus)), "--seconds", str(seconds), "--repeat_seeds", str(seeds)]
+    settings = parse_settings([*words, "--repeat_best", "1"])
+    attributes = {"slot": 0, "attempt": 0, "steps": 12, "seconds": 10.0}
+    one = optuna.trial.create_trial(state=TrialState.COMPLETE, value=1.0, user_attrs=attributes)
+    assert whole_rounds(settings, {0: one}) == rounds
+    if seconds:
+        assert room_for_a_round(settings, {0: one}, seconds - 20.0)
+        assert not room_for_a_round(settings, {0: one}, seconds - 19.0)
+        assert f"then {rounds} rounds of repeats of 2 configs, {rounds * 20} s" in foreseen(
+            settings, {0: one}
+        )
+
+
+def test_a_round_that_was_begun_is_ended_and_the_next_one_begins_only_with_room(
+    tmp_path: Path, corpus: Path
+) -> None:
+    own = {"trials": 2, "repeat_seeds": 2, "repeat_best": 1, "seconds": 1000}
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus, sweep=own))])
+    trials, repeats = open_studies(settings)
+    worker = Worker(settings, trials, repeats, Pulse(trials, tmp_path / "study"))
+    for slot in (0, 1):
+        record = trials.ask()
+        record.suggest_float("optimizer.head_lr", 1e-3, 1e-1, log=True)
+        for key, value in {"slot": slot, "attempt": 0, "seconds": 10.0, "steps": 12}.items():
+            record.set_user_attr(key, value)
+        trials.tell(record, 1.0 + slot)
+    first = optuna.trial.create_trial(
+        state=TrialState.COMPLETE, value=1.0, user_attrs={"slot": 0, "of": 0, "seed": 1}
+    )
+    worker.spent = lambda: 981.0  # nineteen seconds are left, and a round takes twenty
+    assert not worker.more_repeats({})
+    assert worker.more_repeats({0: first})
+    worker.spent = lambda: 980.0
+    assert worker.more_repeats({})
+
+
 def test_a_grid_is_tried_whole_where_other_samplers_have_seen_enough(tmp_path: Path, corpus: Path) -> None:
     """A block of twenty settings that cannot be built stands in front of the rest of a grid."""
     settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--steps", "900", "--trials", "0"])
@@ -482,7 +526,7 @@ def test_a_budget_in_steps_holds_a_trial_whose_steps_do_not_vary(
 def test_a_budget_in_steps_ends_where_the_space_has_nothing_left(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "NOTHING_NEW", 4)
+    monkeypatch.setattr(budget, "NOTHING_NEW", 4)
     space = {"model.dropout": [0.0, 0.2]}
     path = tiny(tmp_path, corpus, space=space, max_steps=3, sweep={"trials": 0, "repeat_seeds": 0})
     _, slots = sweep(path, "--steps", "10000", "--sampler", "random")
@@ -490,7 +534,7 @@ def test_a_budget_in_steps_ends_where_the_space_has_nothing_left(
     assert len(trained) == 2 and len(slots) == trained[-1] + 5
     by_trials = parse_settings(["--config", str(path), "--trials", "100"])
     assert more_trials(by_trials, slots, 0.0, None)  # which end by themselves
-    monkeypatch.setattr(worker, "NOTHING_NEW", 5)
+    monkeypatch.setattr(budget, "NOTHING_NEW", 5)
     assert more_trials(parse_settings(["--config", str(path), "--steps", "10000"]), slots, 0.0, None)
 
 

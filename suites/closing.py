@@ -1,0 +1,91 @@
+"""What a run says last: whether it memorised, what to change first, and how to complete a prompt with it.
+
+    print("\\n".join(closing_lines(folder, config.lora.r > 0, "def main():")))
+
+Both are read from the run's metrics.jsonl. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RECENT = 0.1  # of the logged steps, whose mean training loss stands for the end of the run
+ROSE = 0.02  # nats by which validation must have risen since its best to count as risen
+APART = 1.25  # validation loss over training loss from which a run that has seen its data twice memorises
+STILL_FALLS = 0.01  # share by which validation fell over the last fifth of a run that should be longer
+LONGEST = 200  # characters of a prompt that is shown in a command
+
+
+def closing_lines(folder: Path, adapted: bool, asked: str) -> list[str]:
+    """The two closing lines of a run.
+
+    Args:
+        folder: Of the run, with its metrics.jsonl.
+        adapted: Whether adapters trained, whose settings have other names.
+        asked: Words that `flags_of` made.
+    """
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    run = shlex.quote(str(folder))
+    return [
+        f"verdict      {verdict(rows, run, adapted)}",
+        f"complete     python generate.py --model {run} {asked}",
+    ]
+
+
+def verdict(rows: Sequence[Mapping[str, float]], run: str, adapted: bool) -> str:
+    """Training against validation loss in one sentence, and what to change first.
+
+    Args:
+        rows: What was logged, a mapping of tags for each step.
+        run: The folder, quoted for a shell.
+        adapted: Whether adapters trained.
+    """
+    trained = [row for row in rows if "train/loss" in row]
+    validated = [(int(row["step"]), row["eval/loss"]) for row in rows if "eval/loss" in row]
+    if not trained or not validated:
+        return "nothing was logged to judge by"
+    recent = trained[-max(1, round(RECENT * len(trained))) :]
+    train = sum(row["train/loss"] for row in recent) / len(recent)
+    epochs, (last, held_out) = trained[-1]["train/epoch"], validated[-1]
+    best_step, best = min(validated, key=lambda pair: pair[1])
+    facts = f"training loss {train:.2f} against validation {held_out:.2f} after {epochs:.1f} epochs"
+    dropout = "--lora.dropout 0.1" if adapted else "--model.dropout 0.1"
+    if held_out > best + ROSE:
+        return (
+            f"{facts}: memorising, validation was best at step {best_step:,} ({best:.2f}); change first: "
+            f"more data, else {dropout} or --patience 3"
+        )
+    if epochs > 2 and held_out > APART * train:
+        return f"{facts}: memorising; change first: more data, else {dropout} or fewer epochs"
+    before = [loss for step, loss in validated if step <= 0.8 * last]
+    if not before:
+        return f"{facts}: too few validations to judge by; change first: train longer, or --validate_every"
+    if before[-1] > (1 + STILL_FALLS) * held_out:
+        longer = f"--resume --run {run} and a larger budget"
+        return f"{facts}: not memorising, and validation still falls; change first: train longer ({longer})"
+    larger = "--lora.r" if adapted else "--model.n_layer and --model.n_embd"
+    return f"{facts}: not memorising, and validation has levelled off; change first: more data, or {larger}"
+
+
+def shown_examples(record: Mapping[str, Any], n: int) -> str:
+    """Prompt, completion and reference of `n` of a suite's examples, spread evenly over them."""
+    samples = record["samples"]
+    chosen = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
+    return "\n".join(
+        f"--- {sample['name']}\n{sample['prompt']}\n--- the model goes on\n{sample['predictions']['model']}\n"
+        f"--- the example goes on\n{sample['reference']}\n"
+        for sample in chosen
+    )
+
+
+def flags_of(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The words that ask `generate.py` for the sample with the shortest prompt; a long one is for a file."""
+    asked = min(samples, key=lambda sample: len(sample["prompt"]), default={"prompt": "def main():"})
+    if len(asked["prompt"]) > LONGEST:
+        return "--prompt_file FILE"
+    suffix = f" --suffix {shlex.quote(asked['suffix'])}" if asked.get("suffix") is not None else ""
+    return f"--prompt {shlex.quote(asked['prompt'])}{suffix}"
