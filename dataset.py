@@ -122,6 +122,31 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> st
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _store_folder(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> Path:
+    return Path(config.cache) / f"tokens-{_store_key(config, tokenizer, fingerprint)[:24]}"
+
+
+def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> PreparedData | None:
+    """The store in the cache of the data with this fingerprint, without a look at their source.
+
+    None where there is no such store, or it is damaged. Its report has the fingerprint alone.
+    """
+    report = Report(fingerprint=fingerprint)
+    try:
+        return _verified(_store_folder(config, tokenizer, fingerprint), tokenizer, report)
+    except ValueError:
+        return None
+
+
+def _verified(folder: Path, tokenizer: Tokenizer, report: Report) -> PreparedData:
+    """The whole of a store, its checksums compared; ValueError if it is damaged or of something else."""
+    prepared = _opened(folder, report)
+    for store in {prepared.train, prepared.validation, prepared.test}:
+        store.refuse_other_index(tokenizer, report.fingerprint)
+        store.verify()
+    return prepared
+
+
 def _opened(folder: Path, report: Report) -> PreparedData:
     train, validation, test = open_store(folder)
     # Without a split (validation_one_in 0, for overfitting) validation reads what was trained on.
@@ -154,13 +179,10 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
             if document.suffix is not None:
                 fim_markers(tokenizer, f"{document.where} cannot be learned; give prompt and completion")
             bar.update()
-    target = Path(config.cache) / f"tokens-{_store_key(config, tokenizer, report.fingerprint)[:24]}"
+    target = _store_folder(config, tokenizer, report.fingerprint)
     if target.exists():
         try:
-            prepared = _opened(target, report)
-            for store in {prepared.train, prepared.validation, prepared.test}:
-                store.refuse_other_index(tokenizer, report.fingerprint)
-                store.verify()
+            prepared = _verified(target, tokenizer, report)
             make_room(Path(config.cache), config.cache_gb)
             return prepared
         except ValueError as error:

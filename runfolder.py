@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from config import BEFORE, Config
+from config import BEFORE, Config, write_atomically
 
 LOCK = ".lock"
 LOCK_TRIES = 1000  # each fails only if another run ended in the same microseconds
@@ -269,6 +269,15 @@ def refuse_changes(folder: Path, config: Config) -> None:
                 "that was never stopped",
                 file=sys.stderr,
             )
+
+
+def note_base(folder: Path, base: str | None) -> None:
+    """Write down where the base of a run lies now: whoever opens the run looks for it there."""
+    if base is not None:
+        path = folder / "config.yaml"
+        place = str(Path(base).resolve()) if Path(base).is_dir() else base
+        saved = yaml.safe_load(path.read_text("utf-8")) | {"base": place}
+        write_atomically(path, yaml.safe_dump(saved, sort_keys=False))
 
 
 def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ import yaml
 from checkpoint import step_folders
 from config import Config, write_atomically
 from precision import choose_device, choose_precision
-from runfolder import FIXED, KEY_CLASSES, WARNED, flat
+from runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base
 from runmodel import resolved_format
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
@@ -66,7 +66,7 @@ def finish(config: Config) -> bool:
     try:
         manager = train(replace(config, train=replace(config.train, resume=begun)))
     except BudgetUsed:  # killed between its last checkpoint and the mark; or its base has moved
-        _say_where_base_is(config, folder)
+        note_base(folder, config.train.base)  # training has compared its fingerprint
     else:
         if manager.stop_signal is not None and manager.progress() < 1:
             say(f"stopped at step {manager.state.step}; the same command goes on")
@@ -88,12 +88,3 @@ def _refuse_another_format(config: Config, folder: Path) -> None:
             f"{folder} was finished on a base held in {before}, and with --precision {train.precision} on "
             f"{asked.device.type} it would be held in {held}; set it back, or name another --out"
         )
-
-
-def _say_where_base_is(config: Config, folder: Path) -> None:
-    """Whoever opens the run looks for its base there; training has compared the fingerprint."""
-    path, base = folder / "config.yaml", config.train.base
-    if base is not None:
-        place = str(Path(base).resolve()) if Path(base).is_dir() else base
-        saved = yaml.safe_load(path.read_text("utf-8")) | {"base": place}
-        write_atomically(path, yaml.safe_dump(saved, sort_keys=False))
