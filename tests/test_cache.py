@@ -109,6 +109,17 @@ def test_a_changed_value_of_a_store_s_index_is_seen(
     assert again.train.vocab_size == prepared.train.vocab_size
 
 
+def test_an_index_that_was_changed_where_nothing_reads_it_is_seen_too(
+    data: DataConfig, tokenizer: Tokenizer
+) -> None:
+    path = prepare_data(data, tokenizer).folder / "index.json"
+    index = json.loads(path.read_text("utf-8"))
+    index["splits"]["train"]["documents"] += 1
+    path.write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ValueError, match=r"index\.json was changed on the disk"):
+        TokenStore(path.parent, "train")
+
+
 @pytest.mark.parametrize("is_older", [False, True])
 def test_no_flipped_bit_of_an_index_is_silent(data: DataConfig, tokenizer: Tokenizer, is_older: bool) -> None:
     prepared = prepare_data(data, tokenizer)

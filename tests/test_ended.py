@@ -101,11 +101,20 @@ def test_an_undisturbed_end_leaves_nothing_to_make(
 
 
 @pytest.mark.parametrize(
-    ("cut", "missing"),
-    [("write_results", LEFT[:2]), ("samples_of", LEFT[1:2]), ("closing_lines", [])],
+    ("cut", "missing", "said"),
+    [
+        ("write_results", LEFT[:2], "made now: scores, samples\n"),
+        ("samples_of", LEFT[1:2], "made now: samples\n"),
+        ("closing_lines", [], "nothing is missing"),
+    ],
 )
 def test_what_was_made_before_a_kill_is_not_made_again(
-    run: Path, monkeypatch: pytest.MonkeyPatch, cut: str, missing: list[str]
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cut: str,
+    missing: list[str],
+    said: str,
 ) -> None:
     def killed(*_: Any) -> None:
         raise SystemExit(137)
@@ -116,7 +125,9 @@ def test_what_was_made_before_a_kill_is_not_made_again(
             resume(run)
     before = contents(run)
     assert [file for file in LEFT if file not in before] == missing
+    capsys.readouterr()
     resume(run)
+    assert said in capsys.readouterr().out
     after = contents(run)
     assert all(file in after for file in LEFT)
     assert all(after[file] == before[file] for file in LEFT[:2] if file not in missing)
