@@ -17,6 +17,9 @@ all of it. Root's sandboxes run as a user id that owns nothing.
 
 A run is timed out when it used `Limits.cpu` seconds of CPU time, which other load on the machine does not
 count towards, or when `Limits.wall` seconds have passed, which are many more.
+
+An empty file costs no byte of /tmp and 1 KiB of kernel memory. As bwrap cannot limit their number, this
+process counts them while a sandbox lives, and ends one that has more than `Limits.files`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import itertools
 import marshal
 import os
 import platform
+import resource
 import selectors
 import shutil
 import signal
@@ -48,6 +52,8 @@ INSIDE = "/sandbox_child.pyc"
 REPORTED = ("passed", "failed", "ended", "no data", "not judged")
 REPORT_BYTES = 1 << 16
 PARENT_BYTES = 1 << 20  # of an answer that this process decodes; as empty sets they are 75 times as much
+SIGNALS = 256  # that may wait; a timer is one of them, and kernel memory
+WATCH_SECONDS = 0.02  # between two counts of the files of a sandbox
 UNSAFE = "none: it ran with this user's rights"
 # Ids that systemd sets aside for services of a moment (systemd.io/UIDS-GIDS); one each, as the kernel counts
 # the processes of an id.
@@ -64,6 +70,8 @@ class Limits:
         wall: Seconds by the clock.
         memory: Bytes of address space.
         disk: Bytes under /tmp, which are memory too, and of one file there.
+        files: Files, folders and links under /tmp. They are counted every WATCH_SECONDS, so that some more
+            may be made before the end; where /proc does not show a sandbox to its maker, they are not.
         output: Bytes of the standard output, and as many of the standard error.
         threads: Threads. Where root cannot leave its id, the memory bounds them.
     """
@@ -72,6 +80,7 @@ class Limits:
     wall: float = 60.0
     memory: int = 512 << 20
     disk: int = 16 << 20
+    files: int = 4096
     output: int = 1 << 20
     threads: int = 32
 
@@ -80,7 +89,10 @@ LIMITS = Limits()
 
 
 class Outcome(NamedTuple):
-    """How a program ended: "ended" with its exit code (128 + n: by signal n), "timed out" or "output"."""
+    """How a program ended: "ended" with its exit code (128 + n: by signal n), or "timed out".
+
+    Or "output" or "files", of which it made more than its limits allow.
+    """
 
     status: str
     exit_code: int | None
@@ -213,7 +225,9 @@ class Sandbox:
                 *("--remount-ro", "/", "--seccomp", str(read[0]), *words),
             ]
         quiet = subprocess.DEVNULL
-        self.started = time.monotonic()
+        self.limits, self.isolated = limits, bool(found.prefix)
+        self.killed = self.overfull = False
+        self.started = self.ended = time.monotonic()
         try:
             self.process = subprocess.Popen(
                 words,
@@ -236,12 +250,35 @@ class Sandbox:
                 self.process.wait()
                 return None
             time.sleep(0.001)
+        if self.ended == self.started:
+            self.ended = time.monotonic()
         return self.process.returncode
 
     @property
     def used_up(self) -> bool:
-        """Whether the signal for too much CPU time ended it."""
-        return self.process.returncode in (128 + signal.SIGXCPU, -signal.SIGXCPU)
+        """Whether too much CPU time ended it.
+
+        A program that ignores the signal is killed a second of CPU time later, without a word of why. So is
+        one for want of memory, or by itself: of these only what ended too early is told from it.
+        """
+        code = self.process.returncode
+        if code in (128 + signal.SIGKILL, -signal.SIGKILL) and not self.killed:
+            return (self.ended - self.started) * (os.cpu_count() or 1) >= self.limits.cpu
+        return code in (128 + signal.SIGXCPU, -signal.SIGXCPU)
+
+    def count_files(self) -> None:
+        """Kill it if it has more files than it may have. What is not its own /tmp is not looked at."""
+        try:
+            bwrap = self.process.pid
+            first = Path(f"/proc/{bwrap}/task/{bwrap}/children").read_text().split()[0]
+            found = os.statvfs(f"/proc/{first}/root/tmp")
+        except (OSError, IndexError):  # It is not there yet, or not any more, or not shown.
+            return
+        page = resource.getpagesize()
+        own = found.f_blocks * found.f_frsize == -(-self.limits.disk // page) * page
+        if own and found.f_files - found.f_ffree > self.limits.files + 1:  # The folder itself is one.
+            self.overfull = True
+            self.kill()
 
     def kill(self) -> None:
         """End its group, which the first process inside is in too; with that one all inside end.
@@ -250,6 +287,7 @@ class Sandbox:
         leaves it running if bwrap is killed while it sets up.
         """
         if self.process.returncode is None:
+            self.killed = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -264,16 +302,47 @@ class Sandbox:
 
 @contextlib.contextmanager
 def _started(*args: Any, **kwargs: Any) -> Iterator[Sandbox]:
+    global _watcher
     sandbox = Sandbox(*args, **kwargs)
-    _live.add(sandbox)
     try:
+        with _lock:
+            _live.add(sandbox)
+            if sandbox.isolated and (_watcher is None or not _watcher.is_alive()):
+                _watcher = threading.Thread(target=_watch, daemon=True)
+                _watcher.start()
         yield sandbox
     finally:
-        _live.discard(sandbox)
+        with _lock:
+            _live.discard(sandbox)
         sandbox.close()
 
 
+def _watch() -> None:
+    """Count the files of all sandboxes of this process, for as long as there are some."""
+    global _watcher
+    while True:
+        time.sleep(WATCH_SECONDS)
+        with _lock:
+            if not _live:
+                _watcher = None
+                return
+            live = tuple(_live)
+        for sandbox in live:
+            if sandbox.isolated and sandbox.process.returncode is None:
+                sandbox.count_files()
+
+
+def _forked() -> None:
+    """A child process has neither the sandboxes nor the watcher, and perhaps a lock that nobody frees."""
+    global _lock, _watcher
+    _lock, _watcher = threading.Lock(), None
+    _live.clear()
+
+
 _live: set[Sandbox] = set()
+_lock = threading.Lock()
+_watcher: threading.Thread | None = None
+os.register_at_fork(after_in_child=_forked)
 
 
 def end_all() -> None:
@@ -293,6 +362,7 @@ def _job(found: Isolation, limits: Limits, **fields: Any) -> bytes:
     }
     if found.prefix:  # elsewhere the user's other processes would count too
         numbers |= {"RLIMIT_NPROC": limits.threads + 1, "RLIMIT_MEMLOCK": 0, "RLIMIT_MSGQUEUE": 0}
+        numbers["RLIMIT_SIGPENDING"] = SIGNALS
     uid = USER_IDS[next(_turns) % len(USER_IDS)] if found.leave_root else None
     return framed(encode(fields | {"limits": numbers, "uid": uid}))
 
@@ -361,7 +431,9 @@ def _run(found: Isolation, program: str, stdin: str, limits: Limits) -> Outcome:
             {process.stdin: job}, [process.stdout, process.stderr], limits.output, deadline
         )
         code = sandbox.finish(deadline if status == "ended" else 0.0)
-        if status == "ended" and (code is None or sandbox.used_up):
+        if sandbox.overfull:
+            status = "files"
+        elif status == "ended" and (code is None or sandbox.used_up):
             status = "timed out"
         stdout, stderr = (data.decode("utf-8", "replace") for data in got)
         seconds = time.monotonic() - sandbox.started
@@ -417,7 +489,7 @@ def _verdict(
 ) -> tuple[str, str]:
     """What the judge reported, or why it could not."""
     try:
-        kind, reason = map(str, decode(report[8:]))
+        kind, reason = map(str, decode(report[8:], guarded=True))
         kind = kind if kind in REPORTED else ""
         reason = "".join(letter if letter.isprintable() else " " for letter in reason)  # a terminal obeys it
     except (ValueError, TypeError):
@@ -426,11 +498,15 @@ def _verdict(
         return "timed out", f"{limits.wall:g} s by the clock"
     if not kind and judging.used_up:
         return "timed out", f"the test used {limits.cpu} s of CPU time"
+    if judging.overfull:
+        return "failed", f"the test made more than {limits.files:,} files"
     if not kind:
         return "failed", "the test's process ended without a verdict"
     if kind != "ended":
         return kind, reason
     code = candidate.finish(deadline)
+    if candidate.overfull:
+        return "failed", f"the program made more than {limits.files:,} files"
     if candidate.used_up:
         return "timed out", f"{limits.cpu} s of CPU time"
     return "failed", reason if code is None else f"{reason} with exit code {code}"
@@ -442,7 +518,8 @@ def calls(program: str, limits: Limits = LIMITS, allow_unsafe: bool = False) -> 
 
     For tests that are this project's own. What a call returns consists of builtins; what it raises is an
     Exception of a builtin type, or a CandidateError with the type's name. The limits hold for all calls
-    together.
+    together, and an answer that would cost this process much is refused: one of more than PARENT_BYTES, or
+    with keys or members that were chosen to collide (see `sandbox_child.decode`).
 
     Raises:
         ValueError: nothing isolates here, and `allow_unsafe` is false.
@@ -462,7 +539,7 @@ def calls(program: str, limits: Limits = LIMITS, allow_unsafe: bool = False) -> 
         alarm.daemon = True
         stack.callback(alarm.cancel)
         alarm.start()
-        remote = Remote(answers[0], asks[1], PARENT_BYTES)
+        remote = Remote(answers[0], asks[1], PARENT_BYTES, guarded=True)
         assert sandbox.process.stdin is not None
         with contextlib.suppress(BrokenPipeError), sandbox.process.stdin as pipe:
             pipe.write(_job(found, limits, program=program))

@@ -25,6 +25,10 @@ DEPTH = 200  # of nested containers; far below Python's own recursion limit
 MESSAGE_BYTES = 16 << 20
 ITERATOR_ITEMS = 100_000
 TEXT = 500  # characters of an error that are passed on
+SAME_HASH = (
+    16  # keys of one container with one hash that a guarded side takes; (-1, -1) and (-2, -2) have one
+)
+SAME_HASH_PARTS = 50  # and of how many parts each, as comparing them may take the square of it
 
 
 class NotData(Exception):
@@ -103,6 +107,7 @@ BUILD: dict[bytes, Callable[[list[Any]], Any]] = {
     b"r": lambda items: range(*items),
     b"I": iter,
 }
+HASHED = (b"d", b"S", b"z")
 SCALARS: dict[bytes, Callable[[bytes], Any]] = {
     b"i": lambda payload: int(payload, 16),
     b"f": lambda payload: float.fromhex(payload.decode("ascii")),
@@ -112,14 +117,19 @@ SCALARS: dict[bytes, Callable[[bytes], Any]] = {
 }
 
 
-def decode(data: bytes) -> Any:
+def decode(data: bytes, guarded: bool = False) -> Any:
     """The value that `encode` made the bytes of; its types are exactly the builtin ones.
 
+    Args:
+        data: What `encode` gave, or somebody who means ill.
+        guarded: Refuse sets and dicts whose members were chosen to have one hash, as Python takes the square
+            of their number to make these. For a process that has no limits.
+
     Raises:
-        ValueError: bytes that no `encode` made.
+        ValueError: bytes that no `encode` made, or what is guarded against.
     """
     try:
-        value, end = _get(data, 0, DEPTH)
+        value, end = _get(data, 0, DEPTH, guarded)
     except (TypeError, OverflowError) as error:  # an unhashable key; a range of floats
         raise ValueError(f"malformed: {error}") from None
     if end != len(data):
@@ -127,7 +137,7 @@ def decode(data: bytes) -> Any:
     return value
 
 
-def _get(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+def _get(data: bytes, at: int, depth: int, guarded: bool) -> tuple[Any, int]:
     tag = data[at : at + 1]
     if tag in (b"N", b"T", b"F"):
         return (None if tag == b"N" else tag == b"T"), at + 1
@@ -144,9 +154,24 @@ def _get(data: bytes, at: int, depth: int) -> tuple[Any, int]:
         raise ValueError(f"malformed: {tag!r}")
     items = []
     for _ in range(count):
-        item, at = _get(data, at, depth - 1)
+        item, at = _get(data, at, depth - 1, guarded)
         items.append(item)
+    if guarded and tag in HASHED:
+        _refuse_collisions(items[::2] if tag == b"d" else items)
     return BUILD[tag](items), at
+
+
+def _refuse_collisions(keys: list[Any]) -> None:
+    groups: dict[int, list[Any]] = {}
+    for key in keys:
+        groups.setdefault(hash(key), []).append(key)
+    for group in groups.values():
+        if len(group) > 1 and (len(group) > SAME_HASH or max(map(_parts, group)) > SAME_HASH_PARTS):
+            raise ValueError(f"malformed: {len(group)} keys of one container have the same hash")
+
+
+def _parts(key: Any) -> int:
+    return 1 + sum(map(_parts, key)) if isinstance(key, tuple | frozenset) else 1
 
 
 def send(fd: int, value: Any) -> None:
@@ -166,8 +191,8 @@ def framed(data: bytes) -> bytes:
     return len(data).to_bytes(8, "big") + data
 
 
-def receive(fd: int, most: int = MESSAGE_BYTES) -> Any:
-    """Read one message.
+def receive(fd: int, most: int = MESSAGE_BYTES, guarded: bool = False) -> Any:
+    """Read one message; `guarded` as in `decode`.
 
     Raises:
         EOFError: the other side is gone.
@@ -176,7 +201,7 @@ def receive(fd: int, most: int = MESSAGE_BYTES) -> Any:
     size = int.from_bytes(_read(fd, 8), "big")
     if size > most:
         raise ValueError(f"a message of {size} bytes; at most {most} are read")
-    return decode(_read(fd, size))
+    return decode(_read(fd, size), guarded)
 
 
 def _read(fd: int, size: int) -> bytes:
@@ -281,8 +306,8 @@ class Over(Exception):
 class Remote:
     """The candidate, called by data. `fault` is what ended it, if anything did; then it stays ended."""
 
-    def __init__(self, inbox: int, outbox: int, most: int = MESSAGE_BYTES) -> None:
-        self.inbox, self.outbox, self.most = inbox, outbox, most
+    def __init__(self, inbox: int, outbox: int, most: int = MESSAGE_BYTES, guarded: bool = False) -> None:
+        self.inbox, self.outbox, self.most, self.guarded = inbox, outbox, most, guarded
         self.fault: tuple[str, str] | None = None
         self.calls = 0
 
@@ -293,7 +318,7 @@ class Remote:
     def hear(self) -> tuple[Any, Any]:
         """The next answer: what was returned, and the arguments afterwards if they may have changed."""
         try:
-            answer = receive(self.inbox, self.most)
+            answer = receive(self.inbox, self.most, self.guarded)
         except EOFError:
             raise self.end("ended", "the program ended") from None
         except ValueError as error:

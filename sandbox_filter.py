@@ -55,6 +55,12 @@ DENIED: dict[str, tuple[int | None, int | None]] = {  # on x86-64, on aarch64
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "fanotify_init": (300, 262),
+    "inotify_init": (253, None),  # Each watch holds kernel memory, by the hundred thousand.
+    "inotify_init1": (294, 26),
+    "setxattr": (188, 5),  # On tmpfs an attribute is kernel memory that no size of it bounds.
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
     "modify_ldt": (154, None),
     "syslog": (103, 116),
 }

@@ -21,6 +21,7 @@ The token goes to the API's own origin and nowhere else, and into no message.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import random
@@ -88,9 +89,17 @@ class Answer:
 
     @property
     def next_url(self) -> str:
-        """Of the next page; "" on the last. Pages are not counted but followed: "Using pagination"."""
+        """Of the next page; "" on the last. Pages are not counted but followed: "Using pagination".
+
+        Raises `Malformed`.
+        """
         found = re.search(r'<([^<>]*)>\s*;[^<>,]*rel="next"', self.headers.get("link", ""))
-        return found.group(1) if found else ""
+        url = found.group(1) if found else ""
+        try:
+            _origin(url)
+        except ValueError:
+            raise Malformed("the link to the next page leads nowhere") from None
+        return url
 
     def json(self) -> Any:
         """Raises `Malformed`."""
@@ -124,6 +133,7 @@ class _Bucket:
     remaining: float = float("inf")
     limit: float = float("inf")
     resets: float = 0.0  # on the local clock
+    window: float = 0.0  # the same as the server told it, which says of which window an answer is
     in_flight: int = 0
     refilled: bool = False  # since the last answer
 
@@ -238,12 +248,14 @@ class Gate:
         date = _date(headers.get("date"))
         resets = now + max(0.0, reset - date) if date else reset
         bucket = self._buckets.setdefault(resource, _Bucket())
-        if resets < bucket.resets - WINDOW_SLACK:
+        # By the server's word: an answer may be read long after it was sent. By the local clock one of this
+        # window would then be the first of the next, and what it says is left has been used since.
+        if reset < bucket.window - WINDOW_SLACK:
             return  # an answer that was overtaken by one of the next window
         # Requests under way may have been counted in `remaining` or not; they are taken off to be sure.
         remaining -= bucket.in_flight
-        if resets > bucket.resets + WINDOW_SLACK:
-            bucket.remaining = remaining
+        if reset > bucket.window + WINDOW_SLACK:
+            bucket.remaining, bucket.window = remaining, reset
         else:
             bucket.remaining = min(bucket.remaining, remaining)
         bucket.resets = max(bucket.resets, resets)
@@ -434,11 +446,13 @@ class GitHub:
 
     def _target(self, url: str, location: str) -> str:
         """Where a redirection leads; never from https to http."""
-        target = urljoin(url, location)
         schemes = ("https",) if url.startswith("https:") else ("https", "http")
-        if not location or urlsplit(target).scheme not in schemes or not urlsplit(target).hostname:
-            raise Malformed("a redirection leads nowhere")
-        return target
+        with contextlib.suppress(ValueError):  # of `http://[::1/` and of a port that is no number
+            target = urljoin(url, location)
+            scheme, host, _ = _origin(target)
+            if location and scheme in schemes and host:
+                return target
+        raise Malformed("a redirection leads nowhere")
 
     def _once(self, url: str, accept: str, etag: str, cap: int, into: BinaryIO | None) -> Reply:
         """One exchange, as soon as the limits allow it, and again as long as they refuse it."""
@@ -518,6 +532,10 @@ class GitHub:
             reply.trouble = Malformed(f"the connection failed ({type(error).__name__})")
         except (Malformed, TooLarge) as error:
             reply.trouble = error
+        except (
+            ValueError
+        ):  # Requests takes the address of a redirection apart, though it is not to follow it.
+            reply.trouble = Malformed("a redirection leads nowhere")
 
 
 def _origin(url: str) -> tuple[str, str, int]:

@@ -12,6 +12,7 @@ second crawl out of the same file.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -131,7 +132,37 @@ class Ledger:
                     self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.OperationalError):  # a full disk, say
                     raise ValueError(f"{self.path} cannot be written: {error}") from error
+                if type(error) is sqlite3.DatabaseError:
+                    raise self._damaged(str(error)) from error
                 raise
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(
+            f"the ledger {self.path} is damaged ({what}); restore it from a copy, or fetch again into another"
+            " --folder"
+        )
+
+    def _read(self, query: str, *values: Any) -> Iterator[Any]:
+        """The rows of a query. ValueError where the file is damaged."""
+        try:
+            # Not from the cursor itself: it would be closed with this, perhaps after its database was.
+            yield from map(tuple, self._db.execute(query, values))
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.ProgrammingError):
+                raise
+            raise self._damaged(str(error)) from error
+
+    def _unpacked(self, sha256: str, data: bytes | None, what: str) -> bytes:
+        """Bytes of a file as they were stored. ValueError where they are not those any more."""
+        try:
+            found = zlib.decompress(data or b"")
+        except zlib.error as error:
+            raise self._damaged(f"the bytes of {what} cannot be unpacked: {error}") from error
+        if hashlib.sha256(found).hexdigest() != sha256:
+            raise self._damaged(f"the bytes of {what} have another SHA-256 than {sha256[:12]}")
+        return found
 
     # --- what sources write ---
 
@@ -213,9 +244,11 @@ class Ledger:
             db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, etag, zlib.compress(body, 1)))
 
     def recall(self, key: str) -> tuple[str, bytes] | None:
-        """The (tag, body) of an answer."""
+        """The (tag, body) of an answer; None where it is damaged, as it can be asked for again."""
         rows = self.rows("SELECT etag, body FROM answers WHERE key = ?", key)
-        return (rows[0][0], zlib.decompress(rows[0][1])) if rows else None
+        with contextlib.suppress(zlib.error):
+            return (rows[0][0], zlib.decompress(rows[0][1])) if rows else None
+        return None
 
     def forget(self, prefix: str) -> None:
         """Answers whose key begins with `prefix`."""
@@ -236,7 +269,7 @@ class Ledger:
     def rows(self, query: str, *values: Any) -> list[Any]:
         """All rows of a query. Another thread's transaction is either seen whole or not at all."""
         with self._lock:
-            return self._db.execute(query, values).fetchall()
+            return list(self._read(query, *values))
 
     def waiting(self, name: str) -> list[Entry]:
         """Files of a repository that are neither stored nor dropped, by path."""
@@ -249,31 +282,36 @@ class Ledger:
     def by_address(self, address: str) -> bytes | None:
         """The bytes of any stored file with this address."""
         rows = self.rows(
-            "SELECT data FROM files JOIN contents USING (sha256)"
+            "SELECT path, sha256, data FROM files JOIN contents USING (sha256)"
             " WHERE address = ? AND state = 'stored' LIMIT 1",
             address,
         )
-        return zlib.decompress(rows[0][0]) if rows else None
+        return self._unpacked(rows[0][1], rows[0][2], repr(rows[0][0])) if rows else None
 
     def files(self, shard: tuple[int, int] = (0, 1)) -> Iterator[RawFile]:
-        """Stored files by repository and path: those of shard `i` of `n`, by the repository's hash."""
+        """Stored files by repository and path: those of shard `i` of `n`, by the repository's hash.
+
+        Raises:
+            ValueError: the bytes of one are not those that were stored.
+        """
         for name, pinned, licence in self._repositories(shard):
-            rows = self._db.execute(
-                "SELECT path, data FROM files JOIN contents USING (sha256)"
+            rows = self._read(
+                "SELECT path, files.sha256, data FROM files LEFT JOIN contents USING (sha256)"
                 " WHERE repository = ? AND state = 'stored' ORDER BY path",
-                (name,),
+                name,
             )
-            for path, data in rows:
-                yield RawFile(name, path, pinned, licence, zlib.decompress(data))
+            for path, sha256, data in rows:
+                yield RawFile(
+                    name, path, pinned, licence, self._unpacked(sha256, data, f"{path!r} of {name!r}")
+                )
 
     def outline(self, shard: tuple[int, int] = (0, 1)) -> tuple[int, str]:
         """How many files `files(shard)` yields, and a SHA-256 over their `fingerprint_line`s."""
         fingerprint = hashlib.sha256()
         count = 0
         for name, pinned, licence in self._repositories(shard):
-            rows = self._db.execute(
-                "SELECT path, sha256 FROM files WHERE repository = ? AND state = 'stored' ORDER BY path",
-                (name,),
+            rows = self._read(
+                "SELECT path, sha256 FROM files WHERE repository = ? AND state = 'stored' ORDER BY path", name
             )
             for path, sha256 in rows:
                 fingerprint.update(fingerprint_line(name, path, pinned, licence, sha256))
@@ -286,8 +324,8 @@ class Ledger:
         for name, _, _ in self._repositories(shard):
             query = "SELECT iif(state = 'found', 'not fetched yet', reason) AS why, count(*) FROM files"
             query += " WHERE repository = ? AND state != 'stored' GROUP BY why"
-            counts.update(dict(self._db.execute(query, (name,))))
-            rows = self._db.execute("SELECT others FROM hosted WHERE name = ? AND others > 0", (name,))
+            counts.update(dict(self._read(query, name)))
+            rows = self._read("SELECT others FROM hosted WHERE name = ? AND others > 0", name)
             for (others,) in rows:
                 counts["other extension"] += others
         return dict(sorted(counts.items()))
@@ -295,7 +333,7 @@ class Ledger:
     def _repositories(self, shard: tuple[int, int]) -> list[tuple[str, str, str]]:
         """(name, pinned, licence) of those in a shard, by name."""
         number, shards = shard
-        rows = self._db.execute("SELECT name, pinned, licence FROM repositories ORDER BY name").fetchall()
+        rows = list(self._read("SELECT name, pinned, licence FROM repositories ORDER BY name"))
         return [
             row for row in rows if int(hashlib.sha256(row[0].encode()).hexdigest(), 16) % shards == number
         ]
@@ -314,9 +352,9 @@ class Ledger:
         names = self.rows("SELECT name, pinned, licence, state, reason FROM repositories ORDER BY name")
         for name, pinned, licence, state, reason in names:
             yield _line(repository=name, pinned=pinned, licence=licence, state=state, reason=reason)
-            rows = self._db.execute(
+            rows = self._read(
                 "SELECT path, address, sha256, state, reason FROM files WHERE repository = ? ORDER BY path",
-                (name,),
+                name,
             )
             for path, address, sha256, state, reason in rows:
                 yield _line(

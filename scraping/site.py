@@ -22,7 +22,16 @@ from scraping.ledger import Entry, Ledger
 from scraping.robots import Robots, parse
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report
 from scraping.wanted import Wanted
-from scraping.webclient import AGENT, Client, NoAnswer, Refused, TooLarge, names_an_address
+from scraping.webclient import (
+    AGENT,
+    Client,
+    NoAnswer,
+    Refused,
+    TooLarge,
+    gunzipped,
+    joined,
+    names_an_address,
+)
 
 SITEMAP_BYTES = 50 * 2**20  # sitemaps.org: the most that a sitemap may have
 ROBOTS_BYTES = 2**20
@@ -137,7 +146,7 @@ def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]
         ValueError: there is no sitemap, or it is broken or past a limit.
     """
     start = urlsplit(settings.url).path or "/"
-    named = [urljoin(settings.url, place) for place in robots.sitemaps]
+    named = [place for place in (joined(settings.url, place) for place in robots.sitemaps) if place]
     named = [settings.sitemap] if settings.sitemap else named or [urljoin(settings.url, "/sitemap.xml")]
     waiting = deque(dict.fromkeys(named))
     seen = set(waiting)
@@ -165,13 +174,14 @@ def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]
                 seen.add(address)
                 waiting.append(address)
         for address in addresses:
-            address = urldefrag(urljoin(place, address))[0]
+            whole = joined(place, address)
+            address = urldefrag(whole)[0] if whole else address
             if address in found:
                 continue
             found.add(address)
             if len(found) > PAGES:
                 raise ValueError(f"the sitemaps of {client.host} name more than {PAGES:,} pages")
-            reason = _page_reason(address, client, start, robots)
+            reason = _page_reason(address, client, start, robots) if whole else "page: no address"
             taken += not reason
             if taken > settings.max_pages:
                 reason = reason or "page: past max_pages"
@@ -199,15 +209,12 @@ def read_sitemap(data: bytes, place: str) -> tuple[list[str], list[str]]:
         ValueError: it is not whole, too large, or no sitemap.
     """
     if data[:2] == b"\x1f\x8b":
-        engine = zlib.decompressobj(wbits=31)
         try:
-            data = engine.decompress(data, SITEMAP_BYTES + 1)
-        except zlib.error as error:
+            data = b"".join(gunzipped([data], SITEMAP_BYTES))
+        except TooLarge:
+            raise ValueError(f"the sitemap {place} unpacks to more than {SITEMAP_BYTES:,} bytes") from None
+        except (Refused, OSError, zlib.error) as error:
             raise ValueError(f"the sitemap {place} is damaged") from error
-        if len(data) > SITEMAP_BYTES:
-            raise ValueError(f"the sitemap {place} unpacks to more than {SITEMAP_BYTES:,} bytes")
-        if not engine.eof:
-            raise ValueError(f"the sitemap {place} is damaged")
     found: dict[str, list[str]] = {"sitemap": [], "url": []}
     parents = ["", ""]
     text: list[str] = []

@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
@@ -25,6 +25,21 @@ RETRIED = (429, 500, 502, 503, 504)
 TRIES = 3
 REDIRECTS = 5
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address is in the last 32 bits
+UNICAST = ipaddress.IPv6Network("2000::/3")  # what is assigned of IPv6; all else is special or unused
+# iana.org/assignments/iana-ipv4-special-registry and iana-ipv6-special-registry as of 2025, and multicast.
+# Blocks inside a larger one are not repeated; the few that are globally reachable hold services, no sites.
+SPECIAL = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+            *("192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24"),
+            *("192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+            *("224.0.0.0/3", "2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"),
+        ),
+    )
+)
+GZIP_BYTES = 2**16  # that a gzip file may have beyond its content
 LONGEST_WAIT = 120.0  # seconds that a server may ask to wait by Retry-After
 
 
@@ -106,7 +121,9 @@ class Client:
             answer, target = self._ask(parts.scheme, path, most)
             if not target:
                 return answer
-            url = urljoin(url, target)
+            url = joined(url, target)
+            if not url:
+                raise Refused("redirect to no address")
         raise Refused("too many redirects")
 
     def _ask(self, scheme: str, path: str, most: int) -> tuple[Answer, str]:
@@ -179,18 +196,15 @@ class Client:
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "x-gzip"):
             raise Refused("unknown encoding of the content")
-        engine = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
+        pieces = iter(lambda: response.read1(2**16), b"")
         parts: list[bytes] = []
         size = 0
-        while piece := response.read1(2**16):
-            while piece:
-                part = engine.decompress(piece, most + 1 - size) if engine else piece
-                piece = engine.unconsumed_tail if engine else b""
-                parts.append(part)
-                size += len(part)
-                if size > most:
-                    raise TooLarge("too large a page")
-        if response.length or (engine and not engine.eof):
+        for part in gunzipped(pieces, most) if "gzip" in encoding else pieces:
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                raise TooLarge("too large a page")
+        if response.length:
             raise OSError("the answer is cut short")
         return b"".join(parts)
 
@@ -214,16 +228,62 @@ class Client:
         raise error or OSError(f"{self.host} has no address")
 
 
+def joined(base: str, address: str) -> str:
+    """An address that a server wrote, as `urljoin` makes it; "" where it is none, as `http://[::1/` is."""
+    try:
+        url = urljoin(base, address)
+        return url if urlsplit(url).port != 0 else ""
+    except ValueError:
+        return ""
+
+
+def gunzipped(pieces: Iterable[bytes], most: int) -> Iterator[bytes]:
+    """The content of all members of a gzip file (RFC 1952, 2.2: they follow each other), in bounded parts.
+
+    Raises:
+        TooLarge: it has more than `most` bytes, or far more of members that hold nothing.
+        Refused: something else follows a member.
+        OSError: it is cut short.
+        zlib.error: it is damaged.
+    """
+    engine = zlib.decompressobj(wbits=31)
+    read = size = members = 0
+    for piece in pieces:
+        read += len(piece)
+        if read > most + GZIP_BYTES:
+            raise TooLarge("too large a page")
+        while piece:
+            if engine.eof:
+                engine = zlib.decompressobj(wbits=31)
+                members += 1
+            try:
+                part = engine.decompress(piece, most + 1 - size)
+            except zlib.error:
+                if members:
+                    raise Refused("other bytes follow its gzip content") from None
+                raise
+            piece = engine.unconsumed_tail or engine.unused_data
+            size += len(part)
+            if size > most:
+                raise TooLarge("too large a page")
+            yield part
+    if not engine.eof:
+        raise OSError("the answer is cut short")
+
+
 def public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, also where it wraps an older one."""
+    """Whether an IP address is one of the public internet.
+
+    By IANA's registries of special-purpose addresses and not by `ipaddress.is_global`, which changes from one
+    Python to the next. What wraps an IPv4 address counts as that address for NAT64 alone: networks without
+    IPv4 reach all of it so. No site needs the other forms, which are mapped, compatible, 6to4 and Teredo.
+    """
     place = ipaddress.ip_address(address.split("%")[0])
-    if isinstance(place, ipaddress.IPv6Address):
-        within = place.ipv4_mapped or place.sixtofour
-        if place in NAT64:
-            within = ipaddress.IPv4Address(int(place) & 0xFFFFFFFF)
-        if within is not None:
-            place = within
-    return place.is_global and not place.is_multicast
+    if place in NAT64:
+        place = ipaddress.IPv4Address(int(place) & 0xFFFFFFFF)
+    if isinstance(place, ipaddress.IPv6Address) and place not in UNICAST:
+        return False
+    return not any(place in block for block in SPECIAL)
 
 
 def names_an_address(host: str) -> bool:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class SweepConfig:
     """
 
     study: str = ""
-    storage: str = ""
+    storage: str = field(default="", repr=False)  # It may hold a password.
     trials: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -109,6 +109,8 @@ def parse_settings(words: list[str]) -> Settings:
         elif word == "--config" and value is not None:
             files.append(Path(value))
             rest += _without_sections(value, sections)
+        elif "://" in word and not (place and words[place - 1].startswith("--")):  # It may hold a password.
+            parser.error("an address stands there without its flag; write --storage ADDRESS")
         else:
             rest.append(word)
             place += 1
@@ -125,6 +127,8 @@ def parse_settings(words: list[str]) -> Settings:
         near = difflib.get_close_matches(str(unknown), [n.removeprefix("--") for n in names], 1, 0.5)
         parser.error(f"sweep: {unknown} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
     given = {key: value for key, value in sections["sweep"].items() if value is not None}  # null: left open
+    if not isinstance(given.get("storage", ""), str):  # The parser's own message would show it.
+        parser.error("sweep: storage is no text; write it as in storage: sqlite:///FILE")
     before = ["--config", json.dumps(given, default=str)] if given else []
     values = parser.parse_args([*before, *flags]).clone(with_meta=False).as_dict()
     config = parse_config(rest, "Sweep over the settings of a training.")

@@ -12,12 +12,14 @@ import errno
 import fcntl
 import json
 import os
+import random
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote_plus
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -31,9 +33,20 @@ DRIVERS = {  # of a database: the package, and what a URL that names it begins w
     "mysql": ("pymysql", "mysql+pymysql://"),
     "mariadb": ("pymysql", "mariadb+pymysql://"),
 }
+DATABASES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql", "cockroachdb")
+UNPARSED = "that --storage names"  # Nothing of an address that is none is shown: any part may be a password.
+# Kinds, and names of options, say nothing about a password, and drivers use them in their messages.
+KNOWN_WORDS = frozenset(
+    ("password", "passwd", "sslpassword", "user", "host", "port", "database", "sqlite3", *DATABASES)
+)
+WORD = r"[^\W_]+"
+LONG_WORD = 4  # characters from which a word of an address is hidden inside other words too
 CONNECT_SECONDS = 10
+TABLES_SECONDS = 120.0  # that commands which begin at once may take together to make the tables
 FULL = re.compile(f"{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}|disk is full", re.IGNORECASE)
 PATIENCE_SECONDS = 300.0  # that a worker goes on asking a storage that is down
+GRPC = re.compile(r"grpc://([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?/?")
+MADE_BY_ANOTHER = re.compile("already exists|unique|duplicate", re.IGNORECASE)  # SQLite, PostgreSQL, MySQL
 T = TypeVar("T")
 
 
@@ -85,31 +98,41 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     import sqlalchemy.exc
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for kind in (ExperimentalWarning, FutureWarning):  # that parts of it may change
+    # That parts of it may change, and which options of an address are not taken, which it quotes.
+    for kind in (ExperimentalWarning, FutureWarning, sqlalchemy.exc.SAWarning):
         warnings.filterwarnings("ignore", category=kind, module="optuna|sweeps")
     if url and "://" not in url and not url.startswith("journal:"):
-        raise ValueError(f"--storage {url} is no URL; write {KINDS}")
+        raise ValueError(f"--storage is no URL; write {KINDS}")
+    if url.startswith("journal:") and "://" in url.removeprefix("journal://"):
+        raise ValueError(f"what stands after journal: in --storage is a URL and no file; write {KINDS}")
     if re.fullmatch(r"sqlite(\+\w+)?://(/|/:memory:)?(\?.*)?", url):
         raise ValueError(
-            f"--storage {url} is kept in the memory of one process, and every worker is one; write sqlite:///FILE"
+            "--storage sqlite:// is kept in the memory of one process, and every worker is one; write "
+            "sqlite:///FILE"
         )
+    name = shown(url, folder)
     with told(url, folder):
         try:
             return _opened(url, folder)
         except ImportError as error:
-            lacking = getattr(error.__cause__, "name", None) or _first_line(error)
+            lacking = getattr(error.__cause__, "name", None) or _first_line(error, url)
             raise ValueError(
-                f"the storage {shown(url, folder)} cannot be opened: its driver {lacking} is not installed; "
+                f"the storage {name} cannot be opened: its driver {lacking} is not installed; "
                 f"{_driver_advice(url, lacking)}"
             ) from None
-        except sqlalchemy.exc.ArgumentError as error:
+        except sqlalchemy.exc.NoSuchModuleError:
             raise ValueError(
-                f"the storage {shown(url, folder)} cannot be opened ({_first_line(error)}); write {KINDS}"
+                f"the storage {name} cannot be opened (no kind of storage is called what stands before ://); "
+                f"write {KINDS}"
             ) from None
-        except (ValueError, AssertionError, LookupError, TypeError) as error:  # no journal
-            raise ValueError(
-                f"the storage {shown(url, folder)} cannot be opened ({_first_line(error)}); name another"
-            ) from None
+        except (ValueError, AssertionError, LookupError, TypeError, sqlalchemy.exc.ArgumentError) as error:
+            reason, advice = _first_line(error, url), "name another"  # It is no journal, as a rule.
+            if name == UNPARSED and not url.startswith("journal:"):
+                reason = (
+                    "it is no address with a host and a database, or a sign of its password is not encoded"
+                )
+                advice = f"write {KINDS}, and / : @ ? of a password as %2F %3A %40 %3F"
+            raise ValueError(f"the storage {name} cannot be opened ({reason}); {advice}") from None
 
 
 def _driver_advice(url: str, lacking: str) -> str:
@@ -126,39 +149,76 @@ def _opened(url: str, folder: Path) -> BaseStorage:
     if url.startswith("grpc://"):
         from optuna.storages import GrpcStorageProxy
 
-        host, _, port = url.removeprefix("grpc://").rstrip("/").partition(":")
-        if port and not port.isdecimal():
-            raise ValueError(f"its port {port} is no number")
-        proxy = GrpcStorageProxy(host=host, port=int(port or 13000))
+        found = GRPC.fullmatch(url)
+        if found is None:
+            raise ValueError("it is none of the form grpc://HOST:PORT with a number as its port")
+        proxy = GrpcStorageProxy(host=found[1], port=int(found[2] or 13000))
         proxy.wait_server_ready(timeout=CONNECT_SECONDS)
         return proxy
     # SQLite waits for its lock 5 s by default, which many workers may take together.
     options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
-    tries = 5
+    give_up = time.monotonic() + TABLES_SECONDS
     while True:
         try:
             return optuna.storages.get_storage(RDBStorage(url, engine_kwargs=options))
         except failures() as error:
-            # Commands that begin at once all make the tables, and the later ones find some there.
-            tries -= 1
-            if not tries or not re.search("already exists|unique", str(error), re.IGNORECASE):
+            # Commands that begin at once all make the tables, and whoever comes second to one finds it there.
+            # That may happen at each of them in turn, so the time is bounded and not the number of tries.
+            if time.monotonic() > give_up or not MADE_BY_ANOTHER.search(str(error)):
                 raise
-        time.sleep(1)
+        time.sleep(0.05 * random.random())  # Those that met once do not meet at the next table.
 
 
 def shown(url: str, folder: Path) -> str:
-    """The storage as messages name it, without its password."""
-    return _without_password(url) if url else str(folder / JOURNAL)
+    """The storage as messages name it: kind, host and database of an address that could be parsed.
 
-
-def _without_password(url: str) -> str:
-    """Too much is hidden rather than too little: a password may hold every sign that ends one.
-
-    An @ is no password's end only where it stands after `HOST/DATABASE?NAME=`, with no / after it.
+    User, password, port and options are left out, as one may stand where another was meant to. An address
+    whose parts are in doubt, by an @ too many, counts as one that could not be parsed.
     """
-    found = re.search(r"(?:@[^/?@]*|://[^/?:@]*:\d+)(/[^/?@]*\?\w+=[^@]*@[^/]*)$", url)
-    options = found[1] if found else ""
-    return re.sub(r"(://[^/:]*):.*@", r"\1:***@", url.removesuffix(options)) + options
+    import sqlalchemy.exc
+    from sqlalchemy.engine import make_url
+
+    if not url:
+        return str(folder / JOURNAL)
+    if url.startswith("journal:"):
+        return UNPARSED if re.search("@|://|\\?", url.removeprefix("journal://")) else url
+    if url.startswith("grpc://"):
+        return url if GRPC.fullmatch(url) else UNPARSED
+    try:
+        parsed = make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return UNPARSED
+    kind, host, database = parsed.drivername.split("+")[0], parsed.host or "", parsed.database or ""
+    # Of an @ behind a / or ? SQLAlchemy makes a password's end, wherever the writer meant it to be.
+    in_doubt = not re.fullmatch(r"[^@/?#]*@?[^@/?#]*([/?][^@]*)?", url.partition("://")[2])
+    in_doubt |= not re.fullmatch(r"[\w.,%:-]*", host)
+    # A database with other signs is a part of a password or of a user's name with a slash in it.
+    plain = r"[^@?#;&=]*" if kind == "sqlite" else r"[\w.$-]*"
+    if kind not in DATABASES or in_doubt or not re.fullmatch(plain, database):
+        return UNPARSED
+    host = f"[{host}]" if ":" in host else host
+    return f"{kind}://{host}" + (f"/{database}" if database else "")
+
+
+def _scrubbed(text: str, url: str) -> str:
+    """A message of a parser or driver without what `shown` leaves out, in whole or in pieces."""
+    name = shown(url, Path())
+    if url:
+        text = text.replace(url, name)
+    text = re.sub(r"\S+://\S+", lambda word: name if word[0] == name else "***", text)
+    hidden = (_words(url) | _words(unquote_plus(url))) - _words(name) - KNOWN_WORDS
+    long = [word for word in hidden if len(word) >= LONG_WORD]
+
+    def word_or_stars(found: re.Match[str]) -> str:
+        word = found[0].lower()
+        inside = len(word) >= LONG_WORD and any(word in other or other in word for other in long)
+        return "***" if word not in KNOWN_WORDS and (word in hidden or inside) else found[0]
+
+    return re.sub(WORD, word_or_stars, text)
+
+
+def _words(text: str) -> set[str]:
+    return {word.lower() for word in re.findall(WORD, text)}
 
 
 def failures() -> tuple[type[BaseException], ...]:
@@ -177,23 +237,23 @@ def told(url: str, folder: Path) -> Iterator[None]:
     except Exception as error:  # no Ctrl-C, which may have cut off the imports of `failures`
         if not isinstance(error, failures()):
             raise
-        what = f"the storage {shown(url, folder)} cannot be used ({_first_line(error)})"
+        what = f"the storage {shown(url, folder)} cannot be used ({_first_line(error, url)})"
         again, other = "start the same command again when it is back", ", or name another --storage"
         # Of a checkpoint, say, with words of its own; a proxy that is down has a kind of its own.
         if type(error) is OSError and error.errno is None:
-            what, other = _first_line(error).split(";")[0], ""
+            what, other = _first_line(error, url).split(";")[0], ""
         elif isinstance(error, OSError) and error.filename is not None:
-            what = f"{error.filename} cannot be used ({_first_line(error)})"
+            what = f"{_scrubbed(str(error.filename), url)} cannot be used ({_first_line(error, url)})"
         if FULL.search(str(error)):
             again = "free some space and start the same command again"
         raise ValueError(f"{what}; the study is as it was: {again}{other}") from None
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException, url: str) -> str:
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
     details = getattr(cause, "details", None)
     text = str(details() if callable(details) else cause).strip() or type(cause).__name__
-    return re.sub(r"\S+://\S+", lambda word: _without_password(word[0]), text.splitlines()[0])
+    return _scrubbed(text.splitlines()[0], url)
 
 
 def patiently(call: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:

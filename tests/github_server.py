@@ -11,7 +11,9 @@ As a program it runs one crawl on the same clock: `python tests/github_server.py
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
+import fcntl
 import hashlib
 import io
 import json
@@ -27,7 +29,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,20 +100,38 @@ class SharedClock:
         watch_exchanges()
         if not path.exists():
             path.write_bytes(struct.pack("ddq", START, 0.0, 0))
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 24)
+        self._file = os.open(path, os.O_RDWR)
+        self._map = mmap.mmap(self._file, 24)
         self._lock = EXCHANGES.lock
         self._waits: list[float] = []
+
+    def __del__(self) -> None:
+        os.close(self._file)
 
     def now(self) -> float:
         return struct.unpack_from("d", self._map, 0)[0]
 
-    def forward(self, until: float) -> None:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread or process changes the clock meanwhile: it would go back."""
+        with self._lock:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _set(self, until: float) -> None:
         struct.pack_into("dd", self._map, 0, max(self.now(), until), time.monotonic())
+
+    def advance(self, seconds: float) -> None:
+        """As what takes so long does."""
+        with self._alone():
+            self._set(self.now() + seconds)
 
     def touch(self, requests: int) -> None:
         """So many more are under way: told by the server alone."""
-        with self._lock:
+        with self._alone():
             under_way = struct.unpack_from("q", self._map, 16)[0] + requests
             struct.pack_into("dq", self._map, 8, time.monotonic(), under_way)
 
@@ -124,11 +144,11 @@ class SharedClock:
         try:
             while self.now() < until:
                 time.sleep(0.001)
-                with self._lock:
+                with self._alone():
                     active, under_way = struct.unpack_from("dq", self._map, 8)
                     quiet = time.monotonic() - active > self.QUIET
                     if not under_way and not EXCHANGES.under_way and quiet and until == min(self._waits):
-                        self.forward(until)
+                        self._set(until)
         finally:
             with self._lock:
                 self._waits.remove(until)
@@ -330,6 +350,7 @@ def expected(repos: list[Repo], least: int = 1024, most: int = 102_400) -> dict[
 # ---------------------------------------------------------------------------------------------
 # Faults
 
+ANSWERLESS = ("reset", "500", "502", "503")
 ANYWHERE = ("500", "502", "503", "reset", "truncate", "chunked", "drip")
 ON_API = (*ANYWHERE, "secondary", "silent", "429", "202", "malformed", "redirect")
 ON_BYTES = (*ANYWHERE, "corrupt")
@@ -476,7 +497,7 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.count += 1
                 number = server.count
-                server.clock.forward(server.clock.now() + server.latency)
+                server.clock.advance(server.latency)
             strike = server.at.pop(number, None)
             stage = server.rng.randrange(3) if strike else 0
             if strike and stage == 0:
@@ -519,7 +540,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "drip":
             out.write(head)
             for i in range(12):
-                self.server_.clock.forward(self.server_.clock.now() + 10)
+                self.server_.clock.advance(10)
                 out.write(body[i : i + 1])
                 out.flush()
                 time.sleep(0.002)
@@ -541,7 +562,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def common(self, fault: str) -> bool:
         """Faults before any answer."""
-        if fault in ("500", "502", "503"):
+        if fault in ANSWERLESS[1:]:
             headers = {"Retry-After": "7"} if fault == "503" and self.server_.rng.random() < 0.5 else {}
             self.send(int(fault), b"<html>Unicorn!</html>", headers)
         elif fault == "reset":
@@ -583,8 +604,11 @@ class _Handler(BaseHTTPRequestHandler):
         fits = (*ON_API, *ON_SEARCH) if resource == "search" else ON_API
         blob = "/git/blobs/" in path
         fault = server.fault((*(f for f in fits if f != "malformed"), "corrupt") if blob else fits)
+        if fault in ANSWERLESS:
+            self.spend(
+                resource
+            )  # Before the client knows: afterwards it would perhaps be in the next window.
         if self.common(fault):
-            self.spend(resource)
             return
         if fault in ("secondary", "silent", "429"):
             self.spend(resource)

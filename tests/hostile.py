@@ -1,4 +1,4 @@
-"""Sixty programs that cheat, break out or wear the machine down, and a command that tries them all.
+"""Sixty-three programs that cheat, break out or wear the machine down, and a command that tries them all.
 
     python tests/hostile.py --times 20 --workers 4
 
@@ -108,6 +108,18 @@ HOSTILE: dict[str, dict[str, str]] = {
         "a full disk": calls(
             "for n in range(16):\n    with open(f'/tmp/{n}', 'wb') as f: f.write(bytes(4 << 20))\n"
             "print('ESCAPED', flush=True)"
+        ),
+        "files that hold nothing": calls(
+            "for n in range(10 ** 7):\n    os.close(os.open(f'/tmp/{n}', os.O_CREAT))\n"
+            "    if n == 50_000: print('ESCAPED', flush=True)"
+        ),
+        "links and folders": calls(
+            "for n in range(10 ** 7):\n    os.mkdir(f'/tmp/d{n}')\n    os.symlink('x', f'/tmp/d{n}/l')\n"
+            "    if n == 25_000: print('ESCAPED', flush=True)"
+        ),
+        "attributes of a file": calls(
+            "open('/tmp/x', 'w').close()\nfor n in range(1000):\n"
+            "    os.setxattr('/tmp/x', f'user.{n}', bytes(60_000))\nprint('ESCAPED', flush=True)"
         ),
         "a sparse file": calls(
             "f = open('/tmp/big', 'wb')\nos.truncate(f.fileno(), 1 << 40)\nprint('ESCAPED', flush=True)"

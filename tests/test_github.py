@@ -411,6 +411,29 @@ def test_what_goes_out_late_in_a_window_may_arrive_in_the_next(memory: Ledger) -
     assert sent >= START + 120  # of the two that the answer left, two may still arrive
 
 
+def dated(time: Time, remaining: int, reset: float) -> dict[str, str]:
+    told = {"x-ratelimit-remaining": str(remaining), "x-ratelimit-reset": str(int(reset))}
+    return told | {"x-ratelimit-limit": "7", "date": email.utils.formatdate(int(time.now()), usegmt=True)}
+
+
+@pytest.mark.parametrize("late", [0.0, 1.5, 3.0, 40.0])
+def test_an_answer_that_is_read_late_is_of_the_window_that_it_was_sent_in(
+    memory: Ledger, late: float
+) -> None:
+    """On a busy machine, or behind a long body: what it says is left has been used since."""
+    time = Time()
+    gate = Gate(Clock(time.now, time.sleep), memory, lambda why, seconds: None)
+    gate.learn(dated(time, 7, START + 3600), "core")
+    sent = [gate.enter("h", "core") for _ in range(5)]
+    first = dated(time, 6, START + 3600)
+    for left in (5, 4, 3, 2):
+        gate.leave("h", "core", sent[0], Reply(200, dated(time, left, START + 3600)))
+    time.sleep(late)
+    gate.leave("h", "core", sent[0], Reply(200, first))
+    # Two are left, and one may be counted twice, as it was under way.
+    assert sum(gate.enter("h", "core") < START + 3600 for _ in range(4)) in (1, 2)
+
+
 # --- ETags ---
 
 
@@ -449,11 +472,21 @@ def test_redirections_take_the_token_to_the_api_alone(
     assert "plumb" in api.asked[0][1]["User-Agent"]
 
 
-@pytest.mark.parametrize("location", ["", "file:///etc/passwd", "ftp://x/y", "http://"])
+@pytest.mark.parametrize(
+    "location", ["", "file:///etc/passwd", "ftp://x/y", "http://", "http://[::1/", "http://h:x/"]
+)
 def test_a_redirection_to_nowhere_is_an_accident(memory: Ledger, host, location: str) -> None:
     clock = Time()
     api = host(clock, (302, {"Location": location}, b""), (200, {}, b"a"))
     assert client(api.url, memory, clock).get("/x", text) == "a"
+
+
+def test_a_next_page_at_no_address_is_an_accident(memory: Ledger, host) -> None:
+    clock = Time()
+    links = ({"Link": f'<{url}>; rel="next"'} for url in ("http://[::1/", "http://h:x/", "http://h/2"))
+    api = host(clock, *((200, headers, b"") for headers in links))
+    found = client(api.url, memory, clock).get("/x", lambda answer: answer.next_url)
+    assert found == "http://h/2" and len(api.asked) == 3
 
 
 def test_redirections_end(memory: Ledger, host) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import re
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -165,6 +168,59 @@ def test_answers_and_limits_outlive_the_process(ledger: Ledger) -> None:
     assert again.recall("json /trees/a") is None
     assert again.recall("json /blobs/a") == ("t3", b"")
     again.close()
+
+
+def read_whole(path: Path) -> dict[str, bytes]:
+    """Path -> bytes, through everything that `clean` and its reports read."""
+    ledger = Ledger(path)
+    try:
+        for read in (ledger.outline, ledger.not_stored, ledger.counts, lambda: list(ledger.manifest())):
+            read()
+        assert ledger.recall("key") in (("tag", b"answer" * 100), None)
+        return {file.path: file.data for file in ledger.files()}
+    finally:
+        ledger.close()
+
+
+def test_a_flipped_bit_is_one_sentence_that_names_the_ledger(ledger: Ledger, tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(5000)
+    ledger.stored("a/b", [("x.py", data), ("z.py", data[::-1])])
+    ledger.remember("key", "tag", b"answer" * 100)
+    ledger.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole, told = ledger.path.read_bytes(), 0
+    packed, key = zlib.compress(data, 1), hashlib.sha256(data).hexdigest().encode()
+    inside = whole.index(packed[:50])
+    places = [inside, inside + 40, *(found.start() for found in re.finditer(key, whole))]
+    draw = random.Random(1)
+    for number, place in enumerate([*places, *(draw.randrange(100, len(whole)) for _ in range(100))]):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(7)  # The eighth bit would make no text of a text.
+        path = tmp_path / f"{number}.sqlite"
+        path.write_bytes(damaged)
+        try:
+            found = read_whole(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            told += 1
+        else:
+            assert number > 1 and set(found.values()) <= {data, data[::-1]}
+    assert told > 10
+
+
+def test_a_file_whose_bytes_are_gone_is_not_left_out(ledger: Ledger) -> None:
+    ledger.stored("a/b", [("x.py", b"abc")])
+    with ledger.transaction() as db:
+        db.execute("PRAGMA defer_foreign_keys=ON")
+        db.execute("UPDATE contents SET data = zeroblob(3)")
+    with pytest.raises(ValueError, match=r"is damaged .the bytes of 'x\.py' of 'a/b' cannot be unpacked"):
+        list(ledger.files())
+    with pytest.raises(ValueError, match=r"ledger\.sqlite is damaged"):
+        ledger.by_address("1")
+    ledger._db.execute("PRAGMA foreign_keys=OFF")
+    with ledger.transaction() as db:
+        db.execute("DELETE FROM contents")
+    with pytest.raises(ValueError, match=r"ledger\.sqlite is damaged"):
+        list(ledger.files())
 
 
 def test_a_ledger_is_claimed_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:

@@ -85,7 +85,49 @@ def spelled(value: object) -> str:
 @given(DATA)
 @settings(max_examples=100, deadline=None)
 def test_data_comes_back_as_it_was(value: object) -> None:
-    assert spelled(decode(encode(value))) == spelled(value)
+    for guarded in (False, True):
+        assert spelled(decode(encode(value), guarded)) == spelled(value)
+
+
+COLLIDING = {  # In CPython the hash of an int is its rest by this prime number.
+    "ints": "{n * (2**61 - 1) for n in range(40_000)}",
+    "keys": "dict.fromkeys(n * (2**61 - 1) for n in range(40_000))",
+    "tuples": "{(0, n * (2**61 - 1)) for n in range(20_000)}",
+    "sets in sets": "{frozenset((n % 40 * (2**61 - 1), n // 40 * (2**61 - 1))) for n in range(1_600)}",
+    "a few of many parts": "{tuple(m * (2**61 - 1) for m in range(n, n + 60)) for n in range(8)}",
+}
+
+
+@pytest.mark.parametrize("name", ["ints", "keys", "tuples", "sets in sets", "a few of many parts"])
+def test_members_that_were_chosen_to_collide_are_refused_at_once(name: str) -> None:
+    if name == "ints":  # made without the set, which would take a minute
+        data = b"S40000;" + b"".join(encode(n * (2**61 - 1)) for n in range(40_000))
+    else:
+        data = encode(eval(COLLIDING[name].replace("0_000", "000")))
+    began = time.process_time()
+    with pytest.raises(ValueError, match="keys of one container have the same hash"):
+        decode(data, guarded=True)
+    assert time.process_time() - began < 3
+
+
+def test_collisions_that_come_by_themselves_are_none(isolated: sandbox.Isolation) -> None:
+    grid = {(x, y, z) for x in range(-9, 9) for y in range(-9, 9) for z in range(-3, 3)}  # -1 and -2 collide
+    assert decode(encode(grid), guarded=True) == grid
+    boards = {tuple((n, m) for m in range(81)): n for n in range(300)}
+    assert decode(encode([boards, {1, 2.5, "a"}]), guarded=True) == [boards, {1, 2.5, "a"}]
+
+
+def test_an_answer_does_not_hold_the_process_that_asked_for_it(isolated: sandbox.Isolation) -> None:
+    """The answer is written as bytes, so that the program itself is quick."""
+    forge = (
+        "import os, sys\nm = sys.modules['__main__']\ndef f():\n"
+        "    items = b''.join(m.encode(n * (2**61 - 1)) for n in range(40_000))\n"
+        "    m.write(int(sys.argv[-1]), b't3;s8;returnedS40000;' + items + b'N')\n"
+    )
+    began = time.process_time()
+    with pytest.raises(CandidateError, match="have the same hash"), calls(forge) as call:
+        call("f")
+    assert time.process_time() - began < 3
 
 
 @given(DATA, st.data())
@@ -208,6 +250,13 @@ def test_limits_end_a_program(isolated: sandbox.Isolation) -> None:
     assert 2 <= asleep.seconds < 20
     flood = run("while True: print('x' * 1000)", limits=Limits(output=5000))
     assert (flood.status, len(flood.stdout)) == ("output", 5000)
+    files = "import os\nfor n in range(10**6): os.mknod(f'/tmp/{n}')\n"
+    assert run(files, limits=Limits(files=500)).status == "files"
+    assert judge(files, "", "f()", limits=Limits(files=500))[:2] == (
+        "failed",
+        "the program made more than 500 files",
+    )
+    assert run(files.replace("10**6", "400"), limits=Limits(files=500)).exit_code == 0
     full = run("x = bytearray(300 << 20)", limits=Limits(memory=200 << 20))
     assert full.exit_code == 1 and "MemoryError" in full.stderr
 
@@ -402,11 +451,13 @@ def hostile(uid: int | None, times: int) -> dict:
 def held(report: dict, times: int) -> None:
     counts = Counter(name.split(":")[0] for name in report["verdicts"])
     assert counts == {
-        "cheat": 14, "time": 8, "memory and disk": 9, "process": 9, "file system": 8,
+        "cheat": 14, "time": 8, "memory and disk": 12, "process": 9, "file system": 8,
         "network and kernel": 7, "output": 5,
     }  # fmt: skip
     for name, verdicts in report["verdicts"].items():
         assert len(verdicts) == times and not {"passed", "not judged"} & set(verdicts), (name, verdicts)
+    ignored = report["verdicts"]["time: a signal for the time that is ignored"]
+    assert set(ignored) == {"timed out"}
     assert report["escaped"] == [] and report["changed"] == [] and report["left"] == []
     assert report["honest"] == "passed"
     assert report["grown_mib"] < 64 and report["open_files"] < 20

@@ -46,19 +46,27 @@ def handlers_restored() -> Iterator[None]:
 
 
 def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Path, corpus: Path) -> None:
+    # What an option of its address is called, sqlite does not care.
+    url = f"sqlite:///file:{tmp_path / 's.db'}?uri=true&password=secret"
     path = tiny(tmp_path, corpus, sweep={"trials": 2})
-    done = run("--config", path, cwd=tmp_path)
+    done = run("--config", path, "--storage", url, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     study = tmp_path / "study"
     for part in ("trial 0: bits_per_byte", "2 trials: 2 complete", "the config itself: ", " interval ["):
         assert part in done.stdout
-    assert results(tmp_path)[0][0] == {"optimizer.head_lr": 0.01, "model.dropout": 0.0}  # the config itself
-    assert [r.user_attrs["seed"] for r in records(tmp_path, "study-repeats")] == [1, 1, 2, 2]
+    assert results(tmp_path, url=url)[0][0] == {
+        "optimizer.head_lr": 0.01,
+        "model.dropout": 0.0,
+    }  # the config itself
+    assert [r.user_attrs["seed"] for r in records(tmp_path, "study-repeats", url)] == [1, 1, 2, 2]
     page = (study / "report.html").read_text("utf-8")
     assert page.count("data:image/png;base64,") == len(list((study / "pictures").glob("*.png"))) >= 4
     assert "2 trials: 2 complete" in page and "http" not in page
     assert len(list((study / "tensorboard").glob("*/events*"))) == 2
     assert not done.stderr or "Traceback" not in done.stderr
+    assert "secret" not in done.stdout + done.stderr
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 30 and not [file for file in files if b"secret" in file.read_bytes()]
 
     best = parse_config(["--config", str(study / "best.yaml")])
     of = yaml.safe_load((study / "best.yaml").read_text("utf-8"))
@@ -68,16 +76,16 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     words = ["--config", str(study / "best.yaml"), "--max_steps", "2", "--run", str(tmp_path / "again")]
     assert train(parse_config(words)).state.step == 2
 
-    before = (study / "journal.log").read_bytes()
+    before = (tmp_path / "s.db").read_bytes()
     other = tmp_path / "other.yaml"
     other.write_text(path.read_text("utf-8").replace("1e-3", "1e-4"), "utf-8")
-    refused = commands.command("hyperparam_tune.py", "--config", other, cwd=tmp_path)
+    refused = commands.command("hyperparam_tune.py", "--config", other, "--storage", url, cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert (
         "another space: optimizer.head_lr was {log: [0.001, 0.1]} and is {log: [0.0001, 0.1]} now"
         in refused.stderr
     )
-    assert (study / "journal.log").read_bytes() == before
+    assert (tmp_path / "s.db").read_bytes() == before and "secret" not in refused.stderr
 
     words = ("--config", path, "--storage", f"sqlite:///{tmp_path}/new.db")
     refused = commands.command("hyperparam_tune.py", *words, cwd=tmp_path)
@@ -85,12 +93,12 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     assert "study/trials holds runs, and the study study in this storage has no trials" in refused.stderr
 
     (corpus / "part0.py").write_text("print('another file')\n", "utf-8")
-    refused = commands.command("hyperparam_tune.py", "--config", path, cwd=tmp_path)
+    refused = commands.command("hyperparam_tune.py", "--config", path, "--storage", url, cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "the study study has other data: its fingerprint was" in refused.stderr
-    assert (study / "journal.log").read_bytes() == before
+    assert (tmp_path / "s.db").read_bytes() == before and "secret" not in refused.stderr
 
-    study.rename(tmp_path / "moved")  # whose journal tells of a study of another name
+    study.rename(tmp_path / "moved")  # whose storage tells of a study of another name
     words = ("hyperparam_tune.py", "--config", path, "--study", tmp_path / "moved", "--max_steps", "3")
     for _ in range(2):
         refused = commands.command(*words, cwd=tmp_path)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import signal
+import sqlite3
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_plus
 
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import OperationalError
 
 from sweeps import board as boards
@@ -32,6 +39,7 @@ from sweeps.board import (
     slots_of,
     spent_seconds,
 )
+from sweeps.settings import SweepConfig, parse_settings
 from sweeps.storage import open_storage, shown, told
 from sweeps.study import refuse_other_data
 
@@ -280,31 +288,51 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
 
 
 def test_commands_that_begin_at_once_share_a_new_database(tmp_path: Path) -> None:
-    url, start = f"sqlite:///{tmp_path / 's.db'}", time.time() + 0.5
+    url, (wait, go) = f"sqlite:///{tmp_path / 's.db'}", os.pipe()
 
     def begin() -> None:
-        time.sleep(start - time.time())
+        os.close(go)
+        os.read(wait, 1)  # until the parent closes its end, after the last fork
         open_storage(url, tmp_path)
 
     children = [forked(begin) for _ in range(6)]
+    os.close(go)
+    os.close(wait)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+
+
+def test_a_command_that_comes_second_to_every_table_makes_the_rest(tmp_path: Path) -> None:
+    """The worst that other first commands can do: each table is there right before it would be made."""
+    url, met = f"sqlite:///{tmp_path / 's.db'}", []
+
+    def another(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "CREATE TABLE" in statement:
+            met.append(statement)
+            with contextlib.suppress(sqlite3.OperationalError), sqlite3.connect(tmp_path / "s.db") as other:
+                other.execute(statement)
+
+    event.listen(Engine, "before_cursor_execute", another)
+    try:
+        storage = open_storage(url, tmp_path)
+    finally:
+        event.remove(Engine, "before_cursor_execute", another)
+    assert len(met) > 10
+    assert optuna.create_study(storage=storage, study_name="s").study_name == "s"
 
 
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("study.db", "is no URL"),
+        ("study.db", "--storage is no URL; write journal:FILE, sqlite:///FILE, "),
+        ("journal:postgresql://me:secret@h/s", "after journal: in --storage is a URL and no file; write"),
         ("sqlite://", "is kept in the memory of one process, and every worker is one; write sqlite:///FILE"),
         ("sqlite:///:memory:", "is kept in the memory of one process"),
         ("sqlite+pysqlite:///", "is kept in the memory of one process"),
         ("sqlite:////nowhere/at/all/s.db", "cannot be used"),
         ("postgresql://me:secret@localhost:1/s", "cannot be"),
-        (
-            "nosuch://me:secret@x",
-            "be opened .Can't load plugin: .*nosuch.; write journal:FILE, sqlite:///FILE, ",
-        ),
-        ("postgres://me:secret@h/s", "cannot be opened .Can't load .*; write .* postgresql://"),
-        ("grpc://here:x", "cannot be opened .its port x is no number.; name another"),
+        ("nosuch://me:secret@x", "be opened .no kind of storage is called .*; write journal:FILE, "),
+        ("postgres://me:secret@h/s", "cannot be opened .no kind .*; write .* postgresql://"),
+        ("grpc://here:x", "cannot be opened .it is no address .*; write .* grpc://HOST:PORT"),
     ],
 )
 def test_a_storage_that_cannot_be_had_is_one_sentence(tmp_path: Path, url: str, sentence: str) -> None:
@@ -399,29 +427,113 @@ def test_a_file_that_is_no_journal_is_refused_and_left(tmp_path: Path, text: str
     assert path.read_text("utf-8") == text
 
 
+UNREAD = "that --storage names"
+PASSWORDS = [
+    ("mysql://me:secret@host/db", "mysql://host/db"),
+    ("mysql+pymysql://me:secret@host:33/db?charset=utf8", "mysql://host/db"),
+    ("mysql://me@here:secret@host/db", UNREAD),
+    ("mysql://me:se@cret@host/db", UNREAD),
+    ("mysql://me:54/secret@host/db", UNREAD),
+    ("mysql://me:s@e/secret@host/db", UNREAD),
+    ("mysql://me:54/s?e=secret@host/db", UNREAD),
+    ("mysql://me:s@secret?c=ret@host/db", UNREAD),
+    ("mysql://me/here:secret@host/db", UNREAD),  # a user with a slash
+    ("mysql://me:secret/db", UNREAD),  # its port is no number
+    ("mysql://me:secret", UNREAD),
+    ("mysql://me:5432secret/db", UNREAD),
+    ("mysql:///me:secret@host/db", UNREAD),
+    ("postgresql://host:5432/db?options=a@b", UNREAD),  # SQLAlchemy takes b for the host.
+    ("postgresql://host:5432/db?password=a@secret", UNREAD),
+    ("postgresql://host/db?password=secret", "postgresql://host/db"),
+    ("postgresql://host/db?user=me&passwd=secret", "postgresql://host/db"),
+    ("postgresql://me@host/db?sslpassword=secret", "postgresql://host/db"),
+    ("postgresql://host/db?a=1?password=secret", "postgresql://host/db"),
+    ("postgresql://[::1]:5432/db?password=secret", "postgresql://[::1]/db"),
+    ("postgresql://me:%73ecret@host/db", "postgresql://host/db"),
+    ("postgresql://host/db;password=secret", UNREAD),
+    ("postgresql://host/?host=other&password=secret", "postgresql://host"),
+    ("sqlite:////data/s.db?password=secret", "sqlite:////data/s.db"),
+    ("sqlite://?password=secret", "sqlite://"),
+    ("sqlite:////data/s.db;password=secret", UNREAD),
+    ("postgresql:/me:secret@host/db", UNREAD),  # one slash
+    ("postgresql:me:secret@host/db", UNREAD),
+    ("me:secret@host/db", UNREAD),  # no scheme
+    ("//me:secret@host/db", UNREAD),
+    ("://me:secret@host/db", UNREAD),
+    ("post-gresql://me:secret@host/db", UNREAD),
+    ("nosuch://me:secret@host/db", UNREAD),
+    ("journal:s.log", "journal:s.log"),
+    ("journal:s.log?password=secret", UNREAD),
+    ("journal://me:secret@host/db", UNREAD),
+    ("grpc://host:13000", "grpc://host:13000"),
+    ("grpc://me:secret@host:13000", UNREAD),
+    ("grpc://host:secret", UNREAD),
+    ("grpc://host:13000/?password=secret", UNREAD),
+]
+
+
+@pytest.mark.parametrize(("url", "text"), PASSWORDS)
+def test_of_a_storage_only_host_and_database_are_shown(url: str, text: str) -> None:
+    """Whatever a parser or driver says of it, by pieces of the address too."""
+    assert shown(url, Path("x")) == text
+    plain = unquote_plus(url)
+    for message in (url, plain, *re.split("[/@?]", plain), repr(plain), plain[len(plain) // 2 :]):
+        for problem in (
+            ConnectionError(f"no answer from {message} in time"),
+            OSError(errno.EACCES, "no", message),
+        ):
+            with pytest.raises(ValueError) as error, told(url, Path("x")):
+                raise problem
+            assert "secret" not in str(error.value).lower(), message
+            assert text in str(error.value) or isinstance(problem, PermissionError)
+
+
+@pytest.mark.parametrize("url", [url for url, _ in PASSWORDS if "secret" in url and "/data/" not in url])
+def test_no_password_is_shown_of_a_storage_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    """Through the real parsers; the host does not exist, and no traceback has a word of the address."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sweeps.storage.CONNECT_SECONDS", 0.2)
+    url = url.replace("@host", "@host.invalid").replace("//host", "//host.invalid")
+    try:
+        open_storage(url, tmp_path)
+    except ValueError as error:
+        said = "".join(traceback.format_exception(error, chain=True))
+        assert "\n" not in str(error)
+    else:
+        said = "opened"
+        assert url.startswith("journal:")
+    assert "secret" not in said.lower() + "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
-    ("url", "text"),
+    ("words", "section"),
     [
-        ("mysql://me:secret@host/db", "mysql://me:***@host/db"),
-        ("mysql://me:se@cret@host/db", "mysql://me:***@host/db"),
-        ("mysql://me@here:se@cret@host/db", "mysql://me@here:***@host/db"),
-        ("mysql://me:pw@h/db?x=y@z", "mysql://me:***@h/db?x=y@z"),
-        ("mysql://me:p@w@h:33/db?x=y&u=v@z", "mysql://me:***@h:33/db?x=y&u=v@z"),
-        ("mysql://me:se/cr?et@host/db?x=y@z", "mysql://me:***@host/db?x=y@z"),
-        ("mysql://me:s@e/c@ret@host/db", "mysql://me:***@host/db"),
-        ("mysql://me:s@e?c=ret@host/db", "mysql://me:***@host/db"),
-        ("mysql://me:54/cret@host/db", "mysql://me:***@host/db"),
-        ("mysql://me:54/s?e=cret@host/db", "mysql://me:***@host/db"),
-        ("postgresql://host:5432/db?options=a@b", "postgresql://host:5432/db?options=a@b"),
-        ("postgresql://me@host:5432/db?options=a@b", "postgresql://me@host:5432/db?options=a@b"),
-        ("postgresql://host/db?options=a:b@c", "postgresql://host/db?options=a:b@c"),
+        (["--storag", "SECRET"], ""),
+        (["SECRET"], ""),
+        (["--trials", "3", "SECRET"], ""),
+        (["--storage.url", "SECRET"], ""),
+        (["--storage", "SECRET", "--trials", "x"], ""),
+        ([], "sweep: {storage: [SECRET]}"),
+        ([], "sweep: {storage: {url: SECRET}}"),
+        ([], "sweep: {storge: SECRET}"),
+        ([], "sweep: {storage: SECRET, trials: -1}"),
     ],
 )
-def test_passwords_are_not_shown_and_hosts_are(url: str, text: str) -> None:
-    assert shown(url, Path("x")) == text
-    with pytest.raises(ValueError) as error, told("", Path("x")):
-        raise OSError(f"no answer from {url} in time")
-    assert f"no answer from {text} in time" in str(error.value)
+def test_a_mistake_beside_a_storage_is_told_without_its_password(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], section: str
+) -> None:
+    path, url = tmp_path / "c.yaml", "mysql://me:secret@host/db"
+    path.write_text("space: {optimizer.lr: {log: [1e-3, 1e-1]}}\n" + section.replace("SECRET", f"'{url}'"))
+    with pytest.raises(SystemExit):
+        parse_settings(["--config", str(path), *(url if word == "SECRET" else word for word in words)])
+    said = "".join(capsys.readouterr())
+    assert "error: " in said and "secret" not in said
+
+
+def test_settings_of_a_sweep_are_printed_without_their_storage() -> None:
+    assert "secret" not in repr(SweepConfig(storage="mysql://me:secret@host/db"))
 
 
 def test_of_two_that_begin_at_once_with_other_data_one_is_refused(tmp_path: Path) -> None:

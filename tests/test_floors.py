@@ -1,0 +1,112 @@
+"""The house has floors: a file imports from lower floors, or from its own floor without a circle.
+
+Imports inside functions and under TYPE_CHECKING count too. Nothing but tests and benchmarks imports a door.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the ground up. A name is a file or a folder at the top level, or one file of such a folder.
+FLOORS = (
+    "config yamlfile metrics",
+    "tokenizer",
+    "corpus leaks shingles comments fim tokenstore curriculum ngram sandbox sandbox_child sandbox_filter",
+    "attention linear dropout precision quantize scraping",
+    "architecture dataset",
+    "lowrank changes targets",
+    "lora",
+    "pretrained merging",
+    "loss optim checkpoint runfolder curves runmodel",
+    "decoding kvcache generate",
+    "guards live preflight suites",
+    "trainingmanager eval export functional",
+    "sweeps recipes plan proofs plants planted_data planted_faults",
+    "hyperparam_tune",
+)
+WITHOUT_TORCH = 3  # floors; scraping, which needs none either, stands higher up
+# Arrows that run up or close a circle, and are to go.
+EXCEPTIONS = {
+    ("corpus", "leaks"),
+    ("decoding", "generate"),
+    ("generate", "recipes.refactoring"),
+    ("preflight", "plants"),
+    ("trainingmanager", "plan"),
+    ("trainingmanager", "proofs"),
+    ("pretrained.save", "checkpoint"),
+    ("pretrained.save_adapter", "checkpoint"),
+    ("suites.programs", "functional"),
+    ("suites.task", "functional"),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name of each file of the product."""
+    top = {name for floor in FLOORS for name in floor.split()}
+    files = list(ROOT.glob("*.py"))
+    files += [p for name in sorted(top) for p in (ROOT / name).rglob("*.py")]
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def floor_of(name: str) -> int:
+    """The floor on which the longest known beginning of a dotted name stands."""
+    while True:
+        for number, floor in enumerate(FLOORS):
+            if name in floor.split():
+                return number
+        assert "." in name, f"{name} stands on no floor"
+        name = name.rpartition(".")[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names in every import of a file; of `from a import b` both a and a.b."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def arrows() -> dict[str, set[str]]:
+    """By file the files that it imports, but for the exceptions."""
+    known = modules()
+    return {
+        name: {to for to in imported(path) if to in known and to != name and (name, to) not in EXCEPTIONS}
+        for name, path in known.items()
+    }
+
+
+def test_no_stair_runs_up() -> None:
+    up = [
+        f"{name} -> {to}"
+        for name, found in arrows().items()
+        for to in sorted(found)
+        if floor_of(to) > floor_of(name)
+    ]
+    assert not up
+
+
+def test_there_is_no_circle() -> None:
+    graph = {name: {to for to in found if not name.startswith(to + ".")} for name, found in arrows().items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_lower_floors_and_scraping_import_no_torch() -> None:
+    with_torch = [
+        name
+        for name, path in modules().items()
+        if floor_of(name) < WITHOUT_TORCH or name.split(".")[0] == "scraping"
+        if any(to.split(".")[0] == "torch" for to in imported(path))
+    ]
+    assert not with_torch
