@@ -129,8 +129,8 @@ class TokenStore:
     def __reduce__(self):  # open files do not pickle
         return TokenStore, (self.folder, self.split)
 
-    def _table(self, name: str) -> np.ndarray:
-        """One of the split's arrays, int64, its SHA-256 compared; zeros of one that the store has not."""
+    def _table(self, name: str, absent: int = 0) -> np.ndarray:
+        """One of the split's arrays, int64, its SHA-256 compared; `absent` everywhere where there is none."""
         name = f"{self.split}-{name}.npy"
         for file in self._files:
             if file["name"] == name:
@@ -140,7 +140,7 @@ class TokenStore:
                 return np.load(BytesIO(data))
         if name.endswith(("-offsets.npy", "-bytes.npy")):
             raise KeyError(name)
-        return np.zeros(len(self.byte_lengths), np.int64)
+        return np.full(len(self.byte_lengths), absent, np.int64)
 
     def refuse_other_index(self, tokenizer: Tokenizer, fingerprint: str) -> None:
         """ValueError if the store is not what this tokenizer makes of the data with this fingerprint."""
