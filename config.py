@@ -62,6 +62,8 @@ class DataConfig:
         difficulty: How hard a document is: `rarity` of its tokens, `entropy` of their distribution, or `loss`
             of an n-gram model that did not see it.
         cache: Folder for trained tokenizers and token stores, keyed by content.
+        cache_gb: Its bound, in 10**9 bytes: what was used longest ago is removed to keep below it, but
+            nothing that is open or was used since the run began; 0 is none.
         workers: Processes that tokenise; 0 means one for each core.
     """
 
@@ -79,6 +81,7 @@ class DataConfig:
     order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = "shuffled"
     difficulty: Literal["rarity", "entropy", "loss"] = "rarity"
     cache: str = "cache"
+    cache_gb: float = 20.0
     workers: int = 0
 
     def resolved(self) -> DataConfig:
@@ -571,6 +574,7 @@ RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"
     "data.validation_one_in": (0, None, ""),
     "data.test_one_in": (0, None, ""),
     "data.fim_rate": (0, 1, ""),
+    "data.cache_gb": (0, None, ""),
     "data.workers": (0, None, ""),
     "tokenizer.vocab_size": (1, 2**24, ""),
     "tokenizer.min_count": (0, None, ""),

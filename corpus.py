@@ -10,7 +10,6 @@ is cut into windows, so that no text stands on two of them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import gzip
@@ -28,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cache import read_sealed, write_sealed
 from comments import drop_comments
-from config import MOST_BYTES, DataConfig, bounded_lines, parse_line, write_atomically
+from config import MOST_BYTES, DataConfig, bounded_lines, parse_line
 from fim import gap_of
 
 # What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
@@ -605,20 +605,15 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> list[str]:
     """The group that the text gives each document; cached by all that decides it, for a run asks thrice."""
     import leaks  # which reads documents itself
-    import shingles
 
-    key = hashlib.sha256(Path(leaks.__file__).read_bytes() + Path(shingles.__file__).read_bytes())
+    key = hashlib.sha256(f"{leaks.VERSION}".encode())
     for document, digest, _ in kept:
         key.update(json.dumps([document.name, document.group, digest.hex()]).encode())
     path = Path(config.cache) / f"groups-{key.hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        groups = json.loads(path.read_text("utf-8"))
-        if isinstance(groups, list) and len(groups) == len(kept) and {*map(type, groups)} <= {str}:
-            return groups
-    groups = leaks.regroup([document for document, _, _ in kept])
-    with contextlib.suppress(OSError):  # a cache that may only be read
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(groups))
+    groups = read_sealed(path)
+    if groups is None:
+        groups = leaks.regroup([document for document, _, _ in kept])
+        write_sealed(path, groups)
     return groups
 
 

@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import uuid
-import warnings
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -35,11 +34,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cache import InUse, discard, make_room, say_damaged, seal_folder, verify_folder
 from config import DataConfig, TokenizerConfig, say
 from corpus import Report, split_documents, training_texts
 from curriculum import order_of
 from fim import fim_kept, fim_markers
-from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
+from tokenizer import TRAINING_VERSION, BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 from tokenstore import FORMAT, TokenStore, build_store, open_store
 
 IGNORE_INDEX = -100
@@ -48,7 +48,6 @@ POOL_PAYS_BYTES = 4_000_000
 GAPS_READ = 1000  # documents, for the share of gaps that rows show whole
 ROW_STEP = 64  # tokens; a row that no setting names is a multiple of it
 GAPS_SEEN = 0.5  # below this share a run warns
-HOUSE = Path(__file__).parent
 
 
 def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
@@ -59,24 +58,43 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
         raise ValueError(
             "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
         )
-    key = hashlib.sha256(repr(settings).encode())
-    key.update((HOUSE / "tokenizer.py").read_bytes())  # another algorithm makes another tokenizer
+    key = hashlib.sha256(f"{TRAINING_VERSION} {settings!r}".encode())
     for text in training_texts(data):
         key.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     folder = Path(data.cache) / "tokenizers" / key.hexdigest()[:32]
+    tokenizer = _cached_tokenizer(folder)
+    if tokenizer is not None:
+        return tokenizer
+    say(f"training a {settings.kind} tokenizer of up to {settings.vocab_size} ids")
+    texts = training_texts(data)
+    if settings.kind == "code":
+        tokenizer = CodeTokenizer.train(texts, settings.vocab_size, settings.min_count)
+    else:
+        tokenizer = BPETokenizer.train(texts, settings.vocab_size)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+    temporary.mkdir(parents=True)
+    tokenizer.save(temporary)
+    seal_folder(temporary)
+    tokenizer = load_tokenizer(temporary)
+    with contextlib.suppress(OSError):  # another run made the same one meanwhile
+        os.replace(temporary, folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    return tokenizer
+
+
+def _cached_tokenizer(folder: Path) -> Tokenizer | None:
+    """The trained tokenizer in a folder of the cache; None where none is, or it is damaged, which is said."""
     if not folder.is_dir():
-        say(f"training a {settings.kind} tokenizer of up to {settings.vocab_size} ids")
-        texts = training_texts(data)
-        if settings.kind == "code":
-            tokenizer: Tokenizer = CodeTokenizer.train(texts, settings.vocab_size, settings.min_count)
-        else:
-            tokenizer = BPETokenizer.train(texts, settings.vocab_size)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True)
-        tokenizer.save(temporary)
-        with contextlib.suppress(OSError):  # another run made the same one meanwhile
-            os.replace(temporary, folder)
-    return load_tokenizer(folder)
+        return None
+    try:
+        with InUse(folder):
+            verify_folder(folder)
+            return load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        say_damaged(folder, error)
+        discard(folder)
+    return None
 
 
 @dataclass(frozen=True)
@@ -98,11 +116,36 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> st
     """Names a store by all that decides its bytes; where the data lies and who does the work do not."""
     settings = dataclasses.asdict(config)
     # Labels and batches are made of the last three, not tokens.
-    for name in ("source", "cache", "workers", "loss_on", "order", "difficulty"):
+    for name in ("source", "cache", "cache_gb", "workers", "loss_on", "order", "difficulty"):
         del settings[name]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _store_folder(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> Path:
+    return Path(config.cache) / f"tokens-{_store_key(config, tokenizer, fingerprint)[:24]}"
+
+
+def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> PreparedData | None:
+    """The store in the cache of the data with this fingerprint, without a look at their source.
+
+    None where there is no such store, or it is damaged. Its report has the fingerprint alone.
+    """
+    report = Report(fingerprint=fingerprint)
+    try:
+        return _verified(_store_folder(config.resolved(), tokenizer, fingerprint), tokenizer, report)
+    except ValueError:
+        return None
+
+
+def _verified(folder: Path, tokenizer: Tokenizer, report: Report) -> PreparedData:
+    """The whole of a store, its checksums compared; ValueError if it is damaged or of something else."""
+    prepared = _opened(folder, report)
+    for store in {prepared.train, prepared.validation, prepared.test}:
+        store.refuse_other_index(tokenizer, report.fingerprint)
+        store.verify()
+    return prepared
 
 
 def _opened(folder: Path, report: Report) -> PreparedData:
@@ -138,21 +181,15 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
             if document.suffix is not None:
                 fim_markers(tokenizer, f"{document.where} cannot be learned; give prompt and completion")
             bar.update()
-    target = Path(config.cache) / f"tokens-{_store_key(config, tokenizer, report.fingerprint)[:24]}"
+    target = _store_folder(config, tokenizer, report.fingerprint)
     if target.exists():
         try:
-            prepared = _opened(target, report)
-            if prepared.train.fingerprint != report.fingerprint:
-                raise ValueError(
-                    f"{target} holds other data (fingerprint {prepared.train.fingerprint[:12]}, and the "
-                    f"corpus has {report.fingerprint[:12]}): build it again"
-                )
-            for store in {prepared.train, prepared.validation, prepared.test}:
-                store.verify()
+            prepared = _verified(target, tokenizer, report)
+            make_room(Path(config.cache), config.cache_gb)
             return prepared
         except ValueError as error:
-            warnings.warn(f"{error}; doing so now", stacklevel=2)
-            shutil.rmtree(target)
+            say_damaged(target, error)
+            discard(target)
     total_bytes = sum(report.kept_bytes.values())
     workers = (config.workers or os.cpu_count() or 1) if total_bytes >= POOL_PAYS_BYTES else 1
     # Not tempfile: its folders are closed to other users, and the cache may be shared.
@@ -180,7 +217,9 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _opened(target, report)
+    prepared = _opened(target, report)
+    make_room(Path(config.cache), config.cache_gb)
+    return prepared
 
 
 # ---------------------------------------------------------------------------------------------

@@ -99,8 +99,11 @@ HOUSE = Path(__file__).parent
 # --- what is evaluated -------------------------------------------------------------------------------
 
 
-def evaluate(settings: EvalConfig) -> dict[str, Any]:
+def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str, Any]:
     """Everything that eval.json holds, but for the command and versions.
+
+    Args:
+        data: Of the run, where they are open; else they are read again.
 
     Raises:
         ValueError: there is no such run, checkpoint, model or suite, the data are not those that it was
@@ -135,7 +138,7 @@ def evaluate(settings: EvalConfig) -> dict[str, Any]:
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
     if settings.checkpoint is not None:
-        return evaluate_run(settings, names, precision)
+        return evaluate_run(settings, names, precision, data)
     return evaluate_published(settings, names, precision)
 
 
@@ -144,7 +147,9 @@ def is_pipe(path: str | None) -> bool:
     return path is not None and Path(path).is_fifo()
 
 
-def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
+def evaluate_run(
+    settings: EvalConfig, names: tuple[str, ...], precision: Precision, data: PreparedData | None = None
+) -> dict[str, Any]:
     """A run's checkpoint, by its held-out files and others."""
     assert settings.checkpoint is not None
     run = load_run(settings.checkpoint, settings.which, settings.base)
@@ -158,7 +163,7 @@ def evaluate_run(settings: EvalConfig, names: tuple[str, ...], precision: Precis
         precision,
     )
     models = judges(subject, settings)
-    data = data_of(run, settings)
+    data = data_of(run, settings) if data is None else data
     if not names:
         names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
     if settings.predictions is not None:

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from config import BEFORE, Config
+import yaml
+
+from config import BEFORE, Config, write_atomically
 from yamlfile import read_yaml
 
 LOCK = ".lock"
@@ -148,6 +150,7 @@ KEY_CLASSES: dict[str, str] = {
     "data.order": FIXED,
     "data.difficulty": FIXED,
     "data.cache": FREE,
+    "data.cache_gb": FREE,
     "data.workers": FREE,
     "tokenizer.kind": FIXED,
     "tokenizer.vocab_size": FIXED,
@@ -288,6 +291,15 @@ def refuse_changes(folder: Path, config: Config) -> None:
                 "that was never stopped",
                 file=sys.stderr,
             )
+
+
+def note_base(folder: Path, base: str | None) -> None:
+    """Write down where the base of a run lies now: whoever opens the run looks for it there."""
+    if base is not None:
+        path = folder / "config.yaml"
+        place = str(Path(base).resolve()) if Path(base).is_dir() else base
+        saved = read_yaml(path) | {"base": place}
+        write_atomically(path, yaml.safe_dump(saved, sort_keys=False))
 
 
 def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:

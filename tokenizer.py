@@ -64,6 +64,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 GENERATION = "generation_config.json"
+TRAINING_VERSION = 1  # part of the cache key: raise it when the same texts would train another tokenizer
 _LONGEST = 2**26  # bytes of a file; those of large published vocabularies have up to 35 million
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")

@@ -1,10 +1,11 @@
-"""The token store: memory-mapped shards of ids, and for each split a table of starts, byte lengths and names.
+"""The token store: shards of ids on the disk, and for each split a table of starts, byte lengths and names.
 
     FOLDER/index.json, and for each split train-00000.bin ..., train-offsets.npy, train-bytes.npy,
     train-names.jsonl and, of examples only, train-prompts.npy and train-suffixes.npy
 
-Built in parallel; `index.json` comes last and makes the folder a store. Nothing here imports torch: worker
-processes import this module to tokenise.
+Built in parallel; `index.json` comes last and makes the folder a store. It has the SHA-256 of each file and
+of itself. That of an older store has none of itself: `refuse_other_index` compares its values. Nothing here
+imports torch: worker processes import this module to tokenise.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import hashlib
 import json
 import os
 import sys
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
-from io import BufferedRandom
+from io import BufferedRandom, BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -29,18 +31,54 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cache import InUse
 from corpus import SPLITS, Document, utf8
 from fim import fim_markers, fim_prompt_ids
 from tokenizer import Tokenizer
 
 FORMAT = 2  # part of the cache key: raise it whenever the same data would be stored as other bytes
 SHARD_TOKENS = 2**27
-COUNTED_AT_ONCE = 2**24  # tokens
+READ_AT_ONCE = 2**22  # tokens
+READ_THROUGH = 2**8  # tokens between two places, up to which both are read in one piece
 CHUNK_CHARACTERS = 2**18  # of text handed to a worker at a time
 
 
+class _Shard:
+    """A file of tokens that is open for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, size: int):
+        """`size` is that of the store's index, in bytes."""
+        self.path, self.size = path, size
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read_into(self, buffer: memoryview, place: int) -> int:
+        """Fill bytes with those from `place` on; how many there are up to the end of the file.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        try:
+            n = os.preadv(self._descriptor, [buffer], place)
+            while n < len(buffer) and place + n < self.size:  # rarely: one call reads at most 2 GiB
+                if not (more := os.preadv(self._descriptor, [buffer[n:]], place + n)):
+                    left = os.fstat(self._descriptor).st_size
+                    raise ValueError(
+                        f"{self.path} was cut while it was in use: it has {left:,} bytes of {self.size:,}; "
+                        "start again, or go on with a run by --resume: the store is built again"
+                    )
+                n += more
+        except OSError as error:  # which knows no name
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        return n
+
+
 class TokenStore:
-    """The tokens of one split, memory-mapped. Pickles as its place on the disk; maps open at first use.
+    """The tokens of one split, on the disk. Pickles as its place there; files of tokens open at first use.
 
     The tokens are one virtual stream, the concatenation of the shards; a document never straddles two.
 
@@ -58,41 +96,67 @@ class TokenStore:
         tokenizer_fingerprint, fingerprint: Of the tokenizer, and of the data.
 
     Raises:
-        ValueError: the folder holds no store of this format, or a file is missing or cut.
+        ValueError: the folder holds no store of this format, or a file is missing, cut or, of those that are
+            read here, changed.
     """
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         try:
-            index = json.loads((self.folder / "index.json").read_text("utf-8"))
-            if index["format"] != FORMAT:
-                raise ValueError(f"the store has format {index['format']}, and this program reads {FORMAT}")
+            self._in_use = InUse(self.folder)
+            index = _read_index(self.folder / "index.json")
             self._files: list[dict[str, Any]] = index["splits"][split]["files"]
             for file in self._files:
-                size = (self.folder / file["name"]).stat().st_size
+                size, _ = (self.folder / file["name"]).stat().st_size, file["sha256"]
                 if size != file["size"]:
                     raise ValueError(f"{file['name']} has {size} bytes of {file['size']}")
+            self.offsets = self._table("offsets")
+            self.byte_lengths = self._table("bytes")
+            self.prompt_lengths = self._table("prompts")
+            self.suffix_places = self._table("suffixes")
+            self.dtype = np.dtype(index["dtype"])
+            self.vocab_size: int = index["vocab_size"]
+            self.pad_id: int | None = index["pad_id"]
+            self.tokenizer_fingerprint: str = index["tokenizer"]
+            self.fingerprint: str = index["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{folder} is not a whole token store ({problem}): build it again") from error
-        self.dtype = np.dtype(index["dtype"])
-        self.vocab_size: int = index["vocab_size"]
-        self.pad_id: int | None = index["pad_id"]
-        self.tokenizer_fingerprint: str = index["tokenizer"]
-        self.fingerprint: str = index["data"]
-        self.offsets: np.ndarray = np.load(self.folder / f"{split}-offsets.npy")
-        self.byte_lengths: np.ndarray = np.load(self.folder / f"{split}-bytes.npy")
         self.n_tokens, self.n_documents = int(self.offsets[-1]), len(self.byte_lengths)
         self.n_bytes = int(self.byte_lengths.sum())
-        present = {file["name"] for file in self._files}
-        self.holds_examples = f"{split}-prompts.npy" in present
-        self.prompt_lengths, self.suffix_places = (
-            np.load(self.folder / name) if name in present else np.zeros(self.n_documents, np.int64)
-            for name in (f"{split}-prompts.npy", f"{split}-suffixes.npy")
-        )
+        self.holds_examples = f"{split}-prompts.npy" in {file["name"] for file in self._files}
 
-    def __reduce__(self):  # a numpy memmap would pickle as all of its data
+    def __reduce__(self):  # open files do not pickle
         return TokenStore, (self.folder, self.split)
+
+    def _table(self, name: str, absent: int = 0) -> np.ndarray:
+        """One of the split's arrays, int64, its SHA-256 compared; `absent` everywhere where there is none."""
+        name = f"{self.split}-{name}.npy"
+        for file in self._files:
+            if file["name"] == name:
+                data = (self.folder / name).read_bytes()
+                if hashlib.sha256(data).hexdigest() != file["sha256"]:
+                    raise ValueError(f"{name} was changed on the disk")
+                return np.load(BytesIO(data))
+        if name.endswith(("-offsets.npy", "-bytes.npy")):
+            raise KeyError(name)
+        return np.full(len(self.byte_lengths), absent, np.int64)
+
+    def refuse_other_index(self, tokenizer: Tokenizer, fingerprint: str) -> None:
+        """ValueError if the store is not what this tokenizer makes of the data with this fingerprint."""
+        wanted = {
+            "data": fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "pad_id": tokenizer.pad_id,
+            "dtype": dtype_of(tokenizer.vocab_size),
+        }
+        found = (self.fingerprint, self.tokenizer_fingerprint, self.vocab_size, self.pad_id, self.dtype)
+        for (name, value), is_there in zip(wanted.items(), found, strict=True):
+            if is_there != value:
+                raise ValueError(
+                    f"{self.folder / 'index.json'} says that {name} is {is_there}, and here it is {value}"
+                )
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256. Raises ValueError naming the first that differs."""
@@ -112,38 +176,77 @@ class TokenStore:
             return [json.loads(line) for line in lines]
 
     @cached_property
-    def _shards(self) -> tuple[list[np.ndarray], np.ndarray]:
-        paths = [self.folder / file["name"] for file in self._files if file["name"].endswith(".bin")]
-        # Plain arrays over the maps: indexing np.memmap itself pays for its subclass at every call.
-        maps = [np.asarray(np.memmap(path, self.dtype, "r")) for path in paths]
-        return maps, np.cumsum([0, *map(len, maps)])
+    def _shards(self) -> tuple[list[_Shard], np.ndarray]:
+        files = [file for file in self._files if file["name"].endswith(".bin")]
+        shards = [_Shard(self.folder / file["name"], file["size"]) for file in files]
+        return shards, np.cumsum([0, *(shard.size // self.dtype.itemsize for shard in shards)])
+
+    def _read(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """The tokens from `low` to `high`, (pieces,) each, of the stream, one piece after the other."""
+        shards, starts = self._shards
+        ends = np.cumsum(high - low)
+        found = np.empty(int(ends[-1]), self.dtype)
+        view, size = found.view(np.uint8).data, self.dtype.itemsize
+        number = np.searchsorted(starts, low, "right") - 1
+        rows = (number, (low - starts[number]) * size, (ends - high + low) * size, ends * size)
+        for shard, place, begin, end in zip(*(row.tolist() for row in rows), strict=True):
+            while (n := shards[shard].read_into(view[begin:end], place)) < end - begin:
+                begin, place, shard = begin + n, 0, shard + 1  # it goes on in the next shard
+        return found
 
     def gather(self, where: np.ndarray) -> np.ndarray:
-        """Tokens at places (N,) of the stream, as int64 (N,)."""
-        maps, starts = self._shards
-        if len(maps) == 1:
-            return maps[0][where].astype(np.int64)
-        shard = np.searchsorted(starts, where, "right") - 1
-        tokens = np.empty(len(where), np.int64)
-        for number in np.unique(shard):
-            chosen = shard == number
-            tokens[chosen] = maps[number][where[chosen] - starts[number]]
-        return tokens
+        """Tokens at places (N,) of the stream, as int64 (N,).
+
+        They are read, and not mapped: a file that is cut while it is mapped ends the process without a word.
+
+        Raises:
+            ValueError: a shard is shorter than it was.
+        """
+        if not len(where):
+            return np.empty(0, np.int64)
+        step = np.diff(where)
+        apart = np.flatnonzero((step < 0) | (step > READ_THROUGH))
+        first, last = np.append(0, apart + 1), np.append(apart, len(where) - 1)
+        low, high = where[first], where[last] + 1
+        found = self._read(low, high)
+        if len(found) != len(where):  # what lies between two places was read too
+            lengths = high - low
+            found = found[where - np.repeat(low - np.cumsum(lengths) + lengths, last - first + 1)]
+        return found.astype(np.int64)
 
     def occurrences(self, ids: Sequence[int]) -> list[int]:
         """How often each of some ids, at least one, occurs; by one pass over the stream, at the speed of
         reading it where the ids are the last ones."""
         low = min(ids)
         counts = np.zeros(self.vocab_size - low, np.int64)
-        for tokens in self._shards[0]:
-            for start in range(0, len(tokens), COUNTED_AT_ONCE):
-                part = tokens[start : start + COUNTED_AT_ONCE]
-                counts += np.bincount(part[part >= low] - low, minlength=len(counts))
+        for start in range(0, self.n_tokens, READ_AT_ONCE):
+            stop = min(start + READ_AT_ONCE, self.n_tokens)
+            part = self._read(np.array([start]), np.array([stop]))
+            counts += np.bincount(part[part >= low] - low, minlength=len(counts))
         return [int(counts[id - low]) for id in ids]
 
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document, special tokens included, int64."""
         return self.gather(np.arange(self.offsets[number], self.offsets[number + 1]))
+
+
+def dtype_of(vocab_size: int) -> np.dtype:
+    """The type of ids on the disk."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    index = json.loads(path.read_text("utf-8"))
+    if index["format"] != FORMAT:
+        raise ValueError(f"the store has format {index['format']}, and this program reads {FORMAT}")
+    own = index.pop("sha256", None)
+    if own not in (None, _index_sha256(index)):  # an older one has none
+        raise ValueError("index.json was changed on the disk")
+    return index
+
+
+def _index_sha256(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
 
 
 def open_store(folder: str | Path) -> tuple[TokenStore, TokenStore, TokenStore]:
@@ -364,12 +467,12 @@ def build_store(
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    dtype = dtype_of(tokenizer.vocab_size)
     writers = {side: _SplitWriter(folder, side, dtype, shard_tokens) for side in SPLITS}
     # disable=None: silent where stderr is not a terminal.
     bar = tqdm(total=total_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False)
     try:
-        with bar:
+        with bar, InUse(folder):
             for side, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
                 writers[side].add(document, *encoded)
                 asked = (document.prompt or "") + (document.suffix or "")
@@ -397,7 +500,7 @@ def build_store(
         },
     }
     with open(folder / "index.json.tmp", "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=1)
+        json.dump(index | {"sha256": _index_sha256(index)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.rename(folder / "index.json.tmp", folder / "index.json")

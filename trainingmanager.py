@@ -42,9 +42,9 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,9 +56,12 @@ from architecture import Decoder
 from beforehand import refuse_mistakes
 from checkpoint import (
     Manifest,
+    best_of,
     changed_weight,
+    checkpoints,
     code_fingerprint,
     first_difference,
+    load_counters,
     load_state,
     load_weights,
     newest_whole,
@@ -82,6 +85,7 @@ from dataset import (
     prepare_data,
     prepare_tokenizer,
     refuse_long_answers,
+    stored_data,
     validation_batches,
 )
 from eval import EvalConfig, evaluate, table, write_results
@@ -91,12 +95,21 @@ from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
 from optim import ParameterGroup, build_optimizers, groups_table, learning_rate_factor, parameter_groups
-from precision import Precision, evaluation_precision, keep_freed_memory, release_freed_memory
+from outputs import OUTPUTS, note_made, outputs_made
+from precision import (
+    Precision,
+    choose_device,
+    choose_precision,
+    evaluation_precision,
+    keep_freed_memory,
+    release_freed_memory,
+)
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import (
     claimed_folder,
     config_fingerprint,
+    note_base,
     refuse_changes,
     refuse_other_data,
     with_data_resolved,
@@ -104,6 +117,8 @@ from runfolder import (
 from runmodel import Run, adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.functions import sample_completions
+from suites.records import read_evaluation
+from suites.subject import data_config, data_of
 from terminal import printable
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
@@ -118,7 +133,14 @@ HOUSE = Path(__file__).parent
 
 
 class BudgetUsed(ValueError):
-    """A run is resumed whose budget is used up: there is nothing left to do."""
+    """A run is resumed whose budget is used up: there is nothing left to train."""
+
+    def __init__(self, manager: TrainingManager):
+        self.manager = manager
+        super().__init__(
+            f"the budget of {manager.folder} is used up at step {manager.state.step}; to go on, raise what "
+            "ended it: --max_steps, --max_epochs and --max_seconds count from the run's beginning"
+        )
 
 
 # Told of each step, with what was logged of it and of its validation, if there was one; True ends the run.
@@ -455,10 +477,7 @@ class TrainingManager:
         self.resumed_from = manifest
         self.refuse_difference()
         if self.progress() >= 1:
-            raise BudgetUsed(
-                f"the budget of {self.folder} is used up at step {self.state.step}; to go on, raise what "
-                "ended it: --max_steps, --max_epochs and --max_seconds count from the run's beginning"
-            )
+            raise BudgetUsed(self)
         print(f"resumed from {manifest.folder} at step {self.state.step}")
 
     def refuse_difference(self) -> None:
@@ -819,7 +838,111 @@ def say_gaps_in_sight(share: float, config: Config, warn: bool = True) -> None:
         )
 
 
-def samples_of(manager: TrainingManager, run: Run, scores: dict[str, Any]) -> tuple[str, str]:
+@dataclass(frozen=True)
+class EndedRun:
+    """A run whose training was done when it was resumed."""
+
+    folder: Path
+    config: Config
+    data: PreparedData
+    device: torch.device
+    eval_precision: Precision
+
+
+def ended(train: TrainConfig, folder: Path) -> Manifest | None:
+    """The newest checkpoint of a run of whose budget or patience nothing is left; None where it goes on."""
+
+    def is_done(manifest: Manifest) -> bool:
+        counters = load_counters(manifest)
+        run = counters["run"]
+        is_patient = not train.patience or run["validations_without_better"] < train.patience
+        return not is_patient or budget_used(train, run["step"], counters["epoch"], run["seconds"]) >= 1
+
+    newest = checkpoints(folder / "checkpoints")[-1:]
+    try:
+        if not newest or not is_done(newest[0]):
+            return None  # training itself compares the checksums
+        whole = newest_whole(folder / "checkpoints")
+        return whole if is_done(whole) else None
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged one, which training names
+        return None
+
+
+def finish_ended(config: Config) -> bool:
+    """Make what is missing of a run whose training is done, and say what cannot be made; False if it is not.
+
+    The store in the cache is enough for all of it: the source of the data may be gone.
+
+    Raises:
+        ValueError: As `train`, of the folder and of settings that were changed.
+        OSError: The disk is full or read-only.
+    """
+    with claimed_folder(config) as folder:
+        last = ended(config.train, folder)
+        if last is None:
+            return False
+        config = with_data_resolved(config, folder)
+        saved = Config.from_dict(read_yaml(folder / "config.yaml"))
+        vocab_size = config.model.vocab_size or saved.model.vocab_size
+        model = dataclasses.replace(config.model, vocab_size=vocab_size).resolved()
+        refuse_changes(folder, dataclasses.replace(config, model=model))
+        say(
+            f"the training of {folder} is done, at step {last.step:,}; to train on, raise what ended it: "
+            "--max_steps, --max_epochs and --max_seconds count from the run's beginning"
+        )
+        best = best_of(checkpoints(folder / "checkpoints")) or last
+        made = outputs_made(folder, best.step)
+        missing = [name for name in OUTPUTS if name not in made and (name != "adapter" or config.lora.r)]
+        if not missing:
+            say("nothing is missing: its scores, samples and pictures are there")
+            return True
+        note_made(folder, *made)
+        try:
+            _make_missing(folder, config, missing)
+            say(f"made now: {', '.join(missing)}")
+        except ValueError as error:  # another try would end alike
+            there = outputs_made(folder, best.step)
+            lost = " and ".join(name for name in missing if name not in there)
+            reason = " ".join(str(error).split())
+            print(f"warning: the training is whole, and its {lost} cannot be made: {reason}", file=sys.stderr)
+    return True
+
+
+def _make_missing(folder: Path, config: Config, missing: Sequence[str]) -> None:
+    """Make what needs no data, then the rest; ValueError where the base or the data are gone."""
+    if "pictures" in missing:
+        make_pictures(folder)
+    if [*missing] == ["pictures"]:
+        return
+    run = load_run(folder, base=config.train.base)
+    note_base(folder, config.train.base)
+    if "adapter" in missing:
+        make_adapter(folder, run)
+    if {"scores", "samples"} & {*missing}:
+        device = choose_device(config.train.device)
+        precision = choose_precision(device, precision_of_scores(config.train))
+        settings = final_settings(folder, config, device)
+        data = stored_data(data_config(run, settings), run.tokenizer, run.fingerprints["data"])
+        if data is None:
+            data = data_of(run, settings)
+        rest = [name for name in missing if name in ("scores", "samples")]
+        report(EndedRun(folder, config, data, device, precision), rest)
+
+
+def precision_of_scores(train: TrainConfig) -> Literal["auto", "bf16", "fp16", "fp32"]:
+    """That of validation, as it was asked for."""
+    return train.precision if train.eval_precision == "auto" else train.eval_precision
+
+
+def final_settings(folder: Path, config: Config, device: torch.device) -> EvalConfig:
+    """What a run asks of its evaluation at its end."""
+    precision, data = precision_of_scores(config.train), config.data
+    return EvalConfig(
+        str(folder), device=str(device), precision=precision, source=data.source, cache=data.cache
+    )
+
+
+def samples_of(manager: TrainingManager | EndedRun, run: Run, scores: dict[str, Any]) -> tuple[str, str]:
     """What the model makes of held-out text, to read, and the words that ask `generate.py` for one of them.
 
     Of a corpus of examples it is examples of its own, of plain files completions of functions.
@@ -848,28 +971,46 @@ def samples_of(manager: TrainingManager, run: Run, scores: dict[str, Any]) -> tu
     return shown, flags_of([{"prompt": s.prompt.split("\n")[0].lstrip()} for s in samples])
 
 
-def report(manager: TrainingManager) -> None:
-    """Scores of the best checkpoint beside the baseline, pictures, and completions; says where they are."""
-    folder, train = manager.folder, manager.config.train
-    device, precision = str(manager.device), train.eval_precision
-    if precision == "auto":
-        precision = train.precision
-    run = load_run(folder)
-    if run.family is not None:
-        shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier end of the same run
-        export_adapter(run, folder / "adapter")
-    data = manager.config.data
-    settings = EvalConfig(
-        str(folder), device=device, precision=precision, source=data.source, cache=data.cache
-    )
-    scores = evaluate(settings)
-    print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
-    write_results(scores, settings)
-    shown, asked = samples_of(manager, run, scores)
-    shown = printable(shown)
-    write_atomically(folder / "samples.txt", shown)
-    print(f"\n{shown}")
+def make_adapter(folder: Path, run: Run) -> None:
+    """Write the adapter of a run's best checkpoint, in the place of one of an earlier end of the same run."""
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    export_adapter(run, folder / "adapter")
+    note_made(folder, "adapter")
+
+
+def make_pictures(folder: Path) -> list[Path]:
+    """Draw the curves of a run; their paths."""
     pictures = draw_curves(folder)
+    note_made(folder, "pictures")
+    return pictures
+
+
+def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple(OUTPUTS)) -> None:
+    """Scores of the best checkpoint beside the baseline, pictures, and completions; says where they are.
+
+    Args:
+        missing: Those of OUTPUTS that are made now; the others are there.
+    """
+    folder = manager.folder
+    run = load_run(folder)
+    if run.family is not None and "adapter" in missing:
+        make_adapter(folder, run)
+    if "scores" in missing:
+        settings = final_settings(folder, manager.config, manager.device)
+        scores = evaluate(settings, manager.data)
+        print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
+        write_results(scores, settings)
+        note_made(folder, "scores")
+    else:
+        scores = read_evaluation(folder / OUTPUTS["scores"])
+    asked = flags_of([])
+    if "samples" in missing:
+        shown, asked = samples_of(manager, run, scores)
+        shown = printable(shown)
+        write_atomically(folder / "samples.txt", shown)
+        note_made(folder, "samples")
+        print(f"\n{shown}")
+    pictures = make_pictures(folder) if "pictures" in missing else sorted((folder / "curves").glob("*.png"))
     print(f"checkpoints  {folder / 'checkpoints'}")
     if run.family is not None:
         print(f"adapter      {folder / 'adapter'}")
@@ -933,7 +1074,12 @@ def main(config: Config) -> None:
             from proofs import prove_resume
 
             sys.exit(0 if prove_resume(config) else 1)
-        manager = train(config)
+        if config.train.resume and not config.train.overfit and finish_ended(config):
+            return
+        try:
+            manager = train(config)
+        except BudgetUsed as used:  # of --overfit: its proof is made again
+            manager = used.manager
         if manager.stop_signal is not None and manager.progress() < 1:
             say(f"stopped at step {manager.state.step}; go on with --resume --run {manager.folder}")
             sys.exit(RESUMABLE)

@@ -82,6 +82,7 @@ import shutil
 from dataclasses import replace
 
 from beforehand import refuse_mistakes
+from cache import SUMS, seal_folder, verify_folder
 from config import (
     Config,
     DataConfig,
@@ -133,6 +134,7 @@ def make_base(settings: BaseConfig) -> Path:
     name = f"{settings.family}-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
     folder = Path(settings.out) if settings.out else Path(settings.cache) / "bases" / name
     if (folder / "config.json").is_file():
+        refuse_changed(folder)
         print(f"base: {folder} is there already")
         return folder
     refuse_full(folder)
@@ -169,9 +171,23 @@ def make_base(settings: BaseConfig) -> Path:
     finish(config, is_preset=True)
     trained = load_run(run)
     save_pretrained(trained.model, trained.tokenizer, folder, settings.family)
+    seal_folder(folder)
     for made_on_the_way in (f"{folder.name}-tokenizer", run.name):
         shutil.rmtree(folder.with_name(made_on_the_way), ignore_errors=True)
     return folder
+
+
+def refuse_changed(folder: Path) -> None:
+    """ValueError if a file of a base is not as it was written; an older base has no checksums to compare."""
+    if not (folder / SUMS).is_file():
+        return
+    try:
+        verify_folder(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}, so the base is not the one that was trained; restore it from a copy, or remove "
+            f"{folder} to train another"
+        ) from None
 
 
 def with_gaps(tokenizer: Tokenizer, folder: Path) -> None:

@@ -8,12 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from checkpoint import step_folders
 from config import Config, write_atomically
 from precision import choose_device, choose_precision
-from runfolder import FIXED, KEY_CLASSES, WARNED, flat, with_data_resolved
+from runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
 from runmodel import resolved_format
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 from yamlfile import read_yaml
@@ -70,7 +68,7 @@ def finish(config: Config, is_preset: bool = False) -> bool:
     try:
         manager = train(replace(config, train=replace(config.train, resume=begun)), is_preset=is_preset)
     except BudgetUsed:  # killed between its last checkpoint and the mark; or its base has moved
-        _say_where_base_is(config, folder)
+        note_base(folder, config.train.base)  # training has compared its fingerprint
     else:
         if manager.stop_signal is not None and manager.progress() < 1:
             say(f"stopped at step {manager.state.step}; the same command goes on")
@@ -92,12 +90,3 @@ def _refuse_another_format(config: Config, folder: Path) -> None:
             f"{folder} was finished on a base held in {before}, and with --precision {train.precision} on "
             f"{asked.device.type} it would be held in {held}; set it back, or name another --out"
         )
-
-
-def _say_where_base_is(config: Config, folder: Path) -> None:
-    """Whoever opens the run looks for its base there; training has compared the fingerprint."""
-    path, base = folder / "config.yaml", config.train.base
-    if base is not None:
-        place = str(Path(base).resolve()) if Path(base).is_dir() else base
-        saved = read_yaml(path) | {"base": place}
-        write_atomically(path, yaml.safe_dump(saved, sort_keys=False))

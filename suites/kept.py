@@ -18,6 +18,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cache import InUse, say_damaged
+
+_CHECKSUM = 16  # hexadecimal digits of a line's SHA-256
+
 Made = dict[tuple[int, int], tuple[str, str]]  # (example, draw) -> its text, and how that ended
 
 
@@ -34,22 +38,36 @@ class Kept:
         key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
         self.path = folder / f"eval-{name}-{key[:32]}.jsonl"
         self.reused = 0  # predictions that `read` found
+        self._in_use: InUse | None = None
 
     def read(self, n_examples: int, draws: int) -> Made:
-        """What is there. A line that was cut by a kill, and anything else that is no prediction, is not."""
+        """What is there. Lines that a kill cut or that were changed since are not; how many is said."""
         made: Made = {}
         try:
+            self._in_use = self._in_use or InUse(self.path)
             lines = self.path.read_text("utf-8", errors="replace").split("\n")
         except OSError:
             return made
+        damaged = 0
         for line in lines[:-1]:
             try:
                 row = json.loads(line)
+                told = row.pop("sha256")
                 one, text, ended = (int(row["example"]), int(row["draw"])), row["text"], row["ended"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                damaged += 1
                 continue
-            if 0 <= one[0] < n_examples and 0 <= one[1] < draws and isinstance(text, str):
+            if (
+                told == _checksum(row)
+                and 0 <= one[0] < n_examples
+                and 0 <= one[1] < draws
+                and isinstance(text, str)
+            ):
                 made[one] = text, str(ended)
+            else:
+                damaged += 1
+        if damaged:
+            say_damaged(self.path, f"{damaged} of its predictions cannot be read")
         self.reused = len(made)
         return made
 
@@ -60,13 +78,18 @@ class Kept:
             {"example": i, "draw": draw, "text": text, "ended": ended}
             for (i, draw), (text, ended) in made.items()
         )
-        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        data = "".join(json.dumps(row | {"sha256": _checksum(row)}) + "\n" for row in rows).encode()
         with open(self.path, "ab+", buffering=0) as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # after a line that a kill cut
                     data = b"\n" + data
             file.write(data)
+        self._in_use = self._in_use or InUse(self.path)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _checksum(row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:_CHECKSUM]

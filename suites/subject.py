@@ -56,9 +56,10 @@ def data_of(run: Run, settings: EvalConfig) -> PreparedData:
 def data_config(run: Run, settings: EvalConfig) -> DataConfig:
     """Where the run's data are read now, and where this machine keeps what is made of them."""
     source = run.config.data.source if settings.source is None else settings.source
-    # The run may be a stranger's: its config does not say where this machine writes, nor how busy it gets.
+    # The run may be a stranger's: its config does not say where this machine writes, what it removes there,
+    # nor how busy it gets.
     return dataclasses.replace(
-        run.config.data, source=source, cache=settings.cache, workers=DataConfig.workers
+        run.config.data, source=source, cache=settings.cache, cache_gb=0.0, workers=DataConfig.workers
     )
 
 

@@ -80,7 +80,7 @@ RUNS: list[dict[str, dict[str, Any]]] = [
 def test_every_setting_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path)
     monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
-    monkeypatch.setattr(trainingmanager, "evaluate", lambda settings: {"side": "test"})
+    monkeypatch.setattr(trainingmanager, "evaluate", lambda settings, data: {"side": "test"})
     monkeypatch.setattr(trainingmanager, "table", str)
     monkeypatch.setattr(trainingmanager, "write_results", lambda *args: None)
     managers = []

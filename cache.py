@@ -1,0 +1,230 @@
+"""The folder `cache`: entries that can be made again, each with a checksum, bounded in size.
+
+    CACHE/tokens-KEY/            token stores (tokenstore.py), with what was found by comparing them
+    CACHE/tokenizers/KEY/        trained tokenizers
+    CACHE/groups-KEY.json        documents that belong together by their text (corpus.py)
+    CACHE/predictions/           of evaluations that were interrupted (suites/kept.py)
+    CACHE/bases/                 bases that a recipe trained: runs stand on them, so they are never removed
+
+A key names all that decides what an entry holds. Whoever reads an entry compares its checksum, says in one
+line that it is damaged, and makes it again; so does one that was written before entries had a checksum. An
+entry is locked as long as a process has it open, and the time of its folder or file is that of its last use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import write_atomically
+
+SUMS = "sha256.json"  # of a sealed folder
+GB = 10**9
+# Nothing else is ever removed: --data.cache may name a folder that holds other things.
+ENTRIES = {
+    "": r"\.?(tokens-[0-9a-f]{24}(-[0-9a-f]{32})?|groups-[0-9a-f]{32}\.json)(\.gone-[0-9a-f]{32})*",
+    "tokenizers": r"\.?[0-9a-f]{32}(\.\d+)?(\.gone-[0-9a-f]{32})*",
+    "predictions": r"\.?eval-.+-[0-9a-f]{32}\.jsonl(\.gone-[0-9a-f]{32})*",
+}
+STARTED = time.time()  # of this process
+
+
+# --- checksums ---------------------------------------------------------------------------------------
+
+
+def sealed(value: Any) -> str:
+    """The JSON text of a value and its SHA-256."""
+    return json.dumps({"sha256": _digest(value), "value": value})
+
+
+def unsealed(text: str) -> Any:
+    """The value of a text that `sealed` made; ValueError if it is not whole."""
+    try:
+        found = json.loads(text)
+        if found["sha256"] == _digest(found["value"]):
+            return found["value"]
+    except (KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError("its checksum is another one, or missing")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Any) -> None:
+    """Write plain values to a file that `read_sealed` reads; nothing where the cache cannot be written."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, sealed(value))
+
+
+def read_sealed(path: Path) -> Any:
+    """The values in a file of the cache; None where there is none, or it is damaged, which is said."""
+    try:
+        value = unsealed(path.read_text("utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        say_damaged(path, error)
+        return None
+    touch(path)
+    return value
+
+
+def seal_folder(folder: Path) -> None:
+    """Write down the SHA-256 of every file in a folder, to be compared by `verify_folder`."""
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    write_atomically(folder / SUMS, sealed(sums))
+
+
+def verify_folder(folder: Path) -> None:
+    """Compare the files of a folder with what `seal_folder` wrote down.
+
+    Raises:
+        ValueError: One of them is missing or was changed, or nothing was written down.
+    """
+    try:
+        sums = unsealed((folder / SUMS).read_text("utf-8"))
+        changed = [name for name, sum in sums.items() if _sha256(folder / name) != sum]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be verified ({error})") from None
+    if changed:
+        raise ValueError(f"{folder / changed[0]} is not what was written there")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def say_damaged(path: Path, why: object) -> None:
+    """Say in one line that an entry is damaged, and is made again."""
+    told = " ".join(str(why).split()).removesuffix(": build it again")
+    where = "" if str(path) in told else f"{path}: "
+    print(f"warning: {where}{told}; it is made again", file=sys.stderr)
+
+
+def discard(path: Path) -> None:
+    """Remove an entry, under a hidden name, so that a kill on the way leaves no part of it under its own."""
+    hidden = path.with_name(f".{path.name.lstrip('.')}.gone-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+        os.rename(path, hidden)
+        shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+
+
+# --- use, and room -----------------------------------------------------------------------------------
+
+
+class InUse:
+    """An entry that no process removes to make room, as long as this object lives or until `close`.
+
+    Raises:
+        OSError: There is no such entry.
+    """
+
+    def __init__(self, path: Path):
+        descriptor = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, descriptor)
+        with contextlib.suppress(OSError):  # no locks on this file system: then nothing is removed either
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):  # removed while the lock was waited for
+            raise FileNotFoundError(f"{path} was removed")
+        touch(path)
+
+    def __enter__(self) -> InUse:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def touch(path: Path) -> None:
+    """Note that an entry was used now."""
+    with contextlib.suppress(OSError):  # a cache that may only be read
+        os.utime(path)
+
+
+class _Entry(NamedTuple):
+    used: float  # when, in seconds since the epoch
+    size: int  # bytes
+    path: Path
+
+
+def make_room(cache: Path, gigabytes: float) -> None:
+    """Remove the entries that were used longest ago until the others fit; say which, and how large they were.
+
+    What a process has open stays, and so does what was used since this process began.
+
+    Args:
+        cache: The folder.
+        gigabytes: Its bound, in 10**9 bytes; 0 is none.
+    """
+    if not gigabytes:
+        return
+    entries = sorted(_entries(cache))
+    total = sum(entry.size for entry in entries)
+    for entry in entries:
+        if total <= gigabytes * GB or entry.used >= STARTED:
+            break
+        if _removed(entry.path):
+            total -= entry.size
+            day = time.strftime("%Y-%m-%d", time.gmtime(entry.used))
+            print(
+                f"cache: {entry.path} was removed ({_in_gb(entry.size)}, last used on {day}), to stay below "
+                f"--data.cache_gb {gigabytes:g}",
+                file=sys.stderr,
+            )
+    if total > gigabytes * GB:
+        print(
+            f"warning: {cache} holds {_in_gb(total)}, which is in use, and --data.cache_gb is {gigabytes:g}",
+            file=sys.stderr,
+        )
+
+
+def _in_gb(size: int) -> str:
+    return f"{size / GB:.3g} GB"
+
+
+def _entries(cache: Path) -> Iterator[_Entry]:
+    for inner, pattern in ENTRIES.items():
+        with contextlib.suppress(OSError):
+            for path in (cache / inner).iterdir():
+                if re.fullmatch(pattern, path.name) and not path.is_symlink():
+                    with contextlib.suppress(OSError):  # removed meanwhile
+                        yield _entry(path)
+
+
+def _entry(path: Path) -> _Entry:
+    inner = [*path.rglob("*")] if path.is_dir() else []
+    stats = [found.lstat() for found in (path, *inner)]
+    # A store that is being built is as young as the file that grows.
+    return _Entry(max(stat.st_mtime for stat in stats), sum(stat.st_size for stat in stats), path)
+
+
+def _removed(path: Path) -> bool:
+    """Remove an entry that no process has open; whether it was."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        discard(path)
+    except OSError:  # locked, or not to be locked; or it may not be removed
+        return False
+    finally:
+        os.close(descriptor)
+    return True
