@@ -681,12 +681,19 @@ def test_layers_of_empty_tensors_are_refused_before_they_are_made(folder):
     refused(folder, r"is F32\[0\], \[.*\] of floats is expected")  # the keys are right
 
 
-def test_code_of_a_folder_is_never_run(folder, tmp_path):
+@pytest.mark.parametrize("key", ["AutoModelForCausalLM", "AutoModel", "AutoConfig", "AutoTokenizer", None])
+def test_code_of_a_folder_is_never_run(key, folder, tmp_path):
+    """Where it is the model's, the folder is refused: CodeGen2 says `codegen` and has 8 shards, not 4."""
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     (folder / "modeling_evil.py").write_text(code)
     (folder / "__init__.py").write_text(code)
-    change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
-    load_pretrained(folder)
+    change_json(folder / "config.json", auto_map={key: "modeling_evil.Evil"} if key else None)
+    if key in ("AutoTokenizer", None):
+        load_pretrained(folder)
+    else:
+        refused(folder, "config.json does not describe a model known here: auto_map names code of its own")
+    change_json(folder / "config.json", auto_map="modeling_evil.Evil")
+    refused(folder, "auto_map names code of its own, 'modeling_evil.Evil'")
     assert not (tmp_path / "ran").exists()
 
 
