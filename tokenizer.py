@@ -47,14 +47,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import math
 import os
 import re
 import reprlib
 import stat
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -130,8 +129,7 @@ class Tokenizer(ABC):
         tokenizer, path = cls._load(Path(folder)), Path(folder) / GENERATION
         if path.exists():
             # A model may have rows without a token, and end at one; such an id is never written.
-            ids = end_ids(_read_json(path), path)
-            tokenizer.eos_ids = tuple(id for id in ids if id < tokenizer.vocab_size)
+            tokenizer.eos_ids = end_ids(_read_json(path), path, tokenizer.vocab_size)
         return tokenizer
 
     def _save(self, folder: Path) -> None:
@@ -170,17 +168,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return PretrainedTokenizer.load(folder)
 
 
-def end_ids(values: dict[str, Any], path: Path, vocab_size: int | None = None) -> tuple[int, ...]:
-    """The ids that end a text by a config, one or a list; ValueError if they are none below `vocab_size`."""
+def end_ids(values: dict[str, Any], path: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids below `vocab_size` that end a text by a config's eos_token_id, one or a list.
+
+    Published configs name others too, such as -1 for none or the id of a larger relative, which none gives.
+
+    Raises:
+        ValueError: It is neither an id nor a list of ids.
+    """
     given = values.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    below = math.inf if vocab_size is None else vocab_size
-    if not all(type(id) is int and 0 <= id < below for id in ids):
-        than = "" if vocab_size is None else f" below the vocabulary's {vocab_size}"
+    if not all(type(id) is int for id in ids):
         raise ValueError(
-            f"{path} has eos_token_id {reprlib.repr(given)}; it must be an id{than}, or a list of such ids"
+            f"{path} has eos_token_id {reprlib.repr(given)}; it must be an id, or a list of such ids"
         )
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(id for id in ids if 0 <= id < vocab_size))
 
 
 def _write(path: Path, text: str) -> None:
@@ -1046,6 +1048,28 @@ class PretrainedTokenizer(Tokenizer):
         grown.eos_ids = self.eos_ids
         return grown
 
+    def within(self, size: int) -> PretrainedTokenizer:
+        """The same without the added tokens whose ids are `size` or above, for a model of `size` rows.
+
+        Fine-tunes add a pad token and leave the model as it is, which then has no row for it.
+
+        Raises:
+            ValueError: More than added tokens lie there, so that it is the tokenizer of another model.
+        """
+        beyond = {
+            token.content: id
+            for id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if id >= size
+        }
+        left = PretrainedTokenizer({name: _without(text, name, beyond) for name, text in self._files.items()})
+        if left.vocab_size > size or (left.start_id or 0) >= size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} ids and the model has {size}, and pieces of text lie "
+                "beyond; one of the two belongs to another model"
+            )
+        left.eos_ids = tuple(id for id in self.eos_ids if id < size)
+        return left
+
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of `text`, without bos and eos.
 
@@ -1138,6 +1162,28 @@ def _from_merges(vocab: str, merges: str, files: dict[str, str]) -> dict[str, st
         state["post_processor"] = _put_before(_content(bos), ids[_content(bos)])
     text = json.dumps(state, ensure_ascii=False, indent=2)
     return {_HF_FILE: text + "\n", _HF_CONFIG: json.dumps(config, indent=2)}
+
+
+def _without(text: str, name: str, tokens: Container[str]) -> str:
+    """A file of a tokenizer's folder without all that it says of some added tokens."""
+
+    def is_kept(value: Any) -> bool:
+        content = value.get("content") if isinstance(value, dict) else value
+        return not (isinstance(content, str) and content in tokens)
+
+    values = _parse_json(text, name)
+    if name == _HF_FILE:
+        values["added_tokens"] = [token for token in values.get("added_tokens") or [] if is_kept(token)]
+    elif name == _HF_ADDED:
+        values = {content: id for content, id in values.items() if is_kept(content)}
+    else:
+        values = {key: value for key, value in values.items() if not key.endswith("_token") or is_kept(value)}
+        for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            if isinstance(values.get(key), dict):
+                values[key] = {k: value for k, value in values[key].items() if is_kept(value)}
+            elif isinstance(values.get(key), list):
+                values[key] = [value for value in values[key] if is_kept(value)]
+    return json.dumps(values, ensure_ascii=False, indent=2)
 
 
 def _is_plain_piece(model: dict[str, Any], id: int) -> bool:

@@ -98,7 +98,7 @@ _OWN_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 
 
 def _refuse_own_code(family: Family, values: Values) -> None:
-    """Refuse a model whose mathematics stand in code of its folder: CodeGen2 says `codegen` and is another."""
+    """Refuse a model whose mathematics stand in code of its folder: CodeGen2 calls itself `codegen`."""
     named = values.get("auto_map")
     own = {key: named[key] for key in _OWN_CLASSES if named.get(key)} if isinstance(named, dict) else named
     if own:
