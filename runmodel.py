@@ -112,10 +112,10 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
     """
     own, asked = base.model.config, config.model
     grown, named = tokenizer.vocab_size - own.vocab_size, len(config.lora.new_tokens)
-    if 0 < named < grown:
+    if named < grown:
         raise ValueError(
             f"the tokenizer has {grown} ids more than {config.train.base}, and lora.new_tokens names "
-            f"{named}; name every token that it adds"
+            f"{named}; name every token that it adds, or leave --tokenizer.path out"
         )
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
@@ -148,12 +148,14 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
     """That of the base, or of `tokenizer.path`, with a start and `lora.new_tokens`.
 
     Raises:
-        ValueError: There is none, or it can take no new tokens.
+        ValueError: There is none, it is that of another model, or it can take no new tokens.
     """
     path = config.tokenizer.path
     tokenizer = base.tokenizer if path is None else load_tokenizer(Path(path))
     if tokenizer is None:
         raise ValueError(f"{config.train.base} holds no tokenizer; name its folder with --tokenizer.path")
+    if base.tokenizer is not None:
+        _refuse_other_tokenizer(tokenizer, base.tokenizer, str(path), str(config.train.base))
     tokenizer = tokenizer.with_start()
     if not config.lora.new_tokens:
         return tokenizer
@@ -172,6 +174,17 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         [] if known is None else [t for t in config.lora.new_tokens if (tokenizer.token_id(t) or 0) >= known]
     )
     return tokenizer.with_tokens(token for token in config.lora.new_tokens if token not in there)
+
+
+def _refuse_other_tokenizer(tokenizer: Tokenizer, own: Tokenizer, path: str, base: str) -> None:
+    """Refuse a tokenizer whose ids mean other text than the base's own, which may have tokens added to it."""
+    ours, its = (found.pieces_fingerprint(own.vocab_size) for found in (tokenizer, own))
+    if ours != its:
+        raise ValueError(
+            f"the tokenizer in {path} is not that of {base}: its pieces have fingerprint {ours[:12]}, the "
+            f"base's own {its[:12]}, so that its {tokenizer.vocab_size} ids mean other text than the "
+            f"{own.vocab_size} that the base was trained on; leave --tokenizer.path out"
+        )
 
 
 def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Decoder:

@@ -109,6 +109,14 @@ class Tokenizer(ABC):
         """The id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
         return None
 
+    def pieces_fingerprint(self, below: int) -> str:
+        """SHA-256 of how text becomes ids and of what the ids under `below` spell.
+
+        Equal for the tokenizer of a model and for one that has it with more tokens added, whatever either
+        puts before a text.
+        """
+        return self.fingerprint
+
     def save(self, folder: Path) -> None:
         """Write readable files into `folder`, each under a temporary name first.
 
@@ -784,6 +792,20 @@ def _put_before(token: str, id: int) -> dict[str, Any]:
     }
 
 
+def _pieces_fingerprint(backend: tokenizers.Tokenizer, below: int) -> str:
+    parts = json.loads(backend.to_str())
+    added = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if id < below}
+    rules = _without_offsets([parts[name] for name in ("normalizer", "pre_tokenizer", "model", "decoder")])
+    return _hash("pieces", [rules, sorted(added.items())])
+
+
+def _without_offsets(part: Any) -> Any:
+    """A part of tokenizer.json without what bears on the places of tokens in a text alone."""
+    if isinstance(part, dict):
+        return {key: _without_offsets(value) for key, value in part.items() if key != "trim_offsets"}
+    return [_without_offsets(value) for value in part] if isinstance(part, list) else part
+
+
 def _library_error(error: BaseException, what: str) -> BaseException:
     """What to raise: the library raises bare Exception, and a panic of Rust that is not even one."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -819,6 +841,9 @@ class BPETokenizer(Tokenizer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._json,)
+
+    def pieces_fingerprint(self, below: int) -> str:
+        return _pieces_fingerprint(self._tokenizer, below)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
@@ -1016,6 +1041,9 @@ class PretrainedTokenizer(Tokenizer):
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def pieces_fingerprint(self, below: int) -> str:
+        return _pieces_fingerprint(self._tokenizer, below)
 
     def with_tokens(self, tokens: Iterable[str]) -> PretrainedTokenizer:
         """The same with these tokens added, at the next free ids; text that spells one becomes that token.
