@@ -43,6 +43,7 @@ from pretrained import Family, Pretrained, load_pretrained
 from pretrained.folder import DTYPES, shown
 from pretrained.load import TOKENIZER
 from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabulary
+from pretrained.save import save_tokenizer
 from pretrained.save_adapter import save_adapter
 from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 
@@ -293,7 +294,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
         verify(manifest)
     else:
         manifest = first_whole(found, path)
-    tokenizer = read_run_file(folder / "tokenizer", load_tokenizer)
+    tokenizer = read_run_file(folder / "tokenizer", lambda path: load_tokenizer(path, as_saved=True))
     if tokenizer.fingerprint != fingerprints["tokenizer"]:
         raise ValueError(
             f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with: its fingerprint is "
@@ -335,7 +336,7 @@ def export_adapter(run: Run, folder: str | Path) -> None:
     save_adapter(run.model, run.family, folder, train.base, train.base_revision)
     known = {"fingerprint": run.fingerprints["base"], "base_format": train.base_format}
     write_atomically(Path(folder) / BASE_FILE, json.dumps(known, indent=1))
-    run.tokenizer.save(Path(folder))
+    save_tokenizer(run.tokenizer, Path(folder))
 
 
 def open_adapted(
@@ -371,7 +372,7 @@ def open_adapted(
         )
     _grow_as_stored(base, adapter)
     if any((Path(adapter) / name).exists() for name in TOKENIZER[:3]):
-        tokenizer = load_tokenizer(Path(adapter))
+        tokenizer = load_tokenizer(Path(adapter), as_saved=bool(known))
         tokenizer.eos_ids = tokenizer.eos_ids or base.eos_ids
         room = base.model.config.vocab_size
         if room < tokenizer.vocab_size <= room + MOST_NEW_TOKENS:

@@ -62,6 +62,8 @@ from typing import Any, ClassVar, Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tokenizer_classes import AS_THE_FILE, BUILDERS, DEFAULT_TOKENS, built_anew, transformers_class
+
 GENERATION = "generation_config.json"
 _LONGEST = 2**26  # bytes of a file; those of large published vocabularies have up to 35 million
 
@@ -128,13 +130,17 @@ class Tokenizer(ABC):
         self._save(Path(folder))
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote.
+    def load(cls, folder: Path, as_saved: bool = False) -> Self:
+        """Read a folder.
+
+        Args:
+            as_saved: It was written here, by `save`, and says all itself; a published one is read as
+                transformers reads it, whose class may go before its tokenizer.json.
 
         Raises:
             ValueError: A file is missing or not what it should be; the sentence names it.
         """
-        tokenizer, path = cls._load(Path(folder)), Path(folder) / GENERATION
+        tokenizer, path = cls._load(Path(folder), as_saved), Path(folder) / GENERATION
         if path.exists():
             # A model may have rows without a token, and end at one; such an id is never written.
             tokenizer.eos_ids = end_ids(_read_json(path), path, tokenizer.vocab_size)
@@ -145,7 +151,7 @@ class Tokenizer(ABC):
         raise NotImplementedError
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         """`load` without the ends."""
         raise NotImplementedError
 
@@ -159,8 +165,11 @@ class Tokenizer(ABC):
             yield int(id)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, as_saved: bool = False) -> Tokenizer:
     """The tokenizer saved in `folder`, whichever kind it is.
+
+    Args:
+        as_saved: See `Tokenizer.load`.
 
     Raises:
         ValueError: The folder holds no tokenizer, or a broken one.
@@ -173,7 +182,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = folder / _HF_CONFIG
     if config.exists() and _read_json(config).get(_OUR_MARK) == BPETokenizer.kind:
         return BPETokenizer.load(folder)
-    return PretrainedTokenizer.load(folder)
+    return PretrainedTokenizer.load(folder, as_saved)
 
 
 def end_ids(values: dict[str, Any], path: Path, vocab_size: int) -> tuple[int, ...]:
@@ -465,7 +474,7 @@ class CodeTokenizer(Tokenizer):
         _write(Path(folder) / _CODE_FILE, json.dumps(content, ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         path = Path(folder) / _CODE_FILE
         content = _read_json(path)
         expected = {"format", "version", "heads", "tails", "plain"}
@@ -862,7 +871,7 @@ class BPETokenizer(Tokenizer):
         _write(Path(folder) / _HF_FILE, self._json + "\n")
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         path = Path(folder) / _HF_FILE
         text = _read(path)
         try:
@@ -1139,10 +1148,9 @@ class PretrainedTokenizer(Tokenizer):
             _write(Path(folder) / name, text)
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         folder = Path(folder)
-        names = (_HF_FILE, _HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
-        files = {name: _read(folder / name) for name in names if (folder / name).exists()}
+        files = _read_files(folder)
         if _HF_FILE not in files and not all((folder / name).exists() for name in (_HF_VOCAB, _HF_MERGES)):
             raise ValueError(
                 f"{folder / _HF_FILE} is missing: a pretrained tokenizer is a folder with that file, "
@@ -1151,9 +1159,56 @@ class PretrainedTokenizer(Tokenizer):
         try:
             if _HF_FILE not in files:
                 files |= _from_merges(_read(folder / _HF_VOCAB), _read(folder / _HF_MERGES), files)
+            elif not as_saved:
+                files = _as_opened(files, folder, ("LlamaTokenizer", "CodeLlamaTokenizer"))
             return cls(files)
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
+
+
+def opened_by_transformers(folder: Path) -> PretrainedTokenizer:
+    """The tokenizer that AutoTokenizer makes of a folder with tokenizer.json, foretold by its rules.
+
+    `load_tokenizer` follows those of Llama's classes alone: the other classes build what the published files
+    say already, or forget a part that the model was trained with, such as StarCoder2's digits.
+    """
+    return PretrainedTokenizer(_as_opened(_read_files(folder), folder, tuple(BUILDERS)))
+
+
+def _read_files(folder: Path) -> dict[str, str]:
+    names = (_HF_FILE, _HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
+    return {name: _read(folder / name) for name in names if (folder / name).exists()}
+
+
+def _as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> dict[str, str]:
+    """The files with what the class that transformers takes says otherwise, if it is one of `classes`."""
+    config = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+    model = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    named = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if not isinstance(named, str | None) or not isinstance(model.get("model_type"), str | None):
+        raise ValueError(f"tokenizer_class {named!r} or model_type {model.get('model_type')!r} is no text")
+    name = transformers_class(named, model.get("model_type"), files[_HF_FILE])
+    if name == AS_THE_FILE and "add_prefix_space" in config:
+        del config["add_prefix_space"]  # which it keeps and never heeds
+        return files | {_HF_CONFIG: json.dumps(config, indent=2)}
+    before = _parse_json(files[_HF_FILE], _HF_FILE)
+    if name not in classes:
+        adds = isinstance(before.get("pre_tokenizer"), dict) and before["pre_tokenizer"].get(
+            "add_prefix_space"
+        )
+        if name in BUILDERS and adds and config.get("add_prefix_space") is None:
+            return files | {_HF_CONFIG: json.dumps(config | {"add_prefix_space": False}, indent=2)}
+        return files
+    state = built_anew(before, name, config)
+    ids = _backend(files[_HF_FILE], _HF_FILE).get_vocab(with_added_tokens=True)
+    tokens = {key: token for key, token in DEFAULT_TOKENS.get(name, {}).items() if token in ids}
+    named_tokens = tokens | config
+    bos = named_tokens.get("bos_token")
+    if name == "CodeLlamaTokenizer" and bos is not None and _content(bos) in ids:
+        state = state | {"post_processor": _put_before(_content(bos), ids[_content(bos)])}
+    if state is not before:
+        files = files | {_HF_FILE: json.dumps(state, ensure_ascii=False)}
+    return files if named_tokens == config else files | {_HF_CONFIG: json.dumps(named_tokens, indent=2)}
 
 
 # Markers of layout, which the files of Qwen2.5-Coder and DeepSeek-Coder do not call special.

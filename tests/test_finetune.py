@@ -375,7 +375,7 @@ def test_the_tokenizer_of_the_base_by_another_path_is_its_own(
     longer = other(config, "tokenizer", path=str(tmp_path / "longer"))
     tokenizer = starting_tokenizer(longer, own)
     assert tokenizer.vocab_size == own.tokenizer.vocab_size + 1
-    with pytest.raises(ValueError, match="has 1 ids more than .*new_tokens names 0; name every token"):
+    with pytest.raises(ValueError, match=r"has 1 ids more than .*new_tokens names 0; name every token"):
         adopted(longer, own, tokenizer, torch.float32)
 
 
