@@ -63,6 +63,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenizer_classes import AS_THE_FILE, BUILDERS, DEFAULT_TOKENS, built_anew, transformers_class
+from tokenizer_growth import LONGEST_PIECE, Growth, refuse_steep
 
 GENERATION = "generation_config.json"
 _LONGEST = 2**26  # bytes of a file; those of large published vocabularies have up to 35 million
@@ -785,9 +786,25 @@ def _no_surrogates(text: str) -> str:
 
 def _backend(text: str, name: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        backend = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
         raise _library_error(error, f"{name} is not a tokenizer of the tokenizers library") from error
+    refuse_steep(backend, name)
+    return backend
+
+
+def _refuse_long(backend: tokenizers.Tokenizer, growth: Growth, text: str) -> None:
+    normalizer = backend.normalizer
+    growth.refuse_long(text, (lambda part: part) if normalizer is None else normalizer.normalize_str)
+
+
+def _refuse_long_pieces(vocabulary: dict[str, int], name: str) -> None:
+    longest = max(map(len, vocabulary), default=0)
+    if longest > LONGEST_PIECE:
+        raise ValueError(
+            f"{name} has a token of {longest:,} characters, and at most {LONGEST_PIECE:,} are known; "
+            "take it out"
+        )
 
 
 def _put_before(token: str, id: int) -> dict[str, Any]:
@@ -832,7 +849,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, tokenizer_json: str) -> None:
         backend = _backend(tokenizer_json, "the tokenizer")
-        self._tokenizer = backend
+        self._tokenizer, self._growth = backend, refuse_steep(backend, "the tokenizer")
         ids = [backend.token_to_id(token) for token in SPECIALS]
         if ids != [PAD, BOS, EOS]:
             raise ValueError(f"the special tokens {SPECIALS} have ids {ids}; {[PAD, BOS, EOS]} are expected")
@@ -840,7 +857,9 @@ class BPETokenizer(Tokenizer):
         backend.no_padding()
         backend.encode_special_tokens = True
         self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
-        self.vocab_size = max(backend.get_vocab().values()) + 1
+        vocabulary = backend.get_vocab()
+        _refuse_long_pieces(vocabulary, "the tokenizer")
+        self.vocab_size = max(vocabulary.values()) + 1
         # What stands before a text is the same for all of this kind, and older files do not say it.
         state = json.loads(backend.to_str())
         self.fingerprint = _hash(self.kind, state | {"post_processor": None})
@@ -855,7 +874,9 @@ class BPETokenizer(Tokenizer):
         return _pieces_fingerprint(self._tokenizer, below)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
+        text = _no_surrogates(text)
+        _refuse_long(self._tokenizer, self._growth, text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(
@@ -942,7 +963,10 @@ class PretrainedTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = (
             self._special_id(named, f"{name}_token") for name in ("bos", "eos", "pad")
         )
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        _refuse_long_pieces(vocabulary, _HF_FILE)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._growth = refuse_steep(self._tokenizer, _HF_FILE)
         self._start_id = self._first_of_a_text()
         state = json.loads(self._tokenizer.to_str())
         ids = [self._start_id, self.bos_id, self.eos_id, self.pad_id]
@@ -1119,6 +1143,7 @@ class PretrainedTokenizer(Tokenizer):
         """
         backend = self._with_specials if specials else self._tokenizer
         text = _no_surrogates(text)
+        _refuse_long(backend, self._growth, text)
         try:
             ids = backend.encode(text, add_special_tokens=False).ids
         except BaseException as error:
@@ -1192,6 +1217,9 @@ def _as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> 
         del config["add_prefix_space"]  # which it keeps and never heeds
         return files | {_HF_CONFIG: json.dumps(config, indent=2)}
     before = _parse_json(files[_HF_FILE], _HF_FILE)
+    if name in BUILDERS and isinstance(before.get("model"), dict) and before["model"].get("dropout"):
+        before["model"]["dropout"] = None  # which these classes leave out
+        files = files | {_HF_FILE: json.dumps(before, ensure_ascii=False)}
     if name not in classes:
         adds = isinstance(before.get("pre_tokenizer"), dict) and before["pre_tokenizer"].get(
             "add_prefix_space"
