@@ -164,6 +164,7 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
             tokenizer = PretrainedTokenizer.load(Path(folder))
+        tokenizer.bare_gaps = False  # it had no markers, so that no gap was trained with it
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
@@ -175,6 +176,12 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         [] if known is None else [t for t in config.lora.new_tokens if (tokenizer.token_id(t) or 0) >= known]
     )
     return tokenizer.with_tokens(token for token in config.lora.new_tokens if token not in there)
+
+
+def gaps_began_bare(folder: Path) -> bool:
+    """Whether a run that goes on was begun when nothing stood before a text with a gap."""
+    path = folder / "tokenizer"
+    return path.is_dir() and read_run_file(path, lambda at: load_tokenizer(at, as_saved=True)).bare_gaps
 
 
 def _refuse_other_tokenizer(tokenizer: Tokenizer, own: Tokenizer, path: str, base: str) -> None:

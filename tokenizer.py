@@ -86,11 +86,20 @@ class Tokenizer(ABC):
     pad_id: int | None
     fingerprint: str
     eos_ids: tuple[int, ...] = ()  # at which a published model ends too, as its configs name them
+    bare_gaps: bool = False  # a run of before this was said, which trained prompts with a gap without start
 
     @property
     def start_id(self) -> int | None:
         """What every document and prompt starts with: bos, or eos where there is no bos (as in GPT-2)."""
         return self.eos_id if self.bos_id is None else self.bos_id
+
+    def before(self, gap: bool = False) -> list[int]:
+        """What stands before a text in training, evaluation and generation; the one owner of it.
+
+        Args:
+            gap: Before the markers of a text with a gap to fill.
+        """
+        return [] if self.start_id is None or (gap and self.bare_gaps) else [self.start_id]
 
     def with_start(self) -> Tokenizer:
         """The same with a `start_id`, which training takes: a document's first token is predicted from it."""
@@ -771,6 +780,9 @@ _HF_ADDED = "added_tokens.json"
 _HF_VOCAB, _HF_MERGES = "vocab.json", "merges.txt"
 _END_OF_TEXT = "<|endoftext|>"
 _OUR_MARK = "plumb_kind"
+# Of tokenizer_config.json: whether a text with a gap was trained with what stands before every other. A base
+# or run that was made here before this was written had nothing there; published models have, if any text has.
+STARTS_GAPS = "plumb_starts_gaps"
 
 
 def _no_surrogates(text: str) -> str:
@@ -985,7 +997,7 @@ class PretrainedTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._files,), {"eos_ids": self.eos_ids}
+        return type(self), (self._files,), {"eos_ids": self.eos_ids, "bare_gaps": self.bare_gaps}
 
     def _set_prefix_space(self, wanted: Any) -> None:
         state = json.loads(self._tokenizer.to_str())
@@ -1064,9 +1076,13 @@ class PretrainedTokenizer(Tokenizer):
         token, state = self._tokenizer.id_to_token(start), json.loads(self._files[_HF_FILE])
         assert token is not None, "its id was found by its text"
         state["post_processor"] = _put_before(token, start)
-        started = PretrainedTokenizer(self._files | {_HF_FILE: json.dumps(state, ensure_ascii=False)})
-        started.eos_ids = self.eos_ids
-        return started
+        return self._with(self._files | {_HF_FILE: json.dumps(state, ensure_ascii=False)})
+
+    def _with(self, files: dict[str, str]) -> PretrainedTokenizer:
+        """The same with other files."""
+        other = PretrainedTokenizer(files)
+        other.eos_ids, other.bare_gaps = self.eos_ids, self.bare_gaps
+        return other
 
     def _special_id(self, named: dict[str, Any], key: str) -> int | None:
         value = named.get(key)
@@ -1105,9 +1121,7 @@ class PretrainedTokenizer(Tokenizer):
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] |= decoder
         files[_HF_CONFIG] = json.dumps(config, indent=2)
-        grown = PretrainedTokenizer(files)
-        grown.eos_ids = self.eos_ids
-        return grown
+        return self._with(files)
 
     def within(self, size: int) -> PretrainedTokenizer:
         """The same without the added tokens whose ids are `size` or above, for a model of `size` rows.
@@ -1122,7 +1136,7 @@ class PretrainedTokenizer(Tokenizer):
             for id, token in self._tokenizer.get_added_tokens_decoder().items()
             if id >= size
         }
-        left = PretrainedTokenizer({name: _without(text, name, beyond) for name, text in self._files.items()})
+        left = self._with({name: _without(text, name, beyond) for name, text in self._files.items()})
         if left.vocab_size > size or (left.start_id or 0) >= size:
             raise ValueError(
                 f"the tokenizer has {self.vocab_size} ids and the model has {size}, and pieces of text lie "
@@ -1169,7 +1183,10 @@ class PretrainedTokenizer(Tokenizer):
 
     def _save(self, folder: Path) -> None:
         """Write the files as they were loaded; vocab.json and merges.txt have become tokenizer.json."""
-        for name, text in sorted(self._files.items(), key=lambda item: item[0] == _HF_FILE):
+        config = _parse_json(self._files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+        files = self._files | {_HF_CONFIG: json.dumps(config | {STARTS_GAPS: not self.bare_gaps}, indent=2)}
+        files = self._files if self.start_id is None else files
+        for name, text in sorted(files.items(), key=lambda item: item[0] == _HF_FILE):
             _write(Path(folder) / name, text)
 
     @classmethod
@@ -1186,9 +1203,13 @@ class PretrainedTokenizer(Tokenizer):
                 files |= _from_merges(_read(folder / _HF_VOCAB), _read(folder / _HF_MERGES), files)
             elif not as_saved:
                 files = _as_opened(files, folder, ("LlamaTokenizer", "CodeLlamaTokenizer"))
-            return cls(files)
+            tokenizer = cls(files)
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
+        said = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG).get(STARTS_GAPS)
+        made_here = as_saved or [tokenizer.token_id(token) for token in SPECIALS] == [PAD, BOS, EOS]
+        tokenizer.bare_gaps = made_here if said is None else said is False
+        return tokenizer
 
 
 def opened_by_transformers(folder: Path) -> PretrainedTokenizer:

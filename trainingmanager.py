@@ -93,7 +93,15 @@ from precision import Precision, choose_device, choose_precision, keep_freed_mem
 from preflight import Subject, preflight, record_overrides
 from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
-from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
+from runmodel import (
+    adopted,
+    export_adapter,
+    gaps_began_bare,
+    load_run,
+    open_base,
+    starting_model,
+    starting_tokenizer,
+)
 from suites.functions import sample_completions
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
@@ -645,6 +653,8 @@ def _train_in(folder: Path, config: Config, observer: Observer | None = None) ->
     else:
         tokenizer = starting_tokenizer(config, base)
         config = adopted(config, base, tokenizer, precision.dtype)
+    if config.train.resume:
+        tokenizer.bare_gaps = gaps_began_bare(folder)
     data = prepare_data(config.data, tokenizer)
     fingerprints = {
         "data": data.fingerprint,
@@ -791,7 +801,8 @@ def prove_overfit(manager: TrainingManager) -> bool:
         gap, suffix = int(store.suffix_places[number]), None
         if gap:
             first, suffix = (
-                run.tokenizer.decode(part) for part in (ids[1:gap], ids[gap + 1 : prompt_length - 1])
+                run.tokenizer.decode(part)
+                for part in (ids[store.gap_lead + 1 : gap], ids[gap + 1 : prompt_length - 1])
             )
         if not store.holds_examples:
             first = expected.split("\n", 1)[0]

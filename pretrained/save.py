@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from architecture import Decoder
 from checkpoint import save_tensors
 from config import ModelConfig, write_atomically
+from fim import known_markers
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
@@ -103,6 +105,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         ValueError: AutoTokenizer opens the tokenizer of the model_type whatever the files name.
     """
     tokenizer.save(folder)
+    if tokenizer.before() != tokenizer.before(gap=True) and known_markers(tokenizer) is not None:
+        print(
+            "warning: gaps were trained without the start that stands before every other text, and "
+            "AutoTokenizer puts it before their prompts too; elsewhere encode those with "
+            "add_special_tokens=False",
+            file=sys.stderr,
+        )
     if isinstance(tokenizer, CodeTokenizer):
         write_atomically(folder / "tokenizer.json", _json(UNREADABLE))
         return
