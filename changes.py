@@ -48,11 +48,6 @@ class LowRank(nn.Module):
         self.of_embedding = is_embedding(base)
         size_out, size_in = sizes(base)
         device = next(itertools.chain(base.parameters(), base.buffers())).device
-        if r > max(size_in, size_out):
-            raise ValueError(
-                f"a rank of {r} was asked for, and the weight is {size_out} x {size_in}; lower lora.r or its "
-                f"pattern to {max(size_in, size_out)} at most"
-            )
         self.a = nn.Parameter(torch.zeros(r, size_in, device=device))
         self.b = nn.Parameter(torch.zeros(size_out, r, device=device))
         self.register_parameter("magnitude", None)

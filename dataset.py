@@ -38,7 +38,7 @@ from cache import InUse, discard, make_room, say_damaged, seal_folder, verify_fo
 from config import DataConfig, TokenizerConfig, say
 from corpus import Report, split_documents, training_texts
 from curriculum import order_of
-from fim import fim_kept, fim_markers
+from fim import fim_kept, fim_markers, known_markers
 from tokenizer import TRAINING_VERSION, BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 from tokenstore import FORMAT, TokenStore, build_store, open_store
 
@@ -120,6 +120,8 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> st
         del settings[name]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
+    if known_markers(tokenizer) is not None and tokenizer.before(gap=True):
+        parts.append("start before gaps")  # where nothing stood there once, the key is that of then
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -355,13 +357,14 @@ class Shown(NamedTuple):
 
     length: Its tokens in the row.
     prompt_length: How many of them are prompt.
-    left: Tokens of the prompt that are left out after its first.
+    left: Tokens of the prompt that are left out before `left_place`: after its start, or its first marker.
     right: Tokens that are left out before `right_place`, which counts in the row: the end of a suffix.
     """
 
     length: np.ndarray
     prompt_length: np.ndarray
     left: np.ndarray
+    left_place: np.ndarray
     right: np.ndarray
     right_place: np.ndarray
 
@@ -379,15 +382,16 @@ def shown(store: TokenStore, block_size: int) -> Shown:
     length, prompt = np.diff(store.offsets), store.prompt_lengths
     excess = np.where(is_trimmed(store, block_size), length - (block_size + 1), 0)
     is_fim = store.suffix_places > 0
-    kept = np.minimum(prompt, np.where(is_fim, 3, 1))
+    lead = np.where(is_fim, store.gap_lead, 0)
+    kept = np.minimum(prompt, np.where(is_fim, 3 + lead, 1))
     if len(unfit := np.flatnonzero(prompt - excess < kept)):
         raise _LongAnswers(store, unfit, (length - prompt)[unfit], kept[unfit], block_size)
-    n_prefix = store.suffix_places - 1
+    n_prefix = store.suffix_places - 1 - lead
     n_suffix = prompt - store.suffix_places - 2
     prefix_kept, suffix_kept = fim_kept(n_prefix, n_suffix, n_prefix + n_suffix - excess)
     left = np.where(is_fim, n_prefix - prefix_kept, excess)
     right = np.where(is_fim, n_suffix - suffix_kept, 0)
-    return Shown(length - excess, prompt - excess, left, right, prompt - excess - 1)
+    return Shown(length - excess, prompt - excess, left, lead + 1, right, prompt - excess - 1)
 
 
 def fitting_row(sides: Iterable[TokenStore], most: int) -> int:
@@ -406,16 +410,18 @@ def is_trimmed(store: TokenStore, block_size: int) -> np.ndarray:
 
 
 def gaps_in_sight(store: TokenStore, markers: tuple[int, int, int], block_size: int) -> float:
-    """Share of the tokens that fill a gap of a plain document whose row shows the document from its start on,
-    and so all three markers: expected over where rows are cut. 1 without gaps; of `GAPS_READ` evenly spread.
+    """Share of the tokens that fill a gap of a plain document whose row shows its first marker, and so all
+    three: expected over where rows are cut. 1 without gaps; of `GAPS_READ` evenly spread.
     """
     numbers = np.flatnonzero(np.diff(store.offsets))
-    numbers = numbers[store.gather(store.offsets[numbers]) == markers[0]]
+    numbers = numbers[np.diff(store.offsets)[numbers] > store.gap_lead]
+    numbers = numbers[store.gather(store.offsets[numbers] + store.gap_lead) == markers[0]]
     seen = tokens = 0
     for number in numbers[:: max(1, len(numbers) // GAPS_READ)].tolist():
         ids = store.document(number)
         places = np.arange(int(np.flatnonzero(ids == markers[2])[0]) + 1, len(ids))
-        # A target stands at each of a row's block_size places alike; at `place` or later it sees the start.
+        places -= store.gap_lead  # what stands before the first marker need not be seen
+        # A target stands at each of a row's block_size places alike; at `place` or later it sees the marker.
         seen += np.maximum(0, 1 - (places - 1) / block_size).sum()
         tokens += len(places)
     return float(seen / tokens) if tokens else 1.0
@@ -423,8 +429,9 @@ def gaps_in_sight(store: TokenStore, markers: tuple[int, int, int], block_size: 
 
 def as_shown(store: TokenStore, number: int, rows: Shown) -> np.ndarray:
     """Tokens of one document as rows show them, int64: of an example, trimmed."""
-    left, right, place = (int(part[number]) for part in (rows.left, rows.right, rows.right_place))
-    ids = np.delete(store.document(number), slice(1, 1 + left))
+    parts = rows.left, rows.left_place, rows.right, rows.right_place
+    left, start, right, place = (int(part[number]) for part in parts)
+    ids = np.delete(store.document(number), slice(start, start + left))
     return np.delete(ids, slice(place, place + right))
 
 
@@ -525,7 +532,7 @@ class _ExampleRows:
             self.store.offsets[document],
             example.length,
             None if self.loss_on_prompts else example.prompt_length,
-            ((np.ones_like(document), example.left), (example.right_place, example.right)),
+            ((example.left_place, example.left), (example.right_place, example.right)),
         )
 
     def as_documents_go(self, order: np.ndarray) -> np.ndarray:

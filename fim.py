@@ -3,8 +3,9 @@
     [prefix] encode(before the gap) [suffix] encode(after the gap) [middle] -> the gap, until an end
 
 The three markers are tokens that the model was trained with; they are found in its tokenizer and put in as
-ids. The texts themselves hold no marker: "<fim_prefix>" inside one of them is encoded as the text it is. The
-first marker stands where other prompts have their start token, in training as in generation.
+ids. The texts themselves hold no marker: "<fim_prefix>" inside one of them is encoded as the text it is. What
+stands before other prompts stands before the first marker too, in training as in generation, since another
+program that opens the tokenizer's files puts it there: `Tokenizer.before`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def fim_prompt_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
     """
     before, after, middle = fim_markers(tokenizer)
     return [
+        *tokenizer.before(gap=True),
         before,
         *tokenizer.encode(prefix),
         after,
@@ -95,17 +97,33 @@ def fim_kept(n_prefix: Any, n_suffix: Any, room: Any) -> tuple[Any, Any]:
 
 
 def trim_fim_prompt(tokenizer: Tokenizer, ids: list[int], length: int) -> list[int]:
-    """A prompt of `fim_prompt_ids` with at most `length` tokens; its markers stay. See `fim_kept`.
+    """A prompt of `fim_prompt_ids` with at most `length` tokens; its markers and start stay. See `fim_kept`.
 
     Raises:
-        ValueError: `length` is below 3: it leaves no room for the markers.
+        ValueError: `length` is below `fewest_gap_ids`: it leaves no room for them.
     """
-    if length < 3:
-        raise ValueError(f"a prompt with a gap cannot be trimmed to {length} tokens; it has three markers")
-    at = ids.index(fim_markers(tokenizer)[1])
-    prefix, suffix = ids[1:at], ids[at + 1 : -1]
-    n_prefix, n_suffix = fim_kept(len(prefix), len(suffix), length - 3)
-    return [ids[0], *prefix[len(prefix) - n_prefix :], ids[at], *suffix[:n_suffix], ids[-1]]
+    first, second, _ = fim_markers(tokenizer)
+    start, at = ids.index(first) + 1, ids.index(second)
+    if length < start + 2:
+        raise ValueError(
+            f"a prompt with a gap cannot be trimmed to {length} tokens; it has three markers"
+            + (" and a start" if start > 1 else "")
+        )
+    prefix, suffix = ids[start:at], ids[at + 1 : -1]
+    n_prefix, n_suffix = fim_kept(len(prefix), len(suffix), length - start - 2)
+    return [*ids[:start], *prefix[len(prefix) - n_prefix :], ids[at], *suffix[:n_suffix], ids[-1]]
+
+
+def fewest_gap_ids(tokenizer: Tokenizer) -> int:
+    """How many tokens a prompt with a gap has where both of its texts are empty."""
+    return len(tokenizer.before(gap=True)) + 3
+
+
+def gap_start(ids: Any, markers: tuple[int, int, int] | None) -> int | None:
+    """The place of the first marker in the ids of a document, 0 or 1; None where it has no gap."""
+    if markers is None:
+        return None
+    return next((place for place in range(min(2, len(ids))) if ids[place] == markers[0]), None)
 
 
 def gap_of(text: str, rate: float) -> tuple[int, int] | None:
@@ -131,10 +149,11 @@ def _between_characters(text: str, place: int) -> int:
 
 def in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> np.ndarray:
     """Ids (n,) of a plain document; one with a gap put together again, without markers, eos before suffix."""
-    if markers is None or not len(ids) or ids[0] != markers[0]:
+    start = gap_start(ids, markers)
+    if markers is None or start is None:
         return ids
     first, second = (int(np.flatnonzero(ids == id)[0]) for id in markers[1:])
-    return np.concatenate((ids[1:first], ids[second + 1 :], ids[first + 1 : second]))
+    return np.concatenate((ids[start + 1 : first], ids[second + 1 :], ids[first + 1 : second]))
 
 
 def fim_end_ids(tokenizer: Tokenizer) -> frozenset[int]:

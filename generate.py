@@ -196,8 +196,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     start, as every document that was trained; those of a published model have what transformers puts before
     a text, and for many families that is nothing: see `PretrainedTokenizer.start_id`.
     """
-    before = [] if tokenizer.start_id is None else [tokenizer.start_id]
-    return before + tokenizer.encode(text)
+    return tokenizer.before() + tokenizer.encode(text)
 
 
 def trim_prompt(ids: list[int], length: int, bos_id: int | None) -> list[int]:

@@ -35,6 +35,7 @@ from changes import (
     is_embedding,
     is_linear,
     is_plain,
+    sizes,
     weight_of,
 )
 from config import LoraConfig
@@ -267,6 +268,7 @@ def add_adapter(
     published: Callable[[str], str] = lambda name: name,
     name: str = "default",
     new_rows: Sequence[int] | Mapping[str, Sequence[int]] = (),
+    any_rank: bool = False,
 ) -> None:
     """Freeze the model and add an adapter, which alone is active and alone trains.
 
@@ -278,6 +280,7 @@ def add_adapter(
         new_rows: Token ids whose rows of `embed` and `head` train while the rest of both is frozen; tied,
             they are the same rows. In one that is a target they train as its other rows do, by its low-rank
             term, where each row has r numbers of its own. A mapping gives ids by module, `embed` or `head`.
+        any_rank: Take a rank above a weight's larger side, as files may have it; to ask for it is a mistake.
 
     Raises:
         ValueError: A name matches no module, a value is out of range, or the name is taken.
@@ -316,6 +319,12 @@ def add_adapter(
         elif our in targets:
             r = pattern_value(config.rank_pattern, names[our], config.r)
             alpha = pattern_value(config.alpha_pattern, names[our], config.alpha)
+            if r > max(sizes(base)) and not any_rank:
+                raise ValueError(
+                    f"{names[our]}: a rank of {r} was asked for, and the weight is "
+                    f"{' x '.join(map(str, sizes(base)))}; lower lora.r or its pattern to "
+                    f"{max(sizes(base))} at most"
+                )
             try:
                 changes[our] = LowRank(base, config, r, alpha, bias)
             except ValueError as error:

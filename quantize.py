@@ -12,7 +12,9 @@ A product decodes some rows of the weight at a time into memory that stays in th
 decodes the next into the same memory. Neither the decoded weight nor the input is kept for the backward pass,
 which decodes once more. Weights get no gradient; inputs and biases do.
 
-NF4 follows bitsandbytes bit for bit, so that a base quantised here is the base that was quantised there.
+NF4 follows bitsandbytes bit for bit, so that a base quantised here is the base that was quantised there. The
+one exception is decoding to bf16 below 2**-126, the smallest normal number: ours rounds such a value to the
+nearest, bitsandbytes takes it for 0 where the CPU has AVX512-BF16 and a row a multiple of 16 values.
 """
 
 from __future__ import annotations

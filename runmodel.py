@@ -42,6 +42,7 @@ from pretrained import Family, Pretrained, load_pretrained
 from pretrained.folder import DTYPES, shown
 from pretrained.load import TOKENIZER
 from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabulary
+from pretrained.save import save_tokenizer
 from pretrained.save_adapter import save_adapter
 from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 from yamlfile import read_yaml
@@ -112,10 +113,10 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
     """
     own, asked = base.model.config, config.model
     grown, named = tokenizer.vocab_size - own.vocab_size, len(config.lora.new_tokens)
-    if 0 < named < grown:
+    if named < grown:
         raise ValueError(
             f"the tokenizer has {grown} ids more than {config.train.base}, and lora.new_tokens names "
-            f"{named}; name every token that it adds"
+            f"{named}; name every token that it adds, or leave --tokenizer.path out"
         )
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
@@ -160,12 +161,14 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
     """That of the base, or of `tokenizer.path`, with a start and `lora.new_tokens`.
 
     Raises:
-        ValueError: There is none, or it can take no new tokens.
+        ValueError: There is none, it is that of another model, or it can take no new tokens.
     """
     path = config.tokenizer.path
     tokenizer = base.tokenizer if path is None else load_tokenizer(Path(path))
     if tokenizer is None:
         raise ValueError(f"{config.train.base} holds no tokenizer; name its folder with --tokenizer.path")
+    if base.tokenizer is not None:
+        _refuse_other_tokenizer(tokenizer, base.tokenizer, str(path), str(config.train.base))
     tokenizer = tokenizer.with_start()
     if not config.lora.new_tokens:
         return tokenizer
@@ -173,6 +176,7 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
             tokenizer = PretrainedTokenizer.load(Path(folder))
+        tokenizer.bare_gaps = False  # it had no markers, so that no gap was trained with it
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
@@ -184,6 +188,23 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         [] if known is None else [t for t in config.lora.new_tokens if (tokenizer.token_id(t) or 0) >= known]
     )
     return tokenizer.with_tokens(token for token in config.lora.new_tokens if token not in there)
+
+
+def gaps_began_bare(folder: Path) -> bool:
+    """Whether a run that goes on was begun when nothing stood before a text with a gap."""
+    path = folder / "tokenizer"
+    return path.is_dir() and read_run_file(path, lambda at: load_tokenizer(at, as_saved=True)).bare_gaps
+
+
+def _refuse_other_tokenizer(tokenizer: Tokenizer, own: Tokenizer, path: str, base: str) -> None:
+    """Refuse a tokenizer whose ids mean other text than the base's own, which may have tokens added to it."""
+    ours, its = (found.pieces_fingerprint(own.vocab_size) for found in (tokenizer, own))
+    if ours != its:
+        raise ValueError(
+            f"the tokenizer in {path} is not that of {base}: its pieces have fingerprint {ours[:12]}, the "
+            f"base's own {its[:12]}, so that its {tokenizer.vocab_size} ids mean other text than the "
+            f"{own.vocab_size} that the base was trained on; leave --tokenizer.path out"
+        )
 
 
 def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Decoder:
@@ -292,7 +313,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
         verify(manifest)
     else:
         manifest = first_whole(found, path)
-    tokenizer = read_run_file(folder / "tokenizer", load_tokenizer)
+    tokenizer = read_run_file(folder / "tokenizer", lambda path: load_tokenizer(path, as_saved=True))
     if tokenizer.fingerprint != fingerprints["tokenizer"]:
         raise ValueError(
             f"{folder / 'tokenizer'} is not the tokenizer that the run was trained with: its fingerprint is "
@@ -334,7 +355,7 @@ def export_adapter(run: Run, folder: str | Path) -> None:
     save_adapter(run.model, run.family, folder, train.base, train.base_revision)
     known = {"fingerprint": run.fingerprints["base"], "base_format": train.base_format}
     write_atomically(Path(folder) / BASE_FILE, json.dumps(known, indent=1))
-    run.tokenizer.save(Path(folder))
+    save_tokenizer(run.tokenizer, Path(folder))
 
 
 def open_adapted(
@@ -370,7 +391,7 @@ def open_adapted(
         )
     _grow_as_stored(base, adapter)
     if any((Path(adapter) / name).exists() for name in TOKENIZER[:3]):
-        tokenizer = load_tokenizer(Path(adapter))
+        tokenizer = load_tokenizer(Path(adapter), as_saved=bool(known))
         tokenizer.eos_ids = tokenizer.eos_ids or base.eos_ids
         room = base.model.config.vocab_size
         if room < tokenizer.vocab_size <= room + MOST_NEW_TOKENS:

@@ -47,14 +47,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import math
 import os
 import re
 import reprlib
 import stat
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -62,6 +61,9 @@ from typing import Any, ClassVar, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tokenizer_classes import AS_THE_FILE, BUILDERS, DEFAULT_TOKENS, built_anew, transformers_class
+from tokenizer_growth import LONGEST_PIECE, Growth, refuse_steep
 
 GENERATION = "generation_config.json"
 TRAINING_VERSION = 1  # part of the cache key: raise it when the same texts would train another tokenizer
@@ -85,11 +87,20 @@ class Tokenizer(ABC):
     pad_id: int | None
     fingerprint: str
     eos_ids: tuple[int, ...] = ()  # at which a published model ends too, as its configs name them
+    bare_gaps: bool = False  # a run of before this was said, which trained prompts with a gap without start
 
     @property
     def start_id(self) -> int | None:
         """What every document and prompt starts with: bos, or eos where there is no bos (as in GPT-2)."""
         return self.eos_id if self.bos_id is None else self.bos_id
+
+    def before(self, gap: bool = False) -> list[int]:
+        """What stands before a text in training, evaluation and generation; the one owner of it.
+
+        Args:
+            gap: Before the markers of a text with a gap to fill.
+        """
+        return [] if self.start_id is None or (gap and self.bare_gaps) else [self.start_id]
 
     def with_start(self) -> Tokenizer:
         """The same with a `start_id`, which training takes: a document's first token is predicted from it."""
@@ -111,6 +122,14 @@ class Tokenizer(ABC):
         """The id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
         return None
 
+    def pieces_fingerprint(self, below: int) -> str:
+        """SHA-256 of how text becomes ids and of what the ids under `below` spell.
+
+        Equal for the tokenizer of a model and for one that has it with more tokens added, whatever either
+        puts before a text.
+        """
+        return self.fingerprint
+
     def save(self, folder: Path) -> None:
         """Write readable files into `folder`, each under a temporary name first.
 
@@ -122,17 +141,20 @@ class Tokenizer(ABC):
         self._save(Path(folder))
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote.
+    def load(cls, folder: Path, as_saved: bool = False) -> Self:
+        """Read a folder.
+
+        Args:
+            as_saved: It was written here, by `save`, and says all itself; a published one is read as
+                transformers reads it, whose class may go before its tokenizer.json.
 
         Raises:
             ValueError: A file is missing or not what it should be; the sentence names it.
         """
-        tokenizer, path = cls._load(Path(folder)), Path(folder) / GENERATION
+        tokenizer, path = cls._load(Path(folder), as_saved), Path(folder) / GENERATION
         if path.exists():
             # A model may have rows without a token, and end at one; such an id is never written.
-            ids = end_ids(_read_json(path), path)
-            tokenizer.eos_ids = tuple(id for id in ids if id < tokenizer.vocab_size)
+            tokenizer.eos_ids = end_ids(_read_json(path), path, tokenizer.vocab_size)
         return tokenizer
 
     def _save(self, folder: Path) -> None:
@@ -140,7 +162,7 @@ class Tokenizer(ABC):
         raise NotImplementedError
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         """`load` without the ends."""
         raise NotImplementedError
 
@@ -154,8 +176,11 @@ class Tokenizer(ABC):
             yield int(id)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, as_saved: bool = False) -> Tokenizer:
     """The tokenizer saved in `folder`, whichever kind it is.
+
+    Args:
+        as_saved: See `Tokenizer.load`.
 
     Raises:
         ValueError: The folder holds no tokenizer, or a broken one.
@@ -168,20 +193,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = folder / _HF_CONFIG
     if config.exists() and _read_json(config).get(_OUR_MARK) == BPETokenizer.kind:
         return BPETokenizer.load(folder)
-    return PretrainedTokenizer.load(folder)
+    return PretrainedTokenizer.load(folder, as_saved)
 
 
-def end_ids(values: dict[str, Any], path: Path, vocab_size: int | None = None) -> tuple[int, ...]:
-    """The ids that end a text by a config, one or a list; ValueError if they are none below `vocab_size`."""
+def end_ids(values: dict[str, Any], path: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids below `vocab_size` that end a text by a config's eos_token_id, one or a list.
+
+    Published configs name others too, such as -1 for none or the id of a larger relative, which none gives.
+
+    Raises:
+        ValueError: It is neither an id nor a list of ids.
+    """
     given = values.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    below = math.inf if vocab_size is None else vocab_size
-    if not all(type(id) is int and 0 <= id < below for id in ids):
-        than = "" if vocab_size is None else f" below the vocabulary's {vocab_size}"
+    if not all(type(id) is int for id in ids):
         raise ValueError(
-            f"{path} has eos_token_id {reprlib.repr(given)}; it must be an id{than}, or a list of such ids"
+            f"{path} has eos_token_id {reprlib.repr(given)}; it must be an id, or a list of such ids"
         )
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(id for id in ids if 0 <= id < vocab_size))
 
 
 def _write(path: Path, text: str) -> None:
@@ -456,7 +485,7 @@ class CodeTokenizer(Tokenizer):
         _write(Path(folder) / _CODE_FILE, json.dumps(content, ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         path = Path(folder) / _CODE_FILE
         content = _read_json(path)
         expected = {"format", "version", "heads", "tails", "plain"}
@@ -753,6 +782,9 @@ _HF_ADDED = "added_tokens.json"
 _HF_VOCAB, _HF_MERGES = "vocab.json", "merges.txt"
 _END_OF_TEXT = "<|endoftext|>"
 _OUR_MARK = "plumb_kind"
+# Of tokenizer_config.json: whether a text with a gap was trained with what stands before every other. A base
+# or run that was made here before this was written had nothing there; published models have, if any text has.
+STARTS_GAPS = "plumb_starts_gaps"
 
 
 def _no_surrogates(text: str) -> str:
@@ -768,9 +800,25 @@ def _no_surrogates(text: str) -> str:
 
 def _backend(text: str, name: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        backend = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
         raise _library_error(error, f"{name} is not a tokenizer of the tokenizers library") from error
+    refuse_steep(backend, name)
+    return backend
+
+
+def _refuse_long(backend: tokenizers.Tokenizer, growth: Growth, text: str) -> None:
+    normalizer = backend.normalizer
+    growth.refuse_long(text, (lambda part: part) if normalizer is None else normalizer.normalize_str)
+
+
+def _refuse_long_pieces(vocabulary: dict[str, int], name: str) -> None:
+    longest = max(map(len, vocabulary), default=0)
+    if longest > LONGEST_PIECE:
+        raise ValueError(
+            f"{name} has a token of {longest:,} characters, and at most {LONGEST_PIECE:,} are known; "
+            "take it out"
+        )
 
 
 def _put_before(token: str, id: int) -> dict[str, Any]:
@@ -782,6 +830,20 @@ def _put_before(token: str, id: int) -> dict[str, Any]:
         "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
     }
+
+
+def _pieces_fingerprint(backend: tokenizers.Tokenizer, below: int) -> str:
+    parts = json.loads(backend.to_str())
+    added = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if id < below}
+    rules = _without_offsets([parts[name] for name in ("normalizer", "pre_tokenizer", "model", "decoder")])
+    return _hash("pieces", [rules, sorted(added.items())])
+
+
+def _without_offsets(part: Any) -> Any:
+    """A part of tokenizer.json without what bears on the places of tokens in a text alone."""
+    if isinstance(part, dict):
+        return {key: _without_offsets(value) for key, value in part.items() if key != "trim_offsets"}
+    return [_without_offsets(value) for value in part] if isinstance(part, list) else part
 
 
 def _library_error(error: BaseException, what: str) -> BaseException:
@@ -801,7 +863,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, tokenizer_json: str) -> None:
         backend = _backend(tokenizer_json, "the tokenizer")
-        self._tokenizer = backend
+        self._tokenizer, self._growth = backend, refuse_steep(backend, "the tokenizer")
         ids = [backend.token_to_id(token) for token in SPECIALS]
         if ids != [PAD, BOS, EOS]:
             raise ValueError(f"the special tokens {SPECIALS} have ids {ids}; {[PAD, BOS, EOS]} are expected")
@@ -809,7 +871,9 @@ class BPETokenizer(Tokenizer):
         backend.no_padding()
         backend.encode_special_tokens = True
         self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
-        self.vocab_size = max(backend.get_vocab().values()) + 1
+        vocabulary = backend.get_vocab()
+        _refuse_long_pieces(vocabulary, "the tokenizer")
+        self.vocab_size = max(vocabulary.values()) + 1
         # What stands before a text is the same for all of this kind, and older files do not say it.
         state = json.loads(backend.to_str())
         self.fingerprint = _hash(self.kind, state | {"post_processor": None})
@@ -820,8 +884,13 @@ class BPETokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._json,)
 
+    def pieces_fingerprint(self, below: int) -> str:
+        return _pieces_fingerprint(self._tokenizer, below)
+
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(_no_surrogates(text), add_special_tokens=False).ids
+        text = _no_surrogates(text)
+        _refuse_long(self._tokenizer, self._growth, text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(
@@ -837,7 +906,7 @@ class BPETokenizer(Tokenizer):
         _write(Path(folder) / _HF_FILE, self._json + "\n")
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         path = Path(folder) / _HF_FILE
         text = _read(path)
         try:
@@ -908,7 +977,10 @@ class PretrainedTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = (
             self._special_id(named, f"{name}_token") for name in ("bos", "eos", "pad")
         )
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        _refuse_long_pieces(vocabulary, _HF_FILE)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._growth = refuse_steep(self._tokenizer, _HF_FILE)
         self._start_id = self._first_of_a_text()
         state = json.loads(self._tokenizer.to_str())
         ids = [self._start_id, self.bos_id, self.eos_id, self.pad_id]
@@ -927,7 +999,7 @@ class PretrainedTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._files,), {"eos_ids": self.eos_ids}
+        return type(self), (self._files,), {"eos_ids": self.eos_ids, "bare_gaps": self.bare_gaps}
 
     def _set_prefix_space(self, wanted: Any) -> None:
         state = json.loads(self._tokenizer.to_str())
@@ -1006,9 +1078,13 @@ class PretrainedTokenizer(Tokenizer):
         token, state = self._tokenizer.id_to_token(start), json.loads(self._files[_HF_FILE])
         assert token is not None, "its id was found by its text"
         state["post_processor"] = _put_before(token, start)
-        started = PretrainedTokenizer(self._files | {_HF_FILE: json.dumps(state, ensure_ascii=False)})
-        started.eos_ids = self.eos_ids
-        return started
+        return self._with(self._files | {_HF_FILE: json.dumps(state, ensure_ascii=False)})
+
+    def _with(self, files: dict[str, str]) -> PretrainedTokenizer:
+        """The same with other files."""
+        other = PretrainedTokenizer(files)
+        other.eos_ids, other.bare_gaps = self.eos_ids, self.bare_gaps
+        return other
 
     def _special_id(self, named: dict[str, Any], key: str) -> int | None:
         value = named.get(key)
@@ -1016,6 +1092,9 @@ class PretrainedTokenizer(Tokenizer):
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def pieces_fingerprint(self, below: int) -> str:
+        return _pieces_fingerprint(self._tokenizer, below)
 
     def with_tokens(self, tokens: Iterable[str]) -> PretrainedTokenizer:
         """The same with these tokens added, at the next free ids; text that spells one becomes that token.
@@ -1044,9 +1123,29 @@ class PretrainedTokenizer(Tokenizer):
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] |= decoder
         files[_HF_CONFIG] = json.dumps(config, indent=2)
-        grown = PretrainedTokenizer(files)
-        grown.eos_ids = self.eos_ids
-        return grown
+        return self._with(files)
+
+    def within(self, size: int) -> PretrainedTokenizer:
+        """The same without the added tokens whose ids are `size` or above, for a model of `size` rows.
+
+        Fine-tunes add a pad token and leave the model as it is, which then has no row for it.
+
+        Raises:
+            ValueError: More than added tokens lie there, so that it is the tokenizer of another model.
+        """
+        beyond = {
+            token.content: id
+            for id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if id >= size
+        }
+        left = self._with({name: _without(text, name, beyond) for name, text in self._files.items()})
+        if left.vocab_size > size or (left.start_id or 0) >= size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} ids and the model has {size}, and pieces of text lie "
+                "beyond; one of the two belongs to another model"
+            )
+        left.eos_ids = tuple(id for id in self.eos_ids if id < size)
+        return left
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of `text`, without bos and eos.
@@ -1060,6 +1159,7 @@ class PretrainedTokenizer(Tokenizer):
         """
         backend = self._with_specials if specials else self._tokenizer
         text = _no_surrogates(text)
+        _refuse_long(backend, self._growth, text)
         try:
             ids = backend.encode(text, add_special_tokens=False).ids
         except BaseException as error:
@@ -1085,14 +1185,16 @@ class PretrainedTokenizer(Tokenizer):
 
     def _save(self, folder: Path) -> None:
         """Write the files as they were loaded; vocab.json and merges.txt have become tokenizer.json."""
-        for name, text in sorted(self._files.items(), key=lambda item: item[0] == _HF_FILE):
+        config = _parse_json(self._files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+        files = self._files | {_HF_CONFIG: json.dumps(config | {STARTS_GAPS: not self.bare_gaps}, indent=2)}
+        files = self._files if self.start_id is None else files
+        for name, text in sorted(files.items(), key=lambda item: item[0] == _HF_FILE):
             _write(Path(folder) / name, text)
 
     @classmethod
-    def _load(cls, folder: Path) -> Self:
+    def _load(cls, folder: Path, as_saved: bool) -> Self:
         folder = Path(folder)
-        names = (_HF_FILE, _HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
-        files = {name: _read(folder / name) for name in names if (folder / name).exists()}
+        files = _read_files(folder)
         if _HF_FILE not in files and not all((folder / name).exists() for name in (_HF_VOCAB, _HF_MERGES)):
             raise ValueError(
                 f"{folder / _HF_FILE} is missing: a pretrained tokenizer is a folder with that file, "
@@ -1101,9 +1203,63 @@ class PretrainedTokenizer(Tokenizer):
         try:
             if _HF_FILE not in files:
                 files |= _from_merges(_read(folder / _HF_VOCAB), _read(folder / _HF_MERGES), files)
-            return cls(files)
+            elif not as_saved:
+                files = _as_opened(files, folder, ("LlamaTokenizer", "CodeLlamaTokenizer"))
+            tokenizer = cls(files)
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
+        said = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG).get(STARTS_GAPS)
+        made_here = as_saved or [tokenizer.token_id(token) for token in SPECIALS] == [PAD, BOS, EOS]
+        tokenizer.bare_gaps = made_here if said is None else said is False
+        return tokenizer
+
+
+def opened_by_transformers(folder: Path) -> PretrainedTokenizer:
+    """The tokenizer that AutoTokenizer makes of a folder with tokenizer.json, foretold by its rules.
+
+    `load_tokenizer` follows those of Llama's classes alone: the other classes build what the published files
+    say already, or forget a part that the model was trained with, such as StarCoder2's digits.
+    """
+    return PretrainedTokenizer(_as_opened(_read_files(folder), folder, tuple(BUILDERS)))
+
+
+def _read_files(folder: Path) -> dict[str, str]:
+    names = (_HF_FILE, _HF_CONFIG, _HF_SPECIALS, _HF_ADDED)
+    return {name: _read(folder / name) for name in names if (folder / name).exists()}
+
+
+def _as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> dict[str, str]:
+    """The files with what the class that transformers takes says otherwise, if it is one of `classes`."""
+    config = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+    model = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    named = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if not isinstance(named, str | None) or not isinstance(model.get("model_type"), str | None):
+        raise ValueError(f"tokenizer_class {named!r} or model_type {model.get('model_type')!r} is no text")
+    name = transformers_class(named, model.get("model_type"), files[_HF_FILE])
+    if name == AS_THE_FILE and "add_prefix_space" in config:
+        del config["add_prefix_space"]  # which it keeps and never heeds
+        return files | {_HF_CONFIG: json.dumps(config, indent=2)}
+    before = _parse_json(files[_HF_FILE], _HF_FILE)
+    if name in BUILDERS and isinstance(before.get("model"), dict) and before["model"].get("dropout"):
+        before["model"]["dropout"] = None  # which these classes leave out
+        files = files | {_HF_FILE: json.dumps(before, ensure_ascii=False)}
+    if name not in classes:
+        adds = isinstance(before.get("pre_tokenizer"), dict) and before["pre_tokenizer"].get(
+            "add_prefix_space"
+        )
+        if name in BUILDERS and adds and config.get("add_prefix_space") is None:
+            return files | {_HF_CONFIG: json.dumps(config | {"add_prefix_space": False}, indent=2)}
+        return files
+    state = built_anew(before, name, config)
+    ids = _backend(files[_HF_FILE], _HF_FILE).get_vocab(with_added_tokens=True)
+    tokens = {key: token for key, token in DEFAULT_TOKENS.get(name, {}).items() if token in ids}
+    named_tokens = tokens | config
+    bos = named_tokens.get("bos_token")
+    if name == "CodeLlamaTokenizer" and bos is not None and _content(bos) in ids:
+        state = state | {"post_processor": _put_before(_content(bos), ids[_content(bos)])}
+    if state is not before:
+        files = files | {_HF_FILE: json.dumps(state, ensure_ascii=False)}
+    return files if named_tokens == config else files | {_HF_CONFIG: json.dumps(named_tokens, indent=2)}
 
 
 # Markers of layout, which the files of Qwen2.5-Coder and DeepSeek-Coder do not call special.
@@ -1140,6 +1296,28 @@ def _from_merges(vocab: str, merges: str, files: dict[str, str]) -> dict[str, st
         state["post_processor"] = _put_before(_content(bos), ids[_content(bos)])
     text = json.dumps(state, ensure_ascii=False, indent=2)
     return {_HF_FILE: text + "\n", _HF_CONFIG: json.dumps(config, indent=2)}
+
+
+def _without(text: str, name: str, tokens: Container[str]) -> str:
+    """A file of a tokenizer's folder without all that it says of some added tokens."""
+
+    def is_kept(value: Any) -> bool:
+        content = value.get("content") if isinstance(value, dict) else value
+        return not (isinstance(content, str) and content in tokens)
+
+    values = _parse_json(text, name)
+    if name == _HF_FILE:
+        values["added_tokens"] = [token for token in values.get("added_tokens") or [] if is_kept(token)]
+    elif name == _HF_ADDED:
+        values = {content: id for content, id in values.items() if is_kept(content)}
+    else:
+        values = {key: value for key, value in values.items() if not key.endswith("_token") or is_kept(value)}
+        for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            if isinstance(values.get(key), dict):
+                values[key] = {k: value for k, value in values[key].items() if is_kept(value)}
+            elif isinstance(values.get(key), list):
+                values[key] = [value for value in values[key] if is_kept(value)]
+    return json.dumps(values, ensure_ascii=False, indent=2)
 
 
 def _is_plain_piece(model: dict[str, Any], id: int) -> bool:

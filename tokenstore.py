@@ -93,6 +93,7 @@ class TokenStore:
         suffix_places: (n_documents,) int64, of an example that fills a gap the place of the marker between
             prefix and suffix; 0 for all others.
         vocab_size, pad_id: Of the tokenizer that made it.
+        gap_lead: Tokens that stand before the first marker of a document with a gap, 0 or 1.
         tokenizer_fingerprint, fingerprint: Of the tokenizer, and of the data.
 
     Raises:
@@ -117,6 +118,7 @@ class TokenStore:
             self.dtype = np.dtype(index["dtype"])
             self.vocab_size: int = index["vocab_size"]
             self.pad_id: int | None = index["pad_id"]
+            self.gap_lead: int = index.get("gap_lead", 0)
             self.tokenizer_fingerprint: str = index["tokenizer"]
             self.fingerprint: str = index["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -316,14 +318,13 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
     """Token ids of each document between bos and eos; a tokenizer without bos starts with its eos.
 
     Prompt and completion are encoded apart. At generation the prompt is encoded alone, so a token across the
-    two would be learned and could never be generated. What fills a gap begins with `fim_prompt_ids` as it is,
-    and so without bos.
+    two would be learned and could never be generated. What fills a gap begins with `fim_prompt_ids` as it is.
 
     Raises:
         ValueError: an id outside the vocabulary, or text that does not come back, apart or as prompt and
             completion together: its bits per byte would mean nothing.
     """
-    before = [] if tokenizer.start_id is None else [tokenizer.start_id]
+    before, gap_lead = tokenizer.before(), len(tokenizer.before(gap=True))
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = []
     for document in documents:
@@ -348,7 +349,7 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
             )
         _refuse_loss(tokenizer, text_ids, text, name)
         if suffix is not None:
-            _refuse_loss(tokenizer, prompt_ids[1:suffix_place], prompt, f"the prefix of {name}")
+            _refuse_loss(tokenizer, prompt_ids[gap_lead + 1 : suffix_place], prompt, f"the prefix of {name}")
             _refuse_loss(tokenizer, prompt_ids[suffix_place + 1 : -1], suffix, f"the suffix of {name}")
         elif prompt:
             _refuse_loss(tokenizer, prompt_ids, prompt, f"the prompt of {name}")
@@ -487,6 +488,7 @@ def build_store(
         "dtype": dtype.str,
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
+        "gap_lead": len(tokenizer.before(gap=True)),
         "tokenizer": tokenizer.fingerprint,
         "data": fingerprint,
         "splits": {

@@ -114,7 +114,16 @@ from runfolder import (
     refuse_other_data,
     with_data_resolved,
 )
-from runmodel import Run, adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
+from runmodel import (
+    Run,
+    adopted,
+    export_adapter,
+    gaps_began_bare,
+    load_run,
+    open_base,
+    starting_model,
+    starting_tokenizer,
+)
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.functions import sample_completions
 from suites.records import read_evaluation
@@ -715,6 +724,8 @@ def _train_in(
     )
     if config.train.resume and not told:
         refuse_changes(folder, config)
+    if config.train.resume:
+        tokenizer.bare_gaps = gaps_began_bare(folder)
     data = prepare_data(config.data, tokenizer)
     if row_follows and not config.train.resume:
         config = with_fitting_row(config, data)
@@ -1034,7 +1045,8 @@ def prove_overfit(manager: TrainingManager) -> bool:
         gap, suffix = int(store.suffix_places[number]), None
         if gap:
             first, suffix = (
-                run.tokenizer.decode(part) for part in (ids[1:gap], ids[gap + 1 : prompt_length - 1])
+                run.tokenizer.decode(part)
+                for part in (ids[store.gap_lead + 1 : gap], ids[gap + 1 : prompt_length - 1])
             )
         if not store.holds_examples:
             first = expected.split("\n", 1)[0]

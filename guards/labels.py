@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dataset import IGNORE_INDEX, Batch, validation_batches
-from fim import known_markers, trim_fim_prompt
+from fim import gap_start, known_markers, trim_fim_prompt
 from generate import trim_prompt
 from guards.subject import Fault, Subject
 from tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def example_in_row(
     if len(ids) <= length:
         return ids, n_prompt
     prompt, room = ids[:n_prompt].tolist(), length - (len(ids) - n_prompt)
-    if (markers := known_markers(tokenizer)) is not None and prompt[0] == markers[0]:
+    if gap_start(prompt, known_markers(tokenizer)) is not None:
         prompt = trim_fim_prompt(tokenizer, prompt, room)
     else:
         prompt = trim_prompt(prompt, room, tokenizer.start_id)

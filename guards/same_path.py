@@ -40,7 +40,8 @@ def same_path(subject: Subject) -> Iterator[Fault | str]:
     for held_out in dict.fromkeys((subject.validation, subject.test)):
         if markers is None or held_out.holds_examples:
             continue
-        begin = held_out.gather(held_out.offsets[:-1][np.diff(held_out.offsets) > 0])
+        lead = held_out.gap_lead
+        begin = held_out.gather(held_out.offsets[:-1][np.diff(held_out.offsets) > lead] + lead)
         if n_gaps := int((begin == markers[0]).sum()):
             yield Fault(
                 "validation-differs",

@@ -78,6 +78,7 @@ def to_model(family: Family, values: Values) -> ModelConfig:
     """
     if values.get("quantization_config") is not None:
         raise ValueError("it is quantised (quantization_config); use the folder of the original weights")
+    _refuse_own_code(family, values)
     values = family.defaults | {key: value for key, value in values.items() if key in family.defaults}
     for key, value in values.items():
         _check(key, value, family.defaults[key])
@@ -90,6 +91,23 @@ def to_model(family: Family, values: Values) -> ModelConfig:
         return Config.from_dict({"model": fields}).model.resolved()
     except ValueError as error:
         raise ValueError(str(error).removeprefix("the saved config cannot be read: ")) from None
+
+
+# What auto_map may name that bears on the numbers that a language model gives.
+_OWN_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+
+
+def _refuse_own_code(family: Family, values: Values) -> None:
+    """Refuse a model whose mathematics stand in code of its folder: CodeGen2 calls itself `codegen`."""
+    named = values.get("auto_map")
+    own = {key: named[key] for key in _OWN_CLASSES if named.get(key)} if isinstance(named, dict) else named
+    if own:
+        raise ValueError(
+            f"auto_map names code of its own, {reprlib.repr(own)}, which is never run, and model_type "
+            f"{family.model_type} does not say what that code computes (CodeGen2 is not CodeGen 1); where it "
+            f"is known to compute what {family.architecture} of transformers does, copy the folder and take "
+            "auto_map out of config.json"
+        )
 
 
 def from_model(family: Family, config: ModelConfig) -> Values:

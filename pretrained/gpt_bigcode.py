@@ -1,4 +1,4 @@
-"""GPTBigCode: SantaCoder, StarCoder (arXiv:2305.06161). Multi-query or multi-head, learned positions.
+"""GPTBigCode: StarCoder (arXiv:2305.06161). Multi-query or multi-head, learned positions.
 
 `c_attn` is all queries, then one key, then one value with multi-query; without, it is query, key and value of
 each head in turn.

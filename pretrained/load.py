@@ -9,6 +9,7 @@ import math
 import os
 import re
 import reprlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +41,7 @@ from pretrained.folder import (
     stamp,
 )
 from quantize import KINDS, replace_linear
-from tokenizer import GENERATION, Tokenizer, end_ids, load_tokenizer
+from tokenizer import GENERATION, PretrainedTokenizer, Tokenizer, end_ids, load_tokenizer
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
@@ -428,9 +429,20 @@ def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
         if (folder / name).exists():
             inner_path(folder, name, linked)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids and the model has {vocab_size}; "
-            "one of the two belongs to another model"
-        )
-    return tokenizer
+    if tokenizer.vocab_size <= vocab_size:
+        return tokenizer
+    try:
+        if not isinstance(tokenizer, PretrainedTokenizer):
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the model has {vocab_size}; "
+                "one of the two belongs to another model"
+            )
+        fits = tokenizer.within(vocab_size)
+    except ValueError as error:
+        raise ValueError(f"in {folder}: {error}") from None
+    print(
+        f"warning: the tokenizer in {folder} has {tokenizer.vocab_size} ids and the model {vocab_size} rows; "
+        "the tokens added beyond them are left out, and their spelling is text",
+        file=sys.stderr,
+    )
+    return fits

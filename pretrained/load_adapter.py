@@ -10,6 +10,7 @@ a stranger had written it; nothing of the model is changed before all of it was 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,15 +32,17 @@ PREFIX = "base_model.model."
 # Of adapter_config.json: what it may hold and means nothing here, what must be as it is when left out, and
 # starts that leave the base as it is. PEFT writes many keys more with each version; a new one that is set is
 # refused by name.
+# PEFT itself sets fan_in_fan_out to false where the targets are linears, as all known here are.
 IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
-    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
+    "inference_mode", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
 }  # fmt: skip
 READ = {
-    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
-    "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
+LONGEST_PATTERN = 2000  # characters
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa")
 
 
@@ -51,6 +54,8 @@ class Settings:
     ranks: dict[str, int]  # of the modules that have a low-rank pair
     whole: list[str]
     rows: dict[str, list[int]]  # ids whose rows train
+    lora_bias: bool  # each pair has a bias of its own, which its scale multiplies
+    ties: bool  # embedding and head share their weights, and so whatever was trained of them
 
 
 @dataclass(frozen=True)
@@ -102,15 +107,27 @@ def load_adapter(
     for key, place in compared.items():
         _refuse_other_base(getattr(bases[place.our], place.part), key, tensors[key], was_for)
     config = settings.config
+    tied = settings.ties and {"embed", "head"} <= {*settings.ranks, *settings.whole}
+    if tied and trainable and "embed" in settings.ranks:
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} cannot be used: ensure_weight_tying makes the pairs of embedding and "
+            "head one, which can be used here and not trained on; merge the adapter, and train a new one"
+        )
     starts = _starts(settings.ranks, bases, names) if config.init == "pissa" else {}
-    add_adapter(model, replace(config, init="default"), family.key, name, settings.rows)
+    add_adapter(model, replace(config, init="default"), family.key, name, settings.rows, any_rank=True)
     changes: dict[str, Any] = dict(changes_of(model, name))
+    if tied and "embed" in settings.whole:
+        changes["head"].copy.weight = changes["embed"].copy.weight
     with torch.no_grad():
         for our, (u, s, vh) in starts.items():
             root = (s / changes[our].scale).sqrt()
             changes[our].start_a, changes[our].start_b = root[:, None] * vh, u * root
         for key, place in loaded.items():
-            changes[place.our].get_parameter(place.part).copy_(tensors[key])
+            parameter = changes[place.our].get_parameter(place.part)
+            if settings.lora_bias and place.part == "bias":
+                parameter.add_(tensors[key], alpha=changes[place.our].scale)
+            else:
+                parameter.copy_(tensors[key])
     for change in changes.values():
         change.requires_grad_(trainable)
     return config
@@ -206,12 +223,18 @@ def _settings(
     # Of a base that was resized, embedding and head lie whole beside the adapter.
     resized = [our for our in ("embed", "head") if f"{PREFIX}{names[our]}.weight" in entries]
     whole += [our for our in resized if our not in whole]
+    ties = _read(values, "ensure_weight_tying", False, (bool,))
+    ties = ties and bases["head"].weight is bases["embed"].weight
+    if ties and {"embed", "head"} & {*whole}:
+        whole = [our for our in names if our in {*whole, "embed", "head"}]
     able = {
         our: full
         for our, full in names.items()
         if our not in whole and (is_linear(bases[our]) or is_embedding(bases[our]))
     }
-    targets = _targets(values, able, entries)
+    targets = _targets(values, able)
+    if ties and {"embed", "head"} & {*targets}:
+        targets = [our for our in able if our in {*targets, "embed", "head"}]
     if not targets:
         raise ValueError(
             f"target_modules {shown(values.get('target_modules'))} match no module of this model, which has "
@@ -233,6 +256,10 @@ def _settings(
         if our in targets:
             raise ValueError(f"{names[our]} is a target and has trainable_token_indices; only one is known")
     dora = _read(values, "use_dora", False, (bool,))
+    lora_bias = _read(values, "lora_bias", False, (bool,))
+    if lora_bias:
+        _refuse_lora_bias(bias, dora, {names[our]: bases[our] for our in targets})
+        bias = "lora_only"  # what a pair's own bias adds is added to that of its linear
     dropout = _read(values, "lora_dropout", 0.0, (int, float))
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {shown(dropout)}; it must be at least 0 and below 1")
@@ -250,7 +277,17 @@ def _settings(
         bias=bias,
         train_modules=tuple(names[our] for our in whole),
     )
-    return Settings(config, ranks, whole, rows)
+    return Settings(config, ranks, whole, rows, lora_bias, ties)
+
+
+def _refuse_lora_bias(bias: str, dora: bool, targets: Mapping[str, Any]) -> None:
+    """Refuse a bias beside each pair where PEFT knows none, or where no bias of the base takes it up."""
+    without = [full for full, base in targets.items() if getattr(base, "bias", None) is None]
+    if bias != "none" or dora or without:
+        what = f"{without[0]} has no bias" if without else f"bias is {shown(bias)} and use_dora {dora}"
+        raise ValueError(
+            f"lora_bias is True, and {what}; known is lora_bias alone, on linears that have a bias"
+        )
 
 
 def _places(
@@ -289,6 +326,7 @@ def _places(
         trained = settings.config.bias == "all" or (settings.config.bias == "lora_only" and is_target)
         if trained and bias is not None and our not in settings.whole:
             held = f"{key}.base_layer.bias" if is_target else f"{key}.bias"
+            held = f"{key}.lora_B.bias" if settings.lora_bias else held
             loaded[held] = Place(tuple(bias.shape), our, "bias")
         for part in ("weight", "bias"):
             own = f"{key}.{within}.{part}"
@@ -320,25 +358,80 @@ def _ends(full: str, text: str) -> bool:
     return any(".".join(parts[:n]).endswith(text) for n in range(1, len(parts) + 1))
 
 
-def _targets(values: Mapping[str, Any], able: Mapping[str, str], entries: Mapping[str, Entry]) -> list[str]:
-    """Our names of the modules that have a low-rank pair.
+def _targets(values: Mapping[str, Any], able: Mapping[str, str]) -> list[str]:
+    """Our names of the modules that have a low-rank pair, as PEFT chooses them by the config alone.
 
-    By their names where the config has plain ones, so that a missing tensor is noticed. A regular expression
-    of a stranger is not run, since one can be written that never ends; then the tensors say it.
+    What the tensors say is compared with it, since PEFT passes over a tensor that no target has, and gives a
+    target without tensors a pair that changes nothing.
     """
-    wanted = values.get("target_modules")
-    further = any(values.get(key) for key in ("exclude_modules", "layers_pattern"))
-    further = further or values.get("layers_to_transform") is not None
-    if wanted == "all-linear" and not further:
-        return [our for our in able if our.startswith("blocks.")]
-    if isinstance(wanted, str) or further:
-        return [
-            our
-            for our, full in able.items()
-            if any(f"{PREFIX}{full}.{pair_suffixes(kind)[0]}" in entries for kind in (False, True))
-        ]
-    texts = _texts(wanted, "target_modules")
-    return [our for our, full in able.items() if any(full == t or full.endswith(f".{t}") for t in texts)]
+    wanted, layers = values.get("target_modules"), values.get("layers_to_transform")
+    if isinstance(wanted, str):
+        if layers is not None or values.get("layers_pattern"):
+            raise ValueError(
+                f"target_modules is {shown(wanted)}, beside which PEFT knows no layers_to_transform; write "
+                "the names as a list"
+            )
+        inside = {our for our in able if our.startswith("blocks.")}
+        chosen = inside if wanted == "all-linear" else _matching(wanted, able, "target_modules")
+    else:
+        chosen = _named(wanted, able, "target_modules")
+        if layers not in (None, []):
+            chosen &= _in_layers(layers, values.get("layers_pattern"), able)
+        elif values.get("layers_pattern"):
+            raise ValueError("layers_pattern is set and layers_to_transform is not; PEFT refuses that too")
+    excluded = values.get("exclude_modules")
+    if excluded:
+        of_kind = _matching if isinstance(excluded, str) else _named
+        chosen -= of_kind(excluded, able, "exclude_modules")
+    return [our for our in able if our in chosen]
+
+
+def _named(wanted: Any, able: Mapping[str, str], key: str) -> set[str]:
+    texts = _texts(wanted, key)
+    return {our for our, full in able.items() if any(full == t or full.endswith(f".{t}") for t in texts)}
+
+
+def _matching(pattern: str, able: Mapping[str, str], key: str) -> set[str]:
+    """The modules whose whole name a regular expression matches.
+
+    By RE2, which takes linear time whatever a stranger wrote; where it does not know what Python's re knows,
+    or reads it otherwise, the pattern is refused.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    names, re2 = pyarrow.array(list(able.values()), pyarrow.string()), pyarrow.compute
+    options = re2.MatchSubstringOptions(f"^(?:{pattern})$")
+    try:
+        if len(pattern) > LONGEST_PATTERN or "{," in pattern or "[[" in pattern:
+            raise ValueError("it is too long, or is read in two ways")
+        re.compile(pattern)
+        found = re2.call_function("match_substring_regex", [names], options)
+    except (re.error, RecursionError, OverflowError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(
+            f"{key} is {shown(pattern)}, a regular expression that is not known here ({reason}); write the "
+            "names as a list"
+        ) from None
+    return {our for our, is_meant in zip(able, found.to_pylist(), strict=True) if is_meant}
+
+
+def _in_layers(layers: Any, patterns: Any, able: Mapping[str, str]) -> set[str]:
+    """The modules of some layers; `patterns` names the list of them, of which a model has one."""
+    wanted = layers if isinstance(layers, list) else [layers]
+    if not all(type(layer) is int for layer in wanted):
+        raise ValueError(f"layers_to_transform is {shown(layers)}; it must be a number or a list of numbers")
+    lists = [patterns] if isinstance(patterns, str) else patterns or []
+    if not isinstance(lists, list) or not all(
+        isinstance(text, str) and re.fullmatch(r"\w+", text, re.ASCII) for text in lists
+    ):
+        raise ValueError(f"layers_pattern is {shown(patterns)}; it must be the name of the list of layers")
+    numbered = {our: re.search(r"\.(\w+)\.(\d+)\.", full) for our, full in able.items()}
+    return {
+        our
+        for our, found in numbered.items()
+        if found and int(found[2]) in wanted and (not lists or found[1] in lists)
+    }
 
 
 def _patterns(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from architecture import Decoder
 from checkpoint import save_tensors
 from config import ModelConfig, write_atomically
+from fim import known_markers
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
 from quantize import FrozenLinear
-from tokenizer import GENERATION, CodeTokenizer, Tokenizer
+from tokenizer import GENERATION, CodeTokenizer, Tokenizer, opened_by_transformers
 
 # transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer
 # for some families and says nothing; this one it refuses for all, and its error shows the sentence.
@@ -54,7 +56,8 @@ def save_pretrained(
         max_shard_bytes: A tensor that would pass it starts a new file.
 
     Raises:
-        ValueError: No family has the model's parts, named in the sentence, or the folder is not empty.
+        ValueError: No family has the model's parts, named in the sentence, AutoTokenizer would give other
+            ids than the tokenizer, or the folder is not empty.
     """
     folder = Path(folder)
     if any(isinstance(module, FrozenLinear) for module in model.modules()):
@@ -65,11 +68,6 @@ def save_pretrained(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _save_weights(_tensors(model, chosen), temporary, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        if isinstance(tokenizer, CodeTokenizer):
-            write_atomically(temporary / "tokenizer.json", _json(UNREADABLE))
         ids: dict[str, Any] = {
             f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")
         }
@@ -78,14 +76,73 @@ def save_pretrained(
         head: dict[str, Any] = {"architectures": [chosen.architecture], "model_type": chosen.model_type}
         dtype = str(model.embed.weight.dtype).removeprefix("torch.")
         values = head | from_model(chosen, model.config) | ids | {"dtype": dtype, "use_cache": True}
-        write_atomically(temporary / GENERATION, _json(ids))
         write_atomically(temporary / CONFIG, _json(values))
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
+        write_atomically(temporary / GENERATION, _json(ids))
+        _save_weights(_tensors(model, chosen), temporary, max_shard_bytes)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return chosen
+
+
+# Texts that the classes of transformers cut differently, by spaces, digits, accents and contractions.
+JUDGED = (
+    "def f(x2024, y=0x1F):\n    return [\"don't\", 'WE\\'LL']  # 12345 67.8\r\n\n\t9",
+    "# caf\u00e9 cafe\u0301 \u65e5\u672c \ufb01",
+    "  leading",
+    "\u2581word",
+    "\n\n  x",
+    " ",
+)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files, with which AutoTokenizer gives its ids, beside the config.json there.
+
+    Where the class that the files name would build another one, they name the class that takes tokenizer.json
+    as it is.
+
+    Raises:
+        ValueError: AutoTokenizer opens the tokenizer of the model_type whatever the files name.
+    """
+    tokenizer.save(folder)
+    if tokenizer.before() != tokenizer.before(gap=True) and known_markers(tokenizer) is not None:
+        print(
+            "warning: gaps were trained without the start that stands before every other text, and "
+            "AutoTokenizer puts it before their prompts too; elsewhere encode those with "
+            "add_special_tokens=False",
+            file=sys.stderr,
+        )
+    if isinstance(tokenizer, CodeTokenizer):
+        write_atomically(folder / "tokenizer.json", _json(UNREADABLE))
+        return
+    if _is_same(tokenizer, opened_by_transformers(folder)):
+        return
+    path = folder / "tokenizer_config.json"
+    before = path.read_text("utf-8") if path.exists() else "{}"
+    write_atomically(path, _json(json.loads(before) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    theirs = opened_by_transformers(folder)
+    if _is_same(tokenizer, theirs):
+        return
+    write_atomically(path, before)
+    for text in JUDGED:
+        mine, others = ([found.start_id, *found.encode(text)] for found in (tokenizer, theirs))
+        if mine != others:
+            family = json.loads((folder / CONFIG).read_text("utf-8"))["model_type"]
+            raise ValueError(
+                f"AutoTokenizer opens every tokenizer beside a {family} model as {family}'s own, which gives "
+                f"{len(others)} ids of {text!r} where this one gives {len(mine)}, or others; train with that "
+                f"of a published {family} model, with the `code` tokenizer, or with another family's parts"
+            )
+
+
+def _is_same(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    both = [(found.start_id, found.pieces_fingerprint(tokenizer.vocab_size)) for found in (tokenizer, other)]
+    return both[0] == both[1]
 
 
 def choose_family(config: ModelConfig, model_type: str | None = None) -> Family:

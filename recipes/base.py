@@ -99,7 +99,7 @@ from pretrained.family import to_model
 from pretrained.save import refuse_full
 from recipes.training import finish
 from runmodel import load_run
-from tokenizer import PretrainedTokenizer, Tokenizer
+from tokenizer import STARTS_GAPS, PretrainedTokenizer, Tokenizer
 
 # What config.json of the published model says and the family's default does not.
 PUBLISHED = {
@@ -204,7 +204,7 @@ def with_gaps(tokenizer: Tokenizer, folder: Path) -> None:
     path.write_text(backend.to_str(), "utf-8")
     config = json.loads((temporary / "tokenizer_config.json").read_text("utf-8"))
     config.pop("plumb_kind", None)  # with tokens of its own it is no plain byte-level BPE any more
-    config["additional_special_tokens"] = list(FIM_TOKENS)
+    config |= {"additional_special_tokens": list(FIM_TOKENS), STARTS_GAPS: True}
     (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
     PretrainedTokenizer.load(temporary)
     os.replace(temporary, folder)

@@ -18,7 +18,7 @@ import torch
 from architecture import Decoder
 from config import memory_is_full
 from decoding import Generated, Stopped, generate_ids
-from fim import fim_end_ids, fim_prompt_ids, trim_fim_prompt
+from fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_prompt
 from generate import CONTEXT, GenerationConfig, added_text, prompt_ids, stop_finder, trim_prompt
 from ngram import NGramModel
 from precision import Precision
@@ -60,7 +60,7 @@ def asked(tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: i
         ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
     else:
         whole = fim_prompt_ids(tokenizer, example.prompt, example.suffix)
-        ids = trim_fim_prompt(tokenizer, whole, max(3, room))
+        ids = trim_fim_prompt(tokenizer, whole, max(fewest_gap_ids(tokenizer), room))
         ends = fim_end_ids(tokenizer)
     limit = max(1, min(max_new_tokens, length - len(ids)))
     return Asked(ids, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))

@@ -16,5 +16,5 @@ def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Exa
     suffix = None
     asked = ids[:prompt_length]
     if gap:
-        asked, suffix = ids[1:gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
+        asked, suffix = ids[store.gap_lead + 1 : gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
     return Example(store.names[number], number, tokenizer.decode(asked), reference, suffix)

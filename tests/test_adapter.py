@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -416,6 +417,137 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "of the head alone, by another name": ("bigcode mqa", {"targets": ("c_attn", "wte")}),
     "of the embedding alone": ("llama gqa", {"targets": ("q_proj", "lm_head")}),
 }  # fmt: skip
+
+
+Q, V = "q_proj", "v_proj"
+# What PEFT is asked for beside a rank of 2; each must mean the same here, by config and by tensors.
+CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "one layer": ("llama gqa", {"target_modules": [Q, V], "layers_to_transform": 1}),
+    "two layers": ("llama gqa", {"target_modules": [Q, "down_proj"], "layers_to_transform": [0, 2]}),
+    "layers by name": ("bigcode mqa", {"target_modules": ["c_attn"], "layers_to_transform": [1],
+                                      "layers_pattern": "h"}),
+    "no layers": ("llama gqa", {"target_modules": [Q], "layers_to_transform": []}),
+    "all but some": ("llama gqa", {"target_modules": [Q, V], "exclude_modules": ["1.self_attn.q_proj"]}),
+    "all linears but some": ("llama gqa", {"target_modules": "all-linear", "exclude_modules": ["up_proj"]}),
+    "all but a pattern": ("llama gqa", {"target_modules": [Q, V], "exclude_modules": r".*\.[12]\..*v_proj"}),
+    "a pattern": ("llama gqa", {"target_modules": r".*layers\.(0|2)\.self_attn\.(?:q|k)_proj"}),
+    "a pattern of all": ("phi", {"target_modules": r"(^|.*\.)(q_proj|lm_head|embed_tokens|fc[12])$"}),
+    "fan_in_fan_out": ("bigcode mha", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+    "fan_in_fan_out, dora": ("llama gqa", {"target_modules": [Q], "fan_in_fan_out": True, "use_dora": True}),
+    "lora_bias": ("phi", {"target_modules": [Q, "fc1"], "lora_bias": True, "lora_alpha": 7}),
+    "lora_bias, rslora": ("bigcode mqa", {"target_modules": ["c_fc"], "lora_bias": True, "use_rslora": True}),
+    "a rank above the width": ("llama gqa", {"target_modules": [Q, "embed_tokens"], "r": 60}),
+    "tied, untied model": ("llama gqa", {"target_modules": [Q, "lm_head"], "ensure_weight_tying": True}),
+    "tied, neither": ("llama mha tied", {"target_modules": [Q], "ensure_weight_tying": True}),
+    "tied, embedding": ("phi mqa tied", {"target_modules": [Q, "embed_tokens"], "ensure_weight_tying": True}),
+    "tied, head": ("llama mha tied", {"target_modules": [Q, "lm_head"], "ensure_weight_tying": True}),
+    "tied, whole": ("llama mha tied", {"target_modules": [Q], "modules_to_save": ["embed_tokens"],
+                                       "ensure_weight_tying": True}),
+    "tied, whole head": ("bigcode mqa", {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"],
+                                         "ensure_weight_tying": True}),
+    "tied, rows": ("llama mha tied", {"target_modules": [Q], "trainable_token_indices": [3, 50],
+                                      "ensure_weight_tying": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_what_a_config_of_peft_chooses_is_the_same_here(
+    bases: Callable[[str], Pair], tmp_path: Path, case: str
+) -> None:
+    name, settings = CHOSEN[case]
+    pair = bases(name)
+    config = peft().LoraConfig(task_type="CAUSAL_LM", **{"r": 2} | settings)
+    theirs = peft().get_peft_model(pair.oracle, config).eval()
+    scramble_adapters(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    values |= {
+        key: value for key, value in settings.items() if values[key] != value and key.startswith("fan")
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    reopened = peft().PeftModel.from_pretrained(make_oracle(name), str(tmp_path)).eval()
+    load_adapter(pair.ours, pair.family, tmp_path)
+    with torch.no_grad():
+        assert_near(pair.ours(TOKENS), reopened(TOKENS).logits, case)
+    save_adapter(pair.ours, pair.family, tmp_path / "again", base=None)  # in plainer words
+    again = bases(name)
+    load_adapter(again.ours, again.family, tmp_path / "again")
+    with torch.no_grad():
+        assert_near(again.ours(TOKENS), reopened(TOKENS).logits, f"{case}, saved again")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": "h"},
+        {"exclude_modules": ["1.self_attn.q_proj"]},
+        {"exclude_modules": r".*v_proj"},
+        {"target_modules": r".*\.q_proj"},
+        {"target_modules": r".*\.(q|k|v)_proj"},
+        {"target_modules": "all-linear"},
+    ],
+)
+def test_a_config_that_chooses_other_modules_than_have_tensors_is_refused(
+    bases: Callable[[str], Pair], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """PEFT passes over the tensors that are left, or adds pairs that change nothing; neither was trained."""
+    pair = bases("llama gqa")
+    add_adapter(pair.ours, LoraConfig(r=2, targets=(Q, V)), pair.family.key)
+    save_adapter(pair.ours, pair.family, tmp_path, base=None)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"is left over|is missing|match no module"):
+        load_adapter(bases("llama gqa").ours, pair.family, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"target_modules": r"(?!x).*q_proj"}, "a regular expression that is not known here"),
+        ({"target_modules": "(" * 50}, "a regular expression that is not known here"),
+        ({"target_modules": "(a{900}){900}"}, "a regular expression that is not known here"),
+        ({"target_modules": r"(.*.*)*" * 200}, "is missing"),
+        ({"target_modules": r"(x+x+)+y|(.*a)*b"}, "match no module"),
+        ({"exclude_modules": "[[:alpha:]]+"}, "exclude_modules is .* a regular expression that is not known"),
+        ({"exclude_modules": 3}, "exclude_modules is 3; it must be a list of names"),
+        ({"layers_to_transform": ["1"]}, r"layers_to_transform is \['1'\]; it must be a number or a list"),
+        ({"layers_to_transform": 1, "layers_pattern": "(a+)+"}, "it must be the name of the list of layers"),
+        ({"layers_pattern": "layers"}, "layers_to_transform is not; PEFT refuses that too"),
+        ({"layers_to_transform": 1, "target_modules": ".*q_proj"}, "PEFT knows no layers_to_transform"),
+        ({"lora_bias": True}, "q_proj has no bias; known is lora_bias alone"),
+        ({"ensure_weight_tying": "yes"}, "ensure_weight_tying is 'yes'; it must be bool"),
+    ],
+)
+def test_a_choice_that_is_not_known_is_one_sentence_at_once(
+    bases: Callable[[str], Pair], tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    pair = bases("llama gqa")
+    add_adapter(pair.ours, LoraConfig(r=2, targets=(Q, V)), pair.family.key)
+    save_adapter(pair.ours, pair.family, tmp_path, base=None)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_adapter(bases("llama gqa").ours, pair.family, tmp_path)
+    assert "\n" not in str(error.value) and time.process_time() - start < 5
+
+
+def test_tied_weights_stay_one_where_an_adapter_that_ties_them_trains_on(
+    bases: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    for case in ("tied, whole", "tied, embedding"):
+        name, settings = CHOSEN[case]
+        pair = bases(name)
+        config = peft().LoraConfig(task_type="CAUSAL_LM", r=2, **settings)
+        peft().get_peft_model(pair.oracle, config).save_pretrained(str(tmp_path / case))
+        if case == "tied, embedding":
+            with pytest.raises(ValueError, match="can be used here and not trained on"):
+                load_adapter(pair.ours, pair.family, tmp_path / case, trainable=True)
+            continue
+        load_adapter(pair.ours, pair.family, tmp_path / case, trainable=True)
+        changes: Any = changes_of(pair.ours, "default")
+        assert changes["head"].copy.weight is changes["embed"].copy.weight
 
 
 @pytest.mark.parametrize("case", ROWS)

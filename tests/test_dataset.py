@@ -69,7 +69,7 @@ class Bytes(Tokenizer):
     def save(self, folder: Path) -> None: ...
 
     @classmethod
-    def load(cls, folder: Path) -> Bytes:
+    def load(cls, folder: Path, as_saved: bool = False) -> Bytes:
         return cls()
 
 

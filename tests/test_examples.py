@@ -57,7 +57,7 @@ from dataset import (
     refuse_long_answers,
     validation_batches,
 )
-from fim import fim_markers, fim_prompt_ids, gap_of, in_text_order, trim_fim_prompt
+from fim import fewest_gap_ids, fim_markers, fim_prompt_ids, gap_of, gap_start, in_text_order, trim_fim_prompt
 from generate import prompt_ids, trim_prompt
 from guards.labels import prompt_errors
 from proofs import run_difference
@@ -723,11 +723,17 @@ def test_a_prompt_with_a_gap_keeps_what_is_near_the_gap(sizes: list[tuple[int, i
 
 
 def test_a_prompt_with_a_long_prefix_is_trimmed_as_any_other():
-    ids = fim_prompt_ids(STARCODER, "0123456789", "xy")
+    start, *ids = fim_prompt_ids(STARCODER, "0123456789", "xy")
+    assert start == STARCODER.start_id
     for length in range(7, len(ids) + 3):
         assert trim_fim_prompt(STARCODER, ids, length) == trim_prompt(ids, length, ids[0])
-    with pytest.raises(ValueError, match="cannot be trimmed to 2 tokens"):
+        kept = trim_fim_prompt(STARCODER, [start, *ids], length + 1)
+        assert kept == [start, *trim_prompt(ids, length, ids[0])]
+    assert len(trim_fim_prompt(STARCODER, [start, *ids], 4)) == 4 == fewest_gap_ids(STARCODER)
+    with pytest.raises(ValueError, match=r"cannot be trimmed to 2 tokens; it has three markers$"):
         trim_fim_prompt(STARCODER, ids, 2)
+    with pytest.raises(ValueError, match="cannot be trimmed to 3 tokens; it has three markers and a start"):
+        trim_fim_prompt(STARCODER, [start, *ids], 3)
 
 
 TEXTS = ["", "x", "\r\n", "a\r\n" * 30, "naïve 日本 🙂\n" * 9, "\ud83d\ude42" * 40, "<fim_middle>" * 5] + [
@@ -792,8 +798,8 @@ def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkey
     monkeypatch.setattr(corpus, "split_of", lambda *args: Side(right(*args)))
     planted = prepare_data(dataclasses.replace(config, cache=str(tmp_path / "planted")), STARCODER)
     monkeypatch.undo()
-    begins = [planted.validation.document(n)[:1].tolist() for n in range(planted.validation.n_documents)]
-    assert [markers[0]] in begins
+    held_out = [planted.validation.document(n) for n in range(planted.validation.n_documents)]
+    assert 1 in [gap_start(ids, markers) for ids in held_out]
 
 
 @pytest.mark.parametrize("T", [8, 40, 400])
@@ -806,9 +812,9 @@ def test_gaps_in_sight_are_those_that_rows_show(tmp_path: Path, T: int):
         start = 0
         for number in np.random.default_rng(seed).permutation(store.n_documents).tolist():
             ids = store.document(number).tolist()
-            if ids[0] == markers[0]:
+            if (lead := gap_start(ids, markers)) is not None:
                 targets = start + np.arange(ids.index(markers[2]) + 1, len(ids))
-                seen += int((start >= (targets - 1) // T * T).sum())  # its row's first token
+                seen += int((start + lead >= (targets - 1) // T * T).sum())  # its row's first token
                 filled += len(targets)
             start += len(ids)
     assert gaps_in_sight(store, markers, T) == pytest.approx(seen / filled, abs=0.03)
@@ -925,7 +931,8 @@ def gap_config(tmp_path: Path) -> Config:
 def test_a_run_with_gaps_passes_every_guard(gap_config: Config, capsys: pytest.CaptureFixture[str]):
     manager = train(gap_config)
     store = manager.data.train
-    gaps = sum(store.document(n)[0] == fim_markers(STARCODER)[0] for n in range(store.n_documents))
+    markers = fim_markers(STARCODER)
+    gaps = sum(gap_start(store.document(n), markers) is not None for n in range(store.n_documents))
     assert gaps and f"tokens; {gaps} with a gap to fill\n" in capsys.readouterr().out
 
 
@@ -945,7 +952,7 @@ def test_a_run_with_gaps_passes_every_guard(gap_config: Config, capsys: pytest.C
 def test_a_fault_of_gaps_stops_the_run_by_name(
     gap_config: Config, monkeypatch: pytest.MonkeyPatch, owner, name: str, planted, fault: str
 ):
-    """Planted: gaps in held-out files, and generation that puts a start token before the first marker."""
+    """Planted: gaps in held-out files, and generation that puts a second start before the first marker."""
     monkeypatch.setattr(owner, name, planted(getattr(owner, name)))
     with pytest.raises(ValueError, match=fault):
         train(gap_config)

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,7 @@ from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from proofs import run_difference
 from quantize import Linear4bit
-from runmodel import export_adapter, load_run, open_adapted
+from runmodel import adopted, export_adapter, load_run, open_adapted, starting_tokenizer
 from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
 from trainingmanager import TrainingManager, say_groups, train
 
@@ -103,14 +104,21 @@ def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
     )
 
 
-def test_a_rate_of_no_parameter_is_refused_before_the_data_are_read(config: Config) -> None:
+def test_a_rate_of_no_parameter_is_refused_before_the_data_are_read(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The base's head is its embedding, which only the open base says."""
-    config = other(other(config, "lora", r=0), "data", source="nowhere")
+
+    def read(*_: object) -> None:
+        raise ValueError("the data were read")
+
+    monkeypatch.setattr(trainingmanager, "prepare_data", read)
+    config = other(config, "lora", r=0)
     with pytest.raises(
         ValueError, match=r"optimizer.head_lr is set, but no parameter .*what acts is optimizer.lr;"
     ):
         train(other(config, "optimizer", head_lr=0.5))
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(ValueError, match="the data were read"):
         train(config)
 
 
@@ -330,7 +338,7 @@ def test_of_new_tokens_the_absent_ones_are_named(
     assert store.occurrences([size - 1, 5]) == [
         2 * store.n_documents, int((store.gather(np.arange(store.n_tokens)) == 5).sum())
     ]  # fmt: skip
-    with patch("tokenstore.COUNTED_AT_ONCE", 7):
+    with patch("tokenstore.READ_AT_ONCE", 7):
         assert store.occurrences([size - 2, size - 1]) == [0, 2 * store.n_documents]
 
 
@@ -385,6 +393,43 @@ def test_tokens_that_a_given_tokenizer_has_added_are_new_to_the_base(config: Con
             cast(PretrainedTokenizer, run.tokenizer).with_tokens(tokens)
     with pytest.raises(ValueError, match=r"'a' is in the vocabulary already, as id \d+; leave it out"):
         train(other(other(config, run=str(tmp_path / "known")), "lora", new_tokens=("a",)))
+
+
+@pytest.mark.parametrize("size", [300, 280, 320])
+def test_a_tokenizer_of_another_model_is_refused_whatever_its_size(
+    config: Config, base: Path, tmp_path: Path, size: int
+) -> None:
+    """One of equal size used to pass, and the base began to train on ids that mean other text."""
+    foreign = BPETokenizer.train([Path(json.__file__).read_text()[::-1]], size)
+    foreign.save(tmp_path / "foreign")
+    assert foreign.vocab_size == size
+    named = other(config, "tokenizer", path=str(tmp_path / "foreign"))
+    with pytest.raises(ValueError, match=r"is not that of .*base: its pieces have .*leave --token"):
+        train(named)
+    assert not (Path(config.train.run) / "config.yaml").exists()
+
+
+def test_the_tokenizer_of_the_base_by_another_path_is_its_own(
+    config: Config, base: Path, tmp_path: Path
+) -> None:
+    """Also where a base's files put nothing before a text, and where transformers saved them anew."""
+    own = load_pretrained(base)
+    assert own.tokenizer is not None
+    theirs = transformers.AutoTokenizer.from_pretrained(base)
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    own.tokenizer.save(tmp_path / "copy")
+    state = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
+    (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}))
+    for folder in ("saved", "copy"):
+        named = other(config, "tokenizer", path=str(tmp_path / folder))
+        assert starting_tokenizer(named, own).encode("def f(x):\n") == own.tokenizer.encode("def f(x):\n")
+    theirs.add_tokens(["<|one|>"])
+    theirs.save_pretrained(str(tmp_path / "longer"))
+    longer = other(config, "tokenizer", path=str(tmp_path / "longer"))
+    tokenizer = starting_tokenizer(longer, own)
+    assert tokenizer.vocab_size == own.tokenizer.vocab_size + 1
+    with pytest.raises(ValueError, match=r"has 1 ids more than .*new_tokens names 0; name every token"):
+        adopted(longer, own, tokenizer, torch.float32)
 
 
 def test_a_base_in_bf16_is_not_validated_in_fp32(config: Config) -> None:

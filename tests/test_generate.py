@@ -131,7 +131,7 @@ class Bytes(Tokenizer):
         raise NotImplementedError
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, as_saved: bool = False) -> Tokenizer:
         raise NotImplementedError
 
 

@@ -687,12 +687,19 @@ def test_layers_of_empty_tensors_are_refused_before_they_are_made(folder):
     refused(folder, r"is F32\[0\], \[.*\] of floats is expected")  # the keys are right
 
 
-def test_code_of_a_folder_is_never_run(folder, tmp_path):
+@pytest.mark.parametrize("key", ["AutoModelForCausalLM", "AutoModel", "AutoConfig", "AutoTokenizer", None])
+def test_code_of_a_folder_is_never_run(key, folder, tmp_path):
+    """Where it is the model's, the folder is refused: CodeGen2 says `codegen` and has 8 shards, not 4."""
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     (folder / "modeling_evil.py").write_text(code)
     (folder / "__init__.py").write_text(code)
-    change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
-    load_pretrained(folder)
+    change_json(folder / "config.json", auto_map={key: "modeling_evil.Evil"} if key else None)
+    if key in ("AutoTokenizer", None):
+        load_pretrained(folder)
+    else:
+        refused(folder, "config.json does not describe a model known here: auto_map names code of its own")
+    change_json(folder / "config.json", auto_map="modeling_evil.Evil")
+    refused(folder, "auto_map names code of its own, 'modeling_evil.Evil'")
     assert not (tmp_path / "ran").exists()
 
 
@@ -1087,6 +1094,11 @@ def published_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def saved(tokenizer: Any, folder: Path) -> Path:
+    tokenizer.save(folder)
+    return folder
+
+
 def same_ids(ours: Any, theirs: Any, text: str) -> None:
     """Special tokens as text, which is how a corpus is read, and as commands."""
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
@@ -1201,8 +1213,6 @@ def test_a_tokenizer_goes_with_its_model(tmp_path):
     assert config.eos_token_id == theirs.eos_token_id == tokenizer.eos_id
     for text in TEXTS:
         same_ids(tokenizer, theirs, text)
-    change_json(tmp_path / "model" / "tokenizer_config.json", extra_special_tokens=["<|one|>"])
-    refused(tmp_path / "model", "has 307 ids and the model has 306; one of the two belongs to another model")
 
 
 def test_every_end_of_a_text_goes_with_its_model(tmp_path):
@@ -1236,9 +1246,61 @@ def test_every_end_of_a_text_goes_with_its_model(tmp_path):
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [one, other]
     generation.unlink()
     assert load_pretrained(tmp_path / "model").eos_ids == (7, 8)
-    for wrong in ("x", [1, True], 306, -1, [[1]], {"a": 1}, 1.0):
+    for beyond in (306, -1, [306, -1]):  # opened by transformers with a warning, and given by no model
+        change_json(config, eos_token_id=beyond)
+        assert load_pretrained(tmp_path / "model").eos_ids == ()
+        change_json(config, eos_token_id=[beyond, 7] if isinstance(beyond, int) else [*beyond, 7])
+        found = load_pretrained(tmp_path / "model")
+        assert found.tokenizer is not None and found.eos_ids == found.tokenizer.eos_ids == (7,)
+    shutil.copy(config, generation)
+    assert load_tokenizer(tmp_path / "model").eos_ids == (7,)
+    for wrong in ("x", [1, True], [[1]], {"a": 1}, 1.0):
         change_json(config, eos_token_id=wrong)
-        refused(tmp_path / "model", "has eos_token_id .*; it must be an id below the vocabulary's 306")
+        change_json(generation, eos_token_id=wrong)
+        refused(tmp_path / "model", "has eos_token_id .*; it must be an id, or a list of such ids")
+
+
+@pytest.mark.parametrize("where", ["extra_special_tokens", "pad_token", "added", "decoder", "json"])
+def test_tokens_that_were_added_beyond_the_model_are_left_out(where, tmp_path, capsys):
+    """As fine-tunes that added a pad token and left the model as it was."""
+    folder = published_tokenizer(tmp_path / "tokenizer")
+    size = load_tokenizer(folder).vocab_size
+    token = {"content": "<|new|>", "special": where != "added"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    config, state = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if where == "added":
+        (folder / "added_tokens.json").write_text(json.dumps({"<|new|>": size}))
+    elif where == "json":
+        added = json.loads(state.read_text("utf-8"))["added_tokens"]
+        change_json(state, added_tokens=[*added, {"id": size} | token | flags])
+    elif where == "decoder":
+        change_json(config, added_tokens_decoder={str(size): token | flags}, pad_token="<|new|>")
+    else:
+        change_json(config, **{where: ["<|new|>"] if where.startswith("extra") else "<|new|>"})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert load_tokenizer(folder).vocab_size == len(theirs) == size + 1
+    model = Decoder(replace(LLAMA, vocab_size=size))
+    save_pretrained(model, None, tmp_path / "model")
+    shutil.copytree(folder, tmp_path / "model", dirs_exist_ok=True)
+    tokenizer = load_pretrained(tmp_path / "model").tokenizer
+    assert f"has {size + 1} ids and the model {size} rows" in capsys.readouterr().err
+    assert tokenizer is not None and tokenizer.vocab_size == size and tokenizer.token_id("<|new|>") is None
+    assert tokenizer.pad_id is None and max(tokenizer.encode("a <|new|> b")) < size
+    for text in TEXTS:
+        assert tokenizer.encode(text) == theirs.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+    generate(model, tokenizer, ["x"], GenerationConfig(max_new_tokens=2))
+    assert load_tokenizer(saved(tokenizer, tmp_path / "again")).fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, monkeypatch):
+    """Where pieces of text lie beyond the model's rows, and not tokens that were added."""
+    for make in (published_tokenizer, lambda at: saved(BPETokenizer.train(TEXTS * 20, vocab_size=300), at)):
+        folder = make(tmp_path / make.__name__.strip("<>"))
+        save_pretrained(Decoder(replace(LLAMA, vocab_size=290)), None, tmp_path / f"{folder.name} model")
+        shutil.copytree(folder, tmp_path / f"{folder.name} model", dirs_exist_ok=True)
+        refused(tmp_path / f"{folder.name} model", "and the model has 290.*belongs to another model")
 
 
 @pytest.mark.parametrize("held", [None, "int8", "nf4"])

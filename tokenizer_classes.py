@@ -1,0 +1,144 @@
+"""What transformers 5 opens a tokenizer's folder as, whose class may build parts of tokenizer.json anew.
+
+    name = transformers_class(tokenizer_class, model_type, text of tokenizer.json)
+    state = built_anew(state, name, tokenizer_config)
+
+Most classes take tokenizer.json as it is. Those of BUILDERS take its vocabulary, merges, added tokens and
+what stands before a text, and write the other parts themselves: where the file says otherwise, AutoTokenizer
+gives other ids than the file would. Which class it is depends on tokenizer_config.json and on the model
+beside it (transformers 5.23, `AutoTokenizer.from_pretrained`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+AS_THE_FILE = "TokenizersBackend"  # reads every part of tokenizer.json
+_GENERIC = (AS_THE_FILE, "PythonBackend", "PreTrainedTokenizer")
+
+# What a model_type opens where tokenizer_config.json names no class. Llama has none.
+_REGISTERED = {
+    "gpt_bigcode": AS_THE_FILE,
+    "codegen": "GPT2Tokenizer",
+    "phi": "GPT2Tokenizer",
+    "starcoder2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+}
+_WHATEVER_IS_NAMED = ("qwen2",)  # model types that open theirs whatever tokenizer_config.json names
+
+_QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# The special tokens of a class where the folder names none.
+DEFAULT_TOKENS = {
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "CodeLlamaTokenizer": {
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "prefix_token": "▁<PRE>",
+        "middle_token": "▁<MID>",
+        "suffix_token": "▁<SUF>",
+        "eot_token": "▁<EOT>",
+        "fill_token": "<FILL_ME>",
+    },
+}
+
+
+def transformers_class(named: str | None, model_type: str | None, text: str) -> str:
+    """The class that AutoTokenizer takes, without `Fast`; AS_THE_FILE where it reads the file as it is.
+
+    Args:
+        named: `tokenizer_class` of tokenizer_config.json, or else of config.json.
+        model_type: Of config.json beside it.
+        text: Of tokenizer.json.
+    """
+    name = None if named is None else named.removesuffix("Fast")
+    registered = _REGISTERED.get(model_type or "")
+    if model_type in _WHATEVER_IS_NAMED or name is None:
+        return registered or AS_THE_FILE
+    if name in _GENERIC or registered == AS_THE_FILE:
+        return AS_THE_FILE
+    if name == "LlamaTokenizer" and '"ByteLevel"' in text:
+        return AS_THE_FILE  # a Llama 3, of the class's name alone
+    return name
+
+
+def built_anew(state: dict[str, Any], name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json as the class `name` builds it; the very same where that changes nothing.
+
+    Args:
+        state: Of tokenizer.json.
+        config: Of tokenizer_config.json.
+    """
+    model = state.get("model")
+    if name not in BUILDERS or not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        return state
+    backend = tokenizers.Tokenizer(models.BPE())
+    flags = BUILDERS[name](backend, config)
+    made = json.loads(backend.to_str())
+    parts = {part: made[part] for part in ("normalizer", "pre_tokenizer", "decoder")}
+    flags = {"dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False} | flags
+    flags |= {"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
+    same_flags = all((model.get(key) or None) == (value or None) for key, value in flags.items())
+    if same_flags and all(state.get(part) == parts[part] for part in parts):
+        return state
+    return state | parts | {"model": {"type": "BPE"} | model | flags}
+
+
+def _gpt2(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+    prefix = bool(config.get("add_prefix_space"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    backend.decoder = decoders.ByteLevel()
+    return {}
+
+
+def _qwen2(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+    prefix = bool(config.get("add_prefix_space"))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_PIECES), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return {}
+
+
+def _llama(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+    """One space before the first word of a text, which has none before it: "first", and not "always"."""
+    prefix = config.get("add_prefix_space")
+    prefix = True if prefix is None else bool(prefix)
+    _metaspace(backend, "never" if not prefix else "always" if config.get("legacy") else "first", prefix)
+    return {"fuse_unk": True, "byte_fallback": True}
+
+
+def _code_llama(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+    prefix = config.get("add_prefix_space")
+    _metaspace(backend, "never" if prefix is not None and not prefix else "first", True)
+    unknown = config.get("unk_token", "<unk>")
+    unknown = unknown.get("content") if isinstance(unknown, dict) else unknown
+    return {"fuse_unk": True, "byte_fallback": True, "unk_token": unknown}
+
+
+def _metaspace(backend: tokenizers.Tokenizer, scheme: Any, strips: bool) -> None:
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(content=" ", left=1)] if strips else parts)
+
+
+BUILDERS: dict[str, Callable[[tokenizers.Tokenizer, dict[str, Any]], dict[str, Any]]] = {
+    "GPT2Tokenizer": _gpt2,
+    "CodeGenTokenizer": _gpt2,
+    "Qwen2Tokenizer": _qwen2,
+    "LlamaTokenizer": _llama,
+    "CodeLlamaTokenizer": _code_llama,
+}
