@@ -52,6 +52,7 @@ import sandbox
 from checkpoint import code_fingerprint
 from corpus import split_documents
 from dataset import PreparedData
+from functional import read_problems
 from generate import GenerationConfig
 from lora import adapters_disabled
 from metrics.registry import Metric
@@ -59,7 +60,7 @@ from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from preflight import overrides
 from pretrained import load_pretrained
-from runmodel import Run, load_run
+from runmodel import Run, load_run, run_folder
 from suites import programs
 from suites.completing import complete, ngram_complete
 from suites.documents import add_intervals
@@ -134,6 +135,7 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
     if settings.predictions is not None and not is_pipe(settings.predictions):
         prediction_rows(settings.predictions)
     if any(SUITES[name].runs for name in of_files):
+        refuse_unusable_problems(of_files[0], settings)
         sandbox.isolation(settings.allow == "unsandboxed")
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
@@ -255,6 +257,16 @@ def add_token_scores(
         **{key: {name: sums[key].tolist() for name, (_, sums) in found.items()} for key in KEPT},
     }
     add_intervals(result, documents, settings.seed)
+
+
+def refuse_unusable_problems(suite: str, settings: EvalConfig) -> None:
+    """Raise ValueError where the problems of a suite of programs cannot be read, or there is no run."""
+    if settings.checkpoint is not None:
+        run_folder(settings.checkpoint)
+    if settings.suite_file is None:
+        raise ValueError(f"the suite {suite} is asked from a file; name it with --suite_file")
+    if not Path(settings.suite_file).is_fifo():  # which is read once
+        read_problems(settings.suite_file)
 
 
 def tasks_of(

@@ -278,6 +278,20 @@ class Run:
     weights: str  # SHA-256 of the checkpoint's manifest, which has that of each file, and of the base's own
 
 
+def run_folder(path: str | Path) -> tuple[Path, str | None]:
+    """The folder of a run, and the name of the checkpoint inside it where `path` is one's.
+
+    Raises:
+        ValueError: There is no run.
+    """
+    path = Path(path)
+    one = path.name if path.parent.name == "checkpoints" else None
+    folder = path.parent.parent if one else path
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{path} holds no run (no config.yaml); give the folder that training wrote")
+    return folder, one
+
+
 def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: str | None = None) -> Run:
     """Open a run folder, or one checkpoint inside it, for evaluation; the model is in eval mode, on the CPU.
 
@@ -292,10 +306,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
         ValueError: There is no run or no checkpoint, a file is damaged, or weights and config disagree.
     """
     path = Path(path)
-    one = path.name if path.parent.name == "checkpoints" else None
-    folder = path.parent.parent if one else path
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{path} holds no run (no config.yaml); give the folder that training wrote")
+    folder, one = run_folder(path)
     config = read_run_file(folder / "config.yaml", _config)
     fingerprints = read_run_file(folder / "fingerprints.json", _fingerprints)
     found = step_folders(folder / "checkpoints")[::-1]

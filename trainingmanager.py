@@ -669,7 +669,8 @@ def compile_blocks(model: Decoder) -> None:
         probe(torch.ones(2, device=next(model.parameters()).device))
     except Exception as error:  # whatever is missing (g++, Python's headers, triton), eager is right
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"torch.compile does not work here, running eager: {reason}", stacklevel=2)
+        remedy = "on a CPU it needs g++ and Python's headers (apt install g++ python3-dev)"
+        warnings.warn(f"torch.compile does not work here, running eager: {reason}; {remedy}", stacklevel=2)
         return
     for block in model.blocks:
         block.compile()

@@ -12,6 +12,7 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
     check(settings)                          optional: refuses at once what cannot be built from
     files_of(settings, work)                 optional: what is built from; it is had before a small base takes
                                              minutes, so that a source that holds nothing is told before
+    check_isolation(settings)                optional: refuses where its programs have no sandbox
     build(settings, tokenizer, folder)       writes the dataset with `write_dataset`; returns its Counts.
                                              `tokenizer` is the base's; None where FAMILY is None
     evaluate(settings, scoring, result)      optional: tables of its own, as text, after the run's; of the

@@ -326,6 +326,8 @@ def build(asked: Asked, tokenizer: Any) -> None:
     made_from = json.loads(json.dumps(made_from))
     folder, before = asked.out / "dataset", done(asked.out).get("dataset")
     if before == made_from:
+        if check_isolation := getattr(asked.module, "check_isolation", None):
+            check_isolation(asked.settings)
         print(f"dataset: {folder} is there already")
     else:
         if before is not None and (asked.run / "config.yaml").exists():

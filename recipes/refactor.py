@@ -87,7 +87,7 @@ def longest(settings: Settings) -> int:
     """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
 
     Raises:
-        ValueError: An unknown strategy, a source that is not there, or nothing to run pairs in.
+        ValueError: An unknown strategy, or a source that is not there.
     """
     for name in settings.strategies:
         if name not in STRATEGIES:
@@ -96,12 +96,16 @@ def longest(settings: Settings) -> int:
         raise ValueError(
             f"--source {settings.source} does not exist: give stdlib, a folder or a file of rows"
         )
+    return settings.max_tokens
+
+
+def check_isolation(settings: Settings) -> None:
+    """Raise ValueError where pairs are to be run and nothing isolates; asked once the source was read."""
     if settings.check_behaviour:
         try:
             sandbox.isolation()
         except ValueError as error:
             raise ValueError(f"{error}; or leave pairs unjudged with --check_behaviour false") from None
-    return settings.max_tokens
 
 
 def prompt_of(code: str) -> str:
@@ -269,6 +273,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     longest(settings)
     counts = Counts("functions")
     functions, unread = _chosen(settings, counts)
+    check_isolation(settings)
     made: dict[str, list[str | None]] = {name: [] for name in settings.strategies}
     found: list[Found] = []
     for side, path, piece, text in functions:
@@ -301,8 +306,10 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
 
 
 def files_of(settings: Settings, work: Path | None = None) -> list[tuple[str, str, str]]:
-    """(side, path, text) of what functions are taken from."""
-    return _documents(settings)[0]
+    """(side, path, text) of what functions are taken from; and there is something to run them in."""
+    documents = _documents(settings)[0]
+    check_isolation(settings)
+    return documents
 
 
 def _documents(settings: Settings) -> tuple[list[tuple[str, str, str]], int]:

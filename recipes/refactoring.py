@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import sandbox
 from config import make_parser, one_sentence, write_atomically
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
@@ -246,6 +247,8 @@ def main(argv: Sequence[str]) -> None:
             taken_out(plain(text)[0])  # before a model is opened
         except ValueError as error:
             raise ValueError(f"{path} cannot be refactored: {error}") from None
+        if settings.check_behaviour:
+            sandbox.isolation()
         result, became = refactored(text, _model(settings), settings.check_behaviour)
         _write(diff(text, result, str(path)))
         changed = sum(count for told, count in became.items() if told.startswith("changed"))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sysconfig
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+import sandbox
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; tiny models gain nothing from more
 # Of a job in the background, or under nohup: children would inherit that these signals are ignored.
@@ -20,6 +24,63 @@ FILES = {
     * 3
     for i in range(24)
 }
+
+# The reasons for which a test may be left out; skipped for another one, it fails.
+WITHOUT_SANDBOX = "generated code runs in a sandbox only"
+SKIPS = (
+    WITHOUT_SANDBOX,
+    "git is not installed",
+    r"user \d+ has no Python 3\.11",
+    "the kernel's headers are not installed",
+    "needs a CUDA device",
+    "no glibc here",
+    "no chromium to open it with",
+    "PLUMB_[A-Z]+ (names no|does not name)",
+)
+
+
+@pytest.fixture
+def isolated() -> sandbox.Isolation:
+    """What isolates generated code here; a test that asks for it is left out where nothing does."""
+    try:
+        return sandbox.isolation()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def _refuse_unlisted_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Fail what was skipped for a reason that is not in SKIPS."""
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(re.match(known, reason) for known in SKIPS):
+            report.outcome = "failed"
+            report.longrepr = f"skipped for a reason that is not in SKIPS of tests/conftest.py: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_unlisted_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_unlisted_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    """Say in the last line how many tests were left out for want of a sandbox, and the remedy."""
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
+    without = [reason.removeprefix("Skipped: ") for reason in reasons if WITHOUT_SANDBOX in reason]
+    if reporter and without:
+        reporter.write_line(f"{len(without)} tests were left out for one reason: {without[0]}")
 
 
 @pytest.fixture

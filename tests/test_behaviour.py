@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-import sandbox
 from recipes.behaviour import POOLS, agreement, agreements, context_of, inputs_for
 
-try:
-    sandbox.isolation()
-    ISOLATED = True
-except ValueError:
-    ISOLATED = False
-isolated = pytest.mark.skipif(not ISOLATED, reason="nothing isolates generated code here")
+isolated = pytest.mark.usefixtures("isolated")
 
 TWICE = "def twice(xs: list[int]):\n    return [x * 2 for x in xs]\n"
 LOOP = "def twice(xs):\n    r = []\n    for x in xs:\n        r.append(x * 2)\n    return r\n"

@@ -71,14 +71,6 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-@pytest.fixture
-def isolated() -> None:
-    try:
-        sandbox.isolation()
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 def test_solutions_pass_and_stubs_do_not(isolated: None, tmp_path: Path) -> None:
     problems = read_problems(write(tmp_path / "HumanEval.jsonl.gz", PROBLEMS))
     whole = [Sample(p.task_id, p.solution.removeprefix(p.before), {}) for p in problems.values()]

@@ -17,7 +17,7 @@ from test_recipes import tiny
 
 import sandbox
 from corpus import split_of
-from recipes import refactor
+from recipes import refactor, refactoring
 from recipes.__main__ import main
 from recipes.degradations import STRATEGIES, parsed
 from recipes.refactor import (
@@ -36,12 +36,7 @@ from recipes.refactoring import main as refactor_file
 from tokenizer import BPETokenizer
 
 HOUSE = Path(sandbox.__file__).parent
-try:
-    sandbox.isolation()
-    ISOLATED = True
-except ValueError:
-    ISOLATED = False
-isolated = pytest.mark.skipif(not ISOLATED, reason="nothing isolates generated code here")
+isolated = pytest.mark.usefixtures("isolated")
 
 
 def module(n: int) -> str:
@@ -245,6 +240,22 @@ def test_a_source_too_small_for_three_sides_is_refused(tokenizer: BPETokenizer, 
         build(Settings(source=str(tmp_path)), tokenizer, tmp_path / "dataset")
 
 
+def test_without_a_sandbox_a_usable_source_is_refused_before_it_takes_time(
+    source: Path, tokenizer: BPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(refactor, "constants_of", lambda _: pytest.fail("functions were degraded"))
+    settings = Settings(source=str(source))
+    for asked in (
+        lambda: refactor.files_of(settings),  # before a small base is trained
+        lambda: build(settings, tokenizer, tmp_path / "dataset"),
+        lambda: refactor.check_isolation(settings),  # where the dataset is there already
+    ):
+        with pytest.raises(ValueError, match=r"bubblewrap is not installed.* --check_behaviour false"):
+            asked()
+    refactor.check_isolation(Settings(check_behaviour=False))
+
+
 # --- what predictions are worth, and a file refactored ---------------------------------------------
 
 
@@ -434,6 +445,20 @@ def test_the_command_without_a_model_says_so(
         refactor_file(["--recipe", "refactor", "--file", "file.py", *words])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
+
+
+def test_without_a_sandbox_the_command_says_so_before_a_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(refactoring, "_model", lambda _: pytest.fail("a model was opened"))
+    file = tmp_path / "file.py"
+    for text, sentence in (("x = 1\n", "holds no function"), (TEXT, "bubblewrap is not installed")):
+        file.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            refactor_file(["--recipe", "refactor", "--model", "nowhere", "--file", str(file)])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
 
 
 def test_every_prompt_is_made_by_one_function() -> None:

@@ -36,14 +36,6 @@ ADD = "def add(a, b):\n    return a + b\n"
 TEST = "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'\n"
 
 
-@pytest.fixture
-def isolated() -> sandbox.Isolation:
-    try:
-        return sandbox.isolation()
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 # --- plain data
 
 KEYS = (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import command
 from test_eval import BYTES, prepared, run_of, source
-from test_functional import MBPP, PROBLEMS, human_eval, isolated, write
+from test_functional import MBPP, PROBLEMS, human_eval, write
 from test_generate_command import STARCODER
 
 import eval as evaluation
@@ -39,7 +39,6 @@ from suites.scoring import SUITES, Example, suites_of
 from suites.task import Given, Task
 from suites.tasks import OF_FILES, TASKS, suite_names
 
-__all__ = ["isolated"]  # a fixture
 HOUSE = Path(evaluation.__file__).parent
 LINES = [{"input": f"<s> import os <EOL> x{i} = os . <EOL>", "gt": f"y{i} = <NUM_LIT:{i}>"} for i in range(6)]
 METHODS = [
@@ -394,6 +393,26 @@ def test_published_solutions_all_pass_and_a_stub_does_not(isolated: None, tmp_pa
     write(theirs, made[::-1])
     with pytest.raises(ValueError, match="is for task_id 'HumanEval/2', and that example is 'HumanEval/0'"):
         evaluation.evaluate(asked)
+
+
+def test_a_sandbox_is_asked_for_once_run_and_problems_are_there_and_before_a_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("load_run", "open_published"):
+        monkeypatch.setattr(evaluation, name, lambda *_: pytest.fail("a model was opened"))
+    file = str(write(tmp_path / "HumanEval.jsonl", SOLVED))
+    broken = str(write(tmp_path / "broken.jsonl", [{"task_id": "HumanEval/0"}]))
+    cases: dict[str, dict[str, Any]] = {
+        "is asked from a file; name it with --suite_file": {"model": "m"},
+        "none.jsonl cannot be read": {"model": "m", "suite_file": "none.jsonl"},
+        "has no field prompt": {"model": "m", "suite_file": broken},
+        "holds no run": {"checkpoint": str(tmp_path), "suite_file": file},
+        "bubblewrap is not installed": {"model": "m", "suite_file": file},
+    }
+    for sentence, fields in cases.items():
+        with pytest.raises(ValueError, match=sentence):
+            evaluation.evaluate(EvalConfig(suite="humaneval", precision="fp32", **fields))
 
 
 def test_prompts_that_a_row_has_no_room_for_are_told(isolated: None, folder, tmp_path: Path):
