@@ -54,7 +54,7 @@ from dataset import (
     validation_batches,
 )
 from fim import fim_markers, fim_prompt_ids, gap_of, in_text_order, trim_fim_prompt
-from generate import prompt_ids, trim_prompt
+from generate import trim_prompt
 from guards.labels import prompt_errors
 from proofs import run_difference
 from suites.tokens import ngram_scores, train_ngram
@@ -386,7 +386,7 @@ def test_both_parts_come_back_and_start_as_generation_does(tmp_path: Path, kind:
         for n, document in enumerate(wanted[store.split]):
             prompt, completion = stored_parts(store, n)
             assert document.prompt is not None
-            assert prompt == prompt_ids(tokenizer, document.prompt)
+            assert prompt == tokenizer.prompt_ids(document.prompt)
             assert completion == [*tokenizer.encode(document.text), tokenizer.eos_id]
             assert tokenizer.decode(prompt) == document.prompt
             assert tokenizer.decode(completion) == document.text

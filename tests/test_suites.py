@@ -25,7 +25,6 @@ from corpus import alpaca_prompt, split_documents
 from dataset import PreparedData, prepare_data
 from eval import EvalConfig
 from fim import fim_end_ids, fim_prompt_ids
-from generate import prompt_ids
 from metrics.registry import METRICS
 from suites.baselines import copied, last_lines, nearest
 from suites.completing import asked, complete, ngram_complete, uncut
@@ -302,7 +301,7 @@ def test_a_gap_is_asked_for_as_training_shows_it_and_has_no_copy(tmp_path: Path)
 
 def test_a_prompt_keeps_its_place_and_leaves_room(data):
     example = Example("", 0, "a" * 40, "b")
-    whole = prompt_ids(BYTES, example.prompt)
+    whole = BYTES.prompt_ids(example.prompt)
     assert asked(BYTES, example, 20, 100)[:2] == (whole, 20)
     assert asked(BYTES, example, 90, 100)[:2] == (whole, 100 - len(whole))
     # Never less than half of the row for either, if both want it.
@@ -330,7 +329,7 @@ def test_the_ngram_model_goes_on_with_its_likeliest_token_until_eos(data):
     examples, limit = pair_examples(data.test, BYTES, 4), 30
     expected, long = [], 0
     for example in examples:
-        before, new = prompt_ids(BYTES, example.prompt), []
+        before, new = BYTES.prompt_ids(example.prompt), []
         while len(new) < limit and BYTES.eos_id not in new:
             new.append(int(baseline.predict(np.array(before + new), 1)[0]))
         expected.append(BYTES.decode(before + new)[len(example.prompt) :])
