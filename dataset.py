@@ -93,12 +93,14 @@ class PreparedData:
     fingerprint: str
 
 
-def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> str:
+def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examples: bool) -> str:
     """Names a store by all that decides its bytes; where the data lies and who does the work do not."""
     settings = dataclasses.asdict(config)
     # Labels and batches are made of the last three, not tokens.
     for name in ("source", "cache", "workers", "loss_on", "order", "difficulty"):
         del settings[name]
+    if not (settings["heal"] and examples):  # as in stores that were made before there was the setting
+        del settings["heal"]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -130,13 +132,15 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
         raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
-    report = Report()
+    tokenizer.heals = config.heal
+    report, examples = Report(), False
     with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
         for _, document in split_documents(config, report):
+            examples |= document.prompt is not None
             if document.suffix is not None:
                 fim_markers(tokenizer, f"{document.where} cannot be learned; give prompt and completion")
             bar.update()
-    target = Path(config.cache) / f"tokens-{_store_key(config, tokenizer, report.fingerprint)[:24]}"
+    target = Path(config.cache) / f"tokens-{_store_key(config, tokenizer, report.fingerprint, examples)[:24]}"
     if target.exists():
         try:
             prepared = _opened(target, report)

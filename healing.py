@@ -45,7 +45,7 @@ REACH = 128  # bytes from a prompt's end in which a cover's last token may begin
 NEAR = 4  # tokens before one that are enough to see whether it follows them
 MOST_ASKED, SOME = 2000, 16  # tokens after which only some of a kind are judged, and how many
 MOST_KEPT = 4096  # ends of prompts whose branches are remembered
-AFTER_SPACE = "az0(\x01\u00e9\u4e00\U00013000"
+AFTER_SPACE = " \naz0(\x01\u00e9\u4e00\U00013000"
 LOWER = "abcdefghijklmnopqrstuvwxyz"
 
 

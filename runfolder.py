@@ -144,6 +144,7 @@ KEY_CLASSES: dict[str, str] = {
     "data.drop_comments": FIXED,
     "data.skip_undecodable": FIXED,
     "data.loss_on": FIXED,
+    "data.heal": FIXED,
     "data.fim_rate": FIXED,
     "data.order": FIXED,
     "data.difficulty": FIXED,

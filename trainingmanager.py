@@ -95,6 +95,7 @@ from quantize import n_weights
 from runfolder import claimed_folder, config_fingerprint, refuse_changes, refuse_other_data
 from runmodel import adopted, export_adapter, load_run, open_base, starting_model, starting_tokenizer
 from suites.functions import sample_completions
+from suites.stored import text_of_example
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
 
@@ -786,13 +787,8 @@ def prove_overfit(manager: TrainingManager) -> bool:
     print(f"check 1, every token is predicted: {verdict}, accuracy is {scores.top1:.4f} of {scores.tokens}")
     run, store = load_run(manager.folder, "last"), manager.data.train
     for number in range(store.n_documents):
-        ids, prompt_length = store.document(number).tolist(), int(store.prompt_lengths[number])
-        first, expected = run.tokenizer.decode(ids[:prompt_length]), run.tokenizer.decode(ids[prompt_length:])
-        gap, suffix = int(store.suffix_places[number]), None
-        if gap:
-            first, suffix = (
-                run.tokenizer.decode(part) for part in (ids[1:gap], ids[gap + 1 : prompt_length - 1])
-            )
+        example = text_of_example(store, run.tokenizer, number)
+        first, expected, suffix = example.prompt, example.reference, example.suffix
         if not store.holds_examples:
             first = expected.split("\n", 1)[0]
             expected = expected[len(first) :]

@@ -18,12 +18,11 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import healing
 from architecture import Decoder
-from config import ModelConfig
-from decoding import Generated, generate_ids
-from generate import GenerationConfig, generate
+from decoding import generate_ids
+from generate import GenerationConfig
 from healing import Prompt, healed
-from tests.test_generate import BIASED, SMALL, scrambled
-from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
+from tests.test_generate import BIASED, scrambled
+from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, Tokenizer
 
 MERGES = [("a", "b"), ("b", "b"), ("Ċ", "Ġ"), ("ab", "bb"), ("ĊĠ", "Ġ"), ("Ġ", "a"), ("bb", "a")]
 PROMPTS = ["ab\n", "a ", "ab", "abb", "a\n ", "b", "\n", "bbab\n  ", "abbb"]
@@ -98,8 +97,9 @@ def test_covers_are_those_the_tokenizer_writes_and_those_with_another_last_token
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("text", PROMPTS)
 def test_a_sample_is_as_likely_as_the_model_says_given_the_prompt(kind, text):
-    """Every text of a few tokens is enumerated: what begins with a cover, each with the model's own probability,
-    over the sum of them."""
+    """Every text of a few tokens is enumerated: one that begins with a cover has the model's own probability
+    over the sum of all such.
+    """
     prompt = healed(TINY[kind], [1, *TINY[kind].encode("a"), *TINY[kind].encode(text)])
     if not prompt.branches:
         prompt = Prompt(prompt.ids)
@@ -143,7 +143,8 @@ def test_a_sample_is_as_likely_as_the_model_says_given_the_prompt(kind, text):
 
 CODE = Path(healing.__file__).parent / "dataset.py"
 SOURCE = CODE.read_text("utf-8")
-HARD = 'class HTTPReset(getJSONData):\n\tMAX_SIZE = "é → 日本"  # x\n\n\n    def _a1b2C3(self):\r\n        return  -1\n'
+HARD = 'class HTTPReset(getJSONData):\n\tMAX_SIZE = "é → 日本"  # x\n\n\n'
+HARD += "    def _a1b2C3(self):\r\n        return  -1\n"
 
 
 def trained(kind: str) -> Tokenizer:
@@ -161,26 +162,20 @@ def test_what_a_text_goes_on_with_is_never_ruled_out(kind):
     """A text is cut anywhere: of its own ids those up to the cut are a cover of what stands before it."""
     tokenizer, draw = TRAINED[kind], random.Random(0)
     text = SOURCE[:6000] + HARD * 3
-    ids, at = tokenizer.encode(text), 0
-    ends = []
-    for n in range(1, len(ids) + 1):  # in bytes, after each token
-        ends.append(len(tokenizer.bytes_of(ids[:n]) or b"") if n % 400 == 1 else None)
-    size = 0
-    own: list[int] = []
-    for n, id in enumerate(ids):
-        size = len(tokenizer.bytes_of(ids[max(0, n - 8) : n + 1]) or b"") - len(tokenizer.bytes_of(ids[max(0, n - 8) : n]) or b"")
-        at += size
-        own.append(at)
-    assert at == len(text.encode())
+    ids, ends = tokenizer.encode(text), [0]  # bytes at which each token ends
+    for n in range(len(ids)):
+        before, now = (tokenizer.bytes_of(ids[max(0, n - 8) : end]) or b"" for end in (n, n + 1))
+        ends.append(ends[-1] + len(now) - len(before))
+    assert ends[-1] == len(text.encode())
     healed_ends = 0
     for cut in sorted(draw.sample(range(1, len(text)), 400)) + list(range(len(text) - 200, len(text))):
         prompt = healed(tokenizer, [1, *tokenizer.encode(text[:cut])])
-        last = next(n for n, end in enumerate(own) if end >= len(text[:cut].encode()))
+        last = next(n for n, end in enumerate(ends) if end >= len(text[:cut].encode()))
         kept = len(prompt.ids) - 1
         assert ids[:kept] == prompt.ids[1:]
         healed_ends += bool(prompt.branches)
         if prompt.branches:
-            assert tuple(ids[kept : last + 1]) in covers(prompt), text[cut - 20 : cut + 10]
+            assert tuple(ids[kept:last]) in covers(prompt), text[cut - 20 : cut + 10]
         else:
-            assert ids[: last + 1] == prompt.ids[1:], text[cut - 20 : cut + 10]
+            assert ids[:last] == prompt.ids[1:], text[cut - 20 : cut + 10]
     assert healed_ends > 200
