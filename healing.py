@@ -41,7 +41,7 @@ from tokenizer import Tokenizer
 
 CONTEXT = 16  # tokens whose text is written again in the place of the whole prompt's, at least
 MOST_CONTEXT = 64
-REACH = 128  # bytes from a prompt's end in which a cover's last token may begin
+REACH = 128  # bytes from a prompt's end in which a cover's last token may begin, at most
 NEAR = 4  # tokens before one that are enough to see whether it follows them
 MOST_ASKED, SOME = 2000, 16  # tokens after which only some of a kind are judged, and how many
 MOST_KEPT = 4096  # ends of prompts whose branches are remembered
@@ -114,6 +114,8 @@ class _Boundary:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = proxy(tokenizer)  # not the tokenizer itself, which would then never be freed
+        longest = max(len(tokenizer.bytes_of((id,)) or b"") for id in range(tokenizer.vocab_size))
+        self.reach = min(REACH, longest + 1)  # with a space that `code` implies
         self.vocabularies: dict[Hashable, _Texts] = {}
         self.written: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
         self.known: dict[tuple[int, ...], tuple[tuple[Branch, ...], int]] = {}
@@ -180,14 +182,14 @@ class _Boundary:
         whole, seen = _utf8(text), set()
         for n in range(len(tail) - 1, -1, -1):
             before = self.tokenizer.bytes_of(tail[:n]) or b""
-            if len(whole) - len(before) > REACH:
+            if len(whole) - len(before) > self.reach:
                 break
             if whole.startswith(before) and before != whole:
                 seen.add(tail[:n])
                 yield tail[:n], whole[len(before) :]
         for end in range(len(text) - 1, -1, -1):
             rest = _utf8(text[end:])
-            if len(rest) > REACH:
+            if len(rest) > self.reach:
                 break
             before = tuple(self._encoded([text[:end]])[0])
             if before not in seen and self.tokenizer.bytes_of(before) == _utf8(text[:end]):

@@ -400,7 +400,7 @@ def build_store(
     """Write (side, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
 
     A document is [bos] + encode(text) + [eos], and an example [bos] + encode(prompt + text) + [eos], or where
-    it is not healed [bos] + encode(prompt) + encode(text) + [eos]; a special token the tokenizer lacks is left
+    it is not healed [bos] + encode(prompt) + encode(text) + [eos]; a special token that is lacking is left
     out. What has a gap is fim_prompt_ids(prefix, suffix) + encode(middle) + [eos]. Ids take 2 bytes for
     vocabularies up to 65,536 and 4 above.
     A shard holds at most `shard_tokens`, or one document.
