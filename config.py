@@ -55,6 +55,8 @@ class DataConfig:
         skip_undecodable: Leave out, and count, files that are not UTF-8 instead of stopping at the first.
         loss_on: Tokens of an example that bear loss in training: its `completion`, or `all` but the first.
             Validation scores completions either way, so that such runs compare.
+        heal: Tokenise prompt and completion of an example as one text, and cut it where generation does, so
+            that what is asked for is what was trained (healing.py). Runs without this key have them apart.
         fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
             models with such tokens (arXiv:2207.14255).
         order: Of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard they
@@ -77,6 +79,7 @@ class DataConfig:
     drop_comments: bool = False
     skip_undecodable: bool = False
     loss_on: Literal["completion", "all"] = "completion"
+    heal: bool = True
     fim_rate: float = 0.0
     order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = "shuffled"
     difficulty: Literal["rarity", "entropy", "loss"] = "rarity"
@@ -552,7 +555,12 @@ CONFIG_GROUPS: dict[str, type] = {
     "optimizer": OptimizerConfig,
 }
 # Keys that came after runs had been saved, with what those runs did: their config.yaml lacks them.
-BEFORE: dict[str, Any] = {"data.regroup": False, "data.test_one_in": 0, "model.base_width": 0}
+BEFORE: dict[str, Any] = {
+    "data.heal": False,
+    "data.regroup": False,
+    "data.test_one_in": 0,
+    "model.base_width": 0,
+}
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 # Key: least, most, and which of the two is itself refused. None is no bound but the type's own; what depends
 # on several keys is in ModelConfig.resolved. The model's upper bounds only keep out what no machine holds.

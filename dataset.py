@@ -112,12 +112,14 @@ class PreparedData:
     fingerprint: str
 
 
-def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> str:
+def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examples: bool) -> str:
     """Names a store by all that decides its bytes; where the data lies and who does the work do not."""
     settings = dataclasses.asdict(config)
     # Labels and batches are made of the last three, not tokens.
     for name in ("source", "cache", "cache_gb", "workers", "loss_on", "order", "difficulty"):
         del settings[name]
+    if not (settings["heal"] and examples):  # as in stores that were made before there was the setting
+        del settings["heal"]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
     if known_markers(tokenizer) is not None and tokenizer.before(gap=True):
@@ -125,8 +127,8 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> st
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _store_folder(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> Path:
-    return Path(config.cache) / f"tokens-{_store_key(config, tokenizer, fingerprint)[:24]}"
+def _store_folder(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examples: bool) -> Path:
+    return Path(config.cache) / f"tokens-{_store_key(config, tokenizer, fingerprint, examples)[:24]}"
 
 
 def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> PreparedData | None:
@@ -134,11 +136,12 @@ def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> P
 
     None where there is no such store, or it is damaged. Its report has the fingerprint alone.
     """
-    report = Report(fingerprint=fingerprint)
-    try:
-        return _verified(_store_folder(config.resolved(), tokenizer, fingerprint), tokenizer, report)
-    except ValueError:
-        return None
+    config, report = config.resolved(), Report(fingerprint=fingerprint)
+    tokenizer.heals = config.heal
+    for examples in (False, True):  # only the source itself says what it holds
+        with contextlib.suppress(ValueError):
+            return _verified(_store_folder(config, tokenizer, fingerprint, examples), tokenizer, report)
+    return None
 
 
 def _verified(folder: Path, tokenizer: Tokenizer, report: Report) -> PreparedData:
@@ -177,13 +180,15 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
     config = config.resolved()
-    report = Report()
+    tokenizer.heals = config.heal
+    report, examples = Report(), False
     with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
         for _, document in split_documents(config, report):
+            examples |= document.prompt is not None
             if document.suffix is not None:
                 fim_markers(tokenizer, f"{document.where} cannot be learned; give prompt and completion")
             bar.update()
-    target = _store_folder(config, tokenizer, report.fingerprint)
+    target = _store_folder(config, tokenizer, report.fingerprint, examples)
     if target.exists():
         try:
             prepared = _verified(target, tokenizer, report)

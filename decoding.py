@@ -8,6 +8,9 @@ that became free.
 Prompts of unequal length share a batch by padding on the left. Padding is document -1, which nothing else
 sees, and each row counts its positions from its own first token, so a batch gives what single prompts give.
 
+A prompt whose end was dropped (`healing.py`) has a row for each of its branches until its first token is
+chosen, from all of them at once: a branch counts as much as the model gives to its tokens.
+
 A model with a learned or sinusoidal position table refuses to run past it. Rotary positions have no such end,
 but the model was trained on `block_size` of them only. Nothing is trimmed here: a caller who wants to stay
 inside calls `generate.trim_prompt` first.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import ABSOLUTE_POSITIONS, Decoder
+from healing import Branch, Prompt
 from kvcache import KVCache
 
 if TYPE_CHECKING:  # it is defined where a command line can be read before torch is imported
@@ -45,8 +50,9 @@ Stopped = Callable[[int, list[int]], bool]  # (index of the prompt, ids generate
 class Generated(NamedTuple):
     """What one prompt was continued with.
 
-    ids: The generated tokens, the closing eos included.
-    log_prob: Sum of their natural-log probabilities under the model itself, before any setting changed them.
+    ids: The generated tokens, the closing eos included; where the prompt's end was dropped, those for it too.
+    log_prob: Sum of their natural-log probabilities under the model itself, before any setting changed them,
+        given that the text begins with the prompt.
     finish_reason: `eos`, `stop` (a stop string) or `length` (max_new_tokens).
     """
 
@@ -175,9 +181,10 @@ def read_together(lengths: Sequence[int], a_pass: int = A_PASS) -> list[list[int
     return passes
 
 
-def _check_prompts(model: Decoder, prompts: Sequence[list[int]], settings: GenerationConfig) -> None:
+def _check_prompts(model: Decoder, prompts: Sequence[Prompt], settings: GenerationConfig) -> None:
     V, block_size = model.config.vocab_size, model.config.block_size
-    for i, ids in enumerate(prompts):
+    for i, prompt in enumerate(prompts):
+        ids = prompt.whole
         if not ids:
             raise ValueError(f"prompt {i} holds no token and there is no bos; give at least one character")
         if not 0 <= min(ids) <= max(ids) < V:
@@ -186,7 +193,7 @@ def _check_prompts(model: Decoder, prompts: Sequence[list[int]], settings: Gener
                 f"prompt {i} holds id {wrong}, outside the model's vocabulary of {V}; "
                 "use the tokenizer the model was trained with"
             )
-        total = len(ids) + settings.max_new_tokens
+        total = len(prompt.ids) + _most_tokens(prompt, settings)
         if model.config.position in ABSOLUTE_POSITIONS and total > block_size:
             raise ValueError(
                 f"prompt {i} of {len(ids)} tokens and max_new_tokens {settings.max_new_tokens} make {total}, "
@@ -194,12 +201,18 @@ def _check_prompts(model: Decoder, prompts: Sequence[list[int]], settings: Gener
             )
 
 
+def _most_tokens(prompt: Prompt, settings: GenerationConfig) -> int:
+    """That may be generated after the ids that stay: those that were dropped do not count."""
+    longest = max((len(branch.ids) for branch in prompt.branches), default=0)
+    return max(len(prompt.dropped) + settings.max_new_tokens, longest + 1)
+
+
 # --- decoding -------------------------------------------------------------------------------------
 
 
 def generate_ids(
     model: Decoder,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int] | Prompt],
     settings: GenerationConfig,
     eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
@@ -213,7 +226,7 @@ def generate_ids(
     Args:
         model, settings: As for `generate`.
         first_row: The seed's row of the first prompt, those of the others following; or each prompt's own.
-        prompts: Ids, bos included.
+        prompts: Ids, bos included; or what `healing.healed` makes of them.
         eos_id: The token that ends a text, or several.
         vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.
         stopped: Asked after each token whether the text has ended.
@@ -227,13 +240,14 @@ def generate_ids(
     """
     if not prompts:
         return []
-    _check_prompts(model, prompts, settings)
+    asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+    _check_prompts(model, asked, settings)
     ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
     with _evaluating(model), torch.inference_mode():
         if settings.num_beams > 1:
             assert most_rows is None and ended is None, "beams of all prompts are under way together"
-            return _beam_search(_Run(model, prompts, settings, vocab_size), settings, ends, stopped)
-        run = _Run(model, prompts, settings, vocab_size, most_rows)
+            return _beam_search(_Run(model, asked, settings, vocab_size), settings, ends, stopped)
+        run = _Run(model, asked, settings, vocab_size, most_rows)
         return _token_by_token(run, settings, ends, stopped, first_row, ended)
 
 
@@ -249,16 +263,32 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class _Part(NamedTuple):
+    """Rows (n) that were read together and have no place among the others yet.
+
+    hidden: (n, C), of their last tokens.
+    branches: Of each row, None where its prompt has none.
+    weights: (n,) float64, the log-probability of its branch's tokens.
+    """
+
+    cache: KVCache
+    hidden: Tensor
+    prompts: list[int]
+    branches: list[Branch | None]
+    weights: Tensor
+
+
 class _Run:
     """The rows under way: the next token's logits, and all that must be reordered when rows are.
 
-    `prompts` has the number of each row's prompt; `waiting` the numbers of those that have no row yet.
+    `prompts` has the number of each row's prompt; `waiting` the numbers of those that have no row yet. Rows
+    of one prompt are side by side. `branches` has the branch of each row whose first token is to be chosen.
     """
 
     def __init__(
         self,
         model: Decoder,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Prompt],
         settings: GenerationConfig,
         vocab_size: int | None,
         most_rows: int | None = None,
@@ -274,58 +304,110 @@ class _Run:
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(0, model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.branches: dict[int, Branch] = {}
+        self.weights: dict[int, Tensor] = {}  # of these rows, as in _Part
         self._choose_from(self._admit(self.most_rows))
+
+    def limit(self, prompt: int) -> int:
+        """The number of new tokens at which a text ends."""
+        return _most_tokens(self.asked[prompt], self.settings)
 
     def _columns(self) -> int:
         """Of the cache: for the longest text, and some to waste where rows begin at different times."""
         config = self.model.config
-        needed = max(map(len, self.asked)) + self.settings.max_new_tokens
-        if len(self.asked) <= self.most_rows:
-            return needed
-        end = needed + SPARE_COLUMNS
+        longest = max(len(p.ids) + max((len(b.ids) for b in p.branches), default=0) for p in self.asked)
+        needed = longest + max(map(self.limit, self.waiting))
+        end = needed + (SPARE_COLUMNS if len(self.asked) > self.most_rows else 0)
         if config.position in ABSOLUTE_POSITIONS:
-            end = min(end, config.block_size)
-        elif config.rope_scaling == "dynamic":
+            return min(end, config.block_size)
+        if config.rope_scaling == "dynamic":
             end = min(end, config.rope_context)
         return max(needed, end)
 
     def _admit(self, n: int) -> Tensor:
-        """Read the first n prompts that wait: hidden states (n, C) of their last tokens, as further rows.
+        """Read the first n prompts that wait: hidden states (rows, C) of their last tokens, as further rows.
 
         Equal prompts, as the draws of one have, are read once.
         """
         numbers, self.waiting = self.waiting[:n], self.waiting[n:]
         equal: dict[tuple[int, ...], list[int]] = {}
         for number in numbers:
-            equal.setdefault(tuple(self.asked[number]), []).append(number)
+            equal.setdefault(tuple(self.asked[number].ids), []).append(number)
         unique = list(equal)
         # On a GPU a pass that is small costs as much as a larger one.
         passes = [list(range(len(unique)))]
         if self.device.type == "cpu":
             passes = read_together([len(ids) for ids in unique])
-        hidden, parts, order = [], [], []
+        single = all(branch.ids == () for number in numbers for branch in self.asked[number].branches)
+        alone = len(passes) == 1 and not self.cache.length and single  # then it needs no cache of its own
+        parts: list[_Part] = []
         for together in passes:
             texts = [list(unique[i]) for i in together]
-            alone = len(passes) == 1 and not self.cache.length  # then it needs no cache of its own
-            part = self.cache if alone else KVCache(self.model.config.n_layer, max(map(len, texts)))
-            read = self.model.hidden(*pad_left(texts, self.device), part)[:, -1]
+            cache = self.cache if alone else KVCache(self.model.config.n_layer, max(map(len, texts)))
+            read = self.model.hidden(*pad_left(texts, self.device), cache)[:, -1]
             rows = [row for row, i in enumerate(together) for _ in equal[unique[i]]]
             if len(rows) > len(together):
+                cache.select(rows)
+            parts += self._branched(
+                cache, read[rows], [number for i in together for number in equal[unique[i]]]
+            )
+        if not alone:
+            self.cache.join([part.cache for part in parts])
+        return self._seated(parts, single)
+
+    def _branched(self, cache: KVCache, hidden: Tensor, prompts: list[int]) -> list[_Part]:
+        """A row for each branch of the prompts that were read, its tokens read too."""
+        by_length: dict[int, list[tuple[int, Branch | None]]] = defaultdict(list)
+        for row, number in enumerate(prompts):
+            for branch in self.asked[number].branches or (None,):
+                by_length[len(branch.ids) if branch else 0].append((row, branch))
+        parts = []
+        for length, pairs in by_length.items():
+            rows, branches = [row for row, _ in pairs], [branch for _, branch in pairs]
+            part = cache
+            if len(by_length) > 1 or length:
+                part = KVCache(self.model.config.n_layer, cache.length + length)
+                part.join([cache])
                 part.select(rows)
-            hidden.append(read[rows])
-            order += [number for i in together for number in equal[unique[i]]]
-            parts += [] if alone else [part]
-        if parts:
-            self.cache.join(parts)
-        self.prompts += order
-        lengths = torch.tensor([len(self.asked[number]) for number in order], device=self.device)
+            last, weights = hidden[rows], hidden.new_zeros(len(rows), dtype=torch.float64)
+            if length:
+                ids = torch.tensor([branch.ids for branch in branches if branch], device=self.device)
+                starts = torch.tensor([[len(self.asked[prompts[row]].ids)] for row in rows])
+                positions = (starts + torch.arange(length)).to(self.device)
+                read = self.model.hidden(ids, positions, torch.zeros_like(ids), part)
+                before = torch.cat((last[:, None], read[:, :-1]), dim=1)
+                chances = F.log_softmax(self.model.head(before), dim=-1, dtype=torch.float64)
+                last, weights = read[:, -1], chances.gather(2, ids[:, :, None]).sum(dim=(1, 2))
+            parts.append(_Part(part, last, [prompts[row] for row in rows], branches, weights))
+        return parts
+
+    def _seated(self, parts: Sequence[_Part], in_order: bool) -> Tensor:
+        """Count the rows that joined the cache among the others; their hidden states (rows, C)."""
+        first, hidden = len(self.prompts), torch.cat([part.hidden for part in parts])
+        prompts = [number for part in parts for number in part.prompts]
+        branches = [branch for part in parts for branch in part.branches]
+        weights = torch.cat([part.weights for part in parts])
+        if not in_order:
+            order = sorted(range(len(prompts)), key=lambda row: prompts[row])
+            self.cache.select([*range(first), *(first + row for row in order)])
+            prompts, branches = [prompts[row] for row in order], [branches[row] for row in order]
+            weights, hidden = weights[order], hidden[order]
+        self.prompts += prompts
+        for row, branch in enumerate(branches):
+            if branch is not None:
+                self.branches[first + row], self.weights[first + row] = branch, weights[row]
+        texts = [
+            self.asked[number].ids + list(branch.ids if branch else ())
+            for number, branch in zip(prompts, branches, strict=True)
+        ]
+        lengths = torch.tensor([len(ids) for ids in texts], device=self.device)
         self.positions = torch.cat((self.positions, lengths[:, None] - 1))
         if self.seen is not None:
-            seen = self.seen.new_zeros(len(order), self.seen.size(1))
-            for row, number in enumerate(order):  # not from the tokens read: that of padding was not seen
-                seen[row, self.asked[number]] = True
+            seen = self.seen.new_zeros(len(texts), self.seen.size(1))
+            for row, ids in enumerate(texts):  # not from the tokens read: that of padding was not seen
+                seen[row, ids] = True
             self.seen = torch.cat((self.seen, seen))
-        return torch.cat(hidden)
+        return hidden
 
     def _choose_from(self, hidden: Tensor) -> None:
         """Logits of the last tokens' hidden states (n, C)."""
@@ -334,17 +416,72 @@ class _Run:
         if not self.log_total.isfinite().all():
             raise ValueError("the model's logits are NaN; its weights hold NaN or its precision overflowed")
         self.own_logits = logits  # (n, V), as the model has them
-        if self.vocab_size < logits.size(1):
+        if self.vocab_size < logits.size(1) or self.branches:
             logits = logits.clone()
             logits[:, self.vocab_size :] = -math.inf
+        for row, branch in self.branches.items():
+            allowed = torch.zeros_like(logits[row], dtype=torch.bool)
+            allowed[torch.from_numpy(branch.allowed).to(self.device)] = True
+            logits[row].masked_fill_(~allowed, -math.inf)
         self.logits = adjust_logits(logits, self.seen, self.settings)  # (n, V), to choose from
+        self.given = {
+            row: self.weights[row] for row in self.branches
+        }  # log p, given that the prompt is there
+        for rows in self._together():
+            index = torch.tensor(rows, device=self.device)
+            weights = torch.stack([self.weights[row] for row in rows])
+            chances = weights + logits[index].logsumexp(dim=-1) - self.log_total[index, 0]
+            for row in rows:
+                self.given[row] = self.weights[row] - chances.logsumexp(dim=0)
+            if len(rows) > 1:
+                own = self.own_logits[index]
+                if self.seen is not None:
+                    own = penalize_repetition(own, self.seen[index], self.settings.repetition_penalty)
+                joint = (weights[:, None] + F.log_softmax(own, dim=-1)).masked_fill(
+                    logits[index].isinf(), -math.inf
+                )
+                adjusted = adjust_logits(joint.float().view(1, -1), None, self.settings)
+                self.logits[index] = adjusted.view_as(own)
+
+    def _together(self) -> list[list[int]]:
+        """The rows whose first token is to be chosen, those of one prompt together."""
+        of_prompts: dict[int, list[int]] = defaultdict(list)
+        for row in self.branches:
+            of_prompts[self.prompts[row]].append(row)
+        return list(of_prompts.values())
+
+    def choices(self) -> tuple[Tensor, list[int]]:
+        """Logits (prompts, W) from which one token of each prompt is chosen, and the row of its first column;
+        the columns of each row follow those of the row before it."""
+        rows = [row for row, number in enumerate(self.prompts) if not row or self.prompts[row - 1] != number]
+        if len(rows) == len(self.prompts):
+            return self.logits, rows
+        ends = [*rows[1:], len(self.prompts)]
+        n = max(end - row for row, end in zip(rows, ends, strict=True))
+        logits = self.logits.new_full((len(rows), n, self.logits.size(1)), -math.inf)
+        for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            logits[place, : end - row] = self.logits[row:end]
+        return logits.flatten(1), rows
+
+    def log_scores(self) -> Tensor:
+        """Log-probabilities (n, V), float64, of each row, or of all branches of one prompt together."""
+        scores = F.log_softmax(self.logits, dim=-1, dtype=torch.float64)
+        for rows in self._together():
+            own = self.logits[rows].double()
+            scores[rows] = own - own.logsumexp(dim=(0, 1))
+        return scores
 
     def log_probs(self, rows: Tensor, ids: Tensor) -> list[float]:
         """Of these ids, one of each row, under the model itself: before any setting changed its logits."""
-        return (self.own_logits[rows, ids].double() - self.log_total[rows, 0]).tolist()
+        found = self.own_logits[rows, ids].double() - self.log_total[rows, 0]
+        given = (
+            [float(self.given.get(row, 0.0)) for row in rows.tolist()] if self.given else [0.0] * len(rows)
+        )
+        return [one + other for one, other in zip(found.tolist(), given, strict=True)]
 
     def advance(self, rows: list[int], ids: list[int]) -> None:
         """Keep `rows`, in this order, and read one token id for each; prompts that wait take free places."""
+        self.branches, self.weights = {}, {}
         if rows != list(range(len(self.prompts))):
             index = torch.tensor(rows, dtype=torch.long, device=self.device)
             self.cache.select(rows)
@@ -385,21 +522,24 @@ def _token_by_token(
     log_prob = [0.0] * n_prompts
     done: dict[int, Generated] = {}
     while True:
+        logits, firsts = run.choices()
         if settings.temperature == 0:
-            chosen = run.logits.argmax(dim=-1)
+            chosen = logits.argmax(dim=-1)
         else:
-            chosen = sample(run.logits, [generators[prompt] for prompt in run.prompts])
-        gained = run.log_probs(torch.arange(len(chosen), device=run.device), chosen)
-        rows = []
-        for row, (prompt, id) in enumerate(zip(run.prompts, chosen.tolist(), strict=True)):
-            ids[prompt].append(id)
-            log_prob[prompt] += gained[row]
+            chosen = sample(logits, [generators[run.prompts[row]] for row in firsts])
+        index = torch.tensor(firsts, device=run.device) + chosen // run.logits.size(1)
+        chosen = chosen % run.logits.size(1)
+        gained, rows = run.log_probs(index, chosen), []
+        for row, id, log_p in zip(index.tolist(), chosen.tolist(), gained, strict=True):
+            prompt = run.prompts[row]
+            ids[prompt] += [*run.branches[row].ids, id] if row in run.branches else [id]
+            log_prob[prompt] += log_p
             reason = ""
             if id in ends:
                 reason = "eos"
             elif stopped is not None and stopped(prompt, ids[prompt]):
                 reason = "stop"
-            elif len(ids[prompt]) == settings.max_new_tokens:
+            elif len(ids[prompt]) >= run.limit(prompt):
                 reason = "length"
             else:
                 rows.append(row)
@@ -437,20 +577,21 @@ def _beam_search(
     arXiv:1409.0473), so that one beam is exactly greedy decoding, whatever the length penalty. It ends when
     no place is left, or when no running beam can beat the best finished one.
     """
-    last, alpha = settings.max_new_tokens, settings.length_penalty
-    running = [_Beam(prompt, [], 0.0, 0.0, "length") for prompt in run.prompts]
-    finished: list[list[_Beam]] = [[] for _ in running]
+    alpha = settings.length_penalty
+    begun = [list(run.branches[row].ids) if row in run.branches else [] for row in range(len(run.prompts))]
+    running = [_Beam(prompt, ids, 0.0, 0.0, "length") for prompt, ids in zip(run.prompts, begun, strict=True)]
+    finished: list[list[_Beam]] = [[] for _ in run.asked]
 
     def rank(beam: _Beam) -> float:
         return beam.score / len(beam.ids) ** alpha
 
     def most(beam: _Beam) -> float:
         """No continuation ranks higher: scores only fall, so the best is to end now or as late as can be."""
-        return max(beam.score / last**alpha, beam.score / (len(beam.ids) + 1) ** alpha)
+        return max(beam.score / run.limit(beam.prompt) ** alpha, beam.score / (len(beam.ids) + 1) ** alpha)
 
-    for step in range(1, last + 1):
+    while running:
         # Log-probabilities: sums of raw logits would rank beams by each model's arbitrary offset.
-        scores = F.log_softmax(run.logits, dim=-1, dtype=torch.float64)
+        scores = run.log_scores()
         scores += scores.new_tensor([beam.score for beam in running])[:, None]
         V = scores.size(1)
         rows, beams = [], []
@@ -471,7 +612,7 @@ def _beam_search(
                     finished[prompt].append(beam._replace(reason="eos"))
                 elif stopped is not None and stopped(prompt, ids):
                     finished[prompt].append(beam._replace(reason="stop"))
-                elif step == last:
+                elif len(ids) >= run.limit(prompt):
                     finished[prompt].append(beam)
                 else:
                     parents.append(parent)
@@ -480,9 +621,7 @@ def _beam_search(
             if any(most(beam) > to_beat for beam in alive):
                 rows += parents
                 beams += alive
-        running = beams
-        if not running:
-            break
-        run.advance(rows, [beam.ids[-1] for beam in running])
+        if running := beams:
+            run.advance(rows, [beam.ids[-1] for beam in running])
     winners = [max(beams, key=rank) for beams in finished]
     return [Generated(beam.ids, beam.log_prob, beam.reason) for beam in winners]

@@ -1,6 +1,7 @@
 """Text from a model: `python generate.py --model FOLDER --prompt "def fib(n):"`.
 
-    [start] + encode(prompt) -> decoding.generate_ids -> text without the prompt, cut before a stop string
+    tokenizer.prompt_ids(prompt) -> healing.healed -> decoding.generate_ids -> text without the prompt, cut
+    before a stop string
 
 With a suffix the prompt is that of fill-in-the-middle (`fim.py`). The command writes the completion to the
 standard output while it is made, and how it went to the standard error.
@@ -34,6 +35,8 @@ class GenerationConfig:
             log-probability, which favours short texts; 1 by the mean of a token.
         stop: Strings that end the text; they are not part of it.
         seed: Of the sampling.
+        heal: Choose the first tokens among those that begin with the prompt's last ones, which they replace
+            (healing.py). Not given, it is done unless the run was trained on prompts cut where they end.
 
     Raises:
         ValueError: A setting is out of range, or would silently do nothing beside the others.
@@ -49,6 +52,7 @@ class GenerationConfig:
     length_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    heal: bool | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -171,6 +175,7 @@ import torch
 from architecture import Decoder
 from decoding import Stopped, generate_ids
 from fim import fim_end_ids, fim_prompt_ids
+from healing import Prompt, healed
 from precision import choose_device
 from runmodel import load_run, open_adapted
 from terminal import printable
@@ -189,14 +194,13 @@ class Completion(NamedTuple):
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """[start] + encode(text), the one way to build a prompt, in training, evaluation and serving.
+def asked_prompt(tokenizer: Tokenizer, ids: list[int], heal: bool | None = None) -> Prompt:
+    """What a model reads of a prompt's ids: all, or all but an end that is healed (healing.py).
 
-    What stands before the text is a fact of the tokenizer's files. Those of whatever is trained here have a
-    start, as every document that was trained; those of a published model have what transformers puts before
-    a text, and for many families that is nothing: see `PretrainedTokenizer.start_id`.
+    Args:
+        heal: As of GenerationConfig.
     """
-    return tokenizer.before() + tokenizer.encode(text)
+    return healed(tokenizer, ids) if (tokenizer.heals if heal is None else heal) else Prompt(ids)
 
 
 def trim_prompt(ids: list[int], length: int, bos_id: int | None) -> list[int]:
@@ -254,14 +258,15 @@ def generate(
             f"{model.config.vocab_size}; use the tokenizer the model was trained with"
         )
     if suffix is None:
-        ids = [prompt_ids(tokenizer, text) for text in prompts]
+        ids = [tokenizer.prompt_ids(text) for text in prompts]
         ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
     else:
         ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
         ends = fim_end_ids(tokenizer)
     ends |= frozenset(tokenizer.eos_ids)
-    found = stop_finder(tokenizer, ids, settings.stop) if settings.stop else None
-    stream = None if on_text is None else _Stream(tokenizer, ids[0], settings.stop, on_text)
+    asked = [asked_prompt(tokenizer, one, settings.heal) for one in ids]
+    found = stop_finder(tokenizer, asked, settings.stop) if settings.stop else None
+    stream = None if on_text is None else _Stream(tokenizer, asked[0], settings.stop, on_text)
 
     def stopped(prompt: int, new: list[int]) -> bool:
         if found is not None and found(prompt, new):
@@ -271,10 +276,10 @@ def generate(
         return False
 
     completions = []
-    results = generate_ids(model, ids, settings, ends, tokenizer.vocab_size, stopped, first_row)
-    for prompt, result in zip(ids, results, strict=True):
+    results = generate_ids(model, asked, settings, ends, tokenizer.vocab_size, stopped, first_row)
+    for prompt, result in zip(asked, results, strict=True):
         new = result.ids[:-1] if result.finish_reason == "eos" else result.ids
-        text = added_text(tokenizer, prompt, new)
+        text = completed_text(tokenizer, prompt, new)
         cuts = [cut for cut in (text.find(string) for string in settings.stop) if cut >= 0]
         reason = "stop" if cuts else result.finish_reason
         completions.append(Completion(text[: min(cuts, default=None)], result.ids, result.log_prob, reason))
@@ -288,7 +293,21 @@ def added_text(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
     return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
 
 
-def stop_finder(tokenizer: Tokenizer, prompts: list[list[int]], stop: Sequence[str]) -> Stopped:
+def completed_text(tokenizer: Tokenizer, prompt: Prompt, ids: list[int], context: int | None = None) -> str:
+    """The text that the tokens generated after a prompt add to it.
+
+    Args:
+        context: Tokens of the prompt that are decoded with them; all if None.
+    """
+    before = prompt.ids if context is None else prompt.ids[-context:]
+    text = added_text(tokenizer, before, ids)
+    if not prompt.dropped:
+        return text
+    # What was dropped comes first in the text of the new tokens.
+    return text[len(tokenizer.decode([*before, *prompt.dropped])) - len(tokenizer.decode(before)) :]
+
+
+def stop_finder(tokenizer: Tokenizer, prompts: list[Prompt], stop: Sequence[str]) -> Stopped:
     """Whether a completion holds one of the strings, at a cost that does not grow with its length.
 
     Only the last tokens are decoded, after a few more that set their context. A character takes at most a
@@ -298,13 +317,13 @@ def stop_finder(tokenizer: Tokenizer, prompts: list[list[int]], stop: Sequence[s
 
     def stopped(prompt: int, ids: list[int]) -> bool:
         if len(ids) <= window:
-            tail = added_text(tokenizer, prompts[prompt][-CONTEXT:], ids)
+            tail = completed_text(tokenizer, prompts[prompt], ids, CONTEXT)
         else:
             tail = added_text(tokenizer, ids[-window - CONTEXT : -window], ids[-window:])
         if not any(string in tail for string in stop):
             return False
         # The window may start inside a character or a name whose capitals were set before it.
-        text = added_text(tokenizer, prompts[prompt], ids)
+        text = completed_text(tokenizer, prompts[prompt], ids)
         return any(string in text for string in stop)
 
     return stopped
@@ -321,16 +340,16 @@ class _Stream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, before: list[int], stop: Sequence[str], on_text: Callable[[str], None]
+        self, tokenizer: Tokenizer, prompt: Prompt, stop: Sequence[str], on_text: Callable[[str], None]
     ):
-        self.tokenizer, self.before, self.stop, self.on_text = tokenizer, before, stop, on_text
+        self.tokenizer, self.before, self.stop, self.on_text = tokenizer, prompt.ids, stop, on_text
         self.given = ""
         rare = tokenizer.encode("\U00013000")  # in no vocabulary, so that its ids are bytes
         self.byte = [id for id in rare if "\ufffd" in tokenizer.decode([id])][:1]
         self.start = 0  # of the ids that are decoded anew
         self.settled = ""  # of the completion, before them
-        self.skipped = len(tokenizer.decode(before))  # characters of the prompt after them
-        self._settle(before)
+        self.skipped = len(tokenizer.decode(prompt.whole))  # characters of the prompt after them
+        self._settle(prompt.ids)
 
     def read(self, ids: list[int]) -> None:
         """Give out what is certain after these ids, all so far."""

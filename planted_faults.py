@@ -403,7 +403,7 @@ def encoded_by(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
         right = tokenstore._encode
 
         def wrong(*args: Any) -> Any:
-            return [(change(ids), *places) for ids, *places in right(*args)]
+            return [one._replace(ids=change(one.ids)) for one in right(*args)]
 
         return patch.object(tokenstore, "_encode", wrong)
 

@@ -146,6 +146,7 @@ KEY_CLASSES: dict[str, str] = {
     "data.drop_comments": FIXED,
     "data.skip_undecodable": FIXED,
     "data.loss_on": FIXED,
+    "data.heal": FIXED,
     "data.fim_rate": FIXED,
     "data.order": FIXED,
     "data.difficulty": FIXED,
@@ -228,7 +229,7 @@ KEY_CLASSES: dict[str, str] = {
 
 
 # Keys that came after the first fingerprints of settings, which lack them.
-LATER = frozenset({"data.test_one_in", "model.base_width"})
+LATER = frozenset({"data.heal", "data.test_one_in", "model.base_width"})
 
 
 def with_data_resolved(config: Config, folder: Path) -> Config:

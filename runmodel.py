@@ -332,6 +332,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
             "restore it from a copy"
         )
     tokenizer = tokenizer.with_start()
+    tokenizer.heals = config.data.heal
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"{folder / 'tokenizer'} has {tokenizer.vocab_size} ids, and the model of config.yaml beside it "

@@ -53,11 +53,11 @@ import reprlib
 import stat
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -88,6 +88,8 @@ class Tokenizer(ABC):
     fingerprint: str
     eos_ids: tuple[int, ...] = ()  # at which a published model ends too, as its configs name them
     bare_gaps: bool = False  # a run of before this was said, which trained prompts with a gap without start
+    markers: tuple[int, ...] = ()  # ids without a text of their own, which change that of the next one
+    heals: bool = True  # whether the ends of prompts are healed (healing.py): not where training cut them
 
     @property
     def start_id(self) -> int | None:
@@ -117,6 +119,30 @@ class Tokenizer(ABC):
         Raises:
             ValueError: An id is outside the vocabulary.
         """
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """[start] + encode(text): what a model reads before it goes on, as training has a document's ids."""
+        return self.before() + self.encode(text)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes | None:
+        """The UTF-8 text of `ids`, which may end inside of a character; None where one of them is special, or
+        texts are not known.
+        """
+        return None
+
+    def state_after(self, ids: Sequence[int]) -> Hashable:
+        """All that the text of one more token hangs on, after these."""
+        return bool(ids)
+
+    def token_texts(self, state: Hashable) -> list[bytes | None] | None:
+        """The UTF-8 text that each id (vocab_size,) adds in a state, None for those that no text has there;
+        None where texts are not known.
+        """
+        return None
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
@@ -368,6 +394,7 @@ class CodeTokenizer(Tokenizer):
     """
 
     kind = "code"
+    markers = (LOW, CAP, UP, JLOW, JCAP, JUP)
 
     def __init__(self, heads: Iterable[str], tails: Iterable[str], plain: Iterable[str]) -> None:
         self.heads, self.tails, self.plain = tuple(heads), tuple(tails), tuple(plain)
@@ -398,7 +425,7 @@ class CodeTokenizer(Tokenizer):
         self._plain_ids = _Memo(self._encode_plain)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.heads, self.tails, self.plain)
+        return type(self), (self.heads, self.tails, self.plain), {"heals": self.heals}
 
     def encode(self, text: str) -> list[int]:
         return list(chain.from_iterable(map(self._unit_ids.__getitem__, _UNIT.findall(text))))
@@ -440,6 +467,11 @@ class CodeTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         parts: list[bytes] = []
+        self._walk(ids, parts)
+        return _decode_utf8(b"".join(parts))
+
+    def _walk(self, ids: Iterable[int], parts: list[bytes]) -> tuple[int, int, int, bool]:
+        """Append the bytes of ids to `parts`; returns last, case, marker and capitals after them."""
         last = 0  # the byte before; 0 also after a special token, which no space is implied across
         case, marker, capitals = LOW, 0, False  # capitals: SNAKE has just come after a capital
         for id in self._checked(ids):
@@ -464,7 +496,42 @@ class CodeTokenizer(Tokenizer):
                 last, marker, capitals = id - _BYTE, 0, False
             else:
                 last, marker, capitals = 0, 0, False
-        return _decode_utf8(b"".join(parts))
+        return last, case, marker, capitals
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes | None:
+        ids, parts = list(ids), []
+        self._walk(ids, parts)
+        return None if min(ids, default=_BYTE) < _BYTE else b"".join(parts)
+
+    def state_after(self, ids: Sequence[int]) -> Hashable:
+        """What `token_texts` takes: the kind of the character before, case, marker and capitals."""
+        last, case, marker, capitals = self._walk(ids, [])
+        before = chr(last)
+        kind = "a" if before.islower() else "A" if before.isupper() else "0" if before.isdigit() else ""
+        return kind if last < 128 else "", case, marker, capitals
+
+    def token_texts(self, state: Hashable) -> list[bytes | None]:
+        """As of every tokenizer. After a marker there are the heads only that `encode` writes behind it."""
+        before, case, marker, capitals = cast(tuple[str, int, int, bool], state)
+        texts: list[bytes | None] = [None] * self.vocab_size
+        space = b" " if before and marker < JLOW else b""
+        head_case = marker if marker < JLOW else marker - _JOIN
+        # A word is joined to digits in any case, and to letters where the case shows that it begins.
+        if marker >= JLOW and (not before or (marker, before) in ((JLOW, "a"), (JLOW, "A"), (JUP, "A"))):
+            return texts
+        for id, forms in enumerate(self._forms[: len(self.heads)], _FIRST_PIECE):
+            usual = UP if capitals else self._usual.get(id, LOW)
+            if not marker:
+                texts[id] = space + forms[usual - LOW]
+            elif id in self._usual and (marker >= JLOW or usual != head_case):
+                texts[id] = space + forms[head_case - LOW]
+        if marker:
+            return texts
+        for id, forms in enumerate(self._forms[len(self.heads) :], self._first_tail):
+            texts[id] = forms[case - LOW] if before or id >= self._first_plain else None
+        texts[_BYTE : _BYTE + 256] = [bytes((byte,)) for byte in range(256)]
+        texts[SNAKE] = b"_" if before else None
+        return texts
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Each id for a reader: `JUP`, `http` as it is stored, ` = `, `(`, `<0xE2>`, `<|eos|>`."""
@@ -853,6 +920,52 @@ def _library_error(error: BaseException, what: str) -> BaseException:
     return ValueError(f"{what}: {' '.join(str(error).split())[:300]}")
 
 
+def _encoded_many(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
+    try:
+        found = backend.encode_batch_fast([_no_surrogates(text) for text in texts], add_special_tokens=False)
+    except BaseException as error:
+        raise _library_error(error, "the rules of this tokenizer fail on a text") from error
+    return [one.ids for one in found]
+
+
+def _joined(texts: list[bytes | None] | None, ids: Iterable[int]) -> bytes | None:
+    """The texts of some ids as one; None where one is not known."""
+    found = [None if texts is None else texts[id] for id in ids]
+    return None if None in found else b"".join(text for text in found if text is not None)
+
+
+def _token_texts(backend: tokenizers.Tokenizer, vocab_size: int) -> list[bytes | None] | None:
+    """The bytes of each id (vocab_size,) of a byte-level vocabulary, or of one that writes a space as U+2581;
+    None for special tokens. None where the decoder is of another kind.
+    """
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
+    if not kinds <= {"ByteLevel"} and not kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        return None
+    texts: list[bytes | None] = [None] * vocab_size
+    for piece, id in backend.get_vocab(with_added_tokens=False).items():
+        if kinds == {"ByteLevel"}:
+            known = all(char in _BYTE_OF for char in piece)
+            texts[id] = bytes(_BYTE_OF[char] for char in piece) if known else None
+        elif byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            texts[id] = bytes.fromhex(byte[1])
+        else:
+            texts[id] = piece.replace("\u2581", " ").encode()
+    for id, token in backend.get_added_tokens_decoder().items():
+        texts[id] = None if token.special else token.content.encode()
+    return texts
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character of a byte-level vocabulary that stands for each byte: itself where it is printable."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
+
+
 class BPETokenizer(Tokenizer):
     """Byte-level BPE, as of GPT-2, trained by the `tokenizers` library; its folder opens in transformers.
 
@@ -882,7 +995,7 @@ class BPETokenizer(Tokenizer):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._json,)
+        return type(self), (self._json,), {"heals": self.heals}
 
     def pieces_fingerprint(self, below: int) -> str:
         return _pieces_fingerprint(self._tokenizer, below)
@@ -891,6 +1004,19 @@ class BPETokenizer(Tokenizer):
         text = _no_surrogates(text)
         _refuse_long(self._tokenizer, self._growth, text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return _encoded_many(self._tokenizer, texts)
+
+    @cached_property
+    def _bytes(self) -> list[bytes | None] | None:
+        return _token_texts(self._tokenizer, self.vocab_size)
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes | None:
+        return _joined(self._bytes, ids)
+
+    def token_texts(self, state: Hashable) -> list[bytes | None] | None:
+        return self._bytes
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(
@@ -999,7 +1125,8 @@ class PretrainedTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._files,), {"eos_ids": self.eos_ids, "bare_gaps": self.bare_gaps}
+        state = {"eos_ids": self.eos_ids, "bare_gaps": self.bare_gaps, "heals": self.heals}
+        return type(self), (self._files,), state
 
     def _set_prefix_space(self, wanted: Any) -> None:
         state = json.loads(self._tokenizer.to_str())
@@ -1083,7 +1210,7 @@ class PretrainedTokenizer(Tokenizer):
     def _with(self, files: dict[str, str]) -> PretrainedTokenizer:
         """The same with other files."""
         other = PretrainedTokenizer(files)
-        other.eos_ids, other.bare_gaps = self.eos_ids, self.bare_gaps
+        other.eos_ids, other.bare_gaps, other.heals = self.eos_ids, self.bare_gaps, self.heals
         return other
 
     def _special_id(self, named: dict[str, Any], key: str) -> int | None:
@@ -1173,6 +1300,34 @@ class PretrainedTokenizer(Tokenizer):
                 "take it out of the text"
             )
         return ids
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        found = _encoded_many(self._tokenizer, texts)
+        return [
+            ids if self._controls.isdisjoint(ids) else self.encode(text)
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    @cached_property
+    def _bytes(self) -> list[bytes | None] | None:
+        """Of each id, None for special tokens; None where the decoder is of a kind that is not known."""
+        silent = self._silent | self._controls
+        texts = _token_texts(self._tokenizer, self.vocab_size)
+        return texts and [None if id in silent else text for id, text in enumerate(texts)]
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether it writes a text as if a space stood before it, which `decode` takes off again."""
+        return _joined(self._bytes, self.encode("a")) == b" a"
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes | None:
+        text = _joined(self._bytes, ids)
+        return text[1:] if text and self._adds_space and text.startswith(b" ") else text
+
+    def token_texts(self, state: Hashable) -> list[bytes | None] | None:
+        if state or not self._bytes or not self._adds_space:
+            return self._bytes
+        return [text[1:] if text and text.startswith(b" ") else text for text in self._bytes]
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:

@@ -1,7 +1,7 @@
 """The token store: shards of ids on the disk, and for each split a table of starts, byte lengths and names.
 
     FOLDER/index.json, and for each split train-00000.bin ..., train-offsets.npy, train-bytes.npy,
-    train-names.jsonl and, of examples only, train-prompts.npy and train-suffixes.npy
+    train-names.jsonl and, of examples only, train-prompts.npy, train-suffixes.npy and train-cuts.npy
 
 Built in parallel; `index.json` comes last and makes the folder a store. It has the SHA-256 of each file and
 of itself. That of an older store has none of itself: `refuse_other_index` compares its values. Nothing here
@@ -26,7 +26,7 @@ from io import BufferedRandom, BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from cache import InUse
 from corpus import SPLITS, Document, utf8
 from fim import fim_markers, fim_prompt_ids
+from healing import healed
 from tokenizer import Tokenizer
 
 FORMAT = 2  # part of the cache key: raise it whenever the same data would be stored as other bytes
@@ -77,6 +78,18 @@ class _Shard:
         return n
 
 
+class Encoded(NamedTuple):
+    """A document's ids, how many of them are prompt, and the place of the marker before its suffix, or 0; the
+    characters and the bytes of its prompt that `TokenStore.cuts` and `byte_lengths` tell of.
+    """
+
+    ids: np.ndarray
+    prompt_length: int
+    suffix_place: int
+    cut: int
+    dropped_bytes: int
+
+
 class TokenStore:
     """The tokens of one split, on the disk. Pickles as its place there; files of tokens open at first use.
 
@@ -85,11 +98,13 @@ class TokenStore:
     Attributes:
         n_tokens, n_documents, n_bytes: Totals; `n_bytes` is the sum of `byte_lengths`.
         offsets: (n_documents + 1,) int64, where each document starts in the stream, and its end.
-        byte_lengths: (n_documents,) int64, UTF-8 bytes of each text. Of an example, of its completion only:
-            bits per byte are over what bears loss.
+        byte_lengths: (n_documents,) int64, UTF-8 bytes of each text. Of an example, of its completion only,
+            and of the prompt's end that is written with it: bits per byte are over what bears loss.
         holds_examples: Whether the documents are examples, each a prompt and its completion.
         prompt_lengths: (n_documents,) int64, leading tokens that are prompt, the start token included; 0 for
-            plain text.
+            plain text. What a healed prompt leaves over (healing.py) belongs to the completion.
+        cuts: (n_documents,) int64, characters of the prompt of an example that is tokenised as one text; -1
+            where prompt and completion are apart.
         suffix_places: (n_documents,) int64, of an example that fills a gap the place of the marker between
             prefix and suffix; 0 for all others.
         vocab_size, pad_id: Of the tokenizer that made it.
@@ -115,6 +130,7 @@ class TokenStore:
             self.byte_lengths = self._table("bytes")
             self.prompt_lengths = self._table("prompts")
             self.suffix_places = self._table("suffixes")
+            self.cuts = self._table("cuts", absent=-1)
             self.dtype = np.dtype(index["dtype"])
             self.vocab_size: int = index["vocab_size"]
             self.pad_id: int | None = index["pad_id"]
@@ -262,12 +278,13 @@ class _SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.offsets, self.byte_lengths = array("q", [0]), array("q")
-        self.prompt_lengths, self.suffix_places = array("q"), array("q")
+        self.prompt_lengths, self.suffix_places, self.cuts = array("q"), array("q"), array("q")
         self.files: list[dict[str, Any]] = []
         self.shard: BufferedRandom | None = None
         self.names: BufferedRandom = open(folder / f"{split}-names.jsonl", "w+b")  # noqa: SIM115
 
-    def add(self, document: Document, tokens: np.ndarray, prompt_length: int, suffix_place: int) -> None:
+    def add(self, document: Document, encoded: Encoded) -> None:
+        tokens = encoded.ids
         if self.shard and self.shard.tell() // self.dtype.itemsize + len(tokens) > self.shard_tokens:
             self._finish(self.shard)
             self.shard = None
@@ -275,10 +292,11 @@ class _SplitWriter:
             self.shard = open(self.folder / f"{self.split}-{len(self.files):05d}.bin", "w+b")  # noqa: SIM115
         self.shard.write(tokens.data)
         self.offsets.append(self.offsets[-1] + len(tokens))
-        self.byte_lengths.append(len(utf8(document.text)))
+        self.byte_lengths.append(len(utf8(document.text)) + encoded.dropped_bytes)
         if document.prompt is not None:
-            self.prompt_lengths.append(prompt_length)
-            self.suffix_places.append(suffix_place)
+            self.prompt_lengths.append(encoded.prompt_length)
+            self.suffix_places.append(encoded.suffix_place)
+            self.cuts.append(encoded.cut)
         self.names.write(json.dumps(document.name).encode() + b"\n")
 
     def _finish(self, file: BufferedRandom) -> None:
@@ -299,6 +317,8 @@ class _SplitWriter:
             tables["prompts"] = self.prompt_lengths
         if any(self.suffix_places):
             tables["suffixes"] = self.suffix_places
+        if any(cut >= 0 for cut in self.cuts):
+            tables["cuts"] = self.cuts
         for name, values in tables.items():
             with open(self.folder / f"{self.split}-{name}.npy", "w+b") as file:
                 np.save(file, np.array(values, np.int64))
@@ -310,15 +330,13 @@ class _SplitWriter:
                 file.close()
 
 
-# The ids of a document, how many of them are prompt, and the place of the marker before its suffix, or 0.
-Encoded = tuple[np.ndarray, int, int]
-
-
 def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[Encoded]:
     """Token ids of each document between bos and eos; a tokenizer without bos starts with its eos.
 
-    Prompt and completion are encoded apart. At generation the prompt is encoded alone, so a token across the
-    two would be learned and could never be generated. What fills a gap begins with `fim_prompt_ids` as it is.
+    Of an example, prompt and completion are encoded as one text, and the prompt's part of it is what stays of
+    a healed prompt (healing.py): all after that is the completion's, the end of the prompt's text included,
+    since generation makes it too. Where it is not healed, or the ids of the one text begin otherwise, the two
+    are encoded apart. What fills a gap begins with `fim_prompt_ids` as it is.
 
     Raises:
         ValueError: an id outside the vocabulary, or text that does not come back, apart or as prompt and
@@ -330,7 +348,7 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
     for document in documents:
         name = document.where or document.name
         prompt, suffix, text = document.fim_parts or (document.prompt or "", None, document.text)
-        suffix_place = 0
+        suffix_place, cut, dropped = 0, -1, 0
         try:
             text_ids = tokenizer.encode(text)
             if suffix is not None:
@@ -338,6 +356,10 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
                 suffix_place = prompt_ids.index(fim_markers(tokenizer)[1])
             else:
                 prompt_ids = [*before, *(tokenizer.encode(prompt) if prompt else [])]
+                one_text = _as_one_text(tokenizer, document, prompt_ids)
+                if one_text is not None:
+                    kept, text_ids, dropped = one_text
+                    cut, prompt_ids = len(prompt), prompt_ids[:kept]
         except ValueError as error:
             raise ValueError(f"{name} cannot be tokenised: {error}") from None
         ids = np.array([*prompt_ids, *text_ids, *after], np.int64)
@@ -347,6 +369,10 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
                 f"the tokenizer gave the id {wrong} in {name}, outside its vocabulary of "
                 f"{tokenizer.vocab_size}"
             )
+        if cut >= 0:
+            _refuse_loss(tokenizer, ids.tolist(), prompt + text, name)
+            encoded.append(Encoded(ids.astype(dtype), len(prompt_ids), suffix_place, cut, dropped))
+            continue
         _refuse_loss(tokenizer, text_ids, text, name)
         if suffix is not None:
             _refuse_loss(tokenizer, prompt_ids[gap_lead + 1 : suffix_place], prompt, f"the prefix of {name}")
@@ -362,8 +388,26 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
                     f"with {text[:20]!r}, which the tokenizer does not keep together: put a space or a line "
                     "break between them into the data, or use --tokenizer.kind bpe"
                 )
-        encoded.append((ids.astype(dtype), len(prompt_ids), suffix_place))
+        encoded.append(Encoded(ids.astype(dtype), len(prompt_ids), suffix_place, cut, dropped))
     return encoded
+
+
+def _as_one_text(
+    tokenizer: Tokenizer, document: Document, prompt_ids: list[int]
+) -> tuple[int, list[int], int] | None:
+    """How many tokens stay of an example's prompt, those after them, and the bytes of the prompt among these;
+    None where prompt and completion are to be encoded apart.
+    """
+    if not tokenizer.heals or document.prompt is None:
+        return None
+    asked = healed(tokenizer, prompt_ids)
+    ids = tokenizer.prompt_ids(document.prompt + document.text)
+    kept = len(asked.ids)
+    if ids[:kept] != asked.ids or tokenizer.decode(ids) != document.prompt + document.text:
+        return None
+    text_ids = asked.ids[tokenizer.start_id is not None :]
+    dropped = len(utf8(document.prompt)) - len(tokenizer.bytes_of(text_ids) or b"") if asked.dropped else 0
+    return kept, ids[kept:], dropped
 
 
 def _refuse_loss(tokenizer: Tokenizer, ids: list[int], text: str, name: str) -> None:
@@ -457,9 +501,10 @@ def build_store(
 ) -> None:
     """Write (side, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
 
-    Each document is [bos] + encode(text) + [eos], an example [bos] + encode(prompt) + encode(text) + [eos]; a
-    special token the tokenizer lacks is left out. What has a gap is fim_prompt_ids(prefix, suffix) +
-    encode(middle) + [eos]. Ids take 2 bytes for vocabularies up to 65,536 and 4 above.
+    A document is [bos] + encode(text) + [eos], and an example [bos] + encode(prompt + text) + [eos], or where
+    it is not healed [bos] + encode(prompt) + encode(text) + [eos]; a special token that is lacking is left
+    out. What has a gap is fim_prompt_ids(prefix, suffix) + encode(middle) + [eos]. Ids take 2 bytes for
+    vocabularies up to 65,536 and 4 above.
     A shard holds at most `shard_tokens`, or one document.
 
     Raises:
@@ -475,7 +520,7 @@ def build_store(
     try:
         with bar, InUse(folder):
             for side, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
-                writers[side].add(document, *encoded)
+                writers[side].add(document, encoded)
                 asked = (document.prompt or "") + (document.suffix or "")
                 bar.update(writers[side].byte_lengths[-1] + len(utf8(asked)))
         for writer in writers.values():

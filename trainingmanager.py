@@ -127,6 +127,7 @@ from runmodel import (
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.functions import sample_completions
 from suites.records import read_evaluation
+from suites.stored import text_of_example
 from suites.subject import data_config, data_of
 from terminal import printable
 from tokenizer import Tokenizer
@@ -1041,14 +1042,8 @@ def prove_overfit(manager: TrainingManager) -> bool:
     print(f"check 1, every token is predicted: {verdict}, accuracy is {scores.top1:.4f} of {scores.tokens}")
     run, store = load_run(manager.folder, "last"), manager.data.train
     for number in range(store.n_documents):
-        ids, prompt_length = store.document(number).tolist(), int(store.prompt_lengths[number])
-        first, expected = run.tokenizer.decode(ids[:prompt_length]), run.tokenizer.decode(ids[prompt_length:])
-        gap, suffix = int(store.suffix_places[number]), None
-        if gap:
-            first, suffix = (
-                run.tokenizer.decode(part)
-                for part in (ids[store.gap_lead + 1 : gap], ids[gap + 1 : prompt_length - 1])
-            )
+        example = text_of_example(store, run.tokenizer, number)
+        first, expected, suffix = example.prompt, example.reference, example.suffix
         if not store.holds_examples:
             first = expected.split("\n", 1)[0]
             expected = expected[len(first) :]

@@ -10,7 +10,7 @@ import torch
 
 from corpus import split_documents
 from fim import fim_prompt_ids, known_markers
-from generate import prompt_ids
+from generate import asked_prompt
 from guards.subject import Fault, Subject, affordable, awake, tolerance_of
 
 PART = 0.25  # of the tokens of a pass
@@ -59,9 +59,10 @@ def prompt_faults(subject: Subject) -> Iterator[Fault]:
             continue
         if document.fim_parts is not None:
             asked = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
+        elif document.prompt is not None:
+            asked = asked_prompt(subject.tokenizer, subject.tokenizer.prompt_ids(document.prompt)).ids
         else:
-            text = document.text if document.prompt is None else document.prompt
-            asked = prompt_ids(subject.tokenizer, text)
+            asked = subject.tokenizer.prompt_ids(document.text)
         read = subject.train.document(number)[: len(asked)].tolist()
         if asked != read:
             at = next(i for i in range(len(asked)) if asked[i : i + 1] != read[i : i + 1])

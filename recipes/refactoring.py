@@ -284,7 +284,7 @@ def _write(text: str) -> None:
 
 
 def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
-    from generate import CommandConfig, GenerationConfig, generate, open_model, prompt_ids
+    from generate import CommandConfig, GenerationConfig, generate, open_model
 
     asked = CommandConfig(
         model=settings.model, prompt=("",), adapter=settings.adapter, device=settings.device
@@ -294,7 +294,7 @@ def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
 
     def answer(prompts: list[str]) -> list[Answer]:
         answers = [Answer("", "too long for the model")] * len(prompts)
-        lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
+        lengths = [len(tokenizer.prompt_ids(prompt)) for prompt in prompts]
         # An answer is about as long as its question: what leaves no room for that is not asked.
         able = sorted((n for n, length in enumerate(lengths) if 2 * length <= room), key=lambda n: lengths[n])
         for start in range(0, len(able), settings.batch_size):

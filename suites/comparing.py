@@ -20,8 +20,25 @@ from typing import Any
 from metrics.intervals import compare
 from metrics.registry import Scored
 from suites.documents import OF_SUMS, rows_of, units_of, values_of
-from suites.records import DAMAGED, evaluation_files, not_whole, read_evaluation, scored_again
-from suites.scoring import SUITES, TOGETHER, TOKENS, aligned, origin_of, shares_told, suites_of
+from suites.records import (
+    DAMAGED,
+    evaluation_files,
+    not_whole,
+    read_evaluation,
+    scored_again,
+    texts_of,
+)
+from suites.scoring import (
+    SUITES,
+    TOGETHER,
+    TOKENS,
+    aligned,
+    empty_share,
+    no_verdict,
+    origin_of,
+    shares_told,
+    suites_of,
+)
 
 LETTERS = "ABCDEFGH"
 SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs
@@ -296,11 +313,17 @@ def comparison(columns: Sequence[Column]) -> list[str]:
                 i, j, one, other = j, i, other, one
             compared = found[j][name].compare(found[i][name], seed)
             gap = compared.difference
+            refused = no_verdict({column.label: _empty(column) for column in (one, other)})
             lines.append(
                 f"{name}: {other.label} less {one.label} is {gap.mean:+.1f} [{gap.low:.1f}, {gap.high:.1f}], "
-                + compared.verdict(one.label)
+                + (refused or compared.verdict(one.label))
             )
     return lines
+
+
+def _empty(column: Column) -> float:
+    samples = column.record["samples"]
+    return empty_share([text for sample in samples for text in texts_of(sample, column.system)])
 
 
 def _baselines(columns: Sequence[Column]) -> list[tuple[str, dict[str, Scored]]]:

@@ -19,7 +19,8 @@ from architecture import Decoder
 from config import memory_is_full
 from decoding import Generated, Stopped, generate_ids
 from fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_prompt
-from generate import CONTEXT, GenerationConfig, added_text, prompt_ids, stop_finder, trim_prompt
+from generate import CONTEXT, GenerationConfig, asked_prompt, completed_text, stop_finder, trim_prompt
+from healing import Prompt
 from ngram import NGramModel
 from precision import Precision
 from suites.kept import Kept
@@ -40,13 +41,15 @@ def uncut(example: Example, text: str) -> str:
 class Asked(NamedTuple):
     """The prompt of an example, how many tokens the model may add, what ends them, and whether it was cut."""
 
-    ids: list[int]
+    prompt: Prompt
     limit: int
     ends: frozenset[int]
     trimmed: bool
 
 
-def asked(tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: int) -> Asked:
+def asked(
+    tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: int, heal: bool | None = None
+) -> Asked:
     """The prompt as training shows it, in a row of `length` tokens, and the room behind it.
 
     A completion has `max_new_tokens`, or what a long prompt leaves of the row, but never less than half of
@@ -55,7 +58,7 @@ def asked(tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: i
     """
     room = max(1, length - min(max_new_tokens, length // 2))
     if example.suffix is None:
-        whole = prompt_ids(tokenizer, example.prompt)
+        whole = tokenizer.prompt_ids(example.prompt)
         ids = trim_prompt(whole, room, tokenizer.start_id)
         ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
     else:
@@ -63,7 +66,8 @@ def asked(tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: i
         ids = trim_fim_prompt(tokenizer, whole, max(fewest_gap_ids(tokenizer), room))
         ends = fim_end_ids(tokenizer)
     limit = max(1, min(max_new_tokens, length - len(ids)))
-    return Asked(ids, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
+    prompt = asked_prompt(tokenizer, ids, heal)
+    return Asked(prompt, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
 
 
 def draw_number(example: Example, draw: int) -> int:
@@ -107,7 +111,7 @@ def complete(
             f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
             f"{model.config.vocab_size}; use the tokenizer the model was trained with"
         )
-    prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
+    prompts = [asked(tokenizer, example, max_new_tokens, length, how.heal) for example in examples]
     done = {} if kept is None else kept.read(len(examples), draws)
     each(len(done))
     wanted = [
@@ -115,7 +119,7 @@ def complete(
         for i in sorted(
             range(len(examples)),
             # Long prompts first: those that follow fit the columns that are there.
-            key=lambda i: (prompts[i].limit, len(prompts[i].ends), -len(prompts[i].ids)),
+            key=lambda i: (prompts[i].limit, len(prompts[i].ends), -len(prompts[i].prompt.whole)),
         )
         for draw in range(draws)
         if (i, draw) not in done
@@ -126,13 +130,14 @@ def complete(
         wanted, key=lambda one: (prompts[one[0]].limit, prompts[one[0]].ends)
     ):
         rows = list(group)
-        longest = max(len(prompts[i].ids) for i, _ in rows) + limit
+        longest = max(len(prompts[i].prompt.whole) for i, _ in rows) + limit
         size = min(most, batch_size or rows_at_a_time(model, longest))
         while rows:
-            found = stop_finder(tokenizer, [prompts[i].ids for i, _ in rows], how.stop) if how.stop else None
+            shown = [prompts[i].prompt for i, _ in rows]
+            found = stop_finder(tokenizer, shown, how.stop) if how.stop else None
 
-            def text_of(row: int, ids: list[int], rows: list[tuple[int, int]] = rows) -> str:
-                return added_text(tokenizer, prompts[rows[row][0]].ids, ids)
+            def text_of(row: int, ids: list[int], shown: list[Prompt] = shown) -> str:
+                return completed_text(tokenizer, shown[row], ids)
 
             def stopped(
                 row: int,
@@ -147,7 +152,7 @@ def complete(
                     return False
                 i = rows[row][0]
                 # The prompt's end is decoded for its last tokens only, until it looks as if it mattered.
-                text = added_text(tokenizer, prompts[i].ids[-CONTEXT:], ids)
+                text = completed_text(tokenizer, prompts[i].prompt, ids, CONTEXT)
                 return (
                     cut(examples[i], text) != text and cut(examples[i], whole := text_of(row, ids)) != whole
                 )
@@ -171,7 +176,7 @@ def complete(
                 with precision.autocast():
                     generate_ids(
                         model,
-                        [prompts[i].ids for i, _ in rows],
+                        shown,
                         replace(how, max_new_tokens=limit),
                         ends,
                         tokenizer.vocab_size,
@@ -236,14 +241,14 @@ def ngram_complete(
     stop: tuple[str, ...] = (),
 ) -> Predictions:
     """The same by the n-gram model, which goes on with its likeliest token."""
-    prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
-    contexts = [np.array(prompt.ids) for prompt in prompts]
+    prompts = [asked(tokenizer, example, max_new_tokens, length, heal=False) for example in examples]
+    contexts = [np.array(prompt.prompt.whole) for prompt in prompts]
     texts, ran_long = [], 0
     continued = baseline.complete(contexts, max(prompt.limit for prompt in prompts)).tolist()
     for example, prompt, ids in zip(examples, prompts, continued, strict=True):
         ids = ids[: prompt.limit]
         end = next((at for at, id in enumerate(ids) if id in prompt.ends), len(ids))
-        text = added_text(tokenizer, prompt.ids, ids[:end])
+        text = completed_text(tokenizer, prompt.prompt, ids[:end])
         stops = [at for at in (text.find(string) for string in stop) if at >= 0]
         texts.append(cut(example, text[: min(stops, default=None)]))
         ran_long += end == len(ids) and texts[-1] == text

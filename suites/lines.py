@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from generate import prompt_ids
 from suites.baselines import last_lines, nearest_place, places_of
 from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
@@ -72,7 +71,7 @@ def fitting(text: str, tokenizer: Tokenizer, room: int) -> str:
         starts.append(start)
 
     def fits(start: int) -> bool:
-        return len(prompt_ids(tokenizer, text[start:])) <= room
+        return len(tokenizer.prompt_ids(text[start:])) <= room
 
     first = bisect_left(starts, True, key=fits)
     # Shorter text can have more tokens, by one or two, where the cut splits what was one token.

@@ -86,6 +86,11 @@ class Predictions:
         """All of them: (draws, examples)."""
         return [self.texts, *self.more]
 
+    @property
+    def empty(self) -> float:
+        """Share of answers that say nothing, white space being nothing."""
+        return empty_share([text for texts in self.draws for text in texts])
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -170,6 +175,22 @@ NAMED = {
     "empty": "an empty text",
     "stub": "a stub",
 }
+
+
+MOST_EMPTY = 0.5  # share of a model's answers beyond which there is no verdict
+
+
+def empty_share(texts: Sequence[str]) -> float:
+    """Share of texts that are empty or white space; 0 of none."""
+    return sum(not text.strip() for text in texts) / max(1, len(texts))
+
+
+def no_verdict(shares: dict[str, float]) -> str | None:
+    """The sentence in place of a verdict where most answers of a model are empty, by the share of each."""
+    name, share = max(shares.items(), key=lambda one: one[1])
+    if share <= MOST_EMPTY:
+        return None
+    return f"no verdict: {share:.1%} of the answers of {name} are empty, so that a score says little of it"
 
 
 def metric_names(asked: str) -> tuple[str, ...]:
@@ -274,6 +295,8 @@ def record_of(
 ) -> dict[str, Any]:
     """The record of scores that were had, each system's by the same names; see `scored`."""
     subject, *baselines = found
+    models = {NAMED.get(one, one): predictions[one].empty for one in (subject, "base") if one in found}
+    refused = no_verdict(models)
     metrics = {name: one.metric for name, one in found[subject].items()}
     verdicts: dict[str, Any] = {}
     for name in metrics:
@@ -284,7 +307,7 @@ def record_of(
         verdicts[name] = {
             "best": best,
             "against": {
-                system: comparison.verdict(NAMED.get(system, system))
+                system: refused or comparison.verdict(NAMED.get(system, system))
                 for system, comparison in compared.items()
             },
             "differences": {
@@ -314,6 +337,12 @@ def record_of(
             system: made.ran_long / len(examples) / len(made.draws)
             for system, made in predictions.items()
             if made.ran_long is not None
+        },
+        # Of whoever writes; among the others an empty answer may be the point.
+        "empty": {
+            system: made.empty
+            for system, made in predictions.items()
+            if made.ran_long is not None or system == subject
         },
         "trimmed": {
             system: made.trimmed / len(examples)
@@ -383,15 +412,19 @@ def suite_table(record: dict[str, Any]) -> str:
 
 
 def shares_told(systems: Sequence[tuple[dict[str, Any], str]]) -> list[list[str]]:
-    """Rows of a table: what share of texts ran into the limit, and of prompts was cut, if any was.
+    """Rows of a table: what share of texts ran into the limit, is empty, and of prompts was cut, if any was.
 
     Args:
         systems: A record and the name of one of its systems, for each column.
     """
     rows = []
-    for key, name in (("ran_long", "ran into the limit"), ("trimmed", "prompts cut to fit")):
+    for key, name in (
+        ("ran_long", "ran into the limit"),
+        ("empty", "empty answers"),
+        ("trimmed", "prompts cut to fit"),
+    ):
         shares = [record.get(key, {}).get(system) for record, system in systems]
-        if any(share is not None and (share or key == "ran_long") for share in shares):
+        if any(share is not None and (share or key != "trimmed") for share in shares):
             rows.append([name, *("" if share is None else f"{share:.1%}" for share in shares)])
     return rows
 

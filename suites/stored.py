@@ -11,10 +11,14 @@ from tokenstore import TokenStore
 def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Example:
     """One example of the store; its texts come back as they were, which the store made sure of."""
     ids = store.document(number).tolist()
+    name, cut = store.names[number], int(store.cuts[number])
+    if cut >= 0:
+        text = tokenizer.decode(ids)
+        return Example(name, number, text[:cut], text[cut:])
     prompt_length, gap = int(store.prompt_lengths[number]), int(store.suffix_places[number])
     reference = added_text(tokenizer, ids[:prompt_length], ids[prompt_length:])
     suffix = None
     asked = ids[:prompt_length]
     if gap:
         asked, suffix = ids[store.gap_lead + 1 : gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
-    return Example(store.names[number], number, tokenizer.decode(asked), reference, suffix)
+    return Example(name, number, tokenizer.decode(asked), reference, suffix)

@@ -15,9 +15,10 @@ from metrics.intervals import compare, mean_of_sums, mean_rows
 from metrics.registry import score
 from suites.comparing import compare_files
 from suites.programs import record_of_results
-from suites.records import evaluation_files, scored_again
+from suites.records import evaluation_files, examples_of, scored_again
+from suites.rescoring import differences
 from suites.results import results_path
-from suites.scoring import SUITES, Example, Predictions, scored, suites_of
+from suites.scoring import SUITES, Example, Predictions, scored, suite_table, suites_of
 from suites.settings import EvalConfig
 from suites.task import Task
 
@@ -360,3 +361,28 @@ def test_a_suite_with_a_file_of_its_own_leaves_the_scores_of_the_run_where_they_
     for name in ("eval-mbpp.json", "eval-mbpp-1.json", "eval-1.json"):
         (tmp_path / name).touch()
     assert evaluation_files(tmp_path) == [tmp_path / "eval-mbpp.json"]
+
+
+def test_answers_that_are_mostly_empty_have_no_verdict(tmp_path):
+    """Planted: 21 of 40 answers of nothing but white space, and 20, which is not above half."""
+    record, fewer = (evaluation(seed, 0.9)["suite"] for seed in (1, 2))
+    examples = examples_of(record)
+    for silent, said in ((21, True), (20, False)):
+        texts = [" \n" if i < silent else e.reference for i, e in enumerate(examples)]
+        made = {"model": Predictions(texts, 0), "copy": Predictions([e.prompt for e in examples])}
+        found = scored(PAIRS, examples, made, METRICS, seed=3)
+        assert found["empty"] == {"model": silent / 40}
+        table = suite_table(found)
+        verdict = f"no verdict: {silent / 40:.1%} of the answers of model are empty"
+        assert (
+            (verdict in table)
+            == said
+            == found["verdicts"]["chrf"]["against"]["copy"].startswith("no verdict")
+        )
+        assert list(differences(json.loads(json.dumps(found)))) == []
+        paths = []
+        for name, one in (("a", found), ("b", fewer)):
+            whole = {"run": name, "step": 1, "suite": {"max_new_tokens": 9, **one}}
+            (tmp_path / f"{name}.json").write_text(json.dumps(whole), "utf-8")
+            paths.append(str(tmp_path / f"{name}.json"))
+        assert ("no verdict: 52.5% of the answers of A model are empty" in compare_files(paths)) == said

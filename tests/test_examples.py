@@ -58,9 +58,11 @@ from dataset import (
     validation_batches,
 )
 from fim import fewest_gap_ids, fim_markers, fim_prompt_ids, gap_of, gap_start, in_text_order, trim_fim_prompt
-from generate import prompt_ids, trim_prompt
+from generate import trim_prompt
 from guards.labels import prompt_errors
+from healing import healed
 from proofs import run_difference
+from suites.stored import text_of_example
 from suites.tokens import ngram_scores, train_ngram
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
 from tokenstore import TokenStore, build_store, open_store
@@ -383,8 +385,9 @@ def stored_parts(store: TokenStore, n: int) -> tuple[list[int], list[int]]:
     return ids[:length], ids[length:]
 
 
+@pytest.mark.parametrize("heal", [False, True])
 @pytest.mark.parametrize("kind", ["bytes", "code", "bpe"])
-def test_both_parts_come_back_and_start_as_generation_does(tmp_path: Path, kind: str):
+def test_both_parts_come_back_and_start_as_generation_does(tmp_path: Path, kind: str, heal: bool):
     """Planted: prompts that end, and completions that start, with letters, spaces, line breaks and bytes."""
     ends = ["x =", "x = ", "x\n", "(", "\n    ", "naïve 日本", ".", "", "\r"]
     starts = [" y", "\ny", "y()", "    return", "é", "\n", "_a", "🙂", "1"]
@@ -397,28 +400,54 @@ def test_both_parts_come_back_and_start_as_generation_does(tmp_path: Path, kind:
         "bpe": lambda: BPETokenizer.train(texts, 400),
     }[kind]()
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows))
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), heal=heal)
     prepared = prepare_data(config, tokenizer)
     wanted: dict[str, list[Document]] = {side: [] for side in SPLITS}
     for side, document in split_documents(config):
         wanted[side].append(document)
+    crossing = 0
     for store in (prepared.train, prepared.validation, prepared.test):
         assert store.holds_examples and store.n_documents == len(wanted[store.split]) > 0
         for n, document in enumerate(wanted[store.split]):
             prompt, completion = stored_parts(store, n)
             assert document.prompt is not None
-            assert prompt == prompt_ids(tokenizer, document.prompt)
+            if store.cuts[n] >= 0:
+                asked = healed(tokenizer, tokenizer.prompt_ids(document.prompt))
+                assert heal and store.cuts[n] == len(document.prompt) and prompt == asked.ids
+                assert prompt + completion == [
+                    *tokenizer.prompt_ids(document.prompt + document.text),
+                    tokenizer.eos_id,
+                ]
+                own = document.prompt + document.text
+                kept = tokenizer.bytes_of(prompt[1:]) if asked.dropped else document.prompt.encode()
+                assert kept is not None and store.byte_lengths[n] == len(own.encode()) - len(kept)
+                example = text_of_example(store, tokenizer, n)
+                assert (example.prompt, example.reference) == (document.prompt, document.text)
+                first = [(*branch.ids, id) for branch in asked.branches for id in branch.allowed.tolist()]
+                assert not asked.branches or any(tuple(completion[: len(ids)]) == ids for ids in first)
+                crossing += prompt + completion[:-1] != [
+                    *tokenizer.prompt_ids(document.prompt),
+                    *tokenizer.encode(document.text),
+                ]
+                continue
+            assert prompt == tokenizer.prompt_ids(document.prompt)
             assert completion == [*tokenizer.encode(document.text), tokenizer.eos_id]
             assert tokenizer.decode(prompt) == document.prompt
             assert tokenizer.decode(completion) == document.text
             assert tokenizer.decode(prompt + completion) == document.prompt + document.text
             assert store.byte_lengths[n] == len(document.text.encode())
         assert store.n_targets == sum(len(stored_parts(store, n)[1]) for n in range(store.n_documents))
+    assert bool(crossing) == (heal and kind != "bytes")
 
 
 def test_parts_that_a_tokenizer_does_not_keep_together_are_refused():
-    """`code` implies a space between two words: the completion would come back as " b"."""
+    """`code` implies a space between two words: the completion would come back as " b". As one text it does
+    not, so this is of rows whose two parts are apart.
+    """
     tokenizer = CodeTokenizer.train(["a b"], 400, 0)
+    (one_text,) = tokenstore._encode(tokenizer, [Document("x", "b", "x", "a")], np.dtype("<u2"))
+    assert one_text.cut == 1 and tokenizer.decode(one_text.ids.tolist()) == "ab"
+    tokenizer.heals = False
     with pytest.raises(
         ValueError, match=r"the prompt of x ends with 'a' .* with 'b', .* put a space or a line"
     ):

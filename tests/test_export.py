@@ -19,7 +19,6 @@ from test_finetune import base, config, logits, other
 from changes import LowRank
 from config import Config, one_sentence
 from export import ExportConfig, export
-from generate import prompt_ids
 from lora import adapters_disabled
 from pretrained import load_pretrained
 from runmodel import load_run, open_adapted
@@ -125,7 +124,7 @@ def test_prompts_and_ends_are_those_of_the_base_and_then_those_of_training(
 
     published = load_pretrained(base).tokenizer
     assert published is not None
-    assert prompt_ids(published, text) == of_transformers(base) == published.encode(text)
+    assert published.prompt_ids(text) == of_transformers(base) == published.encode(text)
     trained = train(other(config, max_steps=1))
     started = [2, *published.encode(text)]
     assert int(trained.data.train.document(0)[0]) == 2
@@ -138,7 +137,7 @@ def test_prompts_and_ends_are_those_of_the_base_and_then_those_of_training(
     ]
     for tokenizer in opened:
         assert tokenizer is not None and tokenizer.eos_ids == (2, 9)
-        assert prompt_ids(tokenizer, text) == started
+        assert tokenizer.prompt_ids(text) == started
     for folder in (tmp_path / "adapter", tmp_path / "merged", trained.folder / "tokenizer"):
         assert of_transformers(folder) == started
 

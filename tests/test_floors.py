@@ -15,18 +15,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up. A name is a file or a folder at the top level, or one file of such a folder.
 FLOORS = (
-    "config yamlfile cache outputs metrics",
-    "tokenizer",
+    "terminal config yamlfile cache metrics",
+    "tokenizer tokenizer_classes tokenizer_growth healing",
     "corpus leaks shingles comments fim tokenstore curriculum ngram sandbox sandbox_child sandbox_filter",
     "attention linear dropout precision quantize scraping",
     "architecture dataset",
     "lowrank changes targets",
     "lora",
     "pretrained merging",
-    "loss optim checkpoint runfolder curves runmodel",
+    "loss optim checkpoint runfolder curves runmodel outputs",
     "decoding kvcache generate",
     "guards live preflight suites",
-    "trainingmanager eval export functional",
+    "beforehand trainingmanager eval export functional",
     "sweeps recipes plan proofs plants planted_data planted_faults",
     "hyperparam_tune",
 )

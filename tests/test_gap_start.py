@@ -16,7 +16,7 @@ from config import DataConfig, ModelConfig
 from corpus import Document
 from dataset import _store_key, as_shown, shown
 from fim import MARKERS, fim_markers, fim_prompt_ids, gap_start
-from generate import GenerationConfig, generate, prompt_ids
+from generate import GenerationConfig, generate
 from guards.labels import example_in_row
 from pretrained.save import save_tokenizer
 from recipes.base import with_gaps
@@ -47,7 +47,7 @@ def test_another_program_builds_the_prompt_that_was_trained(ours: Path, tmp_path
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(n))
         asked = fim_prompt_ids(tokenizer, "def f(", "):\n")
         assert theirs(spelled(MARKERS[0])).input_ids == asked
-        assert asked[0] == prompt_ids(tokenizer, "x")[0] == tokenizer.start_id
+        assert asked[0] == tokenizer.prompt_ids("x")[0] == tokenizer.start_id
         build_store(tmp_path / f"s{n}", [("train", Document("d", "x", "d", "def f(", "):\n"))], tokenizer)
         assert TokenStore(tmp_path / f"s{n}", "train").document(0)[: len(asked)].tolist() == asked
 
@@ -69,7 +69,7 @@ def test_older_bases_and_runs_keep_what_they_were_trained_with(
     older = load_tokenizer(bare(ours, tmp_path / "base"))
     assert older.bare_gaps and older.fingerprint == load_tokenizer(ours).fingerprint
     assert fim_prompt_ids(older, "a", "b") == fim_prompt_ids(load_tokenizer(ours), "a", "b")[1:]
-    assert prompt_ids(older, "a")[0] == older.start_id
+    assert older.prompt_ids("a")[0] == older.start_id
     STARCODER.save(tmp_path / "new" / "tokenizer")
     bare(tmp_path / "new" / "tokenizer", tmp_path / "run").rename(tmp_path / "tokenizer")
     assert gaps_began_bare(tmp_path) and not gaps_began_bare(tmp_path / "new")
@@ -82,7 +82,7 @@ def test_older_bases_and_runs_keep_what_they_were_trained_with(
     assert "warning: gaps were trained without the start" in capsys.readouterr().err
     assert load_tokenizer(tmp_path / "exported").bare_gaps
     data = DataConfig(fim_rate=0.5)
-    assert _store_key(data, older, "x") != _store_key(data, load_tokenizer(ours), "x")
+    assert _store_key(data, older, "x", True) != _store_key(data, load_tokenizer(ours), "x", True)
 
 
 @pytest.mark.parametrize("is_bare", [True, False])

@@ -34,7 +34,8 @@ from decoding import (
     row_generator,
     sample,
 )
-from generate import GenerationConfig, generate, prompt_ids, trim_prompt
+from generate import GenerationConfig, generate, trim_prompt
+from healing import Prompt
 from kvcache import KVCache
 from terminal import printable
 from tokenizer import Tokenizer
@@ -157,7 +158,7 @@ class Shouting(Bytes):
 
 def saying(text: str, tokenizer: Tokenizer, end: int | None = None) -> Decoder:
     """A chain that says `text`, each of whose tokens is followed by the same one wherever it stands."""
-    ids = prompt_ids(tokenizer, text)
+    ids = tokenizer.prompt_ids(text)
     ids += [] if end is None else [end]
     nexts = dict(itertools.pairwise(ids))
     assert all(nexts[a] == b for a, b in itertools.pairwise(ids))
@@ -623,7 +624,9 @@ def test_one_beam_is_greedy(length_penalty):
     one = beams(1, 10)  # `generate_ids` itself decodes greedily then, and has no use for a length penalty
     object.__setattr__(one, "length_penalty", length_penalty)
     with torch.inference_mode():
-        results = _beam_search(_Run(model, prompts, one, None), one, () if eos is None else (eos,), None)
+        results = _beam_search(
+            _Run(model, list(map(Prompt, prompts)), one, None), one, () if eos is None else (eos,), None
+        )
     for result, best in zip(results, expected, strict=True):
         assert (result.ids, result.finish_reason) == (best.ids, best.finish_reason)
         assert result.log_prob == pytest.approx(best.log_prob, abs=1e-6)
@@ -810,7 +813,7 @@ def test_the_prompt_is_never_in_the_text():
     for prompt, result in zip(prompts, generate(model, tokenizer, prompts, greedy(8)), strict=True):
         new = [id for id in result.ids if id > 2]
         assert result.text == bytes(id - 3 for id in new).decode(errors="replace")
-        alone = generate_ids(model, [prompt_ids(tokenizer, prompt)], greedy(8), eos_id=2, vocab_size=259)[0]
+        alone = generate_ids(model, [tokenizer.prompt_ids(prompt)], greedy(8), eos_id=2, vocab_size=259)[0]
         assert result.ids == alone.ids and result.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
 
 
@@ -873,11 +876,11 @@ def test_logits_that_are_nan_are_named():
 
 def test_prompt_ids_start_as_documents_do():
     tokenizer = Bytes()
-    assert prompt_ids(tokenizer, "ab") == [1, 100, 101]
+    assert tokenizer.prompt_ids("ab") == [1, 100, 101]
     tokenizer.bos_id = None
-    assert prompt_ids(tokenizer, "ab") == [2, 100, 101]  # eos, as GPT-2 does
+    assert tokenizer.prompt_ids("ab") == [2, 100, 101]  # eos, as GPT-2 does
     tokenizer.eos_id = None
-    assert prompt_ids(tokenizer, "ab") == [100, 101]
+    assert tokenizer.prompt_ids("ab") == [100, 101]
 
 
 def test_trim_prompt_keeps_the_end_and_bos():

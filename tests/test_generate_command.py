@@ -22,6 +22,7 @@ from architecture import Decoder
 from config import ModelConfig
 from fim import MARKERS, fim_end_ids, fim_prompt_ids
 from generate import GenerationConfig, _Stream, added_text, generate, main, parse_settings
+from healing import Prompt
 from pretrained import save_pretrained
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
 
@@ -139,7 +140,7 @@ BASES: dict[str, Tokenizer] = {
 def unsettled(tokenizer: Tokenizer, before: list[int], stops: tuple[str, ...] = ()) -> _Stream:
     """One that decodes all at each token."""
     with patch.object(_Stream, "_settle"):
-        stream = _Stream(tokenizer, before, stops, lambda text: None)
+        stream = _Stream(tokenizer, Prompt(before), stops, lambda text: None)
     stream.next_settled = 10**9
     return stream
 
@@ -151,7 +152,7 @@ def test_a_stream_settles_where_nothing_before_matters(name, text, monkeypatch):
     monkeypatch.setattr(command, "SETTLED_EVERY", 1)
     monkeypatch.setattr(command, "CONTEXT", 4)
     tokenizer, before = BASES[name], BASES[name].encode("def f")
-    ids, stream = tokenizer.encode(text), _Stream(tokenizer, before, (), lambda text: None)
+    ids, stream = tokenizer.encode(text), _Stream(tokenizer, Prompt(before), (), lambda text: None)
     slow = unsettled(tokenizer, before)
     for n in range(1, len(ids) + 1):
         stream.read(ids[:n])
@@ -175,7 +176,7 @@ def test_what_is_streamed_is_never_taken_back(name, data):
     )
     before, given_out = tokenizer.encode(asked), []
     with patch.object(command, "SETTLED_EVERY", 1), patch.object(command, "CONTEXT", 4):
-        stream = _Stream(tokenizer, before, stops, given_out.append)
+        stream = _Stream(tokenizer, Prompt(before), stops, given_out.append)
         slow = unsettled(tokenizer, before, stops)
         for n in range(1, len(ids) + 1):
             whole = added_text(tokenizer, before, ids[:n])
@@ -198,7 +199,7 @@ def test_a_token_of_a_stream_costs_the_same_after_a_long_prompt(name, monkeypatc
     before = tokenizer.encode("def f(a_b, É):\n    return a_B\n" * 200)
     ids = tokenizer.encode("def f(a_b):\n    return a_B # é\n" * 20)
     decoded, given_out, right = [], [], tokenizer.decode
-    stream = _Stream(tokenizer, before, (), given_out.append)
+    stream = _Stream(tokenizer, Prompt(before), (), given_out.append)
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: decoded.append(len(ids)) or right(ids))
     for n in range(1, len(ids) + 1):
         stream.read(ids[:n])
@@ -210,7 +211,7 @@ def test_a_token_of_a_stream_costs_the_same_after_a_long_prompt(name, monkeypatc
 def test_a_stream_that_kept_nothing_back_would_be_noticed():
     def streamed(tokenizer: Tokenizer, text: str, stop: tuple[str, ...] = (), **faults: object) -> str:
         parts: list[str] = []
-        stream, ids = _Stream(tokenizer, [], stop, parts.append), tokenizer.encode(text)
+        stream, ids = _Stream(tokenizer, Prompt([]), stop, parts.append), tokenizer.encode(text)
         for name, value in faults.items():
             setattr(stream, name, value)
         for n in range(1, len(ids)):

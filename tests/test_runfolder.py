@@ -34,7 +34,7 @@ from runfolder import (
 
 def test_the_fingerprint_of_settings_is_that_of_runs_saved_long_ago() -> None:
     """If a new key changes it, those runs cannot be resumed: the key belongs in config.BEFORE."""
-    config = Config(data=DataConfig(regroup=False), train=TrainConfig(max_steps=1))
+    config = Config(data=DataConfig(heal=False, regroup=False), train=TrainConfig(max_steps=1))
     assert config_fingerprint(config).startswith("d7fc37afbefb")
 
 

@@ -25,7 +25,7 @@ from corpus import alpaca_prompt, split_documents
 from dataset import PreparedData, prepare_data
 from eval import EvalConfig
 from fim import fim_end_ids, fim_prompt_ids
-from generate import prompt_ids
+from healing import Prompt
 from metrics.registry import METRICS
 from suites.baselines import copied, last_lines, nearest
 from suites.completing import asked, complete, ngram_complete, uncut
@@ -288,7 +288,7 @@ def test_a_gap_is_asked_for_as_training_shows_it_and_has_no_copy(tmp_path: Path)
         assert {"prefix": e.prompt, "suffix": e.suffix, "middle": e.reference} == rows[int(i)]
         stored = data.test.document(e.where)[: int(data.test.prompt_lengths[e.where])].tolist()
         found = asked(STARCODER, e, 20, 200)
-        assert found.ids == stored == fim_prompt_ids(STARCODER, e.prompt, e.suffix or "")
+        assert found.prompt == Prompt(fim_prompt_ids(STARCODER, e.prompt, e.suffix or "")) == Prompt(stored)
         assert found.ends == fim_end_ids(STARCODER) and STARCODER.eos_id in found.ends
     assert copied(examples) == [""] * len(examples)
     assert all("y = " in text for text in nearest(examples, data.test, data.train, STARCODER))
@@ -302,16 +302,16 @@ def test_a_gap_is_asked_for_as_training_shows_it_and_has_no_copy(tmp_path: Path)
 
 def test_a_prompt_keeps_its_place_and_leaves_room(data):
     example = Example("", 0, "a" * 40, "b")
-    whole = prompt_ids(BYTES, example.prompt)
-    assert asked(BYTES, example, 20, 100)[:2] == (whole, 20)
-    assert asked(BYTES, example, 90, 100)[:2] == (whole, 100 - len(whole))
+    whole = BYTES.prompt_ids(example.prompt)
+    assert asked(BYTES, example, 20, 100)[:2] == (Prompt(whole), 20)
+    assert asked(BYTES, example, 90, 100)[:2] == (Prompt(whole), 100 - len(whole))
     # Never less than half of the row for either, if both want it.
-    ids, limit, _, trimmed = asked(BYTES, example, 90, 60)
+    (ids, *_), limit, _, trimmed = asked(BYTES, example, 90, 60)
     assert trimmed and not asked(BYTES, example, 20, 100).trimmed
     assert (len(ids), limit) == (30, 30)
     assert ids == [whole[0], *whole[-29:]]
     assert all(
-        sum(map(len, asked(BYTES, e, 500, 64)[:1])) + asked(BYTES, e, 500, 64).limit == 64
+        len(asked(BYTES, e, 500, 64).prompt.ids) + asked(BYTES, e, 500, 64).limit == 64
         for e in pair_examples(data.test, BYTES, 9)
     )
 
@@ -330,7 +330,7 @@ def test_the_ngram_model_goes_on_with_its_likeliest_token_until_eos(data):
     examples, limit = pair_examples(data.test, BYTES, 4), 30
     expected, long = [], 0
     for example in examples:
-        before, new = prompt_ids(BYTES, example.prompt), []
+        before, new = BYTES.prompt_ids(example.prompt), []
         while len(new) < limit and BYTES.eos_id not in new:
             new.append(int(baseline.predict(np.array(before + new), 1)[0]))
         expected.append(BYTES.decode(before + new)[len(example.prompt) :])

@@ -9,7 +9,6 @@ from test_eval import BYTES, FP32, documents_of, prepared, random_model, source
 from architecture import Decoder
 from config import ModelConfig
 from dataset import PreparedData
-from generate import prompt_ids
 from ngram import NGramModel
 from suites import functions
 from suites.completing import complete, ngram_complete
@@ -50,7 +49,7 @@ def test_next_line_examples_stand_in_their_files(data, room):
         assert before.rstrip().endswith(example.prompt)
         assert before.rstrip() == example.prompt or before.rstrip()[: -len(example.prompt)].endswith("\n")
         assert example.prompt.count("\n") >= CONTEXT_LINES - 1
-        assert len(prompt_ids(BYTES, example.prompt)) <= room
+        assert len(BYTES.prompt_ids(example.prompt)) <= room
 
 
 def test_a_prompt_is_cut_no_shorter_than_it_must_be(data):
@@ -59,7 +58,7 @@ def test_a_prompt_is_cut_no_shorter_than_it_must_be(data):
         start = text.index(example.prompt)
         if start:
             longer = text[text.rfind("\n", 0, start - 1) + 1 : start] + example.prompt
-            assert len(prompt_ids(BYTES, longer)) > 100
+            assert len(BYTES.prompt_ids(longer)) > 100
 
 
 def test_examples_depend_on_the_seed_only_and_take_every_file_first(data):
@@ -175,7 +174,7 @@ def test_completions_are_greedy_alone_and_in_a_batch(data, model):
     made = complete(model, BYTES, examples, cut, n, LENGTH, FP32, batch_size=5)
     assert made == complete(model, BYTES, examples, cut, n, LENGTH, FP32, batch_size=1)
     for example, completion in zip(examples[:4], made.texts[:4], strict=True):
-        ids = before = prompt_ids(BYTES, example.prompt)
+        ids = before = BYTES.prompt_ids(example.prompt)
         with torch.no_grad():
             while len(ids) < len(before) + n and BYTES.eos_id not in ids:
                 ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
@@ -208,7 +207,7 @@ def test_a_limit_that_was_run_into_is_counted(data, model):
     made = complete(model, BYTES, examples, through_first_line, 2, LENGTH, FP32)
     long = 0
     for example, text in zip(examples, made.texts, strict=True):
-        ids = prompt_ids(BYTES, example.prompt)
+        ids = BYTES.prompt_ids(example.prompt)
         for _ in range(2):
             ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
         added = BYTES.decode(ids)[len(example.prompt) :]

@@ -23,7 +23,6 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 import tokenizer as module
-from generate import prompt_ids
 from tokenizer import (
     BPETokenizer,
     CodeTokenizer,
@@ -510,7 +509,7 @@ class TestStart:
     def as_theirs(self, folder: Path) -> None:
         ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
         for text in ("def f(x):\n", " x", "y" * 40):
-            assert prompt_ids(ours, text) == theirs(text)["input_ids"]
+            assert ours.prompt_ids(text) == theirs(text)["input_ids"]
 
     @pytest.mark.parametrize(
         "before", [None, BYTE_LEVEL, TEMPLATE, {"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}]
@@ -542,7 +541,7 @@ class TestStart:
         assert (started is published) == (published.start_id is not None)
         assert (started.fingerprint == published.fingerprint) == (started is published)
         assert started.start_id == (1 if bos or published.start_id is not None else 2)
-        assert prompt_ids(started, "x") == [started.start_id, *published.encode("x")]
+        assert started.prompt_ids("x") == [started.start_id, *published.encode("x")]
         started.save(tmp_path / "started")
         self.as_theirs(tmp_path / "started")
         assert load_tokenizer(tmp_path / "started").fingerprint == started.fingerprint
@@ -573,7 +572,7 @@ class TestStart:
         (tmp_path / "bpe" / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}))
         assert load_tokenizer(tmp_path / "bpe").fingerprint == bpe.fingerprint  # written before it was said
         assert (bpe.with_start(), tiny.with_start()) == (bpe, tiny)
-        assert prompt_ids(bpe, "x")[0] == bpe.bos_id and prompt_ids(tiny, "x")[0] == tiny.bos_id
+        assert bpe.prompt_ids("x")[0] == bpe.bos_id and tiny.prompt_ids("x")[0] == tiny.bos_id
 
     def test_more_than_one_is_refused(self, bpe: BPETokenizer, tmp_path: Path) -> None:
         bpe.save(tmp_path)

@@ -15,7 +15,6 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from architecture import Decoder
-from generate import prompt_ids
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from pretrained.save import JUDGED
@@ -92,7 +91,7 @@ def same_as_transformers(folder: Path, ours: Any, model_type: str | None = None)
     ids = (theirs.bos_token_id, theirs.eos_token_id)
     assert (ours.bos_id, ours.eos_id) == ids or None in ids
     for text in TEXTS:
-        assert prompt_ids(ours, text) == theirs(text)["input_ids"], text
+        assert ours.prompt_ids(text) == theirs(text)["input_ids"], text
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
         if ours.decode(ours.encode(text)) != text:  # a text may lose a space as it does there
             assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text)), text
@@ -177,7 +176,7 @@ def test_the_class_of_a_folder_is_foretold(
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = opened_by_transformers(tmp_path)
     for text in TEXTS:
-        assert prompt_ids(ours, text) == theirs(text)["input_ids"], text
+        assert ours.prompt_ids(text) == theirs(text)["input_ids"], text
 
 
 def small(family: str, vocab_size: int) -> Decoder:
@@ -210,7 +209,7 @@ def test_every_export_gives_our_ids_or_is_refused(bpe: BPETokenizer, tmp_path: P
         save_pretrained(model, tokenizer, out, family)
         theirs = transformers.AutoTokenizer.from_pretrained(out)
         for text in TEXTS:
-            assert prompt_ids(tokenizer, text) == theirs(text)["input_ids"], text
+            assert tokenizer.prompt_ids(text) == theirs(text)["input_ids"], text
         found = load_pretrained(out).tokenizer
         assert found is not None and found.encode(SOURCE) == tokenizer.encode(SOURCE)
 
@@ -226,4 +225,4 @@ def test_the_tokenizer_of_qwen2_is_exported_beside_qwen2(bpe: BPETokenizer, tmp_
     save_pretrained(small("qwen2", tokenizer.vocab_size), tokenizer, tmp_path / "out", "qwen2")
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in TEXTS:
-        assert prompt_ids(tokenizer, text) == opened(text)["input_ids"], text
+        assert tokenizer.prompt_ids(text) == opened(text)["input_ids"], text
