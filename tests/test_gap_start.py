@@ -18,6 +18,7 @@ from dataset import _store_key, as_shown, shown
 from fim import MARKERS, fim_markers, fim_prompt_ids, gap_start
 from generate import GenerationConfig, generate
 from guards.labels import example_in_row
+from healing import Prompt
 from pretrained.save import save_tokenizer
 from recipes.base import with_gaps
 from runmodel import gaps_began_bare
@@ -118,7 +119,7 @@ def test_the_start_stands_before_a_gap_in_generation(ours: Path, monkeypatch: py
     model, real = Decoder(replace(shape).resolved()), module.generate_ids
     monkeypatch.setattr(module, "generate_ids", lambda *args: read.extend(args[1]) or real(*args))
     generate(model, tokenizer, ["def f("], GenerationConfig(max_new_tokens=2), suffix="):")
-    assert read == [fim_prompt_ids(tokenizer, "def f(", "):")] and read[0][0] == tokenizer.bos_id
+    assert read == [Prompt(fim_prompt_ids(tokenizer, "def f(", "):"))] and read[0].ids[0] == tokenizer.bos_id
 
 
 def test_a_published_model_without_a_start_has_none_before_a_gap(tmp_path: Path) -> None:

@@ -18,21 +18,20 @@ import torch
 import yaml
 
 from architecture import Decoder
-from config import Config
+from config import Config, DataConfig
 from dataset import prepare_data
 from fim import fim_prompt_ids, gap_start, known_markers
 from precision import choose_device, choose_precision
 from pretrained import load_pretrained, save_pretrained
 from recipes import kotlin, summaries
 from recipes.__main__ import RECIPES, main
-from recipes.base import BaseConfig, make_base, model_of
+from recipes.base import FIM_RATE, BaseConfig, make_base, model_of
 from recipes.building import Counts, plain_documents, split, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
 from recipes.pipeline import done, parse_words, samples
 from recipes.training import finish
-from runmodel import load_run
 from scraping.documents import Document
 from tokenizer import BPETokenizer
 
@@ -363,9 +362,8 @@ def test_a_small_base_opens_in_transformers_with_equal_logits(
         spelled = "<fim_prefix>def f(<fim_suffix>):<fim_middle>"
         asked = fim_prompt_ids(found.tokenizer, "def f(", "):")
         assert AutoTokenizer.from_pretrained(folder)(spelled).input_ids == asked
-        run = load_run(folder.with_name("base-run"))
-        store = prepare_data(run.config.data, run.tokenizer).train
-        markers = known_markers(run.tokenizer)
+        data = DataConfig(source=str(corpus), cache=settings.cache, fim_rate=FIM_RATE)
+        store, markers = prepare_data(data, found.tokenizer).train, known_markers(found.tokenizer)
         starts = [gap_start(store.document(n), markers) for n in range(store.n_documents)]
         assert set(starts) == {None, 1} and store.gap_lead == 1
         assert {int(store.document(n)[0]) for n in range(store.n_documents)} == {asked[0]}

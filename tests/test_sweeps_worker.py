@@ -59,10 +59,11 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
 
 
 def test_a_sweep_of_failures_alone_says_why_and_what_to_do(tmp_path: Path, corpus: Path) -> None:
-    words = ("--config", tiny(tmp_path, corpus), "--allow", "nothing", "--trials", "2")
+    words = ("--config", tiny(tmp_path, corpus), "--model.vocab_size", str(2**16), "--trials", "2")
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "all 2 trials failed (it stops after 5); the first one: --allow nothing names no" in done.stderr
+    reason = "all 2 trials failed (it stops after 5); the first one: preflight: vocabulary-too-large"
+    assert reason in done.stderr
     assert "; mend that, and begin anew with another --study" in done.stderr
 
 
