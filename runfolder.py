@@ -242,7 +242,7 @@ def with_data_resolved(config: Config, folder: Path) -> Config:
     data, saved = config.data, folder / "config.yaml"
     if data.regroup is None and saved.is_file():
         before = Config.from_dict(read_yaml(saved))
-        data = dataclasses.replace(data, regroup=before.data.regroup)
+        data = dataclasses.replace(data, regroup=before.data.resolved().regroup)
     return dataclasses.replace(config, data=data.resolved())
 
 
@@ -270,22 +270,17 @@ def config_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-def _decided(config: Config) -> Config:
-    """The config with every value that is left open as the rest of it decides."""
-    return dataclasses.replace(config, data=config.data.resolved()).with_optimizer_defaults()
-
-
 def refuse_changes(folder: Path, config: Config) -> None:
     """ValueError if a resumed run would go on with another value of a fixed key; tells of warned ones."""
     saved = read_yaml(folder / "config.yaml")
-    before = flat(_decided(Config.from_dict(saved)))
+    before = flat(with_data_resolved(Config.from_dict(saved), folder).with_optimizer_defaults())
     if "validation_batches" in saved:
         print(
             f"warning: {folder} began when a validation read whole batches; it reads as many single rows "
             "now, so that its best loss so far is of other rows",
             file=sys.stderr,
         )
-    after = flat(_decided(config))
+    after = flat(with_data_resolved(config, folder).with_optimizer_defaults())
     changed = {key: (before[key], new) for key, new in after.items() if before[key] != new}
     for key, (old, new) in changed.items():
         if KEY_CLASSES.get(key, FIXED) == FIXED:

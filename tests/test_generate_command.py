@@ -375,7 +375,8 @@ def test_a_wrong_command_line_is_one_sentence(words, sentence, capsys):
         ({"adapter": "a", "dtype": "bf16"}, "leave --dtype bf16 out, or --adapter"),
     ],
 )
-def test_what_cannot_be_opened_is_one_sentence(change, sentence, folder, tmp_path):
+def test_what_cannot_be_opened_is_one_sentence(change, sentence, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the folder of the repository may hold runs
     bare, empty, latin = tmp_path / "bare", tmp_path / "empty", tmp_path / "latin"
     empty.mkdir()
     bare.mkdir()
