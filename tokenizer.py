@@ -934,9 +934,14 @@ def _joined(texts: list[bytes | None] | None, ids: Iterable[int]) -> bytes | Non
     return None if None in found else b"".join(text for text in found if text is not None)
 
 
-def _token_texts(backend: tokenizers.Tokenizer, vocab_size: int) -> list[bytes | None] | None:
+def _token_texts(
+    backend: tokenizers.Tokenizer, vocab_size: int, plain: Container[int] = ()
+) -> list[bytes | None] | None:
     """The bytes of each id (vocab_size,) of a byte-level vocabulary, or of one that writes a space as U+2581;
     None for special tokens. None where the decoder is of another kind.
+
+    Args:
+        plain: Pieces of text that the file calls special.
     """
     decoder = json.loads(backend.to_str())["decoder"] or {}
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
@@ -952,7 +957,8 @@ def _token_texts(backend: tokenizers.Tokenizer, vocab_size: int) -> list[bytes |
         else:
             texts[id] = piece.replace("\u2581", " ").encode()
     for id, token in backend.get_added_tokens_decoder().items():
-        texts[id] = None if token.special else token.content.encode()
+        if id not in plain:
+            texts[id] = None if token.special else token.content.encode()
     return texts
 
 
@@ -1115,6 +1121,7 @@ class PretrainedTokenizer(Tokenizer):
         # A folder may fill up with a piece of plain text, such as "!", that every text may hold.
         plain = {self.pad_id} - {self.bos_id, self.eos_id, None}
         plain = {id for id in plain if id is not None and _is_plain_piece(state["model"], id)}
+        self._plain = frozenset(plain)
         silent = {self.bos_id, self.eos_id, self.pad_id} - plain
         self._silent = frozenset(id for id in silent if id is not None)
         self._controls = frozenset(
@@ -1312,7 +1319,7 @@ class PretrainedTokenizer(Tokenizer):
     def _bytes(self) -> list[bytes | None] | None:
         """Of each id, None for special tokens; None where the decoder is of a kind that is not known."""
         silent = self._silent | self._controls
-        texts = _token_texts(self._tokenizer, self.vocab_size)
+        texts = _token_texts(self._tokenizer, self.vocab_size, self._plain)
         return texts and [None if id in silent else text for id, text in enumerate(texts)]
 
     @cached_property

@@ -405,9 +405,12 @@ def _as_one_text(
     kept = len(asked.ids)
     if ids[:kept] != asked.ids or tokenizer.decode(ids) != document.prompt + document.text:
         return None
-    text_ids = asked.ids[tokenizer.start_id is not None :]
-    dropped = len(utf8(document.prompt)) - len(tokenizer.bytes_of(text_ids) or b"") if asked.dropped else 0
-    return kept, ids[kept:], dropped
+    if not asked.dropped:
+        return kept, ids[kept:], 0
+    stays = tokenizer.bytes_of(asked.ids[tokenizer.start_id is not None :])
+    if stays is None:  # how many bytes bear loss is not known
+        return None
+    return kept, ids[kept:], len(utf8(document.prompt)) - len(stays)
 
 
 def _refuse_loss(tokenizer: Tokenizer, ids: list[int], text: str, name: str) -> None:

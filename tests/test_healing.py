@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -21,11 +22,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import healing
 from architecture import Decoder
+from corpus import Document
 from decoding import Generated, generate_ids
 from generate import GenerationConfig, generate
 from healing import Prompt, healed
 from tests.test_generate import BIASED, scrambled
-from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, Tokenizer
+from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
+from tokenstore import _encode
 
 MERGES = [("a", "b"), ("b", "b"), ("Ċ", "Ġ"), ("ab", "bb"), ("ĊĠ", "Ġ"), ("Ġ", "a"), ("bb", "a")]
 PROMPTS = ["ab\n", "a ", "ab", "abb", "a\n ", "b", "\n", "bbab\n  ", "abbb"]
@@ -286,3 +289,20 @@ def test_a_vocabulary_of_50000_is_searched_in_milliseconds():
     for _ in range(100):
         found.beginning_with(b" ab")
     assert (time.perf_counter() - began) / 100 < 0.005
+
+
+@pytest.mark.parametrize("prompt", ["# hi\ndef add(a, b):\n", "# hi!\ndef add(a, b):\n"])
+def test_the_bytes_that_bear_loss_are_counted_where_a_piece_of_text_fills_up(tmp_path, prompt):
+    text = "    return a + b\n"
+    BPETokenizer.train([5 * f"def add(a, b):\n{text}"], vocab_size=300).save(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    filler = dict(state["added_tokens"][0], id=state["model"]["vocab"]["!"], content="!", special=True)
+    state["added_tokens"] = sorted([*state["added_tokens"], filler], key=lambda token: token["id"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "!", "bos_token": "<|bos|>"}', "utf-8")
+    tokenizer = PretrainedTokenizer.load(tmp_path)
+    document = Document(name="a", group="a", text=text, prompt=prompt)
+    (encoded,) = _encode(tokenizer, [document], np.dtype(np.int64))
+    learned = tokenizer.decode(encoded.ids[encoded.prompt_length :].tolist()).removesuffix("<|eos|>")
+    assert learned == "\n" + text
+    assert encoded.dropped_bytes == 1
