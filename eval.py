@@ -451,6 +451,7 @@ def suite_record(
     about: dict[str, Any] = {
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
+        "healed": subject is not None and subject.tokenizer.heals,
         "sampling": None
         if settings.temperature == 0
         else {key: getattr(how, key) for key in ("temperature", "top_k", "top_p", "seed")},

@@ -354,6 +354,8 @@ def _refuse_unlike(one: Column, other: Column) -> None:
     # The limit that is not given is of the tokenizer's own tokens. One that no text ran into changed nothing.
     # Of predictions made elsewhere nothing is known of one.
     made_here = one.system != "given" and other.system != "given"
+    if made_here:
+        refuse("whether a prompt's end was healed", bool(ours.get("healed")), bool(theirs.get("healed")))
     if made_here and any(one.record.get("ran_long", {}).get(one.system, 1.0) for one in (one, other)):
         refuse(
             "max_new_tokens",

@@ -231,6 +231,18 @@ def free_memory() -> int:
         return free
 
 
+def likeliest_start(baseline: NGramModel, prompt: Prompt) -> list[int]:
+    """The first new tokens of a healed prompt that the n-gram model gives the highest probability."""
+    if not prompt.branches or not prompt.ids:
+        return [*prompt.dropped]
+    context = prompt.ids[-max(baseline.order - 1, 1) :]
+    starts = [[*branch.ids, last] for branch in prompt.branches for last in branch.allowed.tolist()]
+    scores = baseline.log_probs(np.array([*context, *start]) for start in starts)
+    ends = np.cumsum([len(context) + len(start) - 1 for start in starts])  # the first token has no score
+    own = [scores[end - len(start) : end].sum() for start, end in zip(starts, ends, strict=True)]
+    return starts[int(np.argmax(own))]
+
+
 def ngram_complete(
     baseline: NGramModel,
     tokenizer: Tokenizer,
@@ -240,13 +252,14 @@ def ngram_complete(
     length: int,
     stop: tuple[str, ...] = (),
 ) -> Predictions:
-    """The same by the n-gram model, which goes on with its likeliest token."""
-    prompts = [asked(tokenizer, example, max_new_tokens, length, heal=False) for example in examples]
-    contexts = [np.array(prompt.prompt.whole) for prompt in prompts]
+    """The same by the n-gram model, which goes on with its likeliest token, a prompt's end healed alike."""
+    prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
+    starts = [likeliest_start(baseline, prompt.prompt) for prompt in prompts]
+    contexts = [np.array([*p.prompt.ids, *start]) for p, start in zip(prompts, starts, strict=True)]
     texts, ran_long = [], 0
     continued = baseline.complete(contexts, max(prompt.limit for prompt in prompts)).tolist()
-    for example, prompt, ids in zip(examples, prompts, continued, strict=True):
-        ids = ids[: prompt.limit]
+    for example, prompt, start, found in zip(examples, prompts, starts, continued, strict=True):
+        ids = [*start, *found[: prompt.limit]]
         end = next((at for at, id in enumerate(ids) if id in prompt.ends), len(ids))
         text = completed_text(tokenizer, prompt.prompt, ids[:end])
         stops = [at for at in (text.find(string) for string in stop) if at >= 0]

@@ -270,6 +270,7 @@ def changed(found: dict[str, Any], *keys: Any, to: Any) -> dict[str, Any]:
             {"chrf": "x"},
             r"metrics is \['chrf', 'exact_match'\] in one and \['chrf'\]",
         ),
+        (("suite", "healed"), True, "a prompt's end was healed is False in one and True in the other"),
         (("suite", "samples", 7, "reference"), "x", r"reference of sample 8 is 'def f_7"),
         (("suite", "samples", 7, "id"), "x", "id of sample 8 is 'f7:7' in one and 'x'"),
         (("suite", "samples", 7, "prompt"), "x", "prompt of sample 8 is 'say 7' in one and 'x'"),

@@ -2,6 +2,7 @@
 
 import ast
 
+import numpy as np
 import pytest
 import torch
 from test_eval import BYTES, FP32, documents_of, prepared, random_model, source
@@ -11,10 +12,11 @@ from config import ModelConfig
 from dataset import PreparedData
 from ngram import NGramModel
 from suites import functions
-from suites.completing import complete, ngram_complete
+from suites.completing import complete, ngram_complete, uncut
 from suites.functions import function_examples, sample_completions, through_body
 from suites.lines import CONTEXT_LINES, next_line_examples, through_first_line
 from suites.scoring import SUITES, Example, Predictions, scored
+from tokenizer import BPETokenizer, CodeTokenizer
 
 LENGTH = 128  # of a row
 
@@ -246,3 +248,15 @@ def test_samples_show_signature_reference_and_completion(data, model):
 def test_a_tiny_block_has_no_samples_and_does_not_crash(data, block_size):
     shape = ModelConfig(BYTES.vocab_size, block_size=block_size, n_layer=1, n_head=1, n_embd=8)
     assert sample_completions(Decoder(shape).eval(), BYTES, data.test, block_size, FP32) == []
+
+
+def test_the_n_gram_model_heals_a_prompts_end_too() -> None:
+    """A line break and the indentation behind it are one token, which these prompts cut in two."""
+    text = "".join(f"def add{i}(a, b):\n    return a + b\n" for i in range(9))
+    for tokenizer in (BPETokenizer.train([text] * 9, 300), CodeTokenizer.train([text] * 9, 300, 2)):
+        document = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+        baseline = NGramModel([document], tokenizer.vocab_size)
+        examples = [Example("a", 0, f"def add1(a, b):{end}", "x") for end in ("", "\n", "\n  ")]
+        bare, broken, half = ngram_complete(baseline, tokenizer, examples, uncut, 12, 64).texts
+        assert bare.startswith("\n    return a + b\n")
+        assert broken.startswith("    return a + b\n") and half.startswith("  return a + b\n")
