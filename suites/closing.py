@@ -63,7 +63,8 @@ def verdict(rows: Sequence[Mapping[str, float]], run: str, adapted: bool) -> str
         return f"{facts}: memorising; change first: more data, else {dropout} or fewer epochs"
     before = [loss for step, loss in validated if step <= 0.8 * last]
     if not before:
-        return f"{facts}: too few validations to judge by; change first: train longer, or --validate_every"
+        often = max(1, last // 10)
+        return f"{facts}: not memorising; to see whether it still improves: --validate_every {often}"
     if before[-1] > (1 + STILL_FALLS) * held_out:
         longer = f"--resume --run {run} and a larger budget"
         return f"{facts}: not memorising, and validation still falls; change first: train longer ({longer})"
@@ -83,9 +84,9 @@ def shown_examples(record: Mapping[str, Any], n: int) -> str:
 
 
 def flags_of(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The words that ask `generate.py` for the sample with the shortest prompt; a long one is for a file."""
-    asked = min(samples, key=lambda sample: len(sample["prompt"]), default={"prompt": "def main():"})
-    if len(asked["prompt"]) > LONGEST:
+    """The words that ask `generate.py` for the sample with the shortest prompt; a file where that is long."""
+    asked = min(samples, key=lambda sample: len(sample["prompt"]), default=None)
+    if asked is None or len(asked["prompt"]) > LONGEST:
         return "--prompt_file FILE"
     suffix = f" --suffix {shlex.quote(asked['suffix'])}" if asked.get("suffix") is not None else ""
     return f"--prompt {shlex.quote(asked['prompt'])}{suffix}"

@@ -394,8 +394,9 @@ def suite_table(record: dict[str, Any]) -> str:
             "--max_new_tokens"
         )
     for name, verdict in record["verdicts"].items():
-        said = [verdict["best"], *(["base"] if "base" in verdict["against"] else [])]
-        lines.append(f"{name}: {'; '.join(verdict['against'][one] for one in dict.fromkeys(said))}")
+        against = [verdict["best"], *(["base"] if "base" in verdict["against"] else [])]
+        said = dict.fromkeys(verdict["against"][one] for one in against)  # one may say the same of both
+        lines.append(f"{name}: {'; '.join(said)}")
     if "without" in record:
         lines.append(f"beside these: {record['without']}")
     if "sandbox" in record:

@@ -33,7 +33,11 @@ def curves(train: list[float], held_out: list[float], epochs: float) -> list[dic
         (curves([5, 3, 2.5], [4, 3, 2.8, 2.6, 2.5], 3.5), "validation still falls; change first: train"),
         (curves([5, 2, 1.3], [4, 3, 2.9, 2.8], 1.5), "not memorising, and validation still falls"),
         (curves([5, 3, 2.5], [4, 2.51, 2.5, 2.5, 2.5], 3.5), "levelled off; change first: more data, or --m"),
-        (curves([5, 3, 2.5], [2.5], 0.5), "too few validations to judge by"),
+        (
+            curves([5, 3, 2.5], [2.5], 0.5),
+            "not memorising; to see whether it still improves: --validate_every 10",
+        ),
+        (curves([5, 3, 1.3], [2.8], 3.5), "after 3.5 epochs: memorising; change first: more data"),
         ([{"step": 1, "train/loss": 3.0, "train/epoch": 0.1}], "nothing was logged"),
     ],
 )
@@ -55,7 +59,7 @@ def test_the_command_asks_for_the_shortest_prompt_as_a_shell_reads_it(tmp_path: 
     words = ["complete", "python", "generate.py", "--model", str(folder)]
     assert shlex.split(line) == [*words, "--prompt", "it's\n", "--suffix", "b c"]
     assert flags_of([{"prompt": "x" * 201}]) == "--prompt_file FILE"
-    assert flags_of([]) == "--prompt 'def main():'"
+    assert flags_of([]) == "--prompt_file FILE"
 
 
 def test_three_of_the_users_own_examples_are_shown() -> None:
