@@ -227,7 +227,7 @@ class TokenStore:
         first, last = np.append(0, apart + 1), np.append(apart, len(where) - 1)
         low, high = where[first], where[last] + 1
         found = self._read(low, high)
-        if len(found) != len(where):  # what lies between two places was read too
+        if np.count_nonzero(step != 1) > len(apart):  # a place twice, or what lies between two was read too
             lengths = high - low
             found = found[where - np.repeat(low - np.cumsum(lengths) + lengths, last - first + 1)]
         return found.astype(np.int64)

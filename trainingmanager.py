@@ -253,8 +253,12 @@ class TrainingManager:
 
     # --- the loop ------------------------------------------------------------------------------------
 
-    def fit(self, subject: Subject, observer: Observer | None = None) -> None:
-        """Train until the budget is used, patience ends, or a signal or the observer says so; then save."""
+    def fit(self, subject: Subject, observer: Observer | None = None, warn: bool = True) -> None:
+        """Train until the budget is used, patience ends, or a signal or the observer says so; then save.
+
+        Args:
+            warn: Of a budget that ended while the loss still fell steeply.
+        """
         train = self.config.train
         self.began = time.perf_counter() - self.state.seconds
         tokens_at_start, seconds_at_start = self.state.tokens, self.state.seconds
@@ -295,7 +299,8 @@ class TrainingManager:
                 self.save(None)  # without a validation, which a run that is not stopped would not have here
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
-        if self.resumed_from is None and self.progress() >= 1 and (told := still_falling(losses)):
+        ended = self.resumed_from is None and self.progress() >= 1
+        if warn and ended and (told := still_falling(losses)):
             print(f"warning: {told}", file=sys.stderr)
 
     def update(self) -> dict[str, float]:
@@ -786,7 +791,7 @@ def _train_in(
     saved = config.to_dict() | {"run": str(folder), "resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
     record_overrides(folder, passed)
-    manager.fit(subject, observer)
+    manager.fit(subject, observer, warn=not is_preset)
     return manager
 
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import corpus
@@ -780,7 +780,22 @@ def test_labels_stop_at_the_ends_of_documents_and_at_padding():
     assert next_token_labels(tokens, ids).tolist() == [[6, x, 8, x, x, x]]
 
 
+def test_tokens_are_gathered_from_any_places(tmp_path: Path):
+    """Places that come twice do not make up for those between two that are not asked for."""
+    store = range_store(tmp_path / "s", [9, 700], shard_tokens=50)
+    tokens = store.gather(np.arange(store.n_tokens))
+    draw = np.random.default_rng(0)
+    for most in (3, 9, 600):
+        for _ in range(200):
+            where = np.cumsum(draw.integers(0, most, 8)) % store.n_tokens
+            where = where[draw.permutation(8)] if most == 9 else where
+            assert store.gather(where).tolist() == tokens[where].tolist()
+    where = np.array([0, 1, 3, 4, 1, 2, 2, 3])
+    assert store.gather(where).tolist() == tokens[where].tolist()
+
+
 @settings(max_examples=60, deadline=None)
+@example(lengths=[5], T=1, B=4, seed=6)
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) > 1),
     T=st.integers(1, 40),
