@@ -140,7 +140,10 @@ def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> P
     tokenizer.heals = config.heal
     for examples in (False, True):  # only the source itself says what it holds
         with contextlib.suppress(ValueError):
-            return _verified(_store_folder(config, tokenizer, fingerprint, examples), tokenizer, report)
+            found = _verified(_store_folder(config, tokenizer, fingerprint, examples), tokenizer, report)
+            # Plain text and examples that are not healed have one key.
+            if not config.heal or found.train.holds_examples == examples:
+                return found
     return None
 
 

@@ -33,7 +33,8 @@ def finish(config: Config, is_preset: bool = False) -> bool:
         ValueError: As `trainingmanager.train`, also for a run that was finished with another fixed setting.
         SystemExit: With 75; a signal asked to stop, and the next call goes on.
     """
-    folder, config = Path(config.train.run), config.with_optimizer_defaults()
+    folder = Path(config.train.run)
+    config = _as_begun(config, folder).with_optimizer_defaults()
     mark = folder / FINISHED
     if mark.is_file():
         try:
@@ -75,6 +76,14 @@ def finish(config: Config, is_preset: bool = False) -> bool:
             sys.exit(RESUMABLE)
     write_atomically(mark, json.dumps(config.to_dict()))
     return True
+
+
+def _as_begun(config: Config, folder: Path) -> Config:
+    """The config with prompts cut where they end, for a run that was begun before their ends were healed."""
+    saved = folder / "config.yaml"
+    if not saved.is_file() or "heal" in read_yaml(saved).get("data", {}):
+        return config
+    return replace(config, data=replace(config.data, heal=False))
 
 
 def _refuse_another_format(config: Config, folder: Path) -> None:

@@ -28,7 +28,8 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler,
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from runfolder import FREE, KEY_CLASSES, flat
+from config import BEFORE
+from runfolder import FREE, KEY_CLASSES, LATER, flat
 from sweeps.board import is_open, slots_of
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.space import ARMS, MATTERS, Parameter, flow, written
@@ -72,6 +73,9 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings)
             )
         study.set_user_attr("identity", own)
         known = study.user_attrs["identity"]  # of two that began at once, the later one's
+    # A study of before these keys did what they say is done without them.
+    later = {key: BEFORE[key] for key in LATER if key in own["config"]}
+    known = known | {"config": later | known["config"]}
     for part in ("objectives", "space", "config"):
         if known[part] != own[part]:
             raise ValueError(

@@ -25,12 +25,12 @@ from config import (
     TrainConfig,
     one_sentence,
 )
-from dataset import prepare_data, prepare_tokenizer
+from dataset import prepare_data, prepare_tokenizer, stored_data
 from leaks import store_overlap
 from recipes.base import refuse_changed
 from suites.kept import Kept
 from suites.overlaps import training_overlap
-from tokenizer import Tokenizer
+from tokenizer import BPETokenizer, Tokenizer
 from tokenstore import TokenStore, open_store
 from trainingmanager import TrainingManager, train
 
@@ -366,3 +366,18 @@ def test_a_removed_entry_is_not_in_use(tmp_path: Path) -> None:
         InUse(path)
     shutil.rmtree(tmp_path)
     make_room(tmp_path, 1 / GB)
+
+
+def test_the_stored_examples_of_a_healed_run_are_not_those_of_an_unhealed_one(tmp_path: Path) -> None:
+    """Both have the key of a store that has no examples, for which the setting does nothing."""
+    rows = [{"prompt": f"def f{i}(x):\n", "completion": f"    return x + {i}\n"} for i in range(40)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    healed = DataConfig(str(source), cache=str(tmp_path / "cache"), workers=1)
+    tokenizer = BPETokenizer.train([row["prompt"] + row["completion"] for row in rows], 300)
+    unhealed = prepare_data(replace(healed, heal=False), tokenizer)
+    assert stored_data(healed, tokenizer, unhealed.fingerprint) is None
+    made = prepare_data(healed, tokenizer)
+    for config, folder in ((healed, made.folder), (replace(healed, heal=False), unhealed.folder)):
+        found = stored_data(config, tokenizer, made.fingerprint)
+        assert found is not None and found.folder == folder

@@ -666,6 +666,7 @@ def test_a_base_of_before_near_copies_were_grouped_is_finished_as_it_was(tmp_pat
     """Its config.yaml says how it was split, and its recipe has no flag for that."""
     config = replace(Config(), train=replace(Config().train, run=str(tmp_path)))
     by_name = replace(config, data=replace(config.data, regroup=False)).to_dict()
+    del by_name["data"]["heal"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(by_name), "utf-8")
     (tmp_path / "asked.json").write_text(json.dumps(by_name), "utf-8")
     assert finish(config) is False

@@ -430,3 +430,17 @@ def test_a_sampler_whose_package_is_not_installed_is_refused_at_once(
     with pytest.raises(SystemExit):
         parse_settings(["--sampler", sampler])
     assert f"needs the package {package}, which is not installed: pip install" in capsys.readouterr().err
+
+
+def test_a_study_of_before_a_setting_goes_on_by_what_was_done_without_it(tmp_path: Any) -> None:
+    own = {"space": {"seed": [1, 2]}, "sweep": {"study": str(tmp_path)}, "data": {"source": str(tmp_path)}}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(own), "utf-8")
+    as_then = parse_settings(["--config", str(path), "--data.heal", "false"])
+    study, _ = open_studies(as_then)
+    known = study.user_attrs["identity"]
+    del known["config"]["data.heal"]
+    study.set_user_attr("identity", known)
+    open_studies(as_then)
+    with pytest.raises(ValueError, match=r"data\.heal was false and is true now"):
+        open_studies(parse_settings(["--config", str(path)]))
