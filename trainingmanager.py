@@ -91,6 +91,7 @@ from dataset import (
 from eval import EvalConfig, evaluate, table, write_results
 from fim import fim_markers
 from generate import GenerationConfig, generate
+from guards.subject import refuse_unknown_faults
 from live import FirstSteps
 from lora import trainable_table
 from loss import Scores, TokenLoss, score, token_loss
@@ -899,6 +900,8 @@ def finish_ended(config: Config) -> bool:
         last = ended(config.train, folder)
         if last is None:
             return False
+        refuse_unknown_faults(config.train.allow)
+        choose_precision(choose_device(config.train.device), precision_of_scores(config.train))
         config = with_data_resolved(config, folder)
         saved = Config.from_dict(read_yaml(folder / "config.yaml"))
         vocab_size = config.model.vocab_size or saved.model.vocab_size

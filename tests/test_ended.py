@@ -139,6 +139,15 @@ def test_a_store_in_the_cache_is_enough_where_the_source_is_gone(run: Path) -> N
     assert all((run / file).exists() for file in LEFT)
 
 
+@pytest.mark.parametrize("words", [("--device", "tpu"), ("--allow", "future-visibel")])
+def test_a_mistake_in_the_command_is_refused_and_no_reason_to_end_a_retry_loop(
+    run: Path, words: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended_with:
+        resume(run, *words)
+    assert ended_with.value.code == 2 and words[1] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("gone", ["gone", "changed"])
 def test_what_cannot_be_made_is_said_and_a_retry_loop_ends(
     run: Path, gone: str, capsys: pytest.CaptureFixture[str]
