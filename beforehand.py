@@ -1,6 +1,6 @@
 """What is judged of a run before the first document of its corpus is opened.
 
-    precision = refuse_mistakes(config)  # of the run, or ValueError in one sentence
+    precision = refuse_mistakes(config)  # The precision of the run, or a ValueError in one sentence.
 
 To read and tokenise a corpus may take many minutes, and the weights of a base some. A mistake that neither
 is needed for is told before: of the corpus nothing is read, and of a base its config.json.
@@ -20,7 +20,7 @@ from precision import Precision, choose_device, choose_precision, evaluation_pre
 from pretrained.load import described, without_memory
 from runmodel import refuse_other_model, resolved_format
 
-MOST_LAYERS = 1000  # of a base whose modules are named beforehand; a stranger's config.json may say any
+MOST_LAYERS = 1000  # The most blocks that are made to name modules: a config.json may claim any number.
 
 
 def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:

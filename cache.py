@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from config import write_atomically
 
-SUMS = "sha256.json"  # of a sealed folder
+SUMS = "sha256.json"  # The checksums in a sealed folder.
 GB = 10**9
 # Nothing else is ever removed: --data.cache may name a folder that holds other things.
 ENTRIES = {
@@ -38,7 +38,7 @@ ENTRIES = {
     "tokenizers": r"\.?[0-9a-f]{32}(\.\d+)?(\.gone-[0-9a-f]{32})*",
     "predictions": r"\.?eval-.+-[0-9a-f]{32}\.jsonl(\.gone-[0-9a-f]{32})*",
 }
-STARTED = time.time()  # of this process
+STARTED = time.time()  # The time at which this process began.
 
 
 # --- checksums ---------------------------------------------------------------------------------------

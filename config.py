@@ -419,7 +419,7 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
     },
     "adamw": {
         "lr": 1e-3,
-        "embedding_lr": 0.0,  # as lr
+        "embedding_lr": 0.0,  # Zero follows lr.
         "head_lr": 0.0,
         "beta1": 0.9,
         "beta2": 0.999,
@@ -740,7 +740,7 @@ def unread_rates(
         tables = [OPTIMIZER_DEFAULTS[own] for own in ("muon", optimizer.name)]
         unset = {table.get(name, OptimizerConfig.muon_lr) for table in tables}
         if name in ("embedding_lr", "head_lr"):
-            unset.add(0.0)  # as lr
+            unset.add(0.0)  # Zero follows lr.
         if key in read or value is None or (value in unset and key not in given):
             continue
         acting = optimizer.rates_read(kinds)
@@ -847,7 +847,7 @@ def _sentence_of(error: BaseException) -> str:
     return str(error)
 
 
-MOST_BYTES = 2**28  # of a document or of a row of it, which is held and tokenised whole
+MOST_BYTES = 2**28  # The most bytes of a document or of a row of it, which is tokenised whole.
 
 
 def bounded_lines(lines: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
@@ -1053,7 +1053,7 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
             for word, after in pairwise([*words, ""]):
                 flag, equals, value = word.partition("=")
                 file = value if equals else after
-                if flag in flags and os.path.isfile(file):  # or the values themselves
+                if flag in flags and os.path.isfile(file):  # Otherwise the word holds the values themselves.
                     try:
                         read_yaml(Path(file))
                     except ValueError as error:

@@ -300,7 +300,7 @@ def _read_folder(
             if file.endswith(tuple(config.suffixes)) and inside and path.is_file():
                 paths.append(path.relative_to(root).as_posix())
     for name in sorted(paths):
-        size = (root / name).stat().st_size  # of a sparse file any number, on a small disk
+        size = (root / name).stat().st_size  # A sparse file may have any size on a small disk.
         if size > MOST_BYTES:
             raise ValueError(
                 f"{root / name} has {size:,} bytes, and a document may have {MOST_BYTES:,}: cut it into "

@@ -72,7 +72,7 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
     else:
         tokenizer = BPETokenizer.train(texts, settings.vocab_size)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+    shutil.rmtree(temporary, ignore_errors=True)  # A killed process with this number may have left it.
     temporary.mkdir(parents=True)
     tokenizer.save(temporary)
     seal_folder(temporary)
@@ -118,7 +118,7 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examp
     # Labels and batches are made of the last three, not tokens.
     for name in ("source", "cache", "cache_gb", "workers", "loss_on", "order", "difficulty"):
         del settings[name]
-    if not (settings["heal"] and examples):  # as in stores that were made before there was the setting
+    if not (settings["heal"] and examples):  # Stores from before the setting have this key.
         del settings["heal"]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]

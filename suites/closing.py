@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RECENT = 0.1  # of the logged steps, whose mean training loss stands for the end of the run
+RECENT = 0.1  # The share of the logged steps whose mean loss stands for the end of the run.
 ROSE = 0.02  # nats by which validation must have risen since its best to count as risen
 APART = 1.25  # validation loss over training loss from which a run that has seen its data twice memorises
 STILL_FALLS = 0.01  # share by which validation fell over the last fifth of a run that should be longer

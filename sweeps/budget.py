@@ -17,7 +17,7 @@ from sweeps.settings import Settings
 ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
 NOTHING_NEW = 20  # trials in a row that took no step: the space holds no other settings, or next to none
 FEWEST = 2  # rounds of repeats that give an interval
-SHARE = 0.5  # of a budget in seconds that repeats may take
+SHARE = 0.5  # The part of a budget in seconds that repeats may take.
 
 
 def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: float, grid: int | None) -> bool:
