@@ -171,6 +171,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from config.console import printable
 
 from architecture import Decoder
 from decoding import Stopped, generate_ids
@@ -178,7 +179,6 @@ from fim import fim_end_ids, fim_prompt_ids
 from healing import Prompt, healed
 from precision import choose_device
 from runmodel import load_run, open_adapted
-from terminal import printable
 from tokenizer import Tokenizer
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from beforehand import refuse_mistakes
 from checkpoint import Manifest, checkpoints, first_difference, load_state
 from config import Config, one_sentence
-from yamlfile import read_yaml
+from config.yamlfile import read_yaml
 
 HOUSE = Path(__file__).parent
 DEFAULT_STEPS = 4  # before the kill, and after it

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import yaml
 
 from config import BEFORE, Config, write_atomically
-from yamlfile import read_yaml
+from config.yamlfile import read_yaml
 
 LOCK = ".lock"
 LOCK_TRIES = 1000  # each fails only if another run ended in the same microseconds

@@ -37,6 +37,7 @@ from checkpoint import (
     verify,
 )
 from config import Config, ModelConfig, TrainConfig, write_atomically
+from config.yamlfile import read_yaml
 from lora import add_adapter
 from pretrained import Family, Pretrained, load_pretrained
 from pretrained.folder import DTYPES, shown
@@ -45,7 +46,6 @@ from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabular
 from pretrained.save import save_tokenizer
 from pretrained.save_adapter import save_adapter
 from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
-from yamlfile import read_yaml
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")

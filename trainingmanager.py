@@ -49,6 +49,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
+from config.console import printable
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -71,6 +72,7 @@ from checkpoint import (
     save_tensors,
 )
 from config import TrainConfig, unread_rates, write_atomically
+from config.yamlfile import read_yaml
 from curriculum import difficulties
 from curves import draw_curves
 from dataset import (
@@ -130,10 +132,8 @@ from suites.functions import sample_completions
 from suites.records import read_evaluation
 from suites.stored import text_of_example
 from suites.subject import data_config, data_of
-from terminal import printable
 from tokenizer import Tokenizer
 from tokenstore import TokenStore
-from yamlfile import read_yaml
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)

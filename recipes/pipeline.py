@@ -24,10 +24,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from config.console import printable
+
 from config import Config, make_parser, parse_config, refuse_unwritable, write_atomically
 from recipes.building import RecipeSettings, read_counts
 from recipes.files import content_of
-from terminal import printable
 
 HERE = Path(__file__).parent
 SAMPLES = 5

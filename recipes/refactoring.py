@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from config.console import printable
+
 import sandbox
 from config import make_parser, one_sentence, write_atomically
 from recipes import refactor
@@ -28,7 +30,6 @@ from recipes.behaviour import agreement, context_of
 from recipes.degradations import Function, Scope, globals_of, parsed, unwritable
 from recipes.pipeline import Asked
 from recipes.refactor import Piece, holds_text_over_lines, pieces, prompt_of
-from terminal import printable
 
 
 @dataclass(frozen=True)

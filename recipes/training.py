@@ -10,11 +10,11 @@ from pathlib import Path
 
 from checkpoint import step_folders
 from config import Config, write_atomically
+from config.yamlfile import read_yaml
 from precision import choose_device, choose_precision
 from runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
 from runmodel import resolved_format
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
-from yamlfile import read_yaml
 
 FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
 

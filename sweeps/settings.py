@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from config.console import refuse
+
 from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
+from config.yamlfile import read_yaml
 from sweeps.space import Space, parse_space
-from terminal import refuse
-from yamlfile import read_yaml
 
 DEFAULT = RECIPES / "sweep.yaml"
 OBJECTIVES = {  # name: whether less is better

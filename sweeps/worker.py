@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import optuna
+from config.console import shown_safely
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
@@ -41,7 +42,6 @@ from sweeps.study import (
     refuse_other_data,
     suggest,
 )
-from terminal import shown_safely
 
 STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 

@@ -23,7 +23,7 @@ from config import (
     parse_config,
     unused_keys,
 )
-from yamlfile import read_yaml
+from config.yamlfile import read_yaml
 
 HOUSE = Path(__file__).parent.parent
 

@@ -996,7 +996,7 @@ def test_groups_are_found_once_for_the_same_documents(tmp_path: Path, monkeypatc
 def test_what_no_memory_holds_is_told_by_name_with_both_numbers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("config.MOST_BYTES", 2**20)
+    monkeypatch.setattr("config.files.MOST_BYTES", 2**20)
     monkeypatch.setattr(corpus, "MOST_BYTES", 2**20)
     if kind == "gz":
         path = tmp_path / "bomb.jsonl.gz"

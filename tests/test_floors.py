@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up. A name is a file or a folder at the top level, or one file of such a folder.
 FLOORS = (
-    "terminal config yamlfile cache metrics",
+    "config cache metrics",
     "tokenizer tokenizer_classes tokenizer_growth healing",
     "corpus leaks shingles comments fim tokenstore curriculum ngram sandbox sandbox_child sandbox_filter",
     "attention linear dropout precision quantize scraping",

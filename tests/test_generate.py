@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from config.console import printable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,7 +38,6 @@ from decoding import (
 from generate import GenerationConfig, generate, trim_prompt
 from healing import Prompt
 from kvcache import KVCache
-from terminal import printable
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.

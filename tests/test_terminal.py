@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from config.console import printable, shown_safely
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
@@ -17,7 +18,6 @@ from config import one_sentence, parse_config, say
 from recipes import refactoring
 from scraping.__main__ import main as scrape
 from scraping.ledger import Entry, Ledger
-from terminal import printable, shown_safely
 
 EVIL = "a\x1b[2J\x1b]0;owned\x07\x9b1m\u202e\rb\udcff"  # clears, renames the window, turns, overwrites
 SEEN = "a\\x1b[2J\\x1b]0;owned\\x07\\x9b1m\\u202e\\rb\\udcff"

@@ -9,6 +9,8 @@ is meant for other programs, a completion or a diff, is written to the buffer be
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -65,3 +67,50 @@ def shown_safely() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+# How torch words it: on CUDA, on Windows, on Linux.
+_MEMORY_IS_FULL = ("out of memory", "not enough memory", "allocate memory")
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says, Python's own or torch's."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_IS_FULL)
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """A user's mistake, a full disk or full memory ends the command with one sentence and exit code 2.
+
+    An interrupt exits with 130. Set PLUMB_TRACEBACK=1 to see where it came from.
+    """
+    with shown_safely():
+        try:
+            yield
+        except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            full = memory_is_full(error)
+            if os.environ.get("PLUMB_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
+                raise
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
+            refuse(_sentence_of(error))
+
+
+def _sentence_of(error: BaseException) -> str:
+    """What is said of an error that ends a command."""
+    if memory_is_full(error):
+        return "memory is full; a smaller batch_size, model or corpus needs less"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}); name another file or folder"
+    return str(error)
+
+
+def say(text: str) -> None:
+    """Print. A reader (`| head`) or a terminal that went away does not end the command."""
+    try:
+        print(text, flush=True)
+    except OSError:  # what is still in the buffer would fail once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,66 @@
+"""Settings: what they are (schema, model), what they may be (ranges, rules) and how they are given (cli,
+yamlfile).
+
+This is the lowest floor, so what every command does with its terminal (console) and with files of strangers
+(files) is here too. Nothing here imports torch: `--help` and a typo are answered at once.
+"""
+
+from config.cli import RECIPES, make_parser, parse_config
+from config.console import memory_is_full, one_sentence, say
+from config.files import (
+    MOST_BYTES,
+    REPOSITORY,
+    RepeatedKey,
+    bounded_lines,
+    parse_line,
+    refuse_unwritable,
+    unrepeated,
+    write_atomically,
+)
+from config.model import ModelConfig
+from config.ranges import RANGES
+from config.rules import possible_kinds, unread_rates, unused_keys
+from config.schema import (
+    BEFORE,
+    CONFIG_GROUPS,
+    OPTIMIZER_DEFAULTS,
+    Config,
+    DataConfig,
+    LoraConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    check_ranges,
+)
+
+__all__ = [
+    "BEFORE",
+    "CONFIG_GROUPS",
+    "MOST_BYTES",
+    "OPTIMIZER_DEFAULTS",
+    "RANGES",
+    "RECIPES",
+    "REPOSITORY",
+    "Config",
+    "DataConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RepeatedKey",
+    "TokenizerConfig",
+    "TrainConfig",
+    "bounded_lines",
+    "check_ranges",
+    "make_parser",
+    "memory_is_full",
+    "one_sentence",
+    "parse_config",
+    "parse_line",
+    "possible_kinds",
+    "refuse_unwritable",
+    "say",
+    "unread_rates",
+    "unrepeated",
+    "unused_keys",
+    "write_atomically",
+]

@@ -1,0 +1,92 @@
+"""Files of strangers and folders that are written to: bounded lines, JSON with one reading, whole files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import reprlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]  # the one place that knows where this program lies
+
+MOST_BYTES = 2**28  # The most bytes of a document or of a row of it, which is tokenised whole.
+
+
+def bounded_lines(lines: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """The lines of an open file; ValueError for one that is too long to be held.
+
+    Without a bound a gz of a megabyte, or a sparse file, may be one line that no memory holds.
+    """
+    for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
+        if len(line) > MOST_BYTES:
+            raise ValueError(
+                f"{path} line {number} has more than {MOST_BYTES:,} bytes, the most of a row: check that it "
+                "is the file you mean, or write its text in several rows"
+            )
+        yield line
+
+
+class RepeatedKey(ValueError):
+    """An object of JSON has a key twice, of which a parser takes the later one without a word."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json's `object_pairs_hook`; RepeatedKey if a key is in two of them."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise RepeatedKey(f"the key {reprlib.repr(twice)} stands twice in it")
+    return values
+
+
+def parse_line(line: str, where: str) -> Any:
+    """The value of a line of JSONL; ValueError that names `where`, the file and the line, and the column."""
+    at = ""
+    try:
+        # json would count the line end, and say line 2 column 1.
+        return json.loads(line.rstrip("\r\n"), object_pairs_hook=unrepeated)
+    except RepeatedKey as error:
+        raise ValueError(f"{where} has two readings: {error}; leave one out") from None
+    except json.JSONDecodeError as error:
+        at, reason = f" at column {error.colno}", error.msg.split(" (")[0]
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        reason = str(error).split(";")[0]
+    raise ValueError(f"{where} is not JSON{at}: {reason}; write the row as one object in one line")
+
+
+def refuse_unwritable(folder: str | Path, setting: str, unless: str | None = None) -> None:
+    """ValueError if a folder can neither be written to nor be made; nothing of the try is left.
+
+    Args:
+        setting: What names it, for the sentence.
+        unless: A pattern of what may make it useful all the same, as a cache that is only read.
+    """
+    whole = Path(os.path.abspath(folder))
+    there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".plumb-"):
+            return
+    except OSError as error:
+        if unless is not None and there == whole and next(whole.glob(unless), None) is not None:
+            return
+        raise ValueError(
+            f"{setting} {folder} cannot be written to ({there}: {error.strerror}); name a folder that you "
+            "may write to"
+        ) from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder, flush to the disk, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

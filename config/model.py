@@ -1,0 +1,201 @@
+"""The decoder's shape and parts as plain values, and what cannot be built of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args, get_origin
+
+from config.typed import field_types
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's shape and parts. `resolved()` fills in what is 0 and refuses what cannot be built.
+
+    Args:
+        vocab_size: Rows of the embedding; 0 takes the tokenizer's.
+        block_size: Tokens in a training row, and the most positions a learned or sinusoidal table holds.
+        n_layer: Blocks.
+        n_head: Query heads.
+        n_kv_head: Key and value heads, a divisor of n_head; 0 means n_head, 1 is multi-query.
+        n_embd: Width of the residual stream.
+        head_dim: Width of a head; 0 means n_embd / n_head.
+        n_inner: Width of the MLP; 0 means 4 n_embd.
+        block: `sequential` or `parallel`.
+        norm: `rms` or `layer`.
+        norm_eps: Added to the variance.
+        norm_weight: Norms have a learned scale.
+        norm_bias: Norms have a learned shift.
+        position: `rotary`, `learned`, `sinusoidal` or `none`.
+        rotary_dim: Leading dimensions of a head that are rotated; 0 means all.
+        rotary_layout: `half` (Llama) or `interleaved` (CodeGen) pairs.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: How rotary frequencies reach past `rope_context`: `none`, `linear` (arXiv:2306.15595),
+            `dynamic` (by the text's length, arXiv:2309.00071 appendix B.2) or `llama3` (arXiv:2407.21783).
+        rope_factor: How many times further, at least 1.
+        rope_context: Tokens of the context the model was first trained on; 0 means block_size.
+        rope_low_freq: `llama3` divides frequencies with fewer turns than this in the first context.
+        rope_high_freq: `llama3` leaves frequencies with more turns than this as they are.
+        sliding_window: A token sees itself and the sliding_window - 1 tokens before it; 0 means all before.
+        window_layers: The layers it applies to, from 0; none named means all.
+        mlp: `gelu`, `gelu_tanh`, `relu2` or `swiglu`.
+        qk_norm: Normalise queries and keys (arXiv:2010.04245).
+        fused_qkv: One projection for query, key and value.
+        qkv_layout: Its rows: `blocks` (all queries, keys, values), `heads` (query, key, value of each head in
+            turn: GPTBigCode) or `shards` (query, value and key of a quarter of the heads at a time: CodeGen).
+        qkv_bias: Bias in the query, key and value projections.
+        attention_bias: Bias in attention's output projection.
+        mlp_bias: Bias in the MLP.
+        head_bias: Bias in the head.
+        tie_embeddings: The head shares the embedding's weight.
+        dropout: After the embedding, on attention weights, and on each block's outputs; none given means 0,
+            or that of `base`.
+        embed_dropout: After the embedding alone; none given means `dropout`.
+        attention_dropout: On attention weights alone; none given means `dropout`.
+        attention: `fast` (fused kernels) or `reference` (written out).
+        init: `normal`, `xavier` or `zero_output`; see architecture.INITS.
+        base_width: The n_embd at which the learning rates and the initialisation were found, which are then
+            carried over to this n_embd by maximal update parametrisation (arXiv:2203.03466): AdamW's rates
+            for blocks' matrices and the head fall with the width, a drawn head too, and drawn matrices of
+            blocks with its square root. Raise n_head with n_embd, so that head_dim stays, and n_inner if set.
+            0 takes them as they are.
+    """
+
+    vocab_size: int = 0
+    block_size: int = 256
+    n_layer: int = 4
+    n_head: int = 3
+    n_kv_head: int = 0
+    n_embd: int = 192
+    head_dim: int = 0
+    n_inner: int = 0
+    block: Literal["sequential", "parallel"] = "sequential"
+    norm: Literal["rms", "layer"] = "layer"
+    norm_eps: float = 1e-6
+    norm_weight: bool = False
+    norm_bias: bool = False
+    position: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
+    rotary_dim: int = 0
+    rotary_layout: Literal["half", "interleaved"] = "half"
+    rope_theta: float = 10_000.0
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
+    rope_factor: float = 1.0
+    rope_context: int = 0
+    rope_low_freq: float = 1.0
+    rope_high_freq: float = 4.0
+    sliding_window: int = 0
+    window_layers: tuple[int, ...] = ()
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
+    qk_norm: bool = True
+    fused_qkv: bool = False
+    qkv_layout: Literal["blocks", "heads", "shards"] = "blocks"
+    qkv_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    tie_embeddings: bool = False
+    dropout: float | None = None
+    embed_dropout: float | None = None
+    attention_dropout: float | None = None
+    attention: Literal["fast", "reference"] = "fast"
+    init: Literal["normal", "xavier", "zero_output"] = "zero_output"
+    base_width: int = 0
+
+    @property
+    def widening(self) -> float:
+        """How many times base_width the model is wide."""
+        return self.n_embd / self.base_width if self.base_width else 1.0
+
+    def resolved(self) -> ModelConfig:
+        """The same with every 0 filled in; ValueError in one sentence for a shape that cannot be built."""
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in (
+            "n_kv_head",
+            "head_dim",
+            "n_inner",
+            "rotary_dim",
+            "rope_context",
+            "sliding_window",
+            "base_width",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}; it must be at least 1, or 0 for the default"
+                )
+        for name, kind in field_types(ModelConfig).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)!r}; it must be one of {get_args(kind)}"
+                )
+        if not self.norm_eps > 0:
+            raise ValueError(f"model.norm_eps is {self.norm_eps}; it must be above 0")
+        if self.norm == "rms" and self.norm_bias:
+            raise ValueError(
+                "model.norm rms has no shift; set model.norm_bias to false or model.norm to layer"
+            )
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(
+                f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "
+                "change one of them or set model.head_dim"
+            )
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % n_kv_head:
+            raise ValueError(f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {n_kv_head}")
+        rotary_dim = self.rotary_dim or head_dim
+        if self.position == "rotary" and (rotary_dim > head_dim or rotary_dim % 2):
+            raise ValueError(
+                f"model.rotary_dim {rotary_dim} must be even and at most the head's {head_dim} dimensions"
+            )
+        if self.base_width and self.tie_embeddings:
+            raise ValueError(
+                f"model.base_width is {self.base_width} and model.tie_embeddings true: across widths an "
+                "embedding and a head learn at other rates; set model.tie_embeddings to false"
+            )
+        if not self.rope_factor >= 1:
+            raise ValueError(f"model.rope_factor is {self.rope_factor}; it must be at least 1")
+        if self.rope_scaling == "dynamic" and rotary_dim < 4:
+            raise ValueError(
+                f"model.rope_scaling dynamic needs at least 4 rotated dimensions, not {rotary_dim}; "
+                "set model.rotary_dim or another scaling"
+            )
+        if self.rope_scaling == "llama3" and not 0 < self.rope_low_freq < self.rope_high_freq:
+            raise ValueError(
+                f"model.rope_low_freq {self.rope_low_freq} must be above 0 and below "
+                f"model.rope_high_freq {self.rope_high_freq}"
+            )
+        if any(not 0 <= layer < self.n_layer for layer in self.window_layers):
+            raise ValueError(
+                f"model.window_layers {list(self.window_layers)} must be among the {self.n_layer} layers "
+                f"0 to {self.n_layer - 1}"
+            )
+        if self.fused_qkv and self.qkv_layout != "blocks" and n_kv_head != self.n_head:
+            raise ValueError(
+                f"model.qkv_layout {self.qkv_layout} has as many key heads as query heads, not {n_kv_head} "
+                f"and {self.n_head}; set model.qkv_layout to blocks"
+            )
+        if self.fused_qkv and self.qkv_layout == "shards" and self.n_head % 4:
+            raise ValueError(
+                f"model.qkv_layout shards needs a model.n_head that 4 divides, not {self.n_head}; "
+                "set model.qkv_layout to blocks"
+            )
+        # Where nothing reads it, it stays 0: a run whose saved config sets what nothing reads is refused.
+        reaches = self.rope_scaling in ("dynamic", "llama3")
+        dropouts = {
+            name: (self.dropout or 0.0) if getattr(self, name) is None else getattr(self, name)
+            for name in ("dropout", "embed_dropout", "attention_dropout")
+        }
+        for name, p in dropouts.items():
+            if not 0 <= p < 1:
+                raise ValueError(f"model.{name} is {p}; it must be at least 0 and below 1")
+        return replace(
+            self,
+            head_dim=head_dim,
+            n_kv_head=n_kv_head,
+            rotary_dim=rotary_dim if self.position == "rotary" else 0,
+            n_inner=self.n_inner or 4 * self.n_embd,
+            rope_context=self.rope_context or reaches * self.block_size,
+            **dropouts,
+        )
