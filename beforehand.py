@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from config import Config, LoraConfig, refuse_unwritable
-from corpus import refuse_unreadable
+from data.corpus import refuse_unreadable
 from guards.subject import refuse_unknown_faults
 from lora import add_adapter
 from precision import Precision, choose_device, choose_precision, evaluation_precision

@@ -5,7 +5,7 @@
     batches = Batches(prepared.train, batch_size=16, block_size=256, seed=0)
     tokens, labels, document_ids, positions = batches.batch(step)
 
-The sides of the split (corpus.py) are tokenised into a store (tokenstore.py), in a folder
+The sides of the split (data/corpus.py) are tokenised into a store (data/tokenstore.py), in a folder
 named after the content of the data, the tokenizer and the settings, so data that changed cannot meet an old
 store. Plain texts are laid end to end and cut into rows; examples stand in them with their whole completion
 and as much of their prompt as fits, and bear loss on their completions, or on all. The order of training is a
@@ -34,13 +34,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache import InUse, discard, make_room, say_damaged, seal_folder, verify_folder
 from config import DataConfig, TokenizerConfig, say
-from corpus import Report, split_documents, training_texts
-from curriculum import order_of
-from fim import fim_kept, fim_markers, known_markers
+from data.cache import InUse, discard, make_room, say_damaged, seal_folder, verify_folder
+from data.corpus import split_documents, training_texts
+from data.curriculum import order_of
+from data.documents import Report
+from data.fim import fim_kept, fim_markers, known_markers
+from data.tokenstore import FORMAT, TokenStore, build_store, open_store
 from tokenizer import TRAINING_VERSION, BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
-from tokenstore import FORMAT, TokenStore, build_store, open_store
 
 IGNORE_INDEX = -100
 # Starting the processes takes 0.3 to 0.5 s. At 3 MB/s a core two of them are ahead from about 4 MB on.

@@ -8,8 +8,8 @@ that became free.
 Prompts of unequal length share a batch by padding on the left. Padding is document -1, which nothing else
 sees, and each row counts its positions from its own first token, so a batch gives what single prompts give.
 
-A prompt whose end was dropped (`healing.py`) has a row for each of its branches until its first token is
-chosen, from all of them at once: a branch counts as much as the model gives to its tokens.
+A prompt whose end was dropped (`tokenization/healing.py`) has a row for each of its branches until its first
+token is chosen, from all of them at once: a branch counts as much as the model gives to its tokens.
 
 A model with a learned or sinusoidal position table refuses to run past it. Rotary positions have no such end,
 but the model was trained on `block_size` of them only. Nothing is trimmed here: a caller who wants to stay
@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import ABSOLUTE_POSITIONS, Decoder
-from healing import Branch, Prompt
 from kvcache import KVCache
+from tokenization.healing import Branch, Prompt
 
 if TYPE_CHECKING:  # it is defined where a command line can be read before torch is imported
     from generate import GenerationConfig

@@ -50,13 +50,13 @@ from tqdm import tqdm
 
 import sandbox
 from checkpoint import code_fingerprint
-from corpus import split_documents
+from data.corpus import split_documents
+from data.ngram import NGramModel
 from dataset import PreparedData
 from functional import read_problems
 from generate import GenerationConfig
 from lora import adapters_disabled
 from metrics.registry import Metric
-from ngram import NGramModel
 from precision import Precision, choose_device, choose_precision
 from preflight import overrides
 from pretrained import load_pretrained

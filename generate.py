@@ -3,8 +3,8 @@
     tokenizer.prompt_ids(prompt) -> healing.healed -> decoding.generate_ids -> text without the prompt, cut
     before a stop string
 
-With a suffix the prompt is that of fill-in-the-middle (`fim.py`). The command writes the completion to the
-standard output while it is made, and how it went to the standard error.
+With a suffix the prompt is that of fill-in-the-middle (`data/fim.py`). The command writes the completion to
+the standard output while it is made, and how it went to the standard error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class GenerationConfig:
         stop: Strings that end the text; they are not part of it.
         seed: Of the sampling.
         heal: Choose the first tokens among those that begin with the prompt's last ones, which they replace
-            (healing.py). Not given, it is done unless the run was trained on prompts cut where they end.
+            (tokenization/healing.py). Not given, it is done unless the run was trained on prompts cut where
+            they end.
 
     Raises:
         ValueError: A setting is out of range, or would silently do nothing beside the others.
@@ -171,14 +172,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from config.console import printable
 
 from architecture import Decoder
+from config.console import printable
+from data.fim import fim_end_ids, fim_prompt_ids
 from decoding import Stopped, generate_ids
-from fim import fim_end_ids, fim_prompt_ids
-from healing import Prompt, healed
 from precision import choose_device
 from runmodel import load_run, open_adapted
+from tokenization.healing import Prompt, healed
 from tokenizer import Tokenizer
 
 
@@ -195,7 +196,7 @@ class Completion(NamedTuple):
 
 
 def asked_prompt(tokenizer: Tokenizer, ids: list[int], heal: bool | None = None) -> Prompt:
-    """What a model reads of a prompt's ids: all, or all but an end that is healed (healing.py).
+    """What a model reads of a prompt's ids: all, or all but an end that is healed (tokenization/healing.py).
 
     Args:
         heal: As of GenerationConfig.

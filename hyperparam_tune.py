@@ -47,7 +47,8 @@ def prepare(settings: Settings) -> str:
     Raises:
         ValueError: A mistake in the data.
     """
-    from corpus import Report, split_documents
+    from data.corpus import split_documents
+    from data.documents import Report
     from dataset import prepare_data, prepare_tokenizer
 
     data = settings.config.data

@@ -239,7 +239,7 @@ def _child(asked: dict[str, Any]) -> Cost:
 
 def _run(config: Config, model: Any, precision: Any, family: str | None, folder: Path) -> tuple[Any, Any]:
     """As trainingmanager makes it, on some functions of drawn words; and what its guards look at."""
-    from corpus import training_texts
+    from data.corpus import training_texts
     from dataset import prepare_data
     from planted_data import write_corpus
     from tokenizer import BPETokenizer

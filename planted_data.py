@@ -13,7 +13,7 @@ import pretrained
 import pretrained.gpt_bigcode
 from architecture import Decoder
 from config import DataConfig, ModelConfig
-from corpus import training_texts
+from data.corpus import training_texts
 from tokenizer import BPETokenizer, PretrainedTokenizer
 
 WORDS = (

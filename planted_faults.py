@@ -24,10 +24,10 @@ import generate
 import lora
 import precision
 import tokenizer
-import tokenstore
 import trainingmanager
 from architecture import Decoder, Dropout
 from config import Config
+from data import tokenstore
 from dataset import IGNORE_INDEX
 
 Patch = Callable[[], contextlib.AbstractContextManager]

@@ -62,8 +62,8 @@ from typing import Any, ClassVar, Self, cast
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tokenizer_classes import AS_THE_FILE, BUILDERS, DEFAULT_TOKENS, built_anew, transformers_class
-from tokenizer_growth import LONGEST_PIECE, Growth, refuse_steep
+from tokenization.classes import AS_THE_FILE, BUILDERS, DEFAULT_TOKENS, built_anew, transformers_class
+from tokenization.growth import LONGEST_PIECE, Growth, refuse_steep
 
 GENERATION = "generation_config.json"
 TRAINING_VERSION = 1  # part of the cache key: raise it when the same texts would train another tokenizer
@@ -89,7 +89,9 @@ class Tokenizer(ABC):
     eos_ids: tuple[int, ...] = ()  # at which a published model ends too, as its configs name them
     bare_gaps: bool = False  # a run of before this was said, which trained prompts with a gap without start
     markers: tuple[int, ...] = ()  # ids without a text of their own, which change that of the next one
-    heals: bool = True  # whether the ends of prompts are healed (healing.py): not where training cut them
+    heals: bool = (
+        True  # whether the ends of prompts are healed (tokenization/healing.py): not where training cut them
+    )
 
     @property
     def start_id(self) -> int | None:

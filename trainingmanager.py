@@ -49,7 +49,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from config.console import printable
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -72,9 +71,12 @@ from checkpoint import (
     save_tensors,
 )
 from config import TrainConfig, unread_rates, write_atomically
+from config.console import printable
 from config.yamlfile import read_yaml
-from curriculum import difficulties
 from curves import draw_curves
+from data.curriculum import difficulties
+from data.fim import fim_markers
+from data.tokenstore import TokenStore
 from dataset import (
     GAPS_SEEN,
     IGNORE_INDEX,
@@ -91,7 +93,6 @@ from dataset import (
     validation_batches,
 )
 from eval import EvalConfig, evaluate, table, write_results
-from fim import fim_markers
 from generate import GenerationConfig, generate
 from guards.subject import refuse_unknown_faults
 from live import FirstSteps
@@ -133,7 +134,6 @@ from suites.records import read_evaluation
 from suites.stored import text_of_example
 from suites.subject import data_config, data_of
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)

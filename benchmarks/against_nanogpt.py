@@ -37,7 +37,8 @@ sys.path.insert(0, str(HOUSE))
 
 from architecture import Decoder
 from config import DataConfig, ModelConfig, OptimizerConfig
-from corpus import SPLITS, split_documents
+from data.corpus import split_documents
+from data.documents import SPLITS
 from dataset import Batch
 from loss import token_loss
 from optim import build_optimizers

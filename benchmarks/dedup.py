@@ -22,10 +22,10 @@ from pathlib import Path
 HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
+from data.shingles import UNIT, Units, Words, batches
 from scraping.dedup import PERMUTATIONS, Settings, bucket, cluster, signature
 from scraping.documents import Document, shard_path, write_shard
 from scraping.shards import parts_of
-from shingles import UNIT, Units, Words, batches
 
 SHINGLE = 5
 

@@ -20,11 +20,9 @@ import torch
 
 HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
-sys.path.insert(0, str(HOUSE / "benchmarks"))
-
-from adapters import SHAPES, drawn
 
 import preflight
+from benchmarks.adapters import SHAPES, drawn
 from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from dataset import prepare_data
 from lora import add_adapter

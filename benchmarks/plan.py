@@ -127,7 +127,7 @@ def drawn_base(family: str, folder: Path, shape: tuple[int, int, int]) -> str:
     import torch
 
     from architecture import Decoder
-    from corpus import training_texts
+    from data.corpus import training_texts
     from pretrained import save_pretrained
     from recipes.base import BaseConfig, model_of
     from tokenizer import BPETokenizer

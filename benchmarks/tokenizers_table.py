@@ -21,7 +21,7 @@ HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
 
 from config import DataConfig, TokenizerConfig
-from corpus import split_documents
+from data.corpus import split_documents
 from dataset import prepare_tokenizer
 
 

@@ -47,7 +47,8 @@ class DataConfig:
         loss_on: Tokens of an example that bear loss in training: its `completion`, or `all` but the first.
             Validation scores completions either way, so that such runs compare.
         heal: Tokenise prompt and completion of an example as one text, and cut it where generation does, so
-            that what is asked for is what was trained (healing.py). Runs without this key have them apart.
+            that what is asked for is what was trained (tokenization/healing.py). Runs without this key have
+            them apart.
         fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
             models with such tokens (arXiv:2207.14255).
         order: Of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard they

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.fim import gap_start, known_markers, trim_fim_prompt
+from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, validation_batches
-from fim import gap_start, known_markers, trim_fim_prompt
 from generate import trim_prompt
 from guards.subject import Fault, Subject
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 LABEL_BATCHES = 8
 SHOWN_TOKENS = 24

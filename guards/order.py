@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from curriculum import rank_correlation
+from data.curriculum import rank_correlation
+from data.ngram import NGramModel
 from dataset import IGNORE_INDEX, Batches
 from guards.subject import Fault, Subject
-from ngram import NGramModel
 
 OTHER = {"easy-first": "hard-first", "hard-first": "easy-first", "hybrid": "easy-first"}
 COMPARED = 4  # batches

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from corpus import split_documents
-from fim import fim_prompt_ids, known_markers
+from data.corpus import split_documents
+from data.fim import fim_prompt_ids, known_markers
 from generate import asked_prompt
 from guards.subject import Fault, Subject, affordable, awake, tolerance_of
 

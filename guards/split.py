@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from data.store_leaks import store_overlap
 from guards.subject import Fault, Subject
-from leaks import store_overlap
 
 
 def split(subject: Subject) -> Iterator[Fault | str]:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from changes import Bias, Rows
+from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable
 from lora import Adapted, changes_of
-from tokenstore import TokenStore
 
 FIRST_LOSS_PASSES = 1.25  # of each of two batches: at 1B 32 tokens, through every block
 UNIGRAM_TOKENS = 1_000_000  # that are counted, evenly spread

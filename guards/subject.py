@@ -16,12 +16,12 @@ import torch
 
 from architecture import Decoder
 from config import Config
+from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, Batches
 from loss import Scores, TokenLoss
 from precision import Precision
 from quantize import n_weights
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 FAULTS = (
     "accumulation-ignored answer-not-learned batch-differs-from-single batch-repeated "

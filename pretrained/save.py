@@ -14,7 +14,7 @@ from torch import Tensor
 from architecture import Decoder
 from checkpoint import save_tensors
 from config import ModelConfig, write_atomically
-from fim import known_markers
+from data.fim import known_markers
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES

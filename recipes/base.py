@@ -82,7 +82,6 @@ import shutil
 from dataclasses import replace
 
 from beforehand import refuse_mistakes
-from cache import SUMS, seal_folder, verify_folder
 from config import (
     Config,
     DataConfig,
@@ -93,6 +92,7 @@ from config import (
     check_ranges,
     refuse_unwritable,
 )
+from data.cache import SUMS, seal_folder, verify_folder
 from dataset import prepare_tokenizer
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model

@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from config import DataConfig, write_atomically
-from corpus import SPLITS as SIDES
-from corpus import Document, EmptySide, Report, split_documents
+from data.corpus import EmptySide, split_documents
+from data.documents import SPLITS as SIDES
+from data.documents import Document, Report
 
 T = TypeVar("T")
 CARD = "README.md"

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import DataConfig
-from corpus import CORPUS, SPLITS, read_documents
+from data.corpus import CORPUS, read_documents
+from data.documents import SPLITS
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
 from recipes.files import ROWS, content_of
 from tokenizer import Tokenizer

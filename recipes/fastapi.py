@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import leaks
 from config import DataConfig
-from corpus import CORPUS, Document, read_documents, utf8
-from fim import fim_prompt_ids, known_markers
+from data import leaks
+from data.corpus import CORPUS, read_documents
+from data.documents import Document, utf8
+from data.fim import fim_prompt_ids, known_markers
 from recipes.building import SIDES, Counts, RecipeSettings, write_dataset
 from recipes.files import read_files
 from tokenizer import Tokenizer

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from config import DataConfig
-from corpus import read_documents
+from data.corpus import read_documents
 from scraping.documents import Document, Drop
 from scraping.stages import encoding
 

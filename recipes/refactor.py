@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sandbox
-from corpus import SPLITS, Report
+from data.documents import SPLITS, Report
 from recipes.behaviour import Judgement, agreements, context_of
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
 from recipes.degradations import (

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from config import bounded_lines, parse_line
+from data.shingles import Batch, Units, Words
 from scraping.documents import Document, Drop
-from shingles import Batch, Units, Words
 
 RUN = 13  # units
 SHARE = 0.7  # of a piece's runs

@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 
 from config import write_atomically
+from data.shingles import Batch, Units, Words, bands, batches, mixed
 from scraping.documents import Document, read_shard
 from scraping.pool import each
 from scraping.shards import alone, file_sha256, make_once, parse_shard, parts_of, read_record
-from shingles import Batch, Units, Words, bands, batches, mixed
 
 PERMUTATIONS = 128
 SKETCH = 512

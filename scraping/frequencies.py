@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shingles import Words, mixed
+from data.shingles import Words, mixed
 
 WORDS = 2**18
 UP_TO = {"1": 1, "2": 2, "3 to 10": 10, "11 to 100": 100, "101 to 1,000": 1000}

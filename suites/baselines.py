@@ -12,12 +12,12 @@ from itertools import islice
 import numpy as np
 from rapidfuzz import fuzz
 
-from fim import in_text_order, known_markers
-from shingles import Units, Words, batches, mixed
+from data.fim import in_text_order, known_markers
+from data.shingles import Units, Words, batches, mixed
+from data.tokenstore import TokenStore
 from suites.scoring import Example
 from suites.stored import text_of_example
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 NEIGHBOURS = 20_000  # training examples, or places in training files, that are looked at, evenly spread
 FILES = 2_000  # most training files in which places are looked for

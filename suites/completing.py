@@ -17,14 +17,14 @@ import torch
 
 from architecture import Decoder
 from config import memory_is_full
+from data.fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_prompt
+from data.ngram import NGramModel
 from decoding import Generated, Stopped, generate_ids
-from fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_prompt
 from generate import CONTEXT, GenerationConfig, asked_prompt, completed_text, stop_finder, trim_prompt
-from healing import Prompt
-from ngram import NGramModel
 from precision import Precision
 from suites.kept import Kept
 from suites.scoring import Example, Predictions
+from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 
 GREEDY = GenerationConfig()

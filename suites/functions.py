@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from architecture import Decoder
+from data.tokenstore import TokenStore
 from precision import Precision
 from suites.completing import complete
 from suites.lines import divided, fitting
 from suites.scoring import Example
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 FUNCTION_LINES = range(2, 16)  # of the bodies shown as samples
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fim import fim_markers
+from data.fim import fim_markers
 from suites.baselines import Spans, last_lines, nearest_place, places_of
 from suites.scoring import SUITES, Example
 from suites.task import Given, Task, held_out

@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cache import InUse, say_damaged
+from data.cache import InUse, say_damaged
 
 _CHECKSUM = 16  # hexadecimal digits of a line's SHA-256
 

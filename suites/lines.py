@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data.tokenstore import TokenStore
 from suites.baselines import last_lines, nearest_place, places_of
 from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.task import Given, Task, held_out
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 CONTEXT_LINES = 3  # fewest lines of a prompt
 LINE_TOKENS = 64  # most of a predicted line

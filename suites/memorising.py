@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import parse_line
-from corpus import CORPUS
-from shingles import Batch, Units, batches, mixed
+from data.corpus import CORPUS
+from data.shingles import Batch, Units, batches, mixed
+from data.tokenstore import TokenStore
 from suites.records import texts_of
 from suites.scoring import aligned
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 LEAST = 8  # tokens; shorter runs are found in any text
 LISTED = 10

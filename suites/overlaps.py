@@ -17,17 +17,16 @@ from typing import Any
 
 import numpy as np
 
-import leaks
-import shingles
-from cache import read_sealed, write_sealed
-from corpus import Document
-from leaks import NEAR, overlap
-from shingles import Batch, Units, Words
+from data import leaks, shingles
+from data.cache import read_sealed, write_sealed
+from data.documents import Document
+from data.leaks import NEAR, overlap
+from data.shingles import Batch, Units, Words
+from data.tokenstore import TokenStore
 from suites.records import examples_of
 from suites.scoring import Example
 from suites.stored import text_of_example
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 VERSION = 1  # part of a cached result's key: raise it when the same texts would give another one
 RUNS = 13, 50  # words

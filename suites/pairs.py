@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from config import DataConfig
-from corpus import Document, read_documents
+from data.corpus import read_documents
+from data.documents import Document
+from data.tokenstore import TokenStore
 from suites.baselines import copied, nearest
 from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.stored import text_of_example
 from suites.task import Given, Task, drawn, held_out, nearest_in_training
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 COMPLETION_TOKENS = 512  # most of a prediction, where nothing else is said
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from corpus import Document
+from data.documents import Document
 from suites.scoring import Example
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from data.tokenstore import TokenStore
 from generate import added_text
 from suites.scoring import Example
 from tokenizer import Tokenizer
-from tokenstore import TokenStore
 
 
 def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Example:

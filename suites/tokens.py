@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from architecture import Decoder
+from data.ngram import NGramModel
+from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, as_shown, numbered_batches, shown
 from loss import Scores, score
-from ngram import NGramModel
 from precision import Precision
-from tokenstore import TokenStore
 
 # The n-gram model's training takes about 170 bytes a token at its peak; of more tokens, it gets evenly spread
 # documents.

@@ -13,7 +13,8 @@ from typing import Literal
 import pytest
 
 from config import DataConfig
-from corpus import Report, read_documents, split_documents
+from data.corpus import read_documents, split_documents
+from data.documents import Report
 from scraping import frequencies
 from scraping.build import Settings, build_part, fingerprint, finish, run
 from scraping.card import _plain, _size

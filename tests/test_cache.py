@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from commands import exit_code, forked
 
-import cache
-from cache import GB, InUse, make_room, read_sealed, sealed, verify_folder, write_sealed
 from config import (
     Config,
     DataConfig,
@@ -25,13 +23,15 @@ from config import (
     TrainConfig,
     one_sentence,
 )
+from data import cache
+from data.cache import GB, InUse, make_room, read_sealed, sealed, verify_folder, write_sealed
+from data.store_leaks import store_overlap
+from data.tokenstore import TokenStore, open_store
 from dataset import prepare_data, prepare_tokenizer, stored_data
-from leaks import store_overlap
 from recipes.base import refuse_changed
 from suites.kept import Kept
 from suites.overlaps import training_overlap
 from tokenizer import BPETokenizer, Tokenizer
-from tokenstore import TokenStore, open_store
 from trainingmanager import TrainingManager, train
 
 TRAINED = TokenizerConfig(vocab_size=300, min_count=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from comments import drop_comments
+from data.comments import drop_comments
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 

@@ -1,4 +1,4 @@
-"""curriculum.py: what is rare is hard, every order is one of its own, and batches go by it."""
+"""data/curriculum.py: what is rare is hard, every order is one of its own, and batches go by it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from config import DataConfig, parse_config
-from corpus import split_of
-from curriculum import difficulties, order_of, rank_correlation
+from data.corpus import split_of
+from data.curriculum import difficulties, order_of, rank_correlation
+from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batches, prepare_data
 from tokenizer import CodeTokenizer
-from tokenstore import TokenStore
 
 KINDS = ("rarity", "entropy", "loss")
 BY_DIFFICULTY = ("easy-first", "hard-first", "hybrid")

@@ -34,12 +34,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import corpus
 import dataset
-import leaks
-import tokenstore
 from config import DataConfig
-from corpus import Document, Report, read_documents, split_documents, split_of, training_texts
+from data import corpus, leaks, tokenstore
+from data.corpus import read_documents, split_documents, split_of, training_texts
+from data.documents import Document, Report
+from data.tokenstore import TokenStore, build_store, open_store
 from dataset import (
     IGNORE_INDEX,
     Batch,
@@ -49,7 +49,6 @@ from dataset import (
     validation_batches,
 )
 from tokenizer import Tokenizer
-from tokenstore import TokenStore, build_store, open_store
 
 
 class Bytes(Tokenizer):
@@ -187,7 +186,7 @@ def check_rows(batch: Batch, B: int, T: int, padding: int = 0) -> None:
 
 
 def test_importing_does_not_import_torch():
-    code = "import tokenstore, sys; assert 'torch' not in sys.modules"
+    code = "from data import tokenstore; import sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(dataset.__file__).parent, check=True)
 
 
@@ -610,7 +609,7 @@ def test_workers_do_not_run_the_caller_s_script_again(folder: Path):
     imports = "from __future__ import annotations\nfrom tokenizer import Tokenizer\n"
     (folder / "light.py").write_text(imports + inspect.getsource(Bytes))
     (folder / "script.py").write_text(
-        "import light; from corpus import *; from dataset import *; print('once')\n"
+        "import light; from data.corpus import *; from dataset import *; print('once')\n"
         "documents = (('train', d) for d in read_documents(DataConfig(source='sub')))\n"
         "build_store('store', documents, light.Bytes(), workers=2)\n"
     )

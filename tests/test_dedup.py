@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.shingles import Batch, Units, Words, bands
 from scraping import dedup
 from scraping.dedup import SKETCH, Settings, bucket, cluster, n_bands, run, signature, similarities
 from scraping.documents import Document, shard_path, write_shard
 from scraping.shards import parts_of
-from shingles import Batch, Units, Words, bands
 
 SHINGLE = 5
 

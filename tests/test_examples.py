@@ -35,14 +35,25 @@ from test_dataset import (
 )
 from test_generate_command import STARCODER
 
-import corpus
 import dataset
 import guards.same_path
 import planted_data
 import plants
-import tokenstore
 from config import Config, TokenizerConfig
-from corpus import SPLITS, Document, Report, alpaca_prompt, read_documents, split_documents, training_texts
+from data import corpus, tokenstore
+from data.corpus import read_documents, split_documents, training_texts
+from data.documents import SPLITS, Document, Report
+from data.fim import (
+    fewest_gap_ids,
+    fim_markers,
+    fim_prompt_ids,
+    gap_of,
+    gap_start,
+    in_text_order,
+    trim_fim_prompt,
+)
+from data.rows import alpaca_prompt
+from data.tokenstore import TokenStore, build_store, open_store
 from dataset import (
     IGNORE_INDEX,
     ROW_STEP,
@@ -57,15 +68,13 @@ from dataset import (
     refuse_long_answers,
     validation_batches,
 )
-from fim import fewest_gap_ids, fim_markers, fim_prompt_ids, gap_of, gap_start, in_text_order, trim_fim_prompt
 from generate import trim_prompt
 from guards.labels import prompt_errors
-from healing import healed
 from proofs import run_difference
 from suites.stored import text_of_example
 from suites.tokens import ngram_scores, train_ngram
+from tokenization.healing import healed
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
-from tokenstore import TokenStore, build_store, open_store
 from trainingmanager import main, train
 
 ROWS = [

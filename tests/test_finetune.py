@@ -35,7 +35,7 @@ from config import (
     TrainConfig,
     parse_config,
 )
-from corpus import training_texts
+from data.corpus import training_texts
 from dropout import Dropout
 from eval import EvalConfig, evaluate, table
 from guards.subject import Fault
@@ -338,7 +338,7 @@ def test_of_new_tokens_the_absent_ones_are_named(
     assert store.occurrences([size - 1, 5]) == [
         2 * store.n_documents, int((store.gather(np.arange(store.n_tokens)) == 5).sum())
     ]  # fmt: skip
-    with patch("tokenstore.READ_AT_ONCE", 7):
+    with patch("data.tokenstore.READ_AT_ONCE", 7):
         assert store.occurrences([size - 2, size - 1]) == [0, 2 * store.n_documents]
 
 

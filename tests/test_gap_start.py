@@ -13,18 +13,18 @@ from tokenizers import Tokenizer as Backend
 
 from architecture import Decoder
 from config import DataConfig, ModelConfig
-from corpus import Document
+from data.documents import Document
+from data.fim import MARKERS, fim_markers, fim_prompt_ids, gap_start
+from data.tokenstore import TokenStore, build_store
 from dataset import _store_key, as_shown, shown
-from fim import MARKERS, fim_markers, fim_prompt_ids, gap_start
 from generate import GenerationConfig, generate
 from guards.labels import example_in_row
-from healing import Prompt
 from pretrained.save import save_tokenizer
 from recipes.base import with_gaps
 from runmodel import gaps_began_bare
 from suites.stored import text_of_example
+from tokenization.healing import Prompt
 from tokenizer import STARTS_GAPS, BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
-from tokenstore import TokenStore, build_store
 
 transformers.logging.set_verbosity_error()
 

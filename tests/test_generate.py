@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from config.console import printable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +20,7 @@ import decoding
 import linear
 from architecture import Decoder
 from config import ModelConfig
+from config.console import printable
 from decoding import (
     _beam_search,
     _Run,
@@ -36,8 +36,8 @@ from decoding import (
     sample,
 )
 from generate import GenerationConfig, generate, trim_prompt
-from healing import Prompt
 from kvcache import KVCache
+from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.

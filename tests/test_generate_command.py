@@ -20,10 +20,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import generate as command
 from architecture import Decoder
 from config import ModelConfig
-from fim import MARKERS, fim_end_ids, fim_prompt_ids
+from data.fim import MARKERS, fim_end_ids, fim_prompt_ids
 from generate import GenerationConfig, _Stream, added_text, generate, main, parse_settings
-from healing import Prompt
 from pretrained import save_pretrained
+from tokenization.healing import Prompt
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
 
 HOUSE = Path(__file__).parent.parent

@@ -20,15 +20,15 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-import healing
 from architecture import Decoder
-from corpus import Document
+from data.documents import Document
+from data.tokenstore import _encode
 from decoding import Generated, generate_ids
 from generate import GenerationConfig, generate
-from healing import Prompt, healed
 from tests.test_generate import BIASED, scrambled
+from tokenization import healing
+from tokenization.healing import Prompt, healed
 from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
-from tokenstore import _encode
 
 MERGES = [("a", "b"), ("b", "b"), ("Ċ", "Ġ"), ("ab", "bb"), ("ĊĠ", "Ġ"), ("Ġ", "a"), ("bb", "a")]
 PROMPTS = ["ab\n", "a ", "ab", "abb", "a\n ", "b", "\n", "bbab\n  ", "abbb"]
@@ -156,7 +156,7 @@ def test_a_sample_is_as_likely_as_the_model_says_given_the_prompt(kind, text):
         assert tuple(greedy.ids[: len(first)]) == first
 
 
-CODE = Path(healing.__file__).parent / "dataset.py"
+CODE = Path(__file__).parent.parent / "dataset.py"
 SOURCE = CODE.read_text("utf-8")
 HARD = 'class HTTPReset(getJSONData):\n\tMAX_SIZE = "é → 日本"  # x\n\n\n'
 HARD += "    def _a1b2C3(self):\r\n        return  -1\n"

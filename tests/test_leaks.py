@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import leaks
-import shingles
-from corpus import Document, split_of
-from leaks import LEAKED_LIMIT, NEAR, Overlap, overlap, regroup, store_overlap
+from data import leaks, shingles, store_leaks
+from data.corpus import split_of
+from data.documents import Document
+from data.leaks import LEAKED_LIMIT, NEAR, Overlap, overlap, regroup
+from data.store_leaks import store_overlap
+from data.tokenstore import TokenStore, build_store, open_store
 from tokenizer import Tokenizer
-from tokenstore import TokenStore, build_store, open_store
 
 WORDS = [
     a + b for a in ("ba", "ce", "di", "fo", "gu", "ha", "je", "ki") for b in ("nar", "pes", "tik", "vol")
@@ -244,7 +245,7 @@ def test_windows_and_the_units_inside_equal_counts_by_sets(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shingles, "BATCH_UNITS", 30)  # several batches
         patch.setattr(leaks, "NEAR", 2)
-        found = leaks._compare(sides[0], sides[1], len(held_out), window, lambda document, unit: "")
+        found = leaks.compare(sides[0], sides[1], len(held_out), window, lambda document, unit: "")
     there = {run for text in train for run in runs(text)}
     ours = [run for text in held_out for run in runs(text)]
     assert (found.windows, found.windows_shared) == (len(ours), sum(run in there for run in ours))
@@ -328,7 +329,7 @@ def test_the_result_does_not_depend_on_the_hash_seed():
         "from tests.test_leaks import *\nrows = related()\n"
         "print(astuple(overlap(*split(rows, 'name'))), regroup(rows))"
     )
-    folder = Path(leaks.__file__).parent
+    folder = Path(__file__).parent.parent
     printed = {
         subprocess.run(
             [sys.executable, "-c", program],
@@ -450,7 +451,7 @@ def test_a_cached_result_is_used_only_for_what_it_was_made_from(
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(leaks, "_compare_stores", fail)
+        patch.setattr(store_leaks, "_compare_stores", fail)
         assert store_overlap(train, held_out, Bytes()) == first
         with pytest.raises(AssertionError, match="computed again"):
             store_overlap(held_out, held_out, Bytes())
@@ -462,7 +463,7 @@ def test_a_cached_result_is_used_only_for_what_it_was_made_from(
 
 def test_a_large_held_out_store_is_sampled_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     documents = files(40)
-    monkeypatch.setattr(leaks, "HELD_OUT_UNITS", 10_000)
+    monkeypatch.setattr(store_leaks, "HELD_OUT_UNITS", 10_000)
     found = store_overlap(*stores(tmp_path / "s", documents, documents[:20]), Bytes())
     assert 0 < found.documents < found.of_documents == 20
     assert found.leaked_share == 1 and "a sample of 20" in str(found)
@@ -489,8 +490,8 @@ def test_a_document_stored_with_a_gap_is_the_same_document(tmp_path: Path, monke
     build_store(tmp_path / "store", documents, STARCODER)
     train, held_out, _ = open_store(tmp_path / "store")
     assert len(train.document(0)) >= len(held_out.document(0)) + 2
-    assert leaks.store_overlap(train, held_out, STARCODER).exact == 1
+    assert store_overlap(train, held_out, STARCODER).exact == 1
     # Planted: the order of the store.
-    monkeypatch.setattr(leaks, "in_text_order", lambda tokens, markers: tokens)
+    monkeypatch.setattr(store_leaks, "in_text_order", lambda tokens, markers: tokens)
     (tmp_path / "store" / "leaks-train-validation.json").unlink()
-    assert leaks.store_overlap(train, held_out, STARCODER).exact == 0
+    assert store_overlap(train, held_out, STARCODER).exact == 0

@@ -12,7 +12,7 @@ import pytest
 from test_eval import BYTES
 from test_overlaps import prepared, sample, words
 
-import shingles
+from data import shingles
 from suites.memorising import LEAST, Run, licences_of, longest_runs, memorisation, memory_table
 from tokenizer import CodeTokenizer
 

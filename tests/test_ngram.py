@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from ngram import FALLBACK_DISCOUNTS, NGramModel, discounts
+from data.ngram import FALLBACK_DISCOUNTS, NGramModel, discounts
 
 
 def zipf_documents(seed: int, n: int, vocab_size: int, longest: int = 40) -> list[np.ndarray]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from config import Config, DataConfig, parse_config
-from corpus import Report, split_documents
+from data.corpus import split_documents
+from data.documents import Report
 from dataset import PreparedData, prepare_data
 from eval import EvalConfig, evaluate
 from preflight import overrides

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from config import Config, DataConfig
-from curriculum import difficulties
+from data.curriculum import difficulties
+from data.tokenstore import TokenStore
 from dataset import Batches
 from guards.order import order
 from tests.test_curriculum import BY_DIFFICULTY, KINDS, pairs, store  # noqa: F401
-from tokenstore import TokenStore
 
 
 def found(store: TokenStore, asked: str, kind: str, **given: Any) -> list[str]:  # noqa: F811

@@ -11,7 +11,7 @@ from test_eval import BYTES
 
 import suites.overlaps as overlaps
 from config import DataConfig
-from corpus import split_documents
+from data.corpus import split_documents
 from dataset import PreparedData, prepare_data
 from suites.overlaps import overlap_line, training_overlap
 from tokenizer import Tokenizer

@@ -17,7 +17,8 @@ from test_eval import BYTES, HOUSE, command, random_model
 import eval as evaluation
 from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig
-from corpus import Document, split_documents
+from data.corpus import split_documents
+from data.documents import Document
 from dataset import prepare_data
 from eval import EvalConfig
 from suites.baselines import copied

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_recipes import tiny
 
-from fim import fim_prompt_ids, known_markers
+from data.fim import fim_prompt_ids, known_markers
 from recipes.__main__ import main
 from recipes.fastapi import Settings, build, grouped, lines_of, longest, page_of, prompt_of, row_of, sides_of
 from tokenizer import BPETokenizer, PretrainedTokenizer

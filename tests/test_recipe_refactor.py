@@ -16,7 +16,7 @@ import pytest
 from test_recipes import tiny
 
 import sandbox
-from corpus import split_of
+from data.corpus import split_of
 from recipes import refactor, refactoring
 from recipes.__main__ import main
 from recipes.degradations import STRATEGIES, parsed

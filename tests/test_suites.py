@@ -21,11 +21,11 @@ import eval as evaluation
 from architecture import Decoder
 from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig, ModelConfig, one_sentence
-from corpus import alpaca_prompt, split_documents
+from data.corpus import split_documents
+from data.fim import fim_end_ids, fim_prompt_ids
+from data.rows import alpaca_prompt
 from dataset import PreparedData, prepare_data
 from eval import EvalConfig
-from fim import fim_end_ids, fim_prompt_ids
-from healing import Prompt
 from metrics.registry import METRICS
 from suites.baselines import copied, last_lines, nearest
 from suites.completing import asked, complete, ngram_complete, uncut
@@ -42,6 +42,7 @@ from suites.scoring import (
     suite_table,
 )
 from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
+from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 
 NAMES = ("alpha", "beta", "gamma", "delta", "ßeta", "total", "count")

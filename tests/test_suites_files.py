@@ -20,9 +20,9 @@ import eval as evaluation
 import functional
 from architecture import Decoder
 from config import LoraConfig, ModelConfig, one_sentence
+from data.fim import fim_prompt_ids
 from dataset import PreparedData
 from eval import EvalConfig, mistake, parse_settings
-from fim import fim_prompt_ids
 from functional import FunctionalConfig, read_problems, read_samples
 from generate import GenerationConfig, generate
 from lora import add_adapter

@@ -9,8 +9,8 @@ from test_eval import BYTES, FP32, documents_of, prepared, random_model, source
 
 from architecture import Decoder
 from config import ModelConfig
+from data.ngram import NGramModel
 from dataset import PreparedData
-from ngram import NGramModel
 from suites import functions
 from suites.completing import complete, ngram_complete, uncut
 from suites.functions import function_examples, sample_completions, through_body

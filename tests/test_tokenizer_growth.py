@@ -12,9 +12,9 @@ import pytest
 import transformers
 from tokenizers import Tokenizer
 
-import tokenizer_growth
+from tokenization import growth
+from tokenization.growth import GENTLE, Growth, refuse_steep
 from tokenizer import BPETokenizer, load_tokenizer
-from tokenizer_growth import GENTLE, Growth, refuse_steep
 
 transformers.logging.set_verbosity_error()
 
@@ -76,7 +76,7 @@ def test_a_chain_of_rules_without_bound_is_refused_at_once(
 def test_a_text_that_may_grow_too_long_is_measured(
     state: Any, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer_growth, "LONGEST", 2**16)
+    monkeypatch.setattr(growth, "LONGEST", 2**16)
     if part == "normalizer":
         more = chain(part, "normalizers", [DOUBLE] * 10)
     else:

@@ -39,7 +39,7 @@ from config import (
     TrainConfig,
     parse_config,
 )
-from corpus import SPLITS
+from data.documents import SPLITS
 from dataset import IGNORE_INDEX, Batch
 from optim import Muon
 from proofs import run_difference

@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cache import InUse
-from corpus import SPLITS, Document, utf8
-from fim import fim_markers, fim_prompt_ids
-from healing import healed
+from data.cache import InUse
+from data.documents import SPLITS, Document, utf8
+from data.fim import fim_markers, fim_prompt_ids
+from tokenization.healing import healed
 from tokenizer import Tokenizer
 
 FORMAT = 2  # part of the cache key: raise it whenever the same data would be stored as other bytes
@@ -102,7 +102,7 @@ class TokenStore:
             and of the prompt's end that is written with it: bits per byte are over what bears loss.
         holds_examples: Whether the documents are examples, each a prompt and its completion.
         prompt_lengths: (n_documents,) int64, leading tokens that are prompt, the start token included; 0 for
-            plain text. What a healed prompt leaves over (healing.py) belongs to the completion.
+            plain text. What a healed prompt leaves over (tokenization/healing.py) belongs to the completion.
         cuts: (n_documents,) int64, characters of the prompt of an example that is tokenised as one text; -1
             where prompt and completion are apart.
         suffix_places: (n_documents,) int64, of an example that fills a gap the place of the marker between
@@ -334,9 +334,9 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
     """Token ids of each document between bos and eos; a tokenizer without bos starts with its eos.
 
     Of an example, prompt and completion are encoded as one text, and the prompt's part of it is what stays of
-    a healed prompt (healing.py): all after that is the completion's, the end of the prompt's text included,
-    since generation makes it too. Where it is not healed, or the ids of the one text begin otherwise, the two
-    are encoded apart. What fills a gap begins with `fim_prompt_ids` as it is.
+    a healed prompt (tokenization/healing.py): all after that is the completion's, the end of the prompt's
+    text included, since generation makes it too. Where it is not healed, or the ids of the one text begin
+    otherwise, the two are encoded apart. What fills a gap begins with `fim_prompt_ids` as it is.
 
     Raises:
         ValueError: an id outside the vocabulary, or text that does not come back, apart or as prompt and

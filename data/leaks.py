@@ -1,7 +1,6 @@
 """How much of the held-out data also stands in the training data: the measure behind the guard against leaks.
 
     found = overlap(train_documents, held_out_documents)  # texts
-    found = store_overlap(store, validation_store, tokenizer)  # the stores of a run, cached beside them
     if found.refused: ...
     groups = regroup(documents)  # a group for each document, such that a split by group leaks no more
 
@@ -22,17 +21,13 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from cache import read_sealed, write_sealed
-from corpus import Document, utf8
-from fim import in_text_order, known_markers
-from shingles import UNIT, Batch, Units, Words, bands, batches, mixed
-from tokenizer import Tokenizer
-from tokenstore import TokenStore
+from data.documents import Document, utf8
+from data.shingles import UNIT, Batch, Units, Words, bands, batches, mixed
 
 # Measured: clean splits by file leak 2% to 19% of their text, chunks of files that overlap, split at
 # random, 71% to 99%. Between them lie the FastAPI tutorials by file, 47%, whose files come in near-equal
@@ -46,12 +41,11 @@ WINDOW_BYTES = 240  # what 50 words of code take: the window of a store has as m
 BOILERPLATE_SHARE, BOILERPLATE_DOCUMENTS = 0.05, 20
 PERMUTATIONS, BANDS = 128, 32  # finds 99.98% of pairs at Jaccard 0.7: 1 - (1 - 0.7**4)**32
 BUCKET = 32  # candidates looked at in a bucket of the index; more of them are near duplicates of each other
-HELD_OUT_UNITS = 2**22  # of a store; beyond that, whole documents are sampled by name
 REGROUP_WINDOWS = 2**22
 LINKED = 0.3  # `regroup` puts two documents together when this share of the shorter one stands in the other
 EXAMPLES = 8
-# Part of the key of what is cached: raise it when a change here or in shingles.py would give another overlap
-# or other groups of the same documents.
+# Part of the key of what is cached: raise it when a change here or in data/shingles.py would give another
+# overlap or other groups of the same documents.
 VERSION = 1
 
 
@@ -155,80 +149,7 @@ def overlap(train: Iterable[Document], held_out: Iterable[Document]) -> Overlap:
         word = next(itertools.islice(UNIT.finditer(text), unit, None))
         return text[word.start() : word.start() + 200]
 
-    return _compare(map(partial(_units, words), train), held, len(held), WINDOW, excerpt)
-
-
-def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
-    """Compare two stores of a run, token by token; cached as `leaks-TRAIN-HELD_OUT.json` in the folder of
-    `held_out`, by the names of their sides.
-
-    All of the training tokens are read. Of a held-out store above `HELD_OUT_UNITS` tokens, documents are
-    drawn by the SHA-1 of their names until that many are there; `Overlap.of_documents` tells. A cached
-    result is used if both stores and this file are those it was made by.
-
-    Raises:
-        ValueError: a store was made by another tokenizer.
-    """
-    for store in (train, held_out):
-        if store.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"the {store.split} store was made by the tokenizer {store.tokenizer_fingerprint[:12]}, and "
-                f"this one is {tokenizer.fingerprint[:12]}: give that one, or build the store again"
-            )
-    path = held_out.folder / f"leaks-{train.split}-{held_out.split}.json"
-    key = _store_key(train, held_out)
-    saved = read_sealed(path)
-    if saved is not None and saved.pop("key") == key:
-        return Overlap(**saved | {"examples": tuple(Example(**e) for e in saved["examples"])})
-    found = _compare_stores(train, held_out, tokenizer)
-    write_sealed(path, {"key": key} | asdict(found))
-    return found
-
-
-def _store_key(train: TokenStore, held_out: TokenStore) -> str:
-    key = hashlib.sha256(f"{VERSION}".encode())
-    for store in (train, held_out):
-        key.update((store.folder / "index.json").read_bytes())  # holds the SHA-256 of each file
-        key.update(store.split.encode())
-    return key.hexdigest()
-
-
-def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
-    specials = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
-    specials |= {*(markers := known_markers(tokenizer) or ())}
-    blank = [i in specials or tokenizer.decode([i]).isspace() for i in range(held_out.vocab_size)]
-    solid = ~np.array(blank)
-    values = mixed(np.arange(held_out.vocab_size, dtype=np.uint64))
-
-    def units(store: TokenStore, number: int) -> Units:
-        tokens = store.document(number)
-        if not store.holds_examples:
-            tokens = in_text_order(tokens, markers or None)
-        keep = solid[tokens]
-        start = int(keep[: int(store.prompt_lengths[number])].sum())
-        name = store.names[number]
-        # A store knows no groups, but was split by them. Equal names are no group: many repositories hold a
-        # setup.py. Names of pieces are one all the same.
-        group = name if PIECE.search(name[-40:]) else ""
-        return Units(name, group, values[tokens[keep]], start)
-
-    chosen = np.arange(held_out.n_documents)
-    if held_out.n_tokens > HELD_OUT_UNITS:
-        order = sorted(chosen.tolist(), key=lambda i: hashlib.sha1(utf8(held_out.names[i])).digest())
-        ends = np.cumsum(np.diff(held_out.offsets)[order])
-        chosen = np.sort(order[: max(1, int(np.searchsorted(ends, HELD_OUT_UNITS, "right")))])
-    held = [units(held_out, int(i)) for i in chosen]
-    scored = sum(len(document.ids) - document.start for document in held)
-    window = round(WINDOW_BYTES * scored / max(1, int(held_out.byte_lengths[chosen].sum())))
-    window = min(max(window, WINDOW // 2), 4 * WINDOW_BYTES)
-
-    def excerpt(number: int, unit: int) -> str:
-        tokens = held_out.document(int(chosen[number]))
-        first = int(np.flatnonzero(solid[tokens])[unit])
-        return tokenizer.decode([i for i in tokens[first : first + window].tolist() if i not in specials])
-
-    stream = (units(train, number) for number in range(train.n_documents))
-    return _compare(stream, held, held_out.n_documents, window, excerpt)
+    return compare(map(partial(_units, words), train), held, len(held), WINDOW, excerpt)
 
 
 # --- units -------------------------------------------------------------------------------------------
@@ -301,7 +222,7 @@ def _name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(utf8(name), digest_size=8).digest(), "little")
 
 
-def _compare(
+def compare(
     train: Iterable[Units],
     held: list[Units],
     of_documents: int,

@@ -22,8 +22,8 @@ cut. All others, such as "sel" + "f" where the tokenizer writes "self", never st
 if they had probability 0.
 
 Where the prompt's last token is the only one that could stand there, nothing is dropped and nothing changes.
-The prompt of a gap (`fim.py`) ends with a marker, behind which training begins to write anew, wherever the
-text was cut: that is exact as it is.
+The prompt of a gap (`data/fim.py`) ends with a marker, behind which training begins to write anew, wherever
+the text was cut: that is exact as it is.
 """
 
 from __future__ import annotations

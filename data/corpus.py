@@ -11,118 +11,36 @@ is cut into windows, so that no text stands on two of them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import re
-import reprlib
 import sysconfig
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from cache import read_sealed, write_sealed
-from comments import drop_comments
-from config import MOST_BYTES, DataConfig, bounded_lines, parse_line
-from fim import gap_of
+from config import MOST_BYTES, DataConfig
+from data import leaks
+from data.cache import read_sealed, write_sealed
+from data.comments import drop_comments
+from data.documents import SPLITS, Document, Report, utf8
+from data.fim import gap_of
+from data.rows import decoded, example_of, jsonl_rows, listed, parquet_rows
 
-# What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
-SPLITS: tuple[str, ...] = ("train", "validation", "test")
-# Fields of a JSONL or Parquet row: of plain text, or of an example, whose completion is the last.
-ROW_KINDS = (
-    ("text",),
-    ("content",),
-    ("prompt", "completion"),
-    ("input", "output"),
-    ("instruction", "output"),
-    ("instruction", "input", "output"),
-    ("prefix", "suffix", "middle"),
-)
 # Files of rows that give the split themselves, also in shards (train-00000-of-00002.parquet).
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.(jsonl|jsonl\.gz|parquet)")
 ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
-NAME_FIELDS = ("path", "name", "repository")
 CORPUS = "corpus.json"  # of a corpus that `scraping` built
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
 )
 
 
-def utf8(text: str) -> bytes:
-    """UTF-8 of any string: JSON may carry lone surrogates, and so may file names that are not UTF-8."""
-    return text.encode("utf-8", "surrogatepass")
-
-
 # ---------------------------------------------------------------------------------------------
 # Reading
-
-
-@dataclass(frozen=True)
-class Document:
-    """A plain text, or an example: `text` is then the completion of `prompt`, which may be "".
-
-    `group` decides its side of the split. Without a group field it equals `name`, or the prompt of an example
-    whose row has no name: the completions of one prompt stay on one side. `prompts` are never trained on, and
-    no part of the data's fingerprint: only an evaluation that asks for them by name reads them.
-    """
-
-    name: str
-    text: str
-    group: str
-    prompt: str | None = None  # None is plain text
-    suffix: str | None = None  # what follows the text, of an example that fills the gap after its prompt
-    gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
-    where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
-    side: str | None = None  # of the split, where its file says it
-    prompts: dict[str, str] | None = dataclasses.field(default=None, compare=False)  # other wordings, by name
-
-    @property
-    def fim_parts(self) -> tuple[str, str, str] | None:
-        """(prefix, suffix, middle) where it is stored so."""
-        if self.suffix is not None:
-            return self.prompt or "", self.suffix, self.text
-        if self.gap is not None:
-            start, end = self.gap
-            return self.text[:start], self.text[end:], self.text[start:end]
-        return None
-
-
-@dataclass
-class Report:
-    """What became of every document. `documents == duplicates + sum(kept.values())`.
-
-    Args:
-        documents: Documents that were read.
-        undecodable: Files or rows left out because they are not UTF-8 (not part of `documents`).
-        unparsed: Python documents kept with their comments because they do not parse (`drop_comments`).
-        duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
-        kept: Documents on each side.
-        kept_bytes: UTF-8 bytes on each side, prompts included.
-        groups: Groups that were found by the text of the documents kept; 0 if none were looked for.
-        gaps: Plain documents for training that `fim_rate` cuts.
-        fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
-            which are test; set at the end.
-        corpus: Fingerprint of a corpus that `scraping` built, by its corpus.json; "" of other sources.
-        without_rows: Of JSONL files without a row, what they have instead.
-    """
-
-    documents: int = 0
-    undecodable: int = 0
-    unparsed: int = 0
-    duplicates: int = 0
-    kept: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    kept_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    groups: int = 0
-    gaps: int = 0
-    fingerprint: str = ""
-    corpus: str = ""
-    without_rows: list[str] = dataclasses.field(default_factory=list)
 
 
 def refuse_unreadable(config: DataConfig) -> None:
@@ -306,27 +224,13 @@ def _read_folder(
                 f"{root / name} has {size:,} bytes, and a document may have {MOST_BYTES:,}: cut it into "
                 "several files, or leave it out of the folder"
             )
-        text = _decoded((root / name).read_bytes(), str(root / name), 0, config, report)
+        text = decoded((root / name).read_bytes(), str(root / name), 0, config, report)
         if text is not None:
             yield Document(name, text, name, where=str(root / name))
 
 
-def _decoded(data: bytes, where: str, offset: int, config: DataConfig, report: Report) -> str | None:
-    """Strict UTF-8; None when it is not and such documents are skipped. `data` begins at byte `offset`."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if config.skip_undecodable:
-            report.undecodable += 1
-            return None
-        raise ValueError(
-            f"{where} is not UTF-8 at byte {offset + error.start}: convert it, or leave such documents out "
-            "with --data.skip_undecodable true"
-        ) from None
-
-
 def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None = None) -> Iterator[Document]:
-    rows = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
+    rows = parquet_rows if path.suffix == ".parquet" else jsonl_rows
     first: tuple[str, str] | None = None
     for number, row in rows(path, config, report):
         where = f"{path} {'row' if path.suffix == '.parquet' else 'line'} {number}"
@@ -344,7 +248,7 @@ def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None 
             if row.get(config.group_field) is None:
                 raise ValueError(
                     f"{where} has nothing in the field {config.group_field} of --data.group_field; it has "
-                    f"{_listed(row)}"
+                    f"{listed(row)}"
                 )
             group = str(row[config.group_field])
         prompts = row.get("prompts")
@@ -358,168 +262,6 @@ def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None 
             side=side,
             prompts=prompts if prompt is not None and isinstance(prompts, dict) else None,
         )
-
-
-def _listed(fields: Iterable[str]) -> str:
-    return ", ".join(sorted(fields)) or "no fields"
-
-
-def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str, str | None, str | None]:
-    """(completion, prompt, suffix) of a row that holds an example, (text, None, None) of plain text.
-
-    The one place that decides it.
-
-    Raises:
-        ValueError: the row is of no kind or of two, holds something that is not text, or completes nothing.
-    """
-    fields = _fields_of(row, config, where)
-    values: list[Any] = [row[field] for field in fields]
-    if len(fields) == 3 and values[1] is None:  # Parquet has no other way to leave the input out
-        values[1] = ""
-    for field, value in zip(fields, values, strict=True):
-        if not isinstance(value, str):
-            found = "null" if value is None else f"the {type(value).__name__} {reprlib.repr(value)}"
-            raise ValueError(
-                f"{where} holds {found} in the field {field}, not text: write text there, or remove the row"
-            )
-    *asked, text = values
-    if not asked:
-        return text, None, None
-    if not text:
-        raise ValueError(
-            f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove the row"
-        )
-    if fields[0] == "instruction":
-        return text, alpaca_prompt(*asked), None
-    return text, asked[0], asked[1] if len(asked) == 2 else None
-
-
-def alpaca_prompt(instruction: str, given: str = "") -> str:
-    """The published template, train.py of github.com/tatsu-lab/stanford_alpaca: with and without an input."""
-    paired = ", paired with an input that provides further context" if given else ""
-    given = f"### Input:\n{given}\n\n" if given else ""
-    return (
-        f"Below is an instruction that describes a task{paired}. Write a response that appropriately "
-        f"completes the request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:"
-    )
-
-
-def _fields_of(
-    present: Iterable[str], config: DataConfig, where: str, one_row: bool = True
-) -> tuple[str, ...]:
-    """The fields that are read of those present: the text's, or an example's with the completion last.
-
-    They are one row's, which can be removed, or the whole file's.
-    """
-    present = set(present)
-    kinds = [kind for kind in ROW_KINDS if present.issuperset(kind)]
-    kinds = [kind for kind in kinds if not any(set(kind) < set(other) for other in kinds)]
-    if config.text_field in present:
-        return (config.text_field,)
-    if config.text_field is not None:
-        examples = any(len(kind) > 1 for kind in kinds)
-        remedy = "leave --data.text_field out to read examples" if examples else "set --data.text_field"
-        raise ValueError(f"{where} has no field {config.text_field} but {_listed(present)}: {remedy}")
-    if len(kinds) > 1 and kinds != [("text",), ("content",)]:
-        one, other = (" and ".join(kind) for kind in kinds[:2])
-        raise ValueError(
-            f"{where} holds {one}, and also {other}: take one kind out of the file, or set --data.text_field "
-            "to read one field as plain text"
-        )
-    if kinds:
-        return kinds[0]
-    examples = [kind for kind in ROW_KINDS if len(kind) > 1]
-    for kind in sorted(examples, key=lambda kind: len(present.intersection(kind)) / len(kind), reverse=True):
-        lacking = [field for field in kind if field not in present]
-        near = difflib.get_close_matches(lacking[0], present.difference(kind), n=1)
-        held = len(kind) - len(lacking)
-        # One field of an example, such as a suffix, may be something else that stands beside the text.
-        if held > 1 or (held and (near or present <= {*kind, *NAME_FIELDS})):
-            meant = f" (is {near[0]} meant for it?)" if near else ""
-            remove = "remove the row, " if one_row else ""
-            raise ValueError(
-                f"{where} has no field {' and no field '.join(lacking)} but {_listed(present)}{meant}: give "
-                f"{' and '.join(kind)}, {remove}or set --data.text_field to read plain text"
-            )
-    raise ValueError(
-        f"{where} has no field text or content but {_listed(present)}: set --data.text_field, or give "
-        "prompt and completion"
-    )
-
-
-def _jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
-    offset = blank = number = rows = 0
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-        try:
-            for number, line in enumerate(bounded_lines(lines, path), 1):
-                text = _decoded(line, f"{path} line {number}", offset, config, report)
-                offset += len(line)
-                if text is None:
-                    continue
-                if not text.strip():
-                    blank = blank or number  # the last lines of a file may be empty
-                    continue
-                if blank:
-                    raise ValueError(f"{path} line {blank} is empty: remove it, or write the row it was for")
-                row = parse_line(text, f"{path} line {number}")
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{path} line {number} is a JSON {type(row).__name__}, not an object: give its "
-                        "fields names, or remove the line"
-                    )
-                rows += 1
-                yield number, row
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from None
-    if not rows:
-        report.without_rows.append(f"{path} has {number} lines and no row in them")
-
-
-def _parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = itertools.count(1)
-    try:
-        with pq.ParquetFile(path) as file:
-            fields = file.schema_arrow.names
-            if twice := next((field for field in fields if fields.count(field) > 1), None):
-                raise ValueError(f"{path} has two columns {twice}; leave one out")
-            wanted = {
-                *_fields_of(fields, config, str(path), one_row=False),
-                "path",
-                "name",
-                "repository",
-                "prompts",
-                config.group_field,
-            }
-            for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):
-                # As bytes: pyarrow does not check that its strings are UTF-8, and one bad value would
-                # make the conversion of the whole batch fail.
-                columns = {
-                    field: (
-                        column.cast(pa.large_binary())
-                        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-                        else column
-                    ).to_pylist()
-                    for field, column in zip(batch.schema.names, batch.columns, strict=True)
-                }
-                for values in zip(*columns.values(), strict=True):
-                    row = dict(zip(columns, values, strict=True))
-                    n = next(number)
-                    for field, value in row.items():
-                        if isinstance(value, bytes):
-                            row[field] = _decoded(value, f"{path} row {n} field {field}", 0, config, report)
-                            if row[field] is None:
-                                break
-                    else:
-                        yield n, row
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
-
-
-# ---------------------------------------------------------------------------------------------
-# Split
 
 
 def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
@@ -604,8 +346,6 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 
 def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> list[str]:
     """The group that the text gives each document; cached by all that decides it, for a run asks thrice."""
-    import leaks  # which reads documents itself
-
     key = hashlib.sha256(f"{leaks.VERSION}".encode())
     for document, digest, _ in kept:
         key.update(json.dumps([document.name, document.group, digest.hex()]).encode())

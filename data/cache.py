@@ -1,8 +1,8 @@
 """The folder `cache`: entries that can be made again, each with a checksum, bounded in size.
 
-    CACHE/tokens-KEY/            token stores (tokenstore.py), with what was found by comparing them
+    CACHE/tokens-KEY/            token stores (data/tokenstore.py), with what was found by comparing them
     CACHE/tokenizers/KEY/        trained tokenizers
-    CACHE/groups-KEY.json        documents that belong together by their text (corpus.py)
+    CACHE/groups-KEY.json        documents that belong together by their text (data/corpus.py)
     CACHE/predictions/           of evaluations that were interrupted (suites/kept.py)
     CACHE/bases/                 bases that a recipe trained: runs stand on them, so they are never removed
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ngram import NGramModel
-from tokenstore import TokenStore
+from data.ngram import NGramModel
+from data.tokenstore import TokenStore
 
 HALF_TOKENS = 5_000_000  # that each n-gram model is trained on, of evenly spread documents
 FIRST_SHARE = 0.1  # of the documents that `hybrid` draws from at its beginning

@@ -1,0 +1,76 @@
+"""A document of a corpus, the splits that it may be on, and the report of what became of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+# What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 of any string: JSON may carry lone surrogates, and so may file names that are not UTF-8."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A plain text, or an example: `text` is then the completion of `prompt`, which may be "".
+
+    `group` decides its side of the split. Without a group field it equals `name`, or the prompt of an example
+    whose row has no name: the completions of one prompt stay on one side. `prompts` are never trained on, and
+    no part of the data's fingerprint: only an evaluation that asks for them by name reads them.
+    """
+
+    name: str
+    text: str
+    group: str
+    prompt: str | None = None  # None is plain text
+    suffix: str | None = None  # what follows the text, of an example that fills the gap after its prompt
+    gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
+    where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
+    side: str | None = None  # of the split, where its file says it
+    prompts: dict[str, str] | None = dataclasses.field(default=None, compare=False)  # other wordings, by name
+
+    @property
+    def fim_parts(self) -> tuple[str, str, str] | None:
+        """(prefix, suffix, middle) where it is stored so."""
+        if self.suffix is not None:
+            return self.prompt or "", self.suffix, self.text
+        if self.gap is not None:
+            start, end = self.gap
+            return self.text[:start], self.text[end:], self.text[start:end]
+        return None
+
+
+@dataclass
+class Report:
+    """What became of every document. `documents == duplicates + sum(kept.values())`.
+
+    Args:
+        documents: Documents that were read.
+        undecodable: Files or rows left out because they are not UTF-8 (not part of `documents`).
+        unparsed: Python documents kept with their comments because they do not parse (`drop_comments`).
+        duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
+        kept: Documents on each side.
+        kept_bytes: UTF-8 bytes on each side, prompts included.
+        groups: Groups that were found by the text of the documents kept; 0 if none were looked for.
+        gaps: Plain documents for training that `fim_rate` cuts.
+        fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
+            which are test; set at the end.
+        corpus: Fingerprint of a corpus that `scraping` built, by its corpus.json; "" of other sources.
+        without_rows: Of JSONL files without a row, what they have instead.
+    """
+
+    documents: int = 0
+    undecodable: int = 0
+    unparsed: int = 0
+    duplicates: int = 0
+    kept: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    kept_bytes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    groups: int = 0
+    gaps: int = 0
+    fingerprint: str = ""
+    corpus: str = ""
+    without_rows: list[str] = dataclasses.field(default_factory=list)

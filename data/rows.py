@@ -1,0 +1,199 @@
+"""Rows of JSONL and Parquet files: which of their fields are a text, and which an example."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import itertools
+import reprlib
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from config import DataConfig, bounded_lines, parse_line
+from data.documents import Report
+
+# Fields of a JSONL or Parquet row: of plain text, or of an example, whose completion is the last.
+ROW_KINDS = (
+    ("text",),
+    ("content",),
+    ("prompt", "completion"),
+    ("input", "output"),
+    ("instruction", "output"),
+    ("instruction", "input", "output"),
+    ("prefix", "suffix", "middle"),
+)
+NAME_FIELDS = ("path", "name", "repository")
+
+
+def listed(fields: Iterable[str]) -> str:
+    return ", ".join(sorted(fields)) or "no fields"
+
+
+def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str, str | None, str | None]:
+    """(completion, prompt, suffix) of a row that holds an example, (text, None, None) of plain text.
+
+    The one place that decides it.
+
+    Raises:
+        ValueError: the row is of no kind or of two, holds something that is not text, or completes nothing.
+    """
+    fields = _fields_of(row, config, where)
+    values: list[Any] = [row[field] for field in fields]
+    if len(fields) == 3 and values[1] is None:  # Parquet has no other way to leave the input out
+        values[1] = ""
+    for field, value in zip(fields, values, strict=True):
+        if not isinstance(value, str):
+            found = "null" if value is None else f"the {type(value).__name__} {reprlib.repr(value)}"
+            raise ValueError(
+                f"{where} holds {found} in the field {field}, not text: write text there, or remove the row"
+            )
+    *asked, text = values
+    if not asked:
+        return text, None, None
+    if not text:
+        raise ValueError(
+            f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove the row"
+        )
+    if fields[0] == "instruction":
+        return text, alpaca_prompt(*asked), None
+    return text, asked[0], asked[1] if len(asked) == 2 else None
+
+
+def alpaca_prompt(instruction: str, given: str = "") -> str:
+    """The published template, train.py of github.com/tatsu-lab/stanford_alpaca: with and without an input."""
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"### Input:\n{given}\n\n" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that appropriately "
+        f"completes the request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:"
+    )
+
+
+def _fields_of(
+    present: Iterable[str], config: DataConfig, where: str, one_row: bool = True
+) -> tuple[str, ...]:
+    """The fields that are read of those present: the text's, or an example's with the completion last.
+
+    They are one row's, which can be removed, or the whole file's.
+    """
+    present = set(present)
+    kinds = [kind for kind in ROW_KINDS if present.issuperset(kind)]
+    kinds = [kind for kind in kinds if not any(set(kind) < set(other) for other in kinds)]
+    if config.text_field in present:
+        return (config.text_field,)
+    if config.text_field is not None:
+        examples = any(len(kind) > 1 for kind in kinds)
+        remedy = "leave --data.text_field out to read examples" if examples else "set --data.text_field"
+        raise ValueError(f"{where} has no field {config.text_field} but {listed(present)}: {remedy}")
+    if len(kinds) > 1 and kinds != [("text",), ("content",)]:
+        one, other = (" and ".join(kind) for kind in kinds[:2])
+        raise ValueError(
+            f"{where} holds {one}, and also {other}: take one kind out of the file, or set --data.text_field "
+            "to read one field as plain text"
+        )
+    if kinds:
+        return kinds[0]
+    examples = [kind for kind in ROW_KINDS if len(kind) > 1]
+    for kind in sorted(examples, key=lambda kind: len(present.intersection(kind)) / len(kind), reverse=True):
+        lacking = [field for field in kind if field not in present]
+        near = difflib.get_close_matches(lacking[0], present.difference(kind), n=1)
+        held = len(kind) - len(lacking)
+        # One field of an example, such as a suffix, may be something else that stands beside the text.
+        if held > 1 or (held and (near or present <= {*kind, *NAME_FIELDS})):
+            meant = f" (is {near[0]} meant for it?)" if near else ""
+            remove = "remove the row, " if one_row else ""
+            raise ValueError(
+                f"{where} has no field {' and no field '.join(lacking)} but {listed(present)}{meant}: give "
+                f"{' and '.join(kind)}, {remove}or set --data.text_field to read plain text"
+            )
+    raise ValueError(
+        f"{where} has no field text or content but {listed(present)}: set --data.text_field, or give "
+        "prompt and completion"
+    )
+
+
+def jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+    offset = blank = number = rows = 0
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+        try:
+            for number, line in enumerate(bounded_lines(lines, path), 1):
+                text = decoded(line, f"{path} line {number}", offset, config, report)
+                offset += len(line)
+                if text is None:
+                    continue
+                if not text.strip():
+                    blank = blank or number  # the last lines of a file may be empty
+                    continue
+                if blank:
+                    raise ValueError(f"{path} line {blank} is empty: remove it, or write the row it was for")
+                row = parse_line(text, f"{path} line {number}")
+                if not isinstance(row, dict):
+                    raise ValueError(
+                        f"{path} line {number} is a JSON {type(row).__name__}, not an object: give its "
+                        "fields names, or remove the line"
+                    )
+                rows += 1
+                yield number, row
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+    if not rows:
+        report.without_rows.append(f"{path} has {number} lines and no row in them")
+
+
+def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = itertools.count(1)
+    try:
+        with pq.ParquetFile(path) as file:
+            fields = file.schema_arrow.names
+            if twice := next((field for field in fields if fields.count(field) > 1), None):
+                raise ValueError(f"{path} has two columns {twice}; leave one out")
+            wanted = {
+                *_fields_of(fields, config, str(path), one_row=False),
+                "path",
+                "name",
+                "repository",
+                "prompts",
+                config.group_field,
+            }
+            for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):
+                # As bytes: pyarrow does not check that its strings are UTF-8, and one bad value would
+                # make the conversion of the whole batch fail.
+                columns = {
+                    field: (
+                        column.cast(pa.large_binary())
+                        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+                        else column
+                    ).to_pylist()
+                    for field, column in zip(batch.schema.names, batch.columns, strict=True)
+                }
+                for values in zip(*columns.values(), strict=True):
+                    row = dict(zip(columns, values, strict=True))
+                    n = next(number)
+                    for field, value in row.items():
+                        if isinstance(value, bytes):
+                            row[field] = decoded(value, f"{path} row {n} field {field}", 0, config, report)
+                            if row[field] is None:
+                                break
+                    else:
+                        yield n, row
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def decoded(data: bytes, where: str, offset: int, config: DataConfig, report: Report) -> str | None:
+    """Strict UTF-8; None when it is not and such documents are skipped. `data` begins at byte `offset`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if config.skip_undecodable:
+            report.undecodable += 1
+            return None
+        raise ValueError(
+            f"{where} is not UTF-8 at byte {offset + error.start}: convert it, or leave such documents out "
+            "with --data.skip_undecodable true"
+        ) from None

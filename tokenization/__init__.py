@@ -1,0 +1,1 @@
+"""Tokenizers: what tokenizer.py hands on."""
