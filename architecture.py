@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import blocked_attention
 from config import ModelConfig
-from dropout import Dropout
-from linear import Linear
+from modules.attention import blocked_attention
+from modules.dropout import Dropout
+from modules.linear import Linear
 
 
 class Cache(Protocol):

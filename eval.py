@@ -49,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 import sandbox
-from checkpoint import code_fingerprint
+from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.ngram import NGramModel
 from dataset import PreparedData
@@ -57,10 +57,9 @@ from functional import read_problems
 from generate import GenerationConfig
 from lora import adapters_disabled
 from metrics.registry import Metric
-from precision import Precision, choose_device, choose_precision
+from modules.precision import Precision, choose_device, choose_precision
 from preflight import overrides
 from pretrained import load_pretrained
-from runmodel import Run, load_run, run_folder
 from suites import programs
 from suites.completing import complete, ngram_complete
 from suites.documents import add_intervals
@@ -92,9 +91,9 @@ from suites.tokens import (
     tokens_of,
     train_ngram,
 )
+from training.run import Run, load_run, run_folder
 
 TOKEN_ROWS = 16  # at a time, of token scores
-HOUSE = Path(__file__).parent
 
 
 # --- what is evaluated -------------------------------------------------------------------------------
@@ -416,7 +415,7 @@ def suite_record(
                 "precision": str(subject.precision.dtype),
                 "device": subject.precision.device.type,
                 "torch": torch.__version__,
-                "code": code_fingerprint(HOUSE),
+                "code": code_fingerprint(),
             }
             kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
             made_in_all = len(examples) * settings.samples_per_example

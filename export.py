@@ -91,12 +91,12 @@ from torch import Tensor
 
 from architecture import Decoder
 from lora import adapters_disabled, wrappers
-from merging import MergeReport, merge, merge_checked, merge_report
+from modules.quantize import Linear4bit, dequantize_linears
 from pretrained import save_pretrained
+from pretrained.merging import MergeReport, merge, merge_checked, merge_report
 from pretrained.save import refuse_full
-from quantize import Linear4bit, dequantize_linears
-from runmodel import export_adapter, load_run, open_adapted
 from tokenizer import Tokenizer
+from training.run import export_adapter, load_run, open_adapted
 
 PROMPTS, PROMPT_TOKENS = 8, 128
 

@@ -176,11 +176,11 @@ import torch
 from architecture import Decoder
 from config.console import printable
 from data.fim import fim_end_ids, fim_prompt_ids
-from decoding import Stopped, generate_ids
-from precision import choose_device
-from runmodel import load_run, open_adapted
+from generation.engine import Stopped, generate_ids
+from modules.precision import choose_device
 from tokenization.healing import Prompt, healed
 from tokenizer import Tokenizer
+from training.run import load_run, open_adapted
 
 
 class Completion(NamedTuple):

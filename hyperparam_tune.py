@@ -190,7 +190,7 @@ def sweep(settings: Settings) -> int:
     Raises:
         ValueError: The storage, the data or every trial is at fault; one sentence.
     """
-    from beforehand import refuse_mistakes
+    from training.beforehand import refuse_mistakes
 
     refuse_mistakes(settings.config)
     folder = settings.sweep.folder

@@ -10,7 +10,7 @@ called and asked for its weight, so that it may be stored in 4 bits. It is never
 PiSSA start; so any number of adapters share it, and switching them off gives it back bit for bit.
 
 The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/load_adapter.py` and
-`save_adapter.py` read and write its files, and `merging.py` puts adapters into the weights.
+`save_adapter.py` read and write its files, and `pretrained/merging.py` puts adapters into the weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from changes import (
+from adapters.layers import (
     Bias,
     Change,
     LowRank,
@@ -38,10 +38,10 @@ from changes import (
     sizes,
     weight_of,
 )
+from adapters.products import add_term, dropped, linear_with_term
+from adapters.targets import matches, pattern_value, select_targets
 from config import LoraConfig
-from lowrank import add_term, dropped, linear_with_term
-from quantize import n_weights
-from targets import matches, pattern_value, select_targets
+from modules.quantize import n_weights
 
 # --- wrappers ----------------------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ def plan(config: Config) -> Plan:
     Raises:
         ValueError: The base or the settings do not fit, or a child failed: one sentence.
     """
-    from beforehand import refuse_mistakes
+    from training.beforehand import refuse_mistakes
 
     refuse_mistakes(config)
     model, family = shape_of(config)
@@ -178,11 +178,11 @@ def _child(asked: dict[str, Any]) -> Cost:
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
-    from checkpoint import save_checkpoint
+    from guards.first_steps import FirstSteps
     from guards.subject import FAULTS
-    from live import FirstSteps
-    from precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
+    from modules.precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
     from preflight import preflight
+    from training.checkpoint import save_checkpoint
 
     assert SummaryWriter  # what a training process has in memory besides its tensors
     config = Config.from_dict(asked["config"])
@@ -259,9 +259,9 @@ def _model(shape: ModelConfig, family: str | None, config: Config, precision: An
 
     from architecture import Decoder
     from lora import add_adapter
+    from modules.quantize import quantize_linears
     from pretrained import FAMILIES
-    from quantize import quantize_linears
-    from runmodel import resolved_format, set_dropout
+    from training.run import resolved_format, set_dropout
 
     model = Decoder(replace(shape, init="normal"))
     if family is None:

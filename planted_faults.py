@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 import architecture
-import beforehand
-import changes
 import dataset
-import decoding
 import generate
 import lora
-import precision
 import tokenizer
 import trainingmanager
+from adapters import layers
 from architecture import Decoder, Dropout
 from config import Config
 from data import tokenstore
 from dataset import IGNORE_INDEX
+from generation import engine
+from modules import precision
+from training import beforehand
 
 Patch = Callable[[], contextlib.AbstractContextManager]
 
@@ -419,12 +419,12 @@ def tokenizer_by(change: Callable[[list[int]], list[int]]) -> Patch:
 
 
 def padded_on_the_right() -> contextlib.AbstractContextManager:
-    right = decoding.pad_left
+    right = engine.pad_left
 
     def wrong(*args: Any, **options: Any) -> Any:
         return tuple(t.flip(1) if isinstance(t, Tensor) else t for t in right(*args, **options))
 
-    return patch.object(decoding, "pad_left", wrong)
+    return patch.object(engine, "pad_left", wrong)
 
 
 def seed_forgotten() -> contextlib.AbstractContextManager:
@@ -433,7 +433,7 @@ def seed_forgotten() -> contextlib.AbstractContextManager:
         generator.seed()
         return generator
 
-    return patch.object(decoding, "row_generator", wrong)
+    return patch.object(engine, "row_generator", wrong)
 
 
 def beams_by_logits() -> contextlib.AbstractContextManager:
@@ -441,7 +441,7 @@ def beams_by_logits() -> contextlib.AbstractContextManager:
         return logits.double()
 
     functional = types.SimpleNamespace(**vars(torch.nn.functional) | {"log_softmax": wrong})
-    return patch.object(decoding, "F", functional)
+    return patch.object(engine, "F", functional)
 
 
 def prompt_kept() -> contextlib.AbstractContextManager:
@@ -486,7 +486,7 @@ def old_gpu() -> contextlib.AbstractContextManager:
 
 
 def adapters_not_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(changes.LowRank, "drawn", lambda self: None)
+    return patch.object(layers.LowRank, "drawn", lambda self: None)
 
 
 def term_dropped() -> contextlib.AbstractContextManager:

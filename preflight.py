@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import read_run_file
 from config import write_atomically
 from guards.generation import generation
 from guards.labels import labels
@@ -29,6 +28,7 @@ from guards.sizes import sizes
 from guards.split import split
 from guards.start import start
 from guards.subject import Fault, Guard, Subject, refuse_unknown_faults, shortened
+from training.checkpoint import read_run_file
 
 GUARDS: dict[str, Guard] = {
     "sizes": sizes,

@@ -22,10 +22,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from beforehand import refuse_mistakes
-from checkpoint import Manifest, checkpoints, first_difference, load_state
 from config import Config, one_sentence
 from config.yamlfile import read_yaml
+from training.beforehand import refuse_mistakes
+from training.checkpoint import Manifest, checkpoints, first_difference, load_state
 
 HOUSE = Path(__file__).parent
 DEFAULT_STEPS = 4  # before the kill, and after it
@@ -155,7 +155,7 @@ def _train_in_child(config: Config, kill_at: int) -> None:
 
 def _train_as_child(path: Path, kill_at: int) -> None:
     import trainingmanager
-    from precision import keep_freed_memory
+    from modules.precision import keep_freed_memory
 
     write = trainingmanager.save_checkpoint
 

@@ -53,27 +53,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from architecture import Decoder
-from beforehand import refuse_mistakes
-from checkpoint import (
-    Manifest,
-    best_of,
-    changed_weight,
-    checkpoints,
-    code_fingerprint,
-    first_difference,
-    load_counters,
-    load_state,
-    load_weights,
-    newest_whole,
-    not_finite,
-    remove_superseded,
-    save_checkpoint,
-    save_tensors,
-)
 from config import TrainConfig, unread_rates, write_atomically
 from config.console import printable
+from config.files import code_fingerprint
 from config.yamlfile import read_yaml
-from curves import draw_curves
 from data.curriculum import difficulties
 from data.fim import fim_markers
 from data.tokenstore import TokenStore
@@ -94,13 +77,10 @@ from dataset import (
 )
 from eval import EvalConfig, evaluate, table, write_results
 from generate import GenerationConfig, generate
+from guards.first_steps import FirstSteps
 from guards.subject import refuse_unknown_faults
-from live import FirstSteps
 from lora import trainable_table
-from loss import Scores, TokenLoss, score, token_loss
-from optim import ParameterGroup, build_optimizers, groups_table, learning_rate_factor, parameter_groups
-from outputs import OUTPUTS, note_made, outputs_made
-from precision import (
+from modules.precision import (
     Precision,
     choose_device,
     choose_precision,
@@ -108,17 +88,41 @@ from precision import (
     keep_freed_memory,
     release_freed_memory,
 )
+from modules.quantize import n_weights
+from modules.tensorfiles import save_tensors
 from preflight import Subject, preflight, record_overrides
-from quantize import n_weights
-from runfolder import (
-    claimed_folder,
-    config_fingerprint,
-    note_base,
-    refuse_changes,
-    refuse_other_data,
-    with_data_resolved,
+from suites.closing import closing_lines, flags_of, shown_examples
+from suites.functions import sample_completions
+from suites.records import read_evaluation
+from suites.stored import text_of_example
+from suites.subject import data_config, data_of
+from tokenizer import Tokenizer
+from training.beforehand import refuse_mistakes
+from training.checkpoint import (
+    Manifest,
+    best_of,
+    changed_weight,
+    checkpoints,
+    first_difference,
+    load_counters,
+    load_state,
+    load_weights,
+    newest_whole,
+    not_finite,
+    remove_superseded,
+    save_checkpoint,
 )
-from runmodel import (
+from training.curves import draw_curves
+from training.loss import Scores, TokenLoss, score, token_loss
+from training.optim import (
+    ParameterGroup,
+    build_optimizers,
+    groups_table,
+    learning_rate_factor,
+    parameter_groups,
+)
+from training.outputs import OUTPUTS, note_made, outputs_made
+from training.run import (
     Run,
     adopted,
     export_adapter,
@@ -128,12 +132,14 @@ from runmodel import (
     starting_model,
     starting_tokenizer,
 )
-from suites.closing import closing_lines, flags_of, shown_examples
-from suites.functions import sample_completions
-from suites.records import read_evaluation
-from suites.stored import text_of_example
-from suites.subject import data_config, data_of
-from tokenizer import Tokenizer
+from training.runfolder import (
+    claimed_folder,
+    config_fingerprint,
+    note_base,
+    refuse_changes,
+    refuse_other_data,
+    with_data_resolved,
+)
 
 DEFAULT_SECONDS = 300.0
 RESUMABLE = 75  # exit code of a run that was asked to stop and can go on with --resume (EX_TEMPFAIL)
@@ -740,7 +746,7 @@ def _train_in(
     fingerprints = {
         "data": data.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "code": code_fingerprint(HOUSE),
+        "code": code_fingerprint(),
     }
     if data.report.corpus:
         fingerprints["corpus"] = data.report.corpus

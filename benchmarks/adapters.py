@@ -43,7 +43,7 @@ import torch
 HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
 
-from precision import choose_device, choose_precision, keep_freed_memory
+from modules.precision import choose_device, choose_precision, keep_freed_memory
 
 STARCODER = {"vocab_size": 49152, "n_positions": 8192, "multi_query": True}
 STARCODER |= {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
@@ -122,7 +122,7 @@ def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
     from torch import nn
 
     from architecture import Decoder, LayerNorm, RMSNorm
-    from quantize import replace_linear
+    from modules.quantize import replace_linear
 
     with torch.device("meta"):
         model = Decoder(replace(config, init="normal"))
@@ -147,9 +147,9 @@ def ours(
     from config import LoraConfig
     from dataset import Batch
     from lora import add_adapter
-    from loss import token_loss
     from pretrained import FAMILIES
     from pretrained.family import to_model
+    from training.loss import token_loss
 
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     config = to_model(FAMILIES[family], values)

@@ -40,10 +40,10 @@ from config import DataConfig, ModelConfig, OptimizerConfig
 from data.corpus import split_documents
 from data.documents import SPLITS
 from dataset import Batch
-from loss import token_loss
-from optim import build_optimizers
-from precision import choose_device, choose_precision, keep_freed_memory
+from modules.precision import choose_device, choose_precision, keep_freed_memory
 from tokenizer import BPETokenizer
+from training.loss import token_loss
+from training.optim import build_optimizers
 
 SPEED_SHAPE = 22_812, 16, 256  # words, rows, tokens a row
 

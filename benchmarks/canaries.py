@@ -25,8 +25,8 @@ sys.path.insert(0, str(HOUSE))
 
 from architecture import Decoder
 from dataset import IGNORE_INDEX
-from runmodel import load_run
 from tokenizer import Tokenizer
+from training.run import load_run
 
 TIMES = (0, 1, 2, 4, 8, 16, 32)
 DIGITS = 6

@@ -41,10 +41,10 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 from transformers.utils import logging
 
 from architecture import Decoder
-from decoding import generate_ids
 from generate import GenerationConfig
-from kvcache import KVCache
-from linear import Linear
+from generation.engine import generate_ids
+from generation.kvcache import KVCache
+from modules.linear import Linear
 from pretrained import load_pretrained
 
 PROMPT, NEW = 64, 128

@@ -44,8 +44,8 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig, StoppingCriteri
 from transformers.utils import logging
 
 from architecture import Decoder
-from decoding import generate_ids
 from generate import GenerationConfig
+from generation.engine import generate_ids
 from pretrained import load_pretrained
 
 

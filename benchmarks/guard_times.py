@@ -26,10 +26,10 @@ from benchmarks.adapters import SHAPES, drawn
 from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from dataset import prepare_data
 from lora import add_adapter
-from precision import choose_device, choose_precision, keep_freed_memory
+from modules.precision import choose_device, choose_precision, keep_freed_memory
+from modules.quantize import n_weights
 from pretrained import FAMILIES
 from pretrained.family import to_model
-from quantize import n_weights
 from tokenizer import BPETokenizer
 from trainingmanager import TrainingManager
 

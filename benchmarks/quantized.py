@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from linear import Linear
-from precision import keep_freed_memory
-from quantize import KINDS, quantize_nf4
+from modules.linear import Linear
+from modules.precision import keep_freed_memory
+from modules.quantize import KINDS, quantize_nf4
 
 Work = Callable[[], object]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -90,3 +91,12 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def code_fingerprint(folder: Path = REPOSITORY) -> str:
+    """SHA-256 of the project's own Python files, by name and content."""
+    digest = hashlib.sha256()
+    packages = [path.parent for path in folder.glob("*/__init__.py")]
+    for path in sorted([*folder.glob("*.py"), *(p for package in packages for p in package.rglob("*.py"))]):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()

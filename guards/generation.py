@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from architecture import Decoder
-from decoding import generate_ids
 from generate import GenerationConfig, generate
+from generation.engine import generate_ids
 from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 
 PROMPT_TOKENS = 16

@@ -12,7 +12,7 @@ from torch import Tensor
 from architecture import Decoder, Dropout
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import SHORTEST_PASS, Fault, Subject, awake, is_shortened, of_each_kind, through
-from quantize import n_weights
+from modules.quantize import n_weights
 
 
 class Look(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.layers import LowRank
 from architecture import Decoder, Dropout
-from changes import LowRank
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable, awake, through, tolerance_of

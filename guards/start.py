@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from changes import Bias, Rows
+from adapters.layers import Bias, Rows
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable

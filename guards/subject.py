@@ -18,10 +18,10 @@ from architecture import Decoder
 from config import Config
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, Batches
-from loss import Scores, TokenLoss
-from precision import Precision
-from quantize import n_weights
+from modules.precision import Precision
+from modules.quantize import n_weights
 from tokenizer import Tokenizer
+from training.loss import Scores, TokenLoss
 
 FAULTS = (
     "accumulation-ignored answer-not-learned batch-differs-from-single batch-repeated "

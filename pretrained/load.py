@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from architecture import Decoder
 from config import ModelConfig
+from modules.quantize import KINDS, replace_linear
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
 from pretrained.family import Family, Values, from_model, to_model
 from pretrained.folder import (
@@ -40,7 +41,6 @@ from pretrained.folder import (
     shown,
     stamp,
 )
-from quantize import KINDS, replace_linear
 from tokenizer import GENERATION, PretrainedTokenizer, Tokenizer, end_ids, load_tokenizer
 
 FAMILIES = {

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from changes import is_embedding, is_linear, sizes
+from adapters.layers import is_embedding, is_linear, sizes
+from adapters.targets import peft_key
 from config import LoraConfig
 from lora import add_adapter, base_of, changes_of, held_modules
 from pretrained.family import Family
 from pretrained.folder import DTYPES, Entry, inner_path, read_bin, read_header, read_json, shown
-from targets import peft_key
 
 ADAPTER_CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

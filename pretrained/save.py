@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from architecture import Decoder
-from checkpoint import save_tensors
 from config import ModelConfig, write_atomically
 from data.fim import known_markers
+from modules.quantize import FrozenLinear
+from modules.tensorfiles import save_tensors
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
-from quantize import FrozenLinear
 from tokenizer import GENERATION, CodeTokenizer, Tokenizer, opened_by_transformers
 
 # transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from changes import Change, LowRank, Rows, Whole, is_embedding, is_linear
-from checkpoint import save_tensors
+from adapters.layers import Change, LowRank, Rows, Whole, is_embedding, is_linear
+from adapters.targets import as_peft_pattern
 from config import LoraConfig, write_atomically
 from lora import adapters_of, changes_of, held_modules, wrappers
+from modules.tensorfiles import save_tensors
 from pretrained.family import Family
 from pretrained.load_adapter import ADAPTER_CONFIG, PREFIX, WEIGHTS, pair_suffixes
 from pretrained.save import _json, refuse_full
-from targets import as_peft_pattern
 
 # PEFT saves the weights of these two beside their adapters, where they are targets by this very name.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

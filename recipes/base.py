@@ -81,7 +81,6 @@ import os
 import shutil
 from dataclasses import replace
 
-from beforehand import refuse_mistakes
 from config import (
     Config,
     DataConfig,
@@ -98,8 +97,9 @@ from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from pretrained.save import refuse_full
 from recipes.training import finish
-from runmodel import load_run
 from tokenizer import STARTS_GAPS, PretrainedTokenizer, Tokenizer
+from training.beforehand import refuse_mistakes
+from training.run import load_run
 
 # What config.json of the published model says and the family's default does not.
 PUBLISHED = {

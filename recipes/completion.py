@@ -187,9 +187,9 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
         scoring: The eval.EvalConfig of the run's scores.
         result: Of `eval.evaluate` by it; gets the texts.
     """
-    from precision import choose_device
-    from runmodel import load_run
+    from modules.precision import choose_device
     from suites.scoring import origin_of
+    from training.run import load_run
 
     samples = result.get("suite", {}).get("samples", [])[: settings.decoded]
     if len(samples) < 2:

@@ -24,9 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from config.console import printable
-
 from config import Config, make_parser, parse_config, refuse_unwritable, write_atomically
+from config.console import printable
 from recipes.building import RecipeSettings, read_counts
 from recipes.files import content_of
 
@@ -254,9 +253,9 @@ def run(asked: Asked) -> int:
 
 def refuse_early(asked: Asked, config: Config) -> None:
     """ValueError for what can be known not to do before the source is opened, and before a base is made."""
-    from beforehand import refuse_mistakes, refuse_other_base
     from pretrained.load import described
     from recipes.training import FINISHED
+    from training.beforehand import refuse_mistakes, refuse_other_base
 
     refuse_unwritable(asked.out, "--out")
     if (asked.run / FINISHED).is_file():  # what is left is to score it, which may be done by other settings
@@ -310,7 +309,7 @@ def with_small_base(asked: Asked, config: Config) -> Config:
 def checked_base(config: Config) -> Any:
     """The tokenizer that training will use; ValueError if the base cannot be opened."""
     from pretrained import load_pretrained
-    from runmodel import starting_tokenizer
+    from training.run import starting_tokenizer
 
     found = load_pretrained(str(config.train.base), revision=config.train.base_revision)
     return starting_tokenizer(config, found)
@@ -344,8 +343,8 @@ def build(asked: Asked, tokenizer: Any) -> None:
 
 def export_run(out: Path, config: Config) -> list[str]:
     """Adapter and merged model of the best checkpoint; what could not be written, and why."""
-    from checkpoint import checkpoints
     from export import ExportConfig, export
+    from training.checkpoint import checkpoints
 
     made_from = [[m.step, m.files] for m in checkpoints(Path(config.train.run) / "checkpoints")]
     made_from = json.loads(json.dumps(made_from))
@@ -370,9 +369,9 @@ def export_run(out: Path, config: Config) -> list[str]:
 
 def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
     """The tables, verdicts and samples, also in OUT/report.txt; made anew where what they are of changed."""
-    from checkpoint import checkpoints
-    from curves import draw_curves
     from eval import EvalConfig, evaluate, table, write_results
+    from training.checkpoint import checkpoints
+    from training.curves import draw_curves
 
     out, train = asked.out, config.train
     precision = train.precision if train.eval_precision == "auto" else train.eval_precision

@@ -8,12 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import step_folders
 from config import Config, write_atomically
 from config.yamlfile import read_yaml
-from precision import choose_device, choose_precision
-from runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
-from runmodel import resolved_format
+from modules.precision import choose_device, choose_precision
+from training.checkpoint import step_folders
+from training.run import resolved_format
+from training.runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
 from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
 FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended

@@ -19,9 +19,9 @@ from architecture import Decoder
 from config import memory_is_full
 from data.fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_prompt
 from data.ngram import NGramModel
-from decoding import Generated, Stopped, generate_ids
 from generate import CONTEXT, GenerationConfig, asked_prompt, completed_text, stop_finder, trim_prompt
-from precision import Precision
+from generation.engine import Generated, Stopped, generate_ids
+from modules.precision import Precision
 from suites.kept import Kept
 from suites.scoring import Example, Predictions
 from tokenization.healing import Prompt

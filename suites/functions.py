@@ -11,7 +11,7 @@ import numpy as np
 
 from architecture import Decoder
 from data.tokenstore import TokenStore
-from precision import Precision
+from modules.precision import Precision
 from suites.completing import complete
 from suites.lines import divided, fitting
 from suites.scoring import Example

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from config.files import code_fingerprint
 from suites.documents import add_intervals, values_of
 from suites.passing import scores_of
 from suites.records import DAMAGED, models_of, not_whole, read_json
@@ -42,9 +43,7 @@ def rescore(path: str | Path) -> int:
         print("".join(c if c.isprintable() else "?" for c in sentence))  # the file may be a stranger's
     if found:
         told = record.get("evaluation_code")
-        from checkpoint import code_fingerprint  # imports torch
-
-        if told != code_fingerprint(Path(__file__).parent.parent):
+        if told != code_fingerprint():
             print(
                 "this file is of another version of the evaluation: its intervals and verdicts may be by "
                 "another method, its scores may not"

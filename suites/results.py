@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from checkpoint import code_fingerprint
 from config import write_atomically
+from config.files import code_fingerprint
 from suites import programs
 from suites.comparing import columns_of, comparison
 from suites.documents import token_table
@@ -27,7 +27,6 @@ from suites.scoring import SUITES, suite_table, suites_of
 from suites.settings import EvalConfig
 from suites.tasks import OF_FILES, suite_names
 
-HOUSE = Path(__file__).parent.parent
 # Packages whose other versions may give other predictions or other scores.
 DECIDING = (
     "torch",
@@ -102,7 +101,7 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
         "settings": dataclasses.asdict(settings),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in DECIDING},
         "machine": platform.platform(),
-        "evaluation_code": code_fingerprint(HOUSE),
+        "evaluation_code": code_fingerprint(),
         # Named by the settings, and not part of the run.
         "files_sha256": {
             name: hashlib.sha256(Path(name).read_bytes()).hexdigest()

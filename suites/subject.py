@@ -12,11 +12,11 @@ import torch
 from architecture import Decoder
 from config import DataConfig
 from dataset import PreparedData, prepare_data
-from precision import Precision
+from modules.precision import Precision
 from pretrained import load_pretrained
-from runmodel import Run, open_adapted
 from suites.settings import EvalConfig
 from tokenizer import Tokenizer
+from training.run import Run, open_adapted
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -15,8 +15,8 @@ from architecture import Decoder
 from data.ngram import NGramModel
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, as_shown, numbered_batches, shown
-from loss import Scores, score
-from precision import Precision
+from modules.precision import Precision
+from training.loss import Scores, score
 
 # The n-gram model's training takes about 170 bytes a token at its peak; of more tokens, it gets evenly spread
 # documents.

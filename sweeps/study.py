@@ -29,11 +29,11 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from config import BEFORE
-from runfolder import FREE, KEY_CLASSES, LATER, flat
 from sweeps.board import is_open, slots_of
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.space import ARMS, MATTERS, Parameter, flow, written
 from sweeps.storage import open_storage, patiently, told
+from training.runfolder import FREE, KEY_CLASSES, LATER, flat
 
 STARTUP = 5  # trials at random before a sampler models, and before a pruner compares
 NO_BRACKET = -1  # of Hyperband's, whose numbers count from 0

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 import trainingmanager
-from checkpoint import Manifest, load_counters, newest_whole
 from config import Config, memory_is_full
 from guards.subject import Fault
-from quantize import n_weights
-from runfolder import LOCK
+from modules.quantize import n_weights
 from sweeps.storage import failures
+from training.checkpoint import Manifest, load_counters, newest_whole
+from training.runfolder import LOCK
 from trainingmanager import BudgetUsed, TrainingManager, budget_used
 
 FIRST = 10  # losses by which trials are told apart

@@ -18,13 +18,13 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from config import Config, parse_config
-from runfolder import flat
 from suites.scoring import aligned
 from sweeps.board import is_done
 from sweeps.budget import FEWEST, seconds_of_repeats, whole_rounds
 from sweeps.settings import OBJECTIVES, Settings
 from sweeps.space import Space, flow
 from sweeps.study import chosen_of
+from training.runfolder import flat
 
 CONFIDENCE = 0.95
 SHOWN = 10  # rows of the table

@@ -21,13 +21,12 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import optuna
-from config.console import shown_safely
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from config import Config
-from runfolder import LOCK, flat
+from config.console import shown_safely
 from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
 from sweeps.budget import more_trials, room_for_a_round, whole_rounds
 from sweeps.settings import OBJECTIVES, Settings
@@ -42,6 +41,7 @@ from sweeps.study import (
     refuse_other_data,
     suggest,
 )
+from training.runfolder import LOCK, flat
 
 STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 

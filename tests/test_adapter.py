@@ -25,17 +25,17 @@ from test_pretrained import GPT, TOKENS, make_oracle
 from torch import Tensor, nn
 
 import lora
-import lowrank
+from adapters import products
+from adapters.layers import LowRank, Rows, Whole
+from adapters.targets import as_peft_pattern, pattern_value, peft_key
 from architecture import Decoder
-from changes import LowRank, Rows, Whole
 from config import LoraConfig
 from dataset import Batch
 from lora import add_adapter, changes_of, use_adapters
-from loss import token_loss
 from pretrained import Family, load_pretrained
 from pretrained.load_adapter import load_adapter
 from pretrained.save_adapter import save_adapter
-from targets import as_peft_pattern, pattern_value, peft_key
+from training.loss import token_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -658,13 +658,13 @@ def _bias_scaled(patch: pytest.MonkeyPatch) -> None:
 
 def _one_adapter_frozen(patch: pytest.MonkeyPatch) -> None:
     """The gradient of B made of the input instead of x a^T's."""
-    right = lowrank._factor_gradients
+    right = products._factor_gradients
 
     def wrong(ctx: Any, *rest: Any) -> tuple[Tensor | None, Tensor | None]:
         grad_a, grad_b = right(ctx, *rest)
         return grad_a, None if grad_b is None else grad_b / ctx.scale
 
-    patch.setattr(lowrank, "_factor_gradients", wrong)
+    patch.setattr(products, "_factor_gradients", wrong)
 
 
 PLANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, dict[str, Any]]] = {

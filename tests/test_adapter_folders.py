@@ -23,7 +23,7 @@ from config import LoraConfig
 from lora import adapters_of, add_adapter, changes_of
 from pretrained.load_adapter import adapter_base, load_adapter
 from pretrained.save_adapter import save_adapter
-from runmodel import MOST_NEW_TOKENS, grow_vocabulary, open_adapted
+from training.run import MOST_NEW_TOKENS, grow_vocabulary, open_adapted
 
 __all__ = ["bases"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import attention
 from architecture import (
     ATTENTIONS,
     BLOCKS,
@@ -35,7 +34,8 @@ from architecture import (
     rotate_interleaved,
 )
 from config import ModelConfig
-from dropout import kept
+from modules import attention
+from modules.dropout import kept
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
 SMALL = ModelConfig(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import attention
 from architecture import Dropout, attention_mask, reference_attention
-from attention import blocked_attention
+from modules import attention
+from modules.attention import blocked_attention
 
 
 def drawn(B: int, H: int, K: int, T: int, S: int, D: int) -> list[Tensor]:

@@ -19,15 +19,19 @@ import pytest
 import torch
 from test_finetune import SHAPE
 
-import checkpoint
 from architecture import Decoder
-from checkpoint import (
+from config import ModelConfig
+from config.files import code_fingerprint
+from modules import tensorfiles
+from modules.tensorfiles import save_tensors
+from pretrained import save_pretrained
+from training import checkpoint
+from training.checkpoint import (
     FILES,
     Manifest,
     best_of,
     changed_weight,
     checkpoints,
-    code_fingerprint,
     first_difference,
     load_state,
     load_weights,
@@ -35,11 +39,8 @@ from checkpoint import (
     not_finite,
     remove_superseded,
     save_checkpoint,
-    save_tensors,
     verify,
 )
-from config import ModelConfig
-from pretrained import save_pretrained
 
 CONFIG = ModelConfig(vocab_size=17, block_size=8, n_layer=1, n_head=2, n_embd=8)
 STATE: dict[str, Any] = {
@@ -373,7 +374,7 @@ def calls_of_a_save(monkeypatch: Any, die_at: int) -> list[str]:
         return call
 
     for where, name in (
-        (os, "fsync"), (os, "replace"), (shutil, "rmtree"), (checkpoint, "save_file"),
+        (os, "fsync"), (os, "replace"), (shutil, "rmtree"), (tensorfiles, "save_file"),
         (checkpoint, "write_atomically"), (Path, "mkdir"),
     ):  # fmt: skip
         monkeypatch.setattr(where, name, counted(name, getattr(where, name)))

@@ -13,7 +13,6 @@ import pytest
 from conftest import FILES
 
 import trainingmanager
-from checkpoint import checkpoints
 from config import (
     Config,
     DataConfig,
@@ -23,8 +22,9 @@ from config import (
     TrainConfig,
     parse_config,
 )
-from outputs import OUTPUTS, RECORD
-from runmodel import load_run
+from training.checkpoint import checkpoints
+from training.outputs import OUTPUTS, RECORD
+from training.run import load_run
 from trainingmanager import command_line, ended, main, train
 
 OLDER = Path(__file__).parent / "files_of_cf0629c"

@@ -19,16 +19,17 @@ import eval as evaluation
 import suites.documents
 import suites.tokens
 from architecture import Decoder
-from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig, ModelConfig, one_sentence
+from config.files import code_fingerprint
 from dataset import PreparedData, prepare_data, validation_batches
 from eval import EvalConfig
-from loss import score
 from metrics.intervals import interval
-from precision import choose_precision
+from modules.precision import choose_precision
 from suites.documents import add_intervals
 from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenizer import CodeTokenizer, Tokenizer
+from training.checkpoint import save_checkpoint
+from training.loss import score
 
 HOUSE = Path(__file__).parent.parent
 FP32 = choose_precision(torch.device("cpu"), "fp32")
@@ -79,7 +80,7 @@ def run_of(folder: Path, data: PreparedData, model: Decoder, tokenizer: Tokenize
     path = folder / "run"
     tokenizer.save(path / "tokenizer")
     (path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), "utf-8")
-    code = code_fingerprint(HOUSE)
+    code = code_fingerprint()
     fingerprints = {"data": data.fingerprint, "tokenizer": tokenizer.fingerprint, "code": code}
     (path / "fingerprints.json").write_text(json.dumps(fingerprints), "utf-8")
     save_checkpoint(path / "checkpoints", 7, model, {}, 2.5, keep=False)

@@ -16,12 +16,12 @@ from lazily import peft
 from safetensors.torch import load_file
 from test_finetune import base, config, logits, other
 
-from changes import LowRank
+from adapters.layers import LowRank
 from config import Config, one_sentence
 from export import ExportConfig, export
 from lora import adapters_disabled
 from pretrained import load_pretrained
-from runmodel import load_run, open_adapted
+from training.run import load_run, open_adapted
 from trainingmanager import train
 
 __all__ = ["base", "config"]  # fixtures

@@ -36,16 +36,16 @@ from config import (
     parse_config,
 )
 from data.corpus import training_texts
-from dropout import Dropout
 from eval import EvalConfig, evaluate, table
 from guards.subject import Fault
 from lora import adapters_disabled, add_adapter
+from modules.dropout import Dropout
+from modules.quantize import Linear4bit
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from proofs import run_difference
-from quantize import Linear4bit
-from runmodel import adopted, export_adapter, load_run, open_adapted, starting_tokenizer
 from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
+from training.run import adopted, export_adapter, load_run, open_adapted, starting_tokenizer
 from trainingmanager import TrainingManager, say_groups, train
 
 TOKENS = torch.arange(24).view(2, 12)

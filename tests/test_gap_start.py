@@ -21,10 +21,10 @@ from generate import GenerationConfig, generate
 from guards.labels import example_in_row
 from pretrained.save import save_tokenizer
 from recipes.base import with_gaps
-from runmodel import gaps_began_bare
 from suites.stored import text_of_example
 from tokenization.healing import Prompt
 from tokenizer import STARTS_GAPS, BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
+from training.run import gaps_began_bare
 
 transformers.logging.set_verbosity_error()
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import decoding
-import linear
 from architecture import Decoder
 from config import ModelConfig
 from config.console import printable
-from decoding import (
+from generate import GenerationConfig, generate, trim_prompt
+from generation import engine
+from generation.engine import (
     _beam_search,
     _Run,
     adjust_logits,
@@ -35,8 +35,8 @@ from decoding import (
     row_generator,
     sample,
 )
-from generate import GenerationConfig, generate, trim_prompt
-from kvcache import KVCache
+from generation.kvcache import KVCache
+from modules import linear
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 
@@ -267,7 +267,7 @@ def test_prompts_are_read_in_the_passes_that_compute_least(monkeypatch):
 @pytest.mark.parametrize("name", ["learned", "rotary partial", "grouped-query"])
 def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch):
     passes: list[int] = []
-    monkeypatch.setattr(decoding, "read_together", lambda n: passes.append(1) or read_together(n, a_pass=2))
+    monkeypatch.setattr(engine, "read_together", lambda n: passes.append(1) or read_together(n, a_pass=2))
     window = 5 if name == "grouped-query" else 0
     model = scrambled(replace(MODELS[name], sliding_window=window))
     settings = GenerationConfig(max_new_tokens=8, repetition_penalty=1.3)
@@ -288,7 +288,7 @@ def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch
 @pytest.mark.parametrize("spare", [1, 64])
 def test_prompts_that_wait_for_places_are_continued_as_alone(name, spare, monkeypatch):
     """Rows end at different times, and others begin in the midst of those under way."""
-    monkeypatch.setattr(decoding, "SPARE_COLUMNS", spare)  # with 1 the cache is packed again and again
+    monkeypatch.setattr(engine, "SPARE_COLUMNS", spare)  # with 1 the cache is packed again and again
     window = 5 if name == "grouped-query" else 0
     model = scrambled(replace(MODELS[name], sliding_window=window))
     settings = GenerationConfig(max_new_tokens=9, repetition_penalty=1.3)
@@ -353,7 +353,7 @@ def test_draws_of_one_prompt_read_it_once(monkeypatch):
     model = scrambled(MODELS["multi-query"])
     read: list[int] = []
     monkeypatch.setattr(
-        decoding, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
+        engine, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
     )
     sampled = GenerationConfig(max_new_tokens=6, temperature=1.5, seed=3)
     rows = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]

@@ -8,9 +8,9 @@ import torch
 from test_generate import Bytes
 from test_pretrained import CONFIGS, gap, pairs, tokens_of, two_of_each_family  # noqa: F401
 
-from decoding import generate_ids, pad_left
 from generate import GenerationConfig, generate
-from kvcache import KVCache
+from generation.engine import generate_ids, pad_left
+from generation.kvcache import KVCache
 
 LENGTHS = (20, 13, 7)
 SHORT = (12, 9, 5)  # of models with dynamic scaling, which take no cache past their context

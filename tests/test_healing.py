@@ -23,8 +23,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from architecture import Decoder
 from data.documents import Document
 from data.tokenstore import _encode
-from decoding import Generated, generate_ids
 from generate import GenerationConfig, generate
+from generation.engine import Generated, generate_ids
 from tests.test_generate import BIASED, scrambled
 from tokenization import healing
 from tokenization.healing import Prompt, healed

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import linear
-from linear import Linear, emulated_bf16, few_rows
+from modules import linear
+from modules.linear import Linear, emulated_bf16, few_rows
 
 
 def made(

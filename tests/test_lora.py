@@ -13,11 +13,12 @@ from lazily import bitsandbytes, peft
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import changes
 import lora
-import lowrank
+from adapters import layers, products
+from adapters.layers import LowRank, largest_parts
+from adapters.products import Drop, add_term, dropped, linear_with_term
+from adapters.targets import matches, select_targets
 from architecture import Decoder
-from changes import LowRank, largest_parts
 from config import LoraConfig, ModelConfig
 from dataset import IGNORE_INDEX, Batch
 from lora import (
@@ -29,12 +30,10 @@ from lora import (
     use_adapters,
     wrappers,
 )
-from loss import token_loss
-from lowrank import Drop, add_term, dropped, linear_with_term
-from merging import merge, merge_checked, merge_report, unmerge
+from modules.quantize import Linear4bit
 from pretrained import FAMILIES
-from quantize import Linear4bit
-from targets import matches, select_targets
+from pretrained.merging import merge, merge_checked, merge_report, unmerge
+from training.loss import token_loss
 
 TOKENS = torch.randint(53, (3, 16), generator=torch.Generator().manual_seed(1))
 PROMPTS = [row.tolist() for row in TOKENS]
@@ -303,7 +302,7 @@ def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> Non
     def fused_form(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return linear_with_term(x, layer.base.weight, layer.base.bias, a, b, 1.7, drop)
 
-    monkeypatch.setattr(lowrank, "MASK_ELEMENTS", 16)  # a row at a time
+    monkeypatch.setattr(products, "MASK_ELEMENTS", 16)  # a row at a time
     assert torch.equal(added(x, a, b), fused_form(x, a, b))
     for f in (added, fused_form):
         assert torch.autograd.gradcheck(f, (x, a, b))
@@ -452,7 +451,7 @@ def test_the_lengths_of_dora_are_taken_of_some_outputs_at_a_time(
     weight: Any = base.weight
     whole = weight.detach().double() + change.delta().detach().double()
     expected = change.magnitude / whole.norm(dim=0 if change.of_embedding else 1)
-    monkeypatch.setattr(changes, "LENGTH_ELEMENTS", 170)
+    monkeypatch.setattr(layers, "LENGTH_ELEMENTS", 170)
     with Largest() as largest, torch.no_grad():
         gain = change.gain(base)
     torch.testing.assert_close(gain, expected.float(), rtol=1e-6, atol=0)
@@ -729,7 +728,7 @@ HEADS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 def test_the_chunked_loss_reads_an_adapted_head(
     monkeypatch: pytest.MonkeyPatch, head: str, smoothing: float, rows_in_chunk: int
 ) -> None:
-    import loss as loss_module
+    from training import loss as loss_module
 
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 53 * 8 * rows_in_chunk)
     config, rows = HEADS[head]
@@ -754,10 +753,10 @@ def test_the_chunked_loss_reads_an_adapted_head(
 def test_the_loss_of_a_rescaled_head_drops_the_same_and_makes_no_matrix_of_the_weights_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import loss as loss_module
+    from training import loss as loss_module
 
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 53 * 8 * 3)
-    monkeypatch.setattr(changes, "LENGTH_ELEMENTS", 170)
+    monkeypatch.setattr(layers, "LENGTH_ELEMENTS", 170)
     model = adapted({"targets": ("head",), "dora": True, "dropout": 0.3}, head_bias=True).train()
     tokens, labels = TOKENS[:1, :8], TOKENS[:1, 1:9]
     batch = Batch(tokens, labels, torch.zeros_like(tokens), torch.arange(8)[None])

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import loss
 from architecture import Decoder
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
-from loss import count_below, score, token_loss
-from precision import Precision
+from modules.precision import Precision
+from training import loss
+from training.loss import count_below, score, token_loss
 
 FP32 = Precision(torch.device("cpu"), torch.float32, "")
 

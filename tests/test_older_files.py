@@ -17,12 +17,12 @@ from data.documents import Report
 from dataset import PreparedData, prepare_data
 from eval import EvalConfig, evaluate
 from preflight import overrides
-from runmodel import load_run, open_adapted
 from scraping.__main__ import main as scraping
 from suites.comparing import compare_files
 from suites.rescoring import rescore
 from suites.results import rewrite_page
 from tokenizer import load_tokenizer
+from training.run import load_run, open_adapted
 from trainingmanager import command_line, train
 
 FILES = Path(__file__).parent / "files_of_cf0629c"

@@ -13,7 +13,7 @@ import torch
 
 from architecture import Decoder
 from config import Config, ModelConfig, OptimizerConfig, possible_kinds, unread_rates
-from optim import (
+from training.optim import (
     SCHEDULES,
     Muon,
     build_optimizers,

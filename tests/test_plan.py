@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-import checkpoint
 import plan
 import preflight
 import trainingmanager
 from config import Config, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, parse_config
 from plan import Cost
+from training import checkpoint
 from trainingmanager import TrainingManager
 
 STARCODER_1B = {"model_type": "gpt_bigcode", "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 8192}

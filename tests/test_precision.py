@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from precision import choose_device, choose_precision
+from modules.precision import choose_device, choose_precision
 
 HOUSE = Path(__file__).parent.parent
 FAULTS = """

@@ -15,19 +15,19 @@ import pytest
 import torch
 
 import architecture
-import beforehand
 import guards.probe
 import plants
 import preflight
 from architecture import Decoder
 from config import Config, ModelConfig, parse_config
 from guards import subject as looking
+from guards.first_steps import FirstSteps
 from guards.generation import batch_faults, beam_faults, first_difference, tie
-from live import FirstSteps
+from modules.precision import Precision
 from planted_data import write_data
 from planted_faults import base_moved, clip_stored_only, labels_by
 from plants import EXAMPLES, PLANTS, TUNED, Plant, outcome, run_plants, small_config
-from precision import Precision
+from training import beforehand
 from trainingmanager import TrainingManager, train
 
 

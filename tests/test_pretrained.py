@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from architecture import Decoder, rotate_half, rotate_interleaved, split_blocks
-from decoding import generate_ids, pad_left
 from generate import GenerationConfig
-from kvcache import KVCache
+from generation.engine import generate_ids, pad_left
+from generation.kvcache import KVCache
 from pretrained import Pretrained, load_pretrained, save_pretrained
 
 transformers.logging.set_verbosity_error()

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_eval import BYTES, HOUSE, command, random_model
+from test_eval import BYTES, command, random_model
 
 import eval as evaluation
-from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig
+from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.documents import Document
 from dataset import prepare_data
@@ -25,6 +25,7 @@ from suites.baselines import copied
 from suites.pairs import pair_examples
 from suites.prompts import variant_names, with_prompts
 from suites.scoring import Example
+from training.checkpoint import save_checkpoint
 
 
 def row(number: int) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def run(tmp_path: Path) -> Path:
     BYTES.save(folder / "tokenizer")
     config = replace(Config(), data=settings, model=model.config)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), "utf-8")
-    prints = {"data": data.fingerprint, "tokenizer": BYTES.fingerprint, "code": code_fingerprint(HOUSE)}
+    prints = {"data": data.fingerprint, "tokenizer": BYTES.fingerprint, "code": code_fingerprint()}
     (folder / "fingerprints.json").write_text(json.dumps(prints), "utf-8")
     save_checkpoint(folder / "checkpoints", 7, model, {}, 2.5, keep=False)
     return folder

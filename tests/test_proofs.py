@@ -24,12 +24,13 @@ import torch
 from commands import exit_code, forked
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import proofs
 import trainingmanager
-from checkpoint import checkpoints, first_difference
 from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from modules import tensorfiles
 from proofs import logged_numbers, prove_resume, run_difference, saved_state, state_digest
+from training import checkpoint
+from training.checkpoint import checkpoints, first_difference
 from trainingmanager import RESUMABLE, TrainingManager, main, train
 
 HOUSE = Path(__file__).parent.parent
@@ -105,7 +106,7 @@ def train_and_die(config: Config, die_at: int, cut: float, counts: Path) -> None
 
     for where, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
         setattr(where, name, counted(getattr(where, name)))
-    checkpoint.save_file = counted(save_file)
+    tensorfiles.save_file = counted(save_file)
     trainingmanager.save_checkpoint = watched(trainingmanager.save_checkpoint)
     trainingmanager.remove_superseded = watched(trainingmanager.remove_superseded)
     train(config)
@@ -210,7 +211,7 @@ def signalled(config: Config, place: str, step: int, numbers: list[int], counts:
     trainingmanager.learning_rate_factor = in_a_step
     trainingmanager.save_checkpoint = saving
     trainingmanager.score = hooked(trainingmanager.score, "validation")
-    checkpoint.save_file = hooked(save_file, "save")
+    tensorfiles.save_file = hooked(save_file, "save")
     try:
         main(config)
     finally:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import quantize
-from quantize import (
+from modules import quantize
+from modules.quantize import (
     KINDS,
     NF4,
     FrozenLinear,

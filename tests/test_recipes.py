@@ -21,7 +21,7 @@ from architecture import Decoder
 from config import Config, DataConfig
 from data.fim import fim_prompt_ids, gap_start, known_markers
 from dataset import prepare_data
-from precision import choose_device, choose_precision
+from modules.precision import choose_device, choose_precision
 from pretrained import load_pretrained, save_pretrained
 from recipes import kotlin, summaries
 from recipes.__main__ import RECIPES, main

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-import runfolder
 from config import CONFIG_GROUPS, Config, DataConfig, TrainConfig
-from runfolder import (
+from training import runfolder
+from training.runfolder import (
     FIXED,
     FREE,
     KEY_CLASSES,

@@ -13,13 +13,12 @@ import pytest
 import torch
 import yaml
 
-import checkpoint
-import runmodel
 from architecture import Decoder
-from checkpoint import save_checkpoint
 from config import Config, ModelConfig
-from runmodel import load_run
 from tokenizer import CodeTokenizer
+from training import checkpoint
+from training.checkpoint import save_checkpoint
+from training.run import load_run
 
 CONFIG = ModelConfig(vocab_size=17, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -142,5 +141,5 @@ def test_a_giant_or_impossible_model_is_refused_before_it_takes_memory(
         assert torch.empty(0).is_meta and config.n_layer < 100
         return Decoder(config)
 
-    monkeypatch.setattr(runmodel, "Decoder", build)
+    monkeypatch.setattr("training.run.Decoder", build)
     refused(run, named)

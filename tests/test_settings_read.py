@@ -25,7 +25,7 @@ from planted_data import write_data
 
 HOUSE = Path(__file__).parent.parent
 # These check and compare settings, and so does what they call; they do not act on them.
-WATCHERS = {str(HOUSE / "live.py"), *map(str, (HOUSE / "guards").glob("*.py"))}
+WATCHERS = {*map(str, (HOUSE / "guards").glob("*.py"))}
 HANDED_ON = {*map(str, (HOUSE / "config").glob("*.py")), str(HOUSE / "plants.py")}
 
 

@@ -19,8 +19,8 @@ from test_generate_command import STARCODER
 
 import eval as evaluation
 from architecture import Decoder
-from checkpoint import code_fingerprint, save_checkpoint
 from config import Config, DataConfig, ModelConfig, one_sentence
+from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.fim import fim_end_ids, fim_prompt_ids
 from data.rows import alpaca_prompt
@@ -44,6 +44,7 @@ from suites.scoring import (
 from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer
+from training.checkpoint import save_checkpoint
 
 NAMES = ("alpha", "beta", "gamma", "delta", "ßeta", "total", "count")
 PAIRS = SUITES["pairs"]
@@ -358,7 +359,7 @@ def run(tmp_path: Path, data, model) -> Path:
     config = replace(Config(), data=settings, model=model.config)
     BYTES.save(folder / "tokenizer")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), "utf-8")
-    fingerprints = {"data": data.fingerprint, "tokenizer": BYTES.fingerprint, "code": code_fingerprint(HOUSE)}
+    fingerprints = {"data": data.fingerprint, "tokenizer": BYTES.fingerprint, "code": code_fingerprint()}
     (folder / "fingerprints.json").write_text(json.dumps(fingerprints), "utf-8")
     save_checkpoint(folder / "checkpoints", 7, model, {}, 2.5, keep=False)
     return folder

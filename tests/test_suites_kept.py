@@ -20,7 +20,6 @@ from test_suites import PAIRS
 
 import eval as evaluation
 from architecture import Decoder
-from checkpoint import save_checkpoint
 from config import ModelConfig
 from generate import GenerationConfig, generate
 from suites import completing
@@ -28,6 +27,7 @@ from suites.completing import complete, draw_number, free_memory, rows_at_a_time
 from suites.kept import Kept
 from suites.rescoring import differences
 from suites.scoring import Example, Predictions, scored, suite_table
+from training.checkpoint import save_checkpoint
 
 __all__ = ["data", "model", "run"]  # fixtures
 EXAMPLES = [Example(f"f{i}.py", i, "def f" + "(x, " * (i % 5) + f"{i})", f"x + {i}") for i in range(9)]

@@ -16,7 +16,6 @@ import pytest
 from optuna.trial import TrialState
 from sweeping import run, sweep, tiny
 
-from checkpoint import checkpoints
 from sweeps import budget, trial
 from sweeps import study as studies
 from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done
@@ -29,6 +28,7 @@ from sweeps.verdict import (
     idle,
 )
 from sweeps.worker import Worker
+from training.checkpoint import checkpoints
 
 
 def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_on(

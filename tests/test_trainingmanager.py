@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 import preflight
 import trainingmanager
 from architecture import Decoder
-from checkpoint import checkpoints, first_difference, load_counters, load_state
 from config import (
     BEFORE,
     Config,
@@ -41,10 +40,19 @@ from config import (
 )
 from data.documents import SPLITS
 from dataset import IGNORE_INDEX, Batch
-from optim import Muon
 from proofs import run_difference
-from runfolder import FIXED, KEY_CLASSES, LATER, claimed_folder, config_fingerprint, flat, new_folder
-from runmodel import load_run
+from training.checkpoint import checkpoints, first_difference, load_counters, load_state
+from training.optim import Muon
+from training.run import load_run
+from training.runfolder import (
+    FIXED,
+    KEY_CLASSES,
+    LATER,
+    claimed_folder,
+    config_fingerprint,
+    flat,
+    new_folder,
+)
 from trainingmanager import (
     RESUMABLE,
     RunState,

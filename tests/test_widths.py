@@ -12,7 +12,7 @@ from architecture import Decoder
 from benchmarks import widths
 from config import ModelConfig, OptimizerConfig, parse_config
 from dataset import Batch
-from optim import Muon, build_optimizers
+from training.optim import Muon, build_optimizers
 
 WIDTHS = (16, 32, 64, 128)
 VOCABULARY = 48

@@ -10,9 +10,9 @@ import pytest
 
 from config import parse_config
 from config.yamlfile import MAX_BYTES, MAX_VALUES, parse_yaml, read_yaml
-from runfolder import refuse_changes
-from runmodel import load_run
 from sweeps.settings import parse_settings
+from training.run import load_run
+from training.runfolder import refuse_changes
 
 LAUGHS = "a0: &a0 [lol, lol, lol]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)

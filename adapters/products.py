@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dropout import kept, steps
+from modules.dropout import kept, steps
 
 MASK_ELEMENTS = 2**20  # of a mask at a time
 

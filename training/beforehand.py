@@ -16,9 +16,9 @@ from config import Config, LoraConfig, refuse_unwritable
 from data.corpus import refuse_unreadable
 from guards.subject import refuse_unknown_faults
 from lora import add_adapter
-from precision import Precision, choose_device, choose_precision, evaluation_precision
+from modules.precision import Precision, choose_device, choose_precision, evaluation_precision
 from pretrained.load import described, without_memory
-from runmodel import refuse_other_model, resolved_format
+from training.run import refuse_other_model, resolved_format
 
 MOST_LAYERS = 1000  # The most blocks that are made to name modules: a config.json may claim any number.
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precision import has_native_bf16
+from modules.precision import has_native_bf16
 
 EMULATED_BF16 = not has_native_bf16(torch.device("cpu"))
 FEW_ROWS, WIDE_ROWS = (

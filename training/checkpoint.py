@@ -22,7 +22,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -33,10 +32,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import write_atomically
+from modules.tensorfiles import flush, save_tensors
 
 T = TypeVar("T")
 FILES = ("model.safetensors", "state.safetensors", "state.json")
@@ -82,7 +82,7 @@ def save_checkpoint(
         files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         values = {"step": step, "loss": loss, "keep": keep, "files": files}
         write_atomically(temporary / "manifest.json", _with_own_sha256(values))
-        _flush(temporary)
+        flush(temporary)
         final, older = folder / f"step-{step:08d}", []
         for path in step_folders(folder):
             if _number(path)[0] != step:
@@ -95,7 +95,7 @@ def save_checkpoint(
                 _remove(path)
         os.replace(temporary, final)
         for path in (folder, folder.parent, folder.parent.parent):  # all may be new: RUN/checkpoints
-            _flush(path)
+            flush(path)
         for path in older:
             with suppress(OSError):
                 _remove(path)
@@ -107,23 +107,6 @@ def save_checkpoint(
             "older checkpoints are untouched: free some space and go on with --resume"
         ) from error
     return Manifest(final, step, loss, keep, files)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file and flush it to the disk; every such file is written here.
-
-    Readable by whom the umask lets: safetensors itself writes a temporary file, for the owner alone.
-
-    Raises:
-        OSError: The disk is full or read-only; or SafetensorError.
-    """
-    with open(path, "wb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    save_file(
-        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata={"format": "pt"}
-    )
-    os.chmod(path, mode)
-    _flush(path)
 
 
 def checkpoints(folder: Path) -> list[Manifest]:
@@ -421,21 +404,3 @@ def _put_tensors(value: Any, tensors: Mapping[str, Tensor | None]) -> Any:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file, or a folder's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def code_fingerprint(folder: Path) -> str:
-    """SHA-256 of the project's own Python files, by name and content."""
-    digest = hashlib.sha256()
-    packages = [path.parent for path in folder.glob("*/__init__.py")]
-    for path in sorted([*folder.glob("*.py"), *(p for package in packages for p in package.rglob("*.py"))]):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()

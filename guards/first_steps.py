@@ -21,7 +21,7 @@ from torch import Tensor
 from architecture import Dropout
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject
-from optim import learning_rate_factor
+from training.optim import learning_rate_factor
 
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
 SAMPLED = 2**16  # elements of a frozen parameter that are compared

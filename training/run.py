@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 from architecture import Decoder, ParallelBlock, SequentialBlock
-from checkpoint import (
+from config import Config, ModelConfig, TrainConfig, write_atomically
+from config.yamlfile import read_yaml
+from lora import add_adapter
+from pretrained import Family, Pretrained, load_pretrained
+from pretrained.folder import DTYPES, shown
+from pretrained.load import TOKENIZER
+from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabulary
+from pretrained.save import save_tokenizer
+from pretrained.save_adapter import save_adapter
+from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
+from training.checkpoint import (
     Manifest,
     checkpoints,
     first_whole,
@@ -36,16 +46,6 @@ from checkpoint import (
     step_folders,
     verify,
 )
-from config import Config, ModelConfig, TrainConfig, write_atomically
-from config.yamlfile import read_yaml
-from lora import add_adapter
-from pretrained import Family, Pretrained, load_pretrained
-from pretrained.folder import DTYPES, shown
-from pretrained.load import TOKENIZER
-from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabulary
-from pretrained.save import save_tokenizer
-from pretrained.save_adapter import save_adapter
-from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")

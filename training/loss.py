@@ -17,7 +17,7 @@ from torch import Tensor
 from architecture import Decoder
 from dataset import IGNORE_INDEX, Batch
 from metrics import bits_per_byte, perplexity
-from precision import Precision
+from modules.precision import Precision
 
 # Of logits and their softmax alive at a time. On a CPU 256 tokens of 49,152 words, 2,048 wide, take 1.57
 # times as long in bf16 with a quarter of it, 1.19 times with half of it, and 1.02 times with twice as much:

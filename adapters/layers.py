@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.products import Drop
 from config import LoraConfig
-from lowrank import Drop
 
 LENGTH_ELEMENTS = 2**20  # of a weight with its change, made at a time for DoRA
 

@@ -1,4 +1,5 @@
-"""Keys and values of the tokens that were read, kept between the steps of generation (`decoding.py`).
+"""Keys and values of the tokens that were read, kept between the steps of generation
+(`generation/engine.py`).
 
 The cache belongs to generation: it is made there, passed to the model, and gone when the texts are done. Rows
 end in one column, with padding, document -1, before the shorter ones. Rows leave, move and join while others

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import ABSOLUTE_POSITIONS, Decoder
-from kvcache import KVCache
+from generation.kvcache import KVCache
 from tokenization.healing import Branch, Prompt
 
 if TYPE_CHECKING:  # it is defined where a command line can be read before torch is imported

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dropout import kept, steps
+from modules.dropout import kept, steps
 
 BLOCK_ELEMENTS = 2**20  # scores alive at a time: 4 MB, which stay in the cache
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from changes import LowRank, Rows, as_linear, is_plain, weight_of
+from adapters.layers import LowRank, Rows, as_linear, is_plain, weight_of
 from lora import Adapted, adapters_of, base_of, held_modules, put, refuse_merged, wrappers
-from quantize import FrozenLinear
+from modules.quantize import FrozenLinear
 
 
 @torch.no_grad()

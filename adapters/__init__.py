@@ -1,0 +1,1 @@
+"""Parts of adapters: their layers, products of low rank, and the modules that they go to."""

@@ -1,0 +1,1 @@
+"""Parts of a decoder: attention, linear layers, dropout, precision and quantised weights."""
