@@ -53,13 +53,13 @@ from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.ngram import NGramModel
 from dataset import PreparedData
-from functional import read_problems
 from generate import GenerationConfig
 from lora import adapters_disabled
 from metrics.registry import Metric
 from modules.precision import Precision, choose_device, choose_precision
 from preflight import overrides
 from pretrained import load_pretrained
+from sandbox.problems import read_problems
 from suites import programs
 from suites.completing import complete, ngram_complete
 from suites.documents import add_intervals

@@ -10,7 +10,7 @@ afterwards, what was printed, or the type of the error. A function that does not
 more than its module's statements and the standard library, or hangs is not judged, and neither is one
 whose first parameter is an object (a method).
 
-Nothing here runs in this process: see sandbox.py.
+Nothing here runs in this process: see sandbox/process.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import sandbox
 from recipes.degradations import parsed, syntax_tree, unwritable
-from sandbox_child import encode
+from sandbox.child import encode
 
 LIMITS = replace(sandbox.LIMITS, cpu=10, wall=60.0)
 INPUTS = 16  # of each function

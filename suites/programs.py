@@ -16,8 +16,9 @@ from typing import Any
 
 import sandbox
 from config import write_atomically
-from functional import Problem, Sample, field_of, problem_of, read_rows, result_of
-from functional import score as judge
+from sandbox.passing import result_of
+from sandbox.passing import score as judge
+from sandbox.problems import Problem, Sample, field_of, problem_of, read_rows
 from suites.passing import scores_of
 from suites.scoring import SUITES, Example, Predictions, check_systems, record_of
 from suites.task import Given, Task, drawn, rows_of

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dataset import PreparedData
-from functional import Problem, field_of, read_rows
+from sandbox.problems import Problem, field_of, read_rows
 from suites.baselines import Spans, nearest_place, places_of
 from suites.completing import Cut, uncut
 from suites.scoring import Example, Predictions, Suite

@@ -4,7 +4,7 @@
 
 Each is judged as the solution of one small problem, and run as a program that prints ESCAPED wherever it got
 what it must not have. The last line is a JSON object: every verdict, what was printed, what is left running
-a second later, what changed outside, and the growth of this process. It needs sandbox.py and the standard
+a second later, what changed outside, and the growth of this process. It needs sandbox/ and the standard
 library only, so that any user's interpreter can run it.
 """
 
@@ -176,7 +176,7 @@ HOSTILE: dict[str, dict[str, str]] = {
         "the interpreter": calls(
             "tried(open, os.__file__, 'a')\ntried(open, sys.executable, 'r+b')\n"
             "tried(os.remove, os.__file__)\ntried(os.chmod, os.__file__, 0o777)\n"
-            "tried(open, '/sandbox_child.pyc', 'r+b')\nreturn 1"
+            "tried(open, '/child.pyc', 'r+b')\nreturn 1"
         ),
         "a path upwards": calls(
             "os.chdir('/tmp')\nos.symlink('../../../../CANARY/file', 'link')\ntried(open, 'link')\n"

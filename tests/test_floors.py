@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "config metrics",
     "tokenizer tokenization",
-    "data sandbox sandbox_child sandbox_filter",
+    "data sandbox",
     "modules scraping",
     "architecture dataset",
     "adapters",
@@ -26,9 +26,9 @@ FLOORS = (
     "training",
     "generation generate",
     "guards preflight suites",
-    "training.beforehand trainingmanager eval export functional",
+    "training.beforehand trainingmanager eval export",
     "sweeps recipes plan proofs plants planted_data planted_faults",
-    "hyperparam_tune",
+    "hyperparam_tune functional",
 )
 WITHOUT_TORCH = 3  # floors; scraping, which needs none either, stands higher up
 # Arrows that run up or close a circle, and are to go.
@@ -38,8 +38,6 @@ EXCEPTIONS = {
     ("preflight", "plants"),
     ("trainingmanager", "plan"),
     ("trainingmanager", "proofs"),
-    ("suites.programs", "functional"),
-    ("suites.task", "functional"),
 }
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import functional
 import sandbox
-from functional import FunctionalConfig, Sample, evaluate, read_problems, read_samples, score
 from metrics.intervals import share_interval
+from sandbox import problems
+from sandbox.passing import FunctionalConfig, evaluate, score
+from sandbox.problems import Sample, read_problems, read_samples
 
-HOUSE = Path(functional.__file__).parent
+HOUSE = Path(__file__).parent.parent
 
 
 def human_eval(number: int, name: str, body: str, checks: str, **more: str) -> dict[str, str]:
@@ -174,13 +175,14 @@ def test_an_interrupt_ends_the_command_and_its_sandboxes(isolated: None, tmp_pat
     asleep = {"task_id": "HumanEval/0", "completion": "    import time\n    time.sleep(600)\n"}
     write(tmp_path / "samples.jsonl", [asleep] * 4)
     code = (
-        "import os, signal, threading, time, functional, sandbox\n"
+        "import os, signal, threading, time\n"
+        "from config import one_sentence\nfrom sandbox import passing, process\n"
         "def soon():\n"
-        "    while len(sandbox._live) < 4: time.sleep(0.05)\n"
+        "    while len(process._live) < 4: time.sleep(0.05)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Thread(target=soon, daemon=True).start()\n"
-        "settings = functional.FunctionalConfig('problems.jsonl', 'samples.jsonl', workers=2, wall=500.0)\n"
-        "with functional.one_sentence(): functional.evaluate(settings)\n"
+        "settings = passing.FunctionalConfig('problems.jsonl', 'samples.jsonl', workers=2, wall=500.0)\n"
+        "with one_sentence(): passing.evaluate(settings)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
     words = [sys.executable, "-c", code]
@@ -272,11 +274,11 @@ def test_a_k_above_the_number_of_samples_is_named(isolated: None, tmp_path: Path
     with pytest.raises(
         ValueError, match="--k is 5, and of some problem there are only 2 samples; give --k 2"
     ):
-        functional.evaluate(asked)
-    said = functional.evaluate(replace(asked, k=(1, 5)))
+        evaluate(asked)
+    said = evaluate(replace(asked, k=(1, 5)))
     assert "pass@1  100.00%" in said
     assert "pass@5  left out: of some problem there are only 2 samples" in said
-    assert "left out" not in functional.evaluate(replace(asked, k=FunctionalConfig.k))
+    assert "left out" not in evaluate(replace(asked, k=FunctionalConfig.k))
 
 
 def test_a_mistake_in_the_command_line_is_one_sentence(tmp_path: Path) -> None:
@@ -309,8 +311,8 @@ def test_every_solution_of_human_eval_passes_and_no_stub(isolated: None, tmp_pat
 
 
 def test_a_file_that_no_memory_holds_is_told_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(functional, "MOST_CHARACTERS", 2**20)
+    monkeypatch.setattr(problems, "MOST_CHARACTERS", 2**20)
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * 2**24))
     with pytest.raises(ValueError, match=r"bomb\.jsonl\.gz holds more than 1,048,576 characters, the most"):
-        list(functional.read_rows(path))
+        list(problems.read_rows(path))

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from test_recipes import tiny
 
-import sandbox
 from data.corpus import split_of
 from recipes import refactor, refactoring
 from recipes.__main__ import main
@@ -35,7 +34,7 @@ from recipes.refactoring import Answer, diff, refactored
 from recipes.refactoring import main as refactor_file
 from tokenizer import BPETokenizer
 
-HOUSE = Path(sandbox.__file__).parent
+HOUSE = Path(__file__).parent.parent
 isolated = pytest.mark.usefixtures("isolated")
 
 

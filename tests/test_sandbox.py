@@ -24,12 +24,10 @@ from hostile import still_running
 from hypothesis import given, settings
 
 import sandbox
-import sandbox_child
-import sandbox_filter
-from sandbox import Limits, calls, judge, run
-from sandbox_child import CandidateError, NotData, decode, encode
+from sandbox import Limits, calls, child, filter, judge, process, run
+from sandbox.child import CandidateError, NotData, decode, encode
 
-HOUSE = Path(sandbox.__file__).parent
+HOUSE = Path(__file__).parent.parent
 HOSTILE = Path(__file__).with_name("hostile.py")
 NOBODY = 65534
 ADD = "def add(a, b):\n    return a + b\n"
@@ -412,7 +410,8 @@ def hostile(uid: int | None, times: int) -> dict:
     """The report of hostile.py, run by this user or another, from copies that anyone may read."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tests").mkdir()
-        for path in (*HOUSE.glob("sandbox*.py"), HOSTILE):
+        for path in (*HOUSE.glob("sandbox/*.py"), HOSTILE):
+            Path(folder, path.parent.name).mkdir(exist_ok=True)
             shutil.copy(path, Path(folder, path.relative_to(HOUSE)))
         for path in (Path(folder), *Path(folder).rglob("*")):
             path.chmod(0o755)
@@ -493,8 +492,8 @@ def test_a_sandbox_that_is_ended_while_it_starts_leaves_nothing(isolated: sandbo
     size = (10 << 20) + 4096 * (os.getpid() % 1000)
 
     def early(n: int) -> None:
-        job = sandbox._job(isolated, Limits(), program="import time\ntime.sleep(99)")
-        with sandbox._started(isolated, "candidate", Limits(disk=size)) as started:
+        job = process._job(isolated, Limits(), program="import time\ntime.sleep(99)")
+        with process._started(isolated, "candidate", Limits(disk=size)) as started:
             assert started.process.stdin is not None
             os.write(started.process.stdin.fileno(), job)
             time.sleep(0.002 * n)
@@ -560,40 +559,38 @@ def answer(program: bytes, number: int, machine: str, flags: int = 0, arch: int 
     """What the kernel does with a call: classic BPF by linux/filter.h, over struct seccomp_data."""
     import struct
 
-    data = struct.pack(
-        "=iIQ6Q", number, sandbox_filter.AUDIT[machine] if arch is None else arch, 0, flags, *[0] * 5
-    )
+    data = struct.pack("=iIQ6Q", number, filter.AUDIT[machine] if arch is None else arch, 0, flags, *[0] * 5)
     value, at = 0, 0
     while True:
         operation, true, false, operand = struct.unpack_from("=HBBI", program, 8 * at)
         at += 1
-        if operation == sandbox_filter.LOAD:
+        if operation == filter.LOAD:
             value = struct.unpack_from("=I", data, operand)[0]
-        elif operation == sandbox_filter.RETURN:
+        elif operation == filter.RETURN:
             return operand
         else:
             tests = {
-                sandbox_filter.EQUAL: value == operand,
-                sandbox_filter.AT_LEAST: value >= operand,
-                sandbox_filter.ANY_BIT: bool(value & operand),
+                filter.EQUAL: value == operand,
+                filter.AT_LEAST: value >= operand,
+                filter.ANY_BIT: bool(value & operand),
             }
             at += true if tests[operation] else false
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_the_filter_denies_what_it_lists_and_nothing_else(machine: str) -> None:
-    program = sandbox_filter.program(machine)
-    column = list(sandbox_filter.AUDIT).index(machine)
-    denied = {row[column] for row in sandbox_filter.DENIED.values()} - {None}
-    clone = sandbox_filter.CLONE[machine]
+    program = filter.program(machine)
+    column = list(filter.AUDIT).index(machine)
+    denied = {row[column] for row in filter.DENIED.values()} - {None}
+    clone = filter.CLONE[machine]
     for number in range(500):
-        if number not in (clone, sandbox_filter.CLONE3):
+        if number not in (clone, filter.CLONE3):
             wanted = 0x00050001 if number in denied else 0x7FFF0000
             assert answer(program, number, machine) == wanted, number
     assert answer(program, clone, machine, flags=0x11) == 0x00050001
     assert answer(program, clone, machine, flags=0x10000000 | 0x11) == 0x00050001
     assert answer(program, clone, machine, flags=0x3D0F00) == 0x7FFF0000  # as a thread is made
-    assert answer(program, sandbox_filter.CLONE3, machine) == 0x00050026
+    assert answer(program, filter.CLONE3, machine) == 0x00050026
     assert answer(program, 0x40000000 | clone, machine) == 0x00050001
     assert answer(program, 0, machine, arch=0x40000003) == 0x80000000  # i386's calls have other numbers
 
@@ -611,9 +608,9 @@ def test_the_filters_numbers_are_the_kernels(machine: str, header: str) -> None:
     numbers = {
         n: int(v) for n, v in re.findall(r"#define __NR3?2?6?4?_(\w+)\s+(\d+)", Path(header).read_text())
     }
-    column = list(sandbox_filter.AUDIT).index(machine)
-    known = {name: row[column] for name, row in sandbox_filter.DENIED.items() if row[column] is not None}
-    known |= {"clone": sandbox_filter.CLONE[machine], "clone3": sandbox_filter.CLONE3}
+    column = list(filter.AUDIT).index(machine)
+    known = {name: row[column] for name, row in filter.DENIED.items() if row[column] is not None}
+    known |= {"clone": filter.CLONE[machine], "clone3": filter.CLONE3}
     assert {name: numbers[name] for name in known if name in numbers} == {
         name: number for name, number in known.items() if name in numbers
     }
@@ -622,14 +619,14 @@ def test_the_filters_numbers_are_the_kernels(machine: str, header: str) -> None:
 
 def test_an_unknown_machine_is_refused() -> None:
     with pytest.raises(ValueError, match="no system call filter for riscv64"):
-        sandbox_filter.program("riscv64")
-    assert platform.machine() in sandbox_filter.AUDIT or sys.platform != "linux"
+        filter.program("riscv64")
+    assert platform.machine() in filter.AUDIT or sys.platform != "linux"
 
 
 def test_the_part_inside_imports_little() -> None:
     """Each import is a part of every run's start."""
-    code = "import sys, sandbox_child; print(*sorted(sys.modules))"
+    code = "import sys, child; print(*sorted(sys.modules))"
     words = [sys.executable, "-s", "-S", "-c", code]
-    done = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, cwd=HOUSE / "sandbox", capture_output=True, text=True, check=True)
     assert not {"typing", "re", "collections", "json", "ast"} & set(done.stdout.split())
-    assert sandbox_child.DEPTH == 200
+    assert child.DEPTH == 200

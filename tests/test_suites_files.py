@@ -17,17 +17,17 @@ from test_functional import MBPP, PROBLEMS, human_eval, write
 from test_generate_command import STARCODER
 
 import eval as evaluation
-import functional
 from architecture import Decoder
 from config import LoraConfig, ModelConfig, one_sentence
 from data.fim import fim_prompt_ids
 from dataset import PreparedData
 from eval import EvalConfig, mistake, parse_settings
-from functional import FunctionalConfig, read_problems, read_samples
 from generate import GenerationConfig, generate
 from lora import add_adapter
 from pretrained import load_pretrained, save_pretrained
 from pretrained.save_adapter import save_adapter
+from sandbox.passing import FunctionalConfig, evaluate
+from sandbox.problems import read_problems, read_samples
 from suites.baselines import nearest_place, places_of
 from suites.codexglue import through_line, through_method
 from suites.functions import body_spans
@@ -454,7 +454,7 @@ def test_samples_are_written_as_human_eval_and_the_harness_read_them(isolated: N
     assert [row["passed"] for row in rows] == [False, True, False, True, False, False]
     assert set(rows[0]) == {"task_id", "completion", "result", "passed"}
     # Judged again by the command of its own, from that file alone.
-    said = functional.evaluate(FunctionalConfig(str(file), str(samples)))
+    said = evaluate(FunctionalConfig(str(file), str(samples)))
     assert "pass@1  33.33%" in said
     programs = json.loads((path.parent / "generations-humaneval-model.json").read_text("utf-8"))
     assert [len(one) for one in programs] == [2, 2, 2]
@@ -477,11 +477,11 @@ def test_samples_of_a_part_are_judged_again_by_the_problems_beside_them(
         path.parent / "problems-humaneval.jsonl",
     )
     with pytest.raises(ValueError, match="has samples for 2 of 3 problems"):
-        functional.evaluate(FunctionalConfig(str(file), str(samples)))
+        evaluate(FunctionalConfig(str(file), str(samples)))
     whole = {row["task_id"]: row for row in SOLVED}
     held = [json.loads(line) for line in problems.read_text("utf-8").splitlines()]
     assert held == [whole[sample["name"]] for sample in result["suite"]["samples"]]
-    said = functional.evaluate(FunctionalConfig(str(problems), str(samples)))
+    said = evaluate(FunctionalConfig(str(problems), str(samples)))
     # Of the whole, later, there is no part beside it.
     whole_of = replace(asked, samples=None)
     evaluation.write_results(evaluation.evaluate(whole_of), whole_of)

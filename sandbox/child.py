@@ -1,4 +1,4 @@
-"""What runs inside the sandbox; sandbox.py starts it there. It imports little, as each import costs time.
+"""What runs inside the sandbox; process.py starts it there. It imports little, as each import costs time.
 
 Its standard input begins with one message, the job, which names one of three roles:
 

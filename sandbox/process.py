@@ -5,7 +5,7 @@
     with Candidate(program) as f: f.call("add", 1, 2)          # its functions, called by data
 
 The path of a verdict: the program and its tests go into two sandboxes with two pipes between them. A call of
-a test crosses as plain data (sandbox_child.py has the encoding), and so does what was returned; what the test
+a test crosses as plain data (sandbox/child.py has the encoding), and so does what was returned; what the test
 compares are builtins that its own process made. The judge's last message is the verdict. The program has no
 way to end or change the judge's process, and this process reads nothing but that one message.
 
@@ -44,11 +44,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sandbox_filter
-from sandbox_child import CandidateError, Over, Remote, decode, encode, framed
+from sandbox import filter
+from sandbox.child import CandidateError, Over, Remote, decode, encode, framed
 
-CHILD = Path(__file__).resolve().with_name("sandbox_child.py")
-INSIDE = "/sandbox_child.pyc"
+CHILD = Path(__file__).resolve().with_name("child.py")
+INSIDE = "/child.pyc"
 REPORTED = ("passed", "failed", "ended", "no data", "not judged")
 REPORT_BYTES = 1 << 16
 PARENT_BYTES = 1 << 20  # of an answer that this process decodes; as empty sets they are 75 times as much
@@ -145,7 +145,7 @@ def _bubblewrap(command: str | None) -> Isolation:
     refusal = "generated code runs in a sandbox only, and"
     if command is None:
         raise ValueError(f"{refusal} bubblewrap is not installed: install it (apt install bubblewrap)")
-    sandbox_filter.program(platform.machine())
+    filter.program(platform.machine())
     version = subprocess.run(
         [command, "--version"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -188,7 +188,7 @@ def _interpreter() -> str:
 
 @functools.cache
 def _compiled() -> bytes:
-    """sandbox_child.py as the interpreter would cache it; compiling it each time takes as long as a start."""
+    """sandbox/child.py as the interpreter would cache it; compiling it each time takes as long as a start."""
     code = compile(CHILD.read_bytes(), CHILD.name, "exec", dont_inherit=True)
     return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
 
@@ -217,7 +217,7 @@ class Sandbox:
         words += [role, *map(str, fds)]
         read: list[int] = []
         if found.prefix:
-            read = [_pipe_holding(data) for data in (sandbox_filter.program(platform.machine()), _compiled())]
+            read = [_pipe_holding(data) for data in (filter.program(platform.machine()), _compiled())]
             words = [
                 *found.prefix,
                 *("--perms", "1777", "--size", str(limits.disk), "--tmpfs", "/tmp", "--chdir", "/tmp"),
@@ -519,7 +519,7 @@ def calls(program: str, limits: Limits = LIMITS, allow_unsafe: bool = False) -> 
     For tests that are this project's own. What a call returns consists of builtins; what it raises is an
     Exception of a builtin type, or a CandidateError with the type's name. The limits hold for all calls
     together, and an answer that would cost this process much is refused: one of more than PARENT_BYTES, or
-    with keys or members that were chosen to collide (see `sandbox_child.decode`).
+    with keys or members that were chosen to collide (see `child.decode`).
 
     Raises:
         ValueError: nothing isolates here, and `allow_unsafe` is false.

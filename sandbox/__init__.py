@@ -1,0 +1,33 @@
+"""Programs that nobody has read, run in bubblewrap (process) and judged by tests (passing)."""
+
+from sandbox.child import CandidateError
+from sandbox.process import (
+    ENVIRONMENT,
+    LIMITS,
+    UNSAFE,
+    Isolation,
+    Limits,
+    Outcome,
+    Verdict,
+    calls,
+    end_all,
+    isolation,
+    judge,
+    run,
+)
+
+__all__ = [
+    "ENVIRONMENT",
+    "LIMITS",
+    "UNSAFE",
+    "CandidateError",
+    "Isolation",
+    "Limits",
+    "Outcome",
+    "Verdict",
+    "calls",
+    "end_all",
+    "isolation",
+    "judge",
+    "run",
+]
