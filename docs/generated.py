@@ -168,7 +168,7 @@ MEANINGS = {
     ),
     "prompt-differs": (
         "A text is stored with other ids than a prompt of that text has in generation. The model is then "
-        "asked something that it was never trained on. Build prompts by one function in training, "
+        "prompted in a way that it was never trained on. Build prompts by one function in training, "
         "evaluation and generation."
     ),
     "prompt-in-prediction": (
