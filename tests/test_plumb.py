@@ -93,7 +93,9 @@ def test_what_is_missing_is_installed_and_each_step_said(clone: Path, rights: di
     ]
     for command in ("test", "train"):  # the tests' requirements are training's too
         assert run(clone, command=command) == (0, [])
-    assert (clone / "asked").read_text().splitlines() == [*asked, "-m pytest", "trainingmanager.py"]
+    assert run(clone, command="docs") == (0, ["plumb: the manual is in site/index.html"])
+    more = ["-m pytest", "trainingmanager.py", "-m mkdocs build --strict"]
+    assert (clone / "asked").read_text().splitlines() == [*asked, *more]
 
 
 def test_what_cannot_be_installed_is_named_and_all_else_goes_on(clone: Path) -> None:
