@@ -382,8 +382,8 @@ def shown(store: TokenStore, block_size: int) -> Shown:
     """The one place that trims: an example longer than a row loses of its prompt, never of its completion.
 
     A row holds `block_size` + 1 of its tokens: the last is a target only. The prompt keeps its start token
-    and its last tokens, id for id as `generate.trim_prompt` does; one with a gap keeps its markers and what
-    is nearest to the gap, as `fim.trim_fim_prompt` does.
+    and its last tokens, id for id as `generation.text.trim_prompt` does; one with a gap keeps its markers
+    and what is nearest to the gap, as `fim.trim_fim_prompt` does.
 
     Raises:
         ValueError: the completion of an example does not fit; see `refuse_long_answers`.

@@ -53,7 +53,7 @@ from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.ngram import NGramModel
 from dataset import PreparedData
-from generate import GenerationConfig
+from generation.settings import GenerationConfig
 from lora import adapters_disabled
 from metrics.registry import Metric
 from modules.precision import Precision, choose_device, choose_precision

@@ -1,59 +1,14 @@
 """A run's model as a folder that other tools open: `python export.py --run runs/NAME --out FOLDER`.
 
-    a model from scratch, or a base trained whole    a Hugging Face folder
-    adapters                                         a PEFT folder, for the base that they were trained on
-    adapters, with --merge                           a Hugging Face folder with the adapters in its weights
-
-Merged weights are judged by real text before they are written: the largest gap of a logit between the
-adapters beside their base and the merged weights must stay below a tolerance. They are put into the weights
-that the adapters were trained on, in the format that those had: a 4-bit base is dequantised.
-
-With --requantise the merged matrices of a 4-bit base are quantised once more, as when PEFT merges into a
-4-bit layer, and what is written are the values of that grid, in bf16: every tool opens them, in half the
-room, and one that quantises to NF4 what it loads finds the same grid but for rounding. The gap is that of
-the very values written. It may be large, since a change below half a step of the grid is lost: --tolerance
-accepts it.
+training/export.py says what is written.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from config import make_parser, one_sentence, refuse_unwritable
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What is written, and where.
-
-    Args:
-        out: Folder to write; new or empty.
-        run: Run folder, or one checkpoint inside it.
-        which: The checkpoint of a run folder: `best` by validation loss, or `last`.
-        base: Instead of a run: folder or hub id of a published model,
-        adapter: and folder of an adapter for it.
-        base_format: How the weights of `base` were held when the adapter was trained: `fp32`, `bf16` or
-            `nf4`; a run and an adapter written here know.
-        merge: Put the adapters into the weights, which are merged and written in fp32.
-        requantise: Of a base in nf4, round the merged matrices to nf4 again and write all in bf16.
-        tolerance: The largest logit gap that a merge may have.
-        text: A file of real text that judges a merge; by default a file of the interpreter's own library.
-    """
-
-    out: str
-    run: str | None = None
-    which: Literal["best", "last"] = "best"
-    base: str | None = None
-    adapter: str | None = None
-    base_format: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
-    merge: bool = False
-    requantise: bool = False
-    tolerance: float = 1e-3
-    text: str | None = None
-
+from config import make_parser, one_sentence
+from training.export_config import ExportConfig
 
 FLAGS = ("--merge", "--requantise")  # which stand alone
 
@@ -80,121 +35,14 @@ def parse_settings(argv: list[str]) -> ExportConfig:
     return settings
 
 
-# Before torch is imported, so that --help and a typo answer at once.
-SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
-
-import argparse as default_text
-import math
-
-import torch
-from torch import Tensor
-
-from architecture import Decoder
-from lora import adapters_disabled, wrappers
-from modules.quantize import Linear4bit, dequantize_linears
-from pretrained import save_pretrained
-from pretrained.merging import MergeReport, merge, merge_checked, merge_report
-from pretrained.save import refuse_full
-from tokenizer import Tokenizer
-from training.run import export_adapter, load_run, open_adapted
-
-PROMPTS, PROMPT_TOKENS = 8, 128
-
-
-def export(settings: ExportConfig) -> str:
-    """Write the folder; returns what was done, in a sentence or two.
-
-    Raises:
-        ValueError: The run, base or adapter cannot be opened or do not belong together, no family has the
-            model's parts, the merge is not what was trained, or the folder is not empty.
-    """
-    refuse_full(Path(settings.out))
-    refuse_unwritable(settings.out, "--out")
-    if settings.merge:
-        judging_text(settings)
-    if settings.run is not None:
-        run = load_run(settings.run, settings.which)
-        model, tokenizer, family = run.model, run.tokenizer, run.family
-    else:
-        assert settings.base is not None and settings.adapter is not None, "parse_settings asks for them"
-        found = open_adapted(settings.base, settings.adapter, settings.base_format)
-        run, model, tokenizer, family = None, found.model, found.tokenizer, found.family
-    if settings.merge:
-        if family is None:
-            raise ValueError(f"{settings.run} has no adapters; leave --merge out")
-        if tokenizer is None:
-            raise ValueError(f"{settings.base} has no tokenizer, which judging the merge takes")
-        report = merged(model, tokenizer, settings)
-    elif run is not None and family is not None:
-        export_adapter(run, settings.out)
-        held = run.config.train.base_format
-        note = (
-            ""
-            if held == "fp32"
-            else f", held in {held}: on other weights, as PEFT loads, it is another model"
-        )
-        return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}{note}"
-    else:
-        report = ""
-    written = save_pretrained(model, tokenizer, settings.out, None if family is None else family.model_type)
-    return f"{report}{written.model_type} model in {settings.out}"
-
-
-def judging_text(settings: ExportConfig) -> tuple[Path, str]:
-    """The file that judges a merge, and its text; ValueError if it cannot be read."""
-    path = Path(settings.text or str(default_text.__file__))
-    try:
-        return path, path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, whose text should judge the merge, cannot be read: {error}") from None
-
-
-def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
-    """Merge in place, judged by text; says how it went."""
-    path, text = judging_text(settings)
-    ids = tokenizer.encode(text)
-    length = min(PROMPT_TOKENS, model.config.block_size)
-    prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
-    if settings.requantise:
-        report, effect = _requantised(model, prompts, settings.tolerance)
-        return f"{report} of {path.name}; the adapter itself moves a logit by up to {effect:.2e}; "
-    report = merge_checked(model, prompts, settings.tolerance, keep=False)
-    dequantize_linears(model)  # those without an adapter
-    return f"{report} of {path.name}; "
-
-
-def _requantised(model: Decoder, prompts: list[list[int]], tolerance: float) -> tuple[MergeReport, float]:
-    """Merge in place onto the grid of 4 bits, rounded to bf16; what is judged are the values that remain.
-
-    Beside the report, by how much the adapter itself moves a logit: a gap as large loses all that it learned.
-    """
-    if not any(isinstance(module, Linear4bit) for module in model.modules()):
-        raise ValueError("the base was not held in nf4, so that nothing is to be requantised; leave it out")
-
-    def base(tokens: Tensor) -> Tensor:
-        with adapters_disabled(model):
-            return model(tokens)
-
-    def written(tokens: Tensor) -> Tensor:
-        if wrappers(model):
-            merge(model, keep=False, requantise=True)
-            dequantize_linears(model)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(torch.bfloat16).float()
-        return model(tokens)
-
-    effect = merge_report(model, base, prompts, math.inf).gap
-    try:
-        report = merge_report(model, written, prompts, tolerance)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: leave --requantise out, or set --tolerance; the adapter itself moves a logit by up to "
-            f"{effect:.3g}"
-        ) from None
-    model.to(torch.bfloat16)
-    return report, effect
-
-
-if SETTINGS is not None:
+def main(argv: list[str]) -> None:
+    """Export as the command line says."""
+    settings = parse_settings(argv)
     with one_sentence():
-        print(export(SETTINGS))
+        from training.export import export  # which imports torch: a typo was answered before
+
+        print(export(settings))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import architecture
 import dataset
-import generate
 import lora
 import tokenizer
 import trainingmanager
@@ -26,7 +25,7 @@ from architecture import Decoder, Dropout
 from config import Config
 from data import tokenstore
 from dataset import IGNORE_INDEX
-from generation import engine
+from generation import engine, text
 from modules import precision
 from training import beforehand
 
@@ -445,7 +444,7 @@ def beams_by_logits() -> contextlib.AbstractContextManager:
 
 
 def prompt_kept() -> contextlib.AbstractContextManager:
-    return patch.object(generate, "added_text", lambda tokenizer, before, ids: tokenizer.decode(before + ids))
+    return patch.object(text, "added_text", lambda tokenizer, before, ids: tokenizer.decode(before + ids))
 
 
 def moments_dropped() -> contextlib.AbstractContextManager:

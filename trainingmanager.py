@@ -76,7 +76,8 @@ from dataset import (
     validation_batches,
 )
 from eval import EvalConfig, evaluate, table, write_results
-from generate import GenerationConfig, generate
+from generation.settings import GenerationConfig
+from generation.text import generate
 from guards.first_steps import FirstSteps
 from guards.subject import refuse_unknown_faults
 from lora import trainable_table

@@ -41,9 +41,9 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 from transformers.utils import logging
 
 from architecture import Decoder
-from generate import GenerationConfig
 from generation.engine import generate_ids
 from generation.kvcache import KVCache
+from generation.settings import GenerationConfig
 from modules.linear import Linear
 from pretrained import load_pretrained
 

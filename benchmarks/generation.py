@@ -44,8 +44,8 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig, StoppingCriteri
 from transformers.utils import logging
 
 from architecture import Decoder
-from generate import GenerationConfig
 from generation.engine import generate_ids
+from generation.settings import GenerationConfig
 from pretrained import load_pretrained
 
 

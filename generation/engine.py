@@ -13,7 +13,7 @@ token is chosen, from all of them at once: a branch counts as much as the model 
 
 A model with a learned or sinusoidal position table refuses to run past it. Rotary positions have no such end,
 but the model was trained on `block_size` of them only. Nothing is trimmed here: a caller who wants to stay
-inside calls `generate.trim_prompt` first.
+inside calls `generation.text.trim_prompt` first.
 
 Shapes: n rows still running, V words.
 """
@@ -37,7 +37,7 @@ from generation.kvcache import KVCache
 from tokenization.healing import Branch, Prompt
 
 if TYPE_CHECKING:  # it is defined where a command line can be read before torch is imported
-    from generate import GenerationConfig
+    from generation.settings import GenerationConfig
 
 # Where prompts wait: places that have to be free before some of them are read, as a share of all, since each
 # time costs a pass and a copy of the cache; and columns of the cache that rows may waste on padding.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from architecture import Decoder
-from generate import GenerationConfig, generate
 from generation.engine import generate_ids
+from generation.settings import GenerationConfig
+from generation.text import generate
 from guards.subject import Fault, Subject, awake, tokens_of_a_pass
 
 PROMPT_TOKENS = 16

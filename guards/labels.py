@@ -11,7 +11,7 @@ from torch import Tensor
 from data.fim import gap_start, known_markers, trim_fim_prompt
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, validation_batches
-from generate import trim_prompt
+from generation.text import trim_prompt
 from guards.subject import Fault, Subject
 from tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import torch
 
 from data.corpus import split_documents
 from data.fim import fim_prompt_ids, known_markers
-from generate import asked_prompt
+from generation.text import asked_prompt
 from guards.subject import Fault, Subject, affordable, awake, tolerance_of
 
 PART = 0.25  # of the tokens of a pass

@@ -160,7 +160,7 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
 
 
 def decoders(settings: Settings) -> dict[str, Any]:
-    """How each way chooses tokens, a generate.GenerationConfig by its name.
+    """How each way chooses tokens, a GenerationConfig by its name.
 
     Not named in the signature: the parser of flags reads a module's annotations, and would import torch even
     for a name that is imported for type checkers alone.
@@ -168,7 +168,7 @@ def decoders(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: A setting is out of range.
     """
-    from generate import GenerationConfig
+    from generation.settings import GenerationConfig
 
     common: dict[str, Any] = {"max_new_tokens": settings.line_tokens}
     drawn = common | {"temperature": settings.temperature, "seed": settings.decoding_seed}
@@ -204,7 +204,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 
 def completed(run: Any, prompts: Sequence[str], way: Any, batch_size: int = 16) -> list[str]:
     """The first line that a runmodel.Run writes after each prompt, in one of the ways of `decoders`."""
-    from generate import generate
+    from generation.text import generate
 
     texts = []
     for start in range(0, len(prompts), batch_size):

@@ -343,8 +343,9 @@ def build(asked: Asked, tokenizer: Any) -> None:
 
 def export_run(out: Path, config: Config) -> list[str]:
     """Adapter and merged model of the best checkpoint; what could not be written, and why."""
-    from export import ExportConfig, export
     from training.checkpoint import checkpoints
+    from training.export import export
+    from training.export_config import ExportConfig
 
     made_from = [[m.step, m.files] for m in checkpoints(Path(config.train.run) / "checkpoints")]
     made_from = json.loads(json.dumps(made_from))

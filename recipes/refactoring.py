@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from config.console import printable
-
 import sandbox
 from config import make_parser, one_sentence, write_atomically
+from config.console import printable
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
 from recipes.degradations import Function, Scope, globals_of, parsed, unwritable
@@ -285,7 +284,9 @@ def _write(text: str) -> None:
 
 
 def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
-    from generate import CommandConfig, GenerationConfig, generate, open_model
+    from generation.command import open_model
+    from generation.settings import CommandConfig, GenerationConfig
+    from generation.text import generate
 
     asked = CommandConfig(
         model=settings.model, prompt=("",), adapter=settings.adapter, device=settings.device

@@ -19,8 +19,9 @@ from architecture import Decoder
 from config import memory_is_full
 from data.fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_prompt
 from data.ngram import NGramModel
-from generate import CONTEXT, GenerationConfig, asked_prompt, completed_text, stop_finder, trim_prompt
 from generation.engine import Generated, Stopped, generate_ids
+from generation.settings import GenerationConfig
+from generation.text import CONTEXT, asked_prompt, completed_text, stop_finder, trim_prompt
 from modules.precision import Precision
 from suites.kept import Kept
 from suites.scoring import Example, Predictions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data.tokenstore import TokenStore
-from generate import added_text
+from generation.text import added_text
 from suites.scoring import Example
 from tokenizer import Tokenizer
 

@@ -26,7 +26,6 @@ import yaml
 from commands import command, exit_code, forked
 
 from architecture import Decoder
-from checkpoint import save_checkpoint
 from config import Config, LoraConfig, ModelConfig
 from lora import add_adapter
 from planted_data import write_base, write_long_prompts
@@ -34,6 +33,7 @@ from pretrained import load_pretrained
 from pretrained.save_adapter import save_adapter
 from sweeps.settings import parse_settings
 from tokenizer import BPETokenizer
+from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

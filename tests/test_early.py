@@ -24,11 +24,13 @@ import recipes.refactoring
 import trainingmanager
 from architecture import Decoder
 from config import ModelConfig, one_sentence, parse_config
+from generation.command import write_completions
 from pretrained import save_pretrained
 from scraping.__main__ import main as scrape
 from suites.settings import parse_settings as eval_settings
 from sweeps.settings import parse_settings as sweep_settings
 from tokenizer import BPETokenizer
+from training.export import export as write_export
 
 # Nothing below these may be opened while a mistake is looked for; audit hooks stay for the process's life.
 GUARDED: list[Path] = []
@@ -85,12 +87,12 @@ def sweep(words: list[str]) -> None:
 
 def write(words: list[str]) -> None:
     with one_sentence():
-        generate.main(generate.parse_settings(words))
+        write_completions(generate.parse_settings(words))
 
 
 def put(words: list[str]) -> None:
     with one_sentence():
-        export.export(export.parse_settings(words))
+        write_export(export.parse_settings(words))
 
 
 def judge(words: list[str]) -> None:

@@ -68,7 +68,7 @@ from dataset import (
     refuse_long_answers,
     validation_batches,
 )
-from generate import trim_prompt
+from generation.text import trim_prompt
 from guards.labels import prompt_errors
 from proofs import run_difference
 from suites.stored import text_of_example

@@ -18,9 +18,10 @@ from test_finetune import base, config, logits, other
 
 from adapters.layers import LowRank
 from config import Config, one_sentence
-from export import ExportConfig, export
 from lora import adapters_disabled
 from pretrained import load_pretrained
+from training.export import export
+from training.export_config import ExportConfig
 from training.run import load_run, open_adapted
 from trainingmanager import train
 

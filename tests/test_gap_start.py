@@ -17,7 +17,8 @@ from data.documents import Document
 from data.fim import MARKERS, fim_markers, fim_prompt_ids, gap_start
 from data.tokenstore import TokenStore, build_store
 from dataset import _store_key, as_shown, shown
-from generate import GenerationConfig, generate
+from generation.settings import GenerationConfig
+from generation.text import generate
 from guards.labels import example_in_row
 from pretrained.save import save_tokenizer
 from recipes.base import with_gaps
@@ -112,7 +113,7 @@ def test_rows_prompts_and_texts_agree_with_and_without_a_start(
 
 
 def test_the_start_stands_before_a_gap_in_generation(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import generate as module
+    from generation import text as module
 
     tokenizer, read = load_tokenizer(ours), []
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=8)

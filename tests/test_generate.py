@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from architecture import Decoder
 from config import ModelConfig
 from config.console import printable
-from generate import GenerationConfig, generate, trim_prompt
 from generation import engine
 from generation.engine import (
     _beam_search,
@@ -36,6 +35,8 @@ from generation.engine import (
     sample,
 )
 from generation.kvcache import KVCache
+from generation.settings import GenerationConfig
+from generation.text import generate, trim_prompt
 from modules import linear
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer

@@ -17,11 +17,15 @@ from hypothesis import strategies as st
 from test_generate import Bytes, chain, saying
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import generate as command
 from architecture import Decoder
 from config import ModelConfig
 from data.fim import MARKERS, fim_end_ids, fim_prompt_ids
-from generate import GenerationConfig, _Stream, added_text, generate, main, parse_settings
+from generate import parse_settings
+from generation import command
+from generation import text as text_module
+from generation.command import write_completions
+from generation.settings import GenerationConfig
+from generation.text import _Stream, added_text, generate
 from pretrained import save_pretrained
 from tokenization.healing import Prompt
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
@@ -149,8 +153,8 @@ def unsettled(tokenizer: Tokenizer, before: list[int], stops: tuple[str, ...] = 
 @pytest.mark.parametrize("text", ["ADD" + "_RETURN" * 9 + "\nA_Ba", "é" * 5 + "\néab" + "\n→a" * 5])
 def test_a_stream_settles_where_nothing_before_matters(name, text, monkeypatch):
     """Not in a name whose capitals were set before, nor in a run of bytes that begins outside the context."""
-    monkeypatch.setattr(command, "SETTLED_EVERY", 1)
-    monkeypatch.setattr(command, "CONTEXT", 4)
+    monkeypatch.setattr("generation.text.SETTLED_EVERY", 1)
+    monkeypatch.setattr("generation.text.CONTEXT", 4)
     tokenizer, before = BASES[name], BASES[name].encode("def f")
     ids, stream = tokenizer.encode(text), _Stream(tokenizer, Prompt(before), (), lambda text: None)
     slow = unsettled(tokenizer, before)
@@ -175,7 +179,7 @@ def test_what_is_streamed_is_never_taken_back(name, data):
         st.sampled_from(["def f", "A\nx = 1\n    return MAX_", "é\n→\n", "\n" + "é" * 9 + "\na"])
     )
     before, given_out = tokenizer.encode(asked), []
-    with patch.object(command, "SETTLED_EVERY", 1), patch.object(command, "CONTEXT", 4):
+    with patch.object(text_module, "SETTLED_EVERY", 1), patch.object(command, "CONTEXT", 4):
         stream = _Stream(tokenizer, Prompt(before), stops, given_out.append)
         slow = unsettled(tokenizer, before, stops)
         for n in range(1, len(ids) + 1):
@@ -272,7 +276,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsysbinary, *argv: str) -> tuple[bytes, str]:
-    main(parse_settings(list(argv)))
+    write_completions(parse_settings(list(argv)))
     out, err = capsysbinary.readouterr()
     return out, err.decode()
 
@@ -387,5 +391,5 @@ def test_what_cannot_be_opened_is_one_sentence(change, sentence, folder, tmp_pat
     change = {key: places.get(value, value) if value else value for key, value in change.items()}
     chosen = replace(parse_settings(["--model", str(folder), "--prompt", "a"]), **change)
     with pytest.raises(ValueError, match=sentence) as error:
-        main(chosen)
+        write_completions(chosen)
     assert "\n" not in str(error.value)

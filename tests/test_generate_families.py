@@ -8,9 +8,10 @@ import torch
 from test_generate import Bytes
 from test_pretrained import CONFIGS, gap, pairs, tokens_of, two_of_each_family  # noqa: F401
 
-from generate import GenerationConfig, generate
 from generation.engine import generate_ids, pad_left
 from generation.kvcache import KVCache
+from generation.settings import GenerationConfig
+from generation.text import generate
 
 LENGTHS = (20, 13, 7)
 SHORT = (12, 9, 5)  # of models with dynamic scaling, which take no cache past their context

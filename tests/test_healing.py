@@ -23,8 +23,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from architecture import Decoder
 from data.documents import Document
 from data.tokenstore import _encode
-from generate import GenerationConfig, generate
 from generation.engine import Generated, generate_ids
+from generation.settings import GenerationConfig
+from generation.text import generate
 from tests.test_generate import BIASED, scrambled
 from tokenization import healing
 from tokenization.healing import Prompt, healed

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from architecture import Decoder, rotate_half, rotate_interleaved, split_blocks
-from generate import GenerationConfig
 from generation.engine import generate_ids, pad_left
 from generation.kvcache import KVCache
+from generation.settings import GenerationConfig
 from pretrained import Pretrained, load_pretrained, save_pretrained
 
 transformers.logging.set_verbosity_error()

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
-from generate import GenerationConfig, generate
+from generation.settings import GenerationConfig
+from generation.text import generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
 from pretrained.folder import inner_path, parse_header, parse_json, read_tensors

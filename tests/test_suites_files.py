@@ -22,7 +22,8 @@ from config import LoraConfig, ModelConfig, one_sentence
 from data.fim import fim_prompt_ids
 from dataset import PreparedData
 from eval import EvalConfig, mistake, parse_settings
-from generate import GenerationConfig, generate
+from generation.settings import GenerationConfig
+from generation.text import generate
 from lora import add_adapter
 from pretrained import load_pretrained, save_pretrained
 from pretrained.save_adapter import save_adapter

@@ -21,7 +21,8 @@ from test_suites import PAIRS
 import eval as evaluation
 from architecture import Decoder
 from config import ModelConfig
-from generate import GenerationConfig, generate
+from generation.settings import GenerationConfig
+from generation.text import generate
 from suites import completing
 from suites.completing import complete, draw_number, free_memory, rows_at_a_time, uncut
 from suites.kept import Kept

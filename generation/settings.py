@@ -1,0 +1,118 @@
+"""How tokens are chosen, and what the command that generates text takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How tokens are chosen. The default is greedy.
+
+    Args:
+        max_new_tokens: Most tokens to generate.
+        temperature: Divides the logits before sampling; 0 takes the most likely token.
+        top_k: Sample only among the k most likely tokens; 0 means all.
+        top_p: Sample only from the nucleus that holds this much probability; 1 means all.
+        min_p: Sample only tokens at least this fraction as likely as the most likely one; 0 means all.
+        repetition_penalty: Above 1 makes tokens of the prompt and of the text so far less likely.
+        num_beams: Width of the beam search; 1 means none.
+        length_penalty: Beams are ranked by log-probability / length ** length_penalty. 0 ranks by plain
+            log-probability, which favours short texts; 1 by the mean of a token.
+        stop: Strings that end the text; they are not part of it.
+        seed: Of the sampling.
+        heal: Choose the first tokens among those that begin with the prompt's last ones, which they replace
+            (tokenization/healing.py). Not given, it is done unless the run was trained on prompts cut where
+            they end.
+
+    Raises:
+        ValueError: A setting is out of range, or would silently do nothing beside the others.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    heal: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}; it must be finite and at least 0 (greedy)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be at least 0 (all tokens) and at most 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be finite and above 0, 1 for none"
+            )
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams is {self.num_beams}; it must be at least 1 (no beam search)")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty is {self.length_penalty}; it must be finite, 0 for none")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop is {self.stop!r}; it must be a list of strings that are not empty")
+        if self.temperature == 0:
+            for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+                if getattr(self, name) != off:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)} but temperature 0 samples nothing; "
+                        f"set temperature above 0 or {name} to {off}"
+                    )
+        elif self.num_beams > 1:
+            raise ValueError(
+                f"num_beams is {self.num_beams} but temperature {self.temperature} samples; "
+                "set temperature to 0 or num_beams to 1"
+            )
+        if self.num_beams == 1 and self.length_penalty != 0:
+            raise ValueError(
+                f"length_penalty is {self.length_penalty} but num_beams 1 ranks nothing; "
+                "set num_beams above 1 or length_penalty to 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(GenerationConfig):
+    """The command line of generation.
+
+    Args:
+        model: A model folder or a hub id such as `bigcode/starcoder2-3b`, or a run folder or checkpoint.
+        prompt: Text to go on from; several may be given.
+        prompt_file: A file that holds one more prompt; `-` is the standard input.
+        suffix: What follows the gap: the model fills in what stands between prompt and suffix.
+        adapter: A PEFT folder for `model`, which is then a published one.
+        held: How the matrices of a published model are held: `full`, or in fewer bits, `int8` or `nf4`.
+        which: The checkpoint of a run folder: `best` by validation loss, or `last`.
+        dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`. An adapter says it itself.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    """
+
+    model: str
+    prompt: tuple[str, ...] = ()
+    prompt_file: str = ""
+    suffix: str | None = None
+    adapter: str = ""
+    held: Literal["full", "int8", "nf4"] = "full"
+    which: Literal["best", "last"] = "best"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n_prompts = len(self.prompt) + bool(self.prompt_file)
+        if not n_prompts:
+            raise ValueError("there is no prompt; give --prompt TEXT or --prompt_file FILE (- is stdin)")
+        if self.suffix is not None and n_prompts > 1:
+            raise ValueError(f"--suffix belongs to one prompt, and there are {n_prompts}; give one")
