@@ -6,6 +6,7 @@ training/export.py says what is written.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from config import make_parser, one_sentence
 from training.export_config import ExportConfig
@@ -33,6 +34,13 @@ def parse_settings(argv: list[str]) -> ExportConfig:
     if settings.base and not settings.merge:
         parser.error("--base with --adapter is for --merge; without it there is nothing to write")
     return settings
+
+
+def __getattr__(name: str) -> Any:
+    """Export, for who imports this file; it imports torch."""
+    from training import export
+
+    return getattr(export, name)
 
 
 def main(argv: list[str]) -> None:

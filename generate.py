@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from config import make_parser, one_sentence
 from generation.settings import CommandConfig
@@ -40,6 +41,13 @@ def parse_settings(argv: list[str]) -> CommandConfig:
         return CommandConfig(**values | {key: tuple(values[key]) for key in ("prompt", "stop")})
     except ValueError as error:
         return parser.error(str(error))  # exits
+
+
+def __getattr__(name: str) -> Any:
+    """Generate and its parts, for who imports this file; it imports torch."""
+    from generation import text
+
+    return getattr(text, name)
 
 
 def main(argv: list[str]) -> None:

@@ -1,105 +1,23 @@
-"""Guards that run before every training: each names a silent fault, shows its evidence, and says what to do.
+"""The guards, tried on planted faults: `python preflight.py --selftest`.
 
-    findings = preflight(subject, allowed)  # raises Fault, or returns what was allowed
-    python preflight.py --selftest          # plants each fault in a small healthy run and sees it caught
-
-Here are their order and the record of what was let pass; each guard is a file of `guards/`.
+Each fault is planted in a small healthy run and has to be caught by name; selftest/plants.py has them all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-import time
-from collections.abc import Collection, Iterable
-from pathlib import Path
 
-import torch
-
-from config import write_atomically
-from guards.generation import generation
-from guards.labels import labels
-from guards.order import order
-from guards.probe import probe
-from guards.same_path import same_path
-from guards.settings import settings
-from guards.sizes import sizes
-from guards.split import split
-from guards.start import start
-from guards.subject import Fault, Guard, Subject, refuse_unknown_faults, shortened
-from training.checkpoint import read_run_file
-
-GUARDS: dict[str, Guard] = {
-    "sizes": sizes,
-    "labels": labels,
-    "order": order,
-    "probe": probe,
-    "start": start,
-    "split": split,
-    "settings": settings,
-    "same path": same_path,
-    "generation": generation,
-}
-BY_BLOCKS = ("probe", "settings", "same path", "generation")  # guards that need not go through every block
+from config.console import refuse
 
 
-def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:
-    """Run every guard and print a line for each; returns the faults that `allowed` let pass.
-
-    Raises:
-        Fault: The first one that is not allowed.
-    """
-    passed, allowed = [], set(allowed)
-    refuse_unknown_faults(allowed)
-    with torch.random.fork_rng():  # of every device: torch.manual_seed sets them all
-        for name in GUARDS:
-            passed += run_guard(subject, name, allowed)
-    return passed
-
-
-def run_guard(subject: Subject, name: str, allowed: Collection[str]) -> list[Fault]:
-    """One guard by name, as `preflight` runs it."""
-    started = time.perf_counter()
-    passed, said = [], []
-    with shortened(subject.model) if name in BY_BLOCKS else contextlib.nullcontext():
-        for finding in GUARDS[name](subject):
-            if isinstance(finding, str):
-                said.append(finding)
-            elif finding.name in allowed:
-                passed.append(finding)
-                print(f"ALLOWED {finding.name}: {finding.evidence}", file=sys.stderr)
-            else:
-                raise finding
-    seconds = time.perf_counter() - started
-    print(f"preflight, {name}: {'; '.join(said) or 'passed'} ({seconds:.1f} s)")
-    return passed
-
-
-def record_overrides(folder: Path, faults: Iterable[Fault]) -> None:
-    """Add what `--allow` let pass to RUN/overrides.json; it is printed with every later score."""
-    known = overrides(folder) | {fault.name: fault.evidence for fault in faults}
-    if known:
-        write_atomically(folder / "overrides.json", json.dumps(known, indent=1))
-
-
-def overrides(folder: Path) -> dict[str, str]:
-    """Name and evidence of the faults that a run was allowed to have."""
-    path = folder / "overrides.json"
-    return (
-        read_run_file(path, lambda path: dict(json.loads(path.read_text("utf-8")))) if path.is_file() else {}
-    )
-
-
-def main() -> None:
-    """`--selftest`; exits with 1 if a planted fault is missed or a healthy run refused."""
-    if sys.argv[1:] != ["--selftest"]:
-        print("error: python preflight.py --selftest is the one command here", file=sys.stderr)
-        sys.exit(2)
-    from plants import selftest
+def main(argv: list[str]) -> None:
+    """Run the self-test; exit with 1 if a planted fault is missed or a healthy run refused."""
+    if argv != ["--selftest"]:
+        refuse("python preflight.py --selftest is the one command here")
+    from selftest.plants import selftest  # which imports torch
 
     sys.exit(0 if selftest() else 1)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -21,17 +21,18 @@ import torch
 HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
 
-import preflight
 from benchmarks.adapters import SHAPES, drawn
 from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from dataset import prepare_data
+from guards.preflight import GUARDS, run_guard
+from guards.subject import Subject
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory
 from modules.quantize import n_weights
 from pretrained import FAMILIES
 from pretrained.family import to_model
 from tokenizer import BPETokenizer
-from trainingmanager import TrainingManager
+from training.loop import TrainingManager
 
 
 def timed(what: Callable[[], Any]) -> tuple[float, float]:
@@ -41,8 +42,8 @@ def timed(what: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, (time.process_time() - used) / torch.get_num_threads()
 
 
-def subject_of(shape: str, held: str, full: bool, folder: Path) -> preflight.Subject:
-    """What `trainingmanager.train` would hand to the guards, but for the weights."""
+def subject_of(shape: str, held: str, full: bool, folder: Path) -> Subject:
+    """What `training.loop.train` would hand to the guards, but for the weights."""
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     precision = choose_precision(choose_device("cpu"), "auto")
     lora = LoraConfig() if full else LoraConfig(r, alpha, dropout, targets)
@@ -82,10 +83,10 @@ def main() -> None:
         seconds = timed(lambda: subject.score([row]))
         print(f"{'one row forward':16}{seconds[0]:8.2f} s{seconds[1]:8.2f} s of the processor")
         total = torch.zeros(2)
-        for guard in preflight.GUARDS:
+        for guard in GUARDS:
 
             def run(guard: str = guard) -> None:
-                preflight.run_guard(subject, guard, allowed)
+                run_guard(subject, guard, allowed)
 
             if guard == asked.profile:
                 from torch.profiler import profile

@@ -26,7 +26,7 @@ sys.path[0] = str(HOUSE)
 from config import DataConfig, parse_config
 
 # Name -> the family of its base, if any, and flags. Bases are small enough to be measured whole, but for the
-# last, of which plan.py makes some blocks.
+# last, of which training/plan.py makes some blocks.
 SHAPES: dict[str, tuple[str | None, str]] = {
     "scratch": (None, ""),
     "scratch-deep": (None, "--model.n_layer 10 --model.n_embd 256 --model.n_head 4 --optimizer.name adamw"),
@@ -47,7 +47,7 @@ STEPS = 9  # the least of the last five counts: the guards watch the first four
 CHILD = """
 import sys, time, json, pathlib
 sys.path[0] = HOUSE
-import trainingmanager as t
+from training import loop as t
 from config import parse_config
 times, update = [], t.TrainingManager.update
 def timed(self):
@@ -81,7 +81,7 @@ def main() -> None:
 def recipes() -> None:
     """What the plan says of the four recipes that tune a published model, from its shape alone."""
     from benchmarks.adapters import SHAPES as PUBLISHED
-    from plan import plan
+    from training.plan import plan
 
     for recipe, base in BASES.items():
         family, values, _ = PUBLISHED[base]
@@ -94,7 +94,7 @@ def recipes() -> None:
 
 def compare(shapes: list[str]) -> None:
     """Train in each shape, and print what was foreseen beside what it took."""
-    from plan import plan
+    from training.plan import plan
 
     memory, speed = ("peak memory", "measured", "ratio"), ("a step", "measured", "ratio", "by the clock")
     print(f"{'shape':<20}" + "".join(f"{name:>13}" for name in (*memory, *speed)))

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import reprlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,3 +101,13 @@ def code_fingerprint(folder: Path = REPOSITORY) -> str:
     for path in sorted([*folder.glob("*.py"), *(p for package in packages for p in package.rglob("*.py"))]):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def own_module(name: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment that run a module of this program as a process of its own.
+
+    The working directory stays the user's, for relative paths, and is no place that modules come from (-P):
+    a file config.py there is not ours.
+    """
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return [sys.executable, "-P", "-m", name], os.environ | {"PYTHONPATH": path}

@@ -239,7 +239,7 @@ def meanings() -> dict[str, str]:
 
 def planted() -> dict[str, list[str]]:
     """Return, by the name of a fault, how the self-test plants it."""
-    from plants import PLANTS
+    from selftest.plants import PLANTS
 
     stories: dict[str, list[str]] = {}
     for plant in PLANTS:

@@ -1,1 +1,1 @@
-"""The guards, a file for each; `preflight.py` runs them in order. `subject.py` says what a guard is."""
+"""The guards, a file for each; `preflight.py` here runs them in order. `subject.py` says what a guard is."""

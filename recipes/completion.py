@@ -185,7 +185,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 
     Args:
         scoring: The eval.EvalConfig of the run's scores.
-        result: Of `eval.evaluate` by it; gets the texts.
+        result: Of `evaluate` by it; gets the texts.
     """
     from modules.precision import choose_device
     from suites.scoring import origin_of

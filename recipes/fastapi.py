@@ -244,7 +244,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 
     Args:
         scoring: The eval.EvalConfig of the scores; its source is the dataset.
-        result: Of `eval.evaluate` by it.
+        result: Of `evaluate` by it.
     """
     from metrics.registry import score
     from suites.scoring import aligned, origin_of

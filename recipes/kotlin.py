@@ -232,9 +232,9 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 
     Args:
         scoring: An eval.EvalConfig, not named here: whoever reads annotations would import torch.
-        result: Of `eval.evaluate` by it.
+        result: Of `evaluate` by it.
     """
-    from eval import evaluate as evaluated
+    from suites.evaluate import evaluate as evaluated
     from suites.scoring import aligned
 
     suites = {"Kotlin test set": result.get("suite")}

@@ -370,7 +370,8 @@ def export_run(out: Path, config: Config) -> list[str]:
 
 def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
     """The tables, verdicts and samples, also in OUT/report.txt; made anew where what they are of changed."""
-    from eval import EvalConfig, evaluate, table, write_results
+    from suites.evaluate import evaluate, table, write_results
+    from suites.settings import EvalConfig
     from training.checkpoint import checkpoints
     from training.curves import draw_curves
 

@@ -422,7 +422,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 
     Args:
         scoring: The eval.EvalConfig of the scores; its source is the dataset.
-        result: Of `eval.evaluate` by it; gets the judgements.
+        result: Of `evaluate` by it; gets the judgements.
     """
     samples = result.get("suite", {}).get("samples", [])
     if not (samples and settings.check_behaviour):

@@ -319,9 +319,9 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 
     Args:
         scoring: An eval.EvalConfig, not named here: whoever reads annotations would import torch.
-        result: Of `eval.evaluate` by it.
+        result: Of `evaluate` by it.
     """
-    from eval import evaluate as evaluated
+    from suites.evaluate import evaluate as evaluated
     from suites.scoring import origin_of
 
     how = {"temperature": settings.temperature, "top_p": settings.top_p}

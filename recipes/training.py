@@ -12,9 +12,9 @@ from config import Config, write_atomically
 from config.yamlfile import read_yaml
 from modules.precision import choose_device, choose_precision
 from training.checkpoint import step_folders
+from training.loop import RESUMABLE, BudgetUsed, say, train
 from training.run import resolved_format
 from training.runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
-from trainingmanager import RESUMABLE, BudgetUsed, say, train
 
 FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
 
@@ -27,10 +27,10 @@ HELD_BY = {"precision", "device"}  # decide the format of a base whose format is
 def finish(config: Config, is_preset: bool = False) -> bool:
     """Train in `config.train.run` until the budget is used; False if it was before this call.
 
-    `is_preset` as in `trainingmanager.train`.
+    `is_preset` as in `training.loop.train`.
 
     Raises:
-        ValueError: As `trainingmanager.train`, also for a run that was finished with another fixed setting.
+        ValueError: As `training.loop.train`, also for a run that was finished with another fixed setting.
         SystemExit: With 75; a signal asked to stop, and the next call goes on.
     """
     folder = Path(config.train.run)

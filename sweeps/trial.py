@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import trainingmanager
 from config import Config, memory_is_full
 from guards.subject import Fault
 from modules.quantize import n_weights
 from sweeps.storage import failures
+from training import loop
 from training.checkpoint import Manifest, load_counters, newest_whole
+from training.loop import BudgetUsed, TrainingManager, budget_used
 from training.runfolder import LOCK
-from trainingmanager import BudgetUsed, TrainingManager, budget_used
 
 FIRST = 10  # losses by which trials are told apart
 # Kept of the finished run's metrics: name: the tag, and which of its values.
@@ -111,7 +111,7 @@ def run_trial(
         contextlib.redirect_stderr(out),
     ):
         try:
-            manager = trainingmanager.train(config, observe)
+            manager = loop.train(config, observe)
             if len(losses) == manager.state.step < FIRST:  # the whole of a short one
                 note("first_losses", losses)
             signalled = manager.stop_signal is not None

@@ -32,7 +32,7 @@ from recipes.base import refuse_changed
 from suites.kept import Kept
 from suites.overlaps import training_overlap
 from tokenizer import BPETokenizer, Tokenizer
-from trainingmanager import TrainingManager, train
+from training.loop import TrainingManager, train
 
 TRAINED = TokenizerConfig(vocab_size=300, min_count=2)
 

@@ -28,9 +28,9 @@ from commands import command, exit_code, forked
 from architecture import Decoder
 from config import Config, LoraConfig, ModelConfig
 from lora import add_adapter
-from planted_data import write_base, write_long_prompts
 from pretrained import load_pretrained
 from pretrained.save_adapter import save_adapter
+from selftest.data import write_base, write_long_prompts
 from sweeps.settings import parse_settings
 from tokenizer import BPETokenizer
 from training.checkpoint import save_checkpoint

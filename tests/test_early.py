@@ -13,7 +13,6 @@ import pytest
 import torch
 from test_eval import prepared, random_model, run_of
 
-import eval as evaluation
 import export
 import functional
 import generate
@@ -27,8 +26,8 @@ from config import ModelConfig, one_sentence, parse_config
 from generation.command import write_completions
 from pretrained import save_pretrained
 from scraping.__main__ import main as scrape
+from suites import evaluate as evaluation
 from suites.settings import parse_settings as eval_settings
-from sweeps.settings import parse_settings as sweep_settings
 from tokenizer import BPETokenizer
 from training.export import export as write_export
 
@@ -78,11 +77,11 @@ def train(words: list[str]) -> None:
 
 def score(words: list[str]) -> None:
     with one_sentence():
-        evaluation.main(eval_settings(words))
+        evaluation.write_evaluation(eval_settings(words))
 
 
 def sweep(words: list[str]) -> None:
-    hyperparam_tune.main(sweep_settings(words))
+    hyperparam_tune.main(words)
 
 
 def write(words: list[str]) -> None:
@@ -285,7 +284,7 @@ def test_a_mistake_is_told_before_the_corpus_is_opened(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command, words, said
 ):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("trainingmanager.DEFAULT_SECONDS", 0.1)
+    monkeypatch.setattr("training.loop.DEFAULT_SECONDS", 0.1)
     before = sorted(path.name for path in place.iterdir())
     del OPENED[:]
     weights = () if command is score else ("base/model.safetensors",)  # there it is what judges a text

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from conftest import FILES
 
-import trainingmanager
 from config import (
     Config,
     DataConfig,
@@ -22,10 +21,12 @@ from config import (
     TrainConfig,
     parse_config,
 )
+from training import loop
 from training.checkpoint import checkpoints
+from training.loop import ended, train
 from training.outputs import OUTPUTS, RECORD
 from training.run import load_run
-from trainingmanager import command_line, ended, main, train
+from trainingmanager import command_line, main
 
 OLDER = Path(__file__).parent / "files_of_cf0629c"
 LEFT = [OUTPUTS[name] for name in ("scores", "samples", "pictures")]
@@ -120,7 +121,7 @@ def test_what_was_made_before_a_kill_is_not_made_again(
         raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainingmanager, cut, killed)
+        patch.setattr(loop, cut, killed)
         with pytest.raises(SystemExit, match="137"):
             resume(run)
     before = contents(run)
@@ -171,7 +172,7 @@ def test_a_raised_budget_trains_on_and_makes_all_of_it_anew(
     resume(run)
     first = contents(run)
     with monkeypatch.context() as patch:
-        patch.setattr(trainingmanager, "report", lambda *_: None)  # killed there
+        patch.setattr(loop, "report", lambda *_: None)  # killed there
         resume(run, "--max_steps", "6")
     assert checkpoints(run / "checkpoints")[-1].step == 6
     assert contents(run)["eval.json"] == first["eval.json"]

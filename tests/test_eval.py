@@ -15,17 +15,17 @@ import pytest
 import torch
 import yaml
 
-import eval as evaluation
 import suites.documents
 import suites.tokens
 from architecture import Decoder
 from config import Config, DataConfig, ModelConfig, one_sentence
 from config.files import code_fingerprint
 from dataset import PreparedData, prepare_data, validation_batches
-from eval import EvalConfig
 from metrics.intervals import interval
 from modules.precision import choose_precision
+from suites import evaluate as evaluation
 from suites.documents import add_intervals
+from suites.settings import EvalConfig
 from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenizer import CodeTokenizer, Tokenizer
 from training.checkpoint import save_checkpoint
@@ -375,7 +375,7 @@ def test_an_evaluation_can_be_repeated_and_names_a_single_checkpoint(run):
 def refusal(settings: EvalConfig, capsys) -> str:
     """What the command says on its error output, which is one line, before it exits with 2."""
     with pytest.raises(SystemExit) as exit, one_sentence():
-        evaluation.main(settings)
+        evaluation.write_evaluation(settings)
     assert exit.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -483,7 +483,7 @@ def test_results_are_written_with_what_repeats_them_and_never_as_invalid_json(ru
 
 
 def test_token_scores_that_the_documents_do_not_have_are_named(run):
-    evaluation.main(here(run, samples=4, max_new_tokens=4, precision="fp32"))
+    evaluation.write_evaluation(here(run, samples=4, max_new_tokens=4, precision="fp32"))
     whole = json.loads((run / "eval.json").read_text("utf-8"))
     assert "equal: token scores of model, n-gram\n" in command("--rescore", run / "eval.json").stdout
     table = command("--compare", run, run).stdout
@@ -514,7 +514,7 @@ def test_token_scores_that_the_documents_do_not_have_are_named(run):
 
 def test_a_look_at_a_few_samples_does_not_cost_the_evaluation_that_stood_there(run, capsys):
     def evaluate(**settings: Any) -> str:
-        evaluation.main(here(run, max_new_tokens=4, precision="fp32", **settings))
+        evaluation.write_evaluation(here(run, max_new_tokens=4, precision="fp32", **settings))
         return capsys.readouterr().out
 
     evaluate(samples=6)
@@ -532,7 +532,7 @@ def test_a_look_at_a_few_samples_does_not_cost_the_evaluation_that_stood_there(r
     (run.parent / "link").symlink_to(run)
     out = run.parent / "out"
     evaluate(samples=5, out=str(out))
-    evaluation.main(
+    evaluation.write_evaluation(
         replace(
             here(run.parent / "link", max_new_tokens=4, precision="fp32", samples=5, out=str(out)),
             cache=str(run.parent / "cache"),
@@ -540,7 +540,7 @@ def test_a_look_at_a_few_samples_does_not_cost_the_evaluation_that_stood_there(r
     )
     assert not (out / "eval-1.json").exists()
     step = str(run / "checkpoints" / "step-00000007")
-    evaluation.main(
+    evaluation.write_evaluation(
         replace(here(run, max_new_tokens=4, precision="fp32", samples=5, out=str(out)), checkpoint=step)
     )
     assert (out / "eval-1.json").exists()

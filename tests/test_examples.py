@@ -37,8 +37,6 @@ from test_generate_command import STARCODER
 
 import dataset
 import guards.same_path
-import planted_data
-import plants
 from config import Config, TokenizerConfig
 from data import corpus, tokenstore
 from data.corpus import read_documents, split_documents, training_texts
@@ -70,12 +68,14 @@ from dataset import (
 )
 from generation.text import trim_prompt
 from guards.labels import prompt_errors
-from proofs import run_difference
+from selftest import data, plants
+from selftest.prove_resume import run_difference
 from suites.stored import text_of_example
 from suites.tokens import ngram_scores, train_ngram
 from tokenization.healing import healed
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
-from trainingmanager import main, train
+from training.loop import train
+from trainingmanager import main
 
 ROWS = [
     {"prompt": f"def f{n}(x):\n    ", "completion": "return x\n" * (n % 5 + 1) + f"# é{n}"} for n in range(60)
@@ -960,7 +960,7 @@ def test_a_limited_validation_makes_no_row_it_does_not_show(tmp_path: Path, monk
 
 @pytest.fixture
 def gap_config(tmp_path: Path) -> Config:
-    planted_data.write_corpus(tmp_path / "long")
+    data.write_corpus(tmp_path / "long")
     STARCODER.save(tmp_path)
     config = plants.small_config(tmp_path, {"data": {"fim_rate": 0.5}})
     return dataclasses.replace(config, tokenizer=TokenizerConfig("pretrained", path=str(tmp_path)))
@@ -998,7 +998,7 @@ def test_a_fault_of_gaps_stops_the_run_by_name(
 
 def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(tmp_path: Path):
     STARCODER.save(tmp_path)
-    texts = [planted_data.function(random.Random(n)) * 2 for n in range(60)]
+    texts = [data.function(random.Random(n)) * 2 for n in range(60)]
     rows = [{"prefix": text[:60], "suffix": text[90:], "middle": text[60:90]} for text in texts]
     source = write_rows(tmp_path / "rows.jsonl", rows)
     config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})

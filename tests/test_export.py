@@ -22,8 +22,8 @@ from lora import adapters_disabled
 from pretrained import load_pretrained
 from training.export import export
 from training.export_config import ExportConfig
+from training.loop import train
 from training.run import load_run, open_adapted
-from trainingmanager import train
 
 __all__ = ["base", "config"]  # fixtures
 TOKENS = torch.arange(24).view(2, 12)

@@ -23,7 +23,6 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import trainingmanager
 from architecture import Decoder
 from config import (
     Config,
@@ -36,17 +35,19 @@ from config import (
     parse_config,
 )
 from data.corpus import training_texts
-from eval import EvalConfig, evaluate, table
 from guards.subject import Fault
 from lora import adapters_disabled, add_adapter
 from modules.dropout import Dropout
 from modules.quantize import Linear4bit
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
-from proofs import run_difference
+from selftest.prove_resume import run_difference
+from suites.evaluate import evaluate, table
+from suites.settings import EvalConfig
 from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
+from training import loop
+from training.loop import TrainingManager, say_groups, train
 from training.run import adopted, export_adapter, load_run, open_adapted, starting_tokenizer
-from trainingmanager import TrainingManager, say_groups, train
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = ModelConfig(
@@ -112,7 +113,7 @@ def test_a_rate_of_no_parameter_is_refused_before_the_data_are_read(
     def read(*_: object) -> None:
         raise ValueError("the data were read")
 
-    monkeypatch.setattr(trainingmanager, "prepare_data", read)
+    monkeypatch.setattr(loop, "prepare_data", read)
     config = other(config, "lora", r=0)
     with pytest.raises(
         ValueError, match=r"optimizer.head_lr is set, but no parameter .*what acts is optimizer.lr;"
@@ -455,7 +456,7 @@ def test_a_run_that_a_guard_refuses_leaves_its_folder_free(config: Config) -> No
 
 
 def test_a_base_in_4_bits_that_moves_is_seen(config: Config) -> None:
-    right = trainingmanager.build_optimizers
+    right = loop.build_optimizers
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
         optimizers = right(model, *args)
@@ -467,7 +468,7 @@ def test_a_base_in_4_bits_that_moves_is_seen(config: Config) -> None:
         optimizers[0].register_step_post_hook(move)
         return optimizers
 
-    with patch.object(trainingmanager, "build_optimizers", wrong), pytest.raises(Fault, match="frozen-param"):
+    with patch.object(loop, "build_optimizers", wrong), pytest.raises(Fault, match="frozen-param"):
         train(other(config, base_format="nf4"))
 
 
@@ -536,7 +537,7 @@ def test_a_strangers_run_fetches_nothing(config: Config) -> None:
         "NO_PROXY": "127.0.0.1",
     }
     words = [sys.executable, "generate.py", "--model", str(folder), "--prompt", "x"]
-    house = Path(trainingmanager.__file__).parent
+    house = Path(loop.__file__).parent
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=house)
     server.shutdown()
     server.server_close()

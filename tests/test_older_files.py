@@ -15,15 +15,17 @@ from config import Config, DataConfig, parse_config
 from data.corpus import split_documents
 from data.documents import Report
 from dataset import PreparedData, prepare_data
-from eval import EvalConfig, evaluate
-from preflight import overrides
+from guards.preflight import overrides
 from scraping.__main__ import main as scraping
 from suites.comparing import compare_files
+from suites.evaluate import evaluate
 from suites.rescoring import rescore
 from suites.results import rewrite_page
+from suites.settings import EvalConfig
 from tokenizer import load_tokenizer
+from training.loop import train
 from training.run import load_run, open_adapted
-from trainingmanager import command_line, train
+from trainingmanager import command_line
 
 FILES = Path(__file__).parent / "files_of_cf0629c"
 # Products are summed in another order on other machines.

@@ -18,7 +18,7 @@ import pytest
 from test_comparing import programs
 from test_eval import command
 
-import eval as evaluation
+from suites import evaluate as evaluation
 from suites.markup import escaped, marked, shortened, tail
 from suites.page import SCRIPT, page_of, write_page
 from suites.scoring import SUITES, Example, Predictions, scored

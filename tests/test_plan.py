@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import plan
-import preflight
 import trainingmanager
 from config import Config, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, parse_config
-from plan import Cost
-from training import checkpoint
-from trainingmanager import TrainingManager
+from guards import preflight
+from selftest import plan_child
+from training import loop, plan
+from training.loop import TrainingManager
+from training.plan import Cost
 
 STARCODER_1B = {"model_type": "gpt_bigcode", "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 8192}
 
@@ -49,7 +49,7 @@ def test_what_blocks_take_is_linear_and_counted_right(
         ),
     )
     model, family = plan.shape_of(config)
-    one, two, three = (plan._child(asked(config, family, model, n)) for n in (1, 2, 3))
+    one, two, three = (plan_child.measure(asked(config, family, model, n)) for n in (1, 2, 3))
     foreseen = one.at(three, 2)
     assert (foreseen.held_bytes, foreseen.trained_bytes) == (two.held_bytes, two.trained_bytes)
     # c_attn is 64 -> 64 + 2 heads of 16: A (4, 64) and B (96, 4); each with gradient and two moments in fp32.
@@ -70,8 +70,8 @@ def test_a_run_from_scratch_trains_all_of_its_weights() -> None:
     )
     model, family = plan.shape_of(config)
     assert family is None and model.vocab_size == config.tokenizer.vocab_size
-    cost = plan._child(asked(config, None, model, 1))
-    weights = sum(p.numel() for p in trainingmanager.Decoder(model).parameters())
+    cost = plan_child.measure(asked(config, None, model, 1))
+    weights = sum(p.numel() for p in loop.Decoder(model).parameters())
     assert cost.held_bytes == 0
     assert 3 * 4 * weights <= cost.trained_bytes <= 4 * 4 * weights + 1000  # Muon keeps one moment, AdamW two
 
@@ -100,7 +100,7 @@ def test_the_child_does_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None
     for place, name in (
         (TrainingManager, "loss"),
         (TrainingManager, "score"),
-        (checkpoint, "save_checkpoint"),
+        (plan_child, "save_checkpoint"),
     ):
         monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
     config = Config(
@@ -108,12 +108,12 @@ def test_the_child_does_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None
         train=TrainConfig(batch_size=2, device="cpu"),
     )
     model, _ = plan.shape_of(config)
-    cost = plan._child(asked(config, None, model, 1))
+    cost = plan_child.measure(asked(config, None, model, 1))
     assert min(cost.guard_bytes, cost.step_bytes, cost.save_bytes) > 0
     assert [name for name in done if name in guards] == [*guards]
     after = done[done.index("generation") + 1 :]
     steps = after.index("score")
-    assert steps >= plan.WARMUP + plan.STEPS[0]
+    assert steps >= plan_child.WARMUP + plan_child.STEPS[0]
     assert after == ["loss"] * steps + ["score", "save_checkpoint"]
 
 

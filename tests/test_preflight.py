@@ -16,19 +16,19 @@ import torch
 
 import architecture
 import guards.probe
-import plants
-import preflight
 from architecture import Decoder
 from config import Config, ModelConfig, parse_config
+from guards import preflight as guards_preflight
 from guards import subject as looking
 from guards.first_steps import FirstSteps
 from guards.generation import batch_faults, beam_faults, first_difference, tie
 from modules.precision import Precision
-from planted_data import write_data
-from planted_faults import base_moved, clip_stored_only, labels_by
-from plants import EXAMPLES, PLANTS, TUNED, Plant, outcome, run_plants, small_config
+from selftest import plants
+from selftest.data import write_data
+from selftest.faults import base_moved, clip_stored_only, labels_by
+from selftest.plants import EXAMPLES, PLANTS, TUNED, Plant, outcome, run_plants, small_config
 from training import beforehand
-from trainingmanager import TrainingManager, train
+from training.loop import TrainingManager, train
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_every_fault_that_a_guard_names_is_planted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*preflight.GUARDS, "live"])
+@pytest.mark.parametrize("name", [*guards_preflight.GUARDS, "live"])
 def test_without_a_guard_the_selftest_is_red(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     disable(name, monkeypatch)
     assert not plants.selftest()
@@ -64,7 +64,7 @@ def disable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "live":
         monkeypatch.setattr(FirstSteps, "after", lambda *args: None)
     else:
-        monkeypatch.delitem(preflight.GUARDS, name)
+        monkeypatch.delitem(guards_preflight.GUARDS, name)
 
 
 # One plant that only this guard catches.
@@ -83,7 +83,7 @@ ALONE = {
 
 
 def test_every_guard_is_disabled_in_turn() -> None:
-    assert ALONE.keys() == {*preflight.GUARDS, "live"}
+    assert ALONE.keys() == {*guards_preflight.GUARDS, "live"}
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -170,7 +170,7 @@ ON_THE_HEAD = plants.merged(TUNED, {"lora": {"targets": ("c_attn", "lm_head"), "
 def test_guards_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
     """A run with every guard and one with none have the same weights, bit for bit, dropout included."""
     with_guards = final_weights(small_config(folder, settings))
-    monkeypatch.setattr(preflight, "GUARDS", {})
+    monkeypatch.setattr(guards_preflight, "GUARDS", {})
     monkeypatch.setattr(FirstSteps, "after", lambda *args: None)
     monkeypatch.setattr(FirstSteps, "_compare_sizes", lambda self: None)
     without = final_weights(small_config(folder, settings))
@@ -197,7 +197,8 @@ def test_what_leaks_although_it_was_split_by_text_is_not_told_to_be(folder: Path
 def test_an_override_is_recorded_and_printed_with_every_score(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from eval import EvalConfig, evaluate, table
+    from suites.evaluate import evaluate, table
+    from suites.settings import EvalConfig
 
     settings = {"model": {"vocab_size": 50_257}, "train": {"allow": ("vocabulary-too-large",)}}
     config = small_config(folder, settings)
@@ -214,7 +215,7 @@ def test_an_override_is_recorded_and_printed_with_every_score(
 
 def test_a_run_without_overrides_says_nothing(folder: Path) -> None:
     run = train(small_config(folder, {})).folder
-    assert preflight.overrides(run) == {} and not (run / "overrides.json").exists()
+    assert guards_preflight.overrides(run) == {} and not (run / "overrides.json").exists()
 
 
 def test_what_is_learned_is_shown_in_brackets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +252,7 @@ def test_what_moved_is_seen_in_a_run_of_two_updates(folder: Path) -> None:
     )
     with base_moved(sound=1):  # the first update is looked at by itself
         assert outcome(allowing) == ""
-    assert [*preflight.overrides(Path(str(allowing.train.run)))] == ["frozen-parameter-moved"]
+    assert [*guards_preflight.overrides(Path(str(allowing.train.run)))] == ["frozen-parameter-moved"]
 
 
 def sizes_of(config: Config) -> list[float]:
@@ -323,7 +324,7 @@ def test_allow_takes_names_on_the_command_line() -> None:
 def test_guards_leave_no_tensor_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run would hold it until its end: once, of a LoRA run, as much as all that it trains and freezes."""
     held: dict[str, int] = {}
-    guard = preflight.run_guard
+    guard = guards_preflight.run_guard
 
     def held_now() -> int:
         gc.collect()
@@ -336,9 +337,9 @@ def test_guards_leave_no_tensor_behind(folder: Path, monkeypatch: pytest.MonkeyP
         held[name] = held_now() - before
         return found
 
-    monkeypatch.setattr(preflight, "run_guard", counted)
+    monkeypatch.setattr(guards_preflight, "run_guard", counted)
     assert outcome(small_config(folder, TUNED)) == ""
-    assert held == dict.fromkeys(preflight.GUARDS, 0)
+    assert held == dict.fromkeys(guards_preflight.GUARDS, 0)
 
 
 def test_guards_restore_the_random_states_of_every_device(folder: Path) -> None:
@@ -371,7 +372,7 @@ def test_an_allowed_fault_of_the_first_steps_is_recorded_at_once(
     save = TrainingManager.save
 
     def noted(self: TrainingManager, loss: float | None) -> None:
-        seen.append(list(preflight.overrides(self.folder)))
+        seen.append(list(guards_preflight.overrides(self.folder)))
         save(self, loss)
 
     monkeypatch.setattr(TrainingManager, "save", noted)
@@ -391,10 +392,12 @@ def test_a_large_model_is_looked_at_through_two_blocks_and_a_part_of_a_row(
         "model": {"n_layer": 6, "sliding_window": 9, "window_layers": (3,)}
     }
     seen = []
-    monkeypatch.setitem(preflight.GUARDS, "probe", lambda subject: seen.extend(subject.model.blocks) or ())
+    monkeypatch.setitem(
+        guards_preflight.GUARDS, "probe", lambda subject: seen.extend(subject.model.blocks) or ()
+    )
     healthy = train(small_config(folder, settings))
     assert [block.get_submodule("attention").layer for block in seen] == [0, 3, 5]  # 3 is of another kind
-    monkeypatch.setitem(preflight.GUARDS, "probe", preflight.probe)
+    monkeypatch.setitem(guards_preflight.GUARDS, "probe", guards_preflight.probe)
     assert len(healthy.model.blocks) == 6
     right = Decoder.__init__
 

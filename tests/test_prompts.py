@@ -14,17 +14,17 @@ import torch
 import yaml
 from test_eval import BYTES, command, random_model
 
-import eval as evaluation
 from config import Config, DataConfig
 from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.documents import Document
 from dataset import prepare_data
-from eval import EvalConfig
+from suites import evaluate as evaluation
 from suites.baselines import copied
 from suites.pairs import pair_examples
 from suites.prompts import variant_names, with_prompts
 from suites.scoring import Example
+from suites.settings import EvalConfig
 from training.checkpoint import save_checkpoint
 
 

@@ -24,14 +24,20 @@ import torch
 from commands import exit_code, forked
 from safetensors.torch import load_file, save_file
 
-import proofs
-import trainingmanager
 from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from modules import tensorfiles
-from proofs import logged_numbers, prove_resume, run_difference, saved_state, state_digest
-from training import checkpoint
+from selftest.prove_resume import (
+    OF_TIME,
+    logged_numbers,
+    prove_resume,
+    run_difference,
+    saved_state,
+    state_digest,
+)
+from training import checkpoint, loop
 from training.checkpoint import checkpoints, first_difference
-from trainingmanager import RESUMABLE, TrainingManager, main, train
+from training.loop import RESUMABLE, TrainingManager, train
+from trainingmanager import main
 
 HOUSE = Path(__file__).parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -107,8 +113,8 @@ def train_and_die(config: Config, die_at: int, cut: float, counts: Path) -> None
     for where, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
         setattr(where, name, counted(getattr(where, name)))
     tensorfiles.save_file = counted(save_file)
-    trainingmanager.save_checkpoint = watched(trainingmanager.save_checkpoint)
-    trainingmanager.remove_superseded = watched(trainingmanager.remove_superseded)
+    loop.save_checkpoint = watched(loop.save_checkpoint)
+    loop.remove_superseded = watched(loop.remove_superseded)
     train(config)
     counts.write_text(json.dumps([first, calls]))
 
@@ -181,7 +187,7 @@ def test_killed_runs_resume_to_the_same_end_200_of_200(
 def signalled(config: Config, place: str, step: int, numbers: list[int], counts: Path) -> None:
     """The command, which receives `numbers` in a step, in a validation or inside the save of one."""
     updates, saves, sent = 0, 0, [0, 0]
-    factor, save = trainingmanager.learning_rate_factor, trainingmanager.save_checkpoint
+    factor, save = loop.learning_rate_factor, loop.save_checkpoint
 
     def receive(here: str) -> None:
         nonlocal sent
@@ -208,9 +214,9 @@ def signalled(config: Config, place: str, step: int, numbers: list[int], counts:
 
         return call
 
-    trainingmanager.learning_rate_factor = in_a_step
-    trainingmanager.save_checkpoint = saving
-    trainingmanager.score = hooked(trainingmanager.score, "validation")
+    loop.learning_rate_factor = in_a_step
+    loop.save_checkpoint = saving
+    loop.score = hooked(loop.score, "validation")
     tensorfiles.save_file = hooked(save_file, "save")
     try:
         main(config)
@@ -292,7 +298,7 @@ def test_a_signal_that_is_sent_twice_over_is_one(config: Config, tmp_path: Path,
 def test_the_same_signal_later_is_a_second_one(
     config: Config, tmp_path: Path, one_thread: None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(trainingmanager, "SAME_SIGNAL", 0.0)
+    monkeypatch.setattr(loop, "SAME_SIGNAL", 0.0)
     here, twice = adapted(config, max_steps=1000), [int(signal.SIGINT)] * 2
     code = exit_code(forked(lambda: signalled(here, "save", 3, twice, tmp_path / "counts"), tmp_path / "log"))
     assert code == 128 + signal.SIGINT, (tmp_path / "log").read_text()
@@ -404,7 +410,7 @@ def test_the_log_is_read_without_its_times(config: Config) -> None:
     manager: TrainingManager = train(config)
     numbers = logged_numbers(manager.folder)
     tags = {tag for _, tag, _ in numbers}
-    assert {"train/loss", "train/grad_norm", "eval/loss"} <= tags and not tags & set(proofs.OF_TIME)
+    assert {"train/loss", "train/grad_norm", "eval/loss"} <= tags and not tags & set(OF_TIME)
     assert [step for step, tag, _ in numbers if tag == "train/loss"] == [1, 2, 3, 4, 5, 6]
 
 
@@ -439,7 +445,7 @@ def test_the_command_proves_a_resume(tmp_path: Path) -> None:
 # The gradients of each update are scaled by how many this process has made: a state that nothing saves.
 UNSAVED_COUNTER = """
 import sys
-if sys.argv and "proofs.py" in " ".join(sys.orig_argv):
+if "selftest.prove_resume" in " ".join(sys.orig_argv):
     import torch
     made, clip = [], torch.nn.utils.clip_grad_norm_
     def counting(parameters, *rest):
@@ -451,7 +457,7 @@ if sys.argv and "proofs.py" in " ".join(sys.orig_argv):
 """
 NO_RANDOM_STATE = """
 import sys
-if "proofs.py" in " ".join(sys.orig_argv):
+if "selftest.prove_resume" in " ".join(sys.orig_argv):
     import torch
     torch.set_rng_state = lambda state: None
 """

@@ -416,9 +416,9 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     assert len(record["references"]) == 3 and record["greedy"]["base"] != record["sampled"]["base"]
     assert load_pretrained(out / "merged").family.model_type == "llama"
 
-    import trainingmanager
+    from training import loop
 
-    monkeypatch.setattr(trainingmanager.TrainingManager, "update", None)  # what trains again breaks
+    monkeypatch.setattr(loop.TrainingManager, "update", None)  # what trains again breaks
     before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
     assert main(words) == 0
     after = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
@@ -467,9 +467,9 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
 def test_a_recipe_that_was_killed_goes_on(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainingmanager
+    from training import loop
 
-    update = trainingmanager.TrainingManager.update
+    update = loop.TrainingManager.update
 
     def killed(self: Any) -> Any:
         if self.state.step == 1:
@@ -477,12 +477,12 @@ def test_a_recipe_that_was_killed_goes_on(
         return update(self)
 
     words += ["--save_every", "1"]
-    monkeypatch.setattr(trainingmanager.TrainingManager, "update", killed)
+    monkeypatch.setattr(loop.TrainingManager, "update", killed)
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 130
     dataset = (tmp_path / "out" / "dataset" / "train.jsonl").stat().st_mtime_ns
-    monkeypatch.setattr(trainingmanager.TrainingManager, "update", update)
+    monkeypatch.setattr(loop.TrainingManager, "update", update)
     assert main(words) == 0
     assert (tmp_path / "out" / "dataset" / "train.jsonl").stat().st_mtime_ns == dataset
     steps = [

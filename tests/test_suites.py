@@ -17,7 +17,6 @@ import yaml
 from test_eval import BYTES, FP32, HOUSE
 from test_generate_command import STARCODER
 
-import eval as evaluation
 from architecture import Decoder
 from config import Config, DataConfig, ModelConfig, one_sentence
 from config.files import code_fingerprint
@@ -25,8 +24,8 @@ from data.corpus import split_documents
 from data.fim import fim_end_ids, fim_prompt_ids
 from data.rows import alpaca_prompt
 from dataset import PreparedData, prepare_data
-from eval import EvalConfig
 from metrics.registry import METRICS
+from suites import evaluate as evaluation
 from suites.baselines import copied, last_lines, nearest
 from suites.completing import asked, complete, ngram_complete, uncut
 from suites.pairs import longest_completion, pair_examples
@@ -41,6 +40,7 @@ from suites.scoring import (
     scored,
     suite_table,
 )
+from suites.settings import EvalConfig
 from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer
@@ -514,7 +514,7 @@ def test_predictions_of_another_length_or_order_are_one_sentence_and_exit_2(run,
     file.write_text('{"completion": "x"}\n' * 5, "utf-8")
     settings = EvalConfig(str(run), cache=str(run.parent / "cache"), samples=6, predictions=str(file))
     with pytest.raises(SystemExit) as exit, one_sentence():
-        evaluation.main(settings)
+        evaluation.write_evaluation(settings)
     assert exit.value.code == 2
     said = capsys.readouterr()
     assert (said.out, len(said.err.splitlines())) == ("", 1)

@@ -16,12 +16,10 @@ from test_eval import BYTES, prepared, run_of, source
 from test_functional import MBPP, PROBLEMS, human_eval, write
 from test_generate_command import STARCODER
 
-import eval as evaluation
 from architecture import Decoder
 from config import LoraConfig, ModelConfig, one_sentence
 from data.fim import fim_prompt_ids
 from dataset import PreparedData
-from eval import EvalConfig, mistake, parse_settings
 from generation.settings import GenerationConfig
 from generation.text import generate
 from lora import add_adapter
@@ -29,6 +27,7 @@ from pretrained import load_pretrained, save_pretrained
 from pretrained.save_adapter import save_adapter
 from sandbox.passing import FunctionalConfig, evaluate
 from sandbox.problems import read_problems, read_samples
+from suites import evaluate as evaluation
 from suites.baselines import nearest_place, places_of
 from suites.codexglue import through_line, through_method
 from suites.functions import body_spans
@@ -37,6 +36,7 @@ from suites.hidden import Judge
 from suites.programs import MBPP_TEST
 from suites.rescoring import differences, rescore
 from suites.scoring import SUITES, Example, suites_of
+from suites.settings import EvalConfig, mistake, parse_settings
 from suites.task import Given, Task
 from suites.tasks import OF_FILES, TASKS, suite_names
 
@@ -289,7 +289,7 @@ def test_mistakes_about_a_published_model_are_one_sentence(folder: Path, tmp_pat
     ):
         asked = replace(settings(folder, tmp_path, "codexglue_line", suite_file=file), **changed)
         with pytest.raises(SystemExit) as exit, one_sentence():
-            evaluation.main(asked)
+            evaluation.write_evaluation(asked)
         assert exit.value.code == 2
         captured = capsys.readouterr()
         assert said in captured.err and len(captured.err.splitlines()) == 1, captured.err

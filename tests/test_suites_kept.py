@@ -18,12 +18,12 @@ import torch
 from test_eval import BYTES, FP32, HOUSE, data, here, model, run
 from test_suites import PAIRS
 
-import eval as evaluation
 from architecture import Decoder
 from config import ModelConfig
 from generation.settings import GenerationConfig
 from generation.text import generate
 from suites import completing
+from suites import evaluate as evaluation
 from suites.completing import complete, draw_number, free_memory, rows_at_a_time, uncut
 from suites.kept import Kept
 from suites.rescoring import differences
@@ -244,7 +244,7 @@ def test_an_evaluation_goes_on_and_another_setting_or_checkpoint_starts_anew(run
     whole = evaluation.evaluate(replace(settings, cache=str(run.parent / "another")))
     ended_rows = interrupting(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.main(settings)
+        evaluation.write_evaluation(settings)
     assert f"what was predicted is kept in {run.parent / 'cache' / 'predictions'}" in capsys.readouterr().err
     for changed, asked in (
         ({"max_new_tokens": 9}, 6),

@@ -22,15 +22,14 @@ import yaml
 from optuna.trial import TrialState
 from sweeping import command, records, results, run, sweep, tiny, wait_for, workers_of
 
-import hyperparam_tune
 from config import parse_config
-from hyperparam_tune import Crew
 from sweeps import worker
 from sweeps.board import Board, Pulse, alone, is_done, is_open, slots_of
+from sweeps.command import Crew
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import STOPPED
-from trainingmanager import train
+from training.loop import train
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +233,7 @@ def silent(*_: Any) -> None:
 def test_a_worker_that_ends_without_a_word_is_told_of(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hyperparam_tune, "start", silent)
+    monkeypatch.setattr("sweeps.command.start", silent)
     crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus))]), "")
     crew.members[0].process.join()
     assert crew.look() == 2 and crew.sentence == "a worker ended with exit code 2 and did not say why"
@@ -251,7 +250,7 @@ def ends_as_another_is_stopped(settings: Settings, *_: Any) -> None:
 def test_a_study_is_at_its_end_where_one_worker_says_so_and_a_signal_twice_at_once_is_one(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hyperparam_tune, "start", ends_as_another_is_stopped)
+    monkeypatch.setattr("sweeps.command.start", ends_as_another_is_stopped)
     crew = Crew(parse_settings(["--config", str(tiny(tmp_path, corpus)), "--workers", "2"]), "")
     for member in crew.members:
         member.process.join()
@@ -274,7 +273,7 @@ def tells_its_gpu(settings: Settings, fingerprint: str, mouth: Any, name: str, t
 def test_workers_share_out_the_gpus_that_their_command_may_see(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hyperparam_tune, "start", tells_its_gpu)
+    monkeypatch.setattr("sweeps.command.start", tells_its_gpu)
     for device, gpus in (("auto", ["3", "5", "3"]), ("cuda:1", ["3,5"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
         words = ["--config", str(tiny(tmp_path, corpus)), "--workers", str(len(gpus)), "--device", device]
@@ -297,7 +296,7 @@ def stands_still(settings: Settings, fingerprint: str, mouth: Any, name: str, ti
 def test_a_worker_that_hangs_is_killed_and_its_trial_failed(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hyperparam_tune, "start", stands_still)
+    monkeypatch.setattr("sweeps.command.start", stands_still)
     settings = parse_settings(["--config", str(tiny(tmp_path, corpus)), "--hung_after", "3"])
     settings.sweep.folder.mkdir()
     trials, _ = open_studies(settings)

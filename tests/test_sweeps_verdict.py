@@ -15,8 +15,8 @@ from scipy import stats
 from sweeping import tiny
 
 from config import RECIPES, Config, parse_config
-from hyperparam_tune import finish
 from sweeps import study as studies
+from sweeps.command import finish
 from sweeps.settings import parse_settings
 from sweeps.space import Space, parse_space
 from sweeps.study import open_studies

@@ -25,7 +25,6 @@ import yaml
 from commands import command
 from safetensors.torch import load_file
 
-import preflight
 import trainingmanager
 from architecture import Decoder
 from config import (
@@ -40,8 +39,19 @@ from config import (
 )
 from data.documents import SPLITS
 from dataset import IGNORE_INDEX, Batch
-from proofs import run_difference
+from guards import preflight
+from selftest.prove_resume import run_difference
+from training import loop
 from training.checkpoint import checkpoints, first_difference, load_counters, load_state
+from training.loop import (
+    RESUMABLE,
+    RunState,
+    TrainingManager,
+    budget_used,
+    compile_blocks,
+    still_falling,
+    train,
+)
 from training.optim import Muon
 from training.run import load_run
 from training.runfolder import (
@@ -52,15 +62,6 @@ from training.runfolder import (
     config_fingerprint,
     flat,
     new_folder,
-)
-from trainingmanager import (
-    RESUMABLE,
-    RunState,
-    TrainingManager,
-    budget_used,
-    compile_blocks,
-    still_falling,
-    train,
 )
 
 HOUSE = Path(__file__).parent.parent
@@ -161,7 +162,7 @@ def test_a_checkpoint_that_lacks_something_is_seen(
             state["run"]["skipped_in_a_row"] = state["run"]["skipped_updates"] = 1
         return state
 
-    monkeypatch.setattr(trainingmanager, "load_state", forgetful)
+    monkeypatch.setattr(loop, "load_state", forgetful)
     resumed = train(adapted(half, max_steps=6, resume=True))
     difference = run_difference(whole.folder, resumed.folder)
     assert difference is not None and difference[0] == first
@@ -180,8 +181,8 @@ def ignored(*_: Any, **__: Any) -> None:
         (torch, "set_rng_state", "random/torch"),
         (random, "setstate", "random/python/1"),
         (np.random, "set_state", "random/numpy/state/key"),
-        (trainingmanager, "load_weights", "embed.weight"),
-        (trainingmanager, "config_fingerprint", "fingerprints/config"),
+        (loop, "load_weights", "embed.weight"),
+        (loop, "config_fingerprint", "fingerprints/config"),
         (RunState, "step", "run/step"),
         (RunState, "tokens", "run/tokens"),
         (RunState, "best_loss", "run/best_loss"),
@@ -195,7 +196,7 @@ def test_a_resume_that_drops_something_is_refused_by_its_name(
     config: Config, monkeypatch: pytest.MonkeyPatch, where: Any, what: str, named: str
 ) -> None:
     scaler = torch.amp.GradScaler  # of fp16 on a GPU; a CPU's works too, and is only asked for here
-    monkeypatch.setattr(trainingmanager.torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=8))
+    monkeypatch.setattr(loop.torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=8))
     monkeypatch.setattr(TrainingManager, "validate_and_save", with_every_counter_moved)
     train(adapted(config, max_steps=3))
     if where is RunState:
@@ -203,7 +204,7 @@ def test_a_resume_that_drops_something_is_refused_by_its_name(
         def without(**values: Any) -> RunState:
             return RunState(**{key: value for key, value in values.items() if key != what})
 
-        monkeypatch.setattr(trainingmanager, "RunState", without)
+        monkeypatch.setattr(loop, "RunState", without)
     else:
         monkeypatch.setattr(where, what, ignored)
     with pytest.raises(ValueError, match=f"^{named}.* is not what .*step-00000003 holds"):
@@ -226,13 +227,13 @@ def test_what_changes_between_the_resume_and_the_first_step_is_refused(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(adapted(config, max_steps=3))
-    checks = trainingmanager.preflight
+    checks = loop.preflight
 
     def draws(*arguments: Any) -> Any:
         torch.rand(1)
         return checks(*arguments)
 
-    monkeypatch.setattr(trainingmanager, "preflight", draws)
+    monkeypatch.setattr(loop, "preflight", draws)
     with pytest.raises(ValueError, match=r"^random/torch is not what"):
         train(adapted(config, resume=True))
 
@@ -530,7 +531,7 @@ def test_freed_memory_is_given_back_where_other_sizes_follow(
         monkeypatch.setattr(place, name, lambda *args: (done.append(name), function(*args))[1])
 
     for name in ("prepare_data", "release_freed_memory", "preflight"):
-        note(trainingmanager, name)
+        note(loop, name)
     for name in ("update", "validation_batches"):
         note(TrainingManager, name)
     monkeypatch.setattr(preflight, "GUARDS", {})
@@ -546,7 +547,7 @@ def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
     torch.nn.init.constant_(manager.model.head.weight, math.nan)
     manager.state.step += 1
     with pytest.raises(ValueError, match="the validation loss of step 7 is nan"):
-        manager.validate_and_save(trainingmanager.Log(manager.folder, 6))
+        manager.validate_and_save(loop.Log(manager.folder, 6))
     assert checkpoints(manager.folder / "checkpoints") == before
 
 
@@ -567,7 +568,7 @@ def test_what_is_not_finite_is_never_saved_although_the_loss_is(
         manager.optimizers[1].state[embedding]["exp_avg"][399, 0] = value
     name = "embed.weight" if where == "weight" else "optimizers/1/state/0/exp_avg"
     with pytest.raises(ValueError, match=f"{name} of step 7 is not finite, so it was not saved"):
-        manager.validate_and_save(trainingmanager.Log(manager.folder, 6))
+        manager.validate_and_save(loop.Log(manager.folder, 6))
     assert checkpoints(manager.folder / "checkpoints") == before
 
 
@@ -676,7 +677,8 @@ def test_a_run_from_before_the_test_side_goes_on_without_one(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of its files some would be test by the default: it trained on them."""
-    from eval import EvalConfig, evaluate, table
+    from suites.evaluate import evaluate, table
+    from suites.settings import EvalConfig
 
     config = replace(config, data=replace(config.data, test_one_in=0, heal=False))
     values = flat(config.with_optimizer_defaults())
@@ -702,7 +704,7 @@ def test_a_run_on_the_library_says_how_it_is_split_and_one_of_before_goes_on_by_
     config: Config, library: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The config.yaml of a run of before says `regroup: false`. Of 64 modules 24 are near copies."""
-    from eval import EvalConfig
+    from suites.settings import EvalConfig
     from suites.subject import data_of
 
     data = replace(config.data, source="stdlib")
@@ -731,7 +733,7 @@ def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_fro
     import suites.tokens as evaluation
 
     read: list[tuple[str, str]] = []
-    for module in (trainingmanager, evaluation):
+    for module in (loop, evaluation):
         for name, number in (("validation_batches", 0), ("numbered_batches", 0), ("sample_completions", 2)):
             right = getattr(module, name, None)
 
@@ -747,7 +749,7 @@ def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_fro
     assert {manager.data.train.split, manager.data.validation.split, manager.data.test.split} == set(SPLITS)
     assert set(read) == {("trainingmanager", "validation")}
     read.clear()
-    trainingmanager.report(manager)
+    loop.report(manager)
     assert set(read) == {("trainingmanager", "test"), ("suites.tokens", "test")}
     result = json.loads((manager.folder / "eval.json").read_text())
     assert result["side"] == "test" and result["files"] == manager.data.test.n_documents

@@ -1,8 +1,8 @@
 """The plants: each of the silent faults that cost someone a result, put into a small healthy run.
 
-`python preflight.py --selftest` runs every plant and its healthy twin by `trainingmanager.train`, the
+`python preflight.py --selftest` runs every plant and its healthy twin by `training.loop.train`, the
 function that trains; no guard knows of the plants. A plant patches one place of the product as the fault had
-it (`planted_faults.py`), or sets one thing in the configuration, and names the fault that must stop the run.
+it (`selftest/faults.py`), or sets one thing in the configuration, and names the fault that must stop the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 import architecture
-import trainingmanager
 from architecture import Dropout
 from config import (
     Config,
@@ -32,8 +31,8 @@ from config import (
     TokenizerConfig,
     TrainConfig,
 )
-from planted_data import write_base, write_data
-from planted_faults import (
+from selftest.data import write_base, write_data
+from selftest.faults import (
     EOS,
     Patch,
     adapters_not_dropped,
@@ -99,6 +98,7 @@ from planted_faults import (
     width_forgotten,
     window_ignored,
 )
+from training import loop
 
 
 @dataclass(frozen=True)
@@ -555,7 +555,7 @@ def outcome(config: Config) -> str:
     """What stopped the run, or an empty string; a crash is not a fault caught by name."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            trainingmanager.train(config)
+            loop.train(config)
     except ValueError as error:
         return str(error)
     except Exception as error:

@@ -1,4 +1,5 @@
-"""Planted faults: patches of the product, each as the fault had it. `plants.py` says what each is for."""
+"""Planted faults: patches of the product, each as the fault had it. `selftest/plants.py` says what each is
+for."""
 
 from __future__ import annotations
 
@@ -19,7 +20,6 @@ import architecture
 import dataset
 import lora
 import tokenizer
-import trainingmanager
 from adapters import layers
 from architecture import Decoder, Dropout
 from config import Config
@@ -27,7 +27,7 @@ from data import tokenstore
 from dataset import IGNORE_INDEX
 from generation import engine, text
 from modules import precision
-from training import beforehand
+from training import beforehand, loop
 
 Patch = Callable[[], contextlib.AbstractContextManager]
 
@@ -191,7 +191,7 @@ def dropout_in_evaluation() -> contextlib.AbstractContextManager:
 
 
 def schedule_ignored() -> contextlib.AbstractContextManager:
-    return patch.object(trainingmanager, "learning_rate_factor", lambda *args: 1.0)
+    return patch.object(loop, "learning_rate_factor", lambda *args: 1.0)
 
 
 def window_ignored() -> contextlib.AbstractContextManager:
@@ -204,35 +204,33 @@ def scaling_ignored() -> contextlib.AbstractContextManager:
 
 
 def decay_ignored() -> contextlib.AbstractContextManager:
-    right = trainingmanager.learning_rate_factor
-    return patch.object(
-        trainingmanager, "learning_rate_factor", lambda c, step, progress: right(c, step, 0.0)
-    )
+    right = loop.learning_rate_factor
+    return patch.object(loop, "learning_rate_factor", lambda c, step, progress: right(c, step, 0.0))
 
 
 def rates_ignored(**same: float) -> Patch:
     """Plants optimizers that get these settings in place of the run's."""
 
     def plant() -> contextlib.AbstractContextManager:
-        right = trainingmanager.build_optimizers
+        right = loop.build_optimizers
 
         def wrong(model: Decoder, config: Any, *args: Any) -> list[torch.optim.Optimizer]:
             return right(model, dataclasses.replace(config, **same), *args)
 
-        return patch.object(trainingmanager, "build_optimizers", wrong)
+        return patch.object(loop, "build_optimizers", wrong)
 
     return plant
 
 
 def width_forgotten() -> contextlib.AbstractContextManager:
-    right = trainingmanager.build_optimizers
-    return patch.object(trainingmanager, "build_optimizers", lambda *args: right(*args[:3]))
+    right = loop.build_optimizers
+    return patch.object(loop, "build_optimizers", lambda *args: right(*args[:3]))
 
 
 def schedule_stopped() -> contextlib.AbstractContextManager:
-    right = trainingmanager.learning_rate_factor
+    right = loop.learning_rate_factor
     return patch.object(
-        trainingmanager,
+        loop,
         "learning_rate_factor",
         lambda config, step, progress: right(config, min(step, 2), progress),
     )
@@ -253,25 +251,25 @@ def optimizers_idle() -> contextlib.AbstractContextManager:
 
 
 def replaced_after_build() -> contextlib.AbstractContextManager:
-    right = trainingmanager.build_optimizers
+    right = loop.build_optimizers
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
         optimizers = right(model, *args)
         model.embed.weight = torch.nn.Parameter(model.embed.weight.detach().clone())
         return optimizers
 
-    return patch.object(trainingmanager, "build_optimizers", wrong)
+    return patch.object(loop, "build_optimizers", wrong)
 
 
 def trained_in_evaluation() -> contextlib.AbstractContextManager:
-    right = trainingmanager.TrainingManager.update
+    right = loop.TrainingManager.update
 
     def update(self: Any) -> dict[str, float]:
         self.model.eval()  # as a validation left it
         with patch.object(Decoder, "train", lambda self, mode=True: self):
             return right(self)
 
-    return patch.object(trainingmanager.TrainingManager, "update", update)
+    return patch.object(loop.TrainingManager, "update", update)
 
 
 def one_batch_only() -> contextlib.AbstractContextManager:
@@ -283,7 +281,7 @@ def micro_batches_by(number: Callable[[Any, int], int]) -> Patch:
     """Plants a loop that reads batch `number(manager, number)`."""
 
     def plant() -> contextlib.AbstractContextManager:
-        manager = trainingmanager.TrainingManager
+        manager = loop.TrainingManager
         right = manager.micro_batch
         return patch.object(manager, "micro_batch", lambda self, asked: right(self, number(self, asked)))
 
@@ -295,12 +293,12 @@ def order_unread() -> contextlib.AbstractContextManager:
 
 
 def rarity_inverted() -> contextlib.AbstractContextManager:
-    right = trainingmanager.difficulties
-    return patch.object(trainingmanager, "difficulties", lambda store, kind: -right(store, kind))
+    right = loop.difficulties
+    return patch.object(loop, "difficulties", lambda store, kind: -right(store, kind))
 
 
 def half_the_micro_batches() -> contextlib.AbstractContextManager:
-    right = trainingmanager.TrainingManager.update
+    right = loop.TrainingManager.update
 
     def update(self: Any) -> dict[str, float]:
         config = self.config
@@ -310,7 +308,7 @@ def half_the_micro_batches() -> contextlib.AbstractContextManager:
         finally:
             self.config = config
 
-    return patch.object(trainingmanager.TrainingManager, "update", update)
+    return patch.object(loop.TrainingManager, "update", update)
 
 
 def part_detached() -> contextlib.AbstractContextManager:
@@ -319,46 +317,46 @@ def part_detached() -> contextlib.AbstractContextManager:
 
 
 def validation_of_its_own() -> contextlib.AbstractContextManager:
-    score = trainingmanager.score
+    score = loop.score
 
     def wrong(model: Decoder, batches: Any, precision: Any) -> Any:
         return score(model, (b._replace(labels=b.labels.roll(1, 1)) for b in batches), precision)
 
-    return patch.object(trainingmanager, "score", wrong)
+    return patch.object(loop, "score", wrong)
 
 
 def score_times(factor: float) -> Patch:
     """Plants a validation whose sum of nats is wrong by a factor."""
 
     def plant() -> contextlib.AbstractContextManager:
-        right = trainingmanager.score
+        right = loop.score
 
         def wrong(*args: Any) -> Any:
             scores = right(*args)
             return dataclasses.replace(scores, nats=scores.nats * factor)
 
-        return patch.object(trainingmanager, "score", wrong)
+        return patch.object(loop, "score", wrong)
 
     return plant
 
 
 def smoothing_unread() -> contextlib.AbstractContextManager:
-    right = trainingmanager.token_loss
+    right = loop.token_loss
     return patch.object(
-        trainingmanager,
+        loop,
         "token_loss",
         lambda model, batch, smoothing, z_loss: right(model, batch, 0.0, z_loss),
     )
 
 
 def smoothing_in_the_score() -> contextlib.AbstractContextManager:
-    token_loss = trainingmanager.token_loss
+    token_loss = loop.token_loss
 
     def wrong(*args: Any, **options: Any) -> Any:
         result = token_loss(*args, **options)
         return result._replace(cross_entropy=result.objective.detach())
 
-    return patch.object(trainingmanager, "token_loss", wrong)
+    return patch.object(loop, "token_loss", wrong)
 
 
 # --- labels and tokens -------------------------------------------------------------------------------
@@ -452,11 +450,11 @@ def moments_dropped() -> contextlib.AbstractContextManager:
 
 
 def random_states_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(trainingmanager, "set_random_states", lambda states, device: None)
+    return patch.object(loop, "set_random_states", lambda states, device: None)
 
 
 def weights_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(trainingmanager, "load_weights", lambda model, manifest: None)
+    return patch.object(loop, "load_weights", lambda model, manifest: None)
 
 
 def moments_not_finite() -> contextlib.AbstractContextManager:
@@ -501,18 +499,18 @@ def term_dropped() -> contextlib.AbstractContextManager:
 
 
 def other_base() -> contextlib.AbstractContextManager:
-    right = trainingmanager.open_base
+    right = loop.open_base
 
     def wrong(config: Config, *args: Any) -> Any:
         base = str(Path(str(config.train.base)).with_name("other-base"))
         return right(dataclasses.replace(config, train=dataclasses.replace(config.train, base=base)), *args)
 
-    return patch.object(trainingmanager, "open_base", wrong)
+    return patch.object(loop, "open_base", wrong)
 
 
 def base_moved(sound: int = 0) -> contextlib.AbstractContextManager:
     """In every update after `sound` ones."""
-    right = trainingmanager.build_optimizers
+    right = loop.build_optimizers
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
         updates = itertools.count()
@@ -527,11 +525,11 @@ def base_moved(sound: int = 0) -> contextlib.AbstractContextManager:
         optimizers[0].register_step_post_hook(move)
         return optimizers
 
-    return patch.object(trainingmanager, "build_optimizers", wrong)
+    return patch.object(loop, "build_optimizers", wrong)
 
 
 def base_thawed() -> contextlib.AbstractContextManager:
-    right = trainingmanager.build_optimizers
+    right = loop.build_optimizers
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
         optimizers = right(model, *args)
@@ -542,11 +540,11 @@ def base_thawed() -> contextlib.AbstractContextManager:
         optimizers[0].register_step_post_hook(thaw)
         return optimizers
 
-    return patch.object(trainingmanager, "build_optimizers", wrong)
+    return patch.object(loop, "build_optimizers", wrong)
 
 
 def embedding_shuffled() -> contextlib.AbstractContextManager:
-    right = trainingmanager.starting_model
+    right = loop.starting_model
 
     def wrong(*args: Any) -> Decoder:
         model = right(*args)
@@ -554,7 +552,7 @@ def embedding_shuffled() -> contextlib.AbstractContextManager:
         weight.copy_(weight.flip(0))
         return model
 
-    return patch.object(trainingmanager, "starting_model", wrong)
+    return patch.object(loop, "starting_model", wrong)
 
 
 def sides_read(*sides: str) -> Patch:

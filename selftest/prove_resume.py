@@ -23,11 +23,11 @@ import yaml
 from safetensors.torch import load_file
 
 from config import Config, one_sentence
+from config.files import own_module
 from config.yamlfile import read_yaml
 from training.beforehand import refuse_mistakes
 from training.checkpoint import Manifest, checkpoints, first_difference, load_state
 
-HOUSE = Path(__file__).parent
 DEFAULT_STEPS = 4  # before the kill, and after it
 OF_TIME = ("train/tokens_per_second",)
 
@@ -144,8 +144,9 @@ def _train_in_child(config: Config, kill_at: int) -> None:
     folder = Path(config.train.run)
     file = folder.with_name("config.yaml")
     file.write_text(yaml.safe_dump(config.to_dict()), "utf-8")
-    command = [sys.executable, str(HOUSE / "proofs.py"), str(file), str(kill_at)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    command, environment = own_module("selftest.prove_resume")
+    words = [*command, str(file), str(kill_at)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode != (-signal.SIGKILL if kill_at else 0):
         lines = done.stderr.strip().splitlines() or ["it printed no reason"]
         raise ValueError(
@@ -154,10 +155,10 @@ def _train_in_child(config: Config, kill_at: int) -> None:
 
 
 def _train_as_child(path: Path, kill_at: int) -> None:
-    import trainingmanager
     from modules.precision import keep_freed_memory
+    from training import loop
 
-    write = trainingmanager.save_checkpoint
+    write = loop.save_checkpoint
 
     def write_and_die(*arguments: Any) -> Manifest:
         manifest = write(*arguments)
@@ -165,10 +166,10 @@ def _train_as_child(path: Path, kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return manifest
 
-    trainingmanager.save_checkpoint = write_and_die
+    loop.save_checkpoint = write_and_die
     with one_sentence():
         keep_freed_memory()
-        trainingmanager.train(Config.from_dict(read_yaml(path)))
+        loop.train(Config.from_dict(read_yaml(path)))
 
 
 if __name__ == "__main__":

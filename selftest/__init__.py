@@ -1,0 +1,1 @@
+"""Plumb tried on itself: faults planted in healthy runs, and the proof that a resumed run ends as another."""

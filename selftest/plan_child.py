@@ -1,0 +1,186 @@
+"""The process that training/plan.py asks: it does with some blocks what a run does, and says at what cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from architecture import Decoder
+from config import Config, DataConfig, ModelConfig, one_sentence
+from data.corpus import training_texts
+from dataset import Batch, prepare_data
+from guards.first_steps import FirstSteps
+from guards.preflight import preflight
+from guards.subject import FAULTS
+from lora import add_adapter
+from modules.precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
+from modules.quantize import quantize_linears
+from pretrained import FAMILIES
+from selftest.data import write_corpus
+from tokenizer import BPETokenizer
+from training.checkpoint import save_checkpoint
+from training.loop import TrainingManager
+from training.plan import Cost
+from training.run import resolved_format, set_dropout
+
+WARMUP = 1  # steps that fill caches and are not timed
+STEPS, SECONDS = (3, 20), 3.0  # least and most that are timed, and when to stop in between
+FUNCTIONS = 100  # in each of 24 sampled files
+IDS = 259  # of their tokenizer: the least that one has
+
+
+def measure(asked: dict[str, Any]) -> Cost:
+    """In a process of its own: make the model, do what a run does with it, and say what that took."""
+
+    assert SummaryWriter  # what a training process has in memory besides its tensors
+    config = Config.from_dict(asked["config"])
+    shape = asked["model"] | {"n_layer": asked["n_layer"]}
+    shape["vocab_size"] = max(shape["vocab_size"], IDS)
+    shape["window_layers"] = [layer for layer in shape["window_layers"] if layer < asked["n_layer"]]
+    device = choose_device(config.train.device)
+    precision = choose_precision(device, config.train.precision)
+    model = make_model(
+        Config.from_dict({"model": shape}).model.resolved(), asked["family"], config, precision
+    )
+    model.to(device).train()
+    train = replace(config.train, row_length=asked["rows"])
+    config = replace(config, model=model.config, train=train)
+    with tempfile.TemporaryDirectory() as folder:
+        manager, subject = make_run(config, model, precision, asked["family"], Path(folder))
+        release_freed_memory()
+        keep_freed_memory()
+        reset_peak(device)
+        preflight(subject, FAULTS.split())  # on drawn tokens most things would be refused
+        release_freed_memory()
+        guard_bytes = peak(device)
+        batch = make_batch(train.batch_size, asked["rows"], model.config.vocab_size, device)
+        reset_peak(device)
+        watch = FirstSteps(subject)
+        micro, update, started = [], [], time.perf_counter()
+        for number in range(WARMUP + STEPS[1]):
+            if number == WARMUP:
+                watch.close()
+            if number >= WARMUP + STEPS[0] and time.perf_counter() - started > SECONDS:
+                break
+            seconds = timed_step(manager, batch)
+            micro.append(seconds[0])
+            update.append(seconds[1])
+        release_freed_memory()
+        manager.score([batch, batch])
+        step_bytes = peak(device)
+        reset_peak(device)
+        # Not by the manager, which refuses weights that are not finite, as on drawn tokens they may be.
+        save_checkpoint(manager.folder / "checkpoints", 1, model, manager.whole_state(), None, False)
+        save_bytes = peak(device)
+    held = {*model.parameters(), *model.buffers()} - set(manager.parameters)
+    states = [value for o in manager.optimizers for state in o.state.values() for value in state.values()]
+    state_bytes = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+    return Cost(
+        guard_bytes=guard_bytes,
+        step_bytes=step_bytes,
+        save_bytes=save_bytes,
+        held_bytes=sum(t.nbytes for t in held),
+        trained_bytes=2 * sum(p.nbytes for p in manager.parameters) + state_bytes,
+        # The least: what else runs takes caches, too, and only ever adds.
+        micro_seconds=min(micro[WARMUP:]),
+        update_seconds=min(update[WARMUP:]),
+    )
+
+
+def make_run(config: Config, model: Any, precision: Any, family: str | None, folder: Path) -> tuple[Any, Any]:
+    """As trainingmanager makes it, on some functions of drawn words; and what its guards look at."""
+
+    write_corpus(folder / "texts", FUNCTIONS)
+    config = replace(config, data=DataConfig(str(folder / "texts"), cache=str(folder / "cache"), workers=1))
+    tokenizer = BPETokenizer.train(training_texts(config.data), IDS)
+    data = prepare_data(config.data, tokenizer)
+    manager = TrainingManager(config, model, data, precision, folder)
+    return manager, manager.subject(tokenizer, "fresh" if family is None else "loaded", None)
+
+
+def make_model(shape: ModelConfig, family: str | None, config: Config, precision: Any) -> Any:
+    """With drawn weights, held as runmodel.base_held_in holds those of a base."""
+
+    model = Decoder(replace(shape, init="normal"))
+    if family is None:
+        return model
+    asked = {
+        key: value
+        for key, value in vars(config.model).items()
+        if key.endswith("dropout") and value is not None
+    }
+    set_dropout(model, replace(shape, **asked).resolved())
+    held = "fp32" if config.lora.r == 0 else resolved_format(config.train.base_format, precision.dtype)
+    if held == "bf16" and precision.dtype == torch.bfloat16:
+        model.to(torch.bfloat16)
+    elif held != "fp32":
+        matrices = [
+            n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.")
+        ]
+        quantize_linears(model, held, matrices)
+        if precision.dtype == torch.bfloat16:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+    if config.lora.r:
+        add_adapter(model, config.lora, FAMILIES[family].key)
+    return model
+
+
+def make_batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
+    """Two documents a row; every token bears loss."""
+
+    tokens = torch.randint(0, vocab_size, (rows, length), device=device)
+    place = torch.arange(length, device=device).expand(rows, length)
+    second = (place >= length // 2).long()
+    return Batch(tokens, tokens, second, place - second * (length // 2))
+
+
+def timed_step(manager: Any, batch: Any) -> tuple[float, float]:
+    """Seconds of forward and backward, and of the update; see the module."""
+
+    def now() -> float:
+        if manager.device.type == "cuda":
+            torch.cuda.synchronize(manager.device)
+            return time.perf_counter()
+        return time.thread_time()
+
+    start = now()
+    loss = manager.loss(batch)
+    (loss.objective / loss.tokens).backward()
+    del loss
+    middle = now()
+    torch.nn.utils.clip_grad_norm_(manager.parameters, manager.config.optimizer.grad_clip or float("inf"))
+    for optimizer in manager.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return middle - start, now() - middle
+
+
+def reset_peak(device: Any) -> None:
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of resident memory begins anew
+
+
+def peak(device: Any) -> float:
+
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return 1024.0 * int(kilobytes)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        print(json.dumps(asdict(measure(json.load(sys.stdin)))))

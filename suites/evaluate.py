@@ -1,0 +1,517 @@
+"""Scores of a trained model, on the test files of its run.
+
+A run without a test side is scored on its validation files, by which its checkpoint was chosen, and says
+so. Beside every score stand those of baselines: an n-gram model of the same training files
+(`ngram.NGramModel`), for a model with adapters its base, and for texts those that take no model. Prints
+tables and writes RUN/eval.json: the scores, every prediction, and what is needed to run it again.
+
+Token scores are over every token after a document's first, by the function that training validates with.
+Bits per byte divides their nats by the UTF-8 bytes of all test files, whatever the tokenizer; the nats of
+the tokens that end the files are counted.
+
+Texts are scored by suites (`suites/`), which `--suite` names: of the run's held-out files, or of a published
+file, for which `--model FOLDER` evaluates a published model as well. `--predictions FILE` scores those that
+were made elsewhere, and `--rescore RUN/eval.json` says whether the numbers in that file are those of its
+predictions. Beside eval.json stands a page to look at every sample (`suites/page.py`), and `--compare` sets
+evaluations side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import sandbox
+from config import refuse_unwritable
+from config.files import code_fingerprint
+from data.corpus import split_documents
+from data.ngram import NGramModel
+from dataset import PreparedData
+from generation.settings import GenerationConfig
+from guards.preflight import overrides
+from lora import adapters_disabled
+from metrics.registry import Metric
+from modules.precision import Precision, choose_device, choose_precision
+from pretrained import load_pretrained
+from sandbox.problems import read_problems
+from suites import programs
+from suites.completing import complete, ngram_complete
+from suites.documents import add_intervals
+from suites.hidden import Judge
+from suites.kept import Kept
+from suites.memorising import memorisation
+from suites.overlaps import training_overlap
+from suites.pairs import file_examples
+from suites.prompts import variant_names, with_prompts
+from suites.results import results_path, rewrite_page, set_aside, table, write_results
+from suites.scoring import (
+    SUITES,
+    TOKENS,
+    Predictions,
+    metric_names,
+    prediction_rows,
+    read_predictions,
+    scored,
+    suites_of,
+)
+from suites.settings import EvalConfig, mistake
+from suites.subject import Subject, data_config, data_of, open_published, published_name
+from suites.task import Given, Task, answers
+from suites.tasks import OF_FILES, TASKS, suite_names
+from suites.tokens import (
+    KEPT,
+    model_scores,
+    ngram_scores,
+    token_values,
+    tokens_of,
+    train_ngram,
+)
+from training.run import Run, load_run, run_folder
+
+TOKEN_ROWS = 16  # at a time, of token scores
+
+
+# --- what is evaluated -------------------------------------------------------------------------------
+
+
+def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str, Any]:
+    """Everything that eval.json holds, but for the command and versions.
+
+    Args:
+        data: Of the run, where they are open; else they are read again.
+
+    Raises:
+        ValueError: there is no such run, checkpoint, model or suite, the data are not those that it was
+            trained on, the model's loss is not finite, a suite's file or the predictions are not as they
+            should be, or nothing isolates programs.
+    """
+    # What is unknown is named before anything takes time.
+    problem = mistake(settings)
+    if problem is not None:
+        raise ValueError(problem)
+    metric_names(settings.metrics)
+    variant_names(settings.prompts)
+    sampling(settings, ())
+    names = suite_names(settings.suite)
+    of_files = [name for name in names if name in OF_FILES]
+    if len(of_files) > 1:
+        raise ValueError(f"{' and '.join(of_files)} have a file each; ask for one of them at a time")
+    if settings.suite_file is not None and not of_files:
+        raise ValueError("--suite_file is of a suite with a file of its own; name that with --suite")
+    if settings.samples == 0 and names and TOKENS not in names:
+        raise ValueError(
+            f"--samples is 0, which leaves the scores of texts out, and {', '.join(names)} has no others; "
+            f"leave --samples out, or ask for {TOKENS} with --suite"
+        )
+    if of_files and not is_pipe(settings.suite_file):
+        task_of(of_files[0], None, None, settings)  # its file can be used
+    refuse_unwritable(settings.cache, "--cache", unless="*")
+    if settings.predictions is not None and not is_pipe(settings.predictions):
+        prediction_rows(settings.predictions)
+    if any(SUITES[name].runs for name in of_files):
+        refuse_unusable_problems(of_files[0], settings)
+        sandbox.isolation(settings.allow == "unsandboxed")
+    device = choose_device(settings.device)
+    precision = choose_precision(device, settings.precision)
+    if settings.checkpoint is not None:
+        return evaluate_run(settings, names, precision, data)
+    return evaluate_published(settings, names, precision)
+
+
+def is_pipe(path: str | None) -> bool:
+    """Whether a file can be read once only, and so not looked at beforehand."""
+    return path is not None and Path(path).is_fifo()
+
+
+def evaluate_run(
+    settings: EvalConfig, names: tuple[str, ...], precision: Precision, data: PreparedData | None = None
+) -> dict[str, Any]:
+    """A run's checkpoint, by its held-out files and others."""
+    assert settings.checkpoint is not None
+    run = load_run(settings.checkpoint, settings.which, settings.base)
+    run.model.to(precision.device)
+    subject = Subject(
+        run.model,
+        run.tokenizer,
+        run.config.row_length,
+        run.config.lora.r > 0,
+        run.weights,
+        precision,
+    )
+    models = judges(subject, settings)
+    data = data_of(run, settings) if data is None else data
+    if not names:
+        names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
+    if settings.predictions is not None:
+        names = tuple(name for name in names if name != TOKENS)
+    if settings.samples == 0:
+        names = tuple(name for name in names if name == TOKENS)
+    store, baseline = data.test, train_ngram(data.train)
+    result: dict[str, Any] = {
+        "run": str(run.folder),
+        "step": run.step,
+        "precision": precision.reason,
+        "fingerprints": run.fingerprints | {"weights": run.weights},
+        "allowed faults": overrides(run.folder),
+        "side": store.split,
+        "files": store.n_documents,
+        "bytes": store.n_bytes,
+        "n-gram order": baseline.order,
+    }
+    tasks = tasks_of(names, subject, data, settings)  # what cannot be asked is told before anything is
+    worded = worded_tasks(tasks, run, subject, data, settings)
+    if TOKENS in names:
+        add_token_scores(result, subject, data, baseline, settings)
+    add_suites(result, subject, tasks, data, baseline, settings, models)
+    add_worded(result, subject, worded, data, baseline, settings, models)
+    for record in suites_of(result):
+        record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
+        if settings.memorisation:
+            source = data_config(run, settings).source
+            record["memorisation"] = memorisation(record, data.train, run.tokenizer, source)
+    return result
+
+
+def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
+    """A published model, or predictions made elsewhere by whatever, by suites with a file of their own."""
+    elsewhere = settings.model is None
+    name = settings.predictions if elsewhere else settings.model
+    wrong = [one for one in names if one not in OF_FILES]
+    if wrong or not names:
+        raise ValueError(
+            f"{name} has no held-out files{f' for {wrong[0]}' if wrong else ''}; name a suite with a file of "
+            f"its own by --suite: {', '.join(sorted(OF_FILES))}"
+        )
+    result: dict[str, Any] = {"run": None, "step": None, "precision": precision.reason, "allowed faults": {}}
+    subject = None
+    if settings.model is not None:
+        subject = open_published(settings.model, settings.adapter, precision)
+        folder = Path(settings.out or Path("evals") / published_name(settings.model, settings.adapter))
+        result |= {
+            "run": str(folder),
+            "published": {"model": settings.model, "adapter": settings.adapter},
+            "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
+        }
+    tasks = tasks_of(names, subject, None, settings)
+    worded = worded_tasks(tasks, None, subject, None, settings)
+    models = judges(subject, settings)
+    add_suites(result, subject, tasks, None, None, settings, models)
+    add_worded(result, subject, worded, None, None, settings, models)
+    return result
+
+
+# --- scores ------------------------------------------------------------------------------------------
+
+
+def add_token_scores(
+    result: dict[str, Any], subject: Subject, data: PreparedData, baseline: NGramModel, settings: EvalConfig
+) -> None:
+    """Put the token scores of the model, its base and the n-gram model into `result`, with intervals."""
+    store, rows = data.test, settings.batch_size or TOKEN_ROWS
+
+    def of_model() -> Any:
+        return model_scores(subject.model, store, rows, subject.length, subject.precision)
+
+    found = {"model": of_model()}
+    scores = found["model"][0]
+    if not math.isfinite(scores.perplexity):
+        raise ValueError(
+            f"the loss of {result['run']} at step {result['step']} is {scores.loss}: evaluate with "
+            "--precision fp32, or another checkpoint, or train again with a lower learning rate"
+        )
+    if subject.adapted:
+        with adapters_disabled(subject.model):
+            found["base"] = of_model()
+    found["n-gram"] = ngram_scores(baseline, store, subject.length)
+    result |= {name: token_values(scores, store.n_bytes) for name, (scores, _) in found.items()}
+    documents = {
+        "names": store.names,
+        "tokens": tokens_of(store, subject.length).tolist(),
+        "bytes": store.byte_lengths.tolist(),
+        **{key: {name: sums[key].tolist() for name, (_, sums) in found.items()} for key in KEPT},
+    }
+    add_intervals(result, documents, settings.seed)
+
+
+def refuse_unusable_problems(suite: str, settings: EvalConfig) -> None:
+    """Raise ValueError where the problems of a suite of programs cannot be read, or there is no run."""
+    if settings.checkpoint is not None:
+        run_folder(settings.checkpoint)
+    if settings.suite_file is None:
+        raise ValueError(f"the suite {suite} is asked from a file; name it with --suite_file")
+    if not Path(settings.suite_file).is_fifo():  # which is read once
+        read_problems(settings.suite_file)
+
+
+def tasks_of(
+    names: tuple[str, ...], subject: Subject | None, data: PreparedData | None, settings: EvalConfig
+) -> dict[str, Task]:
+    """The tasks of the suites, by name. Raises ValueError where one cannot be asked."""
+    names = tuple(name for name in names if name != TOKENS)
+    if settings.predictions is not None and len(names) > 1:
+        raise ValueError(f"--predictions are of one suite, and --suite names {len(names)}; name one")
+    return {name: task_of(name, subject, data, settings) for name in names}
+
+
+def add_suites(
+    result: dict[str, Any],
+    subject: Subject | None,
+    tasks: dict[str, Task],
+    data: PreparedData | None,
+    baseline: NGramModel | None,
+    settings: EvalConfig,
+    models: dict[str, Metric],
+) -> None:
+    """Put the scores of texts, and every prediction, into `result["suite"]`, those of further suites into
+    `result["more_suites"]`, and why a suite has none into `result["suite_left_out"]`.
+    """
+    records, left_out = [], []
+    for name, task in tasks.items():
+        if len(task.examples) < 2:
+            side = "its file has"
+            if data is not None and name not in OF_FILES:
+                side = f"the {data.test.split} files have"
+            left_out.append(
+                f"{task.suite.title} not scored: {side} {len(task.examples)} {task.wanted}, and an "
+                "interval needs at least 2"
+            )
+            continue
+        records.append(suite_record(result, task, subject, data, baseline, settings, models))
+    if records:
+        result["suite"] = records[0]
+    if records[1:]:
+        result["more_suites"] = records[1:]
+    if left_out:
+        result["suite_left_out"] = "\n".join(left_out)
+
+
+def worded_tasks(
+    tasks: dict[str, Task],
+    run: Run | None,
+    subject: Subject | None,
+    data: PreparedData | None,
+    settings: EvalConfig,
+) -> dict[str, Task]:
+    """The examples of a file, or else the pairs of a run, in other words, by the wording's name."""
+    names = variant_names(settings.prompts)
+    if not names:
+        return {}
+    if "examples" in tasks:
+        assert settings.suite_file is not None
+        task, documents = tasks["examples"], iter(file_examples(settings.suite_file))
+    elif run is None or data is None or not data.test.holds_examples:
+        raise ValueError(
+            "--prompts are other wordings of examples, and here "
+            + ("is no run whose examples they were" if run is None else "the run's files are plain text")
+            + "; leave it out, or give --suite examples and a file of examples"
+        )
+    else:
+        task = tasks["pairs"] if "pairs" in tasks else task_of("pairs", subject, data, settings)
+        sides = split_documents(data_config(run, settings))
+        documents = (document for side, document in sides if side == data.test.split)
+    worded = with_prompts(task.examples, documents, names)
+    return {name: dataclasses.replace(task, examples=examples) for name, examples in worded.items()}
+
+
+def add_worded(
+    result: dict[str, Any],
+    subject: Subject | None,
+    worded: dict[str, Task],
+    data: PreparedData | None,
+    baseline: NGramModel | None,
+    settings: EvalConfig,
+    models: dict[str, Metric],
+) -> None:
+    """Put the record of each wording into `result["prompts"]`."""
+    if worded:
+        result["prompts"] = {
+            name: suite_record(result, task, subject, data, baseline, settings, models)
+            for name, task in worded.items()
+        }
+
+
+def task_of(name: str, subject: Subject | None, data: PreparedData | None, settings: EvalConfig) -> Task:
+    """What a suite asks. A suite's own file has prompts that training's rows need not have room for."""
+    length = 2**20
+    if subject is not None:
+        length = subject.model.config.block_size if name in OF_FILES else subject.length
+    given = Given(
+        None if subject is None else subject.tokenizer,
+        length,
+        settings.samples,
+        settings.seed,
+        settings.max_new_tokens,
+        data,
+        settings.suite_file,
+    )
+    task = TASKS[name](given)
+    return task if settings.stop is None else dataclasses.replace(task, stop=settings.stop)
+
+
+def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
+    """How tokens are chosen; ValueError for settings that are out of range or would do nothing."""
+    return GenerationConfig(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop=settings.stop if settings.stop is not None else tuple(stop),
+        seed=settings.seed,
+    )
+
+
+def suite_record(
+    result: dict[str, Any],
+    task: Task,
+    subject: Subject | None,
+    data: PreparedData | None,
+    baseline: NGramModel | None,
+    settings: EvalConfig,
+    models: dict[str, Metric],
+) -> dict[str, Any]:
+    """One suite: every system's predictions, and their scores, those of `models` among them."""
+    examples, name = task.examples, task.suite.name
+    how = sampling(settings, task.stop)
+    predictions: dict[str, Predictions] = {}
+    if settings.predictions is not None:
+        predictions["given"] = Predictions(read_predictions(settings.predictions, examples))
+    elif subject is not None:
+        length = subject.model.config.block_size if name in OF_FILES else subject.length
+        for system in ("model", "base") if subject.adapted else ("model",):
+            made_by = {
+                "system": system,
+                "suite": name,
+                "weights": subject.weights,
+                "tokenizer": subject.tokenizer.fingerprint,
+                "examples": [[e.id, e.prompt, e.suffix, e.reference] for e in examples],
+                "how": dataclasses.asdict(how),
+                "draws": settings.samples_per_example,
+                "max_new_tokens": task.max_new_tokens,
+                "length": length,
+                "precision": str(subject.precision.dtype),
+                "device": subject.precision.device.type,
+                "torch": torch.__version__,
+                "code": code_fingerprint(),
+            }
+            kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
+            made_in_all = len(examples) * settings.samples_per_example
+            with (
+                nullcontext() if system == "model" else adapters_disabled(subject.model),
+                progress(f"{name}, {system}", made_in_all, kept) as bar,
+            ):
+                predictions[system] = complete(
+                    subject.model,
+                    subject.tokenizer,
+                    examples,
+                    task.cut,
+                    task.max_new_tokens,
+                    length,
+                    subject.precision,
+                    settings.batch_size,
+                    how,
+                    settings.samples_per_example,
+                    kept,
+                    bar.update,
+                )
+            result.setdefault("kept", []).append(str(kept.path))
+    if baseline is not None and data is not None and subject is not None:
+        # It reads on from what stands before a gap; of the gaps of examples it has seen whole ones.
+        asked = examples
+        if not data.test.holds_examples:
+            asked = [dataclasses.replace(example, suffix=None) for example in examples]
+        predictions["n-gram"] = ngram_complete(
+            baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
+        )
+    predictions |= answers(task.baselines(examples))
+    about: dict[str, Any] = {
+        "max_new_tokens": task.max_new_tokens,
+        "stop": list(task.stop),
+        "healed": subject is not None and subject.tokenizer.heals,
+        "sampling": None
+        if settings.temperature == 0
+        else {key: getattr(how, key) for key in ("temperature", "top_k", "top_p", "seed")},
+    }
+    if task.problems is not None:
+        return about | run_programs(task, predictions, settings)
+    if data is None:
+        about["without"] = "no n-gram model and no nearest training example: no training text is at hand"
+    names = metric_names(settings.metrics)
+    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
+    return about | found | {"draws": settings.samples_per_example}
+
+
+@contextmanager
+def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
+    """A bar of texts; where nobody watches, a line."""
+    if not sys.stderr.isatty():
+        print(f"{what}: {total:,} texts", file=sys.stderr)
+    with tqdm(total=total, desc=what, unit=" texts", disable=None, leave=False) as bar:
+        yield bar
+    if kept.reused:
+        print(
+            f"{what}: {kept.reused:,} of {total:,} texts are those of an interrupted evaluation, {kept.path}",
+            file=sys.stderr,
+        )
+
+
+def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
+    """The metric `semantic`, if it is asked for: by a model named for it, or by the subject's own base."""
+    if "semantic" not in metric_names(settings.metrics):
+        return {}
+    if settings.embedding_model is not None:
+        found = load_pretrained(settings.embedding_model)
+        if found.tokenizer is None:
+            raise ValueError(f"{settings.embedding_model} has no tokenizer; name a model's whole folder")
+        name = f"{Path(settings.embedding_model).name}, weights {found.fingerprint[:12]}"
+        judge = Judge(found.model, found.tokenizer, name, settings.embedding_layer)
+    elif subject is None:
+        raise ValueError("semantic needs a model, and only predictions are here; name one: --embedding_model")
+    else:
+        name = f"{'its base' if subject.adapted else 'the model itself'}, weights {subject.weights[:12]}"
+        base = partial(adapters_disabled, subject.model) if subject.adapted else nullcontext
+        judge = Judge(subject.model, subject.tokenizer, name, settings.embedding_layer, base)
+    return {"semantic": judge.metric()}
+
+
+def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
+    """Judged one by one in the sandbox, under a bar."""
+    total = sum(len(texts) for made in predictions.values() for texts in made.draws)
+    with tqdm(total=total, desc="judged", unit=" programs", disable=None, leave=False) as bar:
+        return programs.judged(
+            task, predictions, settings.language, settings.seed, settings.allow == "unsandboxed", bar.update
+        )
+
+
+def write_evaluation(settings: EvalConfig) -> None:
+    """Evaluate, print the table, and write eval.json and its page into the run's folder."""
+    if settings.report is not None:
+        print(f"written to {rewrite_page(Path(settings.report))}")
+        return
+    if settings.out is not None:  # that cannot be made is known before anything takes time
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+    try:
+        result = evaluate(settings)
+    except KeyboardInterrupt:
+        folder = Path(settings.cache) / "predictions"
+        if any(folder.glob("eval-*.jsonl")):
+            print(
+                f"what was predicted is kept in {folder}; the same command goes on from it", file=sys.stderr
+            )
+        raise
+    what = settings.model or (settings.predictions if result["run"] is None else result["run"])
+    step = "" if result["step"] is None else f", step {result['step']}"
+    print(f"{what}{step}, {result['precision']}")
+    print(table(result))
+    earlier = set_aside(results_path(result, settings), settings)
+    if earlier is not None:
+        print(f"the evaluation that stood there, of other settings, is {earlier} now")
+    path = write_results(result, settings)
+    print(f"written to {path}, and {path.with_suffix('.html')} to look at it")

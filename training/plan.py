@@ -1,0 +1,161 @@
+"""Memory and speed of a run before it begins: `python trainingmanager.py --plan [the run's flags]`.
+
+A child process on this machine makes the run's model with drawn weights, held as the run would hold them,
+and does with it what a run does, by the same functions, on drawn text and tokens: the guards, some updates, a
+validation, a checkpoint. A model above WHOLE weights is made at its full width with two and with eight of its
+blocks, in a child each: what blocks take is linear in their number, so those of the whole depth follow.
+Nothing of the data is read, and of a base only its config.json.
+
+On a CPU, seconds are those of processor time of the thread that drives the step: it computes its own share of
+every product, so that on a quiet machine they are the clock's, and what else runs does not count.
+
+The peak is that of training, to its last checkpoint. The scores at the end read more rows at a time, hold the
+best checkpoint's model too, and an n-gram model of the training files, and may take more.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict, dataclass, replace
+
+from config import Config, ModelConfig
+from config.files import own_module
+
+BASE_ROW = 512  # as runmodel's, where nothing is said
+# Resident memory differs by some per cent from process to process, as the allocator finds room: by the line
+# through one and three blocks, estimates of 24 blocks differed by up to 30%.
+DEPTHS = (2, 8)
+WHOLE = 50_000_000  # weights of a model that is measured with all of its blocks
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a number of blocks, as measured.
+
+    Args:
+        guard_bytes: Most memory of the process in the guards; on a GPU that of its tensors.
+        step_bytes: While it trains and validates.
+        save_bytes: While it saves a checkpoint.
+        held_bytes: Weights as they are held, the trainable ones' gradients and optimizer state left out.
+        trained_bytes: Trainable weights with gradients and optimizer state.
+        micro_seconds: Of a micro-batch, forward and backward.
+        update_seconds: Of the clip and the optimizers.
+    """
+
+    guard_bytes: float
+    step_bytes: float
+    save_bytes: float
+    held_bytes: float
+    trained_bytes: float
+    micro_seconds: float
+    update_seconds: float
+
+    def at(self, other: Cost, n: int) -> Cost:
+        """Of n blocks, by the line through this, of DEPTHS[0], and the other, of DEPTHS[1]."""
+        first, second = asdict(self), asdict(other)
+        share = (n - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        # A block takes no less than nothing; clocks on a busy machine may say otherwise.
+        return Cost(
+            **{key: max(first[key] + share * (second[key] - first[key]), first[key]) for key in first}
+        )
+
+    @property
+    def peak(self) -> float:
+        return max(self.guard_bytes, self.step_bytes, self.save_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is expected to take."""
+
+    cost: Cost
+    n_layer: int
+    depths: tuple[int, ...]  # that were measured
+    row_tokens: int
+    config: Config
+
+    @property
+    def step_seconds(self) -> float:
+        return self.config.train.accumulation * self.cost.micro_seconds + self.cost.update_seconds
+
+    def __str__(self) -> str:
+        cost, train = self.cost, self.config.train
+        tokens = train.batch_size * train.accumulation * self.row_tokens
+        rest = cost.peak - cost.held_bytes - cost.trained_bytes
+        seconds = self.step_seconds
+        stages = {"": cost.step_bytes, " (in the guards)": cost.guard_bytes, " (in saving)": cost.save_bytes}
+        where = max(stages, key=lambda stage: stages[stage])
+        lines = [
+            f"peak memory      {cost.peak / 1e9:.2f} GB{where}",
+            f"  weights        {cost.held_bytes / 1e9:.2f} GB, frozen ones",
+            f"  what trains    {cost.trained_bytes / 1e9:.2f} GB, with gradients and optimizer state",
+            f"  the rest       {rest / 1e9:.2f} GB, activations and the program",
+            f"steps an hour    {3600 / seconds:,.0f}, of {tokens:,} tokens and {seconds:.2f} s",
+        ]
+        if train.max_steps:
+            hours = train.max_steps * seconds / 3600
+            lines.append(f"{train.max_steps:,} steps".ljust(17) + f"{hours:.2f} hours")
+        measured = f"all {self.n_layer} blocks"
+        if self.depths != (self.n_layer,):
+            measured = f"{' and '.join(map(str, self.depths))} of {self.n_layer} blocks at full width"
+        lines.append(
+            f"measured just now with {measured}, on drawn tokens that all bear loss, as if nothing else ran; "
+            "the seconds of validation and guards are not counted, nor time and memory of the final scores"
+        )
+        return "\n".join(lines)
+
+
+def plan(config: Config) -> Plan:
+    """See the module.
+
+    Raises:
+        ValueError: The base or the settings do not fit, or a child failed: one sentence.
+    """
+    from training.beforehand import refuse_mistakes
+
+    refuse_mistakes(config)
+    model, family = shape_of(config)
+    rows = config.train.row_length or (
+        model.block_size if family is None else min(BASE_ROW, model.block_size)
+    )
+    whole = model.n_layer <= DEPTHS[1] or n_weights(model) <= WHOLE
+    depths = (model.n_layer,) if whole else DEPTHS
+    first, *others = (_measured(config, model, family, n, rows) for n in depths)
+    cost = first.at(others[0], model.n_layer) if others else first
+    return Plan(cost, model.n_layer, depths, rows, config)
+
+
+def n_weights(model: ModelConfig) -> int:
+    """About as many as the model has: its matrices, with a feed-forward of three and a head of its own."""
+    block = model.n_embd * (4 * model.n_embd + 3 * model.n_inner)
+    return model.n_layer * block + 2 * model.vocab_size * model.n_embd
+
+
+def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
+    """The model that trains, resolved, and its family; of a base only config.json is read."""
+    base = config.train.base
+    if base is None:
+        vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+        return replace(config.model, vocab_size=vocab_size).resolved(), None
+    from pretrained.load import described
+
+    family, model = described(base, config.train.base_revision)
+    return model, family.model_type
+
+
+# --- a child -----------------------------------------------------------------------------------------
+
+
+def _measured(config: Config, model: ModelConfig, family: str | None, n_layer: int, rows: int) -> Cost:
+    asked = {"config": config.to_dict(), "model": asdict(model), "family": family, "rows": rows}
+    asked["n_layer"] = n_layer
+    command, environment = own_module("selftest.plan_child")
+    made = subprocess.run(command, env=environment, input=json.dumps(asked), capture_output=True, text=True)
+    last = made.stdout.strip().rpartition("\n")[2]
+    if made.returncode or not last.startswith("{"):
+        reason = (made.stderr.strip().splitlines() or [f"exit code {made.returncode}"])[-1]
+        raise ValueError(
+            f"{n_layer} of {model.n_layer} blocks could not be measured: {reason.removeprefix('error: ')}"
+        )
+    return Cost(**json.loads(last))
