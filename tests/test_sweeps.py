@@ -20,7 +20,7 @@ import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState
-from sweeping import command, records, results, run, sweep, tiny, wait_for, workers_of
+from sweeping import command, forked_workers, records, results, run, sweep, tiny, wait_for, workers_of
 
 from config import parse_config
 from sweeps import worker
@@ -30,6 +30,8 @@ from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import STOPPED
 from training.loop import train
+
+__all__ = ["forked_workers"]  # a fixture, which pytest finds here by its name
 
 
 @pytest.fixture(autouse=True)
@@ -216,11 +218,12 @@ def test_a_reader_that_went_away_and_a_terminal_that_nohup_waives_stop_nothing(
     assert (tmp_path / "study" / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus: Path) -> None:
     path = tiny(tmp_path, corpus, sweep={"workers": 2})
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "logs").touch()  # where a folder must be
-    done = run("--config", path, cwd=tmp_path)
+    done = commands.command("hyperparam_tune.py", "--config", path, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "study/logs cannot be used (" in done.stderr
     assert all(is_open(record) for record in slots_of(records(tmp_path)).values())  # nothing is lost
@@ -230,6 +233,7 @@ def silent(*_: Any) -> None:
     os._exit(2)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_ends_without_a_word_is_told_of(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +274,7 @@ def tells_its_gpu(settings: Settings, fingerprint: str, mouth: Any, name: str, t
     mouth.send(os.environ["CUDA_VISIBLE_DEVICES"])
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_share_out_the_gpus_that_their_command_may_see(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +298,7 @@ def stands_still(settings: Settings, fingerprint: str, mouth: Any, name: str, ti
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_hangs_is_killed_and_its_trial_failed(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +331,7 @@ def test_a_worker_that_hangs_is_killed_and_its_trial_failed(
         crew.members[0].process.join()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_finds_other_data_than_its_command_says_so(tmp_path: Path, corpus: Path) -> None:
     """Two first commands may both have found a study without any; the last one to say whose it is has it."""
     settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from config.console import printable, shown_safely
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
 from config import one_sentence, parse_config, say
+from config.console import printable, shown_safely
 from recipes import refactoring
 from scraping.__main__ import main as scrape
 from scraping.ledger import Entry, Ledger
