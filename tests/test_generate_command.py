@@ -179,7 +179,7 @@ def test_what_is_streamed_is_never_taken_back(name, data):
         st.sampled_from(["def f", "A\nx = 1\n    return MAX_", "é\n→\n", "\n" + "é" * 9 + "\na"])
     )
     before, given_out = tokenizer.encode(asked), []
-    with patch.object(text_module, "SETTLED_EVERY", 1), patch.object(command, "CONTEXT", 4):
+    with patch.object(text_module, "SETTLED_EVERY", 1), patch.object(text_module, "CONTEXT", 4):
         stream = _Stream(tokenizer, Prompt(before), stops, given_out.append)
         slow = unsettled(tokenizer, before, stops)
         for n in range(1, len(ids) + 1):

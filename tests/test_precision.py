@@ -14,7 +14,7 @@ from modules.precision import choose_device, choose_precision
 HOUSE = Path(__file__).parent.parent
 FAULTS = """
 import resource, sys, torch
-from precision import keep_freed_memory
+from modules.precision import keep_freed_memory
 if "keep" in sys.argv and not keep_freed_memory():
     sys.exit(7)
 def pages_of_a_step():
@@ -28,7 +28,7 @@ print(sum([pages_of_a_step() for _ in range(6)][3:]))
 RESIDENT = """
 import sys, torch
 from pathlib import Path
-from precision import keep_freed_memory, release_freed_memory
+from modules.precision import keep_freed_memory, release_freed_memory
 if not keep_freed_memory():
     sys.exit(7)
 def resident():
