@@ -41,6 +41,7 @@ from data.curriculum import order_of
 from data.documents import Report
 from data.fim import fim_kept, fim_markers, known_markers
 from data.tokenstore import FORMAT, TokenStore, build_store, open_store
+from tokenization import healing
 from tokenizer import TRAINING_VERSION, BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 
 IGNORE_INDEX = -100
@@ -125,6 +126,8 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examp
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
     if known_markers(tokenizer) is not None and tokenizer.before(gap=True):
         parts.append("start before gaps")  # where nothing stood there once, the key is that of then
+    if "heal" in settings:
+        parts.append(f"healing {healing.VERSION}")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

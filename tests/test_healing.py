@@ -8,11 +8,11 @@ import json
 import math
 import pickle
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,44 +157,91 @@ def test_a_sample_is_as_likely_as_the_model_says_given_the_prompt(kind, text):
         assert tuple(greedy.ids[: len(first)]) == first
 
 
-CODE = Path(__file__).parent.parent / "dataset.py"
-SOURCE = CODE.read_text("utf-8")
 HARD = 'class HTTPReset(getJSONData):\n\tMAX_SIZE = "é → 日本"  # x\n\n\n'
 HARD += "    def _a1b2C3(self):\r\n        return  -1\n"
 
 
+NAMES = """
+    add all append args array batch block bool bytes cache call check class close code config copy count data
+    decode def device end entry error file find first float folder format from group head index input int is
+    item join key keys last layer length line list load loss max min mode model module name next none number
+    open pad path pool position raise range read row rows run save seed self set shape size sorted start state
+    step store str sum tail tensor text token tokens train tuple type update value version weight width zip
+""".split()
+
+
+def code(lines: int) -> str:
+    """Functions with sampled names, the same on every machine."""
+    sample = random.Random("code").choice
+    template = "{C}_{d} = {n}\ndef {a}_{b}(self, {c}: int) -> {A}{B}:\n    {d} = self.{a}.{b}({c}[{n}:])\n"
+    template += "    if {d} is not None and {b}:\n        return {A}Error(f'the {b} {c}', {d} + {n})\n\n\n"
+    values = ({key: sample(NAMES) for key in "abcd"} for _ in range(lines))
+    return "".join(
+        template.format(
+            **v, A=v["a"].capitalize(), B=v["b"].capitalize(), C=v["c"].upper(), n=sample(range(3000))
+        )
+        for v in values
+    )
+
+
 def trained(kind: str) -> Tokenizer:
-    texts = [SOURCE, HARD * 20]
+    texts = [code(400), HARD * 20]
     if kind == "code":
         return CodeTokenizer.train(texts, 1500, 3)
+    if kind == "code without some letters":  # which are bytes, and so is the whole word that has one
+        return CodeTokenizer.train(
+            [re.sub("[qzx7]", "", text, flags=re.IGNORECASE) for text in texts], 1500, 3
+        )
     return BPETokenizer.train(texts, 1200)
 
 
-TRAINED = {kind: trained(kind) for kind in ("code", "bpe")}
+TRAINED = {kind: trained(kind) for kind in ("code", "code without some letters", "bpe")}
 
 
+WORDS = "get http max size pool pays Reset cache key x i p id json utf8 v2 é 本 HTML azq 7 12345".split()
+BETWEEN = ["_", "__", " ", "  ", "\n", "\n    ", "\r\n\t", " = ", "(", "', ", ".", "é", " " * 70, "-" * 70]
+
+
+def joined(kind: str) -> str:
+    """Words that are joined as identifiers, numbers and prose have them, sampled by a seed of their own."""
+    sampled, parts = random.Random(kind), []
+    join = {"upper": str.upper, "camel": str.capitalize, "mixed": str.swapcase}.get(kind, str)
+    while sum(map(len, parts)) < 700:
+        random_word = "".join(sampled.choices("abcdefghijklmnopqrstuvwxyz", k=sampled.randint(1, 7)))
+        words = [sampled.choice([*WORDS, random_word]) for _ in range(sampled.randint(1, 9))]
+        parts += ["_".join(words).upper() if kind == "upper" else "".join(map(join, words))]
+        parts.append(sampled.choice(BETWEEN))
+    return "".join(parts)
+
+
+TEXTS = {
+    "hard": HARD * 2,
+    "cut": "Rows of 8 tokens.\nPOOL_PAYS_BYTES = 1\nself.GET_POOLL_ID_HWreadMAX = HTTPReset  P  ubii\n",
+    **{kind: joined(kind) for kind in ("upper", "camel", "mixed", "words")},
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", TRAINED)
-def test_what_a_text_goes_on_with_is_never_ruled_out(kind):
+def test_what_a_text_goes_on_with_is_never_ruled_out(kind, text):
     """A text is cut anywhere: of its own ids those up to the cut are a cover of what stands before it."""
-    tokenizer, draw = TRAINED[kind], random.Random(0)
-    text = SOURCE[:3000] + HARD
-    ids, ends = tokenizer.encode(text), [0]  # bytes at which each token ends
-    for n in range(len(ids)):
-        before, now = (tokenizer.bytes_of(ids[max(0, n - 8) : end]) or b"" for end in (n, n + 1))
-        ends.append(ends[-1] + len(now) - len(before))
+    tokenizer, text = TRAINED[kind], TEXTS[text]
+    ids, ends = tokenizer.encode(text), []  # bytes at which each token ends
+    ends = [len(tokenizer.bytes_of(ids[:n]) or b"") for n in range(len(ids) + 1)]
     assert ends[-1] == len(text.encode())
+    cuts = random.Random(0).sample(range(1, len(text)), min(len(text) - 1, 120))
     healed_ends = 0
-    for cut in sorted(draw.sample(range(1, len(text)), 150)) + list(range(len(text) - 100, len(text))):
+    for cut in cuts:
         prompt = healed(tokenizer, [1, *tokenizer.encode(text[:cut])])
         last = next(n for n, end in enumerate(ends) if end >= len(text[:cut].encode()))
         kept = len(prompt.ids) - 1
-        assert ids[:kept] == prompt.ids[1:]
+        assert ids[:kept] == prompt.ids[1:], text[max(0, cut - 20) : cut + 10]
         healed_ends += bool(prompt.branches)
         if prompt.branches:
-            assert tuple(ids[kept:last]) in covers(prompt), text[cut - 20 : cut + 10]
+            assert tuple(ids[kept:last]) in covers(prompt), text[max(0, cut - 20) : cut + 10]
         else:
-            assert ids[:last] == prompt.ids[1:], text[cut - 20 : cut + 10]
-    assert healed_ends > 80
+            assert ids[:last] == prompt.ids[1:], text[max(0, cut - 20) : cut + 10]
+    assert healed_ends > len(cuts) / 3
 
 
 SETTINGS = {

@@ -16,7 +16,8 @@ covers that share all tokens but the last, and generation weighs every branch by
 of its tokens. Masking one step after the other instead, as token healing is usually done, would take a branch
 as likely as its first token, however unlikely what has to follow.
 
-Covers that are known: every one that the tokenizer itself writes, for some text; and every one that is the
+Covers that are known: every one that the tokenizer itself writes, for some text (where more than 2,000 tokens
+could follow, as far as a few of those that begin alike stand for the others); and every one that is the
 prompt's own ids with another last token. They end inside of a character only where the prompt's own ids are
 cut. All others, such as "sel" + "f" where the tokenizer writes "self", never stood in training and are as
 if they had probability 0.
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, proxy
@@ -39,14 +40,15 @@ import numpy as np
 
 from tokenizer import Tokenizer
 
+VERSION = 2  # part of the key of the stores whose prompts are healed: raise it when a prompt's covers change
 CONTEXT = 16  # tokens whose text is written again in the place of the whole prompt's, at least
 MOST_CONTEXT = 64
 REACH = 128  # bytes from a prompt's end in which a cover's last token may begin, at most
-NEAR = 4  # tokens before one that are enough to see whether it follows them
+NEAR = 4  # tokens before one that show whether it follows them, at least
 MOST_ASKED, SOME = 2000, 16  # tokens after which only some of a kind are judged, and how many
 MOST_KEPT = 4096  # ends of prompts whose branches are remembered
 AFTER_SPACE = " \naz0(\x01\u00e9\u4e00\U00013000"
-LOWER = "abcdefghijklmnopqrstuvwxyz"
+LOWER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
 
 class Branch(NamedTuple):
@@ -117,6 +119,11 @@ class _Boundary:
         longest = max(len(tokenizer.bytes_of((id,)) or b"") for id in range(tokenizer.vocab_size))
         self.reach = min(REACH, longest + 1)  # with a space that `code` implies
         self.vocabularies: dict[Hashable, _Texts] = {}
+        alone, inside = (self._vocabulary(tuple(tokenizer.encode(text))).by_id for text in ("", "a"))
+        lower = {text.lower() for text in [*alone, *inside] if text}
+        self.beginnings = _Texts([*lower, *(text.removeprefix(b" ") for text in lower)])
+        written_once = Counter(inside)
+        self.without_piece = [c for c in LOWER + DIGITS if written_once[c.encode()] == 1]
         self.written: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
         self.known: dict[tuple[int, ...], tuple[tuple[Branch, ...], int]] = {}
 
@@ -137,7 +144,15 @@ class _Boundary:
             first -= 1
         starts = [*range(len(ids) - CONTEXT, first, -1), first]
         tails = (tuple(ids[start:]) for start in starts if start >= 0)
-        return next((tail for tail in tails if tail and self._writes(tail)), ())
+        text = self.tokenizer.decode(ids)
+        return next(
+            (
+                tail
+                for tail in tails
+                if tail and self._writes(tail) and text.endswith(self.tokenizer.decode(tail))
+            ),
+            (),
+        )
 
     def _writes(self, ids: tuple[int, ...]) -> bool:
         return self._encoded([self.tokenizer.decode(ids)]) == [list(ids)]
@@ -191,10 +206,12 @@ class _Boundary:
             rest = _utf8(text[end:])
             if len(rest) > self.reach:
                 break
-            before = tuple(self._encoded([text[:end]])[0])
-            if before not in seen and self.tokenizer.bytes_of(before) == _utf8(text[:end]):
-                seen.add(before)
-                yield before, rest
+            if not len(self.beginnings.beginning_with(rest.lower())):
+                continue  # no token begins so in any case
+            for before in self._begun(text[:end]):
+                if before not in seen:
+                    seen.add(before)
+                    yield before, rest
 
     def _own(self, before: tuple[int, ...], rest: bytes) -> np.ndarray:
         """The tokens (n,) with a text that begins with `rest` which the tokenizer writes after these itself.
@@ -202,7 +219,7 @@ class _Boundary:
         Asking takes 5 us a token, so of thousands, as there are with a space, those that go on with the same
         byte are judged by a few of them where these agree.
         """
-        near = before[-NEAR:] if self._writes(before[-NEAR:]) else before
+        near = self._near(before)
         if (near, rest) in self.written:
             return self.written[near, rest]
         vocabulary = self._vocabulary(near)
@@ -226,6 +243,24 @@ class _Boundary:
         self.written[near, rest] = np.array(own, np.int64)
         return self.written[near, rest]
 
+    def _near(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The last of some tokens, on which alone hangs which tokens may follow.
+
+        They begin where a word, a number or what stands between them does, so that the tokenizer writes them
+        alike whatever stands before.
+        """
+        whole = self.tokenizer.bytes_of(before) or b""
+        for start in range(len(before) - NEAR, 0, -1):
+            near = before[start:]
+            text = self.tokenizer.bytes_of(near) or b""
+            if not whole.endswith(text) or not 0 < len(text) < len(whole):
+                continue
+            left, right = whole[-len(text) - 1 :][:1], text[:1]
+            starts = left.isalnum() != right.isalnum() and left != b"_" and max(left + right) < 128
+            if starts and near in self._begun(self.tokenizer.decode(near)):
+                return near
+        return before
+
     def _written(self, before: tuple[int, ...], following: list[int]) -> list[int]:
         """Those of `following` that the tokenizer writes after `before`.
 
@@ -240,13 +275,36 @@ class _Boundary:
         own = []
         for (id, text), ids in zip(whole.items(), self._encoded(list(whole.values())), strict=True):
             wanted = [*before, id]
-            more = AFTER_SPACE if text[-1].isspace() else ""
-            if self.tokenizer.markers and text[-1].isupper():
-                more = LOWER
-            longer = [] if ids == wanted else [text + character for character in more]
+            longer = [] if ids == wanted else self._longer(text)
             if ids == wanted or any(ids[: len(wanted)] == wanted for ids in self._encoded(longer)):
                 own.append(id)
         return own
+
+    def _begun(self, text: str) -> Iterator[tuple[int, ...]]:
+        """What the tokenizer writes for a text, at its end or where it goes on; some come twice."""
+        whole = _utf8(text)
+        for ids in self._encoded([text, *self._longer(text)]):
+            for n in range(len(ids), -1, -1):
+                begun = self.tokenizer.bytes_of(ids[:n]) or b""
+                if begun == whole and (n == 0 or ids[n - 1] not in self.tokenizer.markers):
+                    yield tuple(ids[:n])
+                    break
+                if len(begun) < len(whole):
+                    break
+
+    def _longer(self, text: str) -> list[str]:
+        """A text with one character more, of those on which may hang how its own end is written.
+
+        On it may hang where a run of spaces is cut and, of a tokenizer with markers, whether a word is in
+        capitals, and whether it is written as bytes, for a character in it that no piece has.
+        """
+        last = text[-1:]
+        if last.isspace():
+            return [text + character for character in AFTER_SPACE]
+        if not self.tokenizer.markers or not last.isalnum():
+            return []
+        more = [*(LOWER if last.isupper() else ""), *self.without_piece]
+        return [text + character for character in more] + [text + c.upper() for c in self.without_piece]
 
 
 def _utf8(text: str) -> bytes:
