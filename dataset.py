@@ -15,6 +15,7 @@ pure function of (seed, epoch, step, rank, world size): the whole position of a 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -141,7 +142,6 @@ def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> P
     None where there is no such store, or it is damaged. Its report has the fingerprint alone.
     """
     config, report = config.resolved(), Report(fingerprint=fingerprint)
-    tokenizer.heals = config.heal
     for examples in (False, True):  # only the source itself says what it holds
         with contextlib.suppress(ValueError):
             found = _verified(_store_folder(config, tokenizer, fingerprint, examples), tokenizer, report)
@@ -187,7 +187,9 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
     config = config.resolved()
-    tokenizer.heals = config.heal
+    if tokenizer.heals != config.heal:
+        tokenizer = copy.copy(tokenizer)  # the caller's own stays as it is
+        tokenizer.heals = config.heal
     report, examples = Report(), False
     with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
         for _, document in split_documents(config, report):

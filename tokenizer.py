@@ -89,9 +89,7 @@ class Tokenizer(ABC):
     eos_ids: tuple[int, ...] = ()  # at which a published model ends too, as its configs name them
     bare_gaps: bool = False  # a run of before this was said, which trained prompts with a gap without start
     markers: tuple[int, ...] = ()  # ids without a text of their own, which change that of the next one
-    heals: bool = (
-        True  # whether the ends of prompts are healed (tokenization/healing.py): not where training cut them
-    )
+    heals: bool = True  # whether the ends of prompts are healed (tokenization/healing.py), as in training
 
     @property
     def start_id(self) -> int | None:
@@ -542,13 +540,15 @@ class CodeTokenizer(Tokenizer):
         return [names[id] for id in self._checked(ids)]
 
     def _save(self, folder: Path) -> None:
-        content = {
+        content: dict[str, Any] = {
             "format": _CODE_FORMAT,
             "version": _CODE_VERSION,
             "heads": self.heads,
             "tails": self.tails,
             "plain": self.plain,
         }
+        if not self.heals:
+            content["heals"] = False
         # Pieces hold no lone surrogates: a file cannot be UTF-8 with them, and as \u escapes two of them
         # would come back as one character.
         _write(Path(folder) / _CODE_FILE, json.dumps(content, ensure_ascii=False, indent=0) + "\n")
@@ -558,6 +558,7 @@ class CodeTokenizer(Tokenizer):
         path = Path(folder) / _CODE_FILE
         content = _read_json(path)
         expected = {"format", "version", "heads", "tails", "plain"}
+        heals = content.pop("heals", True) is not False
         if set(content) != expected or content["format"] != _CODE_FORMAT:
             raise ValueError(f"{path} is not a {_CODE_FORMAT}: its keys are {sorted(content)[:9]}")
         if content["version"] != _CODE_VERSION:
@@ -567,9 +568,11 @@ class CodeTokenizer(Tokenizer):
             if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
                 raise ValueError(f"{path} must hold three lists of strings: heads, tails, plain")
         try:
-            return cls(*lists)
+            tokenizer = cls(*lists)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        tokenizer.heals = heals
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, min_count: int = 10) -> CodeTokenizer:
@@ -854,6 +857,8 @@ _OUR_MARK = "plumb_kind"
 # Of tokenizer_config.json: whether a text with a gap was trained with what stands before every other. A base
 # or run that was made here before this was written had nothing there; published models have, if any text has.
 STARTS_GAPS = "plumb_starts_gaps"
+# Of tokenizer_config.json: false where the model was trained on prompts whose ends were not healed.
+HEALS = "plumb_heals"
 
 
 def _no_surrogates(text: str) -> str:
@@ -1035,6 +1040,7 @@ class BPETokenizer(Tokenizer):
         pad, bos, eos = SPECIALS
         config = {_OUR_MARK: self.kind, "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
         config |= {"bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
+        config |= {} if self.heals else {HEALS: False}
         # tokenizer.json comes last: a folder without it is refused, one without the mark would be misread.
         _write(Path(folder) / _HF_CONFIG, json.dumps(config, indent=2) + "\n")
         _write(Path(folder) / _HF_FILE, self._json + "\n")
@@ -1044,9 +1050,12 @@ class BPETokenizer(Tokenizer):
         path = Path(folder) / _HF_FILE
         text = _read(path)
         try:
-            return cls(text)
+            tokenizer = cls(text)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        config = Path(folder) / _HF_CONFIG
+        tokenizer.heals = not config.exists() or _read_json(config).get(HEALS) is not False
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, min_count: int = 0) -> BPETokenizer:
@@ -1350,8 +1359,10 @@ class PretrainedTokenizer(Tokenizer):
     def _save(self, folder: Path) -> None:
         """Write the files as they were loaded; vocab.json and merges.txt have become tokenizer.json."""
         config = _parse_json(self._files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
-        files = self._files | {_HF_CONFIG: json.dumps(config | {STARTS_GAPS: not self.bare_gaps}, indent=2)}
-        files = self._files if self.start_id is None else files
+        marked = {key: value for key, value in config.items() if key != HEALS}
+        marked |= {} if self.heals else {HEALS: False}
+        marked |= {} if self.start_id is None else {STARTS_GAPS: not self.bare_gaps}
+        files = self._files if marked == config else self._files | {_HF_CONFIG: json.dumps(marked, indent=2)}
         for name, text in sorted(files.items(), key=lambda item: item[0] == _HF_FILE):
             _write(Path(folder) / name, text)
 
@@ -1372,7 +1383,8 @@ class PretrainedTokenizer(Tokenizer):
             tokenizer = cls(files)
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
-        said = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG).get(STARTS_GAPS)
+        config = _parse_json(files.get(_HF_CONFIG, "{}"), _HF_CONFIG)
+        said, tokenizer.heals = config.get(STARTS_GAPS), config.get(HEALS) is not False
         made_here = as_saved or [tokenizer.token_id(token) for token in SPECIALS] == [PAD, BOS, EOS]
         tokenizer.bare_gaps = made_here if said is None else said is False
         return tokenizer

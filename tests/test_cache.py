@@ -376,7 +376,9 @@ def test_the_stored_examples_of_a_healed_run_are_not_those_of_an_unhealed_one(tm
     healed = DataConfig(str(source), cache=str(tmp_path / "cache"), workers=1)
     tokenizer = BPETokenizer.train([row["prompt"] + row["completion"] for row in rows], 300)
     unhealed = prepare_data(replace(healed, heal=False), tokenizer)
+    assert tokenizer.heals  # the caller's own stays as it was
     assert stored_data(healed, tokenizer, unhealed.fingerprint) is None
+    assert tokenizer.heals
     made = prepare_data(healed, tokenizer)
     for config, folder in ((healed, made.folder), (replace(healed, heal=False), unhealed.folder)):
         found = stored_data(config, tokenizer, made.fingerprint)

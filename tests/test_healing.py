@@ -29,7 +29,7 @@ from generation.text import generate
 from tests.test_generate import BIASED, scrambled
 from tokenization import healing
 from tokenization.healing import Prompt, healed
-from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
+from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 
 MERGES = [("a", "b"), ("b", "b"), ("Ċ", "Ġ"), ("ab", "bb"), ("ĊĠ", "Ġ"), ("Ġ", "a"), ("bb", "a")]
 PROMPTS = ["ab\n", "a ", "ab", "abb", "a\n ", "b", "\n", "bbab\n  ", "abbb"]
@@ -320,6 +320,20 @@ def test_healing_is_left_out_where_it_is_asked_or_the_run_was_trained_without_it
     tokenizer.heals = False
     assert made(None) == plain != made(True)
     assert not pickle.loads(pickle.dumps(tokenizer)).heals
+
+
+@pytest.mark.parametrize("kind", ["code", "bpe", "pretrained"])
+def test_a_folder_says_that_its_model_was_trained_on_prompts_that_were_not_healed(tmp_path, kind):
+    TRAINED["code" if kind == "code" else "bpe"].save(tmp_path / "given")
+    open_folder = PretrainedTokenizer.load if kind == "pretrained" else load_tokenizer
+    tokenizer = open_folder(tmp_path / "given")
+    assert tokenizer.heals
+    for heals in (False, True):
+        tokenizer.heals = heals
+        tokenizer.save(tmp_path / str(heals))
+        tokenizer = open_folder(tmp_path / str(heals))
+        assert tokenizer.heals is heals
+        assert tokenizer.fingerprint == open_folder(tmp_path / "given").fingerprint
 
 
 def test_a_vocabulary_of_50000_is_searched_in_milliseconds():

@@ -717,6 +717,7 @@ def _train_in(
         refuse_changes(folder, config)
     if config.train.resume:
         tokenizer.bare_gaps = gaps_began_bare(folder)
+    tokenizer.heals = config.data.heal
     data = prepare_data(config.data, tokenizer)
     if row_follows and not config.train.resume:
         config = with_fitting_row(config, data)
