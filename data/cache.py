@@ -98,7 +98,10 @@ def verify_folder(folder: Path) -> None:
     """
     try:
         sums = unsealed((folder / SUMS).read_text("utf-8"))
-        changed = [name for name, sum in sums.items() if _sha256(folder / name) != sum]
+        there = {
+            path.name for path in folder.iterdir() if path.is_file()
+        }  # no device, nor another folder's file
+        changed = [name for name, sum in sums.items() if name not in there or _sha256(folder / name) != sum]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} cannot be verified ({error})") from None
     if changed:

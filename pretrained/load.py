@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from architecture import Decoder
 from config import ModelConfig
+from data.cache import SUMS, verify_folder
 from modules.quantize import KINDS, replace_linear
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
 from pretrained.family import Family, Values, from_model, to_model
@@ -152,6 +153,8 @@ def load_pretrained(
     """
     folder, commit = _locate(str(source), revision, local_only)
     linked = commit is not None
+    if not linked:
+        _refuse_changed(folder)
     values, family, config = _described(folder, linked)
     eos_ids = _eos_ids(folder, values, config.vocab_size, linked)
     entries = read_tensors(folder, linked)
@@ -195,6 +198,18 @@ def load_pretrained(
     if tokenizer is not None:
         tokenizer.eos_ids = eos_ids
     return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored, eos_ids)
+
+
+def _refuse_changed(folder: Path) -> None:
+    """ValueError if a file is not as it was written, of a folder with checksums, as a base made here has them."""
+    if not (folder / SUMS).is_file():
+        return
+    try:
+        verify_folder(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; restore it from a copy, or remove {folder / SUMS} if the change is meant"
+        ) from None
 
 
 def described(source: str, revision: str | None = None) -> tuple[Family, ModelConfig]:

@@ -170,8 +170,14 @@ def make_base(settings: BaseConfig) -> Path:
     check_ranges(config)
     finish(config, is_preset=True)
     trained = load_run(run)
-    save_pretrained(trained.model, trained.tokenizer, folder, settings.family)
-    seal_folder(folder)
+    # A base without checksums is taken for one of an older Plumb, so it gets its name when it has them.
+    unsealed = folder.with_name(f".{folder.name}.unsealed")
+    shutil.rmtree(unsealed, ignore_errors=True)
+    save_pretrained(trained.model, trained.tokenizer, unsealed, settings.family)
+    seal_folder(unsealed)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(unsealed, folder)
     for made_on_the_way in (f"{folder.name}-tokenizer", run.name):
         shutil.rmtree(folder.with_name(made_on_the_way), ignore_errors=True)
     return folder

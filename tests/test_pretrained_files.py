@@ -35,6 +35,7 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
+from data.cache import SUMS, seal_folder, sealed
 from generation.settings import GenerationConfig
 from generation.text import generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
@@ -229,6 +230,21 @@ def test_a_file_cut_while_it_is_read_is_refused(dtype, folder, monkeypatch):
     monkeypatch.setattr(pretrained.load, "Stored", SimpleNamespace(of=cut))
     with pytest.raises(ValueError, match="ends early; it was cut while it was read"):
         load_pretrained(folder, dtype)
+
+
+def test_a_base_with_checksums_is_opened_as_it_was_written_alone(folder):
+    BPETokenizer.train(["aa bb"], 300).save(folder)
+    seal_folder(folder)
+    load_pretrained(folder)
+    BPETokenizer.train(["cc dd"], 300).save(folder)
+    with pytest.raises(ValueError, match="tokenizer.json is not what was written there; restore it"):
+        load_pretrained(folder)
+    (folder / SUMS).unlink()
+    load_pretrained(folder)
+    for name in ("../model", "/dev/zero"):  # a stranger's checksums read no other file
+        (folder / SUMS).write_text(sealed({name: "0"}), "utf-8")
+        with pytest.raises(ValueError, match="is not what was written there"):
+            load_pretrained(folder)
 
 
 def test_two_dtypes_need_one_asked_for(folder):

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import yaml
 
 from architecture import Decoder
 from config import Config, DataConfig
+from data.cache import verify_folder
 from data.fim import fim_prompt_ids, gap_start, known_markers
 from dataset import prepare_data
 from modules.precision import choose_device, choose_precision
@@ -369,6 +371,22 @@ def test_a_small_base_opens_in_transformers_with_equal_logits(
         assert {int(store.document(n)[0]) for n in range(store.n_documents)} == {asked[0]}
     assert "gaps were trained without the start" not in capsys.readouterr().err
     assert make_base(settings) == folder and "is there already" in capsys.readouterr().out
+
+
+def test_a_base_has_its_name_only_with_its_checksums(tmp_path, tokenizer, monkeypatch):
+    """A process that is killed between the two would leave what is taken for an older base."""
+    tiny("llama", tokenizer, tmp_path / "trained")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.py").write_text("a = 1\n", "utf-8")
+    monkeypatch.setattr("recipes.base.finish", lambda *_, **__: None)
+    monkeypatch.setattr("recipes.base.load_run", lambda _: load_pretrained(tmp_path / "trained"))
+    settings = BaseConfig("llama", out=str(tmp_path / "base"), source=str(tmp_path / "corpus"))
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("recipes.base.seal_folder", Mock(side_effect=KeyboardInterrupt))
+        make_base(settings)
+    assert not (tmp_path / "base").exists()
+    verify_folder(make_base(settings))
+    assert {path.name for path in tmp_path.iterdir()} == {"trained", "corpus", "base"}
 
 
 # --- the command -------------------------------------------------------------------------------------
