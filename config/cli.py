@@ -15,12 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from config.console import one_line, refuse
+from config.console import one_line, printable, refuse
 from config.files import REPOSITORY
-from config.rules import possible_kinds, unused_keys
+from config.rules import left_of_other_optimizer, possible_kinds, unused_keys
 from config.schema import CONFIG_GROUPS, Config, DataConfig, TrainConfig, build, check_ranges
 from config.typed import field_types, wanted
-from config.yamlfile import parse_yaml, read_yaml
+from config.yamlfile import by_base_60, parse_yaml, read_yaml
 
 RECIPES = REPOSITORY / "recipes"  # the YAML files of presets
 
@@ -34,6 +34,7 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
     """
     parser = make_parser(CONFIG_GROUPS, description)
     words = _switches(argv)
+    has_file = any(word.partition("=")[0] == "--config" for word in words)
     if any(word == "--overfit" and after.lower() in ("true", "yes", "on") for word, after in pairwise(words)):
         words = ["--config", str(RECIPES / "overfit.yaml"), *words]
     words, rate = _without_rate(words)
@@ -58,6 +59,13 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
                 "can only in fp32: set lora.r to 1 or more to train adapters, or remove base_format"
             )
         given = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
+        left = left_of_other_optimizer(config.optimizer, given)
+        if has_file and "optimizer.name" in given and left:
+            name, shown = config.optimizer.name, ", ".join(f"{key} {value:g}" for key, value in left.items())
+            raise ValueError(
+                f"optimizer.name is {name}, and --config brings the other optimizer's {shown}; give each as a "
+                f"flag, such as --optimizer.{next(iter(left))} null for the value that {name} takes"
+            )
         for key, reason in unused_keys(config, given):
             raise ValueError(f"{key} is set, but {reason}; remove it")
         return config
@@ -122,6 +130,12 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
 
             words = args[0] if args and args[0] is not None else sys.argv[1:]
             flags = ("--config", *(f"--{name}" for name in groups if name))  # a group may have a file too
+            numbers = {
+                f"--{name}.{key}".replace("--.", "--")
+                for name, group in groups.items()
+                for key, kind in field_types(group).items()
+                if {int, float} & {kind, *get_args(kind)}
+            }
             for word, after in pairwise([*words, ""]):
                 flag, equals, value = word.partition("=")
                 file = value if equals else after
@@ -132,6 +146,10 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
                         self.error(str(error))
                     except OSError:  # which the parser tells
                         pass
+                elif flag in flags and not file.replace("\n", "").replace("\t", "").isprintable():
+                    self.error(f"{flag} is {printable(file)}, and there is no such file")  # nor is it YAML
+                if flag in numbers and (wrong := by_base_60(file, f"{flag} {file}")):
+                    self.error(wrong)
             try:
                 return super().parse_args(*args, **options)
             except (ValueError, TypeError, OSError, RecursionError) as error:  # a file that is no YAML

@@ -54,6 +54,18 @@ def unread_rates(
         yield key, f"no parameter of this run learns at it; what acts is {named}"
 
 
+def left_of_other_optimizer(optimizer: OptimizerConfig, given: Collection[str]) -> dict[str, float]:
+    """The values that are another optimizer's defaults, and neither this one's nor given as flags."""
+    own = OPTIMIZER_DEFAULTS[optimizer.name]
+    others = (values for name, values in OPTIMIZER_DEFAULTS.items() if name != optimizer.name)
+    return {
+        key: value
+        for values in others
+        for key, value in values.items()
+        if f"optimizer.{key}" not in given and getattr(optimizer, key) == value != own[key]
+    }
+
+
 def unused_keys(config: Config, given: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     """Keys that differ from their default although nothing reads them, each with the reason.
 
@@ -104,7 +116,9 @@ def unused_keys(config: Config, given: Collection[str] = ()) -> Iterator[tuple[s
     }
     default, values = flat(Config()), flat(config)
     for key, (is_read, reason) in rules.items():
-        if not is_read and values[key] != default[key]:
+        # Of these no value means "off", so that to ask for the default one is a mistake, too.
+        asked_in_vain = key.startswith("tokenizer.") and key in given
+        if not is_read and (asked_in_vain or values[key] != default[key]):
             yield key, reason
     for key, reason in unread_rates(optimizer, possible_kinds(config), given):
         if key == "optimizer.muon_lr" and optimizer.name != "muon":

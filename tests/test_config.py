@@ -134,10 +134,12 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
         ),
         (["--model.mlp", "gulu"], "it must be one of gelu, gelu_tanh, relu2, swiglu; did you mean gelu?"),
         (["--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["--config", "no/such\x1b[2J.yaml"], "--config is no/such\\x1b[2J.yaml, and there is no such file"),
         (["--model.position", "learned", "--model.rope_theta", "5"], "model.position is not rotary"),
         (["--optimizer.name", "adamw", "--optimizer.muon_lr", "1"], "optimizer.name is not muon"),
         (["--tokenizer.kind", "bpe", "--tokenizer.min_count", "1"], "only a new `code` tokenizer counts"),
         (["--tokenizer.kind", "bpe", "--tokenizer.path", "x"], "tokenizer.kind is set, but tokenizer.path"),
+        (["--tokenizer.kind", "code", "--base", "x"], "tokenizer.kind is set, but tokenizer.path or base br"),
         (
             ["--optimizer.schedule", "constant", "--optimizer.min_lr_factor", "0.5"],
             "optimizer.schedule is constant",
@@ -152,6 +154,11 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
         (["--config", "{optimizer: {lr: 0.5}}"], "optimizer.lr is set, but no parameter"),
         (["--base", "x", "--optimizer.embedding_lr", "0.1"], "learns at it; what acts is optimizer.lr; "),
         (["--base", "x", "--optimizer.name", "muon", "--optimizer.muon_lr", "1"], "acts is optimizer.lr; "),
+        (
+            ["--config", "{optimizer: {embedding_lr: 0.3, beta1: 0.8}}", "--optimizer.name", "adamw"],
+            "optimizer.name is adamw, and --config brings the other optimizer's embedding_lr 0.3, beta1 0.8; "
+            "give each as a flag, such as --optimizer.embedding_lr null for the value that adamw takes",
+        ),
         (["--lr", "0.1"], "--lr is no flag; did you mean optimizer.muon_lr or optimizer.embedding_lr or opt"),
         (["--seed", "3", "--lr=1e-3"], "--lr is no flag; did you mean optimizer.muon_lr or "),
         (["--lr", "--optimizer.name", "adamw"], "--lr is no flag; did you mean optimizer.lr?\n"),

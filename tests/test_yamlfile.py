@@ -148,6 +148,8 @@ def test_a_number_with_two_readings_is_refused_before_anything_is_done(
     assert "010 in line 1 of the settings given is 8" in error_of(["--config", "{seed: 010}"], capsys)
     config = parse_config(["--run", "1:30", "--seed", "010"])  # flags are no YAML: text stays text
     assert (config.train.run, config.train.seed) == ("1:30", 10)
+    for words in (["--max_seconds", "1:30"], ["--max_seconds=1:30"]):
+        assert "--max_seconds 1:30 is 90 to YAML, which takes a colon for base 60" in error_of(words, capsys)
 
 
 def test_a_file_larger_than_settings_are_is_refused_unread(tmp_path: Path) -> None:
