@@ -63,8 +63,8 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
         if has_file and "optimizer.name" in given and left:
             name, shown = config.optimizer.name, ", ".join(f"{key} {value:g}" for key, value in left.items())
             raise ValueError(
-                f"optimizer.name is {name}, and --config brings the other optimizer's {shown}; give each as a "
-                f"flag, such as --optimizer.{next(iter(left))} null for the value that {name} takes"
+                f"optimizer.name is {name}, and --config brings the other optimizer's {shown}; give each as "
+                f"a flag, such as --optimizer.{next(iter(left))} null for the value that {name} takes"
             )
         for key, reason in unused_keys(config, given):
             raise ValueError(f"{key} is set, but {reason}; remove it")

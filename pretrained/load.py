@@ -201,7 +201,7 @@ def load_pretrained(
 
 
 def _refuse_changed(folder: Path) -> None:
-    """ValueError if a file is not as it was written, of a folder with checksums, as a base made here has them."""
+    """ValueError if a file is not as it was written, in a folder with checksums, as a base made here has."""
     if not (folder / SUMS).is_file():
         return
     try:

@@ -68,7 +68,10 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def resume(folder: str | Path, *words: str) -> None:
     """`python trainingmanager.py --resume --run folder words`, which has to exit with 0."""
-    main(parse_config(command_line(["--resume", "--run", str(folder), *words])))
+    with pytest.raises(SystemExit) as ended_with:
+        main(parse_config(command_line(["--resume", "--run", str(folder), *words])))
+    if ended_with.value.code:
+        raise ended_with.value
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,7 +98,8 @@ def test_an_undisturbed_end_leaves_nothing_to_make(
 ) -> None:
     monkeypatch.chdir(trained)
     config = small()
-    main(replace(config, train=replace(config.train, run=str(tmp_path / "run"))))
+    with pytest.raises(SystemExit, match="0"):
+        main(replace(config, train=replace(config.train, run=str(tmp_path / "run"))))
     capsys.readouterr()
     resume(tmp_path / "run")
     assert "nothing is missing" in capsys.readouterr().out
@@ -147,6 +151,15 @@ def test_a_mistake_in_the_command_is_refused_and_no_reason_to_end_a_retry_loop(
     with pytest.raises(SystemExit) as ended_with:
         resume(run, *words)
     assert ended_with.value.code == 2 and words[1] in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_the_run_is_no_reason_to_end_a_retry_loop(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "tokenizer" / "code_tokenizer.json").write_text("{", "utf-8")
+    with pytest.raises(SystemExit) as ended_with:
+        resume(run)
+    assert ended_with.value.code == 2 and "code_tokenizer.json is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gone", ["gone", "changed"])

@@ -871,13 +871,17 @@ def ended(train: TrainConfig, folder: Path) -> Manifest | None:
         return None
 
 
+class Lost(ValueError):
+    """The base or the data of a run that ended, without which some of it cannot be made, are not there."""
+
+
 def finish_ended(config: Config) -> bool:
     """Make what is missing of a run whose training is done, and say what cannot be made; False if it is not.
 
     The store in the cache is enough for all of it: the source of the data may be gone.
 
     Raises:
-        ValueError: As `train`, of the folder and of settings that were changed.
+        ValueError: As `train`, of the folder and of settings that were changed; a file of the run is damaged.
         OSError: The disk is full or read-only.
     """
     with claimed_folder(config) as folder:
@@ -905,7 +909,7 @@ def finish_ended(config: Config) -> bool:
         try:
             _make_missing(folder, config, missing)
             say(f"made now: {', '.join(missing)}")
-        except ValueError as error:  # another try would end alike
+        except Lost as error:  # another try would end alike
             there = outputs_made(folder, best.step)
             lost = " and ".join(name for name in missing if name not in there)
             reason = " ".join(str(error).split())
@@ -914,12 +918,17 @@ def finish_ended(config: Config) -> bool:
 
 
 def _make_missing(folder: Path, config: Config, missing: Sequence[str]) -> None:
-    """Make what needs no data, then the rest; ValueError where the base or the data are gone."""
+    """Make what needs no data, then the rest; Lost where the base or the data are gone or have changed."""
     if "pictures" in missing:
         make_pictures(folder)
     if [*missing] == ["pictures"]:
         return
-    run = load_run(folder, base=config.train.base)
+    try:
+        run = load_run(folder, base=config.train.base)
+    except ValueError as error:
+        if config.train.base is None:  # then a file of the run itself is at fault
+            raise
+        raise Lost(str(error)) from None
     note_base(folder, config.train.base)
     if "adapter" in missing:
         make_adapter(folder, run)
@@ -929,7 +938,10 @@ def _make_missing(folder: Path, config: Config, missing: Sequence[str]) -> None:
         settings = final_settings(folder, config, device)
         data = stored_data(data_config(run, settings), run.tokenizer, run.fingerprints["data"])
         if data is None:
-            data = data_of(run, settings)
+            try:
+                data = data_of(run, settings)
+            except ValueError as error:
+                raise Lost(str(error)) from None
         rest = [name for name in missing if name in ("scores", "samples")]
         report(EndedRun(folder, config, data, device, precision), rest)
 
