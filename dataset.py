@@ -76,7 +76,13 @@ def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
         tokenizer = BPETokenizer.train(texts, settings.vocab_size)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)  # A killed process with this number may have left it.
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        say(f"the tokenizer is kept in memory: {folder.parent} may only be read")
+        return tokenizer
     tokenizer.save(temporary)
     seal_folder(temporary)
     tokenizer = load_tokenizer(temporary)
@@ -96,7 +102,8 @@ def _cached_tokenizer(folder: Path) -> Tokenizer | None:
             return load_tokenizer(folder)
     except (OSError, ValueError) as error:
         say_damaged(folder, error)
-        discard(folder)
+        with contextlib.suppress(PermissionError):  # a cache that may only be read
+            discard(folder)
     return None
 
 

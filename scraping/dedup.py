@@ -347,6 +347,8 @@ def run(settings: Settings) -> None:
     if settings.shingle < 1:
         raise ValueError(f"--shingle is {settings.shingle}; it must be at least 1")
     parts = parts_of(Path(settings.folder, "clean"))
+    if not any(True for part in parts for _ in read_shard(part)):
+        raise ValueError(f"{parts[0].parent} holds no document, as clean said: run clean again first")
     if settings.step in ("signature", "bucket"):
         number, shards = parse_shard(settings.shard or "0/1")
         if settings.step == "bucket":

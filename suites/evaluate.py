@@ -148,7 +148,11 @@ def evaluate_run(
         precision,
     )
     models = judges(subject, settings)
-    data = data_of(run, settings) if data is None else data
+    if data is None:
+        try:
+            data = data_of(run, settings)
+        except ValueError as error:  # who reads data names the flag of training
+            raise ValueError(str(error).replace("--data.source", "--source")) from None
     if not names:
         names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
     if settings.predictions is not None:

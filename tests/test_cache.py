@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -77,6 +78,27 @@ def test_a_cached_tokenizer_with_another_piece_is_trained_again(
     assert capsys.readouterr().err == ""
 
 
+def test_where_the_cache_may_only_be_read_a_damaged_tokenizer_is_made_again_in_memory(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (path,) = Path(data.cache).glob("tokenizers/*")
+    (path / cache.SUMS).unlink()
+    before = {file: file.read_bytes() for file in path.iterdir()}
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refused)
+        patch.setattr(Path, "mkdir", refused)
+        assert prepare_tokenizer(data, TRAINED).fingerprint == tokenizer.fingerprint
+    assert "the tokenizer is kept in memory" in "".join(capsys.readouterr())
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
+
+
 def older(folder: Path) -> None:
     """Make the store as one of before its index had a checksum."""
     index = json.loads((folder / "index.json").read_text("utf-8"))
@@ -114,10 +136,12 @@ def test_an_index_that_was_changed_where_nothing_reads_it_is_seen_too(
 ) -> None:
     path = prepare_data(data, tokenizer).folder / "index.json"
     index = json.loads(path.read_text("utf-8"))
+    misspelled = {key.replace("sha256", "sha257"): value for key, value in index.items()}
     index["splits"]["train"]["documents"] += 1
-    path.write_text(json.dumps(index), "utf-8")
-    with pytest.raises(ValueError, match=r"index\.json was changed on the disk"):
-        TokenStore(path.parent, "train")
+    for changed in (index, misspelled):
+        path.write_text(json.dumps(changed), "utf-8")
+        with pytest.raises(ValueError, match=r"index\.json was changed on the disk"):
+            TokenStore(path.parent, "train")
 
 
 @pytest.mark.parametrize("is_older", [False, True])

@@ -452,6 +452,8 @@ def test_moved_files_are_found_and_other_ones_refused(run, capsys):
     assert evaluation.evaluate(replace(settings, source=str(moved))) == before
     (moved / "m0.py").write_text("x = 1\n", "utf-8")
     assert "fingerprint" in refusal(replace(settings, source=str(moved)), capsys)
+    gone = refusal(replace(settings, source=str(moved / "gone")), capsys)
+    assert "set --source to a folder" in gone and "--data.source" not in gone
 
 
 def test_a_strangers_config_does_not_say_where_the_cache_is_nor_how_many_work(run, monkeypatch):

@@ -941,7 +941,7 @@ def _make_missing(folder: Path, config: Config, missing: Sequence[str]) -> None:
             try:
                 data = data_of(run, settings)
             except ValueError as error:
-                raise Lost(str(error)) from None
+                raise Lost(str(error).replace("--source", "--data.source")) from None
         rest = [name for name in missing if name in ("scores", "samples")]
         report(EndedRun(folder, config, data, device, precision), rest)
 
