@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO, cast
@@ -24,6 +25,21 @@ _AROUND = re.compile(r"(\r*)(.*?)(\r*)", re.DOTALL)
 def printable(text: str) -> str:
     """`text` with each character that is not seen, but line breaks and tabs, named as Python would: \\x1b."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def for_shell(text: str) -> str:
+    """`text` as one word of a command that can be printed and pasted into a shell, which is bash, ksh or zsh.
+
+    A name with characters that are not seen is written as `$'...'`, where `\\x1b` is the byte.
+    """
+    if printable(text) == text:
+        return shlex.quote(text)
+    spelled = []
+    for c in text:
+        errors = "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass"
+        seen = c.isprintable() and c not in "\\'"
+        spelled += [c] if seen else [f"\\x{byte:02x}" for byte in c.encode("utf-8", errors)]
+    return f"$'{''.join(spelled)}'"
 
 
 def one_line(text: str) -> str:

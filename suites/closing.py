@@ -8,10 +8,11 @@ Both are read from the run's metrics.jsonl. No torch.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from config.console import for_shell
 
 RECENT = 0.1  # The share of the logged steps whose mean loss stands for the end of the run.
 ROSE = 0.02  # nats by which validation must have risen since its best to count as risen
@@ -29,7 +30,7 @@ def closing_lines(folder: Path, adapted: bool, asked: str) -> list[str]:
         asked: Words that `flags_of` made.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    run = shlex.quote(str(folder))
+    run = for_shell(str(folder))
     return [
         f"verdict      {verdict(rows, run, adapted)}",
         f"complete     python generate.py --model {run} {asked}",
@@ -88,5 +89,5 @@ def flags_of(samples: Sequence[Mapping[str, Any]]) -> str:
     asked = min(samples, key=lambda sample: len(sample["prompt"]), default=None)
     if asked is None or len(asked["prompt"]) > LONGEST:
         return "--prompt_file FILE"
-    suffix = f" --suffix {shlex.quote(asked['suffix'])}" if asked.get("suffix") is not None else ""
-    return f"--prompt {shlex.quote(asked['prompt'])}{suffix}"
+    suffix = f" --suffix {for_shell(asked['suffix'])}" if asked.get("suffix") is not None else ""
+    return f"--prompt {for_shell(asked['prompt'])}{suffix}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from config.console import for_shell, printable
 from suites.closing import closing_lines, flags_of, shown_examples, verdict
 
 
@@ -20,6 +23,15 @@ def curves(train: list[float], held_out: list[float], epochs: float) -> list[dic
             epoch = {"train/epoch": epochs * step / 100} if tag == "train/loss" else {}
             rows.append({"step": step, tag: loss, **epoch})
     return rows
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "\x1b[2J", "a'\\\x07é日\u202e", "\udcff", "new\nline\x01"])
+def test_a_command_with_any_name_in_it_is_printed_safely_and_means_the_name(name):
+    word = for_shell(name)
+    assert printable(word) == word
+    if shutil.which("bash"):
+        said = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True).stdout
+        assert said == name.encode("utf-8", "surrogateescape")
 
 
 @pytest.mark.parametrize(
