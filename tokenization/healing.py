@@ -119,11 +119,13 @@ class _Boundary:
         longest = max(len(tokenizer.bytes_of((id,)) or b"") for id in range(tokenizer.vocab_size))
         self.reach = min(REACH, longest + 1)  # with a space that `code` implies
         self.vocabularies: dict[Hashable, _Texts] = {}
+        # What a token can begin with in any state, in lower case, and without the space that one may imply.
         alone, inside = (self._vocabulary(tuple(tokenizer.encode(text))).by_id for text in ("", "a"))
         lower = {text.lower() for text in [*alone, *inside] if text}
         self.beginnings = _Texts([*lower, *(text.removeprefix(b" ") for text in lower)])
-        written_once = Counter(inside)
-        self.without_piece = [c for c in LOWER + DIGITS if written_once[c.encode()] == 1]
+        # The letters and digits that have a token as a byte alone, and none as a piece of a word.
+        n_tokens = Counter(inside)
+        self.without_piece = [c for c in LOWER + DIGITS if n_tokens[c.encode()] == 1]
         self.written: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
         self.known: dict[tuple[int, ...], tuple[tuple[Branch, ...], int]] = {}
 
@@ -138,21 +140,18 @@ class _Boundary:
         return found
 
     def _tail(self, ids: list[int]) -> tuple[int, ...]:
-        """Last tokens that the tokenizer writes for their own text; () where there are none."""
+        """Last tokens that the tokenizer writes for their own text; () where there are none.
+
+        A tail that lacks the marker before it is another text: `pool` where the whole has `POOL`.
+        """
         first, least = len(ids), max(0, len(ids) - MOST_CONTEXT)
         while first > least and self.tokenizer.bytes_of(ids[first - 1 : first]) is not None:
             first -= 1
         starts = [*range(len(ids) - CONTEXT, first, -1), first]
         tails = (tuple(ids[start:]) for start in starts if start >= 0)
         text = self.tokenizer.decode(ids)
-        return next(
-            (
-                tail
-                for tail in tails
-                if tail and self._writes(tail) and text.endswith(self.tokenizer.decode(tail))
-            ),
-            (),
-        )
+        own = (tail for tail in tails if text.endswith(self.tokenizer.decode(tail)) and self._writes(tail))
+        return next((tail for tail in own if tail), ())
 
     def _writes(self, ids: tuple[int, ...]) -> bool:
         return self._encoded([self.tokenizer.decode(ids)]) == [list(ids)]
@@ -244,7 +243,7 @@ class _Boundary:
         return self.written[near, rest]
 
     def _near(self, before: tuple[int, ...]) -> tuple[int, ...]:
-        """The last of some tokens, on which alone hangs which tokens may follow.
+        """Return the last of these tokens, which alone decide what may follow.
 
         They begin where a word, a number or what stands between them does, so that the tokenizer writes them
         alike whatever stands before.
