@@ -161,13 +161,16 @@ HARD = 'class HTTPReset(getJSONData):\n\tMAX_SIZE = "é → 日本"  # x\n\n\n'
 HARD += "    def _a1b2C3(self):\r\n        return  -1\n"
 
 
-NAMES = """
+NAMES = re.findall(
+    r"\w+",
+    """
     add all append args array batch block bool bytes cache call check class close code config copy count data
     decode def device end entry error file find first float folder format from group head index input int is
     item join key keys last layer length line list load loss max min mode model module name next none number
     open pad path pool position raise range read row rows run save seed self set shape size sorted start state
     step store str sum tail tensor text token tokens train tuple type update value version weight width zip
-""".split()
+    """,
+)
 
 
 def code(lines: int) -> str:
@@ -198,7 +201,9 @@ def trained(kind: str) -> Tokenizer:
 TRAINED = {kind: trained(kind) for kind in ("code", "code without some letters", "bpe")}
 
 
-WORDS = "get http max size pool pays Reset cache key x i p id json utf8 v2 é 本 HTML azq 7 12345".split()
+WORDS = re.findall(
+    r"\w+", "get http max size pool pays Reset cache key x i p id json utf8 v2 é 本 HTML azq 7 12345"
+)
 BETWEEN = ["_", "__", " ", "  ", "\n", "\n    ", "\r\n\t", " = ", "(", "', ", ".", "é", " " * 70, "-" * 70]
 
 

@@ -237,7 +237,7 @@ def test_a_base_with_checksums_is_opened_as_it_was_written_alone(folder):
     seal_folder(folder)
     load_pretrained(folder)
     BPETokenizer.train(["cc dd"], 300).save(folder)
-    with pytest.raises(ValueError, match="tokenizer.json is not what was written there; restore it"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not what was written there; restore it"):
         load_pretrained(folder)
     (folder / SUMS).unlink()
     load_pretrained(folder)
