@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.layers import (
+    AdapterLayer,
     Bias,
-    Change,
+    FullCopy,
     LowRank,
-    Rows,
-    Whole,
+    TrainableRows,
     is_embedding,
     is_linear,
     is_plain,
@@ -58,7 +58,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
-        self.shares: dict[str, float] = {}  # of the active adapters, all over the model
+        self.adapter_weights: dict[str, float] = {}  # of the active adapters, all over the model
         self.enabled = True
 
     def __getattr__(self, name: str) -> Any:
@@ -70,18 +70,22 @@ class Adapted(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def active(self) -> list[tuple[Any, float]]:
-        """The changes in force, each with its share."""
+        """Return the active adapter layers, each with its adapter weight."""
         if not self.enabled:
             return []
-        return [(self.adapters[name], share) for name, share in self.shares.items() if name in self.adapters]
+        return [
+            (self.adapters[name], adapter_weight)
+            for name, adapter_weight in self.adapter_weights.items()
+            if name in self.adapters
+        ]
 
     def whole(self) -> nn.Module | None:
-        return next((change.copy for change, _ in self.active() if isinstance(change, Whole)), None)
+        return next((layer.copy for layer, _ in self.active() if isinstance(layer, FullCopy)), None)
 
     def trained_bias(self) -> Tensor | None:
-        for change, _ in self.active():
-            if getattr(change, "bias", None) is not None:
-                return change.bias
+        for layer, _ in self.active():
+            if getattr(layer, "bias", None) is not None:
+                return layer.bias
         return None
 
     @property
@@ -101,9 +105,9 @@ class Adapted(nn.Module):
         return torch.func.functional_call(self.base, {"bias": bias.to(kept.dtype)}, (x,))
 
     def forward(self, x: Tensor) -> Tensor:
-        changes = self.active()
-        if changes and isinstance(changes[0][0], Whole):
-            out = changes[0][0](x)
+        layers = self.active()
+        if layers and isinstance(layers[0][0], FullCopy):
+            out = layers[0][0](x)
             return out.to(x.dtype) if x.is_floating_point() else out.to(weight_of(self.base).dtype)
         return self._by_base(x)
 
@@ -112,59 +116,59 @@ class LoraLinear(Adapted):
     """A linear (in_features, out_features) with adapters: x (..., I) -> (..., O)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        changes = self.active()
-        if not any(isinstance(change, LowRank | Rows) for change, _ in changes):
+        layers = self.active()
+        if not any(isinstance(layer, LowRank | TrainableRows) for layer, _ in layers):
             return super().forward(x)
         # Flat first: of more dimensions the product is a view, which cannot be added to in place.
         flat = x.reshape(-1, x.size(-1))
         composed = torch.compiler.is_compiling() or any(
-            isinstance(change, LowRank) and change.magnitude is not None for change, _ in changes
+            isinstance(layer, LowRank) and layer.magnitude is not None for layer, _ in layers
         )
-        out = self._composed(flat, changes) if composed else self._in_place(flat, changes)
+        out = self._composed(flat, layers) if composed else self._in_place(flat, layers)
         return out.view(*x.shape[:-1], out.size(-1))
 
-    def _in_place(self, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
-        terms = [(change, share) for change, share in changes if isinstance(change, LowRank)]
-        if is_plain(self.base) and self.trained_bias() is None and len(terms) == len(changes) == 1:
-            ((change, share),), base = terms, cast(nn.Linear, self.base)
+    def _in_place(self, x: Tensor, layers: list[tuple[Any, float]]) -> Tensor:
+        terms = [(layer, adapter_weight) for layer, adapter_weight in layers if isinstance(layer, LowRank)]
+        if is_plain(self.base) and self.trained_bias() is None and len(terms) == len(layers) == 1:
+            ((layer, adapter_weight),), base = terms, cast(nn.Linear, self.base)
             return linear_with_term(
-                x, base.weight, base.bias, *change.factors(), share * change.scale, change.drawn()
+                x, base.weight, base.bias, *layer.factors(), adapter_weight * layer.scale, layer.sample_mask()
             )
         out = self._by_base(x)
-        for change, share in terms:
-            out = add_term(out, x, *change.factors(), share * change.scale, change.drawn())
-        return self._with_rows(out, x, changes)
+        for layer, adapter_weight in terms:
+            out = add_term(out, x, *layer.factors(), adapter_weight * layer.scale, layer.sample_mask())
+        return self._with_rows(out, x, layers)
 
-    def _composed(self, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
+    def _composed(self, x: Tensor, layers: list[tuple[Any, float]]) -> Tensor:
         """The same by autograd, and DoRA: gain * (x W^T + scale * x a^T b^T) + bias."""
         bias: Tensor | None = getattr(self.base, "bias", None)
         plain = self._without_bias(x)
         out = plain
-        for change, share in changes:
-            if not isinstance(change, LowRank):
+        for layer, adapter_weight in layers:
+            if not isinstance(layer, LowRank):
                 continue
-            (a, b), drop = change.factors(), change.drawn()
+            (a, b), drop = layer.factors(), layer.sample_mask()
             given = dropped(x, drop)
-            term = F.linear(F.linear(given.to(out.dtype), a.to(out.dtype)), b.to(out.dtype)) * change.scale
-            gain = change.gain(self.base)
+            term = F.linear(F.linear(given.to(out.dtype), a.to(out.dtype)), b.to(out.dtype)) * layer.scale
+            gain = layer.gain(self.base)
             if gain is not None:
                 gain = gain.to(out.dtype)
                 term = gain * term + (gain - 1) * (plain if drop is None else self._without_bias(given))
-            out = out + (share * term).to(out.dtype)
+            out = out + (adapter_weight * term).to(out.dtype)
         trained = self.trained_bias()
         bias = bias if trained is None else trained
         out = out if bias is None else out + bias.to(out.dtype)
-        return self._with_rows(out, x, changes)
+        return self._with_rows(out, x, layers)
 
     def _without_bias(self, x: Tensor) -> Tensor:
         bias: Tensor | None = getattr(self.base, "bias", None)
         return self.base(x) if bias is None else self.base(x) - bias
 
-    def _with_rows(self, out: Tensor, x: Tensor, changes: list[tuple[Any, float]]) -> Tensor:
-        for change, share in changes:
-            if isinstance(change, Rows):
-                term = F.linear(x, share * change.delta().to(x.dtype))
-                out = out.index_add(-1, change.ids, term.to(out.dtype))
+    def _with_rows(self, out: Tensor, x: Tensor, layers: list[tuple[Any, float]]) -> Tensor:
+        for layer, adapter_weight in layers:
+            if isinstance(layer, TrainableRows):
+                term = F.linear(x, adapter_weight * layer.delta().to(x.dtype))
+                out = out.index_add(-1, layer.ids, term.to(out.dtype))
         return out
 
     def terms(self, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -175,19 +179,19 @@ class LoraLinear(Adapted):
         """
         pairs: list[tuple[Tensor, Tensor]] = []
         again: list[Tensor] = []
-        for change, share in self.active():
-            if isinstance(change, LowRank):
-                given, (a, b) = dropped(hidden, change.drawn()), change.factors()
-                u = F.linear(given, a.to(given.dtype)) * (share * change.scale)
-                gain = change.gain(self.base)
+        for layer, adapter_weight in self.active():
+            if isinstance(layer, LowRank):
+                given, (a, b) = dropped(hidden, layer.sample_mask()), layer.factors()
+                u = F.linear(given, a.to(given.dtype)) * (adapter_weight * layer.scale)
+                gain = layer.gain(self.base)
                 if gain is not None:
                     b = gain[:, None] * b
-                    again += [given, share * (gain - 1)]
+                    again += [given, adapter_weight * (gain - 1)]
                 pairs.append((u.to(hidden.dtype), b))
-            elif isinstance(change, Rows):
-                u = F.linear(hidden, share * change.delta().to(hidden.dtype))
-                columns = torch.zeros(self.out_features, len(change.ids), device=u.device)
-                columns[change.ids, torch.arange(len(change.ids), device=u.device)] = 1
+            elif isinstance(layer, TrainableRows):
+                u = F.linear(hidden, adapter_weight * layer.delta().to(hidden.dtype))
+                columns = torch.zeros(self.out_features, len(layer.ids), device=u.device)
+                columns[layer.ids, torch.arange(len(layer.ids), device=u.device)] = 1
                 pairs.append((u.to(hidden.dtype), columns))
         if not pairs:
             return ()
@@ -198,22 +202,22 @@ class LoraEmbedding(Adapted):
     """An embedding (V, C) with adapters: ids (...) -> (..., C). An embedding's adapter has no dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        changes = self.active()
-        if not any(isinstance(change, LowRank | Rows) for change, _ in changes):
+        layers = self.active()
+        if not any(isinstance(layer, LowRank | TrainableRows) for layer, _ in layers):
             return super().forward(x)
         out = plain = self.base(x)
-        for change, share in changes:
-            if isinstance(change, LowRank):
-                a, b = change.factors()
-                term = F.linear(F.embedding(x, a.t()), b) * change.scale
-                gain = change.gain(self.base)
+        for layer, adapter_weight in layers:
+            if isinstance(layer, LowRank):
+                a, b = layer.factors()
+                term = F.linear(F.embedding(x, a.t()), b) * layer.scale
+                gain = layer.gain(self.base)
                 if gain is not None:
                     term = gain * term + (gain - 1) * plain
             else:
-                slots = change.slots[x]
+                slots = layer.slots[x]
                 inside = (slots >= 0).unsqueeze(-1)
-                term = torch.where(inside, F.embedding(slots.clamp(min=0), change.delta()), 0.0)
-            out = out + (share * term).to(out.dtype)
+                term = torch.where(inside, F.embedding(slots.clamp(min=0), layer.delta()), 0.0)
+            out = out + (adapter_weight * term).to(out.dtype)
         return out
 
 
@@ -254,7 +258,7 @@ def wrappers(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in held_modules(model).items() if isinstance(module, Adapted)}
 
 
-def changes_of(model: nn.Module, name: str) -> dict[str, Change]:
+def adapter_layers(model: nn.Module, name: str) -> dict[str, AdapterLayer]:
     """What the adapter does, by our module name."""
     found: Any = {
         our: module.adapters[name] for our, module in wrappers(model).items() if name in module.adapters
@@ -307,7 +311,7 @@ def add_adapter(
     rows = _rows_by_module(modules, new_rows, whole, names)
     rows = {our: ids for our, ids in rows.items() if our not in targets}
 
-    changes: dict[str, Change] = {}
+    layers: dict[str, AdapterLayer] = {}
     shared: Any = None
     for our, module in modules.items():
         base = module.base if isinstance(module, Adapted) else module
@@ -315,7 +319,7 @@ def add_adapter(
         old = getattr(base, "bias", None)
         bias = nn.Parameter(old.detach().float().clone()) if has_bias and old is not None else None
         if our in whole:
-            changes[our] = Whole(base)
+            layers[our] = FullCopy(base)
         elif our in targets:
             r = pattern_value(config.rank_pattern, names[our], config.r)
             alpha = pattern_value(config.alpha_pattern, names[our], config.alpha)
@@ -326,37 +330,32 @@ def add_adapter(
                     f"{max(sizes(base))} at most"
                 )
             try:
-                changes[our] = LowRank(base, config, r, alpha, bias)
+                layers[our] = LowRank(base, config, r, alpha, bias)
             except ValueError as error:
                 raise ValueError(f"{names[our]}: {error}") from None
         elif our in rows:
             tied = weight_of(base) is weight_of(base_of(modules["embed"])) and rows[our] == rows.get("embed")
-            changes[our] = Rows(base, rows[our], bias, shared if tied else None)
-            shared = changes[our].rows
+            layers[our] = TrainableRows(base, rows[our], bias, shared if tied else None)
+            shared = layers[our].rows
         elif bias is not None:
-            changes[our] = Bias(bias)
+            layers[our] = Bias(bias)
 
     model.requires_grad_(False)
-    for our, change in changes.items():
+    for our, layer in layers.items():
         module = modules[our]
         if not isinstance(module, Adapted):
             kind = LoraLinear if is_linear(module) else LoraEmbedding if is_embedding(module) else Adapted
             wrapper = kind(module).train(module.training)
-            put(model, our, wrapper)
+            model.set_submodule(our, wrapper)
             module = wrapper
-        change.requires_grad_(True)
-        module.adapters[name] = change.train(module.training)
+        layer.requires_grad_(True)
+        module.adapters[name] = layer.train(module.training)
     adapters_of(model)[name] = Adapter(config, names)
     use_adapters(model, {name: 1.0})
 
 
 def base_of(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, Adapted) else module
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def refuse_merged(model: nn.Module) -> None:
@@ -413,8 +412,8 @@ def _rows_by_module(
     return {our: list(ids) for our, ids in new_rows.items()}
 
 
-def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
-    """Make exactly these adapters active: the base plus the sum of share * change of each.
+def use_adapters(model: nn.Module, adapter_weights: Mapping[str, float]) -> None:
+    """Make exactly these adapters active: the base plus the sum of adapter weight * change of each.
 
     For low-rank terms this is what PEFT's `add_weighted_adapter` makes with `combination_type="cat"` without
     rsLoRA, whose scale that leaves out (its "linear" adds a and b apart, which gives products across
@@ -426,29 +425,31 @@ def use_adapters(model: nn.Module, shares: Mapping[str, float]) -> None:
     """
     refuse_merged(model)
     known = adapters_of(model)
-    for name, share in shares.items():
+    for name, adapter_weight in adapter_weights.items():
         if name not in known:
             raise ValueError(f"there is no adapter {name!r}; the model has {', '.join(known) or 'none'}")
-        if not math.isfinite(share):
-            raise ValueError(f"the adapter {name!r} was given the share {share}; it must be a number")
+        if not math.isfinite(adapter_weight):
+            raise ValueError(
+                f"the adapter {name!r} was given the weight {adapter_weight}; it must be a number"
+            )
     found = wrappers(model)
     for our, module in found.items():
-        here = [(name, module.adapters[name]) for name in shares if name in module.adapters]
-        whole = [name for name, change in here if isinstance(change, Whole)]
-        biased = [name for name, change in here if getattr(change, "bias", None) is not None]
+        here = [(name, module.adapters[name]) for name in adapter_weights if name in module.adapters]
+        whole = [name for name, layer in here if isinstance(layer, FullCopy)]
+        biased = [name for name, layer in here if getattr(layer, "bias", None) is not None]
         if (whole and len(here) > 1) or len(biased) > 1:
             raise ValueError(
                 f"the adapters {' and '.join(name for name, _ in here)} cannot be active together: "
                 f"they train {our} whole, or its bias; use one of them at a time"
             )
         for name in whole + biased:
-            if shares[name] != 1:
+            if adapter_weights[name] != 1:
                 raise ValueError(
-                    f"the adapter {name!r} trains {our} whole, or its bias, which has no share of "
-                    f"{shares[name]}; use 1"
+                    f"the adapter {name!r} trains {our} whole, or its bias, which has no weight of "
+                    f"{adapter_weights[name]}; use 1"
                 )
     for module in found.values():
-        module.shares = dict(shares)
+        module.adapter_weights = dict(adapter_weights)
 
 
 @contextmanager
@@ -483,19 +484,19 @@ def trainable_table(model: nn.Module, published: Callable[[str], str] | None = N
     for our, module in held_modules(model).items():
         full = published(our) if published else named.get(our, our)
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", full)
-        changes: Any = module.adapters.values() if isinstance(module, Adapted) else [module]
-        for change in changes:
-            fresh = [p for p in change.parameters() if p.requires_grad and id(p) not in seen]
+        layers: Any = module.adapters.values() if isinstance(module, Adapted) else [module]
+        for layer in layers:
+            fresh = [p for p in layer.parameters() if p.requires_grad and id(p) not in seen]
             if not fresh:
                 continue
             seen |= {id(p) for p in fresh}
             rank, alpha = ("", "")
-            kind = {Rows: "rows", Bias: "bias"}.get(type(change), "whole")
-            if isinstance(change, LowRank):
-                kind = "low rank" if change.magnitude is None else "DoRA"
-                rank, alpha = str(change.r), f"{change.alpha:g}"
-            elif isinstance(change, Rows):
-                rank = str(len(change.ids))
+            kind = {TrainableRows: "rows", Bias: "bias"}.get(type(layer), "whole")
+            if isinstance(layer, LowRank):
+                kind = "low rank" if layer.magnitude is None else "DoRA"
+                rank, alpha = str(layer.r), f"{layer.alpha:g}"
+            elif isinstance(layer, TrainableRows):
+                rank = str(len(layer.ids))
             line = lines.setdefault((kind, pattern, rank, alpha), [0, 0])
             line[0] += 1
             line[1] += sum(p.numel() for p in fresh)
@@ -507,6 +508,6 @@ def trainable_table(model: nn.Module, published: Callable[[str], str] | None = N
         f"{kind:<9} {pattern:<{width}} {modules:>7} {rank:>5} {alpha:>6} {count:>13,}"
         for (kind, pattern, rank, alpha), (modules, count) in lines.items()
     ]
-    share = 100 * total / max(total + frozen, 1)
-    last = f"{total:,} parameters train beside {frozen:,} frozen ones: {share:.2f}%"
+    percent = 100 * total / max(total + frozen, 1)
+    last = f"{total:,} parameters train beside {frozen:,} frozen ones: {percent:.2f}%"
     return "\n".join([head, "-" * len(head), *body, last])

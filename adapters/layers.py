@@ -120,11 +120,12 @@ class LowRank(nn.Module):
         gain = gain if self.of_embedding else gain[:, None]
         return (gain - 1) * weight_of(base).float() + gain * delta
 
-    def drawn(self) -> Drop | None:
-        return Drop.drawn(self.p) if self.training else None
+    def sample_mask(self) -> Drop | None:
+        """Return a new dropout mask for x; None in evaluation or without dropout."""
+        return Drop.sample(self.p) if self.training else None
 
-    def merge_into(self, merged: Tensor, base: nn.Module, share: float) -> None:
-        merged.add_(self.change(base), alpha=share)
+    def merge_into(self, merged: Tensor, base: nn.Module, adapter_weight: float) -> None:
+        merged.add_(self.change(base), alpha=adapter_weight)
 
 
 def largest_parts(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +144,7 @@ def largest_parts(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :r], s[:r], v[:, :r]
 
 
-class Rows(nn.Module):
+class TrainableRows(nn.Module):
     """Rows of a weight (V, C) that train while the rest is frozen: those of newly added tokens."""
 
     ids: Tensor
@@ -168,13 +169,15 @@ class Rows(nn.Module):
     def delta(self) -> Tensor:
         return self.rows - self.original
 
-    def merge_into(self, merged: Tensor, base: nn.Module, share: float) -> None:
+    def merge_into(self, merged: Tensor, base: nn.Module, adapter_weight: float) -> None:
         before = merged[self.ids]
-        alone = share == 1 and torch.equal(before, self.original.to(merged.dtype))  # then without rounding
-        merged[self.ids] = self.rows.to(merged.dtype) if alone else before + share * self.delta()
+        alone = adapter_weight == 1 and torch.equal(
+            before, self.original.to(merged.dtype)
+        )  # then without rounding
+        merged[self.ids] = self.rows.to(merged.dtype) if alone else before + adapter_weight * self.delta()
 
 
-class Whole(nn.Module):
+class FullCopy(nn.Module):
     """A trained copy that stands in for the module."""
 
     def __init__(self, base: nn.Module):
@@ -194,7 +197,7 @@ class Bias(nn.Module):
         self.bias = bias
 
 
-Change = LowRank | Rows | Whole | Bias
+AdapterLayer = LowRank | TrainableRows | FullCopy | Bias
 
 
 # Duck typing: a 4-bit linear is no nn.Linear, and its `weight` is made when it is asked for.

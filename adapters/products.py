@@ -24,13 +24,13 @@ MASK_ELEMENTS = 2**20  # of a mask at a time
 
 
 class Drop(NamedTuple):
-    """A dropout mask as a seed: drawn in forward, and drawn again in backward, never held between."""
+    """A dropout mask as a seed: sampled in forward and again, the same, in backward; never stored between."""
 
     p: float
     seed: int
 
     @classmethod
-    def drawn(cls, p: float) -> Drop | None:
+    def sample(cls, p: float) -> Drop | None:
         """A new mask, or None without p; of torch's generator, so that its state is all there is to save."""
         return cls(p, int(torch.randint(2**62, ()))) if p else None
 

@@ -8,7 +8,7 @@
 Random weights, the published sizes and the adapters of the five seeds; rows of 512 random tokens, the first
 half of each masked, as a prompt is. A step is forward, backward, clip and AdamW. Each side runs in a process
 of its own, and the two take turns; printed are tokens/s (the median of the steps, the first two left out)
-and the most memory that the process ever held. Both multiply in bf16 where the machine does so natively, or
+and the most memory that the process ever took. Both multiply in bf16 where the machine does so natively, or
 else in fp32, which is then the best for both: --precision bf16 shows by how much.
 
 Last is the limit: the floating-point operations of each side's matrix products are counted in one more step,
@@ -117,7 +117,7 @@ def peer(shape: str, dtype: torch.dtype) -> tuple[Callable[[torch.Tensor, torch.
     return loss, trained, config.vocab_size
 
 
-def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
+def random_base(config: Any, dtype: torch.dtype, weight_format: str | None) -> Any:
     """A model of N(0, 0.02), made tensor by tensor as a loader makes it."""
     from torch import nn
 
@@ -131,8 +131,8 @@ def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
             value = torch.empty(p.shape, dtype=dtype).normal_(std=0.02)
             if isinstance(module, LayerNorm | RMSNorm) and part == "weight":
                 value += 1  # else next to nothing gets through, and nothing learns
-            if held and part == "weight" and isinstance(module, nn.Linear) and "blocks." in name:
-                module = replace_linear(model, name, held, value)
+            if weight_format and part == "weight" and isinstance(module, nn.Linear) and "blocks." in name:
+                module = replace_linear(model, name, weight_format, value)
             elif not (name == "head" and part == "weight" and config.tie_embeddings):
                 module.register_parameter(part, nn.Parameter(value))
     if config.tie_embeddings:
@@ -141,9 +141,9 @@ def drawn(config: Any, dtype: torch.dtype, held: str | None) -> Any:
 
 
 def ours(
-    shape: str, dtype: torch.dtype, held: str, recompute: bool = False, seed: int = 0
+    shape: str, dtype: torch.dtype, weight_format: str, recompute: bool = False, seed: int = 0
 ) -> tuple[Callable[..., Any], Any, int]:
-    """Like `peer`; the base is drawn by the random state as it is, the rest by `seed`."""
+    """Like `peer`; the base is random by the generator as it is, the rest by `seed`."""
     from config import LoraConfig
     from dataset import Batch
     from lora import add_adapter
@@ -153,7 +153,7 @@ def ours(
 
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     config = to_model(FAMILIES[family], values)
-    model = drawn(config, dtype, None if held == "auto" else held)
+    model = random_base(config, dtype, None if weight_format == "auto" else weight_format)
     torch.manual_seed(seed)
     add_adapter(model, LoraConfig(r, alpha, dropout, targets), FAMILIES[family].key)
     model.checkpoint_activations = recompute
@@ -172,14 +172,14 @@ def ours(
     return loss, [p for p in model.parameters() if p.requires_grad], config.vocab_size
 
 
-def curve(shape: str, rows: int, length: int, steps: int, held: str, seed: int) -> list[float]:
+def curve(shape: str, rows: int, length: int, steps: int, weight_format: str, seed: int) -> list[float]:
     """Our loss of each step."""
     library = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))
     stream = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     torch.manual_seed(0)
     dtype = choose_precision(choose_device("cpu"), "auto").dtype
-    loss, trained, _ = ours(shape, dtype, held, seed=seed)
+    loss, trained, _ = ours(shape, dtype, weight_format, seed=seed)
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     draw = torch.Generator().manual_seed(1)
     losses = []
@@ -246,14 +246,14 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def worker(
-    side: str, shape: str, rows: int, length: int, steps: int, held: str, recompute: bool, asked: str
+    side: str, shape: str, rows: int, length: int, steps: int, weight_format: str, recompute: bool, asked: str
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     dtype = choose_precision(choose_device("cpu"), asked).dtype
     if side == "peer":
         loss, trained, vocabulary = peer(shape, dtype)
     else:
-        loss, trained, vocabulary = ours(shape, dtype, held, recompute)
+        loss, trained, vocabulary = ours(shape, dtype, weight_format, recompute)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     draw = torch.Generator().manual_seed(1)
 
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
-        "--held", default="auto", choices=("auto", "bf16", "nf4"), help="how ours holds frozen weights"
+        "--held", default="auto", choices=("auto", "bf16", "nf4"), help="how ours stores frozen weights"
     )
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of both sides")
     parser.add_argument("--side", choices=("peer", "ours"), help=argparse.SUPPRESS)

@@ -21,7 +21,7 @@ import torch
 HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
 
-from benchmarks.adapters import SHAPES, drawn
+from benchmarks.adapters import SHAPES, random_base
 from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from dataset import prepare_data
 from guards.preflight import GUARDS, run_guard
@@ -42,14 +42,18 @@ def timed(what: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, (time.process_time() - used) / torch.get_num_threads()
 
 
-def subject_of(shape: str, held: str, full: bool, folder: Path) -> Subject:
+def subject_of(shape: str, weight_format: str, full: bool, folder: Path) -> Subject:
     """What `training.loop.train` would hand to the guards, but for the weights."""
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     precision = choose_precision(choose_device("cpu"), "auto")
     lora = LoraConfig() if full else LoraConfig(r, alpha, dropout, targets)
     tokenizer = BPETokenizer.train([path.read_text("utf-8") for path in HOUSE.glob("*.py")], 1000)
     torch.manual_seed(0)
-    model = drawn(to_model(FAMILIES[family], values), precision.dtype, None if held == "auto" else held)
+    model = random_base(
+        to_model(FAMILIES[family], values),
+        precision.dtype,
+        None if weight_format == "auto" else weight_format,
+    )
     if not full:
         add_adapter(model, lora, FAMILIES[family].key)
     config = Config(

@@ -17,7 +17,7 @@ from config.files import (
     unrepeated,
     write_atomically,
 )
-from config.model import ModelConfig
+from config.model import DROPOUTS, ModelConfig
 from config.ranges import RANGES
 from config.rules import possible_kinds, unread_rates, unused_keys
 from config.schema import (
@@ -36,6 +36,7 @@ from config.schema import (
 __all__ = [
     "BEFORE",
     "CONFIG_GROUPS",
+    "DROPOUTS",
     "MOST_BYTES",
     "OPTIMIZER_DEFAULTS",
     "RANGES",

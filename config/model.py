@@ -7,6 +7,8 @@ from typing import Literal, get_args, get_origin
 
 from config.typed import field_types
 
+DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")  # not given, the first stands for the others
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -102,8 +104,8 @@ class ModelConfig:
     base_width: int = 0
 
     @property
-    def widening(self) -> float:
-        """How many times base_width the model is wide."""
+    def width_mult(self) -> float:
+        """How many times as wide as base_width the model is (muP's width multiplier, arXiv:2203.03466)."""
         return self.n_embd / self.base_width if self.base_width else 1.0
 
     def resolved(self) -> ModelConfig:
@@ -185,7 +187,7 @@ class ModelConfig:
         reaches = self.rope_scaling in ("dynamic", "llama3")
         dropouts = {
             name: (self.dropout or 0.0) if getattr(self, name) is None else getattr(self, name)
-            for name in ("dropout", "embed_dropout", "attention_dropout")
+            for name in DROPOUTS
         }
         for name, p in dropouts.items():
             if not 0 <= p < 1:

@@ -241,7 +241,7 @@ class TrainConfig:
         base: Folder or hub id of a published model to start from; `lora` says what of it trains, and its
             tokenizer is used unless `tokenizer.path` names another. Its defaults are recipes/finetune.yaml.
         base_revision: Branch, tag or commit of `base` on the hub; the run's config.yaml names the commit.
-        base_format: How frozen weights are held: `fp32`, `bf16` or `nf4` (4.13 bits, arXiv:2305.14314);
+        base_format: How frozen weights are stored: `fp32`, `bf16` or `nf4` (4.13 bits, arXiv:2305.14314);
             `auto` is the number format of the run's matrix products.
         row_length: Tokens in a training row; 0 means model.block_size, and where `base` is given 512 of it,
             or fewer where the longest example needs fewer, in steps of 64.

@@ -45,8 +45,8 @@ def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
         asked = "auto" if settings.held == "full" else settings.held
         found = open_adapted(settings.model, settings.adapter, asked, device)
     else:
-        held = None if settings.held == "full" else settings.held
-        found = load_pretrained(settings.model, dtype, device, held=held)
+        weight_format = None if settings.held == "full" else settings.held
+        found = load_pretrained(settings.model, dtype, device, weight_format=weight_format)
     if found.tokenizer is None:
         raise ValueError(
             f"{settings.model} has no tokenizer; put the tokenizer.json of the model beside its weights"

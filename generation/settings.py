@@ -93,7 +93,7 @@ class CommandConfig(GenerationConfig):
         prompt_file: A file that holds one more prompt; `-` is the standard input.
         suffix: What follows the gap: the model fills in what stands between prompt and suffix.
         adapter: A PEFT folder for `model`, which is then a published one.
-        held: How the matrices of a published model are held: `full`, or in fewer bits, `int8` or `nf4`.
+        held: How the matrices of a published model are stored: `full`, or in fewer bits, `int8` or `nf4`.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`. An adapter says it itself.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.

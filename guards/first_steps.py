@@ -54,7 +54,7 @@ class FirstSteps:
         # Rows of new tokens get none as long as the tokens do not occur.
         parameters = subject.model.named_parameters()
         self.still = {n for n, p in parameters if p.requires_grad and not n.endswith(".rows")}
-        # Buffers too: the matrices of a base that is held in fewer bits.
+        # Buffers too: the matrices of a base that is stored in fewer bits.
         state = subject.model.state_dict(keep_vars=True)
         self.frozen = {name: sample(t) for name, t in state.items() if not t.requires_grad}
         self.pulled = set[str]()  # of them: had a gradient

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from adapters.layers import Bias, Rows
+from adapters.layers import Bias, TrainableRows
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable
-from lora import Adapted, changes_of
+from lora import Adapted, adapter_layers
 
 FIRST_LOSS_PASSES = 1.25  # of each of two batches: at 1B 32 tokens, through every block
 UNIGRAM_TOKENS = 1_000_000  # that are counted, evenly spread
@@ -58,10 +58,12 @@ def untrained_tokens(subject: Subject) -> Iterator[Fault]:
     if known is None or any(p.requires_grad and p.dim() > 1 for p in embed.parameters(recurse=False)):
         return
     trained: set[int] = set()
-    for change in changes_of(subject.model, "default").values() if isinstance(embed, Adapted) else ():
-        if isinstance(change, Rows):
-            trained |= set(change.ids.tolist())
-    if isinstance(embed, Adapted) and not all(isinstance(c, Rows | Bias) for c in embed.adapters.values()):
+    for layer in adapter_layers(subject.model, "default").values() if isinstance(embed, Adapted) else ():
+        if isinstance(layer, TrainableRows):
+            trained |= set(layer.ids.tolist())
+    if isinstance(embed, Adapted) and not all(
+        isinstance(c, TrainableRows | Bias) for c in embed.adapters.values()
+    ):
         return
     seen = np.unique(counted_tokens(subject.train))
     new = [int(id) for id in seen[seen >= known] if int(id) not in trained]

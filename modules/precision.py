@@ -76,19 +76,19 @@ def choose_precision(device: torch.device, asked: str) -> Precision:
     return Precision(device, DTYPES[asked], f"{asked}, as asked")
 
 
-def evaluation_precision(training: Precision, asked: str, held: torch.dtype) -> Precision:
+def evaluation_precision(training: Precision, asked: str, weight_dtype: torch.dtype) -> Precision:
     """The precision of validation; `auto` is that of training.
 
     Args:
-        held: Of the weights in memory.
+        weight_dtype: The dtype of the weights in memory.
 
     Raises:
-        ValueError: The device has no such precision, or the weights are held in less than what is asked for.
+        ValueError: The device has no such precision, or the weights are stored in less than that.
     """
     found = training if asked == "auto" else choose_precision(training.device, asked)
-    if found.dtype == torch.float32 != held:
+    if found.dtype == torch.float32 != weight_dtype:
         raise ValueError(
-            f"eval_precision is fp32, and the base is held in {str(held).removeprefix('torch.')}, "
+            f"eval_precision is fp32, and the base is stored as {str(weight_dtype).removeprefix('torch.')}, "
             "in which validation would compute all the same; leave it out, or set --precision fp32"
         )
     return found

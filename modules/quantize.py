@@ -729,8 +729,7 @@ def dequantize_linears(model: nn.Module) -> None:
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
             linear.weight = nn.Parameter(module.weight, requires_grad=False)
             linear.register_parameter("bias", module.bias)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear.train(module.training))
+            model.set_submodule(name, linear.train(module.training))
 
 
 def replace_linear(
@@ -756,8 +755,7 @@ def replace_linear(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     module.train(linear.training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    model.set_submodule(name, module)
     return module
 
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from architecture import Decoder
-from config import ModelConfig
+from config import DROPOUTS, ModelConfig
 from data.cache import SUMS, verify_folder
 from modules.quantize import KINDS, replace_linear
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
@@ -49,7 +49,6 @@ FAMILIES = {
     for module in (gpt_bigcode, codegen, phi, llama, starcoder2, qwen2)
 }
 THREADS = min(4, os.cpu_count() or 1)
-DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 RUNS, MARKS = "runs", ("config.yaml", CONFIG)  # where runs are made, and what a run and a model hold
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
@@ -129,7 +128,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
-    held: str | None = None,
+    weight_format: str | None = None,
     local_only: bool = False,
 ) -> Pretrained:
     """Open a model folder, or fetch one from the hub.
@@ -142,9 +141,9 @@ def load_pretrained(
         dtype: Of the parameters; None takes that of the file.
         device: Where the parameters are made.
         revision: Branch, tag or commit on the hub; `Pretrained.revision` is the commit it meant.
-        held: How the blocks' matrices are held, a kind of `quantize`: each is frozen, and quantised as soon
-            as it is read, so that at most THREADS + 1 stand in full. None leaves them as parameters.
-
+        weight_format: How the blocks' matrices are stored, a key of `quantized_linear.KINDS`: each is frozen,
+            and quantised as soon as it is read, so that at most THREADS + 1 stand in full. None leaves them
+            as parameters.
         local_only: Of the hub take only what was fetched before.
 
     Raises:
@@ -175,14 +174,16 @@ def load_pretrained(
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
     model = _on_meta(folder, config)  # only now, since it takes time for each layer
     dtype = dtype or _one_dtype(folder, entries)
-    modules = model.named_modules() if held is not None else ()
+    modules = model.named_modules() if weight_format is not None else ()
     matrices = {f"{name}.weight" for name, m in modules if isinstance(m, nn.Linear) and "blocks." in name}
-    _refuse_too_large(folder, entries, dtype, device, held, {key for key in entries if own[key] in matrices})
+    _refuse_too_large(
+        folder, entries, dtype, device, weight_format, {key for key in entries if own[key] in matrices}
+    )
     stored = Stored.of(family, config, entries)
     tensors = {}
     for key, tensor in _read_all(entries, dtype, device):
-        if held is not None and own[key] in matrices:
-            replace_linear(model, own[key].removesuffix(".weight"), held, tensor)
+        if weight_format is not None and own[key] in matrices:
+            replace_linear(model, own[key].removesuffix(".weight"), weight_format, tensor)
         else:
             tensors[own[key]] = tensor
     tensors |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
@@ -382,21 +383,24 @@ def _refuse_too_large(
     entries: dict[str, Entry],
     dtype: torch.dtype,
     device: torch.device | str,
-    held: str | None,
+    weight_format: str | None,
     matrices: set[str],
 ) -> None:
-    """A sparse file of any size takes no room on a disk. The keys `matrices` take what `held` says."""
+    """Refuse what no memory holds: a sparse file of any size takes no room on a disk.
+
+    The tensors of the keys `matrices` are stored as `weight_format` says.
+    """
     needed = 0
     for key, entry in entries.items():
-        if held is not None and key in matrices and held in KINDS:
+        if weight_format is not None and key in matrices and weight_format in KINDS:
             n_out, n_in = entry.shape
-            buffers = KINDS[held].layout(n_in, n_out).values()
+            buffers = KINDS[weight_format].layout(n_in, n_out).values()
             needed += sum(math.prod(shape) * kind.itemsize for shape, kind in buffers)
         else:
             needed += math.prod(entry.shape) * dtype.itemsize
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.device(device).type == "cpu" and needed > there:
-        form = held or str(dtype)[6:]
+        form = weight_format or str(dtype)[6:]
         raise ValueError(
             f"{folder} needs {needed / 1e9:.0f} GB of memory in {form} and this machine has "
             f"{there / 1e9:.0f} GB; load it in a smaller dtype or on a larger machine"

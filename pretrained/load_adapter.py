@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adapters.layers import is_embedding, is_linear, sizes
 from adapters.targets import peft_key
 from config import LoraConfig
-from lora import add_adapter, base_of, changes_of, held_modules
+from lora import adapter_layers, add_adapter, base_of, held_modules
 from pretrained.family import Family
 from pretrained.folder import DTYPES, Entry, inner_path, read_bin, read_header, read_json, shown
 
@@ -115,21 +115,21 @@ def load_adapter(
         )
     starts = _starts(settings.ranks, bases, names) if config.init == "pissa" else {}
     add_adapter(model, replace(config, init="default"), family.key, name, settings.rows, any_rank=True)
-    changes: dict[str, Any] = dict(changes_of(model, name))
+    layers: dict[str, Any] = dict(adapter_layers(model, name))
     if tied and "embed" in settings.whole:
-        changes["head"].copy.weight = changes["embed"].copy.weight
+        layers["head"].copy.weight = layers["embed"].copy.weight
     with torch.no_grad():
         for our, (u, s, vh) in starts.items():
-            root = (s / changes[our].scale).sqrt()
-            changes[our].start_a, changes[our].start_b = root[:, None] * vh, u * root
+            root = (s / layers[our].scale).sqrt()
+            layers[our].start_a, layers[our].start_b = root[:, None] * vh, u * root
         for key, place in loaded.items():
-            parameter = changes[place.our].get_parameter(place.part)
+            parameter = layers[place.our].get_parameter(place.part)
             if settings.lora_bias and place.part == "bias":
-                parameter.add_(tensors[key], alpha=changes[place.our].scale)
+                parameter.add_(tensors[key], alpha=layers[place.our].scale)
             else:
                 parameter.copy_(tensors[key])
-    for change in changes.values():
-        change.requires_grad_(trainable)
+    for layer in layers.values():
+        layer.requires_grad_(trainable)
     return config
 
 
@@ -325,9 +325,9 @@ def _places(
                 loaded[rows] = Place((len(ids), base.weight.size(1)), our, "rows")
         trained = settings.config.bias == "all" or (settings.config.bias == "lora_only" and is_target)
         if trained and bias is not None and our not in settings.whole:
-            held = f"{key}.base_layer.bias" if is_target else f"{key}.bias"
-            held = f"{key}.lora_B.bias" if settings.lora_bias else held
-            loaded[held] = Place(tuple(bias.shape), our, "bias")
+            bias_key = f"{key}.base_layer.bias" if is_target else f"{key}.bias"
+            bias_key = f"{key}.lora_B.bias" if settings.lora_bias else bias_key
+            loaded[bias_key] = Place(tuple(bias.shape), our, "bias")
         for part in ("weight", "bias"):
             own = f"{key}.{within}.{part}"
             if own in entries and own not in loaded and getattr(base, part, None) is not None:

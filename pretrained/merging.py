@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.layers import LowRank, Rows, as_linear, is_plain, weight_of
-from lora import Adapted, adapters_of, base_of, held_modules, put, refuse_merged, wrappers
+from adapters.layers import LowRank, TrainableRows, as_linear, is_plain, weight_of
+from lora import Adapted, adapters_of, base_of, held_modules, refuse_merged, wrappers
 from modules.quantize import FrozenLinear
 
 
@@ -40,8 +40,8 @@ def merge(model: nn.Module, keep: bool = True, requantise: bool = False) -> None
     if not any(module.active() for module in found.values()):
         raise ValueError("no adapter is active, so that there is nothing to merge; call use_adapters first")
     for name, module in found.items():
-        for change, _ in module.active():
-            if not all(torch.isfinite(tensor).all() for tensor in change.state_dict().values()):
+        for layer, _ in module.active():
+            if not all(torch.isfinite(tensor).all() for tensor in layer.state_dict().values()):
                 raise ValueError(
                     f"what changes {name} is not finite; the adapter is broken and was not merged"
                 )
@@ -50,11 +50,11 @@ def merge(model: nn.Module, keep: bool = True, requantise: bool = False) -> None
     if keep:  # all before the first is put in place: if memory ends here, nothing was merged
         merged = {name: _merged(module, made, requantise) for name, module in found.items()}
         for name, plain in merged.items():
-            put(model, name, plain.train(found[name].training))
+            model.set_submodule(name, plain.train(found[name].training))
     else:
         for name in list(found):  # each old weight goes before the next new one is made
             module = found.pop(name)
-            put(model, name, _merged(module, made, requantise).train(module.training))
+            model.set_submodule(name, _merged(module, made, requantise).train(module.training))
     config = getattr(model, "config", None)
     if was_tied and not _is_tied(model) and is_dataclass(config) and hasattr(config, "tie_embeddings"):
         changed: Any = config
@@ -86,7 +86,7 @@ def _merged(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter], requanti
 
 
 def _merged_plain(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) -> Any:
-    base, changes, whole = module.base, module.active(), module.whole()
+    base, layers, whole = module.base, module.active(), module.whole()
     weight = weight_of(base)
     dtype = weight.dtype
     if whole is not None:
@@ -96,15 +96,23 @@ def _merged_plain(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) ->
     bias = module.trained_bias()
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
-    terms = [(change, share) for change, share in changes if isinstance(change, LowRank | Rows)]
+    terms = [
+        (layer, adapter_weight)
+        for layer, adapter_weight in layers
+        if isinstance(layer, LowRank | TrainableRows)
+    ]
     if not terms:
         return plain
-    rows_only = all(isinstance(change, Rows) for change, _ in terms)
-    key = (id(weight), *((id(change.rows), share) for change, share in terms)) if rows_only else (object(),)
+    rows_only = all(isinstance(layer, TrainableRows) for layer, _ in terms)
+    key = (
+        (id(weight), *((id(layer.rows), adapter_weight) for layer, adapter_weight in terms))
+        if rows_only
+        else (object(),)
+    )
     if key not in made:
         merged = weight.detach().float().clone()
-        for change, share in terms:
-            change.merge_into(merged, base, share)
+        for layer, adapter_weight in terms:
+            layer.merge_into(merged, base, adapter_weight)
         made[key] = nn.Parameter(merged.to(dtype), requires_grad=False)
     plain.weight = made[key]
     return plain
@@ -129,7 +137,7 @@ def unmerge(model: nn.Module) -> None:
             )
     del model.__dict__["_merged"]
     for name, module in found.items():
-        put(model, name, module.train(model.training))
+        model.set_submodule(name, module.train(model.training))
     if config is not None:
         model.config = config
 

@@ -61,7 +61,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     if any(isinstance(module, FrozenLinear) for module in model.modules()):
-        raise ValueError("the model is held in fewer bits; call quantize.dequantize_linears before saving it")
+        raise ValueError("the model is stored in fewer bits; call dequantize_linears before saving it")
     chosen = choose_family(model.config, family)
     refuse_full(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.layers import Change, LowRank, Rows, Whole, is_embedding, is_linear
+from adapters.layers import AdapterLayer, FullCopy, LowRank, TrainableRows, is_embedding, is_linear
 from adapters.targets import as_peft_pattern
 from config import LoraConfig, write_atomically
-from lora import adapters_of, changes_of, held_modules, wrappers
+from lora import adapter_layers, adapters_of, held_modules, wrappers
 from modules.tensorfiles import save_tensors
 from pretrained.family import Family
 from pretrained.load_adapter import ADAPTER_CONFIG, PREFIX, WEIGHTS, pair_suffixes
@@ -65,11 +65,11 @@ def save_adapter(
     if name not in adapters_of(model):
         known = ", ".join(adapters_of(model)) or "none"
         raise ValueError(f"there is no adapter {name!r} to save; the model has {known}")
-    changes = changes_of(model, name)
-    if not changes:
+    layers = adapter_layers(model, name)
+    if not layers:
         raise ValueError("the model's adapters are merged into its weights; call unmerge before saving one")
     refuse_full(folder)
-    values, tensors = _written(model, family, name, changes)
+    values, tensors = _written(model, family, name, layers)
     values |= {"base_model_name_or_path": base, "revision": revision}
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,44 +85,48 @@ def save_adapter(
 
 
 def _written(
-    model: nn.Module, family: Family, name: str, changes: Mapping[str, Change]
+    model: nn.Module, family: Family, name: str, layers: Mapping[str, AdapterLayer]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter_config.json holds but for the base, and the tensors."""
     config, modules = adapters_of(model)[name].config, held_modules(model)
     names = {our: family.key(our) for our in modules}
     bases: dict[str, Any] = {our: wrapper.base for our, wrapper in wrappers(model).items()}
-    doubled = any(isinstance(c, LowRank) and c.start_a is not None for c in changes.values())
+    doubled = any(isinstance(c, LowRank) and c.start_a is not None for c in layers.values())
     tied = "embed" in bases and "head" in bases and bases["embed"].weight is bases["head"].weight
     as_pairs = "head" in bases and bases["head"].bias is not None
-    as_pairs = as_pairs or (tied and isinstance(changes.get("head"), LowRank))
-    tied_rows = getattr(changes.get("embed"), "rows", None)
+    as_pairs = as_pairs or (tied and isinstance(layers.get("head"), LowRank))
+    tied_rows = getattr(layers.get("embed"), "rows", None)
 
     tensors: dict[str, Tensor] = {}
     targets, whole, rows = [], [], {}
-    for our, change in changes.items():
+    for our, layer in layers.items():
         full, key = names[our], PREFIX + names[our]
-        bias = getattr(change, "bias", None)
-        if isinstance(change, Whole):
+        bias = getattr(layer, "bias", None)
+        if isinstance(layer, FullCopy):
             whole.append(full)
-            tensors |= {f"{key}.{part}": tensor for part, tensor in change.copy.state_dict().items()}
-        elif isinstance(change, LowRank):
+            tensors |= {f"{key}.{part}": tensor for part, tensor in layer.copy.state_dict().items()}
+        elif isinstance(layer, LowRank):
             targets.append(full)
-            a, b = change.factors()
-            if doubled and change.start_a is None:  # an embedding, which has no such start
+            a, b = layer.factors()
+            if doubled and layer.start_a is None:  # an embedding, which has no such start
                 a, b = torch.cat((a, torch.zeros_like(a))), torch.cat((b, torch.zeros_like(b)), dim=1)
-            tensors |= _pair(key, a, b, change.magnitude, change.of_embedding)
-        elif isinstance(change, Rows) and as_pairs:
+            tensors |= _pair(key, a, b, layer.magnitude, layer.of_embedding)
+        elif isinstance(layer, TrainableRows) and as_pairs:
             targets.append(full)
-            tensors |= _row_pair(key, change, bases[our], config.dora)
+            tensors |= _row_pair(key, layer, bases[our], config.dora)
             if config.bias != "none" and bias is None:
                 bias = getattr(bases[our], "bias", None)
-        elif isinstance(change, Rows) and (our == "embed" or change.rows is not tied_rows):  # tied, once
-            rows[full.rsplit(".", 1)[-1]] = change.ids.tolist()
-            tensors[f"{key}.token_adapter.trainable_tokens_delta"] = change.rows
+        elif isinstance(layer, TrainableRows) and (
+            our == "embed" or layer.rows is not tied_rows
+        ):  # tied, once
+            rows[full.rsplit(".", 1)[-1]] = layer.ids.tolist()
+            tensors[f"{key}.token_adapter.trainable_tokens_delta"] = layer.rows
         if bias is not None:
-            held = f"{key}.base_layer.bias" if full in targets else f"{key}.bias"
-            tensors[held] = bias
-    row_pairs = {names[our]: len(c.ids) for our, c in changes.items() if as_pairs and isinstance(c, Rows)}
+            bias_key = f"{key}.base_layer.bias" if full in targets else f"{key}.bias"
+            tensors[bias_key] = bias
+    row_pairs = {
+        names[our]: len(c.ids) for our, c in layers.items() if as_pairs and isinstance(c, TrainableRows)
+    }
     patterns = _patterns(config, doubled, [full for full in targets if full not in row_pairs], row_pairs)
 
     able = [names[our] for our, m in modules.items() if is_linear(m) or is_embedding(m)]
@@ -172,12 +176,12 @@ def _pair(key: str, a: Tensor, b: Tensor, magnitude: Tensor | None, of_embedding
     return pair if magnitude is None else pair | {f"{key}.lora_magnitude_vector": magnitude}
 
 
-def _row_pair(key: str, change: Rows, base: Any, dora: bool) -> dict[str, Tensor]:
+def _row_pair(key: str, layer: TrainableRows, base: Any, dora: bool) -> dict[str, Tensor]:
     """Rows as a low-rank pair of their number, one of whose sides picks them."""
-    ids, of_embedding = change.ids.cpu(), is_embedding(base)
-    picks = torch.zeros(len(ids), len(change.slots))
+    ids, of_embedding = layer.ids.cpu(), is_embedding(base)
+    picks = torch.zeros(len(ids), len(layer.slots))
     picks[torch.arange(len(ids)), ids] = 1
-    delta = change.delta().detach().cpu()
+    delta = layer.delta().detach().cpu()
     a, b = (picks, delta.t()) if of_embedding else (delta, picks.t())
     magnitude = None
     if dora:

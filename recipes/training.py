@@ -87,15 +87,15 @@ def _as_begun(config: Config, folder: Path) -> Config:
 
 
 def _refuse_another_format(config: Config, folder: Path) -> None:
-    """ValueError if a base would be held in another format now than the finished run's was."""
+    """ValueError if a base would be stored in another format now than the finished run's was."""
     train = config.train
     if not (train.base and config.lora.r):
         return
     asked = choose_precision(choose_device(train.device), train.precision)
-    held = resolved_format(train.base_format, asked.dtype)
+    weight_format = resolved_format(train.base_format, asked.dtype)
     before = read_yaml(folder / "config.yaml")["base_format"]
-    if held != before:
+    if weight_format != before:
         raise ValueError(
-            f"{folder} was finished on a base held in {before}, and with --precision {train.precision} on "
-            f"{asked.device.type} it would be held in {held}; set it back, or name another --out"
+            f"{folder} was finished on a base stored as {before}, and with --precision {train.precision} on "
+            f"{asked.device.type} it would be stored as {weight_format}; set it back, or name another --out"
         )

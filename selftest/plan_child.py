@@ -107,7 +107,7 @@ def make_run(config: Config, model: Any, precision: Any, family: str | None, fol
 
 
 def make_model(shape: ModelConfig, family: str | None, config: Config, precision: Any) -> Any:
-    """With drawn weights, held as runmodel.base_held_in holds those of a base."""
+    """Return a model of random weights, stored as `training.run.load_base` stores those of a base."""
 
     model = Decoder(replace(shape, init="normal"))
     if family is None:
@@ -118,14 +118,16 @@ def make_model(shape: ModelConfig, family: str | None, config: Config, precision
         if key.endswith("dropout") and value is not None
     }
     set_dropout(model, replace(shape, **asked).resolved())
-    held = "fp32" if config.lora.r == 0 else resolved_format(config.train.base_format, precision.dtype)
-    if held == "bf16" and precision.dtype == torch.bfloat16:
+    weight_format = (
+        "fp32" if config.lora.r == 0 else resolved_format(config.train.base_format, precision.dtype)
+    )
+    if weight_format == "bf16" and precision.dtype == torch.bfloat16:
         model.to(torch.bfloat16)
-    elif held != "fp32":
+    elif weight_format != "fp32":
         matrices = [
             n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.")
         ]
-        quantize_linears(model, held, matrices)
+        quantize_linears(model, weight_format, matrices)
         if precision.dtype == torch.bfloat16:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)

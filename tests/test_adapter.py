@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 import lora
 from adapters import products
-from adapters.layers import LowRank, Rows, Whole
+from adapters.layers import FullCopy, LowRank, TrainableRows
 from adapters.targets import as_peft_pattern, pattern_value, peft_key
 from architecture import Decoder
 from config import LoraConfig
 from dataset import Batch
-from lora import add_adapter, changes_of, use_adapters
+from lora import adapter_layers, add_adapter, use_adapters
 from pretrained import Family, load_pretrained
 from pretrained.load_adapter import load_adapter
 from pretrained.save_adapter import save_adapter
@@ -141,21 +141,21 @@ def scramble_adapters(model: nn.Module) -> None:
                 parameter.normal_(std=0.3, generator=generator)
 
 
-def oracle_key(our: str, part: str, change: Any, family: Family) -> str:
+def oracle_key(our: str, part: str, layer: Any, family: Family) -> str:
     """A trainable tensor's name in a PEFT model."""
     key = f"base_model.model.{family.key(our)}"
-    if isinstance(change, Whole):
+    if isinstance(layer, FullCopy):
         return f"{key}.modules_to_save.default.{part.removeprefix('copy.')}"
-    if isinstance(change, Rows) and part == "rows":
+    if isinstance(layer, TrainableRows) and part == "rows":
         return f"{key}.token_adapter.trainable_tokens_delta.default"
     if part == "bias":
-        return f"{key}.base_layer.bias" if isinstance(change, LowRank) else f"{key}.bias"
+        return f"{key}.base_layer.bias" if isinstance(layer, LowRank) else f"{key}.bias"
     if part == "magnitude":
         return f"{key}.lora_magnitude_vector.default.weight"
     letter = part.upper()
     return (
         f"{key}.lora_embedding_{letter}.default"
-        if change.of_embedding
+        if layer.of_embedding
         else f"{key}.lora_{letter}.default.weight"
     )
 
@@ -163,12 +163,12 @@ def oracle_key(our: str, part: str, change: Any, family: Family) -> str:
 def gradients(pair: Pair) -> dict[str, Tensor]:
     """By PEFT's names."""
     found, seen = {}, set()
-    for our, change in changes_of(pair.ours, "default").items():
-        for part, p in change.named_parameters():
+    for our, layer in adapter_layers(pair.ours, "default").items():
+        for part, p in layer.named_parameters():
             if id(p) not in seen:
                 seen.add(id(p))
                 assert p.grad is not None, f"{our}.{part} got no gradient"
-                found[oracle_key(our, part, change, pair.family)] = p.grad
+                found[oracle_key(our, part, layer, pair.family)] = p.grad
     return found
 
 
@@ -312,12 +312,12 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
     weights = {name: p.clone() for name, p in pair.ours.named_parameters()}
     add_adapter(pair.ours, LoraConfig(**settings), pair.family.key)
     assert_near(pair.ours(TOKENS), base, "the start changes nothing")
-    for our, change in changes_of(pair.ours, "default").items():
-        if not isinstance(change, LowRank) or change.of_embedding:
+    for our, layer in adapter_layers(pair.ours, "default").items():
+        if not isinstance(layer, LowRank) or layer.of_embedding:
             continue
-        layer: Any = model.get_submodule(pair.family.key(our))
-        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        assert_near(change.b @ change.a, product, our)
+        theirs: Any = model.get_submodule(pair.family.key(our))
+        product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
+        assert_near(layer.b @ layer.a, product, our)
         wrapper: Any = pair.ours.get_submodule(our)
         assert torch.equal(wrapper.base.weight, weights[f"{our}.weight"])  # not written to
     scramble_adapters(pair.ours)
@@ -546,8 +546,8 @@ def test_tied_weights_stay_one_where_an_adapter_that_ties_them_trains_on(
                 load_adapter(pair.ours, pair.family, tmp_path / case, trainable=True)
             continue
         load_adapter(pair.ours, pair.family, tmp_path / case, trainable=True)
-        changes: Any = changes_of(pair.ours, "default")
-        assert changes["head"].copy.weight is changes["embed"].copy.weight
+        layers: Any = adapter_layers(pair.ours, "default")
+        assert layers["head"].copy.weight is layers["embed"].copy.weight
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -694,9 +694,9 @@ def test_planted_faults_are_seen(
         add_adapter(pair.ours, LoraConfig(**settings), pair.family.key)
         wanted = dict(theirs.named_parameters())
         with torch.no_grad():
-            for our, change in changes_of(pair.ours, "default").items():
-                for part, p in change.named_parameters():
-                    p.copy_(wanted[oracle_key(our, part, change, pair.family)])
+            for our, layer in adapter_layers(pair.ours, "default").items():
+                for part, p in layer.named_parameters():
+                    p.copy_(wanted[oracle_key(our, part, layer, pair.family)])
         compare(pair, theirs)
 
     run()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import lora
 from config import LoraConfig
-from lora import adapters_of, add_adapter, changes_of
+from lora import adapter_layers, adapters_of, add_adapter
 from pretrained.load_adapter import adapter_base, load_adapter
 from pretrained.save_adapter import save_adapter
 from training.run import MOST_NEW_TOKENS, grow_vocabulary, open_adapted
@@ -65,8 +65,8 @@ def test_an_adapter_of_a_base_that_was_resized_opens_on_the_published_one(case: 
     tokens = TOKENS.clone()
     tokens[:, 3:7] = torch.arange(53, 57)
     assert_near(opened.model(tokens), theirs(tokens).logits, case)
-    kinds = {type(change).__name__ for change in changes_of(opened.model, "default").values()}
-    assert ("Rows" in kinds) == ("trainable_token_indices" in settings)
+    kinds = {type(layer).__name__ for layer in adapter_layers(opened.model, "default").values()}
+    assert ("TrainableRows" in kinds) == ("trainable_token_indices" in settings)
 
 
 GROWN: dict[str, tuple[str, dict[str, Any]]] = {

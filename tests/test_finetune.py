@@ -47,7 +47,7 @@ from suites.settings import EvalConfig
 from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
 from training import loop
 from training.loop import TrainingManager, say_groups, train
-from training.run import adopted, export_adapter, load_run, open_adapted, starting_tokenizer
+from training.run import export_adapter, load_run, open_adapted, starting_tokenizer, with_base_config
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = ModelConfig(
@@ -188,7 +188,7 @@ def test_adapters_train_and_the_base_stays(config: Config, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("base_format", ["bf16", "nf4"])
-def test_a_base_held_in_fewer_bits_opens_again_as_it_was(config: Config, base_format: str) -> None:
+def test_a_base_stored_in_fewer_bits_opens_again_as_it_was(config: Config, base_format: str) -> None:
     manager = train(other(config, base_format=base_format, max_steps=2))
     run = load_run(manager.folder)
     assert torch.equal(logits(run.model), logits(manager.model))
@@ -430,14 +430,14 @@ def test_the_tokenizer_of_the_base_by_another_path_is_its_own(
     tokenizer = starting_tokenizer(longer, own)
     assert tokenizer.vocab_size == own.tokenizer.vocab_size + 1
     with pytest.raises(ValueError, match=r"has 1 ids more than .*new_tokens names 0; name every token"):
-        adopted(longer, own, tokenizer, torch.float32)
+        with_base_config(longer, own, tokenizer, torch.float32)
 
 
 def test_a_base_in_bf16_is_not_validated_in_fp32(config: Config) -> None:
-    held = other(config, precision="bf16", base_format="bf16", max_steps=1)
-    with pytest.raises(ValueError, match="eval_precision is fp32, and the base is held in bfloat16"):
-        train(other(held, eval_precision="fp32"))
-    train(held)
+    rounded = other(config, precision="bf16", base_format="bf16", max_steps=1)
+    with pytest.raises(ValueError, match="eval_precision is fp32, and the base is stored as bfloat16"):
+        train(other(rounded, eval_precision="fp32"))
+    train(rounded)
 
 
 def test_dropout_is_the_bases_unless_it_is_given(config: Config) -> None:
@@ -460,10 +460,10 @@ def test_a_base_in_4_bits_that_moves_is_seen(config: Config) -> None:
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
         optimizers = right(model, *args)
-        held = next(m for m in model.modules() if isinstance(m, Linear4bit))
+        linear = next(m for m in model.modules() if isinstance(m, Linear4bit))
 
         def move(*args: Any) -> None:
-            held.get_buffer("packed").add_(1)
+            linear.get_buffer("packed").add_(1)
 
         optimizers[0].register_step_post_hook(move)
         return optimizers

@@ -93,7 +93,7 @@ class Rounded(nn.Module):
 def rounded(model: Decoder) -> Decoder:
     for name, module in held_modules(model).items():
         if isinstance(module, nn.Linear) and name != "head":
-            lora.put(model, name, Rounded(module))
+            model.set_submodule(name, Rounded(module))
     return model
 
 
@@ -239,7 +239,7 @@ def test_dropout_is_that_of_its_mask_on_the_input(dora: bool, monkeypatch: pytes
         torch.manual_seed(5)
         ours = layer(x)
         torch.manual_seed(5)
-        drop = Drop.drawn(0.4)
+        drop = Drop.sample(0.4)
         assert drop is not None
         mask = whole_mask(drop, x.detach()) * drop.factor
         assert 0 < (mask == 0).float().mean() < 1 and math.isclose(drop.factor, 1 / 0.6, rel_tol=1e-4)
@@ -422,7 +422,7 @@ def test_whole_copies_and_biases_are_not_mixed() -> None:
         scramble(model)
     with pytest.raises(ValueError, match="cannot be active together"):
         use_adapters(model, {"first": 1.0, "second": 1.0})
-    with pytest.raises(ValueError, match=r"has no share of 0.5; use 1"):
+    with pytest.raises(ValueError, match=r"has no weight of 0.5; use 1"):
         use_adapters(model, {"first": 0.5})
     with adapters_disabled(model):
         assert torch.equal(model.head.weight, model.get_parameter("head.base.weight"))
@@ -586,7 +586,9 @@ def test_a_wrong_merge_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     before = model(TOKENS)
     monkeypatch.setattr(
-        LowRank, "merge_into", lambda self, merged, base, share: merged.add_(self.change(base), alpha=2)
+        LowRank,
+        "merge_into",
+        lambda self, merged, base, adapter_weight: merged.add_(self.change(base), alpha=2),
     )
     with pytest.raises(ValueError, match="merged-differs"):
         merge_checked(model, PROMPTS)

@@ -1320,21 +1320,21 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, monkeypatch):
         refused(tmp_path / f"{folder.name} model", "and the model has 290.*belongs to another model")
 
 
-@pytest.mark.parametrize("held", [None, "int8", "nf4"])
-def test_memory_is_asked_for_as_the_weights_are_held(held, folder, monkeypatch):
+@pytest.mark.parametrize("weight_format", [None, "int8", "nf4"])
+def test_memory_is_asked_for_as_the_weights_are_stored(weight_format, folder, monkeypatch):
     """A model that fits a machine in 4 bits was refused for its size in the files."""
     whole = sum(tensor.nbytes for tensor in tensors_of(folder).values())
     memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": whole - 1}
     monkeypatch.setattr(os, "sysconf", lambda name: memory[name])
-    if held is None:
+    if weight_format is None:
         refused(folder, "GB of memory in float32 and this machine has")
         return
-    found = load_pretrained(folder, held=held).model
+    found = load_pretrained(folder, weight_format=weight_format).model
     monkeypatch.setitem(memory, "SC_PHYS_PAGES", sum(t.nbytes for t in found.state_dict().values()))
-    load_pretrained(folder, held=held)
+    load_pretrained(folder, weight_format=weight_format)
     monkeypatch.setitem(memory, "SC_PHYS_PAGES", memory["SC_PHYS_PAGES"] - 1)
-    with pytest.raises(ValueError, match=f"GB of memory in {held} and this machine has"):
-        load_pretrained(folder, held=held)
+    with pytest.raises(ValueError, match=f"GB of memory in {weight_format} and this machine has"):
+        load_pretrained(folder, weight_format=weight_format)
 
 
 def test_modules_have_the_names_that_adapters_use():

@@ -452,14 +452,14 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
     torch.manual_seed(1)
     other = replace(load_pretrained(tmp_path / "base").model.config, init="normal")
     save_pretrained(Decoder(other), tokenizer, tmp_path / "other", "llama")
-    held = {True: "bf16", False: "fp32"}
+    formats = {True: "bf16", False: "fp32"}
     native = choose_precision(choose_device("auto"), "auto").dtype == torch.bfloat16
     for flag, value, sentence in (
         ("--optimizer.lr", "0.5", "was finished with optimizer.lr 0.0002, and now it is 0.5; set it back"),
         (
             "--precision",
-            held[not native],
-            f"was finished on a base held in {held[native]}, and with --precision",
+            formats[not native],
+            f"was finished on a base stored as {formats[native]}, and with --precision",
         ),
         ("--base", str(tmp_path / "other"), "the base changed since"),
     ):

@@ -39,11 +39,11 @@ def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
             "--data.validation_one_in 0 would validate on the training files; only --overfit may"
         )
     precision = choose_precision(choose_device(train.device), train.precision)
-    held = torch.float32
+    weight_dtype = torch.float32
     if train.base is not None and config.lora.r:
         base_format = resolved_format(train.base_format, precision.dtype)
-        held = torch.float32 if base_format == "fp32" else precision.dtype
-    evaluation_precision(precision, train.eval_precision, held)
+        weight_dtype = torch.float32 if base_format == "fp32" else precision.dtype
+    evaluation_precision(precision, train.eval_precision, weight_dtype)
     refuse_unwritable(config.data.cache, "--data.cache", unless="tokens-*")
     if not made_here:
         refuse_unreadable(config.data)

@@ -65,11 +65,11 @@ def export(settings: ExportConfig) -> str:
         report = merged(model, tokenizer, settings)
     elif run is not None and family is not None:
         export_adapter(run, settings.out)
-        held = run.config.train.base_format
+        weight_format = run.config.train.base_format
         note = (
             ""
-            if held == "fp32"
-            else f", held in {held}: on other weights, as PEFT loads, it is another model"
+            if weight_format == "fp32"
+            else f", stored as {weight_format}: on other weights, as PEFT loads, it is another model"
         )
         return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}{note}"
     else:
@@ -107,7 +107,7 @@ def _requantised(model: Decoder, prompts: list[list[int]], tolerance: float) -> 
     Beside the report, by how much the adapter itself moves a logit: a gap as large loses all that it learned.
     """
     if not any(isinstance(module, Linear4bit) for module in model.modules()):
-        raise ValueError("the base was not held in nf4, so that nothing is to be requantised; leave it out")
+        raise ValueError("the base is not stored as nf4, so that nothing is to be requantised; leave it out")
 
     def base(tokens: Tensor) -> Tensor:
         with adapters_disabled(model):

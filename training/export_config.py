@@ -16,7 +16,7 @@ class ExportConfig:
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         base: Instead of a run: folder or hub id of a published model,
         adapter: and folder of an adapter for it.
-        base_format: How the weights of `base` were held when the adapter was trained: `fp32`, `bf16` or
+        base_format: How the weights of `base` were stored when the adapter was trained: `fp32`, `bf16` or
             `nf4`; a run and an adapter written here know.
         merge: Put the adapters into the weights, which are merged and written in fp32.
         requantise: Of a base in nf4, round the merged matrices to nf4 again and write all in bf16.

@@ -102,13 +102,13 @@ from training.optim import (
 from training.outputs import OUTPUTS, note_made, outputs_made
 from training.run import (
     Run,
-    adopted,
     export_adapter,
     gaps_began_bare,
     load_run,
     open_base,
     starting_model,
     starting_tokenizer,
+    with_base_config,
 )
 from training.runfolder import (
     claimed_folder,
@@ -183,8 +183,8 @@ class TrainingManager:
         self.config, self.model, self.data, self.folder = config, model, data, folder
         self.precision = precision
         train = config.train
-        held = model.embed.weight.dtype
-        self.eval_precision = evaluation_precision(precision, train.eval_precision, held)
+        weight_dtype = model.embed.weight.dtype
+        self.eval_precision = evaluation_precision(precision, train.eval_precision, weight_dtype)
         self.device = precision.device
         self.state = RunState()
         by_difficulty = config.data.order not in ("shuffled", "sequential")
@@ -198,7 +198,7 @@ class TrainingManager:
             difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
         )
         self.optimizers = build_optimizers(
-            model, config.optimizer, config.lora.lr_ratio, config.model.widening
+            model, config.optimizer, config.lora.lr_ratio, config.model.width_mult
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -699,7 +699,7 @@ def _train_in(
         tokenizer = prepare_tokenizer(config.data, config.tokenizer)
     else:
         tokenizer = starting_tokenizer(config, base)
-        config = adopted(config, base, tokenizer, precision.dtype)
+        config = with_base_config(config, base, tokenizer, precision.dtype)
         if not config.lora.r:  # before the data are read: what trains is the base as it is
             checked_groups(config, base.model)
         if row_follows and config.train.resume:
@@ -796,7 +796,7 @@ def with_fitting_row(config: Config, data: PreparedData) -> Config:
 
 def checked_groups(config: Config, model: Decoder) -> list[ParameterGroup]:
     """What moves which parameters; ValueError for a learning rate that is set and at which none learns."""
-    groups = parameter_groups(model, config.optimizer, config.lora.lr_ratio, config.model.widening)
+    groups = parameter_groups(model, config.optimizer, config.lora.lr_ratio, config.model.width_mult)
     for key, reason in unread_rates(config.optimizer, {group.kind for group in groups}):
         raise ValueError(f"{key} is set, but {reason}; remove it")
     return groups

@@ -1,6 +1,6 @@
 """Memory and speed of a run before it begins: `python trainingmanager.py --plan [the run's flags]`.
 
-A child process on this machine makes the run's model with drawn weights, held as the run would hold them,
+A child process on this machine makes the run's model with random weights, stored as the run would store them,
 and does with it what a run does, by the same functions, on drawn text and tokens: the guards, some updates, a
 validation, a checkpoint. A model above WHOLE weights is made at its full width with two and with eight of its
 blocks, in a child each: what blocks take is linear in their number, so those of the whole depth follow.
@@ -37,7 +37,7 @@ class Cost:
         guard_bytes: Most memory of the process in the guards; on a GPU that of its tensors.
         step_bytes: While it trains and validates.
         save_bytes: While it saves a checkpoint.
-        held_bytes: Weights as they are held, the trainable ones' gradients and optimizer state left out.
+        held_bytes: Weights as they are stored, the trainable ones' gradients and optimizer state left out.
         trained_bytes: Trainable weights with gradients and optimizer state.
         micro_seconds: Of a micro-batch, forward and backward.
         update_seconds: Of the clip and the optimizers.

@@ -1,6 +1,6 @@
 """The model of a run: drawn from a seed, or a published one with what trains on top of it.
 
-    settings -> open_base -> adopted settings -> starting_model    when a run begins or goes on
+    settings -> open_base -> with_base_config -> starting_model    when a run begins or goes on
     RUN -> load_run -> model, tokenizer, settings                  to evaluate it or to write text with it
 
 A run with adapters keeps only what it trains. Whoever opens it needs the base again, and it has to be the
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from architecture import Decoder, ParallelBlock, SequentialBlock
-from config import Config, ModelConfig, TrainConfig, write_atomically
+from config import DROPOUTS, Config, ModelConfig, TrainConfig, write_atomically
 from config.yamlfile import read_yaml
 from lora import add_adapter
 from pretrained import Family, Pretrained, load_pretrained
@@ -48,7 +48,6 @@ from training.checkpoint import (
 )
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
-DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 MOST_NEW_TOKENS = 10_000  # of a stranger's adapter
 BASE_ROW = 512  # tokens in a training row of a base, whose context may be 131,072
 
@@ -57,8 +56,8 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
     """The published model that `config.train.base` names, in eval mode; None where none is named.
 
     Args:
-        dtype: Of the run's matrix products. Frozen weights are held in it, or as `base_format` says; weights
-            that train are held in fp32.
+        dtype: Of the run's matrix products. Frozen weights are stored in it, or as `base_format` says;
+            weights that train are stored in fp32.
 
     Raises:
         ValueError: It cannot be had.
@@ -66,18 +65,18 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
     train = config.train
     if train.base is None:
         return None
-    held = "fp32" if config.lora.r == 0 else resolved_format(train.base_format, dtype)
-    return base_held_in(held, train.base, dtype, device, train.base_revision)
+    weight_format = "fp32" if config.lora.r == 0 else resolved_format(train.base_format, dtype)
+    return load_base(weight_format, train.base, dtype, device, train.base_revision)
 
 
 def resolved_format(base_format: str, dtype: torch.dtype) -> str:
-    """`auto` is the number format of the run's matrix products; what fp16 multiplies is held in fp32."""
+    """`auto` is the number format of the run's matrix products; what fp16 multiplies is stored in fp32."""
     if base_format != "auto":
         return base_format
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
-def base_held_in(
+def load_base(
     base_format: str,
     source: str,
     dtype: torch.dtype,
@@ -90,8 +89,8 @@ def base_held_in(
     Args:
         base_format: `fp32`; `bf16`, to which all is rounded; or `nf4`, which the blocks' matrices are put
             into from bf16, while the rest is bf16.
-        dtype: Of the matrix products. Where it is not bf16, bf16 matrices are held as such and multiplied in
-            fp32, and the rest becomes fp32.
+        dtype: Of the matrix products. Where it is not bf16, bf16 matrices are stored as such and multiplied
+            in fp32, and the rest becomes fp32.
     """
     if base_format == "fp32":
         return load_pretrained(source, torch.float32, device, revision, local_only=local_only)
@@ -104,9 +103,9 @@ def base_held_in(
     return base
 
 
-def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch.dtype) -> Config:
+def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch.dtype) -> Config:
     """The settings with what the base decides filled in: the model's shape, its commit, a row's length, and
-    how frozen weights are held, so that whoever opens the run holds them alike.
+    how frozen weights are stored, so that whoever opens the run stores them alike.
 
     Raises:
         ValueError: The settings ask for another model.
@@ -121,7 +120,7 @@ def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
     refuse_other_model(config, own, ("vocab_size",))
-    for key in DROPOUTS:  # not given, `dropout` stands for the other two
+    for key in DROPOUTS:
         value = getattr(asked, key) if getattr(asked, key) is not None else asked.dropout
         own = own if value is None else replace(own, **{key: value})
     row_length = config.train.row_length or min(BASE_ROW, own.block_size)
@@ -211,7 +210,7 @@ def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer
     """The model before its first update: drawn, or the base, with fresh adapters if `lora.r` says so.
 
     Args:
-        config: As `adopted`; its vocabulary has room for the new tokens.
+        config: As `with_base_config`; its vocabulary has room for the new tokens.
         tokenizer: With the new tokens.
     """
     if base is None:
@@ -382,19 +381,19 @@ def open_adapted(
 
     Raises:
         ValueError: One of the two cannot be opened, or the adapter was trained on another base, or on one
-            that was held in another format.
+            that was stored in another format.
     """
     path, known = Path(adapter) / BASE_FILE, {}
     if path.exists():
         known = read_run_file(path, _base_file)
-    held = known.get("base_format", "fp32") if base_format == "auto" else base_format
-    if held != known.get("base_format", held):
+    weight_format = known.get("base_format", "fp32") if base_format == "auto" else base_format
+    if weight_format != known.get("base_format", weight_format):
         raise ValueError(
-            f"{adapter} was trained on a base held in {known['base_format']}, not in {held}; on other "
-            "weights it means something else: leave --base_format out"
+            f"{adapter} was trained on a base stored as {known['base_format']}, not as {weight_format}; on "
+            "other weights it means something else: leave --base_format out"
         )
     named, revision = adapter_base(adapter)
-    base = base_held_in(held, source, torch.float32, device, revision if named == source else None)
+    base = load_base(weight_format, source, torch.float32, device, revision if named == source else None)
     if base.fingerprint != known.get("fingerprint", base.fingerprint):
         raise ValueError(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
@@ -479,10 +478,12 @@ def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
     train = config.train
     if train.base is None:
         raise ValueError("config.yaml has lora.r but no base; restore it from a copy")
-    held = resolved_format(train.base_format, torch.float32)
+    weight_format = resolved_format(train.base_format, torch.float32)
     # The run may be a stranger's: it does not make this machine fetch anything.
     try:
-        base = base_held_in(held, train.base, torch.float32, "cpu", train.base_revision, local_only=True)
+        base = load_base(
+            weight_format, train.base, torch.float32, "cpu", train.base_revision, local_only=True
+        )
     except ValueError as error:
         raise ValueError(
             f"the base of the run cannot be opened: {error}; if it moved, say with --base"
