@@ -156,9 +156,7 @@ def ours(
     model = random_base(config, dtype, None if weight_format == "auto" else weight_format)
     torch.manual_seed(seed)
     add_adapter(model, LoraConfig(r, alpha, dropout, targets), FAMILIES[family].key)
-    model.checkpoint_activations = recompute
-    if not recompute:
-        model.keep_less()
+    model.recompute_in_backward("blocks" if recompute else "cheap outputs")
     model.train()
     keep_freed_memory()
 

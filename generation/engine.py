@@ -32,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from architecture import ABSOLUTE_POSITIONS, Decoder
+from architecture import Decoder
 from generation.kvcache import KVCache
+from modules.positions import ABSOLUTE_POSITIONS
 from tokenization.healing import Branch, Prompt
 
 if TYPE_CHECKING:  # it is defined where a command line can be read before torch is imported

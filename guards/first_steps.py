@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from architecture import Dropout
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject
+from modules.dropout import Dropout
 from training.optim import learning_rate_factor
 
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third

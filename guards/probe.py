@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from architecture import Decoder, Dropout
+from architecture import Decoder
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import SHORTEST_PASS, Fault, Subject, awake, is_shortened, of_each_kind, through
+from modules.dropout import Dropout
 from modules.quantize import n_weights
 
 

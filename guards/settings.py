@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.layers import LowRank
-from architecture import Decoder, Dropout
+from architecture import Decoder
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import Fault, Subject, affordable, awake, through, tolerance_of
+from modules.dropout import Dropout
 
 WIDE = 512
 PART = 0.25  # of the tokens of a pass

@@ -1,135 +1,112 @@
-"""Attention in training on a CPU, where PyTorch's fused kernel is slow and has no dropout.
+"""Attention as functions: masks, the layouts of a fused projection, and softmax(q k^T) v in two ways.
 
-Written out, it keeps three (H, T, S) tensors a row and layer for the backward pass. Here a block of queries
-at a time is scored against the keys up to its last one, and what is kept are q, k, v, the output and a seed:
-backward scores the block again and draws the same random numbers (as FlashAttention does, arXiv:2205.14135).
-Only scores on the diagonal are masked, and a block stays in the cache: for 512 tokens and 16 heads of 64
-forward and backward take 0.40 of the time of PyTorch's kernel in bf16 and 0.75 in fp32 (AVX-512, two cores).
-In bf16 scores and weights are rounded to it, as where attention is written out; PyTorch's kernel, which
-evaluation uses, keeps its scores in fp32. Of normal draws its output is off by 0.0020 of it (rms), this one's
-by 0.0033.
-
-Shapes: B rows, H query heads, K key and value heads, G = H / K, T queries, S keys, D = head_dim. Inside,
-tensors lie as the projections made them, (B, T, H, D): with multi-query the queries of a block are then rows
-of one matrix as they are, and no copy of them is made.
+Shapes: B rows, T queries, S keys, H query heads, K key and value heads (K divides H), D = head_dim.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from modules.dropout import kept, steps
-
-BLOCK_ELEMENTS = 2**20  # scores alive at a time: 4 MB, which stay in the cache
+from modules.blocked_attention import blocked_attention
+from modules.dropout import Dropout
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, int]]:
-    """(number, queries, how many keys any of them may see) of each block."""
-    B, T, H, _ = q.shape
-    S = k.size(1)
-    size = max(16, min(T, BLOCK_ELEMENTS // max(1, B * H * S)))
-    for number, start in enumerate(range(0, T, size)):
-        stop = min(T, start + size)
-        yield number, slice(start, stop), stop + S - T
+def attention_mask(query_documents: Tensor, key_documents: Tensor, window: int = 0) -> Tensor:
+    """True where a query may look, (B, 1, T_query, T_key): its own document, at or before itself.
 
+    With a window it sees at most that many tokens, itself included (Longformer, arXiv:2004.05150).
 
-def _rows(x: Tensor, queries: slice, n_kv_head: int) -> Tensor:
-    """Of x (B, T, H, D) a block of t queries, (B, K, t G, D); a view where K is 1."""
-    return x[:, queries].unflatten(2, (n_kv_head, -1)).transpose(1, 2).flatten(2, 3)
-
-
-def _put_rows(x: Tensor, queries: slice, rows: Tensor) -> None:
-    """The inverse: rows (B, K, t G, D) into x (B, T, H, D)."""
-    block = x[:, queries].unflatten(2, (rows.size(1), -1))
-    block.copy_(rows.unflatten(2, (block.size(1), -1)).transpose(1, 2))
-
-
-def _weights(rows: Tensor, k: Tensor, mask: Tensor | None, queries: slice, n_keys: int) -> Tensor:
-    """softmax(q k^T), (B, K, t G, n_keys), of scaled queries (B, K, t G, D) and keys (B, K, S, D)."""
-    t = queries.stop - queries.start
-    scores = rows @ k[:, :, :n_keys].transpose(-2, -1)
-    by_query = scores.unflatten(2, (t, -1))  # (B, K, t, G, n_keys)
-    if mask is None:
-        # Only the last t keys are not seen by all queries of the block.
-        hidden = torch.full((t, t), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-        by_query[..., n_keys - t :] += hidden.unsqueeze(1)
-    else:
-        seen = mask[:, :, queries, :n_keys].unsqueeze(3)
-        by_query += torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, -math.inf)
-    return torch.softmax(scores, -1, out=scores)  # its sums are fp32, of bf16 too
-
-
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropped: int, seed: int
-    ) -> Tensor:
-        y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        keys, values = (x.transpose(1, 2).contiguous() for x in (k, v))
-        for number, queries, n_keys in _blocks(q, k):
-            rows = _rows(q, queries, k.size(2)) / math.sqrt(q.size(3))
-            weights = _weights(rows, keys, mask, queries, n_keys)
-            if dropped:
-                weights *= kept(seed, number, weights.shape, dropped, weights.dtype)
-            out = weights @ values[:, :, :n_keys]
-            _put_rows(y, queries, out.mul_(2**16 / (2**16 - dropped)) if dropped else out)
-        ctx.save_for_backward(q, k, v, y, mask)
-        ctx.dropped, ctx.seed = dropped, seed
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        q, k, v, y, mask = ctx.saved_tensors
-        K, scale, dropped = k.size(2), 1 / math.sqrt(q.size(3)), ctx.dropped
-        grad_q = torch.empty_like(q)
-        keys, values = (x.transpose(1, 2).contiguous() for x in (k, v))
-        grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
-        # Of each query, the sum over keys of weight times its gradient: by the output instead of the weights.
-        inner = (grads[0] * y).sum(-1, keepdim=True)
-        for number, queries, n_keys in _blocks(q, k):
-            rows, grad = _rows(q, queries, K) * scale, _rows(grads[0], queries, K)
-            weights = _weights(rows, keys, mask, queries, n_keys)
-            keep = kept(ctx.seed, number, weights.shape, dropped, weights.dtype) if dropped else None
-            if keep is not None:
-                grad = grad * (2**16 / (2**16 - dropped))
-            grad_scores = grad @ values[:, :, :n_keys].transpose(-2, -1)
-            if keep is not None:
-                grad_scores.mul_(keep)
-            grad_scores.sub_(_rows(inner, queries, K)).mul_(weights)
-            if keep is not None:
-                weights *= keep
-            _add_product(grad_v[:, :, :n_keys], weights.transpose(-2, -1), grad)
-            _add_product(grad_k[:, :, :n_keys], grad_scores.transpose(-2, -1), rows)
-            _put_rows(grad_q, queries, (grad_scores @ keys[:, :, :n_keys]).mul_(scale))
-        return grad_q, grad_k.transpose(1, 2), grad_v.transpose(1, 2), None, None, None
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (B, K, n, D) += a (B, K, n, m) b (B, K, m, D)."""
-    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-
-
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D))) v, (B, H, T, D), on a CPU.
-
-    Args:
-        q: (B, H, T, D), the last T of S positions.
-        k, v: (B, K, S, D); K divides H.
-        mask: (B, 1, T, S), True where a query may look, at or before itself; None: all at or before itself.
-            A query that may look nowhere gives NaN.
-        p: Share of the weights that is dropped, to the nearest 1 / 65,536.
+    The queries are the last T_query of the T_key tokens. Padding is a document of its own (-1), so that every
+    row of the mask has at least one True and no softmax is taken over nothing.
     """
-    assert mask is None or mask.size(2) == q.size(2)
-    # Seeded by torch's generator, so that its state is all there is to save.
-    seed = int(torch.randint(2**62, ())) if p else 0
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = _BlockedAttention.apply(q, k, v, mask, steps(p), seed)
-    assert isinstance(y, Tensor)
-    return y.transpose(1, 2)
+    n_query, n_key = query_documents.size(1), key_documents.size(1)
+    same = query_documents[:, :, None] == key_documents[:, None, :]
+    if n_query == 1 and not window:
+        return same.unsqueeze(1)
+    causal = torch.ones(n_query, n_key, dtype=torch.bool, device=query_documents.device).tril(n_key - n_query)
+    if window:
+        causal = causal.triu(n_key - n_query - window + 1)
+    return (same & causal).unsqueeze(1)
+
+
+def repeat_heads(x: Tensor, n_head: int) -> Tensor:
+    """Keys or values (B, K, S, D), each repeated for the n_head / K query heads that share it."""
+    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+
+
+def group_queries(q: Tensor, n_kv_head: int) -> Tensor:
+    """Make the queries of one token that share a key head rows of one matrix: (B, H, 1, D) -> (B, K, H/K, D).
+
+    Copies of all keys for them took 3 ms of a decoding step of 8 rows. More tokens stay as they are.
+    """
+    if q.size(1) == n_kv_head or q.size(2) > 1:
+        return q
+    return q.reshape(q.size(0), n_kv_head, -1, q.size(3))
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v written out: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+    B, H, T, _ = q.shape
+    q = group_queries(q, k.size(1))
+    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
+    if is_causal:
+        mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        # A large negative number would make a fully masked row uniform; -inf makes it NaN, seen at once.
+        # Added, since all heads share it: to fill the scores takes 5 times as long, and again in backward.
+        scores += torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    weights = F.softmax(scores.float(), dim=-1).to(v.dtype)
+    return (dropout(weights) @ v).reshape(B, H, T, -1)
+
+
+def fast_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
+) -> Tensor:
+    """Compute what `reference_attention` does by fused kernels: PyTorch's, or in training on a CPU ours."""
+    p = dropout.p if dropout.training else 0.0
+    if dropout.training and q.device.type == "cpu" and q.size(2) > 1 and (is_causal or mask is not None):
+        return blocked_attention(q, k, v, mask, p)
+    B, H, T, _ = q.shape
+    q = group_queries(q, k.size(1))
+    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=p)
+    return y.reshape(B, H, T, -1)
+
+
+ATTENTIONS = {"reference": reference_attention, "fast": fast_attention}
+
+
+def split_blocks(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Split rows that are all queries, all keys, all values."""
+    widths = [n_head * head_dim, n_kv_head * head_dim, n_kv_head * head_dim]
+    return qkv.split(widths, dim=-1)
+
+
+def split_heads(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Split rows that are query, key and value of each head in turn: GPTBigCode without multi-query."""
+    return qkv.unflatten(-1, (n_head, 3, head_dim)).unbind(-2)
+
+
+def split_shards(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Split four shards, each query, value and key of a quarter of the heads: CodeGen, a shard a core."""
+    shards = qkv.unflatten(-1, (4, 3, n_head // 4, head_dim))
+    q, v, k = (part.flatten(-3, -2) for part in shards.unbind(-3))  # the value comes second
+    return q, k, v
+
+
+# The rows of a fused projection stay as published; its output (B, T, 3C) is split to q, k and v, each
+# (B, T, HD) or (B, T, H, D). So a weight is loaded byte for byte, and an adapter on it means what it does
+# elsewhere.
+QKV_SPLITS: dict[str, Callable[[Tensor, int, int, int], tuple[Tensor, ...]]] = {
+    "blocks": split_blocks,
+    "heads": split_heads,
+    "shards": split_shards,
+}

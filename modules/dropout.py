@@ -40,17 +40,18 @@ def _random_bytes(generator: np.random.SFC64, n: int) -> np.ndarray:
 
 class _DropoutByBits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int, thin: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: int, recompute: bool) -> Tensor:
         # Seeded by torch's generator, so that its state is all there is to save.
-        ctx.drawn = int(torch.randint(2**62, ())), x.shape, dropped, x.dtype
-        factor = dropout_factor(*ctx.drawn)
-        if not thin:
-            ctx.save_for_backward(factor)  # not as an attribute, which a block that is made again would keep
+        ctx.arguments = int(torch.randint(2**62, ())), x.shape, dropped, x.dtype
+        factor = dropout_factor(*ctx.arguments)
+        if not recompute:
+            # As an attribute, a block that is recomputed would keep it.
+            ctx.save_for_backward(factor)
         return x * factor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors or (dropout_factor(*ctx.drawn),)
+        (factor,) = ctx.saved_tensors or (dropout_factor(*ctx.arguments),)
         return grads[0] * factor, None, None
 
 
@@ -67,11 +68,11 @@ class Dropout(nn.Module):
     def __init__(self, p: float):
         super().__init__()
         self.p = p
-        self.thin = False  # draw the numbers again in backward instead of keeping them
+        self.recompute = False  # backward draws the random numbers again instead of keeping them
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        return _DropoutByBits.apply(x, steps(self.p), self.thin)
+        return _DropoutByBits.apply(x, steps(self.p), self.recompute)

@@ -21,12 +21,15 @@ import dataset
 import lora
 import tokenizer
 from adapters import layers
-from architecture import Decoder, Dropout
+from architecture import Decoder
 from config import Config
 from data import tokenstore
 from dataset import IGNORE_INDEX
 from generation import engine, text
 from modules import precision
+from modules.attention import reference_attention
+from modules.dropout import Dropout
+from modules.positions import ROPE_SCALINGS, scale_none
 from training import beforehand, loop
 
 Patch = Callable[[], contextlib.AbstractContextManager]
@@ -62,9 +65,7 @@ def attention_by(
 
 def inverted_mask() -> contextlib.AbstractContextManager:
     return attention_by(
-        lambda q, k, v, mask, dropout: architecture.reference_attention(
-            q, k, v, mask.transpose(-1, -2), False, dropout
-        )
+        lambda q, k, v, mask, dropout: reference_attention(q, k, v, mask.transpose(-1, -2), False, dropout)
     )
 
 
@@ -92,7 +93,7 @@ def documents_joined() -> contextlib.AbstractContextManager:
 def attention_to_nothing() -> contextlib.AbstractContextManager:
     """A token that is hidden from itself leaves the first one nothing to see: NaN."""
     return attention_by(
-        lambda q, k, v, mask, dropout: architecture.reference_attention(
+        lambda q, k, v, mask, dropout: reference_attention(
             q, k, v, mask & torch.ones_like(mask).tril(-1), False, dropout
         )
     )
@@ -200,7 +201,7 @@ def window_ignored() -> contextlib.AbstractContextManager:
 
 
 def scaling_ignored() -> contextlib.AbstractContextManager:
-    return patch.dict(architecture.ROPE_SCALINGS, dynamic=architecture.scale_none)
+    return patch.dict(ROPE_SCALINGS, dynamic=scale_none)
 
 
 def decay_ignored() -> contextlib.AbstractContextManager:

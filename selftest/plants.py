@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import architecture
-from architecture import Dropout
 from config import (
     Config,
     DataConfig,
@@ -31,6 +29,8 @@ from config import (
     TokenizerConfig,
     TrainConfig,
 )
+from modules.attention import reference_attention
+from modules.dropout import Dropout
 from selftest.data import write_base, write_data
 from selftest.faults import (
     EOS,
@@ -445,9 +445,7 @@ PLANTS = [
         "dropout of attention ignored",
         "dropout-ignored",
         lambda: attention_by(
-            lambda q, k, v, mask, dropout: architecture.reference_attention(
-                q, k, v, mask, False, Dropout(0.0)
-            )
+            lambda q, k, v, mask, dropout: reference_attention(q, k, v, mask, False, Dropout(0.0))
         ),
     ),
     Plant(
@@ -455,7 +453,7 @@ PLANTS = [
         "only the token before is seen",
         "past-invisible",
         lambda: attention_by(
-            lambda q, k, v, mask, dropout: architecture.reference_attention(
+            lambda q, k, v, mask, dropout: reference_attention(
                 q, k, v, mask & torch.ones_like(mask).triu(k.size(-2) - q.size(-2) - 1), False, dropout
             )
         ),

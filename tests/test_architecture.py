@@ -14,28 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architecture import (
-    ATTENTIONS,
     BLOCKS,
     INITS,
     MLPS,
     Context,
     Decoder,
-    Dropout,
     LayerNorm,
     ParallelBlock,
     RMSNorm,
     SequentialBlock,
+)
+from config import ModelConfig
+from modules import blocked_attention
+from modules.activations import GeluTanh
+from modules.attention import ATTENTIONS, attention_mask
+from modules.dropout import Dropout, kept
+from modules.positions import (
     SinusoidalPosition,
-    attention_mask,
-    gelu_tanh,
     rotary_frequency,
     rotary_tables,
     rotate_half,
     rotate_interleaved,
 )
-from config import ModelConfig
-from modules import attention
-from modules.dropout import kept
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
 SMALL = ModelConfig(
@@ -426,7 +426,7 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("name", MLPS)
 def test_mlps_are_their_formulas(name, bias):
     kind, activation = MLPS[name]
-    mlp = kind(replace(SMALL, n_inner=24, mlp_bias=bias).resolved(), activation)
+    mlp = kind(replace(SMALL, n_inner=24, mlp_bias=bias).resolved(), activation())
     scramble(mlp)
     weights = dict(mlp.named_parameters())
     x = (noise(2, 3, 16) * 2).requires_grad_()
@@ -501,7 +501,7 @@ def test_gelu_in_bf16_is_as_near_as_its_format_allows(shape):
     torch.manual_seed(0)
     x = (4 * torch.randn(shape)).bfloat16().requires_grad_()
     exact = x.detach().double().requires_grad_()
-    y, expected = gelu_tanh(x), F.gelu(exact, approximate="tanh")
+    y, expected = GeluTanh()(x), F.gelu(exact, approximate="tanh")
     # Half a step of bf16, and where the tanh is -1 in fp32, the zeros of its product.
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)
     weight = torch.randn(shape).bfloat16()
@@ -534,9 +534,9 @@ def test_attention_dropout_drops_that_share_of_the_weights(kind):
 
 @pytest.mark.parametrize("window", [0, 5])
 def test_a_token_of_many_heads_that_share_keys_may_be_masked(window, monkeypatch):
-    """Its heads are rows of one matrix then, and no tokens in a row."""
-    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", 1)
-    q, k, v = (torch.randn(2, heads, n, 4) for heads, n in ((1, 20), (1, 30), (1, 30)))
+    """The heads of one token are rows of one matrix, which are not tokens that follow each other."""
+    monkeypatch.setattr(blocked_attention, "BLOCK_ELEMENTS", 1)
+    q, k, v = (torch.randn(2, heads, n, 4) for heads, n in ((20, 1), (1, 30), (1, 30)))
     documents = torch.tensor([[-1] * 7 + [0] * 23, [0] * 30])
     mask = attention_mask(documents[:, -1:], documents, window)
     for training in (False, True):
@@ -672,7 +672,7 @@ def test_a_model_that_cannot_be_built_is_refused_in_one_sentence(wrong, words):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_memory_only(dropout):
     plain, saving = (scrambled(replace(SMALL, dropout=dropout)).train() for _ in range(2))
-    saving.checkpoint_activations = True
+    saving.recompute_in_backward("blocks")
     forwards = []
     for model in (plain, saving):
         count = []
@@ -690,7 +690,7 @@ def test_activation_checkpointing_changes_memory_only(dropout):
     assert len(count) == 1
 
 
-def test_a_block_made_again_keeps_no_mask_of_dropout():
+def test_a_recomputed_block_keeps_no_mask_of_dropout():
     """Dropout's factor is a saved tensor, which checkpointing drops, not an attribute, which it cannot."""
     x = torch.ones(64, 32, requires_grad=True)
     layer = Dropout(0.5).train()
@@ -774,7 +774,7 @@ def test_forward_is_the_head_of_hidden():
     ],
 )
 @pytest.mark.parametrize("autocast", [False, True])
-def test_what_is_made_again_in_backward_is_what_was_there(parts: dict[str, Any], autocast: bool) -> None:
+def test_what_is_recomputed_in_backward_is_what_was_there(parts: dict[str, Any], autocast: bool) -> None:
     config = ModelConfig(
         50, 32, n_layer=2, n_head=2, n_embd=16, dropout=0.1, norm_weight=True, init="normal", **parts
     )
@@ -783,7 +783,7 @@ def test_what_is_made_again_in_backward_is_what_was_there(parts: dict[str, Any],
         torch.manual_seed(0)
         model = Decoder(config)
         if less:
-            model.keep_less()
+            model.recompute_in_backward("cheap outputs")
 
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

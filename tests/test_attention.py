@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from architecture import Dropout, attention_mask, reference_attention
-from modules import attention
-from modules.attention import blocked_attention
+from modules import blocked_attention as blocked
+from modules.attention import attention_mask, reference_attention
+from modules.blocked_attention import blocked_attention
+from modules.dropout import Dropout
 
 
 def drawn(B: int, H: int, K: int, T: int, S: int, D: int) -> list[Tensor]:
@@ -32,7 +33,7 @@ def masks(B: int, T: int) -> list[Tensor | None]:
 def test_without_dropped_weights_it_is_attention(
     heads: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", block)
     B, T = 2, 40
     for mask in masks(B, T):
         q, k, v = drawn(B, *heads, T, T, 8)
@@ -49,7 +50,7 @@ def test_without_dropped_weights_it_is_attention(
 def test_the_gradient_is_that_of_the_same_drawn_weights(
     heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", 1)  # blocks of 16 queries, of 20
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 1)  # blocks of 16 queries, of 20
     mask = masks(1, 20)[1]
 
     def seeded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

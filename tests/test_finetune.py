@@ -39,6 +39,7 @@ from guards.subject import Fault
 from lora import adapters_disabled, add_adapter
 from modules.dropout import Dropout
 from modules.quantize import Linear4bit
+from modules.recompute import CheapRecompute, run_checkpointed_block
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from selftest.prove_resume import run_difference
@@ -545,11 +546,12 @@ def test_a_strangers_run_fetches_nothing(config: Config) -> None:
     assert asked == []
 
 
-def test_a_tuned_run_keeps_less_unless_blocks_are_made_again(config: Config) -> None:
-    held = []
+def test_a_tuned_run_recomputes_cheap_outputs_or_whole_blocks(config: Config) -> None:
+    chosen_by = {}
     for checkpointing in (False, True):
         chosen = other(config, activation_checkpointing=checkpointing, max_steps=1)
         manager = train(other(chosen, run=f"{config.train.run}{checkpointing}"))
-        blocks = list(manager.model.blocks)
-        held.append([getattr(block, "thin", None) for block in blocks])
-    assert held == [[True, True], [False, False]]
+        dropouts = {m.recompute for m in manager.model.modules() if isinstance(m, Dropout)}
+        chosen_by[checkpointing] = manager.model.run_block, dropouts
+    assert isinstance(chosen_by[False][0], CheapRecompute) and chosen_by[False][1] == {True}
+    assert chosen_by[True] == (run_checkpointed_block, {False})

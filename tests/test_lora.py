@@ -338,7 +338,8 @@ def test_frozen_weights_get_no_gradient_and_do_not_move() -> None:
 def test_recomputed_activations_draw_the_same_masks() -> None:
     model = adapted({"dropout": 0.3, "targets": ("all-linear",)}).train()
     found = []
-    for model.checkpoint_activations in (False, True):
+    for what in ("nothing", "blocks"):
+        model.recompute_in_backward(what)
         model.zero_grad()
         torch.manual_seed(4)
         model(TOKENS).square().mean().backward()

@@ -15,15 +15,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from architecture import Decoder, rotate_half, rotate_interleaved, split_blocks
+from architecture import Decoder
 from generation.engine import generate_ids, pad_left
 from generation.kvcache import KVCache
 from generation.settings import GenerationConfig
+from modules.attention import split_blocks
+from modules.positions import rotate_half, rotate_interleaved
 from pretrained import Pretrained, load_pretrained, save_pretrained
 
 transformers.logging.set_verbosity_error()
@@ -355,12 +356,15 @@ def settings(**changes: Any) -> Callable[[Decoder], None]:
 
     def fault(model: Decoder) -> None:
         model.config = replace(model.config, **changes)
+        if model.rotary is not None:
+            model.rotary.config = model.config
 
     return fault
 
 
 def no_scaling(model: Decoder) -> None:
-    model.scale = lambda frequency, config, longest: frequency
+    assert model.rotary is not None
+    model.rotary.scale = lambda frequency, config, longest: frequency
 
 
 def shift_positions(model: Decoder) -> None:
@@ -380,7 +384,7 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "norms swapped": ("llama gqa", each_block(swap("attention_norm", "mlp_norm"))),
     "query and key norms swapped": ("phi qk norm", each_block(swap("attention.q_norm", "attention.k_norm"))),
     "gate and up swapped": ("qwen2", each_block(swap("mlp.gate", "mlp.up"))),
-    "gelu for tanh gelu": ("starcoder2", each_block(assign("mlp.activation", F.gelu))),
+    "gelu for tanh gelu": ("starcoder2", each_block(assign("mlp.activation", nn.GELU()))),
     "theta times 100": ("llama gqa", settings(rope_theta=1e6)),
     "all of a head rotated": ("phi", lambda m: (settings(rotary_dim=6)(m),
                                                 each_block(assign("attention.rotary_dim", 6))(m))[0]),

@@ -209,9 +209,10 @@ class TrainingManager:
         self.saved_step: int | None = None
         self.began = 0.0  # on the clock, as if all of it had been one stretch
         self.resumed_from: Manifest | None = None
-        model.checkpoint_activations = train.activation_checkpointing
-        if config.lora.r and not train.activation_checkpointing:  # whole blocks are made again there
-            model.keep_less()
+        if train.activation_checkpointing:
+            model.recompute_in_backward("blocks")
+        elif config.lora.r:
+            model.recompute_in_backward("cheap outputs")
 
     def subject(self, tokenizer: Tokenizer, start: str, known_ids: int | None) -> Subject:
         """What the guards look at; `start` and `known_ids` as they say."""
