@@ -41,7 +41,7 @@ from adapters.layers import (
 from adapters.products import add_term, dropped, linear_with_term
 from adapters.targets import matches, pattern_value, select_targets
 from config import LoraConfig
-from modules.quantize import n_weights
+from modules.quantized_linear import n_weights
 
 # --- wrappers ----------------------------------------------------------------------------------------
 

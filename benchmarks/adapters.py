@@ -122,7 +122,7 @@ def random_base(config: Any, dtype: torch.dtype, weight_format: str | None) -> A
     from torch import nn
 
     from architecture import Decoder, LayerNorm, RMSNorm
-    from modules.quantize import replace_linear
+    from modules.quantized_linear import replace_linear
 
     with torch.device("meta"):
         model = Decoder(replace(config, init="normal"))

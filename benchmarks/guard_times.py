@@ -28,7 +28,7 @@ from guards.preflight import GUARDS, run_guard
 from guards.subject import Subject
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory
-from modules.quantize import n_weights
+from modules.quantized_linear import n_weights
 from pretrained import FAMILIES
 from pretrained.family import to_model
 from tokenizer import BPETokenizer

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from modules.linear import Linear
+from modules.nf4 import quantize_nf4
 from modules.precision import keep_freed_memory
-from modules.quantize import KINDS, quantize_nf4
+from modules.quantized_linear import KINDS
 
 Work = Callable[[], object]
 

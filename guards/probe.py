@@ -13,7 +13,7 @@ from architecture import Decoder
 from dataset import IGNORE_INDEX, Batch
 from guards.subject import SHORTEST_PASS, Fault, Subject, awake, is_shortened, of_each_kind, through
 from modules.dropout import Dropout
-from modules.quantize import n_weights
+from modules.quantized_linear import n_weights
 
 
 class Look(NamedTuple):

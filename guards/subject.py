@@ -19,7 +19,7 @@ from config import Config
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, Batches
 from modules.precision import Precision
-from modules.quantize import n_weights
+from modules.quantized_linear import n_weights
 from tokenizer import Tokenizer
 from training.loss import Scores, TokenLoss
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from architecture import Decoder
 from config import DROPOUTS, ModelConfig
 from data.cache import SUMS, verify_folder
-from modules.quantize import KINDS, replace_linear
+from modules.quantized_linear import KINDS, replace_linear
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
 from pretrained.family import Family, Values, from_model, to_model
 from pretrained.folder import (

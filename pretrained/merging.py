@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapters.layers import LowRank, TrainableRows, as_linear, is_plain, weight_of
 from lora import Adapted, adapters_of, base_of, held_modules, refuse_merged, wrappers
-from modules.quantize import FrozenLinear
+from modules.frozen_linear import FrozenLinear
 
 
 @torch.no_grad()

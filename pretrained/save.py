@@ -14,7 +14,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import ModelConfig, write_atomically
 from data.fim import known_markers
-from modules.quantize import FrozenLinear
+from modules.frozen_linear import FrozenLinear
 from modules.tensorfiles import save_tensors
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE

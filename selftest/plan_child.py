@@ -22,7 +22,7 @@ from guards.preflight import preflight
 from guards.subject import FAULTS
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
-from modules.quantize import quantize_linears
+from modules.quantized_linear import quantize_linears
 from pretrained import FAMILIES
 from selftest.data import write_corpus
 from tokenizer import BPETokenizer

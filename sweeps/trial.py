@@ -16,7 +16,7 @@ from typing import Literal
 
 from config import Config, memory_is_full
 from guards.subject import Fault
-from modules.quantize import n_weights
+from modules.quantized_linear import n_weights
 from sweeps.storage import failures
 from training import loop
 from training.checkpoint import Manifest, load_counters, newest_whole

@@ -38,7 +38,7 @@ from data.corpus import training_texts
 from guards.subject import Fault
 from lora import adapters_disabled, add_adapter
 from modules.dropout import Dropout
-from modules.quantize import Linear4bit
+from modules.quantized_linear import Linear4bit
 from modules.recompute import CheapRecompute, run_checkpointed_block
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model

@@ -30,7 +30,7 @@ from lora import (
     use_adapters,
     wrappers,
 )
-from modules.quantize import Linear4bit
+from modules.quantized_linear import Linear4bit
 from pretrained import FAMILIES
 from pretrained.merging import merge, merge_checked, merge_report, unmerge
 from training.loss import token_loss

@@ -17,19 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from modules import quantize
-from modules.quantize import (
+from modules import nf4
+from modules.frozen_linear import FrozenLinear
+from modules.nf4 import NF4, dequantize_nf4, dynamic_map, nf4_absmax, quantize_nf4
+from modules.quantized_linear import (
+    BITSANDBYTES_STATE,
     KINDS,
-    NF4,
-    FrozenLinear,
     Int8Linear,
     Linear4bit,
     StoredLinear,
-    dequantize_nf4,
-    dynamic_map,
-    nf4_absmax,
     quantize_linears,
-    quantize_nf4,
     replace_linear,
 )
 
@@ -116,7 +113,7 @@ def test_nf4_agrees_at_every_scale(
     weight = torch.rand(n, generator=generator) * 2 - 1
     blocks = torch.rand(-(n // -64), 1, generator=generator)
     if ties:
-        code = torch.tensor(quantize.NF4_CODE)
+        code = torch.tensor(nf4.NF4_CODE)
         bounds = torch.cat(((code[:-1] + code[1:]) / 2, code))
         weight = bounds[torch.randint(len(bounds), (n,), generator=generator)]
     weight = weight * (blocks > zeros).float().expand(-1, 64).reshape(-1)[:n]
@@ -133,7 +130,7 @@ def test_nf4_agrees_at_every_scale(
 @pytest.mark.parametrize("n", [15, 16, 30, 64, 79, 128, 130])
 def test_bf16_is_exact_down_to_the_smallest_normal_and_rounds_the_denormals(n: int) -> None:
     """Both sides of the edge: the smallest block of normal values agrees whole, half of it is kept here."""
-    code = torch.tensor(quantize.NF4_CODE)
+    code = torch.tensor(nf4.NF4_CODE)
     normals = code[code.abs() >= 0.125].repeat(n)[:n].double()
     for exponent, exact in (-123, True), (-124, False):  # 0.16 x 2**-123 is normal, and half of it is not
         weight = (normals * 2.0**exponent).bfloat16()
@@ -161,7 +158,7 @@ def test_the_one_difference_in_bf16_is_allowed_nowhere_else() -> None:
 
 def test_values_beside_a_bound_of_codes_agree() -> None:
     """Where a product with the reciprocal and a quotient round to different sides of the bound."""
-    code = torch.tensor(quantize.NF4_CODE)
+    code = torch.tensor(nf4.NF4_CODE)
     largest = torch.rand(500, 1, generator=torch.Generator().manual_seed(0)) + 0.5
     bounds = ((code[:-1] + code[1:]) / 2).repeat(4)
     assert agrees(torch.cat((largest, bounds * largest, bounds[:3] * largest), dim=1))
@@ -178,8 +175,8 @@ def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(300, 70)
     whole = quantize_nf4(weight)
     decoded = dequantize_nf4(whole, weight.shape)
-    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 256)
-    monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 128)
+    monkeypatch.setitem(nf4.QUANTIZE_ELEMENTS, "cpu", 256)
+    monkeypatch.setitem(nf4.DECODE_ELEMENTS, "cpu", 128)
     assert all(torch.equal(a, b) for a, b in zip(quantize_nf4(weight), whole, strict=True))
     assert torch.equal(dequantize_nf4(whole, weight.shape), decoded)
     assert torch.equal(quantize_nf4(weight.t().contiguous().t()).packed, whole.packed)
@@ -191,7 +188,7 @@ def test_default_dtype_and_device_leave_no_trace(kind: str, monkeypatch: pytest.
     linear, x = scrambled(70, 64), normal(3, 64, scale=1.0)
     module = KINDS[kind].from_linear(linear)
     before, y = module.weight, module(x)
-    monkeypatch.setattr(quantize, "_TABLES", {})
+    monkeypatch.setattr(nf4, "_TABLES", {})
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
@@ -221,7 +218,7 @@ def test_error_of_nf4_on_normal_weights() -> None:
     weight = normal(512, 512, scale=1.0)
     stored = quantize_nf4(weight)
     error = (dequantize_nf4(stored, weight.shape) - weight).abs()
-    code = torch.tensor(quantize.NF4_CODE)
+    code = torch.tensor(nf4.NF4_CODE)
     absmax = weight.view(-1, 64).abs().amax(1)
     # The last factor: absmax itself is rounded to 8 bits.
     bound = absmax * (code.diff().max() / 2) + (nf4_absmax(stored) - absmax).abs()
@@ -254,14 +251,14 @@ def test_a_fault_in_what_is_stored_is_seen(
         dequantize_nf4(fault(quantize_nf4(weight)), weight.shape),
         dequantize_nf4(oracle(weight)[0], weight.shape),
     )
-    monkeypatch.setattr(f"{__name__}.quantize_nf4", lambda w: fault(quantize.quantize_nf4(w)))
+    monkeypatch.setattr(f"{__name__}.quantize_nf4", lambda w: fault(nf4.quantize_nf4(w)))
     assert not agrees(weight)
 
 
 @pytest.mark.parametrize(("name", "value"), [("BLOCK", 128), ("NESTED_BLOCK", 128)])
 def test_another_block_is_seen(name: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(1024, 64)
-    monkeypatch.setattr(quantize, name, value)
+    monkeypatch.setattr(nf4, name, value)
     assert not agrees(weight)
 
 
@@ -277,7 +274,7 @@ def test_the_nearest_code_of_absmax_is_not_that_of_bitsandbytes(monkeypatch: pyt
 
     weight = normal(256 * 64, 64)
     exact = quantize_nf4(weight).absmax
-    monkeypatch.setattr(quantize, "_quantize_dynamic", nearest)
+    monkeypatch.setattr(nf4, "_quantize_dynamic", nearest)
     differ = (quantize_nf4(weight).absmax != exact).float().mean()
     assert 0 < differ < 0.005
     assert not agrees(weight)
@@ -291,7 +288,7 @@ def test_the_nearest_code_of_absmax_is_not_that_of_bitsandbytes(monkeypatch: pyt
 def test_product_and_gradients_are_those_of_the_dense_weight(
     kind: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 64 * shape[1])  # two chunks where rows allow it
+    monkeypatch.setitem(nf4.DECODE_ELEMENTS, "cpu", 64 * shape[1])  # two chunks where rows allow it
     module = KINDS[kind].from_linear(scrambled(*shape))
     assert module.bias is not None
     module.bias.requires_grad_(True)
@@ -362,8 +359,8 @@ class LargestMade(TorchDispatchMode):
 
 @EVERY_KIND
 def test_no_tensor_of_the_size_of_the_full_weight_is_made(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quantize.QUANTIZE_ELEMENTS, "cpu", 2**10)
-    monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 2**14)
+    monkeypatch.setitem(nf4.QUANTIZE_ELEMENTS, "cpu", 2**10)
+    monkeypatch.setitem(nf4.DECODE_ELEMENTS, "cpu", 2**14)
     linear = scrambled(512, 256)
     with LargestMade() as quantising:
         module = KINDS[kind].from_linear(linear)
@@ -387,7 +384,7 @@ def test_a_weight_changed_before_backward_is_seen() -> None:
 
 
 @EVERY_KIND
-def test_a_block_that_is_made_again_in_backward_gives_the_same(kind: str) -> None:
+def test_a_block_that_is_recomputed_in_backward_gives_the_same(kind: str) -> None:
     module = KINDS[kind].from_weight(normal(96, 64), normal(96, seed=1))
     x = normal(5, 64, seed=2, scale=1.0).requires_grad_(True)
     (plain,) = torch.autograd.grad(module(x).square().sum(), x)
@@ -448,7 +445,7 @@ def test_half_precision_sums_over_chunks_are_kept_in_fp32(monkeypatch: pytest.Mo
         return float((ours.double() - exact).abs().max())
 
     whole = gap()
-    monkeypatch.setitem(quantize.DECODE_ELEMENTS, "cpu", 64 * 64)
+    monkeypatch.setitem(nf4.DECODE_ELEMENTS, "cpu", 64 * 64)
     assert gap() <= whole * 1.5
 
 
@@ -562,7 +559,7 @@ def test_layout_of_bitsandbytes_both_ways(shape: tuple[int, int]) -> None:
 
 def test_a_layout_that_does_not_fit_is_refused_in_one_sentence() -> None:
     good = Linear4bit.from_linear(scrambled(96, 64)).to_bitsandbytes()
-    state = quantize.BITSANDBYTES_STATE
+    state = BITSANDBYTES_STATE
     text = bytes(good[state].tolist()).decode()
 
     def described(old: str, new: str) -> dict[str, Tensor]:

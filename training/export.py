@@ -27,7 +27,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import refuse_unwritable
 from lora import adapters_disabled, wrappers
-from modules.quantize import Linear4bit, dequantize_linears
+from modules.quantized_linear import Linear4bit, dequantize_linears
 from pretrained import save_pretrained
 from pretrained.merging import MergeReport, merge, merge_checked, merge_report
 from pretrained.save import refuse_full

@@ -65,7 +65,7 @@ from modules.precision import (
     keep_freed_memory,
     release_freed_memory,
 )
-from modules.quantize import n_weights
+from modules.quantized_linear import n_weights
 from modules.tensorfiles import save_tensors
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.evaluate import evaluate, table, write_results
