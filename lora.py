@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -292,54 +292,8 @@ def add_adapter(
     _refuse_bad(model, config, name)
     modules = held_modules(model)
     names = {our: published(our) for our in modules}
-    whole = select_targets(names, config.train_modules, "lora.train_modules")
-    able = {
-        our: full
-        for our, full in names.items()
-        if our not in whole and (is_linear(modules[our]) or is_embedding(modules[our]))
-    }
-    targets = select_targets(able, config.targets)
-    chosen = {our: names[our] for our in targets}
-    for setting, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
-        unmatched = [key for key in pattern if not any(matches(full, key) for full in chosen.values())]
-        if unmatched:
-            leaves = dict.fromkeys(full.rsplit(".", 1)[-1] for full in chosen.values())
-            raise ValueError(
-                f"lora.{setting}_pattern has {', '.join(unmatched)}, which matches none of the targets; they "
-                f"are {', '.join(leaves)}; name them by the end of their full name, or by all of it with *"
-            )
-    rows = _rows_by_module(modules, new_rows, whole, names)
-    rows = {our: ids for our, ids in rows.items() if our not in targets}
-
-    layers: dict[str, AdapterLayer] = {}
-    shared: Any = None
-    for our, module in modules.items():
-        base = module.base if isinstance(module, Adapted) else module
-        has_bias = config.bias == "all" or (config.bias == "lora_only" and our in targets)
-        old = getattr(base, "bias", None)
-        bias = nn.Parameter(old.detach().float().clone()) if has_bias and old is not None else None
-        if our in whole:
-            layers[our] = FullCopy(base)
-        elif our in targets:
-            r = pattern_value(config.rank_pattern, names[our], config.r)
-            alpha = pattern_value(config.alpha_pattern, names[our], config.alpha)
-            if r > max(sizes(base)) and not any_rank:
-                raise ValueError(
-                    f"{names[our]}: a rank of {r} was asked for, and the weight is "
-                    f"{' x '.join(map(str, sizes(base)))}; lower lora.r or its pattern to "
-                    f"{max(sizes(base))} at most"
-                )
-            try:
-                layers[our] = LowRank(base, config, r, alpha, bias)
-            except ValueError as error:
-                raise ValueError(f"{names[our]}: {error}") from None
-        elif our in rows:
-            tied = weight_of(base) is weight_of(base_of(modules["embed"])) and rows[our] == rows.get("embed")
-            layers[our] = TrainableRows(base, rows[our], bias, shared if tied else None)
-            shared = layers[our].rows
-        elif bias is not None:
-            layers[our] = Bias(bias)
-
+    selection = _select(modules, names, config, new_rows)
+    layers = _make_layers(modules, names, config, selection, any_rank)
     model.requires_grad_(False)
     for our, layer in layers.items():
         module = modules[our]
@@ -352,6 +306,93 @@ def add_adapter(
         module.adapters[name] = layer.train(module.training)
     adapters_of(model)[name] = Adapter(config, names)
     use_adapters(model, {name: 1.0})
+
+
+class _Selection(NamedTuple):
+    """The modules that an adapter trains, by our names."""
+
+    targets: list[str]  # These get a low-rank term.
+    copies: list[str]  # A full copy of these trains.
+    rows: dict[str, list[int]]  # The rows of these ids train.
+
+
+def _select(
+    modules: Mapping[str, nn.Module],
+    names: Mapping[str, str],
+    config: LoraConfig,
+    new_rows: Sequence[int] | Mapping[str, Sequence[int]],
+) -> _Selection:
+    """Return the modules that the settings mean; `names` are ours -> published."""
+    copies = select_targets(names, config.train_modules, "lora.train_modules")
+    able = {
+        our: full
+        for our, full in names.items()
+        if our not in copies and (is_linear(modules[our]) or is_embedding(modules[our]))
+    }
+    targets = select_targets(able, config.targets)
+    _refuse_unmatched_patterns(config, [names[our] for our in targets])
+    rows = _rows_by_module(modules, new_rows, copies, names)
+    return _Selection(targets, copies, {our: ids for our, ids in rows.items() if our not in targets})
+
+
+def _refuse_unmatched_patterns(config: LoraConfig, targets: Sequence[str]) -> None:
+    """Refuse a rank or an alpha of its own for a module that is no target; `targets` are published names."""
+    for setting, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        unmatched = [key for key in pattern if not any(matches(full, key) for full in targets)]
+        if unmatched:
+            leaves = dict.fromkeys(full.rsplit(".", 1)[-1] for full in targets)
+            raise ValueError(
+                f"lora.{setting}_pattern has {', '.join(unmatched)}, which matches none of the targets; they "
+                f"are {', '.join(leaves)}; name them by the end of their full name, or by all of it with *"
+            )
+
+
+def _make_layers(
+    modules: Mapping[str, nn.Module],
+    names: Mapping[str, str],
+    config: LoraConfig,
+    selection: _Selection,
+    any_rank: bool,
+) -> dict[str, AdapterLayer]:
+    """Return a new adapter layer for each module that the adapter changes, by our name."""
+    layers: dict[str, AdapterLayer] = {}
+    shared: nn.Parameter | None = None  # the rows of a tied embedding, which the head trains too
+    for our, module in modules.items():
+        base = base_of(module)
+        has_bias = config.bias == "all" or (config.bias == "lora_only" and our in selection.targets)
+        old = getattr(base, "bias", None)
+        bias = nn.Parameter(old.detach().float().clone()) if has_bias and old is not None else None
+        if our in selection.copies:
+            layers[our] = FullCopy(base)
+        elif our in selection.targets:
+            layers[our] = _make_low_rank(base, names[our], config, bias, any_rank)
+        elif our in selection.rows:
+            ids = selection.rows[our]
+            tied = weight_of(base) is weight_of(base_of(modules["embed"]))
+            tied = tied and ids == selection.rows.get("embed")
+            layer = TrainableRows(base, ids, bias, shared if tied else None)
+            layers[our], shared = layer, layer.rows
+        elif bias is not None:
+            layers[our] = Bias(bias)
+    return layers
+
+
+def _make_low_rank(
+    base: nn.Module, full: str, config: LoraConfig, bias: nn.Parameter | None, any_rank: bool
+) -> LowRank:
+    """Return the low-rank term of a target; errors call it by its published name `full`."""
+    r = pattern_value(config.rank_pattern, full, config.r)
+    alpha = pattern_value(config.alpha_pattern, full, config.alpha)
+    if r > max(sizes(base)) and not any_rank:
+        raise ValueError(
+            f"{full}: a rank of {r} was asked for, and the weight is "
+            f"{' x '.join(map(str, sizes(base)))}; lower lora.r or its pattern to "
+            f"{max(sizes(base))} at most"
+        )
+    try:
+        return LowRank(base, config, r, alpha, bias)
+    except ValueError as error:
+        raise ValueError(f"{full}: {error}") from None
 
 
 def base_of(module: nn.Module) -> nn.Module:

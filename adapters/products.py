@@ -134,7 +134,7 @@ class _AddTerm(torch.autograd.Function):
 
 
 class _LinearWithTerm(torch.autograd.Function):
-    """One function, so that the two gradients of x are added as they are made."""
+    """The frozen linear and its term in one function, so that the two gradients of x are added in place."""
 
     @staticmethod
     def forward(
@@ -147,6 +147,7 @@ class _LinearWithTerm(torch.autograd.Function):
         scale: float,
         drop: Drop | None,
     ) -> Tensor:
+        """Take eight parameters, as autograd wants each tensor as an argument of its own."""
         out = F.linear(x, weight, bias)
         dtype = out.dtype  # that of autocast, where it is on
         with torch.autocast(x.device.type, enabled=False):

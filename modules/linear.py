@@ -16,6 +16,9 @@ fp32 everywhere; results differ by rounding only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,14 +26,12 @@ from torch import Tensor, nn
 from modules.precision import has_native_bf16
 
 EMULATED_BF16 = not has_native_bf16(torch.device("cpu"))
-FEW_ROWS, WIDE_ROWS = (
-    16,
-    64,
-)  # up to which packing does not pay: of a weight of less out than in, and of others
-OUTPUTS = 64  # of one product of few rows
-LEAST = 2**20  # elements of a weight: smaller ones stay in the cache, and packing them costs little
-DOT_ROWS = 3  # for which dot products are fastest; each more takes as long again
-BLOCK, LARGE_BLOCK = 2**20, 2**22  # elements that are made fp32 at a time, for few rows and for many
+MAX_ROWS_WIDE = 16  # out < in: up to this many rows the tiled product beats F.linear
+MAX_ROWS_TALL = 64  # out >= in: up to this many rows it does
+TILE_OUTPUTS = 64  # outputs of one product of a tile
+MIN_ELEMENTS = 2**20  # smaller weights stay in the cache, and packing them costs little
+MAX_ROWS_DOT = 3  # up to this many rows dot products are fastest; each row takes as long again
+BLOCK, LARGE_BLOCK = 2**20, 2**22  # elements converted to fp32 at a time, for few rows and for many
 
 
 class Linear(nn.Linear):
@@ -40,13 +41,13 @@ class Linear(nn.Linear):
         x, weight, bias = input, self.weight, self.bias
         if torch.is_grad_enabled() or x.device.type != "cpu" or not weight.is_contiguous():
             return F.linear(x, weight, bias)
-        if x.dtype != weight.dtype:  # which it refuses
+        if x.dtype != weight.dtype:  # F.linear refuses them with its own error.
             return F.linear(x, weight, bias)
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)
         rows = x.numel() // x.size(-1)
         if weight.dtype == torch.bfloat16 and EMULATED_BF16 and rows:
-            if rows <= DOT_ROWS:
+            if rows <= MAX_ROWS_DOT:
                 return dotted_bf16(x, weight, bias)
             y = emulated_bf16(x.reshape(rows, -1), weight, bias)
         elif weight.dtype == torch.float32 and 1 < rows <= few_of(weight):
@@ -58,9 +59,9 @@ class Linear(nn.Linear):
 
 def few_of(weight: Tensor) -> int:
     """Rows up to which `few_rows` is faster with this weight (out, in); 0 if at no number."""
-    if weight.numel() < LEAST:
+    if weight.numel() < MIN_ELEMENTS:
         return 0
-    return WIDE_ROWS if weight.size(0) >= weight.size(1) else FEW_ROWS
+    return MAX_ROWS_TALL if weight.size(0) >= weight.size(1) else MAX_ROWS_WIDE
 
 
 def dotted_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,20 +71,27 @@ def dotted_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     of what it reads, rounds once with the bias in, and is the fastest at one row. (`torch.addmv` is the same
     product 8 times as slow: its kernel has no bias.)
     """
+    with _torch_kernels():
+        return F.linear(x, weight, bias)
+
+
+@contextmanager
+def _torch_kernels() -> Iterator[None]:
+    """Switch oneDNN off inside, for the whole process: torch has no such switch for one call."""
     backend = torch.backends.mkldnn
     before = backend.enabled
     backend.enabled = False
     try:
-        return F.linear(x, weight, bias)
+        yield
     finally:
         backend.enabled = before
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (n, in) times weight (out, in), OUTPUTS of its rows at a time: (n, out)."""
-    blocks = len(weight) // OUTPUTS
-    in_blocks, rest = weight[: blocks * OUTPUTS], weight[blocks * OUTPUTS :]
-    y = torch.bmm(x.expand(blocks, *x.shape), in_blocks.unflatten(0, (blocks, OUTPUTS)).transpose(1, 2))
+    """x (n, in) times weight (out, in), TILE_OUTPUTS of its rows at a time: (n, out)."""
+    blocks = len(weight) // TILE_OUTPUTS
+    in_blocks, rest = weight[: blocks * TILE_OUTPUTS], weight[blocks * TILE_OUTPUTS :]
+    y = torch.bmm(x.expand(blocks, *x.shape), in_blocks.unflatten(0, (blocks, TILE_OUTPUTS)).transpose(1, 2))
     y = y.transpose(0, 1).reshape(len(x), -1)
     if len(rest):
         y = torch.cat((y, F.linear(x, rest)), dim=1)
@@ -93,7 +101,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def emulated_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (n, in) times weight (out, in), both bf16, where the CPU has no instruction for it: (n, out)."""
     n_out, n_in = weight.shape
-    few = len(x) <= FEW_ROWS
+    few = len(x) <= MAX_ROWS_WIDE
     product = few_rows if few else F.linear
     step = min(n_out, max(1, (BLOCK if few else LARGE_BLOCK) // n_in))
     block = torch.empty(step, n_in)

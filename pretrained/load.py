@@ -161,6 +161,23 @@ def load_pretrained(
         raise ValueError(
             f"{folder} has {len(entries)} tensors, too few for the {config.n_layer} layers of {CONFIG}"
         )
+    model, stored = _filled_model(folder, family, config, entries, dtype, device, weight_format)
+    tokenizer = _tokenizer(folder, config.vocab_size, linked)
+    if tokenizer is not None:
+        tokenizer.eos_ids = eos_ids
+    return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored, eos_ids)
+
+
+def _filled_model(
+    folder: Path,
+    family: Family,
+    config: ModelConfig,
+    entries: dict[str, Entry],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    weight_format: str | None,
+) -> tuple[Decoder, Stored]:
+    """Return the model with the weights of `entries` (published key -> place), and what the disk held of it."""
     shapes = _shapes(folder, config)
     own = {family.key(name): name for name in shapes}
     head, embed = family.key("head.weight"), family.key("embed.weight")
@@ -174,15 +191,13 @@ def load_pretrained(
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
     model = _on_meta(folder, config)  # only now, since it takes time for each layer
     dtype = dtype or _one_dtype(folder, entries)
-    modules = model.named_modules() if weight_format is not None else ()
-    matrices = {f"{name}.weight" for name, m in modules if isinstance(m, nn.Linear) and "blocks." in name}
-    _refuse_too_large(
-        folder, entries, dtype, device, weight_format, {key for key in entries if own[key] in matrices}
-    )
+    matrices = _block_matrices(model) if weight_format is not None else set()
+    quantized = {key for key in entries if own[key] in matrices}
+    _refuse_too_large(folder, entries, dtype, device, weight_format, quantized)
     stored = Stored.of(family, config, entries)
     tensors = {}
     for key, tensor in _read_all(entries, dtype, device):
-        if weight_format is not None and own[key] in matrices:
+        if weight_format is not None and key in quantized:
             replace_linear(model, own[key].removesuffix(".weight"), weight_format, tensor)
         else:
             tensors[own[key]] = tensor
@@ -195,10 +210,13 @@ def load_pretrained(
     model.load_state_dict(tensors, assign=True)
     if tied:
         model.head.weight = model.embed.weight  # assigning made two parameters of one memory
-    tokenizer = _tokenizer(folder, config.vocab_size, linked)
-    if tokenizer is not None:
-        tokenizer.eos_ids = eos_ids
-    return Pretrained(model.eval(), tokenizer, family, str(source), commit, stored, eos_ids)
+    return model, stored
+
+
+def _block_matrices(model: Decoder) -> set[str]:
+    """Names of the weights of the blocks' linears."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {f"{name}.weight" for name in linears if "blocks." in name}
 
 
 def _refuse_changed(folder: Path) -> None:

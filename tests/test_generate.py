@@ -225,8 +225,8 @@ def test_batched_cached_greedy_equals_single_uncached(name):
 
 def test_products_of_few_rows_give_the_same_tokens(monkeypatch):
     """What large matrices take, which no small model has: fp32, batched and single, cached and not."""
-    monkeypatch.setattr(linear, "LEAST", 0)
-    monkeypatch.setattr(linear, "OUTPUTS", 8)
+    monkeypatch.setattr(linear, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(linear, "TILE_OUTPUTS", 8)
     rows: set[int] = set()
     way = linear.few_rows
     monkeypatch.setattr(linear, "few_rows", lambda x, *rest: rows.add(len(x)) or way(x, *rest))

@@ -58,7 +58,7 @@ def test_one_row_of_bf16_goes_to_torchs_own_kernel(bias, emulated, before, monke
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.bfloat16, 5)])
 def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(linear, "MIN_ELEMENTS", 0)
     monkeypatch.setattr(linear, "EMULATED_BF16", True)
     taken = []
     for name in ("few_rows", "emulated_bf16"):
@@ -71,7 +71,7 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             layer(x.float())
-        layer(x[: linear.DOT_ROWS] if dtype == torch.bfloat16 else x[:1])
+        layer(x[: linear.MAX_ROWS_DOT] if dtype == torch.bfloat16 else x[:1])
         assert not taken
         torch.testing.assert_close(layer(x), trained.detach())
     # The blocks of a bf16 weight are multiplied as a weight in fp32 is.
@@ -80,10 +80,10 @@ def test_few_rows_take_their_way_and_gradients_do_not(dtype, rows, monkeypatch):
 
 
 def test_which_products_take_the_way_of_few_rows(monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 70 * 70)
+    monkeypatch.setattr(linear, "MIN_ELEMENTS", 70 * 70)
     taken, way = [], linear.few_rows
     monkeypatch.setattr(linear, "few_rows", lambda x, *rest: taken.append(len(x)) or way(x, *rest))
-    few, wide = linear.FEW_ROWS, linear.WIDE_ROWS
+    few, wide = linear.MAX_ROWS_WIDE, linear.MAX_ROWS_TALL
     for n_in, n_out, expected in ((70, 69, []), (71, 70, [2, few]), (70, 70, [2, few, few + 1, wide])):
         layer = Linear(n_in, n_out)
         with torch.no_grad():
@@ -96,7 +96,7 @@ def test_which_products_take_the_way_of_few_rows(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_two_dtypes_are_refused_as_f_linear_does(rows, monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(linear, "MIN_ELEMENTS", 0)
     monkeypatch.setattr(linear, "EMULATED_BF16", True)
     with torch.no_grad():
         for x, weight in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
