@@ -1,11 +1,11 @@
-"""Low-rank adapters on any linear or embedding (LoRA, arXiv:2106.09685), held beside it and never copied in.
+"""Low-rank adapters beside any linear or embedding (LoRA, arXiv:2106.09685), which stays as it is.
 
     add_adapter(model, LoraConfig(r=16, targets=("c_attn", "c_proj")), family.key)
     print(trainable_table(model))                # what trains
     with adapters_disabled(model): ...           # the base alone
 
-A module that an adapter changes is replaced by a wrapper that holds it as `.base` and, by adapter, one
-change: a low-rank term, rows of new tokens, a trained bias, or a whole trained copy. The base is only ever
+A module that an adapter changes is replaced by a wrapper that has it as `.base` and one layer of each
+adapter: a low-rank term, rows of new tokens, a trained bias, or a full trained copy. The base is only ever
 called and asked for its weight, so that it may be stored in 4 bits. It is never written to, not even by a
 PiSSA start; so any number of adapters share it, and switching them off gives it back bit for bit.
 
@@ -47,7 +47,7 @@ from modules.quantized_linear import n_weights
 
 
 class Adapted(nn.Module):
-    """A module with what its adapters do to it: here a bias or a whole copy, as a norm may have.
+    """A module with the layers of its adapters: here a bias or a full copy, as a norm may have.
 
     Attributes it lacks are its base's; `weight` and `bias` are those of a trained copy while it is active.
     """
@@ -58,7 +58,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
-        self.adapter_weights: dict[str, float] = {}  # of the active adapters, all over the model
+        self.adapter_weights: dict[str, float] = {}  # active adapter -> its weight
         self.enabled = True
 
     def __getattr__(self, name: str) -> Any:
@@ -119,7 +119,7 @@ class LoraLinear(Adapted):
         layers = self.active()
         if not any(isinstance(layer, LowRank | TrainableRows) for layer, _ in layers):
             return super().forward(x)
-        # Flat first: of more dimensions the product is a view, which cannot be added to in place.
+        # With more than two dimensions the product would be a view, which cannot be added to in place.
         flat = x.reshape(-1, x.size(-1))
         composed = torch.compiler.is_compiling() or any(
             isinstance(layer, LowRank) and layer.magnitude is not None for layer, _ in layers
@@ -140,7 +140,7 @@ class LoraLinear(Adapted):
         return self._with_rows(out, x, layers)
 
     def _composed(self, x: Tensor, layers: list[tuple[Any, float]]) -> Tensor:
-        """The same by autograd, and DoRA: gain * (x W^T + scale * x a^T b^T) + bias."""
+        """Compute by autograd what `_in_place` does, and DoRA: gain * (x W^T + scale * x a^T b^T) + bias."""
         bias: Tensor | None = getattr(self.base, "bias", None)
         plain = self._without_bias(x)
         out = plain
@@ -225,13 +225,13 @@ class LoraEmbedding(Adapted):
 
 
 def held_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold weights, by name; a wrapper stands for what it wraps."""
+    """Return the modules that have weights, by name; a wrapper stands for what it wraps."""
     found: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             full = f"{prefix}{name}"
-            # Linears first: the weight of a quantised one is made anew whenever it is asked for.
+            # is_linear comes first: the weight of a quantised linear is decoded at each access.
             if is_linear(child) or is_embedding(child) or getattr(child, "weight", None) is not None:
                 found[full] = child
             if not isinstance(child, Adapted):
@@ -246,11 +246,11 @@ class Adapter:
     """An adapter as it was added."""
 
     config: LoraConfig
-    published: dict[str, str]  # our name -> published, of every module of the model
+    published: dict[str, str]  # our name -> published, for every module of the model
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters that were added, by name."""
+    """Return the adapters that were added, by name."""
     return model.__dict__.setdefault("_adapters", {})
 
 
@@ -259,7 +259,7 @@ def wrappers(model: nn.Module) -> dict[str, Adapted]:
 
 
 def adapter_layers(model: nn.Module, name: str) -> dict[str, AdapterLayer]:
-    """What the adapter does, by our module name."""
+    """Return the layers of an adapter, by our module name."""
     found: Any = {
         our: module.adapters[name] for our, module in wrappers(model).items() if name in module.adapters
     }
@@ -280,11 +280,11 @@ def add_adapter(
         model: Its linears and embeddings are replaced in place by wrappers that hold them.
         config: What trains; `new_tokens` is not read, their ids are `new_rows`.
         published: Our module name -> published name, as `pretrained.Family.key`.
-        name: Of the adapter, an identifier.
+        name: The adapter's name, an identifier.
         new_rows: Token ids whose rows of `embed` and `head` train while the rest of both is frozen; tied,
             they are the same rows. In one that is a target they train as its other rows do, by its low-rank
             term, where each row has r numbers of its own. A mapping gives ids by module, `embed` or `head`.
-        any_rank: Take a rank above a weight's larger side, as files may have it; to ask for it is a mistake.
+        any_rank: Take a rank above a weight's larger side, as files may have; a user who wants one errs.
 
     Raises:
         ValueError: A name matches no module, a value is out of range, or the name is taken.
@@ -434,7 +434,7 @@ def _rows_by_module(
     whole: Sequence[str],
     names: Mapping[str, str],
 ) -> dict[str, list[int]]:
-    """The ids whose rows train, of each module that has some."""
+    """Return the ids whose rows train, by module."""
     if not new_rows:
         return {}
     if "embed" not in modules:
@@ -495,7 +495,7 @@ def use_adapters(model: nn.Module, adapter_weights: Mapping[str, float]) -> None
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base alone, bit for bit, inside the block. ValueError where adapters are merged into it."""
+    """Give the base alone, bit for bit, inside the block; ValueError where adapters are merged into it."""
     refuse_merged(model)
     found = wrappers(model).values()
     before = [module.enabled for module in found]
@@ -512,7 +512,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def trainable_table(model: nn.Module, published: Callable[[str], str] | None = None) -> str:
-    """What trains, by kind and published name, with counts and the share of all parameters.
+    """Return a table of what trains, by kind and published name, with its percentage of all parameters.
 
     ValueError where the adapters are merged.
     """

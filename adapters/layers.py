@@ -1,4 +1,4 @@
-"""What an adapter does to one module: a low-rank term, rows of new tokens, a trained bias or a whole copy.
+"""Adapter layers, one a module: a low-rank term, rows of new tokens, a trained bias or a full copy.
 
 Each knows its base by size and weight, and no model. The base is only ever asked for its weight, so that it
 may be stored in 4 bits, and never written to. Where the meaning has a choice it is that of Hugging Face PEFT.
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.products import Drop
+from adapters.products import DropMask
 from config import LoraConfig
 
-LENGTH_ELEMENTS = 2**20  # of a weight with its change, made at a time for DoRA
+LENGTH_ELEMENTS = 2**20  # elements of a changed weight that DoRA computes at a time
 
-# Of an 8192 x 2048 weight all singular parts take 20 times as long as the largest 16 by power iteration.
-FULL_SVD = 256  # the smaller side up to which all are computed
+# All singular parts of an 8192 x 2048 weight take 20 times as long as the largest 16 by power iteration.
+FULL_SVD = 256  # all are computed where the smaller side is at most this
 SPARE_PARTS, POWER_ITERATIONS = 16, 16
 
 
@@ -77,20 +77,20 @@ class LowRank(nn.Module):
         self.start_a, self.start_b = self.a.detach().clone(), self.b.detach().clone()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """a and b, with the start that is taken off as further ranks."""
+        """Return a and b, with the start that is taken off as further ranks."""
         if self.start_a is None or self.start_b is None:
             return self.a, self.b
         return torch.cat((self.a, self.start_a)), torch.cat((self.b, -self.start_b), dim=1)
 
     def delta(self) -> Tensor:
-        """What is added to the weight, in its shape; without the rescaling of DoRA."""
+        """Return what is added to the weight, in its shape; without the rescaling of DoRA."""
         a, b = self.factors()
         delta = self.scale * (b @ a)
         return delta.t() if self.of_embedding else delta
 
     @torch.no_grad()
     def _length(self, weight: Tensor) -> Tensor:
-        """Of each output's weights with the change, (O); some outputs at a time, since a head has V x C.
+        """Return the length of each output's changed weights, (O); a head has V x C, so some at a time.
 
         From products of r columns it would be |w|^2 + 2 s w a^T b + s^2 |b a|^2, which cancels where the
         change nearly undoes w.
@@ -106,34 +106,38 @@ class LowRank(nn.Module):
         return length
 
     def gain(self, base: nn.Module) -> Tensor | None:
-        """What DoRA multiplies each output of its base by, (O); None without it. An output whose weights are
-        all zero has no direction, and gives NaN as in PEFT."""
-        if self.magnitude is None:  # before a weight in 4 bits is made
+        """Return what DoRA multiplies each output of its base by, (O); None without DoRA.
+
+        An output whose weights are all zero has no direction, and gives NaN as in PEFT.
+        """
+        if self.magnitude is None:  # Asked first, since weight_of decodes a weight in 4 bits.
             return None
         return self.magnitude / self._length(weight_of(base))
 
     def change(self, base: nn.Module) -> Tensor:
-        """The whole change of the base's weight, in its shape and fp32."""
+        """Return the whole change of the base's weight, in its shape and fp32."""
         delta, gain = self.delta(), self.gain(base)
         if gain is None:
             return delta
         gain = gain if self.of_embedding else gain[:, None]
         return (gain - 1) * weight_of(base).float() + gain * delta
 
-    def sample_mask(self) -> Drop | None:
+    def sample_mask(self) -> DropMask | None:
         """Return a new dropout mask for x; None in evaluation or without dropout."""
-        return Drop.sample(self.p) if self.training else None
+        return DropMask.sample(self.p) if self.training else None
 
     def merge_into(self, merged: Tensor, base: nn.Module, adapter_weight: float) -> None:
+        """Add the change of `base`, times the adapter's weight, to a copy of its weight."""
         merged.add_(self.change(base), alpha=adapter_weight)
 
 
 def largest_parts(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The r largest singular parts of a weight (O, I): u (O, r), s (r), v (I, r), about u diag(s) v^T.
+    """Return the r largest singular parts of a weight (O, I): u (O, r), s (r), v (I, r).
 
-    Of a large weight by power iteration from random vectors (Halko et al. 2011, arXiv:0909.4061), of torch's
-    generator. The product is then nearly the best of its rank: what it leaves of the weight is at most 1.001
-    times the least that can be left, even where the spectrum is flat and the parts themselves are not unique.
+    Those of a large weight are found by power iteration from random vectors (Halko et al. 2011,
+    arXiv:0909.4061), drawn from torch's generator. The product is then nearly the best of its rank: what it
+    leaves of the weight is at most 1.001 times the least that can be left, even where the spectrum is flat
+    and the parts themselves are not unique.
     """
     parts = min(weight.shape)
     if parts <= FULL_SVD or 4 * (r + SPARE_PARTS) > parts:
@@ -145,7 +149,7 @@ def largest_parts(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TrainableRows(nn.Module):
-    """Rows of a weight (V, C) that train while the rest is frozen: those of newly added tokens."""
+    """Rows of a weight (V, C) that train while the rest is frozen, such as those of new tokens."""
 
     ids: Tensor
     original: Tensor
@@ -183,7 +187,7 @@ class FullCopy(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.copy = copy.deepcopy(base) if is_plain(base) else as_linear(base, weight_of(base).detach())
-        self.copy.float()  # steps of a bf16 weight below 1 / 256 of it are lost
+        self.copy.float()  # A bf16 weight would lose steps below 1 / 256 of itself.
 
     def forward(self, x: Tensor) -> Tensor:
         return self.copy(x.to(weight_of(self.copy).dtype) if x.is_floating_point() else x)
@@ -200,7 +204,7 @@ class Bias(nn.Module):
 AdapterLayer = LowRank | TrainableRows | FullCopy | Bias
 
 
-# Duck typing: a 4-bit linear is no nn.Linear, and its `weight` is made when it is asked for.
+# Duck typing: a 4-bit linear is no nn.Linear, and its `weight` is decoded at each access.
 def is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
@@ -210,23 +214,25 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def sizes(base: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear, or of an embedding, whose inputs are the vocabulary."""
+    """Return the outputs and inputs of a linear, or of an embedding, whose inputs are the vocabulary."""
     if is_embedding(base):
         return base.embedding_dim, base.num_embeddings
     return base.out_features, base.in_features
 
 
 def weight_of(module: nn.Module) -> Any:
+    """Return `module.weight`, which nn.Module does not declare."""
     return module.weight
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether its weight is a floating-point parameter; where not, it is made of something smaller."""
+    """Say whether the weight is a floating-point parameter; else it is decoded from something smaller."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.is_floating_point()
 
 
 def as_linear(base: Any, weight: Tensor) -> nn.Linear:
+    """Return a frozen nn.Linear of the base's sizes and bias, with a copy of `weight`."""
     linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     if base.bias is not None:

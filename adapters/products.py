@@ -1,4 +1,4 @@
-"""The products of a low-rank term, forward and backward, that keep each activation once.
+"""Products with a low-rank term, forward and backward, that keep each activation once.
 
     add_term(out, x, a, b, scale, drop)                        out += scale * drop(x) a^T b^T, in place
     linear_with_term(x, weight, bias, a, b, scale, drop)       the same on x weight^T + bias, weight frozen
@@ -20,18 +20,18 @@ from torch.autograd.function import once_differentiable
 
 from modules.dropout import kept, steps
 
-MASK_ELEMENTS = 2**20  # of a mask at a time
+MASK_ELEMENTS = 2**20  # elements of a mask at a time
 
 
-class Drop(NamedTuple):
+class DropMask(NamedTuple):
     """A dropout mask as a seed: sampled in forward and again, the same, in backward; never stored between."""
 
     p: float
     seed: int
 
     @classmethod
-    def sample(cls, p: float) -> Drop | None:
-        """A new mask, or None without p; of torch's generator, so that its state is all there is to save."""
+    def sample(cls, p: float) -> DropMask | None:
+        """Return a new mask, None for p = 0; its seed is from torch's generator, which runs save anyway."""
         return cls(p, int(torch.randint(2**62, ()))) if p else None
 
     @property
@@ -40,7 +40,7 @@ class Drop(NamedTuple):
         return 2**16 / (2**16 - steps(self.p))
 
     def masks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, 0 or 1 for each of their elements in x's dtype), for all rows of x (N, I)."""
+        """Yield (rows, 0 or 1 for each of their elements in x's dtype), for all rows of x (N, I)."""
         if x.device.type != "cpu":
             generator = torch.Generator(x.device).manual_seed(self.seed)
             yield slice(0, len(x)), torch.empty_like(x).bernoulli_(1 / self.factor, generator=generator)
@@ -54,7 +54,7 @@ class Drop(NamedTuple):
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, drop: Drop) -> Tensor:
+    def forward(ctx: Any, x: Tensor, drop: DropMask) -> Tensor:
         ctx.drop = drop
         return _masked(x, drop)
 
@@ -64,15 +64,15 @@ class _Dropout(torch.autograd.Function):
         return _masked(grads[0], ctx.drop), None
 
 
-def _masked(x: Tensor, drop: Drop) -> Tensor:
+def _masked(x: Tensor, drop: DropMask) -> Tensor:
     y = torch.empty_like(x)
     for rows, mask in drop.masks(x):
         torch.mul(x[rows], mask.mul_(drop.factor), out=y[rows])
     return y
 
 
-def dropped(x: Tensor, drop: Drop | None) -> Tensor:
-    """x (N, I) with its mask and the factor applied."""
+def dropped(x: Tensor, drop: DropMask | None) -> Tensor:
+    """Return x (N, I) with its mask and the factor applied."""
     if drop is None:
         return x
     y = _Dropout.apply(x, drop)
@@ -80,8 +80,8 @@ def dropped(x: Tensor, drop: Drop | None) -> Tensor:
     return y
 
 
-def _inner(x: Tensor, a: Tensor, drop: Drop | None) -> Tensor:
-    """mask(x) a^T, (N, r), without the factor."""
+def _inner(x: Tensor, a: Tensor, drop: DropMask | None) -> Tensor:
+    """Return mask(x) a^T, (N, r), without the factor."""
     if drop is None:
         return torch.mm(x, a.t())
     u = torch.empty(len(x), len(a), dtype=x.dtype, device=x.device)
@@ -91,9 +91,9 @@ def _inner(x: Tensor, a: Tensor, drop: Drop | None) -> Tensor:
 
 
 def _inner_gradients(
-    grad_u: Tensor, x: Tensor, a: Tensor, drop: Drop | None, grad_x: Tensor | None, needs_a: bool
+    grad_u: Tensor, x: Tensor, a: Tensor, drop: DropMask | None, grad_x: Tensor | None, needs_a: bool
 ) -> Tensor | None:
-    """Adds the gradient of x to `grad_x` (N, I), where it is asked for; returns that of a (r, I)."""
+    """Add the gradient of x to `grad_x` (N, I), if given; return that of a (r, I), if needed."""
     if drop is None:
         if grad_x is not None:
             grad_x.addmm_(grad_u, a)
@@ -111,9 +111,9 @@ def _inner_gradients(
 class _AddTerm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: Drop | None
+        ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: DropMask | None
     ) -> Tensor:
-        dtype = out.dtype  # that of autocast, where it is on
+        dtype = out.dtype  # Autocast decides it, where it is on.
         with torch.autocast(x.device.type, enabled=False):
             u = _inner(x.to(dtype), a.to(dtype), drop)
             scale *= 1 if drop is None else drop.factor
@@ -145,11 +145,11 @@ class _LinearWithTerm(torch.autograd.Function):
         b: Tensor,
         bias: Tensor | None,
         scale: float,
-        drop: Drop | None,
+        drop: DropMask | None,
     ) -> Tensor:
         """Take eight parameters, as autograd wants each tensor as an argument of its own."""
         out = F.linear(x, weight, bias)
-        dtype = out.dtype  # that of autocast, where it is on
+        dtype = out.dtype  # Autocast decides it, where it is on.
         with torch.autocast(x.device.type, enabled=False):
             u = _inner(x.to(dtype), a.to(dtype), drop)
             scale *= 1 if drop is None else drop.factor
@@ -172,7 +172,7 @@ class _LinearWithTerm(torch.autograd.Function):
 def _factor_gradients(
     ctx: Any, grad: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, grad_x: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of a and b; that of x is added to `grad_x`."""
+    """Return the gradients of a and b; that of x is added to `grad_x`."""
     _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
     dtype = ctx.dtype
     grad_b = torch.mm(grad.t(), u).to(b.dtype).mul_(ctx.scale) if needs_b else None
@@ -183,17 +183,17 @@ def _factor_gradients(
     return None if grad_a is None else grad_a.to(a.dtype), grad_b
 
 
-def add_term(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: Drop | None) -> Tensor:
-    """out + scale * drop(x) a^T b^T, in place; a frozen linear's output is kept by nobody."""
+def add_term(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, drop: DropMask | None) -> Tensor:
+    """Add scale * drop(x) a^T b^T to out, in place: nothing keeps a frozen linear's output."""
     y = _AddTerm.apply(out, x, a, b, scale, drop)
     assert isinstance(y, Tensor)
     return y
 
 
 def linear_with_term(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, drop: Drop | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, drop: DropMask | None
 ) -> Tensor:
-    """x weight^T + bias + scale * drop(x) a^T b^T; weight and bias are frozen."""
+    """Return x weight^T + bias + scale * drop(x) a^T b^T; weight and bias are frozen."""
     y = _LinearWithTerm.apply(x, weight, a, b, bias, scale, drop)
     assert isinstance(y, Tensor)
     return y

@@ -1,4 +1,4 @@
-"""Which modules a setting means: by published name, role or pattern; to match nothing is an error."""
+"""The modules that a setting means, by published name, role or pattern; to match nothing is an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# By our own names. The head belongs to none: a head that trains by accident costs what the rest does.
+# Roles read our own names. The head has none: a head that trains by accident costs what the rest does.
 ROLES: dict[str, Callable[[str], bool]] = {
     "attention": lambda name: ".attention." in f".{name}.",
     "mlp": lambda name: ".mlp." in f".{name}.",
@@ -39,8 +39,8 @@ _SYNONYMS = (
 
 
 def matches(published: str, wanted: str) -> bool:
-    """Whether a published name is meant by a leaf, a dotted suffix of it, or a pattern with `*`."""
-    if "*" in wanted:  # part by part, in linear time: the pattern may be a stranger's
+    """Say whether a published name is meant by a leaf, a dotted suffix of it, or a pattern with `*`."""
+    if "*" in wanted:  # Part by part in linear time, since the pattern may be a stranger's.
         first, *inner, last = wanted.split("*")
         at = len(first)
         for part in inner:
@@ -54,13 +54,13 @@ def matches(published: str, wanted: str) -> bool:
 def select_targets(
     modules: Mapping[str, str], wanted: Sequence[str], setting: str = "lora.targets"
 ) -> list[str]:
-    """Our names of the modules that are meant, in the order of `modules`.
+    """Return our names of the modules that are meant, in the order of `modules`.
 
     Args:
         modules: Our name -> published name, of the modules that may be chosen.
         wanted: Published leaf names or dotted suffixes, roles (`attention`, `mlp`, `embedding`,
             `all-linear`: every linear of the blocks), or patterns with `*` of full published names.
-        setting: Where they were asked for, for the error.
+        setting: The setting that names them, for the error.
 
     Raises:
         ValueError: One of them matches nothing; it lists what there is and what was probably meant.
@@ -94,21 +94,21 @@ def absent_sentence(published: Sequence[str], absent: list[str], setting: str) -
 
 
 def pattern_value(patterns: Mapping[str, Any], published: str, default: Any) -> Any:
-    """The value of the first key that the name ends in, as PEFT chooses it."""
+    """Return the value of the first key that the name ends in, as PEFT chooses it."""
     return next((value for key, value in patterns.items() if matches(published, key)), default)
 
 
 def as_peft_pattern(
     patterns: Mapping[str, Any], names: Sequence[str], own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The same for PEFT, which forgets the order of its keys and takes them for regular expressions.
+    """Translate patterns for PEFT, which forgets the order of keys and takes them for regular expressions.
 
-    Kept as they are where they are plain and no module is meant twice; else written out name by name.
+    They stay as they are where they are plain and no module is meant twice; else each name is written out.
 
     Args:
         patterns: Keys as `matches` takes them; the first that fits counts.
         names: Published names of the modules that they are for.
-        own: Name -> value, of further modules, which the patterns do not mean.
+        own: Name -> value for further modules, which the patterns do not mean.
     """
     plain = not any("*" in key for key in patterns)
     meant = [sum(matches(name, key) for key in patterns) + (name in own) for name in (*names, *own)]
@@ -123,9 +123,9 @@ _PEFT_KEY = re.compile(r"\^?(?:[\w-]|\\\.|\.\*?)+\$?", re.ASCII)
 
 
 def peft_key(text: str) -> re.Pattern[str]:
-    """A key of PEFT's patterns, to be asked by `fullmatch`: PEFT matches `(.*\\.)?(key)$` from the start.
+    """Compile a key of PEFT's patterns for `fullmatch`: PEFT matches `(.*\\.)?(key)$` from the start.
 
-    Runs in linear time whatever a stranger wrote: what follows a `.*` is tried at its first place alone.
+    It matches in linear time whatever a stranger wrote: what follows a `.*` is tried at its first place only.
 
     Raises:
         ValueError: It is more than a name with `.` or `.*` in it.

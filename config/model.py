@@ -7,7 +7,8 @@ from typing import Literal, get_args, get_origin
 
 from config.typed import field_types
 
-DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")  # not given, the first stands for the others
+# Where one of these is not given, the first stands for it.
+DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class ModelConfig:
         return self.n_embd / self.base_width if self.base_width else 1.0
 
     def resolved(self) -> ModelConfig:
-        """The same with every 0 filled in; ValueError in one sentence for a shape that cannot be built."""
+        """Return the shape with every 0 filled in; ValueError for one that cannot be built."""
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")

@@ -17,7 +17,7 @@ from modules.dropout import Dropout
 
 
 def attention_mask(query_documents: Tensor, key_documents: Tensor, window: int = 0) -> Tensor:
-    """True where a query may look, (B, 1, T_query, T_key): its own document, at or before itself.
+    """Return True where a query may look, (B, 1, T_query, T_key): its own document, at or before itself.
 
     With a window it sees at most that many tokens, itself included (Longformer, arXiv:2004.05150).
 
@@ -35,7 +35,7 @@ def attention_mask(query_documents: Tensor, key_documents: Tensor, window: int =
 
 
 def repeat_heads(x: Tensor, n_head: int) -> Tensor:
-    """Keys or values (B, K, S, D), each repeated for the n_head / K query heads that share it."""
+    """Repeat keys or values (B, K, S, D) for the n_head / K query heads that share each."""
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
@@ -52,7 +52,7 @@ def group_queries(q: Tensor, n_kv_head: int) -> Tensor:
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v written out: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+    """Compute softmax(q k^T / sqrt(D)) v as written: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
     B, H, T, _ = q.shape
     q = group_queries(q, k.size(1))
     k, v = (repeat_heads(x, q.size(1)) for x in (k, v))

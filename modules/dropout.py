@@ -1,4 +1,4 @@
-"""Dropout by random bits: its numbers come from a seed, so that backward may draw them again."""
+"""Dropout by random bits, whose numbers come from a seed, so that backward may draw them again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 def steps(p: float) -> int:
-    """The share p in steps of 1 / 65,536, the nearest below 1."""
+    """Return the probability p in steps of 1 / 65,536, the nearest below 1."""
     return min(round(p * 2**16), 2**16 - 1)
 
 
 def kept(seed: int, part: int, shape: torch.Size, dropped: int, dtype: torch.dtype) -> Tensor:
-    """0 with probability dropped / 65,536, else 1: the same for the same arguments.
+    """Return 0 with probability dropped / 65,536, else 1, for each element; the same for the same arguments.
 
     An element is judged by 8 random bits, and eight of them share a number of 64: torch draws one for each,
     on one thread. The finer half of the probability is left to chance a column at a time: its limit is one
@@ -25,7 +25,7 @@ def kept(seed: int, part: int, shape: torch.Size, dropped: int, dtype: torch.dty
     """
     generator = np.random.SFC64([seed, part])
     columns = shape[-1] if shape else 1
-    rarer = min(dropped, 2**16 - dropped)  # so that no limit is above what 8 bits hold
+    rarer = min(dropped, 2**16 - dropped)  # No limit may be above what 8 bits hold.
     whole, rest = divmod(rarer, 2**8)
     limits = (_random_bytes(generator, columns) < rest).view(np.uint8) + np.uint8(whole)
     found = np.greater_equal if rarer == dropped else np.less
@@ -34,7 +34,7 @@ def kept(seed: int, part: int, shape: torch.Size, dropped: int, dtype: torch.dty
 
 
 def _random_bytes(generator: np.random.SFC64, n: int) -> np.ndarray:
-    # By its buffer: torch.compile leaves that to Python, but would trace a view, and cannot widen one.
+    # torch.compile leaves frombuffer to Python; a view of the array it would trace, and cannot widen one.
     return np.frombuffer(generator.random_raw(-(-n // 8)).data, np.uint8)[:n]
 
 
@@ -56,6 +56,7 @@ class _DropoutByBits(torch.autograd.Function):
 
 
 def dropout_factor(seed: int, shape: torch.Size, dropped: int, dtype: torch.dtype) -> Tensor:
+    """Return what dropout multiplies each element by: 0, or 1 / (1 - p)."""
     return kept(seed, 0, shape, dropped, dtype).mul_(2**16 / (2**16 - dropped))
 
 

@@ -28,7 +28,7 @@ def decoded_chunks(
     dtype: torch.dtype,
     tokens: int,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of the weight at a time, decoded; the next chunk may overwrite the last."""
+    """Yield some decoded rows of the weight at a time; the next chunk may overwrite the last."""
     out_features, in_features = shape
     device = stored[0].device.type
     elements = DECODE_ELEMENTS[device]
@@ -44,7 +44,7 @@ def decoded_chunks(
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight^T + bias; what is saved for backward is the weight as it is stored, and nothing else."""
+    """x @ weight^T + bias, which saves for backward the weight as it is stored, and nothing else."""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ class _Product(torch.autograd.Function):
         (out_features, in_features), dtype = ctx.shape, grads[0].dtype
         grad = grads[0].reshape(-1, out_features)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
-        stored = ctx.saved_tensors  # once: a block that is made again gives them a single time
+        stored = ctx.saved_tensors  # Read once: a recomputed block gives them a single time.
         others = None, None, *(None for _ in stored)
         if not ctx.needs_input_grad[0]:
             return None, grad_bias, *others
@@ -91,7 +91,7 @@ class _Product(torch.autograd.Function):
         # The sum over chunks is kept in fp32, so that they leave no trace in bf16.
         wide = torch.promote_types(dtype, torch.float32)
         if scale is not None:
-            grad = grad * scale  # wide, and rounded once, at the end
+            grad = grad * scale  # In fp32, and rounded once, at the end.
         total = torch.zeros(grad.size(0), in_features, dtype=wide, device=grad.device)
         with torch.autocast(grad.device.type, enabled=False):
             for rows, weight in decoded_chunks(ctx.kind, ctx.shape, stored, grad.dtype, grad.size(0)):
@@ -110,7 +110,7 @@ class FrozenLinear(nn.Module):
     a parameter, frozen at first.
     """
 
-    names: ClassVar[tuple[str, ...]]  # of the buffers, in the order that decoder() takes them
+    names: ClassVar[tuple[str, ...]]  # The buffers, in the order that decoder() takes them.
     bias: nn.Parameter | None
 
     def __init__(
@@ -120,7 +120,7 @@ class FrozenLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
     ):
-        """Zeros, to load a state into; `from_linear` and `from_weight` quantise."""
+        """Make a linear of zeros, to load a state into; `from_linear` and `from_weight` quantise."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         for name, (shape, dtype) in self.layout(in_features, out_features).items():
@@ -130,27 +130,27 @@ class FrozenLinear(nn.Module):
 
     @staticmethod
     def layout(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of each buffer."""
+        """Return the name, shape and dtype of each buffer."""
         raise NotImplementedError
 
     @staticmethod
     def encode(weight: Tensor) -> tuple[Tensor, ...]:
-        """The buffers that stand for `weight` (out, in)."""
+        """Return the buffers that stand for `weight` (out, in)."""
         raise NotImplementedError
 
     @staticmethod
     def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
-        """A function of (start, stop) that gives these rows of the weight, at most `rows`, in `dtype`."""
+        """Return a function of (start, stop) that decodes these rows, at most `rows`, to `dtype`."""
         raise NotImplementedError
 
     @staticmethod
     def row_scale(stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
-        """A factor (out) that the decoder leaves out of the rows, for the product to put into the outputs."""
+        """Return a factor (out) that the decoder leaves out and the product puts into the outputs."""
         return None
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """Quantises `weight` (out, in) where it lies; `bias` (out) is kept as it is, frozen.
+        """Quantise `weight` (out, in) where it lies; `bias` (out) is kept as it is, frozen.
 
         Raises:
             ValueError: The weight is no matrix, or holds NaN or infinity; or the bias has another length.
@@ -174,7 +174,7 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """`from_weight` of a linear, which is left as it is."""
+        """Quantise the weight of a linear, which is left as it is."""
         return cls.from_weight(linear.weight, linear.bias)
 
     @property
@@ -194,7 +194,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def bits_per_weight(self) -> float:
-        """From the bytes held, without the bias."""
+        """Bits for each weight, by the bytes that are stored; without the bias."""
         return 8 * sum(t.nbytes for t in self.stored) / (self.in_features * self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,13 +209,13 @@ class FrozenLinear(nn.Module):
         return _Product.apply(x, bias, type(self), (self.out_features, self.in_features), *self.stored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A cast would round scales and change every weight: buffers are moved, never cast."""
+        """Move buffers, and never cast them: a cast would round scales and change every weight."""
         before = self.stored
         super()._apply(fn, recurse)
-        for name, held in zip(self.names, before, strict=True):
+        for name, own in zip(self.names, before, strict=True):
             moved = getattr(self, name)
-            if moved.dtype != held.dtype:
-                setattr(self, name, held.to(moved.device))
+            if moved.dtype != own.dtype:
+                setattr(self, name, own.to(moved.device))
         return self
 
     def _load_from_state_dict(
@@ -228,13 +228,13 @@ class FrozenLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """torch would cast what it copies: an absmax in fp32 would become whole numbers."""
-        for name, held in zip(self.names, self.stored, strict=True):
+        """Refuse other dtypes and shapes: torch would cast an absmax in fp32 to whole numbers."""
+        for name, own in zip(self.names, self.stored, strict=True):
             given = state_dict.get(prefix + name)
-            if given is not None and (given.dtype, given.shape) != (held.dtype, held.shape):
+            if given is not None and (given.dtype, given.shape) != (own.dtype, own.shape):
                 raise ValueError(
                     f"{prefix}{name} is {given.dtype} {(*given.shape,)} in the file, but this "
-                    f"{type(self).__name__} stores {held.dtype} {(*held.shape,)}; quantise the base again"
+                    f"{type(self).__name__} stores {own.dtype} {(*own.shape,)}; quantise the base again"
                 )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -58,14 +58,14 @@ class Linear(nn.Linear):
 
 
 def few_of(weight: Tensor) -> int:
-    """Rows up to which `few_rows` is faster with this weight (out, in); 0 if at no number."""
+    """Return up to how many rows `few_rows` is faster with this weight (out, in)."""
     if weight.numel() < MIN_ELEMENTS:
         return 0
     return MAX_ROWS_TALL if weight.size(0) >= weight.size(1) else MAX_ROWS_WIDE
 
 
 def dotted_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` in bf16 by torch's own kernel, a dot product for each output.
+    """Compute `F.linear` in bf16 by torch's own kernel, a dot product for each output.
 
     On a CPU with AVX-512 `F.linear` prefers oneDNN, which emulates bf16 arithmetic. torch's kernel makes fp32
     of what it reads, rounds once with the bias in, and is the fastest at one row. (`torch.addmv` is the same
@@ -88,7 +88,7 @@ def _torch_kernels() -> Iterator[None]:
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (n, in) times weight (out, in), TILE_OUTPUTS of its rows at a time: (n, out)."""
+    """Multiply x (n, in) by weight (out, in), TILE_OUTPUTS of its rows at a time: (n, out)."""
     blocks = len(weight) // TILE_OUTPUTS
     in_blocks, rest = weight[: blocks * TILE_OUTPUTS], weight[blocks * TILE_OUTPUTS :]
     y = torch.bmm(x.expand(blocks, *x.shape), in_blocks.unflatten(0, (blocks, TILE_OUTPUTS)).transpose(1, 2))
@@ -99,7 +99,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def emulated_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (n, in) times weight (out, in), both bf16, where the CPU has no instruction for it: (n, out)."""
+    """Multiply bf16 x (n, in) by bf16 weight (out, in) on a CPU without an instruction for it: (n, out)."""
     n_out, n_in = weight.shape
     few = len(x) <= MAX_ROWS_WIDE
     product = few_rows if few else F.linear

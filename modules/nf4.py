@@ -34,7 +34,7 @@ DECODE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
 QUANTIZE_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Tables are made so whatever the default dtype and device are: loaders of models change both.
+# Tables get this dtype and device whatever the defaults are: loaders of models change both.
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
@@ -72,15 +72,15 @@ class _Tables(NamedTuple):
     dynamic_codes: Tensor  # (65,536) uint8, the nearest code of each point of an even grid over [-1, 1]
 
 
-CELLS = 128  # of [-1, 1]; narrow enough that none holds two bounds
+CELLS = 128  # [-1, 1] is cut into so many, narrow enough that none holds two bounds
 
 
 def _cells(x: Tensor, out: Tensor) -> Tensor:
-    """The cell of each value of [-1, 1]; any monotonic function will do that is the same for bounds."""
+    """Return the cell of each value of [-1, 1]; any monotonic function will do, if bounds get it too."""
     return torch.add(x.new_tensor(CELLS / 2), x, alpha=CELLS / 2, out=out)
 
 
-_TABLES: dict[torch.device, _Tables] = {}  # not functools.cache, which torch.compile sees through
+_TABLES: dict[torch.device, _Tables] = {}  # functools.cache will not do: torch.compile sees through it
 
 
 def _tables(device: torch.device) -> _Tables:
@@ -109,7 +109,7 @@ def _make_tables(device: torch.device) -> _Tables:
 
 
 def quantize_nf4(weight: Tensor) -> NF4:
-    """The values of fp32, bf16 or fp16 `weight`, of any shape, in 4-bit NormalFloat.
+    """Quantise fp32, bf16 or fp16 `weight`, of any shape, to 4-bit NormalFloat.
 
     Beside the result it takes some 20 bytes for each of QUANTIZE_ELEMENTS values; a `weight` that is not
     contiguous is copied.
@@ -151,7 +151,7 @@ def quantize_nf4(weight: Tensor) -> NF4:
 
 
 def _scale_down(values: Tensor, absmax: Tensor) -> None:
-    """Divides each block of `values` (m) by its largest magnitude, kept in `absmax` (ceil(m / 64))."""
+    """Divide each block of `values` (m) by its largest magnitude, kept in `absmax` (ceil(m / 64))."""
     full = values.numel() // BLOCK
     if full:
         blocks = values[: full * BLOCK].view(full, BLOCK)
@@ -165,7 +165,7 @@ def _scale_down(values: Tensor, absmax: Tensor) -> None:
 
 
 def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n) uint8 on the dynamic map and scales (ceil(n / 256)) fp32 of fp32 `x` (n).
+    """Return codes (n) uint8 on the dynamic map and scales (ceil(n / 256)) fp32 of fp32 `x` (n).
 
     On a CPU, bitsandbytes 0.50 rounds a value to an even grid of 65,536 points and takes the code nearest to
     that point: one code in 700 is a neighbour of the nearest. A block of zeros is all code 0.
@@ -188,13 +188,13 @@ def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nf4_absmax(stored: NF4) -> Tensor:
-    """The largest magnitude of each block as decoding sees it, (ceil(n / 64)) fp32."""
+    """Return the largest magnitude of each block as decoding sees it, (ceil(n / 64)) fp32."""
     values = _tables(stored.absmax.device).dynamic.index_select(0, stored.absmax.int())
     return _scale_up(values, stored.nested_absmax, NESTED_BLOCK).add_(stored.offset)
 
 
 def _scale_up(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Multiplies each block of `values` (n) by its scale, in place; the last block may be short."""
+    """Multiply each block of `values` (n) by its scale, in place; the last block may be short."""
     full = values.numel() // block
     values[: full * block].view(full, block).mul_(scales[:full].unsqueeze(1))
     if values.numel() % block:
@@ -203,7 +203,7 @@ def _scale_up(values: Tensor, scales: Tensor, block: int) -> Tensor:
 
 
 def dequantize_nf4(stored: NF4, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of `stored` as a tensor of `shape`: products in fp32, rounded once to `dtype`."""
+    """Return the values of `stored` as a tensor of `shape`: products in fp32, rounded once to `dtype`."""
     weight = torch.empty(tuple(shape), dtype=dtype, device=stored.packed.device)
     n = weight.numel()
     if (n + 1) // 2 != stored.packed.numel():
@@ -216,11 +216,13 @@ def dequantize_nf4(stored: NF4, shape: Sequence[int], dtype: torch.dtype = torch
     return weight
 
 
-DecodeRows = Callable[[int, int], Tensor]  # of (start, stop)
+DecodeRows = Callable[[int, int], Tensor]  # (start, stop) -> these rows; the next call may overwrite them
 
 
 def nf4_decoder(stored: NF4, rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
-    """Decodes rows [start, stop), at most `rows`, of a matrix; start x columns is a multiple of 64.
+    """Return a function that decodes rows [start, stop) of a matrix, at most `rows` of them.
+
+    start x columns has to be a multiple of 64, so that the rows begin with a block.
 
     One lookup a byte gives both of its values; two lookups a byte take twice as long.
     """
@@ -245,6 +247,7 @@ def nf4_decoder(stored: NF4, rows: int, columns: int, dtype: torch.dtype) -> Dec
 
 
 def checked_weight(weight: Tensor) -> Tensor:
+    """Return the weight without its graph; ValueError for one that cannot be quantised."""
     if weight.dtype not in FLOATS:
         raise ValueError(f"a weight of {weight.dtype} cannot be quantised; convert it to torch.float32 first")
     if weight.is_meta:

@@ -39,13 +39,14 @@ ABSOLUTE_POSITIONS: dict[str, type[nn.Embedding] | type[SinusoidalPosition]] = {
 
 
 def rotary_frequency(rotary_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Radians a position, (rotary_dim / 2), from 1 down to nearly 1 / theta (RoFormer, arXiv:2104.09864)."""
+    """Return radians a position, (rotary_dim / 2), from 1 to about 1 / theta (RoFormer, arXiv:2104.09864)."""
     exponent = torch.arange(0, rotary_dim, 2, device=device).float() / rotary_dim
-    return 1 / theta**exponent  # rounded as published models were trained with; theta**-exponent differs
+    # Published models were trained with this rounding; theta**-exponent has another.
+    return 1 / theta**exponent
 
 
 def rotary_tables(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, T, 1, N), of positions (B, T) x frequency (N) or (B, 1, N).
+    """Return cos and sin, each (B, T, 1, N), of positions (B, T) x frequency (N) or (B, 1, N).
 
     Always computed in fp32: a bf16 angle is off by whole turns after some hundred positions.
     """
@@ -58,12 +59,12 @@ def scale_none(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tenso
 
 
 def scale_linear(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
-    """Positions squeezed together (Chen et al. 2023, arXiv:2306.15595)."""
+    """Squeeze positions together (Chen et al. 2023, arXiv:2306.15595)."""
     return frequency / config.rope_factor
 
 
 def scale_dynamic(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
-    """NTK scaling by the length of each row's text, (B, 1) -> (B, 1, N) (arXiv:2309.00071, appendix B.2).
+    """Scale by the length of each row's text, (B, 1) -> (B, 1, N): NTK (arXiv:2309.00071, appendix B.2).
 
     The lowest frequency is divided by `ratio`, the highest kept: a base grown by ratio^(2N / (2N - 2)).
     """
@@ -74,7 +75,7 @@ def scale_dynamic(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Te
 
 
 def scale_llama3(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
-    """Only frequencies with few turns in the first context are divided, with a ramp (arXiv:2407.21783)."""
+    """Divide only frequencies with few turns in the first context, with a ramp (arXiv:2407.21783)."""
     turns = config.rope_context * frequency / (2 * math.pi)
     kept = ((turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)).clamp(0, 1)
     return frequency * (kept + (1 - kept) / config.rope_factor)

@@ -1,4 +1,4 @@
-"""Device, number format and memory of a run: chosen by what the machine does well, and said aloud."""
+"""The device, number format and memory of a run, chosen by what the machine does well."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Precision:
     reason: str
 
     def autocast(self) -> AbstractContextManager:
-        """Around each forward pass; backward runs outside."""
+        """Return the context for a forward pass; backward runs outside it."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def choose_device(asked: str) -> torch.device:
-    """`auto` is the first GPU, or else the CPU."""
-    if asked == "auto":
+def choose_device(requested: str) -> torch.device:
+    """Return the requested device; `auto` is the first GPU, or else the CPU."""
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except RuntimeError:
-        raise ValueError(f"device {asked!r} is not known; use auto, cpu, cuda or cuda:N") from None
+        raise ValueError(f"device {requested!r} is not known; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {asked!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise ValueError(f"device {requested!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {asked!r} was asked for, but torch sees no GPU here; use --device cpu")
+        raise ValueError(f"device {requested!r} was asked for, but torch sees no GPU here; use --device cpu")
     return device
 
 
@@ -51,33 +51,35 @@ def has_native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_precision(device: torch.device, asked: str) -> Precision:
-    """`auto`: bf16 where it is native, fp16 on other GPUs, else fp32.
+def choose_precision(device: torch.device, requested: str) -> Precision:
+    """Return the requested precision; `auto` is bf16 where it is native, fp16 on other GPUs, else fp32.
 
     Raises:
-        ValueError: bf16 was asked for on a GPU without it (it computes NaN or garbage), or fp16 on a CPU.
+        ValueError: bf16 is requested on a GPU without it (it computes NaN or garbage), or fp16 on a CPU.
     """
     name = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
     native = has_native_bf16(device)
-    if asked == "auto":
+    if requested == "auto":
         if native:
             return Precision(device, torch.bfloat16, f"bf16, native on this {name}")
         if device.type == "cuda":
             return Precision(device, torch.float16, f"fp16 with loss scaling: {name} has no bf16")
         return Precision(device, torch.float32, "fp32: this CPU has neither AVX512-BF16 nor AMX")
-    if asked == "bf16" and not native:
+    if requested == "bf16" and not native:
         if device.type == "cuda":
             raise ValueError(
                 f"precision bf16 was asked for, but {name} has none; use --precision fp16 or fp32"
             )
-        return Precision(device, torch.bfloat16, "bf16, as asked; this CPU only emulates it, fp32 is faster")
-    if asked == "fp16" and device.type == "cpu":
+        return Precision(
+            device, torch.bfloat16, "bf16, as requested; this CPU only emulates it, fp32 is faster"
+        )
+    if requested == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 was asked for on a CPU, which has no fast fp16; use bf16 or fp32")
-    return Precision(device, DTYPES[asked], f"{asked}, as asked")
+    return Precision(device, DTYPES[requested], f"{requested}, as requested")
 
 
-def evaluation_precision(training: Precision, asked: str, weight_dtype: torch.dtype) -> Precision:
-    """The precision of validation; `auto` is that of training.
+def evaluation_precision(training: Precision, requested: str, weight_dtype: torch.dtype) -> Precision:
+    """Return the precision of validation; `auto` is that of training.
 
     Args:
         weight_dtype: The dtype of the weights in memory.
@@ -85,7 +87,7 @@ def evaluation_precision(training: Precision, asked: str, weight_dtype: torch.dt
     Raises:
         ValueError: The device has no such precision, or the weights are stored in less than that.
     """
-    found = training if asked == "auto" else choose_precision(training.device, asked)
+    found = training if requested == "auto" else choose_precision(training.device, requested)
     if found.dtype == torch.float32 != weight_dtype:
         raise ValueError(
             f"eval_precision is fp32, and the base is stored as {str(weight_dtype).removeprefix('torch.')}, "
@@ -110,9 +112,9 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give back what `keep_freed_memory` keeps: before work of other sizes, which would come on top of it.
+    """Give back what `keep_freed_memory` keeps, before work of other sizes, which would come on top of it.
 
-    Only pages that nothing lies in. The next step takes its own anew, once: 0.4 s for 1 GB with this.
+    Only pages that hold nothing are given back. The next step takes its own anew, once: 0.4 s for 1 GB.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # The C library is not glibc.
         ctypes.CDLL(None).malloc_trim(0)

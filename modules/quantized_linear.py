@@ -67,7 +67,7 @@ class Linear4bit(FrozenLinear):
         return nf4_decoder(NF4(*stored), rows, columns, dtype)
 
     def to_bitsandbytes(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """`weight`, `weight.absmax` and so on, as bitsandbytes and transformers save a linear in safetensors.
+        """Return `weight`, `weight.absmax` and so on, as bitsandbytes and transformers save a linear.
 
         `dtype` is the one that bitsandbytes then decodes to. The bias is not among them.
         """
@@ -92,7 +92,7 @@ class Linear4bit(FrozenLinear):
 
     @classmethod
     def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> Self:
-        """The linear that `to_bitsandbytes` describes, bit for bit.
+        """Return the linear that `to_bitsandbytes` describes, bit for bit.
 
         Raises:
             ValueError: Tensors are missing or do not fit together, or it is not NF4 with double quantisation
@@ -126,21 +126,21 @@ class Linear4bit(FrozenLinear):
             tensors["weight"].new_tensor(offset, dtype=torch.float32),
         )
         for name, given in zip(cls.names, stored, strict=True):
-            held = module.get_buffer(name)
-            if (given.dtype, given.numel()) != (held.dtype, held.numel()):
+            own = module.get_buffer(name)
+            if (given.dtype, given.numel()) != (own.dtype, own.numel()):
                 raise ValueError(
                     f"{name} holds {given.numel():,} values of {given.dtype}, but a weight of shape "
-                    f"{(out_features, in_features)} has {held.numel():,} of {held.dtype}"
+                    f"{(out_features, in_features)} has {own.numel():,} of {own.dtype}"
                 )
             if given.is_floating_point() and not given.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity; quantise the base again")
-            setattr(module, name, given.detach().reshape(held.shape))
+            setattr(module, name, given.detach().reshape(own.shape))
         module._set_bias(bias)
         return module
 
 
 class Int8Linear(FrozenLinear):
-    """Whole numbers from -127 to 127, times one scale an output row, its largest magnitude / 127."""
+    """Weights as whole numbers from -127 to 127, times a scale an output row: its largest magnitude / 127."""
 
     names = ("quantized", "scale")
 
@@ -176,7 +176,7 @@ class Int8Linear(FrozenLinear):
 
     @staticmethod
     def row_scale(stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
-        """Scaling the outputs is cheaper than scaling the rows, but unscaled sums would overflow fp16."""
+        """Return the scale: cheaper in the outputs than in the rows, but unscaled sums overflow fp16."""
         return None if dtype == torch.float16 else stored[1]
 
 
@@ -207,10 +207,10 @@ class StoredLinear(FrozenLinear):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Either dtype of 16 bits is taken as it comes."""
-        held, given = self.stored_weight, state_dict.get(prefix + "stored_weight")
-        if given is not None and given.shape == held.shape and given.dtype in (torch.float16, torch.bfloat16):
-            self.stored_weight = held.to(given.dtype)
+        """Take either dtype of 16 bits as it comes."""
+        own, given = self.stored_weight, state_dict.get(prefix + "stored_weight")
+        if given is not None and given.shape == own.shape and given.dtype in (torch.float16, torch.bfloat16):
+            self.stored_weight = own.to(given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -221,7 +221,7 @@ KINDS: dict[str, type[FrozenLinear]] = {"nf4": Linear4bit, "int8": Int8Linear, "
 
 
 def quantize_linears(model: nn.Module, kind: str, names: Iterable[str]) -> None:
-    """Replaces the named nn.Linear modules of `model` in place, freeing each full weight before the next.
+    """Replace the named nn.Linear modules of `model` in place, freeing each full weight before the next.
 
     Raises:
         ValueError: A name is unknown, is quantised already, is no nn.Linear, or shares its weight with
@@ -243,13 +243,13 @@ def quantize_linears(model: nn.Module, kind: str, names: Iterable[str]) -> None:
 
 
 def n_weights(model: nn.Module) -> int:
-    """Parameters, and the weights that quantised linears stand for."""
-    held = (m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
-    return sum(p.numel() for p in model.parameters()) + sum(held)
+    """Return the number of parameters and of the weights that frozen linears stand for."""
+    stored = (m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    return sum(p.numel() for p in model.parameters()) + sum(stored)
 
 
 def dequantize_linears(model: nn.Module) -> None:
-    """Replaces every quantised linear of `model` in place by an nn.Linear of what it stands for, in fp32."""
+    """Replace every quantised linear of `model` in place by an nn.Linear of what it stands for, in fp32."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FrozenLinear):
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
@@ -261,7 +261,7 @@ def dequantize_linears(model: nn.Module) -> None:
 def replace_linear(
     model: nn.Module, name: str, kind: str, weight: Tensor, bias: Tensor | None = None
 ) -> FrozenLinear:
-    """Puts `weight` (out, in), quantised, in the place of the nn.Linear called `name`; returns the module.
+    """Put `weight` (out, in), quantised, in the place of the nn.Linear called `name`; returns the module.
 
     The nn.Linear may be on the meta device: a model that is loaded so, tensor by tensor, never stands in full
     precision. Without `bias` the linear's own parameter is kept, to be loaded like any other.

@@ -1,4 +1,4 @@
-"""What backward computes again instead of keeping it: nothing, the outputs of cheap modules, or whole blocks.
+"""Recomputation in backward: of nothing, of the outputs of cheap modules, or of whole blocks.
 
 A decoder calls `run_block(block, x, context)` for each block and chooses the function once. Results and
 gradients are the same bit for bit; only memory and time differ.
@@ -40,7 +40,7 @@ class _Recipe(NamedTuple):
     device: str
     autocast: tuple[bool, torch.dtype]
 
-    def follow(self, shape: torch.Size) -> Tensor:
+    def output(self, shape: torch.Size) -> Tensor:
         enabled, dtype = self.autocast
         with torch.no_grad(), torch.autocast(self.device, dtype, enabled=enabled):
             return self.module(*self.inputs).view(shape)
@@ -56,7 +56,8 @@ class CheapRecompute:
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self.noted: dict[int, tuple[weakref.ref[Tensor], _Recipe]] | None = None  # by address, inside a block
+        # The outputs by address, with how to compute them again; None outside a block.
+        self.noted: dict[int, tuple[weakref.ref[Tensor], _Recipe]] | None = None
         for module in modules:
             module.register_forward_hook(self._note)
 
@@ -91,4 +92,4 @@ def _unpack(packed: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     recipe, shape = packed
-    return recipe.follow(shape)
+    return recipe.output(shape)

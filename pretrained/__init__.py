@@ -1,4 +1,4 @@
-"""Published models in the house's decoder, and back: StarCoder, CodeGen, Phi, Llama, StarCoder2, Qwen2.
+"""Published models in Plumb's decoder, and back: StarCoder, CodeGen, Phi, Llama, StarCoder2, Qwen2.
 
     from pretrained import load_pretrained, save_pretrained
 

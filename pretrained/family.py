@@ -1,4 +1,4 @@
-"""What a family of published models is, and its config.json translated to ModelConfig and back.
+"""Families of published models, and their config.json translated to ModelConfig and back.
 
 A family is data: the names it gives to settings and modules, the parts that all its models have, and two
 small functions for what no renaming says. Saving is safe because it is checked by loading: a model can be
@@ -16,7 +16,7 @@ from typing import Any
 
 from config import RANGES, Config, ModelConfig
 
-Values = dict[str, Any]  # of config.json
+Values = dict[str, Any]  # the keys and values of a config.json
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Family:
     write: Callable[[ModelConfig], Values]
 
     def key(self, name: str) -> str:
-        """The published name of a parameter or module of ours: `head.weight` -> `lm_head.weight`."""
+        """Return the published name of a parameter or module of ours: `head.weight` -> `lm_head.weight`."""
         layer = re.match(r"blocks\.(\d+)\.", name)
         general = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
         module, _, suffix = general.rpartition(".")
@@ -71,7 +71,7 @@ OPTIONAL: dict[str, type] = {
 
 
 def to_model(family: Family, values: Values) -> ModelConfig:
-    """The resolved ModelConfig of a config.json.
+    """Return the resolved ModelConfig of a config.json.
 
     Raises:
         ValueError: A value has the wrong type, is out of range, or asks for a part the decoder lacks.
@@ -83,7 +83,7 @@ def to_model(family: Family, values: Values) -> ModelConfig:
     for key, value in values.items():
         _check(key, value, family.defaults[key])
     n_layer, most = family.names["n_layer"], RANGES["model.n_layer"][1]
-    if most is not None and values[n_layer] > most:  # before anything is made for each layer
+    if most is not None and values[n_layer] > most:  # Checked before anything is made for each layer.
         raise ValueError(f"{n_layer} is {values[n_layer]}; it must be at most {most}")
     fields = family.parts | {field: values[key] for field, key in family.names.items()}
     fields |= family.read(values)
@@ -93,7 +93,7 @@ def to_model(family: Family, values: Values) -> ModelConfig:
         raise ValueError(str(error).removeprefix("the saved config cannot be read: ")) from None
 
 
-# What auto_map may name that bears on the numbers that a language model gives.
+# Classes of auto_map that bear on the numbers that a language model gives.
 _OWN_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 
 
@@ -111,12 +111,12 @@ def _refuse_own_code(family: Family, values: Values) -> None:
 
 
 def from_model(family: Family, config: ModelConfig) -> Values:
-    """The config.json of a ModelConfig in a family's words; `lacks` says whether they say it all."""
+    """Return the config.json of a ModelConfig in a family's words; `lacks` says whether they say it all."""
     return {key: getattr(config, field) for field, key in family.names.items()} | family.write(config)
 
 
 def lacks(family: Family, config: ModelConfig) -> list[str]:
-    """What of a resolved ModelConfig the family cannot say; nothing means that it can be written in it."""
+    """Return what of a resolved ModelConfig the family cannot say; nothing where it can be written in it."""
     wanted = _meaning(config)
     said, unsaid = family.parts, []
     try:
@@ -128,7 +128,7 @@ def lacks(family: Family, config: ModelConfig) -> list[str]:
 
 
 def _meaning(config: ModelConfig) -> Values:
-    """The fields that bear on what the model computes, each in one spelling."""
+    """Return the fields that bear on what the model computes, each in one spelling."""
     fields = asdict(config)
     unread = {"init", "attention", "base_width"}
     if config.position != "rotary":
@@ -162,14 +162,14 @@ def _check(key: str, value: Any, default: Any) -> None:
 
 # --- activations ----------------------------------------------------------------------------------
 
-# transformers' spellings, which differ in rounding only.
+# Spellings of transformers; those in a row differ in rounding only.
 _PLAIN = {"gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh")}
 _PLAIN |= {"gelu": ("gelu", "gelu_python"), "relu2": ("relu2",)}
 _GATED = {"swiglu": ("silu", "swish")}
 
 
 def read_activation(key: str, value: str, gated: bool = False) -> str:
-    """ModelConfig.mlp of an activation's name; ValueError for one the decoder lacks."""
+    """Return ModelConfig.mlp for an activation's name; ValueError for one that the decoder lacks."""
     known = _GATED if gated else _PLAIN
     for mlp, spellings in known.items():
         if value in spellings:
@@ -179,7 +179,7 @@ def read_activation(key: str, value: str, gated: bool = False) -> str:
 
 
 def write_activation(mlp: str, usual: str = "") -> str:
-    """A name of the activation: the family's usual one, where it means the same."""
+    """Return a name of the activation: the family's usual one, where it means the same."""
     spellings = (_PLAIN | _GATED)[mlp]
     return usual if usual in spellings else spellings[0]
 
@@ -195,7 +195,7 @@ ROPE_DEFAULTS: Values = {
 
 
 def read_rope(values: Values) -> Values:
-    """rope_* fields from transformers 5's `rope_parameters`, or 4's `rope_theta` and `rope_scaling`."""
+    """Return rope_* fields from transformers 5's `rope_parameters`, or 4's `rope_theta` and the like."""
     rope = values["rope_scaling"] or values["rope_parameters"] or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
@@ -231,7 +231,7 @@ def read_rope(values: Values) -> Values:
 
 
 def write_rope(config: ModelConfig, partial: float | None = None) -> Values:
-    """The keys of transformers 4 and of 5: each takes its default in silence if it finds only the other's."""
+    """Return the keys of transformers 4 and of 5: each takes its default in silence without its own."""
     kind = "default" if config.rope_scaling == "none" else config.rope_scaling
     rope: Values = {"rope_type": kind, "rope_theta": config.rope_theta}
     if partial is not None:

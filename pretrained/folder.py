@@ -44,23 +44,23 @@ _SIZES |= {"I64": 8, "U64": 8} | {name: dtype.itemsize for name, dtype in DTYPES
 
 _repr = reprlib.Repr()
 _repr.maxstring = 160
-shown = _repr.repr  # of what a stranger wrote, into an error
+shown = _repr.repr  # shortens what a stranger wrote, for an error
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor in a file: its bytes from `start` on, in their order unless `strides` say else."""
 
     file: Path
-    dtype: str  # as a safetensors header names it
+    dtype: str  # BF16 and so on, as safetensors spells it
     shape: tuple[int, ...]
     start: int
-    strides: tuple[int, ...] | None = None  # of a tensor in a pickle that is a view, such as a transposed one
+    strides: tuple[int, ...] | None = None  # A tensor in a pickle may be a view, such as a transposed one.
 
     def read(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """The tensor.
+        """Return the tensor.
 
-        Read, not mapped: to touch a mapped file that was cut meanwhile kills the process, and one that is
-        written to changes the weights in silence.
+        It is read and not mapped: to touch a mapped file that was cut meanwhile kills the process, and one
+        that is written to changes the weights in silence.
         """
         tensor = torch.empty(self.shape, dtype=dtype, device=device)
         if self.strides is None and dtype == DTYPES[self.dtype] and tensor.device.type == "cpu":
@@ -73,14 +73,14 @@ class Entry(NamedTuple):
         return tensor
 
     def digest(self) -> str:
-        """SHA-256 of the elements as they are stored, in hexadecimal."""
+        """Return the SHA-256 of the elements as they are stored, in hexadecimal."""
         hashed = hashlib.sha256()
         for _, chunk in self.chunks():
             hashed.update(chunk.contiguous().view(torch.uint8).numpy().data)
         return hashed.hexdigest()
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first element, elements) from front to back, of one memory that the next overwrites."""
+        """Yield (first element, elements) from front to back, in one memory that the next overwrites."""
         dtype = DTYPES[self.dtype]
         total = math.prod(self.shape)
         if self.strides is not None:
@@ -96,7 +96,7 @@ class Entry(NamedTuple):
                 yield first, torch.frombuffer(buffer, dtype=dtype, count=count)
 
     def _view(self, dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:
-        """What `strides` span, read at once."""
+        """Read at once what the strides span, and return the view."""
         memory = torch.empty(_span(self.shape, strides), dtype=dtype)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start)
@@ -105,7 +105,7 @@ class Entry(NamedTuple):
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements of memory from the first to the last of a tensor that has some."""
+    """Return the elements of memory from the first to the last of a tensor that has some."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
@@ -118,7 +118,7 @@ def _read_fully(file: io.FileIO, view: memoryview, path: Path) -> None:
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced."""
+    """Return numbers that change when a file is written to or replaced."""
     try:
         found = path.stat()
     except OSError as error:
@@ -127,7 +127,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 def read_json(folder: Path, name: str, linked: bool) -> dict[str, Any]:
-    """A JSON object, at most LONGEST_JSON bytes long, without repeated keys and numbers that are none."""
+    """Read a JSON object of at most LONGEST_JSON bytes, without repeated keys or NaN."""
     path = inner_path(folder, name, linked)
     size = path.stat().st_size
     if size > LONGEST_JSON:
@@ -139,7 +139,7 @@ def read_json(folder: Path, name: str, linked: bool) -> dict[str, Any]:
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """ValueError if it is no JSON object, or one that two readers could understand differently."""
+    """Parse a JSON object; ValueError if it is none, or one that two readers could understand differently."""
 
     def refuse(number: str) -> NoReturn:
         raise ValueError(f"{number} is no JSON number")
@@ -154,7 +154,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
 
 
 def inner_path(folder: Path, name: Any, linked: bool) -> Path:
-    """The path of a regular file of the folder.
+    """Return the path of a regular file of the folder.
 
     Args:
         name: A plain file name; one with a folder in it is refused.
@@ -179,8 +179,8 @@ def inner_path(folder: Path, name: Any, linked: bool) -> Path:
 # --- safetensors ----------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file; ValueError if its header and its size do not agree."""
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a safetensors file; ValueError if its header and its size do not agree."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -194,8 +194,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise ValueError(f"{path} is no sound safetensors file: {error}") from None
 
 
-def parse_header(header: bytes, n_data: int, path: Path = Path()) -> dict[str, Entry]:
-    """The entries of a header before `n_data` bytes; ValueError if they do not fill these exactly."""
+def parse_header(header: bytes, n_data: int, path: Path = Path()) -> dict[str, TensorEntry]:
+    """Return the entries of a header before `n_data` bytes; ValueError if they do not fill these exactly."""
     values = parse_json(header)
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
@@ -219,7 +219,7 @@ def parse_header(header: bytes, n_data: int, path: Path = Path()) -> dict[str, E
                 f"{shown(n_bytes)} bytes, its data_offsets hold {shown(end - start)}"
             )
         places.append((start, end))
-        entries[key] = Entry(path, dtype, tuple(shape), 8 + len(header) + start)
+        entries[key] = TensorEntry(path, dtype, tuple(shape), 8 + len(header) + start)
     filled = 0
     for start, end in sorted(places):
         if start != filled:
@@ -237,12 +237,12 @@ def _whole(values: Any) -> bool:
 # --- pickles --------------------------------------------------------------------------------------
 
 
-def read_bin(path: Path) -> dict[str, Entry]:
-    """The tensors of a `pytorch_model.bin`; any other object in its pickle is refused, and nothing is run."""
+def read_bin(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a `pytorch_model.bin`; other objects in its pickle are refused, not run."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except Exception as error:  # its own error, and those of whatever its fields hold
+    except Exception as error:  # zipfile raises its own error and those of whatever the fields hold.
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} is no zip file as torch.save writes it ({reason}); save it again, as safetensors best"
@@ -254,8 +254,9 @@ def read_bin(path: Path) -> dict[str, Entry]:
     try:
         values = _unpickled(path)
         order = _byte_order(path)
-    except Exception as error:  # the file decides what goes wrong, and where
-        asked = re.search(r"GLOBAL ([\w.]{1,100})", str(error))  # the rest advises how to run it all the same
+    except Exception as error:  # The file decides what goes wrong, and where.
+        # What follows in torch's message advises how to run it all the same.
+        asked = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
         reason = f"it asks for {asked[1]}" if asked else type(error).__name__
         raise ValueError(
             f"{path} holds more than tensors, or is damaged; nothing in it was run ({reason})"
@@ -268,11 +269,13 @@ def read_bin(path: Path) -> dict[str, Entry]:
 
 
 def _unpickled(path: Path) -> Any:
-    """What the pickle says, with tensors that hold no memory and know their places in the file.
+    """Return what the pickle says, with tensors that take no memory and know their places in the file.
 
-    A mapped file that is cut meanwhile kills the process, and reading the tensors here would hold them twice.
+    A mapped file that is cut meanwhile kills the process, and tensors that are read here would be in memory
+    twice.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second, and few folders hold a pickle
+    # Imported here: it takes a second, and few folders hold a pickle.
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -281,14 +284,14 @@ def _unpickled(path: Path) -> Any:
 def _byte_order(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("/byteorder")]
-        if not names:  # a file of before torch 2.1
+        if not names:  # torch before 2.1 wrote no byte order.
             return sys.byteorder
         with archive.open(names[0]) as file:
             return file.read(16).decode()
 
 
-def _entry(path: Path, key: str, tensor: Tensor) -> Entry:
-    """The place of a tensor of a pickle; ValueError if that is not within its file."""
+def _entry(path: Path, key: str, tensor: Tensor) -> TensorEntry:
+    """Return the place of a tensor of a pickle; ValueError if that is not within its file."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     dtype, shape = names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
     first = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
@@ -299,14 +302,14 @@ def _entry(path: Path, key: str, tensor: Tensor) -> Entry:
     span = (_span(shape, tensor.stride()) if tensor.numel() else 0) * tensor.element_size()
     if start + span > path.stat().st_size:
         raise ValueError(f"{path} holds {shown(key)} of {span} bytes, more than it has; fetch it again")
-    return Entry(path, dtype, shape, start, strides)
+    return TensorEntry(path, dtype, shape, start, strides)
 
 
 # --- the whole folder -----------------------------------------------------------------------------
 
 
-def read_tensors(folder: Path, linked: bool) -> dict[str, Entry]:
-    """Every tensor of a model folder by key: one file, or shards that are exactly those of their index."""
+def read_tensors(folder: Path, linked: bool) -> dict[str, TensorEntry]:
+    """Return every tensor of a model folder by key: one file, or exactly the shards of an index."""
     present = {path.name for path in folder.iterdir()}
     shards = {name for name in present if SHARD.fullmatch(name)}
     found = [name for name in (SINGLE, INDEX) if name in present] or [
@@ -333,7 +336,7 @@ def read_tensors(folder: Path, linked: bool) -> dict[str, Entry]:
     )
     if extra:
         raise ValueError(f"{folder / found[0]} does not name {_some(extra)}, which lies beside it; remove it")
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     for name in sorted(set(where.values())):
         inside = read(inner_path(folder, name, linked))
         wanted = {key for key, file in where.items() if file == name}

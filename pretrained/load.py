@@ -1,4 +1,4 @@
-"""A published model from a folder or the Hugging Face hub, into the house's decoder."""
+"""Published models, loaded from a folder or the Hugging Face hub into `architecture.Decoder`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pretrained.folder import (
     DTYPES,
     INDEX,
     SINGLE,
-    Entry,
+    TensorEntry,
     inner_path,
     read_json,
     read_tensors,
@@ -49,7 +49,8 @@ FAMILIES = {
     for module in (gpt_bigcode, codegen, phi, llama, starcoder2, qwen2)
 }
 THREADS = min(4, os.cpu_count() or 1)
-RUNS, MARKS = "runs", ("config.yaml", CONFIG)  # where runs are made, and what a run and a model hold
+RUNS = "runs"  # the folder that runs are written to
+MARKS = ("config.yaml", CONFIG)  # a run has the one, a published model the other
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
     "tokenizer.json",
@@ -64,15 +65,15 @@ TEXTS = (CONFIG, GENERATION, *TOKENIZER)
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeights:
     """The weights on the disk that a model was made of."""
 
-    settings: Values  # of config.json, in one spelling
-    entries: dict[str, Entry]
+    settings: Values  # those of config.json, in one spelling
+    entries: dict[str, TensorEntry]
     stamps: dict[Path, tuple[int, ...]]
 
     @classmethod
-    def of(cls, family: Family, config: ModelConfig, entries: dict[str, Entry]) -> Stored:
+    def of(cls, family: Family, config: ModelConfig, entries: dict[str, TensorEntry]) -> StoredWeights:
         free = {family.names[field] for field in DROPOUTS if field in family.names}
         settings = {key: value for key, value in from_model(family, config).items() if key not in free}
         stamps = {entry.file: stamp(entry.file) for entry in entries.values()}
@@ -101,13 +102,13 @@ class Stored:
 class Pretrained:
     """A published model with what belongs to it."""
 
-    model: Decoder  # in eval mode
-    tokenizer: Tokenizer | None  # None where the folder has none
+    model: Decoder  # It is in eval mode.
+    tokenizer: Tokenizer | None
     family: Family
-    source: str  # the folder or hub id that was asked for
+    source: str  # the requested folder or hub id
     revision: str | None  # the hub's commit; None for a folder
-    stored: Stored  # the files as they were when they were read
-    eos_ids: tuple[int, ...] = ()  # each ends a text, as the tokenizer's own does; it carries them too
+    stored: StoredWeights  # the files as they were when they were read
+    eos_ids: tuple[int, ...] = ()  # Each ends a text; the tokenizer has them too.
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,13 +139,13 @@ def load_pretrained(
 
     Args:
         source: A folder with config.json and weights, or a hub id such as `bigcode/starcoder2-3b`.
-        dtype: Of the parameters; None takes that of the file.
+        dtype: The parameters' dtype; None takes that of the file.
         device: Where the parameters are made.
         revision: Branch, tag or commit on the hub; `Pretrained.revision` is the commit it meant.
         weight_format: How the blocks' matrices are stored, a key of `quantized_linear.KINDS`: each is frozen,
             and quantised as soon as it is read, so that at most THREADS + 1 stand in full. None leaves them
             as parameters.
-        local_only: Of the hub take only what was fetched before.
+        local_only: Take from the hub only what was fetched before.
 
     Raises:
         ValueError: The source cannot be had, its family is not known, its keys are not exactly those that
@@ -172,12 +173,12 @@ def _filled_model(
     folder: Path,
     family: Family,
     config: ModelConfig,
-    entries: dict[str, Entry],
+    entries: dict[str, TensorEntry],
     dtype: torch.dtype | None,
     device: torch.device | str,
     weight_format: str | None,
-) -> tuple[Decoder, Stored]:
-    """Return the model with the weights of `entries` (published key -> place), and what the disk held of it."""
+) -> tuple[Decoder, StoredWeights]:
+    """Return the model with the weights of `entries`, by published key, and what the disk has of it."""
     shapes = _shapes(folder, config)
     own = {family.key(name): name for name in shapes}
     head, embed = family.key("head.weight"), family.key("embed.weight")
@@ -189,12 +190,12 @@ def _filled_model(
     if twin and embed not in entries:
         entries[embed], twin = twin, None
     _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
-    model = _on_meta(folder, config)  # only now, since it takes time for each layer
+    model = _on_meta(folder, config)  # Not before: it takes time for each layer.
     dtype = dtype or _one_dtype(folder, entries)
     matrices = _block_matrices(model) if weight_format is not None else set()
     quantized = {key for key in entries if own[key] in matrices}
     _refuse_too_large(folder, entries, dtype, device, weight_format, quantized)
-    stored = Stored.of(family, config, entries)
+    stored = StoredWeights.of(family, config, entries)
     tensors = {}
     for key, tensor in _read_all(entries, dtype, device):
         if weight_format is not None and key in quantized:
@@ -209,7 +210,7 @@ def _filled_model(
             _refuse_other_twin(twin, tensors["embed.weight"], head, embed)
     model.load_state_dict(tensors, assign=True)
     if tied:
-        model.head.weight = model.embed.weight  # assigning made two parameters of one memory
+        model.head.weight = model.embed.weight  # Assigning made two parameters of one memory.
     return model, stored
 
 
@@ -232,7 +233,7 @@ def _refuse_changed(folder: Path) -> None:
 
 
 def described(source: str, revision: str | None = None) -> tuple[Family, ModelConfig]:
-    """The family and the shape that a source's config.json tells; of the hub only that file is fetched.
+    """Return the family and the shape that a source's config.json tells; from the hub only that file comes.
 
     Raises:
         ValueError: As `load_pretrained`.
@@ -244,18 +245,18 @@ def described(source: str, revision: str | None = None) -> tuple[Family, ModelCo
 
         try:
             folder = Path(huggingface_hub.hf_hub_download(source, CONFIG, revision=revision)).parent
-        except Exception as error:  # of the network, of the hub, of the disk
+        except Exception as error:  # The network, the hub and the disk have errors of many classes.
             raise _not_fetched(source, error) from error
     return _described(folder, not is_here)[1:]
 
 
 def without_memory(config: ModelConfig) -> Decoder:
-    """The model without weights; ValueError if its sizes overflow."""
+    """Return the model without weights; ValueError if its sizes overflow."""
     return _on_meta(Path(), config)
 
 
 def _described(folder: Path, linked: bool) -> tuple[Values, Family, ModelConfig]:
-    """What config.json holds, and the family and shape that it means."""
+    """Return what config.json holds, and the family and shape that it means."""
     values = read_json(folder, CONFIG, linked)
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
@@ -270,7 +271,7 @@ def _described(folder: Path, linked: bool) -> tuple[Values, Family, ModelConfig]
 
 
 def _eos_ids(folder: Path, values: Values, vocab_size: int, linked: bool) -> tuple[int, ...]:
-    """The ids that end a text: those of generation_config.json, or else of config.json."""
+    """Return the ids that end a text: those of generation_config.json, or else of config.json."""
     if (folder / GENERATION).exists():
         other = read_json(folder, GENERATION, linked)
         if other.get("eos_token_id") is not None:
@@ -279,7 +280,7 @@ def _eos_ids(folder: Path, values: Values, vocab_size: int, linked: bool) -> tup
 
 
 def _on_meta(folder: Path, config: ModelConfig) -> Decoder:
-    """The model without memory; ValueError if its sizes overflow."""
+    """Return the model without memory; ValueError if its sizes overflow."""
     try:
         with torch.device("meta"), _NoInit():
             return Decoder(config)
@@ -289,7 +290,7 @@ def _on_meta(folder: Path, config: ModelConfig) -> Decoder:
 
 
 def _shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape by name; of the layers, which are alike, only the first is made."""
+    """Return every parameter's shape by name; only the first layer is made, since all are alike."""
     windows = tuple(layer for layer in config.window_layers if layer == 0)
     one = _on_meta(folder, replace(config, n_layer=1, window_layers=windows))
     found: dict[str, tuple[int, ...]] = {}
@@ -301,7 +302,7 @@ def _shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class _NoInit(TorchFunctionMode):
-    """Draws no first weights: on meta tensors, which hold none, to draw them imports sympy for 1.6 s."""
+    """Leave first weights out: to initialise meta tensors, which have none, imports sympy for 1.6 s."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -313,7 +314,7 @@ class _NoInit(TorchFunctionMode):
 
 
 def _locate(source: str, revision: str | None, local_only: bool) -> tuple[Path, str | None]:
-    """The folder, and the commit if it came from the hub."""
+    """Return the folder, and the commit if it came from the hub."""
     if _is_folder(source, revision):
         return Path(source), None
     import huggingface_hub
@@ -334,13 +335,13 @@ def _locate(source: str, revision: str | None, local_only: bool) -> tuple[Path, 
             huggingface_hub.snapshot_download(
                 source, revision=commit, allow_patterns=weights, local_files_only=local_only
             )
-    except Exception as error:  # of the network, of the hub, of the disk
+    except Exception as error:  # The network, the hub and the disk have errors of many classes.
         raise _not_fetched(source, error) from error
     return folder, commit
 
 
 def _is_folder(source: str, revision: str | None) -> bool:
-    """Whether a source is a folder, and not a hub id; ValueError if it can be neither."""
+    """Say whether a source is a folder, and not a hub id; ValueError if it can be neither."""
     path = Path(source)
     if path.is_dir():
         if revision is not None:
@@ -349,7 +350,7 @@ def _is_folder(source: str, revision: str | None) -> bool:
             )
         return True
     beside = sorted({found.parent.name for name in MARKS for found in path.parent.glob(f"*/{name}")})
-    if path.parent != Path() and (beside or path.parent.name == RUNS):  # nobody means the hub by it
+    if path.parent != Path() and (beside or path.parent.name == RUNS):  # Nobody means the hub by it.
         near = difflib.get_close_matches(path.name, beside, 3, 0.0)
         there = f"in {path.parent} there are {', '.join(near)}" if near else f"{path.parent} holds none"
         raise ValueError(f"there is no folder {source}; {there}")
@@ -366,7 +367,7 @@ def _not_fetched(source: str, error: Exception) -> ValueError:
 
 
 def _commit(snapshot: Path) -> str:
-    """The commit that a downloaded folder holds, asked of the library that laid it out."""
+    """Return the commit that a downloaded folder holds, by the library that laid it out."""
     import huggingface_hub
 
     for repo in huggingface_hub.scan_cache_dir().repos:
@@ -376,7 +377,9 @@ def _commit(snapshot: Path) -> str:
     raise ValueError(f"{snapshot} is not in the hub's cache")
 
 
-def _refuse_other_keys(folder: Path, shapes: dict[str, tuple[int, ...]], entries: dict[str, Entry]) -> None:
+def _refuse_other_keys(
+    folder: Path, shapes: dict[str, tuple[int, ...]], entries: dict[str, TensorEntry]
+) -> None:
     wrong = [f"{key} is missing" for key in shapes if key not in entries]
     wrong += [f"{shown(key)} is unexpected" for key in entries if key not in shapes]
     wrong += [
@@ -389,7 +392,7 @@ def _refuse_other_keys(folder: Path, shapes: dict[str, tuple[int, ...]], entries
         raise ValueError(f"{folder} does not hold the model of its {CONFIG}: {'; '.join(wrong[:40])}{more}")
 
 
-def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
+def _one_dtype(folder: Path, entries: dict[str, TensorEntry]) -> torch.dtype:
     names = sorted({entry.dtype for entry in entries.values()})
     if len(names) > 1:
         raise ValueError(f"{folder} holds tensors of {' and '.join(names)}; say which dtype to load them in")
@@ -398,7 +401,7 @@ def _one_dtype(folder: Path, entries: dict[str, Entry]) -> torch.dtype:
 
 def _refuse_too_large(
     folder: Path,
-    entries: dict[str, Entry],
+    entries: dict[str, TensorEntry],
     dtype: torch.dtype,
     device: torch.device | str,
     weight_format: str | None,
@@ -426,10 +429,11 @@ def _refuse_too_large(
 
 
 def _read_all(
-    entries: dict[str, Entry], dtype: torch.dtype, device: torch.device | str
+    entries: dict[str, TensorEntry], dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """In the order of the files. Two threads fill new memory 1.6 times as fast as one; they run no further
-    ahead than one tensor each.
+    """Yield (key, tensor) in the order of the files.
+
+    Two threads fill new memory 1.6 times as fast as one; they run no further ahead than one tensor each.
     """
     items = sorted(entries.items(), key=lambda item: (str(item[1].file), item[1].start))
     total = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
@@ -446,7 +450,7 @@ def _read_all(
             yield first, done.result()
 
 
-def _refuse_other_twin(twin: Entry, embedding: Tensor, head: str, embed: str) -> None:
+def _refuse_other_twin(twin: TensorEntry, embedding: Tensor, head: str, embed: str) -> None:
     same = twin.shape == tuple(embedding.shape) and twin.dtype in DTYPES
     flat = embedding.view(-1)
     if not same or not all(

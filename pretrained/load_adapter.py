@@ -24,15 +24,14 @@ from adapters.targets import peft_key
 from config import LoraConfig
 from lora import adapter_layers, add_adapter, base_of, held_modules
 from pretrained.family import Family
-from pretrained.folder import DTYPES, Entry, inner_path, read_bin, read_header, read_json, shown
+from pretrained.folder import DTYPES, TensorEntry, inner_path, read_bin, read_header, read_json, shown
 
 ADAPTER_CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 
-# Of adapter_config.json: what it may hold and means nothing here, what must be as it is when left out, and
-# starts that leave the base as it is. PEFT writes many keys more with each version; a new one that is set is
-# refused by name.
-# PEFT itself sets fan_in_fan_out to false where the targets are linears, as all known here are.
+# Keys of adapter_config.json that mean nothing here, keys that are read, and starts that leave the base as it
+# is. PEFT writes more keys with each version; a new one that is set is refused by name. PEFT itself sets
+# fan_in_fan_out to false where the targets are linears, as all known here are.
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
     "inference_mode", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
@@ -47,11 +46,11 @@ STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What adapter_config.json says of a model, modules by our names."""
+class PeftSettings:
+    """The settings of an adapter_config.json for a model, modules by our names."""
 
     config: LoraConfig
-    ranks: dict[str, int]  # of the modules that have a low-rank pair
+    ranks: dict[str, int]  # A module with a rank has a low-rank pair.
     whole: list[str]
     rows: dict[str, list[int]]  # ids whose rows train
     lora_bias: bool  # each pair has a bias of its own, which its scale multiplies
@@ -59,8 +58,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor of the file goes, or what it is compared with."""
+class TensorPlace:
+    """The place of a tensor of the file: the parameter that it is loaded into or compared with."""
 
     shape: tuple[int, ...]
     our: str
@@ -76,8 +75,8 @@ def load_adapter(
         model: A base of the family, with or without other adapters, and with the vocabulary of the base that
             the adapter was trained on: see `stored_vocabulary`.
         folder: With adapter_config.json and adapter_model.safetensors, or .bin, of which nothing is run.
-        name: What it is called here.
-        trainable: Train it on.
+        name: The adapter's name here.
+        trainable: Let it train on.
 
     Raises:
         ValueError: The folder holds no LoRA adapter, one that asks for something not known here, or one that
@@ -133,11 +132,11 @@ def load_adapter(
     return config
 
 
-def stored_vocabulary(folder: str | Path, family: Family) -> dict[str, Entry]:
-    """Embedding and head of the base, where the folder holds them, by our parameter names.
+def stored_vocabulary(folder: str | Path, family: Family) -> dict[str, TensorEntry]:
+    """Return embedding and head of the base, where the folder has them, by our parameter names.
 
     PEFT writes both beside an adapter whose base was resized. Such a base is to be grown by their last rows
-    before the adapter is loaded: `runmodel.open_adapted` does so.
+    before the adapter is loaded: `training.run.open_adapted` does so.
     """
     entries, found = _entries(Path(folder)), {}
     for our in ("embed", "head"):
@@ -149,18 +148,18 @@ def stored_vocabulary(folder: str | Path, family: Family) -> dict[str, Entry]:
 
 
 def pair_suffixes(of_embedding: bool) -> tuple[str, str]:
-    """What the two tensors of a low-rank pair are called."""
+    """Return what PEFT calls the two tensors of a low-rank pair."""
     return ("lora_embedding_A", "lora_embedding_B") if of_embedding else ("lora_A.weight", "lora_B.weight")
 
 
-def _entries(folder: Path) -> dict[str, Entry]:
+def _entries(folder: Path) -> dict[str, TensorEntry]:
     name = WEIGHTS if (folder / WEIGHTS).exists() or not (folder / BIN).exists() else BIN
     path = inner_path(folder, name, False)
     return read_bin(path) if name == BIN else read_header(path)
 
 
 def adapter_base(folder: str | Path) -> tuple[str | None, str | None]:
-    """The base that an adapter's folder names, and its revision; ValueError if they are no texts."""
+    """Return the base that an adapter's folder names, and its revision; ValueError if they are no texts."""
     values = read_json(Path(folder), ADAPTER_CONFIG, linked=False)
     found = values.get("base_model_name_or_path"), values.get("revision")
     if not all(text is None or isinstance(text, str) for text in found):
@@ -209,8 +208,8 @@ def _settings(
     values: Mapping[str, Any],
     bases: Mapping[str, Any],
     names: Mapping[str, str],
-    entries: Mapping[str, Entry],
-) -> Settings:
+    entries: Mapping[str, TensorEntry],
+) -> PeftSettings:
     r, alpha = _rank(values.get("r", 8), "r"), _alpha(values.get("lora_alpha", 8), "lora_alpha")
     bias = _read(values, "bias", "none", (str,))
     if bias not in ("none", "all", "lora_only"):
@@ -220,7 +219,7 @@ def _settings(
     for text in saved:
         if not any(_ends(full, text) for full in names.values()):
             raise ValueError(f"modules_to_save has {shown(text)}, which this model lacks")
-    # Of a base that was resized, embedding and head lie whole beside the adapter.
+    # Where the base was resized, embedding and head lie whole beside the adapter.
     resized = [our for our in ("embed", "head") if f"{PREFIX}{names[our]}.weight" in entries]
     whole += [our for our in resized if our not in whole]
     ties = _read(values, "ensure_weight_tying", False, (bool,))
@@ -259,7 +258,7 @@ def _settings(
     lora_bias = _read(values, "lora_bias", False, (bool,))
     if lora_bias:
         _refuse_lora_bias(bias, dora, {names[our]: bases[our] for our in targets})
-        bias = "lora_only"  # what a pair's own bias adds is added to that of its linear
+        bias = "lora_only"  # A pair's own bias is added to that of its linear.
     dropout = _read(values, "lora_dropout", 0.0, (int, float))
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {shown(dropout)}; it must be at least 0 and below 1")
@@ -277,7 +276,7 @@ def _settings(
         bias=bias,
         train_modules=tuple(names[our] for our in whole),
     )
-    return Settings(config, ranks, whole, rows, lora_bias, ties)
+    return PeftSettings(config, ranks, whole, rows, lora_bias, ties)
 
 
 def _refuse_lora_bias(bias: str, dora: bool, targets: Mapping[str, Any]) -> None:
@@ -291,14 +290,17 @@ def _refuse_lora_bias(bias: str, dora: bool, targets: Mapping[str, Any]) -> None
 
 
 def _places(
-    settings: Settings, bases: Mapping[str, Any], names: Mapping[str, str], entries: Mapping[str, Entry]
-) -> tuple[dict[str, Place], dict[str, Place]]:
-    """The tensors that are loaded, all of which must be there, and those of the base that are compared.
+    settings: PeftSettings,
+    bases: Mapping[str, Any],
+    names: Mapping[str, str],
+    entries: Mapping[str, TensorEntry],
+) -> tuple[dict[str, TensorPlace], dict[str, TensorPlace]]:
+    """Return the tensors to load, all of which must be there, and those of the base to compare.
 
     The latter, and copies of the former, are there or not, as the writer chose.
     """
-    loaded: dict[str, Place] = {}
-    compared: dict[str, Place] = {}
+    loaded: dict[str, TensorPlace] = {}
+    compared: dict[str, TensorPlace] = {}
     tied = bases["head"].weight is bases["embed"].weight
     for our, full in names.items():
         base, key = bases[our], PREFIX + full
@@ -306,32 +308,32 @@ def _places(
         within = "original_module"
         if our in settings.whole:
             for part, tensor in _parts(base):
-                loaded[f"{key}.{part}"] = place = Place(tuple(tensor.shape), our, f"copy.{part}")
+                loaded[f"{key}.{part}"] = place = TensorPlace(tuple(tensor.shape), our, f"copy.{part}")
                 if f"{key}.modules_to_save.{part}" in entries:
                     loaded[f"{key}.modules_to_save.{part}"] = place
         elif is_target:
             within = "base_layer"
             (size_out, size_in), r = sizes(base), settings.ranks[our]
             a, b = pair_suffixes(is_embedding(base))
-            loaded[f"{key}.{a}"] = Place((r, size_in), our, "a")
-            loaded[f"{key}.{b}"] = Place((size_out, r), our, "b")
+            loaded[f"{key}.{a}"] = TensorPlace((r, size_in), our, "a")
+            loaded[f"{key}.{b}"] = TensorPlace((size_out, r), our, "b")
             if settings.config.dora:
-                loaded[f"{key}.lora_magnitude_vector"] = Place((size_out,), our, "magnitude")
+                loaded[f"{key}.lora_magnitude_vector"] = TensorPlace((size_out,), our, "magnitude")
         elif our in settings.rows:
             within, ids = "token_adapter.base_layer", settings.rows[our]
             rows = f"{key}.token_adapter.trainable_tokens_delta"
             once = our == "head" and tied and ids == settings.rows.get("embed")
             if not once or rows in entries:
-                loaded[rows] = Place((len(ids), base.weight.size(1)), our, "rows")
+                loaded[rows] = TensorPlace((len(ids), base.weight.size(1)), our, "rows")
         trained = settings.config.bias == "all" or (settings.config.bias == "lora_only" and is_target)
         if trained and bias is not None and our not in settings.whole:
             bias_key = f"{key}.base_layer.bias" if is_target else f"{key}.bias"
             bias_key = f"{key}.lora_B.bias" if settings.lora_bias else bias_key
-            loaded[bias_key] = Place(tuple(bias.shape), our, "bias")
+            loaded[bias_key] = TensorPlace(tuple(bias.shape), our, "bias")
         for part in ("weight", "bias"):
             own = f"{key}.{within}.{part}"
             if own in entries and own not in loaded and getattr(base, part, None) is not None:
-                compared[own] = Place(tuple(getattr(base, part).shape), our, part)
+                compared[own] = TensorPlace(tuple(getattr(base, part).shape), our, part)
     return loaded, compared
 
 
@@ -353,13 +355,13 @@ def _alpha(value: Any, key: str) -> float:
 
 
 def _ends(full: str, text: str) -> bool:
-    """Whether the module, or one that it lies in, has a name that ends so; PEFT compares without dots."""
+    """Say whether the module, or one that it lies in, has a name that ends so; PEFT compares without dots."""
     parts = full.split(".")
     return any(".".join(parts[:n]).endswith(text) for n in range(1, len(parts) + 1))
 
 
 def _targets(values: Mapping[str, Any], able: Mapping[str, str]) -> list[str]:
-    """Our names of the modules that have a low-rank pair, as PEFT chooses them by the config alone.
+    """Return our names of the modules that have a low-rank pair, as PEFT chooses them by the config alone.
 
     What the tensors say is compared with it, since PEFT passes over a tensor that no target has, and gives a
     target without tensors a pair that changes nothing.
@@ -437,7 +439,7 @@ def _in_layers(layers: Any, patterns: Any, able: Mapping[str, str]) -> set[str]:
 def _patterns(
     values: Mapping[str, Any], key: str, targets: Mapping[str, str], default: Any, check: Any
 ) -> dict[str, list[Any]]:
-    """The values that each target may have: those of the keys its name ends in, or else the default.
+    """Return the values that each target may have: those of the keys its name ends in, or else the default.
 
     PEFT takes the first key in its order when it trains, but sorts them when it saves.
     """
@@ -454,8 +456,8 @@ def _patterns(
     }
 
 
-def _one_rank(values: list[int], entries: Mapping[str, Entry], key: str) -> int:
-    """Of the ranks a module may have, the one that its tensors have; ValueError if those have another."""
+def _one_rank(values: list[int], entries: Mapping[str, TensorEntry], key: str) -> int:
+    """Return which of the ranks that a module may have its tensors have; ValueError for another."""
     for first, second in (pair_suffixes(False), pair_suffixes(True)):
         a, b = (entries.get(f"{key}.{suffix}") for suffix in (first, second))
         if a is None or b is None or not len(a.shape) == len(b.shape) == 2 or a.shape[0] != b.shape[1]:
@@ -472,7 +474,7 @@ def _one_rank(values: list[int], entries: Mapping[str, Entry], key: str) -> int:
 def _rows(
     values: Mapping[str, Any], bases: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, list[int]]:
-    """The ids whose rows train, by module; those of a tied embedding are the head's too."""
+    """Return the ids whose rows train, by module; those of a tied embedding are the head's too."""
     key = "trainable_token_indices"
     found = _read(values, key, [], (list, dict))
     found = {names["embed"]: found} if isinstance(found, list) else found
@@ -498,7 +500,9 @@ def _rows(
     return rows
 
 
-def _refuse_other_keys(expected: Mapping[str, Place], entries: Mapping[str, Entry], was_for: str) -> None:
+def _refuse_other_keys(
+    expected: Mapping[str, TensorPlace], entries: Mapping[str, TensorEntry], was_for: str
+) -> None:
     wrong = [f"{key} is missing" for key in expected if key not in entries]
     wrong += [f"{shown(key)} is left over" for key in entries if key not in expected]
     wrong += [
@@ -516,7 +520,7 @@ def _refuse_other_keys(expected: Mapping[str, Place], entries: Mapping[str, Entr
 def _refuse_other_base(own: Any, key: str, tensor: Tensor, was_for: str) -> None:
     """Refuse an adapter that carries other weights of the base than the model has."""
     if not isinstance(own, nn.Parameter):
-        return  # stored in fewer bits, so that it cannot be equal
+        return  # It is stored in fewer bits, and cannot be equal.
     gap = (tensor - own.detach().float().cpu()).abs().max()
     if gap > 0.01 * tensor.abs().max():
         raise ValueError(
@@ -528,10 +532,10 @@ def _refuse_other_base(own: Any, key: str, tensor: Tensor, was_for: str) -> None
 def _starts(
     ranks: Mapping[str, int], bases: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """The largest singular parts of each linear with a pair, which PEFT takes off a base for a PiSSA adapter.
+    """Return the largest singular parts of each linear with a pair: PEFT takes them off a base for PiSSA.
 
-    By the very call of PEFT, whatever the size: an approximation is good enough to begin with, since what it
-    took is written down, but of a file the start has to be the one that the adapter was trained from.
+    They come from the very call of PEFT, whatever the size. An approximation is good enough to begin with,
+    since what it took is written down; a file's start has to be the one that the adapter was trained from.
     """
     starts = {}
     for our, r in ranks.items():

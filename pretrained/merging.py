@@ -47,12 +47,12 @@ def merge(model: nn.Module, keep: bool = True, requantise: bool = False) -> None
                 )
     was_tied = _is_tied(model)
     made: dict[tuple[Any, ...], nn.Parameter] = {}
-    if keep:  # all before the first is put in place: if memory ends here, nothing was merged
+    if keep:  # All are made before the first is put in place: if memory ends here, nothing was merged.
         merged = {name: _merged(module, made, requantise) for name, module in found.items()}
         for name, plain in merged.items():
             model.set_submodule(name, plain.train(found[name].training))
     else:
-        for name in list(found):  # each old weight goes before the next new one is made
+        for name in list(found):  # Each old weight goes before the next new one is made.
             module = found.pop(name)
             model.set_submodule(name, _merged(module, made, requantise).train(module.training))
     config = getattr(model, "config", None)
@@ -92,7 +92,7 @@ def _merged_plain(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) ->
     if whole is not None:
         return copy.deepcopy(whole).requires_grad_(False).to(dtype)
     plain = as_linear(base, weight.detach()) if not is_plain(base) else copy.copy(base)
-    plain._parameters = dict(plain._parameters)  # a shallow copy shares them
+    plain._parameters = dict(plain._parameters)  # A shallow copy shares its parameters.
     bias = module.trained_bias()
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
@@ -147,7 +147,7 @@ class MergeReport:
     """How far merged weights are from the adapter beside its base, over the prompts' tokens."""
 
     gap: float  # the largest difference of two logits
-    agreement: float  # share of tokens after which both choose the same next token, 0 to 1
+    agreement: float  # fraction of tokens after which both choose the same next token
     tokens: int
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""A model of the house as a folder that transformers opens: the inverse of loading."""
+"""A model written as a folder that transformers opens: the inverse of loading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrained.load import FAMILIES
 from tokenizer import GENERATION, CodeTokenizer, Tokenizer, opened_by_transformers
 
 # transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer
-# for some families and says nothing; this one it refuses for all, and its error shows the sentence.
+# for some families and says nothing. All families refuse this file, with an error that shows the sentence.
 UNREADABLE = {
     "version": "none: this model has Plumb's code tokenizer; open it with pretrained.load_pretrained",
     "added_tokens": [],
@@ -31,7 +31,7 @@ UNREADABLE = {
 
 
 def refuse_full(folder: Path) -> None:
-    """ValueError if a folder is neither new nor empty."""
+    """Refuse a folder that is neither new nor empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty; give a new folder")
 
@@ -163,7 +163,7 @@ def choose_family(config: ModelConfig, model_type: str | None = None) -> Family:
 
 
 def _tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
-    """The parameters by published name; a tied head is left out."""
+    """Return the parameters by published name; a tied head is left out."""
     state = model.state_dict()
     names = [name for name in state if not (name == "head.weight" and model.config.tie_embeddings)]
     return {family.key(name): state[name] for name in names}

@@ -56,7 +56,7 @@ def save_adapter(
         folder: A new or empty one.
         base: Folder or hub id that the adapter belongs to.
         revision: Its commit, where it has one.
-        name: Of the adapter.
+        name: The adapter's name.
 
     Raises:
         ValueError: There is no such adapter, or the folder is not empty.
@@ -87,7 +87,7 @@ def save_adapter(
 def _written(
     model: nn.Module, family: Family, name: str, layers: Mapping[str, AdapterLayer]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What adapter_config.json holds but for the base, and the tensors."""
+    """Return the values of adapter_config.json, without the base, and the tensors."""
     config, modules = adapters_of(model)[name].config, held_modules(model)
     names = {our: family.key(our) for our in modules}
     bases: dict[str, Any] = {our: wrapper.base for our, wrapper in wrappers(model).items()}
@@ -108,7 +108,7 @@ def _written(
         elif isinstance(layer, LowRank):
             targets.append(full)
             a, b = layer.factors()
-            if doubled and layer.start_a is None:  # an embedding, which has no such start
+            if doubled and layer.start_a is None:  # An embedding has no such start.
                 a, b = torch.cat((a, torch.zeros_like(a))), torch.cat((b, torch.zeros_like(b)), dim=1)
             tensors |= _pair(key, a, b, layer.magnitude, layer.of_embedding)
         elif isinstance(layer, TrainableRows) and as_pairs:
@@ -156,7 +156,7 @@ def _written(
 def _patterns(
     config: LoraConfig, doubled: bool, chosen: list[str], row_pairs: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Rank and alpha, and those of single modules; a pair of n rows has rank n and scale 1."""
+    """Return rank and alpha, and those of single modules; a pair of n rows has rank n and scale 1."""
     times = 2 if doubled else 1
     alpha_times = math.sqrt(times) if config.rslora else times
     ranks = {key: r * times for key, r in config.rank_pattern.items()}
@@ -177,7 +177,7 @@ def _pair(key: str, a: Tensor, b: Tensor, magnitude: Tensor | None, of_embedding
 
 
 def _row_pair(key: str, layer: TrainableRows, base: Any, dora: bool) -> dict[str, Tensor]:
-    """Rows as a low-rank pair of their number, one of whose sides picks them."""
+    """Return n rows as a low-rank pair of rank n, one factor of which picks them."""
     ids, of_embedding = layer.ids.cpu(), is_embedding(base)
     picks = torch.zeros(len(ids), len(layer.slots))
     picks[torch.arange(len(ids)), ids] = 1
@@ -195,13 +195,13 @@ def _number(value: float) -> float:
 
 
 def _leaves(able: list[str], chosen: list[str]) -> list[str]:
-    """The last parts of the names, where they mean exactly these modules; else the whole names."""
+    """Return the last parts of the names, where they mean exactly these modules; else the whole names."""
     leaves = list(dict.fromkeys(full.rsplit(".", 1)[-1] for full in chosen))
     meant = {full for full in able if full.rsplit(".", 1)[-1] in leaves}
     return leaves if meant == set(chosen) else chosen
 
 
 def _suffix(full: str, names: list[str]) -> str:
-    """The last part, if no other name ends in it: PEFT compares ends of names, not parts."""
+    """Return the last part, if no other name ends in it: PEFT compares ends of names, not parts."""
     leaf = full.rsplit(".", 1)[-1]
     return leaf if [other for other in names if other.endswith(leaf)] == [full] else full

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 from adapters import layers, products
 from adapters.layers import LowRank, largest_parts
-from adapters.products import Drop, add_term, dropped, linear_with_term
+from adapters.products import DropMask, add_term, dropped, linear_with_term
 from adapters.targets import matches, select_targets
 from architecture import Decoder
 from config import LoraConfig, ModelConfig
@@ -239,7 +239,7 @@ def test_dropout_is_that_of_its_mask_on_the_input(dora: bool, monkeypatch: pytes
         torch.manual_seed(5)
         ours = layer(x)
         torch.manual_seed(5)
-        drop = Drop.sample(0.4)
+        drop = DropMask.sample(0.4)
         assert drop is not None
         mask = whole_mask(drop, x.detach()) * drop.factor
         assert 0 < (mask == 0).float().mean() < 1 and math.isclose(drop.factor, 1 / 0.6, rel_tol=1e-4)
@@ -277,21 +277,23 @@ def plain_form(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def test_a_share_of_the_elements_is_dropped() -> None:
-    drop = Drop(0.1, 7)
+    drop = DropMask(0.1, 7)
     x = torch.ones(1000, 700)  # several parts
     mask = whole_mask(drop, x)
     assert abs(mask.mean().item() - 0.9) < 0.002 and torch.equal(mask, whole_mask(drop, x))
-    assert not torch.equal(mask, whole_mask(Drop(0.1, 8), x)) and not torch.equal(mask[:374], mask[374:748])
+    assert not torch.equal(mask, whole_mask(DropMask(0.1, 8), x)) and not torch.equal(
+        mask[:374], mask[374:748]
+    )
     assert abs(dropped(x, drop).mean().item() - 1) < 0.002
 
 
-def whole_mask(drop: Drop, x: Tensor) -> Tensor:
+def whole_mask(drop: DropMask, x: Tensor) -> Tensor:
     return torch.cat([mask for _, mask in drop.masks(x)])
 
 
 def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fused(adapted({"dropout": 0.3})).double().train()
-    drop = Drop(0.3, 11)
+    drop = DropMask(0.3, 11)
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     change = layer.adapters["default"]
     a, b = (p.detach().double().requires_grad_() for p in (change.a, change.b))

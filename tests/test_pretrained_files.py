@@ -41,7 +41,7 @@ from generation.text import generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
 from pretrained.folder import inner_path, parse_header, parse_json, read_tensors
-from pretrained.load import Stored, _NoInit
+from pretrained.load import StoredWeights, _NoInit
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, load_tokenizer
 
 transformers.logging.set_verbosity_error()
@@ -223,11 +223,11 @@ def test_a_fingerprint_of_other_files_than_were_read_is_refused(folder):
 def test_a_file_cut_while_it_is_read_is_refused(dtype, folder, monkeypatch):
     import pretrained.load
 
-    def cut(*arguments: Any) -> Stored:
+    def cut(*arguments: Any) -> StoredWeights:
         os.truncate(folder / "model.safetensors", 9000)
-        return Stored.of(*arguments)
+        return StoredWeights.of(*arguments)
 
-    monkeypatch.setattr(pretrained.load, "Stored", SimpleNamespace(of=cut))
+    monkeypatch.setattr(pretrained.load, "StoredWeights", SimpleNamespace(of=cut))
     with pytest.raises(ValueError, match="ends early; it was cut while it was read"):
         load_pretrained(folder, dtype)
 
