@@ -71,11 +71,12 @@ def choose_precision(device: torch.device, requested: str) -> Precision:
                 f"precision bf16 was asked for, but {name} has none; use --precision fp16 or fp32"
             )
         return Precision(
-            device, torch.bfloat16, "bf16, as requested; this CPU only emulates it, fp32 is faster"
+            device, torch.bfloat16, "bf16, as asked; this CPU only emulates it, fp32 is faster"
         )
     if requested == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 was asked for on a CPU, which has no fast fp16; use bf16 or fp32")
-    return Precision(device, DTYPES[requested], f"{requested}, as requested")
+    # eval.json records this reason, so it keeps its spelling.
+    return Precision(device, DTYPES[requested], f"{requested}, as asked")
 
 
 def evaluation_precision(training: Precision, requested: str, weight_dtype: torch.dtype) -> Precision:
