@@ -327,7 +327,7 @@ def main() -> None:
     peak = {side: found["peak_gb"] for side, found in middle.items()}
     print(
         f"{asked.shape}, {asked.rows} x {asked.length}, half masked, frozen weights of ours: {asked.held}"
-        + (", blocks made again in backward" if asked.recompute else "")
+        + (", blocks recomputed in backward" if asked.recompute else "")
     )
     print(f"transformers + PEFT  {rate['peer']:8.1f} tokens/s  {peak['peer']:5.2f} GB")
     print(f"ours                 {rate['ours']:8.1f} tokens/s  {peak['ours']:5.2f} GB")

@@ -210,46 +210,19 @@ def _settings(
     names: Mapping[str, str],
     entries: Mapping[str, TensorEntry],
 ) -> PeftSettings:
+    """Return what adapter_config.json means for a model; ValueError for what is not known here."""
     r, alpha = _rank(values.get("r", 8), "r"), _alpha(values.get("lora_alpha", 8), "lora_alpha")
     bias = _read(values, "bias", "none", (str,))
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias is {shown(bias)}; known are none, all and lora_only")
-    saved = _texts(_read(values, "modules_to_save", [], (list,)), "modules_to_save")
-    whole = [our for our, full in names.items() if any(_ends(full, text) for text in saved)]
-    for text in saved:
-        if not any(_ends(full, text) for full in names.values()):
-            raise ValueError(f"modules_to_save has {shown(text)}, which this model lacks")
-    # Where the base was resized, embedding and head lie whole beside the adapter.
-    resized = [our for our in ("embed", "head") if f"{PREFIX}{names[our]}.weight" in entries]
-    whole += [our for our in resized if our not in whole]
     ties = _read(values, "ensure_weight_tying", False, (bool,))
     ties = ties and bases["head"].weight is bases["embed"].weight
-    if ties and {"embed", "head"} & {*whole}:
-        whole = [our for our in names if our in {*whole, "embed", "head"}]
-    able = {
-        our: full
-        for our, full in names.items()
-        if our not in whole and (is_linear(bases[our]) or is_embedding(bases[our]))
-    }
-    targets = _targets(values, able)
-    if ties and {"embed", "head"} & {*targets}:
-        targets = [our for our in able if our in {*targets, "embed", "head"}]
-    if not targets:
-        raise ValueError(
-            f"target_modules {shown(values.get('target_modules'))} match no module of this model, which has "
-            f"{', '.join(dict.fromkeys(full.rsplit('.', 1)[-1] for full in able.values()))}"
-        )
+    whole = _whole_modules(values, names, entries, ties)
+    targets = _target_modules(values, bases, names, whole, ties)
     chosen = {our: names[our] for our in targets}
     may = _patterns(values, "rank_pattern", chosen, r, _rank)
     ranks = {our: _one_rank(may[our], entries, PREFIX + names[our]) for our in targets}
-    alphas = {}
-    for our, found in _patterns(values, "alpha_pattern", chosen, alpha, _alpha).items():
-        if len(found) > 1:
-            raise ValueError(
-                f"alpha_pattern gives {names[our]} both {found[0]:g} and {found[1]:g}, and PEFT forgets the "
-                "order of its keys; name each module once"
-            )
-        alphas[our] = found[0]
+    alphas = _alphas(values, chosen, alpha)
     rows = _rows(values, bases, names)
     for our in rows:
         if our in targets:
@@ -277,6 +250,60 @@ def _settings(
         train_modules=tuple(names[our] for our in whole),
     )
     return PeftSettings(config, ranks, whole, rows, lora_bias, ties)
+
+
+def _whole_modules(
+    values: Mapping[str, Any], names: Mapping[str, str], entries: Mapping[str, TensorEntry], ties: bool
+) -> list[str]:
+    """Return our names of the modules of which a full copy was trained or is in the folder."""
+    saved = _texts(_read(values, "modules_to_save", [], (list,)), "modules_to_save")
+    whole = [our for our, full in names.items() if any(_ends(full, text) for text in saved)]
+    for text in saved:
+        if not any(_ends(full, text) for full in names.values()):
+            raise ValueError(f"modules_to_save has {shown(text)}, which this model lacks")
+    # Where the base was resized, embedding and head lie whole beside the adapter.
+    resized = [our for our in ("embed", "head") if f"{PREFIX}{names[our]}.weight" in entries]
+    whole += [our for our in resized if our not in whole]
+    if ties and {"embed", "head"} & {*whole}:
+        whole = [our for our in names if our in {*whole, "embed", "head"}]
+    return whole
+
+
+def _target_modules(
+    values: Mapping[str, Any],
+    bases: Mapping[str, Any],
+    names: Mapping[str, str],
+    whole: list[str],
+    ties: bool,
+) -> list[str]:
+    """Return our names of the targets; embedding and head are both targets, if one is and they are tied."""
+    able = {
+        our: full
+        for our, full in names.items()
+        if our not in whole and (is_linear(bases[our]) or is_embedding(bases[our]))
+    }
+    targets = _targets(values, able)
+    if ties and {"embed", "head"} & {*targets}:
+        targets = [our for our in able if our in {*targets, "embed", "head"}]
+    if not targets:
+        raise ValueError(
+            f"target_modules {shown(values.get('target_modules'))} match no module of this model, which has "
+            f"{', '.join(dict.fromkeys(full.rsplit('.', 1)[-1] for full in able.values()))}"
+        )
+    return list(targets)
+
+
+def _alphas(values: Mapping[str, Any], chosen: Mapping[str, str], alpha: float) -> dict[str, float]:
+    """Return the alpha of each target (our name -> published); ValueError where the patterns give two."""
+    alphas = {}
+    for our, found in _patterns(values, "alpha_pattern", chosen, alpha, _alpha).items():
+        if len(found) > 1:
+            raise ValueError(
+                f"alpha_pattern gives {chosen[our]} both {found[0]:g} and {found[1]:g}, and PEFT forgets the "
+                "order of its keys; name each module once"
+            )
+        alphas[our] = found[0]
+    return alphas
 
 
 def _refuse_lora_bias(bias: str, dora: bool, targets: Mapping[str, Any]) -> None:
