@@ -107,7 +107,7 @@ def make_run(config: Config, model: Any, precision: Any, family: str | None, fol
 
 
 def make_model(shape: ModelConfig, family: str | None, config: Config, precision: Any) -> Any:
-    """Return a model of random weights, stored as `training.run.load_base` stores those of a base."""
+    """Return a model of random weights, stored as `training.run.base_stored_as` stores those of a base."""
 
     model = Decoder(replace(shape, init="normal"))
     if family is None:

@@ -66,7 +66,7 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
     if train.base is None:
         return None
     weight_format = "fp32" if config.lora.r == 0 else resolved_format(train.base_format, dtype)
-    return load_base(weight_format, train.base, dtype, device, train.base_revision)
+    return base_stored_as(weight_format, train.base, dtype, device, train.base_revision)
 
 
 def resolved_format(base_format: str, dtype: torch.dtype) -> str:
@@ -76,7 +76,7 @@ def resolved_format(base_format: str, dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
-def load_base(
+def base_stored_as(
     base_format: str,
     source: str,
     dtype: torch.dtype,
@@ -393,7 +393,7 @@ def open_adapted(
             "other weights it means something else: leave --base_format out"
         )
     named, revision = adapter_base(adapter)
-    base = load_base(weight_format, source, torch.float32, device, revision if named == source else None)
+    base = base_stored_as(weight_format, source, torch.float32, device, revision if named == source else None)
     if base.fingerprint != known.get("fingerprint", base.fingerprint):
         raise ValueError(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
@@ -481,7 +481,7 @@ def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
     weight_format = resolved_format(train.base_format, torch.float32)
     # The run may be a stranger's: it does not make this machine fetch anything.
     try:
-        base = load_base(
+        base = base_stored_as(
             weight_format, train.base, torch.float32, "cpu", train.base_revision, local_only=True
         )
     except ValueError as error:
