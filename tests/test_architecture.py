@@ -36,6 +36,7 @@ from modules.positions import (
     rotate_half,
     rotate_interleaved,
 )
+from modules.recompute import CheapRecompute
 
 # The parts are spelt out: a test says what it tests, whatever the default model becomes.
 SMALL = ModelConfig(
@@ -774,7 +775,17 @@ def test_forward_is_the_head_of_hidden():
     ],
 )
 @pytest.mark.parametrize("autocast", [False, True])
-def test_what_is_recomputed_in_backward_is_what_was_there(parts: dict[str, Any], autocast: bool) -> None:
+def test_what_is_recomputed_in_backward_is_what_was_there(
+    parts: dict[str, Any], autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed, pack = [], CheapRecompute._pack
+
+    def counted(self: CheapRecompute, saved: Tensor) -> Any:
+        packed = pack(self, saved)
+        recomputed.append(not isinstance(packed, Tensor))
+        return packed
+
+    monkeypatch.setattr(CheapRecompute, "_pack", counted)
     config = ModelConfig(
         50, 32, n_layer=2, n_head=2, n_embd=16, dropout=0.1, norm_weight=True, init="normal", **parts
     )
@@ -792,3 +803,4 @@ def test_what_is_recomputed_in_backward_is_what_was_there(parts: dict[str, Any],
         results.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in results[0].items():
         assert torch.equal(grad, results[1][name]), name
+    assert any(recomputed) and not all(recomputed)
