@@ -536,7 +536,7 @@ def init_normal(model: Decoder) -> None:
     That is at base_width; from there a matrix of a block falls with the square root of the width, and the
     head with the width.
     """
-    wider = model.config.widening
+    wider = model.config.width_mult
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
@@ -554,7 +554,7 @@ def init_xavier(model: Decoder) -> None:
     Logits then have variance 1/4 and the first loss is 1/8 above ln V; at variance 1 it would be 1/2 above.
     That is at base_width; from there the embedding stays as it is, and the head falls with the width.
     """
-    wider = model.config.widening
+    wider = model.config.width_mult
     at_base = 0.5 * (model.config.n_embd / wider) ** -0.5
     for name, parameter in model.named_parameters():
         if name.startswith(("embed", "position", "head.weight")):

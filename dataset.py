@@ -5,7 +5,7 @@
     batches = Batches(prepared.train, batch_size=16, block_size=256, seed=0)
     tokens, labels, document_ids, positions = batches.batch(step)
 
-The sides of the split (data/corpus.py) are tokenised into a store (data/tokenstore.py), in a folder
+The splits (data/corpus.py) are tokenised into a store (data/tokenstore.py), in a folder
 named after the content of the data, the tokenizer and the settings, so data that changed cannot meet an old
 store. Plain texts are laid end to end and cut into rows; examples stand in them with their whole completion
 and as much of their prompt as fits, and bear loss on their completions, or on all. The order of training is a
@@ -111,7 +111,7 @@ def _cached_tokenizer(folder: Path) -> Tokenizer | None:
 class PreparedData:
     """The stores, the folder they lie in, what became of every document, and the data's fingerprint.
 
-    Without a test side `test` is `validation`, and without that one both are `train`.
+    Without a test split `test` is `validation`; without a validation split both are `train`.
     """
 
     train: TokenStore
@@ -415,12 +415,12 @@ def shown(store: TokenStore, block_size: int) -> Shown:
     return Shown(length - excess, prompt - excess, left, lead + 1, right, prompt - excess - 1)
 
 
-def fitting_row(sides: Iterable[TokenStore], most: int) -> int:
+def fitting_row(stores: Iterable[TokenStore], most: int) -> int:
     """Tokens of a row in which the longest example is whole: a multiple of ROW_STEP, at most `most`.
 
     Of plain texts, which are cut into rows of any length, it is `most`.
     """
-    lengths = [np.diff(store.offsets) if store.holds_examples else np.array([most + 1]) for store in sides]
+    lengths = [np.diff(store.offsets) if store.holds_examples else np.array([most + 1]) for store in stores]
     longest = max((int(of_one.max()) for of_one in lengths if len(of_one)), default=0)
     return min(most, -(-max(longest - 1, 1) // ROW_STEP) * ROW_STEP)  # the last token is a target only
 
@@ -482,7 +482,7 @@ def refuse_long_answers(config: DataConfig, store: TokenStore, block_size: int) 
     try:
         shown(store, block_size)
     except _LongAnswers as error:
-        documents = (document for side, document in split_documents(config) if side == store.split)
+        documents = (document for split, document in split_documents(config) if split == store.split)
         where = next(itertools.islice(documents, error.number, None)).where
         raise ValueError(f"{where} {error.problem}") from None
 

@@ -62,7 +62,7 @@ def trained(
     """Root mean squares of the changes of `outputs` on the first batch, and the loss of each update."""
     seed_everything(0)
     model = Decoder(config)
-    optimizers = build_optimizers(model, optimizer, widening=config.widening)
+    optimizers = build_optimizers(model, optimizer, width_mult=config.width_mult)
     before, losses = outputs(model, batches[0]), []
     for batch in batches:
         loss = token_loss(model, batch)

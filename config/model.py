@@ -102,8 +102,8 @@ class ModelConfig:
     base_width: int = 0
 
     @property
-    def widening(self) -> float:
-        """How many times base_width the model is wide."""
+    def width_mult(self) -> float:
+        """The width as a multiple of base_width; 1 without one."""
         return self.n_embd / self.base_width if self.base_width else 1.0
 
     def resolved(self) -> ModelConfig:

@@ -18,19 +18,19 @@ def utf8(text: str) -> bytes:
 class Document:
     """A plain text, or an example: `text` is then the completion of `prompt`, which may be "".
 
-    `group` decides its side of the split. Without a group field it equals `name`, or the prompt of an example
-    whose row has no name: the completions of one prompt stay on one side. `prompts` are never trained on, and
-    no part of the data's fingerprint: only an evaluation that asks for them by name reads them.
+    `group` decides its split. Without a group field it equals `name`, or the prompt of an example whose row
+    has no name: the completions of one prompt stay in one split. `prompts` are never trained on, and no part
+    of the data's fingerprint: only an evaluation that requests them by name reads them.
     """
 
     name: str
     text: str
     group: str
     prompt: str | None = None  # None is plain text
-    suffix: str | None = None  # what follows the text, of an example that fills the gap after its prompt
+    suffix: str | None = None  # the text after the gap of an example that fills one
     gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
     where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
-    side: str | None = None  # of the split, where its file says it
+    split: str | None = None  # one of SPLITS, where the source gives the split itself
     prompts: dict[str, str] | None = dataclasses.field(default=None, compare=False)  # other wordings, by name
 
     @property
@@ -53,8 +53,8 @@ class Report:
         undecodable: Files or rows left out because they are not UTF-8 (not part of `documents`).
         unparsed: Python documents kept with their comments because they do not parse (`drop_comments`).
         duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
-        kept: Documents on each side.
-        kept_bytes: UTF-8 bytes on each side, prompts included.
+        kept: Documents in each split.
+        kept_bytes: UTF-8 bytes in each split, prompts included.
         groups: Groups that were found by the text of the documents kept; 0 if none were looked for.
         gaps: Plain documents for training that `fim_rate` cuts.
         fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over

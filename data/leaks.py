@@ -73,7 +73,7 @@ class Overlap:
         windows, windows_shared: Runs of `window` units that end in scored text, and those found anywhere in
             the training data.
         boilerplate: Runs found in so many training documents that they count as headers, and not as leaked.
-        groups: Groups, or files that documents are numbered pieces of, that stand on both sides.
+        groups: Groups, or files that documents are numbered pieces of, that stand in both splits.
         examples: The largest leaks first.
     """
 
@@ -108,7 +108,7 @@ class Overlap:
     @property
     def refused(self) -> bool:
         """Whether scores on these held-out data would mean little: more than `LEAKED_LIMIT` of the text or of
-        the documents is leaked, or a group stands on both sides.
+        the documents is leaked, or a group stands in both splits.
 
         Of documents too, because repeated rows are short ones: of the lines of one file, split at random, 44%
         were duplicates and made up 16% of the text.
@@ -134,7 +134,7 @@ class Overlap:
             f"{self.leaked_share:.1%} of the held-out text stands in the training data: of {self.documents} "
             f"documents{sampled} {self.exact} are exact duplicates, {self.near} near ones and "
             f"{self.contained} stand inside others; of {self.windows} runs of {self.window} units "
-            f"{self.windows_shared} are shared; {self.groups} groups stand on both sides"
+            f"{self.windows_shared} are shared; {self.groups} groups stand in both splits"
         )
 
 

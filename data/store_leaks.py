@@ -23,7 +23,7 @@ HELD_OUT_UNITS = 2**22  # of a store; beyond that, whole documents are sampled b
 
 def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
     """Compare two stores of a run, token by token; cached as `leaks-TRAIN-HELD_OUT.json` in the folder of
-    `held_out`, by the names of their sides.
+    `held_out`, by the names of their splits.
 
     All of the training tokens are read. Of a held-out store above `HELD_OUT_UNITS` tokens, documents are
     drawn by the SHA-1 of their names until that many are there; `Overlap.of_documents` tells. A cached

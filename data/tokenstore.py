@@ -460,21 +460,21 @@ def _encode_all(
     """Encode in order, in processes when there are several workers; only a few chunks are in memory."""
     chunks = _chunks(documents)
     if workers == 1:
-        for sides, chunk in chunks:
-            yield from zip(sides, chunk, _encode(tokenizer, chunk, dtype), strict=True)
+        for splits, chunk in chunks:
+            yield from zip(splits, chunk, _encode(tokenizer, chunk, dtype), strict=True)
         return
     # Not fork: the caller may have started torch's threads, and a forked child inherits their locks.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer,)) as pool:
         pending: deque = deque()
         try:
-            for sides, chunk in chunks:
+            for splits, chunk in chunks:
                 with _main_hidden(tokenizer):  # submit is what starts processes
-                    pending.append((sides, chunk, pool.submit(_encode_in_worker, chunk, dtype)))
+                    pending.append((splits, chunk, pool.submit(_encode_in_worker, chunk, dtype)))
                 if len(pending) > 2 * workers:
-                    sides, chunk, future = pending.popleft()
-                    yield from zip(sides, chunk, future.result(), strict=True)
-            for sides, chunk, future in pending:
-                yield from zip(sides, chunk, future.result(), strict=True)
+                    splits, chunk, future = pending.popleft()
+                    yield from zip(splits, chunk, future.result(), strict=True)
+            for splits, chunk, future in pending:
+                yield from zip(splits, chunk, future.result(), strict=True)
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 f"one of {workers} tokenising processes died, perhaps for memory: try --data.workers 1"
@@ -482,18 +482,18 @@ def _encode_all(
 
 
 def _chunks(documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[list[str], list[Document]]]:
-    sides: list[str] = []
+    splits: list[str] = []
     chunk: list[Document] = []
     size = 0
-    for side, document in documents:
-        sides.append(side)
+    for split, document in documents:
+        splits.append(split)
         chunk.append(document)
         size += len(document.text) + len(document.prompt or "") + len(document.suffix or "")
         if size >= CHUNK_CHARACTERS:
-            yield sides, chunk
-            sides, chunk, size = [], [], 0
+            yield splits, chunk
+            splits, chunk, size = [], [], 0
     if chunk:
-        yield sides, chunk
+        yield splits, chunk
 
 
 def build_store(
@@ -506,7 +506,7 @@ def build_store(
     shard_tokens: int = SHARD_TOKENS,
     total_bytes: int | None = None,
 ) -> None:
-    """Write (side, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
+    """Write (split, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
 
     A document is [bos] + encode(text) + [eos], and an example [bos] + encode(prompt + text) + [eos], or where
     it is not healed [bos] + encode(prompt) + encode(text) + [eos]; a special token that is lacking is left
@@ -521,15 +521,15 @@ def build_store(
     folder = Path(folder)
     folder.mkdir(parents=True)
     dtype = dtype_of(tokenizer.vocab_size)
-    writers = {side: _SplitWriter(folder, side, dtype, shard_tokens) for side in SPLITS}
+    writers = {split: _SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
     # disable=None: silent where stderr is not a terminal.
     bar = tqdm(total=total_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False)
     try:
         with bar, InUse(folder):
-            for side, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
-                writers[side].add(document, encoded)
+            for split, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
+                writers[split].add(document, encoded)
                 asked = (document.prompt or "") + (document.suffix or "")
-                bar.update(writers[side].byte_lengths[-1] + len(utf8(asked)))
+                bar.update(writers[split].byte_lengths[-1] + len(utf8(asked)))
         for writer in writers.values():
             writer.finish()
     finally:
@@ -544,13 +544,13 @@ def build_store(
         "tokenizer": tokenizer.fingerprint,
         "data": fingerprint,
         "splits": {
-            side: {
+            split: {
                 "tokens": writer.offsets[-1],
                 "documents": len(writer.byte_lengths),
                 "bytes": sum(writer.byte_lengths),
                 "files": writer.files,
             }
-            for side, writer in writers.items()
+            for split, writer in writers.items()
         },
     }
     with open(folder / "index.json.tmp", "w", encoding="utf-8") as file:

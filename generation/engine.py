@@ -219,7 +219,7 @@ def generate_ids(
     stopped: Stopped | None = None,
     first_row: int | Sequence[int] = 0,
     most_rows: int | None = None,
-    ended: Callable[[int, Generated], None] | None = None,
+    on_done: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
     """Continue each list of ids. `settings.stop` is text: here `stopped` takes its place.
 
@@ -232,7 +232,7 @@ def generate_ids(
         stopped: Asked after each token whether the text has ended.
         most_rows: Prompts under way at a time; further ones wait, in their order, until places are free. None
             for all, as a beam search has it. It does not change what is generated.
-        ended: Called with the index of a prompt and what came of it, as soon as it has ended.
+        on_done: Called with the index of a prompt and what came of it, as soon as it has ended.
 
     Raises:
         ValueError: A prompt is empty, holds an id outside the vocabulary or does not fit the model's
@@ -245,10 +245,10 @@ def generate_ids(
     ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
     with _evaluating(model), torch.inference_mode():
         if settings.num_beams > 1:
-            assert most_rows is None and ended is None, "beams of all prompts are under way together"
+            assert most_rows is None and on_done is None, "beams of all prompts are under way together"
             return _beam_search(_Run(model, asked, settings, vocab_size), settings, ends, stopped)
         run = _Run(model, asked, settings, vocab_size, most_rows)
-        return _token_by_token(run, settings, ends, stopped, first_row, ended)
+        return _token_by_token(run, settings, ends, stopped, first_row, on_done)
 
 
 @contextmanager
@@ -511,7 +511,7 @@ def _token_by_token(
     ends: Collection[int],
     stopped: Stopped | None,
     first_row: int | Sequence[int],
-    ended: Callable[[int, Generated], None] | None,
+    on_done: Callable[[int, Generated], None] | None,
 ) -> list[Generated]:
     """Greedy decoding or sampling; a finished row leaves the batch at once."""
     n_prompts = len(run.asked)
@@ -545,8 +545,8 @@ def _token_by_token(
                 rows.append(row)
             if reason:
                 done[prompt] = Generated(ids[prompt], log_prob[prompt], reason)
-                if ended is not None:
-                    ended(prompt, done[prompt])
+                if on_done is not None:
+                    on_done(prompt, done[prompt])
         if not rows and not run.waiting:
             return [done[prompt] for prompt in range(n_prompts)]
         rows = _close_gaps(rows)

@@ -31,7 +31,7 @@ class Completion(NamedTuple):
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def asked_prompt(tokenizer: Tokenizer, ids: list[int], heal: bool | None = None) -> Prompt:
+def as_prompt(tokenizer: Tokenizer, ids: list[int], heal: bool | None = None) -> Prompt:
     """What a model reads of a prompt's ids: all, or all but an end that is healed (tokenization/healing.py).
 
     Args:
@@ -101,7 +101,7 @@ def generate(
         ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
         ends = fim_end_ids(tokenizer)
     ends |= frozenset(tokenizer.eos_ids)
-    asked = [asked_prompt(tokenizer, one, settings.heal) for one in ids]
+    asked = [as_prompt(tokenizer, one, settings.heal) for one in ids]
     found = stop_finder(tokenizer, asked, settings.stop) if settings.stop else None
     stream = None if on_text is None else _Stream(tokenizer, asked[0], settings.stop, on_text)
 

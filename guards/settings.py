@@ -83,13 +83,13 @@ def rate_faults(subject: Subject) -> Iterator[Fault]:
     """Each parameter has the learning rate that is set for its kind."""
     config, lora = subject.config.optimizer.resolved(), subject.config.lora
     lr = config.lr or 0.0
-    wider = subject.config.model.widening
-    of_matrices = "muon_lr" if config.name == "muon" else "lr / model.widening"
+    wider = subject.config.model.width_mult
+    of_matrices = "muon_lr" if config.name == "muon" else "lr / model.width_mult"
     rates = {
         "lr": lr,
         "muon_lr": config.muon_lr,
         "embedding_lr": config.embedding_lr or lr,
-        "lr / model.widening": lr / wider,
+        "lr / model.width_mult": lr / wider,
         "head_lr": (config.head_lr or lr) / wider,
         "lr times lora.lr_ratio": lr * lora.lr_ratio,
     }

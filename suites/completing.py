@@ -21,7 +21,7 @@ from data.fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_promp
 from data.ngram import NGramModel
 from generation.engine import Generated, Stopped, generate_ids
 from generation.settings import GenerationConfig
-from generation.text import CONTEXT, asked_prompt, completed_text, stop_finder, trim_prompt
+from generation.text import CONTEXT, as_prompt, completed_text, stop_finder, trim_prompt
 from modules.precision import Precision
 from suites.kept import Kept
 from suites.scoring import Example, Predictions
@@ -67,7 +67,7 @@ def asked(
         ids = trim_fim_prompt(tokenizer, whole, max(fewest_gap_ids(tokenizer), room))
         ends = fim_end_ids(tokenizer)
     limit = max(1, min(max_new_tokens, length - len(ids)))
-    prompt = asked_prompt(tokenizer, ids, heal)
+    prompt = as_prompt(tokenizer, ids, heal)
     return Asked(prompt, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
 
 

@@ -948,7 +948,7 @@ def test_a_cache_keyed_too_loosely_is_seen(
 
 
 def test_regrouped_documents_that_belong_together_stay_on_one_side(tmp_path: Path):
-    """Twelve texts, each in four variants that differ by a word; grouped by name they stand on both sides."""
+    """Twelve texts, each in four variants that differ by a word; by name they stand in both splits."""
     rows = []
     for i in range(12):
         words = [f"w{(i * 37 + j * j * (i + 3)) % 1009}" for j in range(80)]

@@ -306,7 +306,7 @@ def test_prompts_that_wait_for_places_are_continued_as_alone(name, spare, monkey
     )
     for most in (1, 3):
         ended.clear()
-        found = generate_ids(model, asked, settings, stopped=stops, most_rows=most, ended=ended.__setitem__)
+        found = generate_ids(model, asked, settings, stopped=stops, most_rows=most, on_done=ended.__setitem__)
         assert max(under_way) == most
         assert [ended[row] for row in range(len(asked))] == found
         for row, (ids, one) in enumerate(zip(asked, found, strict=True)):

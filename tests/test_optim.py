@@ -158,7 +158,7 @@ def test_a_saved_rate_that_nothing_reads_is_no_mistake_and_a_named_one_is() -> N
 def test_each_group_is_shown_with_its_rate_setting_and_size() -> None:
     model = Decoder(TINY)
     config = OptimizerConfig(weight_decay=0.1, lr=0.002)
-    groups = parameter_groups(model, config, widening=4.0)
+    groups = parameter_groups(model, config, width_mult=4.0)
     lines = groups_table(groups, config).splitlines()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
     assert [" ".join(line.split()) for line in lines[:-1]] == [

@@ -58,7 +58,7 @@ def rates_of(name: Any, config: ModelConfig) -> dict[str, float]:
     optimizer = OptimizerConfig(name=name, lr=0.1, muon_lr=0.2, embedding_lr=0.3, head_lr=0.4)
     given = {
         id(p): (group["lr"], type(o))
-        for o in build_optimizers(model, optimizer, widening=config.widening)
+        for o in build_optimizers(model, optimizer, width_mult=config.width_mult)
         for group in o.param_groups
         for p in group["params"]
     }

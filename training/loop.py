@@ -198,7 +198,7 @@ class TrainingManager:
             difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
         )
         self.optimizers = build_optimizers(
-            model, config.optimizer, config.lora.lr_ratio, config.model.widening
+            model, config.optimizer, config.lora.lr_ratio, config.model.width_mult
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -796,7 +796,7 @@ def with_fitting_row(config: Config, data: PreparedData) -> Config:
 
 def checked_groups(config: Config, model: Decoder) -> list[ParameterGroup]:
     """What moves which parameters; ValueError for a learning rate that is set and at which none learns."""
-    groups = parameter_groups(model, config.optimizer, config.lora.lr_ratio, config.model.widening)
+    groups = parameter_groups(model, config.optimizer, config.lora.lr_ratio, config.model.width_mult)
     for key, reason in unread_rates(config.optimizer, {group.kind for group in groups}):
         raise ValueError(f"{key} is set, but {reason}; remove it")
     return groups

@@ -94,7 +94,7 @@ class ParameterGroup(NamedTuple):
 
 
 def parameter_groups(
-    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, widening: float = 1.0
+    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, width_mult: float = 1.0
 ) -> list[ParameterGroup]:
     """The trainable parameters by kind, without kinds that are not there; arguments as `build_optimizers`.
 
@@ -123,7 +123,7 @@ def parameter_groups(
         if part == "b":
             lr *= lr_ratio
         elif kind == "head" or (kind == "matrices" and not by_muon):
-            lr /= widening
+            lr /= width_mult
         decay = 0.0 if kind == "vectors" else config.weight_decay
         if parameters:
             name = "Muon" if by_muon else "AdamW"
@@ -145,7 +145,7 @@ def groups_table(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> s
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, widening: float = 1.0
+    model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, width_mult: float = 1.0
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; adapters' matrices by AdamW.
 
@@ -154,14 +154,14 @@ def build_optimizers(
 
     Args:
         lr_ratio: Learning rate of the adapters' B over that of their A (LoRA+, arXiv:2402.12354).
-        widening: How many times as wide the model is as the one that the rates are of (ModelConfig). AdamW's
-            for matrices whose inputs are as wide as the model are divided by it (arXiv:2203.03466, table 3).
-            Those for embeddings and vectors stay, and so does Muon's: a step of it has the same spectral norm
-            for its shape at every width (arXiv:2310.17813).
+        width_mult: How many times as wide the model is as the one that the rates are of (ModelConfig).
+            AdamW's for matrices whose inputs are as wide as the model are divided by it (arXiv:2203.03466,
+            table 3). Those for embeddings and vectors stay, and so does Muon's: a step of it has the same
+            spectral norm for its shape at every width (arXiv:2310.17813).
     """
     config = config.resolved()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    found = parameter_groups(model, config, lr_ratio, widening)
+    found = parameter_groups(model, config, lr_ratio, width_mult)
     plain: dict[str, list[dict[str, Any]]] = {"Muon": [], "AdamW": []}
     for g in found:
         plain[g.optimizer].append({"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay})
