@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+import tokenization.code
 import tokenizer as module
 from tokenizer import (
     BPETokenizer,
@@ -300,7 +301,7 @@ class TestCodePieces:
         subprocess.run([sys.executable, "-c", program], cwd=Path(module.__file__).parent, check=True)
 
     def test_caches_are_bounded_and_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_MAX_CACHE", 7)
+        monkeypatch.setattr(tokenization.code, "_MAX_CACHE", 7)
         small = CodeTokenizer.train([SMALL] * 20, 400)
         fresh = pickle.loads(pickle.dumps(small))
         for text in corpus():
