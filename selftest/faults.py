@@ -23,7 +23,7 @@ import tokenizer
 from adapters import layers
 from architecture import Decoder, Dropout
 from config import Config
-from data import tokenstore
+from data import prepare, tokenstore
 from dataset import IGNORE_INDEX
 from generation import engine, text
 from modules import precision
@@ -562,7 +562,7 @@ def sides_read(*sides: str) -> Patch:
         def wrong(folder: Path) -> Any:
             return tuple(tokenstore.TokenStore(folder, side) for side in sides)
 
-        return patch.object(dataset, "open_store", wrong)
+        return patch.object(prepare, "open_store", wrong)
 
     return plant
 

@@ -34,9 +34,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import dataset
 from config import DataConfig
-from data import corpus, leaks, tokenstore
+from data import corpus, leaks, prepare, tokenstore
 from data.corpus import read_documents, split_documents, split_of, training_texts
 from data.documents import Document, Report
 from data.tokenstore import TokenStore, build_store, open_store
@@ -187,7 +186,7 @@ def check_rows(batch: Batch, B: int, T: int, padding: int = 0) -> None:
 
 def test_importing_does_not_import_torch():
     code = "from data import tokenstore; import sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(dataset.__file__).parent, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
 def test_a_folder_is_read_byte_exact_and_in_order(folder: Path):
@@ -595,7 +594,7 @@ def test_processes_write_the_same_bytes_as_one(folder: Path, monkeypatch: pytest
     light = importlib.import_module("light")
     monkeypatch.setattr(tokenstore, "CHUNK_CHARACTERS", 100)
     one = prepare_data(settings_for(folder), Bytes())
-    monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
+    monkeypatch.setattr(prepare, "POOL_PAYS_BYTES", 0)
     elsewhere = dataclasses.replace(settings_for(folder, workers=2), cache=str(folder / "cache"))
     two = prepare_data(elsewhere, light.Bytes())
     assert one.folder.name == two.folder.name and one.folder != two.folder
@@ -609,11 +608,11 @@ def test_workers_do_not_run_the_caller_s_script_again(folder: Path):
     imports = "from __future__ import annotations\nfrom tokenizer import Tokenizer\n"
     (folder / "light.py").write_text(imports + inspect.getsource(Bytes))
     (folder / "script.py").write_text(
-        "import light; from data.corpus import *; from dataset import *; print('once')\n"
+        "import light; from data.corpus import *; from data.tokenstore import *; print('once')\n"
         "documents = (('train', d) for d in read_documents(DataConfig(source='sub')))\n"
         "build_store('store', documents, light.Bytes(), workers=2)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(dataset.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "script.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "once\n" and open_store(folder / "store")[0].n_documents == 20
@@ -931,7 +930,7 @@ def test_a_cache_keyed_too_loosely_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """The fault of a cache keyed by folder and size: the store is compared with the data, and built again."""
-    monkeypatch.setattr(dataset, "_store_key", lambda *args: "0" * 64)
+    monkeypatch.setattr(prepare, "_store_key", lambda *args: "0" * 64)
     source = tmp_path / "corpus"
     source.mkdir()
     config = DataConfig(

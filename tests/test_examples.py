@@ -38,7 +38,7 @@ from test_generate_command import STARCODER
 import dataset
 import guards.same_path
 from config import Config, TokenizerConfig
-from data import corpus, tokenstore
+from data import corpus, prepare, tokenstore
 from data.corpus import read_documents, split_documents, training_texts
 from data.documents import SPLITS, Document, Report
 from data.fim import (
@@ -509,7 +509,7 @@ def test_processes_write_the_same_bytes_as_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tokenstore, "CHUNK_CHARACTERS", 100)
     config = settings_for(write_rows(tmp_path / "rows.jsonl", ROWS))
     one = prepare_data(config, Bytes())
-    monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
+    monkeypatch.setattr(prepare, "POOL_PAYS_BYTES", 0)
     config = dataclasses.replace(config, workers=2, cache=str(tmp_path / "other"))
     two = prepare_data(config, importlib.import_module("light_bytes").Bytes())
     assert one.folder.name == two.folder.name and files_of(one.folder) == files_of(two.folder)
@@ -907,7 +907,7 @@ def test_processes_cut_the_same_gaps_as_one(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tokenstore, "CHUNK_CHARACTERS", 1000)
     config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), **changes)
     one = prepare_data(config, STARCODER)
-    monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
+    monkeypatch.setattr(prepare, "POOL_PAYS_BYTES", 0)
     two = prepare_data(dataclasses.replace(config, workers=2, cache=str(tmp_path / "other")), STARCODER)
     assert one.folder.name == two.folder.name and files_of(one.folder) == files_of(two.folder)
     steps = [Batches(one.train, 2, 32, 1).batch(step) for step in range(6)]
