@@ -19,22 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from architecture import Decoder
 from config import ModelConfig
 from config.console import printable
-from generation import engine
-from generation.engine import (
-    _beam_search,
-    _Run,
+from generation import rows as rows_under_way
+from generation.engine import _beam_search, generate_ids
+from generation.kvcache import KVCache
+from generation.rows import LiveRows, pad_left, read_together
+from generation.sampling import (
     adjust_logits,
-    generate_ids,
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    pad_left,
     penalize_repetition,
-    read_together,
     row_generator,
     sample,
 )
-from generation.kvcache import KVCache
 from generation.settings import GenerationConfig
 from generation.text import generate, trim_prompt
 from modules import linear
@@ -268,7 +265,9 @@ def test_prompts_are_read_in_the_passes_that_compute_least(monkeypatch):
 @pytest.mark.parametrize("name", ["learned", "rotary partial", "grouped-query"])
 def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch):
     passes: list[int] = []
-    monkeypatch.setattr(engine, "read_together", lambda n: passes.append(1) or read_together(n, a_pass=2))
+    monkeypatch.setattr(
+        rows_under_way, "read_together", lambda n: passes.append(1) or read_together(n, a_pass=2)
+    )
     window = 5 if name == "grouped-query" else 0
     model = scrambled(replace(MODELS[name], sliding_window=window))
     settings = GenerationConfig(max_new_tokens=8, repetition_penalty=1.3)
@@ -289,7 +288,7 @@ def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch
 @pytest.mark.parametrize("spare", [1, 64])
 def test_prompts_that_wait_for_places_are_continued_as_alone(name, spare, monkeypatch):
     """Rows end at different times, and others begin in the midst of those under way."""
-    monkeypatch.setattr(engine, "SPARE_COLUMNS", spare)  # with 1 the cache is packed again and again
+    monkeypatch.setattr(rows_under_way, "SPARE_COLUMNS", spare)  # with 1 the cache is packed again and again
     window = 5 if name == "grouped-query" else 0
     model = scrambled(replace(MODELS[name], sliding_window=window))
     settings = GenerationConfig(max_new_tokens=9, repetition_penalty=1.3)
@@ -354,7 +353,7 @@ def test_draws_of_one_prompt_read_it_once(monkeypatch):
     model = scrambled(MODELS["multi-query"])
     read: list[int] = []
     monkeypatch.setattr(
-        engine, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
+        rows_under_way, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
     )
     sampled = GenerationConfig(max_new_tokens=6, temperature=1.5, seed=3)
     rows = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]
@@ -626,7 +625,7 @@ def test_one_beam_is_greedy(length_penalty):
     object.__setattr__(one, "length_penalty", length_penalty)
     with torch.inference_mode():
         results = _beam_search(
-            _Run(model, list(map(Prompt, prompts)), one, None), one, () if eos is None else (eos,), None
+            LiveRows(model, list(map(Prompt, prompts)), one, None), one, () if eos is None else (eos,), None
         )
     for result, best in zip(results, expected, strict=True):
         assert (result.ids, result.finish_reason) == (best.ids, best.finish_reason)

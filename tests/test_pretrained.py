@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from architecture import Decoder, rotate_half, rotate_interleaved, split_blocks
-from generation.engine import generate_ids, pad_left
+from generation.engine import generate_ids
 from generation.kvcache import KVCache
+from generation.rows import pad_left
 from generation.settings import GenerationConfig
 from pretrained import Pretrained, load_pretrained, save_pretrained
 
