@@ -145,7 +145,7 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
                     except OSError:
                         pass  # The parser says so itself.
                 elif flag in flags and not file.replace("\n", "").replace("\t", "").isprintable():
-                    self.error(f"{flag} is {printable(file)}, and there is no such file")  # It is no YAML either.
+                    self.error(f"{flag} is {printable(file)}, and there is no such file")
                 if flag in numbers and (wrong := by_base_60(file, f"{flag} {file}")):
                     self.error(wrong)
             try:

@@ -1,4 +1,4 @@
-"""Corpus -> documents: what is read, how duplicates go, and to which split a document belongs.
+"""Documents of a corpus: reading, dropping duplicates, and splitting.
 
     for split, document in split_documents(config):  # split is one of SPLITS
 
@@ -33,7 +33,7 @@ from data.rows import decoded, example_of, jsonl_rows, listed, parquet_rows
 # Files of rows that give the split themselves, also in shards (train-00000-of-00002.parquet).
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.(jsonl|jsonl\.gz|parquet)")
 ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
-CORPUS = "corpus.json"  # of a corpus that `scraping` built
+CORPUS = "corpus.json"  # the file that describes a corpus built by `scraping`
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
 )
@@ -44,7 +44,7 @@ STDLIB_LEFT_OUT = frozenset(
 
 
 def refuse_unreadable(config: DataConfig) -> None:
-    """ValueError for what can be said of a source and its settings before a document of it is opened."""
+    """Raise ValueError for a source and settings that cannot be right, before a document is opened."""
     source = Path(config.source)
     is_file = source.name.endswith(ROW_FILES) and source.is_file()
     if config.source != "stdlib" and not source.is_dir() and not is_file:
@@ -119,27 +119,15 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
             )
         if config.loss_on == "all" and document.prompt is None:
             raise ValueError(
-                f"--data.loss_on is all, and {config.source} holds plain text, which has no prompt and bears "
-                "loss everywhere; leave it out"
+                f"--data.loss_on is all, and {config.source} holds plain text, whose tokens are all "
+                "targets anyway; leave it out"
             )
         if config.drop_comments and document.name.endswith(".py"):
             python_files += 1
             document = _without_comments(document, report)
         yield document
     if report.documents == 0:
-        left_out = f" ({report.undecodable} left out that are not UTF-8)" if report.undecodable else ""
-        files = config.source == "stdlib" or source.is_dir()
-        kind = f" with a name ending in {' or '.join(config.suffixes)}" if files else ""
-        empty = f": {'; '.join(report.without_rows)}" if report.without_rows else ""
-        others = _other_endings(source) if source.is_dir() and not left_out else []
-        there = ", ".join(f"{count} with {ending}" for ending, count in others)
-        remedy = f"set --data.suffixes {others[0][0]}" if others else "write some there"
-        if others and others[0][0] in (".jsonl", ".gz", ".parquet"):
-            remedy = "name one file of rows itself"
-        raise ValueError(
-            f"the corpus {config.source} holds no document{kind}{left_out}{empty}"
-            f"{f' but {there}' if there else ''}: {remedy}, or name another --data.source"
-        )
+        raise ValueError(_nothing_read(config, report))
     if config.drop_comments and python_files == 0:
         raise ValueError(
             f"--data.drop_comments is set, but none of the {report.documents} documents of {config.source} "
@@ -147,8 +135,26 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
         )
 
 
+def _nothing_read(config: DataConfig, report: Report) -> str:
+    """Return the sentence for a source without a document: what it holds instead, and the remedy."""
+    source = Path(config.source)
+    left_out = f" ({report.undecodable} left out that are not UTF-8)" if report.undecodable else ""
+    files = config.source == "stdlib" or source.is_dir()
+    kind = f" with a name ending in {' or '.join(config.suffixes)}" if files else ""
+    empty = f": {'; '.join(report.without_rows)}" if report.without_rows else ""
+    others = _other_endings(source) if source.is_dir() and not left_out else []
+    there = ", ".join(f"{count} with {ending}" for ending, count in others)
+    remedy = f"set --data.suffixes {others[0][0]}" if others else "write some there"
+    if others and others[0][0] in (".jsonl", ".gz", ".parquet"):
+        remedy = "name one file of rows itself"
+    return (
+        f"the corpus {config.source} holds no document{kind}{left_out}{empty}"
+        f"{f' but {there}' if there else ''}: {remedy}, or name another --data.source"
+    )
+
+
 def _read_corpus(folder: Path, config: DataConfig, report: Report) -> Iterator[Document]:
-    """The parts that corpus.json lists, each compared with its SHA-256 first; a cluster is a group."""
+    """Yield the rows of the parts in corpus.json, whose SHA-256 is compared first; a cluster is a group."""
     path = folder / CORPUS
     try:
         corpus = json.loads(path.read_text("utf-8"))
@@ -193,7 +199,7 @@ def _without_comments(document: Document, report: Report) -> Document:
 
 
 def _other_endings(root: Path) -> list[tuple[str, int]]:
-    """The three commonest endings of the files below a folder, and how many have each."""
+    """Return the three commonest endings of the files below a folder, each with its number of files."""
     endings: Counter[str] = Counter()
     for _, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -204,7 +210,7 @@ def _other_endings(root: Path) -> list[tuple[str, int]]:
 def _read_folder(
     root: Path, left_out: frozenset[str], config: DataConfig, report: Report
 ) -> Iterator[Document]:
-    def stop(error: OSError) -> NoReturn:  # os.walk would skip a folder it may not read without a word
+    def stop(error: OSError) -> NoReturn:  # os.walk would silently skip a folder that it may not read.
         raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
 
     real_root = root.resolve()
@@ -242,7 +248,7 @@ def _read_rows(
             raise ValueError(f"{where} holds {kind}, and {first[0]} {first[1]}: put them into two files")
         names = (row.get(key) for key in ("path", "name"))
         name = next((value for value in names if isinstance(value, str) and value), "")
-        if name and isinstance(row.get("repository"), str):  # many hold a setup.py
+        if name and isinstance(row.get("repository"), str):  # Many repositories hold a setup.py.
             name = f"{row['repository']}/{name}"
         group = name or (prompt or "") + (suffix or "") or str(number)
         if config.group_field is not None:
@@ -269,8 +275,8 @@ def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
     """Return the split of a group, by its name alone: `test` for about one in `test_one_in`, of the others
     `validation` for about one in `validation_one_in` (none for 0), else `train`.
 
-    Two hashes: so another `validation_one_in` moves nothing into or out of test, and with `test_one_in` 0 the
-    two other splits are what they are without it.
+    There are two hashes, so that another `validation_one_in` moves nothing into or out of test, and
+    `test_one_in` changes nothing between the two other splits.
     """
     digest = hashlib.sha256(utf8(group)).hexdigest()
     if test_one_in and int(digest, 16) % test_one_in == 0:
@@ -292,13 +298,13 @@ class EmptySplit(ValueError):
 def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
     """Yield (split, document) without exact duplicates: of equal texts the first in order stays.
 
-    One copy of each text and one split for each group: so no text stands in two splits. Where the source
+    Each text has one copy and each group one split: so no text stands in two splits. Where the source
     gives the split, training documents are split further only for a split that it does not have. Examples
     are equal if both prompt and completion are. Keeps one SHA-256 a text in memory, and the texts only to
     regroup them. `fim_rate` gives a share of the training documents a gap, and no others.
 
     Raises:
-        ValueError: as `read_documents`.
+        ValueError: the errors of `read_documents`.
         EmptySplit: a split is left without a document.
     """
     config = config.resolved()
@@ -329,8 +335,8 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
             report.gaps += gap is not None
             document = dataclasses.replace(document, gap=gap)
         yield split, document
-    asked = ["train", *given, *(split for split, n in one_in.items() if n)]
-    if empty := [split for split in SPLITS if split in asked and not report.kept_bytes[split]]:
+    wanted = ["train", *given, *(split for split, n in one_in.items() if n)]
+    if empty := [split for split in SPLITS if split in wanted and not report.kept_bytes[split]]:
         counts = [f"{report.kept[split]} {split}" for split in SPLITS]
         flags = [
             f"--data.{split}_one_in {n}" for split, n in one_in.items() if n and empty[0] in ("train", split)
@@ -346,7 +352,7 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 
 
 def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> list[str]:
-    """The group that the text gives each document; cached by all that decides it, for a run asks thrice."""
+    """Return the group of each document by its text, cached, since a run needs it three times."""
     key = hashlib.sha256(f"{leaks.VERSION}".encode())
     for document, digest, _ in kept:
         key.update(json.dumps([document.name, document.group, digest.hex()]).encode())
@@ -359,7 +365,7 @@ def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> l
 
 
 def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Document, bytes, int]]:
-    """Each text once, with its SHA-256 (and those of its prompt and suffix) and its size in UTF-8 bytes."""
+    """Yield each text once, with its SHA-256, those of prompt and suffix, and its size in UTF-8 bytes."""
     seen: set[bytes] = set()
     for document in read_documents(config, report):
         data = utf8(document.text)
@@ -376,9 +382,10 @@ def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Do
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """The texts of the train split, in order: what a tokenizer may learn from. Errors as `split_documents`.
+    """Yield the texts of the train split, in order: what a tokenizer may learn from.
 
-    Of an example the prompt, the suffix and the completion, apart, as they are tokenised.
+    The prompt, the suffix and the completion of an example come apart, as they are tokenised. Errors are
+    those of `split_documents`.
     """
     for split, document in split_documents(config):
         if split == "train":

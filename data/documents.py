@@ -1,16 +1,16 @@
-"""A document of a corpus, the splits that it may be on, and the report of what became of all of them."""
+"""A document of a corpus, the names of the splits, and the report on all documents."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-# What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
+# Training learns from the first, the second chooses checkpoints and settings, the third is scored at the end.
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 of any string: JSON may carry lone surrogates, and so may file names that are not UTF-8."""
+    """Encode any string: JSON may hold lone surrogates, and so may file names that are not UTF-8."""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -26,7 +26,7 @@ class Document:
     name: str
     text: str
     group: str
-    prompt: str | None = None  # None is plain text
+    prompt: str | None = None  # None for plain text
     suffix: str | None = None  # the text after the gap of an example that fills one
     gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
     where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
@@ -35,7 +35,7 @@ class Document:
 
     @property
     def fim_parts(self) -> tuple[str, str, str] | None:
-        """(prefix, suffix, middle) where it is stored so."""
+        """(prefix, suffix, middle) of a document that is stored so, else None."""
         if self.suffix is not None:
             return self.prompt or "", self.suffix, self.text
         if self.gap is not None:
@@ -46,7 +46,7 @@ class Document:
 
 @dataclass
 class Report:
-    """What became of every document. `documents == duplicates + sum(kept.values())`.
+    """The counts of a corpus as it was read. `documents == duplicates + sum(kept.values())`.
 
     Args:
         documents: Documents that were read.
@@ -55,12 +55,12 @@ class Report:
         duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
         kept: Documents in each split.
         kept_bytes: UTF-8 bytes in each split, prompts included.
-        groups: Groups that were found by the text of the documents kept; 0 if none were looked for.
+        groups: Groups that `regroup` found among the documents kept; 0 without it.
         gaps: Plain documents for training that `fim_rate` cuts.
         fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
             which are test; set at the end.
-        corpus: Fingerprint of a corpus that `scraping` built, by its corpus.json; "" of other sources.
-        without_rows: Of JSONL files without a row, what they have instead.
+        corpus: Fingerprint in the corpus.json of a corpus that `scraping` built; "" for other sources.
+        without_rows: A sentence for each JSONL file without a row.
     """
 
     documents: int = 0

@@ -274,7 +274,7 @@ class _Comparison:
         self.our_groups = {_group(document) for document in held if document.group}
 
         self.n_train = 0
-        self.names: dict[int, str] = {}  # of training documents with a needle, by the key of the name
+        self.names: dict[int, str] = {}  # by key, the names of training documents with a needle
         self.exact: dict[int, str] = {}
         self.near: dict[int, tuple[float, str]] = {}
         self.groups: dict[str, str] = {}
@@ -328,7 +328,7 @@ class _Comparison:
 
         contained = self._contained(limit)
         runs: dict[int, _Find] = {}
-        for i in np.flatnonzero(shared)[::-1].tolist():  # so that a document's first run stays
+        for i in np.flatnonzero(shared)[::-1].tolist():  # The last to be set is a document's first run.
             number = int(ours.of[self.places[i]])
             name = self.names[int(self.needles[window].first[needle[i]])]
             share = float(leaked[number] / self.scored[number])
@@ -390,7 +390,7 @@ class _Comparison:
 
 
 class _Find(NamedTuple):
-    """What was found of a held-out document; `kind` is a count of `Overlap`.
+    """The strongest find of a held-out document; `kind` is a count of `Overlap`.
 
     name: The training document it was found in.
     similarity: 1 for a whole text, else the Jaccard estimate or the share of leaked units.

@@ -1,4 +1,4 @@
-"""What a row shows of each example of a store, and which examples share a row."""
+"""The part of each example that a row shows, and the examples that share a row."""
 
 from __future__ import annotations
 

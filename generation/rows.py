@@ -118,7 +118,7 @@ class LiveRows:
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(0, model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.branches: dict[int, Branch] = {}
-        self.weights: dict[int, Tensor] = {}  # by row, as in _Part
+        self.weights: dict[int, Tensor] = {}  # log-probability of a row's branch, as in _Part
         self._choose_from(self._admit(self.most_rows))
 
     def limit(self, prompt: int) -> int:
