@@ -16,10 +16,11 @@ from config.files import (
     unrepeated,
     write_atomically,
 )
-from config.model import ModelConfig
+from config.model import DROPOUTS, ModelConfig
 from config.ranges import RANGES
 from config.rules import possible_kinds, unread_rates, unused_keys
 from config.schema import (
+    BASE_ROW,
     BEFORE,
     CONFIG_GROUPS,
     OPTIMIZER_DEFAULTS,
@@ -33,8 +34,10 @@ from config.schema import (
 )
 
 __all__ = [
+    "BASE_ROW",
     "BEFORE",
     "CONFIG_GROUPS",
+    "DROPOUTS",
     "MOST_BYTES",
     "OPTIMIZER_DEFAULTS",
     "RANGES",

@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin
 
 from config.typed import field_types
 
+DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")  # not given, the first stands for the others
 ZERO_IS_DEFAULT = (
     "n_kv_head",
     "head_dim",
@@ -221,7 +222,7 @@ class ModelConfig:
         """Return every dropout probability; one that is not given is `dropout`, or 0."""
         dropouts = {
             name: (self.dropout or 0.0) if getattr(self, name) is None else getattr(self, name)
-            for name in ("dropout", "embed_dropout", "attention_dropout")
+            for name in DROPOUTS
         }
         for name, p in dropouts.items():
             if not 0 <= p < 1:

@@ -19,6 +19,8 @@ from config.model import ModelConfig
 from config.ranges import refuse_out_of_range
 from config.typed import typed_group
 
+BASE_ROW = 512  # tokens in a training row of a base where no setting gives them; its context may be 131,072
+
 
 @dataclass(frozen=True)
 class DataConfig:

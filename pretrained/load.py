@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from architecture import Decoder
-from config import ModelConfig
+from config import DROPOUTS, ModelConfig
 from data.cache import SUMS, verify_folder
 from modules.quantize import KINDS, replace_linear
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
@@ -49,7 +49,6 @@ FAMILIES = {
     for module in (gpt_bigcode, codegen, phi, llama, starcoder2, qwen2)
 }
 THREADS = min(4, os.cpu_count() or 1)
-DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
 RUNS, MARKS = "runs", ("config.yaml", CONFIG)  # where runs are made, and what a run and a model hold
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
