@@ -122,7 +122,7 @@ def targets(batch: Batch) -> list[int]:
 
 
 def check_rows(batch: Batch, B: int, T: int, padding: int = 0) -> None:
-    """What holds in every row of consecutive integers, written without the code under test."""
+    """Check every row of consecutive integers, without the code under test."""
     for part in batch:
         assert part.shape == (B, T) and part.dtype == torch.int64 and part.is_contiguous()
     for tokens, labels, ids, positions in zip(*(part.tolist() for part in batch), strict=True):

@@ -1,4 +1,4 @@
-"""What is read of a source, and how its documents are split."""
+"""Documents of a source: reading and splitting."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_standard_library_is_split_by_the_published_rule():
     """Without groups by text. Of a build that names one file twice, by a link, the first name stands."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
-    sides: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
+    splits: dict[str, list[str]] = {split: [] for split in corpus.SPLITS}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if left_out & set(path.relative_to(root).parts):
@@ -73,27 +73,27 @@ def test_the_standard_library_is_split_by_the_published_rule():
         if not path.is_symlink() or path.resolve().is_relative_to(root.resolve()):  # Debian has one to /etc
             scored = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
             chosen_by = int(hashlib.sha1(name.encode()).hexdigest(), 16) % 10 == 0
-            sides["test" if scored else "validation" if chosen_by else "train"].append(name)
+            splits["test" if scored else "validation" if chosen_by else "train"].append(name)
     report = Report()
-    got: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
-    for side, document in split_documents(DataConfig(regroup=False), report):
-        got[side].append(document.name)
+    got: dict[str, list[str]] = {split: [] for split in corpus.SPLITS}
+    for split, document in split_documents(DataConfig(regroup=False), report):
+        got[split].append(document.name)
     assert report.groups == 0
-    for side in sides:
-        assert set(got[side]) <= set(sides[side])
-        assert report.kept[side] == len(got[side]) > 20
-    assert report.documents == sum(map(len, sides.values()))
+    for split in splits:
+        assert set(got[split]) <= set(splits[split])
+        assert report.kept[split] == len(got[split]) > 20
+    assert report.documents == sum(map(len, splits.values()))
     assert report.documents == report.duplicates + sum(report.kept.values())
-    for side in ("validation", "test"):
-        assert report.kept_bytes[side] == sum((root / n).stat().st_size for n in got[side])
+    for split in ("validation", "test"):
+        assert report.kept_bytes[split] == sum((root / n).stat().st_size for n in got[split])
 
 
 def leaked(config: DataConfig) -> list[leaks.Overlap]:
-    """What the two held-out sides have of training, and test of validation."""
-    sides: dict[str, list[Document]] = {side: [] for side in corpus.SPLITS}
-    for side, document in split_documents(config):
-        sides[side].append(document)
-    train, validation, test = sides.values()
+    """Overlaps of the two held-out splits with training, and of test with validation."""
+    splits: dict[str, list[Document]] = {split: [] for split in corpus.SPLITS}
+    for split, document in split_documents(config):
+        splits[split].append(document)
+    train, validation, test = splits.values()
     return [leaks.overlap(train, validation + test), leaks.overlap(validation, test)]
 
 
@@ -103,11 +103,11 @@ def test_the_default_passes_the_guard_against_leaks_with_room(tmp_path: Path):
         assert max(found.leaked_share, found.duplicate_share) < 0.1 and found.groups == 0, found
 
 
-def test_near_copies_of_the_library_stay_on_one_side_by_default(library: Path, tmp_path: Path):
+def test_near_copies_of_the_library_stay_in_one_split_by_default(library: Path, tmp_path: Path):
     def sides_of_pages(config: DataConfig) -> set[str]:
         found = list(split_documents(dataclasses.replace(config, cache=str(tmp_path / "cache"))))
         assert len(found) == 64
-        return {side for side, document in found if document.name.startswith("encodings/")}
+        return {split for split, document in found if document.name.startswith("encodings/")}
 
     assert len(sides_of_pages(DataConfig())) == 1
     assert not any(found.refused for found in leaked(DataConfig(cache=str(tmp_path / "cache"))))
@@ -253,7 +253,7 @@ BAD = {
         {},
         r"r.parquet has no field text or",
     ),
-    "one side": (
+    "one split": (
         lambda p: bad_folder(p, b"x"),
         {"validation_one_in": 1, "test_one_in": 0},
         r"leaves 0 train, 2 validation, 0 test documents, and text for train in none: .*_one_in 1, or",
@@ -314,9 +314,9 @@ def test_comments_are_dropped_before_anything_else(tmp_path: Path):
     assert c.text == "(# open\n" and report.unparsed == 1
 
 
-def test_no_group_stands_on_both_sides_and_no_text_does(tmp_path: Path):
-    """Planted: every text of a group of one side stands in a group of each other side too, in every order."""
-    owners = [next(g for g in map(str, range(99)) if split_of(g, 4, 4) == side) for side in corpus.SPLITS]
+def test_no_group_stands_in_two_splits_and_no_text_does(tmp_path: Path):
+    """Planted: every text of one split's group stands in a group of each other split too, in every order."""
+    owners = [next(g for g in map(str, range(99)) if split_of(g, 4, 4) == split) for split in corpus.SPLITS]
     rows = [
         {"text": f"text {n} {order}", "repo": group}
         for order in itertools.permutations(owners)
@@ -325,34 +325,34 @@ def test_no_group_stands_on_both_sides_and_no_text_does(tmp_path: Path):
     ]
     report = Report()
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    texts: dict[str, set[str]] = {side: set() for side in corpus.SPLITS}
-    groups: dict[str, set[str]] = {side: set() for side in corpus.SPLITS}
-    for side, document in split_documents(settings_for(source, group_field="repo"), report):
-        texts[side].add(document.text)
-        groups[side].add(document.group)
+    texts: dict[str, set[str]] = {split: set() for split in corpus.SPLITS}
+    groups: dict[str, set[str]] = {split: set() for split in corpus.SPLITS}
+    for split, document in split_documents(settings_for(source, group_field="repo"), report):
+        texts[split].add(document.text)
+        groups[split].add(document.group)
     assert sum(map(len, texts.values())) == len(set().union(*texts.values())) == 30
-    assert groups == {side: {owner} for side, owner in zip(corpus.SPLITS, owners, strict=True)}
+    assert groups == {split: {owner} for split, owner in zip(corpus.SPLITS, owners, strict=True)}
     assert (report.documents, report.duplicates) == (90, 60)
     assert report.kept == dict.fromkeys(corpus.SPLITS, 10)
 
 
-def test_the_test_side_does_not_depend_on_the_validation_side():
+def test_the_test_split_does_not_depend_on_the_validation_split():
     names = [f"file{n}.py" for n in range(2000)]
 
-    def side(test_one_in: int, validation_one_in: int, name: str) -> set[str]:
+    def split(test_one_in: int, validation_one_in: int, name: str) -> set[str]:
         return {n for n in names if split_of(n, validation_one_in, test_one_in) == name}
 
-    tested = side(10, 10, "test")
+    tested = split(10, 10, "test")
     assert 140 < len(tested) < 260  # four standard deviations
-    assert tested == side(10, 2, "test") == side(10, 0, "test") and side(20, 10, "test") < tested
-    # What a run without the test side validated on or trained on stays so, but for what is test.
+    assert tested == split(10, 2, "test") == split(10, 0, "test") and split(20, 10, "test") < tested
+    # What a run without the test split validated on or trained on stays so, but for what is test.
     for name in ("train", "validation"):
-        assert side(10, 10, name) == side(0, 10, name) - tested
+        assert split(10, 10, name) == split(0, 10, name) - tested
     # Independent of each other: a tenth of the validation files are test, not all of them and not none.
-    assert 4 < len(side(0, 10, "validation") & tested) < 40
+    assert 4 < len(split(0, 10, "validation") & tested) < 40
 
 
-def test_files_named_by_their_side_give_the_split(tmp_path: Path):
+def test_files_named_by_their_split_give_it(tmp_path: Path):
     """Planted: a text of the test file stands in training too, which loses it."""
     source = tmp_path / "rows"
     source.mkdir()
@@ -361,32 +361,32 @@ def test_files_named_by_their_side_give_the_split(tmp_path: Path):
     write_rows(source / "test.parquet", [{"text": f"test {n}"} for n in range(9)])
     (source / "README.md").write_text("text")
 
-    def sides(report: Report | None = None, **changes) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {side: [] for side in corpus.SPLITS}
-        for side, document in split_documents(settings_for(source, **changes), report):
-            found[side].append(document.text)
+    def splits(report: Report | None = None, **changes) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {split: [] for split in corpus.SPLITS}
+        for split, document in split_documents(settings_for(source, **changes), report):
+            found[split].append(document.text)
         return found
 
-    found, report = sides(), Report()
+    found, report = splits(), Report()
     assert found["test"] == [f"test {n}" for n in range(9)]
     assert len(found["validation"]) > 1 and sorted(found["train"] + found["validation"]) == sorted(
         [f"train {n}" for n in range(20)] + ["train too"]
     )
     write_rows(source / "validation.jsonl", [{"text": f"validation {n}"} for n in range(4)])
-    found = sides(report)
+    found = splits(report)
     assert found["validation"] == [f"validation {n}" for n in range(4)] and len(found["train"]) == 21
     assert (report.documents, report.duplicates, report.kept["test"]) == (35, 1, 9)
-    # The same rows on another side are other data.
+    # The same rows on another split are other data.
     (source / "validation.jsonl").rename(source / "train-00002.jsonl")
-    sides(again := Report())
+    splits(again := Report())
     (source / "train-00002.jsonl").rename(source / "train-00002-of-00003.jsonl")
-    sides(moved := Report())
+    splits(moved := Report())
     assert len({report.fingerprint, again.fingerprint, moved.fingerprint}) == 3
     with pytest.raises(ValueError, match=r"--data.regroup is set, and .*rows gives the split itself"):
-        sides(regroup=True)
+        splits(regroup=True)
     (source / "test.parquet").unlink()  # training files alone are no split
     with pytest.raises(ValueError, match=r"holds no document with a name ending in \.py"):
-        sides()
+        splits()
 
 
 def test_the_tokenizer_never_sees_validation(folder: Path):
@@ -397,7 +397,7 @@ def test_the_tokenizer_never_sees_validation(folder: Path):
     ]
 
 
-def test_regrouped_documents_that_belong_together_stay_on_one_side(tmp_path: Path):
+def test_regrouped_documents_that_belong_together_stay_in_one_split(tmp_path: Path):
     """Twelve texts, each in four variants that differ by a word; by name they stand in both splits."""
     rows = []
     for i in range(12):
@@ -405,16 +405,16 @@ def test_regrouped_documents_that_belong_together_stay_on_one_side(tmp_path: Pat
         rows += [{"text": " ".join([*words, f"variant{v}"]), "name": f"{i}-{v}.py"} for v in range(4)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    sides: dict[bool, list[set[str]]] = {}
+    splits: dict[bool, list[set[str]]] = {}
     for regroup in (False, True):
         cache = str(tmp_path / "cache")
         config = DataConfig(str(path), validation_one_in=3, test_one_in=3, regroup=regroup, cache=cache)
         found: dict[str, set[str]] = {}
-        for side, document in split_documents(config):
-            found.setdefault(document.name.split("-")[0], set()).add(side)
-        sides[regroup] = list(found.values())
-    assert any(len(both) == 3 for both in sides[False])
-    assert all(len(both) == 1 for both in sides[True])
+        for split, document in split_documents(config):
+            found.setdefault(document.name.split("-")[0], set()).add(split)
+        splits[regroup] = list(found.values())
+    assert any(len(both) == 3 for both in splits[False])
+    assert all(len(both) == 1 for both in splits[True])
 
 
 def test_groups_are_found_once_for_the_same_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

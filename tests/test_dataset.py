@@ -56,17 +56,17 @@ from dataset import (
 def test_the_store_holds_every_document_byte_for_byte(folder: Path):
     prepared = prepare_data(settings_for(folder), Bytes())
     seen = []
-    for side in (prepared.train, prepared.validation, prepared.test):
-        for n, name in enumerate(side.names):
+    for split in (prepared.train, prepared.validation, prepared.test):
+        for n, name in enumerate(split.names):
             data = (folder / name).read_bytes()
-            assert side.document(n).tolist() == [256, *data, 257]
-            assert side.byte_lengths[n] == len(data) and split_of(name, 4, 4) == side.split
-        assert side.n_bytes == sum((folder / name).stat().st_size for name in side.names)
-        assert side.n_tokens == side.n_bytes + 2 * side.n_documents and side.pad_id == 258
-        assert prepared.report.kept[side.split] == side.n_documents > 0
-        assert prepared.report.kept_bytes[side.split] == side.n_bytes
-        assert side.fingerprint == prepared.fingerprint and side.tokenizer_fingerprint == "bytes"
-        seen += side.names
+            assert split.document(n).tolist() == [256, *data, 257]
+            assert split.byte_lengths[n] == len(data) and split_of(name, 4, 4) == split.split
+        assert split.n_bytes == sum((folder / name).stat().st_size for name in split.names)
+        assert split.n_tokens == split.n_bytes + 2 * split.n_documents and split.pad_id == 258
+        assert prepared.report.kept[split.split] == split.n_documents > 0
+        assert prepared.report.kept_bytes[split.split] == split.n_bytes
+        assert split.fingerprint == prepared.fingerprint and split.tokenizer_fingerprint == "bytes"
+        seen += split.names
     assert sorted(seen) == sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.py"))
 
 

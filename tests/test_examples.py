@@ -1,4 +1,4 @@
-"""Examples, a prompt and its completion: what is read and stored, and that only completions bear loss."""
+"""Examples, a prompt and its completion: reading, storing, and that only completions are targets."""
 
 from __future__ import annotations
 
@@ -274,11 +274,11 @@ def test_parquet_refuses_by_its_columns(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("letters", "row"), [(1, 64), (60, 64), (61, 128), (400, 256)])
-def test_a_row_that_fits_holds_the_longest_example_of_any_side_whole(tmp_path: Path, letters: int, row: int):
+def test_a_row_that_fits_holds_the_longest_example_of_any_split_whole(tmp_path: Path, letters: int, row: int):
     rows = [{"prompt": f"{n:03}", "completion": "b"} for n in range(40)]
     rows[7]["completion"] = "b" * letters
-    sides = prepare_data(settings_for(write_rows(tmp_path / "rows.jsonl", rows)), Bytes())
-    stores = (sides.train, sides.validation, sides.test)
+    splits = prepare_data(settings_for(write_rows(tmp_path / "rows.jsonl", rows)), Bytes())
+    stores = (splits.train, splits.validation, splits.test)
     longest = max(int(np.diff(store.offsets).max()) for store in stores)
     assert longest == letters + 3 + 2  # a start and an end
     assert fitting_row(stores, 256) == row
@@ -323,14 +323,14 @@ def test_examples_are_duplicates_if_both_parts_are(tmp_path: Path):
     assert kept == [pairs[0], *pairs[2:]] and (report.documents, report.duplicates) == (7, 1)
 
 
-def test_completions_of_one_prompt_stay_on_one_side(tmp_path: Path):
+def test_completions_of_one_prompt_stay_in_one_split(tmp_path: Path):
     """Planted: rows without a name, ten completions to a prompt. The row's number would deal them out."""
     rows = [{"prompt": f"p{n % 20}", "completion": f"c{n}"} for n in range(200)]
-    sides: dict[str, set[str]] = {side: set() for side in SPLITS}
-    for side, document in split_documents(settings_for(write_rows(tmp_path / "rows.jsonl", rows))):
+    splits: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for split, document in split_documents(settings_for(write_rows(tmp_path / "rows.jsonl", rows))):
         assert document.prompt
-        sides[side].add(document.prompt)
-    assert sum(map(len, sides.values())) == 20 and all(sides.values())
+        splits[split].add(document.prompt)
+    assert sum(map(len, splits.values())) == 20 and all(splits.values())
     rows = [{"prompt": "", "completion": f"c{n}"} for n in range(200)]  # no prompt at all keeps none together
     reports = Report()
     list(split_documents(settings_for(write_rows(tmp_path / "rows.jsonl", rows)), reports))
@@ -340,8 +340,8 @@ def test_completions_of_one_prompt_stay_on_one_side(tmp_path: Path):
 def test_the_tokenizer_learns_both_parts_of_train_only(tmp_path: Path):
     config = settings_for(write_rows(tmp_path / "rows.jsonl", ROWS))
     expected = []
-    for side, document in split_documents(config):
-        expected += [document.prompt, document.text] if side == "train" else []
+    for split, document in split_documents(config):
+        expected += [document.prompt, document.text] if split == "train" else []
     assert list(training_texts(config)) == expected and len(expected) < 2 * len(ROWS)
 
 
@@ -365,9 +365,9 @@ def test_both_parts_come_back_and_start_as_generation_does(tmp_path: Path, kind:
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), heal=heal)
     prepared = prepare_data(config, tokenizer)
-    wanted: dict[str, list[Document]] = {side: [] for side in SPLITS}
-    for side, document in split_documents(config):
-        wanted[side].append(document)
+    wanted: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for split, document in split_documents(config):
+        wanted[split].append(document)
     crossing = 0
     for store in (prepared.train, prepared.validation, prepared.test):
         assert store.holds_examples and store.n_documents == len(wanted[store.split]) > 0
@@ -428,12 +428,12 @@ def test_the_losslessness_of_both_parts_is_checked(prompt: str, text: str, what:
 def test_a_plain_store_has_no_table_of_prompts_and_an_example_store_needs_its_own(tmp_path: Path):
     plain = range_store(tmp_path / "plain", [3, 0, 5])
     assert not plain.holds_examples and plain.prompt_lengths.tolist() == [0, 0, 0] and plain.n_targets == 6
-    tables = {f"{side}-{name}" for side in SPLITS for name in ("bytes.npy", "names.jsonl", "offsets.npy")}
+    tables = {f"{split}-{name}" for split in SPLITS for name in ("bytes.npy", "names.jsonl", "offsets.npy")}
     assert set(files_of(tmp_path / "plain")) == {"index.json", "train-00000.bin", *tables}
     store = example_store(tmp_path / "examples", [(3, 2), (0, 1)])
     assert store.holds_examples and store.prompt_lengths.tolist() == [4, 1] and store.n_targets == 5
     (tmp_path / "examples" / "train-prompts.npy").unlink()
-    with pytest.raises(ValueError, match="not a whole token store"):  # and never plain text
+    with pytest.raises(ValueError, match="not a whole token store"):  # It is never taken for plain text.
         open_store(tmp_path / "examples")
 
 
@@ -649,10 +649,10 @@ def test_a_limited_validation_makes_no_row_it_does_not_show(tmp_path: Path, monk
         shown = list(validation_batches(store, 1, 8, limit))
         assert len(made) == len(shown) == min(limit, len(whole))
         places = [next(i for i, batch in enumerate(whole) if same(batch, one)) for one in shown]
-        if kind == "plain":  # whose rows all differ
+        if kind == "plain":  # Rows of plain text all differ.
             steps = np.diff([*places, len(whole)])
             assert places[0] == 0 and (steps.max() - steps.min() <= 1 and steps.min() >= 1)
-        for rows in (2, 3, 64):  # to a batch
+        for rows in (2, 3, 64):  # rows of a batch
             batches = list(validation_batches(store, rows, 8, limit))
             assert [len(batch.tokens) for batch in batches] == [rows] * -(-len(shown) // rows)
             assert [list(targets(batch)) for batch in batches] == [

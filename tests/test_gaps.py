@@ -76,9 +76,9 @@ def test_rows_with_a_gap_are_stored_as_generation_asks(tmp_path: Path, name: str
     markers = fim_markers(STARCODER)
     seen = 0
     numbers = dict.fromkeys(SPLITS, 0)
-    for side, document in split_documents(config):
-        store, n = getattr(prepared, side), numbers[side]
-        numbers[side] += 1
+    for split, document in split_documents(config):
+        store, n = getattr(prepared, split), numbers[split]
+        numbers[split] += 1
         prompt, completion = stored_parts(store, n)
         assert document.prompt is not None and document.suffix is not None
         assert prompt == fim_prompt_ids(STARCODER, document.prompt, document.suffix)
@@ -123,7 +123,7 @@ def test_a_prompt_with_a_gap_keeps_what_is_near_the_gap(sizes: list[tuple[int, i
             document = documents[n]
             assert end == "" and (document.prompt or "").endswith(prefix)
             assert (document.suffix or "").startswith(suffix)
-            if len(kept) < len(prompt):  # and each loses only while it is the longer one
+            if len(kept) < len(prompt):  # Each loses only while it is the longer one.
                 assert len(kept) + len(completion) == T + 1
                 lost = len(prefix) < len(document.prompt or ""), len(suffix) < len(document.suffix or "")
                 assert abs(len(prefix) - len(suffix)) <= 1 or lost == (
@@ -169,7 +169,8 @@ def test_a_share_of_the_documents_has_a_gap_anywhere():
     starts, ends = np.array(gaps).T
     assert abs(starts.mean() - 100 / 3) < 3 and abs(ends.mean() - 200 / 3) < 3
     assert starts.min() <= 2 and ends.max() >= 98
-    assert gap_of("def f(x):\n    return x\n", 1.0) == (13, 17)  # on every machine, in every version
+    # The hash is the same on every machine, in every version.
+    assert gap_of("def f(x):\n    return x\n", 1.0) == (13, 17)
 
 
 def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -183,7 +184,7 @@ def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkey
     assert prepared.train.byte_lengths.tolist() == plain.train.byte_lengths.tolist()
     assert not prepared.train.holds_examples and not prepared.train.prompt_lengths.any()
     markers = fim_markers(STARCODER)
-    documents = [document for side, document in split_documents(config) if side == "train"]
+    documents = [document for split, document in split_documents(config) if split == "train"]
     gaps = 0
     for n, document in enumerate(documents):
         ids = prepared.train.document(n)
@@ -204,7 +205,7 @@ def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkey
     for name in ("validation-00000.bin", "test-00000.bin"):
         assert files_of(whole)[name] == files_of(plain.folder)[name]
 
-    # Planted: gaps on both sides.
+    # Planted: gaps in both splits.
     right = corpus.split_of
     monkeypatch.setattr(corpus, "split_of", lambda *args: Side(right(*args)))
     planted = prepare_data(dataclasses.replace(config, cache=str(tmp_path / "planted")), STARCODER)
@@ -225,14 +226,15 @@ def test_gaps_in_sight_are_those_that_rows_show(tmp_path: Path, T: int):
             ids = store.document(number).tolist()
             if (lead := gap_start(ids, markers)) is not None:
                 targets = start + np.arange(ids.index(markers[2]) + 1, len(ids))
-                seen += int((start + lead >= (targets - 1) // T * T).sum())  # its row's first token
+                row_starts = (targets - 1) // T * T
+                seen += int((start + lead >= row_starts).sum())
                 filled += len(targets)
             start += len(ids)
     assert gaps_in_sight(store, markers, T) == pytest.approx(seen / filled, abs=0.03)
 
 
 class Side(str):
-    """A side of the split that passes for training where it is asked."""
+    """The name of a split that passes for training where it is compared."""
 
     def __eq__(self, other: object) -> bool:
         return other == "train" or str.__eq__(self, other)

@@ -1,4 +1,4 @@
-"""From a model to text: ends, stop strings, the model's mode, prompts and mistakes."""
+"""Text of a model: ends, stop strings, the model's mode, prompts and mistakes."""
 
 import itertools
 import math
@@ -109,7 +109,7 @@ def test_looking_for_stop_strings_costs_the_same_at_every_length(n):
     result = generate(model, tokenizer, [""], GenerationConfig(max_new_tokens=n, stop=("never",)))[0]
     assert result.text == ("abcdefg" * n)[:n]
     *during, whole, _ = tokenizer.decoded
-    assert whole == n + 1  # with bos
+    assert whole == n + 1  # bos included
     assert max(during) <= 64 and sum(during) <= 100 * n
 
 
@@ -145,10 +145,8 @@ def test_repetition_penalty_breaks_a_loop():
 def test_what_a_row_has_seen_is_its_own():
     model = chain({5: {0: 0.9, 1: 0.1}}, 8)
     strong = replace(greedy(1), repetition_penalty=50.0)
-    assert [result.ids for result in generate_ids(model, [[5], [6, 7, 5]], strong)] == [
-        [0],
-        [0],
-    ]  # not the padding's
+    # Token 0 of the padding was not seen.
+    assert [result.ids for result in generate_ids(model, [[5], [6, 7, 5]], strong)] == [[0], [0]]
     model, mild = scrambled(MODELS["rotary half"]), replace(greedy(), repetition_penalty=1.5)
     eos = generate_ids(model, PROMPTS, mild)[0].ids[2]  # the first row leaves the batch early
     for chosen in (mild, replace(beams(3, 12), repetition_penalty=1.5)):

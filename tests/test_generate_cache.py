@@ -54,7 +54,7 @@ def test_batched_cached_greedy_equals_single_uncached(name):
 
 
 def test_products_of_few_rows_give_the_same_tokens(monkeypatch):
-    """What large matrices take, which no small model has: fp32, batched and single, cached and not."""
+    """The product of large matrices, which no small model has: fp32, batched and single, cached and not."""
     monkeypatch.setattr(linear, "LEAST", 0)
     monkeypatch.setattr(linear, "OUTPUTS", 8)
     rows: set[int] = set()
@@ -63,7 +63,7 @@ def test_products_of_few_rows_give_the_same_tokens(monkeypatch):
     for name in ("learned", "grouped-query"):
         test_batched_cached_greedy_equals_single_uncached(name)
         test_cached_logits_equal_uncached_at_every_position(name)
-        assert {len(PROMPTS), len(PROMPTS[-1])} <= rows  # of a step, and of a prompt
+        assert {len(PROMPTS), len(PROMPTS[-1])} <= rows  # rows of a step, and of a prompt
         rows.clear()
 
 
@@ -106,7 +106,7 @@ def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch
     settings = GenerationConfig(max_new_tokens=8, repetition_penalty=1.3)
     unequal = [PROMPTS[3], *PROMPTS, PROMPTS[0]]
     assert len(read_together([len(ids) for ids in PROMPTS], 2)) == 3
-    assert sum(unequal.count(ids) > 1 for ids in unequal) == 4  # which are read once
+    assert sum(unequal.count(ids) > 1 for ids in unequal) == 4  # These are read once.
     # A row that ends at once leaves, so that the joined cache is cut as well.
     stops = lambda row, ids: row == 1 and len(ids) == 2  # noqa: E731
     together = generate_ids(model, unequal, settings, stopped=stops)
@@ -121,7 +121,7 @@ def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch
 @pytest.mark.parametrize("spare", [1, 64])
 def test_prompts_that_wait_for_places_are_continued_as_alone(name, spare, monkeypatch):
     """Rows end at different times, and others begin in the midst of those under way."""
-    monkeypatch.setattr(rows_under_way, "SPARE_COLUMNS", spare)  # with 1 the cache is packed again and again
+    monkeypatch.setattr(rows_under_way, "SPARE_COLUMNS", spare)  # With 1 the cache is packed again and again.
     window = 5 if name == "grouped-query" else 0
     model = scrambled(replace(MODELS[name], sliding_window=window))
     settings = GenerationConfig(max_new_tokens=9, repetition_penalty=1.3)
