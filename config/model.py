@@ -7,7 +7,11 @@ from typing import Literal, get_args, get_origin
 
 from config.typed import field_types
 
-DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")  # not given, the first stands for the others
+DROPOUTS = (
+    "dropout",
+    "embed_dropout",
+    "attention_dropout",
+)  # The first is the default of the others.
 ZERO_IS_DEFAULT = (
     "n_kv_head",
     "head_dim",

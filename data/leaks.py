@@ -274,7 +274,7 @@ class _Comparison:
         self.our_groups = {_group(document) for document in held if document.group}
 
         self.n_train = 0
-        self.names: dict[int, str] = {}  # by key, the names of training documents with a needle
+        self.names: dict[int, str] = {}  # names of training documents with a needle, by key
         self.exact: dict[int, str] = {}
         self.near: dict[int, tuple[float, str]] = {}
         self.groups: dict[str, str] = {}
