@@ -1,6 +1,6 @@
 """A run's model as a folder that other tools open: `python export.py --run runs/NAME --out FOLDER`.
 
-training/export.py says what is written.
+training/export.py documents the files that are written.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from config import make_parser, one_sentence
 from training.export_config import ExportConfig
 
-FLAGS = ("--merge", "--requantise")  # which stand alone
+FLAGS = ("--merge", "--requantise")  # flags that need no value
 
 
 def parse_settings(argv: list[str]) -> ExportConfig:
@@ -37,7 +37,7 @@ def parse_settings(argv: list[str]) -> ExportConfig:
 
 
 def __getattr__(name: str) -> Any:
-    """Export, for who imports this file; it imports torch."""
+    """Hand on `training.export`, which imports torch only when it is needed."""
     from training import export
 
     return getattr(export, name)
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     """Export as the command line says."""
     settings = parse_settings(argv)
     with one_sentence():
-        from training.export import export  # which imports torch: a typo was answered before
+        from training.export import export  # It imports torch, and a typo was answered before.
 
         print(export(settings))
 

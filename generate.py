@@ -1,8 +1,8 @@
 """Text from a model: `python generate.py --model FOLDER --prompt "def fib(n):"`.
 
-The command writes the completion to the standard output while it is made, and how it went to the standard
-error. With --suffix the model fills the gap between prompt and suffix; with --recipe it does what a recipe
-trained it for.
+The command writes the completion to the standard output while it is made, and its length and speed to the
+standard error. With --suffix the model fills the gap between prompt and suffix; with --recipe it does the
+task that a recipe trained it for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse_settings(argv: list[str]) -> CommandConfig:
 
 
 def __getattr__(name: str) -> Any:
-    """Generate and its parts, for who imports this file; it imports torch."""
+    """Hand on `generation.text`, which imports torch only when it is needed."""
     from generation import text
 
     return getattr(text, name)
@@ -52,9 +52,9 @@ def __getattr__(name: str) -> Any:
 
 def main(argv: list[str]) -> None:
     """Generate as the command line says, or hand it to the recipe that it names."""
-    # What imports torch is imported after the command line was understood.
+    # Modules with torch are imported after the command line was understood.
     if any(word.split("=")[0] == "--recipe" for word in argv):
-        from recipes.refactoring import main as refactor  # a use of its own, with flags of its own
+        from recipes.refactoring import main as refactor  # It has flags of its own.
 
         refactor(argv)
         return
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
 
         try:
             write_completions(settings)
-        except BrokenPipeError:  # as of `| head`: who reads has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        except BrokenPipeError:  # The reader, such as `| head`, has closed the pipe.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # The flush at exit needs a file.
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Settings: what they are (schema, model), what they may be (ranges, rules) and how they are given (cli,
-yamlfile).
+"""Settings: their fields (schema, model), their bounds (ranges, rules) and their sources (cli, yamlfile).
 
-This is the lowest floor, so what every command does with its terminal (console) and with files of strangers
-(files) is here too. Nothing here imports torch: `--help` and a typo are answered at once.
+This is the lowest floor, so every command's handling of the terminal (console) and of untrusted files (files)
+is here too. Nothing here imports torch: `--help` and a typo are answered at once.
 """
 
 from config.cli import RECIPES, make_parser, parse_config
@@ -21,6 +20,7 @@ from config.model import DROPOUTS, ModelConfig
 from config.ranges import RANGES
 from config.rules import possible_kinds, unread_rates, unused_keys
 from config.schema import (
+    BASE_ROW,
     BEFORE,
     CONFIG_GROUPS,
     OPTIMIZER_DEFAULTS,
@@ -34,6 +34,7 @@ from config.schema import (
 )
 
 __all__ = [
+    "BASE_ROW",
     "BEFORE",
     "CONFIG_GROUPS",
     "DROPOUTS",

@@ -26,11 +26,10 @@ RECIPES = REPOSITORY / "recipes"  # the YAML files of presets
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Config:
-    """The Config of a command line: defaults, then each `--config FILE.yaml`, then single flags.
+    """Return the Config of a command line: defaults, then each `--config FILE.yaml`, then single flags.
 
     A mistake prints one sentence and exits with 2: an unknown key (with the nearest known one), a value of
-    the wrong type or out of range, a model that cannot be built, and a key that is set but that nothing
-    would read.
+    the wrong type or out of range, a model that cannot be built, and a key that nothing reads.
     """
     parser = make_parser(CONFIG_GROUPS, description)
     words = _switches(argv)
@@ -39,7 +38,7 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
         words = ["--config", str(RECIPES / "overfit.yaml"), *words]
     words, rate = _without_rate(words)
     values = parser.parse_args(words).clone(with_meta=False).as_dict()
-    if values["base"] is not None:  # said in a flag or in a file
+    if values["base"] is not None:  # A flag or a file has set it.
         words = ["--config", str(RECIPES / "finetune.yaml"), *words]
         values = parser.parse_args(words).clone(with_meta=False).as_dict()
     values.pop("config", None)
@@ -52,11 +51,11 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
         if config.train.overfit and config.data.source == DataConfig.source and not sourced:
             config = replace(config, data=replace(config.data, source=str(RECIPES / "overfit")))
         check_ranges(config)
-        held = config.train.base_format
-        if config.train.base is not None and config.lora.r == 0 and held in ("bf16", "nf4"):
+        weight_format = config.train.base_format
+        if config.train.base is not None and config.lora.r == 0 and weight_format in ("bf16", "nf4"):
             raise ValueError(
-                f"base_format is {held} and lora.r is 0, by which all of the base would train, and weights "
-                "can only in fp32: set lora.r to 1 or more to train adapters, or remove base_format"
+                f"base_format is {weight_format} and lora.r is 0, by which all of the base would train, and "
+                "weights can only in fp32: set lora.r to 1 or more to train adapters, or remove base_format"
             )
         given = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
         left = left_of_other_optimizer(config.optimizer, given)
@@ -74,7 +73,7 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
 
 
 def _without_rate(words: list[str]) -> tuple[list[str], str]:
-    """The words without `--lr`, and that flag or "": which key is meant follows from the rest."""
+    """Return the words without `--lr`, and that flag or "": the other words decide which key it means."""
     place = next(
         (n for n, word in enumerate(words) if word.split("=")[0] in ("--lr", "--learning_rate")), None
     )
@@ -85,9 +84,9 @@ def _without_rate(words: list[str]) -> tuple[list[str], str]:
 
 
 def _switches(argv: Sequence[str] | None) -> list[str]:
-    """`--overfit` alone means `--overfit true`, and so does `--overfit=true`; `--allow a,b` is a list.
+    """Write out short flags: `--overfit` alone is `--overfit true`, and `--allow a,b` is a list.
 
-    `--fix`, what a guard against leaks asks for, is `--data.regroup`.
+    `--fix`, which the guard against leaks recommends, is `--data.regroup`.
     """
     switches = {f"--{f.name}" for f in dataclasses.fields(TrainConfig) if f.type == "bool"}
     switches.add("--data.regroup")
@@ -106,7 +105,7 @@ def _switches(argv: Sequence[str] | None) -> list[str]:
     spelled = []
     for word, following in pairwise([*words, "--"]):
         if spelled and spelled[-1] in lists and not word.startswith("["):
-            word = json.dumps(word.split(","))  # quoted: to YAML a leading * is no text
+            word = json.dumps(word.split(","))  # It is quoted, since a leading * is no text to YAML.
         spelled.append(word)
         if word in switches and following.startswith("-"):
             spelled.append("true")
@@ -114,22 +113,21 @@ def _switches(argv: Sequence[str] | None) -> list[str]:
 
 
 def make_parser(groups: dict[str, type], description: str) -> Any:
-    """A jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
+    """Return a jsonargparse parser for dataclasses, each below its prefix, whose errors are one sentence."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # pyright: ignore
     from yaml import YAMLError
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            if message.startswith("Unexpected config:"):  # and then the whole file
+            if message.startswith("Unexpected config:"):  # The whole file follows.
                 message = "a --config file must be a YAML mapping of keys to values"
-            if _FAULT in message:  # behind what the parser was about
+            if _FAULT in message:  # The parser's own words stand before it.
                 message = message.rpartition(_FAULT)[2]
             refuse(f"{_in_our_words(message, groups)}{_suggestion(message, groups)}")
 
         def parse_args(self, *args: Any, **options: Any) -> Any:
-
             words = args[0] if args and args[0] is not None else sys.argv[1:]
-            flags = ("--config", *(f"--{name}" for name in groups if name))  # a group may have a file too
+            flags = ("--config", *(f"--{name}" for name in groups if name))  # A group may have a file too.
             numbers = {
                 f"--{name}.{key}".replace("--.", "--")
                 for name, group in groups.items()
@@ -144,15 +142,15 @@ def make_parser(groups: dict[str, type], description: str) -> Any:
                         read_yaml(Path(file))
                     except ValueError as error:
                         self.error(str(error))
-                    except OSError:  # which the parser tells
-                        pass
+                    except OSError:
+                        pass  # The parser says so itself.
                 elif flag in flags and not file.replace("\n", "").replace("\t", "").isprintable():
-                    self.error(f"{flag} is {printable(file)}, and there is no such file")  # nor is it YAML
+                    self.error(f"{flag} is {printable(file)}, and there is no such file")
                 if flag in numbers and (wrong := by_base_60(file, f"{flag} {file}")):
                     self.error(wrong)
             try:
                 return super().parse_args(*args, **options)
-            except (ValueError, TypeError, OSError, RecursionError) as error:  # a file that is no YAML
+            except (ValueError, TypeError, OSError, RecursionError) as error:  # A file is no YAML.
                 self.error(f"the settings cannot be read: {error}")
 
     set_loader("settings", _load_settings, (ValueError, RecursionError, YAMLError))
@@ -167,10 +165,10 @@ _FAULT = "the settings cannot be taken: "
 
 
 def _load_settings(text: str, path: str = "") -> Any:
-    """What a text is to the parser: of a file, of a file that it names, or on the command line.
+    """Load the text of a file, of a file that it names, or of a flag, for the parser.
 
     Raises:
-        ValueError: As `parse_yaml`. Where the parser wants text, it then takes the text as it is.
+        ValueError: The errors of `parse_yaml`. Where the parser wants text, it then takes it as it is.
     """
     from jsonargparse import get_loader
 
@@ -186,7 +184,7 @@ def _load_settings(text: str, path: str = "") -> Any:
 
 
 def _in_our_words(message: str, groups: dict[str, type]) -> str:
-    """An error of jsonargparse in one line; a value that does not fit its key with what would."""
+    """Put an error of jsonargparse in one line; for a value that does not fit, add what would."""
     line = one_line(message)
     found = re.search(
         r'Parser key "([\w.]+)": (?:Expected|Does not validate) .*?(?:Got|Given) value: ?(.*)$', line
@@ -203,7 +201,7 @@ def _in_our_words(message: str, groups: dict[str, type]) -> str:
     if get_origin(kind) is Literal:
         near = "".join(difflib.get_close_matches(value.lower(), get_args(kind), n=1))
     meant = f"; did you mean {near}?" if near else ""
-    # Of a list or mapping the parser names what is wrong inside, or that it is neither.
+    # For a list or mapping the parser names the wrong item, or says that the value is neither.
     inside = get_origin(kind) in (list, tuple, dict) and not re.search("<class '(list|tuple|dict)'>", line)
     is_or_holds = "holds" if inside else "is"
     shown = value or repr("")
@@ -211,7 +209,7 @@ def _in_our_words(message: str, groups: dict[str, type]) -> str:
 
 
 def _suggestion(message: str, groups: dict[str, type]) -> str:
-    """`; did you mean ...` for the first word of an error that is nearly a key."""
+    """Return `; did you mean ...` for the first word of an error that is nearly a key."""
     known = [
         f"{name}.{f.name}".lstrip(".") for name, group in groups.items() for f in dataclasses.fields(group)
     ]

@@ -1,9 +1,9 @@
-"""What reaches the terminal: text in which a stranger's characters are seen and not obeyed. No torch.
+"""Text for the terminal, in which untrusted characters are shown and never obeyed. No torch.
 
 Names of files, fields of rows, keys of settings, ids of models and addresses may hold anything, and they
-stand in sentences, warnings, bars and tables. So there is one owner, and no place that prints has to think of
-it: while a command runs, `shown_safely` stands before the standard output and the standard error. Text that
-is meant for other programs, a completion or a diff, is written to the buffer below.
+stand in sentences, warnings, bars and tables. Code that prints need not think of it: while a command runs,
+`shown_safely` wraps the standard output and the standard error. Text for other programs, a completion or a
+diff, is written to the buffer below.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO, cast
 
-# A bar of tqdm goes to the start of its line, before and after its text, and up to it, in a write alone.
+# tqdm writes carriage returns before and after a bar's text, and moves up to the bar's line in a write alone.
 _LINES_UP = re.compile(r"(?:\x1b\[A)+")
 _AROUND = re.compile(r"(\r*)(.*?)(\r*)", re.DOTALL)
 
 
 def printable(text: str) -> str:
-    """`text` with each character that is not seen, but line breaks and tabs, named as Python would: \\x1b."""
+    """Name each invisible character as Python does, \\x1b, but for line breaks and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -43,7 +43,7 @@ def for_shell(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` in one line that can be printed."""
+    """Return `text` in one line that can be printed."""
     return printable(" ".join(text.split()))
 
 
@@ -54,7 +54,7 @@ def refuse(sentence: str) -> NoReturn:
 
 
 class _Safe:
-    """A text stream that writes what `printable` makes of a text; all else is the stream's own."""
+    """A text stream that writes `printable` texts, and is the wrapped stream in all else."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -76,7 +76,7 @@ class _Safe:
 
 @contextlib.contextmanager
 def shown_safely() -> Iterator[None]:
-    """While it lasts, nothing that is printed, warned of or shown in a bar steers the terminal."""
+    """Keep all that is printed, warned of or shown in a bar from steering the terminal."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Safe(stream)) for stream in before)
     try:
@@ -85,20 +85,20 @@ def shown_safely() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-# How torch words it: on CUDA, on Windows, on Linux.
+# The words of torch on CUDA, on Windows and on Linux.
 _MEMORY_IS_FULL = ("out of memory", "not enough memory", "allocate memory")
 
 
 def memory_is_full(error: BaseException) -> bool:
-    """Whether that is what an error says, Python's own or torch's."""
+    """Whether an error of Python or torch says that memory is full."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_IS_FULL)
 
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """A user's mistake, a full disk or full memory ends the command with one sentence and exit code 2.
+    """End the command with one sentence and exit code 2 for a user's mistake, a full disk or full memory.
 
-    An interrupt exits with 130. Set PLUMB_TRACEBACK=1 to see where it came from.
+    An interrupt exits with 130. PLUMB_TRACEBACK=1 shows the traceback instead.
     """
     with shown_safely():
         try:
@@ -114,7 +114,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def _sentence_of(error: BaseException) -> str:
-    """What is said of an error that ends a command."""
+    """Return the sentence for an error that ends a command."""
     if memory_is_full(error):
         return "memory is full; a smaller batch_size, model or corpus needs less"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -128,5 +128,5 @@ def say(text: str) -> None:
     """Print. A reader (`| head`) or a terminal that went away does not end the command."""
     try:
         print(text, flush=True)
-    except OSError:  # what is still in the buffer would fail once more at the exit
+    except OSError:  # The buffer's rest would fail once more at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

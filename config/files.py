@@ -1,4 +1,4 @@
-"""Files of strangers and folders that are written to: bounded lines, JSON with one reading, whole files."""
+"""Untrusted files and folders that are written to: bounded lines, JSON with one reading, whole files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]  # the one place that knows where this program lies
+REPOSITORY = Path(__file__).resolve().parents[1]  # the only place that knows where this program is
 
-MOST_BYTES = 2**28  # The most bytes of a document or of a row of it, which is tokenised whole.
+MOST_BYTES = 2**28  # the largest document or row, which is tokenised as a whole
 
 
 def bounded_lines(lines: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
-    """The lines of an open file; ValueError for one that is too long to be held.
+    """Yield the lines of an open file; ValueError for one of more than MOST_BYTES.
 
-    Without a bound a gz of a megabyte, or a sparse file, may be one line that no memory holds.
+    Without a bound a gz of a megabyte, or a sparse file, may be one line that fits no memory.
     """
     for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
         if len(line) > MOST_BYTES:
@@ -33,11 +33,11 @@ def bounded_lines(lines: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
 
 
 class RepeatedKey(ValueError):
-    """An object of JSON has a key twice, of which a parser takes the later one without a word."""
+    """An object of JSON has a key twice, of which a parser silently takes the later one."""
 
 
 def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, for json's `object_pairs_hook`; RepeatedKey if a key is in two of them."""
+    """Return the object of these pairs, for json's `object_pairs_hook`; RepeatedKey if a key is in two."""
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()
@@ -47,10 +47,10 @@ def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_line(line: str, where: str) -> Any:
-    """The value of a line of JSONL; ValueError that names `where`, the file and the line, and the column."""
+    """Return the value of a line of JSONL; ValueError names `where`, the file and line, and the column."""
     at = ""
     try:
-        # json would count the line end, and say line 2 column 1.
+        # With its line end the line would have its errors at line 2 column 1.
         return json.loads(line.rstrip("\r\n"), object_pairs_hook=unrepeated)
     except RepeatedKey as error:
         raise ValueError(f"{where} has two readings: {error}; leave one out") from None
@@ -58,17 +58,17 @@ def parse_line(line: str, where: str) -> Any:
         at, reason = f" at column {error.colno}", error.msg.split(" (")[0]
     except RecursionError:
         reason = "it is nested too deeply"
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # A number has thousands of digits.
         reason = str(error).split(";")[0]
     raise ValueError(f"{where} is not JSON{at}: {reason}; write the row as one object in one line")
 
 
 def refuse_unwritable(folder: str | Path, setting: str, unless: str | None = None) -> None:
-    """ValueError if a folder can neither be written to nor be made; nothing of the try is left.
+    """Raise ValueError for a folder that can neither be written to nor made; the attempt leaves nothing.
 
     Args:
-        setting: What names it, for the sentence.
-        unless: A pattern of what may make it useful all the same, as a cache that is only read.
+        setting: The flag that names the folder, for the sentence.
+        unless: A pattern of files with which it is useful without writing, such as a cache that is read.
     """
     whole = Path(os.path.abspath(folder))
     there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
@@ -95,7 +95,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def code_fingerprint(folder: Path = REPOSITORY) -> str:
-    """SHA-256 of the project's own Python files, by name and content."""
+    """Return the SHA-256 of the project's own Python files, by name and content."""
     digest = hashlib.sha256()
     packages = [path.parent for path in folder.glob("*/__init__.py")]
     for path in sorted([*folder.glob("*.py"), *(p for package in packages for p in package.rglob("*.py"))]):
@@ -106,8 +106,8 @@ def code_fingerprint(folder: Path = REPOSITORY) -> str:
 def own_module(name: str) -> tuple[list[str], dict[str, str]]:
     """Return the command and the environment that run a module of this program as a process of its own.
 
-    The working directory stays the user's, for relative paths, and is no place that modules come from (-P):
-    a file config.py there is not ours.
+    The working directory stays the user's, for relative paths, and no module is imported from it (-P): a file
+    config.py there is not the program's.
     """
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return [sys.executable, "-P", "-m", name], os.environ | {"PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""The decoder's shape and parts as plain values, and what cannot be built of them."""
+"""The decoder's shape and parts as plain values, and the check that they can be built."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from config.typed import field_types
 
 # Where one of these is not given, the first stands for it.
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
+ZERO_IS_DEFAULT = (
+    "n_kv_head",
+    "head_dim",
+    "n_inner",
+    "rotary_dim",
+    "rope_context",
+    "sliding_window",
+    "base_width",
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class ModelConfig:
         n_inner: Width of the MLP; 0 means 4 n_embd.
         block: `sequential` or `parallel`.
         norm: `rms` or `layer`.
-        norm_eps: Added to the variance.
+        norm_eps: Number added to the variance.
         norm_weight: Norms have a learned scale.
         norm_bias: Norms have a learned shift.
         position: `rotary`, `learned`, `sinusoidal` or `none`.
@@ -35,32 +44,34 @@ class ModelConfig:
         rope_theta: Base of the rotary frequencies.
         rope_scaling: How rotary frequencies reach past `rope_context`: `none`, `linear` (arXiv:2306.15595),
             `dynamic` (by the text's length, arXiv:2309.00071 appendix B.2) or `llama3` (arXiv:2407.21783).
-        rope_factor: How many times further, at least 1.
+        rope_factor: How many times as far as `rope_context`, at least 1.
         rope_context: Tokens of the context the model was first trained on; 0 means block_size.
         rope_low_freq: `llama3` divides frequencies with fewer turns than this in the first context.
         rope_high_freq: `llama3` leaves frequencies with more turns than this as they are.
         sliding_window: A token sees itself and the sliding_window - 1 tokens before it; 0 means all before.
-        window_layers: The layers it applies to, from 0; none named means all.
+        window_layers: Layers with the sliding window, counted from 0; none named means all.
         mlp: `gelu`, `gelu_tanh`, `relu2` or `swiglu`.
         qk_norm: Normalise queries and keys (arXiv:2010.04245).
         fused_qkv: One projection for query, key and value.
-        qkv_layout: Its rows: `blocks` (all queries, keys, values), `heads` (query, key, value of each head in
-            turn: GPTBigCode) or `shards` (query, value and key of a quarter of the heads at a time: CodeGen).
+        qkv_layout: Order of the fused projection's rows: `blocks` (all queries, keys, values), `heads`
+            (query, key, value of each head in turn: GPTBigCode) or `shards` (query, value and key of a
+            quarter of the heads at a time: CodeGen).
         qkv_bias: Bias in the query, key and value projections.
         attention_bias: Bias in attention's output projection.
         mlp_bias: Bias in the MLP.
         head_bias: Bias in the head.
         tie_embeddings: The head shares the embedding's weight.
-        dropout: After the embedding, on attention weights, and on each block's outputs; none given means 0,
-            or that of `base`.
-        embed_dropout: After the embedding alone; none given means `dropout`.
-        attention_dropout: On attention weights alone; none given means `dropout`.
+        dropout: Dropout after the embedding, on attention weights, and on each block's outputs; none given
+            means 0, or that of `base`.
+        embed_dropout: Dropout after the embedding alone; none given means `dropout`.
+        attention_dropout: Dropout on attention weights alone; none given means `dropout`.
         attention: `fast` (fused kernels) or `reference` (written out).
         init: `normal`, `xavier` or `zero_output`; see architecture.INITS.
         base_width: The n_embd at which the learning rates and the initialisation were found, which are then
             carried over to this n_embd by maximal update parametrisation (arXiv:2203.03466): AdamW's rates
-            for blocks' matrices and the head fall with the width, a drawn head too, and drawn matrices of
-            blocks with its square root. Raise n_head with n_embd, so that head_dim stays, and n_inner if set.
+            for blocks' matrices and the head fall with the width, initial weights of the head too, and those
+            of blocks' matrices with its square root. Raise n_head with n_embd, so that head_dim stays, and
+            n_inner if set.
             0 takes them as they are.
     """
 
@@ -110,19 +121,41 @@ class ModelConfig:
         return self.n_embd / self.base_width if self.base_width else 1.0
 
     def resolved(self) -> ModelConfig:
-        """Return the shape with every 0 filled in; ValueError for one that cannot be built."""
+        """Return the config with every 0 filled in.
+
+        Raises:
+            ValueError: The shape cannot be built; the sentence says why and what to change.
+        """
+        self._refuse_values()
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        n_kv_head = self.n_kv_head or self.n_head
+        rotary_dim = self.rotary_dim or head_dim
+        self._refuse_heads(head_dim, n_kv_head, rotary_dim)
+        if self.base_width and self.tie_embeddings:
+            raise ValueError(
+                f"model.base_width is {self.base_width} and model.tie_embeddings true: across widths an "
+                "embedding and a head learn at other rates; set model.tie_embeddings to false"
+            )
+        self._refuse_positions(rotary_dim)
+        self._refuse_qkv_layout(n_kv_head)
+        # Where nothing reads rope_context it stays 0: a run whose config sets what nothing reads is refused.
+        reaches = self.rope_scaling in ("dynamic", "llama3")
+        return replace(
+            self,
+            head_dim=head_dim,
+            n_kv_head=n_kv_head,
+            rotary_dim=rotary_dim if self.position == "rotary" else 0,
+            n_inner=self.n_inner or 4 * self.n_embd,
+            rope_context=self.rope_context or reaches * self.block_size,
+            **self._dropouts(),
+        )
+
+    def _refuse_values(self) -> None:
+        """Raise ValueError for a value out of range, or a shift of a norm that has none."""
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in (
-            "n_kv_head",
-            "head_dim",
-            "n_inner",
-            "rotary_dim",
-            "rope_context",
-            "sliding_window",
-            "base_width",
-        ):
+        for name in ZERO_IS_DEFAULT:
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)}; it must be at least 1, or 0 for the default"
@@ -138,25 +171,23 @@ class ModelConfig:
             raise ValueError(
                 "model.norm rms has no shift; set model.norm_bias to false or model.norm to layer"
             )
+
+    def _refuse_heads(self, head_dim: int, n_kv_head: int, rotary_dim: int) -> None:
+        """Raise ValueError for heads that do not divide the width or each other, or cannot be rotated."""
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(
                 f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; "
                 "change one of them or set model.head_dim"
             )
-        head_dim = self.head_dim or self.n_embd // self.n_head
-        n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % n_kv_head:
             raise ValueError(f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {n_kv_head}")
-        rotary_dim = self.rotary_dim or head_dim
         if self.position == "rotary" and (rotary_dim > head_dim or rotary_dim % 2):
             raise ValueError(
                 f"model.rotary_dim {rotary_dim} must be even and at most the head's {head_dim} dimensions"
             )
-        if self.base_width and self.tie_embeddings:
-            raise ValueError(
-                f"model.base_width is {self.base_width} and model.tie_embeddings true: across widths an "
-                "embedding and a head learn at other rates; set model.tie_embeddings to false"
-            )
+
+    def _refuse_positions(self, rotary_dim: int) -> None:
+        """Raise ValueError for a scaling of rotary frequencies, or a window, that has no meaning."""
         if not self.rope_factor >= 1:
             raise ValueError(f"model.rope_factor is {self.rope_factor}; it must be at least 1")
         if self.rope_scaling == "dynamic" and rotary_dim < 4:
@@ -174,6 +205,9 @@ class ModelConfig:
                 f"model.window_layers {list(self.window_layers)} must be among the {self.n_layer} layers "
                 f"0 to {self.n_layer - 1}"
             )
+
+    def _refuse_qkv_layout(self, n_kv_head: int) -> None:
+        """Raise ValueError for heads that the layout of a fused projection cannot hold."""
         if self.fused_qkv and self.qkv_layout != "blocks" and n_kv_head != self.n_head:
             raise ValueError(
                 f"model.qkv_layout {self.qkv_layout} has as many key heads as query heads, not {n_kv_head} "
@@ -184,8 +218,9 @@ class ModelConfig:
                 f"model.qkv_layout shards needs a model.n_head that 4 divides, not {self.n_head}; "
                 "set model.qkv_layout to blocks"
             )
-        # Where nothing reads it, it stays 0: a run whose saved config sets what nothing reads is refused.
-        reaches = self.rope_scaling in ("dynamic", "llama3")
+
+    def _dropouts(self) -> dict[str, float]:
+        """Return every dropout probability; one that is not given is `dropout`, or 0."""
         dropouts = {
             name: (self.dropout or 0.0) if getattr(self, name) is None else getattr(self, name)
             for name in DROPOUTS
@@ -193,12 +228,4 @@ class ModelConfig:
         for name, p in dropouts.items():
             if not 0 <= p < 1:
                 raise ValueError(f"model.{name} is {p}; it must be at least 0 and below 1")
-        return replace(
-            self,
-            head_dim=head_dim,
-            n_kv_head=n_kv_head,
-            rotary_dim=rotary_dim if self.position == "rotary" else 0,
-            n_inner=self.n_inner or 4 * self.n_embd,
-            rope_context=self.rope_context or reaches * self.block_size,
-            **dropouts,
-        )
+        return dropouts

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
-# Key: least, most, and which of the two is itself refused. None is no bound but the type's own; what depends
-# on several keys is in ModelConfig.resolved. The model's upper bounds only keep out what no machine holds.
+# Key: least, most, and which of the two is itself refused. None is no bound but the type's own. Bounds that
+# depend on several keys are in ModelConfig.resolved. The model's upper bounds refuse what fits no machine.
 RANGES: dict[str, tuple[float | None, float | None, Literal["", "above", "below"]]] = {
     "seed": (0, None, ""),
     "row_length": (0, 2**24, ""),
@@ -69,7 +69,7 @@ def refuse_out_of_range(values: Mapping[str, Any]) -> None:
             continue
         largest = _LARGEST[type(value)]
         least, most, refused = RANGES.get(key, (None, None, ""))
-        if not abs(value) <= largest:  # also not a number
+        if not abs(value) <= largest:  # NaN too
             bound = "finite" if isinstance(value, float) else f"at most {largest}"
         elif least is not None and (value < least or (refused == "above" and value == least)):
             bound = f"{'above' if refused == 'above' else 'at least'} {least}"

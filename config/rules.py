@@ -1,4 +1,4 @@
-"""Settings that nothing reads: which they are, and why."""
+"""Settings that a run would not read, each with the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from config.schema import OPTIMIZER_DEFAULTS, Config, LoraConfig, OptimizerConfi
 
 
 def possible_kinds(config: Config) -> set[str]:
-    """The kinds of parameters that train (optim.parameter_groups); with a base, all that may be."""
+    """Return the kinds of parameters that train (optim.parameter_groups); with a base, all that may."""
     model, lora, kinds = config.model, config.lora, set(OptimizerConfig().rate_keys())
     if config.train.base is None:
         vectors = (model.norm_weight, model.norm_bias, model.qkv_bias, model.attention_bias, model.mlp_bias)
@@ -27,12 +27,12 @@ def possible_kinds(config: Config) -> set[str]:
 def unread_rates(
     optimizer: OptimizerConfig, kinds: Collection[str], given: Collection[str] = ()
 ) -> Iterator[tuple[str, str]]:
-    """Learning rates that are set although no parameter learns at them, each with the reason.
+    """Yield learning rates that are set although no parameter learns at them, each with the reason.
 
     Args:
-        kinds: Of the parameters that train.
-        given: Full keys that the user named, whose value counts as set whatever it is. Elsewhere a value that
-            the optimizer would have without it does not: a run's config.yaml holds every key.
+        kinds: Kinds of the parameters that train.
+        given: Full keys that the user named, whose values count as set. Other values count only where they
+            differ from the optimizer's own: a run's config.yaml holds every key.
     """
     read = {*optimizer.rates_read(kinds)}
     read |= {
@@ -42,7 +42,7 @@ def unread_rates(
     }
     for name in ("lr", "muon_lr", "embedding_lr", "head_lr"):
         key, value = f"optimizer.{name}", getattr(optimizer, name)
-        # Runs wrote the values beside Muon for every optimizer, before what is not given followed it.
+        # Older runs wrote Muon's values for every optimizer.
         tables = [OPTIMIZER_DEFAULTS[own] for own in ("muon", optimizer.name)]
         unset = {table.get(name, OptimizerConfig.muon_lr) for table in tables}
         if name in ("embedding_lr", "head_lr"):
@@ -67,10 +67,10 @@ def left_of_other_optimizer(optimizer: OptimizerConfig, given: Collection[str]) 
 
 
 def unused_keys(config: Config, given: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """Keys that differ from their default although nothing reads them, each with the reason.
+    """Yield keys that differ from their default although nothing reads them, each with the reason.
 
     Args:
-        given: As of `unread_rates`.
+        given: See `unread_rates`.
     """
     model, optimizer, tokenizer, train = config.model, config.optimizer, config.tokenizer, config.train
     trained = tokenizer.path is None and train.base is None

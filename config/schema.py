@@ -19,10 +19,12 @@ from config.model import ModelConfig
 from config.ranges import refuse_out_of_range
 from config.typed import typed_group
 
+BASE_ROW = 512  # tokens in a training row of a base where no setting gives them; its context may be 131,072
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is split into training, validation and test files.
+    """The corpus, and how it is split into training, validation and test files.
 
     Args:
         source: `stdlib` (the running interpreter's own library), a folder, or a .jsonl, .jsonl.gz or
@@ -31,33 +33,34 @@ class DataConfig:
         text_field: Field that holds the text of a JSONL or Parquet row; by default `text`, else `content`.
             Without it rows may be examples: prompt and completion; input and output; instruction, input
             (which may be missing) and output; or prefix, suffix and middle.
-        group_field: Field whose value keeps documents together on one side of the split (a repository,
-            say). Without it each document is its own group, and examples without a name go by their prompt.
-        regroup: Find what belongs together by its text (near duplicates, shared passages) and keep it on one
-            side of the split too. `--fix` is short for it. Unset, it is on for `stdlib`, many of whose code
+        group_field: Field whose value keeps documents together in one split (a repository, say). Without it
+            each document is its own group, and examples without a name go by their prompt.
+        regroup: Find documents that belong together by their text (near duplicates, shared passages) and keep
+            them in one split too. `--fix` is short for it. Unset, it is on for `stdlib`, many of whose code
             pages are near copies of each other, and off for a source of one's own.
         validation_one_in: Of the groups that are not test, those are validation where
             `sha1(group) % validation_one_in == 0`. The best checkpoint is chosen by them. 0 validates on the
             training files, which only `--overfit` allows.
         test_one_in: A group is test where `sha256(group) % test_one_in == 0`: the scores at the end are over
-            these files, which nothing was chosen by. 0 scores the validation files instead.
-        drop_comments: Remove comments and docstrings from Python files before they are tokenised. Not of
-            examples.
+            these files, by which nothing was chosen. 0 scores the validation files instead.
+        drop_comments: Remove comments and docstrings from Python files before they are tokenised. Examples
+            cannot have it.
         skip_undecodable: Leave out, and count, files that are not UTF-8 instead of stopping at the first.
-        loss_on: Tokens of an example that bear loss in training: its `completion`, or `all` but the first.
+        loss_on: Tokens of an example that are targets in training: its `completion`, or `all` but the first.
             Validation scores completions either way, so that such runs compare.
         heal: Tokenise prompt and completion of an example as one text, and cut it where generation does, so
-            that what is asked for is what was trained (tokenization/healing.py). Runs without this key have
+            that generation requests what was trained (tokenization/healing.py). Runs without this key have
             them apart.
         fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
             models with such tokens (arXiv:2207.14255).
-        order: Of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard they
-            are: `easy-first`, `hard-first`, or `hybrid`, drawn from the easiest, whose share grows to all.
+        order: Order of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard
+            they are: `easy-first`, `hard-first`, or `hybrid`, sampled from the easiest, whose share grows
+            to all.
         difficulty: How hard a document is: `rarity` of its tokens, `entropy` of their distribution, or `loss`
             of an n-gram model that did not see it.
         cache: Folder for trained tokenizers and token stores, keyed by content.
-        cache_gb: Its bound, in 10**9 bytes: what was used longest ago is removed to keep below it, but
-            nothing that is open or was used since the run began; 0 is none.
+        cache_gb: Bound of the cache, in 10**9 bytes. Entries that were used longest ago are removed to keep
+            below it, but none that is open or was used since the run began; 0 is no bound.
         workers: Processes that tokenise; 0 means one for each core.
     """
 
@@ -80,7 +83,7 @@ class DataConfig:
     workers: int = 0
 
     def resolved(self) -> DataConfig:
-        """The same settings with `regroup` decided. This is the one place that decides it."""
+        """Return the settings with `regroup` decided, which no other code decides."""
         if self.regroup is not None:
             return self
         return replace(self, regroup=self.source == "stdlib")
@@ -88,10 +91,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer turns text into ids.
+    """The tokenizer that turns text into ids.
 
     Args:
-        kind: `code` (ours), `bpe` (byte-level BPE) or `pretrained` (a Hugging Face tokenizer.json folder).
+        kind: `code` (for source code), `bpe` (byte-level BPE) or `pretrained` (a Hugging Face tokenizer.json
+            folder).
         vocab_size: Largest vocabulary that `code` and `bpe` may learn, special tokens included.
         min_count: A piece enters the `code` vocabulary only if it occurs more than this many times.
         path: Folder of a trained or pretrained tokenizer to load instead of training one.
@@ -105,21 +109,21 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What trains of a pretrained `base`: low-rank adapters (LoRA, arXiv:2106.09685), or all of it.
+    """Training of a pretrained `base`: low-rank adapters (LoRA, arXiv:2106.09685), or all of its weights.
 
     Args:
         r: Rank of the adapters; 0 trains the base's own weights instead.
         alpha: Adapters are scaled by alpha / r.
-        dropout: On the adapters' input.
+        dropout: Dropout on the adapters' input.
         targets: The modules that get an adapter, by published name (`c_attn`, `q_proj`, `wte`), by role
             (`attention`, `mlp`, `embedding`, `all-linear`) or by a pattern of full names with `*`.
         rank_pattern: Other ranks for modules whose published name ends in the key.
-        alpha_pattern: Other alphas, likewise.
+        alpha_pattern: Other alphas, by the same names.
         rslora: Scale by alpha / sqrt(r) instead (arXiv:2312.03732).
         dora: Train the length of each output's weights apart from their direction (arXiv:2402.09353).
         init: `default` (A random, B zero) or `pissa` (the base's largest singular parts, arXiv:2404.02948).
         bias: Biases that train: `none`, `all`, or `lora_only`, those of modules with an adapter.
-        train_modules: Modules that are trained whole and saved with the adapter, by published name.
+        train_modules: Modules that are trained as a full copy and saved with the adapter, by published name.
         new_tokens: Tokens that are added to the tokenizer; of embedding and head only their rows train.
         lr_ratio: B's learning rate over A's (LoRA+, arXiv:2402.12354).
     """
@@ -141,7 +145,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights move. What is not given of AdamW's rates, betas and eps follows `name`: see `resolved`.
+    """How the weights move. Rates, betas and eps of AdamW that are not given follow `name`: see `resolved`.
 
     Args:
         name: `muon` (Muon for the blocks' matrices, AdamW for the rest) or `adamw`.
@@ -150,7 +154,7 @@ class OptimizerConfig:
         embedding_lr: AdamW's for token and position embeddings; 0 means lr; none given means 0.3 beside Muon,
             and lr with `adamw`.
         head_lr: AdamW's for the head; 0 means lr; none given means 0.01 beside Muon, and lr with `adamw`.
-        weight_decay: Decoupled, on matrices; never on norms and biases.
+        weight_decay: Decoupled weight decay of matrices; norms and biases have none.
         beta1: AdamW's decay of the gradient's mean; none given means 0.8 beside Muon, and 0.9 with `adamw`.
         beta2: AdamW's decay of the gradient's square; none given means 0.95 beside Muon, and 0.999 with
             `adamw`.
@@ -183,12 +187,12 @@ class OptimizerConfig:
     z_loss: float = 0.0
 
     def resolved(self) -> OptimizerConfig:
-        """The same with every value that is not given as the optimizer has it."""
+        """Return the settings with the optimizer's own value for each that is not given."""
         own = OPTIMIZER_DEFAULTS.get(self.name, {})
         return replace(self, **{key: value for key, value in own.items() if getattr(self, key) is None})
 
     def rate_keys(self) -> dict[str, str]:
-        """The key of the learning rate of each kind of parameters (optim.parameter_groups)."""
+        """Return the key of the learning rate of each kind of parameters (optim.parameter_groups)."""
         own = self.resolved()
         return {
             "matrices": "muon_lr" if own.name == "muon" else "lr",
@@ -199,14 +203,14 @@ class OptimizerConfig:
         }
 
     def rates_read(self, kinds: Collection[str]) -> list[str]:
-        """The full keys of the learning rates that parameters of these kinds learn at, each once."""
+        """Return the full keys of the learning rates at which parameters of these kinds learn, each once."""
         return list(
             dict.fromkeys(f"optimizer.{key}" for kind, key in self.rate_keys().items() if kind in kinds)
         )
 
 
-# What follows the optimizer. AdamW beside Muon moves little but embeddings and head, which take other rates
-# than matrices; alone it has the values of torch.optim.AdamW.
+# Values by optimizer. AdamW beside Muon moves little but embeddings and head, whose rates are not those of
+# matrices; AdamW alone has the values of torch.optim.AdamW.
 OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
     "muon": {
         "lr": 0.01,
@@ -229,23 +233,24 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how often, in which precision, and where it is written.
+    """Length, precision, validation and folder of a run.
 
     Args:
-        run: Folder of the run; it must be new or empty unless `resume` is set. By default a new one, named
-            after the time, under `runs`.
+        run: Folder of the run; it must be new or empty unless `resume` is set. By default it is a new one
+            under `runs`, named after the time.
         resume: Go on from the newest checkpoint in `run`.
-        prove_resume: Instead of a run, prove that one that is killed and resumed ends as one that never was.
+        prove_resume: Instead of a run, prove that one that is killed and resumed ends as one that is not.
         plan: Instead of a run, say what memory and time it would take, by a short measurement.
         overfit: Train on a tiny corpus (recipes/overfit) until it is known by heart, then prove it.
-        base: Folder or hub id of a published model to start from; `lora` says what of it trains, and its
-            tokenizer is used unless `tokenizer.path` names another. Its defaults are recipes/finetune.yaml.
+        base: Folder or hub id of a published model to start from; `lora` says which of its weights train, and
+            its tokenizer is used unless `tokenizer.path` names another. recipes/finetune.yaml has its
+            defaults.
         base_revision: Branch, tag or commit of `base` on the hub; the run's config.yaml names the commit.
-        base_format: How frozen weights are stored: `fp32`, `bf16` or `nf4` (4.13 bits, arXiv:2305.14314);
-            `auto` is the number format of the run's matrix products.
+        base_format: Format that frozen weights are stored in: `fp32`, `bf16` or `nf4` (4.13 bits,
+            arXiv:2305.14314); `auto` is that of the run's matrix products.
         row_length: Tokens in a training row; 0 means model.block_size, and where `base` is given 512 of it,
             or fewer where the longest example needs fewer, in steps of 64.
-        seed: Of the weights, the order of the data and dropout.
+        seed: Seed of the weights, the order of the data and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
         eval_precision: Precision of validation; `auto` is the training precision.
@@ -260,10 +265,10 @@ class TrainConfig:
             any batch size; the best checkpoint is chosen by them. The scores at the end read all test files.
         patience: Stop after this many validations without a better loss; 0 never does.
         save_every: Steps between checkpoints that are kept for good; 0 keeps only the best and the last.
-        keep: How many of those to keep; 0 keeps all.
+        keep: How many of the checkpoints of `save_every` to keep; 0 keeps all.
         log_every: Steps between lines in the logs.
         activation_checkpointing: Recompute each block in backward instead of keeping its activations.
-        compile: Use torch.compile; where no compiler is, warn and run eager.
+        compile: Use torch.compile; without a compiler, warn and run eagerly.
         allow: Names of faults that may pass; they are recorded in the run and printed with its scores.
         samples: Held-out functions that are completed at the end.
     """
@@ -315,26 +320,26 @@ class Config:
         return self.train.row_length or self.model.block_size
 
     def with_optimizer_defaults(self) -> Config:
-        """The same with what is not given of the optimizer's settings as the optimizer has it."""
+        """Return the config with `OptimizerConfig.resolved`."""
         return replace(self, optimizer=self.optimizer.resolved())
 
     def to_dict(self) -> dict[str, Any]:
-        """The layout of the YAML files: training's settings at the top, the other groups below their name."""
+        """Return the layout of YAML files: training's settings at the top, other groups below their name."""
+        # YAML has no tuples.
         plain = {
-            name: {
-                key: list(v) if isinstance(v, tuple) else v for key, v in group.items()
-            }  # YAML has no tuples
+            name: {key: list(v) if isinstance(v, tuple) else v for key, v in group.items()}
             for name, group in dataclasses.asdict(self).items()
         }
         return plain.pop("train") | plain
 
     @classmethod
     def from_dict(cls, values: Any) -> Config:
-        """The inverse of `to_dict`; a missing key takes its default, or what runs did before it was there
-        (`BEFORE`), and no other file is ever read.
+        """Return the config of `to_dict`'s layout; no other file is ever read.
+
+        A missing key takes its default, or the value that runs had before the key was there (`BEFORE`).
 
         Raises:
-            ValueError: A key, type or value is not allowed; one sentence.
+            ValueError: A key, type or value is not allowed.
         """
         try:
             config = build(_in_rows(values), BEFORE)
@@ -352,7 +357,7 @@ CONFIG_GROUPS: dict[str, type] = {
     "lora": LoraConfig,
     "optimizer": OptimizerConfig,
 }
-# Keys that came after runs had been saved, with what those runs did: their config.yaml lacks them.
+# Keys that the config.yaml of older runs lacks, with the values that those runs had.
 BEFORE: dict[str, Any] = {
     "data.heal": False,
     "data.regroup": False,
@@ -362,7 +367,7 @@ BEFORE: dict[str, Any] = {
 
 
 def check_ranges(config: Config) -> None:
-    """ValueError in one sentence for a number outside RANGES, an empty source or a model without a shape."""
+    """Raise ValueError for a number outside RANGES, an empty source or a model that cannot be built."""
     refuse_out_of_range(flat(config))
     for name in ("targets", "train_modules", "new_tokens"):
         if not all(getattr(config.lora, name)):
@@ -383,6 +388,7 @@ def check_ranges(config: Config) -> None:
 
 
 def flat(config: Config) -> dict[str, Any]:
+    """Return every value by its full key, such as `model.n_layer`."""
     nested = config.to_dict()
     groups = {key: value for key, value in nested.items() if isinstance(value, dict)}
     flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
@@ -390,7 +396,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def _in_rows(values: Any) -> Any:
-    """The same of a run saved when a validation's size was given in batches."""
+    """Convert the values of an older run, whose validation was sized in batches, to rows."""
     if not isinstance(values, dict) or type(batches := values.get("validation_batches")) is not int:
         return values
     rows = values.get("batch_size", TrainConfig.batch_size)
@@ -399,9 +405,13 @@ def _in_rows(values: Any) -> Any:
 
 
 def build(values: Any, missing: dict[str, Any] | None = None) -> Config:
-    """The Config of plain values laid out as by `to_dict`; ValueError for an unknown key or a wrong type.
+    """Return the Config of plain values in the layout of `to_dict`.
 
-    `missing` has values by full key for keys that are left out, instead of their defaults.
+    Args:
+        missing: Values by full key for keys that are left out, instead of their defaults.
+
+    Raises:
+        ValueError: A key is unknown, or a value has a wrong type.
     """
     if not isinstance(values, dict):
         raise ValueError(f"it is {reprlib.repr(values)}; it must be a mapping of keys to values")

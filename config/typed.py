@@ -1,4 +1,4 @@
-"""Plain values, as YAML and JSON have them, made the fields of a dataclass; another type is refused."""
+"""Plain values of YAML and JSON as the fields of a dataclass; a value of another type is refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 @functools.cache
 def field_types(group: type) -> dict[str, Any]:
+    """Return the type of each field of a dataclass."""
     return get_type_hints(group)
 
 
 def typed_group(name: str, group: type, values: Any, missing: dict[str, Any]) -> Any:
+    """Return the dataclass of a group's values; ValueError for an unknown key or a wrong type.
+
+    Args:
+        missing: Values by full key for keys that `values` lacks, instead of their defaults.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{name} is {reprlib.repr(values)}; it must be a mapping of keys to values")
     kinds = field_types(group)
@@ -27,7 +33,7 @@ def typed_group(name: str, group: type, values: Any, missing: dict[str, Any]) ->
 
 
 def typed_value(key: str, value: Any, kind: Any) -> Any:
-    """The value as its field holds it: a whole number may be a float's value, a list a tuple's."""
+    """Return the value as its field has it: a float may be given as a whole number, a tuple as a list."""
     if float in (kind, *get_args(kind)) and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if get_origin(kind) is tuple:
@@ -40,14 +46,14 @@ def typed_value(key: str, value: Any, kind: Any) -> Any:
             raise ValueError(f"{key} is {reprlib.repr(value)}; it must be a mapping of names to values")
         return {name: typed_value(f"{key}.{name}", v, get_args(kind)[1]) for name, v in value.items()}
     else:
-        fits = type(value) in (get_args(kind) or (kind,))  # exactly: True is no int
+        fits = type(value) in (get_args(kind) or (kind,))  # An exact type, since True is no int.
     if not fits:
         raise ValueError(f"{key} is {reprlib.repr(value)}; it must be {wanted(kind)}")
     return value
 
 
 def wanted(kind: Any) -> str:
-    """What a key of this type takes, in words."""
+    """Describe the values of a type in words."""
     inner = [argument for argument in get_args(kind) if argument not in (type(None), ...)]
     if get_origin(kind) is Literal:
         return f"one of {', '.join(inner)}"
@@ -55,7 +61,7 @@ def wanted(kind: Any) -> str:
         return f"a list, each {wanted(inner[0])}"
     if get_origin(kind) is dict:
         return f"a mapping of names, each to {wanted(inner[1])}, spelled {{NAME: VALUE}}"
-    if inner:  # or None
+    if inner:  # The other is None.
         return wanted(inner[0])
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return words.get(kind, str(kind))

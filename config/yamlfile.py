@@ -1,6 +1,6 @@
-"""Settings as YAML, as its parser takes them, without what it would drop or mistake without a word.
+"""Settings as YAML; a text whose parser would silently drop or mistake a part of it is refused.
 
-Every road into the settings passes `parse_yaml`: files, files that a file names, and text on a command line.
+All settings pass through `parse_yaml`: files, files that a file names, and text on a command line.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 2**20  # of a text of settings: YAML is read at about 1 MB/s
-MAX_VALUES = 10_000  # that aliases may stand for, all together: nine lines of them make a billion
+MAX_BYTES = 2**20  # the longest text of settings: YAML is read at about 1 MB/s
+MAX_VALUES = 10_000  # values that all aliases together may stand for: nine lines of them make a billion
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _BY_SIXTY = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -25,10 +25,10 @@ _SWITCHES = {"yes", "no", "on", "off"}  # true and false to YAML, in any case
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file of settings holds.
+    """Return the values in a YAML file of settings.
 
     Raises:
-        ValueError: As `parse_yaml`; or the file is too large.
+        ValueError: The errors of `parse_yaml`; or the file is too large.
         OSError: It cannot be read.
     """
     with open(path, "rb") as file:
@@ -38,35 +38,35 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         if len(raw) <= MAX_BYTES:
             raise ValueError(f"{path} is no YAML: {error}") from None
-        text = " " * len(raw)  # cut in a character
+        text = " " * len(raw)  # The cut is inside a character; the length alone will be refused.
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Return what a YAML text of settings holds.
+    """Return the values in a YAML text of settings.
 
     Args:
-        name: Of the file, for errors.
+        name: The name of the file, for errors.
 
     Raises:
         ValueError: It is no YAML or is too large; aliases expand without bound; a mapping has a key twice, of
-            which a parser takes the later one without a word, or a key of a group apart from it, which is in
-            it too or stands before it; or a number or a key has another reading than the parser's.
+            which a parser silently takes the later one, or a key `group.key` before the group or in it too;
+            or a number or a key has another reading than the parser's.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"{name} is larger than {MAX_BYTES:,} bytes, the most that settings may take")
     try:
         with suppress(ValueError, RecursionError):
             json.loads(text)
-            text = text.replace("\t", " ")  # JSON may be indented by tabs, and holds no others; YAML may not
+            text = text.replace("\t", " ")  # JSON may be indented by tabs, YAML may not.
         loader = yaml.SafeLoader(io.StringIO(text))
         loader.name = name
-        loader.yaml_implicit_resolvers = {  # without dates, which are text to the parser: a folder's name
+        loader.yaml_implicit_resolvers = {  # Dates are left out: they are text to the parser.
             first: [kind for kind in kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
             for first, kinds in loader.yaml_implicit_resolvers.items()
         }
         node = loader.get_single_node()
-        # Before they are built: a merge puts another mapping's keys beside a mapping's own.
+        # The checks come before the values: a merge (<<) puts another mapping's keys beside a mapping's own.
         wrong = _endless(node, name) or _key_twice(node, name) or _misread(node, name)
         values = None if node is None or wrong else loader.construct_document(node)
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: `!!int a`
@@ -78,7 +78,7 @@ def parse_yaml(text: str, name: str) -> Any:
     for place, key in enumerate(order):
         group, dot, inner = key.partition(".")
         inside = names.get(group)
-        # The parser forgets what comes before its group; what comes after it is fine, if it is not in it too.
+        # The parser forgets such a key before its group, and takes one after it if the group lacks it.
         if dot and (group in order[place:] or (isinstance(inside, dict) and inner in inside)):
             raise ValueError(f"{name} has both {group} and {key}; write {inner} inside {group}")
     return values
@@ -89,16 +89,16 @@ def parse_yaml(text: str, name: str) -> Any:
 
 def _endless(root: Any, name: str) -> str | None:
     """Say that aliases (`*a`) stand for more than MAX_VALUES values, or for what they are in."""
-    sizes: dict[int, float] = {}  # of each node with all that its aliases stand for
+    sizes: dict[int, float] = {}  # the values that a node stands for with its aliases, by id
 
     def size(node: Any) -> float:
         if id(node) not in sizes:
-            sizes[id(node)] = math.inf  # while it is counted: a node inside itself has no end
+            sizes[id(node)] = math.inf  # A node that contains itself meets this while it is counted.
             sizes[id(node)] = 1 + sum(map(size, _children(node)))
         return sizes[id(node)]
 
     whole = size(root)
-    if whole > max(MAX_VALUES, len(sizes)):  # without aliases these are the same number
+    if whole > max(MAX_VALUES, len(sizes)):  # Without aliases `whole` is the number of nodes.
         return f"{name} cannot be read: its aliases stand for more than {MAX_VALUES:,} values; write them out"
     # Where a number is wanted, the parser reads a text as YAML once more.
     texts = [node.value for node in _nodes(root) if isinstance(node, yaml.ScalarNode) and "*" in node.value]
@@ -115,7 +115,7 @@ def _key_twice(root: Any, name: str) -> str | None:
     for node in _nodes(root):
         keys = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key.value, str) and key.value != "<<":  # all of which count
+            if isinstance(key.value, str) and key.value != "<<":  # Several merges all count.
                 if (key.tag, key.value) in keys:
                     return f"{key.value} is twice in {name}, again in line {_line(key)}; leave one out"
                 keys.add((key.tag, key.value))
@@ -166,14 +166,14 @@ def _line(node: Any) -> int:
 
 
 def _children(node: Any) -> list[Any]:
-    """The nodes right below one; of a mapping keys and values."""
+    """Return the nodes right below one; those of a mapping are its keys and values."""
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _nodes(root: Any) -> Iterator[Any]:
-    """Every node of a tree once, in the order of the text: an alias is the node that it names."""
+    """Yield every node of a tree once, in the order of the text: an alias is the node that it names."""
     waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()

@@ -1,14 +1,14 @@
-"""The folder `cache`: entries that can be made again, each with a checksum, bounded in size.
+"""The folder `cache`: entries that can be rebuilt, each with a checksum, bounded in size.
 
-    CACHE/tokens-KEY/            token stores (data/tokenstore.py), with what was found by comparing them
+    CACHE/tokens-KEY/            token stores (data/tokenstore.py), and the results of comparing them
     CACHE/tokenizers/KEY/        trained tokenizers
     CACHE/groups-KEY.json        documents that belong together by their text (data/corpus.py)
-    CACHE/predictions/           of evaluations that were interrupted (suites/kept.py)
-    CACHE/bases/                 bases that a recipe trained: runs stand on them, so they are never removed
+    CACHE/predictions/           predictions of interrupted evaluations (suites/kept.py)
+    CACHE/bases/                 bases that a recipe trained: runs need them, so they are never removed
 
-A key names all that decides what an entry holds. Whoever reads an entry compares its checksum, says in one
-line that it is damaged, and makes it again; so does one that was written before entries had a checksum. An
-entry is locked as long as a process has it open, and the time of its folder or file is that of its last use.
+A key is a hash of all that decides an entry's content. A reader compares the checksum, and rebuilds a damaged
+entry, or one from before checksums, with one line of warning. An entry is locked as long as a process has it
+open, and the modification time of its folder or file is the time of its last use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from config import write_atomically
 
-SUMS = "sha256.json"  # The checksums in a sealed folder.
+SUMS = "sha256.json"  # the file of checksums in a sealed folder
 GB = 10**9
 # Nothing else is ever removed: --data.cache may name a folder that holds other things.
 ENTRIES = {
@@ -38,19 +38,19 @@ ENTRIES = {
     "tokenizers": r"\.?[0-9a-f]{32}(\.\d+)?(\.gone-[0-9a-f]{32})*",
     "predictions": r"\.?eval-.+-[0-9a-f]{32}\.jsonl(\.gone-[0-9a-f]{32})*",
 }
-STARTED = time.time()  # The time at which this process began.
+STARTED = time.time()  # when this process began
 
 
 # --- checksums ---------------------------------------------------------------------------------------
 
 
 def sealed(value: Any) -> str:
-    """The JSON text of a value and its SHA-256."""
+    """Return a value and its SHA-256 as JSON."""
     return json.dumps({"sha256": _digest(value), "value": value})
 
 
 def unsealed(text: str) -> Any:
-    """The value of a text that `sealed` made; ValueError if it is not whole."""
+    """Return the value of a text by `sealed`; ValueError if it is not whole."""
     try:
         found = json.loads(text)
         if found["sha256"] == _digest(found["value"]):
@@ -65,14 +65,14 @@ def _digest(value: Any) -> str:
 
 
 def write_sealed(path: Path, value: Any) -> None:
-    """Write plain values to a file that `read_sealed` reads; nothing where the cache cannot be written."""
+    """Write plain values to a file for `read_sealed`; do nothing if the cache cannot be written."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, sealed(value))
 
 
 def read_sealed(path: Path) -> Any:
-    """The values in a file of the cache; None where there is none, or it is damaged, which is said."""
+    """Return the values in a file of the cache; None without one, or with a warning if it is damaged."""
     try:
         value = unsealed(path.read_text("utf-8"))
     except OSError:
@@ -91,10 +91,10 @@ def seal_folder(folder: Path) -> None:
 
 
 def verify_folder(folder: Path) -> None:
-    """Compare the files of a folder with what `seal_folder` wrote down.
+    """Compare the files of a folder with the checksums of `seal_folder`.
 
     Raises:
-        ValueError: One of them is missing or was changed, or nothing was written down.
+        ValueError: A file is missing or was changed, or there are no checksums.
     """
     try:
         sums = unsealed((folder / SUMS).read_text("utf-8"))
@@ -114,16 +114,16 @@ def _sha256(path: Path) -> str:
 
 
 def say_damaged(path: Path, why: object) -> None:
-    """Say in one line that an entry is damaged, and is made again."""
+    """Warn in one line that an entry is damaged and is made again."""
     told = " ".join(str(why).split()).removesuffix(": build it again")
     where = "" if str(path) in told else f"{path}: "
     print(f"warning: {where}{told}; it is made again", file=sys.stderr)
 
 
 def discard(path: Path) -> None:
-    """Remove an entry, under a hidden name, so that a kill on the way leaves no part of it under its own."""
+    """Remove an entry under a hidden name first, so that a kill leaves no part of it under its own."""
     hidden = path.with_name(f".{path.name.lstrip('.')}.gone-{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):  # another process was first
+    with contextlib.suppress(FileNotFoundError):  # Another process may be first.
         os.rename(path, hidden)
         shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
 
@@ -132,7 +132,7 @@ def discard(path: Path) -> None:
 
 
 class InUse:
-    """An entry that no process removes to make room, as long as this object lives or until `close`.
+    """A lock on an entry, which no process removes as long as this object lives or until `close`.
 
     Raises:
         OSError: There is no such entry.
@@ -141,9 +141,9 @@ class InUse:
     def __init__(self, path: Path):
         descriptor = os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, descriptor)
-        with contextlib.suppress(OSError):  # no locks on this file system: then nothing is removed either
+        with contextlib.suppress(OSError):  # On a file system without locks nothing is removed either.
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):  # removed while the lock was waited for
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):  # It was removed first.
             raise FileNotFoundError(f"{path} was removed")
         touch(path)
 
@@ -155,25 +155,25 @@ class InUse:
 
 
 def touch(path: Path) -> None:
-    """Note that an entry was used now."""
-    with contextlib.suppress(OSError):  # a cache that may only be read
+    """Record that an entry is used now."""
+    with contextlib.suppress(OSError):  # A cache may be read-only.
         os.utime(path)
 
 
 class _Entry(NamedTuple):
-    used: float  # when, in seconds since the epoch
+    used: float  # time of the last use, in seconds since the epoch
     size: int  # bytes
     path: Path
 
 
 def make_room(cache: Path, gigabytes: float) -> None:
-    """Remove the entries that were used longest ago until the others fit; say which, and how large they were.
+    """Remove the entries that were used longest ago until the others fit, and print a line for each.
 
-    What a process has open stays, and so does what was used since this process began.
+    Entries that a process has open stay, and so do those that were used since this process began.
 
     Args:
         cache: The folder.
-        gigabytes: Its bound, in 10**9 bytes; 0 is none.
+        gigabytes: Its bound, in 10**9 bytes; 0 is no bound.
     """
     if not gigabytes:
         return
@@ -206,19 +206,19 @@ def _entries(cache: Path) -> Iterator[_Entry]:
         with contextlib.suppress(OSError):
             for path in (cache / inner).iterdir():
                 if re.fullmatch(pattern, path.name) and not path.is_symlink():
-                    with contextlib.suppress(OSError):  # removed meanwhile
+                    with contextlib.suppress(OSError):  # It may have been removed meanwhile.
                         yield _entry(path)
 
 
 def _entry(path: Path) -> _Entry:
     inner = [*path.rglob("*")] if path.is_dir() else []
     stats = [found.lstat() for found in (path, *inner)]
-    # A store that is being built is as young as the file that grows.
+    # A store that is being built is as recent as its file that grows.
     return _Entry(max(stat.st_mtime for stat in stats), sum(stat.st_size for stat in stats), path)
 
 
 def _removed(path: Path) -> bool:
-    """Remove an entry that no process has open; whether it was."""
+    """Remove an entry that no process has open; return whether it was removed."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -226,7 +226,7 @@ def _removed(path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         discard(path)
-    except OSError:  # locked, or not to be locked; or it may not be removed
+    except OSError:  # It is locked, cannot be locked, or may not be removed.
         return False
     finally:
         os.close(descriptor)

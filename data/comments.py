@@ -14,7 +14,7 @@ _Place = tuple[int, int]  # line from 0, character from 0
 
 
 def drop_comments(source: str) -> str:
-    """Python source without its comments and docstrings.
+    """Return Python source without its comments and docstrings.
 
     Comments are found by `tokenize` and docstrings by `ast`, so `"#FF00AA"` stays. A body that held nothing
     but its docstring gets `pass`. String statements that follow a docstring go too: the first would become
@@ -25,12 +25,12 @@ def drop_comments(source: str) -> str:
         ValueError: The source is not Python that this interpreter can parse.
     """
     mark = "\ufeff" if source.startswith("\ufeff") else ""
-    # As the parser does: a line ends at \n, \r\n or \r, and at no other of str.splitlines' ends.
+    # To the parser a line ends at \n, \r\n or \r, and at no other of str.splitlines' ends.
     lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", source.removeprefix(mark))
     plain = [line.rstrip("\r\n") + "\n" * (line[-1] in "\r\n") for line in lines]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # The strings of a corpus may hold invalid escapes.
             tree = ast.parse("".join(plain))
         tokens = list(tokenize.generate_tokens(iter([*plain, ""]).__next__))
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
@@ -46,7 +46,7 @@ def drop_comments(source: str) -> str:
     return "".join([*out, _between(lines, at, (len(lines), 0))])
 
 
-_Cut = tuple[_Place, _Place, str]  # from, to, what stands there instead
+_Cut = tuple[_Place, _Place, str]  # start, end, replacement
 
 
 def _place(row: int, column: int) -> _Place:
@@ -64,7 +64,7 @@ def _between(lines: list[str], start: _Place, end: _Place) -> str:
 
 
 def _docstring_cuts(tree: ast.Module, tokens: list[tokenize.TokenInfo], lines: list[str]) -> list[_Cut]:
-    """Each docstring up to the next statement, which thereby takes its place, indentation and all."""
+    """Cut each docstring up to the next statement, which takes its place and its indentation."""
     code = [token for token in tokens if token.type not in (*_LAYOUT, tokenize.INDENT, tokenize.DEDENT)]
     index = {_place(*token.start): number for number, token in enumerate(code)}
     cuts: list[_Cut] = []
@@ -97,14 +97,14 @@ def _is_string(statement: ast.stmt) -> bool:
 
 
 def _ast_place(row: int, byte_column: int, lines: list[str]) -> _Place:
-    """ast counts columns in UTF-8 bytes, tokenize in characters."""
+    """Convert a place of ast, whose columns are UTF-8 bytes, to characters, as tokenize counts."""
     return row - 1, len(lines[row - 1].encode()[:byte_column].decode())
 
 
 def _comment_cuts(tokens: list[tokenize.TokenInfo], lines: list[str]) -> list[_Cut]:
     cuts: list[_Cut] = []
-    before = None  # the token before, indentation aside
-    depth = 0  # inside f-strings, where `{x=  # why}` is text too (tokenize tells from Python 3.12 on)
+    before = None  # the token before, without those of indentation
+    depth = 0  # f-strings around a token: `{x=  # why}` is text too (tokenize marks them from Python 3.12 on)
     for token in tokens:
         if token.type == tokenize.COMMENT and not depth and not _is_kept(token, lines):
             row, column = _place(*token.start)

@@ -1,11 +1,11 @@
-"""Corpus -> documents: what is read, how duplicates go, and which side of the split a document is on.
+"""Documents of a corpus: reading, dropping duplicates, and splitting.
 
-    for side, document in split_documents(config):  # side is one of SPLITS
+    for split, document in split_documents(config):  # split is one of SPLITS
 
 A source is the running interpreter's standard library, a folder, a corpus that `python -m scraping build`
 wrote, or a JSONL(.gz) or Parquet file, whose rows hold plain text or examples (a prompt and its completion).
-Documents are streamed, exact duplicates are dropped, and each group goes whole to one side *before* anything
-is cut into windows, so that no text stands on two of them.
+Documents are streamed, exact duplicates are dropped, and each group goes whole to one split *before*
+anything is cut into windows, so that no text stands in two splits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from data.rows import decoded, example_of, jsonl_rows, listed, parquet_rows
 # Files of rows that give the split themselves, also in shards (train-00000-of-00002.parquet).
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.(jsonl|jsonl\.gz|parquet)")
 ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
-CORPUS = "corpus.json"  # of a corpus that `scraping` built
+CORPUS = "corpus.json"  # the file that describes a corpus built by `scraping`
 STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
 )
@@ -44,7 +44,7 @@ STDLIB_LEFT_OUT = frozenset(
 
 
 def refuse_unreadable(config: DataConfig) -> None:
-    """ValueError for what can be said of a source and its settings before a document of it is opened."""
+    """Raise ValueError for a source and settings that cannot be right, before a document is opened."""
     source = Path(config.source)
     is_file = source.name.endswith(ROW_FILES) and source.is_file()
     if config.source != "stdlib" and not source.is_dir() and not is_file:
@@ -53,14 +53,14 @@ def refuse_unreadable(config: DataConfig) -> None:
             f"the corpus {config.source} {problem}: set --data.source to a folder, a .jsonl, .jsonl.gz or "
             ".parquet file, or stdlib"
         )
-    for side, n in {"validation": config.validation_one_in, "test": config.test_one_in}.items():
+    for split, n in {"validation": config.validation_one_in, "test": config.test_one_in}.items():
         if n < 0:
-            raise ValueError(f"--data.{side}_one_in is {n}, and must be at least 2")
+            raise ValueError(f"--data.{split}_one_in is {n}, and must be at least 2")
     given = dict(_split_files(source))
     if given and config.regroup:
         raise ValueError(
             f"--data.regroup is set, and {config.source} gives the split itself, in files named "
-            f"{' and '.join(side for side in SPLITS if side in given)}; leave it out, or name one file"
+            f"{' and '.join(split for split in SPLITS if split in given)}; leave it out, or name one file"
         )
     if config.fim_rate and not config.validation_one_in:
         raise ValueError(
@@ -80,9 +80,8 @@ def refuse_unreadable(config: DataConfig) -> None:
 def read_documents(config: DataConfig, report: Report | None = None) -> Iterator[Document]:
     """Yield the documents of `config.source` in a fixed order: files by relative POSIX path, rows as stored.
 
-    A folder with files named by SPLIT_FILE for training and for another side is read as these files, those
-    of test first: where sides share a text, it is training that loses it.
-
+    A folder with files named by SPLIT_FILE for training and for another split is read as these files, those
+    of test first: where splits share a text, it is training that loses it.
 
     Text is byte exact: UTF-8 decoded strictly, line ends and a leading BOM kept. Of a folder, hidden folders,
     symbolic links to folders and links that leave the folder are skipped. `report` collects the counts.
@@ -99,7 +98,7 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
         documents = _read_corpus(source, config, report)
     elif split_files := _split_files(source):
         documents = itertools.chain.from_iterable(
-            _read_rows(path, config, report, side) for side, path in split_files
+            _read_rows(path, config, report, split) for split, path in split_files
         )
     elif source.is_dir():
         documents = _read_folder(source, frozenset(), config, report)
@@ -120,27 +119,15 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
             )
         if config.loss_on == "all" and document.prompt is None:
             raise ValueError(
-                f"--data.loss_on is all, and {config.source} holds plain text, which has no prompt and bears "
-                "loss everywhere; leave it out"
+                f"--data.loss_on is all, and {config.source} holds plain text, whose tokens are all "
+                "targets anyway; leave it out"
             )
         if config.drop_comments and document.name.endswith(".py"):
             python_files += 1
             document = _without_comments(document, report)
         yield document
     if report.documents == 0:
-        left_out = f" ({report.undecodable} left out that are not UTF-8)" if report.undecodable else ""
-        files = config.source == "stdlib" or source.is_dir()
-        kind = f" with a name ending in {' or '.join(config.suffixes)}" if files else ""
-        empty = f": {'; '.join(report.without_rows)}" if report.without_rows else ""
-        others = _other_endings(source) if source.is_dir() and not left_out else []
-        there = ", ".join(f"{count} with {ending}" for ending, count in others)
-        remedy = f"set --data.suffixes {others[0][0]}" if others else "write some there"
-        if others and others[0][0] in (".jsonl", ".gz", ".parquet"):
-            remedy = "name one file of rows itself"
-        raise ValueError(
-            f"the corpus {config.source} holds no document{kind}{left_out}{empty}"
-            f"{f' but {there}' if there else ''}: {remedy}, or name another --data.source"
-        )
+        raise ValueError(_nothing_read(config, report))
     if config.drop_comments and python_files == 0:
         raise ValueError(
             f"--data.drop_comments is set, but none of the {report.documents} documents of {config.source} "
@@ -148,8 +135,26 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
         )
 
 
+def _nothing_read(config: DataConfig, report: Report) -> str:
+    """Return the sentence for a source without a document: what it holds instead, and the remedy."""
+    source = Path(config.source)
+    left_out = f" ({report.undecodable} left out that are not UTF-8)" if report.undecodable else ""
+    files = config.source == "stdlib" or source.is_dir()
+    kind = f" with a name ending in {' or '.join(config.suffixes)}" if files else ""
+    empty = f": {'; '.join(report.without_rows)}" if report.without_rows else ""
+    others = _other_endings(source) if source.is_dir() and not left_out else []
+    there = ", ".join(f"{count} with {ending}" for ending, count in others)
+    remedy = f"set --data.suffixes {others[0][0]}" if others else "write some there"
+    if others and others[0][0] in (".jsonl", ".gz", ".parquet"):
+        remedy = "name one file of rows itself"
+    return (
+        f"the corpus {config.source} holds no document{kind}{left_out}{empty}"
+        f"{f' but {there}' if there else ''}: {remedy}, or name another --data.source"
+    )
+
+
 def _read_corpus(folder: Path, config: DataConfig, report: Report) -> Iterator[Document]:
-    """The parts that corpus.json lists, each compared with its SHA-256 first; a cluster is a group."""
+    """Yield the rows of the parts in corpus.json, whose SHA-256 is compared first; a cluster is a group."""
     path = folder / CORPUS
     try:
         corpus = json.loads(path.read_text("utf-8"))
@@ -174,13 +179,13 @@ def _read_corpus(folder: Path, config: DataConfig, report: Report) -> Iterator[D
 
 
 def _split_files(source: Path) -> list[tuple[str, Path]]:
-    """(side, file) of a folder that gives the split itself, test first; none of any other source."""
+    """Return (split, file) of a folder that gives the split itself, test first; none of any other source."""
     if not source.is_dir():
         return []
     names = sorted(path.name for path in source.iterdir() if path.is_file())
     found = [(match[1], source / name) for name in names if (match := SPLIT_FILE.fullmatch(name))]
-    sides = {side for side, _ in found}
-    if "train" not in sides or len(sides) == 1:
+    splits = {split for split, _ in found}
+    if "train" not in splits or len(splits) == 1:
         return []
     return sorted(found, key=lambda file: SPLITS.index(file[0]), reverse=True)
 
@@ -194,7 +199,7 @@ def _without_comments(document: Document, report: Report) -> Document:
 
 
 def _other_endings(root: Path) -> list[tuple[str, int]]:
-    """The three commonest endings of the files below a folder, and how many have each."""
+    """Return the three commonest endings of the files below a folder, each with its number of files."""
     endings: Counter[str] = Counter()
     for _, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -205,7 +210,7 @@ def _other_endings(root: Path) -> list[tuple[str, int]]:
 def _read_folder(
     root: Path, left_out: frozenset[str], config: DataConfig, report: Report
 ) -> Iterator[Document]:
-    def stop(error: OSError) -> NoReturn:  # os.walk would skip a folder it may not read without a word
+    def stop(error: OSError) -> NoReturn:  # os.walk would silently skip a folder that it may not read.
         raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
 
     real_root = root.resolve()
@@ -229,7 +234,9 @@ def _read_folder(
             yield Document(name, text, name, where=str(root / name))
 
 
-def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None = None) -> Iterator[Document]:
+def _read_rows(
+    path: Path, config: DataConfig, report: Report, split: str | None = None
+) -> Iterator[Document]:
     rows = parquet_rows if path.suffix == ".parquet" else jsonl_rows
     first: tuple[str, str] | None = None
     for number, row in rows(path, config, report):
@@ -241,7 +248,7 @@ def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None 
             raise ValueError(f"{where} holds {kind}, and {first[0]} {first[1]}: put them into two files")
         names = (row.get(key) for key in ("path", "name"))
         name = next((value for value in names if isinstance(value, str) and value), "")
-        if name and isinstance(row.get("repository"), str):  # many hold a setup.py
+        if name and isinstance(row.get("repository"), str):  # Many repositories hold a setup.py.
             name = f"{row['repository']}/{name}"
         group = name or (prompt or "") + (suffix or "") or str(number)
         if config.group_field is not None:
@@ -259,17 +266,17 @@ def _read_rows(path: Path, config: DataConfig, report: Report, side: str | None 
             prompt,
             suffix,
             where=where,
-            side=side,
+            split=split,
             prompts=prompts if prompt is not None and isinstance(prompts, dict) else None,
         )
 
 
 def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
-    """The side of a group, by its name alone: `test` for about one in `test_one_in`, of the others
+    """Return the split of a group, by its name alone: `test` for about one in `test_one_in`, of the others
     `validation` for about one in `validation_one_in` (none for 0), else `train`.
 
-    Two hashes: so another `validation_one_in` moves nothing into or out of test, and with `test_one_in` 0 the
-    two other sides are what they are without it.
+    There are two hashes, so that another `validation_one_in` moves nothing into or out of test, and
+    `test_one_in` changes nothing between the two other splits.
     """
     digest = hashlib.sha256(utf8(group)).hexdigest()
     if test_one_in and int(digest, 16) % test_one_in == 0:
@@ -280,8 +287,8 @@ def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
     return "train"
 
 
-class EmptySide(ValueError):
-    """A side of the split is left without a document; `given`: by the files of the source themselves."""
+class EmptySplit(ValueError):
+    """A split is left without a document; `given`: the source's own files leave it so."""
 
     def __init__(self, sentence: str, given: bool):
         super().__init__(sentence)
@@ -289,16 +296,16 @@ class EmptySide(ValueError):
 
 
 def split_documents(config: DataConfig, report: Report | None = None) -> Iterator[tuple[str, Document]]:
-    """Yield (side, document) without exact duplicates: of equal texts the first in order stays.
+    """Yield (split, document) without exact duplicates: of equal texts the first in order stays.
 
-    One copy of each text and one side for each group: so no text stands on two sides. Where the source gives
-    the split, training documents are split further only for a side that it does not have. Examples are equal
-    if both prompt and completion are. Keeps one SHA-256 a text in memory, and the texts only to regroup them.
-    Of training documents, and of those alone, a share gets a gap by `fim_rate`.
+    Each text has one copy and each group one split: so no text stands in two splits. Where the source
+    gives the split, training documents are split further only for a split that it does not have. Examples
+    are equal if both prompt and completion are. Keeps one SHA-256 a text in memory, and the texts only to
+    regroup them. `fim_rate` gives a share of the training documents a gap, and no others.
 
     Raises:
-        ValueError: as `read_documents`.
-        EmptySide: a side is left without a document.
+        ValueError: the errors of `read_documents`.
+        EmptySplit: a split is left without a document.
     """
     config = config.resolved()
     one_in = {"validation": config.validation_one_in, "test": config.test_one_in}
@@ -316,27 +323,27 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
             for (document, digest, size), group in zip(kept, groups, strict=True)
         )
     for document, digest, size in documents:
-        side = document.side or "train"
-        if side == "train":
-            side = split_of(document.group, one_in["validation"], one_in["test"])
-        told = [side] if side == "test" or document.side else []
+        split = document.split or "train"
+        if split == "train":
+            split = split_of(document.group, one_in["validation"], one_in["test"])
+        told = [split] if split == "test" or document.split else []
         content.update(json.dumps([document.name, document.group, digest.hex(), *told]).encode())
-        report.kept[side] += 1
-        report.kept_bytes[side] += size
-        if config.fim_rate and side == "train":
+        report.kept[split] += 1
+        report.kept_bytes[split] += size
+        if config.fim_rate and split == "train":
             gap = gap_of(document.text, config.fim_rate)
             report.gaps += gap is not None
             document = dataclasses.replace(document, gap=gap)
-        yield side, document
-    asked = ["train", *given, *(side for side, n in one_in.items() if n)]
-    if empty := [side for side in SPLITS if side in asked and not report.kept_bytes[side]]:
-        counts = [f"{report.kept[side]} {side}" for side in SPLITS]
+        yield split, document
+    wanted = ["train", *given, *(split for split, n in one_in.items() if n)]
+    if empty := [split for split in SPLITS if split in wanted and not report.kept_bytes[split]]:
+        counts = [f"{report.kept[split]} {split}" for split in SPLITS]
         flags = [
-            f"--data.{side}_one_in {n}" for side, n in one_in.items() if n and empty[0] in ("train", side)
+            f"--data.{split}_one_in {n}" for split, n in one_in.items() if n and empty[0] in ("train", split)
         ]
         change = f"change {' or '.join(flags)}, or " if flags and empty[0] not in given else ""
         without = "".join(f"; {said}" for said in report.without_rows)
-        raise EmptySide(
+        raise EmptySplit(
             f"the split of {config.source} leaves {', '.join(counts)} documents, and text for {empty[0]} in "
             f"none{without}: {change}add documents that are not empty",
             empty[0] in given,
@@ -345,7 +352,7 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 
 
 def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> list[str]:
-    """The group that the text gives each document; cached by all that decides it, for a run asks thrice."""
+    """Return the group of each document by its text, cached, since a run needs it three times."""
     key = hashlib.sha256(f"{leaks.VERSION}".encode())
     for document, digest, _ in kept:
         key.update(json.dumps([document.name, document.group, digest.hex()]).encode())
@@ -358,7 +365,7 @@ def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> l
 
 
 def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Document, bytes, int]]:
-    """Each text once, with its SHA-256 (and those of its prompt and suffix) and its size in UTF-8 bytes."""
+    """Yield each text once, with its SHA-256, those of prompt and suffix, and its size in UTF-8 bytes."""
     seen: set[bytes] = set()
     for document in read_documents(config, report):
         data = utf8(document.text)
@@ -375,11 +382,12 @@ def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Do
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """The texts of the train side, in order: what a tokenizer may learn from. Errors as `split_documents`.
+    """Yield the texts of the train split, in order: what a tokenizer may learn from.
 
-    Of an example the prompt, the suffix and the completion, apart, as they are tokenised.
+    The prompt, the suffix and the completion of an example come apart, as they are tokenised. Errors are
+    those of `split_documents`.
     """
-    for side, document in split_documents(config):
-        if side == "train":
+    for split, document in split_documents(config):
+        if split == "train":
             parts = (document.prompt, document.suffix, document.text)
             yield from (part for part in parts if part is not None)

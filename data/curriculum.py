@@ -1,14 +1,14 @@
-"""The order in which documents are learned: how hard each is, and which come first.
+"""The order in which documents are learned, by how hard each is.
 
     hard = difficulties(store, "rarity")          # (n_documents,)
     order = order_of(hard, "easy-first", draw)    # a permutation of the documents
 
-Difficulties are of the ids that are trained on, as the store holds them:
+Difficulties are computed from the ids in the store, in nats:
 
     rarity   mean of -ln of the tokens' frequencies in the training data
-    entropy  of the tokens' distribution inside the document, nats
-    loss     mean nats of an n-gram model that was not trained on the document, for what a model has seen it
-             finds easy: documents of even number are scored by a model of those of odd number, and vice versa
+    entropy  entropy of the tokens' distribution inside the document
+    loss     mean loss of an n-gram model that was not trained on the document, since a model finds easy what
+             it has seen: a model of documents of odd number scores those of even number, and vice versa
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 from data.ngram import NGramModel
 from data.tokenstore import TokenStore
 
-HALF_TOKENS = 5_000_000  # that each n-gram model is trained on, of evenly spread documents
-FIRST_SHARE = 0.1  # of the documents that `hybrid` draws from at its beginning
+HALF_TOKENS = 5_000_000  # training tokens of each n-gram model, from evenly spread documents
+FIRST_SHARE = 0.1  # the share of documents from which `hybrid` samples at its beginning
 
 
 def difficulties(store: TokenStore, kind: str) -> np.ndarray:
-    """(n_documents,) float64, the larger the harder; NaN-free.
+    """Return (n_documents,) float64, larger for harder documents and never NaN.
 
     Args:
-        store: Of the training documents.
+        store: The store of the training documents.
         kind: `rarity`, `entropy` or `loss`.
     """
     if kind == "loss":
@@ -61,14 +61,14 @@ def _losses(store: TokenStore) -> np.ndarray:
 
 
 def order_of(difficulty: np.ndarray, kind: str, draw: np.random.Generator) -> np.ndarray:
-    """(n,) a permutation of the documents; equal ones are in drawn order.
+    """Return a permutation (n,) of the documents; equally hard ones are in random order.
 
     Args:
-        difficulty: (n,) as by `difficulties`.
-        kind: `easy-first`, `hard-first`, or `hybrid`: drawn from the easiest documents, whose share grows
+        difficulty: (n,) values of `difficulties`.
+        kind: `easy-first`, `hard-first`, or `hybrid`: sampled from the easiest documents, whose share grows
             with the square root of the time, from FIRST_SHARE to all (Platanios et al. 2019,
             arXiv:1903.09848).
-        draw: Of the epoch.
+        draw: The epoch's random generator.
     """
     shuffled = draw.permutation(len(difficulty))
     by_rank = shuffled[np.argsort(difficulty[shuffled], kind="stable")]
@@ -91,7 +91,7 @@ def order_of(difficulty: np.ndarray, kind: str, draw: np.random.Generator) -> np
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's, of two (n,) arrays; ties count by their mean rank. 0 where one of them is constant."""
+    """Return Spearman's correlation of two (n,) arrays, ties by their mean rank; 0 if one is constant."""
 
     def ranks(values: np.ndarray) -> np.ndarray:
         _, which, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -1,16 +1,16 @@
-"""A document of a corpus, the splits that it may be on, and the report of what became of all of them."""
+"""A document of a corpus, the names of the splits, and the report on all documents."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-# What is learned from, what checkpoints and settings are chosen by, and what is scored at the end.
+# Training learns from the first, the second chooses checkpoints and settings, the third is scored at the end.
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 of any string: JSON may carry lone surrogates, and so may file names that are not UTF-8."""
+    """Encode any string: JSON may hold lone surrogates, and so may file names that are not UTF-8."""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -18,24 +18,24 @@ def utf8(text: str) -> bytes:
 class Document:
     """A plain text, or an example: `text` is then the completion of `prompt`, which may be "".
 
-    `group` decides its side of the split. Without a group field it equals `name`, or the prompt of an example
-    whose row has no name: the completions of one prompt stay on one side. `prompts` are never trained on, and
-    no part of the data's fingerprint: only an evaluation that asks for them by name reads them.
+    `group` decides its split. Without a group field it equals `name`, or the prompt of an example whose row
+    has no name: the completions of one prompt stay in one split. `prompts` are never trained on, and no part
+    of the data's fingerprint: only an evaluation that requests them by name reads them.
     """
 
     name: str
     text: str
     group: str
-    prompt: str | None = None  # None is plain text
-    suffix: str | None = None  # what follows the text, of an example that fills the gap after its prompt
+    prompt: str | None = None  # None for plain text
+    suffix: str | None = None  # the text after the gap of an example that fills one
     gap: tuple[int, int] | None = None  # characters of a plain text that are stored last, as a middle
     where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
-    side: str | None = None  # of the split, where its file says it
+    split: str | None = None  # one of SPLITS, where the source gives the split itself
     prompts: dict[str, str] | None = dataclasses.field(default=None, compare=False)  # other wordings, by name
 
     @property
     def fim_parts(self) -> tuple[str, str, str] | None:
-        """(prefix, suffix, middle) where it is stored so."""
+        """(prefix, suffix, middle) of a document that is stored so, else None."""
         if self.suffix is not None:
             return self.prompt or "", self.suffix, self.text
         if self.gap is not None:
@@ -46,21 +46,21 @@ class Document:
 
 @dataclass
 class Report:
-    """What became of every document. `documents == duplicates + sum(kept.values())`.
+    """The counts of a corpus as it was read. `documents == duplicates + sum(kept.values())`.
 
     Args:
         documents: Documents that were read.
         undecodable: Files or rows left out because they are not UTF-8 (not part of `documents`).
         unparsed: Python documents kept with their comments because they do not parse (`drop_comments`).
         duplicates: Documents dropped because an earlier one has the same text, and the same prompt.
-        kept: Documents on each side.
-        kept_bytes: UTF-8 bytes on each side, prompts included.
-        groups: Groups that were found by the text of the documents kept; 0 if none were looked for.
+        kept: Documents in each split.
+        kept_bytes: UTF-8 bytes in each split, prompts included.
+        groups: Groups that `regroup` found among the documents kept; 0 without it.
         gaps: Plain documents for training that `fim_rate` cuts.
         fingerprint: SHA-256 over name, group, text and prompt of every document kept, in order, and over
             which are test; set at the end.
-        corpus: Fingerprint of a corpus that `scraping` built, by its corpus.json; "" of other sources.
-        without_rows: Of JSONL files without a row, what they have instead.
+        corpus: Fingerprint in the corpus.json of a corpus that `scraping` built; "" for other sources.
+        without_rows: A sentence for each JSONL file without a row.
     """
 
     documents: int = 0

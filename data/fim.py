@@ -1,11 +1,11 @@
-"""Fill-in-the-middle: the prompt that asks a model for what stands between two texts (arXiv:2207.14255).
+"""Fill-in-the-middle: the prompt that requests the text between two others (arXiv:2207.14255).
 
     [prefix] encode(before the gap) [suffix] encode(after the gap) [middle] -> the gap, until an end
 
 The three markers are tokens that the model was trained with; they are found in its tokenizer and put in as
-ids. The texts themselves hold no marker: "<fim_prefix>" inside one of them is encoded as the text it is. What
-stands before other prompts stands before the first marker too, in training as in generation, since another
-program that opens the tokenizer's files puts it there: `Tokenizer.before`.
+ids. The texts themselves hold no marker: "<fim_prefix>" inside one of them is encoded as plain text. The
+start token of other prompts stands before the first marker too, in training as in generation, since other
+programs that open the tokenizer's files put it there: `Tokenizer.before`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARKERS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
 )
-# What else such a model writes where the gap is full: another file begins, or the text ends.
+# Other tokens that such a model writes when the gap is full: another file begins, or the text ends.
 ENDS = (
     "<fim_pad>",
     "<fim-pad>",
@@ -39,11 +39,11 @@ ENDS = (
     "<|im_end|>",
 )
 
-SALT = b"plumb fill-in-the-middle 1"  # another one would cut every document elsewhere
+SALT = b"plumb fill-in-the-middle 1"  # Another salt would cut every document elsewhere.
 
 
 def known_markers(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
-    """Ids of the tokens before the prefix, the suffix and the middle; None if the tokenizer lacks one."""
+    """Return the ids before the prefix, the suffix and the middle; None if the tokenizer lacks one."""
     for markers in MARKERS:
         prefix, suffix, middle = (tokenizer.token_id(token) for token in markers)
         if prefix is not None and suffix is not None and middle is not None:
@@ -54,10 +54,10 @@ def known_markers(tokenizer: Tokenizer) -> tuple[int, int, int] | None:
 def fim_markers(
     tokenizer: Tokenizer, so: str = "the model cannot use a suffix; leave it out"
 ) -> tuple[int, int, int]:
-    """`known_markers`, of which there must be some.
+    """Return `known_markers`, or raise.
 
     Args:
-        so: What follows for the user where there are none, and what to do.
+        so: The consequence for the user of having none, and the remedy.
 
     Raises:
         ValueError: The tokenizer has none, so that the model was not trained to fill gaps.
@@ -71,7 +71,7 @@ def fim_markers(
 
 
 def fim_prompt_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
-    """The ids that ask for what stands between two texts; the one way to build them.
+    """Return the ids that request the text between two others; no other code builds them.
 
     Raises:
         ValueError: See `fim_markers`.
@@ -88,19 +88,19 @@ def fim_prompt_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
 
 
 def fim_kept(n_prefix: Any, n_suffix: Any, room: Any) -> tuple[Any, Any]:
-    """Tokens that stay of a prefix and of a suffix which together get `room`; numbers or arrays of them.
+    """Return how many tokens stay of a prefix and of a suffix with `room` for both; numbers or arrays.
 
-    Each loses what is far from the gap, the longer one first: a prefix its left, a suffix its right.
+    Each loses its tokens far from the gap, the longer one first: a prefix on its left, a suffix on its right.
     """
     suffix = np.minimum(n_suffix, np.maximum(room - n_prefix, room // 2))
     return np.minimum(n_prefix, room - suffix), suffix
 
 
 def trim_fim_prompt(tokenizer: Tokenizer, ids: list[int], length: int) -> list[int]:
-    """A prompt of `fim_prompt_ids` with at most `length` tokens; its markers and start stay. See `fim_kept`.
+    """Trim a prompt of `fim_prompt_ids` to `length` tokens by `fim_kept`; its markers and start stay.
 
     Raises:
-        ValueError: `length` is below `fewest_gap_ids`: it leaves no room for them.
+        ValueError: `length` is below `fewest_gap_ids`.
     """
     first, second, _ = fim_markers(tokenizer)
     start, at = ids.index(first) + 1, ids.index(second)
@@ -115,23 +115,23 @@ def trim_fim_prompt(tokenizer: Tokenizer, ids: list[int], length: int) -> list[i
 
 
 def fewest_gap_ids(tokenizer: Tokenizer) -> int:
-    """How many tokens a prompt with a gap has where both of its texts are empty."""
+    """Return the tokens of a prompt with a gap whose two texts are empty."""
     return len(tokenizer.before(gap=True)) + 3
 
 
 def gap_start(ids: Any, markers: tuple[int, int, int] | None) -> int | None:
-    """The place of the first marker in the ids of a document, 0 or 1; None where it has no gap."""
+    """Return the place of the first marker in the ids of a document, 0 or 1; None without a gap."""
     if markers is None:
         return None
     return next((place for place in range(min(2, len(ids))) if ids[place] == markers[0]), None)
 
 
 def gap_of(text: str, rate: float) -> tuple[int, int] | None:
-    """The characters (start, end) of a document that become its middle; None where it stays as it is.
+    """Return the characters (start, end) of a document that become its middle; None if it gets no gap.
 
-    A hash of the text alone draws that share `rate` of the documents and the two places, each as likely as
-    another (arXiv:2207.14255, section 3): order, processes and machine do not matter, and a higher rate cuts
-    the same documents at the same places, and more. CR LF and surrogate pairs are not cut in two.
+    A hash of the text alone samples the share `rate` of the documents and the two places, uniformly
+    (arXiv:2207.14255, section 3): order, processes and machine do not matter, and a higher rate cuts the same
+    documents at the same places, and more. CR LF and surrogate pairs are not cut in two.
     """
     digest = hashlib.sha256(SALT + text.encode("utf-8", "surrogatepass")).digest()
     draw, *places = (int.from_bytes(digest[at : at + 8], "big") for at in (0, 8, 16))
@@ -148,7 +148,10 @@ def _between_characters(text: str, place: int) -> int:
 
 
 def in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> np.ndarray:
-    """Ids (n,) of a plain document; one with a gap put together again, without markers, eos before suffix."""
+    """Return the ids (n,) of a plain document; one with a gap is put together again, without markers.
+
+    The eos of a document with a gap then stands before its suffix.
+    """
     start = gap_start(ids, markers)
     if markers is None or start is None:
         return ids
@@ -157,6 +160,6 @@ def in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> np.n
 
 
 def fim_end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end a middle: eos, the markers themselves, and where another file or text begins."""
+    """Return the ids that end a middle: eos, the markers, and the begin of another file or text."""
     ends = {tokenizer.token_id(token) for token in ENDS} | {tokenizer.eos_id, *fim_markers(tokenizer)}
     return frozenset(id for id in ends if id is not None)

@@ -5,13 +5,13 @@
     groups = regroup(documents)  # a group for each document, such that a split by group leaks no more
 
 A text is compared as a row of units: words and punctuation marks, or the tokens of a store, in both cases
-without white space, so that a function moved into a class is the same function. Held-out documents are looked
-for in four ways: exact duplicates by SHA-256, near duplicates by MinHash (Broder 1997) over shingles as in
+without white space, so that a function moved into a class is the same function. Held-out documents are found
+in four ways: exact duplicates by SHA-256, near duplicates by MinHash (Broder 1997) over shingles as in
 Lee et al. 2022 (arXiv:2107.06499), runs of 50 words by rolling hash (the same length as theirs, who use a
-suffix array), and short texts inside longer ones. What has a prompt is judged by its completion, since that
-is what is scored.
+suffix array), and short texts inside longer ones. An example with a prompt is judged by its completion, since
+only that is scored.
 
-The held-out side is held in memory; the train side is streamed, in time linear in its size.
+Held-out documents are kept in memory; training documents are streamed, in time linear in their size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,17 +34,17 @@ from data.shingles import UNIT, Batch, Units, Words, bands, batches, mixed
 # random, 71% to 99%. Between them lie the FastAPI tutorials by file, 47%, whose files come in near-equal
 # pairs: a true leak.
 LEAKED_LIMIT = 0.25
-WINDOW = 50  # words; the length from which on Lee et al. remove a repetition
+WINDOW = 50  # words; Lee et al. remove repetitions of this length and longer ones
 SHINGLE = 5
 NEAR = 0.7
-WINDOW_BYTES = 240  # what 50 words of code take: the window of a store has as many tokens as fill these
-# A window in more training documents than this share and this many is a header, and not a leak.
+WINDOW_BYTES = 240  # the size of 50 words of code: a store's window has as many tokens as fill these
+# A window in more training documents than this share and this number is a header, and no leak.
 BOILERPLATE_SHARE, BOILERPLATE_DOCUMENTS = 0.05, 20
-PERMUTATIONS, BANDS = 128, 32  # finds 99.98% of pairs at Jaccard 0.7: 1 - (1 - 0.7**4)**32
-BUCKET = 32  # candidates looked at in a bucket of the index; more of them are near duplicates of each other
-REGROUP_WINDOWS = 2**22
+PERMUTATIONS, BANDS = 128, 32  # These find 99.98% of pairs at Jaccard 0.7: 1 - (1 - 0.7**4)**32.
+BUCKET = 32  # candidates compared in a bucket of the index; where there are more, they resemble each other
+REGROUP_WINDOWS = 2**22  # hashes that `regroup` keeps at most
 LINKED = 0.3  # `regroup` puts two documents together when this share of the shorter one stands in the other
-EXAMPLES = 8
+EXAMPLES = 8  # leaks that are shown
 # Part of the key of what is cached: raise it when a change here or in data/shingles.py would give another
 # overlap or other groups of the same documents.
 VERSION = 1
@@ -62,7 +63,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What of the held-out data stands in the training data too.
+    """The part of the held-out data that stands in the training data too.
 
     Args:
         documents, of_documents: Held-out documents compared, and all there are; they differ if sampled.
@@ -73,7 +74,7 @@ class Overlap:
         windows, windows_shared: Runs of `window` units that end in scored text, and those found anywhere in
             the training data.
         boilerplate: Runs found in so many training documents that they count as headers, and not as leaked.
-        groups: Groups, or files that documents are numbered pieces of, that stand on both sides.
+        groups: Groups, or files that documents are numbered pieces of, that stand in both splits.
         examples: The largest leaks first.
     """
 
@@ -93,10 +94,10 @@ class Overlap:
 
     @property
     def leaked_share(self) -> float:
-        """The share of scored units that training saw: those of exact, near and contained documents, all of
-        them, and of the others the units inside shared windows.
+        """The share of scored units that training saw: all units of exact, near and contained documents, and
+        of others the units inside shared windows.
 
-        Of units, not of documents, because the loss is a mean over them: this share of the score is recall.
+        Units count, not documents, because the loss is a mean over units: this share of the score is recall.
         """
         return self.leaked_units / self.units if self.units else 0.0
 
@@ -108,10 +109,10 @@ class Overlap:
     @property
     def refused(self) -> bool:
         """Whether scores on these held-out data would mean little: more than `LEAKED_LIMIT` of the text or of
-        the documents is leaked, or a group stands on both sides.
+        the documents is leaked, or a group stands in both splits.
 
-        Of documents too, because repeated rows are short ones: of the lines of one file, split at random, 44%
-        were duplicates and made up 16% of the text.
+        Documents count too, because repeated rows are short ones: of the lines of one file, split at random,
+        44% were duplicates and made up 16% of the text.
         """
         return max(self.leaked_share, self.duplicate_share) > LEAKED_LIMIT or self.groups > 0
 
@@ -121,7 +122,7 @@ class Overlap:
 
     @property
     def counts(self) -> str:
-        """The same as `str`, in short."""
+        """A shorter `str`."""
         return (
             f"{self.leaked_share:.1%} of the text, {self.exact} exact, {self.near} near and {self.contained} "
             f"contained of {self.documents} documents, {self.windows_shared} of {self.windows} runs, "
@@ -134,7 +135,7 @@ class Overlap:
             f"{self.leaked_share:.1%} of the held-out text stands in the training data: of {self.documents} "
             f"documents{sampled} {self.exact} are exact duplicates, {self.near} near ones and "
             f"{self.contained} stand inside others; of {self.windows} runs of {self.window} units "
-            f"{self.windows_shared} are shared; {self.groups} groups stand on both sides"
+            f"{self.windows_shared} are shared; {self.groups} groups stand in both splits"
         )
 
 
@@ -154,8 +155,8 @@ def overlap(train: Iterable[Document], held_out: Iterable[Document]) -> Overlap:
 
 # --- units -------------------------------------------------------------------------------------------
 
-# Names of pieces: FILE.EXT:12, FILE.EXT#3, FILE.EXT@L1-L9, ..._chunk_3, ...-part12. A file that merely ends
-# in a number is none of these.
+# Names of pieces: FILE.EXT:12, FILE.EXT#3, FILE.EXT@L1-L9, ..._chunk_3, ...-part12. Not a file whose name
+# merely ends in a number.
 PIECE = re.compile(
     r"(?:(?<=\.\w)|(?<=\.\w\w)|(?<=\.\w{3})|(?<=\.\w{4})|(?<=\.\w{5}))[:#@]L?\d+(?:[-:]L?\d+)?$"
     r"|[ ._:#/-]*(?:chunk|part|piece|window|segment|slice|block)[ ._:#-]*\d+$",
@@ -164,19 +165,19 @@ PIECE = re.compile(
 
 
 def _units(words: Words, document: Document) -> Units:
-    asked = "\n".join((document.prompt or "", document.suffix or ""))
-    prompt, text = words.ids(asked), words.ids(document.text)
+    given = "\n".join((document.prompt or "", document.suffix or ""))
+    prompt, text = words.ids(given), words.ids(document.text)
     return Units(document.name, document.group, np.concatenate((prompt, text)), len(prompt))
 
 
 def _digest(document: Units, least: int) -> bytes:
-    """SHA-256 of the scored text; below `least` units the prompt belongs to it, for `return x` is no leak."""
+    """Hash the scored text; below `least` units the prompt belongs to it, since `return x` is no leak."""
     ids = document.ids[document.start :]
     return hashlib.sha256((ids if len(ids) >= least else document.ids).tobytes()).digest()
 
 
 def _group(document: Units) -> str:
-    """The group without the number of a piece. Only the end is searched: a group may be a whole prompt."""
+    """Return the group without a piece's number. Only its end is searched: it may be a whole prompt."""
     return document.group[:-40] + PIECE.sub("", document.group[-40:])
 
 
@@ -184,22 +185,22 @@ def _group(document: Units) -> str:
 
 
 class _Needles:
-    """Hashes of the held-out side that are looked for, and for each the training documents that hold it."""
+    """Hashes of held-out text that are looked for, and for each the training documents that hold it."""
 
     def __init__(self, hashes: np.ndarray):
         self.values = np.unique(hashes)
         bits = min(26, max(10, len(self.values).bit_length() + 4))
         self._shift = np.uint64(64 - bits)
-        self._table = np.zeros(2**bits, bool)  # most training windows end here, at a 16th of a search's cost
+        self._table = np.zeros(2**bits, bool)  # rejects most training windows at a 16th of a search's cost
         self._table[self._slots(self.values)] = True
         self.documents = np.zeros(len(self.values), np.int64)
-        self.first = np.full(len(self.values), 2**64 - 1, np.uint64)  # the least key among their names
+        self.first = np.full(len(self.values), 2**64 - 1, np.uint64)  # the least name key of these
 
     def _slots(self, hashes: np.ndarray) -> np.ndarray:
         return (hashes * np.uint64(0xD6E8FEB86659FD93)) >> self._shift
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(which of the hashes are needles, the needle of each)."""
+        """Return (places of the hashes that are needles, the needle of each)."""
         maybe = np.flatnonzero(self._table[self._slots(hashes)])
         needle = np.searchsorted(self.values, hashes[maybe])
         needle[needle == len(self.values)] = 0
@@ -207,7 +208,7 @@ class _Needles:
         return maybe[found], needle[found]
 
     def count(self, batch: Batch, length: int, keys: np.ndarray) -> np.ndarray:
-        """Look through a batch of training documents; returns those in which something was found."""
+        """Count the needles in a batch of training documents; return the documents that hold one."""
         places, hashes = batch.windows(length)
         found, needle = self.find(hashes)
         documents = batch.of[places[found]]
@@ -229,125 +230,189 @@ def compare(
     window: int,
     excerpt: Callable[[int, int], str],
 ) -> Overlap:
-    """`excerpt(number, unit)` is the held-out text from that unit on."""
-    least, shingle = window // 3, max(SHINGLE, window // 10)
-    ours = Batch(held)
-    scored = ours.ends - ours.scored_from
+    """Compare held-out documents with training documents, which are read once.
 
-    places, hashes = ours.windows(window)
-    ending = places + window > ours.scored_from[ours.of[places]]
-    places, hashes = places[ending], hashes[ending]
-    needles = {window: _Needles(hashes)}
-    # Texts shorter than a window: their first and their last run of a length that covers them together.
-    short: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    for length in (least, 2 * least):
-        documents = np.flatnonzero((scored >= length) & (scored < min(2 * length, window)))
-        at, values = ours.windows(length)
-        head = values[np.searchsorted(at, ours.scored_from[documents])]
-        tail = values[np.searchsorted(at, ours.ends[documents] - length)]
-        if len(documents):
-            short[length] = documents, head, tail
-            needles[length] = _Needles(np.concatenate((head, tail)))
-
-    signed, signatures = ours.signatures(shingle, least, PERMUTATIONS)
-    ours_in_bands = bands(signatures, BANDS)
-    digests: dict[bytes, list[int]] = defaultdict(list)
-    for number, document in enumerate(held):
-        if scored[number]:
-            digests[_digest(document, least)].append(number)
-    our_groups = {_group(document) for document in held if document.group}
-    groups: dict[str, str] = {}
-    exact: dict[int, str] = {}
-    near: dict[int, tuple[float, str]] = {}
-    names: dict[int, str] = {}
-    n_train = 0
+    Args:
+        train: Training documents.
+        held: Held-out documents.
+        of_documents: How many held-out documents there are, if `held` is a sample of them.
+        window: Units of a run.
+        excerpt: From the number of a held-out document and of a unit, its text from that unit on.
+    """
+    comparison = _Comparison(held, window)
     for batch in batches(train):
-        n_train += len(batch.documents)
+        comparison.look_through(batch)
+    return comparison.overlap(of_documents, excerpt)
+
+
+class _Comparison:
+    """Held-out documents, by number, and what was found of them in the training documents so far.
+
+    exact: The training document with the same text; of several, here and below, the one of the least name.
+    near: (-similarity, training document) of the most similar one.
+    groups: By shared group the training document of that group.
+    """
+
+    def __init__(self, held: list[Units], window: int):
+        self.held, self.window = held, window
+        self.least, self.shingle = window // 3, max(SHINGLE, window // 10)
+        self.ours = ours = Batch(held)
+        self.scored = ours.ends - ours.scored_from  # (documents,) units
+
+        places, hashes = ours.windows(window)
+        ending = places + window > ours.scored_from[ours.of[places]]
+        self.places, self.hashes = places[ending], hashes[ending]
+        self.needles = {window: _Needles(self.hashes)}
+        self.short = self._short_texts()
+
+        self.signed, self.signatures = ours.signatures(self.shingle, self.least, PERMUTATIONS)
+        self.bands = bands(self.signatures, BANDS)
+        self.digests: dict[bytes, list[int]] = defaultdict(list)
+        for number, document in enumerate(held):
+            if self.scored[number]:
+                self.digests[_digest(document, self.least)].append(number)
+        self.our_groups = {_group(document) for document in held if document.group}
+
+        self.n_train = 0
+        self.names: dict[int, str] = {}  # names of training documents with a needle, by key
+        self.exact: dict[int, str] = {}
+        self.near: dict[int, tuple[float, str]] = {}
+        self.groups: dict[str, str] = {}
+
+    def _short_texts(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Add needles for texts shorter than a window: two runs that cover the text together.
+
+        Returns by length of the runs (numbers of the documents, hashes of their first run, of their last).
+        """
+        ours, short = self.ours, {}
+        for length in (self.least, 2 * self.least):
+            fits = (self.scored >= length) & (self.scored < min(2 * length, self.window))
+            documents = np.flatnonzero(fits)
+            at, values = ours.windows(length)
+            head = values[np.searchsorted(at, ours.scored_from[documents])]
+            tail = values[np.searchsorted(at, ours.ends[documents] - length)]
+            if len(documents):
+                short[length] = documents, head, tail
+                self.needles[length] = _Needles(np.concatenate((head, tail)))
+        return short
+
+    def look_through(self, batch: Batch) -> None:
+        """Look for all held-out documents in a batch of training documents."""
+        self.n_train += len(batch.documents)
         keys = np.array([_name_key(document.name) for document in batch.documents], np.uint64)
-        for length, needle in needles.items():
+        for length, needle in self.needles.items():
             for number in needle.count(batch, length, keys).tolist():
-                names[int(keys[number])] = batch.documents[number].name
+                self.names[int(keys[number])] = batch.documents[number].name
         for document in batch.documents:
-            for number in digests.get(_digest(document, least), ()):
-                exact[number] = min(document.name, exact.get(number, document.name))
-            if (group := _group(document)) in our_groups:
-                groups[group] = min(document.name, groups.get(group, document.name))
-        theirs, others = batch.signatures(shingle, least, PERMUTATIONS)
-        for i, j, similarity in _near(ours_in_bands, signatures, others):
-            name, number = batch.documents[theirs[j]].name, int(signed[i])
-            # The most similar; among equals the least name.
-            near[number] = min((-similarity, name), near.get(number, (0.0, "")))
+            for number in self.digests.get(_digest(document, self.least), ()):
+                self.exact[number] = min(document.name, self.exact.get(number, document.name))
+            if (group := _group(document)) in self.our_groups:
+                self.groups[group] = min(document.name, self.groups.get(group, document.name))
+        theirs, others = batch.signatures(self.shingle, self.least, PERMUTATIONS)
+        for i, j, similarity in _near(self.bands, self.signatures, others):
+            name, number = batch.documents[theirs[j]].name, int(self.signed[i])
+            self.near[number] = min((-similarity, name), self.near.get(number, (0.0, "")))
 
-    limit = max(BOILERPLATE_DOCUMENTS, BOILERPLATE_SHARE * n_train)
-    needle = np.searchsorted(needles[window].values, hashes)
-    times = needles[window].documents[needle]
-    shared = (times > 0) & (times <= limit)
-    covered = _inside(places[shared], window, len(ours.ids))
-    # A window that reaches from a header into its file is rare, and only what is behind the header is leaked.
-    covered &= ~_inside(places[times > limit], window, len(ours.ids))
-    covered &= np.arange(len(ours.ids)) >= ours.scored_from[ours.of]
-    leaked = np.bincount(ours.of[covered], minlength=len(held))
+    def overlap(self, of_documents: int, excerpt: Callable[[int, int], str]) -> Overlap:
+        """Sum up, after all training documents; `excerpt` and `of_documents` are those of `compare`."""
+        ours, window = self.ours, self.window
+        limit = max(BOILERPLATE_DOCUMENTS, BOILERPLATE_SHARE * self.n_train)
+        needle = np.searchsorted(self.needles[window].values, self.hashes)
+        times = self.needles[window].documents[needle]
+        shared = (times > 0) & (times <= limit)
+        covered = _inside(self.places[shared], window, len(ours.ids))
+        # A window from a header into its file is rare, and yet only the text behind the header is leaked.
+        covered &= ~_inside(self.places[times > limit], window, len(ours.ids))
+        covered &= np.arange(len(ours.ids)) >= ours.scored_from[ours.of]
+        leaked = np.bincount(ours.of[covered], minlength=len(self.held))
 
-    contained: dict[int, str] = {}
-    for length, (documents, head, tail) in short.items():
-        seen = needles[length]
-        first, last = np.searchsorted(seen.values, head), np.searchsorted(seen.values, tail)
-        fewest = np.minimum(seen.documents[first], seen.documents[last])
-        for i in np.flatnonzero((fewest > 0) & (fewest <= limit)).tolist():
-            contained[int(documents[i])] = names[int(seen.first[first[i]])]
+        contained = self._contained(limit)
+        runs: dict[int, _Find] = {}
+        for i in np.flatnonzero(shared)[::-1].tolist():  # The last to be set is a document's first run.
+            number = int(ours.of[self.places[i]])
+            name = self.names[int(self.needles[window].first[needle[i]])]
+            share = float(leaked[number] / self.scored[number])
+            runs[number] = _Find("windows_shared", name, share, int(self.places[i] - ours.starts[number]))
+        finds = self._finds(runs, contained)
+        whole = sorted(self.exact.keys() | self.near.keys() | contained.keys())
+        leaked[whole] = self.scored[whole]
 
-    kinds: dict[int, tuple[str, str, float, int]] = {}  # kind, training document, similarity, unit to show
-    for i in np.flatnonzero(shared)[::-1].tolist():
-        number = int(ours.of[places[i]])
-        name = names[int(needles[window].first[needle[i]])]
-        share = float(leaked[number] / scored[number])
-        kinds[number] = "windows_shared", name, share, int(places[i] - ours.starts[number])
-    for number, name in contained.items():
-        kinds[number] = "contained", name, 1.0, held[number].start
-    for number, (similarity, name) in near.items():
-        kinds[number] = "near", name, -similarity, held[number].start
-    for number, name in exact.items():
-        kinds[number] = "exact", name, 1.0, held[number].start
-    whole = sorted(exact.keys() | near.keys() | contained.keys())
-    leaked[whole] = scored[whole]
+        count = [find.kind for find in finds.values()].count
+        return Overlap(
+            documents=len(self.held),
+            of_documents=of_documents,
+            units=int(self.scored.sum()),
+            leaked_units=int(leaked.sum()),
+            exact=count("exact"),
+            near=count("near"),
+            contained=count("contained"),
+            window=window,
+            windows=len(self.places),
+            windows_shared=int(shared.sum()),
+            boilerplate=int((times > limit).sum()),
+            groups=len(self.groups),
+            examples=tuple(self._examples(finds, leaked, excerpt)),
+        )
 
-    largest = sorted(kinds, key=lambda number: (-leaked[number], held[number].name))[:EXAMPLES]
-    examples = []
-    for number in largest:
-        kind, name, similarity, unit = kinds[number]
-        line = " ".join(excerpt(number, unit).split())[:80]
-        examples.append(Example(kind, held[number].name, name, round(similarity, 3), line))
-    for group in sorted(groups)[: EXAMPLES // 2]:
-        name = min(document.name for document in held if _group(document) == group)
-        examples.append(Example("groups", name, groups[group], 1.0, group[:80]))
-    count = [kind for kind, *_ in kinds.values()].count
-    return Overlap(
-        documents=len(held),
-        of_documents=of_documents,
-        units=int(scored.sum()),
-        leaked_units=int(leaked.sum()),
-        exact=count("exact"),
-        near=count("near"),
-        contained=count("contained"),
-        window=window,
-        windows=len(places),
-        windows_shared=int(shared.sum()),
-        boilerplate=int((times > limit).sum()),
-        groups=len(groups),
-        examples=tuple(examples),
-    )
+    def _contained(self, limit: float) -> dict[int, str]:
+        """Return the training documents that hold both runs of a short text, by its number."""
+        contained: dict[int, str] = {}
+        for length, (documents, head, tail) in self.short.items():
+            needles = self.needles[length]
+            first, last = np.searchsorted(needles.values, head), np.searchsorted(needles.values, tail)
+            fewest = np.minimum(needles.documents[first], needles.documents[last])
+            for i in np.flatnonzero((fewest > 0) & (fewest <= limit)).tolist():
+                contained[int(documents[i])] = self.names[int(needles.first[first[i]])]
+        return contained
+
+    def _finds(self, runs: dict[int, _Find], contained: dict[int, str]) -> dict[int, _Find]:
+        """Return the strongest find of each document: exact, then near, contained, and shared runs."""
+        finds = dict(runs)
+        for number, name in contained.items():
+            finds[number] = _Find("contained", name, 1.0, self.held[number].start)
+        for number, (similarity, name) in self.near.items():
+            finds[number] = _Find("near", name, -similarity, self.held[number].start)
+        for number, name in self.exact.items():
+            finds[number] = _Find("exact", name, 1.0, self.held[number].start)
+        return finds
+
+    def _examples(
+        self, finds: dict[int, _Find], leaked: np.ndarray, excerpt: Callable[[int, int], str]
+    ) -> Iterator[Example]:
+        largest = sorted(finds, key=lambda number: (-leaked[number], self.held[number].name))[:EXAMPLES]
+        for number in largest:
+            find = finds[number]
+            line = " ".join(excerpt(number, find.unit).split())[:80]
+            yield Example(find.kind, self.held[number].name, find.name, round(find.similarity, 3), line)
+        for group in sorted(self.groups)[: EXAMPLES // 2]:
+            name = min(document.name for document in self.held if _group(document) == group)
+            yield Example("groups", name, self.groups[group], 1.0, group[:80])
+
+
+class _Find(NamedTuple):
+    """The strongest find of a held-out document; `kind` is a count of `Overlap`.
+
+    name: The training document it was found in.
+    similarity: 1 for a whole text, else the Jaccard estimate or the share of leaked units.
+    unit: The unit from which an excerpt shows it.
+    """
+
+    kind: str
+    name: str
+    similarity: float
+    unit: int
 
 
 def _inside(places: np.ndarray, window: int, n_units: int) -> np.ndarray:
-    """(n_units,) bool: the units inside a window that begins at one of the places."""
+    """Return the units inside a window that begins at one of the places, (n_units,) bool."""
     edges = np.bincount(places, minlength=n_units + 1) - np.bincount(places + window, minlength=n_units + 1)
     return np.cumsum(edges)[:n_units] > 0
 
 
 def _near(wanted: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, int, float]]:
-    """Pairs (i, j, similarity) of signatures that agree in a band and in at least `NEAR` of all places.
+    """Yield (i, j, similarity) of signatures that agree in a band and in at least `NEAR` of all places.
 
-    Of a bucket, the signatures equal in one band, the first `BUCKET` are looked at: time stays linear where
+    Only the first `BUCKET` signatures that are equal in one band are compared: time stays linear where
     thousands of documents are variants of one.
     """
     if not len(ours) or not len(theirs):
@@ -378,12 +443,12 @@ def _near(wanted: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Iterator[
 
 
 def regroup(documents: Iterable[Document]) -> list[str]:
-    """A group for each document, in order, such that what would leak into each other is in one group.
+    """Return a group for each document, in order, so that no document leaks into another group.
 
-    Together go documents of one group (or pieces of one file), exact and near duplicates, and two of which
-    the shorter has `LINKED` of its runs of `WINDOW // 3` words in the other. The name is the least of the
-    groups joined, so that the order of documents does not matter. Above `REGROUP_WINDOWS` runs, those whose
-    hash ends in enough zeros are compared, the same ones in every document.
+    Documents of one group (or pieces of one file) go together, exact and near duplicates, and two documents
+    of which the shorter has `LINKED` of its runs of `WINDOW // 3` words in the other. The name is the least
+    of the groups joined, so that the order of documents does not matter. Above `REGROUP_WINDOWS` runs, only
+    those whose hash ends in enough zeros are compared, the same ones in every document.
     """
     words, least = Words(), WINDOW // 3
     parents: list[int] = []
@@ -438,7 +503,7 @@ def regroup(documents: Iterable[Document]) -> list[str]:
 
 
 def _linked(windows: np.ndarray, n_documents: int) -> Iterator[tuple[int, int]]:
-    """Pairs of documents that share `LINKED` of the windows of the one that has fewer."""
+    """Yield pairs of documents that share `LINKED` of the windows of the one that has fewer."""
     hashes, documents = windows[0], windows[1].astype(np.int64)
     order = np.lexsort((documents, hashes))
     hashes, documents = hashes[order], documents[order]

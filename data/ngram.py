@@ -12,8 +12,8 @@ Below the highest order, c counts the different tokens seen before the n-gram, n
 unigrams stands the uniform distribution, so no probability is 0 and every distribution sums to 1. The
 discounts D1, D2, D3+ of an order come from its numbers of n-grams with count 1, 2, 3 and 4.
 
-Kept are sorted arrays, one row for each n-gram seen. A history is numbered by (its number without the oldest
-token, the oldest token), so that an n-gram is one integer and backing off is one lookup.
+The model is sorted arrays, one row for each n-gram seen. A history is numbered by (its number without the
+oldest token, the oldest token), so that an n-gram is one integer and backing off is one lookup.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ import numpy as np
 #     fit, s         0.7    1.5    2.0    2.5    4.3    5.1
 # At order 6, absolute discounting of plain counts has 1.694 and Witten-Bell 1.779.
 ORDER = 6
-# Of an order with too few n-grams to estimate them from.
+# The discounts of an order with too few n-grams for an estimate.
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 
 
 def discounts(counts: np.ndarray) -> np.ndarray:
-    """D1, D2, D3+ of n-grams with these counts (N,), as Chen and Goodman 1999 estimate them.
+    """Estimate D1, D2, D3+ of n-grams with these counts (N,), as Chen and Goodman 1999 do.
 
     0 < D <= count holds for each; where the counts give no such numbers (a small or artificial corpus) all
-    three are FALLBACK_DISCOUNTS. Nothing taken away would leave nothing for tokens that were not seen.
+    three are FALLBACK_DISCOUNTS. A discount of 0 would leave nothing for tokens that were not seen.
     """
     n1, n2, n3, n4 = (int((counts == count).sum()) for count in (1, 2, 3, 4))
     if not (n1 and n2 and n3):
@@ -48,7 +48,7 @@ def discounts(counts: np.ndarray) -> np.ndarray:
 
 
 def _find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Index of each wanted number in sorted keys, -1 where it is not among them."""
+    """Return the index of each wanted number in sorted keys, -1 where it is not among them."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, at, -1)
 
@@ -92,7 +92,7 @@ class NGramModel:
             histories.append(found)
         keys, counts = np.unique(number * self._radix + stream[targets], return_counts=True)
         counted = [(keys, counts, np.zeros(0, np.int64))]
-        for length in range(order - 1, 0, -1):  # each n-gram seen counts once for the one without its oldest
+        for length in range(order - 1, 0, -1):  # An n-gram counts once for the one without its oldest token.
             shorter = histories[length][keys // self._radix] // self._radix * self._radix + keys % self._radix
             keys, parents, counts = np.unique(shorter, return_inverse=True, return_counts=True)
             counted[-1] = (*counted[-1][:2], parents)
@@ -114,7 +114,7 @@ class NGramModel:
         self._unigram[unigrams.keys] = unigrams.p
 
     def _stream(self, documents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens, vocab_size standing for "before the document", and the places of what is predicted."""
+        """Return all tokens, with vocab_size for "before the document", and the places of the targets."""
         before = np.full(max(self.order - 2, 0), self.vocab_size, np.int64)
         pieces, places, end = [before], [np.zeros(0, np.int64)], len(before)
         for document in documents:
@@ -129,17 +129,17 @@ class NGramModel:
         return np.concatenate(pieces), np.concatenate(places)
 
     def _numbers(self, stream: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
-        """For each history length the number of each target's history, -1 where it was never seen."""
+        """Return by history length the number of each target's history, -1 where it was never seen."""
         number = np.zeros(len(targets), np.int64)
         numbers = [number]
         for length in range(1, self.order):
             oldest = stream[targets - length]
-            number = _find(self._levels[length].histories, number * self._radix + oldest)  # below 0 stays -1
+            number = _find(self._levels[length].histories, number * self._radix + oldest)  # -1 stays -1
             numbers.append(number)
         return numbers
 
     def log_probs(self, documents: Iterable[np.ndarray]) -> np.ndarray:
-        """ln p, in nats, of each token after the first of its document, in order: (targets,)."""
+        """Return ln p, in nats, of each token after the first of its document, in order: (targets,)."""
         stream, targets = self._stream(documents)
         tokens = stream[targets]
         p = self._unigram[tokens]
@@ -149,14 +149,14 @@ class NGramModel:
         return np.log(p)
 
     def top(self, documents: Iterable[np.ndarray], k: int) -> np.ndarray:
-        """The k likeliest tokens, best first, at each place that `log_probs` scores: (targets, k).
+        """Return the k likeliest tokens, best first, at each place that `log_probs` scores: (targets, k).
 
-        The exact order of the whole vocabulary, and the lower id first among equals.
+        The order is that of the whole vocabulary, exactly, with the lower id first among equals.
         """
         return self._top(*self._stream(documents), k)
 
     def predict(self, context: np.ndarray, k: int) -> np.ndarray:
-        """The k likeliest tokens after a context (length,) that starts a document, best first: (k,)."""
+        """Return the k likeliest tokens after a context (length,) at a document's start, best first: (k,)."""
         return self.top([np.append(context, 0)], k)[-1]
 
     def _top(self, stream: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
@@ -171,7 +171,7 @@ class NGramModel:
         return best
 
     def _best(self, length: int, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k likeliest tokens of each history by its number (H,), and their probabilities, each (H, k).
+        """Return the k likeliest tokens of each history by number (H,), and their probabilities, each (H, k).
 
         A token not seen after a history keeps its rank among those not seen. So only the tokens seen there,
         and the k best of the shorter history, can be among the k best.
@@ -192,13 +192,13 @@ class NGramModel:
         tokens = np.concatenate((level.keys[seen] % self._radix, tokens[unseen]))
         p = np.concatenate((level.p[seen], p[unseen]))
         order = np.lexsort((tokens, -p, row))
-        # Every row has at least k candidates: k of the shorter history, seen here or not.
+        # Every row has at least k candidates: the k of the shorter history, seen after this one or not.
         start = np.searchsorted(row[order], np.arange(len(numbers)))
         kept = order[start[:, None] + np.arange(k)]
         return tokens[kept], p[kept]
 
     def complete(self, contexts: Sequence[np.ndarray], n_tokens: int) -> np.ndarray:
-        """The likeliest token after each context, n_tokens times over: (len(contexts), n_tokens)."""
+        """Continue each context by its likeliest token, n_tokens times: (len(contexts), n_tokens)."""
         width = max(self.order - 1, 1)
         rows = np.full((len(contexts), width + n_tokens), self.vocab_size, np.int64)
         for row, context in zip(rows, contexts, strict=True):

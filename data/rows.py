@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files: which of their fields are a text, and which an example."""
+"""Rows of JSONL and Parquet files, and the fields that make a text or an example of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from config import DataConfig, bounded_lines, parse_line
 from data.documents import Report
 
-# Fields of a JSONL or Parquet row: of plain text, or of an example, whose completion is the last.
+# The fields of a plain text, or of an example, whose completion is the last.
 ROW_KINDS = (
     ("text",),
     ("content",),
@@ -32,16 +32,16 @@ def listed(fields: Iterable[str]) -> str:
 
 
 def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str, str | None, str | None]:
-    """(completion, prompt, suffix) of a row that holds an example, (text, None, None) of plain text.
+    """Return (completion, prompt, suffix) of a row that holds an example, (text, None, None) of plain text.
 
-    The one place that decides it.
+    No other code decides what a row is.
 
     Raises:
         ValueError: the row is of no kind or of two, holds something that is not text, or completes nothing.
     """
     fields = _fields_of(row, config, where)
     values: list[Any] = [row[field] for field in fields]
-    if len(fields) == 3 and values[1] is None:  # Parquet has no other way to leave the input out
+    if len(fields) == 3 and values[1] is None:  # Parquet leaves the input out by a null.
         values[1] = ""
     for field, value in zip(fields, values, strict=True):
         if not isinstance(value, str):
@@ -49,20 +49,20 @@ def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str
             raise ValueError(
                 f"{where} holds {found} in the field {field}, not text: write text there, or remove the row"
             )
-    *asked, text = values
-    if not asked:
+    *given, text = values
+    if not given:
         return text, None, None
     if not text:
         raise ValueError(
             f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove the row"
         )
     if fields[0] == "instruction":
-        return text, alpaca_prompt(*asked), None
-    return text, asked[0], asked[1] if len(asked) == 2 else None
+        return text, alpaca_prompt(*given), None
+    return text, given[0], given[1] if len(given) == 2 else None
 
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
-    """The published template, train.py of github.com/tatsu-lab/stanford_alpaca: with and without an input."""
+    """Fill the template in train.py of github.com/tatsu-lab/stanford_alpaca, with or without an input."""
     paired = ", paired with an input that provides further context" if given else ""
     given = f"### Input:\n{given}\n\n" if given else ""
     return (
@@ -74,9 +74,10 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
 def _fields_of(
     present: Iterable[str], config: DataConfig, where: str, one_row: bool = True
 ) -> tuple[str, ...]:
-    """The fields that are read of those present: the text's, or an example's with the completion last.
+    """Return the fields to read of those present: the text's, or an example's with the completion last.
 
-    They are one row's, which can be removed, or the whole file's.
+    Args:
+        one_row: They are the fields of one row, which could be removed, and not of a whole file.
     """
     present = set(present)
     kinds = [kind for kind in ROW_KINDS if present.issuperset(kind)]
@@ -99,9 +100,9 @@ def _fields_of(
     for kind in sorted(examples, key=lambda kind: len(present.intersection(kind)) / len(kind), reverse=True):
         lacking = [field for field in kind if field not in present]
         near = difflib.get_close_matches(lacking[0], present.difference(kind), n=1)
-        held = len(kind) - len(lacking)
-        # One field of an example, such as a suffix, may be something else that stands beside the text.
-        if held > 1 or (held and (near or present <= {*kind, *NAME_FIELDS})):
+        n_present = len(kind) - len(lacking)
+        # A single field of an example, such as a suffix, may be unrelated to examples.
+        if n_present > 1 or (n_present and (near or present <= {*kind, *NAME_FIELDS})):
             meant = f" (is {near[0]} meant for it?)" if near else ""
             remove = "remove the row, " if one_row else ""
             raise ValueError(
@@ -124,7 +125,7 @@ def jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple
                 if text is None:
                     continue
                 if not text.strip():
-                    blank = blank or number  # the last lines of a file may be empty
+                    blank = blank or number  # The last lines of a file may be empty.
                     continue
                 if blank:
                     raise ValueError(f"{path} line {blank} is empty: remove it, or write the row it was for")
@@ -161,8 +162,8 @@ def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tup
                 config.group_field,
             }
             for batch in file.iter_batches(batch_size=64, columns=[f for f in fields if f in wanted]):
-                # As bytes: pyarrow does not check that its strings are UTF-8, and one bad value would
-                # make the conversion of the whole batch fail.
+                # Strings are read as bytes: pyarrow does not check that they are UTF-8, and one bad value
+                # would make the conversion of the whole batch fail.
                 columns = {
                     field: (
                         column.cast(pa.large_binary())
@@ -186,7 +187,7 @@ def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tup
 
 
 def decoded(data: bytes, where: str, offset: int, config: DataConfig, report: Report) -> str | None:
-    """Strict UTF-8; None when it is not and such documents are skipped. `data` begins at byte `offset`."""
+    """Decode strict UTF-8; None for other bytes if they are skipped. `data` begins at byte `offset`."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Texts as rows of hashed units, and what is computed on such rows: runs, MinHash signatures, bands.
+"""Texts as rows of hashed units, with their runs, MinHash signatures and bands.
 
 A unit is a word or a punctuation mark, without white space, so that a function moved into a class is the same
 function. MinHash is Broder 1997; bands of a signature as in Lee et al. 2022 (arXiv:2107.06499).
@@ -17,21 +17,21 @@ from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # it 
 
 UNIT = re.compile(r"\w+|[^\w\s]")
 BATCH_UNITS = 2**19
-WORDS = 2**20  # whose hashes are kept at a time
+WORDS = 2**20  # words whose hashes are kept at a time
 
 
 class Units(NamedTuple):
     name: str
-    group: str  # "" is none
-    ids: np.ndarray  # (n,) uint64, of prompt and text
-    start: int  # the first that is scored
+    group: str  # "" for none
+    ids: np.ndarray  # (n,) uint64, prompt and text
+    start: int  # the first scored unit
 
 
 class Words(dict[str, int]):
-    """A 64-bit hash for each word. Not Python's own: that changes from process to process."""
+    """A 64-bit hash for each word; Python's own would change from process to process."""
 
     def __missing__(self, word: str) -> int:
-        if len(self) >= WORDS:  # a corpus has more words than memory
+        if len(self) >= WORDS:  # A corpus has more words than fit in memory.
             self.clear()
         self[word] = value = int.from_bytes(
             hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
@@ -44,7 +44,7 @@ class Words(dict[str, int]):
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """A one-to-one scramble of 64-bit numbers: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    """Scramble 64-bit numbers one to one, by the finaliser of SplitMix64 (Steele et al. 2014)."""
     values = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -52,7 +52,7 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 class Batch:
-    """Documents end to end. `of` is the document each unit belongs to."""
+    """Documents laid end to end. `of` is the document of each unit."""
 
     def __init__(self, documents: list[Units]):
         self.documents = documents
@@ -66,7 +66,7 @@ class Batch:
         self._sums = np.concatenate((np.zeros(1, np.uint64), sums))
 
     def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(places, hashes) of all runs of `length` units inside one document.
+        """Return (places, hashes) of all runs of `length` units inside one document.
 
         The hash is the sum of unit times B**place modulo 2**64, from sums over the whole batch.
         """
@@ -78,7 +78,7 @@ class Batch:
         return places[inside], hashes[inside]
 
     def signatures(self, shingle: int, least: int, permutations: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents, MinHash signatures (n, permutations)) of scored texts of `least` units or more."""
+        """Return (documents, MinHash signatures (n, permutations)) of texts with `least` scored units."""
         places, hashes = self.windows(shingle)
         scored = places >= self.scored_from[self.of[places]]
         rows = np.bincount(self.of[places[scored]], minlength=len(self.documents))
@@ -92,7 +92,7 @@ class Batch:
 
 @lru_cache(maxsize=4)
 def powers(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """B**0, B**1, ... modulo 2**64, and their inverses."""
+    """Return B**0, B**1, ... modulo 2**64, and their inverses."""
     base = 0x9E3779B97F4A7C15
     both = []
     for factor in (base, pow(base, -1, 2**64)):
@@ -115,7 +115,7 @@ def batches(documents: Iterable[Units]) -> Iterator[Batch]:
 
 
 def bands(signatures: np.ndarray, n_bands: int) -> np.ndarray:
-    """(n, n_bands) uint64: equal where two signatures agree in a whole band."""
+    """Return (n, n_bands) uint64, equal where two signatures agree in a whole band."""
     rows = signatures.shape[1] // n_bands
     cut = signatures[:, : n_bands * rows].reshape(len(signatures), n_bands, rows).astype(np.uint64)
     factors = mixed(np.arange(rows, dtype=np.uint64)) | np.uint64(1)

@@ -18,16 +18,16 @@ from data.shingles import Units, mixed
 from data.tokenstore import TokenStore
 from tokenizer import Tokenizer
 
-HELD_OUT_UNITS = 2**22  # of a store; beyond that, whole documents are sampled by name
+HELD_OUT_UNITS = 2**22  # tokens of a store that are compared; of more, whole documents are sampled by name
 
 
 def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
-    """Compare two stores of a run, token by token; cached as `leaks-TRAIN-HELD_OUT.json` in the folder of
-    `held_out`, by the names of their sides.
+    """Compare two stores of a run, token by token.
 
-    All of the training tokens are read. Of a held-out store above `HELD_OUT_UNITS` tokens, documents are
-    drawn by the SHA-1 of their names until that many are there; `Overlap.of_documents` tells. A cached
-    result is used if both stores and this file are those it was made by.
+    The result is cached beside `held_out` as `leaks-TRAIN-HELD_OUT.json`, by the names of the splits, and
+    used again for the same stores and VERSION. All training tokens are read. Of a held-out store of more
+    than `HELD_OUT_UNITS` tokens, documents are sampled by the SHA-1 of their names up to that number, which
+    `Overlap.of_documents` shows.
 
     Raises:
         ValueError: a store was made by another tokenizer.
@@ -51,7 +51,7 @@ def store_overlap(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer)
 def _store_key(train: TokenStore, held_out: TokenStore) -> str:
     key = hashlib.sha256(f"{VERSION}".encode())
     for store in (train, held_out):
-        key.update((store.folder / "index.json").read_bytes())  # holds the SHA-256 of each file
+        key.update((store.folder / "index.json").read_bytes())  # It holds the SHA-256 of each file.
         key.update(store.split.encode())
     return key.hexdigest()
 
@@ -70,8 +70,8 @@ def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenize
         keep = solid[tokens]
         start = int(keep[: int(store.prompt_lengths[number])].sum())
         name = store.names[number]
-        # A store knows no groups, but was split by them. Equal names are no group: many repositories hold a
-        # setup.py. Names of pieces are one all the same.
+        # A store knows no groups, though it was split by them. Equal names are no group, since many
+        # repositories hold a setup.py; pieces of one name are.
         group = name if PIECE.search(name[-40:]) else ""
         return Units(name, group, values[tokens[keep]], start)
 

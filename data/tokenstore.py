@@ -3,8 +3,8 @@
     FOLDER/index.json, and for each split train-00000.bin ..., train-offsets.npy, train-bytes.npy,
     train-names.jsonl and, of examples only, train-prompts.npy, train-suffixes.npy and train-cuts.npy
 
-Built in parallel; `index.json` comes last and makes the folder a store. It has the SHA-256 of each file and
-of itself. That of an older store has none of itself: `refuse_other_index` compares its values. Nothing here
+A store is built in parallel; `index.json` comes last and makes the folder a store. It has the SHA-256 of
+each file and of itself. An older index lacks its own: `refuse_other_index` compares its values. Nothing here
 imports torch: worker processes import this module to tokenise.
 """
 
@@ -37,11 +37,11 @@ from data.fim import fim_markers, fim_prompt_ids
 from tokenization.healing import healed
 from tokenizer import Tokenizer
 
-FORMAT = 2  # part of the cache key: raise it whenever the same data would be stored as other bytes
+FORMAT = 2  # a part of the cache key: raise it when the same data would be stored as other bytes
 SHARD_TOKENS = 2**27
 READ_AT_ONCE = 2**22  # tokens
-READ_THROUGH = 2**8  # tokens between two places, up to which both are read in one piece
-CHUNK_CHARACTERS = 2**18  # of text handed to a worker at a time
+READ_THROUGH = 2**8  # tokens; places that are no further apart are read in one piece
+CHUNK_CHARACTERS = 2**18  # text that a worker gets at a time
 
 
 class _Shard:
@@ -52,20 +52,20 @@ class _Shard:
     """
 
     def __init__(self, path: Path, size: int):
-        """`size` is that of the store's index, in bytes."""
+        """`size`, in bytes, is the one in the store's index."""
         self.path, self.size = path, size
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
     def read_into(self, buffer: memoryview, place: int) -> int:
-        """Fill bytes with those from `place` on; how many there are up to the end of the file.
+        """Read bytes from `place` on into `buffer`; return how many there are up to the end of the file.
 
         Raises:
             ValueError: the file has become shorter.
         """
         try:
             n = os.preadv(self._descriptor, [buffer], place)
-            while n < len(buffer) and place + n < self.size:  # rarely: one call reads at most 2 GiB
+            while n < len(buffer) and place + n < self.size:  # This is rare: one call reads at most 2 GiB.
                 if not (more := os.preadv(self._descriptor, [buffer[n:]], place + n)):
                     left = os.fstat(self._descriptor).st_size
                     raise ValueError(
@@ -73,14 +73,19 @@ class _Shard:
                         "start again, or go on with a run by --resume: the store is built again"
                     )
                 n += more
-        except OSError as error:  # which knows no name
+        except OSError as error:  # The error of a descriptor has no file name.
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         return n
 
 
 class Encoded(NamedTuple):
-    """A document's ids, how many of them are prompt, and the place of the marker before its suffix, or 0; the
-    characters and the bytes of its prompt that `TokenStore.cuts` and `byte_lengths` tell of.
+    """A document's tokens, and its row in the tables of a store.
+
+    ids: Token ids, special tokens included.
+    prompt_length: How many of them are prompt.
+    suffix_place: The place of the marker before a suffix; 0 without one.
+    cut: `TokenStore.cuts` of the document.
+    dropped_bytes: Bytes of the prompt's end that is written with the completion.
     """
 
     ids: np.ndarray
@@ -91,29 +96,28 @@ class Encoded(NamedTuple):
 
 
 class TokenStore:
-    """The tokens of one split, on the disk. Pickles as its place there; files of tokens open at first use.
+    """The tokens of one split, on the disk. It pickles as its path; files of tokens open at first use.
 
     The tokens are one virtual stream, the concatenation of the shards; a document never straddles two.
 
     Attributes:
         n_tokens, n_documents, n_bytes: Totals; `n_bytes` is the sum of `byte_lengths`.
         offsets: (n_documents + 1,) int64, where each document starts in the stream, and its end.
-        byte_lengths: (n_documents,) int64, UTF-8 bytes of each text. Of an example, of its completion only,
-            and of the prompt's end that is written with it: bits per byte are over what bears loss.
+        byte_lengths: (n_documents,) int64, UTF-8 bytes of each text. An example has those of its completion,
+            and of the prompt's end that is written with it: bits per byte are over targets alone.
         holds_examples: Whether the documents are examples, each a prompt and its completion.
         prompt_lengths: (n_documents,) int64, leading tokens that are prompt, the start token included; 0 for
-            plain text. What a healed prompt leaves over (tokenization/healing.py) belongs to the completion.
+            plain text. The end that healing drops (tokenization/healing.py) is part of the completion.
         cuts: (n_documents,) int64, characters of the prompt of an example that is tokenised as one text; -1
             where prompt and completion are apart.
-        suffix_places: (n_documents,) int64, of an example that fills a gap the place of the marker between
-            prefix and suffix; 0 for all others.
-        vocab_size, pad_id: Of the tokenizer that made it.
+        suffix_places: (n_documents,) int64, the place of the marker between prefix and suffix of an example
+            that fills a gap; 0 for all others.
+        vocab_size, pad_id: Those of the tokenizer that made the store.
         gap_lead: Tokens that stand before the first marker of a document with a gap, 0 or 1.
-        tokenizer_fingerprint, fingerprint: Of the tokenizer, and of the data.
+        tokenizer_fingerprint, fingerprint: The fingerprints of the tokenizer and of the data.
 
     Raises:
-        ValueError: the folder holds no store of this format, or a file is missing, cut or, of those that are
-            read here, changed.
+        ValueError: the folder holds no store of this format, or a file is missing or cut, or a table changed.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -144,11 +148,11 @@ class TokenStore:
         self.n_bytes = int(self.byte_lengths.sum())
         self.holds_examples = f"{split}-prompts.npy" in {file["name"] for file in self._files}
 
-    def __reduce__(self):  # open files do not pickle
+    def __reduce__(self):  # Open files do not pickle.
         return TokenStore, (self.folder, self.split)
 
     def _table(self, name: str, absent: int = 0) -> np.ndarray:
-        """One of the split's arrays, int64, its SHA-256 compared; `absent` everywhere where there is none."""
+        """Read one of the split's arrays, int64, and compare its SHA-256; all `absent` if there is none."""
         name = f"{self.split}-{name}.npy"
         for file in self._files:
             if file["name"] == name:
@@ -161,7 +165,7 @@ class TokenStore:
         return np.full(len(self.byte_lengths), absent, np.int64)
 
     def refuse_other_index(self, tokenizer: Tokenizer, fingerprint: str) -> None:
-        """ValueError if the store is not what this tokenizer makes of the data with this fingerprint."""
+        """Raise ValueError if the store is of another tokenizer or of data with another fingerprint."""
         wanted = {
             "data": fingerprint,
             "tokenizer": tokenizer.fingerprint,
@@ -185,7 +189,7 @@ class TokenStore:
 
     @property
     def n_targets(self) -> int:
-        """Tokens that bear loss in one pass: all but the first of each document and those of prompts."""
+        """Targets in one pass: all tokens but the first of each document and those of prompts."""
         return int(np.maximum(np.diff(self.offsets) - np.maximum(self.prompt_lengths, 1), 0).sum())
 
     @cached_property
@@ -200,7 +204,7 @@ class TokenStore:
         return shards, np.cumsum([0, *(shard.size // self.dtype.itemsize for shard in shards)])
 
     def _read(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """The tokens from `low` to `high`, (pieces,) each, of the stream, one piece after the other."""
+        """Read the tokens of the stream from `low` to `high`, (pieces,) each, one piece after the other."""
         shards, starts = self._shards
         ends = np.cumsum(high - low)
         found = np.empty(int(ends[-1]), self.dtype)
@@ -209,13 +213,13 @@ class TokenStore:
         rows = (number, (low - starts[number]) * size, (ends - high + low) * size, ends * size)
         for shard, place, begin, end in zip(*(row.tolist() for row in rows), strict=True):
             while (n := shards[shard].read_into(view[begin:end], place)) < end - begin:
-                begin, place, shard = begin + n, 0, shard + 1  # it goes on in the next shard
+                begin, place, shard = begin + n, 0, shard + 1  # The piece goes on in the next shard.
         return found
 
     def gather(self, where: np.ndarray) -> np.ndarray:
-        """Tokens at places (N,) of the stream, as int64 (N,).
+        """Return the tokens at places (N,) of the stream, as int64 (N,).
 
-        They are read, and not mapped: a file that is cut while it is mapped ends the process without a word.
+        They are read and not mapped: a file that is cut while it is mapped ends the process silently.
 
         Raises:
             ValueError: a shard is shorter than it was.
@@ -227,14 +231,14 @@ class TokenStore:
         first, last = np.append(0, apart + 1), np.append(apart, len(where) - 1)
         low, high = where[first], where[last] + 1
         found = self._read(low, high)
-        if np.count_nonzero(step != 1) > len(apart):  # a place twice, or what lies between two was read too
+        # Places that repeat, or tokens between places that were read too
+        if np.count_nonzero(step != 1) > len(apart):
             lengths = high - low
             found = found[where - np.repeat(low - np.cumsum(lengths) + lengths, last - first + 1)]
         return found.astype(np.int64)
 
     def occurrences(self, ids: Sequence[int]) -> list[int]:
-        """How often each of some ids, at least one, occurs; by one pass over the stream, at the speed of
-        reading it where the ids are the last ones."""
+        """Count each of some ids, at least one, in a pass over the stream; the last ids cost the least."""
         low = min(ids)
         counts = np.zeros(self.vocab_size - low, np.int64)
         for start in range(0, self.n_tokens, READ_AT_ONCE):
@@ -244,12 +248,12 @@ class TokenStore:
         return [int(counts[id - low]) for id in ids]
 
     def document(self, number: int) -> np.ndarray:
-        """Tokens of one document, special tokens included, int64."""
+        """Return the tokens of one document, special tokens included, int64."""
         return self.gather(np.arange(self.offsets[number], self.offsets[number + 1]))
 
 
 def dtype_of(vocab_size: int) -> np.dtype:
-    """The type of ids on the disk."""
+    """Return the type of ids on the disk."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -261,7 +265,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     if index["format"] != FORMAT:
         raise ValueError(f"the store has format {index['format']}, and this program reads {FORMAT}")
     own = index.pop("sha256", None)
-    without = own is None and set(index) <= INDEX_KEYS  # an older one has no checksum
+    without = own is None and set(index) <= INDEX_KEYS  # An older index has no checksum.
     if not without and own != _index_sha256(index):
         raise ValueError("index.json was changed on the disk")
     return index
@@ -272,12 +276,12 @@ def _index_sha256(index: dict[str, Any]) -> str:
 
 
 def open_store(folder: str | Path) -> tuple[TokenStore, TokenStore, TokenStore]:
-    """The train, the validation and the test store of a folder. Raises ValueError when it is not whole."""
+    """Return the train, the validation and the test store of a folder; ValueError if it is not whole."""
     return TokenStore(folder, "train"), TokenStore(folder, "validation"), TokenStore(folder, "test")
 
 
 class _SplitWriter:
-    """Writes the files of one split; `files` lists name, size and SHA-256 of each one finished."""
+    """The files of one split while they are written; `files` lists those that are finished."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
@@ -330,20 +334,23 @@ class _SplitWriter:
 
     def close(self) -> None:
         for file in filter(None, (self.shard, self.names)):
-            with contextlib.suppress(OSError):  # on a full disk close writes its buffer, and fails, again
+            with contextlib.suppress(
+                OSError
+            ):  # On a full disk close writes its buffer again, and fails again.
                 file.close()
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[Encoded]:
-    """Token ids of each document between bos and eos; a tokenizer without bos starts with its eos.
+    """Encode each document, between bos and eos; a tokenizer without bos starts with its eos.
 
-    Of an example, prompt and completion are encoded as one text, and the prompt's part of it is what stays of
-    a healed prompt (tokenization/healing.py): all after that is the completion's, the end of the prompt's
-    text included, since generation makes it too. Where it is not healed, or the ids of the one text begin
-    otherwise, the two are encoded apart. What fills a gap begins with `fim_prompt_ids` as it is.
+    Prompt and completion of an example are encoded as one text, and its prompt is the tokens that stay of a
+    healed prompt (tokenization/healing.py): all tokens after them belong to the completion, those for the end
+    of the prompt's text included, since generation makes them too. Where prompts are not healed, or the ids
+    of the one text begin differently, the two are encoded apart. An example that fills a gap begins with
+    `fim_prompt_ids` unchanged.
 
     Raises:
-        ValueError: an id outside the vocabulary, or text that does not come back, apart or as prompt and
+        ValueError: an id is outside the vocabulary, or text does not come back, apart or as prompt and
             completion together: its bits per byte would mean nothing.
     """
     before, gap_lead = tokenizer.before(), len(tokenizer.before(gap=True))
@@ -399,20 +406,21 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
 def _as_one_text(
     tokenizer: Tokenizer, document: Document, prompt_ids: list[int]
 ) -> tuple[int, list[int], int] | None:
-    """How many tokens stay of an example's prompt, those after them, and the bytes of the prompt among these;
-    None where prompt and completion are to be encoded apart.
+    """Encode prompt and completion of an example as one text; None where they have to be encoded apart.
+
+    Returns (number of tokens that stay of the prompt, ids after them, bytes of the prompt in those).
     """
     if not tokenizer.heals or document.prompt is None:
         return None
-    asked = healed(tokenizer, prompt_ids)
+    requested = healed(tokenizer, prompt_ids)
     ids = tokenizer.prompt_ids(document.prompt + document.text)
-    kept = len(asked.ids)
-    if ids[:kept] != asked.ids or tokenizer.decode(ids) != document.prompt + document.text:
+    kept = len(requested.ids)
+    if ids[:kept] != requested.ids or tokenizer.decode(ids) != document.prompt + document.text:
         return None
-    if not asked.dropped:
+    if not requested.dropped:
         return kept, ids[kept:], 0
-    stays = tokenizer.bytes_of(asked.ids[tokenizer.start_id is not None :])
-    if stays is None:  # how many bytes bear loss is not known
+    stays = tokenizer.bytes_of(requested.ids[tokenizer.start_id is not None :])
+    if stays is None:  # The number of bytes that are targets is not known.
         return None
     return kept, ids[kept:], len(utf8(document.prompt)) - len(stays)
 
@@ -426,7 +434,7 @@ def _refuse_loss(tokenizer: Tokenizer, ids: list[int], text: str, name: str) -> 
         )
 
 
-_worker_tokenizer: Tokenizer  # set in each worker process, so that it is not pickled with every chunk
+_worker_tokenizer: Tokenizer  # set once in each worker, and not pickled with every chunk
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
@@ -446,7 +454,7 @@ def _main_hidden(tokenizer: Tokenizer) -> Iterator[None]:
     and 2.8 s in one process), and a script without an `if __name__ == "__main__":` would run again in each.
     """
     main = sys.modules["__main__"]
-    if type(tokenizer).__module__ != "__main__":  # else its class can only be found there
+    if type(tokenizer).__module__ != "__main__":  # A class of __main__ can only be found there.
         sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
@@ -460,21 +468,21 @@ def _encode_all(
     """Encode in order, in processes when there are several workers; only a few chunks are in memory."""
     chunks = _chunks(documents)
     if workers == 1:
-        for sides, chunk in chunks:
-            yield from zip(sides, chunk, _encode(tokenizer, chunk, dtype), strict=True)
+        for splits, chunk in chunks:
+            yield from zip(splits, chunk, _encode(tokenizer, chunk, dtype), strict=True)
         return
     # Not fork: the caller may have started torch's threads, and a forked child inherits their locks.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer,)) as pool:
         pending: deque = deque()
         try:
-            for sides, chunk in chunks:
+            for splits, chunk in chunks:
                 with _main_hidden(tokenizer):  # submit is what starts processes
-                    pending.append((sides, chunk, pool.submit(_encode_in_worker, chunk, dtype)))
+                    pending.append((splits, chunk, pool.submit(_encode_in_worker, chunk, dtype)))
                 if len(pending) > 2 * workers:
-                    sides, chunk, future = pending.popleft()
-                    yield from zip(sides, chunk, future.result(), strict=True)
-            for sides, chunk, future in pending:
-                yield from zip(sides, chunk, future.result(), strict=True)
+                    splits, chunk, future = pending.popleft()
+                    yield from zip(splits, chunk, future.result(), strict=True)
+            for splits, chunk, future in pending:
+                yield from zip(splits, chunk, future.result(), strict=True)
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 f"one of {workers} tokenising processes died, perhaps for memory: try --data.workers 1"
@@ -482,18 +490,18 @@ def _encode_all(
 
 
 def _chunks(documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[list[str], list[Document]]]:
-    sides: list[str] = []
+    splits: list[str] = []
     chunk: list[Document] = []
     size = 0
-    for side, document in documents:
-        sides.append(side)
+    for split, document in documents:
+        splits.append(split)
         chunk.append(document)
         size += len(document.text) + len(document.prompt or "") + len(document.suffix or "")
         if size >= CHUNK_CHARACTERS:
-            yield sides, chunk
-            sides, chunk, size = [], [], 0
+            yield splits, chunk
+            splits, chunk, size = [], [], 0
     if chunk:
-        yield sides, chunk
+        yield splits, chunk
 
 
 def build_store(
@@ -506,11 +514,11 @@ def build_store(
     shard_tokens: int = SHARD_TOKENS,
     total_bytes: int | None = None,
 ) -> None:
-    """Write (side, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
+    """Write (split, document) pairs as a store into a new folder; `index.json` comes last and makes it one.
 
     A document is [bos] + encode(text) + [eos], and an example [bos] + encode(prompt + text) + [eos], or where
     it is not healed [bos] + encode(prompt) + encode(text) + [eos]; a special token that is lacking is left
-    out. What has a gap is fim_prompt_ids(prefix, suffix) + encode(middle) + [eos]. Ids take 2 bytes for
+    out. With a gap it is fim_prompt_ids(prefix, suffix) + encode(middle) + [eos]. Ids take 2 bytes for
     vocabularies up to 65,536 and 4 above.
     A shard holds at most `shard_tokens`, or one document.
 
@@ -521,15 +529,15 @@ def build_store(
     folder = Path(folder)
     folder.mkdir(parents=True)
     dtype = dtype_of(tokenizer.vocab_size)
-    writers = {side: _SplitWriter(folder, side, dtype, shard_tokens) for side in SPLITS}
+    writers = {split: _SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
     # disable=None: silent where stderr is not a terminal.
     bar = tqdm(total=total_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False)
     try:
         with bar, InUse(folder):
-            for side, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
-                writers[side].add(document, encoded)
-                asked = (document.prompt or "") + (document.suffix or "")
-                bar.update(writers[side].byte_lengths[-1] + len(utf8(asked)))
+            for split, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
+                writers[split].add(document, encoded)
+                given = (document.prompt or "") + (document.suffix or "")
+                bar.update(writers[split].byte_lengths[-1] + len(utf8(given)))
         for writer in writers.values():
             writer.finish()
     finally:
@@ -544,13 +552,13 @@ def build_store(
         "tokenizer": tokenizer.fingerprint,
         "data": fingerprint,
         "splits": {
-            side: {
+            split: {
                 "tokens": writer.offsets[-1],
                 "documents": len(writer.byte_lengths),
                 "bytes": sum(writer.byte_lengths),
                 "files": writer.files,
             }
-            for side, writer in writers.items()
+            for split, writer in writers.items()
         },
     }
     with open(folder / "index.json.tmp", "w", encoding="utf-8") as file:

@@ -1,1 +1,1 @@
-"""From a prompt to its completion: settings, text, the decoding engine and its cache."""
+"""Completions of prompts: settings, text, the decoding engine, its rows and their cache."""

@@ -19,7 +19,7 @@ from training.run import load_run, open_adapted
 
 
 def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
-    """The model and tokenizer that --model names, on the device and in the dtype that were asked for.
+    """Open the model and tokenizer of --model, on the requested device and in the requested dtype.
 
     Raises:
         ValueError: There is no such model, it cannot be read, or it has no tokenizer.
@@ -42,8 +42,8 @@ def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
             )
         if settings.held == "int8":
             raise ValueError("an adapter was trained on fp32, bf16 or nf4 weights; leave --held int8 out")
-        asked = "auto" if settings.held == "full" else settings.held
-        found = open_adapted(settings.model, settings.adapter, asked, device)
+        weight_format = "auto" if settings.held == "full" else settings.held
+        found = open_adapted(settings.model, settings.adapter, weight_format, device)
     else:
         weight_format = None if settings.held == "full" else settings.held
         found = load_pretrained(settings.model, dtype, device, weight_format=weight_format)
@@ -52,12 +52,12 @@ def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
             f"{settings.model} has no tokenizer; put the tokenizer.json of the model beside its weights"
         )
     if found.model.embed.weight.dtype == torch.float16 and device.type == "cpu":
-        found.model.float()  # a CPU has no fast fp16
+        found.model.float()  # A CPU has no fast fp16.
     return found.model, found.tokenizer
 
 
 def read_prompts(settings: CommandConfig) -> list[str]:
-    """The prompts of the command line, then that of the file.
+    """Return the prompts of the command line, then that of the file.
 
     Raises:
         ValueError: The file cannot be read, or is not UTF-8.

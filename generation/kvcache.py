@@ -1,9 +1,8 @@
-"""Keys and values of the tokens that were read, kept between the steps of generation
-(`generation/engine.py`).
+"""Keys and values of the tokens that were read, kept between the steps of generation (generation/rows.py).
 
-The cache belongs to generation: it is made there, passed to the model, and gone when the texts are done. Rows
-end in one column, with padding, document -1, before the shorter ones. Rows leave, move and join while others
-go on.
+The cache belongs to generation, which makes it, passes it to the model and drops it when the texts are done.
+All rows end in one column; padding, document -1, stands before the shorter ones. Rows leave, move and join
+while others go on.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class KVCache:
 
     def __init__(self, n_layer: int, max_length: int):
         self.max_length = max_length
-        self.rows = 0  # from the first call on; the memory may hold more, of rows that left
+        self.rows = 0  # rows of the last call; the memory may hold more, of rows that left
         self.length = 0  # counts this call's tokens as soon as `extend_documents` has run
         self._start = 0
         self._mixed = False  # whether some row holds more than one document, as padded rows do
@@ -73,7 +72,7 @@ class KVCache:
         places = torch.tensor(moved, device=device).long()
 
         def selected(x: Tensor | None, dim: int) -> Tensor | None:
-            """What nothing was written to is not copied."""
+            """Copy only the columns that were written."""
             if x is None or (in_place and not moved):
                 return x
             written = x.narrow(dim, 0, self.length)
@@ -89,7 +88,7 @@ class KVCache:
             self._keys[layer] = selected(self._keys[layer], 2)
             self._values[layer] = selected(self._values[layer], 2)
         self.rows = n
-        if self._mixed:  # the padded rows may be the ones that left
+        if self._mixed:  # The padded rows may be those that left.
             self._mixed = self._holds_several()
 
     def join(self, parts: Sequence[KVCache]) -> None:
@@ -127,7 +126,7 @@ class KVCache:
         return self._documents[: self.rows, : self.length]
 
     def _first_column(self) -> int:
-        """The first that is not padding in every row."""
+        """Return the first column that is not padding in every row."""
         return int((self._read() >= 0).any(0).int().argmax())
 
     def _holds_several(self) -> bool:

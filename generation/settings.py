@@ -1,4 +1,4 @@
-"""How tokens are chosen, and what the command that generates text takes."""
+"""Settings of generation: how tokens are chosen, and the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GenerationConfig:
         length_penalty: Beams are ranked by log-probability / length ** length_penalty. 0 ranks by plain
             log-probability, which favours short texts; 1 by the mean of a token.
         stop: Strings that end the text; they are not part of it.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
         heal: Choose the first tokens among those that begin with the prompt's last ones, which they replace
             (tokenization/healing.py). Not given, it is done unless the run was trained on prompts cut where
             they end.
@@ -91,11 +91,12 @@ class CommandConfig(GenerationConfig):
         model: A model folder or a hub id such as `bigcode/starcoder2-3b`, or a run folder or checkpoint.
         prompt: Text to go on from; several may be given.
         prompt_file: A file that holds one more prompt; `-` is the standard input.
-        suffix: What follows the gap: the model fills in what stands between prompt and suffix.
+        suffix: The text after a gap: the model fills in the text between prompt and suffix.
         adapter: A PEFT folder for `model`, which is then a published one.
-        held: How the matrices of a published model are stored: `full`, or in fewer bits, `int8` or `nf4`.
+        held: Format that the matrices of a published model are stored in: `full`, or with fewer bits, `int8`
+            or `nf4`.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
-        dtype: Of the weights: `auto` (that of the files), `bf16` or `fp32`. An adapter says it itself.
+        dtype: Type of the weights: `auto` (that of the files), `bf16` or `fp32`. An adapter's folder sets it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 

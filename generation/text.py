@@ -31,17 +31,17 @@ class Completion(NamedTuple):
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def asked_prompt(tokenizer: Tokenizer, ids: list[int], heal: bool | None = None) -> Prompt:
-    """What a model reads of a prompt's ids: all, or all but an end that is healed (tokenization/healing.py).
+def as_prompt(tokenizer: Tokenizer, ids: list[int], heal: bool | None = None) -> Prompt:
+    """Return the Prompt of ids: all, or all but an end that is healed (tokenization/healing.py).
 
     Args:
-        heal: As of GenerationConfig.
+        heal: `heal` of GenerationConfig; None is as the tokenizer's model was trained.
     """
     return healed(tokenizer, ids) if (tokenizer.heals if heal is None else heal) else Prompt(ids)
 
 
 def trim_prompt(ids: list[int], length: int, bos_id: int | None) -> list[int]:
-    """The last `length` tokens of a prompt; where it starts with bos, bos and the last `length` - 1.
+    """Return the last `length` tokens of a prompt; where it starts with bos, bos and the last `length` - 1.
 
     Raises:
         ValueError: `length` is below 1: `max_new_tokens` leaves no room for a prompt.
@@ -54,8 +54,8 @@ def trim_prompt(ids: list[int], length: int, bos_id: int | None) -> list[int]:
     return before + ids[len(ids) - length + len(before) :]
 
 
-CONTEXT = 16  # tokens that are decoded before others whose text depends on what they follow
-SETTLED_EVERY = 32  # tokens
+CONTEXT = 16  # tokens that are decoded before others, whose text depends on what they follow
+SETTLED_EVERY = 32  # new tokens after which a stream looks for a place to decode from
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -101,9 +101,9 @@ def generate(
         ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
         ends = fim_end_ids(tokenizer)
     ends |= frozenset(tokenizer.eos_ids)
-    asked = [asked_prompt(tokenizer, one, settings.heal) for one in ids]
-    found = stop_finder(tokenizer, asked, settings.stop) if settings.stop else None
-    stream = None if on_text is None else _Stream(tokenizer, asked[0], settings.stop, on_text)
+    requested = [as_prompt(tokenizer, one, settings.heal) for one in ids]
+    found = stop_finder(tokenizer, requested, settings.stop) if settings.stop else None
+    stream = None if on_text is None else _Stream(tokenizer, requested[0], settings.stop, on_text)
 
     def stopped(prompt: int, new: list[int]) -> bool:
         if found is not None and found(prompt, new):
@@ -113,39 +113,44 @@ def generate(
         return False
 
     completions = []
-    results = generate_ids(model, asked, settings, ends, tokenizer.vocab_size, stopped, first_row)
-    for prompt, result in zip(asked, results, strict=True):
+    results = generate_ids(model, requested, settings, ends, tokenizer.vocab_size, stopped, first_row)
+    for prompt, result in zip(requested, results, strict=True):
         new = result.ids[:-1] if result.finish_reason == "eos" else result.ids
-        text = completed_text(tokenizer, prompt, new)
-        cuts = [cut for cut in (text.find(string) for string in settings.stop) if cut >= 0]
-        reason = "stop" if cuts else result.finish_reason
-        completions.append(Completion(text[: min(cuts, default=None)], result.ids, result.log_prob, reason))
+        text, is_cut = cut_at_stop(completed_text(tokenizer, prompt, new), settings.stop)
+        reason = "stop" if is_cut else result.finish_reason
+        completions.append(Completion(text, result.ids, result.log_prob, reason))
     if stream is not None:
         stream.end(completions[0].text)
     return completions
 
 
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """Cut a text where the first of the stop strings begins; return it, and whether there was one."""
+    places = [place for place in (text.find(string) for string in stop) if place >= 0]
+    return text[: min(places, default=None)], bool(places)
+
+
 def added_text(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
-    """The text that `ids` add after `before`: decoded alone they could lack a space that stands between."""
+    """Return the text that `ids` add after `before`: decoded alone they could lack a space between."""
     return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
 
 
 def completed_text(tokenizer: Tokenizer, prompt: Prompt, ids: list[int], context: int | None = None) -> str:
-    """The text that the tokens generated after a prompt add to it.
+    """Return the text that the tokens generated after a prompt add to it.
 
     Args:
-        context: Tokens of the prompt that are decoded with them; all if None.
+        context: Tokens of the prompt that are decoded with them; None is all.
     """
     before = prompt.ids if context is None else prompt.ids[-context:]
     text = added_text(tokenizer, before, ids)
     if not prompt.dropped:
         return text
-    # What was dropped comes first in the text of the new tokens.
+    # The text of the new tokens begins with the dropped end of the prompt.
     return text[len(tokenizer.decode([*before, *prompt.dropped])) - len(tokenizer.decode(before)) :]
 
 
 def stop_finder(tokenizer: Tokenizer, prompts: list[Prompt], stop: Sequence[str]) -> Stopped:
-    """Whether a completion holds one of the strings, at a cost that does not grow with its length.
+    """Return a function that finds a stop string in a completion, at a cost that its length does not raise.
 
     Only the last tokens are decoded, after a few more that set their context. A character takes at most a
     token a byte, and CodeTokenizer's case markers, which have no text, stand singly; hence twice the bytes.
@@ -167,13 +172,13 @@ def stop_finder(tokenizer: Tokenizer, prompts: list[Prompt], stop: Sequence[str]
 
 
 class _Stream:
-    """Gives out a text that grows by tokens, never what a later token may change.
+    """A stream that gives out a text as it grows by tokens, but no text that a later token may change.
 
-    Kept back are a character whose bytes have not all come, which decodes to U+FFFD; the beginning of a stop
-    string; and text that one more byte would change: some tokenizers decode a run of bytes to U+FFFD
-    altogether as long as its last character is not whole.
+    It keeps back a character whose bytes have not all come, which decodes to U+FFFD; the beginning of a stop
+    string; and text that one more byte would change: some tokenizers decode a whole run of bytes to U+FFFD
+    while its last character is not complete.
 
-    Only what follows a settled line break is decoded at each token, after a few tokens that set its context.
+    Each token decodes only the text after a settled line break, after a few tokens that set its context.
     """
 
     def __init__(
@@ -181,15 +186,15 @@ class _Stream:
     ):
         self.tokenizer, self.before, self.stop, self.on_text = tokenizer, prompt.ids, stop, on_text
         self.given = ""
-        rare = tokenizer.encode("\U00013000")  # in no vocabulary, so that its ids are bytes
+        rare = tokenizer.encode("\U00013000")  # No vocabulary has this character, so its ids are bytes.
         self.byte = [id for id in rare if "\ufffd" in tokenizer.decode([id])][:1]
-        self.start = 0  # of the ids that are decoded anew
-        self.settled = ""  # of the completion, before them
-        self.skipped = len(tokenizer.decode(prompt.whole))  # characters of the prompt after them
+        self.start = 0  # the first of the ids that are decoded anew
+        self.settled = ""  # text of the completion before `start`
+        self.skipped = len(tokenizer.decode(prompt.whole))  # characters of the prompt from `start` on
         self._settle(prompt.ids)
 
     def read(self, ids: list[int]) -> None:
-        """Give out what is certain after these ids, all so far."""
+        """Give out all that is certain after these ids, which are all so far."""
         ids = self.before + ids
         text, changed = (self._since(self.start, ids + more)[self.skipped :] for more in ([], self.byte))
         same = (i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b)
@@ -207,10 +212,10 @@ class _Stream:
         return added_text(self.tokenizer, ids[max(start - CONTEXT, 0) : start], ids[start:])
 
     def _settle(self, ids: list[int]) -> None:
-        """Start after the last line break from which on the text is the same without what came before.
+        """Move `start` behind the last line break after which the text decodes alike without its past.
 
-        Such a token ends every name, whose capitals an earlier piece may have set. It is never the last one,
-        so that a run of bytes that it may belong to has ended, and the comparison sees where it began.
+        A line break ends every name, whose capitals an earlier piece may have set. The last token is never
+        taken: a run of bytes that a line break belongs to has ended when another token follows it.
         """
         self.next_settled = len(ids) + SETTLED_EVERY
         whole = self._since(self.start, ids)

@@ -10,7 +10,7 @@ import torch
 
 from data.corpus import split_documents
 from data.fim import fim_prompt_ids, known_markers
-from generation.text import asked_prompt
+from generation.text import as_prompt
 from guards.subject import Fault, Subject, affordable, awake, tolerance_of
 
 PART = 0.25  # of the tokens of a pass
@@ -60,7 +60,7 @@ def prompt_faults(subject: Subject) -> Iterator[Fault]:
         if document.fim_parts is not None:
             asked = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
         elif document.prompt is not None:
-            asked = asked_prompt(subject.tokenizer, subject.tokenizer.prompt_ids(document.prompt)).ids
+            asked = as_prompt(subject.tokenizer, subject.tokenizer.prompt_ids(document.prompt)).ids
         else:
             asked = subject.tokenizer.prompt_ids(document.text)
         read = subject.train.document(number)[: len(asked)].tolist()

@@ -70,9 +70,7 @@ def choose_precision(device: torch.device, requested: str) -> Precision:
             raise ValueError(
                 f"precision bf16 was asked for, but {name} has none; use --precision fp16 or fp32"
             )
-        return Precision(
-            device, torch.bfloat16, "bf16, as asked; this CPU only emulates it, fp32 is faster"
-        )
+        return Precision(device, torch.bfloat16, "bf16, as asked; this CPU only emulates it, fp32 is faster")
     if requested == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 was asked for on a CPU, which has no fast fp16; use bf16 or fp32")
     # eval.json records this reason, so it keeps its spelling.

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from config import DataConfig, write_atomically
-from data.corpus import EmptySide, split_documents
+from data.corpus import EmptySplit, split_documents
 from data.documents import SPLITS as SIDES
 from data.documents import Document, Report
 
@@ -140,7 +140,7 @@ def plain_documents(source: str, report: Report | None = None) -> list[tuple[str
     try:
         for side, document in split_documents(DataConfig(source=source, skip_undecodable=True), report):
             found.append((side, document))
-    except EmptySide as error:
+    except EmptySplit as error:
         if error.given:
             raise
         # Else its remedy is a flag of training, which no recipe is split by.

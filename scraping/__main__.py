@@ -9,9 +9,8 @@ import sys
 from itertools import pairwise
 from typing import Any
 
-from config.console import refuse
-
 from config import make_parser, one_sentence
+from config.console import refuse
 
 # Each command is a dataclass of settings and a function of them, in a module that is imported when asked for.
 COMMANDS = {

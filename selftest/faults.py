@@ -23,9 +23,10 @@ import tokenizer
 from adapters import layers
 from architecture import Decoder
 from config import Config
-from data import tokenstore
+from data import prepare, tokenstore
 from dataset import IGNORE_INDEX
 from generation import engine, text
+from generation import rows as live_rows
 from modules import precision
 from modules.attention import reference_attention
 from modules.dropout import Dropout
@@ -417,12 +418,12 @@ def tokenizer_by(change: Callable[[list[int]], list[int]]) -> Patch:
 
 
 def padded_on_the_right() -> contextlib.AbstractContextManager:
-    right = engine.pad_left
+    right = live_rows.pad_left
 
     def wrong(*args: Any, **options: Any) -> Any:
         return tuple(t.flip(1) if isinstance(t, Tensor) else t for t in right(*args, **options))
 
-    return patch.object(engine, "pad_left", wrong)
+    return patch.object(live_rows, "pad_left", wrong)
 
 
 def seed_forgotten() -> contextlib.AbstractContextManager:
@@ -439,7 +440,7 @@ def beams_by_logits() -> contextlib.AbstractContextManager:
         return logits.double()
 
     functional = types.SimpleNamespace(**vars(torch.nn.functional) | {"log_softmax": wrong})
-    return patch.object(engine, "F", functional)
+    return patch.object(live_rows, "F", functional)
 
 
 def prompt_kept() -> contextlib.AbstractContextManager:
@@ -563,7 +564,7 @@ def sides_read(*sides: str) -> Patch:
         def wrong(folder: Path) -> Any:
             return tuple(tokenstore.TokenStore(folder, side) for side in sides)
 
-        return patch.object(dataset, "open_store", wrong)
+        return patch.object(prepare, "open_store", wrong)
 
     return plant
 

@@ -503,7 +503,7 @@ PLANTS = [
 
 # Faults that need no guard, since the room where they were cannot make them any more.
 ROOMS = {
-    "D5 cache": "dataset.py names a store by the content of the data, and compares its fingerprint too",
+    "D5 cache": "data/prepare.py names a store by the content of the data, and compares its fingerprint too",
     "M14 merge": "export.py compares logits before and after, in the format that the base was trained in",
     "E2 best": "the best checkpoint is chosen by the loss that M9 guards",
     "D8 copies": "recipes/degradations.py refuses a way whose results are all another's",

@@ -21,7 +21,7 @@ from data.fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_promp
 from data.ngram import NGramModel
 from generation.engine import Generated, Stopped, generate_ids
 from generation.settings import GenerationConfig
-from generation.text import CONTEXT, asked_prompt, completed_text, stop_finder, trim_prompt
+from generation.text import CONTEXT, as_prompt, completed_text, cut_at_stop, stop_finder, trim_prompt
 from modules.precision import Precision
 from suites.kept import Kept
 from suites.scoring import Example, Predictions
@@ -67,7 +67,7 @@ def asked(
         ids = trim_fim_prompt(tokenizer, whole, max(fewest_gap_ids(tokenizer), room))
         ends = fim_end_ids(tokenizer)
     limit = max(1, min(max_new_tokens, length - len(ids)))
-    prompt = asked_prompt(tokenizer, ids, heal)
+    prompt = as_prompt(tokenizer, ids, heal)
     return Asked(prompt, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
 
 
@@ -166,9 +166,9 @@ def complete(
             ) -> None:
                 ids = result.ids[:-1] if result.finish_reason == "eos" else result.ids
                 text = text_of(row, ids)
-                ends_at = [at for at in (text.find(string) for string in how.stop) if at >= 0]
-                text = cut(examples[rows[row][0]], text[: min(ends_at, default=None)])
-                done[rows[row]] = text, "stop" if ends_at else result.finish_reason
+                text, is_cut = cut_at_stop(text, how.stop)
+                text = cut(examples[rows[row][0]], text)
+                done[rows[row]] = text, "stop" if is_cut else result.finish_reason
                 if kept is not None:
                     kept.add({rows[row]: done[rows[row]]})
                 each(1)
@@ -263,7 +263,6 @@ def ngram_complete(
         ids = [*start, *found[: prompt.limit]]
         end = next((at for at, id in enumerate(ids) if id in prompt.ends), len(ids))
         text = completed_text(tokenizer, prompt.prompt, ids[:end])
-        stops = [at for at in (text.find(string) for string in stop) if at >= 0]
-        texts.append(cut(example, text[: min(stops, default=None)]))
+        texts.append(cut(example, cut_at_stop(text, stop)[0]))
         ran_long += end == len(ids) and texts[-1] == text
     return Predictions(texts, ran_long)

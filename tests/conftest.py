@@ -11,6 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from stores import AWKWARD
 
 import sandbox
 
@@ -129,3 +130,14 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sysconfig, "get_path", lambda name, *rest: str(folder) if name == "stdlib" else path_of(name, *rest)
     )
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty files with unlike texts, some awkward, in two folders."""
+    root = tmp_path / "corpus"
+    (root / "sub").mkdir(parents=True)
+    for n in range(40):
+        text = AWKWARD[n] if n < len(AWKWARD) else f"def f{n}():\n    return {n}\n" * (n % 7 + 1)
+        (root / ("sub" if n % 2 else ".") / f"file{n}.py").write_bytes(text.encode())
+    return root

@@ -15,8 +15,9 @@ from architecture import Decoder
 from config import DataConfig, ModelConfig
 from data.documents import Document
 from data.fim import MARKERS, fim_markers, fim_prompt_ids, gap_start
+from data.prepare import _store_key
 from data.tokenstore import TokenStore, build_store
-from dataset import _store_key, as_shown, shown
+from dataset import as_shown, shown
 from generation.settings import GenerationConfig
 from generation.text import generate
 from guards.labels import example_in_row

@@ -12,9 +12,9 @@ from unittest.mock import patch
 import pytest
 import tokenizers
 import torch
+from decoders import Bytes, chain, saying
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generate import Bytes, chain, saying
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from architecture import Decoder

@@ -5,11 +5,12 @@ The models are those of the parity tests, small and with every parameter scrambl
 
 import pytest
 import torch
-from test_generate import Bytes
+from decoders import Bytes
 from test_pretrained import CONFIGS, gap, pairs, tokens_of, two_of_each_family  # noqa: F401
 
-from generation.engine import generate_ids, pad_left
+from generation.engine import generate_ids
 from generation.kvcache import KVCache
+from generation.rows import pad_left
 from generation.settings import GenerationConfig
 from generation.text import generate
 

@@ -26,7 +26,7 @@ from data.tokenstore import _encode
 from generation.engine import Generated, generate_ids
 from generation.settings import GenerationConfig
 from generation.text import generate
-from tests.test_generate import BIASED, scrambled
+from tests.decoders import BIASED, scrambled
 from tokenization import healing
 from tokenization.healing import Prompt, healed
 from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-import dataset
 import trainingmanager
 from config import CONFIG_GROUPS, Config
+from data import prepare
 from selftest import faults, plants
 from selftest.data import write_data
 from training import loop
@@ -79,7 +79,7 @@ RUNS: list[dict[str, dict[str, Any]]] = [
 
 def test_every_setting_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path)
-    monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
+    monkeypatch.setattr(prepare, "POOL_PAYS_BYTES", 0)
     monkeypatch.setattr(loop, "evaluate", lambda settings, data: {"side": "test"})
     monkeypatch.setattr(loop, "table", str)
     monkeypatch.setattr(loop, "write_results", lambda *args: None)

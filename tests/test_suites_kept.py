@@ -198,7 +198,7 @@ def test_what_had_ended_when_memory_was_full_is_not_asked_again(model, monkeypat
             if len(ended_rows) == 5:
                 raise MemoryError
 
-        return real(decoder, prompts, *others, ended=counted)
+        return real(decoder, prompts, *others, on_done=counted)
 
     monkeypatch.setattr(completing, "generate_ids", full)
     assert made(model) == whole
@@ -218,7 +218,7 @@ def interrupting(monkeypatch, after: int) -> list[int]:
             if len(ended_rows) == after:
                 raise KeyboardInterrupt
 
-        return real(decoder, prompts, *others, ended=counted)
+        return real(decoder, prompts, *others, on_done=counted)
 
     monkeypatch.setattr(completing, "generate_ids", interrupted)
     return ended_rows

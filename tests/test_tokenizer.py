@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+import tokenization.code
 import tokenizer as module
 from tokenizer import (
     BPETokenizer,
@@ -71,7 +72,7 @@ def bpe_as_pretrained(bpe: BPETokenizer, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
-    """As a fine-tuned code model's folder looks: runs of spaces and role tokens added after training."""
+    """A folder of a fine-tuned code model: runs of spaces and role tokens were added after training."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -300,7 +301,7 @@ class TestCodePieces:
         subprocess.run([sys.executable, "-c", program], cwd=Path(module.__file__).parent, check=True)
 
     def test_caches_are_bounded_and_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_MAX_CACHE", 7)
+        monkeypatch.setattr(tokenization.code, "_MAX_CACHE", 7)
         small = CodeTokenizer.train([SMALL] * 20, 400)
         fresh = pickle.loads(pickle.dumps(small))
         for text in corpus():
@@ -473,7 +474,7 @@ class TestSaveLoad:
         for n, kept in enumerate((tiny, bpe, PretrainedTokenizer.load(tmp_path / "hf"))):
             tokenizer: Any = copy.copy(kept)
             assert load_tokenizer(saved(tokenizer, tmp_path / f"none{n}")).eos_ids == ()
-            tokenizer.eos_ids = (tokenizer.eos_id,)  # which says nothing new
+            tokenizer.eos_ids = (tokenizer.eos_id,)  # This adds nothing to `eos_id`.
             assert not (saved(tokenizer, tmp_path / f"one{n}") / "generation_config.json").exists()
             tokenizer.eos_ids = (5, 2, 7)
             folder = saved(tokenizer, tmp_path / f"more{n}")
@@ -504,7 +505,7 @@ TEMPLATE = {
 
 
 class TestStart:
-    """What stands before a prompt is what transformers puts there, and what training put there."""
+    """The tokens before a prompt are those of transformers, and those of training."""
 
     def as_theirs(self, folder: Path) -> None:
         ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)

@@ -51,7 +51,7 @@ def spread(scheme: str, first: str | None) -> Tokenizer:
     state = json.loads(backend.to_str())
     state["added_tokens"] = state["added_tokens"][:3]
     backend = Tokenizer.from_str(json.dumps(state))
-    if scheme == "prepend":  # as the files of Llama 2 and Code Llama
+    if scheme == "prepend":  # The files of Llama 2 and Code Llama have this.
         parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         backend.normalizer = normalizers.Sequence(parts)  # type: ignore[arg-type]
         backend.pre_tokenizer = None  # type: ignore[assignment]
@@ -157,7 +157,7 @@ def test_a_space_before_the_first_word(
 def test_the_class_of_a_folder_is_foretold(
     bpe: BPETokenizer, spaced: Any, tmp_path: Path, pieces: str, name: str | None, model_type: str | None
 ) -> None:
-    """What an export is judged by where transformers is not installed."""
+    """An export is judged by this where transformers is not installed."""
     if pieces == "bytes":
         bpe.save(tmp_path)
         tokens = {
@@ -194,7 +194,10 @@ def test_every_export_gives_our_ids_or_is_refused(bpe: BPETokenizer, tmp_path: P
     bpe.save(tmp_path / "bpe")
     config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
     state = json.loads((tmp_path / "bpe" / "tokenizer.json").read_text())
-    digits = {"type": "Digits", "individual_digits": True}  # as StarCoder's, which GPT2Tokenizer forgets
+    digits = {
+        "type": "Digits",
+        "individual_digits": True,
+    }  # StarCoder's, which GPT2Tokenizer forgets
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, state["pre_tokenizer"]]}
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "tokenizer.json").write_text(json.dumps(state))

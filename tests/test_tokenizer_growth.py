@@ -85,7 +85,7 @@ def test_a_text_that_may_grow_too_long_is_measured(
     assert tokenizer.encode("a" * 8)
     with pytest.raises(ValueError, match=r"rules of this tokenizer make more than .* bytes of a text of 900"):
         tokenizer.encode("a" * 900)
-    if part == "normalizer":  # what could grow and does not is let through
+    if part == "normalizer":  # A text that could grow and does not is let through.
         assert tokenizer.encode("b" * 9000) == load_tokenizer(write(tmp_path, state, True)).encode("b" * 9000)
 
 
@@ -127,7 +127,7 @@ def test_a_token_of_a_megabyte_is_refused(state: Any, tmp_path: Path) -> None:
 
 
 def test_bpe_dropout_is_refused_where_transformers_would_draw_by_it(state: Any, tmp_path: Path) -> None:
-    """Its classes that build the model anew leave it out; the others give a text other ids at each call."""
+    """Classes of transformers that build the model anew leave it out; others give new ids at each call."""
     text, plain = (
         "def f(x):\n    return aaa(x, y)" * 5,
         load_tokenizer(write(tmp_path / "plain", state, False)),

@@ -1,1 +1,1 @@
-"""Tokenizers: what tokenizer.py hands on."""
+"""Tokenizers, a file for each kind and each part. Import them from `tokenizer`."""

@@ -1,4 +1,4 @@
-"""What transformers 5 opens a tokenizer's folder as, whose class may build parts of tokenizer.json anew.
+"""The class that transformers 5 opens a tokenizer's folder with, and the parts that it builds anew.
 
     name = transformers_class(tokenizer_class, model_type, text of tokenizer.json)
     state = built_anew(state, name, tokenizer_config)
@@ -29,7 +29,7 @@ _REGISTERED = {
     "starcoder2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
 }
-_WHATEVER_IS_NAMED = ("qwen2",)  # model types that open theirs whatever tokenizer_config.json names
+_WHATEVER_IS_NAMED = ("qwen2",)  # These model types open their class whatever tokenizer_config.json names.
 
 _QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -53,12 +53,12 @@ DEFAULT_TOKENS = {
 
 
 def transformers_class(named: str | None, model_type: str | None, text: str) -> str:
-    """The class that AutoTokenizer takes, without `Fast`; AS_THE_FILE where it reads the file as it is.
+    """Return the class that AutoTokenizer takes, without `Fast`; AS_THE_FILE where the file alone decides.
 
     Args:
         named: `tokenizer_class` of tokenizer_config.json, or else of config.json.
-        model_type: Of config.json beside it.
-        text: Of tokenizer.json.
+        model_type: `model_type` of the config.json beside it.
+        text: The text of tokenizer.json.
     """
     name = None if named is None else named.removesuffix("Fast")
     registered = _REGISTERED.get(model_type or "")
@@ -67,16 +67,16 @@ def transformers_class(named: str | None, model_type: str | None, text: str) -> 
     if name in _GENERIC or registered == AS_THE_FILE:
         return AS_THE_FILE
     if name == "LlamaTokenizer" and '"ByteLevel"' in text:
-        return AS_THE_FILE  # a Llama 3, of the class's name alone
+        return AS_THE_FILE  # Llama 3 files name this class and are byte-level.
     return name
 
 
 def built_anew(state: dict[str, Any], name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json as the class `name` builds it; the very same where that changes nothing.
+    """Return tokenizer.json as the class `name` builds it; `state` itself where that changes nothing.
 
     Args:
-        state: Of tokenizer.json.
-        config: Of tokenizer_config.json.
+        state: The object in tokenizer.json.
+        config: The object in tokenizer_config.json.
     """
     model = state.get("model")
     if name not in BUILDERS or not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -114,7 +114,7 @@ def _qwen2(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, A
 
 
 def _llama(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
-    """One space before the first word of a text, which has none before it: "first", and not "always"."""
+    """Put a space before a text's first word ("first"), in legacy files after specials too ("always")."""
     prefix = config.get("add_prefix_space")
     prefix = True if prefix is None else bool(prefix)
     _metaspace(backend, "never" if not prefix else "always" if config.get("legacy") else "first", prefix)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import tokenizers
 
 STEEPEST = 2**16  # bytes that the rules may make of one byte
-GENTLE = 16  # up to which no text is measured: that of Llama 2 is 12, that of byte-level BPE 3
+GENTLE = 16  # growth up to which no text is measured: Llama 2 has 12, byte-level BPE 3
 LONGEST = 2**26  # bytes that a text may become where it grows more than that; the library keeps 16 for each
-LONGEST_PIECE = 2**16  # bytes of one entry of a vocabulary, or of a mark that is put to each
+LONGEST_PIECE = 2**16  # bytes of one entry of a vocabulary, or of the affix that is put to each
 STEEPEST_DECODER = 64
 
 # Unicode Standard Annex 15 has the forms' growth in UTF-8. A rule that is not named keeps a text's length.
@@ -29,7 +29,7 @@ _GROWTH = {
 
 
 class Growth(NamedTuple):
-    """What a tokenizer's normalizers and what its pre-tokenizers make of a byte at most."""
+    """The most bytes that a tokenizer's normalizers, and its pre-tokenizers, make of one."""
 
     normalizer: int
     pre_tokenizer: int
@@ -38,7 +38,7 @@ class Growth(NamedTuple):
         """Refuse a text that these rules make too long.
 
         Args:
-            normalize: The normalizers themselves, which are asked piece by piece how long they make it.
+            normalize: The normalizers themselves, which are run piece by piece to measure the text.
 
         Raises:
             ValueError: It becomes more than GENTLE times as long as it is, and longer than LONGEST.
@@ -59,13 +59,13 @@ class Growth(NamedTuple):
 
 
 def refuse_steep(backend: tokenizers.Tokenizer, name: str) -> Growth:
-    """The growth of a tokenizer's rules.
+    """Return the growth of a tokenizer's rules.
 
     Args:
-        name: Of its file, for the error.
+        name: The name of its file, for the error.
 
     Raises:
-        ValueError: They may make too much of a byte, or draw their pieces by chance.
+        ValueError: The rules may make too much of a byte, or choose pieces by chance.
     """
     growth = Growth(_growth(_state(backend.normalizer)), _growth(_state(backend.pre_tokenizer)))
     decoder = _growth(_state(backend.decoder))
@@ -96,7 +96,7 @@ def _state(part: Any) -> Any:
 
 
 def _growth(part: Any) -> int:
-    """The most bytes that a part of tokenizer.json makes of one; more than STEEPEST is not counted on."""
+    """Return the most bytes that a part of tokenizer.json makes of one, exact up to STEEPEST."""
     if not isinstance(part, dict):
         return 1
     kind, total = part.get("type"), 1
@@ -104,7 +104,7 @@ def _growth(part: Any) -> int:
         for inner in next((value for key, value in part.items() if isinstance(value, list)), []):
             total = min(total * _growth(inner), 10**15)
         return total
-    if kind == "Prepend":  # to each stretch between added tokens, of one byte perhaps
+    if kind == "Prepend":  # It is put before each stretch between added tokens, perhaps of one byte.
         return 1 + len(part["prepend"].encode())
     if kind == "Replace":
         return _replace_growth(part["pattern"], len(part["content"].encode()))
@@ -114,13 +114,13 @@ def _growth(part: Any) -> int:
 
 
 def _replace_growth(pattern: dict[str, str], size: int) -> int:
-    """Of a replacement of `size` bytes: a regular expression may match between all characters."""
+    """Return the growth by a replacement of `size` bytes; a regular expression may match at every place."""
     length = len(pattern.get("String", "").encode())
     return max(1, -(-size // length)) if length else 1 + 2 * size
 
 
 def _precompiled_growth(charsmap: str) -> int:
-    """The longest text in a map of SentencePiece: the size of its trie, the trie, and texts that end in 0."""
+    """Return the longest text in a map of SentencePiece: a trie's size, the trie, and texts that end in 0."""
     data = base64.b64decode(charsmap)
     texts = data[4 + int.from_bytes(data[:4], "little") :]
     return max([1, *map(len, texts.split(b"\0"))])

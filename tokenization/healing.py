@@ -61,11 +61,11 @@ class Branch(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a model reads of a prompt, and what its first new tokens may be.
+    """A prompt's ids for a model, and the first new tokens that are allowed.
 
     ids: The tokens that stay.
     dropped: The prompt's own tokens after these.
-    branches: None where nothing is dropped.
+    branches: The allowed tokens in the place of the dropped ones; empty where nothing is dropped.
     """
 
     ids: list[int]
@@ -105,19 +105,19 @@ class _Texts:
         self.ids = np.array([id for _, id in found], np.int64)
 
     def beginning_with(self, start: bytes) -> np.ndarray:
-        """The ids (n,) of the texts that begin with `start`, which is not empty."""
+        """Return the ids (n,) of the texts that begin with `start`, which is not empty."""
         first, cut = bisect_left(self.texts, start), start.rstrip(b"\xff")
         end = bisect_left(self.texts, cut[:-1] + bytes((cut[-1] + 1,)), first) if cut else len(self.texts)
         return self.ids[first:end]
 
 
 class _Boundary:
-    """What is known of one tokenizer, and of the ends of prompts that were asked for."""
+    """The vocabularies of one tokenizer, and the branches of prompts' ends that were requested."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = proxy(tokenizer)  # not the tokenizer itself, which would then never be freed
+        self.tokenizer = proxy(tokenizer)  # A reference would keep the tokenizer alive.
         longest = max(len(tokenizer.bytes_of((id,)) or b"") for id in range(tokenizer.vocab_size))
-        self.reach = min(REACH, longest + 1)  # with a space that `code` implies
+        self.reach = min(REACH, longest + 1)  # and the space that `code` implies
         self.vocabularies: dict[Hashable, _Texts] = {}
         # What a token can begin with in any state, in lower case, and without the space that one may imply.
         alone, inside = (self._vocabulary(tuple(tokenizer.encode(text))).by_id for text in ("", "a"))
@@ -280,7 +280,7 @@ class _Boundary:
         return own
 
     def _begun(self, text: str) -> Iterator[tuple[int, ...]]:
-        """What the tokenizer writes for a text, at its end or where it goes on; some come twice."""
+        """Yield the tokens that the tokenizer writes for a text, alone or with more behind; some repeat."""
         whole = _utf8(text)
         for ids in self._encoded([text, *self._longer(text)]):
             for n in range(len(ids), -1, -1):

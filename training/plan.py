@@ -19,10 +19,9 @@ import json
 import subprocess
 from dataclasses import asdict, dataclass, replace
 
-from config import Config, ModelConfig
+from config import BASE_ROW, Config, ModelConfig
 from config.files import own_module
 
-BASE_ROW = 512  # as runmodel's, where nothing is said
 # Resident memory differs by some per cent from process to process, as the allocator finds room: by the line
 # through one and three blocks, estimates of 24 blocks differed by up to 30%.
 DEPTHS = (2, 8)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from architecture import Decoder, ParallelBlock, SequentialBlock
-from config import DROPOUTS, Config, ModelConfig, TrainConfig, write_atomically
+from config import BASE_ROW, DROPOUTS, Config, ModelConfig, TrainConfig, write_atomically
 from config.yamlfile import read_yaml
 from lora import add_adapter
 from pretrained import Family, Pretrained, load_pretrained
@@ -49,7 +49,6 @@ from training.checkpoint import (
 
 LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
 MOST_NEW_TOKENS = 10_000  # of a stranger's adapter
-BASE_ROW = 512  # tokens in a training row of a base, whose context may be 131,072
 
 
 def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "cpu") -> Pretrained | None:

@@ -1,0 +1,57 @@
+"""A tokenizer's files: written whole or not at all, and never trusted when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 2**26  # the largest file that is read; published vocabularies have up to 35 million bytes
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text under a temporary name, flush it, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path: Path) -> str:
+    """Return a file's text; ValueError if it is missing, no regular file, too large or not UTF-8."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"the tokenizer file {path} is no regular file; put the file itself there")
+        if found.st_size > MOST_BYTES:
+            raise ValueError(
+                f"the tokenizer file {path} has {found.st_size} bytes; at most {MOST_BYTES} are read"
+            )
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """Return the JSON object of a file's text; ValueError, which names the file, for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the tokenizer file {name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"the tokenizer file {name} holds a {type(value).__name__} where an object is expected"
+        )
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return parse_json(read_file(path), str(path))
