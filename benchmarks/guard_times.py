@@ -43,7 +43,7 @@ def timed(what: Callable[[], Any]) -> tuple[float, float]:
 
 
 def subject_of(shape: str, held: str, full: bool, folder: Path) -> Subject:
-    """What `training.loop.train` would hand to the guards, but for the weights."""
+    """What `training.begin.train` would hand to the guards, but for the weights."""
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     precision = choose_precision(choose_device("cpu"), "auto")
     lora = LoraConfig() if full else LoraConfig(r, alpha, dropout, targets)

@@ -27,7 +27,7 @@ from data import tokenstore
 from dataset import IGNORE_INDEX
 from generation import engine, text
 from modules import precision
-from training import beforehand, loop
+from training import beforehand, begin, loop
 
 Patch = Callable[[], contextlib.AbstractContextManager]
 
@@ -499,13 +499,13 @@ def term_dropped() -> contextlib.AbstractContextManager:
 
 
 def other_base() -> contextlib.AbstractContextManager:
-    right = loop.open_base
+    right = begin.open_base
 
     def wrong(config: Config, *args: Any) -> Any:
         base = str(Path(str(config.train.base)).with_name("other-base"))
         return right(dataclasses.replace(config, train=dataclasses.replace(config.train, base=base)), *args)
 
-    return patch.object(loop, "open_base", wrong)
+    return patch.object(begin, "open_base", wrong)
 
 
 def base_moved(sound: int = 0) -> contextlib.AbstractContextManager:
@@ -544,7 +544,7 @@ def base_thawed() -> contextlib.AbstractContextManager:
 
 
 def embedding_shuffled() -> contextlib.AbstractContextManager:
-    right = loop.starting_model
+    right = begin.starting_model
 
     def wrong(*args: Any) -> Decoder:
         model = right(*args)
@@ -552,7 +552,7 @@ def embedding_shuffled() -> contextlib.AbstractContextManager:
         weight.copy_(weight.flip(0))
         return model
 
-    return patch.object(loop, "starting_model", wrong)
+    return patch.object(begin, "starting_model", wrong)
 
 
 def sides_read(*sides: str) -> Patch:

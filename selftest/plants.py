@@ -1,6 +1,6 @@
 """The plants: each of the silent faults that cost someone a result, put into a small healthy run.
 
-`python preflight.py --selftest` runs every plant and its healthy twin by `training.loop.train`, the
+`python preflight.py --selftest` runs every plant and its healthy twin by `training.begin.train`, the
 function that trains; no guard knows of the plants. A plant patches one place of the product as the fault had
 it (`selftest/faults.py`), or sets one thing in the configuration, and names the fault that must stop the run.
 """
@@ -98,7 +98,7 @@ from selftest.faults import (
     width_forgotten,
     window_ignored,
 )
-from training import loop
+from training import begin
 
 
 @dataclass(frozen=True)
@@ -555,7 +555,7 @@ def outcome(config: Config) -> str:
     """What stopped the run, or an empty string; a crash is not a fault caught by name."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            loop.train(config)
+            begin.train(config)
     except ValueError as error:
         return str(error)
     except Exception as error:

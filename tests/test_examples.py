@@ -74,7 +74,7 @@ from suites.stored import text_of_example
 from suites.tokens import ngram_scores, train_ngram
 from tokenization.healing import healed
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
-from training.loop import train
+from training.begin import train
 from trainingmanager import main
 
 ROWS = [

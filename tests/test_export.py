@@ -20,9 +20,9 @@ from adapters.layers import LowRank
 from config import Config, one_sentence
 from lora import adapters_disabled
 from pretrained import load_pretrained
+from training.begin import train
 from training.export import export
 from training.export_config import ExportConfig
-from training.loop import train
 from training.run import load_run, open_adapted
 
 __all__ = ["base", "config"]  # fixtures

@@ -28,7 +28,8 @@ from selftest.data import write_data
 from selftest.faults import base_moved, clip_stored_only, labels_by
 from selftest.plants import EXAMPLES, PLANTS, TUNED, Plant, outcome, run_plants, small_config
 from training import beforehand
-from training.loop import TrainingManager, train
+from training.begin import train
+from training.loop import TrainingManager
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import trainingmanager
 from config import CONFIG_GROUPS, Config
 from selftest import faults, plants
 from selftest.data import write_data
-from training import loop
+from training import begin, report
 
 HOUSE = Path(__file__).parent.parent
 # These check and compare settings, and so does what they call; they do not act on them.
@@ -80,16 +80,16 @@ RUNS: list[dict[str, dict[str, Any]]] = [
 def test_every_setting_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path)
     monkeypatch.setattr(dataset, "POOL_PAYS_BYTES", 0)
-    monkeypatch.setattr(loop, "evaluate", lambda settings, data: {"side": "test"})
-    monkeypatch.setattr(loop, "table", str)
-    monkeypatch.setattr(loop, "write_results", lambda *args: None)
+    monkeypatch.setattr(report, "evaluate", lambda settings, data: {"side": "test"})
+    monkeypatch.setattr(report, "table", str)
+    monkeypatch.setattr(report, "write_results", lambda *args: None)
     managers = []
     with reads_noted() as noted:
         for settings in RUNS:
             if "skip_undecodable" in settings.get("data", {}):  # the last one, since the others would stop
                 (tmp_path / "long" / "latin1.py").write_bytes(b"# caf\xe9\n")
-            managers.append(loop.train(plants.small_config(tmp_path, settings)))
-        loop.report(managers[-1])
+            managers.append(begin.train(plants.small_config(tmp_path, settings)))
+        report.report(managers[-1])
         with pytest.raises(SystemExit):  # it has no such folder, and asks whether to prove a resume first
             trainingmanager.main(Config.from_dict({"resume": True, "run": str(tmp_path / "none")}))
     assert keys() - noted == set()
@@ -102,9 +102,9 @@ def test_a_setting_that_is_set_and_never_read_is_named(tmp_path: Path) -> None:
     config = plants.small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
     schedule = {"optimizer.schedule", "optimizer.warmup_steps", "optimizer.cooldown"}
     with reads_noted() as noted:
-        loop.train(config)
+        begin.train(config)
     assert schedule <= noted
     config = plants.small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
     with reads_noted() as noted, faults.schedule_ignored():
-        loop.train(config)
+        begin.train(config)
     assert not schedule & noted
