@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,15 @@ class Adapted(nn.Module):
         return self._by_base(x)
 
 
+class LogitTerms(NamedTuple):
+    """What a head's adapters add to its logits, beside hidden (N, I) x weight (O, I)^T + bias (O)."""
+
+    u: Tensor  # (N, k)
+    v: Tensor  # (O, k); u v^T is added.
+    inputs: tuple[Tensor, ...]  # (N, I) for each DoRA, what it is given.
+    factors: tuple[Tensor, ...]  # (O,) for each DoRA; factor * (input weight^T) is added.
+
+
 class LoraLinear(Adapted):
     """A linear (in_features, out_features) with adapters: x (..., I) -> (..., O)."""
 
@@ -167,14 +176,11 @@ class LoraLinear(Adapted):
                 out = out.index_add(-1, change.ids, term.to(out.dtype))
         return out
 
-    def terms(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """What is added to hidden (N, I) x `weight`^T + `bias`, for a loss that makes logits in chunks.
-
-        Nothing, or u (N, k) and b (O, k), which stand for u b^T; and of each DoRA further x (N, I) and f (O),
-        which stand for f * (x `weight`^T).
-        """
+    def terms(self, hidden: Tensor) -> LogitTerms | None:
+        """Return what adapters add to the logits of `hidden` (N, I), for a loss that makes them in chunks."""
         pairs: list[tuple[Tensor, Tensor]] = []
-        again: list[Tensor] = []
+        inputs: list[Tensor] = []
+        factors: list[Tensor] = []
         for change, share in self.active():
             if isinstance(change, LowRank):
                 given, (a, b) = dropped(hidden, change.drawn()), change.factors()
@@ -182,7 +188,8 @@ class LoraLinear(Adapted):
                 gain = change.gain(self.base)
                 if gain is not None:
                     b = gain[:, None] * b
-                    again += [given, share * (gain - 1)]
+                    inputs.append(given)
+                    factors.append(share * (gain - 1))
                 pairs.append((u.to(hidden.dtype), b))
             elif isinstance(change, Rows):
                 u = F.linear(hidden, share * change.delta().to(hidden.dtype))
@@ -190,8 +197,9 @@ class LoraLinear(Adapted):
                 columns[change.ids, torch.arange(len(change.ids), device=u.device)] = 1
                 pairs.append((u.to(hidden.dtype), columns))
         if not pairs:
-            return ()
-        return torch.cat([u for u, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1), *again
+            return None
+        u, v = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+        return LogitTerms(u, v, tuple(inputs), tuple(factors))
 
 
 class LoraEmbedding(Adapted):
