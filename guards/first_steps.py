@@ -20,7 +20,8 @@ from torch import Tensor
 
 from architecture import Dropout
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject
+from guards.faults import Fault
+from guards.subject import Subject
 from training.optim import learning_rate_factor
 
 WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
@@ -224,7 +225,7 @@ class FirstSteps:
                 yield Fault(
                     "gradient-not-the-mean",
                     f"the gradient of pass {number + 1} of update {step + 1} is {size:.3g} times that of the "
-                    "mean over the tokens of the update that bear loss",
+                    "mean over the targets of the update",
                     "divide the summed loss of each pass by the tokens of all passes of the update",
                 )
                 break

@@ -11,7 +11,8 @@ from architecture import Decoder
 from generation.engine import generate_ids
 from generation.settings import GenerationConfig
 from generation.text import generate
-from guards.subject import Fault, Subject, awake, tokens_of_a_pass
+from guards.faults import Fault
+from guards.subject import Subject, awake, tokens_of_a_pass
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4

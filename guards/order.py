@@ -10,7 +10,8 @@ import torch
 from data.curriculum import rank_correlation
 from data.ngram import NGramModel
 from dataset import IGNORE_INDEX, Batches
-from guards.subject import Fault, Subject
+from guards.faults import Fault
+from guards.subject import Subject
 
 OTHER = {"easy-first": "hard-first", "hard-first": "easy-first", "hybrid": "easy-first"}
 COMPARED = 4  # batches

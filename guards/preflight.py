@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from config import write_atomically
+from guards.faults import Fault, refuse_unknown_faults
 from guards.generation import generation
 from guards.labels import labels
 from guards.order import order
@@ -26,7 +27,7 @@ from guards.settings import settings
 from guards.sizes import sizes
 from guards.split import split
 from guards.start import start
-from guards.subject import Fault, Guard, Subject, refuse_unknown_faults, shortened
+from guards.subject import Guard, Subject, shortened
 from training.checkpoint import read_run_file
 
 GUARDS: dict[str, Guard] = {

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from architecture import Decoder, Dropout
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import SHORTEST_PASS, Fault, Subject, awake, is_shortened, of_each_kind, through
+from guards.faults import Fault
+from guards.subject import SHORTEST_PASS, Subject, awake, is_shortened, of_each_kind, through
 from modules.quantize import n_weights
 
 

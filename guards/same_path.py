@@ -11,7 +11,8 @@ import torch
 from data.corpus import split_documents
 from data.fim import fim_prompt_ids, known_markers
 from generation.text import asked_prompt
-from guards.subject import Fault, Subject, affordable, awake, tolerance_of
+from guards.faults import Fault
+from guards.subject import Subject, affordable, awake, tolerance_of
 
 PART = 0.25  # of the tokens of a pass
 PROMPTS = 4  # documents whose ids are compared

@@ -16,7 +16,8 @@ from adapters.layers import LowRank
 from architecture import Decoder, Dropout
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject, affordable, awake, through, tolerance_of
+from guards.faults import Fault
+from guards.subject import Subject, affordable, awake, through, tolerance_of
 
 WIDE = 512
 PART = 0.25  # of the tokens of a pass
@@ -152,7 +153,7 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
             "objective-not-the-loss",
             f"with label_smoothing {smoothing} and z_loss {z_loss} a row's loss is {expected:.4f} nats, and "
             f"what is minimised is {minimised:.4f}",
-            "smooth by the setting, over the labels that bear loss only",
+            "smooth by the setting, over the targets only",
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from architecture import ABSOLUTE_POSITIONS
-from guards.subject import Fault, Subject
+from guards.faults import Fault
+from guards.subject import Subject
 
 SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
 SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterator
 
 from data.store_leaks import store_overlap
-from guards.subject import Fault, Subject
+from guards.faults import Fault
+from guards.subject import Subject
 
 
 def split(subject: Subject) -> Iterator[Fault | str]:

@@ -11,7 +11,8 @@ import torch
 from adapters.layers import Bias, Rows
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject, affordable
+from guards.faults import Fault
+from guards.subject import Subject, affordable
 from lora import Adapted, changes_of
 
 FIRST_LOSS_PASSES = 1.25  # of each of two batches: at 1B 32 tokens, through every block

@@ -8,7 +8,6 @@ that a run with guards equals one without them bit for bit.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,40 +17,11 @@ from architecture import Decoder
 from config import Config
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, Batches
+from guards.faults import Fault
 from modules.precision import Precision
 from modules.quantize import n_weights
 from tokenizer import Tokenizer
 from training.loss import Scores, TokenLoss
-
-FAULTS = (
-    "accumulation-ignored answer-not-learned batch-differs-from-single batch-repeated "
-    "beams-not-by-probability clip-ignored data-out-of-order documents-not-separated dropout-ignored "
-    "end-never-learned evaluation-not-repeatable first-loss-not-finite first-loss-too-high "
-    "first-loss-too-low frozen-parameter-moved future-visible gradient-not-cleared gradient-not-finite "
-    "gradient-not-the-mean id-outside-vocabulary label-crosses-documents labels-not-next-token "
-    "objective-not-the-loss order-ignored order-inverted other-document-visible other-row-visible "
-    "padding-bears-loss padding-visible parameter-not-updated parameter-without-gradient "
-    "past-invisible positions-ignored positions-not-counted positions-not-relative prompt-bears-loss "
-    "prompt-differs prompt-in-prediction row-without-loss sampling-not-repeatable schedule-ignored "
-    "score-not-plain-loss setting-ignored split-leaks start-doubled token-invisible "
-    "token-never-trained too-few-positions validation-differs vocabulary-too-large worse-than-unigram"
-)
-
-
-def refuse_unknown_faults(names: Iterable[str]) -> None:
-    """ValueError for a name that no fault has, with the nearest that one has."""
-    for name in sorted({*names} - {*FAULTS.split()}):
-        near = difflib.get_close_matches(name, FAULTS.split(), 1, 0.0)[0]
-        raise ValueError(f"--allow {name} names no fault; did you mean {near}?")
-
-
-class Fault(ValueError):
-    """One thing that is wrong, under a name that `--allow` takes."""
-
-    def __init__(self, name: str, evidence: str, remedy: str):
-        assert name in FAULTS.split(), name
-        self.name, self.evidence, self.remedy = name, evidence, remedy
-        super().__init__(f"{name}: {evidence}; {remedy}. To train all the same: --allow {name}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +47,7 @@ class Subject:
     known_ids: int | None = None  # of the base's own tokenizer; None without a base
 
 
-Guard = Callable[[Subject], Iterator["Fault | str"]]
+Guard = Callable[[Subject], Iterator[Fault | str]]
 
 
 LEAST = 2**-8  # of the numbers that a matrix would be drawn with: half of bf16's step

@@ -17,9 +17,9 @@ from architecture import Decoder
 from config import Config, DataConfig, ModelConfig, one_sentence
 from data.corpus import training_texts
 from dataset import Batch, prepare_data
+from guards.faults import FAULTS
 from guards.first_steps import FirstSteps
 from guards.preflight import preflight
-from guards.subject import FAULTS
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
 from modules.quantize import quantize_linears
@@ -58,7 +58,7 @@ def measure(asked: dict[str, Any]) -> Cost:
         release_freed_memory()
         keep_freed_memory()
         reset_peak(device)
-        preflight(subject, FAULTS.split())  # on drawn tokens most things would be refused
+        preflight(subject, FAULTS)  # All are allowed: on sampled tokens most things would be refused.
         release_freed_memory()
         guard_bytes = peak(device)
         batch = make_batch(train.batch_size, asked["rows"], model.config.vocab_size, device)
@@ -135,7 +135,7 @@ def make_model(shape: ModelConfig, family: str | None, config: Config, precision
 
 
 def make_batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
-    """Two documents a row; every token bears loss."""
+    """Return rows of two documents, in which every token is a target."""
 
     tokens = torch.randint(0, vocab_size, (rows, length), device=device)
     place = torch.arange(length, device=device).expand(rows, length)

@@ -332,7 +332,7 @@ PLANTS = [
     ),
     Plant(
         "T1 all",
-        "prompts masked that should bear loss",
+        "prompts masked that should be targets",
         "setting-ignored",
         labels_by(lambda tokens, documents, labels: masked_where(np.arange(labels.shape[1]) < 4, labels)),
         merged(EXAMPLES, {"data": {"loss_on": "all"}}),
@@ -346,7 +346,7 @@ PLANTS = [
     ),
     Plant(
         "T1 late",
-        "half of each prompt bears loss",
+        "half of each prompt was a target",
         "prompt-bears-loss",
         labels_by(
             lambda tokens, documents, labels: np.where(
@@ -362,7 +362,7 @@ PLANTS = [
     ),
     Plant(
         "T3 padding",
-        "padding bears loss",
+        "padding was a target",
         "padding-bears-loss",
         labels_by(lambda tokens, documents, labels: np.where(documents[:, 1:] < 0, tokens[:, 1:], labels)),
         EXAMPLES,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from config import Config, memory_is_full
-from guards.subject import Fault
+from guards.faults import Fault
 from modules.quantize import n_weights
 from sweeps.storage import failures
 from training import begin

@@ -35,7 +35,7 @@ from config import (
     parse_config,
 )
 from data.corpus import training_texts
-from guards.subject import Fault
+from guards.faults import Fault
 from lora import adapters_disabled, add_adapter
 from modules.dropout import Dropout
 from modules.quantize import Linear4bit

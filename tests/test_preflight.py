@@ -20,6 +20,7 @@ from architecture import Decoder
 from config import Config, ModelConfig, parse_config
 from guards import preflight as guards_preflight
 from guards import subject as looking
+from guards.faults import FAULTS, Fault
 from guards.first_steps import FirstSteps
 from guards.generation import batch_faults, beam_faults, first_difference, tie
 from modules.precision import Precision
@@ -51,7 +52,7 @@ def test_a_planted_fault_is_caught_and_its_twin_passes(plant: Plant, twins: dict
 
 
 def test_every_fault_that_a_guard_names_is_planted() -> None:
-    assert {*looking.FAULTS.split()} <= {plant.expected for plant in PLANTS}
+    assert {*FAULTS} <= {plant.expected for plant in PLANTS}
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_an_unknown_name_to_allow_is_refused_with_the_nearest(folder: Path) -> N
 
 
 def test_an_allowed_fault_hides_no_other(folder: Path) -> None:
-    """Of one guard too: prompts and padding bear loss, and only the first is allowed."""
+    """Of one guard too: prompts and padding are targets, and only the first is allowed."""
     everything = labels_by(lambda tokens, documents, labels: tokens[:, 1:])
     with everything():
         assert outcome(small_config(folder, EXAMPLES)).startswith("prompt-bears-loss: ")
@@ -332,7 +333,7 @@ def test_guards_leave_no_tensor_behind(folder: Path, monkeypatch: pytest.MonkeyP
         tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    def counted(subject: looking.Subject, name: str, allowed: set[str]) -> list[looking.Fault]:
+    def counted(subject: looking.Subject, name: str, allowed: set[str]) -> list[Fault]:
         before = held_now()
         found = guard(subject, name, allowed)
         held[name] = held_now() - before

@@ -14,7 +14,7 @@ import torch
 
 from config import Config, LoraConfig, refuse_unwritable
 from data.corpus import refuse_unreadable
-from guards.subject import refuse_unknown_faults
+from guards.faults import refuse_unknown_faults
 from lora import add_adapter
 from modules.precision import Precision, choose_device, choose_precision, evaluation_precision
 from pretrained.load import described, without_memory

@@ -13,7 +13,7 @@ from pathlib import Path
 from config import Config, TrainConfig
 from config.yamlfile import read_yaml
 from dataset import stored_data
-from guards.subject import refuse_unknown_faults
+from guards.faults import refuse_unknown_faults
 from modules.precision import choose_device, choose_precision
 from suites.subject import data_config, data_of
 from training.checkpoint import Manifest, best_of, checkpoints, load_counters, newest_whole

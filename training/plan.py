@@ -100,8 +100,8 @@ class Plan:
         if self.depths != (self.n_layer,):
             measured = f"{' and '.join(map(str, self.depths))} of {self.n_layer} blocks at full width"
         lines.append(
-            f"measured just now with {measured}, on drawn tokens that all bear loss, as if nothing else ran; "
-            "the seconds of validation and guards are not counted, nor time and memory of the final scores"
+            f"measured just now with {measured}, on sampled tokens that are all targets, as if nothing else "
+            "ran; the seconds of validation and guards are not counted, nor time and memory of the final scores"
         )
         return "\n".join(lines)
 
