@@ -283,7 +283,7 @@ def micro_batches_by(number: Callable[[Any, int], int]) -> Patch:
     def plant() -> contextlib.AbstractContextManager:
         manager = loop.TrainingManager
         right = manager.micro_batch
-        return patch.object(manager, "micro_batch", lambda self, asked: right(self, number(self, asked)))
+        return patch.object(manager, "micro_batch", lambda self, index: right(self, number(self, index)))
 
     return plant
 
@@ -473,7 +473,7 @@ def moments_not_finite() -> contextlib.AbstractContextManager:
 def old_gpu() -> contextlib.AbstractContextManager:
     """A GPU that does not multiply bf16; nothing is computed on it."""
     stack = contextlib.ExitStack()
-    stack.enter_context(patch.object(beforehand, "choose_device", lambda asked: torch.device("cuda")))
+    stack.enter_context(patch.object(beforehand, "choose_device", lambda name: torch.device("cuda")))
     stack.enter_context(patch.object(precision, "has_native_bf16", lambda device: False))
     stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda device: "GPU of 2018"))
     return stack

@@ -37,31 +37,31 @@ FUNCTIONS = 100  # in each of 24 sampled files
 IDS = 259  # of their tokenizer: the least that one has
 
 
-def measure(asked: dict[str, Any]) -> Cost:
+def measure(request: dict[str, Any]) -> Cost:
     """In a process of its own: make the model, do what a run does with it, and say what that took."""
 
     assert SummaryWriter  # what a training process has in memory besides its tensors
-    config = Config.from_dict(asked["config"])
-    shape = asked["model"] | {"n_layer": asked["n_layer"]}
+    config = Config.from_dict(request["config"])
+    shape = request["model"] | {"n_layer": request["n_layer"]}
     shape["vocab_size"] = max(shape["vocab_size"], IDS)
-    shape["window_layers"] = [layer for layer in shape["window_layers"] if layer < asked["n_layer"]]
+    shape["window_layers"] = [layer for layer in shape["window_layers"] if layer < request["n_layer"]]
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     model = make_model(
-        Config.from_dict({"model": shape}).model.resolved(), asked["family"], config, precision
+        Config.from_dict({"model": shape}).model.resolved(), request["family"], config, precision
     )
     model.to(device).train()
-    train = replace(config.train, row_length=asked["rows"])
+    train = replace(config.train, row_length=request["rows"])
     config = replace(config, model=model.config, train=train)
     with tempfile.TemporaryDirectory() as folder:
-        manager, subject = make_run(config, model, precision, asked["family"], Path(folder))
+        manager, subject = make_run(config, model, precision, request["family"], Path(folder))
         release_freed_memory()
         keep_freed_memory()
         reset_peak(device)
         preflight(subject, FAULTS)  # All are allowed: on sampled tokens most things would be refused.
         release_freed_memory()
         guard_bytes = peak(device)
-        batch = make_batch(train.batch_size, asked["rows"], model.config.vocab_size, device)
+        batch = make_batch(train.batch_size, request["rows"], model.config.vocab_size, device)
         reset_peak(device)
         watch = FirstSteps(subject)
         micro, update, started = [], [], time.perf_counter()
@@ -112,12 +112,12 @@ def make_model(shape: ModelConfig, family: str | None, config: Config, precision
     model = Decoder(replace(shape, init="normal"))
     if family is None:
         return model
-    asked = {
+    rates = {
         key: value
         for key, value in vars(config.model).items()
         if key.endswith("dropout") and value is not None
     }
-    set_dropout(model, replace(shape, **asked).resolved())
+    set_dropout(model, replace(shape, **rates).resolved())
     held = "fp32" if config.lora.r == 0 else resolved_format(config.train.base_format, precision.dtype)
     if held == "bf16" and precision.dtype == torch.bfloat16:
         model.to(torch.bfloat16)

@@ -253,7 +253,7 @@ PLANTS = [
         "M6 micro",
         "one micro-batch accumulated twice",
         "batch-repeated",
-        micro_batches_by(lambda manager, asked: asked - asked % 2),
+        micro_batches_by(lambda manager, index: index - index % 2),
         {"train": {"accumulation": 2}},
     ),
     Plant("M10 batch", "every batch is the first", "batch-repeated", one_batch_only),
@@ -261,7 +261,7 @@ PLANTS = [
         "M10 data",
         "after a resume the data began anew",
         "data-out-of-order",
-        micro_batches_by(lambda manager, asked: max(0, asked - 3) if manager.resumed_from else asked),
+        micro_batches_by(lambda manager, index: max(0, index - 3) if manager.resumed_from else index),
         resumed=True,
     ),
     Plant(
@@ -479,7 +479,7 @@ PLANTS = [
     ),
     Plant(
         "M7 targets",
-        "adapters asked for modules that do not exist",
+        "adapters requested for modules that do not exist",
         "probably meant: c_attn, c_proj",
         settings=TUNED,
         wrong={"lora": {"targets": ("q_proj", "o_proj")}},

@@ -49,7 +49,7 @@ from training import begin, loop
 from training.announcements import say_groups
 from training.begin import train
 from training.loop import TrainingManager
-from training.run import adopted, export_adapter, load_run, open_adapted, starting_tokenizer
+from training.run import export_adapter, load_run, open_adapted, starting_tokenizer, with_base_config
 
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = ModelConfig(
@@ -432,7 +432,7 @@ def test_the_tokenizer_of_the_base_by_another_path_is_its_own(
     tokenizer = starting_tokenizer(longer, own)
     assert tokenizer.vocab_size == own.tokenizer.vocab_size + 1
     with pytest.raises(ValueError, match=r"has 1 ids more than .*new_tokens names 0; name every token"):
-        adopted(longer, own, tokenizer, torch.float32)
+        with_base_config(longer, own, tokenizer, torch.float32)
 
 
 def test_a_base_in_bf16_is_not_validated_in_fp32(config: Config) -> None:

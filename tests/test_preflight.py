@@ -494,7 +494,7 @@ def test_matrices_of_next_to_nothing_are_awake_and_then_as_they_were() -> None:
         tiny.fill_(1e-5)
         none.zero_()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with looking.awake(model):
+    with looking.with_nonzero_weights(model):
         for woken in (tiny, none):
             assert woken.std() > 0.5 * woken.size(1) ** -0.5
         assert torch.equal(whole, before["head.weight"])

@@ -28,7 +28,7 @@ from training.announcements import checked_groups, say_data, say_groups
 from training.beforehand import refuse_mistakes
 from training.loop import UNOBSERVED, Observer, TrainingManager
 from training.random_state import seed_everything
-from training.run import adopted, gaps_began_bare, open_base, starting_model, starting_tokenizer
+from training.run import gaps_began_bare, open_base, starting_model, starting_tokenizer, with_base_config
 from training.runfolder import claimed_folder, refuse_changes, refuse_other_data, with_data_resolved
 
 
@@ -121,7 +121,7 @@ def with_tokenizer(
     else:
         row_is_unset = not config.train.row_length
         tokenizer = starting_tokenizer(config, base)
-        config = adopted(config, base, tokenizer, dtype)
+        config = with_base_config(config, base, tokenizer, dtype)
         if not config.lora.r:  # Before the data are read: what trains is the base as it is.
             checked_groups(config, base.model)
         if resumes and row_is_unset:

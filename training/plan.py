@@ -100,8 +100,9 @@ class Plan:
         if self.depths != (self.n_layer,):
             measured = f"{' and '.join(map(str, self.depths))} of {self.n_layer} blocks at full width"
         lines.append(
-            f"measured just now with {measured}, on sampled tokens that are all targets, as if nothing else "
-            "ran; the seconds of validation and guards are not counted, nor time and memory of the final scores"
+            f"measured just now with {measured}, on sampled tokens that are all targets, as if nothing "
+            "else ran; the seconds of validation and guards are not counted, nor time and memory of the "
+            "final scores"
         )
         return "\n".join(lines)
 
@@ -148,10 +149,10 @@ def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
 
 
 def _measured(config: Config, model: ModelConfig, family: str | None, n_layer: int, rows: int) -> Cost:
-    asked = {"config": config.to_dict(), "model": asdict(model), "family": family, "rows": rows}
-    asked["n_layer"] = n_layer
+    request = {"config": config.to_dict(), "model": asdict(model), "family": family, "rows": rows}
+    request["n_layer"] = n_layer
     command, environment = own_module("selftest.plan_child")
-    made = subprocess.run(command, env=environment, input=json.dumps(asked), capture_output=True, text=True)
+    made = subprocess.run(command, env=environment, input=json.dumps(request), capture_output=True, text=True)
     last = made.stdout.strip().rpartition("\n")[2]
     if made.returncode or not last.startswith("{"):
         reason = (made.stderr.strip().splitlines() or [f"exit code {made.returncode}"])[-1]

@@ -1,6 +1,6 @@
 """The model of a run: drawn from a seed, or a published one with what trains on top of it.
 
-    settings -> open_base -> adopted settings -> starting_model    when a run begins or goes on
+    settings -> open_base -> with_base_config -> starting_model    when a run begins or goes on
     RUN -> load_run -> model, tokenizer, settings                  to evaluate it or to write text with it
 
 A run with adapters keeps only what it trains. Whoever opens it needs the base again, and it has to be the
@@ -67,7 +67,7 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
     if train.base is None:
         return None
     held = "fp32" if config.lora.r == 0 else resolved_format(train.base_format, dtype)
-    return base_held_in(held, train.base, dtype, device, train.base_revision)
+    return base_stored_as(held, train.base, dtype, device, train.base_revision)
 
 
 def resolved_format(base_format: str, dtype: torch.dtype) -> str:
@@ -77,7 +77,7 @@ def resolved_format(base_format: str, dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
-def base_held_in(
+def base_stored_as(
     base_format: str,
     source: str,
     dtype: torch.dtype,
@@ -104,7 +104,7 @@ def base_held_in(
     return base
 
 
-def adopted(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch.dtype) -> Config:
+def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch.dtype) -> Config:
     """The settings with what the base decides filled in: the model's shape, its commit, a row's length, and
     how frozen weights are held, so that whoever opens the run holds them alike.
 
@@ -211,7 +211,7 @@ def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer
     """The model before its first update: drawn, or the base, with fresh adapters if `lora.r` says so.
 
     Args:
-        config: As `adopted`; its vocabulary has room for the new tokens.
+        config: As `with_base_config` returns them; its vocabulary has room for the new tokens.
         tokenizer: With the new tokens.
     """
     if base is None:
@@ -394,7 +394,7 @@ def open_adapted(
             "weights it means something else: leave --base_format out"
         )
     named, revision = adapter_base(adapter)
-    base = base_held_in(held, source, torch.float32, device, revision if named == source else None)
+    base = base_stored_as(held, source, torch.float32, device, revision if named == source else None)
     if base.fingerprint != known.get("fingerprint", base.fingerprint):
         raise ValueError(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
@@ -482,7 +482,7 @@ def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
     held = resolved_format(train.base_format, torch.float32)
     # The run may be a stranger's: it does not make this machine fetch anything.
     try:
-        base = base_held_in(held, train.base, torch.float32, "cpu", train.base_revision, local_only=True)
+        base = base_stored_as(held, train.base, torch.float32, "cpu", train.base_revision, local_only=True)
     except ValueError as error:
         raise ValueError(
             f"the base of the run cannot be opened: {error}; if it moved, say with --base"
