@@ -22,10 +22,10 @@ NOTE = "<!-- Made by `python docs/generated.py`: change the code that it reads, 
 
 def planted() -> dict[str, list[str]]:
     """Return, by the name of a fault, how the self-test plants it."""
-    from selftest.plants import PLANTS
+    from selftest.planted_faults import PLANTED_FAULTS
 
     stories: dict[str, list[str]] = {}
-    for plant in PLANTS:
+    for plant in PLANTED_FAULTS:
         stories.setdefault(plant.expected, []).append(plant.story)
     return stories
 

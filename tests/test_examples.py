@@ -68,8 +68,9 @@ from dataset import (
 )
 from generation.text import trim_prompt
 from guards.labels import prompt_errors
-from selftest import data, plants
+from selftest import data
 from selftest.prove_resume import run_difference
+from selftest.run import small_config
 from suites.stored import text_of_example
 from suites.tokens import ngram_scores, train_ngram
 from tokenization.healing import healed
@@ -962,7 +963,7 @@ def test_a_limited_validation_makes_no_row_it_does_not_show(tmp_path: Path, monk
 def gap_config(tmp_path: Path) -> Config:
     data.write_corpus(tmp_path / "long")
     STARCODER.save(tmp_path)
-    config = plants.small_config(tmp_path, {"data": {"fim_rate": 0.5}})
+    config = small_config(tmp_path, {"data": {"fim_rate": 0.5}})
     return dataclasses.replace(config, tokenizer=TokenizerConfig("pretrained", path=str(tmp_path)))
 
 
@@ -1001,7 +1002,7 @@ def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(t
     texts = [data.function(random.Random(n)) * 2 for n in range(60)]
     rows = [{"prefix": text[:60], "suffix": text[90:], "middle": text[60:90]} for text in texts]
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})
+    config = small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, source=str(source)),
@@ -1072,7 +1073,7 @@ def test_a_bad_line_ends_the_command_with_one_sentence_and_2(
     path = tmp_path / "rows.jsonl"
     good = [f'{{"prompt": "a {n}", "completion": " b"}}\n' for n in range(40)]
     path.write_text("".join([*good[:2], line + "\n", *good[2:]]))
-    config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 8}})
+    config = small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 8}})
     shutil.rmtree(config.train.run)
     with pytest.raises(SystemExit) as stop:
         main(config)
