@@ -71,7 +71,7 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_that_base_and_no_other(
     torch.testing.assert_close(opened(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-5)
     export(ExportConfig(str(tmp_path / "adapter"), str(run)))
     both = {"base": config.train.base, "adapter": str(tmp_path / "adapter"), "merge": True}
-    with pytest.raises(ValueError, match="was trained on a base held in nf4, not in fp32"):
+    with pytest.raises(ValueError, match="was trained on a base stored as nf4, not as fp32"):
         export(ExportConfig(str(tmp_path / "other"), base_format="fp32", **both))
     export(ExportConfig(str(tmp_path / "again"), **both))
     assert torch.equal(opened(tmp_path / "again"), opened(tmp_path / "merged"))
@@ -101,7 +101,7 @@ def test_a_merge_that_is_requantised_is_judged_by_what_is_written(config: Config
     assert float((plain_base - expected).abs().max()) == pytest.approx(effect, rel=0.01)
     assert float((found - expected).abs().max()) == pytest.approx(gap, rel=0.01)
     assert float((again - found).abs().max()) < 0.2 * gap
-    with pytest.raises(ValueError, match="was not held in nf4"):
+    with pytest.raises(ValueError, match="was not stored in nf4"):
         plain = train(other(config, max_steps=1, run=f"{config.train.run}2")).folder
         export(ExportConfig(str(tmp_path / "no"), str(plain), merge=True, requantise=True))
 

@@ -1,6 +1,6 @@
 """The model of a run: drawn from a seed, or a published one with what trains on top of it.
 
-    settings -> open_base -> with_base_config -> starting_model    when a run begins or goes on
+    settings -> open_base -> with_base_config -> starting_model    where a run begins or goes on
     RUN -> load_run -> model, tokenizer, settings                  to evaluate it or to write text with it
 
 A run with adapters keeps only what it trains. Whoever opens it needs the base again, and it has to be the
@@ -47,57 +47,57 @@ from training.checkpoint import (
     verify,
 )
 
-LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
+LONGEST_BLOCK = 2**20  # Tokens in a run to open: a table of positions is not among its weights.
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
-MOST_NEW_TOKENS = 10_000  # of a stranger's adapter
-BASE_ROW = 512  # tokens in a training row of a base, whose context may be 131,072
+MOST_NEW_TOKENS = 10_000  # In a stranger's adapter.
+BASE_ROW = 512  # Tokens in a training row of a base, whose context may be 131,072.
 
 
 def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "cpu") -> Pretrained | None:
-    """The published model that `config.train.base` names, in eval mode; None where none is named.
+    """Open the published model that `config.train.base` names, in eval mode; None where none is named.
 
     Args:
-        dtype: Of the run's matrix products. Frozen weights are held in it, or as `base_format` says; weights
-            that train are held in fp32.
+        dtype: The number format of the run's matrix products. Frozen weights are stored in it, or as
+            `base_format` says; weights that train are stored in fp32.
 
     Raises:
-        ValueError: It cannot be had.
+        ValueError: The model cannot be had.
     """
     train = config.train
     if train.base is None:
         return None
-    held = "fp32" if config.lora.r == 0 else resolved_format(train.base_format, dtype)
-    return base_stored_as(held, train.base, dtype, device, train.base_revision)
+    weight_format = "fp32" if config.lora.r == 0 else resolved_format(train.base_format, dtype)
+    return base_stored_as(weight_format, train.base, dtype, device, train.base_revision)
 
 
 def resolved_format(base_format: str, dtype: torch.dtype) -> str:
-    """`auto` is the number format of the run's matrix products; what fp16 multiplies is held in fp32."""
+    """Return the format for `auto`: that of the run's matrix products, or fp32 where they are in fp16."""
     if base_format != "auto":
         return base_format
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def base_stored_as(
-    base_format: str,
+    weight_format: str,
     source: str,
     dtype: torch.dtype,
     device: torch.device | str,
     revision: str | None = None,
     local_only: bool = False,
 ) -> Pretrained:
-    """A base whose weights have the values of a format, whatever the machine multiplies.
+    """Open a base whose weights have the values of a format, whatever the machine multiplies.
 
     Args:
-        base_format: `fp32`; `bf16`, to which all is rounded; or `nf4`, which the blocks' matrices are put
-            into from bf16, while the rest is bf16.
-        dtype: Of the matrix products. Where it is not bf16, bf16 matrices are held as such and multiplied in
-            fp32, and the rest becomes fp32.
+        weight_format: `fp32`; `bf16`, to which all is rounded; or `nf4`, to which the blocks' matrices are
+            rounded from bf16, while the rest is bf16.
+        dtype: The number format of the matrix products. Where it is not bf16, bf16 matrices are stored as
+            such and multiplied in fp32, and the rest becomes fp32.
     """
-    if base_format == "fp32":
+    if weight_format == "fp32":
         return load_pretrained(source, torch.float32, device, revision, local_only=local_only)
-    if base_format == "bf16" and dtype == torch.bfloat16:
+    if weight_format == "bf16" and dtype == torch.bfloat16:
         return load_pretrained(source, torch.bfloat16, device, revision, local_only=local_only)
-    base = load_pretrained(source, torch.bfloat16, device, revision, base_format, local_only)
+    base = load_pretrained(source, torch.bfloat16, device, revision, weight_format, local_only)
     if dtype != torch.bfloat16:
         for p in base.model.parameters():
             p.data = p.data.float()
@@ -105,13 +105,15 @@ def base_stored_as(
 
 
 def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch.dtype) -> Config:
-    """The settings with what the base decides filled in: the model's shape, its commit, a row's length, and
-    how frozen weights are held, so that whoever opens the run holds them alike.
+    """Return the settings with what the base decides filled in.
+
+    That is the model's shape, its commit, a row's length, and how frozen weights are stored, so that whoever
+    opens the run stores them alike.
 
     Raises:
         ValueError: The settings ask for another model.
     """
-    own, asked = base.model.config, config.model
+    own, requested = base.model.config, config.model
     grown, named = tokenizer.vocab_size - own.vocab_size, len(config.lora.new_tokens)
     if named < grown:
         raise ValueError(
@@ -121,13 +123,13 @@ def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dty
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
     refuse_other_model(config, own, ("vocab_size",))
-    for key in DROPOUTS:  # not given, `dropout` stands for the other two
-        value = getattr(asked, key) if getattr(asked, key) is not None else asked.dropout
+    for key in DROPOUTS:  # Where one is not given, `dropout` stands for it.
+        value = getattr(requested, key) if getattr(requested, key) is not None else requested.dropout
         own = own if value is None else replace(own, **{key: value})
     row_length = config.train.row_length or min(BASE_ROW, own.block_size)
     revision = base.revision or config.train.base_revision
     folder = Path(str(config.train.base))
-    place = str(folder.resolve()) if folder.is_dir() else config.train.base  # found from any folder
+    place = str(folder.resolve()) if folder.is_dir() else config.train.base  # It is found from any folder.
     train = replace(config.train, base=place, row_length=row_length, base_revision=revision)
     if config.lora.r and train.base_format == "auto":
         train = replace(train, base_format=resolved_format(train.base_format, dtype))
@@ -135,11 +137,11 @@ def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dty
 
 
 def refuse_other_model(config: Config, own: ModelConfig, more: tuple[str, ...] = ()) -> None:
-    """ValueError if the settings ask for another model than the base, or for rows that it has no room for.
+    """Raise a ValueError if the settings ask for another model than the base, or for rows that are too long.
 
     Args:
-        own: The base's.
-        more: Keys that are compared too; without its tokenizer the size of the vocabulary is not known.
+        own: The base's shape.
+        more: Further keys to compare: without its tokenizer the size of the vocabulary is not known.
     """
     default = ModelConfig()
     for key, value in vars(config.model).items():
@@ -158,10 +160,10 @@ def refuse_other_model(config: Config, own: ModelConfig, more: tuple[str, ...] =
 
 
 def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
-    """That of the base, or of `tokenizer.path`, with a start and `lora.new_tokens`.
+    """Return the tokenizer of the base, or of `tokenizer.path`, with a start and `lora.new_tokens`.
 
     Raises:
-        ValueError: There is none, it is that of another model, or it can take no new tokens.
+        ValueError: There is no tokenizer, it is that of another model, or it can take no new tokens.
     """
     path = config.tokenizer.path
     tokenizer = base.tokenizer if path is None else load_tokenizer(Path(path))
@@ -172,17 +174,17 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
     tokenizer = tokenizer.with_start()
     if not config.lora.new_tokens:
         return tokenizer
-    if isinstance(tokenizer, BPETokenizer):  # a base that was trained here
+    if isinstance(tokenizer, BPETokenizer):  # The base was trained here.
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
             tokenizer = PretrainedTokenizer.load(Path(folder))
-        tokenizer.bare_gaps = False  # it had no markers, so that no gap was trained with it
+        tokenizer.bare_gaps = False  # It had no markers, so that no gap was trained with it.
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
             "Hugging Face tokenizer with --tokenizer.path"
         )
-    # What `tokenizer.path` has added is new to the base, and has its id already.
+    # Tokens that the tokenizer of `tokenizer.path` has added have their ids already, and are new to the base.
     known = None if base.tokenizer is None else base.tokenizer.vocab_size
     there = (
         [] if known is None else [t for t in config.lora.new_tokens if (tokenizer.token_id(t) or 0) >= known]
@@ -191,7 +193,7 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
 
 
 def gaps_began_bare(folder: Path) -> bool:
-    """Whether a run that goes on was begun when nothing stood before a text with a gap."""
+    """Return whether a run that goes on was begun when nothing stood before a text with a gap."""
     path = folder / "tokenizer"
     return path.is_dir() and read_run_file(path, lambda at: load_tokenizer(at, as_saved=True)).bare_gaps
 
@@ -208,11 +210,11 @@ def _refuse_other_tokenizer(tokenizer: Tokenizer, own: Tokenizer, path: str, bas
 
 
 def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Decoder:
-    """The model before its first update: drawn, or the base, with fresh adapters if `lora.r` says so.
+    """Return the model before its first update: with sampled weights, or the base with fresh adapters, if any.
 
     Args:
-        config: As `with_base_config` returns them; its vocabulary has room for the new tokens.
-        tokenizer: With the new tokens.
+        config: The settings, with a base those of `with_base_config`, whose vocabulary has the new tokens.
+        tokenizer: The tokenizer with the new tokens.
     """
     if base is None:
         return Decoder(config.model)
@@ -228,7 +230,7 @@ def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer
 
 
 def set_dropout(model: Decoder, config: ModelConfig) -> None:
-    """That of `config` in the place of the model's own."""
+    """Give the model the dropout of `config` in the place of its own."""
     own = {key: getattr(config, key) for key in DROPOUTS}
     model.config = replace(model.config, **own)
     model.dropout.p = own["embed_dropout"]
@@ -239,12 +241,12 @@ def set_dropout(model: Decoder, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(model: Decoder, size: int, grown: Mapping[str, Tensor] | None = None) -> None:
-    """More rows in embedding and head.
+    """Add rows to embedding and head.
 
     Args:
-        size: Rows in all.
-        grown: The parameters as they should be, of which the last rows are taken, by name. Where one is not
-            given, each new row is the mean of those that were there (Hewitt 2021).
+        size: The number of rows afterwards.
+        grown: By name the parameters as they should be, whose last rows are taken. Where one is not given,
+            each new row is the mean of those that were there (Hewitt 2021).
     """
 
     def longer(name: str) -> torch.nn.Parameter:
@@ -273,16 +275,16 @@ class Run:
     config: Config
     step: int
     fingerprints: dict[str, str]
-    folder: Path  # of the run
-    family: Family | None  # of the base that its adapters need; None where there is none
-    weights: str  # SHA-256 of the checkpoint's manifest, which has that of each file, and of the base's own
+    folder: Path
+    family: Family | None  # The family of the base that its adapters need; None without adapters.
+    weights: str  # SHA-256 of the checkpoint's manifest, which has those of its files, and of the base's.
 
 
 def run_folder(path: str | Path) -> tuple[Path, str | None]:
-    """The folder of a run, and the name of the checkpoint inside it where `path` is one's.
+    """Return the folder of a run, and the name of the checkpoint inside it where `path` is one's.
 
     Raises:
-        ValueError: There is no run.
+        ValueError: The folder holds no run.
     """
     path = Path(path)
     one = path.name if path.parent.name == "checkpoints" else None
@@ -298,7 +300,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
     A damaged checkpoint is passed over, and named on stderr, unless `path` asks for that one.
 
     Args:
-        path: Of the run, or of the checkpoint.
+        path: The folder of the run, or of the checkpoint.
         which: `best` by validation loss, or `last`.
         base: Where the base of a run with adapters is now, if it moved; its fingerprint has to match.
 
@@ -353,13 +355,13 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
 
 # --- adapters outside of their run ----------------------------------------------------------------
 
-BASE_FILE = "base.json"  # beside PEFT's two files: what PEFT does not record of the base
+BASE_FILE = "base.json"  # Beside PEFT's two files, with what PEFT does not record of the base.
 
 
 def export_adapter(run: Run, folder: str | Path) -> None:
     """Write the run's adapter as a folder that PEFT opens; ValueError if the run has none.
 
-    Its tokenizer is beside it: it has the new tokens, and puts before a prompt what was trained there.
+    The tokenizer lies beside it: it has the new tokens, and puts before a prompt what was trained there.
     """
     train = run.config.train
     if run.family is None:
@@ -373,28 +375,29 @@ def export_adapter(run: Run, folder: str | Path) -> None:
 def open_adapted(
     source: str, adapter: str | Path, base_format: str = "auto", device: torch.device | str = "cpu"
 ) -> Pretrained:
-    """A published model with an adapter on it, and the adapter's tokenizer where its folder has one.
+    """Open a published model with an adapter on it, and the adapter's tokenizer where its folder has one.
 
     Args:
         source: Folder or hub id of the base.
         adapter: A PEFT folder.
-        base_format: Of the weights that the adapter was trained on; `auto` is what its folder says, or fp32.
+        base_format: The format of the weights that the adapter was trained on; `auto` is what its folder
+            says, or fp32.
 
     Raises:
         ValueError: One of the two cannot be opened, or the adapter was trained on another base, or on one
-            that was held in another format.
+            that was stored in another format.
     """
     path, known = Path(adapter) / BASE_FILE, {}
     if path.exists():
         known = read_run_file(path, _base_file)
-    held = known.get("base_format", "fp32") if base_format == "auto" else base_format
-    if held != known.get("base_format", held):
+    weight_format = known.get("base_format", "fp32") if base_format == "auto" else base_format
+    if weight_format != known.get("base_format", weight_format):
         raise ValueError(
-            f"{adapter} was trained on a base held in {known['base_format']}, not in {held}; on other "
-            "weights it means something else: leave --base_format out"
+            f"{adapter} was trained on a base stored as {known['base_format']}, not as {weight_format}; on "
+            "other weights it means something else: leave --base_format out"
         )
     named, revision = adapter_base(adapter)
-    base = base_stored_as(held, source, torch.float32, device, revision if named == source else None)
+    base = base_stored_as(weight_format, source, torch.float32, device, revision if named == source else None)
     if base.fingerprint != known.get("fingerprint", base.fingerprint):
         raise ValueError(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
@@ -422,7 +425,7 @@ def open_adapted(
 def _grow_as_stored(base: Pretrained, adapter: str | Path) -> None:
     """Grow the vocabulary by the rows that the adapter's folder holds of a base that was resized.
 
-    What does not fit is left for `load_adapter` to refuse.
+    Rows that do not fit are left for `load_adapter` to refuse.
     """
     model, stored = base.model, stored_vocabulary(adapter, base.family)
     if model.config.tie_embeddings and "head.weight" in stored:
@@ -439,14 +442,14 @@ def _grow_as_stored(base: Pretrained, adapter: str | Path) -> None:
 
 
 def _is_named(source: str, named: str | None) -> bool:
-    """Whether a source is the base that an adapter names, if any, or a folder of that name."""
+    """Return whether a source is the base that an adapter names, if any, or a folder of that name."""
     return not named or source == named or Path(source).resolve().name == Path(named).name
 
 
 def _base_file(path: Path) -> dict[str, str]:
     values = json.loads(path.read_text("utf-8"))
     formats = get_args(get_type_hints(TrainConfig)["base_format"])
-    if not isinstance(values, dict) or values.get("base_format") not in formats[1:]:  # not auto
+    if not isinstance(values, dict) or values.get("base_format") not in formats[1:]:  # The first is auto.
         raise ValueError(f"base_format must be one of {', '.join(formats[1:])}")
     return {"base_format": values["base_format"], "fingerprint": str(values.get("fingerprint"))}
 
@@ -475,14 +478,16 @@ def _fingerprints(path: Path) -> dict[str, str]:
 
 
 def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
-    """The base of a run with adapters; ValueError if it is not the one that they were trained on."""
+    """Open the base of a run with adapters; ValueError if it is not the one that they were trained on."""
     train = config.train
     if train.base is None:
         raise ValueError("config.yaml has lora.r but no base; restore it from a copy")
-    held = resolved_format(train.base_format, torch.float32)
+    weight_format = resolved_format(train.base_format, torch.float32)
     # The run may be a stranger's: it does not make this machine fetch anything.
     try:
-        base = base_stored_as(held, train.base, torch.float32, "cpu", train.base_revision, local_only=True)
+        base = base_stored_as(
+            weight_format, train.base, torch.float32, "cpu", train.base_revision, local_only=True
+        )
     except ValueError as error:
         raise ValueError(
             f"the base of the run cannot be opened: {error}; if it moved, say with --base"
@@ -500,7 +505,7 @@ def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
 
 
 def _refuse_giant(config: ModelConfig, manifest: Manifest) -> None:
-    """ValueError if `config` is not that of the manifest's weights, before memory is taken for its model."""
+    """Raise a ValueError if `config` is not that of the manifest's weights, before its model takes memory."""
     shapes = read_run_file(manifest.folder / "model.safetensors", shapes_in)
     elements = sum(math.prod(shape) for shape in shapes.values())
     try:
