@@ -210,7 +210,7 @@ def _refuse_other_tokenizer(tokenizer: Tokenizer, own: Tokenizer, path: str, bas
 
 
 def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Decoder:
-    """Return the model before its first update: with sampled weights, or the base with fresh adapters, if any.
+    """Return the model before its first update: sampled weights, or the base with its fresh adapters.
 
     Args:
         config: The settings, with a base those of `with_base_config`, whose vocabulary has the new tokens.
