@@ -131,10 +131,10 @@ PLANTED_FAULTS = [
     PlantedFault(
         "D7 rarity", "the rarest tokens were scored as easiest", "order-inverted", rarity_inverted, GRADED
     ),
-    split_by_row("D1 variants", "variants of one function on both sides", "variants.jsonl"),
-    split_by_row("D2 lines", "lines of one page on both sides", "lines.jsonl"),
-    split_by_row("D3 windows", "overlapping windows on both sides", "windows.jsonl"),
-    split_by_row("D4 chunks", "chunks of one file on both sides", "chunks.jsonl"),
+    split_by_row("D1 variants", "variants of one function in two splits", "variants.jsonl"),
+    split_by_row("D2 lines", "lines of one page in two splits", "lines.jsonl"),
+    split_by_row("D3 windows", "overlapping windows in two splits", "windows.jsonl"),
+    split_by_row("D4 chunks", "chunks of one file in two splits", "chunks.jsonl"),
     PlantedFault(
         "E3 trained on",
         "evaluated on training data",
