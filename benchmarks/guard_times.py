@@ -25,7 +25,7 @@ from benchmarks.adapters import SHAPES, drawn
 from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from dataset import prepare_data
 from guards.preflight import GUARDS, run_guard
-from guards.subject import Subject
+from guards.subject import GuardSubject
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory
 from modules.quantize import n_weights
@@ -42,7 +42,7 @@ def timed(what: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, (time.process_time() - used) / torch.get_num_threads()
 
 
-def subject_of(shape: str, held: str, full: bool, folder: Path) -> Subject:
+def subject_of(shape: str, held: str, full: bool, folder: Path) -> GuardSubject:
     """What `training.begin.train` would hand to the guards, but for the weights."""
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     precision = choose_precision(choose_device("cpu"), "auto")

@@ -21,7 +21,7 @@ from torch import Tensor
 from architecture import Dropout
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
-from guards.subject import Subject
+from guards.subject import GuardSubject
 from training.optim import learning_rate_factor
 
 WATCHED = 4  # Updates. Where heads and outputs start at zero, the first blocks move in the third.
@@ -44,7 +44,9 @@ class FirstSteps:
         progress: Share of the budget used by then.
     """
 
-    def __init__(self, subject: Subject, allowed: Iterable[str] = (), step: int = 0, progress: float = 0.0):
+    def __init__(
+        self, subject: GuardSubject, allowed: Iterable[str] = (), step: int = 0, progress: float = 0.0
+    ):
         self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
         self.updates, self.step, self.progress, self.norm = 0, step, progress, 0.0
         self.sizes: dict[int, float] = {}  # By pass its gradient, as a multiple of what it should be.

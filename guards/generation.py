@@ -12,7 +12,7 @@ from generation.engine import generate_ids
 from generation.settings import GenerationConfig
 from generation.text import generate
 from guards.faults import Fault
-from guards.subject import Subject, tokens_of_a_pass, with_nonzero_weights
+from guards.subject import GuardSubject, tokens_of_a_pass, with_nonzero_weights
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
@@ -23,7 +23,7 @@ BEAM_PROMPTS = 8  # Each is 16 rows with its beams; for two prompts chance may f
 BEAM_IDS = 16  # The vocabulary of the exhaustive search: 256 texts of two tokens.
 
 
-def generation(subject: Subject) -> Iterator[Fault | str]:
+def generation(subject: GuardSubject) -> Iterator[Fault | str]:
     """See that a batch goes on as its rows do, a seed repeats, beams find the best, and no prompt returns."""
     length = min(PROMPT_TOKENS, subject.config.model.block_size - NEW_TOKENS)
     row = subject.micro_batch(0).tokens[0].tolist()
@@ -135,7 +135,7 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
             return
 
 
-def echo_faults(subject: Subject, prompt: list[int]) -> Iterator[Fault]:
+def echo_faults(subject: GuardSubject, prompt: list[int]) -> Iterator[Fault]:
     text = subject.tokenizer.decode(prompt)
     settings = GenerationConfig(max_new_tokens=new_tokens(subject.model))
     (completion,) = generate(subject.model, subject.tokenizer, [text], settings)

@@ -14,14 +14,14 @@ from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, validation_batches
 from generation.text import trim_prompt
 from guards.faults import Fault
-from guards.subject import Subject
+from guards.subject import GuardSubject
 from tokenizer import Tokenizer
 
 LABEL_BATCHES = 8
 SHOWN_TOKENS = 24
 
 
-def labels(subject: Subject) -> Iterator[Fault | str]:
+def labels(subject: GuardSubject) -> Iterator[Fault | str]:
     """Look at real batches of each split: whether what should be learned is a target, and nothing else."""
     splits = [
         (subject.train, [subject.micro_batch(i) for i in range(LABEL_BATCHES)]),
@@ -50,7 +50,7 @@ def repeated_batches(batches: list[Batch]) -> Iterator[Fault]:
         )
 
 
-def label_faults(subject: Subject, batch: Batch, store: TokenStore, training: bool) -> Iterator[Fault]:
+def label_faults(subject: GuardSubject, batch: Batch, store: TokenStore, training: bool) -> Iterator[Fault]:
     """Yield the faults of rows (B, T); the last label of a row is not compared: its token is in no column."""
     split = "training" if training else store.split
     if store.holds_examples:
@@ -224,7 +224,7 @@ def prompt_errors(
     return PromptErrors(prompt_learned, answer_not_learned, prompt_not_learned)
 
 
-def label_summary(subject: Subject, batch: Batch) -> str:
+def label_summary(subject: GuardSubject, batch: Batch) -> str:
     """Return shares of targets and padding, and a piece of a row with its targets in brackets."""
     is_target = batch.labels != IGNORE_INDEX
     text = batch.document_ids >= 0

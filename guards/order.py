@@ -11,7 +11,7 @@ from data.curriculum import rank_correlation
 from data.ngram import NGramModel
 from dataset import IGNORE_INDEX, Batches
 from guards.faults import Fault
-from guards.subject import Subject
+from guards.subject import GuardSubject
 
 OTHER = {"easy-first": "hard-first", "hard-first": "easy-first", "hybrid": "easy-first"}
 COMPARED = 4  # Batches.
@@ -23,7 +23,7 @@ UNSEEN_TOKENS = 2**18  # Tokens of held-out files that the n-gram model for `los
 INVERTED = -0.1
 
 
-def order(subject: Subject) -> Iterator[Fault | str]:
+def order(subject: GuardSubject) -> Iterator[Fault | str]:
     """See that another order gives other batches, and that difficulty, measured on them, goes with time."""
     data, batches = subject.config.data, subject.batches
     if data.order not in OTHER:
@@ -66,14 +66,14 @@ def _batches(batches: Batches, other: str) -> Batches:
     )
 
 
-def _same(subject: Subject, others: Batches) -> bool:
+def _same(subject: GuardSubject, others: Batches) -> bool:
     return all(
         torch.equal(subject.micro_batch(number).tokens.cpu(), others.batch(number).tokens)
         for number in range(min(COMPARED, others.steps_per_epoch))
     )
 
 
-def _measured(subject: Subject) -> np.ndarray:
+def _measured(subject: GuardSubject) -> np.ndarray:
     """Return how hard each row is by the measure of the setting, from its targets alone: (rows,)."""
     numbers = np.unique(np.linspace(0, subject.batches.steps_per_epoch - 1, SPREAD).round().astype(int))
     rows = [

@@ -27,7 +27,7 @@ from guards.settings import settings
 from guards.sizes import sizes
 from guards.split import split
 from guards.start import start
-from guards.subject import Guard, Subject, shortened
+from guards.subject import Guard, GuardSubject, shortened
 from training.checkpoint import read_run_file
 
 GUARDS: dict[str, Guard] = {
@@ -45,7 +45,7 @@ GUARDS: dict[str, Guard] = {
 BY_BLOCKS = ("probe", "settings", "same path", "generation")
 
 
-def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:
+def preflight(subject: GuardSubject, allowed: Iterable[str] = ()) -> list[Fault]:
     """Run every guard and print a line for each; return the faults that `allowed` let pass.
 
     Raises:
@@ -59,7 +59,7 @@ def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:
     return passed
 
 
-def run_guard(subject: Subject, name: str, allowed: Collection[str]) -> list[Fault]:
+def run_guard(subject: GuardSubject, name: str, allowed: Collection[str]) -> list[Fault]:
     """Run one guard by name, as `preflight` does."""
     started = time.perf_counter()
     passed, said = [], []

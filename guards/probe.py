@@ -12,7 +12,14 @@ from torch import Tensor
 from architecture import Decoder, Dropout
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
-from guards.subject import SHORTEST_PASS, Subject, is_shortened, of_each_kind, through, with_nonzero_weights
+from guards.subject import (
+    SHORTEST_PASS,
+    GuardSubject,
+    is_shortened,
+    of_each_kind,
+    through,
+    with_nonzero_weights,
+)
 from modules.quantize import n_weights
 
 
@@ -26,7 +33,7 @@ class Look(NamedTuple):
     blocks: set[int]  # Those of the model that the pass goes through.
 
 
-def probe(subject: Subject) -> Iterator[Fault | str]:
+def probe(subject: GuardSubject) -> Iterator[Fault | str]:
     """See that a prediction depends on its own document up to its own token, and on nothing else.
 
     The gradient of labels' loss with respect to the embedding of every token of the batch must be zero at
@@ -68,7 +75,7 @@ MOST_LABELS = 16  # In a long row, where each costs a row of logits.
 PAST_SEEN = 0.9  # Share of earlier tokens: a weight that is rounded to zero may hide some.
 
 
-def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
+def looks(subject: GuardSubject, dropped: bool) -> Iterator[Look]:
     """Yield looks at two rows of real tokens, cut to what is affordable, and then at one that is not cut.
 
     The structure shows in short rows, which go through every block, or through the last of each kind if the
@@ -127,7 +134,7 @@ def frozen(model: Decoder) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def sensitivity(subject: Subject, look: Look) -> Tensor:
+def sensitivity(subject: GuardSubject, look: Look) -> Tensor:
     """Return the largest gradient of the labels' loss with respect to each token's embedding: (B, T)."""
     embedded: list[Tensor] = []
 

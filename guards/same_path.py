@@ -12,14 +12,14 @@ from data.corpus import split_documents
 from data.fim import fim_prompt_ids, known_markers
 from generation.text import asked_prompt
 from guards.faults import Fault
-from guards.subject import Subject, affordable, tolerance_of, with_nonzero_weights
+from guards.subject import GuardSubject, affordable, tolerance_of, with_nonzero_weights
 
 PART = 0.25  # Share of the tokens of a pass.
 PROMPTS = 4  # Documents whose ids are compared.
 OTHER_PRECISION_TOLERANCE = 2e-2  # Relative, where validation has another precision than training.
 
 
-def same_path(subject: Subject) -> Iterator[Fault | str]:
+def same_path(subject: GuardSubject) -> Iterator[Fault | str]:
     """Compare the losses of training and validation on one batch, and prompts with stored documents."""
     batch = affordable(subject, subject.micro_batch(0), PART)
     with with_nonzero_weights(subject.model), torch.no_grad():
@@ -52,7 +52,7 @@ def same_path(subject: Subject) -> Iterator[Fault | str]:
     yield from prompt_faults(subject)
 
 
-def prompt_faults(subject: Subject) -> Iterator[Fault]:
+def prompt_faults(subject: GuardSubject) -> Iterator[Fault]:
     """Compare what generation would read with what training read, id for id, in the first documents."""
     number = 0
     for split, document in split_documents(subject.config.data):

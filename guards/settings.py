@@ -17,7 +17,7 @@ from architecture import Decoder, Dropout
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
-from guards.subject import Subject, affordable, through, tolerance_of, with_nonzero_weights
+from guards.subject import GuardSubject, affordable, through, tolerance_of, with_nonzero_weights
 
 WIDE = 512
 PART = 0.25  # Share of the tokens of a pass.
@@ -29,7 +29,7 @@ NOT_COMPARED = (
 )
 
 
-def settings(subject: Subject) -> Iterator[Fault | str]:
+def settings(subject: GuardSubject) -> Iterator[Fault | str]:
     """See that dropout drops, evaluation repeats, smoothing smooths, and each key of the model changes it."""
     yield from dropout_faults(subject)
     yield from position_faults(subject)
@@ -52,7 +52,7 @@ def settings(subject: Subject) -> Iterator[Fault | str]:
     yield from rate_faults(subject)
 
 
-def group_faults(subject: Subject) -> Iterator[Fault]:
+def group_faults(subject: GuardSubject) -> Iterator[Fault]:
     """See that every parameter that trains and every setting of the optimizer is in a parameter group."""
     config = subject.config.optimizer.resolved()
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
@@ -82,7 +82,7 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
             )
 
 
-def rate_faults(subject: Subject) -> Iterator[Fault]:
+def rate_faults(subject: GuardSubject) -> Iterator[Fault]:
     """See that each parameter has the learning rate that is set for its kind."""
     config, lora = subject.config.optimizer.resolved(), subject.config.lora
     lr = config.lr or 0.0
@@ -118,7 +118,7 @@ def rate_faults(subject: Subject) -> Iterator[Fault]:
             return
 
 
-def smoothing_faults(subject: Subject) -> Iterator[Fault]:
+def smoothing_faults(subject: GuardSubject) -> Iterator[Fault]:
     """Compare the loss of one row with the textbook's, both what is minimised and what is reported."""
     batch = Batch(*(t[:1] for t in affordable(subject, subject.micro_batch(0), PART)))
     smoothing, z_loss = subject.config.optimizer.label_smoothing, subject.config.optimizer.z_loss
@@ -162,7 +162,7 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
 LEAST_DROPPED = 20  # Elements of a pass: that two passes drop none has a chance of e^-40.
 
 
-def dropout_faults(subject: Subject) -> Iterator[Fault]:
+def dropout_faults(subject: GuardSubject) -> Iterator[Fault]:
     """See that each kind of dropout drops, in every block and at its own rate, and in training only."""
     batch, model = affordable(subject, subject.micro_batch(0), PART), subject.config.model
 
@@ -210,7 +210,7 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
         )
 
 
-def undropped_blocks(subject: Subject, batch: Batch) -> list[int]:
+def undropped_blocks(subject: GuardSubject, batch: Batch) -> list[int]:
     """Return the numbers of blocks that are not the identity when their dropout drops everything."""
     blocks = subject.model.blocks
     different: list[int] = []
@@ -233,7 +233,7 @@ def undropped_blocks(subject: Subject, batch: Batch) -> list[int]:
     return different
 
 
-def position_faults(subject: Subject) -> Iterator[Fault]:
+def position_faults(subject: GuardSubject) -> Iterator[Fault]:
     """See that positions counted backwards change outputs, and raising all rotary positions does not."""
     config = subject.config.model
     batch = affordable(subject, subject.micro_batch(0), PART)
@@ -267,7 +267,9 @@ def position_faults(subject: Subject) -> Iterator[Fault]:
         )
 
 
-def dropout_sites(subject: Subject) -> Iterator[tuple[str, float, int, contextlib.AbstractContextManager]]:
+def dropout_sites(
+    subject: GuardSubject,
+) -> Iterator[tuple[str, float, int, contextlib.AbstractContextManager]]:
     """Yield one dropout of each kind: its name, rate, block, and a context in which it is the only one.
 
     Only that block need be run. An adapter that starts at the base's largest parts (PiSSA) adds

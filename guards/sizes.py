@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from architecture import ABSOLUTE_POSITIONS
 from guards.faults import Fault
-from guards.subject import Subject
+from guards.subject import GuardSubject
 
 # Rows of the embedding beyond the tokenizer's ids that are healthy: as many as padding to a round number
 # adds, or this share of the ids, as in CodeGen and Phi, which have 51,200 rows for 50,295 ids.
@@ -14,7 +14,7 @@ SPARE_IDS = 128
 SPARE_SHARE = 0.025
 
 
-def sizes(subject: Subject) -> Iterator[Fault | str]:
+def sizes(subject: GuardSubject) -> Iterator[Fault | str]:
     """See that ids fit the vocabulary, and rows the positions."""
     model, tokenizer = subject.config.model, subject.tokenizer
     spare = model.vocab_size - tokenizer.vocab_size

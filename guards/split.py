@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from data.store_leaks import store_overlap
 from guards.faults import Fault
-from guards.subject import Subject
+from guards.subject import GuardSubject
 
 
-def split(subject: Subject) -> Iterator[Fault | str]:
+def split(subject: GuardSubject) -> Iterator[Fault | str]:
     """Say how much of the text of one split also stands in another, and refuse too much of it."""
     if subject.config.train.overfit:
         yield "left out: --overfit validates on what it trains on"

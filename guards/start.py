@@ -12,7 +12,7 @@ from adapters.layers import Bias, Rows
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
-from guards.subject import Subject, affordable
+from guards.subject import GuardSubject, affordable
 from lora import Adapted, changes_of
 
 FIRST_LOSS_PASSES = 1.25  # Of `affordable`, for each of two batches: at 1B 32 tokens, through all blocks.
@@ -20,7 +20,7 @@ UNIGRAM_TOKENS = 1_000_000  # Tokens that are counted, evenly spread.
 FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # Nats. Healthy initialisations stay within 0.3 of ln V.
 
 
-def start(subject: Subject) -> Iterator[Fault | str]:
+def start(subject: GuardSubject) -> Iterator[Fault | str]:
     """See that the tokens of the data can train, and that the first loss is what the start should give."""
     yield from untrained_tokens(subject)
     held_out = [affordable(subject, batch, FIRST_LOSS_PASSES) for batch in subject.validation_batches(2)]
@@ -53,7 +53,7 @@ def start(subject: Subject) -> Iterator[Fault | str]:
         )
 
 
-def untrained_tokens(subject: Subject) -> Iterator[Fault]:
+def untrained_tokens(subject: GuardSubject) -> Iterator[Fault]:
     """Yield a fault for tokens that the base never saw, and whose rows of the embedding will not train."""
     known, embed = subject.known_ids, subject.model.embed
     if known is None or any(p.requires_grad and p.dim() > 1 for p in embed.parameters(recurse=False)):
@@ -80,7 +80,7 @@ def counted_tokens(train: TokenStore) -> np.ndarray:
     return train.gather(np.arange(0, train.n_tokens, -(-train.n_tokens // UNIGRAM_TOKENS)))
 
 
-def least_knowledge(subject: Subject, held_out: Iterable[Batch]) -> float:
+def least_knowledge(subject: GuardSubject, held_out: Iterable[Batch]) -> float:
     """Return the loss that loaded weights must stay below: that of token frequencies.
 
     On answers, whose form a base cannot know before it is tuned ("yes" or "no"), that of knowing nothing.

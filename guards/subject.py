@@ -1,8 +1,8 @@
 """The subject of a guard: what is about to train, and the means to look at it without leaving a trace.
 
-A guard takes a `Subject`, the very objects that will train, and yields a `Fault` for each thing that is wrong
-and a string for each thing worth printing. It leaves weights, modes and random states as it found them, so
-that a run with guards equals one without them bit for bit.
+A guard takes a `GuardSubject`, the very objects that will train, and yields a `Fault` for each thing that is
+wrong and a string for each thing worth printing. It leaves weights, modes and random states as it found them,
+so that a run with guards equals one without them bit for bit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from guards.faults import Fault
 from modules.precision import Precision
 from modules.quantize import n_weights
 from tokenizer import Tokenizer
-from training.loss import Scores, TokenLoss
+from training.loss import TokenLoss, TokenScores
 
 
 @dataclass(frozen=True)
-class Subject:
+class GuardSubject:
     """A run that is about to train. Its functions are the very ones that training calls."""
 
     config: Config
@@ -38,7 +38,7 @@ class Subject:
     batches: Batches  # The source of `micro_batch`.
     validation_batches: Callable[[int], Iterable[Batch]]  # As many of validation, spread evenly.
     loss: Callable[[Batch], TokenLoss]  # The loss of training, label smoothing included.
-    score: Callable[[Iterable[Batch]], Scores]  # The scores of validation.
+    score: Callable[[Iterable[Batch]], TokenScores]  # The scores of validation.
     precision: Precision
     eval_precision: Precision
     optimizers: list[torch.optim.Optimizer]
@@ -47,7 +47,7 @@ class Subject:
     known_ids: int | None = None  # The size of the base's own tokenizer; None without a base.
 
 
-Guard = Callable[[Subject], Iterator[Fault | str]]
+Guard = Callable[[GuardSubject], Iterator[Fault | str]]
 
 
 # The least share of the usual size of a matrix's numbers that bf16 keeps beside them: half of its step.
@@ -95,7 +95,7 @@ def is_large(model: Decoder) -> bool:
     return n_weights(model) > LARGE
 
 
-def affordable(subject: Subject, batch: Batch, passes: float = 1) -> Batch:
+def affordable(subject: GuardSubject, batch: Batch, passes: float = 1) -> Batch:
     """Return the first rows: all of them for small models, for 1B and more a part of one, with targets.
 
     Args:
@@ -139,7 +139,7 @@ def shortened(model: Decoder) -> contextlib.AbstractContextManager[None]:
     return through(model, {0, len(model.blocks) - 1} | of_each_kind(model))
 
 
-def is_shortened(subject: Subject) -> bool:
+def is_shortened(subject: GuardSubject) -> bool:
     return len(subject.model.blocks) < subject.config.model.n_layer
 
 

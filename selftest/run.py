@@ -82,7 +82,7 @@ def begun(config: Config, resumed: bool) -> Config:
 
 @dataclass(frozen=True)
 class PlantedResult:
-    """What came of a planted fault and of its healthy twin."""
+    """The outcome of a planted fault and of its healthy twin."""
 
     plant: PlantedFault
     caught: str  # The sentence that stopped the faulty run, or nothing.

@@ -331,7 +331,7 @@ def test_guards_leave_no_tensor_behind(folder: Path, monkeypatch: pytest.MonkeyP
         tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    def counted(subject: looking.Subject, name: str, allowed: set[str]) -> list[Fault]:
+    def counted(subject: looking.GuardSubject, name: str, allowed: set[str]) -> list[Fault]:
         before = held_now()
         found = guard(subject, name, allowed)
         held[name] = held_now() - before

@@ -1,4 +1,4 @@
-"""What a run prints, and what it refuses, of its data and its parameters before the first update."""
+"""The lines that a run prints of its data and its parameters before the first update, and what it refuses."""
 
 from __future__ import annotations
 

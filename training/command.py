@@ -1,4 +1,4 @@
-"""What `python trainingmanager.py` does: train and report, go on, or make what an ended run lacks."""
+"""The command `python trainingmanager.py`: train and report, go on, or make what an ended run lacks."""
 
 from __future__ import annotations
 

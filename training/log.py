@@ -1,4 +1,4 @@
-"""What a run tells while it trains: lines of metrics.jsonl, TensorBoard, and a progress bar."""
+"""The log of a run: lines of metrics.jsonl, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ from config import Config
 from data.curriculum import difficulties
 from dataset import IGNORE_INDEX, Batch, Batches, PreparedData, validation_batches
 from guards.first_steps import FirstSteps
-from guards.preflight import Subject, record_overrides
+from guards.preflight import record_overrides
+from guards.subject import GuardSubject
 from modules.precision import Precision, evaluation_precision, release_freed_memory
 from modules.tensorfiles import save_tensors
 from tokenizer import Tokenizer
@@ -41,7 +42,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.log import Log, progress_bar, say, show_progress
-from training.loss import Scores, TokenLoss, score, token_loss
+from training.loss import TokenLoss, TokenScores, score, token_loss
 from training.optim import build_optimizers, learning_rate_factor
 from training.random_state import random_states, set_random_states
 from training.runfolder import config_fingerprint
@@ -131,9 +132,9 @@ class TrainingManager:
         if config.lora.r and not train.activation_checkpointing:  # That recomputes whole blocks.
             model.keep_less()
 
-    def subject(self, tokenizer: Tokenizer, start: str, known_ids: int | None) -> Subject:
-        """Return what the guards look at: the very objects that train. For the arguments see `Subject`."""
-        return Subject(
+    def subject(self, tokenizer: Tokenizer, start: str, known_ids: int | None) -> GuardSubject:
+        """Return what the guards look at: the very objects that train. `GuardSubject` has the arguments."""
+        return GuardSubject(
             config=self.config,
             model=self.model,
             tokenizer=tokenizer,
@@ -155,7 +156,7 @@ class TrainingManager:
 
     # --- the loop ------------------------------------------------------------------------------------
 
-    def fit(self, subject: Subject, warn: bool = True) -> None:
+    def fit(self, subject: GuardSubject, warn: bool = True) -> None:
         """Train until the budget is used, patience ends, or a signal or the observer ends the run; then save.
 
         Args:
@@ -298,14 +299,14 @@ class TrainingManager:
 
     # --- validation and checkpoints ------------------------------------------------------------------
 
-    def validate(self, limit: int = 0) -> Scores:
+    def validate(self, limit: int = 0) -> TokenScores:
         """Return the scores of `limit` rows spread evenly over the validation files; 0 reads all of them."""
         release_freed_memory()
         scores = self.score(self.validation_batches(limit))
         release_freed_memory()
         return scores
 
-    def score(self, batches: Iterable[Batch]) -> Scores:
+    def score(self, batches: Iterable[Batch]) -> TokenScores:
         """Return the scores of batches in the precision of validation."""
         return score(self.model, batches, self.eval_precision)
 
@@ -314,7 +315,7 @@ class TrainingManager:
         rows, length = self.config.train.batch_size, self.config.row_length
         return validation_batches(self.data.validation, rows, length, limit)
 
-    def knows_by_heart(self, scores: Scores) -> bool:
+    def knows_by_heart(self, scores: TokenScores) -> bool:
         """Return whether all is predicted but the first token of each file: nothing tells those apart."""
         may_miss = 0 if self.data.train.holds_examples else self.data.train.n_documents - 1
         return round((1 - scores.top1) * scores.tokens) <= may_miss

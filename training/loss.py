@@ -330,7 +330,7 @@ def token_loss(
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """Unsmoothed scores over the targets."""
 
     nats: float  # The negative log-likelihood of all targets.
@@ -358,7 +358,7 @@ def score(
     batches: Iterable[Batch],
     precision: Precision,
     on_batch: Callable[[Batch, Tensor, Tensor], None] = lambda batch, nll, target_rank: None,
-) -> Scores:
+) -> TokenScores:
     """Score batches by the same function as training's loss, in eval mode; the mode is put back.
 
     Args:
@@ -383,4 +383,4 @@ def score(
         raise ValueError(
             "no token of the validation data is a target; it needs at least one file of two tokens"
         )
-    return Scores(nats, tokens, top1 / tokens, top5 / tokens)
+    return TokenScores(nats, tokens, top1 / tokens, top5 / tokens)

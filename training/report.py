@@ -1,4 +1,4 @@
-"""What a run makes of its best checkpoint at its end: scores, samples, pictures, and its adapter."""
+"""The report of a run at its end: scores and samples of its best checkpoint, pictures, and its adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from suites.settings import EvalConfig
 from training.curves import draw_curves
 from training.loop import TrainingManager
 from training.outputs import OUTPUTS, note_made
-from training.run import Run, export_adapter, load_run
+from training.run import TrainedRun, export_adapter, load_run
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
     print("\n".join(closing_lines(folder, manager.config.lora.r > 0, printable(flags))))
 
 
-def samples_of(manager: TrainingManager | EndedRun, run: Run, scores: dict[str, Any]) -> tuple[str, str]:
+def samples_of(
+    manager: TrainingManager | EndedRun, run: TrainedRun, scores: dict[str, Any]
+) -> tuple[str, str]:
     """Return completions of held-out text, to read, and the flags with which `generate.py` makes one of them.
 
     A corpus of examples gives some of its examples, one of plain files the bodies of functions.
@@ -101,7 +103,7 @@ def samples_of(manager: TrainingManager | EndedRun, run: Run, scores: dict[str, 
     return shown, flags_of([{"prompt": s.prompt.split("\n")[0].lstrip()} for s in samples])
 
 
-def make_adapter(folder: Path, run: Run) -> None:
+def make_adapter(folder: Path, run: TrainedRun) -> None:
     """Write the adapter of a run's best checkpoint, in the place of one of an earlier end of the same run."""
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     export_adapter(run, folder / "adapter")

@@ -1,4 +1,4 @@
-"""The model of a run: drawn from a seed, or a published one with what trains on top of it.
+"""The model of a run: sampled from a seed, or a published one with what trains on top of it.
 
     settings -> open_base -> with_base_config -> starting_model    where a run begins or goes on
     RUN -> load_run -> model, tokenizer, settings                  to evaluate it or to write text with it
@@ -267,7 +267,7 @@ def grow_vocabulary(model: Decoder, size: int, grown: Mapping[str, Tensor] | Non
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A trained model with what belongs to it."""
 
     model: Decoder
@@ -294,7 +294,9 @@ def run_folder(path: str | Path) -> tuple[Path, str | None]:
     return folder, one
 
 
-def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: str | None = None) -> Run:
+def load_run(
+    path: str | Path, which: Literal["best", "last"] = "best", base: str | None = None
+) -> TrainedRun:
     """Open a run folder, or one checkpoint inside it, for evaluation; the model is in eval mode, on the CPU.
 
     A damaged checkpoint is passed over, and named on stderr, unless `path` asks for that one.
@@ -350,7 +352,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
     family = None if opened is None else opened.family
     known = (manifest.folder / "manifest.json").read_bytes() + fingerprints.get("base", "").encode()
     weights = hashlib.sha256(known).hexdigest()
-    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family, weights)
+    return TrainedRun(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family, weights)
 
 
 # --- adapters outside of their run ----------------------------------------------------------------
@@ -358,7 +360,7 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
 BASE_FILE = "base.json"  # Beside PEFT's two files, with what PEFT does not record of the base.
 
 
-def export_adapter(run: Run, folder: str | Path) -> None:
+def export_adapter(run: TrainedRun, folder: str | Path) -> None:
     """Write the run's adapter as a folder that PEFT opens; ValueError if the run has none.
 
     The tokenizer lies beside it: it has the new tokens, and puts before a prompt what was trained there.

@@ -10,8 +10,8 @@ from config import TrainConfig
 
 DEFAULT_SECONDS = 300.0  # The budget of a run for which none is set.
 LEAST_QUARTER = 5  # Steps: the mean loss of fewer says little.
-# A loss falls steeply at the end if its last quarter lowers it by more than this share of its whole fall, and
-# by more than this many nats a token.
+# A loss falls steeply at the end if its last quarter lowers it by more than this share of its whole fall.
+# The same number is the least fall in nats a token.
 STEEP = 0.1
 
 
