@@ -1,6 +1,7 @@
 """The guards, tried on planted faults: `python preflight.py --selftest`.
 
-Each fault is planted in a small healthy run and has to be caught by name; selftest/planted_faults.py has them all.
+Each fault is planted in a small healthy run and has to be caught by name; they are in
+selftest/planted_faults.py.
 """
 
 from __future__ import annotations
