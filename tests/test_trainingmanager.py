@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -58,7 +57,7 @@ from training.runfolder import (
     new_folder,
 )
 from training.signals import RESUMABLE
-from training.state import RunState, budget_used, still_falling
+from training.state import RunState, budget_used
 
 HOUSE = Path(__file__).parent.parent
 
@@ -382,24 +381,6 @@ def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
     assert manager.state.step == 8  # the first validation is the best, then three without a better one
     resumed = train(replace(adapted(patient, resume=True), optimizer=still))
     assert resumed.state.step == 8  # nor does it train on
-
-
-@pytest.mark.parametrize(
-    ("losses", "told"),
-    [
-        ([8 - 2.6 * n / 60 for n in range(60)], "from 6.40 to 5.75 .* quarter of 60 steps, 29% of all"),
-        ([8 - 0.1 * n for n in range(20)], "of 20 steps"),
-        ([8 - 0.1 * n for n in range(19)], None),  # too few to say
-        ([2.7 + 5.6 / (1 + n / 20) for n in range(1000)], None),  # as the default run's
-        ([8.0] * 80 + [3.0] * 20, "from 8.00 to 4.00"),
-        ([3 - 0.001 * n for n in range(100)], None),  # all that it fell is little
-        ([3.0] * 100, None),
-        ([3 + 0.1 * n for n in range(100)], None),
-    ],
-)
-def test_a_loss_that_still_falls_steeply_at_the_end_is_told(losses: list[float], told: str | None) -> None:
-    said = still_falling(losses)
-    assert said is None if told is None else said and re.search(told, said)
 
 
 def test_a_run_that_ends_while_its_loss_falls_says_so(
