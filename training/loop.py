@@ -88,6 +88,7 @@ class TrainingManager:
         config: The resolved settings.
         model: The model, on its device.
         data: Token stores of the splits.
+        precision: The device, and the number format of its products.
         folder: The run's folder.
         observer: Functions to call after each step and each save.
     """
