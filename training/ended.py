@@ -100,7 +100,7 @@ def finish_ended(config: Config) -> bool:
 
 
 def _make_missing(folder: Path, config: Config, missing: Sequence[str]) -> None:
-    """Make the outputs that need no data, then the rest; Lost where the base or the data are gone or changed."""
+    """Make the outputs that need no data, then the rest; Lost where base or data are gone or have changed."""
     if "pictures" in missing:
         make_pictures(folder)
     if [*missing] == ["pictures"]:
