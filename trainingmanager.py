@@ -53,8 +53,7 @@ def main(config: Config) -> None:
             sys.exit(0 if prove_resume(config) else 1)
         from training.command import run_to_its_end
 
-        if code := run_to_its_end(config):
-            sys.exit(code)
+        sys.exit(run_to_its_end(config))
 
 
 if __name__ == "__main__":
