@@ -112,6 +112,15 @@ class Adapted(nn.Module):
         return self._by_base(x)
 
 
+class LogitTerms(NamedTuple):
+    """What a head's adapters add to its logits, beside hidden (N, I) x weight (O, I)^T + bias (O)."""
+
+    u: Tensor  # (N, k)
+    v: Tensor  # (O, k); u v^T is added.
+    inputs: tuple[Tensor, ...]  # (N, I) for each DoRA, what it is given.
+    factors: tuple[Tensor, ...]  # (O,) for each DoRA; factor * (input weight^T) is added.
+
+
 class LoraLinear(Adapted):
     """A linear (in_features, out_features) with adapters: x (..., I) -> (..., O)."""
 
@@ -171,14 +180,11 @@ class LoraLinear(Adapted):
                 out = out.index_add(-1, layer.ids, term.to(out.dtype))
         return out
 
-    def terms(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """What is added to hidden (N, I) x `weight`^T + `bias`, for a loss that makes logits in chunks.
-
-        Nothing, or u (N, k) and b (O, k), which stand for u b^T; and of each DoRA further x (N, I) and f (O),
-        which stand for f * (x `weight`^T).
-        """
+    def terms(self, hidden: Tensor) -> LogitTerms | None:
+        """Return what adapters add to the logits of `hidden` (N, I), for a loss that makes them in chunks."""
         pairs: list[tuple[Tensor, Tensor]] = []
-        again: list[Tensor] = []
+        inputs: list[Tensor] = []
+        factors: list[Tensor] = []
         for layer, adapter_weight in self.active():
             if isinstance(layer, LowRank):
                 given, (a, b) = dropped(hidden, layer.sample_mask()), layer.factors()
@@ -186,7 +192,8 @@ class LoraLinear(Adapted):
                 gain = layer.gain(self.base)
                 if gain is not None:
                     b = gain[:, None] * b
-                    again += [given, adapter_weight * (gain - 1)]
+                    inputs.append(given)
+                    factors.append(adapter_weight * (gain - 1))
                 pairs.append((u.to(hidden.dtype), b))
             elif isinstance(layer, TrainableRows):
                 u = F.linear(hidden, adapter_weight * layer.delta().to(hidden.dtype))
@@ -194,8 +201,9 @@ class LoraLinear(Adapted):
                 columns[layer.ids, torch.arange(len(layer.ids), device=u.device)] = 1
                 pairs.append((u.to(hidden.dtype), columns))
         if not pairs:
-            return ()
-        return torch.cat([u for u, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1), *again
+            return None
+        u, v = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+        return LogitTerms(u, v, tuple(inputs), tuple(factors))
 
 
 class LoraEmbedding(Adapted):

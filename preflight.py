@@ -1,6 +1,7 @@
 """The guards, tried on planted faults: `python preflight.py --selftest`.
 
-Each fault is planted in a small healthy run and has to be caught by name; selftest/plants.py has them all.
+Each fault is planted in a small healthy run and has to be caught by name; they are in
+selftest/planted_faults.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> None:
     """Run the self-test; exit with 1 if a planted fault is missed or a healthy run refused."""
     if argv != ["--selftest"]:
         refuse("python preflight.py --selftest is the one command here")
-    from selftest.plants import selftest  # which imports torch
+    from selftest.run import selftest  # Imported here, since it imports torch.
 
     sys.exit(0 if selftest() else 1)
 

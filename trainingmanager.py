@@ -7,14 +7,17 @@ With no arguments it trains for 300 seconds on the interpreter's own standard li
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from config import BEFORE, Config, one_sentence, parse_config
 
+HOMES = {"TrainingManager": "training.loop", "train": "training.begin"}
+
 
 def command_line(words: list[str]) -> list[str]:
-    """With --resume the run's own settings come first, so that flags need not be given again."""
+    """Return the words of a command, after those of the run's own settings where it is resumed."""
     joined = [
         part
         for word in words
@@ -29,10 +32,10 @@ def command_line(words: list[str]) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """TrainingManager, train and the rest of the loop, for who imports this file; it imports torch."""
-    from training import loop
-
-    return getattr(loop, name)
+    """Return TrainingManager or train for code that imports this file; only this imports torch."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)
 
 
 def main(config: Config) -> None:
@@ -48,7 +51,7 @@ def main(config: Config) -> None:
             from selftest.prove_resume import prove_resume
 
             sys.exit(0 if prove_resume(config) else 1)
-        from training.loop import run_to_its_end
+        from training.command import run_to_its_end
 
         sys.exit(run_to_its_end(config))
 

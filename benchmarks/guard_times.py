@@ -25,7 +25,7 @@ from benchmarks.adapters import SHAPES, random_base
 from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from dataset import prepare_data
 from guards.preflight import GUARDS, run_guard
-from guards.subject import Subject
+from guards.subject import GuardSubject
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory
 from modules.quantized_linear import n_weights
@@ -42,8 +42,8 @@ def timed(what: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, (time.process_time() - used) / torch.get_num_threads()
 
 
-def subject_of(shape: str, weight_format: str, full: bool, folder: Path) -> Subject:
-    """What `training.loop.train` would hand to the guards, but for the weights."""
+def subject_of(shape: str, weight_format: str, full: bool, folder: Path) -> GuardSubject:
+    """What `training.begin.train` would hand to the guards, but for the weights."""
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     precision = choose_precision(choose_device("cpu"), "auto")
     lora = LoraConfig() if full else LoraConfig(r, alpha, dropout, targets)

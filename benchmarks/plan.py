@@ -47,16 +47,17 @@ STEPS = 9  # the least of the last five counts: the guards watch the first four
 CHILD = """
 import sys, time, json, pathlib
 sys.path[0] = HOUSE
-from training import loop as t
+from training.begin import train
+from training.loop import TrainingManager
 from config import parse_config
-times, update = [], t.TrainingManager.update
+times, update = [], TrainingManager.update
 def timed(self):
     start = time.thread_time(), time.perf_counter()
     found = update(self)
     times.append((time.thread_time() - start[0], time.perf_counter() - start[1]))
     return found
-t.TrainingManager.update = timed
-t.train(parse_config(sys.argv[1:]))
+TrainingManager.update = timed
+train(parse_config(sys.argv[1:]))
 status = pathlib.Path("/proc/self/status").read_text()
 peak = 1024 * int(next(l for l in status.splitlines() if l.startswith("VmHWM")).split()[1])
 print(json.dumps([peak, *(min(kind) for kind in zip(*times[-5:]))]))

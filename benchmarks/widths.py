@@ -27,9 +27,9 @@ sys.path.insert(0, str(HOUSE))
 from architecture import Decoder
 from config import DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 from dataset import Batch, Batches, prepare_data, prepare_tokenizer
-from training.loop import seed_everything
 from training.loss import token_loss
 from training.optim import build_optimizers
+from training.random_state import seed_everything
 
 WIDTHS = (64, 128, 256, 512)
 HEAD_DIM = 32

@@ -1,4 +1,4 @@
-"""What the first updates of a run really did, watched from outside the training loop.
+"""The guard of the first updates: what they really did, watched from outside the training loop.
 
     watch = FirstSteps(subject, allowed, step, progress)
     for each update: update(); watch.after(progress, skipped)   # raises Fault
@@ -19,21 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject
+from guards.faults import Fault
+from guards.subject import GuardSubject
 from modules.dropout import Dropout
 from training.optim import learning_rate_factor
 
-WATCHED = 4  # updates: where heads and outputs start at zero, the first blocks move in the third
-SAMPLED = 2**16  # elements of a frozen parameter that are compared
-PASSES, TARGETS = 8, 8  # of one update, and of each of these, whose gradients are made again
-NEXT_TO_NOTHING = 1e-20  # of a gradient: below, its square and its rounding are nothing
-APART = 0.1  # of the right size: above what 16 bits round
+WATCHED = 4  # Updates. Where heads and outputs start at zero, the first blocks move in the third.
+SAMPLED = 2**16  # Elements of a frozen parameter that are compared.
+PASSES, TARGETS = 8, 8  # Passes of one update, and targets of each, whose gradients are computed again.
+NEXT_TO_NOTHING = 1e-20  # A gradient below this has a square, and a rounding, of zero.
+APART = 0.1  # More than rounding to 16 bits changes, as a share of the right size.
 
 
 class FirstSteps:
-    """Watches gradients, rows and frozen weights for `WATCHED` updates, in one of them the size of the loss's
-    gradient where it leaves the head, the clip until it acts, and the schedule, the mode and the optimizers'
-    steps throughout. Where nothing below the head trains, that size is not seen.
+    """A watch over a run's updates.
+
+    Gradients, rows and frozen weights are watched for `WATCHED` updates; in one of them also the size of the
+    loss's gradient where it leaves the head, unless nothing below the head trains. The clip is watched until
+    it acts; the schedule, the mode and the optimizers' steps are watched throughout.
 
     Args:
         allowed: Names of faults that are kept in `passed` instead of raised.
@@ -41,58 +44,60 @@ class FirstSteps:
         progress: Share of the budget used by then.
     """
 
-    def __init__(self, subject: Subject, allowed: Iterable[str] = (), step: int = 0, progress: float = 0.0):
+    def __init__(
+        self, subject: GuardSubject, allowed: Iterable[str] = (), step: int = 0, progress: float = 0.0
+    ):
         self.subject, self.allowed, self.passed = subject, set(allowed), list[Fault]()
-        self.seen, self.step, self.progress, self.norm = 0, step, progress, 0.0
-        self.sizes: dict[int, float] = {}  # by pass: its gradient, as a multiple of what it should be
+        self.updates, self.step, self.progress, self.norm = 0, step, progress, 0.0
+        self.sizes: dict[int, float] = {}  # By pass its gradient, as a multiple of what it should be.
         self.compared = False
         accumulation = subject.config.train.accumulation
         some = min(PASSES, accumulation)
         self.chosen = {number * (accumulation - 1) // max(1, some - 1) for number in range(some)}
         self._forget()
         self.clip_acted = not subject.config.optimizer.grad_clip
-        # Rows of new tokens get none as long as the tokens do not occur.
+        # The rows of new tokens get no gradient as long as the tokens do not occur.
         parameters = subject.model.named_parameters()
         self.still = {n for n, p in parameters if p.requires_grad and not n.endswith(".rows")}
-        # Buffers too: the matrices of a base that is stored in fewer bits.
+        # With the buffers, which are the matrices of a base that is stored in fewer bits.
         state = subject.model.state_dict(keep_vars=True)
         self.frozen = {name: sample(t) for name, t in state.items() if not t.requires_grad}
-        self.pulled = set[str]()  # of them: had a gradient
+        self.pulled = set[str]()  # The names of frozen tensors that had a gradient.
         self.hooks: list[Any] = [o.register_step_pre_hook(self._before_step) for o in subject.optimizers]
         self.hooks.append(subject.model.embed.register_forward_hook(self._count))
         self.hooks.append(subject.model.norm.register_forward_hook(self._keep_targets))
 
     def _forget(self) -> None:
-        """What was seen of one update."""
+        """Begin anew with what is noted of one update."""
         self.forwards, self.norm, self.factors = 0, 0.0, set[float]()
-        self.stepped = set[int]()  # ids of optimizers
-        self.read: list[Tensor] = []  # the tokens of each pass
+        self.stepped = set[int]()  # The ids of optimizers.
+        self.read: list[Tensor] = []  # The tokens of each pass.
         self.kept_gradient = self.undropped = False
-        self.targets: dict[int, tuple[Tensor, Tensor]] = {}  # by pass: hidden states (n, C), labels (n,)
-        self.gradients: dict[int, Tensor] = {}  # by pass: (n, C)
+        self.targets: dict[int, tuple[Tensor, Tensor]] = {}  # By pass hidden states (n, C) and labels (n,).
+        self.gradients: dict[int, Tensor] = {}  # By pass (n, C).
 
     def _count(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
         model = self.subject.model
         self.undropped |= any(m.p > 0 and not m.training for m in model.modules() if isinstance(m, Dropout))
-        if self.seen < WATCHED:
+        if self.updates < WATCHED:
             self.read.append(args[0])
             if self.forwards == 0:
                 self.kept_gradient = any(p.grad is not None and p.grad.any() for p in model.parameters())
         self.forwards += 1
 
     def _batch(self, number: int) -> Batch:
-        """Of a pass of the update that is under way."""
+        """Return the batch of a pass of the update that is under way."""
         return self.subject.batches.batch(self.step * self.subject.config.train.accumulation + number)
 
     def _keep_targets(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
-        """Of one update: some hidden states that are to predict a token, and their gradients."""
+        """Keep some hidden states of one update that are to predict a token, and their gradients."""
         number = self.forwards - 1
-        if self.compared or self.seen >= WATCHED or number not in self.chosen or not output.requires_grad:
+        if self.compared or self.updates >= WATCHED or number not in self.chosen or not output.requires_grad:
             return
         tokens, labels, *_ = self._batch(number)
-        if not torch.equal(self.read[-1].cpu(), tokens):  # which is named on its own
+        if not torch.equal(self.read[-1].cpu(), tokens):  # `_faults` names it.
             return
         places = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
         places = places[:: max(1, len(places) // TARGETS)][:TARGETS]
@@ -106,16 +111,16 @@ class FirstSteps:
         output.register_hook(keep)
 
     def _compare_sizes(self) -> None:
-        """Before the weights change: by how much the gradients that came are larger than they should be.
+        """Note by how much the gradients that came are larger than they should be, before the weights change.
 
-        They should be those of the mean over the update's tokens. A head that is next to zero hands next to
+        They should be those of the mean over the update's targets. A head that is next to zero hands next to
         nothing back; then the next update is compared.
         """
         optimizer, subject, head = self.subject.config.optimizer, self.subject, self.subject.model.head
         passes = range(subject.config.train.accumulation)
         tokens = sum(int((self._batch(number).labels != IGNORE_INDEX).sum()) for number in passes)
         modes = {module: module.training for module in head.modules()}
-        head.eval()  # dropout of its adapter would take the run's random numbers, and be noise here
+        head.eval()  # Its adapter's dropout would use up the run's random numbers, and be noise here.
         for number, (hidden, labels) in self.targets.items():
             rows = hidden.requires_grad_()
             with torch.enable_grad(), subject.precision.autocast():
@@ -125,7 +130,7 @@ class FirstSteps:
                 )
                 loss = loss + optimizer.z_loss * logits.logsumexp(-1).square().sum()
                 (right,) = torch.autograd.grad(loss, rows)
-            right = right.double() / tokens  # not before: in fp16 it would be nothing
+            right = right.double() / tokens  # Divided in fp64: in fp16 it would be zero.
             found = self.gradients.get(number, torch.zeros_like(right))
             if right.abs().amax() > NEXT_TO_NOTHING:
                 size = float((right * found).sum() / right.square().sum())
@@ -140,7 +145,7 @@ class FirstSteps:
             self._compare_sizes()
         self.stepped.add(id(optimizer))
         self.factors |= {g["lr"] / g["initial_lr"] for g in optimizer.param_groups if g["initial_lr"]}
-        if self.seen < WATCHED and (self.still or self.frozen):
+        if self.updates < WATCHED and (self.still or self.frozen):
             given = {name: p.grad for name, p in self.subject.model.named_parameters() if p.grad is not None}
             self.still -= {name for name in self.still & given.keys() if given[name].any()}
             self.pulled |= self.frozen.keys() & given.keys()
@@ -149,11 +154,11 @@ class FirstSteps:
             self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
 
     def after(self, progress: float, skipped: bool = False) -> bool:
-        """Call after each update; whether a fault was let pass that was not known before.
+        """Judge an update; return whether a fault was let pass that was not known before.
 
         Args:
             progress: Share of the budget used by now.
-            skipped: Whether it was no update, since its loss or gradient was not finite.
+            skipped: Whether the update was skipped, since its loss or gradient was not finite.
 
         Raises:
             Fault: A setting had no effect, a parameter gets no gradient or no update, or a frozen one moved.
@@ -161,7 +166,7 @@ class FirstSteps:
         known = len(self.passed)
         if not skipped:
             self._judge(self._faults(progress))
-            self.seen += 1
+            self.updates += 1
             self.progress = progress
         self.step += 1
         self._forget()
@@ -175,6 +180,17 @@ class FirstSteps:
                 self.passed.append(fault)
 
     def _faults(self, progress: float) -> Iterator[Fault]:
+        yield from self._step_faults()
+        yield from self._data_faults()
+        yield from self._schedule_faults(progress)
+        if self.updates in (0, WATCHED - 1) or self.pulled:
+            yield from self._moved(self.updates + 1)
+        if self.updates == WATCHED - 1:
+            yield from self._still()
+            self.frozen = {}
+
+    def _step_faults(self) -> Iterator[Fault]:
+        """Yield what is wrong with the clip, the passes, the optimizers and the mode of an update."""
         optimizer, train, step = self.subject.config.optimizer, self.subject.config.train, self.step
         if not self.clip_acted and self.norm > optimizer.grad_clip * 1.001:
             yield Fault(
@@ -209,6 +225,10 @@ class FirstSteps:
                 f"update {step + 1} ran with a dropout in evaluation mode, where it drops nothing",
                 "switch the model to training mode before each update: a validation may have left it",
             )
+
+    def _data_faults(self) -> Iterator[Fault]:
+        """Yield what is wrong with the batches that an update read, and with the size of its gradient."""
+        step, train = self.step, self.subject.config.train
         first = step * train.accumulation
         for number, tokens in enumerate(self.read, first):
             if not torch.equal(tokens.cpu(), self.subject.batches.batch(number).tokens):
@@ -224,12 +244,16 @@ class FirstSteps:
                 yield Fault(
                     "gradient-not-the-mean",
                     f"the gradient of pass {number + 1} of update {step + 1} is {size:.3g} times that of the "
-                    "mean over the tokens of the update that bear loss",
+                    "mean over the targets of the update",
                     "divide the summed loss of each pass by the tokens of all passes of the update",
                 )
                 break
         self.sizes = {}
-        most = learning_rate_factor(optimizer, step, self.progress)  # schedules only fall with progress
+
+    def _schedule_faults(self, progress: float) -> Iterator[Fault]:
+        """Yield the learning rates of an update that the schedule does not give."""
+        optimizer, step = self.subject.config.optimizer, self.step
+        most = learning_rate_factor(optimizer, step, self.progress)  # Schedules only fall with progress.
         least = learning_rate_factor(optimizer, step, progress)
         for factor in self.factors:
             if not least - 1e-6 <= factor <= most + 1e-6:
@@ -239,16 +263,11 @@ class FirstSteps:
                     f"{least:.4g}",
                     "set the rate of every group before the optimizer steps",
                 )
-        if self.seen in (0, WATCHED - 1) or self.pulled:
-            yield from self._moved(self.seen + 1)
-        if self.seen == WATCHED - 1:
-            yield from self._still()
-            self.frozen = {}
 
     def _moved(self, updates: int) -> Iterator[Fault]:
         state = self.subject.model.state_dict(keep_vars=True)
         moved = [name for name, old in self.frozen.items() if not torch.equal(sample(state[name]), old)]
-        for name in [*moved, *self.pulled]:  # said once
+        for name in [*moved, *self.pulled]:  # Each is told of once.
             self.frozen.pop(name, None)
         if self.pulled:
             yield Fault(
@@ -273,14 +292,14 @@ class FirstSteps:
             )
 
     def finish(self) -> bool:
-        """Call after the last update; like `after`.
+        """Judge a run that ends; return what `after` does.
 
         Raises:
             Fault: In a run of fewer updates than WATCHED a frozen parameter moved.
         """
         known = len(self.passed)
-        if 0 < self.seen < WATCHED:
-            self._judge(self._moved(self.seen))
+        if 0 < self.updates < WATCHED:
+            self._judge(self._moved(self.updates))
         return len(self.passed) > known
 
     def close(self) -> None:
@@ -291,7 +310,7 @@ class FirstSteps:
 
 
 def sample(p: Tensor) -> Tensor:
-    """A copy of at most SAMPLED elements, evenly spread."""
+    """Return a copy of at most SAMPLED elements, evenly spread."""
     flat = p.detach().flatten()
     return flat[:: -(-len(flat) // SAMPLED)].clone()
 

@@ -1,4 +1,4 @@
-"""Guard: what is generated does not depend on how it is asked for."""
+"""Guard of generation: a completion does not depend on the batch that it is made in, nor on chance."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from architecture import Decoder
 from generation.engine import generate_ids
 from generation.settings import GenerationConfig
 from generation.text import generate
-from guards.subject import Fault, Subject, awake, tokens_of_a_pass
+from guards.faults import Fault
+from guards.subject import GuardSubject, tokens_of_a_pass, with_nonzero_weights
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 4
-FEWEST_TOKENS = 2  # of models of which each token takes a tenth of a second
-ROUNDING = 1e-4  # of the largest logit: what the order of sums in fp32 may change
-LOGITS_APART = 0.05  # of the largest: above what weights in 16 bits round
-BEAM_PROMPTS = 8  # with their beams each is 16 rows; of two prompts the best texts may be found by chance
-BEAM_IDS = 16  # of the vocabulary that the exhaustive search may use: 256 texts of two tokens
+FEWEST_TOKENS = 2  # For models that take a tenth of a second for a token.
+ROUNDING = 1e-4  # What the order of sums in fp32 may change, as a share of the largest logit.
+LOGITS_APART = 0.05  # More than rounding to 16 bits changes, as a share of the largest logit.
+BEAM_PROMPTS = 8  # Each is 16 rows with its beams; for two prompts chance may find the best texts.
+BEAM_IDS = 16  # The vocabulary of the exhaustive search: 256 texts of two tokens.
 
 
-def generation(subject: Subject) -> Iterator[Fault | str]:
-    """A batch continues as its rows do, a seed repeats, beams find the best, no prompt is in a prediction."""
+def generation(subject: GuardSubject) -> Iterator[Fault | str]:
+    """See that a batch goes on as its rows do, a seed repeats, beams find the best, and no prompt returns."""
     length = min(PROMPT_TOKENS, subject.config.model.block_size - NEW_TOKENS)
     row = subject.micro_batch(0).tokens[0].tolist()
     if length < 4 or subject.config.model.vocab_size < BEAM_IDS:
         yield "left out: the model's rows are too short to generate from"
         return
     prompts = [row[:length], row[length // 2 : length // 2 + 3]]
-    with awake(subject.model):
+    with with_nonzero_weights(subject.model):
         subject.model.eval()
         yield from batch_faults(subject.model, prompts)
         yield from seed_faults(subject.model, prompts)
@@ -40,15 +41,18 @@ def generation(subject: Subject) -> Iterator[Fault | str]:
 
 
 def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    """By the tokens chosen, and by their logits: the largest may stay it though padding is seen."""
+    """Compare prompts in one batch with each alone, by the tokens chosen and by their logits.
+
+    The largest logit may stay the largest though padding is seen.
+    """
     together, of_batch = continued(model, prompts)
     parted, apart = False, 0.0
     alone: list[list[int]] = []
     for ids_together, prompt in zip(together, prompts, strict=True):
         (ids,), steps = continued(model, [prompt])
         alone.append(ids)
-        same = first_difference(ids, ids_together)  # up to there both have read the same
-        # Rows are under way in an order of their own: each prompt's is the nearest.
+        same = first_difference(ids, ids_together)  # Up to there both have read the same.
+        # The engine orders rows in its own way: the row of this prompt is the nearest one.
         for rows, row in list(zip(of_batch, steps, strict=False))[: same + 1]:
             nearest = float((rows - row).abs().amax(-1).min())
             apart = max(apart, nearest / float(row.abs().max()))
@@ -63,24 +67,24 @@ def batch_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
-    """The first index at which they differ, which is the shorter's length where it begins the longer."""
+    """Return the first index at which two lists differ; the shorter's length where it begins the longer."""
     both = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(both) if x != y), min(len(a), len(b)))
 
 
 def tie(logits: Tensor, dtype: torch.dtype) -> bool:
-    """Whether rounding decides which of the logits (1, V) is the largest, of weights in `dtype`."""
+    """Return whether rounding of weights in `dtype` decides which of the logits (1, V) is the largest."""
     largest, next_largest = logits[0].topk(2).values.tolist()
     return largest - next_largest <= rounding(logits, dtype)
 
 
 def rounding(logits: Tensor, dtype: torch.dtype) -> float:
-    """By how much two ways to compute the same logits may differ, of weights in `dtype`."""
+    """Return by how much two ways to compute the same logits may differ for weights in `dtype`."""
     return max(ROUNDING, 4 * torch.finfo(dtype).eps) * float(logits.abs().max())
 
 
 def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]], list[Tensor]]:
-    """Greedy continuations, and of each step the logits (B, V) of its rows, in their order."""
+    """Return greedy continuations, and the logits (B, V) of each step, in the engine's order of rows."""
     logits: list[Tensor] = []
     hook = model.head.register_forward_hook(lambda module, args, output: logits.append(output.float()))
     try:
@@ -101,22 +105,22 @@ def seed_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
         yield Fault(
             "sampling-not-repeatable",
             f"one seed gave {first} and then {second}",
-            "draw from a generator of the seed and the row, not from the global one",
+            "sample from a generator of the seed and the row, not from the global one",
         )
 
 
 def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
-    """As many beams as there are ids find the best two tokens of all."""
+    """Compare beam search with all texts of two tokens: with a beam for each id it finds the best."""
     settings = GenerationConfig(max_new_tokens=2, num_beams=BEAM_IDS)
     results = generate_ids(model, prompts, settings, vocab_size=BEAM_IDS)
     texts = [[*prompt, id] for prompt in prompts for id in range(BEAM_IDS)]
-    with torch.no_grad():  # in one pass, which reads the weights once
+    with torch.no_grad():  # One pass reads the weights once.
         hidden = model.hidden(torch.tensor(texts, device=model.embed.weight.device))
         # One matrix: a slice of three dimensions would be multiplied text by text, each with its own copy of
         # the head's weights. The texts of a prompt share all but their last token.
         logits = model.head(torch.cat((hidden[::BEAM_IDS, -2], hidden[:, -1])))[:, :BEAM_IDS]
         log_probs = logits.double().log_softmax(-1).cpu()
-    slack = rounding(logits, model.embed.weight.dtype)  # beams read a token at a time, in other sums
+    slack = rounding(logits, model.embed.weight.dtype)  # Beams sum in another order.
     firsts, seconds = log_probs[: len(prompts)], log_probs[len(prompts) :].view(-1, BEAM_IDS, BEAM_IDS)
     for of_first, of_second, result in zip(firsts, seconds, results, strict=True):
         totals = of_first[:, None] + of_second
@@ -131,7 +135,7 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
             return
 
 
-def echo_faults(subject: Subject, prompt: list[int]) -> Iterator[Fault]:
+def echo_faults(subject: GuardSubject, prompt: list[int]) -> Iterator[Fault]:
     text = subject.tokenizer.decode(prompt)
     settings = GenerationConfig(max_new_tokens=new_tokens(subject.model))
     (completion,) = generate(subject.model, subject.tokenizer, [text], settings)

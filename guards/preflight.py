@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from config import write_atomically
+from guards.faults import Fault, refuse_unknown_faults
 from guards.generation import generation
 from guards.labels import labels
 from guards.order import order
@@ -26,7 +27,7 @@ from guards.settings import settings
 from guards.sizes import sizes
 from guards.split import split
 from guards.start import start
-from guards.subject import Fault, Guard, Subject, refuse_unknown_faults, shortened
+from guards.subject import Guard, GuardSubject, shortened
 from training.checkpoint import read_run_file
 
 GUARDS: dict[str, Guard] = {
@@ -40,25 +41,26 @@ GUARDS: dict[str, Guard] = {
     "same path": same_path,
     "generation": generation,
 }
-BY_BLOCKS = ("probe", "settings", "same path", "generation")  # guards that need not go through every block
+# Guards that need not go through every block of a large model.
+BY_BLOCKS = ("probe", "settings", "same path", "generation")
 
 
-def preflight(subject: Subject, allowed: Iterable[str] = ()) -> list[Fault]:
-    """Run every guard and print a line for each; returns the faults that `allowed` let pass.
+def preflight(subject: GuardSubject, allowed: Iterable[str] = ()) -> list[Fault]:
+    """Run every guard and print a line for each; return the faults that `allowed` let pass.
 
     Raises:
         Fault: The first one that is not allowed.
     """
     passed, allowed = [], set(allowed)
     refuse_unknown_faults(allowed)
-    with torch.random.fork_rng():  # of every device: torch.manual_seed sets them all
+    with torch.random.fork_rng():  # On every device: torch.manual_seed sets them all.
         for name in GUARDS:
             passed += run_guard(subject, name, allowed)
     return passed
 
 
-def run_guard(subject: Subject, name: str, allowed: Collection[str]) -> list[Fault]:
-    """One guard by name, as `preflight` runs it."""
+def run_guard(subject: GuardSubject, name: str, allowed: Collection[str]) -> list[Fault]:
+    """Run one guard by name, as `preflight` does."""
     started = time.perf_counter()
     passed, said = [], []
     with shortened(subject.model) if name in BY_BLOCKS else contextlib.nullcontext():
@@ -83,7 +85,7 @@ def record_overrides(folder: Path, faults: Iterable[Fault]) -> None:
 
 
 def overrides(folder: Path) -> dict[str, str]:
-    """Name and evidence of the faults that a run was allowed to have."""
+    """Return name and evidence of the faults that a run was allowed to have."""
     path = folder / "overrides.json"
     return (
         read_run_file(path, lambda path: dict(json.loads(path.read_text("utf-8")))) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Guard: what an output depends on, by gradient."""
+"""Guard of attention: what an output depends on, by its gradient."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from torch import Tensor
 
 from architecture import Decoder
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import SHORTEST_PASS, Fault, Subject, awake, is_shortened, of_each_kind, through
+from guards.faults import Fault
+from guards.subject import (
+    SHORTEST_PASS,
+    GuardSubject,
+    is_shortened,
+    of_each_kind,
+    through,
+    with_nonzero_weights,
+)
 from modules.dropout import Dropout
 from modules.quantized_linear import n_weights
 
 
 class Look(NamedTuple):
-    """Predictions of one document, looked at together: the labels at `places` of a row of a batch."""
+    """Predictions of one document that are looked at together: the labels at `places` of a row of a batch."""
 
     batch: Batch
     row: int
     places: Sequence[int]
     training: bool
-    blocks: set[int]  # that it goes through
+    blocks: set[int]  # Those of the model that the pass goes through.
 
 
-def probe(subject: Subject) -> Iterator[Fault | str]:
-    """By gradient: a prediction depends on its own document up to its own token, and on nothing else.
+def probe(subject: GuardSubject) -> Iterator[Fault | str]:
+    """See that a prediction depends on its own document up to its own token, and on nothing else.
 
     The gradient of labels' loss with respect to the embedding of every token of the batch must be zero at
     tokens later than all of them, other rows, other documents and padding; that of a single label not zero at
@@ -38,7 +46,7 @@ def probe(subject: Subject) -> Iterator[Fault | str]:
     dropped = any(m.p for m in subject.model.modules() if isinstance(m, Dropout))
     found: set[str] = set()
     lengths = []
-    with awake(subject.model):
+    with with_nonzero_weights(subject.model):
         for look in looks(subject, dropped):
             subject.model.train(look.training)
             with through(subject.model, look.blocks):
@@ -62,14 +70,14 @@ PROBE_FAULTS = {
     "past-invisible": "a prediction does not depend on the tokens before it",
     "token-invisible": "a prediction does not depend on its own token",
 }
-PROBE_ELEMENTS = 6e9  # parameters x tokens of a pass: 0.2 s each on two cores
-SHORTEST_PACKED = 8  # tokens
-MOST_LABELS = 16  # of a long row: each costs a row of logits
-PAST_SEEN = 0.9  # of the tokens before it; a weight that is rounded to zero may hide some
+PROBE_ELEMENTS = 6e9  # Parameters x tokens of a pass: 0.2 s each on two cores.
+SHORTEST_PACKED = 8  # Tokens.
+MOST_LABELS = 16  # In a long row, where each costs a row of logits.
+PAST_SEEN = 0.9  # Share of earlier tokens: a weight that is rounded to zero may hide some.
 
 
-def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
-    """Two rows of real tokens, cut to what is affordable; where they had to be cut, also one row that is not.
+def looks(subject: GuardSubject, dropped: bool) -> Iterator[Look]:
+    """Yield looks at two rows of real tokens, cut to what is affordable, and then at one that is not cut.
 
     The structure shows in short rows, which go through every block, or through the last of each kind if the
     model is a shortened one; in a long one, which goes through the first of each kind, the kernels for the
@@ -84,7 +92,7 @@ def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
     middle, end = halves(length)
     if dropped:
         yield Look(alone, 0, range(length // 2), True, blocks)
-    yield Look(alone, 0, [min(length - 1, (length // 2) | 1)], False, blocks)  # odd: swapped axes show
+    yield Look(alone, 0, [min(length - 1, (length // 2) | 1)], False, blocks)  # Odd: swapped axes show.
     yield Look(alone, 1, [length - 1], False, blocks)
     if length >= SHORTEST_PACKED:
         if dropped:
@@ -100,12 +108,12 @@ def looks(subject: Subject, dropped: bool) -> Iterator[Look]:
 
 
 def halves(length: int) -> tuple[int, int]:
-    """Where the first document of a packed row ends, and where the second does; then comes padding."""
+    """Return where the first document of a packed row ends, and where the second does; then comes padding."""
     return length // 2, length - length // 8
 
 
 def rows_of(tokens: Tensor) -> tuple[Batch, Batch]:
-    """Batches of the tokens (B, T): one document a row, and two documents and padding."""
+    """Return two batches of the tokens (B, T): one document a row, and two documents and padding a row."""
     tokens = tokens.contiguous()
     count = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens).contiguous()
     middle, end = halves(tokens.size(1))
@@ -116,7 +124,7 @@ def rows_of(tokens: Tensor) -> tuple[Batch, Batch]:
 
 @contextlib.contextmanager
 def frozen(model: Decoder) -> Iterator[None]:
-    """No gradient of a weight is made, which would take as long as all else."""
+    """Make no gradient of a weight, which would take as long as all else."""
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trained:
@@ -127,8 +135,8 @@ def frozen(model: Decoder) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def sensitivity(subject: Subject, look: Look) -> Tensor:
-    """(B, T): the largest gradient of the labels' loss with respect to each token's embedding."""
+def sensitivity(subject: GuardSubject, look: Look) -> Tensor:
+    """Return the largest gradient of the labels' loss with respect to each token's embedding: (B, T)."""
     embedded: list[Tensor] = []
 
     def hold(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -144,7 +152,7 @@ def sensitivity(subject: Subject, look: Look) -> Tensor:
             # Times 1,024, so that fp16 does not round a small gradient to zero; once, if that is too large.
             for scale in (1024, 1):
                 embedded.clear()
-                # Made anew: of a graph that is retained, torch frees nothing that it made again in backward.
+                # A new graph: a retained one keeps all that recomputation made in backward.
                 objective = subject.loss(batch._replace(labels=labels)).objective
                 found = torch.autograd.grad(objective * scale, embedded, allow_unused=True)
                 used = [g.abs().amax(-1).float().cpu() for g in found if g is not None]
@@ -157,7 +165,7 @@ def sensitivity(subject: Subject, look: Look) -> Tensor:
 
 
 def dependence_faults(look: Look, gradient: Tensor, window: int) -> set[str]:
-    """The names in PROBE_FAULTS that the gradient (B, T) shows.
+    """Return the names in PROBE_FAULTS of what the gradient (B, T) shows.
 
     What a single label must see is looked for in evaluation mode only: dropout may hide it.
     """

@@ -1,4 +1,4 @@
-"""Guard: validation scores as training does, and prompts begin as documents do."""
+"""Guard of the paths: validation scores as training does, and prompts begin as documents do."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from data.corpus import split_documents
 from data.fim import fim_prompt_ids, known_markers
 from generation.text import as_prompt
-from guards.subject import Fault, Subject, affordable, awake, tolerance_of
+from guards.faults import Fault
+from guards.subject import GuardSubject, affordable, tolerance_of, with_nonzero_weights
 
-PART = 0.25  # of the tokens of a pass
-PROMPTS = 4  # documents whose ids are compared
-OTHER_PRECISION_TOLERANCE = 2e-2  # relative, where validation has another precision than training
+PART = 0.25  # Share of the tokens of a pass.
+PROMPTS = 4  # Documents whose ids are compared.
+OTHER_PRECISION_TOLERANCE = 2e-2  # Relative, where validation has another precision than training.
 
 
-def same_path(subject: Subject) -> Iterator[Fault | str]:
-    """Validation scores as training does, and prompts begin as documents do."""
+def same_path(subject: GuardSubject) -> Iterator[Fault | str]:
+    """Compare the losses of training and validation on one batch, and prompts with stored documents."""
     batch = affordable(subject, subject.micro_batch(0), PART)
-    with awake(subject.model), torch.no_grad():
+    with with_nonzero_weights(subject.model), torch.no_grad():
         subject.model.eval()
         trained = subject.loss(batch)
-        if not trained.tokens:  # which the guard of labels names, and somebody may have allowed
+        if not trained.tokens:  # The guard of labels names that, and somebody may have allowed it.
             return
         mean = trained.cross_entropy.item() / trained.tokens
         scores = subject.score([batch])
@@ -51,25 +52,25 @@ def same_path(subject: Subject) -> Iterator[Fault | str]:
     yield from prompt_faults(subject)
 
 
-def prompt_faults(subject: Subject) -> Iterator[Fault]:
-    """What generation would read is what training read, id for id, in the first documents of the corpus."""
+def prompt_faults(subject: GuardSubject) -> Iterator[Fault]:
+    """Compare what generation would read with what training read, id for id, in the first documents."""
     number = 0
-    for side, document in split_documents(subject.config.data):
-        if side != "train":
+    for split, document in split_documents(subject.config.data):
+        if split != "train":
             continue
         if document.fim_parts is not None:
-            asked = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
+            prompt = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
         elif document.prompt is not None:
-            asked = as_prompt(subject.tokenizer, subject.tokenizer.prompt_ids(document.prompt)).ids
+            prompt = as_prompt(subject.tokenizer, subject.tokenizer.prompt_ids(document.prompt)).ids
         else:
-            asked = subject.tokenizer.prompt_ids(document.text)
-        read = subject.train.document(number)[: len(asked)].tolist()
-        if asked != read:
-            at = next(i for i in range(len(asked)) if asked[i : i + 1] != read[i : i + 1])
+            prompt = subject.tokenizer.prompt_ids(document.text)
+        read = subject.train.document(number)[: len(prompt)].tolist()
+        if prompt != read:
+            at = next(i for i in range(len(prompt)) if prompt[i : i + 1] != read[i : i + 1])
             yield Fault(
                 "prompt-differs",
                 f"{document.name!r} is stored as {read[at : at + 4]} from token {at} on, and a prompt of its "
-                f"text is {asked[at : at + 4]}",
+                f"text is {prompt[at : at + 4]}",
                 "build prompts by one function in training, evaluation and generation",
             )
             return

@@ -1,4 +1,4 @@
-"""Guard: each setting does what it says."""
+"""Guard of the settings: each does what it says."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from adapters.layers import LowRank
 from architecture import Decoder
 from config import ModelConfig
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject, affordable, awake, through, tolerance_of
+from guards.faults import Fault
+from guards.subject import GuardSubject, affordable, through, tolerance_of, with_nonzero_weights
 from modules.dropout import Dropout
 
 WIDE = 512
-PART = 0.25  # of the tokens of a pass
-LATER = 7  # positions
-TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # of texts of 8 tokens
-# Two ways that agree by design, sizes that are compared elsewhere, and numbers that are others in the twins.
+PART = 0.25  # Share of the tokens of a pass.
+LATER = 7  # Positions by which all are raised.
+TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # Tokens, in twins that read 8.
+# Two ways that agree by design, sizes that are compared elsewhere, and numbers of which twins have others.
 NOT_COMPARED = (
     "attention base_width block_size vocab_size rope_context rope_low_freq rope_high_freq window_layers"
 )
 
 
-def settings(subject: Subject) -> Iterator[Fault | str]:
-    """Dropout drops, evaluation is repeatable, smoothing smooths, and each key of the model changes it."""
+def settings(subject: GuardSubject) -> Iterator[Fault | str]:
+    """See that dropout drops, evaluation repeats, smoothing smooths, and each key of the model changes it."""
     yield from dropout_faults(subject)
     yield from position_faults(subject)
     yield from smoothing_faults(subject)
@@ -52,12 +53,14 @@ def settings(subject: Subject) -> Iterator[Fault | str]:
     yield from rate_faults(subject)
 
 
-def group_faults(subject: Subject) -> Iterator[Fault]:
-    """Every parameter that trains and every setting of the optimizer stands in a parameter group."""
+def group_faults(subject: GuardSubject) -> Iterator[Fault]:
+    """See that every parameter that trains and every setting of the optimizer is in a parameter group."""
     config = subject.config.optimizer.resolved()
     groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
-    held = [id(p) for group in groups for p in group["params"]]
-    left_out = [n for n, p in subject.model.named_parameters() if p.requires_grad and held.count(id(p)) != 1]
+    listed = [id(p) for group in groups for p in group["params"]]
+    left_out = [
+        n for n, p in subject.model.named_parameters() if p.requires_grad and listed.count(id(p)) != 1
+    ]
     if left_out:
         yield Fault(
             "parameter-not-updated",
@@ -80,8 +83,8 @@ def group_faults(subject: Subject) -> Iterator[Fault]:
             )
 
 
-def rate_faults(subject: Subject) -> Iterator[Fault]:
-    """Each parameter has the learning rate that is set for its kind."""
+def rate_faults(subject: GuardSubject) -> Iterator[Fault]:
+    """See that each parameter has the learning rate that is set for its kind."""
     config, lora = subject.config.optimizer.resolved(), subject.config.lora
     lr = config.lr or 0.0
     wider = subject.config.model.width_mult
@@ -116,15 +119,15 @@ def rate_faults(subject: Subject) -> Iterator[Fault]:
             return
 
 
-def smoothing_faults(subject: Subject) -> Iterator[Fault]:
-    """The loss of one row against the textbook's, for what is minimised and for what is reported."""
+def smoothing_faults(subject: GuardSubject) -> Iterator[Fault]:
+    """Compare the loss of one row with the textbook's, both what is minimised and what is reported."""
     batch = Batch(*(t[:1] for t in affordable(subject, subject.micro_batch(0), PART)))
     smoothing, z_loss = subject.config.optimizer.label_smoothing, subject.config.optimizer.z_loss
-    with awake(subject.model), torch.no_grad():
+    with with_nonzero_weights(subject.model), torch.no_grad():
         subject.model.eval()
         with subject.precision.autocast():
             logits = subject.model(batch.tokens, batch.positions, batch.document_ids).flatten(0, 1).float()
-        # Of the likeliest words, for which smoothing costs most: on drawn ones it is lost in rounding.
+        # The likeliest words as labels, for which smoothing costs most: on others it is lost in rounding.
         likely = logits.argmax(-1).view(batch.labels.shape)
         batch = batch._replace(labels=torch.where(batch.labels == IGNORE_INDEX, batch.labels, likely))
         loss = subject.loss(batch)
@@ -146,27 +149,29 @@ def smoothing_faults(subject: Subject) -> Iterator[Fault]:
             f"the loss reported for a row is {reported:.4f} nats, and its plain cross-entropy {plain:.4f}",
             "perplexity and bits per byte come from the loss without label smoothing",
         )
-    bears = batch.labels.flatten() != IGNORE_INDEX
-    expected = textbook(smoothing) + z_loss * logits[bears].logsumexp(-1).square().sum().item()
+    is_target = batch.labels.flatten() != IGNORE_INDEX
+    expected = textbook(smoothing) + z_loss * logits[is_target].logsumexp(-1).square().sum().item()
     if not math.isclose(minimised, expected, rel_tol=tolerance):
         yield Fault(
             "objective-not-the-loss",
             f"with label_smoothing {smoothing} and z_loss {z_loss} a row's loss is {expected:.4f} nats, and "
             f"what is minimised is {minimised:.4f}",
-            "smooth by the setting, over the labels that bear loss only",
+            "smooth by the setting, over the targets only",
         )
 
 
-LEAST_DROPPED = 20  # elements of a pass; that none is dropped in two has a chance of e^-40
+LEAST_DROPPED = 20  # Elements of a pass: that two passes drop none has a chance of e^-40.
 
 
-def dropout_faults(subject: Subject) -> Iterator[Fault]:
+def dropout_faults(subject: GuardSubject) -> Iterator[Fault]:
+    """See that each kind of dropout drops, in every block and at its own rate, and in training only."""
     batch, model = affordable(subject, subject.micro_batch(0), PART), subject.config.model
 
     def twice(training: bool) -> bool:
-        with awake(subject.model), torch.no_grad():
+        with with_nonzero_weights(subject.model), torch.no_grad():
             subject.model.train(training)
-            with subject.precision.autocast():  # not the loss: a head of almost nothing hides all before it
+            # Hidden states, not the loss: a head of next to nothing hides all before it.
+            with subject.precision.autocast():
                 first, second = (
                     subject.model.hidden(batch.tokens, batch.positions, batch.document_ids) for _ in range(2)
                 )
@@ -183,12 +188,12 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
                     "two arms of a sweep over dropout would be one: apply it",
                 )
                 return
-    asked = {model.dropout, model.embed_dropout, model.attention_dropout}
-    wrong = {m.p for m in subject.model.modules() if isinstance(m, Dropout)} - asked
+    requested = {model.dropout, model.embed_dropout, model.attention_dropout}
+    wrong = {m.p for m in subject.model.modules() if isinstance(m, Dropout)} - requested
     if wrong:
         yield Fault(
             "dropout-ignored",
-            f"the settings ask for dropout of {asked} and the model was built with {wrong}",
+            f"the settings ask for dropout of {requested} and the model was built with {wrong}",
             "hand the setting to every part",
         )
     if model.dropout and (whole := undropped_blocks(subject, batch)):
@@ -206,8 +211,8 @@ def dropout_faults(subject: Subject) -> Iterator[Fault]:
         )
 
 
-def undropped_blocks(subject: Subject, batch: Batch) -> list[int]:
-    """The blocks that are not the identity when their dropout drops everything."""
+def undropped_blocks(subject: GuardSubject, batch: Batch) -> list[int]:
+    """Return the numbers of blocks that are not the identity when their dropout drops everything."""
     blocks = subject.model.blocks
     different: list[int] = []
 
@@ -219,7 +224,7 @@ def undropped_blocks(subject: Subject, batch: Batch) -> list[int]:
     sites = [b.get_submodule("dropout") for b in blocks]
     hooks += [site.register_forward_hook(lambda module, args, output: 0 * args[0]) for site in sites]
     try:
-        with awake(subject.model), torch.no_grad():
+        with with_nonzero_weights(subject.model), torch.no_grad():
             subject.model.train()
             with subject.precision.autocast():
                 subject.model.hidden(batch.tokens, batch.positions, batch.document_ids)
@@ -229,24 +234,24 @@ def undropped_blocks(subject: Subject, batch: Batch) -> list[int]:
     return different
 
 
-def position_faults(subject: Subject) -> Iterator[Fault]:
-    """Positions counted backwards change the outputs, and rotary ones that are all greater do not."""
+def position_faults(subject: GuardSubject) -> Iterator[Fault]:
+    """See that positions counted backwards change outputs, and raising all rotary positions does not."""
     config = subject.config.model
     batch = affordable(subject, subject.micro_batch(0), PART)
     T = batch.tokens.size(1)
     if config.position == "none" or T < 3:
         return
     forwards = torch.arange(T, device=batch.tokens.device).expand_as(batch.tokens)
-    asked = [forwards, forwards.flip(1)]
+    requested = [forwards, forwards.flip(1)]
     if config.position == "rotary" and config.rope_scaling != "dynamic":
-        asked.append(forwards + LATER)
-    # If it can be, not by autocast: rounding in 16 bits may change as much as a fault does.
+        requested.append(forwards + LATER)
+    # Without autocast where the weights allow it: rounding to 16 bits may change as much as a fault does.
     exact = all(p.dtype == torch.float32 for p in subject.model.parameters())
     least, share = (1e-3, 0.25) if exact else (0.02, 0.5)
     precision = contextlib.nullcontext() if exact else subject.precision.autocast()
-    with awake(subject.model), torch.no_grad(), precision:
+    with with_nonzero_weights(subject.model), torch.no_grad(), precision:
         subject.model.eval()
-        hidden, backwards, *later = (subject.model.hidden(batch.tokens, p).float() for p in asked)
+        hidden, backwards, *later = (subject.model.hidden(batch.tokens, p).float() for p in requested)
     change, *moved = (float((other - hidden).norm() / hidden.norm()) for other in (backwards, *later))
     if moved and moved[0] > max(least, share * change):
         yield Fault(
@@ -263,10 +268,12 @@ def position_faults(subject: Subject) -> Iterator[Fault]:
         )
 
 
-def dropout_sites(subject: Subject) -> Iterator[tuple[str, float, int, contextlib.AbstractContextManager]]:
-    """One dropout of each kind: its name, rate, block, and a context in which it is the only one.
+def dropout_sites(
+    subject: GuardSubject,
+) -> Iterator[tuple[str, float, int, contextlib.AbstractContextManager]]:
+    """Yield one dropout of each kind: its name, rate, block, and a context in which it is the only one.
 
-    Nothing but that block need be run. An adapter that starts at the base's largest parts (PiSSA) adds
+    Only that block need be run. An adapter that starts at the base's largest parts (PiSSA) adds
     nothing yet, so that its dropout cannot be seen.
     """
     model, config = subject.model, subject.model.config
@@ -298,9 +305,9 @@ def dropout_sites(subject: Subject) -> Iterator[tuple[str, float, int, contextli
 
 
 def ignored_keys(config: ModelConfig) -> Iterator[str]:
-    """Keys that are not the default although a model without them is the same: weights and outputs.
+    """Yield keys that are not the default although a model without them has the same weights and outputs.
 
-    Compared are small twins, of at most two layers and 64 words, drawn from one seed.
+    Small twins are compared, of at most two layers and 64 words, whose weights are sampled from one seed.
     """
     default = ModelConfig()
     small = replace(
@@ -312,7 +319,7 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
         window_layers=(),
         rope_context=TWIN_CONTEXT if config.rope_scaling in ("dynamic", "llama3") else 0,
     )
-    if config.n_embd > WIDE:  # the same parts in a few heads: weights of the true width take seconds a key
+    if config.n_embd > WIDE:  # The same parts in a few heads: the true width would take seconds a key.
         heads, shared = {1: (2, 1), config.n_head: (2, 2)}.get(config.n_kv_head, (4, 2))
         width = heads * config.head_dim
         small = replace(small, n_head=heads, n_kv_head=shared, n_embd=width, n_inner=2 * width)
@@ -320,12 +327,12 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
     for key, value in vars(ModelConfig()).items():
         if key in NOT_COMPARED.split() or getattr(config, key) == value:
             continue
-        if key == "rope_theta" and config.rotary_dim <= 2:  # its one frequency is theta^0
+        if key == "rope_theta" and config.rotary_dim <= 2:  # Its one frequency is theta^0.
             continue
-        if key == "rope_scaling" and config.rope_factor == 1:  # which is to leave most of them as they are
+        if key == "rope_scaling" and config.rope_factor == 1:  # It leaves most frequencies as they are.
             continue
         other = replace(small, **{key: 1 if key == "n_layer" else getattr(default, key)})
-        with contextlib.suppress(ValueError):  # the default does not go with the other keys
+        with contextlib.suppress(ValueError):  # The default may not go with the other keys.
             if other.resolved() != small.resolved():
                 own = own or twin(small)
                 if same_twins(own, twin(other.resolved())):
@@ -333,15 +340,15 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
 
 
 def twin(config: ModelConfig) -> tuple[dict[str, Tensor], Tensor]:
-    """The weights that a small model has from one seed, and its logits in training from others."""
+    """Return the initial weights of a small model from one seed, and its logits in training with others."""
     torch.manual_seed(0)
     model = Decoder(config)
-    drawn = {name: p.clone() for name, p in model.named_parameters()}
-    for p in model.parameters():  # biases that start at zero and scales that start at one hide much
+    initial = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():  # Biases that start at zero and scales that start at one hide much.
         torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
     torch.manual_seed(1)
     with torch.no_grad():
-        return drawn, model(torch.arange(16).view(2, 8))
+        return initial, model(torch.arange(16).view(2, 8))
 
 
 def same_twins(one: tuple[dict[str, Tensor], Tensor], other: tuple[dict[str, Tensor], Tensor]) -> bool:

@@ -1,18 +1,21 @@
-"""Guard: ids fit the vocabulary, and rows the positions. Comes first: misfits crash the others."""
+"""Guard of sizes: ids fit the vocabulary, and rows the positions. It runs first: misfits crash the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from guards.subject import Fault, Subject
+from guards.faults import Fault
+from guards.subject import GuardSubject
 from modules.positions import ABSOLUTE_POSITIONS
 
-SPARE_IDS = 128  # rows of the embedding beyond the tokenizer's ids: padding to a round number is healthy,
-SPARE_SHARE = 0.025  # and so are CodeGen's and Phi's 51,200 rows for 50,295 ids
+# Rows of the embedding beyond the tokenizer's ids that are healthy: as many as padding to a round number
+# adds, or this share of the ids, as in CodeGen and Phi, which have 51,200 rows for 50,295 ids.
+SPARE_IDS = 128
+SPARE_SHARE = 0.025
 
 
-def sizes(subject: Subject) -> Iterator[Fault | str]:
-    """Ids fit the vocabulary, and rows fit the positions."""
+def sizes(subject: GuardSubject) -> Iterator[Fault | str]:
+    """See that ids fit the vocabulary, and rows the positions."""
     model, tokenizer = subject.config.model, subject.tokenizer
     spare = model.vocab_size - tokenizer.vocab_size
     if spare > max(SPARE_IDS, SPARE_SHARE * tokenizer.vocab_size):

@@ -1,4 +1,4 @@
-"""Guard: what was held out was not trained on, and what is scored was not chosen by."""
+"""Guard of the split: no split holds much of the text of another."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import itertools
 from collections.abc import Iterator
 
 from data.store_leaks import store_overlap
-from guards.subject import Fault, Subject
+from guards.faults import Fault
+from guards.subject import GuardSubject
 
 
-def split(subject: Subject) -> Iterator[Fault | str]:
-    """How much of the text of one side also stands in another, and refuses too much of it."""
+def split(subject: GuardSubject) -> Iterator[Fault | str]:
+    """Say how much of the text of one split also stands in another, and refuse too much of it."""
     if subject.config.train.overfit:
         yield "left out: --overfit validates on what it trains on"
         return
-    sides = [subject.train, subject.validation]
-    sides += [] if subject.test is subject.validation else [subject.test]
-    for known, held_out in itertools.combinations(sides, 2):
+    splits = [subject.train, subject.validation]
+    splits += [] if subject.test is subject.validation else [subject.test]
+    for known, held_out in itertools.combinations(splits, 2):
         found = store_overlap(known, held_out, subject.tokenizer)
         yield f"of {held_out.split} in {known.split} {found.counts}"
         if found.refused:

@@ -1,4 +1,4 @@
-"""Guard: the first loss against that of knowing nothing."""
+"""Guard of the start: the first loss against that of knowing nothing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import torch
 from adapters.layers import Bias, TrainableRows
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch
-from guards.subject import Fault, Subject, affordable
+from guards.faults import Fault
+from guards.subject import GuardSubject, affordable
 from lora import Adapted, adapter_layers
 
-FIRST_LOSS_PASSES = 1.25  # of each of two batches: at 1B 32 tokens, through every block
-UNIGRAM_TOKENS = 1_000_000  # that are counted, evenly spread
-FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # nats; healthy initialisations stay within 0.3 of ln V
+FIRST_LOSS_PASSES = 1.25  # Of `affordable`, for each of two batches: at 1B 32 tokens, through all blocks.
+UNIGRAM_TOKENS = 1_000_000  # Tokens that are counted, evenly spread.
+FIRST_LOSS_ABOVE, FIRST_LOSS_BELOW = 1.5, 0.75  # Nats. Healthy initialisations stay within 0.3 of ln V.
 
 
-def start(subject: Subject) -> Iterator[Fault | str]:
-    """Tokens of the data can train, and the first loss is that of knowing nothing."""
+def start(subject: GuardSubject) -> Iterator[Fault | str]:
+    """See that the tokens of the data can train, and that the first loss is what the start should give."""
     yield from untrained_tokens(subject)
     held_out = [affordable(subject, batch, FIRST_LOSS_PASSES) for batch in subject.validation_batches(2)]
-    if len({batch.tokens.shape for batch in held_out}) == 1:  # in one pass, which reads the weights once
+    if len({batch.tokens.shape for batch in held_out}) == 1:  # One pass reads the weights once.
         held_out = [Batch(*(torch.cat(parts) for parts in zip(*held_out, strict=True)))]
     vocab_size = subject.config.model.vocab_size
     scores, uniform = subject.score(held_out), math.log(vocab_size)
@@ -52,8 +53,8 @@ def start(subject: Subject) -> Iterator[Fault | str]:
         )
 
 
-def untrained_tokens(subject: Subject) -> Iterator[Fault]:
-    """Tokens of the data that the base never saw, whose rows of the embedding will not train either."""
+def untrained_tokens(subject: GuardSubject) -> Iterator[Fault]:
+    """Yield a fault for tokens that the base never saw, and whose rows of the embedding will not train."""
     known, embed = subject.known_ids, subject.model.embed
     if known is None or any(p.requires_grad and p.dim() > 1 for p in embed.parameters(recurse=False)):
         return
@@ -77,13 +78,14 @@ def untrained_tokens(subject: Subject) -> Iterator[Fault]:
 
 
 def counted_tokens(train: TokenStore) -> np.ndarray:
-    """Up to UNIGRAM_TOKENS of the training tokens, evenly spread."""
+    """Return up to UNIGRAM_TOKENS of the training tokens, evenly spread."""
     return train.gather(np.arange(0, train.n_tokens, -(-train.n_tokens // UNIGRAM_TOKENS)))
 
 
-def least_knowledge(subject: Subject, held_out: Iterable[Batch]) -> float:
-    """What loaded weights must do better than: token frequencies, and on answers, whose form a base cannot
-    know before it is tuned ("yes" or "no"), knowing nothing.
+def least_knowledge(subject: GuardSubject, held_out: Iterable[Batch]) -> float:
+    """Return the loss that loaded weights must stay below: that of token frequencies.
+
+    On answers, whose form a base cannot know before it is tuned ("yes" or "no"), that of knowing nothing.
     """
     if subject.train.holds_examples:
         return math.log(subject.config.model.vocab_size)
@@ -91,9 +93,10 @@ def least_knowledge(subject: Subject, held_out: Iterable[Batch]) -> float:
 
 
 def unigram_loss(train: TokenStore, batches: Iterable[Batch]) -> float:
-    """Nats a label of a model that knows the frequencies of the training tokens, each plus one, and no more.
+    """Return the nats a label of a model that knows only the frequencies of training tokens, each plus one.
 
-    Not those of the labels themselves: of a thousand tokens they cost 2 nats less than of the language.
+    The frequencies of the labels themselves would be no bound: a thousand tokens predict themselves with 2
+    nats less than the language does.
     """
     counts = np.bincount(counted_tokens(train), minlength=train.vocab_size) + 1.0
     labels = torch.cat([batch.labels[batch.labels != IGNORE_INDEX] for batch in batches]).cpu().numpy()

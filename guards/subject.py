@@ -1,14 +1,13 @@
-"""What a guard looks at and what it says, and how it looks without leaving a trace.
+"""The subject of a guard: what is about to train, and the means to look at it without leaving a trace.
 
-A guard takes a `Subject`, the very objects that will train, and yields a `Fault` for each thing that is wrong
-and a string for each thing worth printing. It leaves weights, modes and random states as it found them, so
-that a run with guards equals one without them bit for bit.
+A guard takes a `GuardSubject`, the very objects that will train, and yields a `Fault` for each thing that is
+wrong and a string for each thing worth printing. It leaves weights, modes and random states as it found them,
+so that a run with guards equals one without them bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,77 +17,49 @@ from architecture import Decoder
 from config import Config
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, Batches
+from guards.faults import Fault
 from modules.precision import Precision
 from modules.quantized_linear import n_weights
 from tokenizer import Tokenizer
-from training.loss import Scores, TokenLoss
-
-FAULTS = (
-    "accumulation-ignored answer-not-learned batch-differs-from-single batch-repeated "
-    "beams-not-by-probability clip-ignored data-out-of-order documents-not-separated dropout-ignored "
-    "end-never-learned evaluation-not-repeatable first-loss-not-finite first-loss-too-high "
-    "first-loss-too-low frozen-parameter-moved future-visible gradient-not-cleared gradient-not-finite "
-    "gradient-not-the-mean id-outside-vocabulary label-crosses-documents labels-not-next-token "
-    "objective-not-the-loss order-ignored order-inverted other-document-visible other-row-visible "
-    "padding-bears-loss padding-visible parameter-not-updated parameter-without-gradient "
-    "past-invisible positions-ignored positions-not-counted positions-not-relative prompt-bears-loss "
-    "prompt-differs prompt-in-prediction row-without-loss sampling-not-repeatable schedule-ignored "
-    "score-not-plain-loss setting-ignored split-leaks start-doubled token-invisible "
-    "token-never-trained too-few-positions validation-differs vocabulary-too-large worse-than-unigram"
-)
-
-
-def refuse_unknown_faults(names: Iterable[str]) -> None:
-    """ValueError for a name that no fault has, with the nearest that one has."""
-    for name in sorted({*names} - {*FAULTS.split()}):
-        near = difflib.get_close_matches(name, FAULTS.split(), 1, 0.0)[0]
-        raise ValueError(f"--allow {name} names no fault; did you mean {near}?")
-
-
-class Fault(ValueError):
-    """One thing that is wrong, under a name that `--allow` takes."""
-
-    def __init__(self, name: str, evidence: str, remedy: str):
-        assert name in FAULTS.split(), name
-        self.name, self.evidence, self.remedy = name, evidence, remedy
-        super().__init__(f"{name}: {evidence}; {remedy}. To train all the same: --allow {name}")
+from training.loss import TokenLoss, TokenScores
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is about to train. The functions are the ones that training itself calls, not others like them."""
+class GuardSubject:
+    """A run that is about to train. Its functions are the very ones that training calls."""
 
     config: Config
     model: Decoder
     tokenizer: Tokenizer
     train: TokenStore
     validation: TokenStore
-    test: TokenStore  # the validation store, where there is no such side
-    micro_batch: Callable[[int], Batch]  # of training, by number, on the device, after every transform
-    batches: Batches  # that it takes them from
-    validation_batches: Callable[[int], Iterable[Batch]]  # that many, spread evenly
-    loss: Callable[[Batch], TokenLoss]  # of training, label smoothing included
-    score: Callable[[Iterable[Batch]], Scores]  # of validation
+    test: TokenStore  # The validation store, where there is no such split.
+    micro_batch: Callable[[int], Batch]  # A batch of training by number, on the device, as the model gets it.
+    batches: Batches  # The source of `micro_batch`.
+    validation_batches: Callable[[int], Iterable[Batch]]  # As many of validation, spread evenly.
+    loss: Callable[[Batch], TokenLoss]  # The loss of training, label smoothing included.
+    score: Callable[[Iterable[Batch]], TokenScores]  # The scores of validation.
     precision: Precision
     eval_precision: Precision
     optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler  # by whose scale all gradients are larger until they are clipped
-    start: str  # "fresh" weights, "loaded" ones, or "resumed" ones
-    known_ids: int | None = None  # of the base's own tokenizer; None without a base
+    scaler: torch.amp.GradScaler  # Its scale multiplies all gradients until they are clipped.
+    start: str  # "fresh" weights, "loaded" ones, or "resumed" ones.
+    known_ids: int | None = None  # The size of the base's own tokenizer; None without a base.
 
 
-Guard = Callable[[Subject], Iterator["Fault | str"]]
+Guard = Callable[[GuardSubject], Iterator[Fault | str]]
 
 
-LEAST = 2**-8  # of the numbers that a matrix would be drawn with: half of bf16's step
+# The least share of the usual size of a matrix's numbers that bf16 keeps beside them: half of its step.
+LEAST = 2**-8
 
 
 @contextlib.contextmanager
-def awake(model: Decoder) -> Iterator[None]:
-    """Random numbers in matrices of next to nothing: a fresh model's blocks hand nothing on.
+def with_nonzero_weights(model: Decoder) -> Iterator[None]:
+    """Fill matrices that are next to zero with random numbers: a fresh model's blocks hand nothing on.
 
-    Next to nothing is what rounding to bf16 would lose beside such numbers, as of an adapter after one step
-    of a warmup. Afterwards they hold what they held, and the modes are what they were.
+    Next to zero is what rounding to bf16 would lose beside such numbers, like an adapter after one step of a
+    warmup. Afterwards weights and modes are what they were.
     """
     modes = {module: module.training for module in model.modules()}
     asleep = {
@@ -110,13 +81,13 @@ def awake(model: Decoder) -> Iterator[None]:
             module.training = training
 
 
-PASS_ELEMENTS = 3e10  # parameters x tokens of a forward pass: 0.3 s on two cores
-SHORTEST_PASS = 16  # tokens
-LARGE = 3e8  # weights, from which on a guard looks at a part
+PASS_ELEMENTS = 3e10  # Parameters x tokens of a forward pass: 0.3 s on two cores.
+SHORTEST_PASS = 16  # Tokens.
+LARGE = 3e8  # Weights: of a model with more, a guard looks at a part.
 
 
 def tokens_of_a_pass(model: Decoder) -> int:
-    """How many tokens a forward pass may have to take as long as PASS_ELEMENTS says."""
+    """Return how many tokens a forward pass may have to take as long as PASS_ELEMENTS says."""
     return int(PASS_ELEMENTS / n_weights(model))
 
 
@@ -124,31 +95,32 @@ def is_large(model: Decoder) -> bool:
     return n_weights(model) > LARGE
 
 
-def affordable(subject: Subject, batch: Batch, passes: float = 1) -> Batch:
-    """The first rows: all of them for small models, for those of 1B and more a part of one, with labels.
+def affordable(subject: GuardSubject, batch: Batch, passes: float = 1) -> Batch:
+    """Return the first rows: all of them for small models, for 1B and more a part of one, with targets.
 
-    `passes` times as many tokens as of a pass.
+    Args:
+        passes: The tokens, as a multiple of `tokens_of_a_pass`.
     """
     tokens = int(passes * tokens_of_a_pass(subject.model))
     length = batch.tokens.size(1)
     if tokens >= length:
         return Batch(*(t[: max(1, tokens // length)] for t in batch))
-    bearing = (batch.labels != IGNORE_INDEX).nonzero()
-    row, place = bearing[0].tolist() if len(bearing) else (0, 0)
+    targets = (batch.labels != IGNORE_INDEX).nonzero()
+    row, place = targets[0].tolist() if len(targets) else (0, 0)
     size = max(SHORTEST_PASS, tokens)
     start = max(0, min(place - size // 2, length - size))
     return Batch(*(t[row : row + 1, start : start + size] for t in batch))
 
 
 def of_each_kind(model: Decoder, last: bool = False) -> set[int]:
-    """The first block of each kind, or the last: its attention has a window or none."""
+    """Return the number of the first block of each kind, or the last: with an attention window, or none."""
     kinds = [block.get_submodule("attention").has_window for block in model.blocks]
     return {*(dict(zip(kinds, range(len(kinds)), strict=True)).values() if last else map(kinds.index, kinds))}
 
 
 @contextlib.contextmanager
 def through(model: Decoder, chosen: set[int]) -> Iterator[None]:
-    """The model with these of its blocks only."""
+    """Let the model have these of its blocks only."""
     blocks = model.blocks
     try:
         model.blocks = torch.nn.ModuleList(blocks[i] for i in sorted(chosen))
@@ -158,7 +130,7 @@ def through(model: Decoder, chosen: set[int]) -> Iterator[None]:
 
 
 def shortened(model: Decoder) -> contextlib.AbstractContextManager[None]:
-    """A large model with its first and its last block only, and the first of a kind that these are not of.
+    """Let a large model have its first and its last block only, and the first of any other kind.
 
     All blocks run one code; through 24 of them these guards would take a minute.
     """
@@ -167,10 +139,10 @@ def shortened(model: Decoder) -> contextlib.AbstractContextManager[None]:
     return through(model, {0, len(model.blocks) - 1} | of_each_kind(model))
 
 
-def is_shortened(subject: Subject) -> bool:
+def is_shortened(subject: GuardSubject) -> bool:
     return len(subject.model.blocks) < subject.config.model.n_layer
 
 
 def tolerance_of(precision: Precision) -> float:
-    """Relative, of one function computed twice in one precision."""
+    """Return the relative difference that a function may have that is computed twice in one precision."""
     return 1e-4 if precision.dtype == torch.float32 else 2e-3

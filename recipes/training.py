@@ -11,10 +11,13 @@ from pathlib import Path
 from config import Config, write_atomically
 from config.yamlfile import read_yaml
 from modules.precision import choose_device, choose_precision
+from training.begin import train
 from training.checkpoint import step_folders
-from training.loop import RESUMABLE, BudgetUsed, say, train
+from training.log import say
+from training.loop import BudgetUsed
 from training.run import resolved_format
 from training.runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
+from training.signals import RESUMABLE
 
 FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
 
@@ -27,10 +30,10 @@ HELD_BY = {"precision", "device"}  # decide the format of a base whose format is
 def finish(config: Config, is_preset: bool = False) -> bool:
     """Train in `config.train.run` until the budget is used; False if it was before this call.
 
-    `is_preset` as in `training.loop.train`.
+    `is_preset` as in `training.begin.train`.
 
     Raises:
-        ValueError: As `training.loop.train`, also for a run that was finished with another fixed setting.
+        ValueError: As `training.begin.train`, also for a run that was finished with another fixed setting.
         SystemExit: With 75; a signal asked to stop, and the next call goes on.
     """
     folder = Path(config.train.run)

@@ -1,4 +1,4 @@
-"""What the plants train on: small corpora, and a small published model."""
+"""The data that planted faults train on: small corpora, and a small published model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS = (
 
 
 def function(draw: random.Random) -> str:
-    """A small function of drawn words; two of them share little but their form."""
+    """Return a small function of sampled words; two of them share little but their form."""
     words = WORDS.split()
     name, x, y, z = draw.sample(words, 4)
     other, n, operator = draw.choice(words), draw.randrange(100), draw.choice("+-*")
@@ -35,7 +35,7 @@ def function(draw: random.Random) -> str:
 
 
 def write_corpus(folder: Path, lines: int = 6) -> None:
-    """24 different files of Python, each of that many functions."""
+    """Write 24 different files of Python, each of that many functions."""
     folder.mkdir()
     for i in range(24):
         draw = random.Random(i)
@@ -44,7 +44,7 @@ def write_corpus(folder: Path, lines: int = 6) -> None:
 
 
 def write_graded(folder: Path) -> None:
-    """24 files, of which each has more different words than the one before."""
+    """Write 24 files, of which each has more different words than the one before."""
     folder.mkdir()
     for i in range(24):
         draw = random.Random(i)
@@ -58,14 +58,14 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write_examples(path: Path) -> None:
-    """48 examples, the head of a function as the prompt and its body as the completion."""
+    """Write 48 examples, the head of a function as the prompt and its body as the completion."""
     texts = [function(random.Random(i)).rstrip() + "\n" for i in range(48)]
     parts = (text.split("\n", 1) for text in texts)
     write_rows(path, ({"prompt": head + "\n", "completion": body} for head, body in parts))
 
 
 def write_long_prompts(path: Path) -> None:
-    """The same after 12 functions more, which do not fit a row."""
+    """Write examples whose prompts have 12 functions more before them, which do not fit a row."""
     draw = random.Random(48)
     rows = []
     for i in range(48):
@@ -76,7 +76,7 @@ def write_long_prompts(path: Path) -> None:
 
 
 def write_variants(path: Path) -> None:
-    """Five degraded variants of each of 24 functions, to be turned back into it."""
+    """Write five degraded variants of each of 24 functions, to be turned back into it."""
     rows = []
     for i in range(24):
         text = function(random.Random(i)).rstrip() + "\n"
@@ -87,7 +87,7 @@ def write_variants(path: Path) -> None:
 
 
 def write_windows(path: Path, size: int, stride: int) -> None:
-    """Windows of that many lines of 12 files, a row each."""
+    """Write windows of `size` lines of 12 files, a row each, which begin `stride` lines apart."""
     rows = []
     for i in range(12):
         draw = random.Random(i)
@@ -99,7 +99,7 @@ def write_windows(path: Path, size: int, stride: int) -> None:
 
 
 def write_lines(path: Path) -> None:
-    """Pages that repeat their lines, a row each; they differ in white space only."""
+    """Write pages that repeat their lines, a row each; they differ in white space only."""
     rows = []
     for i in range(12):
         draw = random.Random(i)
@@ -111,7 +111,7 @@ def write_lines(path: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """What the plants train on."""
+    """Write every corpus that a planted fault trains on."""
     write_corpus(folder / "long")
     write_graded(folder / "graded")
     write_examples(folder / "examples.jsonl")
@@ -123,7 +123,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_base(folder: Path) -> None:
-    """A published model in small, like StarCoder, that knows the corpus a little; and two that do not fit it.
+    """Write a small published model, like StarCoder, that knows the corpus a little, and two that do not fit.
 
     `other-base` has one other weight; `more-tokens` is its tokenizer with a token that it never saw.
     """

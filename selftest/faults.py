@@ -1,5 +1,4 @@
-"""Planted faults: patches of the product, each as the fault had it. `selftest/plants.py` says what each is
-for."""
+"""Patches of the product, each as a fault had it; `selftest/planted_faults.py` says what each is for."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from modules import precision
 from modules.attention import reference_attention
 from modules.dropout import Dropout
 from modules.positions import ROPE_SCALINGS, scale_none
-from training import beforehand, loop
+from training import beforehand, begin, loop
 
 Patch = Callable[[], contextlib.AbstractContextManager]
 
@@ -44,7 +43,7 @@ def swapped_axes() -> contextlib.AbstractContextManager:
 
     def wrong(self: Decoder, *args: Any, **options: Any) -> Tensor:
         x = hidden(self, *args, **options)
-        return x.transpose(0, 1).reshape(x.shape)  # what a flatten hides
+        return x.transpose(0, 1).reshape(x.shape)  # A flatten hides the swap.
 
     return patch.object(Decoder, "hidden", wrong)
 
@@ -52,7 +51,7 @@ def swapped_axes() -> contextlib.AbstractContextManager:
 def attention_by(
     compute: Callable[[Tensor, Tensor, Tensor, Tensor, Dropout], Tensor],
 ) -> contextlib.AbstractContextManager:
-    """Attention computed from (q, k, v, mask, dropout), the causal mask written out where there is none."""
+    """Patch attention by a function of (q, k, v, mask, dropout), whose mask is always written out."""
 
     def wrong(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: Dropout
@@ -92,7 +91,7 @@ def documents_joined() -> contextlib.AbstractContextManager:
 
 
 def attention_to_nothing() -> contextlib.AbstractContextManager:
-    """A token that is hidden from itself leaves the first one nothing to see: NaN."""
+    """Hide each token from itself, which leaves the first one nothing to see: NaN."""
     return attention_by(
         lambda q, k, v, mask, dropout: reference_attention(
             q, k, v, mask & torch.ones_like(mask).tril(-1), False, dropout
@@ -120,7 +119,7 @@ def one_token_late() -> contextlib.AbstractContextManager:
 
 
 def positions_unread() -> contextlib.AbstractContextManager:
-    """The model counts the tokens of a row by itself, over the ends of documents."""
+    """Let the model count the tokens of a row by itself, over the ends of documents."""
     hidden = Decoder.hidden
 
     def wrong(self: Decoder, tokens: Tensor, positions: Tensor | None = None, *args: Any) -> Tensor:
@@ -134,7 +133,7 @@ def rotation_dropped() -> contextlib.AbstractContextManager:
 
 
 def keys_not_rotated() -> contextlib.AbstractContextManager:
-    """Every second call of one attention is for its keys."""
+    """Rotate queries only: every second call of one attention is for its keys."""
     right, calls = architecture.Attention._rotated, itertools.count()
 
     def wrong(self: architecture.Attention, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -144,7 +143,7 @@ def keys_not_rotated() -> contextlib.AbstractContextManager:
 
 
 def one_residual_undropped() -> contextlib.AbstractContextManager:
-    """In every block but the first, of what the MLP adds."""
+    """Leave out the dropout of what the MLP adds, in every block but the first."""
 
     def wrong(self: architecture.SequentialBlock, x: Tensor, context: architecture.Context) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), context))
@@ -211,7 +210,7 @@ def decay_ignored() -> contextlib.AbstractContextManager:
 
 
 def rates_ignored(**same: float) -> Patch:
-    """Plants optimizers that get these settings in place of the run's."""
+    """Return a patch by which the optimizers get these settings in place of the run's."""
 
     def plant() -> contextlib.AbstractContextManager:
         right = loop.build_optimizers
@@ -243,7 +242,7 @@ def gradients_kept() -> contextlib.AbstractContextManager:
 
 
 def gradients_summed() -> contextlib.AbstractContextManager:
-    """Each of two passes is divided by about its own tokens, not by those of both."""
+    """Divide each of two passes by about its own tokens, not by those of both."""
     right = torch.amp.GradScaler.scale
     return patch.object(torch.amp.GradScaler, "scale", lambda self, loss: right(self, loss) * 2)
 
@@ -267,7 +266,7 @@ def trained_in_evaluation() -> contextlib.AbstractContextManager:
     right = loop.TrainingManager.update
 
     def update(self: Any) -> dict[str, float]:
-        self.model.eval()  # as a validation left it
+        self.model.eval()  # A validation left it so.
         with patch.object(Decoder, "train", lambda self, mode=True: self):
             return right(self)
 
@@ -280,12 +279,12 @@ def one_batch_only() -> contextlib.AbstractContextManager:
 
 
 def micro_batches_by(number: Callable[[Any, int], int]) -> Patch:
-    """Plants a loop that reads batch `number(manager, number)`."""
+    """Return a patch by which the loop reads batch `number(manager, index)` in the place of each index."""
 
     def plant() -> contextlib.AbstractContextManager:
         manager = loop.TrainingManager
         right = manager.micro_batch
-        return patch.object(manager, "micro_batch", lambda self, asked: right(self, number(self, asked)))
+        return patch.object(manager, "micro_batch", lambda self, index: right(self, number(self, index)))
 
     return plant
 
@@ -328,7 +327,7 @@ def validation_of_its_own() -> contextlib.AbstractContextManager:
 
 
 def score_times(factor: float) -> Patch:
-    """Plants a validation whose sum of nats is wrong by a factor."""
+    """Return a patch by which validation's sum of nats is wrong by a factor."""
 
     def plant() -> contextlib.AbstractContextManager:
         right = loop.score
@@ -365,7 +364,7 @@ def smoothing_in_the_score() -> contextlib.AbstractContextManager:
 
 
 def labels_by(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Patch:
-    """Plants a collator that rewrites labels, (tokens (B, T + 1), document ids (B, T + 1), labels (B, T))."""
+    """Return a patch that changes labels (B, T), by their tokens and document ids, each (B, T + 1)."""
 
     def plant() -> contextlib.AbstractContextManager:
         right = dataset.next_token_labels
@@ -379,7 +378,7 @@ def labels_by(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def batches_by(change: Callable[[dataset.Batch], dataset.Batch]) -> Patch:
-    """Plants a loader that changes batches of training."""
+    """Return a patch that changes the batches of training."""
 
     def plant() -> contextlib.AbstractContextManager:
         right = dataset.Batches.batch
@@ -392,11 +391,11 @@ def masked_where(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(chosen, IGNORE_INDEX, labels)
 
 
-EOS = 2  # of tokenizers trained here
+EOS = 2  # The id of the end in tokenizers that are trained here.
 
 
 def encoded_by(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
-    """Plants a data path that changes the ids of a document, start and end included."""
+    """Return a patch that changes the stored ids of a document, start and end included."""
 
     def plant() -> contextlib.AbstractContextManager:
         right = tokenstore._encode
@@ -473,9 +472,9 @@ def moments_not_finite() -> contextlib.AbstractContextManager:
 
 
 def old_gpu() -> contextlib.AbstractContextManager:
-    """A GPU that does not multiply bf16; nothing is computed on it."""
+    """Claim a GPU that does not multiply bf16; nothing is computed on it."""
     stack = contextlib.ExitStack()
-    stack.enter_context(patch.object(beforehand, "choose_device", lambda asked: torch.device("cuda")))
+    stack.enter_context(patch.object(beforehand, "choose_device", lambda name: torch.device("cuda")))
     stack.enter_context(patch.object(precision, "has_native_bf16", lambda device: False))
     stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda device: "GPU of 2018"))
     return stack
@@ -489,7 +488,7 @@ def adapters_not_dropped() -> contextlib.AbstractContextManager:
 
 
 def term_dropped() -> contextlib.AbstractContextManager:
-    """Of the MLP's adapters only: without any, autograd itself would complain."""
+    """Drop what the MLP's adapters add, and no others: without any, autograd itself would complain."""
     right = lora.linear_with_term
 
     def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -501,17 +500,17 @@ def term_dropped() -> contextlib.AbstractContextManager:
 
 
 def other_base() -> contextlib.AbstractContextManager:
-    right = loop.open_base
+    right = begin.open_base
 
     def wrong(config: Config, *args: Any) -> Any:
         base = str(Path(str(config.train.base)).with_name("other-base"))
         return right(dataclasses.replace(config, train=dataclasses.replace(config.train, base=base)), *args)
 
-    return patch.object(loop, "open_base", wrong)
+    return patch.object(begin, "open_base", wrong)
 
 
 def base_moved(sound: int = 0) -> contextlib.AbstractContextManager:
-    """In every update after `sound` ones."""
+    """Move a frozen weight in every update after the first `sound`."""
     right = loop.build_optimizers
 
     def wrong(model: Decoder, *args: Any) -> list[torch.optim.Optimizer]:
@@ -520,7 +519,7 @@ def base_moved(sound: int = 0) -> contextlib.AbstractContextManager:
         def move(*args: Any) -> None:
             if next(updates) < sound:
                 return
-            # As weight decay of frozen parameters does; 0.999 would be rounded away in bf16.
+            # Weight decay of frozen parameters does so; 0.999 would be rounded away in bf16.
             model.embed.weight.data.mul_(0.99)
 
         optimizers = right(model, *args)
@@ -546,7 +545,7 @@ def base_thawed() -> contextlib.AbstractContextManager:
 
 
 def embedding_shuffled() -> contextlib.AbstractContextManager:
-    right = loop.starting_model
+    right = begin.starting_model
 
     def wrong(*args: Any) -> Decoder:
         model = right(*args)
@@ -554,15 +553,15 @@ def embedding_shuffled() -> contextlib.AbstractContextManager:
         weight.copy_(weight.flip(0))
         return model
 
-    return patch.object(loop, "starting_model", wrong)
+    return patch.object(begin, "starting_model", wrong)
 
 
-def sides_read(*sides: str) -> Patch:
-    """Plants a loader that opens these sides as train, validation and test."""
+def splits_read(*splits: str) -> Patch:
+    """Return a patch by which these splits are opened as train, validation and test."""
 
     def plant() -> contextlib.AbstractContextManager:
         def wrong(folder: Path) -> Any:
-            return tuple(tokenstore.TokenStore(folder, side) for side in sides)
+            return tuple(tokenstore.TokenStore(folder, split) for split in splits)
 
         return patch.object(prepare, "open_store", wrong)
 

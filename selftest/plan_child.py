@@ -1,4 +1,4 @@
-"""The process that training/plan.py asks: it does with some blocks what a run does, and says at what cost."""
+"""The process that training/plan.py starts: it does with some blocks what a run does, and prints the cost."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from architecture import Decoder
 from config import Config, DataConfig, ModelConfig, one_sentence
 from data.corpus import training_texts
 from dataset import Batch, prepare_data
+from guards.faults import FAULTS
 from guards.first_steps import FirstSteps
 from guards.preflight import preflight
-from guards.subject import FAULTS
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
 from modules.quantized_linear import quantize_linears
@@ -31,37 +31,40 @@ from training.loop import TrainingManager
 from training.plan import Cost
 from training.run import resolved_format, set_dropout
 
-WARMUP = 1  # steps that fill caches and are not timed
-STEPS, SECONDS = (3, 20), 3.0  # least and most that are timed, and when to stop in between
-FUNCTIONS = 100  # in each of 24 sampled files
-IDS = 259  # of their tokenizer: the least that one has
+WARMUP = 1  # Steps that fill caches and are not timed.
+STEPS, SECONDS = (3, 20), 3.0  # The least and most steps that are timed, and when to stop in between.
+FUNCTIONS = 100  # In each of 24 sampled files.
+IDS = 259  # The least ids that a byte tokenizer with its special tokens has.
 
 
-def measure(asked: dict[str, Any]) -> Cost:
-    """In a process of its own: make the model, do what a run does with it, and say what that took."""
+def measure(request: dict[str, Any]) -> Cost:
+    """Make the model, do with it what a run does, and return what that took.
 
-    assert SummaryWriter  # what a training process has in memory besides its tensors
-    config = Config.from_dict(asked["config"])
-    shape = asked["model"] | {"n_layer": asked["n_layer"]}
+    Args:
+        request: The settings, the model's shape and family, its number of blocks and the tokens of a row.
+    """
+    assert SummaryWriter  # It is imported since a training process has it in memory, too.
+    config = Config.from_dict(request["config"])
+    shape = request["model"] | {"n_layer": request["n_layer"]}
     shape["vocab_size"] = max(shape["vocab_size"], IDS)
-    shape["window_layers"] = [layer for layer in shape["window_layers"] if layer < asked["n_layer"]]
+    shape["window_layers"] = [layer for layer in shape["window_layers"] if layer < request["n_layer"]]
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     model = make_model(
-        Config.from_dict({"model": shape}).model.resolved(), asked["family"], config, precision
+        Config.from_dict({"model": shape}).model.resolved(), request["family"], config, precision
     )
     model.to(device).train()
-    train = replace(config.train, row_length=asked["rows"])
+    train = replace(config.train, row_length=request["rows"])
     config = replace(config, model=model.config, train=train)
     with tempfile.TemporaryDirectory() as folder:
-        manager, subject = make_run(config, model, precision, asked["family"], Path(folder))
+        manager, subject = make_run(config, model, precision, request["family"], Path(folder))
         release_freed_memory()
         keep_freed_memory()
         reset_peak(device)
-        preflight(subject, FAULTS.split())  # on drawn tokens most things would be refused
+        preflight(subject, FAULTS)  # All are allowed: on sampled tokens most things would be refused.
         release_freed_memory()
         guard_bytes = peak(device)
-        batch = make_batch(train.batch_size, asked["rows"], model.config.vocab_size, device)
+        batch = make_batch(train.batch_size, request["rows"], model.config.vocab_size, device)
         reset_peak(device)
         watch = FirstSteps(subject)
         micro, update, started = [], [], time.perf_counter()
@@ -77,27 +80,26 @@ def measure(asked: dict[str, Any]) -> Cost:
         manager.score([batch, batch])
         step_bytes = peak(device)
         reset_peak(device)
-        # Not by the manager, which refuses weights that are not finite, as on drawn tokens they may be.
+        # Not `manager.save`, which refuses weights that are not finite: on random tokens they may be.
         save_checkpoint(manager.folder / "checkpoints", 1, model, manager.whole_state(), None, False)
         save_bytes = peak(device)
-    held = {*model.parameters(), *model.buffers()} - set(manager.parameters)
+    frozen = {*model.parameters(), *model.buffers()} - set(manager.parameters)
     states = [value for o in manager.optimizers for state in o.state.values() for value in state.values()]
     state_bytes = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     return Cost(
         guard_bytes=guard_bytes,
         step_bytes=step_bytes,
         save_bytes=save_bytes,
-        held_bytes=sum(t.nbytes for t in held),
+        held_bytes=sum(t.nbytes for t in frozen),
         trained_bytes=2 * sum(p.nbytes for p in manager.parameters) + state_bytes,
-        # The least: what else runs takes caches, too, and only ever adds.
+        # The least of them: what else runs on the machine only ever adds.
         micro_seconds=min(micro[WARMUP:]),
         update_seconds=min(update[WARMUP:]),
     )
 
 
 def make_run(config: Config, model: Any, precision: Any, family: str | None, folder: Path) -> tuple[Any, Any]:
-    """As trainingmanager makes it, on some functions of drawn words; and what its guards look at."""
-
+    """Return the manager of a run on some functions of sampled words, and what its guards look at."""
     write_corpus(folder / "texts", FUNCTIONS)
     config = replace(config, data=DataConfig(str(folder / "texts"), cache=str(folder / "cache"), workers=1))
     tokenizer = BPETokenizer.train(training_texts(config.data), IDS)
@@ -107,17 +109,16 @@ def make_run(config: Config, model: Any, precision: Any, family: str | None, fol
 
 
 def make_model(shape: ModelConfig, family: str | None, config: Config, precision: Any) -> Any:
-    """Return a model of random weights, stored as `training.run.base_stored_as` stores those of a base."""
-
+    """Return a model with random weights, stored as `training.run.base_stored_as` stores those of a base."""
     model = Decoder(replace(shape, init="normal"))
     if family is None:
         return model
-    asked = {
+    rates = {
         key: value
         for key, value in vars(config.model).items()
         if key.endswith("dropout") and value is not None
     }
-    set_dropout(model, replace(shape, **asked).resolved())
+    set_dropout(model, replace(shape, **rates).resolved())
     weight_format = (
         "fp32" if config.lora.r == 0 else resolved_format(config.train.base_format, precision.dtype)
     )
@@ -137,8 +138,7 @@ def make_model(shape: ModelConfig, family: str | None, config: Config, precision
 
 
 def make_batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
-    """Two documents a row; every token bears loss."""
-
+    """Return rows of two documents, in which every token is a target."""
     tokens = torch.randint(0, vocab_size, (rows, length), device=device)
     place = torch.arange(length, device=device).expand(rows, length)
     second = (place >= length // 2).long()
@@ -146,7 +146,10 @@ def make_batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
 
 
 def timed_step(manager: Any, batch: Any) -> tuple[float, float]:
-    """Seconds of forward and backward, and of the update; see the module."""
+    """Return the seconds of forward and backward, and of the update.
+
+    On a CPU they are those of processor time of this thread; see training/plan.py.
+    """
 
     def now() -> float:
         if manager.device.type == "cuda":
@@ -167,15 +170,15 @@ def timed_step(manager: Any, batch: Any) -> tuple[float, float]:
 
 
 def reset_peak(device: Any) -> None:
-
+    """Forget the peak of memory so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of resident memory begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # This resets the peak of resident memory: proc(5).
 
 
 def peak(device: Any) -> float:
-
+    """Return the most bytes that the process had since `reset_peak`; on a GPU those of its tensors."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()

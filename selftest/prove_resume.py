@@ -1,18 +1,17 @@
 """Proof of resume: `python trainingmanager.py --prove_resume [flags]`.
 
-Two runs with the flags' settings, in folders of their own: one of 2N steps, and one that is killed (SIGKILL)
-after its checkpoint of step N and goes on with --resume. Each stretch is a process of its own, as a user's
-would be. Then all that was saved and all that was logged is compared, bit for bit; only times may differ.
+There are two runs with the flags' settings, in folders of their own: one of 2N steps, and one that is killed
+(SIGKILL) after its checkpoint of step N and goes on with --resume. Each stretch is a process of its own, as a
+user's would be (`selftest/resume_child.py`). Then all that was saved and all that was logged is compared, bit
+for bit; only times may differ.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +21,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from config import Config, one_sentence
+from config import Config
 from config.files import own_module
-from config.yamlfile import read_yaml
 from training.beforehand import refuse_mistakes
 from training.checkpoint import Manifest, checkpoints, first_difference, load_state
 
-DEFAULT_STEPS = 4  # before the kill, and after it
-OF_TIME = ("train/tokens_per_second",)
+DEFAULT_STEPS = 4  # The steps before the kill, and as many after it.
+OF_TIME = ("train/tokens_per_second",)  # Logged values that measure time, and differ between runs.
 
 
 def prove_resume(config: Config) -> bool:
-    """Whether the killed run ends as the other; prints that, or where they differ first.
+    """Return whether the killed run ends as the other; print that, or where they differ first.
 
     Raises:
         ValueError: A folder was named, or training with these settings ends in an error.
@@ -46,7 +44,7 @@ def prove_resume(config: Config) -> bool:
         )
     refuse_mistakes(config)
     steps = given.max_steps or DEFAULT_STEPS
-    # Validations before and after the kill; the whole budget is in steps, since times never repeat.
+    # There are validations before and after the kill. The budget is in steps, since times never repeat.
     settings = replace(
         given,
         max_steps=2 * steps,
@@ -82,15 +80,15 @@ def prove_resume(config: Config) -> bool:
 
 
 def run_difference(a: Path, b: Path) -> tuple[int, str] | None:
-    """Step and name of the first item, logged or saved, that two runs do not share; None if they are equal.
+    """Return step and name of the first item, logged or saved, in which two runs differ; None if in none.
 
-    Compared are the logs, the checkpoints of steps that both have, and which step is the last.
+    The logs are compared, the checkpoints of steps that both have, and which step is the last.
     """
     found = []
     logs = logged_numbers(a), logged_numbers(b)
     for i in range(max(map(len, logs))):
         rows = [log[i] if i < len(log) else None for log in logs]
-        if repr(rows[0]) != repr(rows[1]):  # NaN is NaN
+        if repr(rows[0]) != repr(rows[1]):  # As text, where NaN equals NaN.
             found.append(min(row[:2] for row in rows if row is not None))
             break
     saved = [{m.step: m for m in checkpoints(folder / "checkpoints")} for folder in (a, b)]
@@ -106,13 +104,13 @@ def run_difference(a: Path, b: Path) -> tuple[int, str] | None:
 
 
 def logged_numbers(folder: Path) -> list[tuple[int, str, float]]:
-    """Step, tag and value of everything in metrics.jsonl, in order, but for what measures time."""
+    """Return step, tag and value of all in metrics.jsonl, in order, but for what measures time."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [(r["step"], tag, r[tag]) for r in rows for tag in r if tag != "step" and tag not in OF_TIME]
 
 
 def saved_state(manifest: Manifest) -> dict[str, Any]:
-    """All that a checkpoint holds, but for the seconds that the run took."""
+    """Return all that a checkpoint holds, but for the seconds that the run took."""
     state = load_state(manifest)
     del state["run"]["seconds"]
     loss = repr(manifest.loss)
@@ -120,7 +118,7 @@ def saved_state(manifest: Manifest) -> dict[str, Any]:
 
 
 def state_digest(state: Any) -> str:
-    """SHA-256 of nested dicts and lists of tensors and plain values; equal where first_difference is None."""
+    """Return a SHA-256 of nested dicts and lists; two are equal where `first_difference` finds none."""
     digest = hashlib.sha256()
     if isinstance(state, torch.Tensor):
         digest.update(f"{state.dtype} {tuple(state.shape)}".encode())
@@ -139,12 +137,12 @@ def _train_in_child(config: Config, kill_at: int) -> None:
     """Train in a new process, which is killed after its checkpoint of step `kill_at`; 0 lets it end.
 
     Raises:
-        ValueError: It ended otherwise; with the sentence that it printed last.
+        ValueError: The process ended in another way; the message has the sentence that it printed last.
     """
     folder = Path(config.train.run)
     file = folder.with_name("config.yaml")
     file.write_text(yaml.safe_dump(config.to_dict()), "utf-8")
-    command, environment = own_module("selftest.prove_resume")
+    command, environment = own_module("selftest.resume_child")
     words = [*command, str(file), str(kill_at)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode != (-signal.SIGKILL if kill_at else 0):
@@ -152,25 +150,3 @@ def _train_in_child(config: Config, kill_at: int) -> None:
         raise ValueError(
             f"training ended with exit code {done.returncode}: {lines[-1].removeprefix('error: ')}"
         )
-
-
-def _train_as_child(path: Path, kill_at: int) -> None:
-    from modules.precision import keep_freed_memory
-    from training import loop
-
-    write = loop.save_checkpoint
-
-    def write_and_die(*arguments: Any) -> Manifest:
-        manifest = write(*arguments)
-        if manifest.step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return manifest
-
-    loop.save_checkpoint = write_and_die
-    with one_sentence():
-        keep_freed_memory()
-        loop.train(Config.from_dict(read_yaml(path)))
-
-
-if __name__ == "__main__":
-    _train_as_child(Path(sys.argv[1]), int(sys.argv[2]))

@@ -75,7 +75,7 @@ from suites.tokens import (
     tokens_of,
     train_ngram,
 )
-from training.run import Run, load_run, run_folder
+from training.run import TrainedRun, load_run, run_folder
 
 TOKEN_ROWS = 16  # at a time, of token scores
 
@@ -300,7 +300,7 @@ def add_suites(
 
 def worded_tasks(
     tasks: dict[str, Task],
-    run: Run | None,
+    run: TrainedRun | None,
     subject: Subject | None,
     data: PreparedData | None,
     settings: EvalConfig,

@@ -16,7 +16,7 @@ from modules.precision import Precision
 from pretrained import load_pretrained
 from suites.settings import EvalConfig
 from tokenizer import Tokenizer
-from training.run import Run, open_adapted
+from training.run import TrainedRun, open_adapted
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -39,7 +39,7 @@ class Subject:
     precision: Precision
 
 
-def data_of(run: Run, settings: EvalConfig) -> PreparedData:
+def data_of(run: TrainedRun, settings: EvalConfig) -> PreparedData:
     """The run's data; ValueError if they are not those that it was trained on."""
     config = data_config(run, settings)
     data = prepare_data(config, run.tokenizer)
@@ -53,7 +53,7 @@ def data_of(run: Run, settings: EvalConfig) -> PreparedData:
     return data
 
 
-def data_config(run: Run, settings: EvalConfig) -> DataConfig:
+def data_config(run: TrainedRun, settings: EvalConfig) -> DataConfig:
     """Where the run's data are read now, and where this machine keeps what is made of them."""
     source = run.config.data.source if settings.source is None else settings.source
     # The run may be a stranger's: its config does not say where this machine writes, what it removes there,

@@ -16,7 +16,7 @@ from data.ngram import NGramModel
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, as_shown, numbered_batches, shown
 from modules.precision import Precision
-from training.loss import Scores, score
+from training.loss import TokenScores, score
 
 # The n-gram model's training takes about 170 bytes a token at its peak; of more tokens, it gets evenly spread
 # documents.
@@ -33,7 +33,7 @@ Sums = dict[str, np.ndarray]  # by these, (n_documents,) each
 
 def model_scores(
     model: Decoder, store: TokenStore, batch_size: int, row_length: int, precision: Precision
-) -> tuple[Scores, Sums]:
+) -> tuple[TokenScores, Sums]:
     """The model's scores, and the sums of each document."""
     sums = {key: np.zeros(store.n_documents) for key in KEPT}
     numbers: list[np.ndarray] = []
@@ -58,7 +58,7 @@ def train_ngram(train: TokenStore) -> NGramModel:
     return NGramModel(documents, train.vocab_size)
 
 
-def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tuple[Scores, Sums]:
+def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tuple[TokenScores, Sums]:
     """The baseline's, over the same tokens as `loss.score` counts on `validation_batches`.
 
     Of examples these are the completions' tokens, each after as much of its prompt as a row shows.
@@ -79,7 +79,7 @@ def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tu
             np.add.at(sums[key], owner, values)
         tokens += len(labels)
     nats, top1, top5 = (float(sums[key].sum()) for key in KEPT)
-    return Scores(nats, tokens, top1 / tokens, top5 / tokens), sums
+    return TokenScores(nats, tokens, top1 / tokens, top5 / tokens), sums
 
 
 def _groups(store: TokenStore) -> Iterator[range]:
@@ -97,7 +97,7 @@ def tokens_of(store: TokenStore, row_length: int) -> np.ndarray:
     return np.maximum(rows.length - np.maximum(rows.prompt_length, 1), 0)
 
 
-def token_values(scores: Scores, n_bytes: int) -> dict[str, Any]:
+def token_values(scores: TokenScores, n_bytes: int) -> dict[str, Any]:
     return {
         "tokens": scores.tokens,
         "loss": scores.loss,

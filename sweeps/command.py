@@ -79,7 +79,7 @@ class Crew:
     """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
 
     def __init__(self, settings: Settings, fingerprint: str):
-        from training.loop import SAME_SIGNAL
+        from training.signals import SAME_SIGNAL
 
         self.settings, self.fingerprint, self.same_signal = settings, fingerprint, SAME_SIGNAL
         self.asked = 0  # signals

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 from config import Config, memory_is_full
-from guards.subject import Fault
+from guards.faults import Fault
 from modules.quantized_linear import n_weights
 from sweeps.storage import failures
-from training import loop
+from training import begin
 from training.checkpoint import Manifest, load_counters, newest_whole
-from training.loop import BudgetUsed, TrainingManager, budget_used
+from training.loop import BudgetUsed, Observer, TrainingManager
 from training.runfolder import LOCK
+from training.state import budget_used
 
 FIRST = 10  # losses by which trials are told apart
 # Kept of the finished run's metrics: name: the tag, and which of its values.
@@ -111,7 +112,7 @@ def run_trial(
         contextlib.redirect_stderr(out),
     ):
         try:
-            manager = loop.train(config, observe)
+            manager = begin.train(config, Observer(on_step=observe))
             if len(losses) == manager.state.step < FIRST:  # the whole of a short one
                 note("first_losses", losses)
             signalled = manager.stop_signal is not None

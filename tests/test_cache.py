@@ -33,7 +33,8 @@ from recipes.base import refuse_changed
 from suites.kept import Kept
 from suites.overlaps import training_overlap
 from tokenizer import BPETokenizer, Tokenizer
-from training.loop import TrainingManager, train
+from training.begin import train
+from training.loop import Observer, TrainingManager
 
 TRAINED = TokenizerConfig(vocab_size=300, min_count=2)
 
@@ -265,7 +266,7 @@ def test_a_store_that_is_cut_while_a_run_reads_it_ends_the_run_in_a_sentence(
 
     def work() -> None:
         with one_sentence():
-            train(config, cut)
+            train(config, Observer(on_step=cut))
 
     assert exit_code(forked(work, tmp_path / "out", tmp_path / "err")) == 2
     last = (tmp_path / "err").read_text("utf-8").splitlines()[-1]

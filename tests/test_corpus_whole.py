@@ -9,7 +9,7 @@ import pytest
 
 from config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from scraping.__main__ import main
-from training.loop import train
+from training.begin import train
 
 FUNCTION = '''def area_{n}(width, height):
     """Of a rectangle of {n}."""

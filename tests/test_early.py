@@ -284,7 +284,7 @@ def test_a_mistake_is_told_before_the_corpus_is_opened(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command, words, said
 ):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("training.loop.DEFAULT_SECONDS", 0.1)
+    monkeypatch.setattr("training.state.DEFAULT_SECONDS", 0.1)
     before = sorted(path.name for path in place.iterdir())
     del OPENED[:]
     weights = () if command is score else ("base/model.safetensors",)  # there it is what judges a text

@@ -21,9 +21,10 @@ from config import (
     TrainConfig,
     parse_config,
 )
-from training import loop
+from training import command, report
+from training.begin import train
 from training.checkpoint import checkpoints
-from training.loop import ended, train
+from training.ended import ended
 from training.outputs import OUTPUTS, RECORD
 from training.run import load_run
 from trainingmanager import command_line, main
@@ -125,7 +126,7 @@ def test_what_was_made_before_a_kill_is_not_made_again(
         raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, cut, killed)
+        patch.setattr(report, cut, killed)
         with pytest.raises(SystemExit, match="137"):
             resume(run)
     before = contents(run)
@@ -185,7 +186,7 @@ def test_a_raised_budget_trains_on_and_makes_all_of_it_anew(
     resume(run)
     first = contents(run)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "report", lambda *_: None)  # killed there
+        patch.setattr(command, "report", lambda *_: None)  # killed there
         resume(run, "--max_steps", "6")
     assert checkpoints(run / "checkpoints")[-1].step == 6
     assert contents(run)["eval.json"] == first["eval.json"]

@@ -58,7 +58,7 @@ from dataset import (
 )
 from generation.text import trim_prompt
 from guards.labels import prompt_errors
-from selftest import plants
+from selftest.run import small_config
 from suites.stored import text_of_example
 from tokenization.healing import healed
 from tokenizer import BPETokenizer, CodeTokenizer, Tokenizer
@@ -705,7 +705,7 @@ def test_a_bad_line_ends_the_command_with_one_sentence_and_2(
     path = tmp_path / "rows.jsonl"
     good = [f'{{"prompt": "a {n}", "completion": " b"}}\n' for n in range(40)]
     path.write_text("".join([*good[:2], line + "\n", *good[2:]]))
-    config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 8}})
+    config = small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 8}})
     shutil.rmtree(config.train.run)
     with pytest.raises(SystemExit) as stop:
         main(config)

@@ -20,9 +20,9 @@ from adapters.layers import LowRank
 from config import Config, one_sentence
 from lora import adapters_disabled
 from pretrained import load_pretrained
+from training.begin import train
 from training.export import export
 from training.export_config import ExportConfig
-from training.loop import train
 from training.run import load_run, open_adapted
 
 __all__ = ["base", "config"]  # fixtures
@@ -101,7 +101,7 @@ def test_a_merge_that_is_requantised_is_judged_by_what_is_written(config: Config
     assert float((plain_base - expected).abs().max()) == pytest.approx(effect, rel=0.01)
     assert float((found - expected).abs().max()) == pytest.approx(gap, rel=0.01)
     assert float((again - found).abs().max()) < 0.2 * gap
-    with pytest.raises(ValueError, match="is not stored as nf4"):
+    with pytest.raises(ValueError, match="was not stored in nf4"):
         plain = train(other(config, max_steps=1, run=f"{config.train.run}2")).folder
         export(ExportConfig(str(tmp_path / "no"), str(plain), merge=True, requantise=True))
 

@@ -35,7 +35,7 @@ from config import (
     parse_config,
 )
 from data.corpus import training_texts
-from guards.subject import Fault
+from guards.faults import Fault
 from lora import adapters_disabled, add_adapter
 from modules.dropout import Dropout
 from modules.quantized_linear import Linear4bit
@@ -46,8 +46,10 @@ from selftest.prove_resume import run_difference
 from suites.evaluate import evaluate, table
 from suites.settings import EvalConfig
 from tokenizer import BPETokenizer, PretrainedTokenizer, load_tokenizer
-from training import loop
-from training.loop import TrainingManager, say_groups, train
+from training import begin, loop
+from training.announcements import say_groups
+from training.begin import train
+from training.loop import TrainingManager
 from training.run import export_adapter, load_run, open_adapted, starting_tokenizer, with_base_config
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -114,7 +116,7 @@ def test_a_rate_of_no_parameter_is_refused_before_the_data_are_read(
     def read(*_: object) -> None:
         raise ValueError("the data were read")
 
-    monkeypatch.setattr(loop, "prepare_data", read)
+    monkeypatch.setattr(begin, "prepare_data", read)
     config = other(config, "lora", r=0)
     with pytest.raises(
         ValueError, match=r"optimizer.head_lr is set, but no parameter .*what acts is optimizer.lr;"
@@ -538,7 +540,7 @@ def test_a_strangers_run_fetches_nothing(config: Config) -> None:
         "NO_PROXY": "127.0.0.1",
     }
     words = [sys.executable, "generate.py", "--model", str(folder), "--prompt", "x"]
-    house = Path(loop.__file__).parent
+    house = Path(loop.__file__).parent.parent
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=house)
     server.shutdown()
     server.server_close()

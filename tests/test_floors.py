@@ -26,7 +26,8 @@ FLOORS = (
     "training",
     "generation",
     "guards suites",
-    "training.beforehand training.loop training.plan",
+    "training.beforehand training.begin training.command training.ended training.loop training.overfit "
+    "training.plan training.report",
     "selftest sweeps recipes",
     "trainingmanager eval hyperparam_tune generate export functional preflight",
 )

@@ -49,10 +49,11 @@ from dataset import (
 )
 from generation.text import trim_prompt
 from guards.labels import prompt_errors
-from selftest import data, plants
+from selftest import data
 from selftest.prove_resume import run_difference
+from selftest.run import small_config
 from suites.tokens import ngram_scores, train_ngram
-from training.loop import train
+from training.begin import train
 
 GAPS = [
     {
@@ -304,7 +305,7 @@ def test_rows_with_equal_parts_but_another_suffix_are_no_duplicates(tmp_path: Pa
 def gap_config(tmp_path: Path) -> Config:
     data.write_corpus(tmp_path / "long")
     STARCODER.save(tmp_path)
-    config = plants.small_config(tmp_path, {"data": {"fim_rate": 0.5}})
+    config = small_config(tmp_path, {"data": {"fim_rate": 0.5}})
     return dataclasses.replace(config, tokenizer=TokenizerConfig("pretrained", path=str(tmp_path)))
 
 
@@ -343,7 +344,7 @@ def test_rows_with_a_gap_train_are_trimmed_and_are_scored_where_they_bear_loss(t
     texts = [data.function(random.Random(n)) * 2 for n in range(60)]
     rows = [{"prefix": text[:60], "suffix": text[90:], "middle": text[60:90]} for text in texts]
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    config = plants.small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})
+    config = small_config(tmp_path, {"data": {"source": "rows.jsonl"}, "model": {"block_size": 100}})
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, source=str(source)),

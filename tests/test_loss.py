@@ -151,7 +151,7 @@ def test_validation_equals_training_loss_in_eval_mode() -> None:
 def test_nothing_to_score_is_refused() -> None:
     batch = random_batch()
     batch.labels.fill_(IGNORE_INDEX)
-    with pytest.raises(ValueError, match="no token of the validation data bears loss"):
+    with pytest.raises(ValueError, match="no token of the validation data is a target"):
         score(scrambled(), [batch], FP32)
 
 

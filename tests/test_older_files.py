@@ -23,7 +23,7 @@ from suites.rescoring import rescore
 from suites.results import rewrite_page
 from suites.settings import EvalConfig
 from tokenizer import load_tokenizer
-from training.loop import train
+from training.begin import train
 from training.run import load_run, open_adapted
 from trainingmanager import command_line
 

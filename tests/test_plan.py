@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import trainingmanager
+from architecture import Decoder
 from config import Config, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, parse_config
 from guards import preflight
 from selftest import plan_child
-from training import loop, plan
+from training import plan
 from training.loop import TrainingManager
 from training.plan import Cost
 
@@ -71,7 +72,7 @@ def test_a_run_from_scratch_trains_all_of_its_weights() -> None:
     model, family = plan.shape_of(config)
     assert family is None and model.vocab_size == config.tokenizer.vocab_size
     cost = plan_child.measure(asked(config, None, model, 1))
-    weights = sum(p.numel() for p in loop.Decoder(model).parameters())
+    weights = sum(p.numel() for p in Decoder(model).parameters())
     assert cost.held_bytes == 0
     assert 3 * 4 * weights <= cost.trained_bytes <= 4 * 4 * weights + 1000  # Muon keeps one moment, AdamW two
 

@@ -20,15 +20,17 @@ from architecture import Decoder
 from config import Config, ModelConfig, parse_config
 from guards import preflight as guards_preflight
 from guards import subject as looking
+from guards.faults import FAULTS, Fault
 from guards.first_steps import FirstSteps
 from guards.generation import batch_faults, beam_faults, first_difference, tie
 from modules.precision import Precision
-from selftest import plants
 from selftest.data import write_data
 from selftest.faults import base_moved, clip_stored_only, labels_by
-from selftest.plants import EXAMPLES, PLANTS, TUNED, Plant, outcome, run_plants, small_config
+from selftest.planted_faults import EXAMPLES, PLANTED_FAULTS, TUNED, PlantedFault, merged
+from selftest.run import outcome, run_planted, selftest, small_config
 from training import beforehand
-from training.loop import TrainingManager, train
+from training.begin import train
+from training.loop import TrainingManager
 
 
 @pytest.fixture
@@ -42,22 +44,22 @@ def twins() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
-def test_a_planted_fault_is_caught_and_its_twin_passes(plant: Plant, twins: dict[str, str]) -> None:
-    (result,) = run_plants([plant], twins)
+@pytest.mark.parametrize("plant", PLANTED_FAULTS, ids=lambda plant: plant.name)
+def test_a_planted_fault_is_caught_and_its_twin_passes(plant: PlantedFault, twins: dict[str, str]) -> None:
+    (result,) = run_planted([plant], twins)
     assert plant.expected in result.caught
     assert not result.healthy
 
 
 def test_every_fault_that_a_guard_names_is_planted() -> None:
-    assert {*looking.FAULTS.split()} <= {plant.expected for plant in PLANTS}
+    assert {*FAULTS} <= {plant.expected for plant in PLANTED_FAULTS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*guards_preflight.GUARDS, "live"])
 def test_without_a_guard_the_selftest_is_red(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     disable(name, monkeypatch)
-    assert not plants.selftest()
+    assert not selftest()
 
 
 def disable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,14 +92,14 @@ def test_every_guard_is_disabled_in_turn() -> None:
 def test_without_its_guard_a_fault_goes_unseen(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant = next(plant for plant in PLANTS if plant.name == ALONE[name])
+    plant = next(plant for plant in PLANTED_FAULTS if plant.name == ALONE[name])
     disable(name, monkeypatch)
     if name == "sizes":  # the selftest itself, once
-        assert not plants.selftest([plant])
+        assert not selftest([plant])
         assert "MISSED" in capsys.readouterr().out
         return
     with plant.fault():
-        assert plant.expected not in outcome(small_config(folder, plants.merged(plant.settings, plant.wrong)))
+        assert plant.expected not in outcome(small_config(folder, merged(plant.settings, plant.wrong)))
 
 
 HEALTHY: list[dict[str, dict[str, Any]]] = [
@@ -123,8 +125,8 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
     {"train": {"precision": "bf16", "eval_precision": "fp32", "activation_checkpointing": True}},
     {"train": {"max_steps": 0, "max_seconds": 0.5}},
     {"model": {"vocab_size": 384}, "tokenizer": {"kind": "bpe"}},
-    plants.EXAMPLES,
-    plants.EXAMPLES | {"train": {"accumulation": 2}},
+    EXAMPLES,
+    EXAMPLES | {"train": {"accumulation": 2}},
     {"model": {"n_layer": 1, "n_head": 1, "dropout": 0.9}},
     {"model": {"dropout": 0.95}},
     {"model": {"n_head": 8, "rope_theta": 500_000.0}},
@@ -138,9 +140,9 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
     {"model": {"rope_scaling": "dynamic", "rope_factor": 2.0}},
     {"model": {"n_head": 4, "fused_qkv": True, "qkv_layout": "shards"}},
     {"model": {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}},
-    plants.merged(plants.TUNED, {"lora": {"dropout": 0.5, "dora": True, "lr_ratio": 16.0}}),
-    plants.merged(plants.TUNED, {"lora": {"dropout": 0.1, "init": "pissa"}}),
-    plants.merged(plants.TUNED, {"model": {"dropout": 0.1, "attention_dropout": 0.1}}),
+    merged(TUNED, {"lora": {"dropout": 0.5, "dora": True, "lr_ratio": 16.0}}),
+    merged(TUNED, {"lora": {"dropout": 0.1, "init": "pissa"}}),
+    merged(TUNED, {"model": {"dropout": 0.1, "attention_dropout": 0.1}}),
 ]
 
 
@@ -163,7 +165,7 @@ def final_weights(config: Config) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in train(config).model.named_parameters()}
 
 
-ON_THE_HEAD = plants.merged(TUNED, {"lora": {"targets": ("c_attn", "lm_head"), "dropout": 0.5}})
+ON_THE_HEAD = merged(TUNED, {"lora": {"targets": ("c_attn", "lm_head"), "dropout": 0.5}})
 
 
 @pytest.mark.parametrize("settings", [{}, ON_THE_HEAD], ids=["fresh", "adapters"])
@@ -186,7 +188,7 @@ def test_a_fault_names_itself_its_evidence_its_remedy_and_its_override(folder: P
 
 
 def test_what_leaks_although_it_was_split_by_text_is_not_told_to_be(folder: Path) -> None:
-    plant = next(plant for plant in PLANTS if plant.name == "E3 trained on")
+    plant = next(plant for plant in PLANTED_FAULTS if plant.name == "E3 trained on")
     with plant.fault():
         by_name, by_text = (outcome(small_config(folder, {"data": {"regroup": on}})) for on in (False, True))
     assert by_name.startswith("split-leaks: ") and "let --fix find it" in by_name
@@ -219,7 +221,7 @@ def test_a_run_without_overrides_says_nothing(folder: Path) -> None:
 
 
 def test_what_is_learned_is_shown_in_brackets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(small_config(folder, plants.EXAMPLES))
+    train(small_config(folder, EXAMPLES))
     line = next(line for line in capsys.readouterr().out.splitlines() if "in [brackets]" in line)
     shown = line.split("what is learned: ")[1]
     assert re.search(r"\):\\n\[    \w+ = \w+ [-+*] ", shown)  # the head is not learned, the body is
@@ -231,25 +233,23 @@ def test_an_unknown_name_to_allow_is_refused_with_the_nearest(folder: Path) -> N
 
 
 def test_an_allowed_fault_hides_no_other(folder: Path) -> None:
-    """Of one guard too: prompts and padding bear loss, and only the first is allowed."""
+    """Of one guard too: prompts and padding are targets, and only the first is allowed."""
     everything = labels_by(lambda tokens, documents, labels: tokens[:, 1:])
     with everything():
         assert outcome(small_config(folder, EXAMPLES)).startswith("prompt-bears-loss: ")
-    settings = plants.merged(EXAMPLES, {"train": {"allow": ("prompt-bears-loss",)}})
+    settings = merged(EXAMPLES, {"train": {"allow": ("prompt-bears-loss",)}})
     with everything():
         assert outcome(small_config(folder, settings)).startswith("padding-bears-loss: ")
 
 
 def test_what_moved_is_seen_in_a_run_of_two_updates(folder: Path) -> None:
-    settings = plants.merged(TUNED, {"train": {"max_steps": 2}})
+    settings = merged(TUNED, {"train": {"max_steps": 2}})
     assert outcome(small_config(folder, settings)) == ""
     config = small_config(folder, settings)
     with base_moved(sound=1):  # the first update is looked at by itself
         assert "should be frozen and moved by update 2" in outcome(config)
     assert not (Path(str(config.train.run)) / "checkpoints").exists()
-    allowing = small_config(
-        folder, plants.merged(settings, {"train": {"allow": ("frozen-parameter-moved",)}})
-    )
+    allowing = small_config(folder, merged(settings, {"train": {"allow": ("frozen-parameter-moved",)}}))
     with base_moved(sound=1):  # the first update is looked at by itself
         assert outcome(allowing) == ""
     assert [*guards_preflight.overrides(Path(str(allowing.train.run)))] == ["frozen-parameter-moved"]
@@ -277,7 +277,7 @@ def test_the_size_of_a_gradient_is_that_of_the_mean(
     """Of passes that hold different numbers of tokens, smoothed, with a loss on the head's logarithms."""
     precision = Precision(torch.device("cpu"), getattr(torch, dtype), "planted")
     monkeypatch.setattr(beforehand, "choose_precision", lambda *args: precision)
-    settings = plants.merged(
+    settings = merged(
         EXAMPLES,
         {
             "train": {"accumulation": 10, "batch_size": 1},
@@ -299,7 +299,7 @@ def test_a_small_gradient_of_fp16_is_not_lost(folder: Path, monkeypatch: pytest.
 
 
 def test_an_adapter_of_the_head_that_drops_much_is_no_alarm(folder: Path) -> None:
-    config = small_config(folder, plants.merged(ON_THE_HEAD, {"optimizer": {"lr": 0.02}}))
+    config = small_config(folder, merged(ON_THE_HEAD, {"optimizer": {"lr": 0.02}}))
     assert outcome(config) == ""
     gone_on = dataclasses.replace(config.train, resume=True, max_steps=7)
     assert sizes_of(dataclasses.replace(config, train=gone_on)) == pytest.approx([1], abs=0.09)
@@ -331,7 +331,7 @@ def test_guards_leave_no_tensor_behind(folder: Path, monkeypatch: pytest.MonkeyP
         tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    def counted(subject: looking.Subject, name: str, allowed: set[str]) -> list[looking.Fault]:
+    def counted(subject: looking.GuardSubject, name: str, allowed: set[str]) -> list[Fault]:
         before = held_now()
         found = guard(subject, name, allowed)
         held[name] = held_now() - before
@@ -413,7 +413,7 @@ def test_a_large_model_is_looked_at_through_two_blocks_and_a_part_of_a_row(
 # What a guard looks at by a part of a large model: all of these must be seen in the part too.
 OF_A_PART = [
     plant
-    for plant in PLANTS
+    for plant in PLANTED_FAULTS
     if plant.name.startswith(
         ("M1 ", "M2 ", "M3 ", "M4 ", "M6 ", "M8 ", "M9 ", "E1 ", "E4 ", "E5 ", "E7 ", "E8 ")
     )
@@ -424,7 +424,9 @@ NAMED_OTHERWISE = {"M2 late": "other-document-visible"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", OF_A_PART, ids=lambda plant: plant.name)
-def test_a_planted_fault_of_a_large_model_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_of_a_large_model_is_caught(
+    plant: PlantedFault, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The probe's short rows too, with one long one; and the fewest new tokens."""
     for module, name, value in (
         (looking, "LARGE", 0),
@@ -433,7 +435,7 @@ def test_a_planted_fault_of_a_large_model_is_caught(plant: Plant, monkeypatch: p
     ):
         monkeypatch.setattr(module, name, value)
     settings = {"model": {"n_layer": 4}} if "base" not in plant.settings.get("train", {}) else {}
-    (result,) = run_plants([dataclasses.replace(plant, settings=plants.merged(plant.settings, settings))])
+    (result,) = run_planted([dataclasses.replace(plant, settings=merged(plant.settings, settings))])
     assert NAMED_OTHERWISE.get(plant.name, plant.expected) in result.caught
     assert not result.healthy
 
@@ -492,7 +494,7 @@ def test_matrices_of_next_to_nothing_are_awake_and_then_as_they_were() -> None:
         tiny.fill_(1e-5)
         none.zero_()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with looking.awake(model):
+    with looking.with_nonzero_weights(model):
         for woken in (tiny, none):
             assert woken.std() > 0.5 * woken.size(1) ** -0.5
         assert torch.equal(whole, before["head.weight"])

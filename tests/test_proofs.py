@@ -34,9 +34,11 @@ from selftest.prove_resume import (
     saved_state,
     state_digest,
 )
-from training import checkpoint, loop
+from training import checkpoint, loop, signals
+from training.begin import train
 from training.checkpoint import checkpoints, first_difference
-from training.loop import RESUMABLE, TrainingManager, train
+from training.loop import TrainingManager
+from training.signals import RESUMABLE
 from trainingmanager import main
 
 HOUSE = Path(__file__).parent.parent
@@ -298,7 +300,7 @@ def test_a_signal_that_is_sent_twice_over_is_one(config: Config, tmp_path: Path,
 def test_the_same_signal_later_is_a_second_one(
     config: Config, tmp_path: Path, one_thread: None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(loop, "SAME_SIGNAL", 0.0)
+    monkeypatch.setattr(signals, "SAME_SIGNAL", 0.0)
     here, twice = adapted(config, max_steps=1000), [int(signal.SIGINT)] * 2
     code = exit_code(forked(lambda: signalled(here, "save", 3, twice, tmp_path / "counts"), tmp_path / "log"))
     assert code == 128 + signal.SIGINT, (tmp_path / "log").read_text()

@@ -19,14 +19,16 @@ import pytest
 import trainingmanager
 from config import CONFIG_GROUPS, Config
 from data import prepare
-from selftest import faults, plants
+from selftest import faults
 from selftest.data import write_data
-from training import loop
+from selftest.planted_faults import EXAMPLES, GRADED, TUNED, merged
+from selftest.run import small_config
+from training import begin, report
 
 HOUSE = Path(__file__).parent.parent
 # These check and compare settings, and so does what they call; they do not act on them.
 WATCHERS = {*map(str, (HOUSE / "guards").glob("*.py"))}
-HANDED_ON = {*map(str, (HOUSE / "config").glob("*.py")), str(HOUSE / "selftest/plants.py")}
+HANDED_ON = {*map(str, (HOUSE / "config").glob("*.py")), str(HOUSE / "selftest/run.py")}
 
 
 @contextmanager
@@ -70,9 +72,9 @@ def keys() -> set[str]:
 
 RUNS: list[dict[str, dict[str, Any]]] = [
     {"model": {"rope_scaling": "llama3", "rope_factor": 2.0, "fused_qkv": True, "sliding_window": 9}},
-    plants.EXAMPLES,
-    plants.GRADED,
-    plants.merged(plants.TUNED, {"lora": {"new_tokens": ("<new>",)}}),
+    EXAMPLES,
+    GRADED,
+    merged(TUNED, {"lora": {"new_tokens": ("<new>",)}}),
     {"tokenizer": {"kind": "bpe"}, "optimizer": {"name": "adamw"}, "data": {"skip_undecodable": True}},
 ]
 
@@ -80,16 +82,16 @@ RUNS: list[dict[str, dict[str, Any]]] = [
 def test_every_setting_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path)
     monkeypatch.setattr(prepare, "POOL_PAYS_BYTES", 0)
-    monkeypatch.setattr(loop, "evaluate", lambda settings, data: {"side": "test"})
-    monkeypatch.setattr(loop, "table", str)
-    monkeypatch.setattr(loop, "write_results", lambda *args: None)
+    monkeypatch.setattr(report, "evaluate", lambda settings, data: {"side": "test"})
+    monkeypatch.setattr(report, "table", str)
+    monkeypatch.setattr(report, "write_results", lambda *args: None)
     managers = []
     with reads_noted() as noted:
         for settings in RUNS:
             if "skip_undecodable" in settings.get("data", {}):  # the last one, since the others would stop
                 (tmp_path / "long" / "latin1.py").write_bytes(b"# caf\xe9\n")
-            managers.append(loop.train(plants.small_config(tmp_path, settings)))
-        loop.report(managers[-1])
+            managers.append(begin.train(small_config(tmp_path, settings)))
+        report.report(managers[-1])
         with pytest.raises(SystemExit):  # it has no such folder, and asks whether to prove a resume first
             trainingmanager.main(Config.from_dict({"resume": True, "run": str(tmp_path / "none")}))
     assert keys() - noted == set()
@@ -99,12 +101,12 @@ def test_a_setting_that_is_set_and_never_read_is_named(tmp_path: Path) -> None:
     """Planted: a schedule that is stored, saved and watched, and never used."""
     write_data(tmp_path)
     allow = {"train": {"allow": ("schedule-ignored",), "samples": 0}}
-    config = plants.small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
+    config = small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
     schedule = {"optimizer.schedule", "optimizer.warmup_steps", "optimizer.cooldown"}
     with reads_noted() as noted:
-        loop.train(config)
+        begin.train(config)
     assert schedule <= noted
-    config = plants.small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
+    config = small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
     with reads_noted() as noted, faults.schedule_ignored():
-        loop.train(config)
+        begin.train(config)
     assert not schedule & noted

@@ -29,7 +29,7 @@ from sweeps.command import Crew
 from sweeps.settings import Settings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import STOPPED
-from training.loop import train
+from training.begin import train
 
 __all__ = ["forked_workers"]  # a fixture, which pytest finds here by its name
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -41,17 +40,11 @@ from data.documents import SPLITS
 from dataset import IGNORE_INDEX, Batch
 from guards import preflight
 from selftest.prove_resume import run_difference
-from training import loop
+from training import begin, loop, report
+from training.begin import train
 from training.checkpoint import checkpoints, first_difference, load_counters, load_state
-from training.loop import (
-    RESUMABLE,
-    RunState,
-    TrainingManager,
-    budget_used,
-    compile_blocks,
-    still_falling,
-    train,
-)
+from training.log import Log
+from training.loop import Observer, TrainingManager, compile_blocks
 from training.optim import Muon
 from training.run import load_run
 from training.runfolder import (
@@ -63,6 +56,8 @@ from training.runfolder import (
     flat,
     new_folder,
 )
+from training.signals import RESUMABLE
+from training.state import RunState, budget_used
 
 HOUSE = Path(__file__).parent.parent
 
@@ -112,7 +107,7 @@ def test_a_closed_terminal_ends_a_run_unless_nohup_waived_it(
 
     before = signal.signal(signal.SIGHUP, handler)
     try:
-        assert train(config, hang_up).state.step == steps
+        assert train(config, Observer(on_step=hang_up)).state.step == steps
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -227,13 +222,13 @@ def test_what_changes_between_the_resume_and_the_first_step_is_refused(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(adapted(config, max_steps=3))
-    checks = loop.preflight
+    checks = begin.preflight
 
     def draws(*arguments: Any) -> Any:
         torch.rand(1)
         return checks(*arguments)
 
-    monkeypatch.setattr(loop, "preflight", draws)
+    monkeypatch.setattr(begin, "preflight", draws)
     with pytest.raises(ValueError, match=r"^random/torch is not what"):
         train(adapted(config, resume=True))
 
@@ -388,24 +383,6 @@ def test_patience_stops_a_run_that_does_not_improve(config: Config) -> None:
     assert resumed.state.step == 8  # nor does it train on
 
 
-@pytest.mark.parametrize(
-    ("losses", "told"),
-    [
-        ([8 - 2.6 * n / 60 for n in range(60)], "from 6.40 to 5.75 .* quarter of 60 steps, 29% of all"),
-        ([8 - 0.1 * n for n in range(20)], "of 20 steps"),
-        ([8 - 0.1 * n for n in range(19)], None),  # too few to say
-        ([2.7 + 5.6 / (1 + n / 20) for n in range(1000)], None),  # as the default run's
-        ([8.0] * 80 + [3.0] * 20, "from 8.00 to 4.00"),
-        ([3 - 0.001 * n for n in range(100)], None),  # all that it fell is little
-        ([3.0] * 100, None),
-        ([3 + 0.1 * n for n in range(100)], None),
-    ],
-)
-def test_a_loss_that_still_falls_steeply_at_the_end_is_told(losses: list[float], told: str | None) -> None:
-    said = still_falling(losses)
-    assert said is None if told is None else said and re.search(told, said)
-
-
 def test_a_run_that_ends_while_its_loss_falls_says_so(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -434,7 +411,7 @@ def test_a_checkpoint_knows_how_much_of_the_budget_was_used(
     right = TrainingManager.validate
     monkeypatch.setattr(TrainingManager, "validate", lambda *given: time.sleep(0.2) or right(*given))
     run = adapted(config, validate_every=2, save_every=2, keep=0, max_seconds=300.0)
-    manager = train(run, observe)
+    manager = train(run, Observer(on_step=observe))
     found = checkpoints(manager.folder / "checkpoints")
     assert [m.step for m in found] == [2, 4, 6]
     for number, manifest in enumerate(found, 1):
@@ -531,7 +508,8 @@ def test_freed_memory_is_given_back_where_other_sizes_follow(
         monkeypatch.setattr(place, name, lambda *args: (done.append(name), function(*args))[1])
 
     for name in ("prepare_data", "release_freed_memory", "preflight"):
-        note(loop, name)
+        note(begin, name)
+    note(loop, "release_freed_memory")
     for name in ("update", "validation_batches"):
         note(TrainingManager, name)
     monkeypatch.setattr(preflight, "GUARDS", {})
@@ -547,7 +525,7 @@ def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
     torch.nn.init.constant_(manager.model.head.weight, math.nan)
     manager.state.step += 1
     with pytest.raises(ValueError, match="the validation loss of step 7 is nan"):
-        manager.validate_and_save(loop.Log(manager.folder, 6))
+        manager.validate_and_save(Log(manager.folder, 6))
     assert checkpoints(manager.folder / "checkpoints") == before
 
 
@@ -568,7 +546,7 @@ def test_what_is_not_finite_is_never_saved_although_the_loss_is(
         manager.optimizers[1].state[embedding]["exp_avg"][399, 0] = value
     name = "embed.weight" if where == "weight" else "optimizers/1/state/0/exp_avg"
     with pytest.raises(ValueError, match=f"{name} of step 7 is not finite, so it was not saved"):
-        manager.validate_and_save(loop.Log(manager.folder, 6))
+        manager.validate_and_save(Log(manager.folder, 6))
     assert checkpoints(manager.folder / "checkpoints") == before
 
 
@@ -733,7 +711,7 @@ def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_fro
     import suites.tokens as evaluation
 
     read: list[tuple[str, str]] = []
-    for module in (loop, evaluation):
+    for module in (loop, report, evaluation):
         for name, number in (("validation_batches", 0), ("numbered_batches", 0), ("sample_completions", 2)):
             right = getattr(module, name, None)
 
@@ -747,10 +725,10 @@ def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_fro
                 monkeypatch.setattr(module, name, noted)
     manager = train(config)
     assert {manager.data.train.split, manager.data.validation.split, manager.data.test.split} == set(SPLITS)
-    assert set(read) == {("trainingmanager", "validation")}
+    assert set(read) == {("training.loop", "validation")}
     read.clear()
-    loop.report(manager)
-    assert set(read) == {("trainingmanager", "test"), ("suites.tokens", "test")}
+    report.report(manager)
+    assert set(read) == {("training.report", "test"), ("suites.tokens", "test")}
     result = json.loads((manager.folder / "eval.json").read_text())
     assert result["side"] == "test" and result["files"] == manager.data.test.n_documents
     out = capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""What a training run is made of: loss, optimizers, checkpoints, its folder, and the loop."""
+"""Training: loss, optimizers, checkpoints, the folder of a run, and the loop."""

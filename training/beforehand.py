@@ -1,9 +1,9 @@
-"""What is judged of a run before the first document of its corpus is opened.
+"""The mistakes in a run's settings that are refused before the first document of its corpus is opened.
 
     precision = refuse_mistakes(config)  # The precision of the run, or a ValueError in one sentence.
 
-To read and tokenise a corpus may take many minutes, and the weights of a base some. A mistake that neither
-is needed for is told before: of the corpus nothing is read, and of a base its config.json.
+To read and tokenise a corpus may take many minutes, and to load the weights of a base some. A mistake that
+needs neither is told before: nothing is read of the corpus, and of a base only its config.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from config import Config, LoraConfig, refuse_unwritable
 from data.corpus import refuse_unreadable
-from guards.subject import refuse_unknown_faults
+from guards.faults import refuse_unknown_faults
 from lora import add_adapter
 from modules.precision import Precision, choose_device, choose_precision, evaluation_precision
 from pretrained.load import described, without_memory
@@ -24,13 +24,13 @@ MOST_LAYERS = 1000  # The most blocks that are made to name modules: a config.js
 
 
 def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
-    """The precision of a run, whose settings are judged by themselves and against its base's config.json.
+    """Judge the settings of a run by themselves and against its base's config.json; return its precision.
 
     Args:
         made_here: The data, and perhaps the base, are still to be made: a recipe makes them.
 
     Raises:
-        ValueError: A name, a device, a folder or a setting can be known not to do; one sentence.
+        ValueError: A name, a device, a folder or a setting is known to be wrong; one sentence.
     """
     train = config.train
     refuse_unknown_faults(train.allow)
@@ -52,13 +52,13 @@ def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
 
 
 def refuse_other_base(config: Config) -> None:
-    """ValueError if the settings do not go with the config.json of the base that they name, if any."""
+    """Raise a ValueError if the settings do not go with the config.json of the base that they name."""
     if config.train.base is None:
         return
     family, own = described(config.train.base, config.train.base_revision)
     refuse_other_model(config, own)
     if config.lora.r and own.n_layer <= MOST_LAYERS:
-        # What decides the adapters' weights is left out: it takes time, and no name depends on it.
+        # The settings of the adapters' weights are left out: they take time, and no name depends on them.
         plain = LoraConfig()
         names = replace(config.lora, init=plain.init, dora=plain.dora, dropout=plain.dropout)
         add_adapter(without_memory(own), names, family.key)

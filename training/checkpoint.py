@@ -2,7 +2,7 @@
 
     RUN/config.yaml                      the resolved settings
     RUN/fingerprints.json                SHA-256 of data, tokenizer and code
-    RUN/tokenizer/                       what turns text into this model's ids
+    RUN/tokenizer/                       the tokenizer of this model's ids
     RUN/checkpoints/step-00000600/
         model.safetensors                parameters
         state.safetensors, state.json    optimizers, random states, counters: all that a resumed run needs
@@ -44,13 +44,13 @@ FILES = ("model.safetensors", "state.safetensors", "state.json")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a checkpoint without opening its tensors."""
+    """The facts of a checkpoint that are known without opening its tensors."""
 
     folder: Path
     step: int
-    loss: float | None  # of its validation, nats a token; None when none was run
-    keep: bool  # one of the every-N checkpoints
-    files: dict[str, str]  # name -> SHA-256
+    loss: float | None  # The validation loss in nats a token; None without a validation.
+    keep: bool  # Whether it is one of those that --save_every asks for.
+    files: dict[str, str]  # By name the SHA-256.
 
 
 def save_checkpoint(
@@ -91,10 +91,10 @@ def save_checkpoint(
                 verify(read_manifest(path))
                 final = folder / f"step-{step:08d}.{_number(path)[1] + 1}"
                 older.append(path)
-            except ValueError:  # damaged: nothing is lost with it
+            except ValueError:  # It is damaged: nothing is lost with it.
                 _remove(path)
         os.replace(temporary, final)
-        for path in (folder, folder.parent, folder.parent.parent):  # all may be new: RUN/checkpoints
+        for path in (folder, folder.parent, folder.parent.parent):  # RUN and RUN/checkpoints may be new.
             flush(path)
         for path in older:
             with suppress(OSError):
@@ -110,7 +110,7 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Manifest]:
-    """The manifests in `folder`, oldest first; folders without a readable one do not count."""
+    """Return the manifests in `folder`, oldest first; folders without a readable one do not count."""
     found = []
     for path in step_folders(folder):
         with suppress(ValueError):
@@ -119,18 +119,18 @@ def checkpoints(folder: Path) -> list[Manifest]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Of one checkpoint; ValueError if it is missing, is not what was written, or names another step."""
+    """Return the manifest of one checkpoint; ValueError if it is missing, damaged, or names another step."""
     return read_run_file(folder / "manifest.json", _manifest)
 
 
 def best_of(manifests: list[Manifest]) -> Manifest | None:
-    """The one with the lowest validation loss; the later of two equals."""
+    """Return the manifest with the lowest validation loss; the later of two equals."""
     scored = [m for m in manifests if m.loss is not None]
     return min(scored, key=lambda m: (m.loss, -m.step)) if scored else None
 
 
 def newest_whole(folder: Path) -> Manifest:
-    """The newest checkpoint in `folder` that is whole; says on stderr which damaged ones it passed over.
+    """Return the newest checkpoint in `folder` that is whole; name on stderr those that it passes over.
 
     Raises:
         ValueError: There is none.
@@ -165,7 +165,7 @@ def remove_superseded(folder: Path, keep: int) -> None:
 
 
 def verify(manifest: Manifest) -> None:
-    """ValueError that names the first file that is missing or whose SHA-256 is not the manifest's."""
+    """Raise a ValueError that names the first file that is missing or whose SHA-256 is not the manifest's."""
     for name in FILES:
         path = manifest.folder / name
         if name not in manifest.files or not path.is_file():
@@ -179,13 +179,13 @@ def verify(manifest: Manifest) -> None:
 
 
 def load_state(manifest: Manifest) -> dict[str, Any]:
-    """The `state` that `save_checkpoint` was given."""
+    """Return the `state` that `save_checkpoint` was given."""
     tensors = load_file(manifest.folder / "state.safetensors")
     return _put_tensors(json.loads((manifest.folder / "state.json").read_text("utf-8")), tensors)
 
 
 def load_counters(manifest: Manifest) -> dict[str, Any]:
-    """As `load_state`, with None for each tensor: those are not read."""
+    """Return what `load_state` does, with None for each tensor: tensors are not read."""
     plain = json.loads((manifest.folder / "state.json").read_text("utf-8"))
     return _put_tensors(plain, defaultdict(lambda: None))
 
@@ -204,7 +204,7 @@ def load_weights(model: nn.Module, manifest: Manifest) -> None:
 
 
 def changed_weight(model: nn.Module, manifest: Manifest) -> str | None:
-    """Name of the first parameter or buffer of `model` that is not, bit for bit, the checkpoint's."""
+    """Return the name of the first parameter or buffer that is not, bit for bit, the checkpoint's."""
     with safe_open(manifest.folder / "model.safetensors", framework="pt") as file:
         for key, tensor in kept_tensors(model).items():
             if first_difference(file.get_tensor(key), tensor) is not None:
@@ -213,7 +213,7 @@ def changed_weight(model: nn.Module, manifest: Manifest) -> str | None:
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> str | None:
-    """Where two nested states differ first, as in `optimizers/0/state/3/exp_avg`; None if nowhere.
+    """Return where two nested states differ first, as in `optimizers/0/state/3/exp_avg`; None if nowhere.
 
     Tensors are compared bit for bit, wherever they lie, and so are numbers: 1 is not 1.0, and NaN is NaN.
     Tuples and lists are the same, as they are in a checkpoint.
@@ -239,7 +239,7 @@ def first_difference(a: Any, b: Any, name: str = "") -> str | None:
 
 
 def not_finite(model: nn.Module, state: dict[str, Any]) -> str | None:
-    """Name of the first tensor of floats, of weights or state, with a value that is not finite."""
+    """Return the name of the first tensor, of weights or state, with a value that is not finite."""
     tensors: dict[str, Tensor] = {}
     _collect_tensors(state, "", tensors)
     for key, tensor in (kept_tensors(model) | tensors).items():
@@ -252,13 +252,13 @@ def not_finite(model: nn.Module, state: dict[str, Any]) -> str | None:
 
 
 def _number(path: Path) -> tuple[int, int]:
-    """Step and generation of `step-00000600.1`; the generation is 0 where none is written."""
+    """Return step and generation of `step-00000600.1`; the generation is 0 where none is written."""
     match = re.fullmatch(r"step-(\d{8,})(?:\.(\d+))?", path.name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Oldest first, whether whole or not."""
+    """Return the folders of checkpoints, oldest first, whether whole or not."""
     return sorted((path for path in folder.glob("step-*") if _number(path)[0] >= 0), key=_number)
 
 
@@ -281,12 +281,12 @@ def first_whole(folders: list[Path], run: Path) -> Manifest:
 
 
 def read_run_file(path: Path, parse: Callable[[Path], T]) -> T:
-    """`parse(path)`; ValueError in one sentence if the file, or folder, is missing or `parse` raises."""
+    """Return `parse(path)`; ValueError in one sentence if the path is missing or `parse` raises."""
     if not path.exists():
         raise ValueError(f"{path} is missing; restore it from a copy, or use another run or checkpoint")
     try:
         return parse(path)
-    except Exception as error:  # anyone may have written the file, and each parser has errors of its own
+    except Exception as error:  # Anyone may have written the file, and each parser has errors of its own.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path} is damaged ({reason}); restore it from a copy, or use another run or checkpoint"
@@ -294,7 +294,7 @@ def read_run_file(path: Path, parse: Callable[[Path], T]) -> T:
 
 
 def _with_own_sha256(values: dict[str, Any]) -> str:
-    """The text of a manifest; its last entry is the SHA-256 of the text without that entry."""
+    """Return the text of a manifest; its last entry is the SHA-256 of the text without that entry."""
     own = hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()
     return json.dumps(values | {"sha256": own}, indent=1)
 
@@ -307,14 +307,14 @@ def _manifest(path: Path) -> Manifest:
     if _number(path.parent)[0] != values["step"]:
         raise ValueError(f"it is that of step {values['step']}")
     loss = None if values["loss"] is None else float(values["loss"])
-    if loss is not None and not math.isfinite(loss):  # JSON of Python's knows NaN and Infinity
+    if loss is not None and not math.isfinite(loss):  # Python's JSON knows NaN and Infinity.
         raise ValueError(f"its loss is {loss}")
     files = {str(name): str(digest) for name, digest in values["files"].items()}
     return Manifest(path.parent, int(values["step"]), loss, bool(values["keep"]), files)
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Of the tensors in a safetensors file, whose header alone is read."""
+    """Return the shapes of the tensors in a safetensors file, whose header alone is read."""
     with safe_open(path, framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
@@ -349,7 +349,7 @@ def _remove(path: Path) -> None:
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: all of the model's, or if some of it is frozen, what trains and adapters.
+    """Return the tensors of a checkpoint: the model's, or if some are frozen, what trains and the adapters.
 
     What is frozen is the base that the run was started from; an adapter's start is, and is no base's. A
     shared tensor stands under its first name.
@@ -364,9 +364,9 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON with tensors replaced by their key in `tensors`; dicts become pairs: integer keys survive."""
+    """Return JSON with tensors replaced by their key in `tensors`; dicts become pairs, for integer keys."""
     if isinstance(value, Tensor):
-        tensors[key] = value.detach().clone()  # clones: safetensors refuses tensors that share memory
+        tensors[key] = value.detach().clone()  # A clone: safetensors refuses tensors that share memory.
         return {"tensor": key}
     if isinstance(value, dict):
         return {"dict": [[k, _take_tensors(v, f"{key}/{k}", tensors)] for k, v in value.items()]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-# File name -> (label of the y axis, the tags drawn in it)
+# By file name the label of the y axis, and the tags whose values are drawn.
 CURVES = {
     "loss": ("nats a token", ("train/loss", "eval/loss")),
     "learning_rate": ("learning rate", ("train/learning_rate",)),
@@ -15,10 +15,10 @@ CURVES = {
 
 
 def draw_curves(folder: Path) -> list[Path]:
-    """Write `curves/NAME.png` for each of CURVES that has data; returns their paths."""
+    """Write `curves/NAME.png` for each of CURVES that has data; return their paths."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed
+    matplotlib.use("Agg")  # It needs no display.
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]

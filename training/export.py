@@ -17,8 +17,8 @@ accepts it.
 
 from __future__ import annotations
 
-import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -36,11 +36,12 @@ from training.export_config import ExportConfig
 from training.run import export_adapter, load_run, open_adapted
 
 PROMPTS, PROMPT_TOKENS = 8, 128
-DEFAULT_TEXT = argparse.__file__  # real code, and on every machine
+# Real code that is on every machine: the interpreter's own argparse, as it lies beside os.py.
+DEFAULT_TEXT = str(Path(os.__file__).with_name("argparse.py"))
 
 
 def export(settings: ExportConfig) -> str:
-    """Write the folder; returns what was done, in a sentence or two.
+    """Write the folder; return what was done, in a sentence or two.
 
     Raises:
         ValueError: The run, base or adapter cannot be opened or do not belong together, no family has the
@@ -65,11 +66,11 @@ def export(settings: ExportConfig) -> str:
         report = merged(model, tokenizer, settings)
     elif run is not None and family is not None:
         export_adapter(run, settings.out)
-        weight_format = run.config.train.base_format
+        stored_as = run.config.train.base_format
         note = (
             ""
-            if weight_format == "fp32"
-            else f", stored as {weight_format}: on other weights, as PEFT loads, it is another model"
+            if stored_as == "fp32"
+            else f", stored as {stored_as}: on other weights, as PEFT loads, it is another model"
         )
         return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}{note}"
     else:
@@ -79,7 +80,7 @@ def export(settings: ExportConfig) -> str:
 
 
 def judging_text(settings: ExportConfig) -> tuple[Path, str]:
-    """The file that judges a merge, and its text; ValueError if it cannot be read."""
+    """Return the file that judges a merge, and its text; ValueError if it cannot be read."""
     path = Path(settings.text or DEFAULT_TEXT)
     try:
         return path, path.read_text("utf-8")
@@ -88,7 +89,7 @@ def judging_text(settings: ExportConfig) -> tuple[Path, str]:
 
 
 def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
-    """Merge in place, judged by text; says how it went."""
+    """Merge in place, judged by text; return how it went."""
     path, text = judging_text(settings)
     ids = tokenizer.encode(text)
     length = min(PROMPT_TOKENS, model.config.block_size)
@@ -97,17 +98,18 @@ def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
         report, effect = _requantised(model, prompts, settings.tolerance)
         return f"{report} of {path.name}; the adapter itself moves a logit by up to {effect:.2e}; "
     report = merge_checked(model, prompts, settings.tolerance, keep=False)
-    dequantize_linears(model)  # those without an adapter
+    dequantize_linears(model)  # The merge did so with those that have an adapter.
     return f"{report} of {path.name}; "
 
 
 def _requantised(model: Decoder, prompts: list[list[int]], tolerance: float) -> tuple[MergeReport, float]:
-    """Merge in place onto the grid of 4 bits, rounded to bf16; what is judged are the values that remain.
+    """Merge in place onto the grid of 4 bits, rounded to bf16, and judge the values that remain.
 
-    Beside the report, by how much the adapter itself moves a logit: a gap as large loses all that it learned.
+    Returns:
+        The report, and how far the adapter itself moves a logit: a gap as large loses all that it learned.
     """
     if not any(isinstance(module, Linear4bit) for module in model.modules()):
-        raise ValueError("the base is not stored as nf4, so that nothing is to be requantised; leave it out")
+        raise ValueError("the base was not stored in nf4, so that nothing is to be requantised; leave it out")
 
     def base(tokens: Tensor) -> Tensor:
         with adapters_disabled(model):

@@ -1,4 +1,4 @@
-"""What export writes of a model, and where."""
+"""The settings of an export: what is written of a model, and where."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is written, and where.
+    """The settings of `python export.py`.
 
     Args:
         out: Folder to write; new or empty.
         run: Run folder, or one checkpoint inside it.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
-        base: Instead of a run: folder or hub id of a published model,
-        adapter: and folder of an adapter for it.
+        base: Instead of a run: folder or hub id of a published model.
+        adapter: With `base`: folder of an adapter for it.
         base_format: How the weights of `base` were stored when the adapter was trained: `fp32`, `bf16` or
             `nf4`; a run and an adapter written here know.
         merge: Put the adapters into the weights, which are merged and written in fp32.
-        requantise: Of a base in nf4, round the merged matrices to nf4 again and write all in bf16.
+        requantise: Round the merged matrices of a base in nf4 to nf4 again, and write all in bf16.
         tolerance: The largest logit gap that a merge may have.
         text: A file of real text that judges a merge; by default a file of the interpreter's own library.
     """

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: AdamW, Muon for matrices, and which of them trains what."""
+"""Optimizers and learning-rate schedules: AdamW, Muon for matrices, and the parameters that each trains."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ POLAR_EXPRESS = (
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, approximately: singular values between about 0.7 and 1.2.
+    """Return about the nearest (semi-)orthogonal matrices: their singular values are between 0.7 and 1.2.
 
     Args:
-        matrices: (N, rows, columns), any scale.
+        matrices: Matrices of any scale, (N, rows, columns).
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.size(-2) > x.size(-1)
@@ -48,8 +48,8 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: Groups of two-dimensional parameters.
         lr: Size of the orthogonal update.
-        momentum: Of the running mean of gradients; the update looks one step ahead (Nesterov).
-        weight_decay: Decoupled, times lr.
+        momentum: Share that the running mean of gradients keeps; the update looks one step ahead (Nesterov).
+        weight_decay: Share of a weight, times lr, that a step takes away (decoupled).
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -85,8 +85,8 @@ class Muon(torch.optim.Optimizer):
 class ParameterGroup(NamedTuple):
     """Parameters that one optimizer moves at one learning rate."""
 
-    kind: str  # `embeddings`, `head`, `vectors`, `adapters` or `matrices`
-    key: str  # of OptimizerConfig, that the rate is from
+    kind: str  # `embeddings`, `head`, `vectors`, `adapters` or `matrices`.
+    key: str  # The key of OptimizerConfig that gives the rate.
     lr: float
     weight_decay: float
     parameters: list[Tensor]
@@ -96,7 +96,9 @@ class ParameterGroup(NamedTuple):
 def parameter_groups(
     model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, width_mult: float = 1.0
 ) -> list[ParameterGroup]:
-    """The trainable parameters by kind, without kinds that are not there; arguments as `build_optimizers`.
+    """Return the trainable parameters by kind, without kinds that are not there.
+
+    The arguments are those of `build_optimizers`.
 
     `vectors` (norms, biases, DoRA's magnitudes) never decay. The adapters' A and B are two groups.
     """
@@ -132,7 +134,7 @@ def parameter_groups(
 
 
 def groups_table(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> str:
-    """What moves which parameters, at which rate and by which setting; a line for each group."""
+    """Return a line for each group: its optimizer, parameters, rate, and the setting that gives the rate."""
     own = config.resolved()
     lines = [
         f"{g.optimizer:<5} {sum(p.numel() for p in g.parameters):>13,} parameters, {g.kind:<10} "
@@ -147,7 +149,7 @@ def groups_table(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> s
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, lr_ratio: float = 1.0, width_mult: float = 1.0
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the blocks' matrices and AdamW for the rest; adapters' matrices by AdamW.
+    """Return AdamW for all, or Muon for the blocks' matrices and AdamW for the rest, with adapters.
 
     Vectors (norms, biases) never decay. Every trainable parameter is in exactly one group (asserted). Each
     group keeps its own `initial_lr`, which the schedule scales.
@@ -186,7 +188,7 @@ def build_optimizers(
 
 
 def cosine(progress: float, cooldown: float) -> float:
-    """Half a cosine from 1 to 0 (Loshchilov and Hutter 2016, arXiv:1608.03983)."""
+    """Fall from 1 to 0 by half a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983)."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -199,7 +201,7 @@ def constant(progress: float, cooldown: float) -> float:
 
 
 def warmup_stable_decay(progress: float, cooldown: float) -> float:
-    """1, then linearly to 0 over the last `cooldown` share (Hu et al. 2024, arXiv:2404.06395)."""
+    """Stay at 1, then fall linearly to 0 in the last share, `cooldown` (Hu et al. 2024, arXiv:2404.06395)."""
     return min(1.0, (1 - progress) / cooldown) if cooldown > 0 else 1.0
 
 
@@ -212,7 +214,7 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
-    """What the learning rates are multiplied by.
+    """Return the number that all learning rates are multiplied by.
 
     Args:
         step: Updates done so far; the first `warmup_steps` rise linearly.

@@ -1,4 +1,4 @@
-"""What a run leaves at its end besides its checkpoints, and which of it is there.
+"""The outputs of a run besides its checkpoints: which of them there are, and which are made.
 
 RUN/outputs.json names what was made after the last checkpoint, each as soon as it is whole: a run that is
 killed there makes the rest when it is resumed. No torch.
@@ -13,7 +13,7 @@ from pathlib import Path
 from config import write_atomically
 
 RECORD = "outputs.json"
-OUTPUTS = {  # in the order in which they are made, with a file of each
+OUTPUTS = {  # One file of each, in the order in which they are made.
     "adapter": "adapter/adapter_config.json",
     "scores": "eval.json",
     "samples": "samples.txt",
@@ -22,14 +22,14 @@ OUTPUTS = {  # in the order in which they are made, with a file of each
 
 
 def outputs_made(folder: Path, best_step: int) -> set[str]:
-    """The names of OUTPUTS that are there and were made at the end of a run's training.
+    """Return the names in OUTPUTS of those that are there and were made at the end of a run's training.
 
-    A run of before there was a record has those that are there, if its scores are of its best checkpoint: the
-    scores came after the adapter.
+    A run that is older than the record has those that are there, if its scores are of its best checkpoint:
+    the scores came after the adapter.
 
     Args:
-        folder: Of the run.
-        best_step: That of the checkpoint that is scored.
+        folder: The run's folder.
+        best_step: The step of the checkpoint that is scored.
     """
     there = {name for name, file in OUTPUTS.items() if (folder / file).is_file()}
     if (folder / RECORD).exists():
@@ -42,7 +42,7 @@ def outputs_made(folder: Path, best_step: int) -> set[str]:
 
 
 def note_made(folder: Path, *names: str) -> None:
-    """Note that some of OUTPUTS were made."""
+    """Record that some of OUTPUTS were made."""
     made = [known for known in OUTPUTS if known in {*_recorded(folder), *names}]
     values = {"checkpoint": _newest(folder), "made": made}
     write_atomically(folder / RECORD, json.dumps(values, indent=1))
@@ -57,6 +57,6 @@ def _recorded(folder: Path) -> set[str]:
 
 
 def _newest(folder: Path) -> str:
-    """SHA-256 of the newest checkpoint's manifest, which has that of each of its files."""
+    """Return the SHA-256 of the newest checkpoint's manifest, which has that of each of its files."""
     manifests = sorted((folder / "checkpoints").glob("step-*/manifest.json"))
     return hashlib.sha256(manifests[-1].read_bytes()).hexdigest() if manifests else ""

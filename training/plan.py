@@ -1,7 +1,7 @@
 """Memory and speed of a run before it begins: `python trainingmanager.py --plan [the run's flags]`.
 
-A child process on this machine makes the run's model with random weights, stored as the run would store them,
-and does with it what a run does, by the same functions, on drawn text and tokens: the guards, some updates, a
+A child process on this machine makes the run's model with random weights, stored as the run would, and does
+with it what a run does, by the same functions, on random text and tokens: the guards, some updates, a
 validation, a checkpoint. A model above WHOLE weights is made at its full width with two and with eight of its
 blocks, in a child each: what blocks take is linear in their number, so those of the whole depth follow.
 Nothing of the data is read, and of a base only its config.json.
@@ -25,21 +25,21 @@ from config.files import own_module
 # Resident memory differs by some per cent from process to process, as the allocator finds room: by the line
 # through one and three blocks, estimates of 24 blocks differed by up to 30%.
 DEPTHS = (2, 8)
-WHOLE = 50_000_000  # weights of a model that is measured with all of its blocks
+WHOLE = 50_000_000  # Weights: a model with at most as many is measured with all of its blocks.
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a number of blocks, as measured.
+    """The measured cost of a number of blocks.
 
     Args:
-        guard_bytes: Most memory of the process in the guards; on a GPU that of its tensors.
-        step_bytes: While it trains and validates.
-        save_bytes: While it saves a checkpoint.
-        held_bytes: Weights as they are stored, the trainable ones' gradients and optimizer state left out.
-        trained_bytes: Trainable weights with gradients and optimizer state.
-        micro_seconds: Of a micro-batch, forward and backward.
-        update_seconds: Of the clip and the optimizers.
+        guard_bytes: The most memory of the process in the guards; on a GPU that of its tensors.
+        step_bytes: The same while it trains and validates.
+        save_bytes: The same while it saves a checkpoint.
+        held_bytes: The frozen weights, as they are stored.
+        trained_bytes: The trainable weights with gradients and optimizer state.
+        micro_seconds: The time of a micro-batch, forward and backward.
+        update_seconds: The time of the clip and the optimizers.
     """
 
     guard_bytes: float
@@ -51,7 +51,7 @@ class Cost:
     update_seconds: float
 
     def at(self, other: Cost, n: int) -> Cost:
-        """Of n blocks, by the line through this, of DEPTHS[0], and the other, of DEPTHS[1]."""
+        """Return the cost of n blocks, on the line through this (DEPTHS[0]) and the other (DEPTHS[1])."""
         first, second = asdict(self), asdict(other)
         share = (n - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         # A block takes no less than nothing; clocks on a busy machine may say otherwise.
@@ -66,11 +66,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is expected to take."""
+    """The memory and time that a run is expected to take."""
 
     cost: Cost
     n_layer: int
-    depths: tuple[int, ...]  # that were measured
+    depths: tuple[int, ...]  # The numbers of blocks that were measured.
     row_tokens: int
     config: Config
 
@@ -99,14 +99,15 @@ class Plan:
         if self.depths != (self.n_layer,):
             measured = f"{' and '.join(map(str, self.depths))} of {self.n_layer} blocks at full width"
         lines.append(
-            f"measured just now with {measured}, on drawn tokens that all bear loss, as if nothing else ran; "
-            "the seconds of validation and guards are not counted, nor time and memory of the final scores"
+            f"measured just now with {measured}, on sampled tokens that are all targets, as if nothing "
+            "else ran; the seconds of validation and guards are not counted, nor time and memory of the "
+            "final scores"
         )
         return "\n".join(lines)
 
 
 def plan(config: Config) -> Plan:
-    """See the module.
+    """Measure what a run would take, as the module says.
 
     Raises:
         ValueError: The base or the settings do not fit, or a child failed: one sentence.
@@ -126,13 +127,13 @@ def plan(config: Config) -> Plan:
 
 
 def n_weights(model: ModelConfig) -> int:
-    """About as many as the model has: its matrices, with a feed-forward of three and a head of its own."""
+    """Return about how many weights a model has, with a feed-forward of three matrices and an untied head."""
     block = model.n_embd * (4 * model.n_embd + 3 * model.n_inner)
     return model.n_layer * block + 2 * model.vocab_size * model.n_embd
 
 
 def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
-    """The model that trains, resolved, and its family; of a base only config.json is read."""
+    """Return the model that trains, resolved, and its family; of a base only config.json is read."""
     base = config.train.base
     if base is None:
         vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
@@ -147,10 +148,10 @@ def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
 
 
 def _measured(config: Config, model: ModelConfig, family: str | None, n_layer: int, rows: int) -> Cost:
-    asked = {"config": config.to_dict(), "model": asdict(model), "family": family, "rows": rows}
-    asked["n_layer"] = n_layer
+    request = {"config": config.to_dict(), "model": asdict(model), "family": family, "rows": rows}
+    request["n_layer"] = n_layer
     command, environment = own_module("selftest.plan_child")
-    made = subprocess.run(command, env=environment, input=json.dumps(asked), capture_output=True, text=True)
+    made = subprocess.run(command, env=environment, input=json.dumps(request), capture_output=True, text=True)
     last = made.stdout.strip().rpartition("\n")[2]
     if made.returncode or not last.startswith("{"):
         reason = (made.stderr.strip().splitlines() or [f"exit code {made.returncode}"])[-1]

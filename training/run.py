@@ -1,6 +1,6 @@
-"""The model of a run: drawn from a seed, or a published one with what trains on top of it.
+"""The model of a run: sampled from a seed, or a published one with what trains on top of it.
 
-    settings -> open_base -> with_base_config -> starting_model    when a run begins or goes on
+    settings -> open_base -> with_base_config -> starting_model    where a run begins or goes on
     RUN -> load_run -> model, tokenizer, settings                  to evaluate it or to write text with it
 
 A run with adapters keeps only what it trains. Whoever opens it needs the base again, and it has to be the
@@ -47,19 +47,19 @@ from training.checkpoint import (
     verify,
 )
 
-LONGEST_BLOCK = 2**20  # tokens; of a run to open, since a table of positions is not among the weights
-MOST_NEW_TOKENS = 10_000  # of a stranger's adapter
+LONGEST_BLOCK = 2**20  # Tokens in a run to open: a table of positions is not among its weights.
+MOST_NEW_TOKENS = 10_000  # In a stranger's adapter.
 
 
 def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "cpu") -> Pretrained | None:
-    """The published model that `config.train.base` names, in eval mode; None where none is named.
+    """Open the published model that `config.train.base` names, in eval mode; None where none is named.
 
     Args:
-        dtype: Of the run's matrix products. Frozen weights are stored in it, or as `base_format` says;
-            weights that train are stored in fp32.
+        dtype: The number format of the run's matrix products. Frozen weights are stored in it, or as
+            `base_format` says; weights that train are stored in fp32.
 
     Raises:
-        ValueError: It cannot be had.
+        ValueError: The model cannot be had.
     """
     train = config.train
     if train.base is None:
@@ -69,33 +69,33 @@ def open_base(config: Config, dtype: torch.dtype, device: torch.device | str = "
 
 
 def resolved_format(base_format: str, dtype: torch.dtype) -> str:
-    """`auto` is the number format of the run's matrix products; what fp16 multiplies is stored in fp32."""
+    """Return the format for `auto`: that of the run's matrix products, or fp32 where they are in fp16."""
     if base_format != "auto":
         return base_format
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def base_stored_as(
-    base_format: str,
+    weight_format: str,
     source: str,
     dtype: torch.dtype,
     device: torch.device | str,
     revision: str | None = None,
     local_only: bool = False,
 ) -> Pretrained:
-    """A base whose weights have the values of a format, whatever the machine multiplies.
+    """Open a base whose weights have the values of a format, whatever the machine multiplies.
 
     Args:
-        base_format: `fp32`; `bf16`, to which all is rounded; or `nf4`, which the blocks' matrices are put
-            into from bf16, while the rest is bf16.
-        dtype: Of the matrix products. Where it is not bf16, bf16 matrices are stored as such and multiplied
-            in fp32, and the rest becomes fp32.
+        weight_format: `fp32`; `bf16`, to which all is rounded; or `nf4`, to which the blocks' matrices are
+            rounded from bf16, while the rest is bf16.
+        dtype: The number format of the matrix products. Where it is not bf16, bf16 matrices are stored as
+            such and multiplied in fp32, and the rest becomes fp32.
     """
-    if base_format == "fp32":
+    if weight_format == "fp32":
         return load_pretrained(source, torch.float32, device, revision, local_only=local_only)
-    if base_format == "bf16" and dtype == torch.bfloat16:
+    if weight_format == "bf16" and dtype == torch.bfloat16:
         return load_pretrained(source, torch.bfloat16, device, revision, local_only=local_only)
-    base = load_pretrained(source, torch.bfloat16, device, revision, base_format, local_only)
+    base = load_pretrained(source, torch.bfloat16, device, revision, weight_format, local_only)
     if dtype != torch.bfloat16:
         for p in base.model.parameters():
             p.data = p.data.float()
@@ -103,13 +103,15 @@ def base_stored_as(
 
 
 def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dtype: torch.dtype) -> Config:
-    """The settings with what the base decides filled in: the model's shape, its commit, a row's length, and
-    how frozen weights are stored, so that whoever opens the run stores them alike.
+    """Return the settings with what the base decides filled in.
+
+    That is the model's shape, its commit, a row's length, and how frozen weights are stored, so that whoever
+    opens the run stores them alike.
 
     Raises:
         ValueError: The settings ask for another model.
     """
-    own, asked = base.model.config, config.model
+    own, requested = base.model.config, config.model
     grown, named = tokenizer.vocab_size - own.vocab_size, len(config.lora.new_tokens)
     if named < grown:
         raise ValueError(
@@ -119,13 +121,13 @@ def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dty
     if tokenizer.vocab_size > own.vocab_size and config.lora.new_tokens:
         own = replace(own, vocab_size=tokenizer.vocab_size)
     refuse_other_model(config, own, ("vocab_size",))
-    for key in DROPOUTS:
-        value = getattr(asked, key) if getattr(asked, key) is not None else asked.dropout
+    for key in DROPOUTS:  # Where one is not given, `dropout` stands for it.
+        value = getattr(requested, key) if getattr(requested, key) is not None else requested.dropout
         own = own if value is None else replace(own, **{key: value})
     row_length = config.train.row_length or min(BASE_ROW, own.block_size)
     revision = base.revision or config.train.base_revision
     folder = Path(str(config.train.base))
-    place = str(folder.resolve()) if folder.is_dir() else config.train.base  # found from any folder
+    place = str(folder.resolve()) if folder.is_dir() else config.train.base  # It is found from any folder.
     train = replace(config.train, base=place, row_length=row_length, base_revision=revision)
     if config.lora.r and train.base_format == "auto":
         train = replace(train, base_format=resolved_format(train.base_format, dtype))
@@ -133,11 +135,11 @@ def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dty
 
 
 def refuse_other_model(config: Config, own: ModelConfig, more: tuple[str, ...] = ()) -> None:
-    """ValueError if the settings ask for another model than the base, or for rows that it has no room for.
+    """Raise a ValueError if the settings ask for another model than the base, or for rows that are too long.
 
     Args:
-        own: The base's.
-        more: Keys that are compared too; without its tokenizer the size of the vocabulary is not known.
+        own: The base's shape.
+        more: Further keys to compare: without its tokenizer the size of the vocabulary is not known.
     """
     default = ModelConfig()
     for key, value in vars(config.model).items():
@@ -156,10 +158,10 @@ def refuse_other_model(config: Config, own: ModelConfig, more: tuple[str, ...] =
 
 
 def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
-    """That of the base, or of `tokenizer.path`, with a start and `lora.new_tokens`.
+    """Return the tokenizer of the base, or of `tokenizer.path`, with a start and `lora.new_tokens`.
 
     Raises:
-        ValueError: There is none, it is that of another model, or it can take no new tokens.
+        ValueError: There is no tokenizer, it is that of another model, or it can take no new tokens.
     """
     path = config.tokenizer.path
     tokenizer = base.tokenizer if path is None else load_tokenizer(Path(path))
@@ -170,17 +172,17 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
     tokenizer = tokenizer.with_start()
     if not config.lora.new_tokens:
         return tokenizer
-    if isinstance(tokenizer, BPETokenizer):  # a base that was trained here
+    if isinstance(tokenizer, BPETokenizer):  # The base was trained here.
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
             tokenizer = PretrainedTokenizer.load(Path(folder))
-        tokenizer.bare_gaps = False  # it had no markers, so that no gap was trained with it
+        tokenizer.bare_gaps = False  # It had no markers, so that no gap was trained with it.
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
             "Hugging Face tokenizer with --tokenizer.path"
         )
-    # What `tokenizer.path` has added is new to the base, and has its id already.
+    # Tokens that the tokenizer of `tokenizer.path` has added have their ids already, and are new to the base.
     known = None if base.tokenizer is None else base.tokenizer.vocab_size
     there = (
         [] if known is None else [t for t in config.lora.new_tokens if (tokenizer.token_id(t) or 0) >= known]
@@ -189,7 +191,7 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
 
 
 def gaps_began_bare(folder: Path) -> bool:
-    """Whether a run that goes on was begun when nothing stood before a text with a gap."""
+    """Return whether a run that goes on was begun when nothing stood before a text with a gap."""
     path = folder / "tokenizer"
     return path.is_dir() and read_run_file(path, lambda at: load_tokenizer(at, as_saved=True)).bare_gaps
 
@@ -206,11 +208,11 @@ def _refuse_other_tokenizer(tokenizer: Tokenizer, own: Tokenizer, path: str, bas
 
 
 def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer) -> Decoder:
-    """The model before its first update: drawn, or the base, with fresh adapters if `lora.r` says so.
+    """Return the model before its first update: sampled weights, or the base with its fresh adapters.
 
     Args:
-        config: As `with_base_config`; its vocabulary has room for the new tokens.
-        tokenizer: With the new tokens.
+        config: The settings, with a base those of `with_base_config`, whose vocabulary has the new tokens.
+        tokenizer: The tokenizer with the new tokens.
     """
     if base is None:
         return Decoder(config.model)
@@ -226,7 +228,7 @@ def starting_model(config: Config, base: Pretrained | None, tokenizer: Tokenizer
 
 
 def set_dropout(model: Decoder, config: ModelConfig) -> None:
-    """That of `config` in the place of the model's own."""
+    """Give the model the dropout of `config` in the place of its own."""
     own = {key: getattr(config, key) for key in DROPOUTS}
     model.config = replace(model.config, **own)
     model.dropout.p = own["embed_dropout"]
@@ -237,12 +239,12 @@ def set_dropout(model: Decoder, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(model: Decoder, size: int, grown: Mapping[str, Tensor] | None = None) -> None:
-    """More rows in embedding and head.
+    """Add rows to embedding and head.
 
     Args:
-        size: Rows in all.
-        grown: The parameters as they should be, of which the last rows are taken, by name. Where one is not
-            given, each new row is the mean of those that were there (Hewitt 2021).
+        size: The number of rows afterwards.
+        grown: By name the parameters as they should be, whose last rows are taken. Where one is not given,
+            each new row is the mean of those that were there (Hewitt 2021).
     """
 
     def longer(name: str) -> torch.nn.Parameter:
@@ -263,7 +265,7 @@ def grow_vocabulary(model: Decoder, size: int, grown: Mapping[str, Tensor] | Non
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A trained model with what belongs to it."""
 
     model: Decoder
@@ -271,16 +273,16 @@ class Run:
     config: Config
     step: int
     fingerprints: dict[str, str]
-    folder: Path  # of the run
-    family: Family | None  # of the base that its adapters need; None where there is none
-    weights: str  # SHA-256 of the checkpoint's manifest, which has that of each file, and of the base's own
+    folder: Path
+    family: Family | None  # The family of the base that its adapters need; None without adapters.
+    weights: str  # SHA-256 of the checkpoint's manifest, which has those of its files, and of the base's.
 
 
 def run_folder(path: str | Path) -> tuple[Path, str | None]:
-    """The folder of a run, and the name of the checkpoint inside it where `path` is one's.
+    """Return the folder of a run, and the name of the checkpoint inside it where `path` is one's.
 
     Raises:
-        ValueError: There is no run.
+        ValueError: The folder holds no run.
     """
     path = Path(path)
     one = path.name if path.parent.name == "checkpoints" else None
@@ -290,13 +292,15 @@ def run_folder(path: str | Path) -> tuple[Path, str | None]:
     return folder, one
 
 
-def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: str | None = None) -> Run:
+def load_run(
+    path: str | Path, which: Literal["best", "last"] = "best", base: str | None = None
+) -> TrainedRun:
     """Open a run folder, or one checkpoint inside it, for evaluation; the model is in eval mode, on the CPU.
 
     A damaged checkpoint is passed over, and named on stderr, unless `path` asks for that one.
 
     Args:
-        path: Of the run, or of the checkpoint.
+        path: The folder of the run, or of the checkpoint.
         which: `best` by validation loss, or `last`.
         base: Where the base of a run with adapters is now, if it moved; its fingerprint has to match.
 
@@ -346,18 +350,18 @@ def load_run(path: str | Path, which: Literal["best", "last"] = "best", base: st
     family = None if opened is None else opened.family
     known = (manifest.folder / "manifest.json").read_bytes() + fingerprints.get("base", "").encode()
     weights = hashlib.sha256(known).hexdigest()
-    return Run(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family, weights)
+    return TrainedRun(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family, weights)
 
 
 # --- adapters outside of their run ----------------------------------------------------------------
 
-BASE_FILE = "base.json"  # beside PEFT's two files: what PEFT does not record of the base
+BASE_FILE = "base.json"  # Beside PEFT's two files, with what PEFT does not record of the base.
 
 
-def export_adapter(run: Run, folder: str | Path) -> None:
+def export_adapter(run: TrainedRun, folder: str | Path) -> None:
     """Write the run's adapter as a folder that PEFT opens; ValueError if the run has none.
 
-    Its tokenizer is beside it: it has the new tokens, and puts before a prompt what was trained there.
+    The tokenizer lies beside it: it has the new tokens, and puts before a prompt what was trained there.
     """
     train = run.config.train
     if run.family is None:
@@ -371,12 +375,13 @@ def export_adapter(run: Run, folder: str | Path) -> None:
 def open_adapted(
     source: str, adapter: str | Path, base_format: str = "auto", device: torch.device | str = "cpu"
 ) -> Pretrained:
-    """A published model with an adapter on it, and the adapter's tokenizer where its folder has one.
+    """Open a published model with an adapter on it, and the adapter's tokenizer where its folder has one.
 
     Args:
         source: Folder or hub id of the base.
         adapter: A PEFT folder.
-        base_format: Of the weights that the adapter was trained on; `auto` is what its folder says, or fp32.
+        base_format: The format of the weights that the adapter was trained on; `auto` is what its folder
+            says, or fp32.
 
     Raises:
         ValueError: One of the two cannot be opened, or the adapter was trained on another base, or on one
@@ -420,7 +425,7 @@ def open_adapted(
 def _grow_as_stored(base: Pretrained, adapter: str | Path) -> None:
     """Grow the vocabulary by the rows that the adapter's folder holds of a base that was resized.
 
-    What does not fit is left for `load_adapter` to refuse.
+    Rows that do not fit are left for `load_adapter` to refuse.
     """
     model, stored = base.model, stored_vocabulary(adapter, base.family)
     if model.config.tie_embeddings and "head.weight" in stored:
@@ -437,14 +442,14 @@ def _grow_as_stored(base: Pretrained, adapter: str | Path) -> None:
 
 
 def _is_named(source: str, named: str | None) -> bool:
-    """Whether a source is the base that an adapter names, if any, or a folder of that name."""
+    """Return whether a source is the base that an adapter names, if any, or a folder of that name."""
     return not named or source == named or Path(source).resolve().name == Path(named).name
 
 
 def _base_file(path: Path) -> dict[str, str]:
     values = json.loads(path.read_text("utf-8"))
     formats = get_args(get_type_hints(TrainConfig)["base_format"])
-    if not isinstance(values, dict) or values.get("base_format") not in formats[1:]:  # not auto
+    if not isinstance(values, dict) or values.get("base_format") not in formats[1:]:  # The first is auto.
         raise ValueError(f"base_format must be one of {', '.join(formats[1:])}")
     return {"base_format": values["base_format"], "fingerprint": str(values.get("fingerprint"))}
 
@@ -473,7 +478,7 @@ def _fingerprints(path: Path) -> dict[str, str]:
 
 
 def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
-    """The base of a run with adapters; ValueError if it is not the one that they were trained on."""
+    """Open the base of a run with adapters; ValueError if it is not the one that they were trained on."""
     train = config.train
     if train.base is None:
         raise ValueError("config.yaml has lora.r but no base; restore it from a copy")
@@ -500,7 +505,7 @@ def _base_of_run(config: Config, fingerprints: dict[str, str]) -> Pretrained:
 
 
 def _refuse_giant(config: ModelConfig, manifest: Manifest) -> None:
-    """ValueError if `config` is not that of the manifest's weights, before memory is taken for its model."""
+    """Raise a ValueError if `config` is not that of the manifest's weights, before its model takes memory."""
     shapes = read_run_file(manifest.folder / "model.safetensors", shapes_in)
     elements = sum(math.prod(shape) for shape in shapes.values())
     try:

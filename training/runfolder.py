@@ -21,12 +21,12 @@ from config import BEFORE, Config, write_atomically
 from config.yamlfile import read_yaml
 
 LOCK = ".lock"
-LOCK_TRIES = 1000  # each fails only if another run ended in the same microseconds
+LOCK_TRIES = 1000  # Each fails only if another run ended in the same microseconds.
 
 
 @contextlib.contextmanager
 def claimed_folder(config: Config) -> Iterator[Path]:
-    """The run's folder, new or empty, or with `resume` one that holds a run; locked while the run lasts.
+    """Hold the run's folder, new or empty, or with `resume` one that holds a run; locked while it is held.
 
     The lock is the kernel's: a second run in the folder fails at once, and a killed run's lock is free. A run
     that fails before anything is written leaves no folder behind.
@@ -59,14 +59,14 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: see _try_lock
+        lock.unlink(missing_ok=True)  # Before the lock is given up: see _try_lock.
         file.close()
         with contextlib.suppress(OSError):
-            folder.rmdir()  # only if it is empty
+            folder.rmdir()  # This fails unless the folder is empty.
 
 
 def _try_lock(folder: Path) -> TextIO | None:
-    """The locked file, or None if it is no longer the one in the folder, so that one has to try again.
+    """Return the locked file, or None if it is no longer the one in the folder: try again.
 
     A holder removes the file at its end. Who had opened it before gets a lock on what nobody else can see,
     while a third makes a new file and locks that: two runs in one folder. So the inodes are compared.
@@ -74,7 +74,7 @@ def _try_lock(folder: Path) -> TextIO | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115
-    except (FileNotFoundError, FileExistsError):  # the holder before removed the folder, in open or in mkdir
+    except (FileNotFoundError, FileExistsError):  # The holder before removed the folder.
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def _try_lock(folder: Path) -> TextIO | None:
 
 
 def new_folder() -> Path:
-    """A folder of `runs` named after the time, made here; runs that begin in the same second get a number."""
+    """Make a folder in `runs` that is named after the time; a second one in the same second has a number."""
     name = time.strftime("%Y-%m-%d-%H%M%S", time.gmtime())
     for number in itertools.count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
@@ -233,8 +233,9 @@ LATER = frozenset({"data.heal", "data.test_one_in", "model.base_width"})
 
 
 def with_data_resolved(config: Config, folder: Path) -> Config:
-    """The config with `data.regroup` decided: where it is unset, as the run in the folder has it, or else by
-    the source.
+    """Return the config with `data.regroup` decided.
+
+    Where it is unset, it is what the run in the folder has, or else what suits the source.
 
     Raises:
         ValueError: The folder's config.yaml cannot be read.
@@ -247,7 +248,7 @@ def with_data_resolved(config: Config, folder: Path) -> Config:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """The config's values by full key, as in `model.n_layer`."""
+    """Return the config's values by full key, as in `model.n_layer`."""
     values: dict[str, Any] = {}
     for key, value in config.to_dict().items():
         values |= (
@@ -257,10 +258,10 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def config_fingerprint(config: Config) -> str:
-    """SHA-256 of the fixed keys' values: equal for all stretches of one run.
+    """Return the SHA-256 of the fixed keys' values: equal for all stretches of one run.
 
-    A key that came later and has the value of before it was there is left out, so that a run that was saved
-    then can go on.
+    A key of LATER is left out while it has the value that stood for it before it existed, so that a run that
+    was saved then can go on.
     """
     fixed = {
         key: value
@@ -271,7 +272,7 @@ def config_fingerprint(config: Config) -> str:
 
 
 def refuse_changes(folder: Path, config: Config) -> None:
-    """ValueError if a resumed run would go on with another value of a fixed key; tells of warned ones."""
+    """Raise a ValueError if a resumed run has another value of a fixed key; warn of the warned keys."""
     saved = read_yaml(folder / "config.yaml")
     before = flat(with_data_resolved(Config.from_dict(saved), folder).with_optimizer_defaults())
     if "validation_batches" in saved:
@@ -304,7 +305,7 @@ def note_base(folder: Path, base: str | None) -> None:
 
 
 def refuse_other_data(folder: Path, config: Config, fingerprints: dict[str, str]) -> None:
-    """ValueError if a resumed run would go on with other data or another tokenizer."""
+    """Raise a ValueError if a resumed run would go on with other data or another tokenizer."""
     path = folder / "fingerprints.json"
     try:
         before = json.loads(path.read_text("utf-8"))

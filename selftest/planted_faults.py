@@ -1,37 +1,21 @@
-"""The plants: each of the silent faults that cost someone a result, put into a small healthy run.
+"""The planted faults: each of the silent faults that cost someone a result, put into a small healthy run.
 
-`python preflight.py --selftest` runs every plant and its healthy twin by `training.loop.train`, the
-function that trains; no guard knows of the plants. A plant patches one place of the product as the fault had
-it (`selftest/faults.py`), or sets one thing in the configuration, and names the fault that must stop the run.
+A planted fault patches one place of the product as the fault had it (`selftest/faults.py`), or sets one thing
+in the configuration, and names what must stop the run. `selftest/run.py` runs them; no guard knows of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from config import (
-    Config,
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
 from modules.attention import reference_attention
 from modules.dropout import Dropout
-from selftest.data import write_base, write_data
 from selftest.faults import (
     EOS,
     Patch,
@@ -84,9 +68,9 @@ from selftest.faults import (
     schedule_stopped,
     score_times,
     seed_forgotten,
-    sides_read,
     smoothing_in_the_score,
     smoothing_unread,
+    splits_read,
     swapped_axes,
     term_dropped,
     tie_broken,
@@ -98,21 +82,20 @@ from selftest.faults import (
     width_forgotten,
     window_ignored,
 )
-from training import loop
 
 
 @dataclass(frozen=True)
-class Plant:
-    """A fault to plant.
+class PlantedFault:
+    """A fault, and how to plant it.
 
     Attributes:
         name: The id under which the fault is known, and a word.
         story: What happened.
         expected: A name, or words, of what stops the run.
-        fault: Patches the product while the run lasts.
+        fault: Returns a context that patches the product.
         settings: Replaces groups of the configuration; the healthy twin has them too, but for `wrong`.
         wrong: Replaces keys of the configuration in the faulty run only.
-        resumed: The fault is in going on with a run of three healthy updates.
+        resumed: Whether the fault comes when a run of three healthy updates goes on.
     """
 
     name: str
@@ -125,13 +108,14 @@ class Plant:
 
 
 def merged(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings of one, with those of the other in their place, group by group."""
     return {name: one.get(name, {}) | other.get(name, {}) for name in one | other}
 
 
-def split_by_row(name: str, story: str, file: str) -> Plant:
-    """Rows of one origin on both sides of the split; the twin groups them by their origin."""
+def split_by_row(name: str, story: str, file: str) -> PlantedFault:
+    """Return a fault whose rows of one origin fall into both splits; the twin groups them by their origin."""
     settings = {"data": {"source": file, "group_field": "origin"}, "model": {"block_size": 256}}
-    return Plant(name, story, "split-leaks", settings=settings, wrong={"data": {"group_field": None}})
+    return PlantedFault(name, story, "split-leaks", settings=settings, wrong={"data": {"group_field": None}})
 
 
 TUNED: dict[str, dict[str, Any]] = {
@@ -142,96 +126,100 @@ TUNED: dict[str, dict[str, Any]] = {
 GRADED: dict[str, dict[str, Any]] = {"data": {"source": "graded", "order": "easy-first"}}
 EXAMPLES: dict[str, dict[str, Any]] = {"data": {"source": "examples.jsonl"}, "model": {"block_size": 256}}
 LONG_PROMPTS: dict[str, dict[str, Any]] = {"data": {"source": "prompts.jsonl"}, "model": {"block_size": 256}}
-PLANTS = [
-    Plant("D6 order", "scores of difficulty were never read", "order-ignored", order_unread, GRADED),
-    Plant("D7 rarity", "the rarest tokens were scored as easiest", "order-inverted", rarity_inverted, GRADED),
-    split_by_row("D1 variants", "variants of one function on both sides", "variants.jsonl"),
-    split_by_row("D2 lines", "lines of one page on both sides", "lines.jsonl"),
-    split_by_row("D3 windows", "overlapping windows on both sides", "windows.jsonl"),
-    split_by_row("D4 chunks", "chunks of one file on both sides", "chunks.jsonl"),
-    Plant(
+PLANTED_FAULTS = [
+    PlantedFault("D6 order", "scores of difficulty were never read", "order-ignored", order_unread, GRADED),
+    PlantedFault(
+        "D7 rarity", "the rarest tokens were scored as easiest", "order-inverted", rarity_inverted, GRADED
+    ),
+    split_by_row("D1 variants", "variants of one function in two splits", "variants.jsonl"),
+    split_by_row("D2 lines", "lines of one page in two splits", "lines.jsonl"),
+    split_by_row("D3 windows", "overlapping windows in two splits", "windows.jsonl"),
+    split_by_row("D4 chunks", "chunks of one file in two splits", "chunks.jsonl"),
+    PlantedFault(
         "E3 trained on",
         "evaluated on training data",
         "split-leaks",
-        sides_read("train", "validation", "train"),
+        splits_read("train", "validation", "train"),
     ),
-    Plant(
+    PlantedFault(
         "E3 validated",
         "validated on training data",
         "split-leaks",
-        sides_read("train", "train", "test"),
+        splits_read("train", "train", "test"),
     ),
-    Plant(
+    PlantedFault(
         "E3 chosen by",
         "evaluated on what checkpoints were chosen by",
         "split-leaks",
-        sides_read("train", "validation", "validation"),
+        splits_read("train", "validation", "validation"),
     ),
-    Plant("M1 axes", "batch and time swapped, hidden by a flatten", "other-row-visible", swapped_axes),
-    Plant("M2 mask", "a causal mask inverted", "future-visible", inverted_mask),
-    Plant("M2 blind", "a mask that hides the past too", "past-invisible", blind),
-    Plant("M2 packing", "packed documents see each other", "other-document-visible", documents_joined),
-    Plant(
+    PlantedFault("M1 axes", "batch and time swapped, hidden by a flatten", "other-row-visible", swapped_axes),
+    PlantedFault("M2 mask", "a causal mask inverted", "future-visible", inverted_mask),
+    PlantedFault("M2 blind", "a mask that hides the past too", "past-invisible", blind),
+    PlantedFault("M2 packing", "packed documents see each other", "other-document-visible", documents_joined),
+    PlantedFault(
         "M2 ids",
         "packed documents share one id",
         "documents-not-separated",
         batches_by(lambda batch: batch._replace(document_ids=batch.document_ids.clamp(max=0))),
     ),
-    Plant(
+    PlantedFault(
         "M2 positions",
         "positions stay 0",
         "positions-not-counted",
         batches_by(lambda batch: batch._replace(positions=batch.positions * 0)),
     ),
-    Plant("M2 late", "labels shifted twice", "token-invisible", one_token_late, {"model": {"dropout": 0.0}}),
-    Plant("M2 padding", "padding is seen", "padding-visible", padding_seen),
-    Plant(
+    PlantedFault(
+        "M2 late", "labels shifted twice", "token-invisible", one_token_late, {"model": {"dropout": 0.0}}
+    ),
+    PlantedFault("M2 padding", "padding is seen", "padding-visible", padding_seen),
+    PlantedFault(
         "M3 positions",
         "rows longer than the table of positions",
         "too-few-positions",
         settings={"model": {"position": "learned"}},
         wrong={"train": {"row_length": 128}},
     ),
-    Plant("M3 low", "a loss divided by too many tokens", "first-loss-too-low", score_times(0.5)),
-    Plant("M4 loss", "the loss overflows", "first-loss-not-finite", score_times(float("inf"))),
-    Plant("M4 nothing", "a mask leaves a token nothing", "gradient-not-finite", attention_to_nothing),
-    Plant(
+    PlantedFault("M3 low", "a loss divided by too many tokens", "first-loss-too-low", score_times(0.5)),
+    PlantedFault("M4 loss", "the loss overflows", "first-loss-not-finite", score_times(float("inf"))),
+    PlantedFault("M4 nothing", "a mask leaves a token nothing", "gradient-not-finite", attention_to_nothing),
+    PlantedFault(
         "M2 count",
         "the model counts positions by itself",
         "positions-ignored",
         positions_unread,
         {"model": {"position": "learned"}},
     ),
-    Plant("M2 rotary", "rotary positions never applied", "positions-ignored", rotation_dropped),
-    Plant("M2 keys", "rotary positions of queries only", "positions-not-relative", keys_not_rotated),
-    Plant("M3 start", "first loss far above ln V", "first-loss-too-high", giant_weights),
-    Plant("M4 numbers", "a boolean mask added as numbers", "future-visible", mask_as_numbers),
-    Plant(
+    PlantedFault("M2 rotary", "rotary positions never applied", "positions-ignored", rotation_dropped),
+    PlantedFault("M2 keys", "rotary positions of queries only", "positions-not-relative", keys_not_rotated),
+    PlantedFault("M3 start", "first loss far above ln V", "first-loss-too-high", giant_weights),
+    PlantedFault("M4 numbers", "a boolean mask added as numbers", "future-visible", mask_as_numbers),
+    PlantedFault(
         "M5 clip",
         "clip value stored, never applied",
         "clip-ignored",
         clip_stored_only,
         {"optimizer": {"grad_clip": 0.01}},
     ),
-    Plant("M6 dropout", "`dropout` argument ignored", "dropout-ignored", dropout_argument_ignored),
-    Plant("M6 half", "residuals of blocks not dropped", "dropout-ignored", one_residual_undropped),
-    Plant("M6 mode", "updates in evaluation mode", "dropout-ignored", trained_in_evaluation),
-    Plant(
+    PlantedFault("M6 dropout", "`dropout` argument ignored", "dropout-ignored", dropout_argument_ignored),
+    PlantedFault("M6 half", "residuals of blocks not dropped", "dropout-ignored", one_residual_undropped),
+    PlantedFault("M6 mode", "updates in evaluation mode", "dropout-ignored", trained_in_evaluation),
+    PlantedFault(
         "M6 tie",
         "embedding and head came apart",
         "setting-ignored",
         tie_broken,
         {"model": {"tie_embeddings": True}},
     ),
-    Plant("M6 eval", "dropout in evaluation", "evaluation-not-repeatable", dropout_in_evaluation),
-    Plant(
+    PlantedFault("M6 eval", "dropout in evaluation", "evaluation-not-repeatable", dropout_in_evaluation),
+    PlantedFault(
         "M6 schedule",
         "the schedule never reached the optimizer",
         "schedule-ignored",
         schedule_ignored,
         {"optimizer": {"warmup_steps": 10}},
     ),
-    Plant(
+    PlantedFault(
         "M6 stopped",
         "after a resume the schedule stood still",
         "schedule-ignored",
@@ -239,114 +227,118 @@ PLANTS = [
         {"optimizer": {"warmup_steps": 10, "schedule": "constant"}},
         resumed=True,
     ),
-    Plant("M6 gradients", "gradients never cleared", "gradient-not-cleared", gradients_kept),
-    Plant(
+    PlantedFault("M6 gradients", "gradients never cleared", "gradient-not-cleared", gradients_kept),
+    PlantedFault(
         "M6 mean",
         "accumulated gradients summed, not averaged",
         "gradient-not-the-mean",
         gradients_summed,
         {"train": {"accumulation": 2}},
     ),
-    Plant("M6 idle", "the optimizer never steps", "parameter-not-updated", optimizers_idle),
-    Plant("M6 stale", "the optimizer holds another matrix", "parameter-not-updated", replaced_after_build),
-    Plant(
+    PlantedFault("M6 idle", "the optimizer never steps", "parameter-not-updated", optimizers_idle),
+    PlantedFault(
+        "M6 stale", "the optimizer holds another matrix", "parameter-not-updated", replaced_after_build
+    ),
+    PlantedFault(
         "M6 micro",
         "one micro-batch accumulated twice",
         "batch-repeated",
-        micro_batches_by(lambda manager, asked: asked - asked % 2),
+        micro_batches_by(lambda manager, index: index - index % 2),
         {"train": {"accumulation": 2}},
     ),
-    Plant("M10 batch", "every batch is the first", "batch-repeated", one_batch_only),
-    Plant(
+    PlantedFault("M10 batch", "every batch is the first", "batch-repeated", one_batch_only),
+    PlantedFault(
         "M10 data",
         "after a resume the data began anew",
         "data-out-of-order",
-        micro_batches_by(lambda manager, asked: max(0, asked - 3) if manager.resumed_from else asked),
+        micro_batches_by(lambda manager, index: max(0, index - 3) if manager.resumed_from else index),
         resumed=True,
     ),
-    Plant(
+    PlantedFault(
         "M6 window",
         "the sliding window ignored",
         "setting-ignored",
         window_ignored,
         {"model": {"sliding_window": 20, "window_layers": (1,)}},
     ),
-    Plant(
+    PlantedFault(
         "M6 rope",
         "the scaling of rotary frequencies ignored",
         "setting-ignored",
         scaling_ignored,
         {"model": {"rope_scaling": "dynamic", "rope_factor": 2.0}},
     ),
-    Plant("M6 decay", "the rate never fell", "schedule-ignored", decay_ignored),
-    Plant("M6 rates", "one learning rate for all", "setting-ignored", rates_ignored(embedding_lr=0.0)),
-    Plant(
+    PlantedFault("M6 decay", "the rate never fell", "schedule-ignored", decay_ignored),
+    PlantedFault("M6 rates", "one learning rate for all", "setting-ignored", rates_ignored(embedding_lr=0.0)),
+    PlantedFault(
         "M6 width",
         "rates not carried over to another width",
         "setting-ignored",
         width_forgotten,
         {"model": {"base_width": 8}},
     ),
-    Plant(
+    PlantedFault(
         "M6 adapters",
         "dropout of adapters ignored",
         "dropout-ignored",
         adapters_not_dropped,
         merged(TUNED, {"lora": {"dropout": 0.1}}),
     ),
-    Plant(
+    PlantedFault(
         "M6 smoothing",
         "label smoothing ignored",
         "objective-not-the-loss",
         smoothing_unread,
         {"optimizer": {"label_smoothing": 0.1}},
     ),
-    Plant(
+    PlantedFault(
         "M6 steps",
         "accumulation ignored",
         "accumulation-ignored",
         half_the_micro_batches,
         {"train": {"accumulation": 2}},
     ),
-    Plant("M7 part", "a part that is cut off from training", "parameter-without-gradient", part_detached),
-    Plant(
+    PlantedFault(
+        "M7 part", "a part that is cut off from training", "parameter-without-gradient", part_detached
+    ),
+    PlantedFault(
         "M8 vocabulary",
         "vocabulary size left at its default",
         "vocabulary-too-large",
         wrong={"model": {"vocab_size": 50_257}},
     ),
-    Plant("M9 path", "validation ran another path", "validation-differs", validation_of_its_own),
-    Plant(
+    PlantedFault("M9 path", "validation ran another path", "validation-differs", validation_of_its_own),
+    PlantedFault(
         "T1 prompt",
         "a collator wrote the labels over",
         "prompt-bears-loss",
         labels_by(lambda tokens, documents, labels: np.where(documents[:, 1:] >= 0, tokens[:, 1:], labels)),
         EXAMPLES,
     ),
-    Plant(
+    PlantedFault(
         "T2 answer",
         "cut on the right: some answers are lost",
         "answer-not-learned",
         labels_by(lambda tokens, documents, labels: masked_where(np.arange(labels.shape[1]) >= 128, labels)),
         EXAMPLES,
     ),
-    Plant(
+    PlantedFault(
         "T1 all",
-        "prompts masked that should bear loss",
+        "prompts masked that should be targets",
         "setting-ignored",
         labels_by(lambda tokens, documents, labels: masked_where(np.arange(labels.shape[1]) < 4, labels)),
         merged(EXAMPLES, {"data": {"loss_on": "all"}}),
     ),
-    Plant(
+    PlantedFault(
         "T2 right",
         "prompts too long: the end of the answer is cut",
         "answer-not-learned",
         truncated_on_the_right,
         LONG_PROMPTS,
     ),
-    Plant(
+    PlantedFault(
         "T1 late",
-        "half of each prompt bears loss",
+        "half of each prompt was a target",
         "prompt-bears-loss",
         labels_by(
             lambda tokens, documents, labels: np.where(
@@ -360,38 +352,38 @@ PLANTS = [
         ),
         EXAMPLES,
     ),
-    Plant(
+    PlantedFault(
         "T3 padding",
-        "padding bears loss",
+        "padding was a target",
         "padding-bears-loss",
         labels_by(lambda tokens, documents, labels: np.where(documents[:, 1:] < 0, tokens[:, 1:], labels)),
         EXAMPLES,
     ),
-    Plant(
+    PlantedFault(
         "T4 end",
         "the end masked as if it were padding",
         "end-never-learned",
         labels_by(lambda tokens, documents, labels: masked_where(labels == EOS, labels)),
     ),
-    Plant(
+    PlantedFault(
         "T5 apart",
         "labels made apart from the inputs",
         "labels-not-next-token",
         labels_by(lambda tokens, documents, labels: np.where(labels >= 0, np.roll(labels, 1), labels)),
     ),
-    Plant(
+    PlantedFault(
         "T5 unshifted",
         "labels not shifted: the model copies",
         "labels-not-next-token",
         labels_by(lambda tokens, documents, labels: np.where(labels >= 0, tokens[:, :-1], labels)),
     ),
-    Plant(
+    PlantedFault(
         "T5 documents",
         "a document's end predicts the next one",
         "label-crosses-documents",
         labels_by(lambda tokens, documents, labels: np.where(documents[:, 1:] >= 0, tokens[:, 1:], labels)),
     ),
-    Plant(
+    PlantedFault(
         "T6 rows",
         "the mask hit rows, not tokens",
         "row-without-loss",
@@ -399,48 +391,48 @@ PLANTS = [
             lambda tokens, documents, labels: masked_where(np.arange(len(labels))[:, None] % 2 == 0, labels)
         ),
     ),
-    Plant(
+    PlantedFault(
         "T7 marker",
         "the prompt in training has one marker more",
         "prompt-differs",
         encoded_by(lambda ids: np.insert(ids, 1, ids[-2])),
     ),
-    Plant(
+    PlantedFault(
         "T8 start",
         "decode then encode doubled the start",
         "start-doubled",
         encoded_by(lambda ids: np.insert(ids, 0, ids[0])),
     ),
-    Plant(
+    PlantedFault(
         "T9 ids",
         "`encode` invents ids",
         "outside its vocabulary",
         tokenizer_by(lambda ids: [*ids, 60_000]),
     ),
-    Plant(
+    PlantedFault(
         "T9 rows",
         "rows hold ids above the vocabulary",
         "id-outside-vocabulary",
         batches_by(lambda batch: batch._replace(tokens=batch.tokens + 60_000)),
     ),
-    Plant(
+    PlantedFault(
         "T10 text", "the tokenizer loses text", "the tokenizer loses text", tokenizer_by(lambda ids: ids[1:])
     ),
-    Plant(
+    PlantedFault(
         "E1 smoothing",
         "perplexity from the smoothed loss",
         "score-not-plain-loss",
         smoothing_in_the_score,
         {"optimizer": {"label_smoothing": 0.1}},
     ),
-    Plant(
+    PlantedFault(
         "E1 bf16",
         "the same in low precision",
         "score-not-plain-loss",
         smoothing_in_the_score,
         {"optimizer": {"label_smoothing": 0.1}, "train": {"precision": "bf16"}},
     ),
-    Plant(
+    PlantedFault(
         "M6 attention",
         "dropout of attention ignored",
         "dropout-ignored",
@@ -448,7 +440,7 @@ PLANTS = [
             lambda q, k, v, mask, dropout: reference_attention(q, k, v, mask, False, Dropout(0.0))
         ),
     ),
-    Plant(
+    PlantedFault(
         "M2 window",
         "only the token before is seen",
         "past-invisible",
@@ -458,51 +450,63 @@ PLANTS = [
             )
         ),
     ),
-    Plant(
+    PlantedFault(
         "M10 moments",
         "resume dropped the optimizer's moments",
         "optimizers/0",
         moments_dropped,
         resumed=True,
     ),
-    Plant("M10 random", "resume dropped the random states", "random/", random_states_dropped, resumed=True),
-    Plant("M11 weights", "resumed from random weights", "is not what", weights_dropped, resumed=True),
-    Plant("M12 NaN", "recovery kept NaN moments", "optimizers/0", moments_not_finite, resumed=True),
-    Plant(
+    PlantedFault(
+        "M10 random", "resume dropped the random states", "random/", random_states_dropped, resumed=True
+    ),
+    PlantedFault("M11 weights", "resumed from random weights", "is not what", weights_dropped, resumed=True),
+    PlantedFault("M12 NaN", "recovery kept NaN moments", "optimizers/0", moments_not_finite, resumed=True),
+    PlantedFault(
         "M13 bf16",
         "bf16 on a GPU without it",
         "precision bf16 was asked for, but GPU of 2018 has none",
         old_gpu,
         {"train": {"precision": "bf16"}},
     ),
-    Plant(
+    PlantedFault(
         "M7 targets",
-        "adapters asked for modules that do not exist",
+        "adapters requested for modules that do not exist",
         "probably meant: c_attn, c_proj",
         settings=TUNED,
         wrong={"lora": {"targets": ("q_proj", "o_proj")}},
     ),
-    Plant("M7 unused", "what adapters add was dropped", "parameter-without-gradient", term_dropped, TUNED),
-    Plant("M14 base", "went on with another base", "the base changed since", other_base, TUNED, resumed=True),
-    Plant("M7 frozen", "the frozen base moved", "frozen-parameter-moved", base_moved, TUNED),
-    Plant("M7 thawed", "the frozen base got gradients", "had a gradient by update 2", base_thawed, TUNED),
-    Plant(
+    PlantedFault(
+        "M7 unused", "what adapters add was dropped", "parameter-without-gradient", term_dropped, TUNED
+    ),
+    PlantedFault(
+        "M14 base", "went on with another base", "the base changed since", other_base, TUNED, resumed=True
+    ),
+    PlantedFault("M7 frozen", "the frozen base moved", "frozen-parameter-moved", base_moved, TUNED),
+    PlantedFault(
+        "M7 thawed", "the frozen base got gradients", "had a gradient by update 2", base_thawed, TUNED
+    ),
+    PlantedFault(
         "T11 tokens",
         "added tokens on rows that never train",
         "token-never-trained",
         settings=TUNED,
         wrong={"tokenizer": {"kind": "pretrained", "path": "more-tokens"}},
     ),
-    Plant("M8 base", "a base whose ids mean other tokens", "worse-than-unigram", embedding_shuffled, TUNED),
-    Plant("E5 echo", "the prompt stayed in the prediction", "prompt-in-prediction", prompt_kept),
-    Plant("E7 seed", "sampling without the seed", "sampling-not-repeatable", seed_forgotten),
-    Plant("E8 beams", "beam scores were not log-probabilities", "beams-not-by-probability", beams_by_logits),
-    Plant("E4 batch", "padded on the right", "batch-differs-from-single", padded_on_the_right),
+    PlantedFault(
+        "M8 base", "a base whose ids mean other tokens", "worse-than-unigram", embedding_shuffled, TUNED
+    ),
+    PlantedFault("E5 echo", "the prompt stayed in the prediction", "prompt-in-prediction", prompt_kept),
+    PlantedFault("E7 seed", "sampling without the seed", "sampling-not-repeatable", seed_forgotten),
+    PlantedFault(
+        "E8 beams", "beam scores were not log-probabilities", "beams-not-by-probability", beams_by_logits
+    ),
+    PlantedFault("E4 batch", "padded on the right", "batch-differs-from-single", padded_on_the_right),
 ]
 
 
-# Faults that need no guard, since the room where they were cannot make them any more.
-ROOMS = {
+# Faults that need no guard, since the place where they were made cannot make them any more.
+PREVENTED = {
     "D5 cache": "data/prepare.py names a store by the content of the data, and compares its fingerprint too",
     "M14 merge": "export.py compares logits before and after, in the format that the base was trained in",
     "E2 best": "the best checkpoint is chosen by the loss that M9 guards",
@@ -515,110 +519,3 @@ ROOMS = {
     "E10 interval": "suites/scoring.py gives every score an interval, and each comparison a paired verdict",
     "E11 claim": "eval.py --rescore scores the saved predictions again and names each number that differs",
 }
-
-
-# --- running them ------------------------------------------------------------------------------------
-
-
-def small_config(folder: Path, settings: dict[str, dict[str, Any]]) -> Config:
-    """Five updates of a tiny model in `folder`."""
-    groups: dict[str, dict[str, Any]] = {
-        "data": {"source": "long", "validation_one_in": 4, "test_one_in": 4, "workers": 1},
-        "tokenizer": {"vocab_size": 300, "min_count": 2},
-        "model": {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1},
-        "optimizer": {"warmup_steps": 2},
-        "train": {"max_steps": 5, "batch_size": 4, "validate_every": 0},
-    }
-    groups = {name: values | settings.get(name, {}) for name, values in groups.items()}
-    groups["data"] |= {"source": str(folder / groups["data"]["source"]), "cache": str(folder / "cache")}
-    groups["train"] |= {"run": tempfile.mkdtemp(dir=folder)}
-    if "base" in groups["train"]:
-        if not (folder / "base").exists():
-            write_base(folder)
-        groups["train"]["base"] = str(folder / "base")
-        groups["model"], groups["tokenizer"] = settings.get("model", {}), settings.get("tokenizer", {})
-    if "path" in groups["tokenizer"]:
-        groups["tokenizer"] |= {"path": str(folder / groups["tokenizer"]["path"])}
-    return Config(
-        DataConfig(**groups["data"]),
-        TokenizerConfig(**groups["tokenizer"]),
-        ModelConfig(**groups["model"]),
-        LoraConfig(**settings.get("lora", {})),
-        optimizer=OptimizerConfig(**groups["optimizer"]),
-        train=TrainConfig(**groups["train"]),
-    )
-
-
-def outcome(config: Config) -> str:
-    """What stopped the run, or an empty string; a crash is not a fault caught by name."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            loop.train(config)
-    except ValueError as error:
-        return str(error)
-    except Exception as error:
-        return f"a crash ({type(error).__name__})"
-    return ""
-
-
-def begun(config: Config, resumed: bool) -> Config:
-    """The same, or with three updates done, the settings that go on from there."""
-    if not resumed:
-        return config
-    first = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=3))
-    stopped_by = outcome(first)
-    assert not stopped_by, stopped_by
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=True))
-
-
-@dataclass(frozen=True)
-class Result:
-    plant: Plant
-    caught: str  # what stopped the faulty run
-    healthy: str  # what stopped its twin
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        return self.plant.expected in self.caught and not self.healthy
-
-
-def run_plants(plants: list[Plant], twins: dict[str, str] | None = None) -> Iterator[Result]:
-    """Each plant in turn, the healthy twin first.
-
-    Args:
-        twins: What stopped healthy runs, by their settings: twins of several plants are one run. Added to.
-    """
-    twins = {} if twins is None else twins
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_data(folder)
-        for number, plant in enumerate(plants):
-            twin = repr((plant.settings, plant.resumed))
-            if twin not in twins:
-                twins[twin] = outcome(begun(small_config(folder, plant.settings), plant.resumed))
-            config = small_config(folder, merged(plant.settings, plant.wrong))
-            cache = str(folder / f"cache{number}")  # the fault may be in what is built
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=cache))
-            config = begun(config, plant.resumed)
-            started = time.perf_counter()
-            with plant.fault():
-                caught = outcome(config)
-            yield Result(plant, caught, twins[twin], time.perf_counter() - started)
-
-
-def selftest(plants: list[Plant] | None = None) -> bool:
-    """Print a line for each plant; whether all were caught by name and all twins passed."""
-    passed = True
-    for result in run_plants(PLANTS if plants is None else plants):
-        plant = result.plant
-        verdict = f"caught by {plant.expected!r} in {result.seconds:.1f} s"
-        if plant.expected not in result.caught:
-            verdict = f"MISSED: stopped by {result.caught!r}" if result.caught else "MISSED"
-        twin = f"healthy: REFUSED by {result.healthy}" if result.healthy else "healthy: passes"
-        print(f"{plant.name:14} {plant.story:45} {verdict}; {twin}", flush=True)
-        passed &= result.passed
-    if plants is None:
-        for name, room in ROOMS.items():
-            print(f"{name:14} {room}")
-    return passed

@@ -1,0 +1,243 @@
+"""Every fault by name: what it means, and what to do about it.
+
+`FAULTS` is the one table of them. `--allow` takes a name of it, the self-test plants each of them, and
+docs/faults.md is made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+FAULTS: dict[str, str] = {
+    "accumulation-ignored": (
+        "An update made another number of passes than `--accumulation` says. The batch size that was tuned "
+        "is then not the one that trains. Step the optimizer once in that many micro-batches."
+    ),
+    "answer-not-learned": (
+        "Some tokens of an example's completion are no targets, or the completion was cut. A model cannot "
+        "learn answers that it is never shown. Shorten prompts from their left, never answers from their "
+        "right."
+    ),
+    "batch-differs-from-single": (
+        "Two prompts continue otherwise in one batch than alone, beyond what rounding explains. Padding "
+        "then changes completions. Pad on the left, give padding a document of its own, and count positions "
+        "from the first token."
+    ),
+    "batch-repeated": (
+        "The first batches of training are fewer than they should be, and repetitions. Every batch of an "
+        "epoch shows other rows: look for a number that is not counted on."
+    ),
+    "beams-not-by-probability": (
+        "Beam search chose two tokens of lower log-probability than the best two have. Rank beams by sums "
+        "of log-probabilities, not of logits."
+    ),
+    "clip-ignored": (
+        "The gradient that an update used is larger than `--optimizer.grad_clip`. Clip after unscaling and "
+        "before the optimizer steps."
+    ),
+    "data-out-of-order": (
+        "A pass did not read the batch whose turn it was, as when a resumed run begins its data anew. Some "
+        "batches then repeat and others never come. Count batches over all updates, also after `--resume`."
+    ),
+    "documents-not-separated": (
+        "Tokens after the end of a document carry the same document id. Give each document of a row an id "
+        "of its own, or it sees the one before it."
+    ),
+    "dropout-ignored": (
+        "A dropout that the settings request drops nothing, drops everything, is built with another rate, "
+        "or runs in evaluation mode during an update. Two arms of a sweep over dropout would be one. Hand "
+        "the setting to every part, and switch the model to training mode before each update."
+    ),
+    "end-never-learned": (
+        "No end of a document is a target. Generation would never stop. Do not mask the end together with "
+        "the padding."
+    ),
+    "evaluation-not-repeatable": (
+        "Two passes over one batch in evaluation mode differ. Switch dropout off there, and use no random "
+        "number."
+    ),
+    "first-loss-not-finite": (
+        "The first loss is infinite or not a number. Check the weights and `--precision`."
+    ),
+    "first-loss-too-high": (
+        "A model that was never trained does clearly worse than knowing nothing, which costs ln(vocabulary) "
+        "nats. Scale the initialisation of the embedding and the head down."
+    ),
+    "first-loss-too-low": (
+        "A model that was never trained does clearly better than knowing nothing. Look for labels that can "
+        "be seen in the inputs, or for a loss that is divided by too many tokens."
+    ),
+    "frozen-parameter-moved": (
+        "A parameter that should be frozen got a gradient, or changed. The base of an adapter is then no "
+        "longer the published one. Freeze it with `requires_grad_(False)`, and leave it out of the "
+        "optimizer and of weight decay."
+    ),
+    "future-visible": (
+        "A prediction depends on a later token, by the gradient. Such a model has an excellent loss and "
+        "generates nonsense. Check the attention mask and the order of axes (B, T, C)."
+    ),
+    "gradient-not-cleared": (
+        "An update began with the gradient of the one before and added its own to it. Clear the gradients "
+        "of all optimizers after each step."
+    ),
+    "gradient-not-finite": (
+        "The gradient of a prediction is infinite or not a number, as where a mask leaves a token nothing "
+        "to attend to. Check the attention mask."
+    ),
+    "gradient-not-the-mean": (
+        "The gradient of a pass is not that of the mean over the targets of the whole update, as when the "
+        "gradients of micro-batches are summed. Divide the summed loss of each pass by the targets of all "
+        "passes of the update."
+    ),
+    "id-outside-vocabulary": (
+        "The data hold an id for which the embedding has no row. Use the tokenizer that the model was made "
+        "for."
+    ),
+    "label-crosses-documents": (
+        "The label of a document's last token is the first token of another document. A document's last "
+        "token has no label."
+    ),
+    "labels-not-next-token": (
+        "Labels are not the token that follows: they were made apart from the inputs, shifted twice, or not "
+        "at all. Make them in one place, from the very ids that the model reads."
+    ),
+    "objective-not-the-loss": (
+        "What is minimised is not the cross-entropy with the label smoothing and z-loss of the settings. "
+        "Smooth by the setting, over the targets only."
+    ),
+    "order-ignored": (
+        "A curriculum was requested, and the first batches are those of another order. Let batches come in "
+        "the order of the scores."
+    ),
+    "order-inverted": (
+        "A curriculum was requested, and difficulty, measured again on the batches, does not follow it. Let "
+        "the larger score be that of the harder text, of the very ids that are trained on."
+    ),
+    "other-document-visible": (
+        "A prediction depends on another document that is packed in its row. Check the attention mask "
+        "against the document ids."
+    ),
+    "other-row-visible": (
+        "A prediction depends on another row of the batch. Check the order of axes (B, T, C): swapped batch "
+        "and time axes look right until the shapes differ."
+    ),
+    "padding-bears-loss": (
+        "Labels of padding are targets. Set them to -100: padding is what the document id -1 says, not the "
+        "pad id, which may be the id of the end."
+    ),
+    "padding-visible": "A prediction depends on padding. Check the attention mask.",
+    "parameter-not-updated": (
+        "An optimizer made no step, or a parameter is in no group of an optimizer or in two. Build the "
+        "optimizers last, since what replaces a parameter afterwards is never updated, and let every "
+        "optimizer step once in an update."
+    ),
+    "parameter-without-gradient": (
+        "A parameter that should train had no gradient in the first four updates. Look for a detached "
+        "tensor, or for a part that nothing reads."
+    ),
+    "past-invisible": (
+        "A prediction does not depend on the tokens before it. The model is then a table of pairs of "
+        "tokens. Check the attention mask."
+    ),
+    "positions-ignored": (
+        "Positions that are counted backwards change nothing. Hand the positions of the batch to the model, "
+        "which must not count its own."
+    ),
+    "positions-not-counted": (
+        "A position is neither the one before plus 1, nor 0 at the start of a document. Count the positions "
+        "of each document from 0."
+    ),
+    "positions-not-relative": (
+        "Outputs change when all rotary positions are raised by the same number. Rotate queries and keys "
+        "alike: only the distance between two tokens may matter."
+    ),
+    "prompt-bears-loss": (
+        "Tokens of an example's prompt are targets. The model then learns to write prompts, and the loss is "
+        "not that of the answers. Set the labels of a prompt to -100, and let nothing downstream write them "
+        "again."
+    ),
+    "prompt-differs": (
+        "A text is stored with other ids than a prompt of that text has in generation. The model is then "
+        "prompted in a way that it was never trained on. Build prompts by one function in training, "
+        "evaluation and generation."
+    ),
+    "prompt-in-prediction": (
+        "A prediction begins with its own prompt, and would be scored with it. Return only what was added."
+    ),
+    "row-without-loss": (
+        "Rows with text have no target at all. Shorten prompts from their left, never answers from their "
+        "right, and mask tokens, not rows."
+    ),
+    "sampling-not-repeatable": (
+        "One seed gave two texts. Sample from a generator of the seed and the row, not from the global one."
+    ),
+    "schedule-ignored": (
+        "An update had another learning rate than the schedule says. Set the rate of every group before the "
+        "optimizer steps, also after a resume."
+    ),
+    "score-not-plain-loss": (
+        "The reported loss is not the plain cross-entropy of a row, computed in fp32. Perplexity and bits "
+        "per byte come from the loss without label smoothing."
+    ),
+    "setting-ignored": (
+        "A setting has no effect: a key of the model changes nothing, tied matrices are two, a learning "
+        "rate differs from that of its parameters, or `--data.loss_on all` leaves prompts out. Look for the "
+        "place that should read it."
+    ),
+    "split-leaks": (
+        "More than 25% of the text of one split is in another, or pieces of one file, page or function are "
+        "in both. Scores would then measure memory. Group what belongs together (`--data.group_field`), or "
+        "let `--fix` find it by its text."
+    ),
+    "start-doubled": (
+        "Documents begin with two start tokens. Either the tokenizer adds it or the data path does, not both."
+    ),
+    "token-invisible": (
+        "A prediction does not depend on its own token, the last one that is read. Labels may have been "
+        "shifted twice. Check the attention mask."
+    ),
+    "token-never-trained": (
+        "The data hold a token that the base never saw, and its row of the embedding is frozen. Name it in "
+        "`--lora.new_tokens`, so that its row trains, or take the base's own tokenizer."
+    ),
+    "too-few-positions": (
+        "A row reaches a position for which the model has no row in its table. Raise `--model.block_size` "
+        "or shorten the rows."
+    ),
+    "validation-differs": (
+        "One batch has another loss by training's function than by validation's, or held-out files are "
+        "stored in another form. The best checkpoint would be chosen by another task. Let both call the "
+        "same function; `--data.fim_rate` is for training files only."
+    ),
+    "vocabulary-too-large": (
+        "The model has more ids than its tokenizer, as when a default is left in place. Leave "
+        "`--model.vocab_size` out to take the tokenizer's."
+    ),
+    "worse-than-unigram": (
+        "Loaded weights do worse than token frequencies alone (for answers to prompts: than knowing "
+        "nothing). Check that weights, config and tokenizer belong together."
+    ),
+}
+
+
+class Fault(ValueError):
+    """One thing that is wrong, under a name in `FAULTS`.
+
+    Args:
+        name: The name, which `--allow` takes.
+        evidence: What was found, with its numbers.
+        remedy: What to do.
+    """
+
+    def __init__(self, name: str, evidence: str, remedy: str):
+        assert name in FAULTS, name
+        self.name, self.evidence, self.remedy = name, evidence, remedy
+        super().__init__(f"{name}: {evidence}; {remedy}. To train all the same: --allow {name}")
+
+
+def refuse_unknown_faults(names: Iterable[str]) -> None:
+    """Raise a ValueError for a name that no fault has, with the nearest that one has."""
+    for name in sorted({*names} - FAULTS.keys()):
+        near = difflib.get_close_matches(name, FAULTS, 1, 0.0)[0]
+        raise ValueError(f"--allow {name} names no fault; did you mean {near}?")

@@ -1,0 +1,80 @@
+"""The log of a run: lines of metrics.jsonl, TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import write_atomically
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, with the same values under the same names.
+
+    Lines that a killed run wrote after its last checkpoint are removed, and so is one that was cut short.
+
+    Args:
+        folder: The run's folder.
+        step: Updates done; what was logged of later ones is forgotten.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text("utf-8").splitlines() if step_of(line) <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append one line, and hand it to the operating system."""
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.flush()
+        for tag, value in values.items():
+            self.tensorboard.add_scalar(tag, value, step)
+
+    def to_disk(self) -> None:
+        """Wait until the lines are on the disk; before that, a loss of power may take them."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+
+def step_of(line: str) -> float:
+    """Return the step of a line of metrics.jsonl; infinity for a line that was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def say(text: str) -> None:
+    """Print beside the bar. A reader (`| head`) or a terminal that went away does not end the run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+
+
+def progress_bar() -> tqdm:
+    """Return a bar from 0 to 1, which is silent where stderr is not a terminal."""
+    return tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", disable=None)
+
+
+def show_progress(bar: tqdm, text: str, progress: float, seconds: float) -> None:
+    """Move the bar, and write beside it what a step was like and how much time is left.
+
+    Args:
+        progress: Share of the budget that is used, from 0.
+        seconds: Time that this took.
+    """
+    left = seconds * (1 / progress - 1) if progress else 0.0
+    bar.set_description_str(f"{text}  {left // 60:.0f}:{left % 60:02.0f} left")
+    bar.update(min(1.0, progress) - bar.n)

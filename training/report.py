@@ -1,0 +1,130 @@
+"""The report of a run at its end: scores and samples of its best checkpoint, pictures, and its adapter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from config import Config, TrainConfig, write_atomically
+from config.console import printable
+from dataset import PreparedData
+from modules.precision import Precision
+from suites.closing import closing_lines, flags_of, shown_examples
+from suites.evaluate import evaluate, table, write_results
+from suites.functions import sample_completions
+from suites.records import read_evaluation
+from suites.settings import EvalConfig
+from training.curves import draw_curves
+from training.loop import TrainingManager
+from training.outputs import OUTPUTS, note_made
+from training.run import TrainedRun, export_adapter, load_run
+
+
+@dataclass(frozen=True)
+class EndedRun:
+    """A run whose training was done when it was resumed: what a report needs of a manager."""
+
+    folder: Path
+    config: Config
+    data: PreparedData
+    device: torch.device
+    eval_precision: Precision
+
+
+def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple(OUTPUTS)) -> None:
+    """Make scores of the best checkpoint, samples, pictures and the adapter, and print where they are.
+
+    Args:
+        missing: The names in OUTPUTS of what is made now; the others are there.
+    """
+    folder = manager.folder
+    run = load_run(folder)
+    if run.family is not None and "adapter" in missing:
+        make_adapter(folder, run)
+    if "scores" in missing:
+        settings = final_settings(folder, manager.config, manager.device)
+        scores = evaluate(settings, manager.data)
+        print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
+        write_results(scores, settings)
+        note_made(folder, "scores")
+    else:
+        scores = read_evaluation(folder / OUTPUTS["scores"])
+    flags = flags_of([])
+    if "samples" in missing:
+        shown, flags = samples_of(manager, run, scores)
+        shown = printable(shown)
+        write_atomically(folder / "samples.txt", shown)
+        note_made(folder, "samples")
+        print(f"\n{shown}")
+    pictures = make_pictures(folder) if "pictures" in missing else sorted((folder / "curves").glob("*.png"))
+    print(f"checkpoints  {folder / 'checkpoints'}")
+    if run.family is not None:
+        print(f"adapter      {folder / 'adapter'}")
+    print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
+    print(f"pictures     {', '.join(str(path) for path in pictures)}")
+    print(f"every line   {folder / 'eval.html'}")
+    print(f"score again  python eval.py --checkpoint {folder}")
+    print("\n".join(closing_lines(folder, manager.config.lora.r > 0, printable(flags))))
+
+
+def samples_of(
+    manager: TrainingManager | EndedRun, run: TrainedRun, scores: dict[str, Any]
+) -> tuple[str, str]:
+    """Return completions of held-out text, to read, and the flags with which `generate.py` makes one of them.
+
+    A corpus of examples gives some of its examples, one of plain files the bodies of functions.
+    """
+    n = manager.config.train.samples
+    if manager.data.test.holds_examples:
+        record = scores.get("suite")
+        if record is None:
+            return "no held-out example to complete\n", flags_of([])
+        return shown_examples(record, n), flags_of(record["samples"])
+    samples = sample_completions(
+        run.model.to(manager.device),
+        run.tokenizer,
+        manager.data.test,
+        manager.config.row_length,
+        manager.eval_precision,
+        n,
+    )
+    shown = "\n".join(
+        f"--- {s.name}:{s.line}\n{s.prompt}\n--- the model goes on\n{s.completion.strip(chr(10))}\n"
+        f"--- the file goes on\n{s.reference}\n"
+        for s in samples
+    )
+    if n and not samples:
+        shown = "no held-out function to complete\n"
+    return shown, flags_of([{"prompt": s.prompt.split("\n")[0].lstrip()} for s in samples])
+
+
+def make_adapter(folder: Path, run: TrainedRun) -> None:
+    """Write the adapter of a run's best checkpoint, in the place of one of an earlier end of the same run."""
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    export_adapter(run, folder / "adapter")
+    note_made(folder, "adapter")
+
+
+def make_pictures(folder: Path) -> list[Path]:
+    """Draw the curves of a run; return their paths."""
+    pictures = draw_curves(folder)
+    note_made(folder, "pictures")
+    return pictures
+
+
+def precision_of_scores(train: TrainConfig) -> Literal["auto", "bf16", "fp16", "fp32"]:
+    """Return the setting of the precision in which the run is validated and scored."""
+    return train.precision if train.eval_precision == "auto" else train.eval_precision
+
+
+def final_settings(folder: Path, config: Config, device: torch.device) -> EvalConfig:
+    """Return the settings with which a run is evaluated at its end."""
+    precision, data = precision_of_scores(config.train), config.data
+    return EvalConfig(
+        str(folder), device=str(device), precision=precision, source=data.source, cache=data.cache
+    )

@@ -1,0 +1,50 @@
+"""Signals that stop a run: the step under way ends, a checkpoint is saved, and the process leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+RESUMABLE = 75  # Exit code of a run that a signal stopped and that --resume continues (EX_TEMPFAIL).
+SAME_SIGNAL = 0.1  # Seconds within which a signal that comes twice counts once.
+
+
+class Stoppable(Protocol):
+    """A loop that looks at `stop_signal` after each step, and ends once it is not None."""
+
+    stop_signal: int | None
+
+
+@contextlib.contextmanager
+def signals_noted(loop: Stoppable) -> Iterator[None]:
+    """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 in `loop.stop_signal`; a second signal ends the process.
+
+    The same signal within SAME_SIGNAL seconds is no second one: a closed terminal hangs up twice, through the
+    shell and through the kernel, and `timeout` signals its child and then the child's group.
+    """
+    first = 0.0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal first
+        if loop.stop_signal == number and time.monotonic() - first < SAME_SIGNAL:
+            return
+        if loop.stop_signal is not None:
+            os._exit(128 + number)  # An exception may be swallowed, for one by a finalizer.
+        loop.stop_signal, first = number, time.monotonic()
+        text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # `print` fails where it has itself been interrupted.
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored.
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
