@@ -121,7 +121,7 @@ class Words(Bytes):
     words = ("", "", "", "one", "two", "three", "four", "five")
 
     def encode(self, text: str) -> list[int]:
-        return [self.words.index(word) for word in text.split()]
+        return [self.words.index(word) for word in text.split() if word in self.words]
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(self.words[id] for id in ids if id > 2)
@@ -132,7 +132,7 @@ class Shouting(Bytes):
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = list(ids)
-        return super().decode(ids).upper() if ids[0] == self.bos_id else super().decode(ids)
+        return super().decode(ids).upper() if ids[:1] == [self.bos_id] else super().decode(ids)
 
 
 def saying(text: str, tokenizer: Tokenizer, end: int | None = None) -> Decoder:
