@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def bits_per_byte(nats: float, n_bytes: int) -> float:
+def bits_per_byte(nll: float, n_bytes: int) -> float:
     """Nats summed over a text's tokens, in bits per UTF-8 byte of the text; comparable across tokenizers.
 
     Raises:
@@ -13,10 +13,10 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
     """
     if n_bytes < 1:
         raise ValueError(f"bits per byte of a text of {n_bytes} bytes: it needs at least 1")
-    return nats / math.log(2) / n_bytes
+    return nll / math.log(2) / n_bytes
 
 
-def perplexity(nats: float, n_tokens: int) -> float:
+def perplexity(nll: float, n_tokens: int) -> float:
     """exp(nats per token) of unsmoothed nats; infinite where that is too large for a float.
 
     Raises:
@@ -25,7 +25,7 @@ def perplexity(nats: float, n_tokens: int) -> float:
     if n_tokens < 1:
         raise ValueError(f"perplexity of {n_tokens} tokens: it needs at least 1")
     try:
-        return math.exp(nats / n_tokens)
+        return math.exp(nll / n_tokens)
     except OverflowError:
         return math.inf
 

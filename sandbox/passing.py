@@ -38,12 +38,12 @@ class FunctionalConfig:
     samples: str
     k: tuple[int, ...] = (1, 10, 100)
     workers: int = 0
-    cpu: int = sandbox.Limits.cpu
-    wall: float = sandbox.Limits.wall
+    cpu: int = sandbox.SandboxLimits.cpu
+    wall: float = sandbox.SandboxLimits.wall
     allow: Literal["nothing", "unsandboxed"] = "nothing"
 
 
-class Scores(NamedTuple):
+class PassResults(NamedTuple):
     """A verdict for each sample, in their order, and what they add up to.
 
     `solved` counts each judged problem's samples and those that passed; `left_out` has the others' reasons.
@@ -57,11 +57,11 @@ class Scores(NamedTuple):
 def score(
     problems: dict[str, Problem],
     samples: list[Sample],
-    limits: sandbox.Limits = sandbox.LIMITS,
+    limits: sandbox.SandboxLimits = sandbox.LIMITS,
     workers: int = 0,
     allow_unsafe: bool = False,
     done: Callable[[], Any] = lambda: None,
-) -> Scores:
+) -> PassResults:
     """Judge each sample, and the published solution of each problem that none of them solves.
 
     Args:
@@ -102,7 +102,7 @@ def score(
         name: f"its own solution: {v.kind}, {v.reason}" for name, v in own.items() if v.kind != "passed"
     }
     solved = {name: (count, passed[name]) for name, count in given.items() if name not in left_out}
-    return Scores(verdicts, solved, left_out)
+    return PassResults(verdicts, solved, left_out)
 
 
 def result_of(verdict: sandbox.Verdict, left_out: bool) -> str:
@@ -129,7 +129,7 @@ def evaluate(settings: FunctionalConfig) -> str:
             f"{fewest} or less, or more samples"
         )
     refuse_unwritable(Path(settings.samples).parent, "the results stand beside --samples, and")
-    limits = sandbox.Limits(cpu=settings.cpu, wall=settings.wall)
+    limits = sandbox.SandboxLimits(cpu=settings.cpu, wall=settings.wall)
     unsafe = settings.allow == "unsandboxed"
     with tqdm(total=len(samples), desc="judged", unit=" samples", disable=None) as bar:
         found = score(problems, samples, limits, settings.workers, unsafe, bar.update)

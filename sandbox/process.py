@@ -15,11 +15,11 @@ environment and no privileges. A seccomp filter takes away new processes (thread
 the kernel a program does not need. As all of it is one process, its limits on memory and CPU time hold for
 all of it. Root's sandboxes run as a user id that owns nothing.
 
-A run is timed out when it used `Limits.cpu` seconds of CPU time, which other load on the machine does not
-count towards, or when `Limits.wall` seconds have passed, which are many more.
+A run is timed out when it used `SandboxLimits.cpu` seconds of CPU time, towards which other load on the
+machine does not count, or when `SandboxLimits.wall` seconds have passed, which are many more.
 
 An empty file costs no byte of /tmp and 1 KiB of kernel memory. As bwrap cannot limit their number, this
-process counts them while a sandbox lives, and ends one that has more than `Limits.files`.
+process counts them while a sandbox lives, and ends one that has more than `SandboxLimits.files`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0", "TZ"
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What one sandbox may use.
 
     Args:
@@ -85,10 +85,10 @@ class Limits:
     threads: int = 32
 
 
-LIMITS = Limits()
+LIMITS = SandboxLimits()
 
 
-class Outcome(NamedTuple):
+class ProgramOutcome(NamedTuple):
     """How a program ended: "ended" with its exit code (128 + n: by signal n), or "timed out".
 
     Or "output" or "files", of which it made more than its limits allow.
@@ -211,7 +211,12 @@ class Sandbox:
     """
 
     def __init__(
-        self, found: Isolation, role: str, limits: Limits, fds: tuple[int, ...] = (), output: bool = False
+        self,
+        found: Isolation,
+        role: str,
+        limits: SandboxLimits,
+        fds: tuple[int, ...] = (),
+        output: bool = False,
     ) -> None:
         words = [_interpreter(), "-s", "-S", "-P", "-B", INSIDE if found.prefix else str(CHILD)]
         words += [role, *map(str, fds)]
@@ -351,7 +356,7 @@ def end_all() -> None:
         sandbox.kill()
 
 
-def _job(found: Isolation, limits: Limits, **fields: Any) -> bytes:
+def _job(found: Isolation, limits: SandboxLimits, **fields: Any) -> bytes:
     """The first message of a sandbox."""
     numbers = {
         "RLIMIT_CORE": 0,
@@ -413,7 +418,9 @@ def _exchange(
 # --- what is offered
 
 
-def run(program: str, stdin: str = "", limits: Limits = LIMITS, allow_unsafe: bool = False) -> Outcome:
+def run(
+    program: str, stdin: str = "", limits: SandboxLimits = LIMITS, allow_unsafe: bool = False
+) -> ProgramOutcome:
     """Run one program to its end.
 
     Raises:
@@ -422,7 +429,7 @@ def run(program: str, stdin: str = "", limits: Limits = LIMITS, allow_unsafe: bo
     return _run(isolation(allow_unsafe), program, stdin, limits)
 
 
-def _run(found: Isolation, program: str, stdin: str, limits: Limits) -> Outcome:
+def _run(found: Isolation, program: str, stdin: str, limits: SandboxLimits) -> ProgramOutcome:
     with _started(found, "run", limits, output=True) as sandbox:
         deadline = sandbox.started + limits.wall
         process = sandbox.process
@@ -437,7 +444,9 @@ def _run(found: Isolation, program: str, stdin: str, limits: Limits) -> Outcome:
             status = "timed out"
         stdout, stderr = (data.decode("utf-8", "replace") for data in got)
         seconds = time.monotonic() - sandbox.started
-        return Outcome(status, code if status == "ended" else None, stdout, stderr, seconds, found.name)
+        return ProgramOutcome(
+            status, code if status == "ended" else None, stdout, stderr, seconds, found.name
+        )
 
 
 def judge(
@@ -446,7 +455,7 @@ def judge(
     test: str,
     entry: str | None = None,
     reference: str = "",
-    limits: Limits = LIMITS,
+    limits: SandboxLimits = LIMITS,
     allow_unsafe: bool = False,
 ) -> Verdict:
     """Judge a program by a test that calls its functions; the two never share a process.
@@ -485,7 +494,7 @@ def judge(
 
 
 def _verdict(
-    status: str, report: bytes, judging: Sandbox, candidate: Sandbox, limits: Limits, deadline: float
+    status: str, report: bytes, judging: Sandbox, candidate: Sandbox, limits: SandboxLimits, deadline: float
 ) -> tuple[str, str]:
     """What the judge reported, or why it could not."""
     try:
@@ -513,7 +522,9 @@ def _verdict(
 
 
 @contextlib.contextmanager
-def calls(program: str, limits: Limits = LIMITS, allow_unsafe: bool = False) -> Iterator[Callable[..., Any]]:
+def calls(
+    program: str, limits: SandboxLimits = LIMITS, allow_unsafe: bool = False
+) -> Iterator[Callable[..., Any]]:
     """Functions of a program, called by data from this process: `call(name, *args, **kwargs)`.
 
     For tests that are this project's own. What a call returns consists of builtins; what it raises is an

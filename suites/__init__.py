@@ -13,5 +13,5 @@ table, `passing` those of programs that were run, `hidden` a metric by a model's
 `overlaps` and `memorising` what of it all stands in training. An eval.json is read back by `records`:
 `rescoring` holds it to its own predictions, `comparing` sets several side by side, and `page` shows every
 sample. `functions` shows completions to look at. `eval.py` puts them together: `settings` is its command
-line, `subject` the model that it evaluates, and `results` what it prints and writes.
+line, `evaluated` the model, and `results` what it prints and writes.
 """

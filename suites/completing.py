@@ -39,7 +39,7 @@ def uncut(example: Example, text: str) -> str:
     return text
 
 
-class Asked(NamedTuple):
+class CompletionRequest(NamedTuple):
     """The prompt of an example, how many tokens the model may add, what ends them, and whether it was cut."""
 
     prompt: Prompt
@@ -48,9 +48,9 @@ class Asked(NamedTuple):
     trimmed: bool
 
 
-def asked(
+def completion_request(
     tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: int, heal: bool | None = None
-) -> Asked:
+) -> CompletionRequest:
     """The prompt as training shows it, in a row of `length` tokens, and the room behind it.
 
     A completion has `max_new_tokens`, or what a long prompt leaves of the row, but never less than half of
@@ -68,7 +68,7 @@ def asked(
         ends = fim_end_ids(tokenizer)
     limit = max(1, min(max_new_tokens, length - len(ids)))
     prompt = asked_prompt(tokenizer, ids, heal)
-    return Asked(prompt, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
+    return CompletionRequest(prompt, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
 
 
 def draw_number(example: Example, draw: int) -> int:
@@ -112,7 +112,9 @@ def complete(
             f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
             f"{model.config.vocab_size}; use the tokenizer the model was trained with"
         )
-    prompts = [asked(tokenizer, example, max_new_tokens, length, how.heal) for example in examples]
+    prompts = [
+        completion_request(tokenizer, example, max_new_tokens, length, how.heal) for example in examples
+    ]
     done = {} if kept is None else kept.read(len(examples), draws)
     each(len(done))
     wanted = [
@@ -254,7 +256,7 @@ def ngram_complete(
     stop: tuple[str, ...] = (),
 ) -> Predictions:
     """The same by the n-gram model, which goes on with its likeliest token, a prompt's end healed alike."""
-    prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
+    prompts = [completion_request(tokenizer, example, max_new_tokens, length) for example in examples]
     starts = [likeliest_start(baseline, prompt.prompt) for prompt in prompts]
     contexts = [np.array([*p.prompt.ids, *start]) for p, start in zip(prompts, starts, strict=True)]
     texts, ran_long = [], 0

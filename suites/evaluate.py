@@ -46,6 +46,7 @@ from sandbox.problems import read_problems
 from suites import programs
 from suites.completing import complete, ngram_complete
 from suites.documents import add_intervals
+from suites.evaluated import EvaluatedModel, data_config, data_of, open_published, published_name
 from suites.hidden import Judge
 from suites.kept import Kept
 from suites.memorising import memorisation
@@ -64,7 +65,6 @@ from suites.scoring import (
     suites_of,
 )
 from suites.settings import EvalConfig, mistake
-from suites.subject import Subject, data_config, data_of, open_published, published_name
 from suites.task import Given, Task, answers
 from suites.tasks import OF_FILES, TASKS, suite_names
 from suites.tokens import (
@@ -139,7 +139,7 @@ def evaluate_run(
     assert settings.checkpoint is not None
     run = load_run(settings.checkpoint, settings.which, settings.base)
     run.model.to(precision.device)
-    subject = Subject(
+    evaluated = EvaluatedModel(
         run.model,
         run.tokenizer,
         run.config.row_length,
@@ -147,11 +147,11 @@ def evaluate_run(
         run.weights,
         precision,
     )
-    models = judges(subject, settings)
+    models = judges(evaluated, settings)
     if data is None:
         try:
             data = data_of(run, settings)
-        except ValueError as error:  # who reads data names the flag of training
+        except ValueError as error:  # Its sentence names training's flag.
             raise ValueError(str(error).replace("--data.source", "--source")) from None
     if not names:
         names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
@@ -171,12 +171,12 @@ def evaluate_run(
         "bytes": store.n_bytes,
         "n-gram order": baseline.order,
     }
-    tasks = tasks_of(names, subject, data, settings)  # what cannot be asked is told before anything is
-    worded = worded_tasks(tasks, run, subject, data, settings)
+    tasks = tasks_of(names, evaluated, data, settings)  # what cannot be asked is told before anything is
+    worded = worded_tasks(tasks, run, evaluated, data, settings)
     if TOKENS in names:
-        add_token_scores(result, subject, data, baseline, settings)
-    add_suites(result, subject, tasks, data, baseline, settings, models)
-    add_worded(result, subject, worded, data, baseline, settings, models)
+        add_token_scores(result, evaluated, data, baseline, settings)
+    add_suites(result, evaluated, tasks, data, baseline, settings, models)
+    add_worded(result, evaluated, worded, data, baseline, settings, models)
     for record in suites_of(result):
         record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
         if settings.memorisation:
@@ -196,20 +196,20 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
             f"its own by --suite: {', '.join(sorted(OF_FILES))}"
         )
     result: dict[str, Any] = {"run": None, "step": None, "precision": precision.reason, "allowed faults": {}}
-    subject = None
+    evaluated = None
     if settings.model is not None:
-        subject = open_published(settings.model, settings.adapter, precision)
+        evaluated = open_published(settings.model, settings.adapter, precision)
         folder = Path(settings.out or Path("evals") / published_name(settings.model, settings.adapter))
         result |= {
             "run": str(folder),
             "published": {"model": settings.model, "adapter": settings.adapter},
-            "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
+            "fingerprints": {"weights": evaluated.weights, "tokenizer": evaluated.tokenizer.fingerprint},
         }
-    tasks = tasks_of(names, subject, None, settings)
-    worded = worded_tasks(tasks, None, subject, None, settings)
-    models = judges(subject, settings)
-    add_suites(result, subject, tasks, None, None, settings, models)
-    add_worded(result, subject, worded, None, None, settings, models)
+    tasks = tasks_of(names, evaluated, None, settings)
+    worded = worded_tasks(tasks, None, evaluated, None, settings)
+    models = judges(evaluated, settings)
+    add_suites(result, evaluated, tasks, None, None, settings, models)
+    add_worded(result, evaluated, worded, None, None, settings, models)
     return result
 
 
@@ -217,13 +217,17 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
 
 
 def add_token_scores(
-    result: dict[str, Any], subject: Subject, data: PreparedData, baseline: NGramModel, settings: EvalConfig
+    result: dict[str, Any],
+    evaluated: EvaluatedModel,
+    data: PreparedData,
+    baseline: NGramModel,
+    settings: EvalConfig,
 ) -> None:
     """Put the token scores of the model, its base and the n-gram model into `result`, with intervals."""
     store, rows = data.test, settings.batch_size or TOKEN_ROWS
 
     def of_model() -> Any:
-        return model_scores(subject.model, store, rows, subject.length, subject.precision)
+        return model_scores(evaluated.model, store, rows, evaluated.length, evaluated.precision)
 
     found = {"model": of_model()}
     scores = found["model"][0]
@@ -232,14 +236,14 @@ def add_token_scores(
             f"the loss of {result['run']} at step {result['step']} is {scores.loss}: evaluate with "
             "--precision fp32, or another checkpoint, or train again with a lower learning rate"
         )
-    if subject.adapted:
-        with adapters_disabled(subject.model):
+    if evaluated.adapted:
+        with adapters_disabled(evaluated.model):
             found["base"] = of_model()
-    found["n-gram"] = ngram_scores(baseline, store, subject.length)
+    found["n-gram"] = ngram_scores(baseline, store, evaluated.length)
     result |= {name: token_values(scores, store.n_bytes) for name, (scores, _) in found.items()}
     documents = {
         "names": store.names,
-        "tokens": tokens_of(store, subject.length).tolist(),
+        "tokens": tokens_of(store, evaluated.length).tolist(),
         "bytes": store.byte_lengths.tolist(),
         **{key: {name: sums[key].tolist() for name, (_, sums) in found.items()} for key in KEPT},
     }
@@ -257,18 +261,18 @@ def refuse_unusable_problems(suite: str, settings: EvalConfig) -> None:
 
 
 def tasks_of(
-    names: tuple[str, ...], subject: Subject | None, data: PreparedData | None, settings: EvalConfig
+    names: tuple[str, ...], evaluated: EvaluatedModel | None, data: PreparedData | None, settings: EvalConfig
 ) -> dict[str, Task]:
     """The tasks of the suites, by name. Raises ValueError where one cannot be asked."""
     names = tuple(name for name in names if name != TOKENS)
     if settings.predictions is not None and len(names) > 1:
         raise ValueError(f"--predictions are of one suite, and --suite names {len(names)}; name one")
-    return {name: task_of(name, subject, data, settings) for name in names}
+    return {name: task_of(name, evaluated, data, settings) for name in names}
 
 
 def add_suites(
     result: dict[str, Any],
-    subject: Subject | None,
+    evaluated: EvaluatedModel | None,
     tasks: dict[str, Task],
     data: PreparedData | None,
     baseline: NGramModel | None,
@@ -289,7 +293,7 @@ def add_suites(
                 "interval needs at least 2"
             )
             continue
-        records.append(suite_record(result, task, subject, data, baseline, settings, models))
+        records.append(suite_record(result, task, evaluated, data, baseline, settings, models))
     if records:
         result["suite"] = records[0]
     if records[1:]:
@@ -301,7 +305,7 @@ def add_suites(
 def worded_tasks(
     tasks: dict[str, Task],
     run: Run | None,
-    subject: Subject | None,
+    evaluated: EvaluatedModel | None,
     data: PreparedData | None,
     settings: EvalConfig,
 ) -> dict[str, Task]:
@@ -319,7 +323,7 @@ def worded_tasks(
             + "; leave it out, or give --suite examples and a file of examples"
         )
     else:
-        task = tasks["pairs"] if "pairs" in tasks else task_of("pairs", subject, data, settings)
+        task = tasks["pairs"] if "pairs" in tasks else task_of("pairs", evaluated, data, settings)
         sides = split_documents(data_config(run, settings))
         documents = (document for side, document in sides if side == data.test.split)
     worded = with_prompts(task.examples, documents, names)
@@ -328,7 +332,7 @@ def worded_tasks(
 
 def add_worded(
     result: dict[str, Any],
-    subject: Subject | None,
+    evaluated: EvaluatedModel | None,
     worded: dict[str, Task],
     data: PreparedData | None,
     baseline: NGramModel | None,
@@ -338,18 +342,20 @@ def add_worded(
     """Put the record of each wording into `result["prompts"]`."""
     if worded:
         result["prompts"] = {
-            name: suite_record(result, task, subject, data, baseline, settings, models)
+            name: suite_record(result, task, evaluated, data, baseline, settings, models)
             for name, task in worded.items()
         }
 
 
-def task_of(name: str, subject: Subject | None, data: PreparedData | None, settings: EvalConfig) -> Task:
+def task_of(
+    name: str, evaluated: EvaluatedModel | None, data: PreparedData | None, settings: EvalConfig
+) -> Task:
     """What a suite asks. A suite's own file has prompts that training's rows need not have room for."""
     length = 2**20
-    if subject is not None:
-        length = subject.model.config.block_size if name in OF_FILES else subject.length
+    if evaluated is not None:
+        length = evaluated.model.config.block_size if name in OF_FILES else evaluated.length
     given = Given(
-        None if subject is None else subject.tokenizer,
+        None if evaluated is None else evaluated.tokenizer,
         length,
         settings.samples,
         settings.seed,
@@ -375,7 +381,7 @@ def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
 def suite_record(
     result: dict[str, Any],
     task: Task,
-    subject: Subject | None,
+    evaluated: EvaluatedModel | None,
     data: PreparedData | None,
     baseline: NGramModel | None,
     settings: EvalConfig,
@@ -387,38 +393,38 @@ def suite_record(
     predictions: dict[str, Predictions] = {}
     if settings.predictions is not None:
         predictions["given"] = Predictions(read_predictions(settings.predictions, examples))
-    elif subject is not None:
-        length = subject.model.config.block_size if name in OF_FILES else subject.length
-        for system in ("model", "base") if subject.adapted else ("model",):
+    elif evaluated is not None:
+        length = evaluated.model.config.block_size if name in OF_FILES else evaluated.length
+        for system in ("model", "base") if evaluated.adapted else ("model",):
             made_by = {
                 "system": system,
                 "suite": name,
-                "weights": subject.weights,
-                "tokenizer": subject.tokenizer.fingerprint,
+                "weights": evaluated.weights,
+                "tokenizer": evaluated.tokenizer.fingerprint,
                 "examples": [[e.id, e.prompt, e.suffix, e.reference] for e in examples],
                 "how": dataclasses.asdict(how),
                 "draws": settings.samples_per_example,
                 "max_new_tokens": task.max_new_tokens,
                 "length": length,
-                "precision": str(subject.precision.dtype),
-                "device": subject.precision.device.type,
+                "precision": str(evaluated.precision.dtype),
+                "device": evaluated.precision.device.type,
                 "torch": torch.__version__,
                 "code": code_fingerprint(),
             }
             kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
             made_in_all = len(examples) * settings.samples_per_example
             with (
-                nullcontext() if system == "model" else adapters_disabled(subject.model),
+                nullcontext() if system == "model" else adapters_disabled(evaluated.model),
                 progress(f"{name}, {system}", made_in_all, kept) as bar,
             ):
                 predictions[system] = complete(
-                    subject.model,
-                    subject.tokenizer,
+                    evaluated.model,
+                    evaluated.tokenizer,
                     examples,
                     task.cut,
                     task.max_new_tokens,
                     length,
-                    subject.precision,
+                    evaluated.precision,
                     settings.batch_size,
                     how,
                     settings.samples_per_example,
@@ -426,19 +432,19 @@ def suite_record(
                     bar.update,
                 )
             result.setdefault("kept", []).append(str(kept.path))
-    if baseline is not None and data is not None and subject is not None:
+    if baseline is not None and data is not None and evaluated is not None:
         # It reads on from what stands before a gap; of the gaps of examples it has seen whole ones.
         asked = examples
         if not data.test.holds_examples:
             asked = [dataclasses.replace(example, suffix=None) for example in examples]
         predictions["n-gram"] = ngram_complete(
-            baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
+            baseline, evaluated.tokenizer, asked, task.cut, task.max_new_tokens, evaluated.length, task.stop
         )
     predictions |= answers(task.baselines(examples))
     about: dict[str, Any] = {
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
-        "healed": subject is not None and subject.tokenizer.heals,
+        "healed": evaluated is not None and evaluated.tokenizer.heals,
         "sampling": None
         if settings.temperature == 0
         else {key: getattr(how, key) for key in ("temperature", "top_k", "top_p", "seed")},
@@ -466,8 +472,8 @@ def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
         )
 
 
-def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
-    """The metric `semantic`, if it is asked for: by a model named for it, or by the subject's own base."""
+def judges(evaluated: EvaluatedModel | None, settings: EvalConfig) -> dict[str, Metric]:
+    """The metric `semantic`, if it is requested: by a model named for it, or by the evaluated model's base."""
     if "semantic" not in metric_names(settings.metrics):
         return {}
     if settings.embedding_model is not None:
@@ -476,12 +482,12 @@ def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
             raise ValueError(f"{settings.embedding_model} has no tokenizer; name a model's whole folder")
         name = f"{Path(settings.embedding_model).name}, weights {found.fingerprint[:12]}"
         judge = Judge(found.model, found.tokenizer, name, settings.embedding_layer)
-    elif subject is None:
+    elif evaluated is None:
         raise ValueError("semantic needs a model, and only predictions are here; name one: --embedding_model")
     else:
-        name = f"{'its base' if subject.adapted else 'the model itself'}, weights {subject.weights[:12]}"
-        base = partial(adapters_disabled, subject.model) if subject.adapted else nullcontext
-        judge = Judge(subject.model, subject.tokenizer, name, settings.embedding_layer, base)
+        name = f"{'its base' if evaluated.adapted else 'the model itself'}, weights {evaluated.weights[:12]}"
+        base = partial(adapters_disabled, evaluated.model) if evaluated.adapted else nullcontext
+        judge = Judge(evaluated.model, evaluated.tokenizer, name, settings.embedding_layer, base)
     return {"semantic": judge.metric()}
 
 

@@ -105,7 +105,7 @@ def through_body(example: Example, text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Sample:
+class CompletedFunction:
     """A held-out function and what the model makes of it; `prompt` begins with the `def`."""
 
     name: str
@@ -123,7 +123,7 @@ def sample_completions(
     precision: Precision,
     n: int = 3,
     seed: int = 0,
-) -> list[Sample]:
+) -> list[CompletedFunction]:
     """Greedy completions of held-out Python functions, to look at.
 
     Args:
@@ -134,6 +134,6 @@ def sample_completions(
     examples = function_examples(store, tokenizer, n, room, seed)
     completions = complete(model, tokenizer, examples, through_body, max_new_tokens, length, precision).texts
     return [
-        Sample(e.name, e.where, e.prompt[e.start :], e.reference, completion)
+        CompletedFunction(e.name, e.where, e.prompt[e.start :], e.reference, completion)
         for e, completion in zip(examples, completions, strict=True)
     ]

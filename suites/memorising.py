@@ -32,7 +32,7 @@ _ROWS = 2**16  # pairs of places that are compared at a time
 LICENCE_FIELDS = "licence", "license"
 
 
-class Run(NamedTuple):
+class RepeatedRun(NamedTuple):
     """The longest run of a text that stands in training.
 
     Args:
@@ -48,7 +48,7 @@ class Run(NamedTuple):
     times: int
 
 
-def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int = LEAST) -> list[Run]:
+def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int = LEAST) -> list[RepeatedRun]:
     """For each text of token ids, its longest run of at least `least` ids inside one training document.
 
     First the runs of `least`, 2 `least`, 4 `least`, ... tokens that stand in training are found by hash. A
@@ -81,7 +81,7 @@ def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int =
         kept = seen[length] & (largest[ours.of[places]] == length)
         if kept.any():
             _extend(best, ours, ids, places[kept], hashes[kept], length, train, values)
-    return [Run(*one) for one in best]
+    return [RepeatedRun(*one) for one in best]
 
 
 def _stream(train: TokenStore, values: np.ndarray) -> Iterator[tuple[int, Batch]]:
@@ -209,7 +209,7 @@ def memorisation(
     return {"least": LEAST, "systems": by_system, "longest": rows}
 
 
-def _stands_whole(text: str, run: Run, size: int, train: TokenStore, tokenizer: Tokenizer) -> bool:
+def _stands_whole(text: str, run: RepeatedRun, size: int, train: TokenStore, tokenizer: Tokenizer) -> bool:
     """Whether all of a text stands where its longest run does. Its first and last characters may be parts of
     other tokens there, by what is around them.
     """

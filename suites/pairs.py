@@ -18,7 +18,7 @@ from suites.baselines import copied, nearest
 from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.stored import text_of_example
-from suites.task import Given, Task, drawn, held_out, nearest_in_training
+from suites.task import Given, Task, held_out, nearest_in_training, sampled
 from tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 512  # most of a prediction, where nothing else is said
@@ -82,7 +82,7 @@ def task(given: Given) -> Task:
 def file_task(given: Given) -> Task:
     if given.file is None:
         raise ValueError("the suite examples is asked from a file; name it with --suite_file")
-    rows = drawn(list(enumerate(file_examples(given.file))), given)
+    rows = sampled(list(enumerate(file_examples(given.file))), given)
     examples = [Example(d.name, number, d.prompt or "", d.text, d.suffix) for number, d in rows]
 
     def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:

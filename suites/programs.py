@@ -21,7 +21,7 @@ from sandbox.passing import score as judge
 from sandbox.problems import Problem, Sample, field_of, problem_of, read_rows
 from suites.passing import scores_of
 from suites.scoring import SUITES, Example, Predictions, check_systems, record_of
-from suites.task import Given, Task, drawn, rows_of
+from suites.task import Given, Task, rows_of, sampled
 
 PROGRAM_TOKENS, GAP_TOKENS = 512, 256
 # What begins after a function has ended: those of arXiv:2107.03374, decorators, and the end of a code block.
@@ -51,7 +51,7 @@ def _task(given: Given, name: str, limit: int, stop: tuple[str, ...]) -> Task:
     ids = {row.get("task_id") for _, row in rows}
     if name == "mbpp" and ids.issuperset(MBPP_TEST):
         rows = [(where, row) for where, row in rows if row.get("task_id") in MBPP_TEST]
-    for where, row in drawn(rows, given):
+    for where, row in sampled(rows, given):
         kinds = {"test_list": "mbpp", "suffix": "humaneval_infilling"}
         kind = next((kinds[mark] for mark in kinds if mark in row), "humaneval")
         problem = problem_of(where, row)

@@ -14,9 +14,9 @@ from data.documents import Document
 from suites.scoring import Example
 
 
-def variant_names(asked: str) -> list[str]:
-    """The names in `asked`, between commas. Raises ValueError if one is there twice."""
-    names = [name.strip() for name in asked.split(",") if name.strip()]
+def variant_names(requested: str) -> list[str]:
+    """The names in `requested`, between commas. Raises ValueError if one is there twice."""
+    names = [name.strip() for name in requested.split(",") if name.strip()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"--prompts names {twice[0]} twice: name each once")

@@ -81,7 +81,7 @@ def table(result: dict[str, Any]) -> str:
     if result.get("side", "test") != "test":
         told = "was trained on" if result["side"] == "train" else "was chosen by, so they are optimistic"
         lines.append(
-            f"no test side: the scores are of the {result['side']} files, which this checkpoint {told}"
+            f"no test split: the scores are of the {result['side']} files, which this checkpoint {told}"
         )
     for name, evidence in result["allowed faults"].items():
         lines.append(f"TRAINED WITH --allow {name}: {evidence}")

@@ -193,9 +193,9 @@ def no_verdict(shares: dict[str, float]) -> str | None:
     return f"no verdict: {share:.1%} of the answers of {name} are empty, so that a score says little of it"
 
 
-def metric_names(asked: str) -> tuple[str, ...]:
-    """The names in `asked`, between commas; ValueError for one that no metric has."""
-    return tuple(metric(name.strip()).name for name in asked.split(",") if name.strip())
+def metric_names(requested: str) -> tuple[str, ...]:
+    """The names in `requested`, between commas; ValueError for one that no metric has."""
+    return tuple(metric(name.strip()).name for name in requested.split(",") if name.strip())
 
 
 def suites_of(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -97,10 +97,10 @@ def rows_of(given: Given, name: str) -> list[tuple[str, dict[str, Any]]]:
     rows = list(read_rows(Path(given.file)))
     if not rows:
         raise ValueError(f"{given.file} has no rows; give the published file of the suite {name}")
-    return drawn(rows, given)
+    return sampled(rows, given)
 
 
-def drawn(rows: list[Any], given: Given) -> list[Any]:
+def sampled(rows: list[Any], given: Given) -> list[Any]:
     """`n` of them, in their order."""
     if given.n is None or given.n >= len(rows):
         return rows

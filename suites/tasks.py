@@ -26,14 +26,14 @@ assert set(TASKS) == set(SUITES)
 OF_FILES = {"examples", "codexglue_method", "codexglue_line", "humaneval", "mbpp", "humaneval_infilling"}
 
 
-def suite_names(asked: str) -> tuple[str, ...]:
-    """The names in `asked`, between commas; `fim` stands for its three.
+def suite_names(requested: str) -> tuple[str, ...]:
+    """The names in `requested`, between commas; `fim` stands for its three.
 
     Raises:
         ValueError: a name that no suite has, or the same one twice.
     """
     names: list[str] = []
-    for name in filter(None, map(str.strip, asked.split(","))):
+    for name in filter(None, map(str.strip, requested.split(","))):
         known = [TOKENS, *TASKS, *TOGETHER]
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

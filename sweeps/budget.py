@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.board import KILLED, is_done
-from sweeps.settings import Settings
+from sweeps.settings import SweepSettings
 
 ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
 NOTHING_NEW = 20  # trials in a row that took no step: the space holds no other settings, or next to none
@@ -20,7 +20,9 @@ FEWEST = 2  # rounds of repeats that give an interval
 SHARE = 0.5  # The part of a budget in seconds that repeats may take.
 
 
-def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: float, grid: int | None) -> bool:
+def more_trials(
+    settings: SweepSettings, slots: Mapping[int, FrozenTrial], spent: float, grid: int | None
+) -> bool:
     """Whether the budget has room for a trial beyond these slots.
 
     Args:
@@ -64,13 +66,13 @@ def seconds_of_one(slots: Mapping[int, FrozenTrial]) -> float:
     return sum(took) / len(took) if took else 0.0
 
 
-def seconds_of_repeats(settings: Settings, slots: Mapping[int, FrozenTrial], rounds: int) -> float:
+def seconds_of_repeats(settings: SweepSettings, slots: Mapping[int, FrozenTrial], rounds: int) -> float:
     """What so many rounds take, by the trials so far."""
     sweep = settings.sweep
     return math.ceil((sweep.repeat_best + 1) * rounds / sweep.workers) * seconds_of_one(slots)
 
 
-def whole_rounds(settings: Settings, slots: Mapping[int, FrozenTrial]) -> int:
+def whole_rounds(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> int:
     """How many rounds of repeats there are: `repeat_seeds`, or as many as half of the seconds have room for.
 
     Fewer than FEWEST would not tell a difference from chance, so then there are none.
@@ -84,13 +86,13 @@ def whole_rounds(settings: Settings, slots: Mapping[int, FrozenTrial]) -> int:
     return rounds if rounds >= FEWEST else 0
 
 
-def room_for_a_round(settings: Settings, slots: Mapping[int, FrozenTrial], spent: float) -> bool:
+def room_for_a_round(settings: SweepSettings, slots: Mapping[int, FrozenTrial], spent: float) -> bool:
     """Whether another round of repeats is expected to end within the budget, after `spent` seconds of it."""
     seconds = settings.sweep.seconds
     return not seconds or spent + seconds_of_repeats(settings, slots, 1) <= seconds
 
 
-def foreseen(settings: Settings, slots: Mapping[int, FrozenTrial]) -> str:
+def foreseen(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> str:
     """What the rest of a budget in seconds is for, once a trial was whole; else an empty text."""
     sweep, one = settings.sweep, seconds_of_one(slots)
     if not (sweep.seconds and one):

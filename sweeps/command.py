@@ -24,7 +24,7 @@ from config.console import for_shell
 from sweeps import verdict
 from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.budget import ALL_FAILED, foreseen
-from sweeps.settings import Settings
+from sweeps.settings import SweepSettings
 from sweeps.storage import told
 from sweeps.study import open_studies, refuse_other_data, refuse_other_runs
 from sweeps.worker import STOPPED, start
@@ -33,7 +33,7 @@ LOOK = 1.0  # seconds between two looks at workers and study
 DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
 
 
-def prepare(settings: Settings) -> str:
+def prepare(settings: SweepSettings) -> str:
     """The data's fingerprint, with tokenizer and tokens of the config itself made once for all trials.
 
     Raises:
@@ -53,7 +53,7 @@ def prepare(settings: Settings) -> str:
 
 
 @dataclass
-class Member:
+class CrewMember:
     """A worker's process, as the command that started it sees it."""
 
     name: str  # by which the storage knows it
@@ -78,11 +78,11 @@ def gpus_for(device: str) -> list[str]:
 class Crew:
     """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
 
-    def __init__(self, settings: Settings, fingerprint: str):
+    def __init__(self, settings: SweepSettings, fingerprint: str):
         from training.loop import SAME_SIGNAL
 
         self.settings, self.fingerprint, self.same_signal = settings, fingerprint, SAME_SIGNAL
-        self.asked = 0  # signals
+        self.stop_requests = 0  # signals
         self.signal = (0, 0.0)  # the last one that counted, and when it came
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
@@ -91,7 +91,7 @@ class Crew:
         self.deaths = 0
         self.sentence = ""  # the first worker's that ended with an error
         self.looked = time.monotonic()
-        self.members: list[Member] = []
+        self.members: list[CrewMember] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 signal.signal(number, self.stop)
@@ -109,8 +109,8 @@ class Crew:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         process.start()
         mouth.close()
-        self.members[place : place + 1] = [Member(name, process, ear, ticks)]
-        if self.asked:  # before it was a member
+        self.members[place : place + 1] = [CrewMember(name, process, ear, ticks)]
+        if self.stop_requests:  # before it was a member
             process.terminate()
 
     def stop(self, number: int = 0, frame: Any = None) -> None:
@@ -119,10 +119,10 @@ class Crew:
         if number and number == before and now - since < self.same_signal:
             return
         self.signal = (number, now)
-        self.asked += 1
+        self.stop_requests += 1
         for member in self.members:
             if member.process.is_alive():
-                member.process.terminate() if self.asked == 1 else member.process.kill()
+                member.process.terminate() if self.stop_requests == 1 else member.process.kill()
 
     def end_hung(self, fail: Callable[[str], object]) -> None:
         """Kill the workers that have done nothing for too long.
@@ -157,7 +157,7 @@ class Crew:
                     self.sentence = member.ear.recv()
                 except EOFError:
                     self.sentence = "a worker ended with exit code 2 and did not say why"
-            if code in (None, 0, STOPPED, 2) or self.asked:
+            if code in (None, 0, STOPPED, 2) or self.stop_requests:
                 continue
             self.deaths += 1
             if self.deaths > DEATHS_IN_A_ROW:  # the others are told to stop by whoever called
@@ -169,14 +169,14 @@ class Crew:
                 say(f"a worker died (exit code {code}); another one takes its trial up")
             self.begin(place)
         codes = [member.process.exitcode for member in self.members]
-        if 2 in codes and not self.asked:
+        if 2 in codes and not self.stop_requests:
             self.stop()
         if None in codes:
             return None
         return 2 if 2 in codes else 0 if 0 in codes else STOPPED  # 0: one found nothing left to do
 
 
-def sweep(settings: Settings) -> int:
+def sweep(settings: SweepSettings) -> int:
     """The whole sweep; the exit code: 0 at its end, 75 where it was stopped and can go on.
 
     Raises:
@@ -224,7 +224,7 @@ def sweep(settings: Settings) -> int:
             trials.reap()
             repeats.reap()
     except ValueError:
-        if not crew.asked:  # or they are saving
+        if not crew.stop_requests:  # or they are saving
             crew.stop()
         raise
     if code == 2:
@@ -246,7 +246,7 @@ def sweep(settings: Settings) -> int:
     return 0
 
 
-def beginning(settings: Settings) -> str:
+def beginning(settings: SweepSettings) -> str:
     """What the sweep is about to do, in one line: no trial ends in its first minute."""
     own = settings.sweep
     budgets = [
@@ -260,7 +260,7 @@ def beginning(settings: Settings) -> str:
     )
 
 
-def line(settings: Settings, is_repeat: bool, record: FrozenTrial) -> str:
+def line(settings: SweepSettings, is_repeat: bool, record: FrozenTrial) -> str:
     """What became of a slot, in one line."""
     facts = record.user_attrs
     name = f"trial {facts['slot']}"
@@ -278,7 +278,7 @@ def line(settings: Settings, is_repeat: bool, record: FrozenTrial) -> str:
 
 
 def finish(
-    settings: Settings,
+    settings: SweepSettings,
     studies: tuple[Any, Any],
     slots: Mapping[int, FrozenTrial],
     repeats: Mapping[int, FrozenTrial],

@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from config import write_atomically
-from sweeps.settings import Settings
+from sweeps.settings import SweepSettings
 from sweeps.study import chosen_of
 from sweeps.verdict import short
 
@@ -26,7 +26,7 @@ NAMED = (
 
 
 def draw(
-    settings: Settings, study: optuna.Study, slots: Mapping[int, FrozenTrial], texts: list[str]
+    settings: SweepSettings, study: optuna.Study, slots: Mapping[int, FrozenTrial], texts: list[str]
 ) -> list[Path]:
     """Write pictures/NAME.png, report.html and tensorboard/ into the study's folder; the paths of the PNG."""
     folder = settings.sweep.folder
@@ -45,7 +45,7 @@ def draw(
     return paths
 
 
-def _told(settings: Settings, study: optuna.Study, slots: Mapping[int, FrozenTrial]) -> optuna.Study:
+def _told(settings: SweepSettings, study: optuna.Study, slots: Mapping[int, FrozenTrial]) -> optuna.Study:
     """A study in memory with one record for each slot, numbered by slot, without what was left behind."""
     told = optuna.create_study(directions=study.directions)
     for record in slots.values():
@@ -53,7 +53,7 @@ def _told(settings: Settings, study: optuna.Study, slots: Mapping[int, FrozenTri
     return told
 
 
-def _plots(settings: Settings, study: optuna.Study) -> dict[str, Callable[[], Any]]:
+def _plots(settings: SweepSettings, study: optuna.Study) -> dict[str, Callable[[], Any]]:
     from optuna.visualization import matplotlib as plot
 
     names = list(settings.sweep.objectives)
@@ -118,7 +118,7 @@ def page(title: str, texts: list[str], pictures: list[Path]) -> str:
     )
 
 
-def write_hparams(settings: Settings, slots: Mapping[int, FrozenTrial], folder: Path) -> None:
+def write_hparams(settings: SweepSettings, slots: Mapping[int, FrozenTrial], folder: Path) -> None:
     """A run for each trial that has values, with its settings and results."""
     from torch.utils.tensorboard import SummaryWriter
 

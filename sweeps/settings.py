@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from config.console import refuse
-
 from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
+from config.console import refuse
 from config.yamlfile import read_yaml
 from sweeps.space import Space, parse_space
 
@@ -78,7 +77,7 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SweepSettings:
     """All that a worker needs; plain data, handed to its process."""
 
     sweep: SweepConfig
@@ -86,7 +85,7 @@ class Settings:
     config: Config  # what is varied, and what the best is compared with
 
 
-def parse_settings(words: list[str]) -> Settings:
+def parse_settings(words: list[str]) -> SweepSettings:
     """The settings of a command line; a mistake prints one sentence and exits with 2."""
     names = {f"--{f.name}" for f in fields(SweepConfig)}
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -154,7 +153,7 @@ def parse_settings(words: list[str]) -> Settings:
             )
         if sweep.sampler == "grid":
             space.grid(config)
-        return Settings(sweep, space, config)
+        return SweepSettings(sweep, space, config)
     except ValueError as error:
         return parser.error(str(error))
 

@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from config import BEFORE
 from sweeps.board import is_open, slots_of
-from sweeps.settings import OBJECTIVES, Settings
+from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.space import ARMS, MATTERS, Parameter, flow, written
 from sweeps.storage import open_storage, patiently, told
 from training.runfolder import FREE, KEY_CLASSES, LATER, flat
@@ -40,7 +40,7 @@ NO_BRACKET = -1  # of Hyperband's, whose numbers count from 0
 REPEATS = "-repeats"  # and the study's name before it: the study of the repeats
 
 
-def open_studies(settings: Settings) -> tuple[optuna.Study, optuna.Study]:
+def open_studies(settings: SweepSettings) -> tuple[optuna.Study, optuna.Study]:
     """The study of the trials and that of the repeats, new or as they are.
 
     Raises:
@@ -53,7 +53,7 @@ def open_studies(settings: Settings) -> tuple[optuna.Study, optuna.Study]:
         return _opened(storage, name, settings), _opened(storage, name + REPEATS, settings)
 
 
-def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings) -> optuna.Study:
+def _opened(storage: optuna.storages.BaseStorage, name: str, settings: SweepSettings) -> optuna.Study:
     directions = [
         StudyDirection.MINIMIZE if OBJECTIVES[o] else StudyDirection.MAXIMIZE
         for o in settings.sweep.objectives
@@ -107,7 +107,7 @@ def refuse_other_runs(study: optuna.Study, folder: Path) -> None:
         )
 
 
-def identity(settings: Settings) -> dict[str, Any]:
+def identity(settings: SweepSettings) -> dict[str, Any]:
     """What trials of one study share: other budgets, workers, samplers and pruners may go on with it."""
     config = replace(settings.config, data=settings.config.data.resolved())
     return {
@@ -136,7 +136,7 @@ def _difference(part: str, known: Any, own: Any) -> str:
     return f"{key} was {was} and is {now} now"
 
 
-def make_sampler(settings: Settings, slot: int) -> BaseSampler:
+def make_sampler(settings: SweepSettings, slot: int) -> BaseSampler:
     """Fresh for each slot, and seeded by it: workers that share a seed would ask for the same settings."""
     sweep = settings.sweep
     seed = (sweep.sampler_seed * 1_000_003 + slot) % 2**32
@@ -155,7 +155,7 @@ def make_sampler(settings: Settings, slot: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-def make_pruner(settings: Settings) -> BasePruner:
+def make_pruner(settings: SweepSettings) -> BasePruner:
     """By validations: the first rung is at the first of them."""
     name, space = settings.sweep.pruner, settings.space
     if name == "median":
@@ -212,7 +212,7 @@ def label(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, tuple) else value
 
 
-def chosen_of(settings: Settings, params: Mapping[str, Any]) -> dict[str, Any]:
+def chosen_of(settings: SweepSettings, params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `label`, for a record's parameters; of those that are known."""
     found = {}
     for parameter in settings.space.parameters:

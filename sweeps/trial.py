@@ -29,7 +29,7 @@ TAGS = {"bits_per_byte": ("eval/bits_per_byte", min), "tokens_per_second": ("tra
 
 
 @dataclass
-class Outcome:
+class TrialOutcome:
     """What became of a trial.
 
     Args:
@@ -55,7 +55,7 @@ def run_trial(
     report: Callable[[int, float], bool],
     note: Callable[[str, object], None],
     tick: Callable[[], None] = lambda: None,
-) -> Outcome:
+) -> TrialOutcome:
     """Train in `folder`, or go on there from the newest checkpoint that is whole.
 
     Args:
@@ -84,7 +84,7 @@ def run_trial(
                 pruned = report(int(row["step"]), row["eval/bits_per_byte"])
         if pruned and budget_used(config.train, newest.step, counters["epoch"], before) < 1:
             found = numbers_of(folder)
-            return Outcome("pruned", "", found, max(int(found.pop("step")), newest.step), before)
+            return TrialOutcome("pruned", "", found, max(int(found.pop("step")), newest.step), before)
         pruned = False
 
     def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
@@ -138,7 +138,7 @@ def run_trial(
     steps = [int(found.pop("step")), *seen]
     if newest is not None:
         steps.append(newest.step)
-    return Outcome(state, reason, found, max(steps), before + time.monotonic() - started, signalled)
+    return TrialOutcome(state, reason, found, max(steps), before + time.monotonic() - started, signalled)
 
 
 def reason_of(error: Exception) -> str:

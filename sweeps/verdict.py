@@ -21,7 +21,7 @@ from config import Config, parse_config
 from suites.scoring import aligned
 from sweeps.board import is_done
 from sweeps.budget import FEWEST, seconds_of_repeats, whole_rounds
-from sweeps.settings import OBJECTIVES, Settings
+from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.space import Space, flow
 from sweeps.study import chosen_of
 from training.runfolder import flat
@@ -59,7 +59,7 @@ class Difference:
     high: float
 
 
-def repeated(settings: Settings, repeats: Mapping[int, FrozenTrial]) -> dict[int | None, Repeated]:
+def repeated(settings: SweepSettings, repeats: Mapping[int, FrozenTrial]) -> dict[int | None, Repeated]:
     """Of each candidate its values, by the first objective."""
     found: dict[int | None, dict[int, float]] = {}
     for record in repeats.values():
@@ -91,7 +91,7 @@ def differences(found: Mapping[int | None, Repeated]) -> list[Difference]:
 
 
 def winner(
-    settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
+    settings: SweepSettings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> int | None:
     """The slot that is best with the other seeds, else the best trial; None is the config itself.
 
@@ -115,14 +115,14 @@ def winner(
     return min(left or done)[1] if done else None
 
 
-def config_of(settings: Settings, slots: Mapping[int, FrozenTrial], of: int | None) -> Config:
+def config_of(settings: SweepSettings, slots: Mapping[int, FrozenTrial], of: int | None) -> Config:
     if of is None:
         return settings.config
     return settings.space.config(settings.config, chosen_of(settings, slots[of].params))
 
 
 def verdict(
-    settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
+    settings: SweepSettings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> list[str]:
     """Sentences: the repeated ones with their spread, and whether one differs from the config itself."""
     name, found = settings.sweep.objectives[0], repeated(settings, repeats)
@@ -181,7 +181,7 @@ def number(value: float) -> str:
     return f"{value:.4f}" if size < 1000 else f"{value:,.0f}" if size < 1e15 else f"{value:.4g}"
 
 
-def table(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+def table(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """Lines: the best trials, and the config's own if it is among them; settings beside values."""
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     done = [(sign * r.values[0], slot) for slot, r in slots.items() if r.state == TrialState.COMPLETE]
@@ -192,13 +192,13 @@ def table(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     return _lines(settings, slots, order)
 
 
-def own_slot(settings: Settings, slots: Mapping[int, FrozenTrial]) -> int | None:
+def own_slot(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> int | None:
     """Of the trial that is the config itself."""
     default = settings.space.default(settings.config)
     return next((s for s, r in slots.items() if chosen_of(settings, r.params) == default), None)
 
 
-def front(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+def front(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """Lines: of several objectives every trial that no other one beats; nothing for a single one.
 
     One beats another if it is better by one objective and worse by none. They stand in the order of the first
@@ -226,7 +226,7 @@ def front(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     return [head, *_lines(settings, slots, order)]
 
 
-def _lines(settings: Settings, slots: Mapping[int, FrozenTrial], order: list[int]) -> list[str]:
+def _lines(settings: SweepSettings, slots: Mapping[int, FrozenTrial], order: list[int]) -> list[str]:
     """A table of these trials: their values, steps and settings."""
     keys = [p.key for p in settings.space.parameters]
     own = own_slot(settings, slots)
@@ -250,13 +250,13 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else flow(value)
 
 
-def asked_steps(settings: Settings, record: FrozenTrial) -> int:
+def asked_steps(settings: SweepSettings, record: FrozenTrial) -> int:
     """Of a trial that nothing ends early."""
     chosen = settings.space.settings(chosen_of(settings, record.params))
     return chosen.get("max_steps", settings.config.train.max_steps)
 
 
-def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+def counts(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """How many trials ended how, the steps they took, and each reason for a failure."""
     left = sum(not is_done(record) for record in slots.values())
     slots = {slot: record for slot, record in slots.items() if is_done(record)}
@@ -278,7 +278,7 @@ def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     return [line, *same, *(f"{count} failed: {reason}" for reason, count in reasons.most_common())]
 
 
-def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+def idle(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     """Parameters that changed nothing: trials that differ in them alone had the same first losses.
 
     Where trials with equal losses differ in several, those are named together. Of a trial that ended early
@@ -338,7 +338,7 @@ def best_yaml(config: Config, space: Space, base: Config) -> dict[str, Any]:
     return plain
 
 
-def best_head(settings: Settings, config: Config, of: int | None) -> str:
+def best_head(settings: SweepSettings, config: Config, of: int | None) -> str:
     """The comment on top of best.yaml: whose settings they are, and how long they were tried."""
     tried = ", ".join(f"{key} {value:g}" for key in BUDGETS if (value := flat(config)[key]))
     return (

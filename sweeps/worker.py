@@ -29,7 +29,7 @@ from config import Config
 from config.console import shown_safely
 from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
 from sweeps.budget import more_trials, room_for_a_round, whole_rounds
-from sweeps.settings import OBJECTIVES, Settings
+from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.storage import patiently, told
 from sweeps.study import (
     chosen_of,
@@ -46,7 +46,7 @@ from training.runfolder import LOCK, flat
 STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
 
 
-def candidates(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[int | None]:
+def candidates(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[int | None]:
     """Slots to repeat, the best first, and None: the config itself. Nothing where nothing was trained."""
     sweep = settings.sweep
     default = settings.space.default(settings.config)
@@ -75,7 +75,7 @@ class Worker:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SweepSettings,
         trials: optuna.Study,
         repeats: optuna.Study,
         pulse: Pulse,
@@ -161,7 +161,7 @@ class Worker:
 
     def run(self, board: Board, claim: Claim) -> None:
         """Train what was claimed and record what became of it; a signal gives it back and ends the worker."""
-        from sweeps.trial import Outcome, remove_checkpoints, run_trial
+        from sweeps.trial import TrialOutcome, remove_checkpoints, run_trial
 
         try:
             trial = None
@@ -176,12 +176,12 @@ class Worker:
                     f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
                 )
                 self.note(board, claim, KILLED, True)
-                self.record(board, claim, Outcome("failed", reason, steps=at))
+                self.record(board, claim, TrialOutcome("failed", reason, steps=at))
                 return
             try:
                 config = self.config_of(claim, trial)
             except ValueError as error:  # choices that do not go together
-                self.record(board, claim, Outcome("failed", f"it cannot be built: {error}"))
+                self.record(board, claim, TrialOutcome("failed", f"it cannot be built: {error}"))
                 return
             trained = (folder / "checkpoints").is_dir()  # by an attempt before: its steps are spent
             if trial is not None and not trained and (twin := self.twin(claim, config)) is not None:
@@ -190,7 +190,7 @@ class Worker:
                 self.record(
                     board,
                     claim,
-                    Outcome(state, values=dict(zip(self.objectives, twin.values or [], strict=False))),
+                    TrialOutcome(state, values=dict(zip(self.objectives, twin.values or [], strict=False))),
                 )
                 return
             if is_locked(folder / LOCK):  # a worker that was thought dead is still at it
@@ -328,7 +328,7 @@ def _say(text: str) -> None:
 
 
 @shown_safely()
-def start(settings: Settings, fingerprint: str, mouth: Connection, name: str, ticks: Any) -> NoReturn:
+def start(settings: SweepSettings, fingerprint: str, mouth: Connection, name: str, ticks: Any) -> NoReturn:
     """A worker's process, which exits with 0 where nothing is left, 75 if stopped, 2 for an error it told.
 
     Args:

@@ -69,11 +69,11 @@ from modules.quantize import n_weights
 from modules.tensorfiles import save_tensors
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.evaluate import evaluate, table, write_results
+from suites.evaluated import data_config, data_of
 from suites.functions import sample_completions
 from suites.records import read_evaluation
 from suites.settings import EvalConfig
 from suites.stored import text_of_example
-from suites.subject import data_config, data_of
 from tokenizer import Tokenizer
 from training.beforehand import refuse_mistakes
 from training.checkpoint import (

@@ -22,7 +22,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """The model that is evaluated.
 
     Args:
@@ -63,7 +63,7 @@ def data_config(run: Run, settings: EvalConfig) -> DataConfig:
     )
 
 
-def open_published(source: str, adapter: str | None, precision: Precision) -> Subject:
+def open_published(source: str, adapter: str | None, precision: Precision) -> EvaluatedModel:
     """A model of a folder or the hub.
 
     Raises:
@@ -84,7 +84,9 @@ def open_published(source: str, adapter: str | None, precision: Precision) -> Su
     if found.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer; put the tokenizer.json of the model beside its weights")
     model = found.model.to(precision.device)
-    return Subject(model, found.tokenizer, model.config.block_size, adapter is not None, weights, precision)
+    return EvaluatedModel(
+        model, found.tokenizer, model.config.block_size, adapter is not None, weights, precision
+    )
 
 
 def published_name(source: str, adapter: str | None) -> str:
