@@ -167,6 +167,15 @@ def _kinds(
     repeats: str,
     first: str = "",
 ) -> _Kinds:
+    """Return the kinds of a grammar from words between spaces.
+
+    Args:
+        declares: Kinds of node that give a name the value beside them.
+        assigns: Kinds of node that compute a name's value from the one beside them.
+
+    It has eight parameters, a word list for each thing that a node can do to data; the others are fields of
+    `_Kinds`.
+    """
     binds = dict.fromkeys(declares.split(), "comesFrom") | dict.fromkeys(assigns.split(), "computedFrom")
     return _Kinds(
         frozenset(atoms.split()),

@@ -23,6 +23,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from modules.precision import Precision, choose_device, choose_precision
 from pretrained import load_pretrained
 from sandbox.problems import read_problems
 from suites import programs
-from suites.completing import complete, ngram_complete
+from suites.completing import CompletionSettings, complete, ngram_complete
 from suites.documents import add_intervals
 from suites.evaluated import EvaluatedModel, data_config, data_of, open_published, published_name
 from suites.hidden import Judge
@@ -78,6 +79,32 @@ from suites.tokens import (
 from training.run import Run, load_run, run_folder
 
 TOKEN_ROWS = 16  # at a time, of token scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the suites of one evaluation are scored with.
+
+    Args:
+        settings: What is evaluated, and how.
+        evaluated: The model; None where predictions were made elsewhere.
+        data: The run's data; None for a published model.
+        baseline: The n-gram model of the run's training files; None without these.
+        models: The metrics that a model computes, by name.
+    """
+
+    settings: EvalConfig
+    evaluated: EvaluatedModel | None
+    data: PreparedData | None
+    baseline: NGramModel | None
+    models: dict[str, Metric]
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The names that the model's predictions have in a record: its own and, with adapters, its base's."""
+        if self.evaluated is None:
+            return ()
+        return ("model", "base") if self.evaluated.adapted else ("model",)
 
 
 # --- what is evaluated -------------------------------------------------------------------------------
@@ -171,12 +198,13 @@ def evaluate_run(
         "bytes": store.n_bytes,
         "n-gram order": baseline.order,
     }
-    tasks = tasks_of(names, evaluated, data, settings)  # what cannot be asked is told before anything is
+    tasks = tasks_of(names, evaluated, data, settings)  # A suite that cannot be evaluated is refused here.
     worded = worded_tasks(tasks, run, evaluated, data, settings)
     if TOKENS in names:
         add_token_scores(result, evaluated, data, baseline, settings)
-    add_suites(result, evaluated, tasks, data, baseline, settings, models)
-    add_worded(result, evaluated, worded, data, baseline, settings, models)
+    evaluation = Evaluation(settings, evaluated, data, baseline, models)
+    add_suites(result, evaluation, tasks)
+    add_worded(result, evaluation, worded)
     for record in suites_of(result):
         record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
         if settings.memorisation:
@@ -207,9 +235,9 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
         }
     tasks = tasks_of(names, evaluated, None, settings)
     worded = worded_tasks(tasks, None, evaluated, None, settings)
-    models = judges(evaluated, settings)
-    add_suites(result, evaluated, tasks, None, None, settings, models)
-    add_worded(result, evaluated, worded, None, None, settings, models)
+    evaluation = Evaluation(settings, evaluated, None, None, judges(evaluated, settings))
+    add_suites(result, evaluation, tasks)
+    add_worded(result, evaluation, worded)
     return result
 
 
@@ -270,30 +298,24 @@ def tasks_of(
     return {name: task_of(name, evaluated, data, settings) for name in names}
 
 
-def add_suites(
-    result: dict[str, Any],
-    evaluated: EvaluatedModel | None,
-    tasks: dict[str, Task],
-    data: PreparedData | None,
-    baseline: NGramModel | None,
-    settings: EvalConfig,
-    models: dict[str, Metric],
-) -> None:
-    """Put the scores of texts, and every prediction, into `result["suite"]`, those of further suites into
-    `result["more_suites"]`, and why a suite has none into `result["suite_left_out"]`.
+def add_suites(result: dict[str, Any], evaluation: Evaluation, tasks: dict[str, Task]) -> None:
+    """Put the records of the suites into the result.
+
+    The first suite's scores and predictions are `result["suite"]`, those of the others are
+    `result["more_suites"]`, and why a suite has none is told in `result["suite_left_out"]`.
     """
-    records, left_out = [], []
+    records, left_out, data = [], [], evaluation.data
     for name, task in tasks.items():
         if len(task.examples) < 2:
-            side = "its file has"
+            where = "its file has"
             if data is not None and name not in OF_FILES:
-                side = f"the {data.test.split} files have"
+                where = f"the {data.test.split} files have"
             left_out.append(
-                f"{task.suite.title} not scored: {side} {len(task.examples)} {task.wanted}, and an "
+                f"{task.suite.title} not scored: {where} {len(task.examples)} {task.wanted}, and an "
                 "interval needs at least 2"
             )
             continue
-        records.append(suite_record(result, task, evaluated, data, baseline, settings, models))
+        records.append(suite_record(result, evaluation, task))
     if records:
         result["suite"] = records[0]
     if records[1:]:
@@ -324,27 +346,16 @@ def worded_tasks(
         )
     else:
         task = tasks["pairs"] if "pairs" in tasks else task_of("pairs", evaluated, data, settings)
-        sides = split_documents(data_config(run, settings))
-        documents = (document for side, document in sides if side == data.test.split)
+        every = split_documents(data_config(run, settings))
+        documents = (document for split, document in every if split == data.test.split)
     worded = with_prompts(task.examples, documents, names)
     return {name: dataclasses.replace(task, examples=examples) for name, examples in worded.items()}
 
 
-def add_worded(
-    result: dict[str, Any],
-    evaluated: EvaluatedModel | None,
-    worded: dict[str, Task],
-    data: PreparedData | None,
-    baseline: NGramModel | None,
-    settings: EvalConfig,
-    models: dict[str, Metric],
-) -> None:
+def add_worded(result: dict[str, Any], evaluation: Evaluation, worded: dict[str, Task]) -> None:
     """Put the record of each wording into `result["prompts"]`."""
     if worded:
-        result["prompts"] = {
-            name: suite_record(result, task, evaluated, data, baseline, settings, models)
-            for name, task in worded.items()
-        }
+        result["prompts"] = {name: suite_record(result, evaluation, task) for name, task in worded.items()}
 
 
 def task_of(
@@ -378,68 +389,22 @@ def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
     )
 
 
-def suite_record(
-    result: dict[str, Any],
-    task: Task,
-    evaluated: EvaluatedModel | None,
-    data: PreparedData | None,
-    baseline: NGramModel | None,
-    settings: EvalConfig,
-    models: dict[str, Metric],
-) -> dict[str, Any]:
-    """One suite: every system's predictions, and their scores, those of `models` among them."""
-    examples, name = task.examples, task.suite.name
+def suite_record(result: dict[str, Any], evaluation: Evaluation, task: Task) -> dict[str, Any]:
+    """Return the record of one suite: every system's predictions, and their scores.
+
+    The files that keep the predictions until eval.json is written are added to `result["kept"]`.
+    """
+    settings, evaluated, examples = evaluation.settings, evaluation.evaluated, task.examples
     how = sampling(settings, task.stop)
     predictions: dict[str, Predictions] = {}
     if settings.predictions is not None:
         predictions["given"] = Predictions(read_predictions(settings.predictions, examples))
-    elif evaluated is not None:
-        length = evaluated.model.config.block_size if name in OF_FILES else evaluated.length
-        for system in ("model", "base") if evaluated.adapted else ("model",):
-            made_by = {
-                "system": system,
-                "suite": name,
-                "weights": evaluated.weights,
-                "tokenizer": evaluated.tokenizer.fingerprint,
-                "examples": [[e.id, e.prompt, e.suffix, e.reference] for e in examples],
-                "how": dataclasses.asdict(how),
-                "draws": settings.samples_per_example,
-                "max_new_tokens": task.max_new_tokens,
-                "length": length,
-                "precision": str(evaluated.precision.dtype),
-                "device": evaluated.precision.device.type,
-                "torch": torch.__version__,
-                "code": code_fingerprint(),
-            }
-            kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
-            made_in_all = len(examples) * settings.samples_per_example
-            with (
-                nullcontext() if system == "model" else adapters_disabled(evaluated.model),
-                progress(f"{name}, {system}", made_in_all, kept) as bar,
-            ):
-                predictions[system] = complete(
-                    evaluated.model,
-                    evaluated.tokenizer,
-                    examples,
-                    task.cut,
-                    task.max_new_tokens,
-                    length,
-                    evaluated.precision,
-                    settings.batch_size,
-                    how,
-                    settings.samples_per_example,
-                    kept,
-                    bar.update,
-                )
+    else:
+        for system in evaluation.systems:
+            predictions[system], kept = model_predictions(evaluation, task, system, how)
             result.setdefault("kept", []).append(str(kept.path))
-    if baseline is not None and data is not None and evaluated is not None:
-        # It reads on from what stands before a gap; of the gaps of examples it has seen whole ones.
-        asked = examples
-        if not data.test.holds_examples:
-            asked = [dataclasses.replace(example, suffix=None) for example in examples]
-        predictions["n-gram"] = ngram_complete(
-            baseline, evaluated.tokenizer, asked, task.cut, task.max_new_tokens, evaluated.length, task.stop
-        )
+    if evaluation.baseline is not None:
+        predictions["n-gram"] = ngram_predictions(evaluation, task)
     predictions |= answers(task.baselines(examples))
     about: dict[str, Any] = {
         "max_new_tokens": task.max_new_tokens,
@@ -451,11 +416,76 @@ def suite_record(
     }
     if task.problems is not None:
         return about | run_programs(task, predictions, settings)
-    if data is None:
+    if evaluation.data is None:
         about["without"] = "no n-gram model and no nearest training example: no training text is at hand"
     names = metric_names(settings.metrics)
-    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
+    found = scored(
+        task.suite, examples, predictions, names, settings.language, settings.seed, evaluation.models
+    )
     return about | found | {"draws": settings.samples_per_example}
+
+
+def model_predictions(
+    evaluation: Evaluation, task: Task, system: str, how: GenerationConfig
+) -> tuple[Predictions, Kept]:
+    """Return the predictions of the model, or of its base, and the file that keeps them."""
+    settings, evaluated, name = evaluation.settings, evaluation.evaluated, task.suite.name
+    assert evaluated is not None
+    completion = CompletionSettings(
+        task.max_new_tokens,
+        evaluated.model.config.block_size if name in OF_FILES else evaluated.length,
+        evaluated.precision,
+        settings.batch_size,
+        how,
+        settings.samples_per_example,
+    )
+    made_by = made_by_of(evaluated, task, system, completion)
+    kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
+    total = len(task.examples) * settings.samples_per_example
+    with (
+        nullcontext() if system == "model" else adapters_disabled(evaluated.model),
+        progress(f"{name}, {system}", total, kept) as bar,
+    ):
+        made = complete(
+            evaluated.model, evaluated.tokenizer, task.examples, task.cut, completion, kept, bar.update
+        )
+    return made, kept
+
+
+def made_by_of(
+    evaluated: EvaluatedModel, task: Task, system: str, completion: CompletionSettings
+) -> dict[str, Any]:
+    """Return all that decides a system's predictions, by which they are kept; plain data."""
+    return {
+        "system": system,
+        "suite": task.suite.name,
+        "weights": evaluated.weights,
+        "tokenizer": evaluated.tokenizer.fingerprint,
+        "examples": [[e.id, e.prompt, e.suffix, e.reference] for e in task.examples],
+        "how": dataclasses.asdict(completion.generation),
+        "draws": completion.draws,
+        "max_new_tokens": task.max_new_tokens,
+        "length": completion.length,
+        "precision": str(completion.precision.dtype),
+        "device": completion.precision.device.type,
+        "torch": torch.__version__,
+        "code": code_fingerprint(),
+    }
+
+
+def ngram_predictions(evaluation: Evaluation, task: Task) -> Predictions:
+    """Complete a suite's examples by the n-gram model, which reads on from what stands before a gap.
+
+    In training on examples it has seen gaps whole, and is shown them so.
+    """
+    baseline, evaluated, data = evaluation.baseline, evaluation.evaluated, evaluation.data
+    assert baseline is not None and evaluated is not None and data is not None
+    examples = task.examples
+    if not data.test.holds_examples:
+        examples = [dataclasses.replace(example, suffix=None) for example in examples]
+    return ngram_complete(
+        baseline, evaluated.tokenizer, examples, task.cut, task.max_new_tokens, evaluated.length, task.stop
+    )
 
 
 @contextmanager
@@ -473,7 +503,7 @@ def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
 
 
 def judges(evaluated: EvaluatedModel | None, settings: EvalConfig) -> dict[str, Metric]:
-    """The metric `semantic`, if it is requested: by a model named for it, or by the evaluated model's base."""
+    """The metric `semantic`, if it is requested: by a model named for it, or the evaluated one's base."""
     if "semantic" not in metric_names(settings.metrics):
         return {}
     if settings.embedding_model is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from architecture import Decoder
 from data.tokenstore import TokenStore
 from modules.precision import Precision
-from suites.completing import complete
+from suites.completing import CompletionSettings, complete
 from suites.lines import divided, fitting
 from suites.scoring import Example
 from tokenizer import Tokenizer
@@ -132,7 +132,8 @@ def sample_completions(
     """
     max_new_tokens, room = divided(length, 128)
     examples = function_examples(store, tokenizer, n, room, seed)
-    completions = complete(model, tokenizer, examples, through_body, max_new_tokens, length, precision).texts
+    settings = CompletionSettings(max_new_tokens, length, precision)
+    completions = complete(model, tokenizer, examples, through_body, settings).texts
     return [
         CompletedFunction(e.name, e.where, e.prompt[e.start :], e.reference, completion)
         for e, completion in zip(examples, completions, strict=True)

@@ -22,7 +22,8 @@ from data.cache import InUse, say_damaged
 
 _CHECKSUM = 16  # hexadecimal digits of a line's SHA-256
 
-Made = dict[tuple[int, int], tuple[str, str]]  # (example, draw) -> its text, and how that ended
+Draw = tuple[int, int]  # the number of an example, and the number of one of its texts
+Made = dict[Draw, tuple[str, str]]  # the text of each draw, and how it ended
 
 
 class Kept:

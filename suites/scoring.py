@@ -293,15 +293,45 @@ def record_of(
     seed: int,
     spreads: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """The record of scores that were had, each system's by the same names; see `scored`."""
-    subject, *baselines = found
-    models = {NAMED.get(one, one): predictions[one].empty for one in (subject, "base") if one in found}
+    """Return the record of scores that were computed before, each system's by the same metrics.
+
+    Args:
+        found: The scores of each system by the name of the metric; the system that is judged comes first.
+        spreads: Standard deviations of the draws' own scores, of each system that has several draws.
+
+    Other arguments and the record are those of `scored`.
+    """
+    judged = next(iter(found))
+    metrics = {name: one.metric for name, one in found[judged].items()}
+    scores: dict[str, Any] = {
+        system: {name: by_name[name].interval(seed)._asdict() for name in metrics}
+        for system, by_name in found.items()
+    }
+    for system, by_name in (spreads or {}).items():
+        for name, spread in by_name.items():
+            scores[system][name]["spread"] = spread
+    return {
+        "suite": suite.name,
+        "language": language,
+        "seed": seed,
+        "signatures": {name: one.signature(language) for name, one in metrics.items()},
+        "scores": scores,
+        "verdicts": _verdicts(predictions, found, seed),
+        **_shares(predictions, len(examples), judged),
+        "samples": [_sample(example, predictions, i) for i, example in enumerate(examples)],
+    }
+
+
+def _verdicts(
+    predictions: dict[str, Predictions], found: dict[str, dict[str, Scored]], seed: int
+) -> dict[str, Any]:
+    """Compare the first system with each of the others by each metric, unless most answers are empty."""
+    judged, *baselines = found
+    models = {NAMED.get(one, one): predictions[one].empty for one in (judged, "base") if one in found}
     refused = no_verdict(models)
-    metrics = {name: one.metric for name, one in found[subject].items()}
     verdicts: dict[str, Any] = {}
-    for name in metrics:
-        own = found[subject][name]
-        # Among equals copying: that is what a score near it means.
+    for name, own in found[judged].items():
+        # Among equals copying is the best baseline: that is what a score near it means.
         best = max(baselines, key=lambda system: (found[system][name].value, system == "copy"))
         compared = {system: own.compare(found[system][name], seed) for system in baselines}
         verdicts[name] = {
@@ -319,49 +349,42 @@ def record_of(
                 for system, comparison in compared.items()
             },
         }
-    scores: dict[str, Any] = {
-        system: {name: by_name[name].interval(seed)._asdict() for name in metrics}
-        for system, by_name in found.items()
-    }
-    for system, by_name in (spreads or {}).items():
-        for name, spread in by_name.items():
-            scores[system][name]["spread"] = spread
+    return verdicts
+
+
+def _shares(predictions: dict[str, Predictions], n: int, judged: str) -> dict[str, dict[str, float]]:
+    """Return what share of each system's texts ran into the limit or is empty, and of its prompts was cut.
+
+    Empty answers are counted of systems that write; among the others an empty answer may be the point.
+    """
     return {
-        "suite": suite.name,
-        "language": language,
-        "seed": seed,
-        "signatures": {name: one.signature(language) for name, one in metrics.items()},
-        "scores": scores,
-        "verdicts": verdicts,
         "ran_long": {
-            system: made.ran_long / len(examples) / len(made.draws)
+            system: made.ran_long / n / len(made.draws)
             for system, made in predictions.items()
             if made.ran_long is not None
         },
-        # Of whoever writes; among the others an empty answer may be the point.
         "empty": {
             system: made.empty
             for system, made in predictions.items()
-            if made.ran_long is not None or system == subject
+            if made.ran_long is not None or system == judged
         },
         "trimmed": {
-            system: made.trimmed / len(examples)
-            for system, made in predictions.items()
-            if made.trimmed is not None
+            system: made.trimmed / n for system, made in predictions.items() if made.trimmed is not None
         },
-        "samples": [
-            {
-                "id": example.id,
-                "name": example.name,
-                "where": example.where,
-                "prompt": example.prompt,
-                **({"suffix": example.suffix} if example.suffix is not None else {}),
-                "reference": example.reference,
-                "predictions": {system: made.texts[i] for system, made in predictions.items()},
-                **_further_draws(predictions, i),
-            }
-            for i, example in enumerate(examples)
-        ],
+    }
+
+
+def _sample(example: Example, predictions: dict[str, Predictions], i: int) -> dict[str, Any]:
+    """Return an example with what each system predicted for it, its i-th texts."""
+    return {
+        "id": example.id,
+        "name": example.name,
+        "where": example.where,
+        "prompt": example.prompt,
+        **({"suffix": example.suffix} if example.suffix is not None else {}),
+        "reference": example.reference,
+        "predictions": {system: made.texts[i] for system, made in predictions.items()},
+        **_further_draws(predictions, i),
     }
 
 

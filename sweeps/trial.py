@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from training.checkpoint import Manifest, load_counters, newest_whole
 from training.loop import BudgetUsed, TrainingManager, budget_used
 from training.runfolder import LOCK
 
+State = Literal["complete", "pruned", "failed", "stopped"]
 FIRST = 10  # losses by which trials are told apart
 # Kept of the finished run's metrics: name: the tag, and which of its values.
 TAGS = {"bits_per_byte": ("eval/bits_per_byte", min), "tokens_per_second": ("train/tokens_per_second", max)}
@@ -40,7 +41,7 @@ class TrialOutcome:
         signalled: A signal asked this process to stop, whatever the state.
     """
 
-    state: Literal["complete", "pruned", "failed", "stopped"]
+    state: State
     reason: str = ""
     values: dict[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -72,73 +73,103 @@ def run_trial(
     newest = _newest(folder)
     config = replace(config, train=replace(config.train, run=str(folder), resume=newest is not None))
     before = 0.0  # seconds of training
-    losses: list[float] = []
-    managers: list[TrainingManager] = []
-    pruned = False
-
-    if newest is not None:  # a validation is saved before it is told, and a kill may fall between
+    if newest is not None:
         counters = load_counters(newest)
         before = counters["run"]["seconds"]
-        for row in rows_of(folder):
-            if "eval/bits_per_byte" in row and row["step"] <= newest.step:  # the pruner goes by the last one
-                pruned = report(int(row["step"]), row["eval/bits_per_byte"])
+        pruned = _reported_again(folder, newest, report)
         if pruned and budget_used(config.train, newest.step, counters["epoch"], before) < 1:
             found = numbers_of(folder)
             return TrialOutcome("pruned", "", found, max(int(found.pop("step")), newest.step), before)
-        pruned = False
+    observer = _Observer(report, note, tick)
+    started = time.monotonic()
+    reason = ""
+    with _printing_to(log):
+        try:
+            state, signalled = _train(config, observer)
+        except failures():
+            raise
+        except Exception as error:  # Whatever it is, the other trials go on; the log has all of it.
+            traceback.print_exc()
+            state, reason = "failed", reason_of(error)
+            signalled = observer.manager is not None and observer.manager.stop_signal is not None
+        # The log has every log_every-th step, which is not where a failure was.
+        steps = [] if observer.manager is None else [observer.manager.state.step]
+        observer.manager = None
+        gc.collect()
+    found = numbers_of(folder)
+    if state == "complete" and "bits_per_byte" not in found:
+        state, reason = "failed", "it ended without a validation"
+    steps += [int(found.pop("step")), 0 if newest is None else newest.step]
+    return TrialOutcome(state, reason, found, max(steps), before + time.monotonic() - started, signalled)
 
-    def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
-        nonlocal pruned
-        tick()
+
+def _reported_again(folder: Path, newest: Manifest, report: Callable[[int, float], bool]) -> bool:
+    """Report the validations up to the newest checkpoint again; return whether the last one prunes the trial.
+
+    A validation is saved before it is reported, and a kill may fall between.
+    """
+    pruned = False
+    for row in rows_of(folder):
+        if "eval/bits_per_byte" in row and row["step"] <= newest.step:
+            pruned = report(int(row["step"]), row["eval/bits_per_byte"])
+    return pruned
+
+
+class _Observer:
+    """What training calls after each step: it notes and reports, and ends a trial that is pruned."""
+
+    def __init__(
+        self,
+        report: Callable[[int, float], bool],
+        note: Callable[[str, object], None],
+        tick: Callable[[], None],
+    ) -> None:
+        self.report, self.note, self.tick = report, note, tick
+        self.losses: list[float] = []
+        self.manager: TrainingManager | None = None
+        self.pruned = False
+
+    def __call__(self, manager: TrainingManager, values: dict[str, float]) -> bool:
+        self.tick()
         step = manager.state.step
         if step <= FIRST:
-            losses.append(values["train/loss"])
-        if not managers:
-            managers.append(manager)
-            note("parameters", n_weights(manager.model))
-        if len(losses) == FIRST == step:
-            note("first_losses", losses)
+            self.losses.append(values["train/loss"])
+        if self.manager is None:
+            self.manager = manager
+            self.note("parameters", n_weights(manager.model))
+        if len(self.losses) == FIRST == step:
+            self.note("first_losses", self.losses)
         if "eval/bits_per_byte" in values:
-            pruned = report(step, values["eval/bits_per_byte"]) and manager.progress() < 1
-        return pruned
+            self.pruned = self.report(step, values["eval/bits_per_byte"]) and manager.progress() < 1
+        return self.pruned
 
-    started = time.monotonic()
-    state, reason, signalled = "complete", "", False
+
+def _train(config: Config, observer: _Observer) -> tuple[State, bool]:
+    """Train until something ends it: what became of the trial, and whether a signal asked for the end."""
+    try:
+        manager = loop.train(config, observer)
+    except BudgetUsed:  # The trial was killed between the end of its training and its record.
+        return "complete", False
+    if len(observer.losses) == manager.state.step < FIRST:
+        observer.note("first_losses", observer.losses)
+    signalled = manager.stop_signal is not None
+    if observer.pruned:
+        return "pruned", signalled
+    if signalled and manager.progress() < 1 and not manager.out_of_patience():
+        return "stopped", signalled
+    return "complete", signalled
+
+
+@contextlib.contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    """Append what is printed meanwhile, errors too, to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(log, "a", encoding="utf-8") as out,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):
-        try:
-            manager = loop.train(config, observe)
-            if len(losses) == manager.state.step < FIRST:  # the whole of a short one
-                note("first_losses", losses)
-            signalled = manager.stop_signal is not None
-            if pruned:
-                state = "pruned"
-            elif signalled and manager.progress() < 1 and not manager.out_of_patience():
-                state = "stopped"
-            del manager
-        except BudgetUsed:  # killed between the end of the training and its record
-            pass
-        except failures():  # of the storage or the disk
-            raise
-        except Exception as error:  # whatever it is, the other trials go on; the log has all of it
-            traceback.print_exc()
-            state, reason = "failed", reason_of(error)
-            signalled = any(manager.stop_signal is not None for manager in managers)
-        seen = [manager.state.step for manager in managers]
-        managers.clear()
-        gc.collect()
-    found = numbers_of(folder)
-    if state == "complete" and "bits_per_byte" not in found:
-        state, reason = "failed", "it ended without a validation"
-    # The log has every log_every-th step, which is not where a failure was.
-    steps = [int(found.pop("step")), *seen]
-    if newest is not None:
-        steps.append(newest.step)
-    return TrialOutcome(state, reason, found, max(steps), before + time.monotonic() - started, signalled)
+        yield
 
 
 def reason_of(error: Exception) -> str:

@@ -27,7 +27,7 @@ from dataset import PreparedData, prepare_data
 from metrics.registry import METRICS
 from suites import evaluate as evaluation
 from suites.baselines import copied, last_lines, nearest
-from suites.completing import complete, completion_request, ngram_complete, uncut
+from suites.completing import CompletionSettings, complete, completion_request, ngram_complete, uncut
 from suites.pairs import longest_completion, pair_examples
 from suites.rescoring import differences, rescore
 from suites.scoring import (
@@ -322,8 +322,9 @@ def test_a_prompt_keeps_its_place_and_leaves_room(data):
 def test_completions_do_not_depend_on_what_shares_a_batch(data, model):
     """Prompts of unequal length have unequal limits here, since both fill the row."""
     examples = pair_examples(data.test, BYTES, 6)
-    made = complete(model, BYTES, examples, uncut, 70, 120, FP32, batch_size=4)
-    assert made == complete(model, BYTES, examples, uncut, 70, 120, FP32, batch_size=1)
+    four, one = (CompletionSettings(70, 120, FP32, batch_size) for batch_size in (4, 1))
+    made = complete(model, BYTES, examples, uncut, four)
+    assert made == complete(model, BYTES, examples, uncut, one)
     assert len({completion_request(BYTES, e, 70, 120).limit for e in examples}) > 1
     assert not any(e.prompt[:20] in text for e, text in zip(examples, made.texts, strict=True))
 
