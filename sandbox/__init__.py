@@ -1,4 +1,4 @@
-"""Programs that nobody has read, run in bubblewrap (process) and judged by tests (passing)."""
+"""A sandbox for programs that nobody has read: run in bubblewrap (process), judged by tests (passing)."""
 
 from sandbox.child import CandidateError
 from sandbox.process import (

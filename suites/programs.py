@@ -70,7 +70,7 @@ def _task(given: Given, name: str, limit: int, stop: tuple[str, ...]) -> Task:
         examples,
         max(1, min(given.max_new_tokens or limit, given.length // 2)),
         "problems",
-        lambda asked: {"stub": [stub(example, problems[example.name]) for example in asked]},
+        lambda chosen: {"stub": [stub(example, problems[example.name]) for example in chosen]},
         stop=stop,
         problems=problems,
     )
@@ -105,7 +105,7 @@ def judged(
     language: str,
     seed: int,
     allow_unsafe: bool = False,
-    done: Callable[[], Any] = lambda: None,
+    on_done: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """The record of a suite of programs: every prediction is run, and a problem that none of the systems
     solves is tried with its own solution.
@@ -116,15 +116,16 @@ def judged(
     """
     assert task.problems is not None
     check_systems(task.suite, task.examples, predictions)
-    asked = [
+    requested = [
         (system, i, Sample(example.name, text, {}))
         for system, made in predictions.items()
         for texts in made.draws
         for i, (example, text) in enumerate(zip(task.examples, texts, strict=True))
     ]
-    found = judge(task.problems, [sample for _, _, sample in asked], allow_unsafe=allow_unsafe, done=done)
+    samples = [sample for _, _, sample in requested]
+    found = judge(task.problems, samples, allow_unsafe=allow_unsafe, on_done=on_done)
     results: dict[str, list[list[str]]] = {system: [[] for _ in task.examples] for system in predictions}
-    for (system, i, sample), verdict in zip(asked, found.verdicts, strict=True):
+    for (system, i, sample), verdict in zip(requested, found.verdicts, strict=True):
         results[system][i].append(result_of(verdict, sample.task_id in found.left_out))
     return record_of_results(
         task,
