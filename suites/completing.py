@@ -1,4 +1,4 @@
-"""A model asked for every example of a suite, and the n-gram model asked the same.
+"""Completions of every example of a suite, by a model and by the n-gram model.
 
 Prompts are built and trimmed by the functions that training uses, and the prompt is never in the prediction.
 """
@@ -29,18 +29,19 @@ from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 
 GREEDY = GenerationConfig()
-MOST_ROWS = {"cpu": 32, "cuda": 256}  # beyond which a step takes as much longer as it holds more rows
+# Rows at a time beyond which the time of a step is proportional to its rows.
+MOST_ROWS = {"cpu": 32, "cuda": 256}
 
-Cut = Callable[[Example, str], str]  # the part of a completion's text that belongs to the prediction
+Cut = Callable[[Example, str], str]  # Returns the part of a completion's text that is the prediction.
 
 
 def uncut(example: Example, text: str) -> str:
-    """All of it, up to eos."""
+    """Return the whole text, up to eos."""
     return text
 
 
 class CompletionRequest(NamedTuple):
-    """The prompt of an example, how many tokens the model may add, what ends them, and whether it was cut."""
+    """A prompt, how many tokens the model may add, the tokens that end them, and whether it was trimmed."""
 
     prompt: Prompt
     limit: int
@@ -51,11 +52,16 @@ class CompletionRequest(NamedTuple):
 def completion_request(
     tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: int, heal: bool | None = None
 ) -> CompletionRequest:
-    """The prompt as training shows it, in a row of `length` tokens, and the room behind it.
+    """Build the prompt of an example as training does, in a row of `length` tokens, and the room behind it.
 
     A completion has `max_new_tokens`, or what a long prompt leaves of the row, but never less than half of
     the row: beyond that the prompt loses what is far from its end, or from its gap. The reference plays no
-    part in this, as it does in training, where the whole completion is known.
+    part in this; in training it does, where the whole completion is known.
+
+    Args:
+        max_new_tokens: Most tokens of a completion.
+        length: Tokens of a row.
+        heal: Whether the prompt's end is healed; None for as the tokenizer says.
     """
     room = max(1, length - min(max_new_tokens, length // 2))
     if example.suffix is None:
@@ -254,10 +260,11 @@ class _Rows:
 
 
 def rows_at_a_time(model: Decoder, longest: int) -> int:
-    """Rows of `longest` tokens that fit a part of the memory that is free: of a GPU half, else a quarter.
+    """Estimate how many rows of `longest` tokens fit into memory.
 
-    Of each row there are keys and values, twice while others join; the prompt's widest activations;
-    and a few copies of its logits. It is a reckoning: who is wrong halves.
+    They may take half of a GPU's free memory, or a quarter of this machine's. Each row has keys and values,
+    twice while others join; the prompt's widest activations; and a few copies of its logits. Where the
+    estimate is too high, `complete` halves it.
     """
     config, weight = model.config, model.embed.weight
     head_dim = config.head_dim or config.n_embd // config.n_head
@@ -271,7 +278,7 @@ def rows_at_a_time(model: Decoder, longest: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this machine says it has, or this container may still take; 2 GiB where neither says."""
+    """Return the free bytes of this machine, or of this container if it has fewer; 2 GiB if unknown."""
     try:
         meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
         free = int(meminfo["MemAvailable"].split()[0]) * 1024
@@ -281,18 +288,18 @@ def free_memory() -> int:
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / name).read_text("ascii") for name in ("memory.max", "memory.current"))
         return min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):  # no such group, or `max`
+    except (OSError, ValueError):  # There is no such group, or its limit is `max`.
         return free
 
 
 def likeliest_start(baseline: NGramModel, prompt: Prompt) -> list[int]:
-    """The first new tokens of a healed prompt that the n-gram model gives the highest probability."""
+    """Return the first new tokens of a healed prompt to which the n-gram model gives the most probability."""
     if not prompt.branches or not prompt.ids:
         return [*prompt.dropped]
     context = prompt.ids[-max(baseline.order - 1, 1) :]
     starts = [[*branch.ids, last] for branch in prompt.branches for last in branch.allowed.tolist()]
     scores = baseline.log_probs(np.array([*context, *start]) for start in starts)
-    ends = np.cumsum([len(context) + len(start) - 1 for start in starts])  # the first token has no score
+    ends = np.cumsum([len(context) + len(start) - 1 for start in starts])  # The first token has no score.
     own = [scores[end - len(start) : end].sum() for start, end in zip(starts, ends, strict=True)]
     return starts[int(np.argmax(own))]
 
@@ -306,7 +313,10 @@ def ngram_complete(
     length: int,
     stop: tuple[str, ...] = (),
 ) -> Predictions:
-    """The same by the n-gram model, which goes on with its likeliest token, a prompt's end healed alike."""
+    """Complete every example by the n-gram model, token by token by the likeliest, with prompts healed alike.
+
+    Arguments are those of `complete` and `CompletionSettings`; `stop` holds strings that end a text.
+    """
     prompts = [completion_request(tokenizer, example, max_new_tokens, length) for example in examples]
     starts = [likeliest_start(baseline, prompt.prompt) for prompt in prompts]
     contexts = [np.array([*p.prompt.ids, *start]) for p, start in zip(prompts, starts, strict=True)]

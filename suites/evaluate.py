@@ -1,19 +1,19 @@
 """Scores of a trained model, on the test files of its run.
 
-A run without a test side is scored on its validation files, by which its checkpoint was chosen, and says
+A run without a test split is scored on its validation files, by which its checkpoint was chosen, and says
 so. Beside every score stand those of baselines: an n-gram model of the same training files
-(`ngram.NGramModel`), for a model with adapters its base, and for texts those that take no model. Prints
-tables and writes RUN/eval.json: the scores, every prediction, and what is needed to run it again.
+(`ngram.NGramModel`), the base of a model with adapters, and for texts baselines that need no model. Tables
+are printed, and RUN/eval.json stores the scores, every prediction, and what is needed to run it again.
 
 Token scores are over every token after a document's first, by the function that training validates with.
-Bits per byte divides their nats by the UTF-8 bytes of all test files, whatever the tokenizer; the nats of
-the tokens that end the files are counted.
+Bits per byte divides their summed loss by the UTF-8 bytes of all test files, whatever the tokenizer; the loss
+of the tokens that end the files is counted.
 
 Texts are scored by suites (`suites/`), which `--suite` names: of the run's held-out files, or of a published
-file, for which `--model FOLDER` evaluates a published model as well. `--predictions FILE` scores those that
-were made elsewhere, and `--rescore RUN/eval.json` says whether the numbers in that file are those of its
-predictions. Beside eval.json stands a page to look at every sample (`suites/page.py`), and `--compare` sets
-evaluations side by side.
+file, for which `--model FOLDER` evaluates a published model as well. `--predictions FILE` scores predictions
+that were made elsewhere, and `--rescore RUN/eval.json` says whether the numbers in that file are those of its
+predictions. Beside eval.json stands a page that shows every sample (`suites/page.py`), and `--compare`
+compares evaluations.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ from suites.tokens import (
 )
 from training.run import Run, load_run, run_folder
 
-TOKEN_ROWS = 16  # at a time, of token scores
+TOKEN_ROWS = 16  # Rows at a time, for token scores.
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,17 @@ class Evaluation:
 
 
 def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str, Any]:
-    """Everything that eval.json holds, but for the command and versions.
+    """Evaluate, and return everything that eval.json stores but for the command and versions.
 
     Args:
-        data: Of the run, where they are open; else they are read again.
+        data: The run's data, where they are open; else they are read again.
 
     Raises:
-        ValueError: there is no such run, checkpoint, model or suite, the data are not those that it was
+        ValueError: There is no such run, checkpoint, model or suite, the data are not those that it was
             trained on, the model's loss is not finite, a suite's file or the predictions are not as they
             should be, or nothing isolates programs.
     """
-    # What is unknown is named before anything takes time.
+    # Mistakes in the settings are told before anything takes time.
     problem = mistake(settings)
     if problem is not None:
         raise ValueError(problem)
@@ -140,7 +140,7 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
             f"leave --samples out, or ask for {TOKENS} with --suite"
         )
     if of_files and not is_pipe(settings.suite_file):
-        task_of(of_files[0], None, None, settings)  # its file can be used
+        task_of(of_files[0], None, None, settings)  # This raises where the suite's file cannot be used.
     refuse_unwritable(settings.cache, "--cache", unless="*")
     if settings.predictions is not None and not is_pipe(settings.predictions):
         prediction_rows(settings.predictions)
@@ -155,14 +155,14 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
 
 
 def is_pipe(path: str | None) -> bool:
-    """Whether a file can be read once only, and so not looked at beforehand."""
+    """Return whether a file can be read only once, and so not beforehand."""
     return path is not None and Path(path).is_fifo()
 
 
 def evaluate_run(
     settings: EvalConfig, names: tuple[str, ...], precision: Precision, data: PreparedData | None = None
 ) -> dict[str, Any]:
-    """A run's checkpoint, by its held-out files and others."""
+    """Evaluate a run's checkpoint by its held-out files, or by a suite with a file of its own."""
     assert settings.checkpoint is not None
     run = load_run(settings.checkpoint, settings.which, settings.base)
     run.model.to(precision.device)
@@ -214,7 +214,7 @@ def evaluate_run(
 
 
 def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
-    """A published model, or predictions made elsewhere by whatever, by suites with a file of their own."""
+    """Evaluate a published model, or predictions made elsewhere, by suites with a file of their own."""
     elsewhere = settings.model is None
     name = settings.predictions if elsewhere else settings.model
     wrong = [one for one in names if one not in OF_FILES]
@@ -284,14 +284,14 @@ def refuse_unusable_problems(suite: str, settings: EvalConfig) -> None:
         run_folder(settings.checkpoint)
     if settings.suite_file is None:
         raise ValueError(f"the suite {suite} is asked from a file; name it with --suite_file")
-    if not Path(settings.suite_file).is_fifo():  # which is read once
+    if not Path(settings.suite_file).is_fifo():  # A pipe is read only once.
         read_problems(settings.suite_file)
 
 
 def tasks_of(
     names: tuple[str, ...], evaluated: EvaluatedModel | None, data: PreparedData | None, settings: EvalConfig
 ) -> dict[str, Task]:
-    """The tasks of the suites, by name. Raises ValueError where one cannot be asked."""
+    """Return the tasks of the suites by name; ValueError where a suite cannot be evaluated here."""
     names = tuple(name for name in names if name != TOKENS)
     if settings.predictions is not None and len(names) > 1:
         raise ValueError(f"--predictions are of one suite, and --suite names {len(names)}; name one")
@@ -331,7 +331,7 @@ def worded_tasks(
     data: PreparedData | None,
     settings: EvalConfig,
 ) -> dict[str, Task]:
-    """The examples of a file, or else the pairs of a run, in other words, by the wording's name."""
+    """Return tasks with a file's examples, or a run's pairs, in other words, by the wording's name."""
     names = variant_names(settings.prompts)
     if not names:
         return {}
@@ -361,7 +361,11 @@ def add_worded(result: dict[str, Any], evaluation: Evaluation, worded: dict[str,
 def task_of(
     name: str, evaluated: EvaluatedModel | None, data: PreparedData | None, settings: EvalConfig
 ) -> Task:
-    """What a suite asks. A suite's own file has prompts that training's rows need not have room for."""
+    """Return the task of a suite.
+
+    A row has the length of training's rows; for a suite with its own file, whose prompts may be longer, it
+    has the model's whole context.
+    """
     length = 2**20
     if evaluated is not None:
         length = evaluated.model.config.block_size if name in OF_FILES else evaluated.length
@@ -379,7 +383,7 @@ def task_of(
 
 
 def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
-    """How tokens are chosen; ValueError for settings that are out of range or would do nothing."""
+    """Return how tokens are chosen; ValueError for settings that are out of range or would do nothing."""
     return GenerationConfig(
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -490,7 +494,7 @@ def ngram_predictions(evaluation: Evaluation, task: Task) -> Predictions:
 
 @contextmanager
 def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
-    """A bar of texts; where nobody watches, a line."""
+    """Show a progress bar of texts; where the output is no terminal, print a line."""
     if not sys.stderr.isatty():
         print(f"{what}: {total:,} texts", file=sys.stderr)
     with tqdm(total=total, desc=what, unit=" texts", disable=None, leave=False) as bar:
@@ -503,7 +507,7 @@ def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
 
 
 def judges(evaluated: EvaluatedModel | None, settings: EvalConfig) -> dict[str, Metric]:
-    """The metric `semantic`, if it is requested: by a model named for it, or the evaluated one's base."""
+    """Return the metric `semantic`, if requested, by a model named for it or the evaluated one's base."""
     if "semantic" not in metric_names(settings.metrics):
         return {}
     if settings.embedding_model is not None:
@@ -522,7 +526,7 @@ def judges(evaluated: EvaluatedModel | None, settings: EvalConfig) -> dict[str, 
 
 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
-    """Judged one by one in the sandbox, under a bar."""
+    """Judge the predicted programs one by one in the sandbox, under a bar, and return their record."""
     total = sum(len(texts) for made in predictions.values() for texts in made.draws)
     with tqdm(total=total, desc="judged", unit=" programs", disable=None, leave=False) as bar:
         return programs.judged(
@@ -535,7 +539,7 @@ def write_evaluation(settings: EvalConfig) -> None:
     if settings.report is not None:
         print(f"written to {rewrite_page(Path(settings.report))}")
         return
-    if settings.out is not None:  # that cannot be made is known before anything takes time
+    if settings.out is not None:  # A folder that cannot be made is told before anything takes time.
         Path(settings.out).mkdir(parents=True, exist_ok=True)
     try:
         result = evaluate(settings)

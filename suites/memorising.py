@@ -1,11 +1,11 @@
-"""Text that a model repeats: of every prediction the longest run of tokens that stands in a training file.
+"""Text that a model repeats: the longest run of tokens of every prediction that stands in a training file.
 
     found = longest_runs([tokenizer.encode(text) for text in texts], data.train)
     print(memory_table(memorisation(record, data.train, tokenizer, source)))
 
-Any text shares runs with a large corpus, so the references' own runs stand beside: what a model has above
-those is what it repeats. Two passes over the training tokens find them, whatever their length; what is held
-in memory is the predictions' side and one batch. No torch.
+Any text shares runs with a large corpus, so the references' own runs stand beside: a model repeats what
+exceeds those. Two passes over the training tokens find runs of any length; memory holds the predictions and
+one batch of training documents. No torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from suites.records import texts_of
 from suites.scoring import aligned
 from tokenizer import Tokenizer
 
-LEAST = 8  # tokens; shorter runs are found in any text
+LEAST = 8  # Tokens of the shortest run; shorter ones are found in any text.
 LISTED = 10
-LONG = 50  # tokens, the length that Carlini et al. 2022 (arXiv:2202.07646) call extracted
-_ROWS = 2**16  # pairs of places that are compared at a time
+LONG = 50  # Tokens of a run that Carlini et al. 2022 (arXiv:2202.07646) call extracted.
+_ROWS = 2**16  # Pairs of places that are compared at a time.
 LICENCE_FIELDS = "licence", "license"
 
 
@@ -37,9 +37,9 @@ class RepeatedRun(NamedTuple):
     """The longest run of a text that stands in training.
 
     Args:
-        length: In tokens; 0 if it is below `LEAST`.
-        start: Its first token in the text.
-        document: Number of the first training document that holds it, -1 for none.
+        length: Its tokens; 0 if there are fewer than `LEAST`.
+        start: The place of its first token in the text.
+        document: The number of the first training document that holds it; -1 for none.
         times: How often training holds runs of this text that are as long.
     """
 
@@ -176,7 +176,7 @@ class _Search:
 def memorisation(
     record: dict[str, Any], train: TokenStore, tokenizer: Tokenizer, source: str
 ) -> dict[str, Any]:
-    """What the models of a suite's record repeat, and the references beside; plain data.
+    """Return what the models of a suite's record repeat, with the references beside; plain data.
 
     Args:
         source: The corpus, for the licences of its files.
@@ -228,8 +228,9 @@ def memorisation(
 
 
 def _stands_whole(text: str, run: RepeatedRun, size: int, train: TokenStore, tokenizer: Tokenizer) -> bool:
-    """Whether all of a text stands where its longest run does. Its first and last characters may be parts of
-    other tokens there, by what is around them.
+    """Return whether all of a text stands where its longest run does.
+
+    The text's first and last characters may be parts of other tokens there, by what is around them.
     """
     if run.length == 0:
         return False
@@ -238,7 +239,7 @@ def _stands_whole(text: str, run: RepeatedRun, size: int, train: TokenStore, tok
 
 
 def memory_table(found: dict[str, Any]) -> str:
-    """How long the runs are, beside those of the references, and where the longest stand."""
+    """Return a table of how long the runs are, beside the references', and where the longest stand."""
     systems = found["systems"]
     rows = [["longest run in training", *systems]]
     for key, name in (
@@ -266,8 +267,10 @@ def memory_table(found: dict[str, Any]) -> str:
 
 
 def licences_of(source: str, names: set[str]) -> dict[str, str]:
-    """The licence of each of these documents, where the corpus records it: in the parts of one that was
-    scraped, or in rows with a field `licence` or `license`. Nothing is said of others.
+    """Return the licence of each of these documents by name, where the corpus records it.
+
+    A scraped corpus records it in its parts, others in rows with a field `licence` or `license`. Documents
+    without a record are left out.
     """
     path = Path(source)
     if (path / CORPUS).is_file():

@@ -1,7 +1,7 @@
 """An evaluation scored again from the predictions that it holds: `python eval.py --rescore RUN/eval.json`.
 
-A number that was copied, rounded or edited by hand, or that other code made, is named with the one that the
-predictions have. No torch, so that it takes a second.
+A number that was copied, rounded or edited by hand, or computed by other code, is told beside the one that
+the predictions have. It imports no torch, so that it takes a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rescore(path: str | Path) -> int:
     """Score the predictions in an eval.json again, say whether all is equal, and return the exit code.
 
     Raises:
-        ValueError: it cannot be read, or holds no predictions.
+        ValueError: It cannot be read, or holds no predictions.
     """
     record = read_json(path)
     try:
@@ -40,7 +40,8 @@ def rescore(path: str | Path) -> int:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for sentence in found:
-        print("".join(c if c.isprintable() else "?" for c in sentence))  # the file may be a stranger's
+        # The file may be a stranger's, and this is for a terminal.
+        print("".join(c if c.isprintable() else "?" for c in sentence))
     if found:
         told = record.get("evaluation_code")
         if told != code_fingerprint():
@@ -66,10 +67,10 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
 
     Args:
         record: The record of a suite.
-        worded: What is said behind the suite's name.
+        worded: The words behind the suite's name that name its prompts.
 
     Raises:
-        ValueError: it is no record of a suite.
+        ValueError: It is no record of a suite.
     """
     try:
         again = _scored_again(record)
@@ -148,10 +149,10 @@ def _verdict_differences(own: Any, fresh: dict[str, Any], title: str) -> Iterato
 
 
 def token_differences(record: dict[str, Any]) -> Iterator[str]:
-    """What the record says of its token scores that its documents' nats do not: a sentence each.
+    """Yield a sentence for each token score of a record that is not that of its documents.
 
     Raises:
-        ValueError: it is no record of token scores.
+        ValueError: It is no record of token scores.
     """
     try:
         documents, again = record["documents"], {name: {} for name in record["documents"]["nats"]}
@@ -159,7 +160,8 @@ def token_differences(record: dict[str, Any]) -> Iterator[str]:
         for system in documents["nats"]:
             for key, value in values_of(documents, system).items():
                 said = record[system][key]
-                if not math.isclose(said, value, rel_tol=1e-5):  # sums of fp32, in another order
+                # The sums were in fp32 and in another order.
+                if not math.isclose(said, value, rel_tol=1e-5):
                     yield f"{system}, {key}: the file says {said:.6g}, and its documents {value:.6g}"
             for key, ends in again[system].get("intervals", {}).items():
                 said = record[system]["intervals"][key]
@@ -171,7 +173,7 @@ def token_differences(record: dict[str, Any]) -> Iterator[str]:
                 if said["verdict"] != fresh["verdict"]:
                     told = f"{said['verdict']!r}, and its documents are {fresh['verdict']!r}"
                     yield f"{key}: the file says {told}"
-    except (*DAMAGED, ValueError) as error:  # columns of unlike lengths
+    except (*DAMAGED, ValueError) as error:  # Columns of different lengths raise a ValueError.
         raise not_whole("the token scores", error) from None
 
 
@@ -190,7 +192,7 @@ def _near(one: Any, other: Any) -> bool:
 
 
 def _both(said: Any, found: float) -> str:
-    """Both numbers, as short as they still differ."""
+    """Return both numbers, with as few digits as they differ in."""
     if not isinstance(said, int | float):
         raise TypeError(f"{said!r} is not a score")
     for digits in range(2, 10):

@@ -1,4 +1,4 @@
-"""The suites by name, each made by the file that knows it."""
+"""The table of suites by name; each is defined by a file of its own."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ OF_FILES = {"examples", "codexglue_method", "codexglue_line", "humaneval", "mbpp
 
 
 def suite_names(requested: str) -> tuple[str, ...]:
-    """The names in `requested`, between commas; `fim` stands for its three.
+    """Return the suites that `requested` names, between commas; `fim` stands for its three.
 
     Raises:
-        ValueError: a name that no suite has, or the same one twice.
+        ValueError: No suite has a name, or one is named twice.
     """
     names: list[str] = []
     for name in filter(None, map(str.strip, requested.split(","))):
