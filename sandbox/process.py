@@ -121,8 +121,10 @@ class Verdict(NamedTuple):
 
 
 class Isolation(NamedTuple):
-    """A way to isolate: the words before the interpreter's command line, and whether the child leaves
-    root."""
+    """A way to isolate a process.
+
+    `prefix` stands before the interpreter's command line. With `leave_root` the child leaves root itself.
+    """
 
     name: str
     prefix: tuple[str, ...]

@@ -83,7 +83,7 @@ TOKEN_ROWS = 16  # Rows at a time, for token scores.
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the suites of one evaluation are scored with.
+    """The settings, model and data that the suites of one evaluation share.
 
     Args:
         settings: What is evaluated, and how.

@@ -1,4 +1,4 @@
-"""One trial: a whole run of the ordinary training in this process; its numbers come from its folder."""
+"""A trial: a whole run of the ordinary training in this process, whose numbers come from its folder."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from training.loop import BudgetUsed, TrainingManager, budget_used
 from training.runfolder import LOCK
 
 State = Literal["complete", "pruned", "failed", "stopped"]
-FIRST = 10  # losses by which trials are told apart
-# Kept of the finished run's metrics: name: the tag, and which of its values.
+FIRST = 10  # The number of first losses by which trials are told apart.
+# Values of a trial: the tag of the run's metrics, and the function that chooses among its values.
 TAGS = {"bits_per_byte": ("eval/bits_per_byte", min), "tokens_per_second": ("train/tokens_per_second", max)}
 
 
 @dataclass
 class TrialOutcome:
-    """What became of a trial.
+    """The outcome of a trial.
 
     Args:
-        state: `complete`; `pruned`; `failed`, with the reason; `stopped` by a signal: it can go on.
-        values: Of the objectives, as far as it came.
-        steps: Training steps that its folder holds.
-        seconds: Of all its attempts by the clock, guards and validations included; without what a kill undid.
-        signalled: A signal asked this process to stop, whatever the state.
+        state: `complete`; `pruned`; `failed`, with the reason; `stopped` by a signal, so that it can go on.
+        values: The values of the objectives, as far as the trial came.
+        steps: The training steps that its folder holds.
+        seconds: Seconds of all its attempts by the clock, guards and validations included, without those that
+            a kill undid.
+        signalled: Whether a signal told this process to stop, whatever the state.
     """
 
     state: State
@@ -61,9 +62,10 @@ def run_trial(
 
     Args:
         log: A file that takes what the training prints.
-        report: Told the step and bits per byte of each validation; True prunes it, if it is not at its end.
-        note: Told facts of the run as soon as they are known: `parameters`, and `first_losses`, of which one
-            that ends early has fewer than FIRST.
+        report: Called with the step and bits per byte of each validation; if it returns True, the trial is
+            pruned, unless it is at its end.
+        note: Called with facts of the run as soon as they are known: `parameters`, and `first_losses`, of
+            which a run that ends early has fewer than FIRST.
         tick: Called after each step.
 
     Raises:
@@ -72,7 +74,7 @@ def run_trial(
     """
     newest = _newest(folder)
     config = replace(config, train=replace(config.train, run=str(folder), resume=newest is not None))
-    before = 0.0  # seconds of training
+    before = 0.0  # Seconds of training by earlier attempts.
     if newest is not None:
         counters = load_counters(newest)
         before = counters["run"]["seconds"]
@@ -173,7 +175,7 @@ def _printing_to(log: Path) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Of a failure, in one line: the guard that refused it, full memory, or the error's own words."""
+    """Return the reason of a failure in one line: a guard's words, full memory, or the error's own."""
     if memory_is_full(error):
         return "memory is full"
     if isinstance(error, Fault):
@@ -183,7 +185,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _newest(folder: Path) -> Manifest | None:
-    """The checkpoint that the run there goes on from; the remains of one that never saved are removed."""
+    """Return the checkpoint that a run goes on from; the remains of one that never saved are removed."""
     if not folder.exists():
         return None
     if (folder / "config.yaml").is_file():
@@ -196,17 +198,17 @@ def _newest(folder: Path) -> Manifest | None:
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
-    """What the run logged, of each line that is whole."""
+    """Return the logged rows of a run, those whose lines are whole."""
     path = folder / "metrics.jsonl"
     rows: list[dict[str, float]] = []
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # cut short by a kill
+        with contextlib.suppress(ValueError):  # A kill may have cut the line.
             rows.append(json.loads(line))
     return rows
 
 
 def numbers_of(folder: Path) -> dict[str, float]:
-    """`step`, and the values of TAGS, from the run's metrics.jsonl; without what is not there."""
+    """Return `step` and the values of TAGS that there are in the run's metrics.jsonl."""
     rows = rows_of(folder)
     found = {"step": max((row["step"] for row in rows), default=0)}
     for name, (tag, of) in TAGS.items():
@@ -217,7 +219,7 @@ def numbers_of(folder: Path) -> dict[str, float]:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Of a finished trial that nobody will look at: most of what it takes on the disk."""
+    """Remove the checkpoints of a finished trial, which are most of what it takes on the disk."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     with contextlib.suppress(OSError):
         (folder / LOCK).unlink()
