@@ -145,21 +145,8 @@ def evaluate(settings: FunctionalConfig) -> str:
     notes += [f"  {name}: {reason}" for name, reason in found.left_out.items()]
     if not found.solved:
         raise ValueError(f"no problem could be judged: {notes[1].strip()}")
-    fewest = min(count for count, _ in found.solved.values())
-    values: dict[str, float] = {}
-    intervals: dict[str, list[float]] = {}
-    lines = notes if found.left_out else []
-    for k in sorted(set(settings.k)):
-        if k <= fewest:
-            chances = [100 * pass_at_k(n, c, k) for n, c in found.solved.values()]
-            values[f"pass@{k}"] = mean = sum(chances) / len(chances)
-            ends = chances_interval(mean_rows(chances))
-            intervals[f"pass@{k}"] = [ends.low, ends.high]
-            lines.append(
-                f"pass@{k}  {mean:.2f}% [{ends.low:.1f}, {ends.high:.1f}]  over {len(chances)} problems"
-            )
-        elif settings.k != FunctionalConfig.k:
-            lines.append(f"pass@{k}  left out: of some problem there are only {fewest} samples")
+    values, intervals, scores = _pass_at_each_k(found.solved, settings.k)
+    lines = [*(notes if found.left_out else []), *scores]
     kinds = Counter(verdict.kind for verdict in found.verdicts)
     lines.append(
         f"{len(samples)} samples: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -179,3 +166,30 @@ def evaluate(settings: FunctionalConfig) -> str:
     }
     write_atomically(Path(f"{settings.samples}_scores.json"), json.dumps(summary, indent=1) + "\n")
     return "\n".join(lines)
+
+
+def _pass_at_each_k(
+    solved: dict[str, tuple[int, int]], ks: tuple[int, ...]
+) -> tuple[dict[str, float], dict[str, list[float]], list[str]]:
+    """Return pass@k in percent, its intervals, and lines to print, for each k that has enough samples.
+
+    Args:
+        solved: The number of samples of each problem, and of those that passed.
+        ks: The requested k.
+    """
+    fewest = min(count for count, _ in solved.values())
+    values: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
+    lines = []
+    for k in sorted(set(ks)):
+        if k <= fewest:
+            chances = [100 * pass_at_k(n, c, k) for n, c in solved.values()]
+            values[f"pass@{k}"] = mean = sum(chances) / len(chances)
+            ends = chances_interval(mean_rows(chances))
+            intervals[f"pass@{k}"] = [ends.low, ends.high]
+            lines.append(
+                f"pass@{k}  {mean:.2f}% [{ends.low:.1f}, {ends.high:.1f}]  over {len(chances)} problems"
+            )
+        elif ks != FunctionalConfig.k:
+            lines.append(f"pass@{k}  left out: of some problem there are only {fewest} samples")
+    return values, intervals, lines

@@ -221,7 +221,7 @@ have</ins>.</p>
 <label>of <select id="gain"><option value="">{escaped(subject)} itself</option>{against}</select></label>
 <label>from <input id="low" type="number" value="-100" min="-100" max="100" step="any"></label>
 <label>to <input id="high" type="number" value="100" min="-100" max="100" step="any"></label>
-<label>order <select id="order"><option value="0">as drawn</option><option value="1">worst first</option>
+<label>order <select id="order"><option value="0">as sampled</option><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
 <span>{shown}</span> <output id="count"></output>
 </form>

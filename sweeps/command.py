@@ -209,27 +209,10 @@ def sweep(settings: SweepSettings) -> int:
     again = {slot for slot, record in repeats.slots().items() if is_done(record)}
     if shown:
         say(f"the study in {folder} goes on after {len(shown)} trials")
-    crew, code, expected = Crew(settings, fingerprint), None, ""
-    hung = f"its worker did nothing for {settings.sweep.hung_after:g} s (--hung_after) and was killed"
-
-    def fail_hung(name: str) -> None:
-        if not trials.fail(name, hung) + repeats.fail(name, hung):
-            say(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
-
+    crew = Crew(settings, fingerprint)
     try:
         with told(settings.sweep.storage, folder):
-            while code is None:
-                crew.wait()
-                crew.end_hung(fail_hung)
-                code = crew.look()
-                for board, known in ((trials, shown), (repeats, again)):
-                    for slot, record in board.slots().items():
-                        if is_done(record) and slot not in known:
-                            known.add(slot)
-                            crew.deaths = 0
-                            say(line(settings, board is repeats, record))
-                if not expected and (expected := foreseen(settings, trials.slots())):
-                    say(expected)
+            code = watch(settings, crew, (trials, shown), (repeats, again))
             trials.reap()
             repeats.reap()
     except ValueError:
@@ -253,6 +236,37 @@ def sweep(settings: SweepSettings) -> int:
             "that, and begin anew with another --study"
         )
     return 0
+
+
+def watch(
+    settings: SweepSettings, crew: Crew, trials: tuple[Board, set[int]], repeats: tuple[Board, set[int]]
+) -> int:
+    """Watch the workers until all have ended, and print a line for each slot that ends; return the exit code.
+
+    Args:
+        trials: The board of the trials, and the slots that ended before.
+        repeats: The board of the repeats, and the slots that ended before.
+    """
+    seconds, expected, code = settings.sweep.hung_after, "", None
+
+    def fail_hung(name: str) -> None:
+        hung = f"its worker did nothing for {seconds:g} s (--hung_after) and was killed"
+        if not trials[0].fail(name, hung) + repeats[0].fail(name, hung):
+            say(f"a worker did nothing for {seconds:g} s and was killed")
+
+    while code is None:
+        crew.wait()
+        crew.end_hung(fail_hung)
+        code = crew.look()
+        for board, known in (trials, repeats):
+            for slot, record in board.slots().items():
+                if is_done(record) and slot not in known:
+                    known.add(slot)
+                    crew.deaths = 0
+                    say(line(settings, board is repeats[0], record))
+        if not expected and (expected := foreseen(settings, trials[0].slots())):
+            say(expected)
+    return code
 
 
 def beginning(settings: SweepSettings) -> str:

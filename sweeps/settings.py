@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
 from config.console import refuse
@@ -88,6 +88,18 @@ class SweepSettings:
     config: Config
 
 
+class _Words(NamedTuple):
+    """The words of a command line and its config files, sorted by who reads them.
+
+    `own` are flags of the sweep, `rest` words of the ordinary training; `sections` are taken out of `files`.
+    """
+
+    own: list[str]
+    rest: list[str]
+    sections: dict[str, dict[str, Any]]
+    files: list[Path]
+
+
 def parse_settings(words: list[str]) -> SweepSettings:
     """Parse a command line; a mistake prints one sentence and exits with 2."""
     names = {f"--{f.name}" for f in fields(SweepConfig)}
@@ -98,27 +110,8 @@ def parse_settings(words: list[str]) -> SweepSettings:
     _refuse_unknown(words, names)
     if "--config" not in words:
         words = ["--config", str(DEFAULT), *words]
-    own: list[str] = []  # The flags of the sweep.
-    rest: list[str] = []
-    sections: dict[str, dict[str, Any]] = {"space": {}, "sweep": {}}
-    files: list[Path] = []
-    place = 0
-    while place < len(words):
-        word, value = words[place], words[place + 1] if place + 1 < len(words) else None
-        if word in names and (value is None or value.startswith("--")):
-            parser.error(f"{word} has no value; write {word} VALUE")
-        if word in names:
-            own += [word, value]
-        elif word == "--config" and value is not None:
-            files.append(Path(value))
-            rest += _without_sections(value, sections)
-        elif "://" in word and not (place and words[place - 1].startswith("--")):  # It may hold a password.
-            parser.error("an address stands there without its flag; write --storage ADDRESS")
-        else:
-            rest.append(word)
-            place += 1
-            continue
-        place += 2
+    sorted_words = _sorted(words, names, parser)
+    own, rest, sections, _ = sorted_words
     if rest.count("--print_config"):
         own = []
     flags = [
@@ -139,27 +132,59 @@ def parse_settings(words: list[str]) -> SweepSettings:
     try:
         values["objectives"] = tuple(values["objectives"])
         values.pop("config", None)
-        if not sections["space"]:
-            raise ValueError(
-                f"{' and '.join(map(str, files))}: there is no section `space:`, or it is empty; say there "
-                "what varies, such as `optimizer.lr: {log: [1e-3, 1e-1]}`"
-            )
-        space = parse_space(sections["space"], config)
-        sweep = _checked(SweepConfig(**values), config, space, files[-1])
-        _refuse_flags(space, rest)
-        most = space.most_steps(config)
-        if sweep.steps and not most:
-            raise ValueError("a budget of --steps needs max_steps in the config, the steps of one trial")
-        if sweep.steps and sweep.steps < most:
-            raise ValueError(
-                f"--steps is {sweep.steps}, and one trial may take {most} of them, its max_steps; set "
-                f"--steps to {most} at least, or max_steps to {sweep.steps} at most"
-            )
-        if sweep.sampler == "grid":
-            space.grid(config)
-        return SweepSettings(sweep, space, config)
+        return _settings_of(values, config, sorted_words)
     except ValueError as error:
         return parser.error(str(error))
+
+
+def _sorted(words: list[str], names: set[str], parser: Any) -> _Words:
+    """Sort the words of a command line; `names` are the flags of the sweep."""
+    found = _Words([], [], {"space": {}, "sweep": {}}, [])
+    place = 0
+    while place < len(words):
+        word, value = words[place], words[place + 1] if place + 1 < len(words) else None
+        if word in names and (value is None or value.startswith("--")):
+            parser.error(f"{word} has no value; write {word} VALUE")
+        if word in names and value is not None:
+            found.own.extend([word, value])
+        elif word == "--config" and value is not None:
+            found.files.append(Path(value))
+            found.rest.extend(_without_sections(value, found.sections))
+        elif "://" in word and not (place and words[place - 1].startswith("--")):  # It may hold a password.
+            parser.error("an address stands there without its flag; write --storage ADDRESS")
+        else:
+            found.rest.append(word)
+            place += 1
+            continue
+        place += 2
+    return found
+
+
+def _settings_of(values: dict[str, Any], config: Config, words: _Words) -> SweepSettings:
+    """Build the settings from the sweep's own values, the config and the `space:` section.
+
+    Raises:
+        ValueError: They contradict each other, or there is no space.
+    """
+    if not words.sections["space"]:
+        raise ValueError(
+            f"{' and '.join(map(str, words.files))}: there is no section `space:`, or it is empty; say there "
+            "what varies, such as `optimizer.lr: {log: [1e-3, 1e-1]}`"
+        )
+    space = parse_space(words.sections["space"], config)
+    sweep = _checked(SweepConfig(**values), config, space, words.files[-1])
+    _refuse_flags(space, words.rest)
+    most = space.most_steps(config)
+    if sweep.steps and not most:
+        raise ValueError("a budget of --steps needs max_steps in the config, the steps of one trial")
+    if sweep.steps and sweep.steps < most:
+        raise ValueError(
+            f"--steps is {sweep.steps}, and one trial may take {most} of them, its max_steps; set "
+            f"--steps to {most} at least, or max_steps to {sweep.steps} at most"
+        )
+    if sweep.sampler == "grid":
+        space.grid(config)
+    return SweepSettings(sweep, space, config)
 
 
 _HELP = (

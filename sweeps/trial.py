@@ -118,7 +118,7 @@ def _reported_again(folder: Path, newest: Manifest, report: Callable[[int, float
 
 
 class _Observer:
-    """What training calls after each step: it notes and reports, and ends a trial that is pruned."""
+    """The observer of a trial's training: it notes and reports each step, and ends a trial that is pruned."""
 
     def __init__(
         self,

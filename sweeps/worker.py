@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -42,6 +43,9 @@ from sweeps.study import (
     suggest,
 )
 from training.runfolder import LOCK, flat
+
+if TYPE_CHECKING:
+    from sweeps.trial import TrialOutcome
 
 STOPPED = 75  # The exit code of a worker that was told to stop (EX_TEMPFAIL).
 
@@ -168,57 +172,19 @@ class Worker:
 
     def run(self, board: Board, claim: Claim) -> None:
         """Train what was claimed and record what became of it; a signal gives it back and ends the worker."""
-        from sweeps.trial import TrialOutcome, remove_checkpoints, run_trial
+        from sweeps.trial import remove_checkpoints
 
+        name = f"{claim.slot:04}" if board is self.trials else f"repeat-{claim.slot:04}"
+        folder = self.folder / "trials" / name
         try:
-            trial = None
-            if board is self.trials:
-                board.study.sampler = make_sampler(self.settings, claim.slot)
-                trial = patiently(lambda: optuna.trial.Trial(board.study, claim.record._trial_id))
-            name = f"{claim.slot:04}" if trial is not None else f"repeat-{claim.slot:04}"
-            folder = self.folder / "trials" / name
-            if claim.record.user_attrs.get("deaths", 0) >= self.settings.sweep.deaths:
-                at = claim.record.user_attrs["died_at"]
-                reason = (
-                    f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
-                )
-                self.note(board, claim, KILLED, True)
-                self.record(board, claim, TrialOutcome("failed", reason, steps=at))
-                return
-            try:
-                config = self.config_of(claim, trial)
-            except ValueError as error:  # The choices do not go together.
-                self.record(board, claim, TrialOutcome("failed", f"it cannot be built: {error}"))
-                return
-            # An earlier attempt may have trained: its steps are spent.
-            trained = (folder / "checkpoints").is_dir()
-            if trial is not None and not trained and (twin := self.twin(claim, config)) is not None:
-                self.note(board, claim, "same_as", twin.user_attrs["slot"])
-                state = "complete" if twin.state == TrialState.COMPLETE else "pruned"
-                self.record(
-                    board,
-                    claim,
-                    TrialOutcome(state, values=dict(zip(self.objectives, twin.values or [], strict=False))),
-                )
-                return
-            if is_locked(folder / LOCK):  # A worker that was thought dead is still at it.
-                board.release(claim.record, "its folder is in use")
-                time.sleep(5.0)
-                return
-            told_before = set(claim.record.intermediate_values)
-            outcome = run_trial(
-                config,
-                folder,
-                self.folder / "logs" / f"{name}.txt",
-                lambda step, value: self.report(board, claim, trial, step, value, told_before),
-                lambda key, value: self.note(board, claim, key, value),
-                self.tick,
-            )
-            if outcome.state == "stopped":
+            outcome = self.attempt(board, claim, folder)
+            if outcome is not None and outcome.state == "stopped":
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             board.release(claim.record, "it was stopped")
             raise
+        if outcome is None:
+            return
         known = patiently(lambda: board.study.get_trials(deepcopy=False))[claim.record.number].user_attrs
         outcome.values |= {"parameters": known["parameters"]} if "parameters" in known else {}
         granted = self.record(board, claim, outcome)
@@ -228,6 +194,47 @@ class Worker:
             remove_checkpoints(folder)
         if outcome.signalled:  # The signal came as the trial ended.
             raise KeyboardInterrupt
+
+    def attempt(self, board: Board, claim: Claim, folder: Path) -> TrialOutcome | None:
+        """Train what was claimed in its folder; None where it was recorded or given back without training."""
+        from sweeps.trial import TrialOutcome, run_trial
+
+        trial = None
+        if board is self.trials:
+            board.study.sampler = make_sampler(self.settings, claim.slot)
+            trial = patiently(lambda: optuna.trial.Trial(board.study, claim.record._trial_id))
+        if claim.record.user_attrs.get("deaths", 0) >= self.settings.sweep.deaths:
+            at = claim.record.user_attrs["died_at"]
+            reason = f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
+            self.note(board, claim, KILLED, True)
+            self.record(board, claim, TrialOutcome("failed", reason, steps=at))
+            return None
+        try:
+            config = self.config_of(claim, trial)
+        except ValueError as error:  # The choices do not go together.
+            self.record(board, claim, TrialOutcome("failed", f"it cannot be built: {error}"))
+            return None
+        # An earlier attempt may have trained: its steps are spent.
+        trained = (folder / "checkpoints").is_dir()
+        if trial is not None and not trained and (twin := self.twin(claim, config)) is not None:
+            self.note(board, claim, "same_as", twin.user_attrs["slot"])
+            state = "complete" if twin.state == TrialState.COMPLETE else "pruned"
+            values = dict(zip(self.objectives, twin.values or [], strict=False))
+            self.record(board, claim, TrialOutcome(state, values=values))
+            return None
+        if is_locked(folder / LOCK):  # A worker that was thought dead is still at it.
+            board.release(claim.record, "its folder is in use")
+            time.sleep(5.0)
+            return None
+        told_before = set(claim.record.intermediate_values)
+        return run_trial(
+            config,
+            folder,
+            self.folder / "logs" / f"{folder.name}.txt",
+            lambda step, value: self.report(board, claim, trial, step, value, told_before),
+            lambda key, value: self.note(board, claim, key, value),
+            self.tick,
+        )
 
     @property
     def objectives(self) -> tuple[str, ...]:
