@@ -21,7 +21,7 @@ POWER = 0.8  # The chance of finding a difference of the observed size, for whic
 FEWEST_CHANGED = 6
 MOST_PLANNED = 1_000_000  # Samples of the largest plan that is told.
 ALIKE = 1e-9  # Scores of resamples that differ by less than this differ by rounding only.
-_BATCH = 2**22  # Samples drawn at a time.
+_BATCH = 2**22  # Rows that are sampled at a time.
 _NORMAL = NormalDist()
 
 OfSums = Callable[[np.ndarray], np.ndarray]  # (..., k) sums of rows -> (...) scores
@@ -88,7 +88,7 @@ def interval(
         of_sums: The scores, (...), from sums of rows, (..., k).
         seed: The seed of the resampling; the same rows and seed give the same interval.
         confidence: The share of intervals that hold the true score, nearly.
-        resamples: How many samples of size n are drawn from the rows.
+        resamples: How many samples of size n are taken from the rows.
         bounds: The least and the most that a score can be.
 
     Raises:

@@ -262,7 +262,7 @@ def _codebleu_part(part: int, sums: np.ndarray) -> np.ndarray:
 
 _chrf, _rouge_words, _rouge_code = _of_pairs(bleu.chrf), _rouge(rouge.rouge_tokens), _rouge(code_tokens)
 _RAPIDFUZZ = f"rapidfuzz {version('rapidfuzz')}"
-# sacrebleu's own signature says how it is set up; it is asked for once sacrebleu is imported.
+# The settings of sacrebleu's scores; its own signature, which imports it, names them in full.
 SACREBLEU = {"bleu": "13a", "bleu_code": "none", "chrf": "chrf", "chrf++": "chrf++"}
 
 _TABLE = [

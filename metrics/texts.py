@@ -169,7 +169,7 @@ KEYWORDS = {
     ),
 }
 # fmt: on
-_NO_NAMES = {"java": {"true", "false", "null"}}  # literals that Java's list of keywords leaves out
+_NO_NAMES = {"java": {"true", "false", "null"}}  # Literals are not in Java's list of keywords.
 # Strings, comments and words are found in one pass from the left, so that a quote in a comment opens nothing.
 # All quantifiers that could backtrack are possessive, so that a text of one line is passed once.
 _NAME = r"(?P<name>[^\W\d]\w*+)|\d[\w.]*+"

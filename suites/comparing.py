@@ -239,7 +239,8 @@ def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[s
     if prompt not in worded:
         names = ", ".join(worded) or "none"
         raise ValueError(
-            f"it was not asked with prompts called {prompt!r} (there are {names}); evaluate with --prompts"
+            f"it was not evaluated with prompts called {prompt!r} (there are {names}); evaluate with "
+            "--prompts"
         )
     return {worded[prompt]["suite"]: worded[prompt]}
 

@@ -283,7 +283,7 @@ def refuse_unusable_problems(suite: str, settings: EvalConfig) -> None:
     if settings.checkpoint is not None:
         run_folder(settings.checkpoint)
     if settings.suite_file is None:
-        raise ValueError(f"the suite {suite} is asked from a file; name it with --suite_file")
+        raise ValueError(f"the suite {suite} takes its examples from a file; name it with --suite_file")
     if not Path(settings.suite_file).is_fifo():  # A pipe is read only once.
         read_problems(settings.suite_file)
 

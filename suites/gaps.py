@@ -76,7 +76,7 @@ def gap_examples(given: Given, name: str, spans: Spans) -> list[Example]:
             f"the suite {name} takes gaps out of plain files, and this run's are prompts and completions; "
             "leave it out, or ask for pairs"
         )
-    fim_markers(tokenizer, f"the suite {name} cannot be asked; leave it out")
+    fim_markers(tokenizer, f"the suite {name} cannot be evaluated; leave it out")
     draw = np.random.Generator(np.random.PCG64(given.seed))
     reach = 2 * CONTEXT_TOKENS * given.length
 

@@ -66,7 +66,7 @@ def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int =
         lengths.append(length)
     windows = {length: ours.windows(length) for length in lengths}
     found = search.found_in_training(windows)
-    # The largest of the lengths that stands in training, of each text.
+    # The largest length of which a text has a run in training, (texts,).
     largest = np.zeros(len(texts), np.int64)
     for length in lengths:
         largest[ours.of[windows[length][0][found[length]]]] = length

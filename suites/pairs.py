@@ -84,7 +84,7 @@ def task(given: Given) -> Task:
 def file_task(given: Given) -> Task:
     """Return the task of the suite examples; ValueError where its file cannot be used."""
     if given.file is None:
-        raise ValueError("the suite examples is asked from a file; name it with --suite_file")
+        raise ValueError("the suite examples takes its examples from a file; name it with --suite_file")
     rows = sampled(list(enumerate(file_examples(given.file))), given)
     examples = [Example(d.name, number, d.prompt or "", d.text, d.suffix) for number, d in rows]
 

@@ -89,7 +89,7 @@ def differences(record: Any, worded: str = "") -> Iterator[str]:
 
 
 def _scored_again(record: Any) -> dict[str, Any]:
-    """Score the predictions in a record, or the results of programs' runs, and return their own record."""
+    """Score the predictions of a record again, or the results of programs' runs; return the new record."""
     suite, samples = SUITES[record["suite"]], record["samples"]
     systems = list(record["scores"])
     examples = [Example(str(s["name"]), int(s["where"]), str(s["prompt"]), s["reference"]) for s in samples]

@@ -1,8 +1,10 @@
 """The interface of a suite: its examples, where their answers end, and baselines that need no model.
 
-task = TASKS["fim_line"](Given(tokenizer, 512, 200, 0, 0, data))     # suites/tasks.py
-complete(model, tokenizer, task.examples, task.cut, settings)
-scored(task.suite, task.examples, {"model": ..., **answers(task.baselines(task.examples))})
+    task = TASKS["fim_line"](Given(tokenizer, 512, 200, 0, 0, data))
+    complete(model, tokenizer, task.examples, task.cut, settings)
+    scored(task.suite, task.examples, {"model": ..., **answers(task.baselines(task.examples))})
+
+`suites/tasks.py` has the suites by name.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def rows_of(given: Given, name: str) -> list[tuple[str, dict[str, Any]]]:
         ValueError: No file is given, it cannot be read, or it is empty.
     """
     if given.file is None:
-        raise ValueError(f"the suite {name} is asked from a file; name it with --suite_file")
+        raise ValueError(f"the suite {name} takes its examples from a file; name it with --suite_file")
     rows = list(read_rows(Path(given.file)))
     if not rows:
         raise ValueError(f"{given.file} has no rows; give the published file of the suite {name}")

@@ -1,6 +1,8 @@
 """The command that sweeps: it starts workers on this machine, watches them, and says what the study found.
 
-space: -> trials through the ordinary training -> table, pictures, and the best config as a file
+    space: -> trials through the ordinary training -> table, pictures, and the best config as a file
+
+The workers share the study through its storage alone.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from config.yamlfile import read_yaml
 from sweeps.space import Space, parse_space
 
 DEFAULT = RECIPES / "sweep.yaml"
-OBJECTIVES = {  # name: whether less is better
+# Whether less of an objective is better, by its name.
+OBJECTIVES = {
     "bits_per_byte": True,
     "parameters": True,
     "tokens_per_second": False,

@@ -147,7 +147,7 @@ class _Observer:
 
 
 def _train(config: Config, observer: _Observer) -> tuple[State, bool]:
-    """Train until something ends it: what became of the trial, and whether a signal asked for the end."""
+    """Train until something ends it: what became of the trial, and whether a signal requested the end."""
     try:
         manager = loop.train(config, observer)
     except BudgetUsed:  # The trial was killed between the end of its training and its record.
