@@ -262,12 +262,12 @@ def test_a_study_is_at_its_end_where_one_worker_says_so_and_a_signal_twice_at_on
     assert crew.look() == 0
     os.kill(os.getpid(), signal.SIGHUP)
     os.kill(os.getpid(), signal.SIGHUP)  # as of a terminal that is closed
-    assert crew.asked == 1
+    assert crew.stop_requests == 1
     crew.begin(1)  # which had begun when the signal came
     crew.members[1].process.join()
     assert len(crew.members) == 2 and crew.members[1].process.exitcode == -signal.SIGTERM
     os.kill(os.getpid(), signal.SIGINT)
-    assert crew.asked == 2
+    assert crew.stop_requests == 2
 
 
 def tells_its_gpu(settings: SweepSettings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
