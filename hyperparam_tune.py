@@ -15,10 +15,10 @@ from sweeps.settings import parse_settings
 
 
 def main(argv: list[str]) -> None:
-    """Sweep as the command line says."""
+    """Run the sweep of a command line."""
     settings = parse_settings(argv)
     with one_sentence():
-        from sweeps.command import sweep  # which imports torch: a typo was answered before
+        from sweeps.command import sweep  # This imports torch, after a mistyped flag was told.
 
         sys.exit(sweep(settings))
 

@@ -6,8 +6,8 @@
 Scores of texts go from 0 to 100, and a reference against itself has 100, the empty one too. Predictions and
 references are cleaned by the same function, `texts.cleaned`, before anything reads them. `texts`, `bleu`,
 `rouge` and `codebleu` know one kind of score each, `registry` has their names, and `intervals` says how far
-a score of so many samples can be trusted. What is heavy to import (sacrebleu, tree-sitter) is imported where
-it is used.
+a score of so many samples can be trusted. The packages that take long to import (sacrebleu, tree-sitter) are
+imported where they are used.
 """
 
 from metrics.estimates import bits_per_byte, pass_at_k, perplexity

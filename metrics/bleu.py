@@ -1,10 +1,10 @@
 """BLEU in the forms that are published for code, and chrF: statistics of each pair, and scores of their sums.
 
-A score of a corpus is not the mean of its samples' scores. So each function of pairs gives a row of counts
+A score of a corpus is not the mean of its samples' scores. So each function of pairs returns a row of counts
 for each pair, and each `..._of_sums` the scores of summed rows, of which an interval needs thousands.
 
-sacrebleu (Post 2018) gives its own numbers, by its own functions, with one exception: where neither side of
-the whole corpus has any unit, it says 0 and this says 100.
+The scores that are named after sacrebleu (Post 2018) are its own, by its own functions, with one exception:
+where neither side of the whole corpus has any unit, sacrebleu gives 0 and this gives 100.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from metrics.texts import Pair, code_tokens, ngrams, shared_ngrams
 
-ORDERS = 4  # of n-grams: each BLEU here is BLEU-4
-_CHAR_ORDERS, _WORD_ORDERS = 6, 2  # of chrF++
+ORDERS = 4  # Orders of n-grams: each BLEU here is BLEU-4.
+_CHAR_ORDERS, _WORD_ORDERS = 6, 2  # Orders of n-grams of chrF++.
 
 # --- sacrebleu -----------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ def _sacrebleu(name: str) -> Any:
     from sacrebleu.metrics.chrf import CHRF
 
     # With `effective_order` a corpus without a single n-gram of some length is scored on the shorter ones;
-    # else three tokens against themselves have 0. It changes nothing where there is one.
+    # without it three tokens against themselves have 0. Where there is such an n-gram it changes nothing.
     # `force` drops the warning that code "looks tokenized": it often ends in " .".
     if name in ("13a", "none"):
         return BLEU(tokenize=name, effective_order=True, force=True)
@@ -39,9 +39,9 @@ def _sacrebleu(name: str) -> Any:
 
 
 def sacrebleu_signature(name: str) -> str:
-    """sacrebleu's own, of `13a`, `none`, `chrf` or `chrf++`; without a corpus it cannot say `nrefs`: 1."""
+    """Return sacrebleu's own signature of `13a`, `none`, `chrf` or `chrf++`, with one reference."""
     scorer = _sacrebleu(name)
-    scorer.num_refs = 1
+    scorer.num_refs = 1  # Without a corpus sacrebleu does not know it.
     return str(scorer.get_signature())
 
 
@@ -52,7 +52,7 @@ def _scores(name: str, sums: np.ndarray) -> np.ndarray:
     return scores.reshape(sums.shape[:-1])
 
 
-# A mark that stands alone, or a word; `'` is no such mark, `.`, `,` and `-` depend on what is beside them.
+# A mark that stands alone, or a word. The quote ' is no such mark; of . , and - it depends on what is beside.
 _PIECE = re.compile(r"[!-&(-+/:-@\[-`{-~]|[^\s!-&(-+/:-@\[-`{-~]+")
 _PERIODS = (
     (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
@@ -63,11 +63,11 @@ _ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
 
 def tokens_13a(text: str) -> list[str]:
-    """sacrebleu's default tokens, those of mteval-v13a.
+    """Split a text into sacrebleu's default tokens, those of mteval-v13a.
 
-    Its own function goes through the text four times and was half the time of all metrics together. The
-    passes over periods, commas and dashes see one mark beyond a white space at most, so that here each word
-    is passed once, and remembered.
+    sacrebleu's own function goes through the text four times and took half the time of all metrics together.
+    Its passes over periods, commas and dashes look at one mark beyond a white space at most, so that here
+    each word is passed once, and cached.
     """
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     if "&" in text:
@@ -91,24 +91,32 @@ def _by_periods(word: str) -> tuple[str, ...]:
 
 
 def bleu_13a(pairs: Sequence[Pair]) -> np.ndarray:
-    """(pairs, 10): length of the prediction, of the reference, shared n-grams, n-grams; for running text."""
+    """Return rows for running text, (pairs, 10).
+
+    The columns are the length of the prediction, that of the reference, the shared n-grams of each order, and
+    the prediction's n-grams of each order.
+    """
     return ngram_rows(pairs, tokens_13a)
 
 
 def bleu_code(pairs: Sequence[Pair]) -> np.ndarray:
-    """The same of code tokens, which sacrebleu takes as they are (`tokenize="none"`)."""
+    """Return the rows of `bleu_13a` for code tokens, as sacrebleu reads them with `tokenize="none"`."""
     return ngram_rows(pairs, code_tokens)
 
 
 def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
-    """(..., 10) -> (...): sacrebleu's score, smoothed by `exp`."""
+    """Return sacrebleu's score, smoothed by `exp`, (...), from sums of rows, (..., 10)."""
     return _full_if_empty(_scores("none", sums), sums[..., 0] + sums[..., 1])
 
 
 def chrf(pairs: Sequence[Pair]) -> np.ndarray:
-    """(pairs, 25): for each of six character and two word orders the n-grams of the prediction, those of the
-    reference, and the shared ones; then the characters of both. chrF (Popović 2015) reads the first 18,
-    chrF++ (2017) 24. sacrebleu does not count the n-grams of a prediction whose reference has none."""
+    """Return rows of chrF and chrF++, (pairs, 25).
+
+    For each of six character orders and two word orders the columns are the n-grams of the prediction, those
+    of the reference, and the shared ones; the last is the characters of both. chrF (Popović 2015) reads the
+    first 18, chrF++ (2017) 24. As in sacrebleu, the n-grams of a prediction whose reference has none of that
+    order are not counted.
+    """
     words = _sacrebleu("chrf++")._remove_punctuation
     rows = np.zeros((len(pairs), 3 * (_CHAR_ORDERS + _WORD_ORDERS) + 1))
     for row, pair in zip(rows, pairs, strict=True):
@@ -122,17 +130,20 @@ def chrf(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def _count_into(row: np.ndarray, found: int, wanted: int, shared: list[int]) -> None:
-    """Three numbers of each order, of texts of so many units."""
-    for less, both in enumerate(shared):  # of an order above 1 there are fewer n-grams than units
+    """Write three counts for each order into a row: n-grams found, wanted, and shared.
+
+    `found` and `wanted` are the units of the two texts. A text has one n-gram fewer with each order.
+    """
+    for less, both in enumerate(shared):
         needed = max(0, wanted - less)
         row[3 * less : 3 * less + 3] = max(0, found - less) if needed else 0, needed, both
 
 
 def _shared_characters(found: str, wanted: str) -> list[int]:
-    """Of each order, how many n-grams of characters both have.
+    """Count, for each order, the n-grams of characters that both texts have.
 
-    n-grams are numbered, those of an order by the numbers of their first n - 1 characters and their last one:
-    as strings they were a quarter of the time of all metrics together.
+    n-grams are numbered, those of an order by the numbers of their first n - 1 characters and of their last
+    one: as strings they took a quarter of the time of all metrics together.
     """
     if not found or not wanted:
         return [0] * _CHAR_ORDERS
@@ -144,20 +155,20 @@ def _shared_characters(found: str, wanted: str) -> list[int]:
         if order > 1:
             keys = numbers[:-1] * size + characters[order - 1 :]
             numbers = np.unique(keys, return_inverse=True)[1]
-        # Those that begin in one text and end in the other are of neither.
+        # N-grams that begin in one text and end in the other belong to neither.
         here, there = numbers[: max(0, split - order + 1)], numbers[split:]
-        both = np.minimum(*(np.bincount(side, minlength=len(numbers)) for side in (here, there)))
+        both = np.minimum(*(np.bincount(text, minlength=len(numbers)) for text in (here, there)))
         shared.append(int(both.sum()))
     return shared
 
 
 def chrf_of_sums(sums: np.ndarray) -> np.ndarray:
-    """(..., 25) -> (...)."""
+    """Return sacrebleu's chrF, (...), from sums of rows, (..., 25)."""
     return _full_if_empty(_scores("chrf", sums[..., : 3 * _CHAR_ORDERS]), sums[..., -1])
 
 
 def chrf_plus_of_sums(sums: np.ndarray) -> np.ndarray:
-    """(..., 25) -> (...)."""
+    """Return sacrebleu's chrF++, (...), from sums of rows, (..., 25)."""
     return _full_if_empty(_scores("chrf++", sums[..., :-1]), sums[..., -1])
 
 
@@ -169,7 +180,7 @@ def _full_if_empty(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
 
 
 def ngram_rows(pairs: Sequence[Pair], tokenize: Callable[[str], list[str]]) -> np.ndarray:
-    """(pairs, 10): as `bleu_13a`, of whatever tokens."""
+    """Return the rows of `bleu_13a`, (pairs, 10), for any tokens."""
     rows = np.zeros((len(pairs), 2 + 2 * ORDERS))
     for row, (prediction, reference) in zip(rows, pairs, strict=True):
         found, wanted = tokenize(prediction), tokenize(reference)
@@ -181,15 +192,19 @@ def ngram_rows(pairs: Sequence[Pair], tokenize: Callable[[str], list[str]]) -> n
 
 
 def bleu_codexglue(pairs: Sequence[Pair]) -> np.ndarray:
-    """(pairs, 10), of the tokens between white space: CodeXGLUE's method generation reads cleaned lines."""
+    """Return the rows of `bleu_13a`, (pairs, 10), for tokens between white space.
+
+    CodeXGLUE's method generation reads cleaned lines in this way.
+    """
     return ngram_rows(pairs, str.split)
 
 
 def bleu_codexglue_of_sums(sums: np.ndarray) -> np.ndarray:
-    """(..., 10) -> (...): BLEU-4 of a corpus with 1 added to each precision's both counts (Lin and Och 2004).
+    """Return BLEU-4 of a corpus, (...), from sums of rows, (..., 10).
 
-    CodeXGLUE's `bleu.py` of method generation, which rounds to two places. It divides by zero where all
-    predictions, or all references, are empty; here these score 0, or 100 where both are.
+    1 is added to both counts of each precision (Lin and Och 2004). It is CodeXGLUE's `bleu.py` of method
+    generation, which rounds to two places and divides by zero where all predictions, or all references, are
+    empty; here these score 0, or 100 where both are.
     """
     lengths, shared, of = sums[..., :2], sums[..., 2 : 2 + ORDERS], sums[..., 2 + ORDERS :]
     found, wanted = lengths[..., 0], lengths[..., 1]
@@ -200,21 +215,21 @@ def bleu_codexglue_of_sums(sums: np.ndarray) -> np.ndarray:
     return _full_if_empty(scores, found + wanted)
 
 
-# What the evaluator's two passes of tokenisation come to: the second adds only that `_` stands alone.
+# The evaluator tokenises in two passes, of which the second adds only that `_` stands alone.
 _SUMMARY_TOKEN = re.compile(r"[^\W_]+|_|[^\w\s]")
 _TINY = sys.float_info.min
 
 
 def summary_tokens(text: str) -> list[str]:
-    """The tokens of CodeXGLUE's code-to-text: lower case, words, single punctuation marks."""
+    """Split a text into the tokens of CodeXGLUE's code-to-text: lower-case words, and single marks."""
     return _SUMMARY_TOKEN.findall(text.strip().lower())
 
 
 def bleu_codexglue_summary(pairs: Sequence[Pair]) -> np.ndarray:
-    """(pairs,): BLEU-4 of each pair with 1 added to the counts of bigrams and longer ones (Lin and Och 2004),
-    as CodeXGLUE's code-to-text, whose score is the mean.
+    """Return the BLEU-4 of each pair, (pairs,), by CodeXGLUE's code-to-text, whose score is the mean.
 
-    An empty prediction of a reference of n tokens has 100 exp(-n), as it has there, and not 0.
+    1 is added to the counts of bigrams and longer n-grams (Lin and Och 2004). An empty prediction of a
+    reference of n tokens has 100 exp(-n), as in CodeXGLUE, and not 0.
     """
     rows = ngram_rows(pairs, summary_tokens)
     shared, of = rows[:, 2 : 2 + ORDERS], rows[:, 2 + ORDERS :]
@@ -228,11 +243,15 @@ def bleu_codexglue_summary(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def precision_of_sums(lengths: np.ndarray, shared: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """(..., 2), (..., orders), (..., orders) -> (...) in 0 to 1: the geometric mean of shared / of, times
-    exp(1 - wanted / found) where less was found than wanted.
+    """Return the geometric mean of shared / of, times the brevity penalty: 0 to 1, (...).
 
-    An order that has nothing to share is left out, and one that shares nothing counts 0.1 (Chen and Cherry
-    2014, method 1).
+    The penalty is exp(1 - wanted / found) where less was found than wanted. An order that has nothing to
+    share is left out, and one that shares nothing counts as 0.1 shared (Chen and Cherry 2014, method 1).
+
+    Args:
+        lengths: (..., 2), tokens found and tokens wanted.
+        shared: (..., orders), n-grams that both have.
+        of: (..., orders), all n-grams.
     """
     has = of > 0
     with np.errstate(divide="ignore", invalid="ignore"):

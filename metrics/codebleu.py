@@ -1,20 +1,20 @@
-"""CodeBLEU (arXiv:2009.10297) of Python, Kotlin and Java: shared n-grams, n-grams weighted by keywords,
-syntax trees and flow of data, a quarter each.
+"""CodeBLEU (arXiv:2009.10297) of Python, Kotlin and Java.
 
-The arithmetic is that of the authors' code, which published numbers come from, also where the paper's
-formulas differ: weighted n-grams are a recall without a penalty for brevity, keywords count 1 and other words
-0.2, in single words only; a subtree of the reference counts as found however often it is needed. It differs
-from that code in:
+It is the mean of four scores: shared n-grams, n-grams weighted by keywords, syntax trees and flow of data.
+The arithmetic is that of the authors' code, from which published numbers come, also where the paper's
+formulas differ: weighted n-grams are a recall without a penalty for brevity, keywords count 1 and other
+words 0.2, in single words only; a subtree of the reference counts as found however often it is needed. The
+differences from that code are:
 
-- Tokens are `texts.code_tokens`; there, whatever stands between white space.
-- An order of n-grams that a text is too short for is left out; there it counts against it, so that three
-  tokens against themselves have less than 100. Likewise a corpus whose references have no flow of data is
-  scored on the other three parts; there this part is 0, in a later package 1.
-- Comments, and in Python docstrings, are left out of trees and flow by the tree; there, by Java's marks, also
-  in Python, where `//` divides.
-- Names of one flow stand in the order of the text; there, in that of a set, which changes from one run to the
-  next.
-- Kotlin, which it does not know.
+- Tokens are `texts.code_tokens`; theirs are whatever stands between white space.
+- An order of n-grams that a text is too short for is left out; in their code it counts against the text, so
+  that three tokens against themselves have less than 100. Likewise a corpus whose references have no flow of
+  data is scored on the other three parts; in their code this part is 0, in a later package 1.
+- Comments, and docstrings in Python, are left out of trees and flow by the tree; their code removes comments
+  by Java's marks, also in Python, where `//` divides.
+- Names of one flow stand in the order of the text; theirs stand in that of a set, which changes from one run
+  to the next.
+- Their code does not know Kotlin.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from metrics.bleu import ORDERS, precision_of_sums
 from metrics.texts import KEYWORDS, Pair, code_tokens, ngrams
 from metrics.trees import Tree, check_language, parse
 
-WORD_WEIGHT = 0.2  # of a token that is no keyword
+WORD_WEIGHT = 0.2  # The weight of a token that is no keyword.
 PARTS = ("ngram", "weighted", "syntax", "dataflow")
-# Columns of a row: lengths, then for n-grams and weighted ones the shared and all, by order; subtrees; flows.
+# Columns of a row: two lengths; the shared and all n-grams of each order; the same weighted; subtrees; flows.
 _LENGTHS = slice(0, 2)
 _SHARED, _OF = slice(2, 2 + ORDERS), slice(2 + ORDERS, 2 + 2 * ORDERS)
 _WEIGHTED_SHARED, _WEIGHTED_OF = (slice(2 + n * ORDERS, 2 + (n + 1) * ORDERS) for n in (2, 3))
@@ -40,10 +40,10 @@ COLUMNS = 6 + 4 * ORDERS
 
 
 def codebleu(pairs: Sequence[Pair], language: str) -> np.ndarray:
-    """(pairs, COLUMNS): what `codebleu_of_sums` reads of each pair.
+    """Return the row of each pair that `codebleu_of_sums` reads, (pairs, COLUMNS).
 
     Raises:
-        ValueError: a language without a grammar here.
+        ValueError: The language has no grammar here.
     """
     check_language(language)
     rows = np.zeros((len(pairs), COLUMNS))
@@ -65,10 +65,13 @@ def codebleu(pairs: Sequence[Pair], language: str) -> np.ndarray:
 
 
 def codebleu_parts(sums: np.ndarray) -> np.ndarray:
-    """(..., COLUMNS) -> (..., 4): each of PARTS in 0 to 1; NaN where there was nothing to find."""
+    """Return each of PARTS, 0 to 1, (..., 4), from sums of rows, (..., COLUMNS).
+
+    A part is NaN where there was nothing to find.
+    """
     lengths, of = sums[..., _LENGTHS], sums[..., _WEIGHTED_OF]
     plain = precision_of_sums(lengths, sums[..., _SHARED], sums[..., _OF])
-    # The same lengths on both sides: no penalty.
+    # Equal lengths have no brevity penalty.
     weighted = precision_of_sums(np.ones_like(lengths), sums[..., _WEIGHTED_SHARED], of)
     nothing = lengths.sum(-1) == 0
     with np.errstate(invalid="ignore"):
@@ -79,7 +82,10 @@ def codebleu_parts(sums: np.ndarray) -> np.ndarray:
 
 
 def codebleu_of_sums(sums: np.ndarray) -> np.ndarray:
-    """(..., COLUMNS) -> (...): 100 times the mean of the parts that there are; 100 where there are none."""
+    """Return 100 times the mean of the parts that there are, (...), from sums of rows, (..., COLUMNS).
+
+    It is 100 where there are none.
+    """
     parts = codebleu_parts(sums)
     there = ~np.isnan(parts)
     return 100 * np.where(
@@ -107,10 +113,10 @@ def _count_ngrams(row: np.ndarray, found: list[str], wanted: list[str], keywords
 
 
 def _subtrees(tree: Tree, known: dict[tuple[object, ...], int]) -> list[int]:
-    """A number for the shape of each subtree that has children, and of the whole.
+    """Return the number of the shape of each subtree that has children, and of the whole tree.
 
     A shape is the kinds and roles of the named nodes, as a tree's S-expression shows them; names and literals
-    do not count. `known` numbers them: equal numbers are equal shapes.
+    do not count. `known` holds the shapes' numbers, and takes those of new ones.
     """
     kinds, roles, named, children = tree.kinds, tree.roles, tree.named, tree.children
     shapes = [0] * len(kinds)
@@ -127,23 +133,22 @@ def _subtrees(tree: Tree, known: dict[tuple[object, ...], int]) -> list[int]:
 # --- flow of data --------------------------------------------------------------------------------------
 
 
-_SEVERAL = frozenset(
-    {"pattern_list", "tuple_pattern", "list_pattern", "multi_variable_declaration"}
-)  # targets
-_DEEPEST = 150  # levels that are read with their structure; what lies deeper is its leaves, in order
-_LOOPS = 3  # loops inside each other that are passed twice; deeper ones once, or passes would multiply
+# Targets of an assignment that hold several names.
+_SEVERAL = frozenset({"pattern_list", "tuple_pattern", "list_pattern", "multi_variable_declaration"})
+_DEEPEST = 150  # Levels that are read with their structure; a deeper subtree is read as its leaves, in order.
+_LOOPS = 3  # Nested loops that are passed twice; deeper ones are passed once, or passes would multiply.
 
 
 @dataclass(frozen=True)
 class _Kinds:
-    """What the nodes of a grammar do to data.
+    """The kinds of node in a grammar, by what they do to data.
 
     Args:
-        atoms: Read as one leaf.
-        binds: Nodes that give names a value, by what the edge is called then.
-        steps: x++ and its like.
-        branches: Their first alternative ends at an `else`.
-        each: Loops over a value: target, value, body.
+        atoms: Nodes that are read as one leaf.
+        binds: Nodes that give names a value, and the name of the edge that this makes.
+        steps: Nodes such as x++.
+        branches: Nodes whose first alternative ends at an `else`.
+        each: Loops over a value, whose children are target, value and body.
         repeats: Other loops.
         first: Clauses that are read before what stands before them.
     """
@@ -167,6 +172,15 @@ def _kinds(
     repeats: str,
     first: str = "",
 ) -> _Kinds:
+    """Return the kinds of a grammar from words between spaces.
+
+    Args:
+        declares: Kinds of node that give a name the value beside them.
+        assigns: Kinds of node that compute a name's value from the one beside them.
+
+    It has eight parameters, a word list for each thing that a node can do to data; the others are fields of
+    `_Kinds`.
+    """
     binds = dict.fromkeys(declares.split(), "comesFrom") | dict.fromkeys(assigns.split(), "computedFrom")
     return _Kinds(
         frozenset(atoms.split()),
@@ -196,7 +210,7 @@ KINDS = {
         repeats="for_statement while_statement do_statement",
     ),
     "kotlin": _kinds(
-        atoms="string_literal character_literal user_type",  # a type's name is no variable
+        atoms="string_literal character_literal user_type",  # The name of a type is no variable.
         declares="property_declaration",
         assigns="assignment",
         steps="unary_expression",
@@ -208,7 +222,7 @@ KINDS = {
 
 
 def _flows(tree: Tree, language: str) -> Counter[tuple[int, str, tuple[int, ...]]]:
-    """Where values come from: (variable, edge, variables it comes from), and how often each occurs.
+    """Count the flows of data: (variable, edge, variables that its value comes from).
 
     Variables are numbered in the order in which they stand in edges, so that names do not matter.
     """
@@ -229,21 +243,23 @@ def _flows(tree: Tree, language: str) -> Counter[tuple[int, str, tuple[int, ...]
 
 
 class _Reader:
-    """Goes through a tree in the order in which it runs; `state` has the leaves that last wrote each name."""
+    """A reader that goes through a tree in the order in which the program runs.
+
+    `state` holds the leaves that last wrote each name, and `edges` a leaf's name, the kind of its edge, and
+    the leaves that its value comes from.
+    """
 
     def __init__(self, tree: Tree, kinds: _Kinds) -> None:
         self.tree, self.kinds = tree, kinds
         self.state: dict[str, frozenset[int]] = {}
-        self.edges: dict[
-            int, tuple[str, str, set[int]]
-        ] = {}  # leaf: its name, the edge, the leaves behind it
+        self.edges: dict[int, tuple[str, str, set[int]]] = {}
         self.loops = 0
 
     def edge(self, i: int, name: str, kind: str, origins: Iterable[int]) -> None:
         self.edges.setdefault(i, (name, kind, set()))[2].update(origins)
 
     def leaves(self, i: int) -> list[int]:
-        """The leaves of a subtree that are no keyword or mark."""
+        """Return the leaves of a subtree that are no keyword or mark."""
         tree, atoms = self.tree, self.kinds.atoms
         found, at, end = [], i, tree.ends[i]
         while at < end:
@@ -296,10 +312,10 @@ class _Reader:
         self.state[name] = frozenset((leaf,))
 
     def bind(self, children: list[int], kind: str, depth: int) -> None:
-        """Name, perhaps a type, then the value: the value is read, then the names are written."""
+        """Read the value of a binding, its last child, then write its names; there may be a type between."""
         parts = [c for c in children if self.tree.named[c]]
         marked = any(self.tree.kinds[c].endswith("=") for c in children)
-        if not marked:  # a declaration without a value
+        if not marked:  # It is a declaration without a value.
             for leaf in self.leaves(parts[0]) if parts else ():
                 self.write(leaf, kind, ())
             return
@@ -313,11 +329,11 @@ class _Reader:
         return self.tree.kinds[i] in ("type", "modifiers", "user_type", "type_parameters")
 
     def pairwise(self, target: int, value: int, kind: str, depth: int) -> None:
-        """a, b = x, y element by element; else every name of the target comes from the whole value."""
+        """Read a, b = x, y element by element; else every name of the target comes from the whole value."""
         targets = values = []
         if self.tree.kinds[target] in _SEVERAL:
             targets, values = (
-                [c for c in self.tree.children[side] if self.tree.named[c]] for side in (target, value)
+                [c for c in self.tree.children[node] if self.tree.named[c]] for node in (target, value)
             )
         if not targets or len(targets) != len(values):
             targets, values = [target], [value]

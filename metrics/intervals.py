@@ -1,8 +1,8 @@
 """How sure a score is: bootstrap intervals, comparisons of two systems on the same samples, and a verdict.
 
-What is resampled is a row of statistics for each sample (`metrics.registry`): for a mean its score and a 1,
-for BLEU its counts of n-grams. A function takes sums of such rows to the score, so that intervals of corpus
-scores and of means are one thing (Koehn 2004).
+Each sample has a row of statistics (`metrics.registry`), and rows are resampled: for a mean a row is the
+sample's score and a 1, for BLEU its counts of n-grams. A function computes the score from a sum of rows, so
+that intervals of corpus scores and of means are one thing (Koehn 2004).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 2000
-POWER = 0.8  # the chance to find a difference of the size seen, that a plan of samples asks for
-# Of six samples that all go one way, chance alone gives 3%; of five, 6%.
+POWER = 0.8  # The chance of finding a difference of the observed size, for which samples are planned.
+# By chance alone six samples all go one way in 3% of cases, five in 6%.
 FEWEST_CHANGED = 6
-MOST_PLANNED = 1_000_000  # samples; a plan of more is no plan
-ALIKE = 1e-9  # scores of resamples that differ by less differ by rounding only
-_BATCH = 2**22  # samples drawn at a time
+MOST_PLANNED = 1_000_000  # Samples of the largest plan that is told.
+ALIKE = 1e-9  # Scores of resamples that differ by less than this differ by rounding only.
+_BATCH = 2**22  # Rows that are sampled at a time.
 _NORMAL = NormalDist()
 
 OfSums = Callable[[np.ndarray], np.ndarray]  # (..., k) sums of rows -> (...) scores
@@ -37,13 +37,13 @@ class Interval(NamedTuple):
 
 
 def mean_rows(scores: Sequence[float] | np.ndarray) -> np.ndarray:
-    """(n,) -> (n, 2): rows whose sums `mean_of_sums` takes to their mean."""
+    """Return rows, (n, 2), for scores, (n,): `mean_of_sums` computes their mean from a sum of these."""
     values = np.asarray(scores, np.float64)
     return np.column_stack([values, np.ones_like(values)])
 
 
 def mean_of_sums(sums: np.ndarray) -> np.ndarray:
-    """(..., 2) -> (...)."""
+    """Return means, (...), from sums of the rows of `mean_rows`, (..., 2)."""
     return sums[..., 0] / sums[..., 1]
 
 
@@ -54,7 +54,7 @@ def mean_interval(
     resamples: int = RESAMPLES,
     bounds: tuple[float, float] | None = None,
 ) -> Interval:
-    """The mean with its bootstrap interval, by `interval`."""
+    """Return the mean with its bootstrap interval, by `interval`."""
     return interval(mean_rows(scores), mean_of_sums, seed, confidence, resamples, bounds)
 
 
@@ -66,33 +66,33 @@ def interval(
     resamples: int = RESAMPLES,
     bounds: tuple[float, float] | None = None,
 ) -> Interval:
-    """The score of all samples with its expanded percentile bootstrap interval (Hesterberg 2015, 5.3).
+    """Return the score of all samples with its expanded percentile bootstrap interval (Hesterberg 2015, 5.3).
 
-    The plain percentile interval of 25 scores is too narrow twice over: by sqrt((n - 1) / n), and since it
-    has the width of a normal distribution where Student's is due. Its quantiles are moved out by both.
+    The plain percentile interval of 25 scores is too narrow for two reasons: by sqrt((n - 1) / n), and since
+    it has the width of a normal distribution where Student's is due. Its quantiles are moved out by both.
 
-    Read on simulated scores, 95% intervals of 25 to 400 of them held the true mean 93% to 97% of the time:
-    uniform ones, of beta distributions, half perfect and half not, shares from 0.3 to 0.7. Below that range
-    are rare events on few samples: 93% for a share of 0.1 on 25 samples, 71% for 0.05, where most resamples
-    hold none (`share_interval`), and 91% for 25 scores that are nearly all close to 0.
+    On simulated scores, 95% intervals of 25 to 400 of them held the true mean 93% to 97% of the time: uniform
+    scores, scores of beta distributions, half perfect and half not, shares from 0.3 to 0.7. Rare events on
+    few samples do worse: 93% for a share of 0.1 on 25 samples, 71% for 0.05, where most resamples hold none
+    (see `share_interval`), and 91% for 25 scores that are nearly all close to 0.
 
     Where all samples are alike, every resample is, and the interval has no width however few they are; and
-    resamples of fewer than six hold too little of what they are drawn from. With `bounds` it then goes as far
-    beyond the least and the most that was seen as a share that nobody has seen allows (Clopper and Pearson
-    1934 at 0 of n): so many of the population may have any score within the bounds.
+    resamples of fewer than six samples hold too little of the population. With `bounds` the interval is then
+    widened beyond the least and the most observed score. A share of the population that was never observed
+    may have any score within the bounds; its upper limit is that of Clopper and Pearson (1934) at 0 of n.
 
-    The samples must be independent of each other: of samples that come from one file the sum is one row.
+    The samples must be independent of each other: samples that come from one file are summed to one row.
 
     Args:
-        rows: (n, k) statistics, one row a sample.
-        of_sums: From sums of rows, (..., k), to scores, (...).
-        seed: Of the resampling; the same rows and seed give the same interval.
-        confidence: Share of intervals that hold the true score, nearly.
-        resamples: Samples of size n that are drawn from the rows.
+        rows: (n, k) statistics, one row for each sample.
+        of_sums: The scores, (...), from sums of rows, (..., k).
+        seed: The seed of the resampling; the same rows and seed give the same interval.
+        confidence: The share of intervals that hold the true score, nearly.
+        resamples: How many samples of size n are taken from the rows.
         bounds: The least and the most that a score can be.
 
     Raises:
-        ValueError: fewer than two rows.
+        ValueError: There are fewer than two rows.
     """
     _enough(len(rows))
     scores = np.sort(np.concatenate([of_sums(sums) for sums in _resampled(rows, seed, resamples)]))
@@ -108,12 +108,12 @@ def interval(
 
 
 def share_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
-    """The percentage of successes with its Wilson interval (Wilson 1927), for scores that are all or nothing.
+    """Return the percentage of successes with its interval (Wilson 1927), for scores that are all or nothing.
 
-    0 of 25 is 0 [0, 13.3] here, where resampling would say 0 [0, 0].
+    0 of 25 is 0 [0, 13.3] here, where resampling would give 0 [0, 0].
 
     Raises:
-        ValueError: no samples, or counts that cannot be.
+        ValueError: There are no samples, or the counts are impossible.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(
@@ -128,18 +128,19 @@ def share_interval(successes: float, n: float, confidence: float = 0.95) -> Inte
 
 
 def chances_interval(rows: np.ndarray, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """The mean of chances of success from 0 to 100 with its interval: Wilson's where each is all or nothing.
+    """Return the mean of chances of success, 0 to 100, with its interval: Wilson's, or else the bootstrap's.
 
-    Of several draws a sample may have succeeded in some, and lies between; so may several samples of one
-    file, whose sum is a row. Where few rows do, or few do not, resamples often hold none of those: then it
-    is Wilson's, too, since what lies between all and nothing varies less than they do, of as many as rows of
-    one size would tell as much (Kish 1965, 11.7); else the bootstrap's.
+    A sample that succeeded in some of its draws has a chance between 0 and 100, and so has a file of which
+    some samples succeeded, whose sum is a row. Wilson's interval is right where every row is all or nothing.
+    It is taken too where few rows succeeded fully, or few failed fully, since resamples often hold none of
+    these: values between all and nothing vary less than all or nothing does. Its n is then the effective
+    sample size, as many rows of equal size as would tell as much (Kish 1965, 11.7).
 
     Args:
-        rows: (n, 2) sums of chances, and how many each row sums.
+        rows: (n, 2), sums of chances, and how many chances each row sums.
 
     Raises:
-        ValueError: no rows.
+        ValueError: There are no rows.
     """
     sums, counts = rows[:, 0], rows[:, 1]
     passed, failed = sums == 100 * counts, sums == 0
@@ -154,14 +155,15 @@ def chances_interval(rows: np.ndarray, seed: int = 0, confidence: float = 0.95) 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems on the same samples.
+    """The scores of two systems on the same samples, compared.
 
     Args:
         difference: The first's score less the second's, with its interval.
-        changed: Units whose statistics differ at all.
-        needed: Samples, about, that would show a true difference of this size four times in five; None where
-            the scores are equal.
-        units: What is independent of each other and resampled: samples, or files of several.
+        changed: How many units have different statistics at all.
+        needed: About how many samples would show a true difference of this size four times in five; None
+            where the scores are equal.
+        units: How many units are resampled, which are independent of each other: samples, or files of
+            several.
     """
 
     difference: Interval
@@ -176,7 +178,7 @@ class Comparison:
         return self.changed >= FEWEST_CHANGED and (low > 0 or high < 0)
 
     def verdict(self, other: str, higher_is_better: bool = True) -> str:
-        """One sentence; `other` names the second system."""
+        """Return the comparison in one sentence; `other` names the second system."""
         n = self.difference.n
         if self.changed == 0:
             return f"not distinguishable from {other}: the same on each of {n} samples"
@@ -204,12 +206,12 @@ def compare(
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Comparison:
-    """The paired bootstrap (Koehn 2004): both systems are scored on the same resamples.
+    """Compare two systems by the paired bootstrap (Koehn 2004), which scores both on the same resamples.
 
-    Arguments as for `interval`; both rows are (n, k), of the same samples in the same order.
+    The arguments are those of `interval`; both rows are (n, k), of the same samples in the same order.
 
     Raises:
-        ValueError: another number of rows, or fewer than two.
+        ValueError: The numbers of rows differ, or there are fewer than two.
     """
     if len(rows) != len(other_rows):
         raise ValueError(
@@ -230,7 +232,7 @@ def compare(
     found = Comparison(Interval(difference, low, high, n), changed, None, n)
     if abs(difference) < ALIKE:
         return found
-    # Of a mean of n differences, the standard error shrinks as the root of n.
+    # The standard error of a mean of n differences shrinks as the root of n.
     error = float(gaps.std()) * math.sqrt(n / (n - 1))
     reach = _NORMAL.inv_cdf((1 + confidence) / 2) + _NORMAL.inv_cdf(POWER)
     needed = max(FEWEST_CHANGED, math.ceil(n * (reach * error / difference) ** 2))
@@ -245,14 +247,14 @@ def _enough(n: int) -> None:
 
 
 def _resampled(rows: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """(some, k) sums of n rows drawn with replacement, `resamples` in all."""
+    """Yield sums, (some, k), of n rows sampled with replacement, `resamples` in all."""
     n = len(rows)
     draw = np.random.Generator(np.random.PCG64(seed))
     step = max(1, _BATCH // n)
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
-        drawn = draw.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+        sampled = draw.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        counts = np.bincount(sampled.ravel(), minlength=size * n).reshape(size, n)
         yield counts.astype(np.float64) @ rows
 
 
@@ -263,10 +265,10 @@ def _ends(sorted_scores: np.ndarray, n: int, confidence: float) -> tuple[float, 
 
 
 def _student(confidence: float, freedom: int) -> float:
-    """Student's two-sided quantile, by the expansion in 1 / freedom (Abramowitz and Stegun 26.7.5).
+    """Return Student's two-sided quantile, by the expansion in 1 / freedom (Abramowitz and Stegun 26.7.5).
 
-    Off by less than 0.1% from 5 degrees of freedom on. With fewer it is too small, but there the quantile
-    of a bootstrap distribution of so few samples is nearly its extreme either way.
+    It is off by less than 0.1% from 5 degrees of freedom on. With fewer it is too small, but there the
+    quantile of a bootstrap distribution of so few samples is nearly its extreme either way.
     """
     z = _NORMAL.inv_cdf((1 + confidence) / 2)
     terms = (
@@ -278,6 +280,6 @@ def _student(confidence: float, freedom: int) -> float:
 
 
 def _rounded(n: int) -> int:
-    """To two digits, upwards: more would be more than a plan knows."""
+    """Round up to two digits: more digits would be more than a plan knows."""
     step = 10 ** max(0, len(str(n)) - 2)
     return -(-n // step) * step

@@ -1,11 +1,12 @@
-"""Every score of texts by its name: how it is computed, what it is called in full, and how sure it is.
+"""Every score of texts by its name: how it is computed, its signature, and how sure it is.
 
     pairs = cleaned(predictions, references, "plain")
     for name, scored in score(["codebleu", "chrf"], pairs, "python").items():
         print(name, scored.value, scored.interval(), scored.metric.signature("python"))
 
-A metric makes one row of statistics a pair, and takes sums of rows to the score. Everything else follows: the
-score of the corpus is that of all rows, of a sample that of its row, and intervals resample rows.
+A metric makes one row of statistics for each pair, and computes the score from a sum of rows. Everything else
+follows: the score of the corpus is that of all rows, the score of a sample is that of its row, and intervals
+resample rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from metrics.intervals import Comparison, Interval, OfSums, chances_interval, co
 from metrics.texts import Pair, code_tokens
 from metrics.trees import check_language, parses
 
-Rows = Callable[[Sequence[Pair], str], np.ndarray]  # pairs, language -> (pairs, k)
+Rows = Callable[[Sequence[Pair], str], np.ndarray]  # (pairs, language) -> (pairs, k) statistics
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Metric:
     """A score from 0 to `maximum`, which a reference has against itself. Higher is better in all of them.
 
     Args:
-        name: In the table `METRICS`.
-        rows: One row of statistics a pair. Metrics that share this function share its work.
-        of_sums: (..., k) sums of rows to (...) scores.
+        name: Its key in the table `METRICS`.
+        rows: One row of statistics for each pair. Metrics that share this function share its work.
+        of_sums: The scores, (...), from sums of rows, (..., k).
+        equals: The published score that it is equal to, and how that is set up.
         corpus: Whether the score of a corpus is one of its sums; else it is the mean of the samples' scores.
-        equals: What it is equal to, and how it is set up.
         by_language: Whether it reads the text as code of one language.
         all_or_nothing: Whether a sample has 0 or the maximum, so that a score is a share of successes.
     """
@@ -52,7 +53,7 @@ class Metric:
     higher_is_better: bool = True
 
     def signature(self, language: str) -> str:
-        """What a number needs beside it to be compared with others."""
+        """Return the text that a number needs beside it to be compared with others."""
         parts = [self.name, self.equals or bleu.sacrebleu_signature(SACREBLEU[self.name])]
         if self.by_language:
             parts.append(f"language:{language}")
@@ -61,13 +62,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Scored:
-    """A metric of a list of pairs.
+    """The score of a list of pairs by one metric.
 
     Args:
-        metric: Which.
-        rows: (pairs, k) its statistics.
-        origins: (pairs,) the number of the file that each is from, where several may be from one: these are
-            not independent, so that files are resampled. None where each is from one of its own.
+        metric: The metric.
+        rows: (pairs, k), its statistics.
+        origins: (pairs,), the number of the file that each pair is from. Pairs of one file are not
+            independent, so that files are resampled. None where each pair is from a file of its own.
     """
 
     metric: Metric
@@ -81,12 +82,12 @@ class Scored:
 
     @property
     def samples(self) -> np.ndarray:
-        """(pairs,) the score of each; their mean is `value` unless the metric is one of the corpus."""
+        """The score of each pair, (pairs,); their mean is `value` unless the metric is one of the corpus."""
         return self.metric.of_sums(self.rows)
 
     @property
     def units(self) -> np.ndarray:
-        """(n, k) the rows, those of one file summed."""
+        """The rows, those of one file summed, (files, k)."""
         if self.origins is None:
             return self.rows
         sums = np.zeros((int(self.origins.max()) + 1, self.rows.shape[1]))
@@ -94,10 +95,10 @@ class Scored:
         return sums
 
     def interval(self, seed: int = 0, confidence: float = 0.95) -> Interval:
-        """The score with its interval: of shares of successes `chances_interval`, else the bootstrap's.
+        """Return the score with its interval: `chances_interval` of shares of successes, or the bootstrap's.
 
         Raises:
-            ValueError: fewer than two pairs.
+            ValueError: There are fewer than two pairs.
         """
         units = self.units
         if self.metric.all_or_nothing and len(units) > 1:
@@ -108,16 +109,16 @@ class Scored:
         return found._replace(n=len(self.rows))
 
     def compare(self, other: Scored, seed: int = 0, confidence: float = 0.95) -> Comparison:
-        """This score against that of another system on the same pairs.
+        """Compare this score with that of another system on the same pairs.
 
         Raises:
-            ValueError: another metric, another number of pairs, or fewer than two.
+            ValueError: The metrics or the numbers of pairs differ, or there are fewer than two pairs.
         """
         if self.metric.name != other.metric.name:
             raise ValueError(
                 f"{self.metric.name} is compared with {other.metric.name}: they must be the same"
             )
-        if len(self.rows) != len(other.rows):  # sums by file would hide it
+        if len(self.rows) != len(other.rows):  # The sums by file would hide the difference: this raises.
             return compare(self.rows, other.rows, self.metric.of_sums)
         found = compare(self.units, other.units, self.metric.of_sums, seed, confidence)
         n = len(self.rows)
@@ -126,10 +127,10 @@ class Scored:
 
 
 def metric(name: str) -> Metric:
-    """The metric of that name.
+    """Return the metric of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: No metric has it.
     """
     known = METRICS | BY_MODEL
     if name not in known:
@@ -140,12 +141,12 @@ def metric(name: str) -> Metric:
 
 
 def of_means(name: str, rows: Rows, equals: str) -> Metric:
-    """A metric whose rows are (pairs, 2): the score of a sample and a 1."""
+    """Return a metric whose rows, (pairs, 2), are the score of a sample and a 1."""
     return Metric(name, rows, _first, equals)
 
 
 def of_values(name: str, equals: str, values: Mapping[Pair, float]) -> Metric:
-    """A metric whose samples' scores were had before, by a model that need not be here.
+    """Return a metric whose samples' scores were computed before, by a model that need not be here.
 
     Args:
         values: The score of each pair, cleaned.
@@ -167,18 +168,17 @@ def score(
     models: Mapping[str, Metric] | None = None,
     origins: Sequence[str] | None = None,
 ) -> dict[str, Scored]:
-    """The metrics of these names, over pairs that `texts.cleaned` made.
+    """Score pairs that `texts.cleaned` made by the metrics of these names.
 
     Args:
-        names: Of `METRICS`.
+        names: Keys of `METRICS` or `models`.
         pairs: Predictions and references.
-        language: Of the code; `python`, `kotlin` or `java`. Only some metrics read it.
-        models: In the place of those of `METRICS`, the ones that a model computes.
-        origins: The file that each pair is from. Pairs of one are not independent of each other. Of one file
-            alone nothing is said of others.
+        language: The language of the code: `python`, `kotlin` or `java`. Only some metrics read it.
+        models: Metrics that a model computes, which take precedence over those of `METRICS`.
+        origins: The file that each pair is from. Pairs of one file are not independent of each other.
 
     Raises:
-        ValueError: an unknown name or language, or no pairs.
+        ValueError: A name or the language is unknown, or there are no pairs.
     """
     wanted = [(models or {}).get(name) or metric(name) for name in names]
     if not pairs:
@@ -193,8 +193,10 @@ def score(
 
 
 def numbers_of(origins: Sequence[str]) -> np.ndarray | None:
-    """(n,) the number of each one's file; None where each has one of its own, or all are of one, of which
-    alone nothing can be said of others.
+    """Return the number of each pair's file, (pairs,).
+
+    It is None where each pair has a file of its own. It is None too where all are of one file, which alone
+    says nothing of others.
     """
     if not 1 < len(set(origins)) < len(origins):
         return None
@@ -229,7 +231,7 @@ def _of_pairs(rows: Callable[[Sequence[Pair]], np.ndarray]) -> Rows:
 
 def _rouge(tokens: Callable[[str], list[str]]) -> Rows:
     def one(prediction: str, reference: str) -> tuple[float, float, float]:
-        if prediction == reference:  # rouge-score says 0 where there is no token, or no pair of tokens
+        if prediction == reference:  # rouge-score gives 0 where there is no token, or no pair of tokens.
             return 100.0, 100.0, 100.0
         found, wanted = tokens(prediction), tokens(reference)
         return rouge.rouge_n(found, wanted, 1), rouge.rouge_n(found, wanted, 2), rouge.rouge_l(found, wanted)
@@ -238,7 +240,7 @@ def _rouge(tokens: Callable[[str], list[str]]) -> Rows:
 
 
 def _parses_rows(pairs: Sequence[Pair], language: str) -> np.ndarray:
-    # No text is a program, and no answer either: a system that says nothing must not be the best here.
+    # The empty text is a program, but no answer: a system that says nothing must not be the best here.
     return _with_ones(
         [
             100.0 * (parses(prediction, language) if prediction.strip() else not reference.strip())
@@ -260,7 +262,7 @@ def _codebleu_part(part: int, sums: np.ndarray) -> np.ndarray:
 
 _chrf, _rouge_words, _rouge_code = _of_pairs(bleu.chrf), _rouge(rouge.rouge_tokens), _rouge(code_tokens)
 _RAPIDFUZZ = f"rapidfuzz {version('rapidfuzz')}"
-# sacrebleu says itself how it is set up, once it is imported.
+# The settings of sacrebleu's scores; its own signature, which imports it, names them in full.
 SACREBLEU = {"bleu": "13a", "bleu_code": "none", "chrf": "chrf", "chrf++": "chrf++"}
 
 _TABLE = [
@@ -340,5 +342,5 @@ _TABLE = [
     ),
 ]
 METRICS = {one.name: one for one in _TABLE}
-# What only a model can compute; `score` is given its metric then.
+# Metrics that only a model can compute; `score` is given theirs by `models`.
 BY_MODEL = {"semantic": Metric("semantic", _no_model, _first, "hidden states of a model")}

@@ -17,12 +17,12 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 def rouge_tokens(text: str, stem: Callable[[str], str] | None = None) -> list[str]:
-    """The tokens of rouge-score 0.1: lower case, ASCII letters and digits.
+    """Split a text into the tokens of rouge-score 0.1: lower case, ASCII letters and digits.
 
     Args:
-        text: Any.
-        stem: Of words longer than three letters; `nltk.stem.porter.PorterStemmer().stem` is what the package
-            uses with `use_stemmer=True`.
+        text: Any text.
+        stem: Stems words longer than three letters; `nltk.stem.porter.PorterStemmer().stem` is what the
+            package uses with `use_stemmer=True`.
     """
     words = _WORD.findall(text.lower())
     if stem is None:
@@ -32,13 +32,13 @@ def rouge_tokens(text: str, stem: Callable[[str], str] | None = None) -> list[st
 
 
 def rouge_n(prediction: Sequence[str], reference: Sequence[str], n: int) -> float:
-    """100 times the F1 of n-grams, counted with repetition; 0 where either side has none of them."""
+    """Return 100 times the F1 of n-grams, counted with repetition; 0 where either side has none of them."""
     shared = shared_ngrams(ngrams(prediction, n), ngrams(reference, n))
     return _f1(shared, max(0, len(prediction) - n + 1), max(0, len(reference) - n + 1))
 
 
 def rouge_l(prediction: Sequence[str], reference: Sequence[str]) -> float:
-    """100 times the F1 of the longest common subsequence of tokens; 0 where either side has none."""
+    """Return 100 times the F1 of the longest common subsequence of tokens; 0 where either side has none."""
     return _f1(LCSseq.similarity(prediction, reference), len(prediction), len(reference))
 
 

@@ -1,9 +1,9 @@
-"""Semantic similarity by a model's hidden states, in the style of CodeBERTScore (arXiv:2302.05527): a pure
-function of two matrices. Who runs the model says which one, and which layer.
+"""Semantic similarity by a model's hidden states, in the style of CodeBERTScore (arXiv:2302.05527).
 
-Each token of one side is matched to the nearest of the other by cosine: precision is the mean over the
-prediction's tokens, recall over the reference's. With the same vectors this equals the authors' code, without
-rescaling; what tokens are left out (the prompt's, punctuation, markers) is for the caller to leave out.
+It is a pure function of two matrices; the caller runs the model and chooses the layer. Each token of one text
+is matched to the nearest of the other by cosine: precision is the mean over the prediction's tokens, recall
+over the reference's. With the same vectors this equals the authors' code, without rescaling. The caller
+leaves out the tokens that should not count (the prompt's, punctuation, markers).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def token_similarity(
     prediction_weights: Sequence[float] | np.ndarray | None = None,
     reference_weights: Sequence[float] | np.ndarray | None = None,
 ) -> Similarity:
-    """How well the tokens of a prediction and a reference match.
+    """Return how well the tokens of a prediction and a reference match.
 
-    No tokens on both sides have 1, on one side 0. A vector of zeros is like nothing. F1 and F3 are 0 unless
-    precision and recall are above it.
+    The similarity is 1 where both have no tokens, and 0 where one has none. A vector of zeros has the cosine
+    0 with any other. F1 and F3 are 0 unless precision and recall are above 0.
 
     Args:
-        prediction: (tokens, dimensions), any scale.
+        prediction: (tokens, dimensions), of any scale.
         reference: (tokens, dimensions).
-        prediction_weights: (tokens,) at least 0, such as `inverse_frequencies` gives; all alike if None, or
-            if their sum is 0.
-        reference_weights: (tokens,) likewise.
+        prediction_weights: (tokens,), at least 0, such as `inverse_frequencies` gives; all are equal if it is
+            None, or if their sum is 0.
+        reference_weights: (tokens,), likewise.
 
     Raises:
-        ValueError: other shapes, or vectors or weights that are not finite.
+        ValueError: The shapes do not fit, or vectors or weights are not finite.
     """
     found, wanted = np.asarray(prediction, np.float64), np.asarray(reference, np.float64)
     if found.ndim != 2 or wanted.ndim != 2 or found.shape[1] != wanted.shape[1]:
@@ -53,8 +53,8 @@ def token_similarity(
             "with the same number of dimensions"
         )
     weights = [
-        _weights(given, len(vectors), side)
-        for given, vectors, side in (
+        _weights(given, len(vectors), text)
+        for given, vectors, text in (
             (prediction_weights, found, "prediction"),
             (reference_weights, wanted, "reference"),
         )
@@ -76,7 +76,7 @@ def token_similarity(
 
 
 def inverse_frequencies(texts: Iterable[Sequence[Hashable]]) -> tuple[Mapping[Hashable, float], float]:
-    """ln((n + 1) / (d + 1)) of each token that stands in d of n texts, and that of one in none of them.
+    """Return ln((n + 1) / (d + 1)) for each token that stands in d of n texts, and for d = 0.
 
     Args:
         texts: The references' tokens.
@@ -90,20 +90,21 @@ def inverse_frequencies(texts: Iterable[Sequence[Hashable]]) -> tuple[Mapping[Ha
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    largest = np.abs(vectors).max(1, keepdims=True)  # first, so that squares neither overflow nor vanish
+    # Vectors are scaled by their largest entry first, so that squares neither overflow nor vanish.
+    largest = np.abs(vectors).max(1, keepdims=True)
     scaled = np.divide(vectors, largest, out=np.zeros_like(vectors), where=largest > 0)
     lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
     return np.divide(scaled, lengths, out=scaled, where=lengths > 0)
 
 
-def _weights(given: Sequence[float] | np.ndarray | None, n: int, side: str) -> np.ndarray:
+def _weights(given: Sequence[float] | np.ndarray | None, n: int, text: str) -> np.ndarray:
     weights = np.ones(n) if given is None else np.asarray(given, np.float64)
     if weights.shape != (n,):
         raise ValueError(
-            f"{weights.size} weights for the {n} tokens of the {side}: there must be one for each"
+            f"{weights.size} weights for the {n} tokens of the {text}: there must be one for each"
         )
     if not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(f"weights of the {side} must be finite and at least 0")
+        raise ValueError(f"weights of the {text} must be finite and at least 0")
     if weights.sum() == 0:
         weights = np.ones(n)
     return weights / max(weights.sum(), np.finfo(float).tiny) if n else weights

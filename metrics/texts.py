@@ -22,14 +22,16 @@ _LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
 
 
 def plain(text: str) -> str:
-    """As it is, but for the line breaks of Windows and old Macs, white space that ends a line, and blank
-    lines at both ends. Indentation stays: in Python it is code."""
+    """Return the text with "\\n" for line breaks, without white space at line ends or blank lines around it.
+
+    Indentation stays: in Python it is code.
+    """
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     return "\n".join(lines).strip("\n")
 
 
 def codexglue_line(text: str) -> str:
-    """As CodeXGLUE's line completion cleans what it scores: literals in place of their markers.
+    """Return the text as CodeXGLUE's line completion cleans it: with literals in place of their markers.
 
     Its evaluator strips the prediction only, so that a reference with outer white space is not equal to
     itself; here both are stripped. Its own references have none.
@@ -42,10 +44,13 @@ def codexglue_line(text: str) -> str:
 
 
 def codexglue_method(text: str) -> str:
-    """As CodeXGLUE's method generation cleans: on one line, with literals in place of their markers."""
+    """Return the text as CodeXGLUE's method generation cleans it.
+
+    It is one line, with literals in place of their markers.
+    """
     text = text.strip().replace("<EOL>", "\n").replace("<INDENT>", " ").replace("<DEDENT>", " ")
-    # The line's own strip comes after its markers were read there; what it takes is white space alone,
-    # which the split drops as well.
+    # In CodeXGLUE a line is stripped after its markers are read. That removes white space only, which the
+    # split drops as well.
     return " ".join(codexglue_line(text).split())
 
 
@@ -58,11 +63,15 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 
 
 def cleaned(predictions: Sequence[str], references: Sequence[str], how: str) -> list[Pair]:
-    """The pairs that metrics read. Both sides go through the same function, so that a reference scored
-    against itself has the maximum.
+    """Return the pairs that metrics read.
+
+    Both sides go through the same function, so that a reference scored against itself has the maximum.
+
+    Args:
+        how: The name of a function in CLEANERS.
 
     Raises:
-        ValueError: another number of predictions than of references, none at all, or an unknown `how`.
+        ValueError: The numbers of predictions and references differ or are 0, or `how` is unknown.
     """
     if how not in CLEANERS:
         raise ValueError(f"no way of cleaning is called {how!r}; there are {', '.join(CLEANERS)}")
@@ -83,9 +92,10 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def code_tokens(text: str) -> list[str]:
-    """Words (names, keywords, numbers) and single punctuation marks. White space is no token.
+    """Split a text into words (names, keywords, numbers) and single punctuation marks, without white space.
 
-    It is the same for every language: an operator of two marks is two tokens, and a string is its words.
+    The tokens are the same in every language: an operator of two marks is two tokens, and a string is its
+    words.
     """
     return _TOKEN.findall(text)
 
@@ -94,12 +104,12 @@ Ngrams = Counter[tuple[str, ...]]
 
 
 def ngrams(tokens: Sequence[str], order: int) -> Ngrams:
-    """The n-grams of one order, and how often each occurs."""
+    """Count the n-grams of one order."""
     return Counter(zip(*(tokens[i:] for i in range(order)), strict=False))
 
 
 def shared_ngrams(found: Ngrams, wanted: Ngrams) -> int:
-    """How many n-grams both sides have, each as often as it occurs on the side that has fewer of it."""
+    """Count the n-grams that both sides have, each as often as it occurs on the side that has fewer of it."""
     return sum(min(count, wanted[gram]) for gram, count in found.items() if gram in wanted)
 
 
@@ -107,27 +117,30 @@ def shared_ngrams(found: Ngrams, wanted: Ngrams) -> int:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """100 if both strings are equal, else 0; nothing is cleaned here."""
+    """Return 100 if both strings are equal, else 0; nothing is cleaned here."""
     return 100.0 if prediction == reference else 0.0
 
 
 def exact_match_words(prediction: str, reference: str) -> float:
-    """100 if both are equal but for the amount of white space, else 0: CodeXGLUE's line completion."""
+    """Return 100 if both are equal but for the amount of white space, else 0: CodeXGLUE's line completion."""
     return 100.0 if prediction.split() == reference.split() else 0.0
 
 
 def edit_similarity(prediction: str, reference: str) -> float:
-    """100 (1 - d / (len(prediction) + len(reference))), d the insertions and deletions between them (Indel).
+    """Return 100 (1 - d / (len(prediction) + len(reference))), the Indel similarity.
 
-    `fuzz.ratio`, as CodeXGLUE's code completion scores edit similarity (arXiv:2102.04664); there each sample
-    is rounded to a whole number, here it is not. Two empty strings have 100.
+    d counts insertions and deletions. It is `fuzz.ratio`, by which CodeXGLUE's code completion scores edit
+    similarity (arXiv:2102.04664); there each sample is rounded to a whole number, here it is not. Two empty
+    strings have 100.
     """
     return fuzz.ratio(prediction, reference)
 
 
 def edit_similarity_rounded(prediction: str, reference: str) -> float:
-    """Edit similarity rounded to a whole number, halves to the even one: fuzzywuzzy's `ratio`, which
-    CodeXGLUE calls, over python-Levenshtein."""
+    """Return the edit similarity rounded to a whole number, halves to the even one.
+
+    It is fuzzywuzzy's `ratio` over python-Levenshtein, which CodeXGLUE calls.
+    """
     return float(round(100 * Indel.normalized_similarity(prediction, reference)))
 
 
@@ -156,9 +169,9 @@ KEYWORDS = {
     ),
 }
 # fmt: on
-_NO_NAMES = {"java": {"true", "false", "null"}}  # literals that Java's list of keywords leaves out
-# Strings, comments and words, in one pass from the left, so that a quote in a comment opens nothing. All
-# quantifiers that could try again are possessive: a text of one line is passed once.
+_NO_NAMES = {"java": {"true", "false", "null"}}  # Literals are not in Java's list of keywords.
+# Strings, comments and words are found in one pass from the left, so that a quote in a comment opens nothing.
+# All quantifiers that could backtrack are possessive, so that a text of one line is passed once.
 _NAME = r"(?P<name>[^\W\d]\w*+)|\d[\w.]*+"
 _SHORT = r"\"(?:[^\"\\\n]|\\.)*+\"?|'(?:[^'\\\n]|\\.)*+'?"
 _CURLY = (
@@ -175,7 +188,7 @@ _WORDS = {
 
 @lru_cache(maxsize=1024)
 def identifiers(text: str, language: str) -> frozenset[str]:
-    """The names in a text, or a piece of one: no keywords, nothing inside strings or comments."""
+    """Return the names in a text, or a piece of one: no keywords, nothing inside strings or comments."""
     found: set[str | None] = set()
     for match in _WORDS[language].finditer(text):
         groups = match.groupdict()
@@ -184,7 +197,7 @@ def identifiers(text: str, language: str) -> frozenset[str]:
 
 
 def identifier_f1(prediction: str, reference: str, language: str) -> float:
-    """F1 of the set of names, as CrossCodeEval's identifier match (arXiv:2310.11248).
+    """Return 100 times the F1 of the sets of names, as CrossCodeEval's identifier match (arXiv:2310.11248).
 
     Two texts without a name have 100: there was none to find, and none was made up.
     """

@@ -1,5 +1,6 @@
-"""Syntax trees of Python, Kotlin and Java, and whether a text parses. Texts are untrusted: a hostile one
-costs a few seconds, and never the process.
+"""Syntax trees of Python, Kotlin and Java, and whether a text parses.
+
+Texts are untrusted: a hostile one costs a few seconds, and never the process.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-# Longer texts are read by no parser here. The largest module of the standard library has 0.8 MB.
-LONGEST = 2**20  # bytes
-LONGEST_TREE = 2**17  # whose tree is taken apart, which takes 40 times as long as parsing
-
-PATIENCE = 2.0  # seconds of CPU that tree-sitter may take; 128 kB of code take it 0.1
-OPEN_ANGLES = 200  # in a statement of Java or Kotlin
+# Bytes of a text beyond which no parser reads it. The largest module of the standard library has 0.8 MB.
+LONGEST = 2**20
+# Bytes of a text beyond which its tree is not taken apart, which takes 40 times as long as parsing.
+LONGEST_TREE = 2**17
+PATIENCE = 2.0  # Seconds of CPU that tree-sitter may take; 128 kB of code take it 0.1.
+OPEN_ANGLES = 200  # The most open `<` in a statement of Java or Kotlin.
 _CHUNK = 2**16
 
 LANGUAGES = ("python", "kotlin", "java")
 
 
 def check_language(language: str) -> str:
-    """The language itself.
+    """Return the language itself.
 
     Raises:
-        ValueError: one that has no grammar here.
+        ValueError: The language has no grammar here.
     """
     if language not in LANGUAGES:
         raise ValueError(f"no grammar of {language!r} is here; there are {', '.join(LANGUAGES)}")
@@ -44,12 +45,12 @@ def _parser(language: str) -> Any:
 
 
 def parses(text: str, language: str) -> bool:
-    """Whether the whole text is a program of the language: Python by this interpreter's own parser, Kotlin
-    and Java by tree-sitter without an error anywhere.
+    """Return whether the whole text is a program of the language.
 
-    Only the grammar is asked: a `return` outside a function parses. An indented piece of a body does not;
-    put it behind its prompt first. The empty text parses. Texts longer than LONGEST do not, and neither does
-    Python that is nested too deep for its parser.
+    Python is read by this interpreter's own parser; Kotlin and Java by tree-sitter, without an error
+    anywhere. Only the grammar counts: a `return` outside a function parses. An indented piece of a body does
+    not; put it behind its prompt first. The empty text parses. Texts longer than LONGEST do not, and neither
+    does Python that is nested too deep for its parser.
     """
     data = _utf8(text)
     if len(data) > LONGEST:
@@ -61,7 +62,7 @@ def parses(text: str, language: str) -> bool:
 
 
 def _parsed(data: bytes, language: str) -> Any | None:
-    """tree-sitter's tree, or None if it takes longer than PATIENCE or has more than OPEN_ANGLES.
+    """Return tree-sitter's tree, or None if it takes longer than PATIENCE or has more than OPEN_ANGLES.
 
     Where a text can be read in several ways, as `A<A<A<...` in Java, time and memory grow with the square of
     its length: 200 of them, 150 times over, take 0.3 s and 136 MB, 40,000 take 16 GB before they are stopped.
@@ -76,13 +77,13 @@ def _parsed(data: bytes, language: str) -> Any | None:
             encoding="utf8",
             progress_callback=lambda *_: time.thread_time() > end,
         )
-    except ValueError:  # what a parse that was stopped raises
-        parser.reset()  # or the next one would go on with it
+    except ValueError:  # A parse that was stopped raises it.
+        parser.reset()  # Without this the next parse would go on with the text of this one.
         return None
 
 
 def _open_angles(data: bytes) -> int:
-    """The most `<` in a statement that no `>` has closed."""
+    """Return the most `<` in a statement that no `>` has closed."""
     most = now = 0
     for mark in re.findall(rb"[<>;{}]", data):
         now = now + 1 if mark == b"<" else max(0, now - 1) if mark == b">" else 0
@@ -93,7 +94,7 @@ def _open_angles(data: bytes) -> int:
 def _python_parses(text: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # Other people's strings hold invalid escapes.
             ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
@@ -101,23 +102,24 @@ def _python_parses(text: str) -> bool:
 
 
 def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # half a surrogate pair is no text
+    return text.encode("utf-8", "replace")  # Half a surrogate pair cannot be encoded.
 
 
 @dataclass
 class Tree:
-    """A tree that lies flat: parents before children, and these in the order of the text; the root is 0.
+    """A syntax tree as lists with an entry for each node: parents before children, in the order of the text.
 
-    Left out are comments, and in Python strings that are statements, docstrings among them.
+    The root is node 0. Comments are left out, and in Python strings that are statements, docstrings among
+    them.
 
     Args:
         data: The text, in UTF-8.
-        kinds: Of each node; of a missing one with "MISSING " before it.
-        named: Whether it is more than a keyword or a mark.
-        roles: The field of its parent that it stands in; 0 for none.
-        spans: Its bytes.
-        children: Its children's numbers.
-        ends: The number after its last descendant's.
+        kinds: The kind of each node; a missing one has "MISSING " before it.
+        named: Whether a node is more than a keyword or a mark.
+        roles: The field of its parent that a node stands in; 0 for none.
+        spans: The bytes of a node, from and to.
+        children: The numbers of a node's children.
+        ends: The number after that of a node's last descendant.
     """
 
     data: bytes
@@ -137,8 +139,10 @@ COMMENTS = frozenset({"comment", "line_comment", "block_comment", "multiline_com
 
 
 def parse(text: str, language: str) -> Tree | None:
-    """The tree of any text, errors and all; None for one longer than LONGEST_TREE, or
-    that tries the parser's PATIENCE."""
+    """Return the tree of any text, errors and all.
+
+    It is None for a text that is longer than LONGEST_TREE, or that takes the parser longer than PATIENCE.
+    """
     data = _utf8(text)
     if len(data) > LONGEST_TREE:
         return None
@@ -155,7 +159,7 @@ def parse(text: str, language: str) -> Tree | None:
         tree.children,
         tree.ends,
     )
-    python, above, number = language == "python", [], 0
+    python, ancestors, number = language == "python", [], 0
     while True:
         node = cursor.node
         kind = node.type
@@ -168,16 +172,16 @@ def parse(text: str, language: str) -> Tree | None:
             spans.append(span)
             children.append([])
             ends.append(number + 1)
-            if above:
-                children[above[-1]].append(number)
+            if ancestors:
+                children[ancestors[-1]].append(number)
             number += 1
             if cursor.goto_first_child():
-                above.append(number - 1)
+                ancestors.append(number - 1)
                 continue
         while not cursor.goto_next_sibling():
             if not cursor.goto_parent():
                 return tree
-            ends[above.pop()] = number
+            ends[ancestors.pop()] = number
 
 
 def _is_string(statement: Any) -> bool:

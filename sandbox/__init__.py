@@ -1,4 +1,4 @@
-"""Programs that nobody has read, run in bubblewrap (process) and judged by tests (passing)."""
+"""A sandbox for programs that nobody has read: run in bubblewrap (process), judged by tests (passing)."""
 
 from sandbox.child import CandidateError
 from sandbox.process import (
@@ -6,8 +6,8 @@ from sandbox.process import (
     LIMITS,
     UNSAFE,
     Isolation,
-    Limits,
-    Outcome,
+    ProgramOutcome,
+    SandboxLimits,
     Verdict,
     calls,
     end_all,
@@ -22,8 +22,8 @@ __all__ = [
     "UNSAFE",
     "CandidateError",
     "Isolation",
-    "Limits",
-    "Outcome",
+    "ProgramOutcome",
+    "SandboxLimits",
     "Verdict",
     "calls",
     "end_all",

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox; process.py starts it there. It imports little, as each import costs time.
+"""The program that process.py starts inside the sandbox. It imports little, as each import costs time.
 
 Its standard input begins with one message, the job, which names one of three roles:
 
@@ -6,8 +6,8 @@ Its standard input begins with one message, the job, which names one of three ro
     candidate   a program whose functions are called by data, over two pipes
     judge       tests, which call the candidate by data and report one verdict on the standard output
 
-Judge and candidate never share a process. What crosses the pipes is plain data in the encoding below, which
-both sides take apart with suspicion: a decoded value consists of builtins, whatever the other side sent.
+Judge and candidate never share a process. Plain data crosses the pipes, in the encoding below. Neither
+process trusts the other: a decoded value consists of builtins, whatever was sent.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ import builtins
 import os
 import sys
 
-TYPE_CHECKING = False  # typing costs more than the rest of the start
+TYPE_CHECKING = False  # Importing typing would cost more than the rest of the start.
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-DEPTH = 200  # of nested containers; far below Python's own recursion limit
+DEPTH = 200  # The deepest nesting of containers, far below Python's own recursion limit.
 MESSAGE_BYTES = 16 << 20
 ITERATOR_ITEMS = 100_000
-TEXT = 500  # characters of an error that are passed on
-SAME_HASH = (
-    16  # keys of one container with one hash that a guarded side takes; (-1, -1) and (-2, -2) have one
-)
-SAME_HASH_PARTS = 50  # and of how many parts each, as comparing them may take the square of it
+TEXT = 500  # Characters of an error that are passed on.
+# A guarded process takes this many keys of one container with the same hash, as (-1, -1) and (-2, -2) have.
+SAME_HASH = 16
+# The most parts that a key may have that shares its hash, as comparing may take the square of their number.
+SAME_HASH_PARTS = 50
 
 
 class NotData(Exception):
-    """A value that is no plain data; the text names its type."""
+    """A value is no plain data; the text names its type."""
 
 
 def encode(value: Any) -> bytes:
-    """Plain data as bytes: None, bool, int, float, complex, str, bytes, containers and ranges of these.
+    """Encode plain data as bytes: None, bool, numbers, str, bytes, containers of these, and ranges.
 
-    An instance of a subclass is sent as what its builtin base holds, so its own methods say nothing. An
-    iterator is used up, and sent as its items.
+    An instance of a subclass is sent as what its builtin base holds, so that its own methods have no effect.
+    An iterator is used up, and sent as its items.
 
     Raises:
-        NotData: anything else, more than DEPTH containers in each other, or too many items of an iterator.
+        NotData: The value is anything else, nests more than DEPTH containers, or holds an iterator of too
+            many items.
     """
     parts: list[bytes] = []
     _put(value, parts.append, DEPTH)
@@ -73,7 +74,7 @@ def _put(value: Any, put: Callable[[bytes], None], depth: int) -> None:
 
 
 def _items(value: Any) -> tuple[bytes, list[Any]]:
-    """The tag of a container and what it holds, read by the methods of its builtin base."""
+    """Return the tag of a container and what it holds, read by the methods of its builtin base."""
     if isinstance(value, list):
         return b"l", list(list.__iter__(value))
     if isinstance(value, tuple):
@@ -118,19 +119,19 @@ SCALARS: dict[bytes, Callable[[bytes], Any]] = {
 
 
 def decode(data: bytes, guarded: bool = False) -> Any:
-    """The value that `encode` made the bytes of; its types are exactly the builtin ones.
+    """Decode a value that `encode` made bytes of; its types are exactly the builtin ones.
 
     Args:
-        data: What `encode` gave, or somebody who means ill.
-        guarded: Refuse sets and dicts whose members were chosen to have one hash, as Python takes the square
-            of their number to make these. For a process that has no limits.
+        data: Bytes that `encode` made, or an attacker.
+        guarded: Refuse sets and dicts whose members were chosen to have one hash, which Python needs time
+            quadratic in their number to build. This is for a process that has no limits.
 
     Raises:
-        ValueError: bytes that no `encode` made, or what is guarded against.
+        ValueError: No `encode` made these bytes, or `guarded` refuses them.
     """
     try:
         value, end = _get(data, 0, DEPTH, guarded)
-    except (TypeError, OverflowError) as error:  # an unhashable key; a range of floats
+    except (TypeError, OverflowError) as error:  # It holds an unhashable key, or a range of floats.
         raise ValueError(f"malformed: {error}") from None
     if end != len(data):
         raise ValueError(f"malformed: {len(data) - end} bytes too many")
@@ -187,16 +188,16 @@ def write(fd: int, data: bytes) -> None:
 
 
 def framed(data: bytes) -> bytes:
-    """With its length before it: 8 bytes, the most significant first."""
+    """Return the data with its length before it: 8 bytes, the most significant first."""
     return len(data).to_bytes(8, "big") + data
 
 
 def receive(fd: int, most: int = MESSAGE_BYTES, guarded: bool = False) -> Any:
-    """Read one message; `guarded` as in `decode`.
+    """Read one message and decode it; `guarded` is that of `decode`.
 
     Raises:
-        EOFError: the other side is gone.
-        ValueError: it is longer than `most` bytes, or no encoding.
+        EOFError: The other process has ended.
+        ValueError: The message is longer than `most` bytes, or no encoding.
     """
     size = int.from_bytes(_read(fd, 8), "big")
     if size > most:
@@ -216,9 +217,9 @@ def _read(fd: int, size: int) -> bytes:
 
 
 def confine(limits: dict[str, int], uid: int | None) -> None:
-    """Set this process's resource limits, and leave root for an id that owns nothing.
+    """Set this process's resource limits, and change from root to a user id that owns nothing.
 
-    The limit on processes binds no process of root, not even one that a user namespace shows as another.
+    The kernel's limit on processes does not bind root, not even in a user namespace that shows another id.
     """
     import resource
 
@@ -243,7 +244,7 @@ def silence(*fds: int) -> None:
 
 
 def load(program: str, name: str) -> dict[str, Any]:
-    """Run a program as a module of that name; its namespace."""
+    """Run a program as a module of that name, and return its namespace."""
     module = type(sys)(name)
     sys.modules[name] = module
     exec(compile(program, f"<{name}>", "exec", dont_inherit=True), module.__dict__)
@@ -251,10 +252,10 @@ def load(program: str, name: str) -> dict[str, Any]:
 
 
 def described(error: BaseException) -> tuple[str, str]:
-    """The type's name and the first part of the text."""
+    """Return the name of an error's type, and the first part of its text."""
     try:
         return type(error).__name__[:TEXT], str(error)[:TEXT]
-    except Exception:  # an error may have a __str__ that raises
+    except Exception:  # An error may have a __str__ that raises.
         return type(error).__name__[:TEXT], ""
 
 
@@ -262,10 +263,10 @@ def described(error: BaseException) -> tuple[str, str]:
 
 
 def serve(program: str, inbox: int, outbox: int) -> None:
-    """Load the program and answer calls until nobody asks.
+    """Load the program and answer calls until the inbox is closed.
 
     An answer is ("returned", value, arguments), ("raised", type, text) or ("no data", text). The arguments
-    are sent back only when the function returned None, as Python's own functions do that work in place.
+    are sent back only when the function returned None, as functions that work in place do.
     """
     try:
         names = load(program, "candidate")
@@ -296,7 +297,7 @@ def _missing(name: str) -> None:
 
 
 class CandidateError(Exception):
-    """An exception of a type that is no builtin one."""
+    """The candidate raised an exception whose type is no builtin one."""
 
 
 class Over(Exception):
@@ -304,7 +305,7 @@ class Over(Exception):
 
 
 class Remote:
-    """The candidate, called by data. `fault` is what ended it, if anything did; then it stays ended."""
+    """The candidate, called by data. `fault` is the kind and text of what ended it; then it stays ended."""
 
     def __init__(self, inbox: int, outbox: int, most: int = MESSAGE_BYTES, guarded: bool = False) -> None:
         self.inbox, self.outbox, self.most, self.guarded = inbox, outbox, most, guarded
@@ -316,7 +317,7 @@ class Remote:
         return Over(text)
 
     def hear(self) -> tuple[Any, Any]:
-        """The next answer: what was returned, and the arguments afterwards if they may have changed."""
+        """Return the next answer: the value, and the arguments afterwards if they may have changed."""
         try:
             answer = receive(self.inbox, self.most, self.guarded)
         except EOFError:
@@ -333,16 +334,16 @@ class Remote:
         raise self.end("failed", "the answer of the program is of no known form")
 
     def error(self, name: str, text: str) -> BaseException:
-        """What the candidate raised, as far as it is an Exception; SystemExit and its like end it."""
+        """Return the exception that the candidate raised; SystemExit and its like end the candidate."""
         kind = vars(builtins).get(name)
         if not (isinstance(kind, type) and issubclass(kind, BaseException)) or kind is StopIteration:
-            # StopIteration would end a `map` of the test as if all were well
+            # A StopIteration would end a `map` of the test as if all were well.
             return CandidateError(f"{name}: {text}")
         if not issubclass(kind, Exception):
             return self.end("failed", f"{name}: {text}")
         try:
             return kind(text)
-        except TypeError:  # UnicodeDecodeError and others want more arguments
+        except TypeError:  # UnicodeDecodeError and others need more arguments.
             return CandidateError(f"{name}: {text}")
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -380,7 +381,7 @@ def _replace(old: Any, new: Any) -> None:
 
 
 class Function:
-    """A name of the candidate, in the tests. It can be called, passed on, and nothing else."""
+    """A name of the candidate in the tests, which can be called and passed on, and nothing else."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self._remote, self._name = remote, name
@@ -397,17 +398,17 @@ class Function:
 
 
 def free_names(code: Any) -> set[str]:
-    """Every name that the code or a function in it looks up, attributes among them."""
+    """Return every name that the code or a function in it looks up, attributes among them."""
     inner = [const for const in code.co_consts if isinstance(const, type(code))]
     return set(code.co_names).union(*map(free_names, inner))
 
 
 def judge(job: dict[str, Any], remote: Remote) -> tuple[str, str]:
-    """The verdict of one problem: its kind ("passed", "failed", "ended", "no data", "not judged") and why.
+    """Return the verdict on one program: "passed", "failed", "ended", "no data" or "not judged", and why.
 
-    The candidate's names are `entry`, or without one those that the test looks up and nobody else defines. A
-    builtin's name is the candidate's only where the reference solution defines it: a candidate that has a
-    `set` of its own does not change what the test's `set` is.
+    The candidate's only name is `entry`; without it, its names are those that the test looks up and nobody
+    else defines. A builtin's name is the candidate's only where the reference solution defines it: a
+    candidate that has a `set` of its own does not change what the test's `set` is.
     """
     names = load("", "judge")
     try:

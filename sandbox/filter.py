@@ -1,8 +1,9 @@
-"""The sandbox's seccomp filter: what generated code may not ask of the kernel; for `bwrap --seccomp`.
+"""The sandbox's seccomp filter: the system calls that generated code may not make; for `bwrap --seccomp`.
 
 It closes what namespaces leave open: new processes, so that one process's limits bound the whole sandbox;
-sockets of families that know no namespace (AF_VSOCK, AF_ALG); memory that no limit counts; namespaces of its
-own; and parts of the kernel with a history of faults. What needs capabilities is refused without a filter.
+sockets of families that know no namespace (AF_VSOCK, AF_ALG); memory that no limit counts; namespaces of the
+program's own; and parts of the kernel with a history of faults. Calls that need capabilities are refused
+without a filter.
 
 The format is classic BPF (linux/filter.h, linux/seccomp.h, linux/audit.h); numbers are those of
 asm/unistd_64.h for x86-64 and of asm-generic/unistd.h for aarch64.
@@ -16,9 +17,10 @@ import struct
 CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 CLONE_THREAD = 0x10000
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-X32 = 0x40000000  # the bit of x86-64's second set of calls, which would pass by their numbers
+X32 = 0x40000000  # The bit of x86-64's second set of calls: their numbers are not those that are denied.
 
-DENIED: dict[str, tuple[int | None, int | None]] = {  # on x86-64, on aarch64
+# The numbers of a call on x86-64 and on aarch64.
+DENIED: dict[str, tuple[int | None, int | None]] = {
     "fork": (57, None),
     "vfork": (58, None),
     "socket": (41, 198),
@@ -66,29 +68,31 @@ DENIED: dict[str, tuple[int | None, int | None]] = {  # on x86-64, on aarch64
 }
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER, ARCHITECTURE, FLAGS = 0, 4, 16  # offsets in struct seccomp_data; clone has its flags first
+NUMBER, ARCHITECTURE, FLAGS = 0, 4, 16  # Offsets in struct seccomp_data; clone's flags come first.
 ALLOW, ERROR, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
 def program(machine: str) -> bytes:
-    """The filter for a machine, as `platform.machine()` names it.
+    """Return the filter for a machine, as `platform.machine()` names it.
 
     Raises:
-        ValueError: a machine whose numbers are not known here.
+        ValueError: The machine's call numbers are not known here.
     """
     if machine not in AUDIT:
         raise ValueError(f"the sandbox has no system call filter for {machine}; it has {' and '.join(AUDIT)}")
     column = list(AUDIT).index(machine)
     numbers = [row[column] for row in DENIED.values() if row[column] is not None]
     deny = ERROR | errno.EPERM
-    lines: list[tuple[int, int, int, int]] = [  # operation, jump if true, jump if false, operand
+    # A line is (operation, jump if true, jump if false, operand).
+    lines: list[tuple[int, int, int, int]] = [
         (LOAD, 0, 0, ARCHITECTURE),
         (EQUAL, 1, 0, AUDIT[machine]),
         (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, NUMBER),
         (AT_LEAST, 0, 1, X32),
         (RETURN, 0, 0, deny),
-        (EQUAL, 0, 1, CLONE3),  # its flags are behind a pointer: the C library then takes clone
+        # A filter cannot read clone3's flags, which are behind a pointer. The C library then takes clone.
+        (EQUAL, 0, 1, CLONE3),
         (RETURN, 0, 0, ERROR | errno.ENOSYS),
     ]
     for number in numbers:

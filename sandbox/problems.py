@@ -1,4 +1,4 @@
-"""Files of problems and samples, as HumanEval and MBPP publish them, read as untrusted input."""
+"""Files of problems and samples in the form in which HumanEval and MBPP publish them; untrusted input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from config import RepeatedKey, parse_line, unrepeated
 
-MOST_CHARACTERS = 2**28  # of a file, which is read whole; a gz of a megabyte may unpack to any number
+# Characters of the longest file. It is read whole, and a gz of a megabyte may unpack to any number.
+MOST_CHARACTERS = 2**28
 TESTS_OF_MBPP = ("test_imports", "test_setup_code", "test_list")
 
 
@@ -36,10 +37,10 @@ class Sample(NamedTuple):
 
 
 def read_problems(path: str | Path) -> dict[str, Problem]:
-    """The problems of a published file by their id.
+    """Read the problems of a published file by their id.
 
     Raises:
-        ValueError: a file that cannot be read, is empty or has an id twice; a row that lacks a field.
+        ValueError: The file cannot be read, is empty or has an id twice, or a row lacks a field.
     """
     problems: dict[str, Problem] = {}
     for where, row in read_rows(Path(path)):
@@ -55,6 +56,15 @@ def read_problems(path: str | Path) -> dict[str, Problem]:
 
 
 def problem_of(where: str, row: dict[str, Any]) -> Problem:
+    """Read a problem from its row, MBPP's or HumanEval's.
+
+    Args:
+        where: The place of the row, for messages.
+        row: An object of a published file.
+
+    Raises:
+        ValueError: The row lacks a field, or one is of another type.
+    """
     if "test_list" in row:
         task_id, solution = _task_id(where, row), field_of(where, row, "code", str)
         imports, setup, tests = (
@@ -74,7 +84,7 @@ def problem_of(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _lines(where: str, row: dict[str, Any], name: str) -> list[str]:
-    """A field of MBPP that is a text or a list of texts."""
+    """Return the lines of a field of MBPP that is a text or a list of texts."""
     value = row[name]
     lines = [value] if isinstance(value, str) else value
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -88,12 +98,13 @@ def _lines(where: str, row: dict[str, Any], name: str) -> list[str]:
 
 def _task_id(where: str, row: dict[str, Any]) -> str:
     task_id = str(field_of(where, row, "task_id", int | str))
-    if not task_id.isprintable():  # it is printed, and a terminal obeys some characters
+    if not task_id.isprintable():  # It is printed, and a terminal obeys some characters.
         raise ValueError(f"{where} has task_id {task_id[:80]!r}; it must be of printable characters")
     return task_id
 
 
 def field_of(where: str, row: dict[str, Any], name: str, kind: Any) -> Any:
+    """Return a field of a row; ValueError, with its place, where it is missing or of another type."""
     if name not in row:
         raise ValueError(f"{where} has no field {name} but {', '.join(row) or 'none'}")
     if not isinstance(row[name], kind) or isinstance(row[name], bool):
@@ -102,11 +113,11 @@ def field_of(where: str, row: dict[str, Any], name: str, kind: Any) -> Any:
 
 
 def read_samples(path: str | Path, problems: dict[str, Problem]) -> list[Sample]:
-    """The samples of a file, in its order.
+    """Read the samples of a file, in its order.
 
     Raises:
-        ValueError: a file that cannot be read, a row that lacks a field or has an id that is no problem's, or
-            a problem without samples.
+        ValueError: The file cannot be read, a row lacks a field or has an id that is no problem's, or a
+            problem has no samples.
     """
     samples = []
     for where, row in read_rows(Path(path)):
@@ -124,9 +135,12 @@ def read_samples(path: str | Path, problems: dict[str, Problem]) -> list[Sample]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, or of a JSON file that is one list, with their places for messages.
+    """Yield the objects of a JSONL file, or of a JSON file that is one list, with their places for messages.
 
-    Of a .json file what stands in it decides: CodeXGLUE's test.json has a row a line.
+    Whether a .json file is one list is read from its text: CodeXGLUE's test.json has a row on each line.
+
+    Raises:
+        ValueError: The file cannot be read, is too long, or holds something else.
     """
     try:
         with (
@@ -134,7 +148,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if path.suffix == ".gz"
             else open(path, encoding="utf-8") as f
         ):
-            text = f.read(MOST_CHARACTERS + 1)  # once: it may be a pipe
+            text = f.read(MOST_CHARACTERS + 1)  # It is read once, since it may be a pipe.
             if len(text) > MOST_CHARACTERS:
                 raise ValueError(
                     f"{path} holds more than {MOST_CHARACTERS:,} characters, the most of a file that is read "
@@ -162,6 +176,3 @@ def _parsed(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{path} line {number}"
             yield where, parse_line(line, where)
-
-
-# --- verdicts

@@ -1,25 +1,25 @@
-"""Runs code that nobody has read, in bubblewrap, and judges it from outside.
+"""Code that nobody has read, run in bubblewrap and judged from outside.
 
     outcome = run("print(input())", stdin="hello")             # one program
     verdict = judge(program, setup, test, "add")               # a program by tests that call its functions
-    with Candidate(program) as f: f.call("add", 1, 2)          # its functions, called by data
+    with calls(program) as call: call("add", 1, 2)             # its functions, called by data
 
-The path of a verdict: the program and its tests go into two sandboxes with two pipes between them. A call of
-a test crosses as plain data (sandbox/child.py has the encoding), and so does what was returned; what the test
-compares are builtins that its own process made. The judge's last message is the verdict. The program has no
-way to end or change the judge's process, and this process reads nothing but that one message.
+The program and its tests go into two sandboxes with two pipes between them. A test's call and its result
+cross as plain data (sandbox/child.py has the encoding), so that a test compares builtins that its own
+process made. The judge's last message is the verdict. The program has no way to end or change the judge's
+process, and this process reads nothing but that one message.
 
 A sandbox is a process in namespaces of its own (processes, network, mounts, IPC, host name), without /proc
 and /sys, with the interpreter and its libraries read-only, an empty /tmp of limited size, an empty
-environment and no privileges. A seccomp filter takes away new processes (threads stay), sockets, and what of
-the kernel a program does not need. As all of it is one process, its limits on memory and CPU time hold for
-all of it. Root's sandboxes run as a user id that owns nothing.
+environment and no privileges. A seccomp filter refuses new processes (threads are allowed), sockets, and
+parts of the kernel that a program does not need. As a sandbox is one process, its limits on memory and CPU
+time hold for all of it. Root's sandboxes run as a user id that owns nothing.
 
-A run is timed out when it used `Limits.cpu` seconds of CPU time, which other load on the machine does not
-count towards, or when `Limits.wall` seconds have passed, which are many more.
+A run is timed out when it used `SandboxLimits.cpu` seconds of CPU time, towards which other load on the
+machine does not count, or when `SandboxLimits.wall` seconds have passed, which are many more.
 
-An empty file costs no byte of /tmp and 1 KiB of kernel memory. As bwrap cannot limit their number, this
-process counts them while a sandbox lives, and ends one that has more than `Limits.files`.
+An empty file costs no byte of /tmp and 1 KiB of kernel memory. As bwrap cannot limit the number of files,
+this process counts them while a sandbox lives, and ends one that has more than `SandboxLimits.files`.
 """
 
 from __future__ import annotations
@@ -51,25 +51,26 @@ CHILD = Path(__file__).resolve().with_name("child.py")
 INSIDE = "/child.pyc"
 REPORTED = ("passed", "failed", "ended", "no data", "not judged")
 REPORT_BYTES = 1 << 16
-PARENT_BYTES = 1 << 20  # of an answer that this process decodes; as empty sets they are 75 times as much
-SIGNALS = 256  # that may wait; a timer is one of them, and kernel memory
-WATCH_SECONDS = 0.02  # between two counts of the files of a sandbox
+# Bytes of the longest answer that this process decodes; decoded as empty sets they are 75 times as many.
+PARENT_BYTES = 1 << 20
+SIGNALS = 256  # Signals that may be pending; a timer is one too, and takes kernel memory.
+WATCH_SECONDS = 0.02  # Seconds between two counts of the files of a sandbox.
 UNSAFE = "none: it ran with this user's rights"
-# Ids that systemd sets aside for services of a moment (systemd.io/UIDS-GIDS); one each, as the kernel counts
-# the processes of an id.
+# The ids that systemd reserves for dynamic service users (systemd.io/UIDS-GIDS). Each sandbox has one of its
+# own, as the kernel counts processes by id.
 USER_IDS = range(61184, 65520)
 ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0", "TZ": "UTC", "HOME": "/tmp"}
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one sandbox may use.
+class SandboxLimits:
+    """The limits of one sandbox.
 
     Args:
         cpu: Whole seconds of CPU time.
         wall: Seconds by the clock.
         memory: Bytes of address space.
-        disk: Bytes under /tmp, which are memory too, and of one file there.
+        disk: Bytes under /tmp, which are memory too, and bytes of one file there.
         files: Files, folders and links under /tmp. They are counted every WATCH_SECONDS, so that some more
             may be made before the end; where /proc does not show a sandbox to its maker, they are not.
         output: Bytes of the standard output, and as many of the standard error.
@@ -85,13 +86,14 @@ class Limits:
     threads: int = 32
 
 
-LIMITS = Limits()
+LIMITS = SandboxLimits()
 
 
-class Outcome(NamedTuple):
-    """How a program ended: "ended" with its exit code (128 + n: by signal n), or "timed out".
+class ProgramOutcome(NamedTuple):
+    """How a program ended.
 
-    Or "output" or "files", of which it made more than its limits allow.
+    `status` is "ended", with an exit code (128 + n for signal n); "timed out"; or "output" or "files", if it
+    made more of these than its limits allow.
     """
 
     status: str
@@ -103,7 +105,7 @@ class Outcome(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Of a program by its tests.
+    """The verdict on a program by its tests.
 
     `kind` is "passed", "failed", "timed out", "no data" (a value was returned that is no plain data) or "not
     judged" (the test is at fault, or needs more than data); `reason` says why.
@@ -119,7 +121,10 @@ class Verdict(NamedTuple):
 
 
 class Isolation(NamedTuple):
-    """The command line before the interpreter's, or nothing; whether its children leave root themselves."""
+    """A way to isolate a process.
+
+    `prefix` stands before the interpreter's command line. With `leave_root` the child leaves root itself.
+    """
 
     name: str
     prefix: tuple[str, ...]
@@ -127,10 +132,10 @@ class Isolation(NamedTuple):
 
 
 def isolation(allow_unsafe: bool = False) -> Isolation:
-    """What isolates on this machine; each way is tried once, by running a program in it.
+    """Return the way to isolate on this machine; each is tried once, by running a program in it.
 
     Raises:
-        ValueError: nothing does, and `allow_unsafe` is false.
+        ValueError: There is none, and `allow_unsafe` is false.
     """
     try:
         return _bubblewrap(shutil.which("bwrap"))
@@ -160,7 +165,7 @@ def _bubblewrap(command: str | None) -> Isolation:
 
 
 def _arguments(user_namespace: bool) -> Iterator[str]:
-    """bwrap's own arguments; `--size` asks for version 0.7 or newer."""
+    """Yield bwrap's own arguments; `--size` needs version 0.7 or newer."""
     yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
     yield from ("--die-with-parent", "--hostname", "sandbox")
     if user_namespace:
@@ -170,7 +175,7 @@ def _arguments(user_namespace: bool) -> Iterator[str]:
     prefix = Path(sys.base_prefix).resolve()
     bound = Path(_interpreter()) if prefix == Path("/usr") else prefix
     for folder in ("/dev", "/etc", "/usr", *map(str, reversed(bound.parents[:-1]))):
-        yield from ("--perms", "0755", "--dir", folder)  # else bwrap may close them to others
+        yield from ("--perms", "0755", "--dir", folder)  # Without it bwrap may close them to other users.
     for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if os.path.islink(path):
             yield from ("--symlink", os.readlink(path), path)
@@ -188,13 +193,13 @@ def _interpreter() -> str:
 
 @functools.cache
 def _compiled() -> bytes:
-    """sandbox/child.py as the interpreter would cache it; compiling it each time takes as long as a start."""
+    """Return sandbox/child.py as a .pyc file; compiling it each time would take as long as a start."""
     code = compile(CHILD.read_bytes(), CHILD.name, "exec", dont_inherit=True)
     return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
 
 
 def _pipe_holding(data: bytes) -> int:
-    """The reading end of a pipe with these bytes in it; they must be fewer than the 64 KiB a pipe holds."""
+    """Return the reading end of a pipe with these bytes in it, fewer than the 64 KiB that a pipe holds."""
     end, start = os.pipe()
     with open(start, "wb") as pipe:
         pipe.write(data)
@@ -211,7 +216,12 @@ class Sandbox:
     """
 
     def __init__(
-        self, found: Isolation, role: str, limits: Limits, fds: tuple[int, ...] = (), output: bool = False
+        self,
+        found: Isolation,
+        role: str,
+        limits: SandboxLimits,
+        fds: tuple[int, ...] = (),
+        output: bool = False,
     ) -> None:
         words = [_interpreter(), "-s", "-S", "-P", "-B", INSIDE if found.prefix else str(CHILD)]
         words += [role, *map(str, fds)]
@@ -243,7 +253,7 @@ class Sandbox:
                 os.close(fd)
 
     def finish(self, deadline: float) -> int | None:
-        """Wait until it has ended; its exit code, or None where it had to be killed at the deadline."""
+        """Wait for the end and return the exit code, or None where it had to be killed at the deadline."""
         while self.process.poll() is None:
             if time.monotonic() > deadline:
                 self.kill()
@@ -258,8 +268,9 @@ class Sandbox:
     def used_up(self) -> bool:
         """Whether too much CPU time ended it.
 
-        A program that ignores the signal is killed a second of CPU time later, without a word of why. So is
-        one for want of memory, or by itself: of these only what ended too early is told from it.
+        A program that ignores the signal is killed a second of CPU time later, and the kernel does not say
+        why. It may also have been killed for want of memory, or by itself: then it usually ended too early to
+        have used its CPU time.
         """
         code = self.process.returncode
         if code in (128 + signal.SIGKILL, -signal.SIGKILL) and not self.killed:
@@ -267,21 +278,21 @@ class Sandbox:
         return code in (128 + signal.SIGXCPU, -signal.SIGXCPU)
 
     def count_files(self) -> None:
-        """Kill it if it has more files than it may have. What is not its own /tmp is not looked at."""
+        """Kill it if it has more files than it may have. Only its own /tmp is counted."""
         try:
             bwrap = self.process.pid
             first = Path(f"/proc/{bwrap}/task/{bwrap}/children").read_text().split()[0]
             found = os.statvfs(f"/proc/{first}/root/tmp")
-        except (OSError, IndexError):  # It is not there yet, or not any more, or not shown.
+        except (OSError, IndexError):  # The process is not there yet, or not any more, or is not shown.
             return
         page = resource.getpagesize()
         own = found.f_blocks * found.f_frsize == -(-self.limits.disk // page) * page
-        if own and found.f_files - found.f_ffree > self.limits.files + 1:  # The folder itself is one.
+        if own and found.f_files - found.f_ffree > self.limits.files + 1:  # The folder itself is a file too.
             self.overfull = True
             self.kill()
 
     def kill(self) -> None:
-        """End its group, which the first process inside is in too; with that one all inside end.
+        """Kill its process group, which holds the first process inside; with that one all inside end.
 
         bwrap's --new-session would take the first process out of the group, and --die-with-parent alone
         leaves it running if bwrap is killed while it sets up.
@@ -333,7 +344,7 @@ def _watch() -> None:
 
 
 def _forked() -> None:
-    """A child process has neither the sandboxes nor the watcher, and perhaps a lock that nobody frees."""
+    """Reset a forked child, which has neither sandboxes nor watcher, and perhaps a lock that nobody frees."""
     global _lock, _watcher
     _lock, _watcher = threading.Lock(), None
     _live.clear()
@@ -346,21 +357,21 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def end_all() -> None:
-    """Kill every sandbox of this process, for an interrupt; whoever waits for one then goes on."""
+    """Kill every sandbox of this process, after an interrupt; threads that wait for one then go on."""
     for sandbox in tuple(_live):
         sandbox.kill()
 
 
-def _job(found: Isolation, limits: Limits, **fields: Any) -> bytes:
-    """The first message of a sandbox."""
+def _job(found: Isolation, limits: SandboxLimits, **fields: Any) -> bytes:
+    """Return the first message of a sandbox: its fields, limits and user id."""
     numbers = {
         "RLIMIT_CORE": 0,
-        "RLIMIT_CPU": limits.cpu,  # a signal, and a second later the end
+        "RLIMIT_CPU": limits.cpu,  # A signal comes at this limit, and a kill a second later.
         "RLIMIT_FSIZE": limits.disk,
         "RLIMIT_NOFILE": 64,
         "RLIMIT_AS": limits.memory,
     }
-    if found.prefix:  # elsewhere the user's other processes would count too
+    if found.prefix:  # Without a sandbox the user's other processes would count too.
         numbers |= {"RLIMIT_NPROC": limits.threads + 1, "RLIMIT_MEMLOCK": 0, "RLIMIT_MSGQUEUE": 0}
         numbers["RLIMIT_SIGPENDING"] = SIGNALS
     uid = USER_IDS[next(_turns) % len(USER_IDS)] if found.leave_root else None
@@ -373,9 +384,9 @@ _turns = itertools.count(os.getpid())
 def _exchange(
     feeds: dict[Any, bytes], drains: list[Any], most: int, deadline: float
 ) -> tuple[str, list[bytes]]:
-    """Write each feed and read each drain until all drains have ended; "ended", and what they gave.
+    """Write each feed and read each drain until all drains have ended; return the status and what was read.
 
-    Or "timed out", or "output" when one gave more than `most` bytes, with what came until then.
+    The status is "ended", "timed out", or "output" when one drain gave more than `most` bytes.
     """
     status = "ended"
     got = {stream: bytearray() for stream in drains}
@@ -413,16 +424,18 @@ def _exchange(
 # --- what is offered
 
 
-def run(program: str, stdin: str = "", limits: Limits = LIMITS, allow_unsafe: bool = False) -> Outcome:
+def run(
+    program: str, stdin: str = "", limits: SandboxLimits = LIMITS, allow_unsafe: bool = False
+) -> ProgramOutcome:
     """Run one program to its end.
 
     Raises:
-        ValueError: nothing isolates here, and `allow_unsafe` is false.
+        ValueError: Nothing isolates here, and `allow_unsafe` is false.
     """
     return _run(isolation(allow_unsafe), program, stdin, limits)
 
 
-def _run(found: Isolation, program: str, stdin: str, limits: Limits) -> Outcome:
+def _run(found: Isolation, program: str, stdin: str, limits: SandboxLimits) -> ProgramOutcome:
     with _started(found, "run", limits, output=True) as sandbox:
         deadline = sandbox.started + limits.wall
         process = sandbox.process
@@ -437,7 +450,9 @@ def _run(found: Isolation, program: str, stdin: str, limits: Limits) -> Outcome:
             status = "timed out"
         stdout, stderr = (data.decode("utf-8", "replace") for data in got)
         seconds = time.monotonic() - sandbox.started
-        return Outcome(status, code if status == "ended" else None, stdout, stderr, seconds, found.name)
+        return ProgramOutcome(
+            status, code if status == "ended" else None, stdout, stderr, seconds, found.name
+        )
 
 
 def judge(
@@ -446,7 +461,7 @@ def judge(
     test: str,
     entry: str | None = None,
     reference: str = "",
-    limits: Limits = LIMITS,
+    limits: SandboxLimits = LIMITS,
     allow_unsafe: bool = False,
 ) -> Verdict:
     """Judge a program by a test that calls its functions; the two never share a process.
@@ -455,13 +470,13 @@ def judge(
         program: Source of the candidate.
         setup: Source that runs in the judge before the test.
         test: Source that raises if the candidate is wrong.
-        entry: The one name of the test that is the candidate's; without it, all that nobody else defines.
-        reference: Source of a right solution: which builtins' names it defines too, a test may mean by them.
-        limits: Of each of the two sandboxes.
-        allow_unsafe: Run all the same where nothing isolates.
+        entry: The one name in the test that is the candidate's; without it, all that nobody else defines.
+        reference: Source of a right solution. A builtin's name is the candidate's only if this defines it
+        too. limits: The limits of each of the two sandboxes.
+        allow_unsafe: Run the program where nothing isolates it.
 
     Raises:
-        ValueError: nothing isolates here, and `allow_unsafe` is false.
+        ValueError: Nothing isolates here, and `allow_unsafe` is false.
     """
     found = isolation(allow_unsafe)
     asks, answers = os.pipe(), os.pipe()
@@ -485,13 +500,14 @@ def judge(
 
 
 def _verdict(
-    status: str, report: bytes, judging: Sandbox, candidate: Sandbox, limits: Limits, deadline: float
+    status: str, report: bytes, judging: Sandbox, candidate: Sandbox, limits: SandboxLimits, deadline: float
 ) -> tuple[str, str]:
-    """What the judge reported, or why it could not."""
+    """Return the kind and reason that the judge reported, or why it could not."""
     try:
         kind, reason = map(str, decode(report[8:], guarded=True))
         kind = kind if kind in REPORTED else ""
-        reason = "".join(letter if letter.isprintable() else " " for letter in reason)  # a terminal obeys it
+        # A terminal obeys some characters that are not printable.
+        reason = "".join(letter if letter.isprintable() else " " for letter in reason)
     except (ValueError, TypeError):
         kind, reason = "", ""
     if status == "timed out" or (not kind and judging.finish(deadline) is None):
@@ -513,17 +529,19 @@ def _verdict(
 
 
 @contextlib.contextmanager
-def calls(program: str, limits: Limits = LIMITS, allow_unsafe: bool = False) -> Iterator[Callable[..., Any]]:
-    """Functions of a program, called by data from this process: `call(name, *args, **kwargs)`.
+def calls(
+    program: str, limits: SandboxLimits = LIMITS, allow_unsafe: bool = False
+) -> Iterator[Callable[..., Any]]:
+    """Yield a function that calls a program's functions from here, by data: `call(name, *args, **kwargs)`.
 
-    For tests that are this project's own. What a call returns consists of builtins; what it raises is an
-    Exception of a builtin type, or a CandidateError with the type's name. The limits hold for all calls
+    It is for tests that are this project's own. What a call returns consists of builtins; what it raises is
+    an Exception of a builtin type, or a CandidateError with the type's name. The limits hold for all calls
     together, and an answer that would cost this process much is refused: one of more than PARENT_BYTES, or
     with keys or members that were chosen to collide (see `child.decode`).
 
     Raises:
-        ValueError: nothing isolates here, and `allow_unsafe` is false.
-        CandidateError: by the call, when the program has ended or returned what is no plain data.
+        ValueError: Nothing isolates here, and `allow_unsafe` is false.
+        CandidateError: The program has ended, or a call returned what is no plain data.
     """
     found = isolation(allow_unsafe)
     asks, answers = os.pipe(), os.pipe()

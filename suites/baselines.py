@@ -1,6 +1,6 @@
-"""Answers that no model gives: the input again, and what training had for the nearest prompt.
+"""Baselines that need no model: the input again, and the training completion of the nearest prompt.
 
-A score means what it has above these. No torch.
+A model's score means something only as far as it exceeds theirs. No torch.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from suites.scoring import Example
 from suites.stored import text_of_example
 from tokenizer import Tokenizer
 
-NEIGHBOURS = 20_000  # training examples, or places in training files, that are looked at, evenly spread
-FILES = 2_000  # most training files in which places are looked for
-AROUND = 300  # characters on each side of a place
+# The most training examples, or places in training files, that are compared; they are spread evenly.
+NEIGHBOURS = 20_000
+FILES = 2_000  # The most training files in which places are looked for.
+AROUND = 300  # Characters before a place, and after it.
 PERMUTATIONS = 128
-SHORTLIST = 8  # by shared tokens, of which the nearest by edit similarity is taken
+SHORTLIST = 8  # Neighbours with the most shared tokens, of which the nearest by edit similarity is taken.
 
-Spans = Callable[[str, np.random.Generator], Iterator[tuple[int, int]]]  # of a text, drawn
+# Yields spans of a text, as (start, end), in the order of a random generator.
+Spans = Callable[[str, np.random.Generator], Iterator[tuple[int, int]]]
 
 
 def last_lines(examples: Sequence[Example]) -> list[str]:
-    """The line before, again."""
+    """Answer each example with the last line of its prompt."""
     return [example.prompt.rsplit("\n", 1)[-1] for example in examples]
 
 
 def copied(examples: Sequence[Example]) -> list[str]:
-    """The input again. Of an example with a gap there is none, and it has "".
+    """Answer each example with its input again; an example with a gap has none, and "" for an answer.
 
-    Prompts may wrap their input in words. So there are several copies: the whole prompt, what differs from
-    prompt to prompt in whole lines, or in characters, its longest and its last line, its last paragraph, and
-    the input of Alpaca's template. The one that is most like the references, over all of them, is taken: a
-    weaker baseline would flatter.
+    Prompts may wrap their input in words. So there are several copies: the whole prompt, the lines or the
+    characters in which it differs from other prompts, its longest and its last line, its last paragraph, and
+    the input of Alpaca's template. The copy that is most like the references, over all of them, is taken: a
+    weaker baseline would flatter the model.
     """
     prompts = ["" if example.suffix is not None else example.prompt for example in examples]
     lines = [[line for line in prompt.split("\n") if line.strip()] or [""] for prompt in prompts]
@@ -62,7 +64,7 @@ def copied(examples: Sequence[Example]) -> list[str]:
 
 
 def _without_shared_lines(prompts: list[str]) -> list[str]:
-    """Each without the lines at both ends that all of them have."""
+    """Return the prompts without the lines at both ends that all of them have."""
     rows = [prompt.split("\n") for prompt in prompts]
     before = len(os.path.commonprefix(rows))  # noqa: RUF071
     after = len(os.path.commonprefix([row[before:][::-1] for row in rows]))  # noqa: RUF071
@@ -70,7 +72,7 @@ def _without_shared_lines(prompts: list[str]) -> list[str]:
 
 
 def _without_shared_ends(prompts: list[str]) -> list[str]:
-    """Each without the characters at both ends that all of them have."""
+    """Return the prompts without the characters at both ends that all of them have."""
     before = len(os.path.commonprefix(prompts))  # noqa: RUF071
     after = len(os.path.commonprefix([prompt[before:][::-1] for prompt in prompts]))  # noqa: RUF071
     return [prompt[before : len(prompt) - after] for prompt in prompts]
@@ -79,10 +81,10 @@ def _without_shared_ends(prompts: list[str]) -> list[str]:
 def nearest(
     examples: Sequence[Example], held_out: TokenStore, train: TokenStore, tokenizer: Tokenizer
 ) -> list[str]:
-    """For each example the completion that training had for the prompt most like its own.
+    """Answer each example with the completion that training had for the prompt most like its own.
 
     Args:
-        examples: Of `held_out`, where `where` is their number.
+        examples: Examples of `held_out`, whose `where` is their number there.
     """
     values = mixed(np.arange(train.vocab_size, dtype=np.uint64))
 
@@ -101,12 +103,12 @@ def nearest(
 
 
 def nearest_place(examples: Sequence[Example], known: Sequence[Example]) -> list[str]:
-    """For each example what stands at the place of training files whose surroundings are most like its own.
+    """Answer each example with the text at the place in training whose surroundings are most like its own.
 
-    Compared are AROUND characters of words and marks before and, where the example has a gap, after.
+    The words and marks in AROUND characters before are compared and, where the example has a gap, after.
 
     Args:
-        known: Places, as `places_of` has them. None at all answer with nothing.
+        known: Places, as `places_of` returns them. Without any, every answer is "".
     """
     if not known:
         return [""] * len(examples)
@@ -123,9 +125,9 @@ def nearest_place(examples: Sequence[Example], known: Sequence[Example]) -> list
 
 
 def places_of(store: TokenStore, tokenizer: Tokenizer, spans: Spans) -> list[Example]:
-    """Up to NEIGHBOURS places in files of the store, as examples: what a gap there would hold.
+    """Return up to NEIGHBOURS places in files of the store, as examples whose reference is a gap's text.
 
-    Of a store of examples it is those.
+    A store of examples gives its own examples.
     """
     if store.holds_examples:
         chosen = _spread(store.n_documents, NEIGHBOURS).tolist()
@@ -133,7 +135,7 @@ def places_of(store: TokenStore, tokenizer: Tokenizer, spans: Spans) -> list[Exa
     draw = np.random.Generator(np.random.PCG64(0))
     numbers = _spread(store.n_documents, FILES).tolist()
     places: list[Example] = []
-    markers = known_markers(tokenizer)  # of gaps that training fills
+    markers = known_markers(tokenizer)  # Training puts these around gaps that it fills.
     for number in numbers:
         text = tokenizer.decode(in_text_order(store.document(number), markers).tolist())
         for start, end in islice(spans(text, draw), -(-NEIGHBOURS // len(numbers))):
@@ -143,12 +145,15 @@ def places_of(store: TokenStore, tokenizer: Tokenizer, spans: Spans) -> list[Exa
 
 
 def _spread(n: int, most: int) -> np.ndarray:
-    """At most so many of n numbers, at equal distances."""
+    """Return at most `most` of the numbers below n, at equal distances."""
     return np.arange(0, n, max(1, -(-n // most)))
 
 
 def _signatures(rows: Iterable[np.ndarray]) -> np.ndarray:
-    """(n, PERMUTATIONS) MinHash of sets of units, (length,) uint64; a text without any has one for that."""
+    """Return MinHash signatures, (n, PERMUTATIONS), of texts as arrays of hashed units, (length,) uint64.
+
+    A text without units has a signature of its own.
+    """
     none = np.zeros(1, np.uint64)
     units = (Units("", "", ids if len(ids) else none, 0) for ids in rows)
     return np.concatenate([batch.signatures(1, 1, PERMUTATIONS)[1] for batch in batches(units)])
@@ -161,9 +166,15 @@ def _answers(
     known: Callable[[int], Example],
     text: Callable[[Example], str],
 ) -> list[str]:
-    """The references of the nearest: signatures find a shortlist, edit similarity the nearest of it.
+    """Answer each example with the reference of its nearest neighbour.
 
-    The first in order stays among equals.
+    Signatures find a shortlist, and edit similarity the nearest of it, the first in order among equals.
+
+    Args:
+        ours: (examples, PERMUTATIONS), the signatures of the examples.
+        theirs: (neighbours, PERMUTATIONS), those of the neighbours.
+        known: Returns a neighbour by its number.
+        text: Returns the text of an example that is compared.
     """
     answers = []
     for example, signature in zip(examples, ours, strict=True):

@@ -1,8 +1,8 @@
-"""What a run says last: whether it memorised, what to change first, and how to complete a prompt with it.
+"""The closing lines of a run: whether it memorised, what to change first, and how to complete a prompt.
 
-    print("\\n".join(closing_lines(folder, config.lora.r > 0, "def main():")))
+    print("\\n".join(closing_lines(folder, config.lora.r > 0, "--prompt 'def main():'")))
 
-Both are read from the run's metrics.jsonl. No torch.
+The verdict is read from the run's metrics.jsonl. No torch.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from typing import Any
 from config.console import for_shell
 
 RECENT = 0.1  # The share of the logged steps whose mean loss stands for the end of the run.
-ROSE = 0.02  # nats by which validation must have risen since its best to count as risen
-APART = 1.25  # validation loss over training loss from which a run that has seen its data twice memorises
-STILL_FALLS = 0.01  # share by which validation fell over the last fifth of a run that should be longer
-LONGEST = 200  # characters of a prompt that is shown in a command
+ROSE = 0.02  # Nats by which validation must have risen since its best to count as risen.
+# The ratio of validation loss to training loss from which a run that has read its data twice memorises.
+APART = 1.25
+STILL_FALLS = 0.01  # The share by which validation fell over the last fifth of a run that should be longer.
+LONGEST = 200  # Characters of the longest prompt that is shown in a command.
 
 
-def closing_lines(folder: Path, adapted: bool, asked: str) -> list[str]:
-    """The two closing lines of a run.
+def closing_lines(folder: Path, adapted: bool, flags: str) -> list[str]:
+    """Return the two closing lines of a run.
 
     Args:
-        folder: Of the run, with its metrics.jsonl.
+        folder: The run's folder, with its metrics.jsonl.
         adapted: Whether adapters trained, whose settings have other names.
-        asked: Words that `flags_of` made.
+        flags: The flags of a prompt, as `flags_of` returns them.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     run = for_shell(str(folder))
     return [
         f"verdict      {verdict(rows, run, adapted)}",
-        f"complete     python generate.py --model {run} {asked}",
+        f"complete     python generate.py --model {run} {flags}",
     ]
 
 
 def verdict(rows: Sequence[Mapping[str, float]], run: str, adapted: bool) -> str:
-    """Training against validation loss in one sentence, and what to change first.
+    """Compare training and validation loss in one sentence, and say what to change first.
 
     Args:
-        rows: What was logged, a mapping of tags for each step.
+        rows: The logged values, a mapping of tags for each step.
         run: The folder, quoted for a shell.
         adapted: Whether adapters trained.
     """
@@ -74,7 +75,7 @@ def verdict(rows: Sequence[Mapping[str, float]], run: str, adapted: bool) -> str
 
 
 def shown_examples(record: Mapping[str, Any], n: int) -> str:
-    """Prompt, completion and reference of `n` of a suite's examples, spread evenly over them."""
+    """Return prompt, completion and reference of `n` of a suite's examples, spread evenly over them."""
     samples = record["samples"]
     chosen = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
     return "\n".join(
@@ -85,9 +86,9 @@ def shown_examples(record: Mapping[str, Any], n: int) -> str:
 
 
 def flags_of(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The words that ask `generate.py` for the sample with the shortest prompt; a file where that is long."""
-    asked = min(samples, key=lambda sample: len(sample["prompt"]), default=None)
-    if asked is None or len(asked["prompt"]) > LONGEST:
+    """Return flags of `generate.py` for the sample with the shortest prompt; a file where that is long."""
+    shortest = min(samples, key=lambda sample: len(sample["prompt"]), default=None)
+    if shortest is None or len(shortest["prompt"]) > LONGEST:
         return "--prompt_file FILE"
-    suffix = f" --suffix {for_shell(asked['suffix'])}" if asked.get("suffix") is not None else ""
-    return f"--prompt {for_shell(asked['prompt'])}{suffix}"
+    suffix = f" --suffix {for_shell(shortest['suffix'])}" if shortest.get("suffix") is not None else ""
+    return f"--prompt {for_shell(shortest['prompt'])}{suffix}"

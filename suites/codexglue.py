@@ -1,8 +1,8 @@
 """CodeXGLUE's method generation and line completion, from their published files (arXiv:2102.04664).
 
-Rows of the first are {"signature", "docstring", "body"}, with markers for line breaks, indentation and
-literals; a model is shown signature and docstring as Python, the markers replaced. What is scored is on one
-line, so that a body in either form compares. Rows of the second are {"input", "gt"}: tokens between spaces,
+Rows of method generation are {"signature", "docstring", "body"}, with markers for line breaks, indentation
+and literals. A model is shown signature and docstring as Python, the markers replaced. Bodies are scored as
+one line, so that both forms compare. Rows of line completion are {"input", "gt"}: tokens between spaces,
 which a model is shown as they are.
 """
 
@@ -18,11 +18,12 @@ from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.task import Given, Task, nearest_in_training, rows_of, texts_of
 
-METHOD_TOKENS, LINE_TOKENS = 512, 100  # most of a body, and of a line
+METHOD_TOKENS, LINE_TOKENS = 512, 100  # The most tokens of a body, and of a line.
 _LINE_ENDS = re.compile(r"<EOL>|\n|</s>")
 
 
 def method_task(given: Given) -> Task:
+    """Return the task of method generation; ValueError where its file cannot be used."""
     name = "codexglue_method"
     examples = []
     for number, (where, row) in enumerate(rows_of(given, name)):
@@ -48,7 +49,7 @@ def method_task(given: Given) -> Task:
 
 
 def through_method(example: Example, text: str) -> str:
-    """Up to the first line after a body that is not indented, if the body is."""
+    """Return the text up to the first line that is not indented, if the body is indented."""
     lines = text.split("\n")
     first = next((i for i, line in enumerate(lines) if line.strip()), None)
     if first is None or not lines[first][0].isspace():
@@ -60,6 +61,7 @@ def through_method(example: Example, text: str) -> str:
 
 
 def line_task(given: Given) -> Task:
+    """Return the task of line completion; ValueError where its file cannot be used."""
     name = "codexglue_line"
     examples = []
     for number, (where, row) in enumerate(rows_of(given, name)):
@@ -85,7 +87,7 @@ def line_task(given: Given) -> Task:
 
 
 def through_line(example: Example, text: str) -> str:
-    """Up to the end of the first line that holds something, by its marker or a line break."""
+    """Return the text up to the end of the first line that is not blank, by its marker or a line break."""
     for end in _LINE_ENDS.finditer(text):
         if _LINE_ENDS.sub("", text[: end.start()]).strip():
             return text[: end.start()]

@@ -1,11 +1,11 @@
-"""Evaluations side by side: `python eval.py --compare RUN_A RUN_B`, and one run's prompts beside each other.
+"""Evaluations compared: `python eval.py --compare RUN_A RUN_B`, and the wordings of one run's prompts.
 
     print(compare_files(["runs/a", "runs/b/eval.json"]))
     print("\\n".join(comparison(columns_of("verbose", record) + columns_of("simple", other_record))))
 
-Scores are made again of the predictions that the files hold, on the same samples, and every difference
-has its paired bootstrap interval and a verdict. What was not measured alike is refused, with both values. No
-torch.
+Scores are computed from the predictions that the files store, on the same samples, and every difference has
+its paired bootstrap interval and a verdict. Evaluations that were not measured alike are refused, with both
+values. No torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from suites.scoring import (
 )
 
 LETTERS = "ABCDEFGH"
-SUBJECTS = "model", "base", "given"  # systems that are compared; the others are baselines of theirs
+SUBJECTS = "model", "base", "given"  # The systems that are compared; the others are their baselines.
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Column:
     """One system of one evaluation.
 
     Args:
-        label: In the table.
+        label: Its heading in the table.
         system: Its key in the record.
-        record: Of a suite, as `scoring.scored` makes it.
-        prompt: The name of the wording that was asked with; None where it is the prompt trained on.
+        record: The record of a suite, as `scoring.scored` returns it.
+        prompt: The name of the prompts' wording; None where it is the one that was trained on.
     """
 
     label: str
@@ -62,7 +62,7 @@ class Column:
 
 
 def columns_of(label: str, record: dict[str, Any], prompt: str | None = None) -> list[Column]:
-    """The systems of a suite that are worth comparing."""
+    """Return a column for each system of a suite that is compared."""
     return [
         Column(f"{label} {system}", system, record, prompt)
         for system in SUBJECTS
@@ -72,13 +72,13 @@ def columns_of(label: str, record: dict[str, Any], prompt: str | None = None) ->
 
 @dataclass(frozen=True)
 class Compared:
-    """One side of a comparison: what its evaluations hold of what was asked for.
+    """One side of a comparison: the requested suites of its evaluations.
 
     Args:
-        label: In tables.
-        prompt: The name of the wording that was asked with; None where it is the prompt trained on.
+        label: Its name in tables.
+        prompt: The name of the prompts' wording; None where it is the one that was trained on.
         evaluation: Its evaluations as one, by `_merged`.
-        records: By suite.
+        records: The records of its suites, by suite.
         legend: Lines that say what it is, and which of its files were left out.
     """
 
@@ -90,17 +90,17 @@ class Compared:
 
 
 def compare_files(paths: Sequence[str], suite: str = "") -> str:
-    """The table and the verdicts of several evaluations, over the suites that all of them hold.
+    """Return the table and the verdicts of several evaluations, over the suites that all of them store.
 
     Args:
-        paths: Run folders or eval.json files, each with `:NAME` behind it for the predictions that prompts of
-            that name had. So `a:verbose b:simple` are compared though they were asked in other words. A
-            folder stands for all of its evaluations.
-        suite: Names between commas, as of `--suite`; "" for all that they hold.
+        paths: Run folders or eval.json files, each with `:NAME` behind it for the predictions from prompts of
+            that name. So `a:verbose b:simple` are compared though their prompts differ. A folder stands for
+            all of its evaluations.
+        suite: Names between commas, as those of `--suite`; "" for all that they store.
 
     Raises:
-        ValueError: fewer than two, one cannot be read or lacks a suite that `suite` names, they share none,
-            or they were not measured alike.
+        ValueError: There are fewer than two, one cannot be read or lacks a suite that `suite` names, they
+            share none, or they were not measured alike.
     """
     if len(paths) < 2:
         raise ValueError(f"--compare has {len(paths)} evaluation to compare: name two or more")
@@ -116,15 +116,15 @@ def compare_files(paths: Sequence[str], suite: str = "") -> str:
 
 
 def _compared(sides: Sequence[Compared], suite: str) -> list[str]:
-    """The legend, the token scores, and a table for each suite and wording that all sides hold."""
+    """Return the legend, the token scores, and a table for each suite and wording that all sides store."""
     tokens = TOKENS in suite or not suite
     evaluations = [(side.label, side.evaluation) for side in sides]
     lines = [line for side in sides for line in side.legend]
     shared = [name for name in sides[0].records if all(name in side.records for side in sides)]
     scored = _token_lines(evaluations) if tokens else []
     if not shared and not scored:
-        held = "; ".join(f"{side.label} holds {', '.join(_held(side.evaluation))}" for side in sides)
-        raise ValueError(f"they share no suite: {held}; evaluate both alike, with --suite")
+        stored = "; ".join(f"{side.label} holds {', '.join(_stored(side.evaluation))}" for side in sides)
+        raise ValueError(f"they share no suite: {stored}; evaluate both alike, with --suite")
     single = [
         f"left out: {name}, which is only in {' and '.join(s.label for s in sides if name in s.records)}"
         for name in dict.fromkeys(name for side in sides for name in side.records)
@@ -146,7 +146,7 @@ def _compared(sides: Sequence[Compared], suite: str) -> list[str]:
 
 
 def _told_by_bytes(columns: Sequence[Column], sides: Sequence[Compared]) -> list[str]:
-    """The lines of `comparison`; a refusal of other tokenizers names what can be compared all the same."""
+    """Return the lines of `comparison`; where tokenizers differ its refusal names what can be compared."""
     try:
         return comparison(columns)
     except ValueError as error:
@@ -159,14 +159,14 @@ def _told_by_bytes(columns: Sequence[Column], sides: Sequence[Compared]) -> list
 
 
 def _opened(letter: str, given: str, suite: str) -> Compared:
-    """One side, read from its files. Raises ValueError, with the path, where it lacks what is asked for."""
+    """Read one side from its files; ValueError, with the path, where it lacks what is requested."""
     place, prompt = _path_and_prompt(given)
     label = letter if prompt is None else f"{letter} {prompt}"
     files = {path: read_evaluation(path) for path in evaluation_files(place)}
     try:
-        files, legend = _of_one_checkpoint(_that_hold(files, suite, prompt), label)
+        files, legend = _of_one_checkpoint(_with_requested(files, suite, prompt), label)
         evaluation = _merged(list(files.values()))
-        records = _chosen(_records(evaluation, prompt), suite, _held(evaluation))
+        records = _chosen(_records(evaluation, prompt), suite, _stored(evaluation))
         return Compared(label, prompt, evaluation, records, legend)
     except DAMAGED as error:
         raise not_whole(next(iter(files)), error) from None
@@ -174,11 +174,11 @@ def _opened(letter: str, given: str, suite: str) -> Compared:
         raise ValueError(f"{next(iter(files))}: {error}") from None
 
 
-def _that_hold(
+def _with_requested(
     files: dict[Path, dict[str, Any]], suite: str, prompt: str | None
 ) -> dict[Path, dict[str, Any]]:
-    """Of several evaluations of a run those that hold a suite or wording that is asked for; else all."""
-    names = {name for asked in map(str.strip, suite.split(",")) for name in TOGETHER.get(asked, (asked,))}
+    """Return the evaluations of a run that store a requested suite or wording, or all where none does."""
+    names = {name for one in map(str.strip, suite.split(",")) for name in TOGETHER.get(one, (one,))}
     if len(files) == 1 or not (suite or prompt):
         return files
     found = {
@@ -194,7 +194,7 @@ def _that_hold(
 def _of_one_checkpoint(
     files: dict[Path, dict[str, Any]], label: str
 ) -> tuple[dict[Path, dict[str, Any]], list[str]]:
-    """The evaluations of the checkpoint that the first of them is of, and lines that say what is what."""
+    """Return the evaluations of the first one's checkpoint, and a line for each that says what it is."""
     weights = {path: evaluation.get("fingerprints", {}).get("weights") for path, evaluation in files.items()}
     first = next(iter(files))
     kept = {path: evaluation for path, evaluation in files.items() if weights[path] == weights[first]}
@@ -207,7 +207,7 @@ def _of_one_checkpoint(
 
 
 def _merged(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several evaluations of one checkpoint as one: what the first holds stands before what others hold.
+    """Merge several evaluations of one checkpoint into one: what the first stores takes precedence.
 
     A suite is taken from the last one that has it: its own file is newer than an eval.json of several suites.
     """
@@ -219,46 +219,47 @@ def _merged(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
         whole["suite"], *whole["more_suites"] = records.values()
     prompts = [evaluation["prompts"] for evaluation in reversed(evaluations) if "prompts" in evaluation]
     if prompts:
-        whole["prompts"] = {name: record for held in prompts for name, record in held.items()}
+        whole["prompts"] = {name: record for by_name in prompts for name, record in by_name.items()}
     return whole
 
 
 def _shared_prompts(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-    """The wordings that all were asked in."""
+    """Return the names of the prompts' wordings that all evaluations share."""
     first, *others = ([*evaluation.get("prompts", {})] for _, evaluation in evaluations)
     return [name for name in first if all(name in names for names in others)]
 
 
 def _records(evaluation: dict[str, Any], prompt: str | None) -> dict[str, dict[str, Any]]:
-    """By suite. Raises ValueError where there is nothing to compare."""
+    """Return the records of an evaluation by suite; ValueError where there is nothing to compare."""
     if prompt is None:
         if not suites_of(evaluation) and "model" not in evaluation:
             raise ValueError("it holds no predictions of a suite; evaluate with --samples above 0")
         return {record["suite"]: record for record in suites_of(evaluation)}
-    held = evaluation.get("prompts", {})
-    if prompt not in held:
-        names = ", ".join(held) or "none"
+    worded = evaluation.get("prompts", {})
+    if prompt not in worded:
+        names = ", ".join(worded) or "none"
         raise ValueError(
-            f"it was not asked with prompts called {prompt!r} (there are {names}); evaluate with --prompts"
+            f"it was not evaluated with prompts called {prompt!r} (there are {names}); evaluate with "
+            "--prompts"
         )
-    return {held[prompt]["suite"]: held[prompt]}
+    return {worded[prompt]["suite"]: worded[prompt]}
 
 
-def _held(evaluation: dict[str, Any]) -> list[str]:
-    """The names of its suites, token scores among them."""
+def _stored(evaluation: dict[str, Any]) -> list[str]:
+    """Return the names of an evaluation's suites, token scores among them."""
     return [TOKENS] * ("model" in evaluation) + [record["suite"] for record in suites_of(evaluation)]
 
 
-def _chosen(records: dict[str, dict[str, Any]], suite: str, held: list[str]) -> dict[str, dict[str, Any]]:
-    """The records of the suites that are asked for. Raises ValueError where one is not held."""
+def _chosen(records: dict[str, dict[str, Any]], suite: str, stored: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the records of the requested suites; ValueError where one is not stored."""
     if not suite:
         return records
     found: dict[str, dict[str, Any]] = {}
-    for asked in map(str.strip, suite.split(",")):
-        own = {name: records[name] for name in TOGETHER.get(asked, (asked,)) if name in records}
-        if not own and (asked != TOKENS or TOKENS not in held):
+    for requested in map(str.strip, suite.split(",")):
+        own = {name: records[name] for name in TOGETHER.get(requested, (requested,)) if name in records}
+        if not own and (requested != TOKENS or TOKENS not in stored):
             raise ValueError(
-                f"it holds no suite {asked!r} but {', '.join(held)}; evaluate with --suite {asked}"
+                f"it holds no suite {requested!r} but {', '.join(stored)}; evaluate with --suite {requested}"
             )
         found |= own
     return found
@@ -273,12 +274,12 @@ def _path_and_prompt(given: str) -> tuple[Path, str | None]:
 
 
 def comparison(columns: Sequence[Column]) -> list[str]:
-    """Lines: scores with 95% intervals, a column for each system, then each difference with its verdict.
+    """Return lines: scores with 95% intervals, a column for each system, then differences and verdicts.
 
-    Compared are the systems of one evaluation with each other, and those of one kind between evaluations.
+    The systems of one evaluation are compared with each other, and those of one kind between evaluations.
 
     Raises:
-        ValueError: they were not measured alike.
+        ValueError: They were not measured alike.
     """
     first = columns[0]
     for other in columns[1:]:
@@ -308,7 +309,7 @@ def comparison(columns: Sequence[Column]) -> list[str]:
             one, other = columns[i], columns[j]
             if one.record is not other.record and one.system != other.system:
                 continue
-            # The later one is judged by the earlier; within a file that is the model by its base.
+            # The later system is judged by the earlier; within one record the model is judged by its base.
             if one.record is other.record:
                 i, j, one, other = j, i, other, one
             compared = found[j][name].compare(found[i][name], seed)
@@ -327,7 +328,7 @@ def _empty(column: Column) -> float:
 
 
 def _baselines(columns: Sequence[Column]) -> list[tuple[str, dict[str, Scored]]]:
-    """Of every evaluation: n-gram models may be of other files."""
+    """Return the baselines of every evaluation by name: their n-gram models may be of other files."""
     records = {id(column.record): column.record for column in columns}.values()
     return [
         (system, scored_again(record, [system])[system])
@@ -338,7 +339,7 @@ def _baselines(columns: Sequence[Column]) -> list[tuple[str, dict[str, Scored]]]
 
 
 def _refuse_unlike(one: Column, other: Column) -> None:
-    """Raises ValueError, with both values, for what must be equal if a difference is to mean anything."""
+    """Raise ValueError, with both values, for what must be equal if a difference is to mean anything."""
 
     def refuse(what: str, ours: Any, theirs: Any, flag: str = "") -> None:
         if ours != theirs:
@@ -351,8 +352,8 @@ def _refuse_unlike(one: Column, other: Column) -> None:
     for key in ("suite", "language", "stop", "sampling", "draws"):
         refuse(key, ours.get(key), theirs.get(key))
     limits = [record.get("max_new_tokens") for record in (ours, theirs)]
-    # The limit that is not given is of the tokenizer's own tokens. One that no text ran into changed nothing.
-    # Of predictions made elsewhere nothing is known of one.
+    # A limit that is not given depends on the tokenizer. A limit that no text ran into changed nothing. The
+    # limit of predictions made elsewhere is not known.
     made_here = one.system != "given" and other.system != "given"
     if made_here:
         refuse("whether a prompt's end was healed", bool(ours.get("healed")), bool(theirs.get("healed")))
@@ -368,9 +369,9 @@ def _refuse_unlike(one: Column, other: Column) -> None:
     refuse("the number of samples", len(ours["samples"]), len(theirs["samples"]))
     left_out = (", ".join(record.get("left_out", {})) or "none" for record in (ours, theirs))
     refuse("what could not be judged", *left_out)
-    asked_alike = one.prompt == other.prompt
+    same_prompts = one.prompt == other.prompt
     for number, (a, b) in enumerate(zip(ours["samples"], theirs["samples"], strict=True), 1):
-        for key in ("id", "reference", *(("prompt", "suffix") if asked_alike else ())):
+        for key in ("id", "reference", *(("prompt", "suffix") if same_prompts else ())):
             refuse(f"the {key} of sample {number}", a.get(key), b.get(key))
 
 
@@ -382,7 +383,7 @@ def _short(value: Any) -> str:
 
 
 def _token_lines(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Token scores of evaluations over the same text; those that hang on the tokenizer, if it is the same."""
+    """Return the token scores of evaluations over the same text; by token only where tokenizers are alike."""
     scored = [(letter, found) for letter, found in evaluations if "model" in found]
     if len(scored) < 2:
         return []
@@ -394,7 +395,7 @@ def _token_lines(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]
             f"token scores are left out: they are over {one[2]:,} bytes of {one[1]:,} {one[0]} files, and "
             f"over {other[2]:,} bytes of {other[1]:,} {other[0]} files",
         ]
-    # Made again of the documents, so that a number that somebody wrote in its place does not count.
+    # Scores are computed from the documents, so that a number that somebody edited does not count.
     systems = [
         (f"{letter} {system}", found[system] | values_of(found["documents"], system))
         if system in found.get("documents", {}).get("nats", {})
@@ -414,8 +415,8 @@ def _token_lines(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]
     ):
         if alike or key == "bits_per_byte":
             rows.append([name, *(form.format(values[key]) for _, values in systems)])
-    side, files, size = texts.pop()
-    lines = ["", f"tokens: {size:,} bytes of {files:,} {side} files", *aligned(rows)]
+    split, files, size = texts.pop()
+    lines = ["", f"tokens: {size:,} bytes of {files:,} {split} files", *aligned(rows)]
     if not alike:
         lines.append("the tokenizers differ, so only what is by byte is compared")
     for (one, a), (other, b) in combinations(scored, 2):
@@ -424,7 +425,7 @@ def _token_lines(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[str]
 
 
 def _token_difference(one: str, ours: dict[str, Any], other: str, theirs: dict[str, Any]) -> Iterator[str]:
-    """How far apart two models are on the same documents, where both evaluations hold those one by one."""
+    """Yield how far apart two models are on the same documents, where both evaluations store these."""
     a, b = ours.get("documents"), theirs.get("documents")
     if a is None or b is None or len(a["names"]) < 2:
         return

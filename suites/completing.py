@@ -1,4 +1,4 @@
-"""A model asked for every example of a suite, and the n-gram model asked the same.
+"""Completions of every example of a suite, by a model and by the n-gram model.
 
 Prompts are built and trimmed by the functions that training uses, and the prompt is never in the prediction.
 """
@@ -6,8 +6,8 @@ Prompts are built and trimmed by the functions that training uses, and the promp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,28 +19,29 @@ from architecture import Decoder
 from config import memory_is_full
 from data.fim import fewest_gap_ids, fim_end_ids, fim_prompt_ids, trim_fim_prompt
 from data.ngram import NGramModel
-from generation.engine import Generated, Stopped, generate_ids
+from generation.engine import Generated, generate_ids
 from generation.settings import GenerationConfig
 from generation.text import CONTEXT, as_prompt, completed_text, cut_at_stop, stop_finder, trim_prompt
 from modules.precision import Precision
-from suites.kept import Kept
+from suites.kept import Draw, Kept, Made
 from suites.scoring import Example, Predictions
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 
 GREEDY = GenerationConfig()
-MOST_ROWS = {"cpu": 32, "cuda": 256}  # beyond which a step takes as much longer as it holds more rows
+# Rows at a time beyond which the time of a step is proportional to its rows.
+MOST_ROWS = {"cpu": 32, "cuda": 256}
 
-Cut = Callable[[Example, str], str]  # the part of a completion's text that belongs to the prediction
+Cut = Callable[[Example, str], str]  # Returns the part of a completion's text that is the prediction.
 
 
 def uncut(example: Example, text: str) -> str:
-    """All of it, up to eos."""
+    """Return the whole text, up to eos."""
     return text
 
 
-class Asked(NamedTuple):
-    """The prompt of an example, how many tokens the model may add, what ends them, and whether it was cut."""
+class CompletionRequest(NamedTuple):
+    """A prompt, how many tokens the model may add, the tokens that end them, and whether it was trimmed."""
 
     prompt: Prompt
     limit: int
@@ -48,14 +49,19 @@ class Asked(NamedTuple):
     trimmed: bool
 
 
-def asked(
+def completion_request(
     tokenizer: Tokenizer, example: Example, max_new_tokens: int, length: int, heal: bool | None = None
-) -> Asked:
-    """The prompt as training shows it, in a row of `length` tokens, and the room behind it.
+) -> CompletionRequest:
+    """Build the prompt of an example as training does, in a row of `length` tokens, and the room behind it.
 
     A completion has `max_new_tokens`, or what a long prompt leaves of the row, but never less than half of
     the row: beyond that the prompt loses what is far from its end, or from its gap. The reference plays no
-    part in this, as it does in training, where the whole completion is known.
+    part in this; in training it does, where the whole completion is known.
+
+    Args:
+        max_new_tokens: Most tokens of a completion.
+        length: Tokens of a row.
+        heal: Whether the prompt's end is healed; None for as the tokenizer says.
     """
     room = max(1, length - min(max_new_tokens, length // 2))
     if example.suffix is None:
@@ -68,13 +74,38 @@ def asked(
         ends = fim_end_ids(tokenizer)
     limit = max(1, min(max_new_tokens, length - len(ids)))
     prompt = as_prompt(tokenizer, ids, heal)
-    return Asked(prompt, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
+    return CompletionRequest(prompt, limit, ends | frozenset(tokenizer.eos_ids), len(ids) < len(whole))
 
 
 def draw_number(example: Example, draw: int) -> int:
-    """What the random numbers of a draw hang on besides the seed: not on which others are asked, nor how."""
+    """Return the number that a draw's random numbers are seeded with, besides the seed.
+
+    It is made of the draw and its example alone: a draw does not depend on which others are requested.
+    """
     digest = hashlib.sha256(f"{draw} {example.id}".encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """How a model completes the examples of a suite.
+
+    Args:
+        max_new_tokens: Most tokens of a completion.
+        length: Tokens of a row: of a prompt and its completion together.
+        precision: The device and the number format that the model computes in.
+        batch_size: Texts under way at a time; None for as many as memory is reckoned to have room for. It is
+            halved for as long as memory is full, and does not change what is predicted.
+        generation: Greedy, or how to sample; its stop strings. Its own limit on new tokens is not read.
+        draws: Texts of each example. A draw's random numbers are its own, whatever is beside it.
+    """
+
+    max_new_tokens: int
+    length: int
+    precision: Precision
+    batch_size: int | None = None
+    generation: GenerationConfig = GREEDY
+    draws: int = 1
 
 
 def complete(
@@ -82,26 +113,16 @@ def complete(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     cut: Cut,
-    max_new_tokens: int,
-    length: int,
-    precision: Precision,
-    batch_size: int | None = None,
-    how: GenerationConfig = GREEDY,
-    draws: int = 1,
+    settings: CompletionSettings,
     kept: Kept | None = None,
-    each: Callable[[int], Any] = lambda n: None,
+    on_done: Callable[[int], Any] = lambda n: None,
 ) -> Predictions:
-    """Completions, without the prompt, each until `cut` leaves something of it off, a stop string, or an end.
+    """Complete every example, without its prompt, until `cut` leaves something off, a stop string, or an end.
 
     Args:
         cut: What of a text is the prediction; once it leaves something off, the text has ended.
-        length: Tokens of a row: of a prompt and its completion together.
-        batch_size: Texts under way at a time; None for as many as memory is reckoned to have room for, halved
-            for as long as that was too many. It does not change what is predicted.
-        how: Greedy, or how to sample; its stop strings; its limit is not read.
-        draws: Texts of each example. A draw's random numbers are its own, whatever is beside it.
         kept: Predictions that an interrupted evaluation made, to which the others are added as they are made.
-        each: Called with the number of texts that are done now and were not before.
+        on_done: Called with the number of texts that are done now and were not before.
 
     Raises:
         ValueError: The tokenizer has ids that the model lacks, or the model's logits are NaN.
@@ -112,99 +133,138 @@ def complete(
             f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
             f"{model.config.vocab_size}; use the tokenizer the model was trained with"
         )
-    prompts = [asked(tokenizer, example, max_new_tokens, length, how.heal) for example in examples]
-    done = {} if kept is None else kept.read(len(examples), draws)
-    each(len(done))
-    wanted = [
-        (i, draw)
-        for i in sorted(
-            range(len(examples)),
-            # Long prompts first: those that follow fit the columns that are there.
-            key=lambda i: (prompts[i].limit, len(prompts[i].ends), -len(prompts[i].prompt.whole)),
+    requests = [
+        completion_request(
+            tokenizer, example, settings.max_new_tokens, settings.length, settings.generation.heal
         )
-        for draw in range(draws)
-        if (i, draw) not in done
+        for example in examples
     ]
-    most = batch_size or max(MOST_ROWS.values())
-    # What is under way together shares its limit and its ends.
-    for (limit, ends), group in groupby(
-        wanted, key=lambda one: (prompts[one[0]].limit, prompts[one[0]].ends)
-    ):
-        rows = list(group)
-        longest = max(len(prompts[i].prompt.whole) for i, _ in rows) + limit
-        size = min(most, batch_size or rows_at_a_time(model, longest))
-        while rows:
-            shown = [prompts[i].prompt for i, _ in rows]
-            found = stop_finder(tokenizer, shown, how.stop) if how.stop else None
+    done = {} if kept is None else kept.read(len(examples), settings.draws)
+    on_done(len(done))
+    work = _Work(model, tokenizer, examples, cut, settings, requests, done, kept, on_done)
+    for (limit, ends), draws in work.missing():
+        work.complete_alike(draws, limit, ends)
+    texts = [[done[i, draw][0] for i in range(len(examples))] for draw in range(settings.draws)]
+    ran_long = sum(reason == "length" for _, reason in done.values())
+    return Predictions(texts[0], ran_long, texts[1:], sum(request.trimmed for request in requests))
 
-            def text_of(row: int, ids: list[int], shown: list[Prompt] = shown) -> str:
-                return completed_text(tokenizer, shown[row], ids)
 
-            def stopped(
-                row: int,
-                ids: list[int],
-                rows: list[tuple[int, int]] = rows,
-                text_of: Callable[[int, list[int]], str] = text_of,
-                found: Stopped | None = found,
-            ) -> bool:
-                if found is not None and found(row, ids):
-                    return True
-                if cut is uncut:
-                    return False
-                i = rows[row][0]
-                # The prompt's end is decoded for its last tokens only, until it looks as if it mattered.
-                text = completed_text(tokenizer, prompts[i].prompt, ids, CONTEXT)
-                return (
-                    cut(examples[i], text) != text and cut(examples[i], whole := text_of(row, ids)) != whole
-                )
+@dataclass
+class _Work:
+    """The completions of a suite under way: `done` fills up, and `most_rows` shrinks where memory is full."""
 
-            def ended(
-                row: int,
-                result: Generated,
-                rows: list[tuple[int, int]] = rows,
-                text_of: Callable[[int, list[int]], str] = text_of,
-            ) -> None:
-                ids = result.ids[:-1] if result.finish_reason == "eos" else result.ids
-                text = text_of(row, ids)
-                text, is_cut = cut_at_stop(text, how.stop)
-                text = cut(examples[rows[row][0]], text)
-                done[rows[row]] = text, "stop" if is_cut else result.finish_reason
-                if kept is not None:
-                    kept.add({rows[row]: done[rows[row]]})
-                each(1)
+    model: Decoder
+    tokenizer: Tokenizer
+    examples: Sequence[Example]
+    cut: Cut
+    settings: CompletionSettings
+    requests: list[CompletionRequest]
+    done: Made
+    kept: Kept | None
+    on_done: Callable[[int], Any]
+    most_rows: int = 0
 
+    def __post_init__(self) -> None:
+        self.most_rows = self.settings.batch_size or max(MOST_ROWS.values())
+
+    def missing(self) -> Iterator[tuple[tuple[int, frozenset[int]], list[Draw]]]:
+        """Yield the draws that are not done, those with one limit and the same end tokens together.
+
+        Long prompts come first: those that follow fit the columns that are there.
+        """
+
+        def order(i: int) -> tuple[int, int, int]:
+            request = self.requests[i]
+            return request.limit, len(request.ends), -len(request.prompt.whole)
+
+        def shared(draw: Draw) -> tuple[int, frozenset[int]]:
+            request = self.requests[draw[0]]
+            return request.limit, request.ends
+
+        missing = [
+            (i, draw)
+            for i in sorted(range(len(self.examples)), key=order)
+            for draw in range(self.settings.draws)
+            if (i, draw) not in self.done
+        ]
+        for limit_and_ends, draws in groupby(missing, key=shared):
+            yield limit_and_ends, list(draws)
+
+    def complete_alike(self, draws: list[Draw], limit: int, ends: frozenset[int]) -> None:
+        """Complete draws that share their limit and ends, in halves for as long as memory is full."""
+        settings = self.settings
+        longest = max(len(self.requests[i].prompt.whole) for i, _ in draws) + limit
+        size = min(self.most_rows, settings.batch_size or rows_at_a_time(self.model, longest))
+        while draws:
+            rows = _Rows(self, draws)
             try:
-                with precision.autocast():
+                with settings.precision.autocast():
                     generate_ids(
-                        model,
-                        shown,
-                        replace(how, max_new_tokens=limit),
+                        self.model,
+                        rows.prompts,
+                        replace(settings.generation, max_new_tokens=limit),
                         ends,
-                        tokenizer.vocab_size,
-                        stopped,
-                        [draw_number(examples[i], draw) for i, draw in rows],
+                        self.tokenizer.vocab_size,
+                        rows.stopped,
+                        [draw_number(self.examples[i], draw) for i, draw in draws],
                         size,
-                        ended,
+                        rows.ended,
                     )
             except (RuntimeError, MemoryError) as error:
-                if not memory_is_full(error) or min(size, len(rows)) == 1:
+                if not memory_is_full(error) or min(size, len(draws)) == 1:
                     raise
-            left = [one for one in rows if one not in done]
-            if left:  # outside of the handler, whose traceback holds the tensors
-                most = size = min(size, len(rows)) // 2
-                if precision.device.type == "cuda":
+            left = [draw for draw in draws if draw not in self.done]
+            # This stands outside of the handler, whose traceback holds the tensors.
+            if left:
+                self.most_rows = size = min(size, len(draws)) // 2
+                if settings.precision.device.type == "cuda":
                     torch.cuda.empty_cache()
-            rows = left
-    texts = [[done[i, draw][0] for i in range(len(examples))] for draw in range(draws)]
-    ran_long = sum(reason == "length" for _, reason in done.values())
-    return Predictions(texts[0], ran_long, texts[1:], sum(prompt.trimmed for prompt in prompts))
+            draws = left
+
+
+class _Rows:
+    """The draws of one call of `generate_ids`, which names each by its row: when it stops, and what it is."""
+
+    def __init__(self, work: _Work, draws: list[Draw]) -> None:
+        self.work, self.draws = work, draws
+        self.prompts = [work.requests[i].prompt for i, _ in draws]
+        stop = work.settings.generation.stop
+        self.holds_stop = stop_finder(work.tokenizer, self.prompts, stop) if stop else None
+
+    def text(self, row: int, ids: list[int]) -> str:
+        return completed_text(self.work.tokenizer, self.prompts[row], ids)
+
+    def stopped(self, row: int, ids: list[int]) -> bool:
+        """Whether a text has ended, by a stop string or because `cut` leaves something of it off."""
+        if self.holds_stop is not None and self.holds_stop(row, ids):
+            return True
+        cut = self.work.cut
+        if cut is uncut:
+            return False
+        example = self.work.examples[self.draws[row][0]]
+        # The prompt's end is decoded for its last tokens only, until it looks as if it mattered.
+        text = completed_text(self.work.tokenizer, self.prompts[row], ids, CONTEXT)
+        return cut(example, text) != text and cut(example, whole := self.text(row, ids)) != whole
+
+    def ended(self, row: int, result: Generated) -> None:
+        """Note a prediction as done, and keep it."""
+        work, draw = self.work, self.draws[row]
+        text = self.text(row, result.ids[:-1] if result.finish_reason == "eos" else result.ids)
+        stop = work.settings.generation.stop
+        text, is_cut = cut_at_stop(text, stop)
+        text = work.cut(work.examples[draw[0]], text)
+        work.done[draw] = text, "stop" if is_cut else result.finish_reason
+        if work.kept is not None:
+            work.kept.add({draw: work.done[draw]})
+        work.on_done(1)
 
 
 def rows_at_a_time(model: Decoder, longest: int) -> int:
-    """Rows of `longest` tokens that fit a part of the memory that is free: of a GPU half, else a quarter.
+    """Estimate how many rows of `longest` tokens fit into memory.
 
-    Of each row there are keys and values, twice while others join; the prompt's widest activations;
-    and a few copies of its logits. It is a reckoning: who is wrong halves.
+    They may take half of a GPU's free memory, or a quarter of this machine's. Each row has keys and values,
+    twice while others join; the prompt's widest activations; and a few copies of its logits. Where the
+    estimate is too high, `complete` halves it.
     """
     config, weight = model.config, model.embed.weight
     head_dim = config.head_dim or config.n_embd // config.n_head
@@ -218,7 +278,7 @@ def rows_at_a_time(model: Decoder, longest: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this machine says it has, or this container may still take; 2 GiB where neither says."""
+    """Return the free bytes of this machine, or of this container if it has fewer; 2 GiB if unknown."""
     try:
         meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
         free = int(meminfo["MemAvailable"].split()[0]) * 1024
@@ -228,18 +288,18 @@ def free_memory() -> int:
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / name).read_text("ascii") for name in ("memory.max", "memory.current"))
         return min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):  # no such group, or `max`
+    except (OSError, ValueError):  # There is no such group, or its limit is `max`.
         return free
 
 
 def likeliest_start(baseline: NGramModel, prompt: Prompt) -> list[int]:
-    """The first new tokens of a healed prompt that the n-gram model gives the highest probability."""
+    """Return the first new tokens of a healed prompt to which the n-gram model gives the most probability."""
     if not prompt.branches or not prompt.ids:
         return [*prompt.dropped]
     context = prompt.ids[-max(baseline.order - 1, 1) :]
     starts = [[*branch.ids, last] for branch in prompt.branches for last in branch.allowed.tolist()]
     scores = baseline.log_probs(np.array([*context, *start]) for start in starts)
-    ends = np.cumsum([len(context) + len(start) - 1 for start in starts])  # the first token has no score
+    ends = np.cumsum([len(context) + len(start) - 1 for start in starts])  # The first token has no score.
     own = [scores[end - len(start) : end].sum() for start, end in zip(starts, ends, strict=True)]
     return starts[int(np.argmax(own))]
 
@@ -253,8 +313,11 @@ def ngram_complete(
     length: int,
     stop: tuple[str, ...] = (),
 ) -> Predictions:
-    """The same by the n-gram model, which goes on with its likeliest token, a prompt's end healed alike."""
-    prompts = [asked(tokenizer, example, max_new_tokens, length) for example in examples]
+    """Complete every example by the n-gram model, token by token by the likeliest, with prompts healed alike.
+
+    Arguments are those of `complete` and `CompletionSettings`; `stop` holds strings that end a text.
+    """
+    prompts = [completion_request(tokenizer, example, max_new_tokens, length) for example in examples]
     starts = [likeliest_start(baseline, prompt.prompt) for prompt in prompts]
     contexts = [np.array([*p.prompt.ids, *start]) for p, start in zip(prompts, starts, strict=True)]
     texts, ran_long = [], 0

@@ -1,7 +1,7 @@
 """Token scores by document: their intervals, verdicts and table. No torch.
 
-Files are what is resampled: tokens of one are not independent, and neither are documents that are parts of
-one. An evaluation holds each document's nats, so that two of the same files can be compared in pairs.
+Files are resampled: the tokens of one file are not independent, and neither are documents that are parts of
+one. An evaluation stores each document's summed loss, so that two of the same files can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from metrics.estimates import perplexity
 from metrics.intervals import Comparison, OfSums, compare, interval
 from suites.scoring import NAMED, aligned, origin_of
 
-# Of more files neighbours are taken together: intervals are no narrower, and resampling no slower.
+# With more files, neighbours are summed to one unit: intervals are no narrower, and resampling no slower.
 MOST_UNITS = 10_000
 
 
@@ -26,8 +26,8 @@ def add_intervals(result: dict[str, Any], documents: dict[str, Any], seed: int) 
     A difference is the model's score less the other's on the same resamples, so below 0 the model is better.
 
     Args:
-        documents: `names`, `tokens`, `bytes`, and of each system `nats`, `top1` and `top5`, one for each
-            document; evaluations of old have no hits.
+        documents: `names`, `tokens` and `bytes` of the documents, and by system `nats`, `top1` and `top5`:
+            each document's summed loss and hits. Older evaluations have no hits.
     """
     result["documents"] = documents
     names: list[str] = list(documents["nats"])
@@ -54,7 +54,10 @@ def add_intervals(result: dict[str, Any], documents: dict[str, Any], seed: int) 
 
 
 def rows_of(documents: dict[str, Any], system: str) -> np.ndarray:
-    """(units, 5) nats, tokens, bytes and hits of each file: documents may be parts of one."""
+    """Return the summed loss in nats, tokens, bytes and hits of each file, (units, 5).
+
+    Documents may be parts of one file, and their rows are summed.
+    """
     columns = [documents["nats"][system], documents["tokens"], documents["bytes"]]
     none = [0] * len(documents["names"])
     columns += [documents[key][system] if key in documents else none for key in HITS]
@@ -69,19 +72,19 @@ def rows_of(documents: dict[str, Any], system: str) -> np.ndarray:
 
 
 def values_of(documents: dict[str, Any], system: str) -> dict[str, float]:
-    """The scores of all documents together."""
+    """Return the scores of all documents together, by key."""
     sums = rows_of(documents, system).sum(0)
     values = {key: float(of_sums(sums)) for key, of_sums in known_of(documents).items()}
     return values | {"perplexity": perplexity(values["loss"], 1)}
 
 
 def units_of(documents: dict[str, Any]) -> str:
-    """What is resampled, in a word."""
+    """Return the word for the units that are resampled."""
     return "files" if len(set(_files(documents))) < len(documents["names"]) else "documents"
 
 
 def _files(documents: dict[str, Any]) -> list[str]:
-    """That the documents are from; if all are from one, each stands for itself."""
+    """Return the file that each document is from; if all are from one, each document stands for itself."""
     names = documents["names"]
     files = [origin_of(name) for name in names]
     return files if len(set(files)) > 1 else [f"{name} {i}" for i, name in enumerate(names)]
@@ -105,12 +108,12 @@ OF_SUMS = LOWER_IS_BETTER | {key: partial(_share, column) for column, key in enu
 
 
 def known_of(documents: dict[str, Any]) -> dict[str, OfSums]:
-    """The scores that these documents have."""
+    """Return the functions of the scores that these documents have, by key."""
     return {key: of_sums for key, of_sums in OF_SUMS.items() if key not in HITS or key in documents}
 
 
 def said(compared: Comparison, other: str, documents: dict[str, Any]) -> str:
-    """The verdict in words, as those of texts are, with the interval of the difference: lower is better."""
+    """Return the verdict in words, with the difference's interval, for a score of which lower is better."""
     units = units_of(documents)
     low, high, n = compared.difference.low, compared.difference.high, compared.difference.n
     if not compared.distinguishable:
@@ -127,7 +130,7 @@ def said(compared: Comparison, other: str, documents: dict[str, Any]) -> str:
 
 
 def token_table(result: dict[str, Any]) -> list[str]:
-    """Lines: the metric, the model, its base where there is one, the n-gram model, and over what."""
+    """Return the lines of a table: metric, model, its base if there is one, n-gram model, and over what."""
     names = [name for name in ("model", "base", "n-gram") if name in result]
     over_tokens = f"{result['model']['tokens']:,} tokens of {result['files']:,} {result['side']} files"
     rows = [["metric", *names[:-1], f"{result['n-gram order']}-gram"]]
@@ -142,7 +145,7 @@ def token_table(result: dict[str, Any]) -> list[str]:
         rows.append([name, *(form.format(result[system][key]) for system in names)])
         overs.append(over)
         intervals = [result[system].get("intervals", {}).get(key) for system in names]
-        if key == "perplexity":  # is one to one with the loss
+        if key == "perplexity":  # It is one to one with the loss.
             losses = (result[system].get("intervals", {}).get("loss") for system in names)
             intervals = [one and {end: perplexity(one[end], 1) for end in ("low", "high")} for one in losses]
         if all(intervals):

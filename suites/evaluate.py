@@ -1,19 +1,19 @@
 """Scores of a trained model, on the test files of its run.
 
-A run without a test side is scored on its validation files, by which its checkpoint was chosen, and says
+A run without a test split is scored on its validation files, by which its checkpoint was chosen, and says
 so. Beside every score stand those of baselines: an n-gram model of the same training files
-(`ngram.NGramModel`), for a model with adapters its base, and for texts those that take no model. Prints
-tables and writes RUN/eval.json: the scores, every prediction, and what is needed to run it again.
+(`ngram.NGramModel`), the base of a model with adapters, and for texts baselines that need no model. Tables
+are printed, and RUN/eval.json stores the scores, every prediction, and what is needed to run it again.
 
 Token scores are over every token after a document's first, by the function that training validates with.
-Bits per byte divides their nats by the UTF-8 bytes of all test files, whatever the tokenizer; the nats of
-the tokens that end the files are counted.
+Bits per byte divides their summed loss by the UTF-8 bytes of all test files, whatever the tokenizer; the loss
+of the tokens that end the files is counted.
 
 Texts are scored by suites (`suites/`), which `--suite` names: of the run's held-out files, or of a published
-file, for which `--model FOLDER` evaluates a published model as well. `--predictions FILE` scores those that
-were made elsewhere, and `--rescore RUN/eval.json` says whether the numbers in that file are those of its
-predictions. Beside eval.json stands a page to look at every sample (`suites/page.py`), and `--compare` sets
-evaluations side by side.
+file, for which `--model FOLDER` evaluates a published model as well. `--predictions FILE` scores predictions
+that were made elsewhere, and `--rescore RUN/eval.json` says whether the numbers in that file are those of its
+predictions. Beside eval.json stands a page that shows every sample (`suites/page.py`), and `--compare`
+compares evaluations.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ from modules.precision import Precision, choose_device, choose_precision
 from pretrained import load_pretrained
 from sandbox.problems import read_problems
 from suites import programs
-from suites.completing import complete, ngram_complete
+from suites.completing import CompletionSettings, complete, ngram_complete
 from suites.documents import add_intervals
+from suites.evaluated import EvaluatedModel, data_config, data_of, open_published, published_name
 from suites.hidden import Judge
 from suites.kept import Kept
 from suites.memorising import memorisation
@@ -64,7 +66,6 @@ from suites.scoring import (
     suites_of,
 )
 from suites.settings import EvalConfig, mistake
-from suites.subject import Subject, data_config, data_of, open_published, published_name
 from suites.task import Given, Task, answers
 from suites.tasks import OF_FILES, TASKS, suite_names
 from suites.tokens import (
@@ -77,24 +78,50 @@ from suites.tokens import (
 )
 from training.run import TrainedRun, load_run, run_folder
 
-TOKEN_ROWS = 16  # at a time, of token scores
+TOKEN_ROWS = 16  # Rows at a time, for token scores.
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The settings, model and data that the suites of one evaluation share.
+
+    Args:
+        settings: What is evaluated, and how.
+        evaluated: The model; None where predictions were made elsewhere.
+        data: The run's data; None for a published model.
+        baseline: The n-gram model of the run's training files; None without these.
+        models: The metrics that a model computes, by name.
+    """
+
+    settings: EvalConfig
+    evaluated: EvaluatedModel | None
+    data: PreparedData | None
+    baseline: NGramModel | None
+    models: dict[str, Metric]
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The names that the model's predictions have in a record: its own and, with adapters, its base's."""
+        if self.evaluated is None:
+            return ()
+        return ("model", "base") if self.evaluated.adapted else ("model",)
 
 
 # --- what is evaluated -------------------------------------------------------------------------------
 
 
 def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str, Any]:
-    """Everything that eval.json holds, but for the command and versions.
+    """Evaluate, and return everything that eval.json stores but for the command and versions.
 
     Args:
-        data: Of the run, where they are open; else they are read again.
+        data: The run's data, where they are open; else they are read again.
 
     Raises:
-        ValueError: there is no such run, checkpoint, model or suite, the data are not those that it was
+        ValueError: There is no such run, checkpoint, model or suite, the data are not those that it was
             trained on, the model's loss is not finite, a suite's file or the predictions are not as they
             should be, or nothing isolates programs.
     """
-    # What is unknown is named before anything takes time.
+    # Mistakes in the settings are told before anything takes time.
     problem = mistake(settings)
     if problem is not None:
         raise ValueError(problem)
@@ -113,7 +140,7 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
             f"leave --samples out, or ask for {TOKENS} with --suite"
         )
     if of_files and not is_pipe(settings.suite_file):
-        task_of(of_files[0], None, None, settings)  # its file can be used
+        task_of(of_files[0], None, None, settings)  # This raises where the suite's file cannot be used.
     refuse_unwritable(settings.cache, "--cache", unless="*")
     if settings.predictions is not None and not is_pipe(settings.predictions):
         prediction_rows(settings.predictions)
@@ -128,18 +155,18 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
 
 
 def is_pipe(path: str | None) -> bool:
-    """Whether a file can be read once only, and so not looked at beforehand."""
+    """Return whether a file can be read only once, and so not beforehand."""
     return path is not None and Path(path).is_fifo()
 
 
 def evaluate_run(
     settings: EvalConfig, names: tuple[str, ...], precision: Precision, data: PreparedData | None = None
 ) -> dict[str, Any]:
-    """A run's checkpoint, by its held-out files and others."""
+    """Evaluate a run's checkpoint by its held-out files, or by a suite with a file of its own."""
     assert settings.checkpoint is not None
     run = load_run(settings.checkpoint, settings.which, settings.base)
     run.model.to(precision.device)
-    subject = Subject(
+    evaluated = EvaluatedModel(
         run.model,
         run.tokenizer,
         run.config.row_length,
@@ -147,11 +174,11 @@ def evaluate_run(
         run.weights,
         precision,
     )
-    models = judges(subject, settings)
+    models = judges(evaluated, settings)
     if data is None:
         try:
             data = data_of(run, settings)
-        except ValueError as error:  # who reads data names the flag of training
+        except ValueError as error:  # Its sentence names training's flag.
             raise ValueError(str(error).replace("--data.source", "--source")) from None
     if not names:
         names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
@@ -171,12 +198,13 @@ def evaluate_run(
         "bytes": store.n_bytes,
         "n-gram order": baseline.order,
     }
-    tasks = tasks_of(names, subject, data, settings)  # what cannot be asked is told before anything is
-    worded = worded_tasks(tasks, run, subject, data, settings)
+    tasks = tasks_of(names, evaluated, data, settings)  # A suite that cannot be evaluated is refused here.
+    worded = worded_tasks(tasks, run, evaluated, data, settings)
     if TOKENS in names:
-        add_token_scores(result, subject, data, baseline, settings)
-    add_suites(result, subject, tasks, data, baseline, settings, models)
-    add_worded(result, subject, worded, data, baseline, settings, models)
+        add_token_scores(result, evaluated, data, baseline, settings)
+    evaluation = Evaluation(settings, evaluated, data, baseline, models)
+    add_suites(result, evaluation, tasks)
+    add_worded(result, evaluation, worded)
     for record in suites_of(result):
         record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
         if settings.memorisation:
@@ -186,7 +214,7 @@ def evaluate_run(
 
 
 def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
-    """A published model, or predictions made elsewhere by whatever, by suites with a file of their own."""
+    """Evaluate a published model, or predictions made elsewhere, by suites with a file of their own."""
     elsewhere = settings.model is None
     name = settings.predictions if elsewhere else settings.model
     wrong = [one for one in names if one not in OF_FILES]
@@ -196,20 +224,20 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
             f"its own by --suite: {', '.join(sorted(OF_FILES))}"
         )
     result: dict[str, Any] = {"run": None, "step": None, "precision": precision.reason, "allowed faults": {}}
-    subject = None
+    evaluated = None
     if settings.model is not None:
-        subject = open_published(settings.model, settings.adapter, precision)
+        evaluated = open_published(settings.model, settings.adapter, precision)
         folder = Path(settings.out or Path("evals") / published_name(settings.model, settings.adapter))
         result |= {
             "run": str(folder),
             "published": {"model": settings.model, "adapter": settings.adapter},
-            "fingerprints": {"weights": subject.weights, "tokenizer": subject.tokenizer.fingerprint},
+            "fingerprints": {"weights": evaluated.weights, "tokenizer": evaluated.tokenizer.fingerprint},
         }
-    tasks = tasks_of(names, subject, None, settings)
-    worded = worded_tasks(tasks, None, subject, None, settings)
-    models = judges(subject, settings)
-    add_suites(result, subject, tasks, None, None, settings, models)
-    add_worded(result, subject, worded, None, None, settings, models)
+    tasks = tasks_of(names, evaluated, None, settings)
+    worded = worded_tasks(tasks, None, evaluated, None, settings)
+    evaluation = Evaluation(settings, evaluated, None, None, judges(evaluated, settings))
+    add_suites(result, evaluation, tasks)
+    add_worded(result, evaluation, worded)
     return result
 
 
@@ -217,13 +245,17 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
 
 
 def add_token_scores(
-    result: dict[str, Any], subject: Subject, data: PreparedData, baseline: NGramModel, settings: EvalConfig
+    result: dict[str, Any],
+    evaluated: EvaluatedModel,
+    data: PreparedData,
+    baseline: NGramModel,
+    settings: EvalConfig,
 ) -> None:
     """Put the token scores of the model, its base and the n-gram model into `result`, with intervals."""
     store, rows = data.test, settings.batch_size or TOKEN_ROWS
 
     def of_model() -> Any:
-        return model_scores(subject.model, store, rows, subject.length, subject.precision)
+        return model_scores(evaluated.model, store, rows, evaluated.length, evaluated.precision)
 
     found = {"model": of_model()}
     scores = found["model"][0]
@@ -232,14 +264,14 @@ def add_token_scores(
             f"the loss of {result['run']} at step {result['step']} is {scores.loss}: evaluate with "
             "--precision fp32, or another checkpoint, or train again with a lower learning rate"
         )
-    if subject.adapted:
-        with adapters_disabled(subject.model):
+    if evaluated.adapted:
+        with adapters_disabled(evaluated.model):
             found["base"] = of_model()
-    found["n-gram"] = ngram_scores(baseline, store, subject.length)
+    found["n-gram"] = ngram_scores(baseline, store, evaluated.length)
     result |= {name: token_values(scores, store.n_bytes) for name, (scores, _) in found.items()}
     documents = {
         "names": store.names,
-        "tokens": tokens_of(store, subject.length).tolist(),
+        "tokens": tokens_of(store, evaluated.length).tolist(),
         "bytes": store.byte_lengths.tolist(),
         **{key: {name: sums[key].tolist() for name, (_, sums) in found.items()} for key in KEPT},
     }
@@ -251,45 +283,39 @@ def refuse_unusable_problems(suite: str, settings: EvalConfig) -> None:
     if settings.checkpoint is not None:
         run_folder(settings.checkpoint)
     if settings.suite_file is None:
-        raise ValueError(f"the suite {suite} is asked from a file; name it with --suite_file")
-    if not Path(settings.suite_file).is_fifo():  # which is read once
+        raise ValueError(f"the suite {suite} takes its examples from a file; name it with --suite_file")
+    if not Path(settings.suite_file).is_fifo():  # A pipe is read only once.
         read_problems(settings.suite_file)
 
 
 def tasks_of(
-    names: tuple[str, ...], subject: Subject | None, data: PreparedData | None, settings: EvalConfig
+    names: tuple[str, ...], evaluated: EvaluatedModel | None, data: PreparedData | None, settings: EvalConfig
 ) -> dict[str, Task]:
-    """The tasks of the suites, by name. Raises ValueError where one cannot be asked."""
+    """Return the tasks of the suites by name; ValueError where a suite cannot be evaluated here."""
     names = tuple(name for name in names if name != TOKENS)
     if settings.predictions is not None and len(names) > 1:
         raise ValueError(f"--predictions are of one suite, and --suite names {len(names)}; name one")
-    return {name: task_of(name, subject, data, settings) for name in names}
+    return {name: task_of(name, evaluated, data, settings) for name in names}
 
 
-def add_suites(
-    result: dict[str, Any],
-    subject: Subject | None,
-    tasks: dict[str, Task],
-    data: PreparedData | None,
-    baseline: NGramModel | None,
-    settings: EvalConfig,
-    models: dict[str, Metric],
-) -> None:
-    """Put the scores of texts, and every prediction, into `result["suite"]`, those of further suites into
-    `result["more_suites"]`, and why a suite has none into `result["suite_left_out"]`.
+def add_suites(result: dict[str, Any], evaluation: Evaluation, tasks: dict[str, Task]) -> None:
+    """Put the records of the suites into the result.
+
+    The first suite's scores and predictions are `result["suite"]`, those of the others are
+    `result["more_suites"]`, and why a suite has none is told in `result["suite_left_out"]`.
     """
-    records, left_out = [], []
+    records, left_out, data = [], [], evaluation.data
     for name, task in tasks.items():
         if len(task.examples) < 2:
-            side = "its file has"
+            where = "its file has"
             if data is not None and name not in OF_FILES:
-                side = f"the {data.test.split} files have"
+                where = f"the {data.test.split} files have"
             left_out.append(
-                f"{task.suite.title} not scored: {side} {len(task.examples)} {task.wanted}, and an "
+                f"{task.suite.title} not scored: {where} {len(task.examples)} {task.wanted}, and an "
                 "interval needs at least 2"
             )
             continue
-        records.append(suite_record(result, task, subject, data, baseline, settings, models))
+        records.append(suite_record(result, evaluation, task))
     if records:
         result["suite"] = records[0]
     if records[1:]:
@@ -301,11 +327,11 @@ def add_suites(
 def worded_tasks(
     tasks: dict[str, Task],
     run: TrainedRun | None,
-    subject: Subject | None,
+    evaluated: EvaluatedModel | None,
     data: PreparedData | None,
     settings: EvalConfig,
 ) -> dict[str, Task]:
-    """The examples of a file, or else the pairs of a run, in other words, by the wording's name."""
+    """Return tasks with a file's examples, or a run's pairs, in other words, by the wording's name."""
     names = variant_names(settings.prompts)
     if not names:
         return {}
@@ -319,37 +345,32 @@ def worded_tasks(
             + "; leave it out, or give --suite examples and a file of examples"
         )
     else:
-        task = tasks["pairs"] if "pairs" in tasks else task_of("pairs", subject, data, settings)
-        sides = split_documents(data_config(run, settings))
-        documents = (document for side, document in sides if side == data.test.split)
+        task = tasks["pairs"] if "pairs" in tasks else task_of("pairs", evaluated, data, settings)
+        every = split_documents(data_config(run, settings))
+        documents = (document for split, document in every if split == data.test.split)
     worded = with_prompts(task.examples, documents, names)
     return {name: dataclasses.replace(task, examples=examples) for name, examples in worded.items()}
 
 
-def add_worded(
-    result: dict[str, Any],
-    subject: Subject | None,
-    worded: dict[str, Task],
-    data: PreparedData | None,
-    baseline: NGramModel | None,
-    settings: EvalConfig,
-    models: dict[str, Metric],
-) -> None:
+def add_worded(result: dict[str, Any], evaluation: Evaluation, worded: dict[str, Task]) -> None:
     """Put the record of each wording into `result["prompts"]`."""
     if worded:
-        result["prompts"] = {
-            name: suite_record(result, task, subject, data, baseline, settings, models)
-            for name, task in worded.items()
-        }
+        result["prompts"] = {name: suite_record(result, evaluation, task) for name, task in worded.items()}
 
 
-def task_of(name: str, subject: Subject | None, data: PreparedData | None, settings: EvalConfig) -> Task:
-    """What a suite asks. A suite's own file has prompts that training's rows need not have room for."""
+def task_of(
+    name: str, evaluated: EvaluatedModel | None, data: PreparedData | None, settings: EvalConfig
+) -> Task:
+    """Return the task of a suite.
+
+    A row has the length of training's rows; for a suite with its own file, whose prompts may be longer, it
+    has the model's whole context.
+    """
     length = 2**20
-    if subject is not None:
-        length = subject.model.config.block_size if name in OF_FILES else subject.length
+    if evaluated is not None:
+        length = evaluated.model.config.block_size if name in OF_FILES else evaluated.length
     given = Given(
-        None if subject is None else subject.tokenizer,
+        None if evaluated is None else evaluated.tokenizer,
         length,
         settings.samples,
         settings.seed,
@@ -362,7 +383,7 @@ def task_of(name: str, subject: Subject | None, data: PreparedData | None, setti
 
 
 def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
-    """How tokens are chosen; ValueError for settings that are out of range or would do nothing."""
+    """Return how tokens are chosen; ValueError for settings that are out of range or would do nothing."""
     return GenerationConfig(
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -372,89 +393,108 @@ def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
     )
 
 
-def suite_record(
-    result: dict[str, Any],
-    task: Task,
-    subject: Subject | None,
-    data: PreparedData | None,
-    baseline: NGramModel | None,
-    settings: EvalConfig,
-    models: dict[str, Metric],
-) -> dict[str, Any]:
-    """One suite: every system's predictions, and their scores, those of `models` among them."""
-    examples, name = task.examples, task.suite.name
+def suite_record(result: dict[str, Any], evaluation: Evaluation, task: Task) -> dict[str, Any]:
+    """Return the record of one suite: every system's predictions, and their scores.
+
+    The files that keep the predictions until eval.json is written are added to `result["kept"]`.
+    """
+    settings, evaluated, examples = evaluation.settings, evaluation.evaluated, task.examples
     how = sampling(settings, task.stop)
     predictions: dict[str, Predictions] = {}
     if settings.predictions is not None:
         predictions["given"] = Predictions(read_predictions(settings.predictions, examples))
-    elif subject is not None:
-        length = subject.model.config.block_size if name in OF_FILES else subject.length
-        for system in ("model", "base") if subject.adapted else ("model",):
-            made_by = {
-                "system": system,
-                "suite": name,
-                "weights": subject.weights,
-                "tokenizer": subject.tokenizer.fingerprint,
-                "examples": [[e.id, e.prompt, e.suffix, e.reference] for e in examples],
-                "how": dataclasses.asdict(how),
-                "draws": settings.samples_per_example,
-                "max_new_tokens": task.max_new_tokens,
-                "length": length,
-                "precision": str(subject.precision.dtype),
-                "device": subject.precision.device.type,
-                "torch": torch.__version__,
-                "code": code_fingerprint(),
-            }
-            kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
-            made_in_all = len(examples) * settings.samples_per_example
-            with (
-                nullcontext() if system == "model" else adapters_disabled(subject.model),
-                progress(f"{name}, {system}", made_in_all, kept) as bar,
-            ):
-                predictions[system] = complete(
-                    subject.model,
-                    subject.tokenizer,
-                    examples,
-                    task.cut,
-                    task.max_new_tokens,
-                    length,
-                    subject.precision,
-                    settings.batch_size,
-                    how,
-                    settings.samples_per_example,
-                    kept,
-                    bar.update,
-                )
+    else:
+        for system in evaluation.systems:
+            predictions[system], kept = model_predictions(evaluation, task, system, how)
             result.setdefault("kept", []).append(str(kept.path))
-    if baseline is not None and data is not None and subject is not None:
-        # It reads on from what stands before a gap; of the gaps of examples it has seen whole ones.
-        asked = examples
-        if not data.test.holds_examples:
-            asked = [dataclasses.replace(example, suffix=None) for example in examples]
-        predictions["n-gram"] = ngram_complete(
-            baseline, subject.tokenizer, asked, task.cut, task.max_new_tokens, subject.length, task.stop
-        )
+    if evaluation.baseline is not None:
+        predictions["n-gram"] = ngram_predictions(evaluation, task)
     predictions |= answers(task.baselines(examples))
     about: dict[str, Any] = {
         "max_new_tokens": task.max_new_tokens,
         "stop": list(task.stop),
-        "healed": subject is not None and subject.tokenizer.heals,
+        "healed": evaluated is not None and evaluated.tokenizer.heals,
         "sampling": None
         if settings.temperature == 0
         else {key: getattr(how, key) for key in ("temperature", "top_k", "top_p", "seed")},
     }
     if task.problems is not None:
         return about | run_programs(task, predictions, settings)
-    if data is None:
+    if evaluation.data is None:
         about["without"] = "no n-gram model and no nearest training example: no training text is at hand"
     names = metric_names(settings.metrics)
-    found = scored(task.suite, examples, predictions, names, settings.language, settings.seed, models)
+    found = scored(
+        task.suite, examples, predictions, names, settings.language, settings.seed, evaluation.models
+    )
     return about | found | {"draws": settings.samples_per_example}
+
+
+def model_predictions(
+    evaluation: Evaluation, task: Task, system: str, how: GenerationConfig
+) -> tuple[Predictions, Kept]:
+    """Return the predictions of the model, or of its base, and the file that keeps them."""
+    settings, evaluated, name = evaluation.settings, evaluation.evaluated, task.suite.name
+    assert evaluated is not None
+    completion = CompletionSettings(
+        task.max_new_tokens,
+        evaluated.model.config.block_size if name in OF_FILES else evaluated.length,
+        evaluated.precision,
+        settings.batch_size,
+        how,
+        settings.samples_per_example,
+    )
+    made_by = made_by_of(evaluated, task, system, completion)
+    kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
+    total = len(task.examples) * settings.samples_per_example
+    with (
+        nullcontext() if system == "model" else adapters_disabled(evaluated.model),
+        progress(f"{name}, {system}", total, kept) as bar,
+    ):
+        made = complete(
+            evaluated.model, evaluated.tokenizer, task.examples, task.cut, completion, kept, bar.update
+        )
+    return made, kept
+
+
+def made_by_of(
+    evaluated: EvaluatedModel, task: Task, system: str, completion: CompletionSettings
+) -> dict[str, Any]:
+    """Return all that decides a system's predictions, by which they are kept; plain data."""
+    return {
+        "system": system,
+        "suite": task.suite.name,
+        "weights": evaluated.weights,
+        "tokenizer": evaluated.tokenizer.fingerprint,
+        "examples": [[e.id, e.prompt, e.suffix, e.reference] for e in task.examples],
+        "how": dataclasses.asdict(completion.generation),
+        "draws": completion.draws,
+        "max_new_tokens": task.max_new_tokens,
+        "length": completion.length,
+        "precision": str(completion.precision.dtype),
+        "device": completion.precision.device.type,
+        "torch": torch.__version__,
+        "code": code_fingerprint(),
+    }
+
+
+def ngram_predictions(evaluation: Evaluation, task: Task) -> Predictions:
+    """Complete a suite's examples by the n-gram model, which reads on from what stands before a gap.
+
+    In training on examples it has seen gaps whole, and is shown them so.
+    """
+    baseline, evaluated, data = evaluation.baseline, evaluation.evaluated, evaluation.data
+    assert baseline is not None and evaluated is not None and data is not None
+    examples = task.examples
+    if not data.test.holds_examples:
+        examples = [dataclasses.replace(example, suffix=None) for example in examples]
+    return ngram_complete(
+        baseline, evaluated.tokenizer, examples, task.cut, task.max_new_tokens, evaluated.length, task.stop
+    )
 
 
 @contextmanager
 def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
-    """A bar of texts; where nobody watches, a line."""
+    """Show a progress bar of texts; where the output is no terminal, print a line."""
     if not sys.stderr.isatty():
         print(f"{what}: {total:,} texts", file=sys.stderr)
     with tqdm(total=total, desc=what, unit=" texts", disable=None, leave=False) as bar:
@@ -466,8 +506,8 @@ def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
         )
 
 
-def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
-    """The metric `semantic`, if it is asked for: by a model named for it, or by the subject's own base."""
+def judges(evaluated: EvaluatedModel | None, settings: EvalConfig) -> dict[str, Metric]:
+    """Return the metric `semantic`, if requested, by a model named for it or the evaluated one's base."""
     if "semantic" not in metric_names(settings.metrics):
         return {}
     if settings.embedding_model is not None:
@@ -476,17 +516,17 @@ def judges(subject: Subject | None, settings: EvalConfig) -> dict[str, Metric]:
             raise ValueError(f"{settings.embedding_model} has no tokenizer; name a model's whole folder")
         name = f"{Path(settings.embedding_model).name}, weights {found.fingerprint[:12]}"
         judge = Judge(found.model, found.tokenizer, name, settings.embedding_layer)
-    elif subject is None:
+    elif evaluated is None:
         raise ValueError("semantic needs a model, and only predictions are here; name one: --embedding_model")
     else:
-        name = f"{'its base' if subject.adapted else 'the model itself'}, weights {subject.weights[:12]}"
-        base = partial(adapters_disabled, subject.model) if subject.adapted else nullcontext
-        judge = Judge(subject.model, subject.tokenizer, name, settings.embedding_layer, base)
+        name = f"{'its base' if evaluated.adapted else 'the model itself'}, weights {evaluated.weights[:12]}"
+        base = partial(adapters_disabled, evaluated.model) if evaluated.adapted else nullcontext
+        judge = Judge(evaluated.model, evaluated.tokenizer, name, settings.embedding_layer, base)
     return {"semantic": judge.metric()}
 
 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
-    """Judged one by one in the sandbox, under a bar."""
+    """Judge the predicted programs one by one in the sandbox, under a bar, and return their record."""
     total = sum(len(texts) for made in predictions.values() for texts in made.draws)
     with tqdm(total=total, desc="judged", unit=" programs", disable=None, leave=False) as bar:
         return programs.judged(
@@ -499,7 +539,7 @@ def write_evaluation(settings: EvalConfig) -> None:
     if settings.report is not None:
         print(f"written to {rewrite_page(Path(settings.report))}")
         return
-    if settings.out is not None:  # that cannot be made is known before anything takes time
+    if settings.out is not None:  # A folder that cannot be made is told before anything takes time.
         Path(settings.out).mkdir(parents=True, exist_ok=True)
     try:
         result = evaluate(settings)

@@ -1,4 +1,4 @@
-"""Held-out Python functions and what a model makes of them, to look at."""
+"""Held-out Python functions and a model's completions of them, to look at."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from architecture import Decoder
 from data.tokenstore import TokenStore
 from modules.precision import Precision
-from suites.completing import complete
+from suites.completing import CompletionSettings, complete
 from suites.lines import divided, fitting
 from suites.scoring import Example
 from tokenizer import Tokenizer
 
-FUNCTION_LINES = range(2, 16)  # of the bodies shown as samples
+FUNCTION_LINES = range(2, 16)  # The numbers of lines that the body of a sample may have.
 
 
 def function_examples(
     store: TokenStore, tokenizer: Tokenizer, n: int, room: int, seed: int = 0
 ) -> list[Example]:
-    """Python functions to complete, one from a file: at most `n`, and none where no file is Python.
+    """Return at most `n` Python functions to complete, one from a file; none where no file is Python.
 
     The prompt holds the whole signature and ends with it, or with the docstring where there is one; the
-    reference is the rest of the body, of as many lines as FUNCTION_LINES allows. Arguments as for
+    reference is the rest of the body, of as many lines as FUNCTION_LINES allows. The arguments are those of
     `next_line_examples`.
     """
     draw = np.random.Generator(np.random.PCG64(seed))
@@ -48,7 +48,7 @@ def function_examples(
 
 
 def body_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Where the bodies of a Python file's functions stand, from the line after signature and docstring."""
+    """Yield the spans of function bodies in a Python file, from the line after signature and docstring."""
     lines, bodies = text.split("\n"), _bodies(text)
     for i in draw.permutation(len(bodies)):
         _, first, last = bodies[i]
@@ -57,17 +57,17 @@ def body_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]
 
 
 def _bodies(text: str) -> list[tuple[int, int, int]]:
-    """(its `def`, the body after the docstring, the line after it) of each function FUNCTION_LINES admits.
+    """Return three line numbers, counted from 0, of each function whose body FUNCTION_LINES admits.
 
-    All are line numbers counted from 0.
+    They are those of its `def`, of its body after the docstring, and of the line after the body.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in the corpus are not the user's
+            warnings.simplefilter("ignore")  # Invalid escapes in the corpus are no mistake of the user's.
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    if "\r" in text or "\f" in text:  # where Python's count of lines may differ
+    if "\r" in text or "\f" in text:  # Python may count the lines of such a text differently.
         return []
     found = []
     for node in ast.walk(tree):
@@ -89,13 +89,13 @@ def _signature_end(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _first_line(statement: ast.stmt) -> int:
-    """Decorators belong to the statement, but stand above its `lineno`."""
+    """Return a statement's first line, counted from 1; its decorators stand above its `lineno`."""
     decorators = getattr(statement, "decorator_list", [])
     return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
 
 
 def through_body(example: Example, text: str) -> str:
-    """Up to the line that is indented less than the reference begins."""
+    """Return the text up to the first line that is indented less than the reference's first line."""
     lines = text.split("\n")
     indent = len(example.reference) - len(example.reference.lstrip())
     for i, line in enumerate(lines[1:], 1):
@@ -105,8 +105,8 @@ def through_body(example: Example, text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A held-out function and what the model makes of it; `prompt` begins with the `def`."""
+class CompletedFunction:
+    """A held-out function and a model's completion of it; `prompt` begins with the `def`."""
 
     name: str
     line: int
@@ -123,17 +123,18 @@ def sample_completions(
     precision: Precision,
     n: int = 3,
     seed: int = 0,
-) -> list[Sample]:
-    """Greedy completions of held-out Python functions, to look at.
+) -> list[CompletedFunction]:
+    """Complete held-out Python functions greedily, to look at.
 
     Args:
         length: Most tokens of a prompt and its completion.
-        store, n, seed: As for `function_examples`.
+        store, n, seed: The arguments of `function_examples`.
     """
     max_new_tokens, room = divided(length, 128)
     examples = function_examples(store, tokenizer, n, room, seed)
-    completions = complete(model, tokenizer, examples, through_body, max_new_tokens, length, precision).texts
+    settings = CompletionSettings(max_new_tokens, length, precision)
+    completions = complete(model, tokenizer, examples, through_body, settings).texts
     return [
-        Sample(e.name, e.where, e.prompt[e.start :], e.reference, completion)
+        CompletedFunction(e.name, e.where, e.prompt[e.start :], e.reference, completion)
         for e, completion in zip(examples, completions, strict=True)
     ]

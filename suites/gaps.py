@@ -17,14 +17,14 @@ from suites.baselines import Spans, last_lines, nearest_place, places_of
 from suites.scoring import SUITES, Example
 from suites.task import Given, Task, held_out
 
-LINE_TOKENS, GAP_TOKENS = 64, 256  # most of a line, and of several or of a piece
+LINE_TOKENS, GAP_TOKENS = 64, 256  # The most tokens of a line, and of several lines or a piece.
 MOST_LINES = 8
-MOST_CHARACTERS = 300  # of a piece
-CONTEXT_TOKENS = 4  # characters a token, at the least, where prompts are cut before they are encoded
+MOST_CHARACTERS = 300  # The most characters of a piece.
+CONTEXT_TOKENS = 4  # Characters that are taken for a token where prompts are cut before they are encoded.
 
 
 def line_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Lines that are not blank, without their line break."""
+    """Yield the spans of lines that are not blank, without their line break."""
     starts = _line_starts(text)
     for i in draw.permutation(len(starts) - 1):
         start, end = starts[i], starts[i + 1] - 1
@@ -33,7 +33,7 @@ def line_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]
 
 
 def several_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Two to MOST_LINES lines, the first and last of them not blank, without the last line break."""
+    """Yield spans of two to MOST_LINES lines, the first and last not blank, without the last line break."""
     starts = _line_starts(text)
     filled = [bool(text[a:b].strip()) for a, b in pairwise(starts)]
     for i in draw.permutation(len(filled)):
@@ -43,7 +43,10 @@ def several_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, i
 
 
 def piece_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Between any two places, not inside a CR LF or a surrogate pair, and no more than MOST_CHARACTERS."""
+    """Yield spans of at most MOST_CHARACTERS between any two characters.
+
+    No span begins or ends inside a CR LF or a surrogate pair.
+    """
     for start in draw.permutation(len(text)).tolist():
         end = start + int(draw.integers(1, MOST_CHARACTERS + 1))
         if end <= len(text) and text[start:end].strip() and _between(text, start) and _between(text, end):
@@ -51,7 +54,7 @@ def piece_spans(text: str, draw: np.random.Generator) -> Iterator[tuple[int, int
 
 
 def _line_starts(text: str) -> list[int]:
-    """Places where lines start, and the one after the text as if it ended with a line break."""
+    """Return the places where lines start, and the one after the text as if it ended with a line break."""
     lengths = np.array([len(line) + 1 for line in text.split("\n")])
     return [0, *np.cumsum(lengths).tolist()]
 
@@ -62,10 +65,10 @@ def _between(text: str, place: int) -> bool:
 
 
 def gap_examples(given: Given, name: str, spans: Spans) -> list[Example]:
-    """One gap drawn from each file, then a second one, until there are enough, or no more.
+    """Sample one gap from each file, then a second one, until there are enough, or no more.
 
-    A prompt holds so much of the file around the gap, in characters, as rows may show; tokens are trimmed
-    when it is asked. `where` is the character at which the gap starts, from 1.
+    A prompt holds as much of the file around the gap, in characters, as rows may show; it is trimmed to
+    tokens when it is completed. `where` is the character at which the gap starts, from 1.
     """
     data, tokenizer, n = held_out(given, name)
     if data.test.holds_examples:
@@ -73,7 +76,7 @@ def gap_examples(given: Given, name: str, spans: Spans) -> list[Example]:
             f"the suite {name} takes gaps out of plain files, and this run's are prompts and completions; "
             "leave it out, or ask for pairs"
         )
-    fim_markers(tokenizer, f"the suite {name} cannot be asked; leave it out")
+    fim_markers(tokenizer, f"the suite {name} cannot be evaluated; leave it out")
     draw = np.random.Generator(np.random.PCG64(given.seed))
     reach = 2 * CONTEXT_TOKENS * given.length
 

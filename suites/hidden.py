@@ -3,10 +3,10 @@
     judge = Judge(model, tokenizer, "the base of runs/a, weights 1f0c23d4", layer=0)
     scored(suite, examples, predictions, ["semantic"], models={"semantic": judge.metric()})
 
-In the style of CodeBERTScore (arXiv:2302.05527), by `metrics.semantic`: each token is matched to the nearest
-of the other side by cosine, and F1 is of the mean over both sides; no weights by rarity, no rescaling. Hidden
-states of one model are close to each other whatever the text, so that any two texts score high: read it
-beside its baselines, and never beside another model's or layer's.
+It is in the style of CodeBERTScore (arXiv:2302.05527), by `metrics.semantic`: each token is matched to the
+nearest of the other text by cosine, and F1 is of the means over both texts; there are no weights by rarity
+and no rescaling. Hidden states of one model are close to each other whatever the text, so that any two texts
+score high: read it beside its baselines, and never beside another model's or layer's.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Judge:
-    """A model whose hidden states are compared, in fp32 or what its weights are held in.
+    """A model whose hidden states are compared, in fp32 or the format that its weights are stored in.
 
     Args:
-        name: What it is, for the metric's signature.
+        name: The model's name in the metric's signature.
         layer: The block whose output is taken, from 1; 0 is what the head reads, after the last norm.
-        base: Makes the context in which `model` is to be run, as one without its adapters.
+        base: Makes the context in which `model` is run, such as one without its adapters.
     """
 
     model: Decoder
@@ -51,7 +51,7 @@ class Judge:
             )
 
     def vectors(self, text: str) -> np.ndarray:
-        """(tokens, C) of the text alone without its start token, as many as the model has room for."""
+        """Return a text's hidden states, (tokens, C), without its start token, cut to the model's room."""
         start = self.tokenizer.start_id
         ids = [] if start is None else [start]
         ids = (ids + self.tokenizer.encode(text))[: self.model.config.block_size]
@@ -74,8 +74,8 @@ class Judge:
         return kept[0][0, skipped:].double().cpu().numpy()
 
     def similarity(self, prediction: str, reference: str) -> float:
-        """100 times F1, at least 0; equal texts have 100."""
-        if prediction == reference:  # also where a text has no token
+        """Return 100 times F1, at least 0; equal texts have 100, also those without a token."""
+        if prediction == reference:
             return 100.0
         pair = prediction, reference
         if pair not in self._known:
@@ -84,6 +84,7 @@ class Judge:
         return self._known[pair]
 
     def metric(self) -> Metric:
+        """Return the metric `semantic` by this model and layer."""
         where = f"layer {self.layer} of {len(self.model.blocks)}" if self.layer else "the head's input"
         room = f"the first {self.model.config.block_size} tokens"
         says = f"F1 of greedy cosines, hidden states of {self.name}, {where}, {room}, no idf, no rescaling"

@@ -5,9 +5,9 @@
     kept.add({(3, 0): ("return x", "eos")})
     kept.remove()                              # once they stand in eval.json
 
-The file is named by a hash of everything that decides a prediction, so another checkpoint, example or
-setting never meets it. It lies in this machine's own cache and not in the run: a run may be a stranger's, and
-then its predictions would be too.
+The file is named by a hash of everything that decides a prediction, so that another checkpoint, example or
+setting has another file. It lies in this machine's own cache and not in the run: a run may be a stranger's,
+and then its predictions would be too.
 """
 
 from __future__ import annotations
@@ -20,28 +20,32 @@ from typing import Any
 
 from data.cache import InUse, say_damaged
 
-_CHECKSUM = 16  # hexadecimal digits of a line's SHA-256
+_CHECKSUM = 16  # Hexadecimal digits of a line's SHA-256 that are stored.
 
-Made = dict[tuple[int, int], tuple[str, str]]  # (example, draw) -> its text, and how that ended
+Draw = tuple[int, int]  # the number of an example, and the number of one of its texts
+Made = dict[Draw, tuple[str, str]]  # the text of each draw, and how it ended
 
 
 class Kept:
     """The predictions of one system for one suite.
 
     Args:
-        folder: Where the files lie.
-        name: Of suite and system, for people to read.
-        made_by: Plain values: all that decides a prediction.
+        folder: The folder of the files.
+        name: The names of suite and system, for people to read.
+        made_by: All that decides a prediction, as plain values.
     """
 
     def __init__(self, folder: Path, name: str, made_by: dict[str, Any]):
         key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
         self.path = folder / f"eval-{name}-{key[:32]}.jsonl"
-        self.reused = 0  # predictions that `read` found
+        self.reused = 0  # The number of predictions that `read` found.
         self._in_use: InUse | None = None
 
     def read(self, n_examples: int, draws: int) -> Made:
-        """What is there. Lines that a kill cut or that were changed since are not; how many is said."""
+        """Read the predictions that are there.
+
+        Lines that a kill cut, or that were changed since, are left out, and their number is printed.
+        """
         made: Made = {}
         try:
             self._in_use = self._in_use or InUse(self.path)
@@ -82,7 +86,7 @@ class Kept:
         with open(self.path, "ab+", buffering=0) as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # after a line that a kill cut
+                if file.read(1) != b"\n":  # The last line was cut by a kill.
                     data = b"\n" + data
             file.write(data)
         self._in_use = self._in_use or InUse(self.path)

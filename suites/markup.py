@@ -11,14 +11,14 @@ import re
 
 from rapidfuzz.distance import Indel
 
-SHOWN = 20_000  # characters of a text; eval.json has the rest
+SHOWN = 20_000  # Characters of a text that are shown; eval.json has the rest.
 _UNIT = re.compile(r"\w+|\s|[^\w\s]")
-# What is not printable by Unicode: controls, marks of direction, surrogates, unassigned and private ones.
+# Characters between line breaks and tabs, which stay as they are.
 _LINE = re.compile(r"[^\n\t]+")
 
 
 def escaped(text: str) -> str:
-    """HTML of a text, with no character in it that is not seen: those are named, as in <u>U+202E</u>.
+    """Return a text as HTML in which every invisible character is named, as in <u>U+202E</u>.
 
     The result holds neither a lone surrogate nor a control character but line break and tab, so it can be
     written as UTF-8, and nothing in it is markup.
@@ -35,19 +35,19 @@ def _line(text: str) -> str:
 
 
 def shortened(text: str, limit: int = SHOWN) -> tuple[str, str]:
-    """(its beginning, what is said of the rest, or "")."""
+    """Return the beginning of a text, and a note on the rest of it, or ""."""
     if len(text) <= limit:
         return text, ""
     return text[:limit], f"{len(text) - limit:,} more characters are in eval.json"
 
 
 def tail(text: str, lines: int, limit: int = 2_000) -> str:
-    """Its last lines, and of those the last `limit` characters."""
+    """Return the last lines of a text, and of those the last `limit` characters."""
     return "\n".join(text[-limit:].split("\n")[-lines:])
 
 
 def marked(text: str, other: str, tag: str) -> str:
-    """HTML of a text in which the words that are not in `other`, in order, stand in a tag.
+    """Return a text as HTML in which words that `other` lacks, in order, stand in a tag.
 
     Words, marks and white space are compared (Indel, the least insertions and deletions).
     """

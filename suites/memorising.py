@@ -1,17 +1,18 @@
-"""Text that a model repeats: of every prediction the longest run of tokens that stands in a training file.
+"""Text that a model repeats: the longest run of tokens of every prediction that stands in a training file.
 
     found = longest_runs([tokenizer.encode(text) for text in texts], data.train)
     print(memory_table(memorisation(record, data.train, tokenizer, source)))
 
-Any text shares runs with a large corpus, so the references' own runs stand beside: what a model has above
-those is what it repeats. Two passes over the training tokens find them, whatever their length; what is held
-in memory is the predictions' side and one batch. No torch.
+Any text shares runs with a large corpus, so the references' own runs stand beside: a model repeats what
+exceeds those. Two passes over the training tokens find runs of any length; memory holds the predictions and
+one batch of training documents. No torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +26,20 @@ from suites.records import texts_of
 from suites.scoring import aligned
 from tokenizer import Tokenizer
 
-LEAST = 8  # tokens; shorter runs are found in any text
+LEAST = 8  # Tokens of the shortest run; shorter ones are found in any text.
 LISTED = 10
-LONG = 50  # tokens, the length that Carlini et al. 2022 (arXiv:2202.07646) call extracted
-_ROWS = 2**16  # pairs of places that are compared at a time
+LONG = 50  # Tokens of a run that Carlini et al. 2022 (arXiv:2202.07646) call extracted.
+_ROWS = 2**16  # Pairs of places that are compared at a time.
 LICENCE_FIELDS = "licence", "license"
 
 
-class Run(NamedTuple):
+class RepeatedRun(NamedTuple):
     """The longest run of a text that stands in training.
 
     Args:
-        length: In tokens; 0 if it is below `LEAST`.
-        start: Its first token in the text.
-        document: Number of the first training document that holds it, -1 for none.
+        length: Its tokens; 0 if there are fewer than `LEAST`.
+        start: The place of its first token in the text.
+        document: The number of the first training document that holds it; -1 for none.
         times: How often training holds runs of this text that are as long.
     """
 
@@ -48,8 +49,8 @@ class Run(NamedTuple):
     times: int
 
 
-def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int = LEAST) -> list[Run]:
-    """For each text of token ids, its longest run of at least `least` ids inside one training document.
+def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int = LEAST) -> list[RepeatedRun]:
+    """Return for each text its longest run of at least `least` token ids inside one training document.
 
     First the runs of `least`, 2 `least`, 4 `least`, ... tokens that stand in training are found by hash. A
     text's longest run begins with one of the largest of these lengths that it has, and is less than twice as
@@ -58,98 +59,115 @@ def longest_runs(texts: Sequence[Sequence[int]], train: TokenStore, least: int =
     values = mixed(
         np.arange(max(train.vocab_size, 1 + max((max(t) for t in texts if t), default=0)), dtype=np.uint64)
     )
-    ids = [np.asarray(text, np.int64) for text in texts]
-    ours = Batch([Units("", "", values[text], 0) for text in ids])
-    largest = np.zeros(len(texts), np.int64)  # the largest of the lengths that stands in training
+    ours = Batch([Units("", "", values[np.asarray(text, np.int64)], 0) for text in texts])
+    search = _Search(train, values, ours, [(0, 0, -1, 0)] * len(texts))
     lengths = []
     while (length := least << len(lengths)) <= max(map(len, texts), default=0):
         lengths.append(length)
     windows = {length: ours.windows(length) for length in lengths}
-    seen = {length: np.zeros(len(windows[length][0]), bool) for length in lengths}
-    for _, batch in _stream(train, values):
-        for length in lengths:
-            hit = np.isin(windows[length][1], batch.windows(length)[1])
-            seen[length] |= hit
-            if not hit.any():
-                break
+    found = search.found_in_training(windows)
+    # The largest length of which a text has a run in training, (texts,).
+    largest = np.zeros(len(texts), np.int64)
     for length in lengths:
-        of = ours.of[windows[length][0][seen[length]]]
-        largest[of] = length
-    best = [(0, 0, -1, 0)] * len(texts)
+        largest[ours.of[windows[length][0][found[length]]]] = length
     for length in lengths:
         places, hashes = windows[length]
-        kept = seen[length] & (largest[ours.of[places]] == length)
-        if kept.any():
-            _extend(best, ours, ids, places[kept], hashes[kept], length, train, values)
-    return [Run(*one) for one in best]
+        chosen = found[length] & (largest[ours.of[places]] == length)
+        if chosen.any():
+            search.extend(places[chosen], hashes[chosen], length)
+    return [RepeatedRun(*one) for one in search.best]
 
 
-def _stream(train: TokenStore, values: np.ndarray) -> Iterator[tuple[int, Batch]]:
-    """(number of its first document, batch) of all training documents, in order."""
-    units = (Units("", "", values[train.document(i)], 0) for i in range(train.n_documents))
-    first = 0
-    for batch in batches(units):
-        yield first, batch
-        first += len(batch.documents)
+@dataclass(frozen=True)
+class _Search:
+    """A search for the texts' runs in the training documents.
 
+    Args:
+        train: The training documents.
+        values: (words,) uint64, the hash of each token id.
+        ours: The texts.
+        best: The longest run of each text so far, by the fields of `RepeatedRun`.
+    """
 
-def _extend(
-    best: list[tuple[int, int, int, int]],
-    ours: Batch,
-    ids: list[np.ndarray],
-    places: np.ndarray,
-    hashes: np.ndarray,
-    length: int,
-    train: TokenStore,
-    values: np.ndarray,
-) -> None:
-    """Make the runs that begin at these places of ours as long as they go, and keep each text's longest."""
-    order = np.argsort(hashes, kind="stable")
-    places, hashes = places[order], hashes[order]
-    for first, batch in _stream(train, values):
-        theirs, found = batch.windows(length)
-        left = np.searchsorted(hashes, found, "left")
-        times = np.searchsorted(hashes, found, "right") - left
-        at = np.flatnonzero(times)
-        # One entry for each pair of a place there and a place here.
-        there = np.repeat(theirs[at], times[at])
-        within = np.arange(len(there)) - np.repeat(np.cumsum(times[at]) - times[at], times[at])
-        here = places[np.repeat(left[at], times[at]) + within]
-        for start in range(0, len(there), _ROWS):
-            _keep_longest(
-                best, ours, batch, here[start : start + _ROWS], there[start : start + _ROWS], length, first
-            )
+    train: TokenStore
+    values: np.ndarray
+    ours: Batch
+    best: list[tuple[int, int, int, int]]
 
+    def stream(self) -> Iterator[tuple[int, Batch]]:
+        """Yield all training documents in batches, in order, each with the number of its first document."""
+        train = self.train
+        units = (Units("", "", self.values[train.document(i)], 0) for i in range(train.n_documents))
+        first = 0
+        for batch in batches(units):
+            yield first, batch
+            first += len(batch.documents)
 
-def _keep_longest(
-    best: list[tuple[int, int, int, int]],
-    ours: Batch,
-    batch: Batch,
-    here: np.ndarray,
-    there: np.ndarray,
-    length: int,
-    first: int,
-) -> None:
-    text, document = ours.of[here], batch.of[there]
-    room = np.minimum(ours.ends[text] - here, batch.ends[document] - there)
-    run = np.zeros(len(here), np.int64)
-    going = np.arange(len(here))
-    for step in range(2 * length):
-        going = going[room[going] > step]
-        going = going[ours.ids[here[going] + step] == batch.ids[there[going] + step]]
-        if not len(going):
-            break
-        run[going] = step + 1
-    # Of equal ones the first in order stays; only the longest of each text are looked at one by one.
-    top = np.zeros(len(ours.documents), np.int64)
-    np.maximum.at(top, text, run)
-    for i in np.flatnonzero((run == top[text]) & (run >= length)).tolist():
-        number, size = int(text[i]), int(run[i])
-        longest, start, source, times = best[number]
-        if size > longest:
-            best[number] = size, int(here[i] - ours.starts[number]), first + int(document[i]), 1
-        elif size == longest:
-            best[number] = longest, start, source, times + 1
+    def found_in_training(self, windows: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, np.ndarray]:
+        """Return, for each length, which of our windows of that length have a hash that training has too.
+
+        Args:
+            windows: Our windows' places and hashes, by length, the shortest first.
+        """
+        found = {length: np.zeros(len(places), bool) for length, (places, _) in windows.items()}
+        for _, batch in self.stream():
+            for length, (_, hashes) in windows.items():
+                hit = np.isin(hashes, batch.windows(length)[1])
+                found[length] |= hit
+                if not hit.any():
+                    break
+        return found
+
+    def extend(self, places: np.ndarray, hashes: np.ndarray, length: int) -> None:
+        """Make the runs that begin at these places of ours as long as they go; keep each text's longest."""
+        order = np.argsort(hashes, kind="stable")
+        places, hashes = places[order], hashes[order]
+        for first, batch in self.stream():
+            theirs, found = batch.windows(length)
+            left = np.searchsorted(hashes, found, "left")
+            times = np.searchsorted(hashes, found, "right") - left
+            at = np.flatnonzero(times)
+            # One entry for each pair of a place there and a place here.
+            there = np.repeat(theirs[at], times[at])
+            within = np.arange(len(there)) - np.repeat(np.cumsum(times[at]) - times[at], times[at])
+            here = places[np.repeat(left[at], times[at]) + within]
+            for start in range(0, len(there), _ROWS):
+                rows = slice(start, start + _ROWS)
+                self.keep_longest(batch, first, here[rows], there[rows], length)
+
+    def keep_longest(
+        self, batch: Batch, first: int, here: np.ndarray, there: np.ndarray, length: int
+    ) -> None:
+        """Compare our places with theirs, pair by pair, token by token, and keep each text's longest run.
+
+        Args:
+            batch: Training documents.
+            first: The number of the first of them.
+            here: (pairs,) places in `ours`.
+            there: (pairs,) places in `batch`.
+            length: Tokens that a run has at least; it has less than twice as many.
+        """
+        ours = self.ours
+        text, document = ours.of[here], batch.of[there]
+        room = np.minimum(ours.ends[text] - here, batch.ends[document] - there)
+        run = np.zeros(len(here), np.int64)
+        going = np.arange(len(here))
+        for step in range(2 * length):
+            going = going[room[going] > step]
+            going = going[ours.ids[here[going] + step] == batch.ids[there[going] + step]]
+            if not len(going):
+                break
+            run[going] = step + 1
+        # Only the longest runs of each text are looked at one by one; of equal ones the first in order stays.
+        top = np.zeros(len(ours.documents), np.int64)
+        np.maximum.at(top, text, run)
+        for i in np.flatnonzero((run == top[text]) & (run >= length)).tolist():
+            number, size = int(text[i]), int(run[i])
+            longest, start, source, times = self.best[number]
+            if size > longest:
+                self.best[number] = size, int(here[i] - ours.starts[number]), first + int(document[i]), 1
+            elif size == longest:
+                self.best[number] = longest, start, source, times + 1
 
 
 # --- of an evaluation ----------------------------------------------------------------------------------
@@ -158,7 +176,7 @@ def _keep_longest(
 def memorisation(
     record: dict[str, Any], train: TokenStore, tokenizer: Tokenizer, source: str
 ) -> dict[str, Any]:
-    """What the models of a suite's record repeat, and the references beside; plain data.
+    """Return what the models of a suite's record repeat, with the references beside; plain data.
 
     Args:
         source: The corpus, for the licences of its files.
@@ -209,9 +227,10 @@ def memorisation(
     return {"least": LEAST, "systems": by_system, "longest": rows}
 
 
-def _stands_whole(text: str, run: Run, size: int, train: TokenStore, tokenizer: Tokenizer) -> bool:
-    """Whether all of a text stands where its longest run does. Its first and last characters may be parts of
-    other tokens there, by what is around them.
+def _stands_whole(text: str, run: RepeatedRun, size: int, train: TokenStore, tokenizer: Tokenizer) -> bool:
+    """Return whether all of a text stands where its longest run does.
+
+    The text's first and last characters may be parts of other tokens there, by what is around them.
     """
     if run.length == 0:
         return False
@@ -220,7 +239,7 @@ def _stands_whole(text: str, run: Run, size: int, train: TokenStore, tokenizer: 
 
 
 def memory_table(found: dict[str, Any]) -> str:
-    """How long the runs are, beside those of the references, and where the longest stand."""
+    """Return a table of how long the runs are, beside the references', and where the longest stand."""
     systems = found["systems"]
     rows = [["longest run in training", *systems]]
     for key, name in (
@@ -248,8 +267,10 @@ def memory_table(found: dict[str, Any]) -> str:
 
 
 def licences_of(source: str, names: set[str]) -> dict[str, str]:
-    """The licence of each of these documents, where the corpus records it: in the parts of one that was
-    scraped, or in rows with a field `licence` or `license`. Nothing is said of others.
+    """Return the licence of each of these documents by name, where the corpus records it.
+
+    A scraped corpus records it in its parts, others in rows with a field `licence` or `license`. Documents
+    without a record are left out.
     """
     path = Path(source)
     if (path / CORPUS).is_file():

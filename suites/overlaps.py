@@ -1,11 +1,11 @@
-"""How much of a suite's examples stands in the training text: what a model may know by heart.
+"""How much of a suite's examples stands in the training text, so that a model may know it by heart.
 
-    found = training_overlap(record, data.train, tokenizer)  # of a suite's record
+    found = training_overlap(record, data.train, tokenizer)
     print(overlap_line(found))
 
 Words and marks are compared, without white space (`shingles`). An example shares a run if one that ends in
-its reference stands in a training text; what stands before the reference is its context. Runs of 13 words are
-what GPT-3 looked for (arXiv:2005.14165, appendix C), of 50 what Lee et al. 2022 remove (arXiv:2107.06499).
+its reference stands in a training text; the run may begin in the text before the reference. GPT-3 looked for
+runs of 13 words (arXiv:2005.14165, appendix C), and Lee et al. 2022 remove runs of 50 (arXiv:2107.06499).
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from suites.scoring import Example
 from suites.stored import text_of_example
 from tokenizer import Tokenizer
 
-VERSION = 1  # part of a cached result's key: raise it when the same texts would give another one
-RUNS = 13, 50  # words
-# Of more training text documents are read that are spread evenly: 1.5 MB take a second.
+VERSION = 1  # A part of a cached result's key: raise it when the same texts would give another result.
+RUNS = 13, 50  # Words of a run.
+# Bytes of training text beyond which only evenly spread documents are read: 1.5 MB take a second.
 READ_BYTES = 2**26
 
 
 def training_overlap(record: dict[str, Any], train: TokenStore, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What of the examples stands in the training text; plain data, cached beside the store.
+    """Return how much of the examples stands in the training text; plain data, cached beside the store.
 
     Returns:
-        `read` and `of` training documents; `runs`: for 13 and 50 words the numbers, from 1, of the examples
-        that share one; `exact`: of those whose reference is a line of a training file or, where training has
-        examples, one of its completions; `near`: how many completions of 16 words or more are near
-        duplicates of one or stand inside it, None of plain text.
+        `read` and `of`: how many training documents were read, and how many there are.
+        `runs`: for 13 and 50 words the numbers, from 1, of the examples that share such a run.
+        `exact`: the numbers of those whose reference is a line of a training file or, where training has
+            examples, one of its completions.
+        `near`: how many completions of 16 words or more are near duplicates of a training completion, or
+            stand inside one; None of plain text.
     """
     examples = examples_of(record)
     key = hashlib.sha256(f"{VERSION} {leaks.VERSION}".encode())
@@ -62,8 +64,7 @@ def _overlap(examples: Sequence[Example], train: TokenStore, tokenizer: Tokenize
     ours = Batch([_units(words, e.id, _before(e), e.reference) for e in examples])
     references = {" ".join(e.reference.split()) for e in examples}
     exact: set[str] = set()
-    # (run, hashes, the example of each): runs that end in a reference.
-    wanted = []
+    wanted = []  # (words, hashes, example of each hash) of the runs that end in a reference
     for run in RUNS:
         places, hashes = ours.windows(run)
         ending = places + run > ours.scored_from[ours.of[places]]
@@ -82,8 +83,8 @@ def _overlap(examples: Sequence[Example], train: TokenStore, tokenizer: Tokenize
             yield Document(train.names[number], text, "", prompt)
 
     def counted(batch: Batch) -> None:
-        for (run, hashes, _), seen in zip(wanted, found, strict=True):
-            seen |= np.isin(hashes, batch.windows(run)[1])
+        for (run, hashes, _), shared in zip(wanted, found, strict=True):
+            shared |= np.isin(hashes, batch.windows(run)[1])
 
     def read() -> Iterator[Document]:
         pending: list[Units] = []
@@ -99,8 +100,8 @@ def _overlap(examples: Sequence[Example], train: TokenStore, tokenizer: Tokenize
 
     near = None
     if train.holds_examples:
-        held = [Document(e.id, e.reference, "", _before(e)) for e in examples]
-        compared = overlap(read(), held)
+        completions = [Document(e.id, e.reference, "", _before(e)) for e in examples]
+        compared = overlap(read(), completions)
         near = compared.near + compared.contained
     else:
         for _ in read():
@@ -113,24 +114,24 @@ def _overlap(examples: Sequence[Example], train: TokenStore, tokenizer: Tokenize
         "exact": [i for i, e in enumerate(examples, 1) if " ".join(e.reference.split()) in exact],
         "near": near,
         "runs": {
-            str(run): (np.unique(of[seen]) + 1).tolist()
-            for (run, _, of), seen in zip(wanted, found, strict=True)
+            str(run): (np.unique(of[shared]) + 1).tolist()
+            for (run, _, of), shared in zip(wanted, found, strict=True)
         },
     }
 
 
 def _before(example: Example) -> str:
-    """What is known before the reference; a suffix stands in its place, so that runs end in the reference."""
+    """Return the text before the reference; a suffix comes first, so that runs end in the reference."""
     return "\n".join(part for part in (example.suffix, example.prompt) if part)
 
 
 def _units(words: Words, name: str, before: str, text: str) -> Units:
-    asked = words.ids(before)
-    return Units(name, "", np.concatenate((asked, words.ids(text))), len(asked))
+    context = words.ids(before)
+    return Units(name, "", np.concatenate((context, words.ids(text))), len(context))
 
 
 def overlap_line(found: dict[str, Any]) -> str:
-    """One sentence, to stand below the scores."""
+    """Return the overlap in one sentence, to stand below the scores."""
     n = found["examples"]
     what = "lines of training files" if found["plain"] else "completions of training"
     near = "" if found["near"] is None else f", {found['near']} near duplicates (from {NEAR:.0%}) of them"

@@ -22,30 +22,30 @@ from suites.markup import escaped, marked, shortened, tail
 from suites.records import DAMAGED, not_whole, scored_again, texts_of
 from suites.scoring import NAMED, SUITES, records_of
 
-SAMPLES = 1_000  # on a page; eval.json has them all
-PROMPT_LINES = 14  # of a prompt that are shown at first
-# What is shown elsewhere on the page, or is one number a sample or a document.
+SAMPLES = 1_000  # The most samples on a page; eval.json has them all.
+PROMPT_LINES = 14  # Lines of a prompt that are shown at first.
+# Keys that are shown elsewhere on the page, or have a number for each sample or document.
 NOT_SHOWN = {"suite", "more_suites", "prompts", "documents"}
 FACTS = ("command", "run", "step", "side", "files", "bytes", "precision")
-WIDTH, ROW, LABEL = 760, 22, 150  # of a plot, in its own units
+WIDTH, ROW, LABEL = 760, 22, 150  # The width of a plot, the height of a row, and the width of its labels.
 
 
 def write_page(path: Path, record: dict[str, Any], printed: str) -> Path:
-    """Write the page beside an eval.json, as `eval.html`, or FILE.eval.html: its path."""
+    """Write the page beside an eval.json, with the suffix .html, and return its path."""
     page = path.with_suffix(".html")
     write_atomically(page, page_of(record, printed))
     return page
 
 
 def page_of(record: dict[str, Any], printed: str) -> str:
-    """The page of an evaluation.
+    """Return the page of an evaluation as HTML.
 
     Args:
-        record: What eval.json holds; it may be a stranger's.
+        record: The contents of an eval.json, which may be a stranger's.
         printed: The tables, as the terminal has them.
 
     Raises:
-        ValueError: it is no whole record.
+        ValueError: It is no whole record.
     """
     try:
         suites = {SUITES[suite["suite"]].title + worded: suite for worded, suite in records_of(record)}
@@ -79,8 +79,8 @@ def page_of(record: dict[str, Any], printed: str) -> str:
 
 
 def sample_scores(suite: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """By metric and system, the score of each of the first SAMPLES samples, from its own predictions."""
-    if SUITES[suite["suite"]].runs:  # those left out have a row of their own here
+    """Score each of the first SAMPLES samples from its own predictions, by metric and system."""
+    if SUITES[suite["suite"]].runs:  # Problems that cannot be judged have a row here too.
         return {
             "passed": {
                 system: [
@@ -109,14 +109,14 @@ def _hash(text: str) -> str:
 
 def _plots(title: str, suite: dict[str, Any], by_sample: dict[str, dict[str, list[float]]]) -> str:
     plots = [_interval_plot(title, suite)]
-    # Of a score that is all or nothing the curve is a step that says no more than the interval.
+    # The curve of a score that is all or nothing is a step that says no more than the interval.
     graded = [name for name in by_sample if name in METRICS and not METRICS[name].all_or_nothing]
     plots += [_curve_plot(title, name, by_sample[name]) for name in graded[:1]]
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
 def _interval_plot(title: str, suite: dict[str, Any]) -> str:
-    """A row for each metric and system: its score, with its 95% interval."""
+    """Draw a row for each metric and system: its score, with its 95% interval."""
     rows, systems = [], list(suite["scores"])
     top = 20
     for name in suite["signatures"]:
@@ -137,7 +137,7 @@ def _interval_plot(title: str, suite: dict[str, Any]) -> str:
 
 
 def _curve_plot(title: str, name: str, by_system: dict[str, list[float]]) -> str:
-    """The scores of the samples from the best to the worst, a line for each system."""
+    """Draw the scores of the samples from the best to the worst, a line for each system."""
     height, lines = 300, []
     for number, (system, values) in enumerate(by_system.items()):
         step = (WIDTH - LABEL - 140) / max(1, len(values) - 1)
@@ -171,10 +171,10 @@ def _across(value: float) -> float:
     return round(LABEL + min(max(float(value), 0.0), 100.0) / 100 * (WIDTH - LABEL - 160), 1)
 
 
-def _figure(title: str, drawn: str, height: int) -> str:
+def _figure(title: str, shapes: str, height: int) -> str:
     return (
         f"<figure><figcaption>{title}</figcaption>"
-        f'<svg viewBox="0 -6 {WIDTH} {height + 6}" role="img">{drawn}</svg></figure>'
+        f'<svg viewBox="0 -6 {WIDTH} {height + 6}" role="img">{shapes}</svg></figure>'
     )
 
 
@@ -184,7 +184,7 @@ def _figure(title: str, drawn: str, height: int) -> str:
 def _samples(
     suites: dict[str, dict[str, Any]], by_suite: dict[str, dict[str, dict[str, list[float]]]]
 ) -> str:
-    """The samples of all suites, by their titles, under one form."""
+    """Return the samples of all suites under one form, by which they are sorted and filtered."""
     systems = list(dict.fromkeys(system for suite in suites.values() for system in suite["scores"]))
     names = list(dict.fromkeys(name for found in by_suite.values() for name in found))
     articles, left_out = [], ""
@@ -206,7 +206,7 @@ def _samples(
         if one != subject
     )
     named = "".join(f"<option>{escaped(name)}</option>" for name in names)
-    asked = "".join(f"<option>{escaped(title)}</option>" for title in suites)
+    titles = "".join(f"<option>{escaped(title)}</option>" for title in suites)
     shown = "".join(
         f'<label><input type="checkbox" class="system" value="{number}" checked> {escaped(system)}</label>'
         for number, system in enumerate(systems)
@@ -216,12 +216,12 @@ def _samples(
 have</ins>.</p>
 <form id="controls" hidden>
 <label>find <input id="find" type="search" placeholder="text of any column"></label>
-<label>in <select id="suite"><option value="">all suites</option>{asked}</select></label>
+<label>in <select id="suite"><option value="">all suites</option>{titles}</select></label>
 <label>by <select id="metric">{named}</select></label>
 <label>of <select id="gain"><option value="">{escaped(subject)} itself</option>{against}</select></label>
 <label>from <input id="low" type="number" value="-100" min="-100" max="100" step="any"></label>
 <label>to <input id="high" type="number" value="100" min="-100" max="100" step="any"></label>
-<label>order <select id="order"><option value="0">as drawn</option><option value="1">worst first</option>
+<label>order <select id="order"><option value="0">as sampled</option><option value="1">worst first</option>
 <option value="-1">best first</option></select></label>
 <span>{shown}</span> <output id="count"></output>
 </form>
@@ -237,19 +237,19 @@ def _article(
     systems: Sequence[str],
     scores: dict[str, dict[str, float]],
 ) -> str:
-    """One sample: its prompt to the left, its reference and what each system made of it to the right.
+    """Return one sample: its prompt to the left, its reference and each system's predictions to the right.
 
     Args:
-        suite: Its title.
+        suite: The title of its suite.
         own: The systems of this suite.
-        systems: Those of all suites, by whose numbers columns are coloured and shown.
+        systems: The systems of all suites, by whose numbers columns are coloured and shown.
     """
     prompt, reference = sample["prompt"], sample["reference"]
     draws = {system: texts_of(sample, system) for system in own}
     end = tail(prompt, PROMPT_LINES)
     whole = ""
     if end != prompt:
-        # Its end is what counts: of a long prompt the beginning is left to eval.json.
+        # The end of a prompt matters most: the beginning of a long one is left to eval.json.
         kept, rest = shortened(prompt[::-1])
         note = f"<i>{rest}</i>" if rest else ""
         whole = f"<details><summary>all of it</summary>{note}<pre>\n{escaped(kept[::-1])}</pre></details>"
@@ -261,7 +261,7 @@ def _article(
     for system in own:
         i = systems.index(system)
         badges = " ".join(f"<b>{escaped(name)}</b> {values[system]:.1f}" for name, values in scores.items())
-        results = sample.get("results", {}).get(system, [])  # of programs, what became of each draw
+        results = sample.get("results", {}).get(system, [])  # The results of programs, one for each draw.
         for n, text in enumerate(draws[system]):
             name = system if len(draws[system]) == 1 else f"{system}, draw {n + 1}"
             said = [*([] if n else [badges]), *map(escaped, results[n : n + 1])]
@@ -281,7 +281,7 @@ def _text_and_note(text: str, other: str, tag: str) -> tuple[str, str]:
 
 
 def _column(name: str, badges: str, body: str, note: str = "", kind: str = "", number: int = -1) -> str:
-    # The parser drops a line break that comes right after <pre>, and a text may begin with one.
+    # HTML drops a line break that comes right after <pre>, and a text may begin with one.
     return (
         f'<section class="{kind}" data-system="{number}"><h4>{escaped(name)} <small>{badges}</small></h4>'
         f"<pre>\n{body}</pre>{note}</section>"

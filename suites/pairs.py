@@ -1,5 +1,6 @@
-"""Prompts, or gaps between two texts, and their completions: held-out examples of a run's own data, and those
-of a file, which any model can be asked.
+"""Examples of a prompt, or a gap between two texts, and its completion.
+
+They are held-out examples of a run's own data, or those of a file, which any model can complete.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from suites.baselines import copied, nearest
 from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.stored import text_of_example
-from suites.task import Given, Task, drawn, held_out, nearest_in_training
+from suites.task import Given, Task, held_out, nearest_in_training, sampled
 from tokenizer import Tokenizer
 
-COMPLETION_TOKENS = 512  # most of a prediction, where nothing else is said
+COMPLETION_TOKENS = 512  # The most tokens of a prediction, where --max_new_tokens does not say.
 
 
 def pair_examples(store: TokenStore, tokenizer: Tokenizer, n: int, seed: int = 0) -> list[Example]:
-    """At most `n` examples of the store, drawn by `seed`, as they were before tokenisation."""
+    """Sample at most `n` examples of the store by `seed`, as they were before tokenisation."""
     draw = np.random.Generator(np.random.PCG64(seed))
     chosen = draw.permutation(store.n_documents)[:n]
     return [text_of_example(store, tokenizer, int(number)) for number in chosen]
 
 
 def longest_completion(store: TokenStore) -> int:
-    """In tokens, its end included."""
+    """Return the tokens of the store's longest completion, its end included."""
     return int((np.diff(store.offsets) - store.prompt_lengths).max())
 
 
 def file_examples(file: str) -> list[Document]:
-    """The rows of a file of examples, in any form that training takes (`corpus.example_of`).
+    """Read the rows of a file of examples, in any form that training takes (`corpus.example_of`).
 
     Raises:
-        ValueError: it cannot be read, or holds plain text.
+        ValueError: It cannot be read, or holds plain text.
     """
     if not Path(file).exists():
         raise ValueError(f"{file} cannot be read: No such file or directory")
@@ -48,7 +49,7 @@ def file_examples(file: str) -> list[Document]:
         raise ValueError(f"{file} is no .jsonl, .jsonl.gz or .parquet file; give one with rows of examples")
     try:
         documents = list(read_documents(DataConfig(source=file)))
-    except ValueError as error:  # which speaks of training's flags
+    except ValueError as error:  # Its sentence names training's flags.
         said = str(error).replace("--data.source", "--suite_file")
         raise ValueError(re.sub(r"(,| or|, or|:) set --data\.[^,;]*", "", said)) from None
     if documents[0].prompt is None:
@@ -59,6 +60,7 @@ def file_examples(file: str) -> list[Document]:
 
 
 def task(given: Given) -> Task:
+    """Return the task of the suite pairs; ValueError where there is no run, or its files are plain text."""
     data, tokenizer, n = held_out(given, "pairs")
     if not data.test.holds_examples:
         raise ValueError(
@@ -72,7 +74,7 @@ def task(given: Given) -> Task:
             "nearest": nearest(examples, data.test, data.train, tokenizer),
             "empty": [""] * len(examples),
         }
-        # Where every example has a gap there is nothing to copy.
+        # There is nothing to copy where every example has a gap.
         return texts if all(e.suffix is not None for e in examples) else {"copy": copied(examples)} | texts
 
     limit = given.max_new_tokens or min(longest_completion(data.train), COMPLETION_TOKENS)
@@ -80,9 +82,10 @@ def task(given: Given) -> Task:
 
 
 def file_task(given: Given) -> Task:
+    """Return the task of the suite examples; ValueError where its file cannot be used."""
     if given.file is None:
-        raise ValueError("the suite examples is asked from a file; name it with --suite_file")
-    rows = drawn(list(enumerate(file_examples(given.file))), given)
+        raise ValueError("the suite examples takes its examples from a file; name it with --suite_file")
+    rows = sampled(list(enumerate(file_examples(given.file))), given)
     examples = [Example(d.name, number, d.prompt or "", d.text, d.suffix) for number, d in rows]
 
     def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:

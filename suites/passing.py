@@ -1,4 +1,4 @@
-"""pass@k of results that programs had, with intervals, as the scores of texts have them. No torch."""
+"""pass@k, with intervals, from the results of programs that were run. No torch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,29 @@ K = (1, 10, 100)
 def scores_of(
     examples: Sequence[Example], results: dict[str, list[list[str]]], left_out: dict[str, str], box: str
 ) -> dict[str, dict[str, Scored]]:
-    """pass@k of each system over the problems that can be judged, for the k that all have draws for."""
+    """Compute pass@k of each system over the problems that can be judged, for each k of K with enough draws.
+
+    Args:
+        examples: The problems.
+        results: (examples, draws) results of each system, "passed" or other words; the judged system first.
+        left_out: The problems that cannot be judged, and why.
+        box: The name of the sandbox.
+
+    Raises:
+        ValueError: Fewer than two problems can be judged.
+    """
     kept = [i for i, example in enumerate(examples) if example.name not in left_out]
     if len(kept) < 2:
         why = next(iter(left_out.values()), "there are no more")
         raise ValueError(f"{len(kept)} problems could be judged, and an interval needs at least 2: {why}")
-    origins = numbers_of([examples[i].origin for i in kept])  # gaps of one solution are not independent
+    origins = numbers_of([examples[i].origin for i in kept])  # Gaps of one solution are not independent.
     subject = next(iter(results))
     fewest = min(len(results[subject][i]) for i in kept)
     found: dict[str, dict[str, Scored]] = {}
     for system, rows in results.items():
         found[system] = {}
         for k in (k for k in K if k <= fewest):
-            # One that draws nothing has one text, which it would give again.
+            # A system that does not sample has one text, which it would give again.
             chances = [
                 100.0 * pass_at_k(n, c, k) if n > 1 else 100.0 * c
                 for n, c in ((len(rows[i]), rows[i].count("passed")) for i in kept)

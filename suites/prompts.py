@@ -1,8 +1,8 @@
-"""Other wordings of the prompts of held-out examples, by name: how much a score hangs on the wording.
+"""Other wordings of the prompts of held-out examples, which show how much a score depends on the wording.
 
 A row of examples may hold, beside the prompt that is trained on, others in a field
 `{"prompts": {"verbose": ..., "simple": ...}}`. `python eval.py --checkpoint RUN --prompts verbose,simple`
-asks for the same completions with each, and so does `--suite examples` of a file.
+evaluates the same examples with each wording, and so does `--suite examples` of a file.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from data.documents import Document
 from suites.scoring import Example
 
 
-def variant_names(asked: str) -> list[str]:
-    """The names in `asked`, between commas. Raises ValueError if one is there twice."""
-    names = [name.strip() for name in asked.split(",") if name.strip()]
+def variant_names(requested: str) -> list[str]:
+    """Return the names in `requested`, between commas; ValueError if one is there twice."""
+    names = [name.strip() for name in requested.split(",") if name.strip()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"--prompts names {twice[0]} twice: name each once")
@@ -26,14 +26,14 @@ def variant_names(asked: str) -> list[str]:
 def with_prompts(
     examples: Sequence[Example], documents: Iterable[Document], names: Sequence[str]
 ) -> dict[str, list[Example]]:
-    """For each name the examples with their prompt of that name.
+    """Return for each name the examples with their prompt of that name.
 
     Args:
-        examples: Of these documents, where `where` is their number.
-        documents: The held-out ones of a run, in the order of its store, or those of a file.
+        examples: Examples of these documents, whose `where` is the document's number.
+        documents: The held-out documents of a run, in the order of its store, or those of a file.
 
     Raises:
-        ValueError: an example has no prompt of a name, or it is not text.
+        ValueError: An example has no prompt of a name, or it is not text.
     """
     wanted = {example.where for example in examples}
     rows = {number: document for number, document in enumerate(documents) if number in wanted}

@@ -1,4 +1,4 @@
-"""What an eval.json holds, read back: its suites, and the statistics of every sample behind each score.
+"""Evaluations read back from an eval.json: its suites, and the statistics of every sample behind each score.
 
 No torch.
 """
@@ -15,7 +15,7 @@ from suites.scoring import SUITES, Example, mean_of_draws, origin_of
 
 
 def read_json(path: str | Path) -> Any:
-    """What a file holds that should be an eval.json, unchecked. Raises ValueError if it cannot be read."""
+    """Read a file that should be an eval.json, unchecked; ValueError if it cannot be read."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -27,7 +27,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """What an eval.json holds. Raises ValueError if it cannot be read, or holds something else."""
+    """Read an eval.json; ValueError if it cannot be read, or holds something else."""
     evaluation = read_json(path)
     if not isinstance(evaluation, dict):
         raise ValueError(f"{path} holds a JSON {type(evaluation).__name__}, and no evaluation")
@@ -35,7 +35,7 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
 
 
 def evaluation_files(place: Path) -> list[Path]:
-    """The evaluations in a run's folder: eval.json first, then those of suites with a file of their own.
+    """Return the evaluations in a run's folder: eval.json first, then those of suites with their own file.
 
     A file stands for itself, and a folder without evaluations for the eval.json that is missing.
     """
@@ -45,12 +45,12 @@ def evaluation_files(place: Path) -> list[Path]:
     return [path for path in files if path.exists()] or files[:1]
 
 
-# What reading a damaged record, or one of a stranger, may raise.
+# The errors that reading a damaged record, or one of a stranger, may raise.
 DAMAGED = (KeyError, TypeError, AttributeError, IndexError, OverflowError)
 
 
 def not_whole(what: str | Path, error: Exception) -> ValueError:
-    """What to raise where something in an eval.json is not as evaluation writes it."""
+    """Return the error to raise where something in an eval.json is not as evaluation writes it."""
     reason = f"it has no {error}" if isinstance(error, KeyError) else "a value in it is of another kind"
     return ValueError(f"{what} is no whole evaluation: {reason}; evaluate again")
 
@@ -58,12 +58,13 @@ def not_whole(what: str | Path, error: Exception) -> ValueError:
 def scored_again(
     record: dict[str, Any], systems: list[str] | None = None, most: int | None = None
 ) -> dict[str, dict[str, Scored]]:
-    """By system and metric the score of a record's own predictions, with a row for each sample; of programs,
-    by the results of their runs, with a row for each that could be judged.
+    """Score a record's own predictions again: the scores by system and metric, with a row for each sample.
+
+    Programs are scored by the stored results of their runs, with a row for each that could be judged.
 
     Args:
-        record: Of a suite.
-        systems: Which; all if None.
+        record: The record of a suite.
+        systems: The systems to score; all if None.
         most: How many of the samples, from the first; all if None.
     """
     suite, samples = SUITES[record["suite"]], record["samples"][:most]
@@ -93,7 +94,7 @@ def scored_again(
 
 
 def models_of(record: dict[str, Any]) -> dict[str, Metric]:
-    """The metrics of a record that a model computed, by the samples' scores that it holds."""
+    """Return the metrics of a record that a model computed, by the samples' stored scores."""
     clean, found = SUITES[record["suite"]].clean, {}
     for name, by_system in record.get("measured", {}).items():
         values = {
@@ -108,7 +109,7 @@ def models_of(record: dict[str, Any]) -> dict[str, Metric]:
 
 
 def examples_of(record: dict[str, Any]) -> list[Example]:
-    """What was asked."""
+    """Return the examples of a record."""
     return [
         Example(str(s["name"]), int(s["where"]), str(s["prompt"]), str(s["reference"]), s.get("suffix"))
         for s in record["samples"]
@@ -116,5 +117,5 @@ def examples_of(record: dict[str, Any]) -> list[Example]:
 
 
 def texts_of(sample: dict[str, Any], system: str) -> list[str]:
-    """All that a system drew for a sample."""
+    """Return all texts that a system has for a sample, one for each draw."""
     return [sample["predictions"][system], *sample.get("more", {}).get(system, [])]

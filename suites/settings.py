@@ -1,4 +1,4 @@
-"""What is evaluated and how, as a command line says it. No torch."""
+"""The settings of an evaluation, and its command line. No torch."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from config import make_parser
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is evaluated, and how.
+    """The settings of an evaluation.
 
     Args:
         checkpoint: Run folder, or one checkpoint inside it.
         model: In its place a published model, a folder or hub id, for suites with a file of their own.
         adapter: A PEFT folder for `model`.
         rescore: An eval.json whose predictions are scored again, in the place of a checkpoint.
-        report: An eval.json whose page is written again, likewise.
-        compare: Two or more run folders or eval.json files, whose scores are set side by side, likewise. With
-            `:NAME` behind one it is its predictions from prompts of that name.
+        report: An eval.json whose page is written again, in the place of a checkpoint.
+        compare: Two or more run folders or eval.json files whose scores are compared, in the place of a
+            checkpoint. `:NAME` behind one stands for its predictions from prompts of that name.
         suite: Names between commas: `next_token`; of held-out files `next_line`, `pairs` and `fim`; of a file
             of their own `humaneval`, `humaneval_infilling`, `mbpp`, `codexglue_method` and `codexglue_line`.
-            `examples` is rows of prompt and completion of `suite_file`, which any model can be asked. `fim`
-            stands for `fim_line`, `fim_lines` and `fim_span`. Empty for `next_token` and, by what the run's
-            data are, `next_line` or `pairs`.
-        suite_file: The published file of a suite; of `examples` your own .jsonl, .jsonl.gz or .parquet.
-        predictions: A JSONL file of predictions made elsewhere, one a line, that stand in for the model's.
+            `examples` is rows of prompt and completion of `suite_file`, which any model can complete. `fim`
+            stands for `fim_line`, `fim_lines` and `fim_span`. Empty stands for `next_token` and, by the run's
+            data, `next_line` or `pairs`.
+        suite_file: The published file of a suite; for `examples` your own .jsonl, .jsonl.gz or .parquet.
+        predictions: A JSONL file of predictions made elsewhere, one on each line, in place of the model's.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
-        samples: Examples of each suite; 0 leaves the scores of texts out. Not given it is 200 of held-out
-            files, and all of a suite's own file.
+        samples: Examples of each suite; 0 leaves the scores of texts out. By default 200 of held-out files,
+            and all of a suite's own file.
         max_new_tokens: Most tokens of a completion; 0 for the suite's own number: 64 for a line, for an
             example as many as the longest completion in training has, but no more than 512, and for a program
             512.
         stop: Strings that end a text and are no part of it, in the place of the suite's own.
-        temperature: Of sampling; 0 takes the most likely token.
+        temperature: Temperature of sampling; 0 takes the most likely token.
         top_k: Sample only among the k most likely tokens; 0 means all.
         top_p: Sample only from the nucleus that holds this much probability; 1 means all.
-        samples_per_example: Texts drawn for each example.
-        prompts: Names, between commas, of other wordings that rows of examples hold in their field `prompts`;
-            the completions are asked for with each.
+        samples_per_example: Texts sampled for each example.
+        prompts: Names, between commas, of other wordings that rows of examples store in their field
+            `prompts`; the examples are completed with each.
         memorisation: Look for the predictions in the training files, and say which runs stand there.
         metrics: Names of scores of texts, between commas, in the place of the suite's own.
-        embedding_model: Folder of the published model whose hidden states the metric `semantic` compares; not
-            given it is the base of the model that is evaluated, or that model itself.
+        embedding_model: Folder of the published model whose hidden states the metric `semantic` compares; by
+            default the base of the model that is evaluated, or that model itself.
         embedding_layer: Its layer, from 1; 0 for what its head reads.
-        language: Of the code, which only some metrics read.
-        seed: Of the choice of examples, of sampling and of the intervals.
-        batch_size: Rows at a time; not given, as many as memory is reckoned to have room for.
+        language: Language of the code, which only some metrics read.
+        seed: Seed of the choice of examples, of sampling and of the intervals.
+        batch_size: Rows at a time; by default as many as memory is estimated to have room for.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: `auto` (what the hardware computes natively), `bf16`, `fp16` or `fp32`.
         source: Where the files are now, if they moved; the fingerprint still has to match.
-        base: Where the base of a run with adapters is now, likewise.
+        base: Where the base of a run with adapters is now, if it moved; its fingerprint has to match too.
         cache: Folder for token stores, keyed by content, and for the predictions of an evaluation that was
             interrupted; the one that the run's config names is not touched.
-        out: Folder for eval.json; not given it is the run's own, and of a published model evals/NAME.
+        out: Folder for eval.json; by default the run's own, and evals/NAME for a published model.
         allow: `unsandboxed` runs programs where nothing isolates them; the scores then say so.
     """
 
@@ -95,9 +95,9 @@ class EvalConfig:
 
 
 def parse_settings(argv: list[str]) -> EvalConfig:
-    """The EvalConfig of a command line; a mistake prints one sentence and exits with 2.
+    """Parse a command line; a mistake prints one sentence and exits with 2.
 
-    Stop strings are taken as they are, where the parser would read them as YAML.
+    Stop strings are taken as they are; the parser would read them as YAML.
     """
     stop: list[str] = []
     words: list[str] = []
@@ -121,7 +121,7 @@ def parse_settings(argv: list[str]) -> EvalConfig:
 
 
 def several(words: list[str], flag: str) -> list[str]:
-    """The words with those that follow a flag made one list, as the parser reads it."""
+    """Return the words with all values that follow a flag joined to one list, as the parser reads it."""
     if flag not in words:
         return words
     start = words.index(flag) + 1
@@ -130,7 +130,7 @@ def several(words: list[str], flag: str) -> list[str]:
 
 
 def mistake(settings: EvalConfig) -> str | None:
-    """What is wrong with the settings by themselves, in one sentence."""
+    """Return a sentence on what is wrong with the settings by themselves, or None."""
     least = {"samples": 0, "max_new_tokens": 0, "batch_size": 1, "seed": 0, "samples_per_example": 1}
     for name, lowest in least.items():
         value = getattr(settings, name)

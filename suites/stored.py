@@ -1,4 +1,4 @@
-"""One example of a token store, as it was before tokenisation."""
+"""An example of a token store as the text that it was before tokenisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizer import Tokenizer
 
 
 def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Example:
-    """One example of the store; its texts come back as they were, which the store made sure of."""
+    """Return one example of the store, with its texts as they were: the store checked that when built."""
     ids = store.document(number).tolist()
     name, cut = store.names[number], int(store.cuts[number])
     if cut >= 0:
@@ -18,7 +18,7 @@ def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Exa
     prompt_length, gap = int(store.prompt_lengths[number]), int(store.suffix_places[number])
     reference = added_text(tokenizer, ids[:prompt_length], ids[prompt_length:])
     suffix = None
-    asked = ids[:prompt_length]
+    prompt = ids[:prompt_length]
     if gap:
-        asked, suffix = ids[store.gap_lead + 1 : gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
-    return Example(name, number, tokenizer.decode(asked), reference, suffix)
+        prompt, suffix = ids[store.gap_lead + 1 : gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
+    return Example(name, number, tokenizer.decode(prompt), reference, suffix)

@@ -1,8 +1,10 @@
-"""What every suite says of itself: examples, where their answers end, and the answers that take no model.
+"""The interface of a suite: its examples, where their answers end, and baselines that need no model.
 
-task = TASKS["fim_line"](Given(tokenizer, 512, 200, 0, 0, data))     # suites/tasks.py
-complete(model, tokenizer, task.examples, task.cut, task.max_new_tokens, ...)
-scored(task.suite, task.examples, {"model": ..., **answers(task.baselines(task.examples))})
+    task = TASKS["fim_line"](Given(tokenizer, 512, 200, 0, 0, data))
+    complete(model, tokenizer, task.examples, task.cut, settings)
+    scored(task.suite, task.examples, {"model": ..., **answers(task.baselines(task.examples))})
+
+`suites/tasks.py` has the suites by name.
 """
 
 from __future__ import annotations
@@ -21,20 +23,20 @@ from suites.completing import Cut, uncut
 from suites.scoring import Example, Predictions, Suite
 from tokenizer import Tokenizer
 
-HELD_OUT = 200  # examples of held-out files, where --samples does not say; of a suite's own file all
+HELD_OUT = 200  # Examples of held-out files by default; a suite's own file is evaluated whole.
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a suite makes its examples of.
+    """The input from which a suite makes its examples.
 
     Args:
-        tokenizer: The model's; None where predictions were made elsewhere.
+        tokenizer: The model's tokenizer; None where predictions were made elsewhere.
         length: Tokens of a row: of a prompt and its completion together.
         n: Most examples; None for as many as the suite has by itself.
-        seed: Of their choice.
+        seed: The seed of their choice.
         max_new_tokens: Most tokens of a completion; 0 for the suite's own number.
-        data: Of a run; None for a published model.
+        data: The data of a run; None for a published model.
         file: The suite's own file.
     """
 
@@ -49,17 +51,18 @@ class Given:
 
 @dataclass(frozen=True)
 class Task:
-    """What a suite asks of every system alike.
+    """The task that a suite gives every system.
 
     Args:
         suite: How it is scored.
-        examples: In the order of the predictions.
+        examples: The examples, in the order of the predictions.
         max_new_tokens: Most tokens of a completion.
-        wanted: What the examples are, in words.
-        baselines: The answers that take no model, one for each of the examples, or of these in other words.
-        cut: The part of a text that is the prediction.
+        wanted: The word for its examples.
+        baselines: Returns the answers of systems that need no model, one for each of the examples, or of
+            these in other words.
+        cut: Returns the part of a text that is the prediction.
         stop: Strings that end a text and are no part of it.
-        problems: Of a suite of programs, by their id, which is their example's name.
+        problems: The problems of a suite of programs by their id, which is their example's name.
     """
 
     suite: Suite
@@ -73,10 +76,10 @@ class Task:
 
 
 def held_out(given: Given, name: str) -> tuple[PreparedData, Tokenizer, int]:
-    """The run's data, its tokenizer, and how many examples to draw.
+    """Return the run's data, its tokenizer, and how many examples to sample.
 
     Raises:
-        ValueError: there is no run.
+        ValueError: There is no run.
     """
     if given.data is None or given.tokenizer is None:
         raise ValueError(
@@ -87,21 +90,21 @@ def held_out(given: Given, name: str) -> tuple[PreparedData, Tokenizer, int]:
 
 
 def rows_of(given: Given, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of the suite's file with their places for messages: all, or `n` drawn by the seed, in order.
+    """Read the rows of the suite's file with their places for messages: all, or `n` sampled, in order.
 
     Raises:
-        ValueError: no file is given, it cannot be read, or it is empty.
+        ValueError: No file is given, it cannot be read, or it is empty.
     """
     if given.file is None:
-        raise ValueError(f"the suite {name} is asked from a file; name it with --suite_file")
+        raise ValueError(f"the suite {name} takes its examples from a file; name it with --suite_file")
     rows = list(read_rows(Path(given.file)))
     if not rows:
         raise ValueError(f"{given.file} has no rows; give the published file of the suite {name}")
-    return drawn(rows, given)
+    return sampled(rows, given)
 
 
-def drawn(rows: list[Any], given: Given) -> list[Any]:
-    """`n` of them, in their order."""
+def sampled(rows: list[Any], given: Given) -> list[Any]:
+    """Sample `n` of the rows by the seed, in their order; all where there are no more."""
     if given.n is None or given.n >= len(rows):
         return rows
     draw = np.random.Generator(np.random.PCG64(given.seed))
@@ -109,17 +112,20 @@ def drawn(rows: list[Any], given: Given) -> list[Any]:
 
 
 def texts_of(where: str, row: dict[str, Any], *names: str) -> Iterator[str]:
-    """Fields of a row that must be text; ValueError for one that is not."""
+    """Return the fields of a row that must be text; ValueError for one that is not."""
     return (field_of(where, row, name, str) for name in names)
 
 
 def nearest_in_training(given: Given, examples: Sequence[Example], spans: Spans) -> dict[str, list[str]]:
-    """For a suite with a file: by the training text of a run; a published model's is not at hand."""
+    """Answer examples of a suite's own file with the nearest training text of a run.
+
+    The result is empty for a published model, whose training text is not at hand.
+    """
     if given.data is None or given.tokenizer is None:
         return {}
     return {"nearest": nearest_place(examples, places_of(given.data.train, given.tokenizer, spans))}
 
 
 def answers(systems: dict[str, list[str]]) -> dict[str, Predictions]:
-    """As predictions."""
+    """Return the texts of baselines as predictions, by system."""
     return {system: Predictions(texts) for system, texts in systems.items()}

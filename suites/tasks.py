@@ -1,4 +1,4 @@
-"""The suites by name, each made by the file that knows it."""
+"""The table of suites by name; each is defined by a file of its own."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ assert set(TASKS) == set(SUITES)
 OF_FILES = {"examples", "codexglue_method", "codexglue_line", "humaneval", "mbpp", "humaneval_infilling"}
 
 
-def suite_names(asked: str) -> tuple[str, ...]:
-    """The names in `asked`, between commas; `fim` stands for its three.
+def suite_names(requested: str) -> tuple[str, ...]:
+    """Return the suites that `requested` names, between commas; `fim` stands for its three.
 
     Raises:
-        ValueError: a name that no suite has, or the same one twice.
+        ValueError: No suite has a name, or one is named twice.
     """
     names: list[str] = []
-    for name in filter(None, map(str.strip, asked.split(","))):
+    for name in filter(None, map(str.strip, requested.split(","))):
         known = [TOKENS, *TASKS, *TOGETHER]
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

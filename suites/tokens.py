@@ -1,6 +1,6 @@
-"""Scores over every token of the held-out files: of the model, its base and the n-gram model.
+"""TokenScores over every token of the held-out files, by the model, its base and the n-gram model.
 
-Each comes with the sums of each document, of which `documents` makes intervals.
+Each comes with the sums of each document, from which `documents` computes intervals.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from dataset import IGNORE_INDEX, Batch, as_shown, numbered_batches, shown
 from modules.precision import Precision
 from training.loss import TokenScores, score
 
-# The n-gram model's training takes about 170 bytes a token at its peak; of more tokens, it gets evenly spread
-# documents.
+# The n-gram model's training takes about 170 bytes a token at its peak; where there are more tokens than
+# these, it reads evenly spread documents.
 BASELINE_TOKENS = 10_000_000
-SCORED_TOKENS = 2**20  # that the n-gram model scores at a time
+SCORED_TOKENS = 2**20  # Tokens that the n-gram model scores at a time.
 
 
-KEPT = "nats", "top1", "top5"  # of each document: its tokens' sum, and how many were hit
-Sums = dict[str, np.ndarray]  # by these, (n_documents,) each
+# Keys of an eval.json: each document's summed negative log-likelihood, and how many of its tokens were hit.
+KEPT = "nats", "top1", "top5"
+Sums = dict[str, np.ndarray]  # The values of these keys, (n_documents,) each.
 
 
 # --- scores --------------------------------------------------------------------------------------------
@@ -34,7 +35,12 @@ Sums = dict[str, np.ndarray]  # by these, (n_documents,) each
 def model_scores(
     model: Decoder, store: TokenStore, batch_size: int, row_length: int, precision: Precision
 ) -> tuple[TokenScores, Sums]:
-    """The model's scores, and the sums of each document."""
+    """Score every token by the model; return the scores and the sums of each document.
+
+    Args:
+        batch_size: Rows at a time.
+        row_length: Tokens of a row, as in training.
+    """
     sums = {key: np.zeros(store.n_documents) for key in KEPT}
     numbers: list[np.ndarray] = []
 
@@ -43,25 +49,25 @@ def model_scores(
             numbers.append(documents[(batch.labels != IGNORE_INDEX).numpy()])
             yield batch
 
-    def seen(batch: Batch, nats: Tensor, above: Tensor) -> None:
+    def on_batch(batch: Batch, nll: Tensor, target_rank: Tensor) -> None:
         owner = numbers.pop()
-        for key, of_tokens in zip(KEPT, (nats, above < 1, above < 5), strict=True):
+        for key, of_tokens in zip(KEPT, (nll, target_rank < 1, target_rank < 5), strict=True):
             np.add.at(sums[key], owner, of_tokens.double().cpu().numpy())
 
-    return score(model, batches(), precision, seen), sums
+    return score(model, batches(), precision, on_batch), sums
 
 
 def train_ngram(train: TokenStore) -> NGramModel:
-    """The baseline, from the train documents, or from evenly spread ones when they are very many."""
+    """Train the baseline on the train documents, or on evenly spread ones where there are very many."""
     stride = -(-train.n_tokens // BASELINE_TOKENS)
     documents = (train.document(number) for number in range(0, train.n_documents, stride))
     return NGramModel(documents, train.vocab_size)
 
 
 def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tuple[TokenScores, Sums]:
-    """The baseline's, over the same tokens as `loss.score` counts on `validation_batches`.
+    """Score by the baseline the tokens that `loss.score` counts on `validation_batches`.
 
-    Of examples these are the completions' tokens, each after as much of its prompt as a row shows.
+    The tokens of examples are those of completions, each after as much of its prompt as a row shows.
     """
     sums, tokens = {key: np.zeros(store.n_documents) for key in KEPT}, 0
     rows = shown(store, block_size)
@@ -78,12 +84,12 @@ def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tu
         for key, values in zip(KEPT, of_tokens, strict=True):
             np.add.at(sums[key], owner, values)
         tokens += len(labels)
-    nats, top1, top5 = (float(sums[key].sum()) for key in KEPT)
-    return TokenScores(nats, tokens, top1 / tokens, top5 / tokens), sums
+    nll, top1, top5 = (float(sums[key].sum()) for key in KEPT)
+    return TokenScores(nll, tokens, top1 / tokens, top5 / tokens), sums
 
 
 def _groups(store: TokenStore) -> Iterator[range]:
-    """Numbers of the documents, in groups of about SCORED_TOKENS."""
+    """Yield the numbers of the documents in groups of about SCORED_TOKENS."""
     start = 0
     while start < store.n_documents:
         end = int(np.searchsorted(store.offsets, store.offsets[start] + SCORED_TOKENS))
@@ -92,12 +98,13 @@ def _groups(store: TokenStore) -> Iterator[range]:
 
 
 def tokens_of(store: TokenStore, row_length: int) -> np.ndarray:
-    """(n_documents,) tokens of each document that bear loss."""
+    """Return the number of tokens of each document that are targets, (n_documents,)."""
     rows = shown(store, row_length)
     return np.maximum(rows.length - np.maximum(rows.prompt_length, 1), 0)
 
 
 def token_values(scores: TokenScores, n_bytes: int) -> dict[str, Any]:
+    """Return the scores by the keys of an eval.json; `n_bytes` is the length of the scored text."""
     return {
         "tokens": scores.tokens,
         "loss": scores.loss,

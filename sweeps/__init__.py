@@ -1,1 +1,1 @@
-"""Sweeps: what is tried (space), how it is shared among processes (board), run (trial, worker), and told."""
+"""Sweeps: a search space, its trials shared among processes (board, worker, trial), and a verdict."""

@@ -1,15 +1,16 @@
-"""Who runs what: a study as a row of slots, each claimed by one worker at a time, through the storage alone.
+"""A study as a row of slots, each claimed by one worker at a time, through the storage alone.
 
 A slot is one thing to be run: a trial of the budget, or a repeat. Optuna's records are its attempts: one that
 a worker leaves behind, killed or stopped, is ended as failed with the reason in its `requeue`, and the slot's
 next attempt goes on from its parameters and its run folder. So slots are counted, never records.
 
-    claim   a record is created as running, with slot, attempt and worker in one write. Of two that were
-            created for one attempt, the lower number has it, and the other one ends.
+    claim   a record is created as running, with slot, attempt and worker in one write. If two were created
+            for one attempt, the lower number has it, and the other one ends.
     reap    a running record whose worker is gone is ended, which a storage grants only once.
 
-Whether a worker lives: where its files are by a lock that the kernel frees when it ends; elsewhere by its
-pulse, an attribute of the study that it writes every BEAT seconds, and that stands still when it is dead.
+On the machine of its files, a worker is known to live by a lock that the kernel frees when it ends.
+Elsewhere it is known by its pulse, an attribute of the study that it writes every BEAT seconds, and that
+stands still when the worker is dead.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from sweeps.storage import patiently
 
-BEAT = 10.0  # seconds between two writes of a pulse
-STALE = 60.0  # seconds that the pulse of a dead worker has stood still, on this machine's clock
-PULSE = "worker "  # and its id: an attribute of the study
-KILLED = "killed"  # for good: it may have gone on after the last validation that is known
-VALIDATED = "validated"  # step of the last validation, where Optuna is not told of it
+BEAT = 10.0  # Seconds between two writes of a pulse.
+# Seconds without a change, on this machine's clock, after which a pulse counts as that of a dead worker.
+STALE = 60.0
+PULSE = "worker "  # An attribute of the study begins with it; a worker's id follows.
+KILLED = "killed"  # Marks a trial that was ended for good; its run may be beyond its last known validation.
+VALIDATED = "validated"  # The step of the last validation, where Optuna is not told of it.
+# Attributes that a slot's next attempt takes over.
 RUN_ON = ("slot", "attempt", "of", "seed", "first_losses", "parameters", "fingerprint", VALIDATED)
 
 
@@ -52,15 +55,15 @@ class Claim:
 
 
 class Pulse:
-    """That this process lives, for as long as the context lasts."""
+    """The sign that this process lives, for as long as the context lasts."""
 
     def __init__(self, study: optuna.Study, folder: Path, name: str = ""):
         self.study, self.folder = study, folder
         self.id = name or uuid.uuid4().hex
         self.started = time.time()
-        owner = multiprocessing.parent_process()  # who may be gone before this line
+        owner = multiprocessing.parent_process()  # The parent may have ended before this line.
         self.parent = os.getppid() if owner is None else owner.pid
-        self.seen: dict[str, tuple[Any, float]] = {}  # of other workers: the pulse, and since when
+        self.last: dict[str, tuple[Any, float]] = {}  # The last pulse of other workers, and when it changed.
         self._over = threading.Event()
 
     def __enter__(self) -> Pulse:
@@ -76,14 +79,14 @@ class Pulse:
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._thread.join()
-        with contextlib.suppress(
-            Exception
-        ):  # the storage may be what ended it: then the file says so, unlocked
+        # The storage may be what failed: then the file, which is unlocked, shows the end.
+        with contextlib.suppress(Exception):
             self.beat(ended=True)
             (self.folder / "workers" / self.id).unlink(missing_ok=True)
         self._file.close()
 
     def beat(self, ended: bool = False) -> None:
+        """Write the pulse into the study."""
         lock = str((self.folder / "workers" / self.id).resolve())
         values = {"host": host(), "lock": lock, "start": self.started, "seen": time.time(), "ended": ended}
         self.study.set_user_attr(PULSE + self.id, values)
@@ -91,16 +94,17 @@ class Pulse:
     def _go_on(self) -> None:
         last = time.monotonic()
         while not self._over.wait(0.5):
-            if os.getppid() != self.parent:  # whoever started this worker was killed
+            if os.getppid() != self.parent:  # The command that started this worker was killed.
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             if time.monotonic() - last >= BEAT:
-                with contextlib.suppress(Exception):  # a storage that is down: the next beat may come through
+                # The storage may be down; the next beat may come through.
+                with contextlib.suppress(Exception):
                     self.beat()
                 last = time.monotonic()
 
     def lives(self, other: str, pulses: Mapping[str, Any]) -> bool:
-        """Whether the worker with that id is alive, as far as can be told from here."""
+        """Return whether the worker with that id is alive, as far as can be told from here."""
         if other == self.id:
             return True
         pulse = pulses.get(PULSE + other)
@@ -109,21 +113,21 @@ class Pulse:
         # Containers may share a host's name and kernel, and not its files.
         if pulse is not None and pulse["host"] == host() and Path(pulse["lock"]).is_file():
             return is_locked(Path(pulse["lock"]))
-        value, since = self.seen.get(other, (None, 0.0))
-        if other not in self.seen or value != pulse:
-            self.seen[other] = (pulse, time.monotonic())
+        value, since = self.last.get(other, (None, 0.0))
+        if other not in self.last or value != pulse:
+            self.last[other] = (pulse, time.monotonic())
             return True
         return time.monotonic() - since < STALE
 
 
 def host() -> str:
-    """This machine since it was last started: what has its locks and its processes."""
+    """Return a name of this machine since it was last started, on which locks and processes can be seen."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{platform.node()} {boot.read_text().strip() if boot.is_file() else ''}".strip()
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process of this machine, or one that shares its file system's locks, holds the lock."""
+    """Return whether a process holds the lock, here or where the file system's locks are shared."""
     try:
         with open(path, encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -135,7 +139,7 @@ def is_locked(path: Path) -> bool:
 
 
 def spent_seconds(attributes: Mapping[str, Any]) -> float:
-    """The time that at least one worker was at the study, whenever and wherever that was."""
+    """Return the seconds in which at least one worker was at the study, whenever and wherever that was."""
     spans = sorted((p["start"], p["seen"]) for key, p in attributes.items() if key.startswith(PULSE))
     total, until = 0.0, -1.0
     for start, seen in spans:
@@ -145,7 +149,7 @@ def spent_seconds(attributes: Mapping[str, Any]) -> float:
 
 
 def slots_of(records: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """The record that counts of each slot: of its last attempt the one with the lowest number."""
+    """Return the record that counts for each slot: the lowest number of its last attempt."""
     found: dict[int, FrozenTrial] = {}
     for record in sorted(records, key=lambda r: r.number):
         slot = record.user_attrs.get("slot")
@@ -158,7 +162,7 @@ def slots_of(records: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
 
 
 def is_open(record: FrozenTrial) -> bool:
-    """Whether its slot waits for another attempt."""
+    """Return whether a record's slot waits for another attempt."""
     return record.state == TrialState.FAIL and "requeue" in record.user_attrs
 
 
@@ -203,7 +207,7 @@ class Board:
         return patiently(end)
 
     def fail(self, worker: str, reason: str) -> int:
-        """End what a worker that is gone was running, for good; how many that were."""
+        """End for good what a worker that is gone was running; return the number of records."""
         storage, ended = self.study._storage, 0
         for record in self.records():
             if record.state != TrialState.RUNNING or record.user_attrs.get("worker") != worker:
@@ -214,7 +218,8 @@ class Board:
                     storage.set_trial_user_attr(record._trial_id, key, value)
                 return storage.set_trial_state_values(record._trial_id, TrialState.FAIL)
 
-            with contextlib.suppress(UpdateFinishedTrialError):  # another worker was the first to see it gone
+            # Another worker may have ended the record first.
+            with contextlib.suppress(UpdateFinishedTrialError):
                 ended += patiently(end)
         return ended
 
@@ -223,11 +228,12 @@ class Board:
         more: Callable[[dict[int, FrozenTrial]], bool],
         template: Callable[[dict[int, FrozenTrial]], Mapping[str, Any]],
     ) -> Claim | None:
-        """A slot to run: one that was left behind, or the next one if there are `more`; else None.
+        """Claim a slot to run: one that was left behind, or the next one if there are `more`; else None.
 
         Args:
-            more: Whether the budget has a slot beyond these.
-            template: What `create_trial` is given for the slot after these: parameters, attributes.
+            more: Returns whether the budget has a slot beyond these.
+            template: Returns the arguments of `create_trial` for the slot after these: parameters,
+                attributes.
         """
         with alone(self.pulse.folder, ".claim"):
             slots = self.slots()
@@ -242,7 +248,7 @@ class Board:
                     "user_attrs": {k: v for k, v in left.user_attrs.items() if k in RUN_ON},
                 }
                 given["user_attrs"] |= _deaths(left)
-                if left.params and "fingerprint" not in left.user_attrs:  # not all of them were chosen
+                if left.params and "fingerprint" not in left.user_attrs:  # Not all parameters were chosen.
                     before = template({number: slots[number] for number in range(slot)})
                     given |= {key: before.get(key, {}) for key in ("params", "distributions")}
                     given["system_attrs"] = {}
@@ -269,12 +275,12 @@ class Board:
 
 
 def validated(record: FrozenTrial) -> int:
-    """The step of its last validation that was told; 0 before."""
+    """Return the step of a record's last reported validation; 0 before the first."""
     return max(record.user_attrs.get(VALIDATED, 0), *record.intermediate_values, 0)
 
 
 def _deaths(left: FrozenTrial) -> dict[str, int]:
-    """How often in a row workers died where the run then stood, at its last validation."""
+    """Return how often in a row workers died at the last validation of an attempt, and its step."""
     at = validated(left)
     died = left.user_attrs["requeue"] == "its worker died"
     before = left.user_attrs.get("deaths", 0) if left.user_attrs.get("died_at", 0) == at else 0
@@ -283,7 +289,7 @@ def _deaths(left: FrozenTrial) -> dict[str, int]:
 
 @contextlib.contextmanager
 def alone(folder: Path, name: str) -> Iterator[None]:
-    """Processes that share the folder come in turn. Claims of those that do not the storage tells apart."""
+    """Let processes that share the folder come in turn; the storage tells the claims of others apart."""
     with open(folder / name, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

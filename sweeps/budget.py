@@ -1,4 +1,4 @@
-"""How far a budget reaches: whether there is room for another trial, and how many rounds of repeats follow.
+"""The budget of a sweep: whether there is room for another trial, and how many rounds of repeats follow.
 
 A budget in seconds is for trials and repeats. A round trains the best few and the config itself again, with
 another seed; rounds are whole, since an unfinished one compares nothing, and take half of the time at most.
@@ -12,28 +12,31 @@ from collections.abc import Mapping
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.board import KILLED, is_done
-from sweeps.settings import Settings
+from sweeps.settings import SweepSettings
 
-ALL_FAILED = 5  # trials of which none trained: the fault is not one trial's
-NOTHING_NEW = 20  # trials in a row that took no step: the space holds no other settings, or next to none
-FEWEST = 2  # rounds of repeats that give an interval
+ALL_FAILED = 5  # Failed trials after which, if none trained, the fault is not one trial's.
+# Trials in a row without a step after which the space is taken to hold no other settings, or next to none.
+NOTHING_NEW = 20
+FEWEST = 2  # The fewest rounds of repeats that give an interval.
 SHARE = 0.5  # The part of a budget in seconds that repeats may take.
 
 
-def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: float, grid: int | None) -> bool:
-    """Whether the budget has room for a trial beyond these slots.
+def more_trials(
+    settings: SweepSettings, slots: Mapping[int, FrozenTrial], spent: float, grid: int | None
+) -> bool:
+    """Return whether the budget has room for a trial beyond these slots.
 
     Args:
-        settings: Of the sweep.
+        settings: The settings of the sweep.
         slots: The trials so far.
         spent: Seconds of the budget that are used.
-        grid: How many trials a grid has, None for other samplers.
+        grid: How many trials a grid has; None for other samplers.
     """
     sweep = settings.sweep
     done = [r for r in slots.values() if is_done(r)]
     if len(done) >= ALL_FAILED and all(r.state == TrialState.FAIL for r in done):
         return False
-    if not sweep.trials and grid is None and nothing_new(slots):  # a grid has an end
+    if not sweep.trials and grid is None and nothing_new(slots):  # A grid ends by itself.
         return False
     if (sweep.trials and len(slots) >= sweep.trials) or (grid is not None and len(slots) >= grid):
         return False
@@ -49,13 +52,16 @@ def more_trials(settings: Settings, slots: Mapping[int, FrozenTrial], spent: flo
 
 
 def nothing_new(slots: Mapping[int, FrozenTrial]) -> bool:
-    """Whether budgets in steps and seconds would let trials go on for ever that cost none."""
+    """Return whether the last trials took no step, so that budgets in steps or seconds would never end."""
     last = list(slots.values())[-NOTHING_NEW:]
     return len(last) == NOTHING_NEW and all(is_done(r) and not r.user_attrs.get("steps") for r in last)
 
 
 def seconds_of_one(slots: Mapping[int, FrozenTrial]) -> float:
-    """The mean seconds of a whole trial; 0 before there was one. What was taken over took nothing."""
+    """Return the mean seconds of a whole trial; 0 before there was one.
+
+    Trials that took over the result of an earlier one do not count.
+    """
     took = [
         r.user_attrs["seconds"]
         for r in slots.values()
@@ -64,14 +70,14 @@ def seconds_of_one(slots: Mapping[int, FrozenTrial]) -> float:
     return sum(took) / len(took) if took else 0.0
 
 
-def seconds_of_repeats(settings: Settings, slots: Mapping[int, FrozenTrial], rounds: int) -> float:
-    """What so many rounds take, by the trials so far."""
+def seconds_of_repeats(settings: SweepSettings, slots: Mapping[int, FrozenTrial], rounds: int) -> float:
+    """Estimate the seconds of so many rounds from the trials so far."""
     sweep = settings.sweep
     return math.ceil((sweep.repeat_best + 1) * rounds / sweep.workers) * seconds_of_one(slots)
 
 
-def whole_rounds(settings: Settings, slots: Mapping[int, FrozenTrial]) -> int:
-    """How many rounds of repeats there are: `repeat_seeds`, or as many as half of the seconds have room for.
+def whole_rounds(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> int:
+    """Return the number of rounds of repeats: `repeat_seeds`, or as many as half of the seconds allow.
 
     Fewer than FEWEST would not tell a difference from chance, so then there are none.
     """
@@ -84,14 +90,14 @@ def whole_rounds(settings: Settings, slots: Mapping[int, FrozenTrial]) -> int:
     return rounds if rounds >= FEWEST else 0
 
 
-def room_for_a_round(settings: Settings, slots: Mapping[int, FrozenTrial], spent: float) -> bool:
-    """Whether another round of repeats is expected to end within the budget, after `spent` seconds of it."""
+def room_for_a_round(settings: SweepSettings, slots: Mapping[int, FrozenTrial], spent: float) -> bool:
+    """Return whether another round of repeats should end within the budget, after `spent` seconds of it."""
     seconds = settings.sweep.seconds
     return not seconds or spent + seconds_of_repeats(settings, slots, 1) <= seconds
 
 
-def foreseen(settings: Settings, slots: Mapping[int, FrozenTrial]) -> str:
-    """What the rest of a budget in seconds is for, once a trial was whole; else an empty text."""
+def foreseen(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> str:
+    """Say what the rest of a budget in seconds is for, once a trial was whole; "" before."""
     sweep, one = settings.sweep, seconds_of_one(slots)
     if not (sweep.seconds and one):
         return ""

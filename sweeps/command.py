@@ -1,7 +1,8 @@
 """The command that sweeps: it starts workers on this machine, watches them, and says what the study found.
 
-space: -> trials through the ordinary training -> table, pictures, and the best config as a file
+    space: -> trials through the ordinary training -> table, pictures, and the best config as a file
 
+The workers share the study through its storage alone.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from config.console import for_shell
 from sweeps import verdict
 from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.budget import ALL_FAILED, foreseen
-from sweeps.settings import Settings
+from sweeps.settings import SweepSettings
 from sweeps.storage import told
 from sweeps.study import open_studies, refuse_other_data, refuse_other_runs
 from sweeps.worker import STOPPED, start
 
-LOOK = 1.0  # seconds between two looks at workers and study
-DEATHS_IN_A_ROW = 100  # of workers, without a trial that ended between
+LOOK = 1.0  # Seconds between two looks at workers and study.
+DEATHS_IN_A_ROW = 100  # Deaths of workers, without a trial that ended between, that end the sweep.
 
 
-def prepare(settings: Settings) -> str:
-    """The data's fingerprint, with tokenizer and tokens of the config itself made once for all trials.
+def prepare(settings: SweepSettings) -> str:
+    """Make the config's tokenizer and tokens once for all trials, and return the data's fingerprint.
 
     Raises:
-        ValueError: A mistake in the data.
+        ValueError: The data hold a mistake.
     """
     from data.corpus import split_documents
     from data.documents import Report
@@ -53,20 +54,23 @@ def prepare(settings: Settings) -> str:
 
 
 @dataclass
-class Member:
+class CrewMember:
     """A worker's process, as the command that started it sees it."""
 
-    name: str  # by which the storage knows it
+    name: str  # The id by which the storage knows it.
     process: Any
-    ear: Any  # end of a pipe: all tell, one is shown
-    ticks: Any  # shared number, which stands still while it does nothing
-    seen: int = 0
-    idle: float = 0.0  # seconds since it stood at another number
+    ear: Any  # The end of a pipe through which the worker tells its error.
+    ticks: Any  # A shared number, which stands still while the worker does nothing.
+    last_ticks: int = 0
+    idle: float = 0.0  # Seconds since `ticks` changed.
     hung: bool = False
 
 
 def gpus_for(device: str) -> list[str]:
-    """The GPUs that workers share out, as CUDA_VISIBLE_DEVICES names them; none where `device` names one."""
+    """Return the GPUs that workers take in turn, as CUDA_VISIBLE_DEVICES names them.
+
+    There are none where `device` names one GPU.
+    """
     from torch.cuda import device_count
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -76,30 +80,31 @@ def gpus_for(device: str) -> list[str]:
 
 
 class Crew:
-    """The workers on this machine: started, watched, told to stop, and started again when they are killed."""
+    """The workers on this machine: it starts them, watches them, stops them, and replaces those that die."""
 
-    def __init__(self, settings: Settings, fingerprint: str):
+    def __init__(self, settings: SweepSettings, fingerprint: str):
         from training.signals import SAME_SIGNAL
 
         self.settings, self.fingerprint, self.same_signal = settings, fingerprint, SAME_SIGNAL
-        self.asked = 0  # signals
-        self.signal = (0, 0.0)  # the last one that counted, and when it came
+        self.stop_requests = 0  # How often the workers were told to stop.
+        self.signal = (0, 0.0)  # The last signal that counted, and when it came.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.sweep.workers)))
         self.gpus = gpus_for(settings.config.train.device)
         self.context = multiprocessing.get_context("spawn")
         self.deaths = 0
-        self.sentence = ""  # the first worker's that ended with an error
+        self.sentence = ""  # The error of the first worker that ended with one.
         self.looked = time.monotonic()
-        self.members: list[Member] = []
+        self.members: list[CrewMember] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            # A SIGHUP that nohup made ignored stays ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.stop)
         for place in range(settings.sweep.workers):
             self.begin(place)
 
     def begin(self, place: int) -> None:
-        """Start a worker, the first one of that place or another."""
+        """Start a worker at a place, the first one there or another in its stead."""
         ear, mouth = self.context.Pipe(duplex=False)
         name, ticks = uuid.uuid4().hex, self.context.RawValue("Q")
         process = self.context.Process(
@@ -109,47 +114,52 @@ class Crew:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         process.start()
         mouth.close()
-        self.members[place : place + 1] = [Member(name, process, ear, ticks)]
-        if self.asked:  # before it was a member
+        self.members[place : place + 1] = [CrewMember(name, process, ear, ticks)]
+        if self.stop_requests:  # The signal came before this worker was a member.
             process.terminate()
 
     def stop(self, number: int = 0, frame: Any = None) -> None:
-        """Tell the workers to stop; the second time kill them. The same signal at once is no second one."""
+        """Tell the workers to stop; the second time kill them.
+
+        The same signal shortly after does not count as a second one.
+        """
         (before, since), now = self.signal, time.monotonic()
         if number and number == before and now - since < self.same_signal:
             return
         self.signal = (number, now)
-        self.asked += 1
+        self.stop_requests += 1
         for member in self.members:
             if member.process.is_alive():
-                member.process.terminate() if self.asked == 1 else member.process.kill()
+                member.process.terminate() if self.stop_requests == 1 else member.process.kill()
 
     def end_hung(self, fail: Callable[[str], object]) -> None:
         """Kill the workers that have done nothing for too long.
 
         Args:
-            fail: Told the name of each, to fail its trial, while it still lives: of a dead one another worker
-                would take it up.
+            fail: Called with the name of each while it still lives, to fail its trial: another worker would
+                take up the trial of a dead one.
         """
-        # While this process itself stood still, they may have too.
+        # While this process itself stood still, the workers may have too.
         passed, self.looked = min(time.monotonic() - self.looked, 10 * LOOK), time.monotonic()
         limit = self.settings.sweep.hung_after
         for member in self.members:
             ticks = member.ticks.value
-            member.seen, member.idle = ticks, member.idle + passed if ticks == member.seen else 0.0
+            member.idle = member.idle + passed if ticks == member.last_ticks else 0.0
+            member.last_ticks = ticks
             if limit and member.idle >= limit and member.process.is_alive() and not member.hung:
                 member.hung = True
                 fail(member.name)
                 member.process.kill()
-                member.process.join(10 * LOOK)  # the kernel may take its time over a file system that is gone
+                # With a file system that is gone the kernel may take its time.
+                member.process.join(10 * LOOK)
 
     def wait(self) -> None:
-        """Until it is time to look again: LOOK seconds, or less where a worker ends."""
+        """Wait for LOOK seconds, or less if a worker ends."""
         alive = [member.process.sentinel for member in self.members if member.process.is_alive()]
         wait(alive, LOOK) if alive else time.sleep(LOOK)
 
     def look(self) -> int | None:
-        """The exit code of all once they have ended; those that were killed are started again."""
+        """Start workers again that were killed; return the exit code of all once they have ended."""
         for place, member in enumerate(self.members):
             code = member.process.exitcode
             if code == 2 and not self.sentence:
@@ -157,10 +167,10 @@ class Crew:
                     self.sentence = member.ear.recv()
                 except EOFError:
                     self.sentence = "a worker ended with exit code 2 and did not say why"
-            if code in (None, 0, STOPPED, 2) or self.asked:
+            if code in (None, 0, STOPPED, 2) or self.stop_requests:
                 continue
             self.deaths += 1
-            if self.deaths > DEATHS_IN_A_ROW:  # the others are told to stop by whoever called
+            if self.deaths > DEATHS_IN_A_ROW:  # The caller tells the others to stop.
                 raise ValueError(
                     f"{DEATHS_IN_A_ROW} workers died in a row and no trial ended between; the last one's "
                     f"exit code was {code}"
@@ -169,15 +179,16 @@ class Crew:
                 say(f"a worker died (exit code {code}); another one takes its trial up")
             self.begin(place)
         codes = [member.process.exitcode for member in self.members]
-        if 2 in codes and not self.asked:
+        if 2 in codes and not self.stop_requests:
             self.stop()
         if None in codes:
             return None
-        return 2 if 2 in codes else 0 if 0 in codes else STOPPED  # 0: one found nothing left to do
+        # A worker exits with 0 if it found nothing left to do.
+        return 2 if 2 in codes else 0 if 0 in codes else STOPPED
 
 
-def sweep(settings: Settings) -> int:
-    """The whole sweep; the exit code: 0 at its end, 75 where it was stopped and can go on.
+def sweep(settings: SweepSettings) -> int:
+    """Run a whole sweep; return the exit code: 0 at its end, 75 where it was stopped and can go on.
 
     Raises:
         ValueError: The storage, the data or every trial is at fault; one sentence.
@@ -194,42 +205,25 @@ def sweep(settings: Settings) -> int:
     fingerprint = prepare(settings)
     with told(settings.sweep.storage, folder):
         refuse_other_data(studies[0], fingerprint)
-    pulse = Pulse(studies[0], folder)  # not of a worker: it only looks
+    pulse = Pulse(studies[0], folder)  # This process is no worker: it only looks at other pulses.
     trials, repeats = (Board(study, pulse) for study in studies)
     shown = {slot for slot, record in trials.slots().items() if is_done(record)}
     again = {slot for slot, record in repeats.slots().items() if is_done(record)}
     if shown:
         say(f"the study in {folder} goes on after {len(shown)} trials")
-    crew, code, expected = Crew(settings, fingerprint), None, ""
-    hung = f"its worker did nothing for {settings.sweep.hung_after:g} s (--hung_after) and was killed"
-
-    def fail_hung(name: str) -> None:
-        if not trials.fail(name, hung) + repeats.fail(name, hung):
-            say(f"a worker did nothing for {settings.sweep.hung_after:g} s and was killed")
-
+    crew = Crew(settings, fingerprint)
     try:
         with told(settings.sweep.storage, folder):
-            while code is None:
-                crew.wait()
-                crew.end_hung(fail_hung)
-                code = crew.look()
-                for board, known in ((trials, shown), (repeats, again)):
-                    for slot, record in board.slots().items():
-                        if is_done(record) and slot not in known:
-                            known.add(slot)
-                            crew.deaths = 0
-                            say(line(settings, board is repeats, record))
-                if not expected and (expected := foreseen(settings, trials.slots())):
-                    say(expected)
+            code = watch(settings, crew, (trials, shown), (repeats, again))
             trials.reap()
             repeats.reap()
     except ValueError:
-        if not crew.asked:  # or they are saving
+        if not crew.stop_requests:  # Workers that were told to stop are saving.
             crew.stop()
         raise
     if code == 2:
         raise ValueError(crew.sentence)
-    with alone(folder, ".finish"):  # of another command that shares the folder
+    with alone(folder, ".finish"):  # Another command may share the folder.
         with told(settings.sweep.storage, folder):
             slots, repeated = trials.slots(), repeats.slots()
         if code == 0 or any(record.state == TrialState.COMPLETE for record in slots.values()):
@@ -246,8 +240,39 @@ def sweep(settings: Settings) -> int:
     return 0
 
 
-def beginning(settings: Settings) -> str:
-    """What the sweep is about to do, in one line: no trial ends in its first minute."""
+def watch(
+    settings: SweepSettings, crew: Crew, trials: tuple[Board, set[int]], repeats: tuple[Board, set[int]]
+) -> int:
+    """Watch the workers until all have ended, and print a line for each slot that ends; return the exit code.
+
+    Args:
+        trials: The board of the trials, and the slots that ended before.
+        repeats: The board of the repeats, and the slots that ended before.
+    """
+    seconds, expected, code = settings.sweep.hung_after, "", None
+
+    def fail_hung(name: str) -> None:
+        hung = f"its worker did nothing for {seconds:g} s (--hung_after) and was killed"
+        if not trials[0].fail(name, hung) + repeats[0].fail(name, hung):
+            say(f"a worker did nothing for {seconds:g} s and was killed")
+
+    while code is None:
+        crew.wait()
+        crew.end_hung(fail_hung)
+        code = crew.look()
+        for board, known in (trials, repeats):
+            for slot, record in board.slots().items():
+                if is_done(record) and slot not in known:
+                    known.add(slot)
+                    crew.deaths = 0
+                    say(line(settings, board is repeats[0], record))
+        if not expected and (expected := foreseen(settings, trials[0].slots())):
+            say(expected)
+    return code
+
+
+def beginning(settings: SweepSettings) -> str:
+    """Say in one line what the sweep is about to do, since no trial ends in its first minute."""
     own = settings.sweep
     budgets = [
         f"{value:g} {name}" for name in ("trials", "steps", "seconds") if (value := getattr(own, name))
@@ -260,8 +285,8 @@ def beginning(settings: Settings) -> str:
     )
 
 
-def line(settings: Settings, is_repeat: bool, record: FrozenTrial) -> str:
-    """What became of a slot, in one line."""
+def line(settings: SweepSettings, is_repeat: bool, record: FrozenTrial) -> str:
+    """Say in one line what became of a slot."""
     facts = record.user_attrs
     name = f"trial {facts['slot']}"
     if is_repeat:
@@ -278,16 +303,17 @@ def line(settings: Settings, is_repeat: bool, record: FrozenTrial) -> str:
 
 
 def finish(
-    settings: Settings,
+    settings: SweepSettings,
     studies: tuple[Any, Any],
     slots: Mapping[int, FrozenTrial],
     repeats: Mapping[int, FrozenTrial],
 ) -> None:
-    """Print the table and the verdict; write the best config, the pictures and the page; as of now."""
+    """Print the table and the verdict so far; write the best config, the pictures and the page."""
     from sweeps.pictures import draw
 
     folder = settings.sweep.folder
-    repeats = {slot: record for slot, record in repeats.items() if is_done(record)}  # a stopped one goes on
+    # A repeat that was stopped goes on with the next command.
+    repeats = {slot: record for slot, record in repeats.items() if is_done(record)}
     rows, front = verdict.table(settings, slots), verdict.front(settings, slots)
     said = [*verdict.counts(settings, slots), *verdict.idle(settings, slots)]
     judged = verdict.verdict(settings, slots, repeats)

@@ -14,21 +14,21 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from config import write_atomically
-from sweeps.settings import Settings
+from sweeps.settings import SweepSettings
 from sweeps.study import chosen_of
 from sweeps.verdict import short
 
-IMPORTANCES = 10  # complete trials from which on they are drawn: of four, one that did nothing had 94%
-
-NAMED = (
-    20  # in a legend, each in a colour of its own: of 150 trials it was seven times as high as the picture
-)
+# Complete trials from which on importances are drawn: with four, a setting that did nothing had 94%.
+IMPORTANCES = 10
+# Entries of the longest legend, each in its own colour: with 150 trials it was seven times as high as the
+# plot.
+NAMED = 20
 
 
 def draw(
-    settings: Settings, study: optuna.Study, slots: Mapping[int, FrozenTrial], texts: list[str]
+    settings: SweepSettings, study: optuna.Study, slots: Mapping[int, FrozenTrial], texts: list[str]
 ) -> list[Path]:
-    """Write pictures/NAME.png, report.html and tensorboard/ into the study's folder; the paths of the PNG."""
+    """Write pictures/NAME.png, report.html and tensorboard/ into the study's folder; return the PNG paths."""
     folder = settings.sweep.folder
     told = _told(settings, study, slots)
     paths, missing = [], []
@@ -38,22 +38,23 @@ def draw(
             path = folder / "pictures" / f"{name}.png"
             _save(plot, path)
             paths.append(path)
-        except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:  # too few trials for it
+        # There may be too few trials for a plot.
+        except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
             missing.append(f"{name}: not drawn ({' '.join(str(error).split())})")
     write_atomically(folder / "report.html", page(settings.sweep.name, texts + missing, paths))
     write_hparams(settings, slots, folder / "tensorboard")
     return paths
 
 
-def _told(settings: Settings, study: optuna.Study, slots: Mapping[int, FrozenTrial]) -> optuna.Study:
-    """A study in memory with one record for each slot, numbered by slot, without what was left behind."""
+def _told(settings: SweepSettings, study: optuna.Study, slots: Mapping[int, FrozenTrial]) -> optuna.Study:
+    """Return a study in memory with one record for each slot, without attempts that were left behind."""
     told = optuna.create_study(directions=study.directions)
     for record in slots.values():
         told.add_trial(record)
     return told
 
 
-def _plots(settings: Settings, study: optuna.Study) -> dict[str, Callable[[], Any]]:
+def _plots(settings: SweepSettings, study: optuna.Study) -> dict[str, Callable[[], Any]]:
     from optuna.visualization import matplotlib as plot
 
     names = list(settings.sweep.objectives)
@@ -83,11 +84,11 @@ def _plots(settings: Settings, study: optuna.Study) -> dict[str, Callable[[], An
 def _save(plot: Callable[[], Any], path: Path) -> None:
     import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed
+    matplotlib.use("Agg")  # This backend needs no display.
     from matplotlib import pyplot
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the plots are experimental
+        warnings.simplefilter("ignore")  # Optuna warns that the plots are experimental.
         try:
             plot()
             figure = pyplot.gcf()
@@ -102,9 +103,9 @@ def _save(plot: Callable[[], Any], path: Path) -> None:
 
 
 def page(title: str, texts: list[str], pictures: list[Path]) -> str:
-    """One HTML file that needs no other: the texts, then the pictures."""
+    """Return one HTML file that needs no other: the texts, then the pictures."""
     shown = "".join(f"<pre>{html.escape(text)}</pre>\n" for text in texts if text)
-    drawn = "".join(
+    images = "".join(
         f'<h2>{html.escape(path.stem)}</h2>\n<img alt="{html.escape(path.stem)}" '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">\n'
         for path in pictures
@@ -114,12 +115,12 @@ def page(title: str, texts: list[str], pictures: list[Path]) -> str:
     )
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f"<style>{style}</style>\n<h1>{html.escape(title)}</h1>\n{shown}{drawn}</html>\n"
+        f"<style>{style}</style>\n<h1>{html.escape(title)}</h1>\n{shown}{images}</html>\n"
     )
 
 
-def write_hparams(settings: Settings, slots: Mapping[int, FrozenTrial], folder: Path) -> None:
-    """A run for each trial that has values, with its settings and results."""
+def write_hparams(settings: SweepSettings, slots: Mapping[int, FrozenTrial], folder: Path) -> None:
+    """Write a TensorBoard run for each trial that has values, with its settings and results."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)

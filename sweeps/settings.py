@@ -1,4 +1,4 @@
-"""The settings of a sweep: its own, the space, and the config that is varied; from YAML and flags."""
+"""The settings of a sweep, from YAML and flags: its own, the space, and the config that is varied."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
 from config.console import refuse
@@ -16,13 +16,14 @@ from config.yamlfile import read_yaml
 from sweeps.space import Space, parse_space
 
 DEFAULT = RECIPES / "sweep.yaml"
-OBJECTIVES = {  # name: whether less is better
+# Whether less of an objective is better, by its name.
+OBJECTIVES = {
     "bits_per_byte": True,
     "parameters": True,
     "tokens_per_second": False,
 }
-NEEDS = {"cmaes": "cmaes", "gp": "scipy"}  # of a sampler: the package that Optuna leaves open
-TRIALS = 30  # where no budget is set
+NEEDS = {"cmaes": "cmaes", "gp": "scipy"}  # The package of a sampler that Optuna does not require itself.
+TRIALS = 30  # The budget where none is set.
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,17 @@ class SweepConfig:
             part is the study's name in the storage.
         storage: `journal:FILE`, `grpc://HOST:PORT`, or any URL that Optuna knows (`sqlite:///FILE`,
             `postgresql://...`); by default a journal in the study's folder.
-        trials: Budget in trials; where none is set 30, and all of a grid.
+        trials: Budget in trials; by default 30 where no budget is set, and all of a grid.
         steps: Budget in training steps of all trials; no trial begins that might go beyond it.
         seconds: Budget in seconds by the clock while at least one worker is at it, repeats included.
-        workers: Processes on this machine, which share its cores; of several GPUs each has one, in turn.
+        workers: Processes on this machine, which share its cores; each has one of several GPUs, in turn.
         sampler: How settings are chosen: `tpe`, `random`, `grid`, `cmaes` or `gp`.
-        pruner: What ends bad trials early: `median`, `hyperband`, `halving`, `patient` or `none`; `auto` is
-            median, and none with several objectives or without validations on the way.
+        pruner: How trials that do badly are ended early: `median`, `hyperband`, `halving`, `patient` or
+            `none`; `auto` is median, and none with several objectives or without validations on the way.
         objectives: `bits_per_byte` of validation, `parameters`, `tokens_per_second`; several give a front.
-        sampler_seed: Of the sampler.
+        sampler_seed: Seed of the sampler.
         repeat_best: How many of the best settings are trained again with other seeds, and the config itself.
-        repeat_seeds: With how many; 0 repeats nothing.
+        repeat_seeds: With how many other seeds; 0 repeats nothing.
         deaths: A trial at which this many workers died in a row, without a validation between, has failed.
         hung_after: A worker that ends no step in so many seconds is killed, and its trial has failed; 0 waits
             for ever. Guards, data and validation lie between two steps.
@@ -72,21 +73,36 @@ class SweepConfig:
 
     @property
     def name(self) -> str:
-        """Of the study in its storage: the folder's last part, of `.` too."""
-        return Path(os.path.abspath(self.study)).name  # not resolve(): a link keeps its own name
+        """The study's name in its storage: the last part of its folder, also where that is `.`."""
+        return Path(os.path.abspath(self.study)).name  # With resolve() a link would lose its own name.
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that a worker needs; plain data, handed to its process."""
+class SweepSettings:
+    """All that a worker needs; plain data, handed to its process.
+
+    `config` is varied by the space, and the best trial is compared with it.
+    """
 
     sweep: SweepConfig
     space: Space
-    config: Config  # what is varied, and what the best is compared with
+    config: Config
 
 
-def parse_settings(words: list[str]) -> Settings:
-    """The settings of a command line; a mistake prints one sentence and exits with 2."""
+class _Words(NamedTuple):
+    """The words of a command line and its config files, sorted by who reads them.
+
+    `own` are flags of the sweep, `rest` words of the ordinary training; `sections` are taken out of `files`.
+    """
+
+    own: list[str]
+    rest: list[str]
+    sections: dict[str, dict[str, Any]]
+    files: list[Path]
+
+
+def parse_settings(words: list[str]) -> SweepSettings:
+    """Parse a command line; a mistake prints one sentence and exits with 2."""
     names = {f"--{f.name}" for f in fields(SweepConfig)}
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     parser = make_parser({"": SweepConfig}, _HELP)
@@ -95,27 +111,8 @@ def parse_settings(words: list[str]) -> Settings:
     _refuse_unknown(words, names)
     if "--config" not in words:
         words = ["--config", str(DEFAULT), *words]
-    own: list[str] = []  # flags of the sweep
-    rest: list[str] = []
-    sections: dict[str, dict[str, Any]] = {"space": {}, "sweep": {}}
-    files: list[Path] = []
-    place = 0
-    while place < len(words):
-        word, value = words[place], words[place + 1] if place + 1 < len(words) else None
-        if word in names and (value is None or value.startswith("--")):
-            parser.error(f"{word} has no value; write {word} VALUE")
-        if word in names:
-            own += [word, value]
-        elif word == "--config" and value is not None:
-            files.append(Path(value))
-            rest += _without_sections(value, sections)
-        elif "://" in word and not (place and words[place - 1].startswith("--")):  # It may hold a password.
-            parser.error("an address stands there without its flag; write --storage ADDRESS")
-        else:
-            rest.append(word)
-            place += 1
-            continue
-        place += 2
+    sorted_words = _sorted(words, names, parser)
+    own, rest, sections, _ = sorted_words
     if rest.count("--print_config"):
         own = []
     flags = [
@@ -126,7 +123,8 @@ def parse_settings(words: list[str]) -> Settings:
     if unknown is not None:
         near = difflib.get_close_matches(str(unknown), [n.removeprefix("--") for n in names], 1, 0.5)
         parser.error(f"sweep: {unknown} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
-    given = {key: value for key, value in sections["sweep"].items() if value is not None}  # null: left open
+    # A null leaves a setting open.
+    given = {key: value for key, value in sections["sweep"].items() if value is not None}
     if not isinstance(given.get("storage", ""), str):  # The parser's own message would show it.
         parser.error("sweep: storage is no text; write it as in storage: sqlite:///FILE")
     before = ["--config", json.dumps(given, default=str)] if given else []
@@ -135,27 +133,59 @@ def parse_settings(words: list[str]) -> Settings:
     try:
         values["objectives"] = tuple(values["objectives"])
         values.pop("config", None)
-        if not sections["space"]:
-            raise ValueError(
-                f"{' and '.join(map(str, files))}: there is no section `space:`, or it is empty; say there "
-                "what varies, such as `optimizer.lr: {log: [1e-3, 1e-1]}`"
-            )
-        space = parse_space(sections["space"], config)
-        sweep = _checked(SweepConfig(**values), config, space, files[-1])
-        _refuse_flags(space, rest)
-        most = space.most_steps(config)
-        if sweep.steps and not most:
-            raise ValueError("a budget of --steps needs max_steps in the config, the steps of one trial")
-        if sweep.steps and sweep.steps < most:
-            raise ValueError(
-                f"--steps is {sweep.steps}, and one trial may take {most} of them, its max_steps; set "
-                f"--steps to {most} at least, or max_steps to {sweep.steps} at most"
-            )
-        if sweep.sampler == "grid":
-            space.grid(config)
-        return Settings(sweep, space, config)
+        return _settings_of(values, config, sorted_words)
     except ValueError as error:
         return parser.error(str(error))
+
+
+def _sorted(words: list[str], names: set[str], parser: Any) -> _Words:
+    """Sort the words of a command line; `names` are the flags of the sweep."""
+    found = _Words([], [], {"space": {}, "sweep": {}}, [])
+    place = 0
+    while place < len(words):
+        word, value = words[place], words[place + 1] if place + 1 < len(words) else None
+        if word in names and (value is None or value.startswith("--")):
+            parser.error(f"{word} has no value; write {word} VALUE")
+        if word in names and value is not None:
+            found.own.extend([word, value])
+        elif word == "--config" and value is not None:
+            found.files.append(Path(value))
+            found.rest.extend(_without_sections(value, found.sections))
+        elif "://" in word and not (place and words[place - 1].startswith("--")):  # It may hold a password.
+            parser.error("an address stands there without its flag; write --storage ADDRESS")
+        else:
+            found.rest.append(word)
+            place += 1
+            continue
+        place += 2
+    return found
+
+
+def _settings_of(values: dict[str, Any], config: Config, words: _Words) -> SweepSettings:
+    """Build the settings from the sweep's own values, the config and the `space:` section.
+
+    Raises:
+        ValueError: They contradict each other, or there is no space.
+    """
+    if not words.sections["space"]:
+        raise ValueError(
+            f"{' and '.join(map(str, words.files))}: there is no section `space:`, or it is empty; say there "
+            "what varies, such as `optimizer.lr: {log: [1e-3, 1e-1]}`"
+        )
+    space = parse_space(words.sections["space"], config)
+    sweep = _checked(SweepConfig(**values), config, space, words.files[-1])
+    _refuse_flags(space, words.rest)
+    most = space.most_steps(config)
+    if sweep.steps and not most:
+        raise ValueError("a budget of --steps needs max_steps in the config, the steps of one trial")
+    if sweep.steps and sweep.steps < most:
+        raise ValueError(
+            f"--steps is {sweep.steps}, and one trial may take {most} of them, its max_steps; set "
+            f"--steps to {most} at least, or max_steps to {sweep.steps} at most"
+        )
+    if sweep.sampler == "grid":
+        space.grid(config)
+    return SweepSettings(sweep, space, config)
 
 
 _HELP = (
@@ -165,11 +195,11 @@ _HELP = (
 
 
 def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[str]:
-    """The words for the rest of a config file, after its sections `space` and `sweep` were taken."""
+    """Take the sections `space` and `sweep` out of a config file, and return the words for the rest of it."""
     try:
         values = read_yaml(Path(path))
     except (OSError, ValueError):
-        return ["--config", path]  # whose reader has the right words for it
+        return ["--config", path]  # The parser tells that the file cannot be read.
     if not isinstance(values, dict):
         return ["--config", path]
     for key in values:
@@ -177,7 +207,7 @@ def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[st
         if near and key not in (*sections, *CONFIG_GROUPS, *(f.name for f in fields(CONFIG_GROUPS[""]))):
             refuse(f"{key} in {path} is no section; did you mean {near[0]}?")
     for name, known in sections.items():
-        found = values.pop(name, None) or {}  # a section whose lines are all comments is null
+        found = values.pop(name, None) or {}  # A section whose lines are all comments is null.
         if not isinstance(found, dict):
             refuse(f"{name} in {path} must be a mapping of keys to values")
         known |= found
@@ -185,7 +215,7 @@ def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[st
 
 
 def _refuse_unknown(words: list[str], names: set[str]) -> None:
-    """A flag that nobody knows, with the nearest of both kinds."""
+    """Refuse a flag that nobody knows, and name the nearest of both kinds."""
     keys = {"--config", "--help", "--print_config", *names}
     keys |= {
         f"--{g}.{f.name}".replace("--.", "--") for g, group in CONFIG_GROUPS.items() for f in fields(group)
@@ -199,7 +229,10 @@ def _refuse_unknown(words: list[str], names: set[str]) -> None:
 
 
 def _refuse_flags(space: Space, words: list[str]) -> None:
-    """A value in a file is what the sweep is compared with; a flag for what varies contradicts the space."""
+    """Raise ValueError for a flag that sets what the space varies.
+
+    A value in a file does not contradict the space: the sweep is compared with it.
+    """
     for parameter in space.parameters:
         for key in (
             space.settings({parameter.key: parameter.choices[0]}) if parameter.arms else (parameter.key,)
@@ -209,7 +242,7 @@ def _refuse_flags(space: Space, words: list[str]) -> None:
 
 
 def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> SweepConfig:
-    """With what was left open filled in; ValueError for what cannot be."""
+    """Return the settings with what was left open filled in; ValueError for what contradicts itself."""
     for name, least in (
         ("trials", 0),
         ("steps", 0),
@@ -264,7 +297,8 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
     filled: dict[str, Any] = {}
     if not sweep.study:
         filled["study"] = "runs/sweep" if file == DEFAULT else f"runs/sweep-{file.stem}"
-    if not (sweep.trials or sweep.steps or sweep.seconds or sweep.sampler == "grid"):  # which has an end
+    # A grid ends by itself, and needs no budget.
+    if not (sweep.trials or sweep.steps or sweep.seconds or sweep.sampler == "grid"):
         filled["trials"] = TRIALS
     if sweep.pruner == "auto":
         filled["pruner"] = "median" if by_loss and first else "none"

@@ -33,7 +33,7 @@ from training.runfolder import FREE, KEY_CLASSES, flat
 
 ARMS = "arms"
 KINDS = ("float", "int", "log", "choice")
-# They decide which run it is, or what it is compared by, rather than how good it is.
+# These keys decide which run it is, or how it is compared, rather than how good it is.
 NOT_A_SETTING = {
     **dict.fromkeys(
         ("run", "resume", "prove_resume", "plan", "overfit", "allow"), "is no setting of a model"
@@ -49,10 +49,11 @@ NOT_A_SETTING = {
         "changes what validation reads, so that trials would not compare",
     ),
 }
-# Free to change on a resume, since fingerprints or the run itself tell; yet they change what a run becomes.
+# These keys may change on a resume, since fingerprints or the run itself tell; yet they change the result.
 MATTERS = ("base", "base_revision", "tokenizer.path", "patience", "validate_every")
-GRID = 10_000  # combinations that a grid has at most: a week of minutes
-COMBINATIONS = 32  # of choices that are looked at before the start; of more, that many at random
+GRID = 10_000  # The most combinations of a grid: a week of trials of a minute.
+# Combinations of choices that are checked before the start; where there are more, so many are sampled.
+COMBINATIONS = 32
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ class Parameter:
     """One thing that varies: a range, a choice of values, or a choice of arms.
 
     Args:
-        key: Of the config, or `arms`.
+        key: A key of the config, or `arms`.
         kind: `float`, `int` or `choice`.
-        low: Of a range, and `high`, both included.
-        log: Drawn evenly on a log scale.
-        step: Between the values of an `int` range.
+        low, high: The ends of a range, both included.
+        log: Whether a range is sampled evenly on a log scale.
+        step: The distance between the values of an `int` range.
         points: How many values of a range the grid tries; 0 where none were named.
-        choices: The values, as the config holds them; of arms their names.
+        choices: The values, as the config holds them; for arms their names.
         when: The parameter varies only where each of these keys has one of its values.
         arms: The settings of each arm.
     """
@@ -83,7 +84,7 @@ class Parameter:
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def holds(self, value: Any) -> bool:
-        """Whether the parameter can have this value."""
+        """Return whether the parameter can have this value."""
         if self.kind == "choice":
             return value in self.choices
         if type(value) not in (int, float) or not self.low <= value <= self.high:
@@ -91,10 +92,10 @@ class Parameter:
         return self.kind == "float" or (value == int(value) and (value - self.low) % self.step == 0)
 
     def grid(self) -> tuple[Any, ...]:
-        """Every value that the grid tries.
+        """Return every value that the grid tries.
 
         Raises:
-            ValueError: A range has no end of values.
+            ValueError: A range has infinitely many values, or too many.
         """
         if self.kind == "choice":
             return self.choices
@@ -119,13 +120,21 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """The parameters, each after those that its `when` names."""
+    """The parameters of a sweep, each after those that its `when` names.
+
+    `plain` is the space as it was written, with full keys; it tells one space from another.
+    """
 
     parameters: tuple[Parameter, ...]
-    plain: dict[str, Any]  # as it was written, with full keys: tells one space from another
+    plain: dict[str, Any]
 
     def draw(self, base: Mapping[str, Any], choose: Callable[[Parameter], Any]) -> dict[str, Any]:
-        """The parameters that vary, given what was chosen before; `base` has the config's values by key."""
+        """Choose the parameters that vary, one by one, as their `when` allows.
+
+        Args:
+            base: The config's values by key.
+            choose: Returns the value of a parameter.
+        """
         chosen: dict[str, Any] = {}
         for parameter in self.parameters:
             known = {**base, **self.settings(chosen)}
@@ -134,7 +143,7 @@ class Space:
         return chosen
 
     def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The config's values by key: arms become what they stand for."""
+        """Return the chosen values by key of the config: arms become what they stand for."""
         arms = {p.key: p.arms for p in self.parameters if p.arms}
         found: dict[str, Any] = {}
         for key, value in chosen.items():
@@ -142,7 +151,7 @@ class Space:
         return found
 
     def config(self, base: Config, chosen: Mapping[str, Any]) -> Config:
-        """The whole Config of a trial. A parameter that does not vary here is as in `base`, if it is read.
+        """Return the whole Config of a trial; a parameter that does not vary in it is as in `base`, if read.
 
         Raises:
             ValueError: A model that cannot be built, a value out of range, or one that nothing reads.
@@ -156,28 +165,28 @@ class Space:
         return config
 
     def values(self, base: Config, key: str) -> list[Any]:
-        """What a key of the config can be in a trial; of a range the two ends."""
+        """Return the values that a key of the config can have in a trial, or the two ends of a range."""
         found = [flat(base)[key]]
         for parameter in self.parameters:
             if parameter.key == key:
                 own = [*parameter.choices] or [parameter.low, parameter.high]
-                found = own + (found if parameter.when else [])  # where it does not vary it is as in `base`
+                found = own + (found if parameter.when else [])  # Where it does not vary, it is as in `base`.
             elif key in next(iter(parameter.arms.values()), ()):
                 found = [arm[key] for arm in parameter.arms.values()]
         return found
 
     def most_steps(self, base: Config) -> int:
-        """Of one trial, the most that the space can ask for; 0 where a trial may have no such limit."""
+        """Return the most steps of one trial in the space; 0 where a trial may have no such limit."""
         found = self.values(base, "max_steps")
         return max(found) if all(found) else 0
 
     def first_validation(self, base: Config) -> int:
-        """The earliest step at which a trial may validate on the way; 0 where none does."""
+        """Return the earliest step at which a trial may validate on the way; 0 where none does."""
         found = [n for key in ("validate_every", "save_every") for n in self.values(base, key) if n]
         return min(found, default=0)
 
     def default(self, base: Config) -> dict[str, Any] | None:
-        """The parameters that give the config itself; None if the space does not hold it."""
+        """Return the parameters that give the config itself; None if the space does not hold it."""
         values, model = flat(base), base.model
         found = replace(base, model=replace(model, vocab_size=model.vocab_size or 1).resolved())
         resolved = flat(found.with_optimizer_defaults())
@@ -189,8 +198,9 @@ class Space:
                 )
                 return next(named, None)
             value = values[parameter.key]
-            if value is None and parameter.key.startswith(("model.", "optimizer.")):  # it follows another key
-                unread = base.train.base is not None and model.dropout is None  # a dropout is the base's own
+            # A null of these groups follows another key; with a published base the dropout is the base's own.
+            if value is None and parameter.key.startswith(("model.", "optimizer.")):
+                unread = base.train.base is not None and model.dropout is None
                 value = None if unread and parameter.key.startswith("model.") else resolved[parameter.key]
             return value if parameter.holds(value) else None
 
@@ -198,10 +208,10 @@ class Space:
         return None if None in chosen.values() else chosen
 
     def grid(self, base: Config) -> list[dict[str, Any]]:
-        """Every combination, in a fixed order.
+        """Return every combination, in a fixed order.
 
         Raises:
-            ValueError: A range has no end of values, or there are more than GRID of them.
+            ValueError: A range has infinitely many values, or there are more than GRID combinations.
         """
         values = {p.key: p.grid() for p in self.parameters}
         found = list(itertools.islice(self._walk(flat(base), {}, values), GRID + 1))
@@ -216,7 +226,7 @@ class Space:
     def _walk(
         self, base: Mapping[str, Any], chosen: dict[str, Any], values: Mapping[str, tuple[Any, ...]]
     ) -> Iterator[dict[str, Any]]:
-        """Combinations of `values` that begin with `chosen`."""
+        """Yield the combinations of `values` that begin with `chosen`."""
         last: Parameter | None = None
 
         def choose(parameter: Parameter) -> Any:
@@ -236,8 +246,9 @@ class Space:
             yield from self._walk(base, {**before, branch: value}, values)
 
     def check(self, base: Config) -> int:
-        """Look at combinations of choices with the ends of each range, and what a `when` names between them;
-        returns how many cannot be built.
+        """Build configs of combinations of choices; return how many of them cannot be built.
+
+        A range is tried at its ends, and at the values that a `when` names between them.
 
         Raises:
             ValueError: A value can be built in none of them, so it contradicts the config.
@@ -247,17 +258,19 @@ class Space:
             parent = next((p for p in self.parameters if p.key == key and not p.choices), None)
             if parent is not None:
                 ends[key] = tuple(dict.fromkeys((*ends[key], *filter(parent.holds, named))))
-        values, drawn = flat(base), random.Random(0)
+        values, generator = flat(base), random.Random(0)
         tried: list[dict[str, Any]] = list(itertools.islice(self._walk(values, {}, ends), COMBINATIONS + 1))
         if len(tried) > COMBINATIONS:
-            tried = [self.draw(values, lambda p: drawn.choice(ends[p.key])) for _ in range(COMBINATIONS)]
-            for parameter in self.parameters:  # none of its values may be missed
+            tried = [self.draw(values, lambda p: generator.choice(ends[p.key])) for _ in range(COMBINATIONS)]
+            for parameter in self.parameters:  # Each value of each parameter is tried at least twice.
                 for value in ends[parameter.key]:
                     for _ in range(2):
                         tried.append(
                             self.draw(
                                 values,
-                                lambda p, at=parameter, v=value: v if p is at else drawn.choice(ends[p.key]),
+                                lambda p, at=parameter, v=value: (
+                                    v if p is at else generator.choice(ends[p.key])
+                                ),
                             )
                         )
         wrong: dict[tuple[str, Any], str] = {}
@@ -275,7 +288,7 @@ class Space:
                 wrong |= dict.fromkeys(items, reason)
         if refused == len(tried):
             raise ValueError(f"space: it contradicts the config wherever it was looked at: {reason}")
-        for parameter in self.parameters:  # the parents first: theirs is the contradiction
+        for parameter in self.parameters:  # Parents come first, since the contradiction is theirs.
             for value in ends[parameter.key]:
                 if (parameter.key, value) in wrong and (parameter.key, value) not in right:
                     raise ValueError(
@@ -288,7 +301,7 @@ class Space:
 
 
 def replaced(base: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values by full key."""
+    """Return the config with other values by full key."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         group, _, name = key.rpartition(".")
@@ -300,7 +313,7 @@ def replaced(base: Config, values: Mapping[str, Any]) -> Config:
 
 
 def parse_space(raw: Any, base: Config) -> Space:
-    """The space of a `space:` section, checked against the config that it varies.
+    """Parse the space of a `space:` section and check it against the config that it varies.
 
     Raises:
         ValueError: One sentence: an unknown key, with the nearest known one; an empty or reversed range; a
@@ -325,7 +338,7 @@ def parse_space(raw: Any, base: Config) -> Space:
 
 
 def known_key(name: Any) -> str:
-    """The full key of the config for a name that may leave its group out, if only one group has it."""
+    """Return the full key of the config for a name that may leave its group out, if only one group has it."""
     keys = list(flat(Config()))
     found = [key for key in keys if key == name] or [k for k in keys if k.rsplit(".", 1)[-1] == name]
     if len(found) > 1:
@@ -344,7 +357,7 @@ def known_key(name: Any) -> str:
 
 
 def _ungrouped(raw: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """`optimizer: {lr: ...}` is `optimizer.lr: ...`."""
+    """Yield names and values, where `optimizer: {lr: ...}` is `optimizer.lr: ...`."""
     for key, value in raw.items():
         if key in CONFIG_GROUPS and key and isinstance(value, dict):
             if not value:
@@ -403,7 +416,7 @@ def _parameter(key: str, spec: Any) -> Parameter:
 def _ends(key: str, ends: Any) -> tuple[float, float]:
     values = ends if isinstance(ends, list) else []
     try:
-        # To YAML 1e-4 without a dot is a text.
+        # YAML reads 1e-4, which has no dot, as a text.
         low, high = (float(v) for v in values if not isinstance(v, bool))
     except (TypeError, ValueError):
         raise ValueError(f"space: {key} has the range {ends!r}; write two numbers, [low, high]") from None
@@ -433,12 +446,12 @@ def _choices(key: str, values: Any) -> tuple[Any, ...]:
 
 
 def _value(key: str, value: Any) -> Any:
-    """As the config holds it; a tuple for a list. ValueError if its type does not fit."""
+    """Return a value as the config holds it, a tuple for a list; ValueError if its type does not fit."""
     kind = _type_of(key)
     if value is None and kind is not _hint(key):
         return None
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # to YAML 1e-4 without a dot is a text
+        with contextlib.suppress(ValueError):  # YAML reads 1e-4, which has no dot, as a text.
             return float(value)
     if get_origin(kind) is tuple and isinstance(value, list):
         inner = get_args(kind)[0]
@@ -461,7 +474,7 @@ def _hint(key: str) -> Any:
 
 
 def _type_of(key: str) -> Any:
-    """Of a key that may be null, what it is otherwise."""
+    """Return the type of a key; of one that may be null, its other type."""
     options = [kind for kind in get_args(_hint(key)) if kind is not type(None)]
     return options[0] if len(options) < len(get_args(_hint(key))) else _hint(key)
 
@@ -477,7 +490,7 @@ def _when(key: str, when: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def _any_key(name: Any) -> str:
-    """As `known_key`, for a key that need not vary."""
+    """Return the full key as `known_key` does, for a key that need not vary."""
     return name if name in NOT_A_SETTING else known_key(name)
 
 
@@ -488,7 +501,7 @@ def _arms(raw: Any, base: Config) -> Parameter:
     for name, values in raw.items():
         if not isinstance(values, dict) or not values:
             raise ValueError(f"space: arm {name} has no settings; write {{setting: value}}")
-        if not str(name).isprintable() or "$" in str(name):  # which matplotlib reads as mathematics
+        if not str(name).isprintable() or "$" in str(name):  # matplotlib reads $ as mathematics.
             raise ValueError(f"space: the arm {name!r} must be named by printable characters other than $")
         keys = {key: known_key(key) for key, _ in _ungrouped(values)}
         arms[str(name)] = {keys[key]: _value(keys[key], value) for key, value in _ungrouped(values)}
@@ -502,7 +515,11 @@ def _arms(raw: Any, base: Config) -> Parameter:
 
 
 def _parents_first(parameters: list[Parameter]) -> list[Parameter]:
-    """Each after those that its `when` names; ValueError for a circle or a value that a parent never has."""
+    """Order the parameters, each after those that its `when` names.
+
+    Raises:
+        ValueError: There is a circle, or a value that a parent never has.
+    """
     sets = {key: p for p in parameters for key in (next(iter(p.arms.values())) if p.arms else (p.key,))}
     for parameter in parameters:
         for key, values in parameter.when.items():
@@ -523,19 +540,19 @@ def _parents_first(parameters: list[Parameter]) -> list[Parameter]:
 
 
 def flow(value: Any) -> str:
-    """As YAML writes it in one line."""
+    """Return a value as YAML writes it in one line."""
     text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=math.inf)
     return text.strip()[1:-1]
 
 
 def _plain(parameter: Parameter) -> dict[str, Any]:
-    """What it varies over, as JSON holds it."""
+    """Return what a parameter varies over, as JSON holds it."""
     values = {k: v for k, v in vars(parameter).items() if v not in ((), {}, 0, False) and k != "points"}
     return json.loads(json.dumps(values, default=list))
 
 
 def written(plain: Mapping[str, Any]) -> Any:
-    """What `_plain` returned, as a `space:` section has it."""
+    """Return what `_plain` returned, in the form of a `space:` section."""
     if "arms" in plain:
         return plain["arms"]
     when = {key: values[0] if len(values) == 1 else values for key, values in plain.get("when", {}).items()}

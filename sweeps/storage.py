@@ -1,8 +1,8 @@
-"""Where a study is kept: a journal file by default, any Optuna URL, or its gRPC proxy.
+"""The storage of a study: a journal file by default, any Optuna URL, or its gRPC proxy.
 
-The journal is Optuna's own format, so its tools open it. Optuna's locks for it are files: one that a killed
-process leaves behind stops everybody for 30 s, and half a line at its end can never be read past. Here the
-lock is the kernel's, and half a line, of a full disk say, is cut off before the next one is written.
+The journal has Optuna's own format, so that its tools open it. Optuna's locks for it are files: one that a
+killed process leaves behind stops everybody for 30 s, and half a line at the journal's end can never be read
+past. Here the lock is the kernel's, and half a line, as a full disk leaves, is cut off before the next write.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ from optuna.storages.journal import JournalFileBackend
 
 JOURNAL = "journal.log"
 KINDS = "journal:FILE, sqlite:///FILE, postgresql://..., mysql://... or grpc://HOST:PORT"
-DRIVERS = {  # of a database: the package, and what a URL that names it begins with
+# The package that a database needs, and the beginning of a URL that names it.
+DRIVERS = {
     "postgresql": ("psycopg2-binary", "postgresql+psycopg2://"),
     "mysql": ("pymysql", "mysql+pymysql://"),
     "mariadb": ("pymysql", "mariadb+pymysql://"),
 }
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql", "cockroachdb")
-UNPARSED = "that --storage names"  # Nothing of an address that is none is shown: any part may be a password.
-# Kinds, and names of options, say nothing about a password, and drivers use them in their messages.
+# An address that cannot be parsed is not shown at all: any part may be a password.
+UNPARSED = "that --storage names"
+# Kinds and names of options reveal nothing of a password, and drivers use them in their messages.
 KNOWN_WORDS = frozenset(
     ("password", "passwd", "sslpassword", "user", "host", "port", "database", "sqlite3", *DATABASES)
 )
 WORD = r"[^\W_]+"
-LONG_WORD = 4  # characters from which a word of an address is hidden inside other words too
+LONG_WORD = 4  # Characters from which on a word of an address is hidden inside other words too.
 CONNECT_SECONDS = 10
-TABLES_SECONDS = 120.0  # that commands which begin at once may take together to make the tables
+TABLES_SECONDS = 120.0  # Seconds that commands which begin at once may take together to make the tables.
 FULL = re.compile(f"{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}|disk is full", re.IGNORECASE)
-PATIENCE_SECONDS = 300.0  # that a worker goes on asking a storage that is down
+PATIENCE_SECONDS = 300.0  # Seconds for which a worker tries again to reach a storage that is down.
 GRPC = re.compile(r"grpc://([\w.-]+|\[[\da-fA-F:.]+\])(?::(\d{1,5}))?/?")
 MADE_BY_ANOTHER = re.compile("already exists|unique|duplicate", re.IGNORECASE)  # SQLite, PostgreSQL, MySQL
 T = TypeVar("T")
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal file, of which a line is there as a whole or not at all."""
+    """Optuna's journal file, in which a line is whole or absent."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,15 +92,16 @@ def _end_of_last_line(file: Any) -> int:
 
 
 def open_storage(url: str, folder: Path) -> BaseStorage:
-    """The storage of a URL; without one the journal in the study's folder.
+    """Open the storage of a URL; without one the journal in the study's folder.
 
     Raises:
-        ValueError: It is none that is known, or cannot be reached.
+        ValueError: The kind of storage is unknown, or it cannot be reached.
     """
     import sqlalchemy.exc
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # That parts of it may change, and which options of an address are not taken, which it quotes.
+    # Optuna warns that parts of it may change. SQLAlchemy warns of unknown options of an address and quotes
+    # them: they may be passwords.
     for kind in (ExperimentalWarning, FutureWarning, sqlalchemy.exc.SAWarning):
         warnings.filterwarnings("ignore", category=kind, module="optuna|sweeps")
     if url and "://" not in url and not url.startswith("journal:"):
@@ -126,7 +129,7 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
                 f"write {KINDS}"
             ) from None
         except (ValueError, AssertionError, LookupError, TypeError, sqlalchemy.exc.ArgumentError) as error:
-            reason, advice = _first_line(error, url), "name another"  # It is no journal, as a rule.
+            reason, advice = _first_line(error, url), "name another"  # Usually the file is no journal.
             if name == UNPARSED and not url.startswith("journal:"):
                 reason = (
                     "it is no address with a host and a database, or a sign of its password is not encoded"
@@ -155,22 +158,22 @@ def _opened(url: str, folder: Path) -> BaseStorage:
         proxy = GrpcStorageProxy(host=found[1], port=int(found[2] or 13000))
         proxy.wait_server_ready(timeout=CONNECT_SECONDS)
         return proxy
-    # SQLite waits for its lock 5 s by default, which many workers may take together.
+    # By default SQLite waits 5 s for its lock, and many workers together may need longer.
     options = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
     give_up = time.monotonic() + TABLES_SECONDS
     while True:
         try:
             return optuna.storages.get_storage(RDBStorage(url, engine_kwargs=options))
         except failures() as error:
-            # Commands that begin at once all make the tables, and whoever comes second to one finds it there.
-            # That may happen at each of them in turn, so the time is bounded and not the number of tries.
+            # Commands that begin at once all make the tables, and the second one fails where a table exists.
+            # That may happen at each table in turn, so the time is bounded and not the number of tries.
             if time.monotonic() > give_up or not MADE_BY_ANOTHER.search(str(error)):
                 raise
-        time.sleep(0.05 * random.random())  # Those that met once do not meet at the next table.
+        time.sleep(0.05 * random.random())  # Two commands that met once then do not meet at the next table.
 
 
 def shown(url: str, folder: Path) -> str:
-    """The storage as messages name it: kind, host and database of an address that could be parsed.
+    """Return the name of a storage in messages: kind, host and database of an address that could be parsed.
 
     User, password, port and options are left out, as one may stand where another was meant to. An address
     whose parts are in doubt, by an @ too many, counts as one that could not be parsed.
@@ -189,10 +192,10 @@ def shown(url: str, folder: Path) -> str:
     except (sqlalchemy.exc.ArgumentError, ValueError):
         return UNPARSED
     kind, host, database = parsed.drivername.split("+")[0], parsed.host or "", parsed.database or ""
-    # Of an @ behind a / or ? SQLAlchemy makes a password's end, wherever the writer meant it to be.
+    # SQLAlchemy takes an @ behind a / or ? for the end of a password, wherever the writer meant it to end.
     in_doubt = not re.fullmatch(r"[^@/?#]*@?[^@/?#]*([/?][^@]*)?", url.partition("://")[2])
     in_doubt |= not re.fullmatch(r"[\w.,%:-]*", host)
-    # A database with other signs is a part of a password or of a user's name with a slash in it.
+    # A database with other characters is part of a password, or of a user's name with a slash in it.
     plain = r"[^@?#;&=]*" if kind == "sqlite" else r"[\w.$-]*"
     if kind not in DATABASES or in_doubt or not re.fullmatch(plain, database):
         return UNPARSED
@@ -201,7 +204,7 @@ def shown(url: str, folder: Path) -> str:
 
 
 def _scrubbed(text: str, url: str) -> str:
-    """A message of a parser or driver without what `shown` leaves out, in whole or in pieces."""
+    """Return a message of a parser or driver without the parts of the address that `shown` leaves out."""
     name = shown(url, Path())
     if url:
         text = text.replace(url, name)
@@ -222,7 +225,7 @@ def _words(text: str) -> set[str]:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What a storage raises that is down or full."""
+    """Return the errors that a storage raises when it is down or full."""
     import grpc
     import sqlalchemy.exc
 
@@ -231,15 +234,16 @@ def failures() -> tuple[type[BaseException], ...]:
 
 @contextlib.contextmanager
 def told(url: str, folder: Path) -> Iterator[None]:
-    """A storage that is down or full, or a disk that is, is told in one sentence, as a ValueError."""
+    """Turn the error of a storage or disk that is down or full into a ValueError of one sentence."""
     try:
         yield
-    except Exception as error:  # no Ctrl-C, which may have cut off the imports of `failures`
+    except Exception as error:  # A Ctrl-C passes: it may have cut off the imports of `failures`.
         if not isinstance(error, failures()):
             raise
         what = f"the storage {shown(url, folder)} cannot be used ({_first_line(error, url)})"
         again, other = "start the same command again when it is back", ", or name another --storage"
-        # Of a checkpoint, say, with words of its own; a proxy that is down has a kind of its own.
+        # An OSError without a number has a sentence of its own, as that of a checkpoint. A proxy that is down
+        # raises another type.
         if type(error) is OSError and error.errno is None:
             what, other = _first_line(error, url).split(";")[0], ""
         elif isinstance(error, OSError) and error.filename is not None:
@@ -257,7 +261,7 @@ def _first_line(error: BaseException, url: str) -> str:
 
 
 def patiently(call: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
-    """What `call` returns; a storage that is down is asked again for a while, longer apart each time."""
+    """Return what `call` returns; try again at growing intervals while the storage is down."""
     give_up, pause = time.monotonic() + seconds, 0.5
     down = failures()
     while True:

@@ -1,4 +1,4 @@
-"""A study in its storage: which one it is, how it chooses, and how it prunes. The rest is Optuna's."""
+"""A study in its storage: its identity, its sampler and its pruner. The rest is Optuna's."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from config import BEFORE
 from sweeps.board import is_open, slots_of
-from sweeps.settings import OBJECTIVES, Settings
+from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.space import ARMS, MATTERS, Parameter, flow, written
 from sweeps.storage import open_storage, patiently, told
 from training.runfolder import FREE, KEY_CLASSES, LATER, flat
 
-STARTUP = 5  # trials at random before a sampler models, and before a pruner compares
-NO_BRACKET = -1  # of Hyperband's, whose numbers count from 0
-REPEATS = "-repeats"  # and the study's name before it: the study of the repeats
+STARTUP = 5  # Random trials before a sampler models, and before a pruner compares.
+NO_BRACKET = -1  # Stands for none of Hyperband's brackets, whose numbers count from 0.
+REPEATS = "-repeats"  # The study of the repeats has the study's name and this.
 
 
-def open_studies(settings: Settings) -> tuple[optuna.Study, optuna.Study]:
-    """The study of the trials and that of the repeats, new or as they are.
+def open_studies(settings: SweepSettings) -> tuple[optuna.Study, optuna.Study]:
+    """Open the study of the trials and that of the repeats, or create them.
 
     Raises:
         ValueError: The storage cannot be used, or it holds a study of that name with another space or config.
@@ -53,12 +53,12 @@ def open_studies(settings: Settings) -> tuple[optuna.Study, optuna.Study]:
         return _opened(storage, name, settings), _opened(storage, name + REPEATS, settings)
 
 
-def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings) -> optuna.Study:
+def _opened(storage: optuna.storages.BaseStorage, name: str, settings: SweepSettings) -> optuna.Study:
     directions = [
         StudyDirection.MINIMIZE if OBJECTIVES[o] else StudyDirection.MAXIMIZE
         for o in settings.sweep.objectives
     ]
-    try:  # before it is created: a study that is refused is not written to
+    try:  # It is loaded before it is created, so that a study that is refused is not written to.
         study = optuna.load_study(storage=storage, study_name=name, pruner=NopPruner())
     except KeyError:
         study = optuna.create_study(
@@ -72,8 +72,8 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings)
                 f"the study {name} in the storage was not made by this command; name another --study"
             )
         study.set_user_attr("identity", own)
-        known = study.user_attrs["identity"]  # of two that began at once, the later one's
-    # A study of before these keys did what they say is done without them.
+        known = study.user_attrs["identity"]  # If two commands began at once, the later one's counts.
+    # A study from before these keys existed did what `BEFORE` says of them.
     later = {key: BEFORE[key] for key in LATER if key in own["config"]}
     known = known | {"config": later | known["config"]}
     for part in ("objectives", "space", "config"):
@@ -86,10 +86,10 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: Settings)
 
 
 def refuse_other_data(study: optuna.Study, fingerprint: str) -> None:
-    """ValueError if the study's trials read other data, wherever it lay."""
+    """Raise ValueError if the study's trials read other data, wherever these lay."""
     if "data" not in study.user_attrs:
         study.set_user_attr("data", fingerprint)
-    known = study.user_attrs["data"]  # of two that began at once, the later one's
+    known = study.user_attrs["data"]  # If two commands began at once, the later one's counts.
     if known != fingerprint:
         raise ValueError(
             f"the study {study.study_name} has other data: its fingerprint was {known[:12]} and is "
@@ -98,8 +98,9 @@ def refuse_other_data(study: optuna.Study, fingerprint: str) -> None:
 
 
 def refuse_other_runs(study: optuna.Study, folder: Path) -> None:
-    """ValueError if a study that is new would go on with runs of another storage, or of one that is gone."""
-    runs = any((folder / "trials").glob("*"))  # before the trials: another command may begin now
+    """Raise ValueError if a new study would go on with runs of another storage, or of one that is gone."""
+    # Runs are looked for before trials, since another command may begin now.
+    runs = any((folder / "trials").glob("*"))
     if runs and not study.get_trials(deepcopy=False):
         raise ValueError(
             f"{folder / 'trials'} holds runs, and the study {study.study_name} in this storage has no "
@@ -107,8 +108,8 @@ def refuse_other_runs(study: optuna.Study, folder: Path) -> None:
         )
 
 
-def identity(settings: Settings) -> dict[str, Any]:
-    """What trials of one study share: other budgets, workers, samplers and pruners may go on with it."""
+def identity(settings: SweepSettings) -> dict[str, Any]:
+    """Return what all trials of a study share; budgets, workers, samplers and pruners may change."""
     config = replace(settings.config, data=settings.config.data.resolved())
     return {
         "objectives": list(settings.sweep.objectives),
@@ -122,7 +123,7 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 
 def _difference(part: str, known: Any, own: Any) -> str:
-    """The first setting that differs, with both values as flags and YAML have them."""
+    """Return the first setting that differs, with both values as flags and YAML write them."""
     if part == "objectives":
         return f"--objectives was {','.join(known)} and is {','.join(own)} now"
     key = next(k for k in {**known, **own} if known.get(k, ()) != own.get(k, ()))
@@ -136,8 +137,8 @@ def _difference(part: str, known: Any, own: Any) -> str:
     return f"{key} was {was} and is {now} now"
 
 
-def make_sampler(settings: Settings, slot: int) -> BaseSampler:
-    """Fresh for each slot, and seeded by it: workers that share a seed would ask for the same settings."""
+def make_sampler(settings: SweepSettings, slot: int) -> BaseSampler:
+    """Make the sampler of a slot, seeded by it: workers that share a seed would try the same settings."""
     sweep = settings.sweep
     seed = (sweep.sampler_seed * 1_000_003 + slot) % 2**32
     if sweep.sampler == "tpe":
@@ -155,8 +156,8 @@ def make_sampler(settings: Settings, slot: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-def make_pruner(settings: Settings) -> BasePruner:
-    """By validations: the first rung is at the first of them."""
+def make_pruner(settings: SweepSettings) -> BasePruner:
+    """Make the pruner, which goes by validations: the first rung is at the first of them."""
     name, space = settings.sweep.pruner, settings.space
     if name == "median":
         return MedianPruner(n_startup_trials=STARTUP)
@@ -172,7 +173,7 @@ def make_pruner(settings: Settings) -> BasePruner:
 
 
 class _Slots(optuna.Study):
-    """A study in which an attempt that another one goes on from does not compete with it."""
+    """A study in which only the last attempt of each slot competes."""
 
     def __init__(self, study: optuna.Study):
         super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
@@ -189,7 +190,7 @@ class _Halving(SuccessiveHalvingPruner):
 
 
 class _Hyperband(HyperbandPruner):
-    """Its brackets are drawn by slot, so that a trial stays in its own whoever goes on with it."""
+    """Hyperband with brackets by slot, so that a trial stays in its bracket whoever goes on with it."""
 
     def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
         if is_open(trial):
@@ -200,6 +201,7 @@ class _Hyperband(HyperbandPruner):
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:
+    """Return Optuna's distribution of a parameter."""
     if parameter.kind == "choice":
         return CategoricalDistribution([label(value) for value in parameter.choices])
     if parameter.kind == "int":
@@ -208,12 +210,12 @@ def distribution(parameter: Parameter) -> BaseDistribution:
 
 
 def label(value: Any) -> Any:
-    """A choice as storages hold it: lists as JSON."""
+    """Return a choice as storages hold it, a tuple as JSON."""
     return json.dumps(value) if isinstance(value, tuple) else value
 
 
-def chosen_of(settings: Settings, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `label`, for a record's parameters; of those that are known."""
+def chosen_of(settings: SweepSettings, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record's parameters as the config holds them, without those that the space lacks."""
     found = {}
     for parameter in settings.space.parameters:
         if parameter.key in params:
@@ -224,7 +226,7 @@ def chosen_of(settings: Settings, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def suggest(trial: optuna.trial.Trial, parameter: Parameter) -> Any:
-    """The trial's value of a parameter, as the config holds it."""
+    """Ask Optuna for the trial's value of a parameter, and return it as the config holds it."""
 
     def ask() -> Any:
         if parameter.kind == "choice":

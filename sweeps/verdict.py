@@ -1,4 +1,4 @@
-"""What a sweep found: the table, whether the best differs from the config itself, and what did nothing.
+"""The findings of a sweep: its table, whether the best differs from the config itself, and idle settings.
 
 The best of many trials is partly the luckiest, so its own value says little. The best few and the config
 itself are trained again with the same other seeds, and compared seed by seed: Student's interval of the
@@ -21,22 +21,22 @@ from config import Config, parse_config
 from suites.scoring import aligned
 from sweeps.board import is_done
 from sweeps.budget import FEWEST, seconds_of_repeats, whole_rounds
-from sweeps.settings import OBJECTIVES, Settings
+from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.space import Space, flow
 from sweeps.study import chosen_of
 from training.runfolder import flat
 
 CONFIDENCE = 0.95
-SHOWN = 10  # rows of the table
+SHOWN = 10  # Rows of the table.
 BUDGETS = "max_steps", "max_epochs", "max_seconds"
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """Values of one candidate with other seeds: of a trial's slot, or of the config itself (None)."""
+    """The values of one candidate by seed: those of a trial's slot, or of the config itself (None)."""
 
     of: int | None
-    values: dict[int, float]  # by seed
+    values: dict[int, float]
 
     @property
     def mean(self) -> float:
@@ -44,7 +44,7 @@ class Repeated:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; not a number for a single one."""
+        """The standard deviation over the seeds; NaN for a single one."""
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
 
 
@@ -59,8 +59,8 @@ class Difference:
     high: float
 
 
-def repeated(settings: Settings, repeats: Mapping[int, FrozenTrial]) -> dict[int | None, Repeated]:
-    """Of each candidate its values, by the first objective."""
+def repeated(settings: SweepSettings, repeats: Mapping[int, FrozenTrial]) -> dict[int | None, Repeated]:
+    """Return the values of each candidate by the first objective."""
     found: dict[int | None, dict[int, float]] = {}
     for record in repeats.values():
         if record.state == TrialState.COMPLETE:
@@ -70,7 +70,7 @@ def repeated(settings: Settings, repeats: Mapping[int, FrozenTrial]) -> dict[int
 
 
 def differences(found: Mapping[int | None, Repeated]) -> list[Difference]:
-    """Of each candidate that shares two seeds or more with the config itself."""
+    """Return the difference of each candidate that shares two seeds or more with the config itself."""
     from scipy.stats import t
 
     if None not in found:
@@ -91,13 +91,13 @@ def differences(found: Mapping[int | None, Repeated]) -> list[Difference]:
 
 
 def winner(
-    settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
+    settings: SweepSettings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> int | None:
-    """The slot that is best with the other seeds, else the best trial; None is the config itself.
+    """Return the slot that is best with the other seeds, else the best trial; None is the config itself.
 
-    Time may end before the last turn: those compete that share the most seeds with the config itself (or have
-    the most, where it has none), by the seeds that they all have. One that failed once is out. While only the
-    config itself was repeated, and none failed, the trials decide.
+    Time may end before the last round. Candidates compete that share the most seeds with the config itself
+    (or have the most, where it has none), by the seeds that they all have. One that failed once is out. While
+    only the config itself was repeated, and none failed, the trials decide.
     """
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     failed = {r.user_attrs["of"] for r in repeats.values() if r.state == TrialState.FAIL}
@@ -115,16 +115,17 @@ def winner(
     return min(left or done)[1] if done else None
 
 
-def config_of(settings: Settings, slots: Mapping[int, FrozenTrial], of: int | None) -> Config:
+def config_of(settings: SweepSettings, slots: Mapping[int, FrozenTrial], of: int | None) -> Config:
+    """Return the config of a trial's slot; None stands for the config itself."""
     if of is None:
         return settings.config
     return settings.space.config(settings.config, chosen_of(settings, slots[of].params))
 
 
 def verdict(
-    settings: Settings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
+    settings: SweepSettings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> list[str]:
-    """Sentences: the repeated ones with their spread, and whether one differs from the config itself."""
+    """Return sentences on the repeated candidates, with their spread, and on those that differ."""
     name, found = settings.sweep.objectives[0], repeated(settings, repeats)
     best = winner(settings, slots, repeats)
     default = settings.space.default(settings.config)
@@ -181,8 +182,8 @@ def number(value: float) -> str:
     return f"{value:.4f}" if size < 1000 else f"{value:,.0f}" if size < 1e15 else f"{value:.4g}"
 
 
-def table(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
-    """Lines: the best trials, and the config's own if it is among them; settings beside values."""
+def table(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """Return the lines of a table of the best trials, and of the one that is the config itself."""
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     done = [(sign * r.values[0], slot) for slot, r in slots.items() if r.state == TrialState.COMPLETE]
     order = [slot for _, slot in sorted(done)][:SHOWN]
@@ -192,17 +193,17 @@ def table(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     return _lines(settings, slots, order)
 
 
-def own_slot(settings: Settings, slots: Mapping[int, FrozenTrial]) -> int | None:
-    """Of the trial that is the config itself."""
+def own_slot(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> int | None:
+    """Return the slot of the trial that is the config itself, if there is one."""
     default = settings.space.default(settings.config)
     return next((s for s, r in slots.items() if chosen_of(settings, r.params) == default), None)
 
 
-def front(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
-    """Lines: of several objectives every trial that no other one beats; nothing for a single one.
+def front(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """Return the lines of a table of all trials that no other one beats; none for a single objective.
 
-    One beats another if it is better by one objective and worse by none. They stand in the order of the first
-    objective; of equal settings the one that was trained stands for all.
+    One beats another if it is better by one objective and worse by none. Trials stand in the order of the
+    first objective; among equal settings the one that was trained stands for all.
     """
     signs = [1 if OBJECTIVES[name] else -1 for name in settings.sweep.objectives]
     if len(signs) == 1:
@@ -226,8 +227,8 @@ def front(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     return [head, *_lines(settings, slots, order)]
 
 
-def _lines(settings: Settings, slots: Mapping[int, FrozenTrial], order: list[int]) -> list[str]:
-    """A table of these trials: their values, steps and settings."""
+def _lines(settings: SweepSettings, slots: Mapping[int, FrozenTrial], order: list[int]) -> list[str]:
+    """Return the lines of a table of these trials: their values, steps and settings."""
     keys = [p.key for p in settings.space.parameters]
     own = own_slot(settings, slots)
     rows = [["trial", *(name.replace("_", " ") for name in settings.sweep.objectives), "steps", *keys]]
@@ -250,20 +251,20 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else flow(value)
 
 
-def asked_steps(settings: Settings, record: FrozenTrial) -> int:
-    """Of a trial that nothing ends early."""
+def requested_steps(settings: SweepSettings, record: FrozenTrial) -> int:
+    """Return the steps of a trial that nothing ends early."""
     chosen = settings.space.settings(chosen_of(settings, record.params))
     return chosen.get("max_steps", settings.config.train.max_steps)
 
 
-def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
-    """How many trials ended how, the steps they took, and each reason for a failure."""
+def counts(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """Return lines on how many trials ended how, the steps they took, and each reason for a failure."""
     left = sum(not is_done(record) for record in slots.values())
     slots = {slot: record for slot, record in slots.items() if is_done(record)}
     states = Counter(record.state for record in slots.values())
     steps = sum(record.user_attrs.get("steps", 0) for record in slots.values())
     pruned = [r for r in slots.values() if r.state == TrialState.PRUNED and "same_as" not in r.user_attrs]
-    whole = steps + sum(max(0, asked_steps(settings, r) - r.user_attrs.get("steps", 0)) for r in pruned)
+    whole = steps + sum(max(0, requested_steps(settings, r) - r.user_attrs.get("steps", 0)) for r in pruned)
     saved = f", {1 - steps / whole:.0%} fewer than without pruning" if whole > steps else ""
     line = (
         f"{len(slots) + left} trials: {states[TrialState.COMPLETE]} complete, "
@@ -278,19 +279,21 @@ def counts(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
     return [line, *same, *(f"{count} failed: {reason}" for reason, count in reasons.most_common())]
 
 
-def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
-    """Parameters that changed nothing: trials that differ in them alone had the same first losses.
+def idle(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[str]:
+    """Name parameters that changed nothing: trials that differ in them alone had the same first losses.
 
-    Where trials with equal losses differ in several, those are named together. Of a trial that ended early
-    there are fewer losses; one alone, which is before any update, says nothing.
+    Where trials with equal losses differ in several parameters, these are named together. A trial that ended
+    early has fewer losses; one loss alone, which is before any update, says nothing.
     """
     alike: dict[tuple[float, ...], list[tuple[int, dict[str, Any], list[float]]]] = {}
     for slot, record in slots.items():
         losses = record.user_attrs.get("first_losses", [])
-        if len(losses) > 1:  # by two of them: of 20,000 trials there are too many pairs
+        # Trials are grouped by two losses, since 20,000 trials have too many pairs.
+        if len(losses) > 1:
             alike.setdefault(tuple(losses[:2]), []).append((slot, chosen_of(settings, record.params), losses))
     pairs = itertools.chain.from_iterable(itertools.combinations(group, 2) for group in alike.values())
-    found: dict[frozenset[str], tuple[bool, int, int, int]] = {}  # the pair that says most
+    # The pair that says most, by the parameters in which it differs: (equal to the end, losses, two trials).
+    found: dict[frozenset[str], tuple[bool, int, int, int]] = {}
     for (one, a, losses), (other, b, same) in pairs:
         differ = frozenset(key for key in {**a, **b} if a.get(key) != b.get(key))
         count = min(len(losses), len(same))
@@ -318,16 +321,16 @@ def idle(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[str]:
 
 
 def best_yaml(config: Config, space: Space, base: Config) -> dict[str, Any]:
-    """The config as a file for `python trainingmanager.py --config`: what differs from the defaults.
+    """Return the values of a config file for `trainingmanager.py`: those that differ from the defaults.
 
     The budget of the trials is left out, unless the space varies it: a run by the file is for longer.
 
     Args:
-        config: What is written.
-        space: Of the sweep.
+        config: The config that is written.
+        space: The space of the sweep.
         base: The config that the space varies.
     """
-    published = config.train.base  # which brings defaults of its own
+    published = config.train.base  # A published base brings defaults of its own.
     default = flat(parse_config(["--base", published] if published is not None else [])) | {"base": None}
     left_out = {"run", "resume", *(key for key in BUDGETS if len(set(space.values(base, key))) == 1)}
     plain: dict[str, Any] = {}
@@ -338,8 +341,8 @@ def best_yaml(config: Config, space: Space, base: Config) -> dict[str, Any]:
     return plain
 
 
-def best_head(settings: Settings, config: Config, of: int | None) -> str:
-    """The comment on top of best.yaml: whose settings they are, and how long they were tried."""
+def best_head(settings: SweepSettings, config: Config, of: int | None) -> str:
+    """Return the comment on top of best.yaml: whose settings they are, and how long they were tried."""
     tried = ", ".join(f"{key} {value:g}" for key in BUDGETS if (value := flat(config)[key]))
     return (
         f"# {called(of).capitalize()} of the sweep in {str(settings.sweep.folder)!r}, tried for {tried}.\n"

@@ -1,8 +1,8 @@
-"""What one worker does: claim a slot, train it, record it, until the budget and the repeats are done.
+"""A worker: it claims a slot, trains it and records it, until the budget and the repeats are done.
 
 Every worker decides alone, from the storage, so that any number of them, here and elsewhere, may come and go:
 
-    trials      slots of the study: the config itself first, if the space holds it, then what the sampler asks
+    trials      slots of the study: the config itself first, if the space holds it, then the sampler's choices
     repeats     slots of a second study: the best few and the config itself, with other seeds
 """
 
@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -29,7 +30,7 @@ from config import Config
 from config.console import shown_safely
 from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
 from sweeps.budget import more_trials, room_for_a_round, whole_rounds
-from sweeps.settings import OBJECTIVES, Settings
+from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.storage import patiently, told
 from sweeps.study import (
     chosen_of,
@@ -43,11 +44,14 @@ from sweeps.study import (
 )
 from training.runfolder import LOCK, flat
 
-STOPPED = 75  # exit code of a worker that was asked to stop (EX_TEMPFAIL)
+if TYPE_CHECKING:
+    from sweeps.trial import TrialOutcome
+
+STOPPED = 75  # The exit code of a worker that was told to stop (EX_TEMPFAIL).
 
 
-def candidates(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[int | None]:
-    """Slots to repeat, the best first, and None: the config itself. Nothing where nothing was trained."""
+def candidates(settings: SweepSettings, slots: Mapping[int, FrozenTrial]) -> list[int | None]:
+    """Return the slots to repeat, the best first, and None for the config itself; [] before any trained."""
     sweep = settings.sweep
     default = settings.space.default(settings.config)
     whole = [
@@ -59,11 +63,11 @@ def candidates(settings: Settings, slots: Mapping[int, FrozenTrial]) -> list[int
         return []
     sign = 1 if OBJECTIVES[sweep.objectives[0]] else -1
     best: list[int | None] = []
-    seen: list[dict[str, Any]] = []
+    chosen: list[dict[str, Any]] = []
     for _, slot in sorted(whole, key=lambda pair: (sign * pair[0][0], pair[1])):
-        if slots[slot].params not in seen and len(best) < sweep.repeat_best:
+        if slots[slot].params not in chosen and len(best) < sweep.repeat_best:
             best.append(slot)
-            seen.append(slots[slot].params)
+            chosen.append(slots[slot].params)
     return [*best, None]
 
 
@@ -75,13 +79,17 @@ class Worker:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SweepSettings,
         trials: optuna.Study,
         repeats: optuna.Study,
         pulse: Pulse,
         tick: Callable[[], None] = lambda: None,
     ):
-        """`tick` is called as often as something was done: a step, or a look at what there is to do."""
+        """Open the worker's view of both studies.
+
+        Args:
+            tick: Called after each step, and each look at what there is to do.
+        """
         self.settings, self.pulse, self.tick = settings, pulse, tick
         self.trials, self.repeats = Board(trials, pulse), Board(repeats, pulse)
         self.folder = settings.sweep.folder
@@ -89,7 +97,7 @@ class Worker:
         trials.pruner = make_pruner(settings)
 
     def work(self) -> None:
-        """Until there is nothing left that anybody could do."""
+        """Run slots until there is nothing left that any worker could do."""
         while True:
             self.tick()
             self.trials.reap()
@@ -111,10 +119,12 @@ class Worker:
                 time.sleep(1.0)
 
     def more(self, slots: dict[int, FrozenTrial]) -> bool:
+        """Return whether the budget has room for another trial."""
         grid = None if self.grid is None else len(slots) + len(self.untried(self.grid, slots))
         return more_trials(self.settings, slots, self.spent(), grid)
 
     def more_repeats(self, known: dict[int, FrozenTrial]) -> bool:
+        """Return whether a repeat is missing, and its round was begun or has room in the budget."""
         missing = self.missing(known)
         if not missing:
             return False
@@ -123,13 +133,14 @@ class Worker:
         return begun or room_for_a_round(self.settings, self.trials.slots(), self.spent())
 
     def spent(self) -> float:
+        """Return the seconds of the budget that are used; 0 without such a budget."""
         if not self.settings.sweep.seconds:
             return 0.0
         patiently(self.pulse.beat)
         return spent_seconds(patiently(lambda: self.pulse.study.user_attrs))
 
     def template(self, slots: dict[int, FrozenTrial]) -> dict[str, Any]:
-        """What a new trial is given: nothing, where the sampler is to choose."""
+        """Return the arguments of a new trial; none where the sampler chooses."""
         chosen = None
         if self.grid is not None:
             chosen = next(iter(self.untried(self.grid, slots)), None)
@@ -144,12 +155,12 @@ class Worker:
         }
 
     def untried(self, grid: list[dict[str, Any]], slots: Mapping[int, FrozenTrial]) -> list[dict[str, Any]]:
-        """What no slot has of the grid, which another sampler or other `points` may have come before."""
+        """Return the grid's combinations that no slot has, whatever sampler or `points` made the slots."""
         tried = {tuple(sorted(record.params.items())) for record in slots.values()}
         return [c for c in grid if tuple(sorted((key, label(v)) for key, v in c.items())) not in tried]
 
     def missing(self, known: dict[int, FrozenTrial]) -> list[dict[str, Any]]:
-        """What is repeated with which seed, of all repeats that are not known; each seed of all in turn."""
+        """Return the attributes of all repeats that are not known, each seed of all candidates in turn."""
         base, best = self.settings.config.train.seed, candidates(self.settings, self.trials.slots())
         had = {(record.user_attrs["of"], record.user_attrs["seed"]) for record in known.values()}
         return [
@@ -161,65 +172,69 @@ class Worker:
 
     def run(self, board: Board, claim: Claim) -> None:
         """Train what was claimed and record what became of it; a signal gives it back and ends the worker."""
-        from sweeps.trial import Outcome, remove_checkpoints, run_trial
+        from sweeps.trial import remove_checkpoints
 
+        name = f"{claim.slot:04}" if board is self.trials else f"repeat-{claim.slot:04}"
+        folder = self.folder / "trials" / name
         try:
-            trial = None
-            if board is self.trials:
-                board.study.sampler = make_sampler(self.settings, claim.slot)
-                trial = patiently(lambda: optuna.trial.Trial(board.study, claim.record._trial_id))
-            name = f"{claim.slot:04}" if trial is not None else f"repeat-{claim.slot:04}"
-            folder = self.folder / "trials" / name
-            if claim.record.user_attrs.get("deaths", 0) >= self.settings.sweep.deaths:
-                at = claim.record.user_attrs["died_at"]
-                reason = (
-                    f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
-                )
-                self.note(board, claim, KILLED, True)
-                self.record(board, claim, Outcome("failed", reason, steps=at))
-                return
-            try:
-                config = self.config_of(claim, trial)
-            except ValueError as error:  # choices that do not go together
-                self.record(board, claim, Outcome("failed", f"it cannot be built: {error}"))
-                return
-            trained = (folder / "checkpoints").is_dir()  # by an attempt before: its steps are spent
-            if trial is not None and not trained and (twin := self.twin(claim, config)) is not None:
-                self.note(board, claim, "same_as", twin.user_attrs["slot"])
-                state = "complete" if twin.state == TrialState.COMPLETE else "pruned"
-                self.record(
-                    board,
-                    claim,
-                    Outcome(state, values=dict(zip(self.objectives, twin.values or [], strict=False))),
-                )
-                return
-            if is_locked(folder / LOCK):  # a worker that was thought dead is still at it
-                board.release(claim.record, "its folder is in use")
-                time.sleep(5.0)
-                return
-            told_before = set(claim.record.intermediate_values)
-            outcome = run_trial(
-                config,
-                folder,
-                self.folder / "logs" / f"{name}.txt",
-                lambda step, value: self.report(board, claim, trial, step, value, told_before),
-                lambda key, value: self.note(board, claim, key, value),
-                self.tick,
-            )
-            if outcome.state == "stopped":
+            outcome = self.attempt(board, claim, folder)
+            if outcome is not None and outcome.state == "stopped":
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             board.release(claim.record, "it was stopped")
             raise
+        if outcome is None:
+            return
         known = patiently(lambda: board.study.get_trials(deepcopy=False))[claim.record.number].user_attrs
         outcome.values |= {"parameters": known["parameters"]} if "parameters" in known else {}
         granted = self.record(board, claim, outcome)
         if board is self.trials:
             self.keep_the_best()
-        elif granted:  # or another worker goes on from there
+        elif granted:  # Else another worker goes on from there.
             remove_checkpoints(folder)
-        if outcome.signalled:  # as it ended
+        if outcome.signalled:  # The signal came as the trial ended.
             raise KeyboardInterrupt
+
+    def attempt(self, board: Board, claim: Claim, folder: Path) -> TrialOutcome | None:
+        """Train what was claimed in its folder; None where it was recorded or given back without training."""
+        from sweeps.trial import TrialOutcome, run_trial
+
+        trial = None
+        if board is self.trials:
+            board.study.sampler = make_sampler(self.settings, claim.slot)
+            trial = patiently(lambda: optuna.trial.Trial(board.study, claim.record._trial_id))
+        if claim.record.user_attrs.get("deaths", 0) >= self.settings.sweep.deaths:
+            at = claim.record.user_attrs["died_at"]
+            reason = f"{self.settings.sweep.deaths} workers died at it after step {at}; memory may be full"
+            self.note(board, claim, KILLED, True)
+            self.record(board, claim, TrialOutcome("failed", reason, steps=at))
+            return None
+        try:
+            config = self.config_of(claim, trial)
+        except ValueError as error:  # The choices do not go together.
+            self.record(board, claim, TrialOutcome("failed", f"it cannot be built: {error}"))
+            return None
+        # An earlier attempt may have trained: its steps are spent.
+        trained = (folder / "checkpoints").is_dir()
+        if trial is not None and not trained and (twin := self.twin(claim, config)) is not None:
+            self.note(board, claim, "same_as", twin.user_attrs["slot"])
+            state = "complete" if twin.state == TrialState.COMPLETE else "pruned"
+            values = dict(zip(self.objectives, twin.values or [], strict=False))
+            self.record(board, claim, TrialOutcome(state, values=values))
+            return None
+        if is_locked(folder / LOCK):  # A worker that was thought dead is still at it.
+            board.release(claim.record, "its folder is in use")
+            time.sleep(5.0)
+            return None
+        told_before = set(claim.record.intermediate_values)
+        return run_trial(
+            config,
+            folder,
+            self.folder / "logs" / f"{folder.name}.txt",
+            lambda step, value: self.report(board, claim, trial, step, value, told_before),
+            lambda key, value: self.note(board, claim, key, value),
+            self.tick,
+        )
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -230,6 +245,7 @@ class Worker:
         return self.settings.sweep.pruner != "none"
 
     def config_of(self, claim: Claim, trial: optuna.trial.Trial | None) -> Config:
+        """Return the config of a trial, or of a repeat if `trial` is None; ValueError if it is impossible."""
         base, attributes = self.settings.config, claim.record.user_attrs
         if trial is not None:
             chosen = self.settings.space.draw(flat(base), lambda parameter: suggest(trial, parameter))
@@ -240,7 +256,7 @@ class Worker:
         return replace(base, train=replace(base.train, seed=attributes["seed"]))
 
     def twin(self, claim: Claim, config: Config) -> FrozenTrial | None:
-        """A trial that ended with the very same config, which would give the very same numbers."""
+        """Return a trial that ended with the same config, which would give the same numbers; else None."""
         own = json.dumps(
             {k: v for k, v in flat(config).items() if k not in ("run", "resume")}, sort_keys=True
         )
@@ -249,7 +265,7 @@ class Worker:
         )
         train = config.train
         if train.max_seconds or not (train.max_steps or train.max_epochs):
-            return None  # no two runs by the clock are the same
+            return None  # No two runs by the clock are the same.
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return next(
             (
@@ -269,10 +285,10 @@ class Worker:
         value: float,
         known: set[int],
     ) -> bool:
-        """Tell the storage of a validation, once; whether the pruner ends the trial."""
+        """Report a validation to the storage, once; return whether the pruner ends the trial."""
         if step not in known:
             known.add(step)
-            if trial is None or len(self.objectives) > 1:  # Optuna takes values of one objective alone
+            if trial is None or len(self.objectives) > 1:  # Optuna takes values of a single objective only.
                 if step > claim.record.user_attrs.get(VALIDATED, 0):
                     self.note(board, claim, VALIDATED, step)
             else:
@@ -280,14 +296,15 @@ class Worker:
         return trial is not None and self.prunes and patiently(trial.should_prune)
 
     def note(self, board: Board, claim: Claim, key: str, value: Any) -> None:
+        """Set an attribute of the slot's record."""
         storage = board.study._storage
         try:
             patiently(lambda: storage.set_trial_user_attr(claim.record._trial_id, key, value))
-        except UpdateFinishedTrialError:  # another worker thought that this one was dead
+        except UpdateFinishedTrialError:  # Another worker thought that this one was dead.
             _say(f"slot {claim.slot} was taken over while this worker stood still")
 
     def record(self, board: Board, claim: Claim, outcome: Any) -> bool:
-        """End the slot's record, with everything that the table says of it; False if it had ended before."""
+        """End the slot's record with all that the table shows of it; return False if it had ended before."""
         facts = {
             "steps": outcome.steps,
             "seconds": outcome.seconds,
@@ -313,7 +330,7 @@ class Worker:
         return True
 
     def keep_the_best(self) -> None:
-        """Checkpoints stay of the trials that may still be repeated or be the best."""
+        """Remove the checkpoints of trials that can neither be repeated nor be the best any more."""
         from sweeps.trial import remove_checkpoints
 
         slots = self.trials.slots()
@@ -328,22 +345,22 @@ def _say(text: str) -> None:
 
 
 @shown_safely()
-def start(settings: Settings, fingerprint: str, mouth: Connection, name: str, ticks: Any) -> NoReturn:
-    """A worker's process, which exits with 0 where nothing is left, 75 if stopped, 2 for an error it told.
+def start(settings: SweepSettings, fingerprint: str, mouth: Connection, name: str, ticks: Any) -> NoReturn:
+    """Run a worker's process; it exits with 0 where nothing is left, 75 if stopped, 2 for an error.
 
     Args:
-        fingerprint: Of the data, as whoever started it found them.
-        mouth: Takes the error.
-        name: By which the storage knows the worker.
-        ticks: Shared number that counts what it does: while it stands still, the worker does nothing.
+        fingerprint: The fingerprint of the data, as the command that started it found them.
+        mouth: The end of a pipe that takes the error.
+        name: The id by which the storage knows the worker.
+        ticks: A shared number that counts what it does: while it stands still, the worker does nothing.
     """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    # The bars' own lock is a semaphore for children that print too; it would outlive a worker that is killed.
+    # tqdm's own lock is a semaphore between processes, which would outlive a worker that is killed.
     tqdm.set_lock(threading.RLock())
-    os.setpgid(0, 0)  # a Ctrl-C is for the command that started it, which tells it
+    os.setpgid(0, 0)  # A Ctrl-C then reaches only the command that started it, which tells the worker.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
 
@@ -354,7 +371,8 @@ def start(settings: Settings, fingerprint: str, mouth: Connection, name: str, ti
     try:
         with told(sweep.storage, sweep.folder):
             trials, repeats = open_studies(settings)
-            refuse_other_data(trials, fingerprint)  # two first commands may both have found a study without
+            # Two first commands may both have found a study without data.
+            refuse_other_data(trials, fingerprint)
             with Pulse(trials, sweep.folder, name) as pulse:
                 Worker(settings, trials, repeats, pulse, tick).work()
     except KeyboardInterrupt:

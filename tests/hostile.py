@@ -238,7 +238,7 @@ HOSTILE: dict[str, dict[str, str]] = {
     },
 }
 SLEEPERS = {"a sleep", "a lock that is held when loaded", "leaving its group and its parent"}
-LIMITS = sandbox.Limits(cpu=1, output=1 << 20)
+LIMITS = sandbox.SandboxLimits(cpu=1, output=1 << 20)
 
 
 def snapshot(folder: Path) -> dict[str, object]:

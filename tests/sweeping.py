@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from sweeps.board import Board, Pulse, slots_of
-from sweeps.settings import Settings, parse_settings
+from sweeps.settings import SweepSettings, parse_settings
 from sweeps.study import open_studies
 from sweeps.worker import Worker
 
@@ -104,7 +104,7 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
-def sweep(path: Path, *words: str) -> tuple[Settings, dict[int, optuna.trial.FrozenTrial]]:
+def sweep(path: Path, *words: str) -> tuple[SweepSettings, dict[int, optuna.trial.FrozenTrial]]:
     """One worker's work, from the settings to the last slot."""
     settings = parse_settings(["--config", str(path), *words])
     settings.sweep.folder.mkdir(exist_ok=True)

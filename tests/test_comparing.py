@@ -241,7 +241,7 @@ def test_wordings_are_compared_by_name_and_only_so(tmp_path):
     for label in ("A verbose model", "A verbose base", "B simple model", "B simple base"):
         assert label in head
     assert "chrf: B simple base less A verbose base is +" in said
-    with pytest.raises(ValueError, match=r"not asked with prompts called 'simple' \(there are verbose"):
+    with pytest.raises(ValueError, match=r"not evaluated with prompts called 'simple' \(there are verbose"):
         compare_files([f"{paths[0]}:simple", paths[1]])
 
 

@@ -464,7 +464,7 @@ def test_a_strangers_config_does_not_say_where_the_cache_is_nor_how_many_work(ru
         seen.append(config)
         return prepare_data(config, tokenizer)
 
-    monkeypatch.setattr("suites.subject.prepare_data", noted)
+    monkeypatch.setattr("suites.evaluated.prepare_data", noted)
     evaluation.evaluate(here(run, samples=0, precision="fp32"))
     assert [(c.cache, c.workers) for c in seen] == [(str(run.parent / "cache"), 0)]
     assert not (run.parent / "theirs").exists()

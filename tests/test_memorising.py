@@ -13,7 +13,7 @@ from test_eval import BYTES
 from test_overlaps import prepared, sample, words
 
 from data import shingles
-from suites.memorising import LEAST, Run, licences_of, longest_runs, memorisation, memory_table
+from suites.memorising import LEAST, RepeatedRun, licences_of, longest_runs, memorisation, memory_table
 from tokenizer import CodeTokenizer
 
 
@@ -65,8 +65,8 @@ def test_runs_equal_a_search_by_brute_force(seed, batch, monkeypatch):
 def test_no_text_no_document_and_shorter_than_asked():
     store = store_of([[1, 2, 3, 4], []])
     assert longest_runs([], store) == []
-    assert longest_runs([[1, 2, 3]], store, 4) == [Run(0, 0, -1, 0)]
-    assert longest_runs([[0, 1, 2, 3, 4]], store, 4) == [Run(4, 1, 0, 1)]
+    assert longest_runs([[1, 2, 3]], store, 4) == [RepeatedRun(0, 0, -1, 0)]
+    assert longest_runs([[0, 1, 2, 3, 4]], store, 4) == [RepeatedRun(4, 1, 0, 1)]
 
 
 def test_equal_hashes_are_no_run(monkeypatch):

@@ -24,7 +24,7 @@ from hostile import still_running
 from hypothesis import given, settings
 
 import sandbox
-from sandbox import Limits, calls, child, filter, judge, process, run
+from sandbox import SandboxLimits, calls, child, filter, judge, process, run
 from sandbox.child import CandidateError, NotData, decode, encode
 
 HOUSE = Path(__file__).parent.parent
@@ -234,20 +234,20 @@ def test_temporary_files_and_threads_are_there(isolated: sandbox.Isolation) -> N
 
 
 def test_limits_end_a_program(isolated: sandbox.Isolation) -> None:
-    assert run("while True: pass", limits=Limits(cpu=1)).status == "timed out"
-    asleep = run("print('before', flush=True)\nimport time\ntime.sleep(99)", limits=Limits(wall=5.0))
+    assert run("while True: pass", limits=SandboxLimits(cpu=1)).status == "timed out"
+    asleep = run("print('before', flush=True)\nimport time\ntime.sleep(99)", limits=SandboxLimits(wall=5.0))
     assert (asleep.status, asleep.exit_code, asleep.stdout) == ("timed out", None, "before\n")
     assert 2 <= asleep.seconds < 20
-    flood = run("while True: print('x' * 1000)", limits=Limits(output=5000))
+    flood = run("while True: print('x' * 1000)", limits=SandboxLimits(output=5000))
     assert (flood.status, len(flood.stdout)) == ("output", 5000)
     files = "import os\nfor n in range(10**6): os.mknod(f'/tmp/{n}')\n"
-    assert run(files, limits=Limits(files=500)).status == "files"
-    assert judge(files, "", "f()", limits=Limits(files=500))[:2] == (
+    assert run(files, limits=SandboxLimits(files=500)).status == "files"
+    assert judge(files, "", "f()", limits=SandboxLimits(files=500))[:2] == (
         "failed",
         "the program made more than 500 files",
     )
-    assert run(files.replace("10**6", "400"), limits=Limits(files=500)).exit_code == 0
-    full = run("x = bytearray(300 << 20)", limits=Limits(memory=200 << 20))
+    assert run(files.replace("10**6", "400"), limits=SandboxLimits(files=500)).exit_code == 0
+    full = run("x = bytearray(300 << 20)", limits=SandboxLimits(memory=200 << 20))
     assert full.exit_code == 1 and "MemoryError" in full.stderr
 
 
@@ -359,10 +359,10 @@ def test_a_fault_cannot_be_caught_by_the_test(isolated: sandbox.Isolation) -> No
 
 
 def test_the_judge_is_bounded_too(isolated: sandbox.Isolation) -> None:
-    found = judge(ADD, "", "while True: add(1, 2)", limits=Limits(cpu=1, wall=10))
+    found = judge(ADD, "", "while True: add(1, 2)", limits=SandboxLimits(cpu=1, wall=10))
     assert found.kind == "timed out"
     colliding = "def add(a, b): return {n * (2**61 - 1) for n in range(60000)}"
-    assert judge(colliding, "", "assert add(1, 2) == 3", limits=Limits(cpu=1)).kind != "passed"
+    assert judge(colliding, "", "assert add(1, 2) == 3", limits=SandboxLimits(cpu=1)).kind != "passed"
 
 
 def test_verdicts_in_parallel_are_those_in_series(isolated: sandbox.Isolation) -> None:
@@ -393,7 +393,7 @@ def test_calls_by_data(isolated: sandbox.Isolation) -> None:
         pass
     with (
         pytest.raises(CandidateError, match="ended"),
-        calls("import time\ndef f(): time.sleep(99)", Limits(wall=2.0)) as call,
+        calls("import time\ndef f(): time.sleep(99)", SandboxLimits(wall=2.0)) as call,
     ):
         call("f")
     with (
@@ -469,9 +469,8 @@ def test_hostile_programs_are_held_20_times(isolated: sandbox.Isolation, uid: in
 
 def test_a_killed_parent_takes_its_sandboxes_along(isolated: sandbox.Isolation) -> None:
     size = (9 << 20) + 4096 * (os.getpid() % 1000)
-    program = (
-        f"import sandbox; sandbox.judge('while True: pass', '', 'f()', limits=sandbox.Limits(disk={size}))"
-    )
+    limits = f"sandbox.SandboxLimits(disk={size})"
+    program = f"import sandbox; sandbox.judge('while True: pass', '', 'f()', limits={limits})"
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=HOUSE)
     try:
         end = time.monotonic() + 60
@@ -492,8 +491,8 @@ def test_a_sandbox_that_is_ended_while_it_starts_leaves_nothing(isolated: sandbo
     size = (10 << 20) + 4096 * (os.getpid() % 1000)
 
     def early(n: int) -> None:
-        job = process._job(isolated, Limits(), program="import time\ntime.sleep(99)")
-        with process._started(isolated, "candidate", Limits(disk=size)) as started:
+        job = process._job(isolated, SandboxLimits(), program="import time\ntime.sleep(99)")
+        with process._started(isolated, "candidate", SandboxLimits(disk=size)) as started:
             assert started.process.stdin is not None
             os.write(started.process.stdin.fileno(), job)
             time.sleep(0.002 * n)
@@ -509,7 +508,7 @@ def test_runs_leave_no_open_files(isolated: sandbox.Isolation) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     for program in (ADD, "while", "import os; os._exit(1)", "def add(a, b): return object()") * 2:
         kind(program)
-    run("print('x' * 100_000)", limits=Limits(output=10))
+    run("print('x' * 100_000)", limits=SandboxLimits(output=10))
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
@@ -547,9 +546,11 @@ def test_a_flag_runs_all_the_same_and_is_recorded(monkeypatch: pytest.MonkeyPatc
     verdict = judge(ADD, "", TEST, allow_unsafe=True)
     assert (verdict.kind, verdict.sandbox) == ("passed", sandbox.UNSAFE)
     assert judge(
-        "import time\ntime.sleep(99)", "", TEST, limits=Limits(wall=2.0), allow_unsafe=True
+        "import time\ntime.sleep(99)", "", TEST, limits=SandboxLimits(wall=2.0), allow_unsafe=True
     ).kind == ("timed out")
-    assert judge("while 1: pass", "", TEST, limits=Limits(cpu=1), allow_unsafe=True).kind == "timed out"
+    assert (
+        judge("while 1: pass", "", TEST, limits=SandboxLimits(cpu=1), allow_unsafe=True).kind == "timed out"
+    )
 
 
 # --- the filter

@@ -27,7 +27,7 @@ from dataset import PreparedData, prepare_data
 from metrics.registry import METRICS
 from suites import evaluate as evaluation
 from suites.baselines import copied, last_lines, nearest
-from suites.completing import asked, complete, ngram_complete, uncut
+from suites.completing import CompletionSettings, complete, completion_request, ngram_complete, uncut
 from suites.pairs import longest_completion, pair_examples
 from suites.rescoring import differences, rescore
 from suites.scoring import (
@@ -289,7 +289,7 @@ def test_a_gap_is_asked_for_as_training_shows_it_and_has_no_copy(tmp_path: Path)
         i = e.prompt[5 : e.prompt.index("(")]
         assert {"prefix": e.prompt, "suffix": e.suffix, "middle": e.reference} == rows[int(i)]
         stored = data.test.document(e.where)[: int(data.test.prompt_lengths[e.where])].tolist()
-        found = asked(STARCODER, e, 20, 200)
+        found = completion_request(STARCODER, e, 20, 200)
         assert found.prompt == Prompt(fim_prompt_ids(STARCODER, e.prompt, e.suffix or "")) == Prompt(stored)
         assert found.ends == fim_end_ids(STARCODER) and STARCODER.eos_id in found.ends
     assert copied(examples) == [""] * len(examples)
@@ -305,15 +305,16 @@ def test_a_gap_is_asked_for_as_training_shows_it_and_has_no_copy(tmp_path: Path)
 def test_a_prompt_keeps_its_place_and_leaves_room(data):
     example = Example("", 0, "a" * 40, "b")
     whole = BYTES.prompt_ids(example.prompt)
-    assert asked(BYTES, example, 20, 100)[:2] == (Prompt(whole), 20)
-    assert asked(BYTES, example, 90, 100)[:2] == (Prompt(whole), 100 - len(whole))
+    assert completion_request(BYTES, example, 20, 100)[:2] == (Prompt(whole), 20)
+    assert completion_request(BYTES, example, 90, 100)[:2] == (Prompt(whole), 100 - len(whole))
     # Never less than half of the row for either, if both want it.
-    (ids, *_), limit, _, trimmed = asked(BYTES, example, 90, 60)
-    assert trimmed and not asked(BYTES, example, 20, 100).trimmed
+    (ids, *_), limit, _, trimmed = completion_request(BYTES, example, 90, 60)
+    assert trimmed and not completion_request(BYTES, example, 20, 100).trimmed
     assert (len(ids), limit) == (30, 30)
     assert ids == [whole[0], *whole[-29:]]
     assert all(
-        len(asked(BYTES, e, 500, 64).prompt.ids) + asked(BYTES, e, 500, 64).limit == 64
+        len(completion_request(BYTES, e, 500, 64).prompt.ids) + completion_request(BYTES, e, 500, 64).limit
+        == 64
         for e in pair_examples(data.test, BYTES, 9)
     )
 
@@ -321,9 +322,10 @@ def test_a_prompt_keeps_its_place_and_leaves_room(data):
 def test_completions_do_not_depend_on_what_shares_a_batch(data, model):
     """Prompts of unequal length have unequal limits here, since both fill the row."""
     examples = pair_examples(data.test, BYTES, 6)
-    made = complete(model, BYTES, examples, uncut, 70, 120, FP32, batch_size=4)
-    assert made == complete(model, BYTES, examples, uncut, 70, 120, FP32, batch_size=1)
-    assert len({asked(BYTES, e, 70, 120).limit for e in examples}) > 1
+    four, one = (CompletionSettings(70, 120, FP32, batch_size) for batch_size in (4, 1))
+    made = complete(model, BYTES, examples, uncut, four)
+    assert made == complete(model, BYTES, examples, uncut, one)
+    assert len({completion_request(BYTES, e, 70, 120).limit for e in examples}) > 1
     assert not any(e.prompt[:20] in text for e, text in zip(examples, made.texts, strict=True))
 
 

@@ -405,7 +405,7 @@ def test_a_sandbox_is_asked_for_once_run_and_problems_are_there_and_before_a_mod
     file = str(write(tmp_path / "HumanEval.jsonl", SOLVED))
     broken = str(write(tmp_path / "broken.jsonl", [{"task_id": "HumanEval/0"}]))
     cases: dict[str, dict[str, Any]] = {
-        "is asked from a file; name it with --suite_file": {"model": "m"},
+        "takes its examples from a file; name it with --suite_file": {"model": "m"},
         "none.jsonl cannot be read": {"model": "m", "suite_file": "none.jsonl"},
         "has no field prompt": {"model": "m", "suite_file": broken},
         "holds no run": {"checkpoint": str(tmp_path), "suite_file": file},
@@ -636,7 +636,7 @@ def test_gaps_do_not_cut_characters_in_two():
 
 def test_gaps_need_markers_plain_files_and_a_run(files, tmp_path: Path):
     without = prepared(tmp_path, BYTES)
-    with pytest.raises(ValueError, match="so the suite fim_span cannot be asked"):
+    with pytest.raises(ValueError, match="so the suite fim_span cannot be evaluated"):
         TASKS["fim_span"](of_run(without, tokenizer=BYTES))
     with pytest.raises(ValueError, match="give --checkpoint RUN"):
         TASKS["fim_line"](of_run(files, data=None))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from generation.settings import GenerationConfig
 from generation.text import generate
 from suites import completing
 from suites import evaluate as evaluation
-from suites.completing import complete, draw_number, free_memory, rows_at_a_time, uncut
+from suites.completing import CompletionSettings, complete, draw_number, free_memory, rows_at_a_time, uncut
 from suites.kept import Kept
 from suites.rescoring import differences
 from suites.scoring import Example, Predictions, scored, suite_table
@@ -35,23 +36,29 @@ EXAMPLES = [Example(f"f{i}.py", i, "def f" + "(x, " * (i % 5) + f"{i})", f"x + {
 SAMPLED = GenerationConfig(temperature=1.2, top_p=0.9, seed=5)
 
 
-def made(decoder: Decoder, **more: Any) -> Predictions:
-    return complete(decoder, BYTES, EXAMPLES, uncut, 12, 128, FP32, **more)
+def made(
+    decoder: Decoder,
+    examples: Sequence[Example] = EXAMPLES,
+    kept: Kept | None = None,
+    on_done: Callable[[int], Any] = lambda n: None,
+    **more: Any,
+) -> Predictions:
+    return complete(decoder, BYTES, examples, uncut, CompletionSettings(12, 128, FP32, **more), kept, on_done)
 
 
 # --- draws and stop strings ----------------------------------------------------------------------------
 
 
 def test_a_draw_depends_on_its_seed_and_example_and_on_nothing_beside_it(model):
-    whole = made(model, how=SAMPLED, draws=3)
+    whole = made(model, generation=SAMPLED, draws=3)
     assert len(set(made(model).texts)) > 3  # what is compared is not all alike
-    assert whole.draws == made(model, how=SAMPLED, draws=3, batch_size=1).draws
-    assert whole.draws == made(model, how=SAMPLED, draws=3, batch_size=7).draws
-    assert whole.texts == made(model, how=SAMPLED).texts
+    assert whole.draws == made(model, generation=SAMPLED, draws=3, batch_size=1).draws
+    assert whole.draws == made(model, generation=SAMPLED, draws=3, batch_size=7).draws
+    assert whole.texts == made(model, generation=SAMPLED).texts
     assert len({tuple(texts) for texts in whole.draws}) == 3
-    assert made(model, how=replace(SAMPLED, seed=6)).texts != whole.texts
+    assert made(model, generation=replace(SAMPLED, seed=6)).texts != whole.texts
     # Nor on which others are asked, and in which order.
-    few = complete(model, BYTES, EXAMPLES[5:2:-1], uncut, 12, 128, FP32, how=SAMPLED, draws=2)
+    few = made(model, EXAMPLES[5:2:-1], generation=SAMPLED, draws=2)
     assert few.draws == [texts[5:2:-1] for texts in whole.draws[:2]]
     # It is what generation draws for a row of that number.
     number = draw_number(EXAMPLES[0], 0)
@@ -65,7 +72,7 @@ def test_a_draw_depends_on_its_seed_and_example_and_on_nothing_beside_it(model):
 def test_a_text_ends_before_the_first_stop_string(model):
     whole = made(model)
     stops = tuple({text[4:6] for text in whole.texts if len(text) > 6})[:2]
-    cut = made(model, how=GenerationConfig(stop=stops))
+    cut = made(model, generation=GenerationConfig(stop=stops))
     ended = 0
     for text, kept in zip(whole.texts, cut.texts, strict=True):
         ends = [text.find(stop) for stop in stops if stop in text]
@@ -225,17 +232,17 @@ def interrupting(monkeypatch, after: int) -> list[int]:
 
 
 def test_killed_equals_uninterrupted_and_only_the_rest_is_asked(model, tmp_path: Path, monkeypatch):
-    whole = made(model, how=SAMPLED, draws=2, batch_size=4)
+    whole = made(model, generation=SAMPLED, draws=2, batch_size=4)
     ended_rows = interrupting(monkeypatch, 7)
 
     def kept() -> Kept:
         return Kept(tmp_path, "pairs-model", {"weights": "a"})
 
     with pytest.raises(KeyboardInterrupt):
-        made(model, how=SAMPLED, draws=2, batch_size=4, kept=kept())
-    assert made(model, how=SAMPLED, draws=2, batch_size=4, kept=kept()) == whole
+        made(model, generation=SAMPLED, draws=2, batch_size=4, kept=kept())
+    assert made(model, generation=SAMPLED, draws=2, batch_size=4, kept=kept()) == whole
     assert len(ended_rows) == 18
-    assert made(model, how=SAMPLED, draws=2, kept=kept()) == whole
+    assert made(model, generation=SAMPLED, draws=2, kept=kept()) == whole
     assert len(ended_rows) == 18
 
 

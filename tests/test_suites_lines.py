@@ -12,7 +12,7 @@ from config import ModelConfig
 from data.ngram import NGramModel
 from dataset import PreparedData
 from suites import functions
-from suites.completing import complete, ngram_complete, uncut
+from suites.completing import CompletionSettings, complete, ngram_complete, uncut
 from suites.functions import function_examples, sample_completions, through_body
 from suites.lines import CONTEXT_LINES, next_line_examples, through_first_line
 from suites.scoring import SUITES, Example, Predictions, scored
@@ -173,8 +173,9 @@ def test_a_body_ends_where_the_indentation_does(text, kept):
 def test_completions_are_greedy_alone_and_in_a_batch(data, model):
     examples = next_line_examples(data.test, BYTES, 12, 100)
     cut, n = through_first_line, 12
-    made = complete(model, BYTES, examples, cut, n, LENGTH, FP32, batch_size=5)
-    assert made == complete(model, BYTES, examples, cut, n, LENGTH, FP32, batch_size=1)
+    five, one = (CompletionSettings(n, LENGTH, FP32, batch_size) for batch_size in (5, 1))
+    made = complete(model, BYTES, examples, cut, five)
+    assert made == complete(model, BYTES, examples, cut, one)
     for example, completion in zip(examples[:4], made.texts[:4], strict=True):
         ids = before = BYTES.prompt_ids(example.prompt)
         with torch.no_grad():
@@ -206,7 +207,7 @@ def test_the_baseline_completes_what_it_was_trained_on(data):
 
 def test_a_limit_that_was_run_into_is_counted(data, model):
     examples = next_line_examples(data.test, BYTES, 12, 100)
-    made = complete(model, BYTES, examples, through_first_line, 2, LENGTH, FP32)
+    made = complete(model, BYTES, examples, through_first_line, CompletionSettings(2, LENGTH, FP32))
     long = 0
     for example, text in zip(examples, made.texts, strict=True):
         ids = BYTES.prompt_ids(example.prompt)

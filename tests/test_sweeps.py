@@ -26,7 +26,7 @@ from config import parse_config
 from sweeps import worker
 from sweeps.board import Board, Pulse, alone, is_done, is_open, slots_of
 from sweeps.command import Crew
-from sweeps.settings import Settings, parse_settings
+from sweeps.settings import SweepSettings, parse_settings
 from sweeps.study import open_studies, refuse_other_data
 from sweeps.worker import STOPPED
 from training.begin import train
@@ -243,7 +243,7 @@ def test_a_worker_that_ends_without_a_word_is_told_of(
     assert crew.look() == 2 and crew.sentence == "a worker ended with exit code 2 and did not say why"
 
 
-def ends_as_another_is_stopped(settings: Settings, *_: Any) -> None:
+def ends_as_another_is_stopped(settings: SweepSettings, *_: Any) -> None:
     try:
         (settings.sweep.folder / "first").mkdir(parents=True)
     except FileExistsError:
@@ -262,15 +262,15 @@ def test_a_study_is_at_its_end_where_one_worker_says_so_and_a_signal_twice_at_on
     assert crew.look() == 0
     os.kill(os.getpid(), signal.SIGHUP)
     os.kill(os.getpid(), signal.SIGHUP)  # as of a terminal that is closed
-    assert crew.asked == 1
+    assert crew.stop_requests == 1
     crew.begin(1)  # which had begun when the signal came
     crew.members[1].process.join()
     assert len(crew.members) == 2 and crew.members[1].process.exitcode == -signal.SIGTERM
     os.kill(os.getpid(), signal.SIGINT)
-    assert crew.asked == 2
+    assert crew.stop_requests == 2
 
 
-def tells_its_gpu(settings: Settings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
+def tells_its_gpu(settings: SweepSettings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
     mouth.send(os.environ["CUDA_VISIBLE_DEVICES"])
 
 
@@ -286,7 +286,7 @@ def test_workers_share_out_the_gpus_that_their_command_may_see(
         assert [member.ear.recv() for member in crew.members] == gpus
 
 
-def stands_still(settings: Settings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
+def stands_still(settings: SweepSettings, fingerprint: str, mouth: Any, name: str, ticks: Any) -> None:
     """A worker that has a slot, and is busy until a file says that it is to stop as by SIGSTOP."""
     trials, _ = open_studies(settings)
     with Pulse(trials, settings.sweep.folder, name) as pulse:

@@ -179,7 +179,7 @@ def test_a_worker_elsewhere_is_dead_when_its_pulse_stands_still(
         assert pulse.lives("x", elsewhere)
         now[0] += 2
         assert not pulse.lives("x", elsewhere)
-        assert not pulse.lives("never seen", {}) or pulse.seen["never seen"] == (None, now[0])
+        assert not pulse.lives("never seen", {}) or pulse.last["never seen"] == (None, now[0])
 
 
 def test_a_worker_whose_files_are_not_here_lives_by_its_pulse_until_it_says_that_it_ended(

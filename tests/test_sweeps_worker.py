@@ -22,7 +22,7 @@ from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done
 from sweeps.budget import foreseen, more_trials, room_for_a_round, whole_rounds
 from sweeps.settings import parse_settings
 from sweeps.study import open_studies
-from sweeps.trial import Outcome, run_trial
+from sweeps.trial import TrialOutcome, run_trial
 from sweeps.verdict import (
     counts,
     idle,
@@ -132,7 +132,7 @@ def test_the_time_of_a_trial_is_that_of_all_its_attempts(tmp_path: Path, corpus:
     config = parse_settings(["--config", str(tiny(tmp_path, corpus))]).config
     folder, log = tmp_path / "trial", tmp_path / "log.txt"
 
-    def attempt(report: Callable[[int, float], bool]) -> tuple[Outcome, float]:
+    def attempt(report: Callable[[int, float], bool]) -> tuple[TrialOutcome, float]:
         """With the time that it took by the clock."""
         started = time.monotonic()
         return run_trial(config, folder, log, report, lambda key, value: None), time.monotonic() - started
@@ -309,7 +309,7 @@ def test_runs_by_the_clock_are_no_twins(
         first, other = (board.claim(lambda slots: True, lambda slots: {}) for _ in range(2))
         assert first is not None and other is not None
         assert own.twin(first, settings.config) is None
-        own.record(board, first, Outcome("complete", values={"bits_per_byte": 1.0}))
+        own.record(board, first, TrialOutcome("complete", values={"bits_per_byte": 1.0}))
         assert (own.twin(other, settings.config) is not None) == equal
 
 

@@ -675,15 +675,15 @@ def test_a_run_from_before_the_test_side_goes_on_without_one(
     as_saved_before_there_was_a_test_side(manager.folder)
     result = evaluate(EvalConfig(str(manager.folder), samples=0, cache=config.data.cache))
     assert result["side"] == "validation" and result["bytes"] == manager.data.validation.n_bytes
-    assert "no test side: the scores are of the validation files" in table(result)
+    assert "no test split: the scores are of the validation files" in table(result)
 
 
 def test_a_run_on_the_library_says_how_it_is_split_and_one_of_before_goes_on_by_name(
     config: Config, library: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The config.yaml of a run of before says `regroup: false`. Of 64 modules 24 are near copies."""
+    from suites.evaluated import data_of
     from suites.settings import EvalConfig
-    from suites.subject import data_of
 
     data = replace(config.data, source="stdlib")
     runs = {}
@@ -732,7 +732,7 @@ def test_what_is_chosen_is_chosen_by_validation_and_what_is_reported_is_read_fro
     result = json.loads((manager.folder / "eval.json").read_text())
     assert result["side"] == "test" and result["files"] == manager.data.test.n_documents
     out = capsys.readouterr().out
-    assert "on all test files" in out and "no test side" not in out
+    assert "on all test files" in out and "no test split" not in out
     for store in (manager.data.train, manager.data.validation, manager.data.test):
         assert f"{store.split}: {store.n_documents:,} files, {store.n_bytes:,} bytes, " in out
 

@@ -15,7 +15,7 @@ from config.yamlfile import read_yaml
 from dataset import stored_data
 from guards.faults import refuse_unknown_faults
 from modules.precision import choose_device, choose_precision
-from suites.subject import data_config, data_of
+from suites.evaluated import data_config, data_of
 from training.checkpoint import Manifest, best_of, checkpoints, load_counters, newest_whole
 from training.log import say
 from training.outputs import OUTPUTS, note_made, outputs_made

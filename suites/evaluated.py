@@ -1,4 +1,4 @@
-"""The model that is evaluated: of a run, with the data it was trained on, or a published one."""
+"""The model that is evaluated: that of a run, with the data it was trained on, or a published one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """The model that is evaluated.
 
     Args:
         length: Tokens of a row of held-out files, as in training.
         adapted: Whether it has adapters, so that its base is scored too.
-        weights: Fingerprint of all of its weights.
+        weights: The fingerprint of all of its weights.
     """
 
     model: Decoder
@@ -40,7 +40,7 @@ class Subject:
 
 
 def data_of(run: TrainedRun, settings: EvalConfig) -> PreparedData:
-    """The run's data; ValueError if they are not those that it was trained on."""
+    """Open the run's data; ValueError if they are not those that it was trained on."""
     config = data_config(run, settings)
     data = prepare_data(config, run.tokenizer)
     if data.fingerprint != run.fingerprints["data"]:
@@ -54,7 +54,7 @@ def data_of(run: TrainedRun, settings: EvalConfig) -> PreparedData:
 
 
 def data_config(run: TrainedRun, settings: EvalConfig) -> DataConfig:
-    """Where the run's data are read now, and where this machine keeps what is made of them."""
+    """Return the settings of the run's data: where they are read now, and this machine's cache."""
     source = run.config.data.source if settings.source is None else settings.source
     # The run may be a stranger's: its config does not say where this machine writes, what it removes there,
     # nor how busy it gets.
@@ -63,11 +63,11 @@ def data_config(run: TrainedRun, settings: EvalConfig) -> DataConfig:
     )
 
 
-def open_published(source: str, adapter: str | None, precision: Precision) -> Subject:
-    """A model of a folder or the hub.
+def open_published(source: str, adapter: str | None, precision: Precision) -> EvaluatedModel:
+    """Open a model of a folder or the hub, with an adapter if one is named.
 
     Raises:
-        ValueError: it cannot be opened, or has no tokenizer, or another model's.
+        ValueError: It cannot be opened, or has no tokenizer, or that of another model.
     """
     if (Path(source) / "config.yaml").is_file():
         raise ValueError(f"{source} is a run; give it as --checkpoint")
@@ -84,11 +84,13 @@ def open_published(source: str, adapter: str | None, precision: Precision) -> Su
     if found.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer; put the tokenizer.json of the model beside its weights")
     model = found.model.to(precision.device)
-    return Subject(model, found.tokenizer, model.config.block_size, adapter is not None, weights, precision)
+    return EvaluatedModel(
+        model, found.tokenizer, model.config.block_size, adapter is not None, weights, precision
+    )
 
 
 def published_name(source: str, adapter: str | None) -> str:
-    """Of the folder for its scores."""
+    """Return the name of the folder for a published model's scores."""
     named = source if not Path(source).exists() else Path(source).resolve().name
     name = named.strip("/").replace("/", "--")
     return name if adapter is None else f"{name}+{Path(adapter).resolve().name}"
