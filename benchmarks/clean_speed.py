@@ -23,9 +23,9 @@ from pathlib import Path
 HOUSE = Path(__file__).parent.parent
 sys.path.insert(0, str(HOUSE))
 
-from scraping.clean import STAGES, Settings
-from scraping.documents import Document, RawFile
-from scraping.ledger import Entry, Ledger
+from scraping.clean import STAGES, CleanSettings
+from scraping.documents import RawFile, ScrapedDocument
+from scraping.ledger import Ledger, ListedFile
 from scraping.stages import encoding
 
 
@@ -38,7 +38,7 @@ def library() -> dict[str, bytes]:
 
 def stages(files: dict[str, bytes]) -> None:
     """MB/s of each stage on one core, over what the stages before it left."""
-    settings = Settings()
+    settings = CleanSettings()
     decode = encoding.build(settings.latin1, settings.line_ends, lambda name: None)
     chain = [
         (name, STAGES[name][1](settings, lambda change: None)) for name in STAGES if name != "formatting"
@@ -52,7 +52,7 @@ def stages(files: dict[str, bytes]) -> None:
         seconds["encoding"] += time.process_time() - started
         size["encoding"] += len(data)
         for name, stage in chain:
-            if not isinstance(document, Document):
+            if not isinstance(document, ScrapedDocument):
                 break
             size[name] += len(data)
             started = time.process_time()
@@ -72,7 +72,7 @@ def whole(files: dict[str, bytes], copies: int, workers: int) -> None:
         for copy in range(copies):
             name = f"library/{copy}"
             ledger.found(name, "local", "", "PSF-2.0")
-            ledger.listed(name, "", [Entry(path, path, len(data)) for path, data in files.items()])
+            ledger.listed(name, "", [ListedFile(path, path, len(data)) for path, data in files.items()])
             ledger.stored(name, files.items())
             ledger.done(name)
         ledger.close()

@@ -23,8 +23,8 @@ HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 
 from data.shingles import UNIT, Units, Words, batches
-from scraping.dedup import PERMUTATIONS, Settings, bucket, cluster, signature
-from scraping.documents import Document, shard_path, write_shard
+from scraping.dedup import PERMUTATIONS, DedupSettings, bucket, cluster, signature
+from scraping.documents import ScrapedDocument, shard_path, write_shard
 from scraping.shards import parts_of
 
 SHINGLE = 5
@@ -73,12 +73,12 @@ def one_corpus(copies: int) -> None:
         (folder / "clean").mkdir()
         for number in range(copies):
             documents = (
-                Document(text.replace("self", f"me{number}"), f"r{number}", f"{i}.py", "c", "MIT")
+                ScrapedDocument(text.replace("self", f"me{number}"), f"r{number}", f"{i}.py", "c", "MIT")
                 for i, text in enumerate(texts)
             )
             write_shard(shard_path(folder / "clean", number, copies), documents)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        settings, start = Settings(folder=name), time.perf_counter()
+        settings, start = DedupSettings(folder=name), time.perf_counter()
         for part in parts_of(folder / "clean"):
             signature(settings, part)
         signed = time.perf_counter() - start

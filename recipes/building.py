@@ -2,7 +2,7 @@
 
 A recipe is a module `recipes/NAME.py`, and the settings of its training are `recipes/NAME.yaml`. It has
 
-    Settings                                 a frozen dataclass below RecipeSettings: its own flags
+    SETTINGS                                 a frozen dataclass below RecipeSettings: its own flags
     FAMILY                                   model_type of the small base where none is given; None: no base
     EVALUATION                               fields of eval.EvalConfig that are not the default's
     evaluation(settings) -> {field: value}   optional: those that the settings decide

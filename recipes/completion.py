@@ -38,7 +38,7 @@ METRICS = ("exact_match", "edit_similarity")
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
+class CompletionSettings(RecipeSettings):
     """Which files are read, how they are laid out, and how lines are completed at the end.
 
     Args:
@@ -66,12 +66,15 @@ class Settings(RecipeSettings):
     decoding_seed: int = 0
 
 
-def longest(settings: Settings) -> int:
+SETTINGS = CompletionSettings
+
+
+def longest(settings: CompletionSettings) -> int:
     """No document has to fit a row: files are cut into rows."""
     return 0
 
 
-def check(settings: Settings) -> None:
+def check(settings: CompletionSettings) -> None:
     decoders(settings)
     source = settings.source
     if source != "stdlib" and (source.endswith(ROWS) or not Path(source).exists()):
@@ -87,7 +90,7 @@ def prompt_of(text: str) -> str:
     return text.rstrip()
 
 
-def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Counts:
+def build(settings: CompletionSettings, tokenizer: Tokenizer | None, folder: Path) -> Counts:
     """Scrape, clean and build the corpus, and write its documents by side.
 
     Raises:
@@ -111,7 +114,7 @@ def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Coun
     return write_dataset(folder, sides, counts, "Python files", text)
 
 
-def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
+def scraped(settings: CompletionSettings, folder: Path, counts: Counts) -> Path:
     """The corpus that `python -m scraping` makes of the source, in `folder`; what goes is counted.
 
     A ledger keeps what it was given: a source that is another one, or has changed, begins anew.
@@ -130,9 +133,9 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
     with contextlib.redirect_stdout(io.StringIO()):  # what they print is counted here
         with contextlib.suppress(NothingStored):  # which is said below, in the recipe's own flags
             if settings.source == "stdlib":
-                stdlib.run(stdlib.Settings(**place))
+                stdlib.run(stdlib.StdlibSettings(**place))
             else:
-                local.run(local.Settings(path=settings.source, **place))
+                local.run(local.LocalSettings(path=settings.source, **place))
         ledger = open_ledger(str(folder))
         try:
             counts.found = sum(1 for _ in ledger.files())
@@ -142,10 +145,10 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
             raise ValueError(f"{settings.source} holds no .py file of 1 to 100 KiB: name another --source")
         # Whoever names a folder answers for its licences.
         clean.run(
-            clean.Settings(format=settings.format, unknown_licence=settings.source != "stdlib", **place)
+            clean.CleanSettings(format=settings.format, unknown_licence=settings.source != "stdlib", **place)
         )
-        dedup.run(dedup.Settings(**place))
-        build.run(build.Settings(**place))
+        dedup.run(dedup.DedupSettings(**place))
+        build.run(build.BuildSettings(**place))
     made = json.loads((folder / "corpus" / CORPUS).read_text("utf-8"))
     went: Counter[str] = Counter()
     for stage in made["stages"]:
@@ -159,7 +162,7 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
 # --- four ways to complete a line --------------------------------------------------------------------
 
 
-def decoders(settings: Settings) -> dict[str, Any]:
+def decoders(settings: CompletionSettings) -> dict[str, Any]:
     """How each way chooses tokens, a GenerationConfig by its name.
 
     Not named in the signature: the parser of flags reads a module's annotations, and would import torch even
@@ -180,7 +183,7 @@ def decoders(settings: Settings) -> dict[str, Any]:
     }
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+def evaluate(settings: CompletionSettings, scoring: Any, result: dict[str, Any]) -> str:
     """The test lines completed in each way, with intervals, and each way's verdict against greedy.
 
     Args:

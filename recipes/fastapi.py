@@ -54,7 +54,7 @@ FOLDER = "docs_src/"  # of a clone of FastAPI
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
+class FastapiSettings(RecipeSettings):
     """Which lines are taken, and what is shown of their surroundings.
 
     Args:
@@ -73,7 +73,10 @@ class Settings(RecipeSettings):
     max_tokens: int = 512
 
 
-def longest(settings: Settings) -> int:
+SETTINGS = FastapiSettings
+
+
+def longest(settings: FastapiSettings) -> int:
     """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
 
     Raises:
@@ -164,7 +167,7 @@ def sides_of(groups: Sequence[str], sizes: Sequence[int]) -> dict[str, str]:
     return sides
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
+def build(settings: FastapiSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """Write the examples of all sides.
 
     Raises:
@@ -225,7 +228,7 @@ def row_of(line: Line, with_markers: bool, tokenizer: Tokenizer) -> tuple[dict[s
     return {"prompt": prompt, "completion": line.middle} | where, n
 
 
-def files_of(settings: Settings, work: Path) -> list[tuple[str, str]]:
+def files_of(settings: FastapiSettings, work: Path) -> list[tuple[str, str]]:
     """(path, text) of the Python files; of a clone those of FOLDER."""
     if (Path(settings.source) / CORPUS).is_file():
         found = [(row.name, row.text) for row in read_documents(DataConfig(source=settings.source))]
@@ -239,7 +242,7 @@ def files_of(settings: Settings, work: Path) -> list[tuple[str, str]]:
 # --- what predictions are worth ----------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+def evaluate(settings: FastapiSettings, scoring: Any, result: dict[str, Any]) -> str:
     """Exact match of the test lines that training has nowhere, and of the others, for every system.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import DataConfig
 from data.corpus import read_documents
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import encoding
 
 MOST_BYTES = 2**24  # of a file
@@ -57,7 +57,7 @@ def content_of(path: Path) -> str:
 
 def read_files(
     source: str, extension: str, revision: str = "", under: str = "", work: Path | None = None
-) -> list[Document | tuple[str, Drop]]:
+) -> list[ScrapedDocument | tuple[str, Drop]]:
     """The files with this extension as text, by path; what is no text comes as its path and a Drop.
 
     Args:
@@ -73,7 +73,9 @@ def read_files(
     check_source(source, extension, revision)
     if source.endswith(ROWS):
         rows = read_documents(DataConfig(source=source))
-        found = [Document(row.text, "", row.name, "", "") for row in rows if row.name.endswith(extension)]
+        found = [
+            ScrapedDocument(row.text, "", row.name, "", "") for row in rows if row.name.endswith(extension)
+        ]
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -81,17 +83,19 @@ def read_files(
                 folder = work / hashlib.sha256(f"{source} {revision}".encode()).hexdigest()[:12]
             found = _scraped(source, extension, revision, str(folder))
     found = [one for one in found if _path(one).startswith(under)]
-    if not any(isinstance(one, Document) for one in found):
+    if not any(isinstance(one, ScrapedDocument) for one in found):
         place = f"{source} below {under}" if under else source
         raise ValueError(f"{place} holds no {extension} file that can be read; name another --source")
     return sorted(found, key=_path)
 
 
-def _path(one: Document | tuple[str, Drop]) -> str:
-    return one.path if isinstance(one, Document) else one[0]
+def _path(one: ScrapedDocument | tuple[str, Drop]) -> str:
+    return one.path if isinstance(one, ScrapedDocument) else one[0]
 
 
-def _scraped(source: str, extension: str, revision: str, folder: str) -> list[Document | tuple[str, Drop]]:
+def _scraped(
+    source: str, extension: str, revision: str, folder: str
+) -> list[ScrapedDocument | tuple[str, Drop]]:
     from scraping import clone, local
     from scraping.source import NothingStored, open_ledger
 
@@ -100,9 +104,11 @@ def _scraped(source: str, extension: str, revision: str, folder: str) -> list[Do
     # What they count is counted again by the recipe, and what they lack is said in its own flags.
     with contextlib.redirect_stdout(said), contextlib.suppress(NothingStored):
         if "://" in source:
-            clone.run(clone.Settings(url=source, revision=revision or clone.Settings.revision, **wanted))
+            clone.run(
+                clone.CloneSettings(url=source, revision=revision or clone.CloneSettings.revision, **wanted)
+            )
         else:
-            local.run(local.Settings(path=source, **wanted))
+            local.run(local.LocalSettings(path=source, **wanted))
     ledger = open_ledger(folder)
     decoded = encoding.build(latin1=False, line_ends="lf", note=lambda what: None)
     try:

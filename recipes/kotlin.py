@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from recipes.building import Counts, RecipeSettings, split, write_dataset
 from recipes.files import check_source, read_files
-from scraping.clean import Settings as CleanSettings
-from scraping.documents import Document, Drop
+from scraping.clean import CleanSettings
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import origin, shape
 from scraping.stages.headers import without_header
 from tokenizer import Tokenizer
@@ -41,7 +41,7 @@ LATEST_CUT = 0.75  # of a window
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
+class KotlinSettings(RecipeSettings):
     """Which files are taken, and how they are cut.
 
     Args:
@@ -66,12 +66,15 @@ class Settings(RecipeSettings):
     method_samples: int = 100
 
 
+SETTINGS = KotlinSettings
+
+
 class Window(NamedTuple):
     prompt: str
     completion: str
 
 
-def check(settings: Settings) -> None:
+def check(settings: KotlinSettings) -> None:
     if settings.methods:  # not only when all else is done
         if settings.method_samples < 2:
             raise ValueError(
@@ -84,11 +87,11 @@ def check(settings: Settings) -> None:
     check_source(settings.source, ".kt", settings.revision)
 
 
-def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+def files_of(settings: KotlinSettings, work: Path) -> list[ScrapedDocument | tuple[str, Drop]]:
     return read_files(settings.source, ".kt", settings.revision, settings.under, work)
 
 
-def longest(settings: Settings) -> int:
+def longest(settings: KotlinSettings) -> int:
     """See recipes/building.py.
 
     Raises:
@@ -104,14 +107,14 @@ def prompt_of(text: str) -> str:
     return text
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
+def build(settings: KotlinSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such files."""
     counts = Counts("files")
     well_shaped = shape_stage()
     windows: list[tuple[str, list[Window]]] = []
     for file in files_of(settings, folder.parent / "source"):
         counts.found += 1
-        found = cleaned(file, well_shaped) if isinstance(file, Document) else file[1]
+        found = cleaned(file, well_shaped) if isinstance(file, ScrapedDocument) else file[1]
         if isinstance(found, Drop):
             counts.drop(found.reason)
             continue
@@ -139,7 +142,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     return write_dataset(folder, rows, counts, "Kotlin windows", about(settings, inside, twice))
 
 
-def about(settings: Settings, inside: int, twice: int) -> str:
+def about(settings: KotlinSettings, inside: int, twice: int) -> str:
     """The card's text."""
     revision = f" at {settings.revision}" if settings.revision else ""
     return f"""
@@ -159,7 +162,7 @@ def shape_stage() -> Any:
     return shape.build(s.min_lines, s.max_line, s.max_mean_line, s.min_alnum, s.max_escapes, s.max_numbers)
 
 
-def cleaned(file: Document, well_shaped: Any) -> Document | Drop:
+def cleaned(file: ScrapedDocument, well_shaped: Any) -> ScrapedDocument | Drop:
     """Without its copyright header, or why it goes; generated files are near copies of each other."""
     if isinstance(own := origin.build()(file), Drop):
         return own
@@ -227,7 +230,7 @@ def _line_end(pieces: Sequence[str], start: int, stop: int) -> int:
 # --- scores ------------------------------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+def evaluate(settings: KotlinSettings, scoring: Any, result: dict[str, Any]) -> str:
     """Base and tuned on the Kotlin test set and, where its file is given, on CodeXGLUE's methods.
 
     Args:

@@ -39,12 +39,12 @@ SMALL_BASE = "small base trained here, figures are not those of the published we
 
 
 @dataclass(frozen=True)
-class Asked:
+class RecipeRun:
     """A recipe with its settings, and the words of the command line that are training's."""
 
     name: str
     module: ModuleType
-    settings: Any  # the module's Settings
+    settings: Any  # an instance of the module's SETTINGS
     words: list[str]
     less: Sequence[str] = ()  # of all words those that the module's SMALL adds
 
@@ -66,11 +66,11 @@ class Asked:
 # --- the command line --------------------------------------------------------------------------------
 
 
-def parse_words(name: str, words: list[str]) -> Asked:
+def parse_words(name: str, words: list[str]) -> RecipeRun:
     """Recipe flags and training flags apart; a mistake prints one sentence and exits with 2."""
     module = importlib.import_module(f"recipes.{name}")
     mine, rest = apart(words, module)
-    parser = make_parser({"": module.Settings}, str(module.__doc__).splitlines()[0])
+    parser = make_parser({"": module.SETTINGS}, str(module.__doc__).splitlines()[0])
     if "--help" in rest or "-h" in rest:
         parser.print_help()
         print("\nEvery flag of training can be given too: python trainingmanager.py --help")
@@ -90,12 +90,12 @@ def parse_words(name: str, words: list[str]) -> Asked:
     if module.FAMILY is None and "--base" in given:
         parser.error(f"--base is given, and the recipe {name} trains from scratch; leave it out")
     values = parser.parse_args(mine).clone(with_meta=False).as_dict()
-    asked = Asked(name, module, _settings(module, values), rest)
+    asked = RecipeRun(name, module, _settings(module, values), rest)
     if asked.config().train.base in (None, TO_BE_MADE):  # a typo is told before anything takes time
         less = in_small(asked, words)
         small, more = apart(less, module)
         values = parser.parse_args([*small, *mine]).clone(with_meta=False).as_dict()
-        asked = Asked(name, module, _settings(module, values), [*more, *rest], less)
+        asked = RecipeRun(name, module, _settings(module, values), [*more, *rest], less)
         asked.config()
     for field in dataclasses.fields(asked.settings):
         value = getattr(asked.settings, field.name)
@@ -119,12 +119,12 @@ def in_own_words() -> Iterator[None]:
 
 
 def _settings(module: ModuleType, values: dict[str, Any]) -> Any:
-    return module.Settings(**{key: value for key, value in values.items() if key != "config"})
+    return module.SETTINGS(**{key: value for key, value in values.items() if key != "config"})
 
 
 def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
     """The words that are the recipe's own flags with their values, and the rest, which is training's."""
-    own = {field.name: field.type for field in dataclasses.fields(module.Settings)}
+    own = {field.name: field.type for field in dataclasses.fields(module.SETTINGS)}
     mine, rest, place = [], [], 0
     while place < len(words):
         word = words[place]
@@ -148,7 +148,7 @@ def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
     return mine, rest
 
 
-def in_small(asked: Asked, words: list[str]) -> list[str]:
+def in_small(asked: RecipeRun, words: list[str]) -> list[str]:
     """The module's settings for small models as words, but for those that the command line gives.
 
     A budget that is given, in whatever unit, stands for itself.
@@ -196,7 +196,7 @@ def sources(settings: RecipeSettings) -> dict[str, str]:
 # --- the steps ---------------------------------------------------------------------------------------
 
 
-def run(asked: Asked) -> int:
+def run(asked: RecipeRun) -> int:
     """All steps; the exit code.
 
     Raises:
@@ -251,7 +251,7 @@ def run(asked: Asked) -> int:
     return 0
 
 
-def refuse_early(asked: Asked, config: Config) -> None:
+def refuse_early(asked: RecipeRun, config: Config) -> None:
     """ValueError for what can be known not to do before the source is opened, and before a base is made."""
     from pretrained.load import described
     from recipes.training import FINISHED
@@ -292,7 +292,7 @@ def laps() -> Callable[[str], str]:
     return lap
 
 
-def with_small_base(asked: Asked, config: Config) -> Config:
+def with_small_base(asked: RecipeRun, config: Config) -> Config:
     """The settings with the base that this machine trains where none is named; its context holds a row."""
     from recipes.base import BaseConfig, make_base
 
@@ -315,7 +315,7 @@ def checked_base(config: Config) -> Any:
     return starting_tokenizer(config, found)
 
 
-def build(asked: Asked, tokenizer: Any) -> None:
+def build(asked: RecipeRun, tokenizer: Any) -> None:
     """The dataset, unless it is there, made from the same."""
     shared = {field.name for field in dataclasses.fields(RecipeSettings)}
     made_from = {
@@ -368,7 +368,7 @@ def export_run(out: Path, config: Config) -> list[str]:
     return notes
 
 
-def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
+def evaluated(asked: RecipeRun, config: Config, notes: list[str]) -> str:
     """The tables, verdicts and samples, also in OUT/report.txt; made anew where what they are of changed."""
     from suites.evaluate import evaluate, table, write_results
     from suites.settings import EvalConfig

@@ -59,7 +59,7 @@ HEADER = "### Refactor the following Python code to improve quality:"
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
+class RefactorSettings(RecipeSettings):
     """Which functions are taken, and what is made of them.
 
     Args:
@@ -83,7 +83,10 @@ class Settings(RecipeSettings):
     check_behaviour: bool = True
 
 
-def longest(settings: Settings) -> int:
+SETTINGS = RefactorSettings
+
+
+def longest(settings: RefactorSettings) -> int:
     """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
 
     Raises:
@@ -99,7 +102,7 @@ def longest(settings: Settings) -> int:
     return settings.max_tokens
 
 
-def check_isolation(settings: Settings) -> None:
+def check_isolation(settings: RefactorSettings) -> None:
     """Raise ValueError where pairs are to be run and nothing isolates; asked once the source was read."""
     if settings.check_behaviour:
         try:
@@ -263,7 +266,7 @@ class Found:
             yield row
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
+def build(settings: RefactorSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """Write the pairs of all sides.
 
     Raises:
@@ -305,14 +308,14 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     return write_dataset(folder, sides, counts, "Degraded functions", about(settings, found, unread))
 
 
-def files_of(settings: Settings, work: Path | None = None) -> list[tuple[str, str, str]]:
+def files_of(settings: RefactorSettings, work: Path | None = None) -> list[tuple[str, str, str]]:
     """(side, path, text) of what functions are taken from; and there is something to run them in."""
     documents = _documents(settings)[0]
     check_isolation(settings)
     return documents
 
 
-def _documents(settings: Settings) -> tuple[list[tuple[str, str, str]], int]:
+def _documents(settings: RefactorSettings) -> tuple[list[tuple[str, str, str]], int]:
     """`files_of`, and how many documents are left out since they are not UTF-8."""
     report = Report()
     documents = [(side, one.name, one.text) for side, one in plain_documents(settings.source, report)]
@@ -324,7 +327,7 @@ def _documents(settings: Settings) -> tuple[list[tuple[str, str, str]], int]:
     return documents, report.undecodable
 
 
-def _chosen(settings: Settings, counts: Counts) -> tuple[list[tuple[str, str, Piece, str]], str]:
+def _chosen(settings: RefactorSettings, counts: Counts) -> tuple[list[tuple[str, str, Piece, str]], str]:
     """(side, path, function, text of its file), each function once; of copies the one of a held-out side. And
     in words, how many documents could not be read."""
     documents, undecodable = _documents(settings)
@@ -384,7 +387,7 @@ def _judge(found: Sequence[Found]) -> None:
             pass
 
 
-def about(settings: Settings, found: Sequence[Found], unread: str) -> str:
+def about(settings: RefactorSettings, found: Sequence[Found], unread: str) -> str:
     """The card's text: what a pair is, and how many each strategy made.
 
     Args:
@@ -415,7 +418,7 @@ def about(settings: Settings, found: Sequence[Found], unread: str) -> str:
 # --- what predictions are worth ------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+def evaluate(settings: RefactorSettings, scoring: Any, result: dict[str, Any]) -> str:
     """The share of predictions that keep behaviour, for every system of the result, copying among them.
 
     Counted are the test examples whose function can be run.

@@ -27,7 +27,7 @@ from config.console import printable
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
 from recipes.degradations import Function, Scope, globals_of, parsed, unwritable
-from recipes.pipeline import Asked
+from recipes.pipeline import RecipeRun
 from recipes.refactor import Piece, holds_text_over_lines, pieces, prompt_of
 
 
@@ -74,7 +74,7 @@ def parse_settings(argv: Sequence[str]) -> RefactorConfig:
         return settings
     if settings.adapter:
         parser.error("no --model is given, and --adapter is for a published one: give its --model")
-    run = Asked(settings.recipe, refactor, refactor.Settings(), []).run
+    run = RecipeRun(settings.recipe, refactor, refactor.RefactorSettings(), []).run
     if not run.is_dir():
         parser.error(
             f"no --model is given, and there is no run of the recipe in {run}: train one by "
@@ -83,7 +83,7 @@ def parse_settings(argv: Sequence[str]) -> RefactorConfig:
     return replace(settings, model=str(run))
 
 
-class Answer(NamedTuple):
+class Rewrite(NamedTuple):
     """What a model wrote, or why that is nothing to look at."""
 
     code: str
@@ -113,7 +113,7 @@ def taken_out(text: str) -> tuple[list[Piece], Counter[str]]:
 
 
 def refactored(
-    text: str, answer: Callable[[list[str]], list[Answer]], check_behaviour: bool = True
+    text: str, answer: Callable[[list[str]], list[Rewrite]], check_behaviour: bool = True
 ) -> tuple[str, Counter[str]]:
     """A file with every function that has a better answer replaced, and what became of each function.
 
@@ -141,7 +141,7 @@ def refactored(
     return restored(result), became
 
 
-def _taken(piece: Piece, answer: Answer, text: str, check_behaviour: bool) -> tuple[list[str] | None, str]:
+def _taken(piece: Piece, answer: Rewrite, text: str, check_behaviour: bool) -> tuple[list[str] | None, str]:
     """The lines that take a function's place, or None; and what became of it."""
     code = answer.code
     if answer.problem:
@@ -283,7 +283,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
+def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Rewrite]]:
     from generation.command import open_model
     from generation.settings import CommandConfig, GenerationConfig
     from generation.text import generate
@@ -294,8 +294,8 @@ def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
     model, tokenizer = open_model(asked)
     room = model.config.block_size
 
-    def answer(prompts: list[str]) -> list[Answer]:
-        answers = [Answer("", "too long for the model")] * len(prompts)
+    def answer(prompts: list[str]) -> list[Rewrite]:
+        answers = [Rewrite("", "too long for the model")] * len(prompts)
         lengths = [len(tokenizer.prompt_ids(prompt)) for prompt in prompts]
         # An answer is about as long as its question: what leaves no room for that is not asked.
         able = sorted((n for n, length in enumerate(lengths) if 2 * length <= room), key=lambda n: lengths[n])
@@ -307,7 +307,7 @@ def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
             )
             for n, completion in zip(batch, texts, strict=True):
                 cut = "the answer is cut off, by --max_new_tokens or the model's context"
-                answers[n] = Answer(completion.text, cut if completion.finish_reason == "length" else "")
+                answers[n] = Rewrite(completion.text, cut if completion.finish_reason == "length" else "")
         return answers
 
     return answer

@@ -20,7 +20,7 @@ from recipes.building import Counts, RecipeSettings, split, write_dataset
 from recipes.classes import Class, classes_of
 from recipes.files import check_source, read_files
 from recipes.nearby import nearest_of
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from tokenizer import Tokenizer
 
 FAMILY = "llama"
@@ -33,7 +33,7 @@ RECORD = "summaries.json"  # the texts behind the table, in the run's folder
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
+class SummariesSettings(RecipeSettings):
     """Which classes are taken, what the model is shown of them, and how it writes.
 
     Args:
@@ -72,7 +72,10 @@ class Settings(RecipeSettings):
     sampling_seed: int = 0
 
 
-def check(settings: Settings) -> None:
+SETTINGS = SummariesSettings
+
+
+def check(settings: SummariesSettings) -> None:
     for name in ("min_words", "code_tokens", "docstring_tokens"):
         if getattr(settings, name) < 2:
             raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 2")
@@ -85,15 +88,15 @@ def check(settings: Settings) -> None:
     check_source(settings.source, ".py", settings.revision)
 
 
-def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+def files_of(settings: SummariesSettings, work: Path) -> list[ScrapedDocument | tuple[str, Drop]]:
     return read_files(settings.source, ".py", settings.revision, settings.under, work)
 
 
-def longest(settings: Settings) -> int:
+def longest(settings: SummariesSettings) -> int:
     return settings.input_tokens + settings.docstring_tokens
 
 
-def variants(settings: Settings) -> dict[str, Settings]:
+def variants(settings: SummariesSettings) -> dict[str, SummariesSettings]:
     if settings.prompt != "both":
         return {}
     return {prompt: replace(settings, prompt=prompt) for prompt in PROMPTS}
@@ -123,7 +126,9 @@ def example_of(code: str, docstring: str) -> str:
     return f"Class {code.rstrip()}\n\nDocstring:\n{docstring.rstrip()}"
 
 
-def fitted_prompt(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> str:
+def fitted_prompt(
+    one: Class, related: Sequence[str], settings: SummariesSettings, tokenizer: Tokenizer
+) -> str:
     """The prompt with as many of the code's first lines as fit; instruction and ending always stand.
 
     Raises:
@@ -157,12 +162,12 @@ def first_lines(text: str, tokens: int, tokenizer: Tokenizer) -> str:
 # --- the dataset -------------------------------------------------------------------------------------
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
+def build(settings: SummariesSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
     """See the module; ValueError in one sentence where the source has too few such classes."""
     counts = Counts("classes")
     found, unparsed, unread = [], 0, 0
     for file in files_of(settings, folder.parent / "source"):
-        if not isinstance(file, Document):
+        if not isinstance(file, ScrapedDocument):
             unread += 1
             continue
         try:
@@ -196,7 +201,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     )
 
 
-def about(settings: Settings, unparsed: int, unread: int, cut: int, shortened: int, n: int) -> str:
+def about(settings: SummariesSettings, unparsed: int, unread: int, cut: int, shortened: int, n: int) -> str:
     """The card's text."""
     revision = f" at {settings.revision}" if settings.revision else ""
     related = (
@@ -218,7 +223,7 @@ validation, by which the best checkpoint is chosen. Classes of one file may stan
 """
 
 
-def unfit(one: Class, settings: Settings) -> str:
+def unfit(one: Class, settings: SummariesSettings) -> str:
     """Why a class is no example; "" if it is."""
     if not one.docstring:
         return "no docstring"
@@ -262,12 +267,12 @@ def _words(text: str) -> list[str]:
     return [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", text)]
 
 
-def _docstring(one: Class, settings: Settings, tokenizer: Tokenizer) -> str:
+def _docstring(one: Class, settings: SummariesSettings, tokenizer: Tokenizer) -> str:
     return first_lines(one.docstring, settings.docstring_tokens - 1, tokenizer).rstrip()
 
 
 def _with_related(
-    own: Sequence[Class], train: Sequence[Class], settings: Settings, tokenizer: Tokenizer
+    own: Sequence[Class], train: Sequence[Class], settings: SummariesSettings, tokenizer: Tokenizer
 ) -> list[tuple[Class, list[str]]]:
     """Each with what retrieval finds among the training classes, but for itself."""
     if not settings.related:
@@ -291,7 +296,9 @@ def _with_related(
     return shown
 
 
-def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
+def _row(
+    one: Class, related: Sequence[str], settings: SummariesSettings, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """`prompts` are for eval.py: `verbose` and `simple`, and `related` where retrieval is asked for."""
     prompts = {name: fitted_prompt(one, (), replace(settings, prompt=name), tokenizer) for name in PROMPTS}
     if settings.related:
@@ -309,12 +316,12 @@ def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Toke
 # --- scores ------------------------------------------------------------------------------------------
 
 
-def evaluation(settings: Settings) -> dict[str, Any]:
+def evaluation(settings: SummariesSettings) -> dict[str, Any]:
     """The seed of all scores, by which examples are chosen, too: greedy and sampled texts are of the same."""
     return {"seed": settings.sampling_seed}
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
+def evaluate(settings: SummariesSettings, scoring: Any, result: dict[str, Any]) -> str:
     """Greedy texts of the run's scores and sampled ones, of the base and the tuned model, in one table.
 
     Args:
@@ -340,14 +347,14 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     return table({settings.prompt: record}, settings)
 
 
-def together(made: dict[str, tuple[Settings, Path]]) -> str:
+def together(made: dict[str, tuple[SummariesSettings, Path]]) -> str:
     """The table of both prompts, from what each run's `evaluate` wrote."""
     records = {name: json.loads((out / "run" / RECORD).read_text("utf-8")) for name, (_, out) in made.items()}
     (settings, _), *_ = made.values()
     return table(records, settings)
 
 
-def table(records: dict[str, Any], settings: Settings) -> str:
+def table(records: dict[str, Any], settings: SummariesSettings) -> str:
     """Base and tuned by prompt, metric and decoding, with 95% intervals; below it what they show."""
     from metrics import cleaned
     from metrics.registry import score

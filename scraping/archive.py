@@ -40,7 +40,7 @@ DIRECTORY = "directory"
 
 
 @dataclass(frozen=True)
-class Limits:
+class ArchiveLimits:
     """What an archive may cost.
 
     Args:
@@ -61,7 +61,7 @@ class BrokenArchive(ValueError):
 
 
 @dataclass(frozen=True)
-class Member:
+class ArchiveMember:
     """A name in an archive, and its bytes or the reason why not.
 
     Args:
@@ -80,8 +80,8 @@ class Member:
 
 
 def read_archive(
-    file: BinaryIO, reason: Callable[[bytes, int], str], strip: int = 0, limits: Limits | None = None
-) -> Iterator[Member]:
+    file: BinaryIO, reason: Callable[[bytes, int], str], strip: int = 0, limits: ArchiveLimits | None = None
+) -> Iterator[ArchiveMember]:
     """Every member of an archive that is not a directory, in the archive's order.
 
     Args:
@@ -89,13 +89,13 @@ def read_archive(
         reason: Of a path and size: why its bytes are not wanted, "" if they are. What it lets pass is held
             in memory, one member at a time.
         strip: Leading folders to take off each name; GitHub's tarballs have 1.
-        limits: By default `Limits()`.
+        limits: By default `ArchiveLimits()`.
 
     Raises:
         BrokenArchive: see there. Members that came before are as they were.
         ValueError: it is past a limit, or of a kind that is not read.
     """
-    limits = limits or Limits()
+    limits = limits or ArchiveLimits()
     count = _Count(limits)
     seen: dict[bytes, int] = {}  # how often each name came
     file.seek(0)
@@ -131,7 +131,7 @@ def commit_of(file: BinaryIO) -> str:
         end = _zip_end(file)[1]
         comment = end[22:]
     else:
-        stream = _Stream(file, _Count(Limits()))
+        stream = _TarStream(file, _Count(ArchiveLimits()))
         header = stream.read(BLOCK)
         if header[156:157] != b"g":
             return ""
@@ -142,7 +142,7 @@ def commit_of(file: BinaryIO) -> str:
 class _Count:
     """What an archive has cost so far; raises past a limit."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ArchiveLimits) -> None:
         self.limits = limits
         self.members = self.given = self.names = 0
         self.deadline = time.monotonic() + limits.seconds
@@ -243,7 +243,7 @@ def _chunks(file: BinaryIO, count: _Count) -> Iterator[bytes]:
             return
 
 
-class _Stream:
+class _TarStream:
     """Bytes of a tar, in the sizes that it is read in."""
 
     def __init__(self, file: BinaryIO, count: _Count) -> None:
@@ -301,8 +301,8 @@ TAR_KINDS = {
 }
 
 
-def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member]:
-    stream = _Stream(file, count)
+def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[ArchiveMember]:
+    stream = _TarStream(file, count)
     shared: dict[bytes, bytes] = {}
     own: dict[bytes, bytes] = {}
     name = None
@@ -349,7 +349,7 @@ def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member
             else:
                 data = stream.read(size)
             stream.skip(-size % BLOCK)
-            yield Member(path, size, data, why)
+            yield ArchiveMember(path, size, data, why)
             own, name = {}, None
         header = stream.read(BLOCK)
     stream.end()
@@ -442,7 +442,7 @@ def _zip_directory(file: BinaryIO) -> tuple[int, int, int]:
     return start, size, entries
 
 
-def _zip_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member]:
+def _zip_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[ArchiveMember]:
     start, size, entries = _zip_directory(file)
     taken = file.seek(0, os.SEEK_END)
     if entries > count.limits.members:
@@ -471,7 +471,7 @@ def _zip_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member
             data = _zip_data(file, local, method, packed, unpacked, crc)
             count.bytes(unpacked, taken)
             why = "damaged member" if data is None else ""
-        yield Member(path, unpacked, data, why)
+        yield ArchiveMember(path, unpacked, data, why)
     if found != entries:
         raise BrokenArchive("the archive is damaged")
 

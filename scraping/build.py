@@ -27,7 +27,7 @@ from typing import Any, Literal
 from config import write_atomically
 from scraping.counts import lines, size, stages, summed
 from scraping.decontaminate import Benchmarks
-from scraping.documents import Document, Drop, read_shard, write_shard
+from scraping.documents import Drop, ScrapedDocument, read_shard, write_shard
 from scraping.frequencies import Frequencies
 from scraping.pool import each
 from scraping.shards import alone, file_sha256, parse_shard, parts_of, read_record
@@ -36,7 +36,7 @@ VERSION = 1  # of the selection below
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """What stays, and where it goes.
 
     Args:
@@ -63,7 +63,7 @@ class Settings:
 # --- one part ----------------------------------------------------------------------------------------
 
 
-def build_part(settings: Settings, part: Path) -> None:
+def build_part(settings: BuildSettings, part: Path) -> None:
     """Write one part of the corpus and its record, unless both stand there, made of the same input."""
     root = Path(settings.folder)
     clusters = root / "dedup" / f"clusters-{part.stem}.json"
@@ -104,7 +104,7 @@ _ENDINGS = {"parquet": "parquet", "jsonl": "jsonl.gz"}
 class _Selection:
     """Which documents of a part stay, and the counts of it."""
 
-    def __init__(self, settings: Settings, clusters: dict[str, list[str]]) -> None:
+    def __init__(self, settings: BuildSettings, clusters: dict[str, list[str]]) -> None:
         self.dropped: list[dict[str, str]] = []
         self._near = settings.near
         self._clusters = clusters
@@ -116,7 +116,7 @@ class _Selection:
         self._bytes = {"in": 0, "out": 0}
         self._read = 0
 
-    def of(self, documents: Iterator[Document]) -> Iterator[Document]:
+    def of(self, documents: Iterator[ScrapedDocument]) -> Iterator[ScrapedDocument]:
         for row, document in enumerate(documents):
             size = len(document.text.encode())
             self._read += 1
@@ -133,7 +133,7 @@ class _Selection:
             self._frequencies.add(document.text)
             yield dataclasses.replace(document, cluster=cluster)
 
-    def _drop(self, document: Document, cluster: str, twin: str) -> Drop | None:
+    def _drop(self, document: ScrapedDocument, cluster: str, twin: str) -> Drop | None:
         if twin:
             return Drop("exact duplicate", f"of {twin}")
         if self._near == "drop" and cluster != document.name:
@@ -156,7 +156,7 @@ class _Selection:
 # --- all of it ---------------------------------------------------------------------------------------
 
 
-def finish(settings: Settings) -> dict[str, Any]:
+def finish(settings: BuildSettings) -> dict[str, Any]:
     """Write corpus.json, the card and its pictures; what corpus.json holds."""
     from scraping.card import write_card
 
@@ -233,7 +233,7 @@ def fingerprint(parts: list[Path]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def run(settings: Settings) -> None:
+def run(settings: BuildSettings) -> None:
     """Build what is asked for, and print the counts."""
     parts = parts_of(Path(settings.folder, "clean"))
     Benchmarks(list(settings.benchmarks))  # a file that is none is named before anything is written

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from config import write_atomically
-from scraping.documents import Document, Drop, RawFile, shard_path, write_shard
+from scraping.documents import Drop, RawFile, ScrapedDocument, shard_path, write_shard
 from scraping.ledger import Ledger, fingerprint_line
 from scraping.pool import Died, cores, guarded
 from scraping.shards import alone, file_sha256, parse_shard
@@ -49,7 +49,7 @@ BATCH_FILES = 64
 
 
 @dataclass(frozen=True)
-class Settings:
+class CleanSettings:
     """What belongs into the corpus.
 
     Args:
@@ -102,7 +102,7 @@ class Settings:
 
 # In the order in which a document passes them. Licence and origin read the header, which goes after them;
 # what is short or absurd goes before it is parsed; the syntax is that of the text that stays.
-STAGES: dict[str, tuple[int, Callable[[Settings, Note], Stage]]] = {
+STAGES: dict[str, tuple[int, Callable[[CleanSettings, Note], Stage]]] = {
     "licence": (licences.VERSION, lambda s, note: licences.build(s.licences, s.unknown_licence, note)),
     "origin": (origin.VERSION, lambda s, note: origin.build()),
     "headers": (headers.VERSION, lambda s, note: headers.build(note)),
@@ -124,22 +124,22 @@ PACKAGES = {
 }
 
 
-def stages_of(settings: Settings) -> list[str]:
+def stages_of(settings: CleanSettings) -> list[str]:
     """The stages that a document passes after `encoding`."""
     left_out = {*settings.skip, *(("formatting",) if settings.format == "none" else ())}
     return [name for name in STAGES if name not in left_out]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CleanOutcome:
     """What became of one file: `stage` is that which dropped it; `notes` counts (stage, change)."""
 
-    result: Document | Drop
+    result: ScrapedDocument | Drop
     stage: str
     notes: dict[tuple[str, str], int]
 
 
-def make_cleaner(settings: Settings) -> Callable[[tuple[RawFile, bool]], Outcome]:
+def make_cleaner(settings: CleanSettings) -> Callable[[tuple[RawFile, bool]], CleanOutcome]:
     """The function of a file, and of whether it may be formatted, that a child runs."""
     notes: Counter[tuple[str, str]] = Counter()
 
@@ -149,7 +149,7 @@ def make_cleaner(settings: Settings) -> Callable[[tuple[RawFile, bool]], Outcome
     decode = encoding.build(settings.latin1, settings.line_ends, note_of("encoding"))
     stages = [(name, STAGES[name][1](settings, note_of(name))) for name in stages_of(settings)]
 
-    def clean(item: tuple[RawFile, bool]) -> Outcome:
+    def clean(item: tuple[RawFile, bool]) -> CleanOutcome:
         file, may_format = item
         notes.clear()
         name = "encoding"
@@ -165,14 +165,14 @@ def make_cleaner(settings: Settings) -> Callable[[tuple[RawFile, bool]], Outcome
                     signal.setitimer(signal.ITIMER_PROF, settings.format_seconds)
                 before, result = name, stage(result)
                 if isinstance(result, Drop):
-                    return Outcome(result, before, {})
+                    return CleanOutcome(result, before, {})
         except (MemoryError, ImportError):
             raise
         except Exception as error:  # a stranger's file must not end the run; it is named and counted
-            return Outcome(Drop("the stage failed", type(error).__name__), name, {})
+            return CleanOutcome(Drop("the stage failed", type(error).__name__), name, {})
         if isinstance(result, Drop):
-            return Outcome(result, "encoding", {})
-        return Outcome(result, "", dict(notes))
+            return CleanOutcome(result, "encoding", {})
+        return CleanOutcome(result, "", dict(notes))
 
     return clean
 
@@ -186,7 +186,7 @@ def without_formatting(item: tuple[RawFile, bool]) -> tuple[RawFile, bool] | Non
 # One shard
 
 
-def how(settings: Settings) -> dict[str, Any]:
+def how(settings: CleanSettings) -> dict[str, Any]:
     """All that decides what a shard's files become: settings, stages' versions, interpreter and packages."""
     names = stages_of(settings)
     packages = [package for name in names for package in PACKAGES.get(name, ())]
@@ -265,14 +265,14 @@ def _batches(
 
 
 def _kept(
-    outcomes: Iterable[Outcome | Died], names: deque[Name], tally: _Tally, dropped: BinaryIO
-) -> Iterator[Document]:
+    outcomes: Iterable[CleanOutcome | Died], names: deque[Name], tally: _Tally, dropped: BinaryIO
+) -> Iterator[ScrapedDocument]:
     """The documents that stay; a line in `dropped` and a count for each of the others."""
     for outcome in outcomes:
         repository, path, size = names.popleft()
         if isinstance(outcome, Died):
-            outcome = Outcome(Drop(outcome.reason), "limits", {})
-        if isinstance(outcome.result, Document):
+            outcome = CleanOutcome(Drop(outcome.reason), "limits", {})
+        if isinstance(outcome.result, ScrapedDocument):
             tally.documents += 1
             tally.bytes_out += len(outcome.result.text.encode())
             tally.changed.update(outcome.notes)
@@ -281,14 +281,17 @@ def _kept(
         drop = outcome.result
         tally.dropped[outcome.stage, drop.reason] += 1
         tally.dropped_bytes[outcome.stage, drop.reason] += size
-        evidence = Document(drop.evidence, "", "", "", "")  # a stranger's words may stand in it
+        evidence = ScrapedDocument(drop.evidence, "", "", "", "")  # a stranger's words may stand in it
         evidence = secrets.redact(evidence, secrets.findings(evidence)).text
         row = {"repository": repository, "path": path, "stage": outcome.stage, "reason": drop.reason}
         dropped.write(json.dumps(row | {"evidence": evidence}, ensure_ascii=False).encode() + b"\n")
 
 
 def clean_shard(
-    settings: Settings, ledger: Ledger, shard: tuple[int, int], advance: Callable[[], object] = lambda: None
+    settings: CleanSettings,
+    ledger: Ledger,
+    shard: tuple[int, int],
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Make one shard and its record, unless they are there and would come out the same; the record.
 
@@ -334,7 +337,7 @@ def clean_shard(
             # Without a name and a time in its header, gzip of equal lines is equal.
             with open(partial, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as dropped:
 
-                def counted() -> Iterator[Outcome | Died]:
+                def counted() -> Iterator[CleanOutcome | Died]:
                     for outcome in outcomes:
                         yield outcome
                         advance()
@@ -400,7 +403,7 @@ def refuse_empty(record: dict[str, Any]) -> None:
     raise ValueError(f"no document is left: of {files:,} files {count:,} went by {stage}: {reason}; {remedy}")
 
 
-def check(settings: Settings) -> tuple[int, int]:
+def check(settings: CleanSettings) -> tuple[int, int]:
     """The shard of settings that can be worked with.
 
     Raises:
@@ -443,7 +446,7 @@ def check(settings: Settings) -> tuple[int, int]:
     return shard
 
 
-def run(settings: Settings) -> None:
+def run(settings: CleanSettings) -> None:
     """Clean one shard and print what became of its files."""
     from tqdm import tqdm
 

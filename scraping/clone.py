@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scraping.documents import path_text
-from scraping.gitrepo import Limits, check_revision, check_url, fetched, refuse_without_git
-from scraping.ledger import Entry, Ledger
+from scraping.gitrepo import GitLimits, check_revision, check_url, fetched, refuse_without_git
+from scraping.ledger import Ledger, ListedFile
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report, store_files
 from scraping.wanted import Wanted
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
+class CloneSettings(Selection):
     """Which repository, and which of its files.
 
     Args:
@@ -33,8 +33,8 @@ class Settings(Selection):
     repository: str = ""
     licence: str = ""
     insecure: bool = False
-    seconds: float = Limits.seconds
-    pack_bytes: int = Limits.bytes
+    seconds: float = GitLimits.seconds
+    pack_bytes: int = GitLimits.bytes
 
 
 def name_of(url: str) -> str:
@@ -42,7 +42,7 @@ def name_of(url: str) -> str:
     return url.split("://", 1)[-1].split("/", 1)[-1].strip("/").removesuffix(".git")
 
 
-def run(settings: Settings) -> None:
+def run(settings: CloneSettings) -> None:
     """See the module. ValueError is a mistake of the user or the server, and changes nothing."""
     if not settings.url:
         raise ValueError("name the repository with --url, as in --url https://github.com/JetBrains/kotlin")
@@ -59,13 +59,13 @@ def run(settings: Settings) -> None:
     report(ledger, origin.name)
 
 
-def clone(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted) -> None:
+def clone(ledger: Ledger, origin: Origin, settings: CloneSettings, wanted: Wanted) -> None:
     """Bring one repository into the ledger; what is there already stays."""
     state, pinned = known(ledger, origin)
     if finished(ledger, origin.name, state):
         return
     place = Path(settings.folder) / f"clone-{hashlib.sha256(origin.name.encode()).hexdigest()[:16]}"
-    limits = Limits(seconds=settings.seconds, bytes=settings.pack_bytes)
+    limits = GitLimits(seconds=settings.seconds, bytes=settings.pack_bytes)
     with fetched(settings.url, pinned or origin.revision, place, limits, settings.insecure) as repository:
         if state != "listed":
             # The server does not tell sizes: those of files whose names are not wanted stay unknown, as 0.
@@ -80,10 +80,10 @@ def clone(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted) ->
                 size = sizes.get(file.id, 0)
                 if not reason:
                     reason = wanted.reason(file.path, size) if file.id in sizes else "not on the server"
-                entries.append(Entry(path_text(file.path), file.id, size, reason))
+                entries.append(ListedFile(path_text(file.path), file.id, size, reason))
             list_files(ledger, origin, repository.commit, entries)
 
-        def read(waiting: list[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+        def read(waiting: list[ListedFile]) -> Iterator[tuple[ListedFile, bytes | str]]:
             repository.fetch(entry.address for entry in waiting)
             sizes = repository.sizes()
             here = [entry for entry in waiting if entry.address in sizes]

@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from scraping.fetch import Repository, fetch, recheck
+from scraping.fetch import HostedRepository, fetch, recheck
 from scraping.github import MAX_CONCURRENT, Clock, GitHub, Unanswered
 from scraping.ledger import Ledger, claimed_ledger
 from scraping.search import Slice, begin, search
@@ -34,7 +34,7 @@ FAILURES = 10  # repositories in a row after which a crawl gives up
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
+class CrawlSettings(Selection):
     """What is crawled, and where it goes. The token is read from the variable GITHUB_TOKEN.
 
     Args:
@@ -67,7 +67,7 @@ class Settings(Selection):
 FREE = ("folder", "max_repositories", "workers", "recheck")  # may change from run to run of one crawl
 
 
-def run(settings: Settings) -> None:
+def run(settings: CrawlSettings) -> None:
     """Crawl until all is done; ValueError if something is left, which the same command goes on with."""
     stop = threading.Event()
 
@@ -78,7 +78,7 @@ def run(settings: Settings) -> None:
     crawl(settings, Clock(sleep=sleep), stop)
 
 
-def crawl(settings: Settings, clock: Clock, stop: threading.Event) -> None:
+def crawl(settings: CrawlSettings, clock: Clock, stop: threading.Event) -> None:
     """See `run`. The clock's `sleep` may raise Stopped once `stop` is set."""
     from tqdm import tqdm
 
@@ -132,7 +132,9 @@ def crawl(settings: Settings, clock: Clock, stop: threading.Event) -> None:
             )
 
 
-def _search(client: GitHub, ledger: Ledger, settings: Settings, whole: Slice, shard: tuple[int, int]) -> None:
+def _search(
+    client: GitHub, ledger: Ledger, settings: CrawlSettings, whole: Slice, shard: tuple[int, int]
+) -> None:
     """Find the repositories; the bar goes over the days on which they were created."""
     from tqdm import tqdm
 
@@ -164,8 +166,8 @@ class Stopped(Exception):
 
 
 def _in_threads(
-    job: Callable[[Repository], None],
-    items: Iterator[Repository],
+    job: Callable[[HostedRepository], None],
+    items: Iterator[HostedRepository],
     workers: int,
     stop: threading.Event,
     done: Callable[[], Any],
@@ -223,7 +225,7 @@ def _in_threads(
     return failed
 
 
-def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterator[Repository]:
+def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterator[HostedRepository]:
     """Of the first `limit` by id (0: all), those in these states, as they are when their turn comes."""
     last = -1
     for start in range(0, limit or sys.maxsize, PAGE_ROWS):
@@ -236,7 +238,7 @@ def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterato
         if not rows:
             return
         last = rows[-1][0]
-        found = (Repository(*row) for row in rows)
+        found = (HostedRepository(*row) for row in rows)
         yield from (repository for repository in found if repository.state in states)
 
 
@@ -244,7 +246,7 @@ def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterato
 # The crawl's settings
 
 
-def _words(settings: Settings) -> str:
+def _words(settings: CrawlSettings) -> str:
     words = {"language": settings.language, "license": settings.licence}
     for key, value in words.items():
         if '"' in value:
@@ -262,7 +264,7 @@ def _seconds(name: str, text: str) -> int:
     return int(time.replace(tzinfo=time.tzinfo or UTC).timestamp())
 
 
-def _refuse_changes(ledger: Ledger, settings: Settings) -> None:
+def _refuse_changes(ledger: Ledger, settings: CrawlSettings) -> None:
     """ValueError if this ledger began with other settings: its counts would add up to neither."""
     now = {key: json.dumps(value) for key, value in dataclasses.asdict(settings).items() if key not in FREE}
     before = dict(ledger.rows("SELECT key, value FROM crawl"))

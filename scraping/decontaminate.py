@@ -20,7 +20,7 @@ import numpy as np
 
 from config import bounded_lines, parse_line
 from data.shingles import Batch, Units, Words
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 
 RUN = 13  # units
 SHARE = 0.7  # of a piece's runs
@@ -67,7 +67,7 @@ class Benchmarks:
     def pieces(self) -> int:
         return len(self._names)
 
-    def found_in(self, document: Document) -> Drop | None:
+    def found_in(self, document: ScrapedDocument) -> Drop | None:
         """Why the document goes, with the example that it holds most of; None where it holds none."""
         if not self.pieces:
             return None

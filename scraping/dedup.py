@@ -24,7 +24,7 @@ import numpy as np
 
 from config import write_atomically
 from data.shingles import Batch, Units, Words, bands, batches, mixed
-from scraping.documents import Document, read_shard
+from scraping.documents import ScrapedDocument, read_shard
 from scraping.pool import each
 from scraping.shards import alone, file_sha256, make_once, parse_shard, parts_of, read_record
 
@@ -37,7 +37,7 @@ PAIRS = 2**12  # verified at a time
 
 
 @dataclass(frozen=True)
-class Settings:
+class DedupSettings:
     """What counts as a near duplicate.
 
     Args:
@@ -69,7 +69,7 @@ def n_bands(threshold: float) -> int:
 # --- signature ---------------------------------------------------------------------------------------
 
 
-def signature(settings: Settings, part: Path) -> None:
+def signature(settings: DedupSettings, part: Path) -> None:
     """Write a clean part's bands, sketches and digests, one row a document in order, as `.npy` files."""
     folder = Path(settings.folder, "dedup", part.stem)
     inputs = {"clean": file_sha256(part), "threshold": settings.threshold, "shingle": settings.shingle}
@@ -95,7 +95,7 @@ def signature(settings: Settings, part: Path) -> None:
     make_once(folder, inputs, write)
 
 
-def _units(documents: Iterable[Document], digests: list[bytes]) -> Iterator[Units]:
+def _units(documents: Iterable[ScrapedDocument], digests: list[bytes]) -> Iterator[Units]:
     words = Words()
     for document in documents:
         digests.append(sha256(document.text.encode()).digest())
@@ -143,7 +143,7 @@ def similarities(one: np.ndarray, sizes: np.ndarray, other: np.ndarray, others: 
 # --- bucket ------------------------------------------------------------------------------------------
 
 
-def bucket(settings: Settings, shard: tuple[int, int]) -> None:
+def bucket(settings: DedupSettings, shard: tuple[int, int]) -> None:
     """Write the verified pairs (a, b) of documents, a below b, whose keys fall to this shard."""
     number, shards = shard
     folder = Path(settings.folder, "dedup")
@@ -237,7 +237,7 @@ def _rows(signed: list[_Signed], ids: np.ndarray) -> tuple[np.ndarray, np.ndarra
 # --- cluster -----------------------------------------------------------------------------------------
 
 
-def cluster(settings: Settings) -> dict[str, int]:
+def cluster(settings: DedupSettings) -> dict[str, int]:
     """Write, for each document with a duplicate, its cluster; the counts.
 
     `clusters-PART.json` has the SHA-256 of the clean part and maps its rows to [cluster, twin]: the least
@@ -319,7 +319,7 @@ def _names(parts: list[Path], wanted: set[int]) -> dict[int, str]:
 # --- the command -------------------------------------------------------------------------------------
 
 
-def _done(part: Path, settings: Settings) -> dict[str, Any]:
+def _done(part: Path, settings: DedupSettings) -> dict[str, Any]:
     """What a part's signatures were made of; ValueError if there are none, or of other text or settings."""
     folder = Path(settings.folder, "dedup", part.stem)
     try:
@@ -340,7 +340,7 @@ def _done(part: Path, settings: Settings) -> dict[str, Any]:
     return record["inputs"]
 
 
-def run(settings: Settings) -> None:
+def run(settings: DedupSettings) -> None:
     """The steps that are asked for; ValueError for settings that mean nothing."""
     if not 0 < settings.threshold <= 1:
         raise ValueError(f"--threshold is {settings.threshold}; it must be above 0 and at most 1")

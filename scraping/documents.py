@@ -1,7 +1,7 @@
 """What a corpus is made of: files as they were fetched, documents as they are cleaned, and shards of them.
 
-A `RawFile` is bytes from a stranger. A `Document` is text. A stage is a function from a `Document` to a
-`Document` or to a `Drop`, which says why it goes.
+A `RawFile` is bytes from a stranger. A `ScrapedDocument` is text. A stage is a function from a
+`ScrapedDocument` to a `ScrapedDocument`, or to a `Drop`, which says why the document leaves the corpus.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RawFile:
 
 
 @dataclass(frozen=True)
-class Document:
+class ScrapedDocument:
     """A text on its way through the stages; the fields are those of `RawFile`.
 
     Args:
@@ -78,7 +78,7 @@ class Drop:
     evidence: str = ""
 
 
-FIELDS = [field.name for field in dataclasses.fields(Document)]
+FIELDS = [field.name for field in dataclasses.fields(ScrapedDocument)]
 
 
 def path_text(path: bytes) -> str:
@@ -106,7 +106,7 @@ def shard_path(folder: Path, number: int, shards: int) -> Path:
     return folder / f"part-{number:05}-of-{shards:05}.parquet"
 
 
-def write_shard(path: Path, documents: Iterable[Document]) -> int:
+def write_shard(path: Path, documents: Iterable[ScrapedDocument]) -> int:
     """Write documents as Parquet with zstd, or as JSONL.gz by the path's ending; how many there were.
 
     The same documents give the same bytes. The file appears whole or not at all.
@@ -122,11 +122,11 @@ def write_shard(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-def _row(document: Document) -> dict[str, str]:
+def _row(document: ScrapedDocument) -> dict[str, str]:
     return dataclasses.asdict(document) | {"sha256": document.sha256}
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[dict[str, str]]]:
+def _groups(documents: Iterable[ScrapedDocument]) -> Iterator[list[dict[str, str]]]:
     rows: list[dict[str, str]] = []
     size = 0
     for document in documents:
@@ -139,7 +139,7 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[dict[str, str]]]:
         yield rows
 
 
-def _write_parquet(path: Path, documents: Iterable[Document]) -> int:
+def _write_parquet(path: Path, documents: Iterable[ScrapedDocument]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -153,7 +153,7 @@ def _write_parquet(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-def _write_jsonl(path: Path, documents: Iterable[Document]) -> int:
+def _write_jsonl(path: Path, documents: Iterable[ScrapedDocument]) -> int:
     count = 0
     # Without a name and a time in its header, gzip of equal rows is equal.
     with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as lines:
@@ -163,7 +163,7 @@ def _write_jsonl(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-def read_shard(path: Path) -> Iterator[Document]:
+def read_shard(path: Path) -> Iterator[ScrapedDocument]:
     """The documents of a shard that `write_shard` wrote, in order, with a bounded number in memory.
 
     Raises:
@@ -172,7 +172,7 @@ def read_shard(path: Path) -> Iterator[Document]:
     try:
         rows = _jsonl_rows(path) if path.name.endswith(".jsonl.gz") else _parquet_rows(path)
         for row in rows:
-            yield Document(**{name: row[name] for name in FIELDS})
+            yield ScrapedDocument(**{name: row[name] for name in FIELDS})
     except (OSError, EOFError, zlib.error, KeyError, TypeError, ValueError) as error:
         line = (str(error).splitlines() or ["it ends early"])[0]
         raise ValueError(f"{path} is not a whole shard of documents: {line}") from error

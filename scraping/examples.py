@@ -52,14 +52,14 @@ _PROMPT = re.compile(r"(?:>>>|\.\.\.)(?: |$)|In \[\d+\]: ?| +\.\.\.: ?")
 
 
 @dataclass(frozen=True)
-class Example:
+class CodeExample:
     """A piece of code on a page: the file extension of its language, and its text in whole lines."""
 
     extension: str
     text: str
 
 
-def examples(page: str) -> list[Example]:
+def examples(page: str) -> list[CodeExample]:
     """What stands in each `<pre>` of a page that is not empty, in order, without columns of line numbers."""
     found = []
     boxes: list[tuple[str, frozenset[str]]] = []
@@ -200,7 +200,7 @@ def _extension(places: list[frozenset[str]]) -> str:
     return UNKNOWN_EXTENSION
 
 
-def _tidy(extension: str, text: str) -> Example:
+def _tidy(extension: str, text: str) -> CodeExample:
     """As a file would hold it; of a session in an interpreter, what was typed."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ").split("\n")
     filled = [number for number, line in enumerate(lines) if line.strip()]
@@ -209,4 +209,4 @@ def _tidy(extension: str, text: str) -> Example:
         typed = [(match, line) for line in lines if (match := _PROMPT.match(line))]
         lines = [line[match.end() :] for match, line in typed]
         extension = ".py"
-    return Example(extension, "".join(f"{line}\n" for line in lines))
+    return CodeExample(extension, "".join(f"{line}\n" for line in lines))

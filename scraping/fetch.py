@@ -15,11 +15,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from scraping.archive import BrokenArchive, Limits, Member, read_archive
+from scraping.archive import ArchiveLimits, ArchiveMember, BrokenArchive, read_archive
 from scraping.documents import path_text
-from scraping.github import JSON, RAW, SHA, Answer, GitHub, Malformed, Refused, TooLarge, Unanswered
+from scraping.github import (
+    JSON,
+    RAW,
+    SHA,
+    GitHub,
+    GitHubAnswer,
+    GitHubRefused,
+    GitHubTooLarge,
+    Malformed,
+    Unanswered,
+)
 from scraping.gitrepo import blob_id, fetched
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.wanted import SUBMODULE, SYMBOLIC_LINK, Wanted, data_reason
 
 # What a request is worth in bytes: 5,000 an hour are 0.7 s each, in which a line of 3 MB/s brings 2 MB.
@@ -40,7 +50,7 @@ GONE = {
 
 
 @dataclass(frozen=True)
-class Repository:
+class HostedRepository:
     """A row of the ledger, as a worker needs it. `pinned` is "" before its files are listed."""
 
     id: int
@@ -59,31 +69,33 @@ class Repository:
         return f"/repositories/{self.id}"
 
 
-def fetch(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository, folder: Path) -> None:
+def fetch(client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository, folder: Path) -> None:
     """List a repository's files if they are not, and fetch those that wait."""
     try:
         if repository.state == "found":
             repository = list_files(client, ledger, wanted, repository)
         fetch_files(client, ledger, repository, folder)
-    except Refused as refusal:
+    except GitHubRefused as refusal:
         _give_up(ledger, repository.name, refusal)
-    except TooLarge:
+    except GitHubTooLarge:
         ledger.done(repository.name, "tree too large")
     else:
         ledger.done(repository.name)
 
 
-def recheck(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository, folder: Path) -> None:
+def recheck(
+    client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository, folder: Path
+) -> None:
     """Remove what may not be kept. Nothing counts against the limits while the branch stands still (304)."""
     del wanted, folder
     try:
         head(client, repository)
-    except Refused as refusal:
+    except GitHubRefused as refusal:
         if refusal.status == 451:
             _give_up(ledger, repository.name, refusal)
 
 
-def _give_up(ledger: Ledger, name: str, refusal: Refused) -> None:
+def _give_up(ledger: Ledger, name: str, refusal: GitHubRefused) -> None:
     reason = GONE.get(refusal.status, f"refused with {refusal.status}")
     if refusal.status == 451:
         ledger.removed(name, reason)
@@ -95,10 +107,10 @@ def _give_up(ledger: Ledger, name: str, refusal: Refused) -> None:
         ledger.done(name, "" if stored else reason)
 
 
-def head(client: GitHub, repository: Repository, branch: str = "") -> str:
+def head(client: GitHub, repository: HostedRepository, branch: str = "") -> str:
     """The commit of a branch, by default the repository's own."""
 
-    def read(answer: Answer) -> str:
+    def read(answer: GitHubAnswer) -> str:
         return _git_id(answer.body.decode("ascii", "replace").strip())
 
     # A tag may have the branch's name. A slash within a parameter is encoded: "Troubleshooting".
@@ -106,21 +118,23 @@ def head(client: GitHub, repository: Repository, branch: str = "") -> str:
     return client.get(f"{repository.root}/commits/{reference}", read, SHA, keep=True)
 
 
-def list_files(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository) -> Repository:
+def list_files(
+    client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository
+) -> HostedRepository:
     """Enter the files that a repository has at its branch's commit; those of other extensions are counted.
 
     Raises:
-        Refused: it is gone, or has no commit.
-        TooLarge: its tree is past MAX_ENTRIES.
+        GitHubRefused: it is gone, or has no commit.
+        GitHubTooLarge: its tree is past MAX_ENTRIES.
     """
     try:
         commit = head(client, repository)
-    except Refused as refusal:
+    except GitHubRefused as refusal:
         if refusal.status != 422:  # "No commit found": the default branch is another one by now
             raise
         branch = client.get(repository.root, lambda answer: str(answer.json()["default_branch"]))
         commit = head(client, repository, branch)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ListedFile] = {}
     size = others = 0
     for mode, path, address, bytes_ in walk(client, repository.root, commit):
         size += bytes_
@@ -132,7 +146,7 @@ def list_files(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repos
         spelled = path_text(path.encode("utf-8", "surrogatepass"))
         if spelled in entries:  # the API shows names that are not UTF-8 with the same sign for any byte
             spelled = f"{spelled}\\{len(entries)}"
-        entries[spelled] = Entry(spelled, address, bytes_, kind or reason)
+        entries[spelled] = ListedFile(spelled, address, bytes_, kind or reason)
     with ledger.transaction() as db:
         db.execute("UPDATE hosted SET bytes = ?, others = ? WHERE id = ?", (size, others, repository.id))
         ledger.listed(repository.name, commit, entries.values())
@@ -154,18 +168,18 @@ def walk(client: GitHub, root: str, commit: str) -> Iterator[tuple[str, str, str
         if cut:
             rows, cut = client.get(f"{root}/git/trees/{tree}", read_tree, keep=True)
             if cut:
-                raise TooLarge("a folder has more entries than the API lists")
+                raise GitHubTooLarge("a folder has more entries than the API lists")
             folders += [(f"{prefix}{path}/", address) for mode, path, address, _ in rows if mode == "040000"]
         trees += 1
         entries += len(rows)
         if trees > MAX_TREES or entries > MAX_ENTRIES:
-            raise TooLarge("the tree has too many entries")
+            raise GitHubTooLarge("the tree has too many entries")
         for mode, path, address, size in rows:
             if mode != "040000":
                 yield mode, prefix + path, address, size
 
 
-def read_tree(answer: Answer) -> tuple[list[tuple[str, str, str, int]], bool]:
+def read_tree(answer: GitHubAnswer) -> tuple[list[tuple[str, str, str, int]], bool]:
     """((mode, path, id, size) of each entry, whether it is cut)."""
     body = answer.json()
     rows = [
@@ -193,7 +207,7 @@ def route(files: int, wanted_bytes: int, tree_bytes: int, tried: Iterable[str] =
     return min((way for way in costs if way not in tried), key=lambda way: costs[way])
 
 
-def fetch_files(client: GitHub, ledger: Ledger, repository: Repository, folder: Path) -> None:
+def fetch_files(client: GitHub, ledger: Ledger, repository: HostedRepository, folder: Path) -> None:
     """Fetch every file that waits."""
     name = repository.name
     for entry in ledger.waiting(name):
@@ -214,14 +228,14 @@ def fetch_files(client: GitHub, ledger: Ledger, repository: Repository, folder: 
                 fetch_tarball(client, ledger, repository, waiting, folder)
             else:
                 fetch_git(ledger, repository, waiting, folder)
-        except Refused as refusal:
+        except GitHubRefused as refusal:
             if refusal.status == 451:
                 raise
-        except (Unanswered, TooLarge, Unfetched):
+        except (Unanswered, GitHubTooLarge, Unfetched):
             pass
 
 
-def reuse(ledger: Ledger, name: str, entry: Entry) -> bool:
+def reuse(ledger: Ledger, name: str, entry: ListedFile) -> bool:
     """Store a file by the bytes of another, in this repository or in any; False if none has them."""
     known = ledger.by_address(entry.address)
     if known is None or blob_id(known) != entry.address:  # other sources have addresses of other kinds
@@ -239,7 +253,7 @@ class _Store:
         self._batch: list[tuple[str, bytes]] = []
         self._size = 0
 
-    def add(self, entry: Entry, data: bytes) -> None:
+    def add(self, entry: ListedFile, data: bytes) -> None:
         if why := data_reason(data):
             self._ledger.dropped(self._name, entry.path, why)
             return
@@ -254,7 +268,7 @@ class _Store:
 
 
 def fetch_tarball(
-    client: GitHub, ledger: Ledger, repository: Repository, waiting: list[Entry], folder: Path
+    client: GitHub, ledger: Ledger, repository: HostedRepository, waiting: list[ListedFile], folder: Path
 ) -> None:
     """Store those of the files that a tarball of the commit has, byte for byte."""
     by_path = {entry.path: entry for entry in waiting}
@@ -263,15 +277,15 @@ def fetch_tarball(
         entry = by_path.get(path_text(path))
         return "" if entry and entry.size == size else "not asked for"
 
-    def members() -> Iterator[Member]:
+    def members() -> Iterator[ArchiveMember]:
         try:
-            yield from read_archive(file, reason, 1, Limits(total_bytes=2 * MAX_TARBALL))
+            yield from read_archive(file, reason, 1, ArchiveLimits(total_bytes=2 * MAX_TARBALL))
         except BrokenArchive as error:
             raise Malformed(str(error)) from error
         except ValueError as error:  # past a limit
-            raise TooLarge(str(error)) from error
+            raise GitHubTooLarge(str(error)) from error
 
-    def read(answer: Answer) -> None:
+    def read(answer: GitHubAnswer) -> None:
         del answer
         store = _Store(ledger, repository.name)
         try:
@@ -298,7 +312,7 @@ class Unfetched(Exception):
     """git could not fetch; the other ways are open."""
 
 
-def fetch_git(ledger: Ledger, repository: Repository, waiting: list[Entry], folder: Path) -> None:
+def fetch_git(ledger: Ledger, repository: HostedRepository, waiting: list[ListedFile], folder: Path) -> None:
     """Store those of the files that a partial clone brings."""
     store = _Store(ledger, repository.name)
     try:
@@ -315,10 +329,10 @@ def fetch_git(ledger: Ledger, repository: Repository, waiting: list[Entry], fold
         store.flush()
 
 
-def fetch_blob(client: GitHub, ledger: Ledger, repository: Repository, entry: Entry) -> None:
+def fetch_blob(client: GitHub, ledger: Ledger, repository: HostedRepository, entry: ListedFile) -> None:
     """Store one file."""
 
-    def read(answer: Answer) -> bytes:
+    def read(answer: GitHubAnswer) -> bytes:
         if blob_id(answer.body) != entry.address:
             raise Malformed("the bytes are not those that the id names")
         return answer.body
@@ -326,7 +340,7 @@ def fetch_blob(client: GitHub, ledger: Ledger, repository: Repository, entry: En
     try:
         url = f"{repository.root}/git/blobs/{entry.address}"
         data = client.get(url, read, RAW, cap=entry.size + 2**16)
-    except Refused as refusal:
+    except GitHubRefused as refusal:
         if refusal.status == 451:
             raise
         head(client, repository)  # if the whole repository is gone, that is refused, too
@@ -334,7 +348,7 @@ def fetch_blob(client: GitHub, ledger: Ledger, repository: Repository, entry: En
             repository.name, entry.path, GONE.get(refusal.status, f"refused with {refusal.status}")
         )
         return
-    except TooLarge:
+    except GitHubTooLarge:
         ledger.dropped(repository.name, entry.path, "larger than the tree says")
         return
     store = _Store(ledger, repository.name)

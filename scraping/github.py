@@ -14,7 +14,8 @@ What GitHub publishes about its limits and answers is at docs.github.com/en/rest
 - these times are kept in the ledger, so that a process that takes over from a killed one keeps them too.
 
 What fails by accident (5xx, 202, a reset, a body that is cut, slow or no JSON, or that `read` refuses) is
-asked for again, later each time. What GitHub itself says no to (404, 409, 410, 451, ...) raises `Refused`.
+requested again, with a longer wait each time. What GitHub itself refuses (404, 409, 410, 451, ...) raises
+`GitHubRefused`.
 
 The token goes to the API's own origin and nowhere else, and into no message.
 """
@@ -59,7 +60,7 @@ WINDOW_SLACK = 2.0  # seconds; two resets nearer than that are one, told in whol
 T = TypeVar("T")
 
 
-class Refused(ValueError):
+class GitHubRefused(ValueError):
     """The server's considered no: a status of 4xx that asking again will not change."""
 
     def __init__(self, url: str, status: int, message: str) -> None:
@@ -76,12 +77,12 @@ class Malformed(Exception):
     """A body that is not what was asked for; a `read` raises it to have the request made again."""
 
 
-class TooLarge(ValueError):
+class GitHubTooLarge(ValueError):
     """A body past the bytes that the caller takes."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class GitHubAnswer:
     """A body that came whole, or empty if it went into a file; headers by their names in lower case."""
 
     body: bytes
@@ -350,7 +351,7 @@ class GitHub:
     def learn_limits(self) -> None:
         """Ask what is left of the limits, before the first request of a process."""
 
-        def read(answer: Answer) -> None:
+        def read(answer: GitHubAnswer) -> None:
             date = {"date": answer.headers.get("date", "")}
             for name, values in answer.json()["resources"].items():
                 headers = {f"x-ratelimit-{key}": str(values[key]) for key in ("remaining", "limit", "reset")}
@@ -358,14 +359,14 @@ class GitHub:
 
         try:
             self.get("/rate_limit", read)
-        except Refused as refusal:
+        except GitHubRefused as refusal:
             if refusal.status != 404:  # an Enterprise Server without limits: docs.github.com, "Rate limits"
                 raise
 
     def get(
         self,
         path: str,
-        read: Callable[[Answer], T],
+        read: Callable[[GitHubAnswer], T],
         accept: str = JSON,
         cap: int = MAX_JSON,
         tries: int = TRIES,
@@ -385,7 +386,7 @@ class GitHub:
             into: A file that gets the body, from its beginning.
 
         Raises:
-            Refused, TooLarge, Unanswered: see there.
+            GitHubRefused, GitHubTooLarge, Unanswered: see there.
             ValueError: the token is refused.
         """
         url = path if "://" in path else self.api + path
@@ -417,19 +418,19 @@ class GitHub:
 
     def _follow(
         self, url: str, accept: str, known: tuple[str, bytes] | None, cap: int, into: BinaryIO | None
-    ) -> tuple[Answer, str]:
+    ) -> tuple[GitHubAnswer, str]:
         """The answer at the end of all redirections, and its ETag. Malformed: it failed by accident."""
         for _ in range(MAX_REDIRECTS):
             reply = self._once(url, accept, known[0] if known else "", cap, into)
             if reply.status == 304 and known:
-                return Answer(known[1]), known[0]
+                return GitHubAnswer(known[1]), known[0]
             if reply.status in (301, 302, 303, 307, 308):
                 url = self._target(url, reply.headers.get("location", ""))
                 continue
             if reply.status == 200:
                 if reply.trouble:
                     raise reply.trouble
-                return Answer(reply.body, reply.headers), reply.headers.get("etag", "")
+                return GitHubAnswer(reply.body, reply.headers), reply.headers.get("etag", "")
             if not 400 <= reply.status < 500:
                 raise reply.trouble or Malformed(f"the status was {reply.status}")
             message = _message(reply.body)
@@ -441,7 +442,7 @@ class GitHub:
                 raise Malformed(f"the status was {reply.status} {message}")  # it is under construction, say
             if not message and _origin(url) == self._origin:  # a proxy or a portal speaks, and not GitHub
                 raise Malformed(f"the status was {reply.status} without a message")
-            raise Refused(_shown(url), reply.status, message)
+            raise GitHubRefused(_shown(url), reply.status, message)
         raise Malformed(f"there were more than {MAX_REDIRECTS} redirections")
 
     def _target(self, url: str, location: str) -> str:
@@ -517,7 +518,7 @@ class GitHub:
                 while piece := response.raw.read1(CHUNK, decode_content=True):
                     got += len(piece)
                     if got > cap:
-                        raise TooLarge(f"{_shown(url)} has more than {cap:,} bytes")
+                        raise GitHubTooLarge(f"{_shown(url)} has more than {cap:,} bytes")
                     seconds = self.clock.now() - started
                     whole = response.raw.length_remaining == 0
                     if not whole and seconds > GRACE_SECONDS and got < seconds * SLOWEST:
@@ -530,7 +531,7 @@ class GitHub:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             # Without the error's own text, which quotes the request.
             reply.trouble = Malformed(f"the connection failed ({type(error).__name__})")
-        except (Malformed, TooLarge) as error:
+        except (Malformed, GitHubTooLarge) as error:
             reply.trouble = error
         except (
             ValueError

@@ -52,7 +52,7 @@ ENVIRONMENT = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class GitLimits:
     """What one repository may cost.
 
     Args:
@@ -112,10 +112,10 @@ def check_revision(revision: str) -> None:
         raise ValueError(f"{path_text(os.fsencode(revision[:200]))} cannot name a branch, a tag or a commit")
 
 
-class Repository:
+class GitRepository:
     """A bare repository in a folder; made by `fetched`."""
 
-    def __init__(self, url: str, folder: Path, limits: Limits) -> None:
+    def __init__(self, url: str, folder: Path, limits: GitLimits) -> None:
         self.url = url
         self.folder = folder
         self.limits = limits
@@ -335,8 +335,8 @@ def refuse_without_git() -> None:
 
 @contextlib.contextmanager
 def fetched(
-    url: str, revision: str, folder: Path, limits: Limits | None = None, insecure: bool = False
-) -> Iterator[Repository]:
+    url: str, revision: str, folder: Path, limits: GitLimits | None = None, insecure: bool = False
+) -> Iterator[GitRepository]:
     """The commit that a branch, a tag or an id names, with its trees; gone when the block ends.
 
     Args:
@@ -351,7 +351,7 @@ def fetched(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        repository = Repository(url, (folder / "bare").resolve(), limits or Limits())
+        repository = GitRepository(url, (folder / "bare").resolve(), limits or GitLimits())
         repository._start(revision)
         yield repository
     finally:

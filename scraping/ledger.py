@@ -80,7 +80,7 @@ def fingerprint_line(name: str, path: str, pinned: str, licence: str, sha256: st
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedFile:
     """A file that a repository lists. `reason`, if there is one, drops it before it is fetched."""
 
     path: str
@@ -174,7 +174,7 @@ class Ledger:
                 (name, origin, revision, licence),
             )
 
-    def listed(self, name: str, pinned: str, entries: Iterable[Entry]) -> None:
+    def listed(self, name: str, pinned: str, entries: Iterable[ListedFile]) -> None:
         """The files of a repository at the commit `pinned`, all at once."""
         with self.transaction() as db:
             db.executemany(
@@ -271,13 +271,13 @@ class Ledger:
         with self._lock:
             return list(self._read(query, *values))
 
-    def waiting(self, name: str) -> list[Entry]:
+    def waiting(self, name: str) -> list[ListedFile]:
         """Files of a repository that are neither stored nor dropped, by path."""
         rows = self.rows(
             "SELECT path, address, size FROM files WHERE repository = ? AND state = 'found' ORDER BY path",
             name,
         )
-        return [Entry(*row) for row in rows]
+        return [ListedFile(*row) for row in rows]
 
     def by_address(self, address: str) -> bytes | None:
         """The bytes of any stored file with this address."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from scraping.archive import commit_of, read_archive
 from scraping.documents import path_text
 from scraping.gitrepo import blob_id
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report, store_files
 from scraping.wanted import NO_FILE, SUBMODULE, SYMBOLIC_LINK, Wanted
 
@@ -25,7 +25,7 @@ ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".whl")
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
+class LocalSettings(Selection):
     """Which folder or archive, and which of its files.
 
     Args:
@@ -43,7 +43,7 @@ class Settings(Selection):
     strip: int = 0
 
 
-def run(settings: Settings) -> None:
+def run(settings: LocalSettings) -> None:
     """See the module. ValueError is a mistake of the user or a broken archive, and changes nothing."""
     path = Path(settings.path)
     if not settings.path or not path.exists():
@@ -135,16 +135,16 @@ def take_folder(
     if finished(ledger, origin.name, state):
         return
 
-    def found() -> Iterator[Entry]:
+    def found() -> Iterator[ListedFile]:
         for path, size, reason in walk(root, left_out):
             reason = reason or wanted.reason(path, size)
             data = reason or read_plain(root, path, size)
             if isinstance(data, str):
-                yield Entry(path_text(path), "", size, data)
+                yield ListedFile(path_text(path), "", size, data)
             else:
-                yield Entry(path_text(path), blob_id(data), size)
+                yield ListedFile(path_text(path), blob_id(data), size)
 
-    def read(waiting: list[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+    def read(waiting: list[ListedFile]) -> Iterator[tuple[ListedFile, bytes | str]]:
         asked = {entry.path: entry for entry in waiting}
         for path, _, _ in walk(root, left_out):
             entry = asked.get(path_text(path))
@@ -156,7 +156,7 @@ def take_folder(
     store_files(ledger, origin.name, read)
 
 
-def _unchanged(entry: Entry, data: bytes | str) -> bytes | str:
+def _unchanged(entry: ListedFile, data: bytes | str) -> bytes | str:
     return data if isinstance(data, str) or blob_id(data) == entry.address else CHANGED
 
 
@@ -170,7 +170,7 @@ def take_archive(ledger: Ledger, origin: Origin, path: Path, wanted: Wanted, str
     if finished(ledger, origin.name, state):
         return
 
-    def read(waiting: list[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+    def read(waiting: list[ListedFile]) -> Iterator[tuple[ListedFile, bytes | str]]:
         asked = {entry.path: entry for entry in waiting}
         for member in read_archive(file, wanted.reason, strip):
             entry = asked.get(path_text(member.path))
@@ -182,7 +182,7 @@ def take_archive(ledger: Ledger, origin: Origin, path: Path, wanted: Wanted, str
             if state != "listed":
                 # Once from end to end before anything is stored, so that nothing is of what turns out broken.
                 entries = [
-                    Entry(
+                    ListedFile(
                         path_text(member.path),
                         "" if member.data is None else blob_id(member.data),
                         member.size,

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from scraping.documents import UNKNOWN
-from scraping.github import Answer, GitHub, Malformed
+from scraping.github import GitHub, GitHubAnswer, Malformed
 from scraping.ledger import Ledger
 
 RESULTS = 1000  # to a query
@@ -87,7 +87,7 @@ class Page:
     next_url: str
 
 
-def read_page(answer: Answer) -> Page:
+def read_page(answer: GitHubAnswer) -> Page:
     """Raises Malformed, KeyError or TypeError for what is no page of results."""
     body = answer.json()
     results = []

@@ -18,7 +18,7 @@ from xml.parsers import expat
 from scraping.documents import path_text
 from scraping.examples import examples
 from scraping.gitrepo import blob_id
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.robots import Robots, parse
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report
 from scraping.wanted import Wanted
@@ -26,8 +26,8 @@ from scraping.webclient import (
     AGENT,
     Client,
     NoAnswer,
-    Refused,
-    TooLarge,
+    WebRefused,
+    WebTooLarge,
     gunzipped,
     joined,
     names_an_address,
@@ -44,7 +44,7 @@ EMPTY = "page: without examples"
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
+class SiteSettings(Selection):
     """Which site, and which of its examples.
 
     Args:
@@ -70,7 +70,7 @@ class Settings(Selection):
     private: bool = False
 
 
-def run(settings: Settings) -> None:
+def run(settings: SiteSettings) -> None:
     """See the module. ValueError is a mistake of the user, or a site that refuses or is away."""
     client = client_of(settings)
     if settings.max_pages < 1 or settings.page_bytes < 1 or settings.delay < 0:
@@ -82,7 +82,7 @@ def run(settings: Settings) -> None:
     report(ledger, origin.name)
 
 
-def client_of(settings: Settings) -> Client:
+def client_of(settings: SiteSettings) -> Client:
     """For the host of the settings' address."""
     try:
         parts = urlsplit(settings.url)
@@ -99,7 +99,7 @@ def client_of(settings: Settings) -> Client:
     return Client(parts.scheme, host, port, private, settings.delay)
 
 
-def take_site(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted, client: Client) -> None:
+def take_site(ledger: Ledger, origin: Origin, settings: SiteSettings, wanted: Wanted, client: Client) -> None:
     """Bring a site's examples into the ledger; what is there already stays."""
     state, _ = known(ledger, origin)
     if finished(ledger, origin.name, state):
@@ -121,12 +121,12 @@ def read_robots(client: Client, url: str) -> Robots:
     """What the site asks for. RFC 9309, 2.3.1: with a 4xx it asks nothing, and away it allows nothing."""
     try:
         answer = client.get(urljoin(url, "/robots.txt"), ROBOTS_BYTES)
-    except TooLarge:
+    except WebTooLarge:
         raise ValueError(
             f"robots.txt of {client.host} has more than {ROBOTS_BYTES:,} bytes, so that what it forbids is "
             "not known; nothing is read there"
         ) from None
-    except Refused:
+    except WebRefused:
         return Robots()
     except NoAnswer as error:
         raise ValueError(
@@ -139,7 +139,7 @@ def read_robots(client: Client, url: str) -> Robots:
 # Which pages
 
 
-def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]:
+def pages(client: Client, settings: SiteSettings, robots: Robots) -> Iterator[ListedFile]:
     """Every address of the sitemaps once, with the reason not to read it.
 
     Raises:
@@ -161,7 +161,7 @@ def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]
             continue
         try:
             answer = client.get(place, SITEMAP_BYTES, robots.allows)
-        except (Refused, NoAnswer) as error:
+        except (WebRefused, NoAnswer) as error:
             raise ValueError(f"the sitemap {path_text(place.encode())} cannot be read: {error}") from error
         if answer.status != 200:
             raise ValueError(
@@ -185,7 +185,7 @@ def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]
             taken += not reason
             if taken > settings.max_pages:
                 reason = reason or "page: past max_pages"
-            yield Entry(path_text(address.encode("utf-8", "replace")), address, 0, reason)
+            yield ListedFile(path_text(address.encode("utf-8", "replace")), address, 0, reason)
     if not found:
         raise ValueError(f"the sitemap of {client.host} names no page")
 
@@ -211,9 +211,9 @@ def read_sitemap(data: bytes, place: str) -> tuple[list[str], list[str]]:
     if data[:2] == b"\x1f\x8b":
         try:
             data = b"".join(gunzipped([data], SITEMAP_BYTES))
-        except TooLarge:
+        except WebTooLarge:
             raise ValueError(f"the sitemap {place} unpacks to more than {SITEMAP_BYTES:,} bytes") from None
-        except (Refused, OSError, zlib.error) as error:
+        except (WebRefused, OSError, zlib.error) as error:
             raise ValueError(f"the sitemap {place} is damaged") from error
     found: dict[str, list[str]] = {"sitemap": [], "url": []}
     parents = ["", ""]
@@ -256,7 +256,7 @@ def read_sitemap(data: bytes, place: str) -> tuple[list[str], list[str]]:
 
 
 def read_pages(
-    ledger: Ledger, name: str, settings: Settings, wanted: Wanted, client: Client, robots: Robots
+    ledger: Ledger, name: str, settings: SiteSettings, wanted: Wanted, client: Client, robots: Robots
 ) -> None:
     """Read the pages that wait, and store their examples.
 
@@ -278,7 +278,7 @@ def read_pages(
                     " later, and it goes on"
                 ) from error
             continue
-        except Refused as error:
+        except WebRefused as error:
             reason = f"page: {error}"
         else:
             reason = f"page: status {answer.status}" if answer.status != 200 else ""
@@ -306,7 +306,7 @@ def _take_page(ledger: Ledger, name: str, address: str, text: str, wanted: Wante
         data = example.text.encode("utf-8", "replace")
         path = f"{place}#{number}{example.extension}"
         reason = wanted.reason(path.encode(), len(data))
-        entries.append(Entry(path, blob_id(data), len(data), reason))
+        entries.append(ListedFile(path, blob_id(data), len(data), reason))
         if not reason:
             files.append((path, data))
     what = READ if entries else EMPTY

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.stages.licences import PERMISSIVE, allowed
 from scraping.status import status_lines
 from scraping.wanted import Wanted, data_reason
@@ -100,7 +100,7 @@ def finished(ledger: Ledger, name: str, state: str) -> bool:
     return False
 
 
-def list_files(ledger: Ledger, origin: Origin, pinned: str, entries: Iterable[Entry]) -> None:
+def list_files(ledger: Ledger, origin: Origin, pinned: str, entries: Iterable[ListedFile]) -> None:
     """Write a repository and its files into the ledger."""
     entries = list(entries)  # before anything is written: the source may still turn out broken
     ledger.found(origin.name, origin.kind, origin.revision, origin.licence)
@@ -108,7 +108,7 @@ def list_files(ledger: Ledger, origin: Origin, pinned: str, entries: Iterable[En
 
 
 def store_files(
-    ledger: Ledger, name: str, read: Callable[[list[Entry]], Iterator[tuple[Entry, bytes | str]]]
+    ledger: Ledger, name: str, read: Callable[[list[ListedFile]], Iterator[tuple[ListedFile, bytes | str]]]
 ) -> None:
     """Store the files of a repository that wait, or drop them; then it is done.
 

@@ -11,7 +11,7 @@ from scraping.shards import read_record
 
 
 @dataclass(frozen=True)
-class Settings:
+class StatusSettings:
     """Where to look.
 
     Args:
@@ -56,7 +56,7 @@ def later_lines(folder: Path) -> list[str]:
     ]
 
 
-def run(settings: Settings) -> None:
+def run(settings: StatusSettings) -> None:
     """Print `status_lines` and `later_lines`; ValueError if there is no ledger."""
     path = Path(settings.folder) / "ledger.sqlite"
     if not path.is_file():

@@ -14,11 +14,11 @@ LEFT_OUT = frozenset({b"site-packages", b"dist-packages"})  # of others, each wi
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
+class StdlibSettings(Selection):
     """Which of its files."""
 
 
-def run(settings: Settings) -> None:
+def run(settings: StdlibSettings) -> None:
     """See the module."""
     wanted = settings.wanted()
     ledger = open_ledger(settings.folder)

@@ -47,16 +47,16 @@ class NoAnswer(Exception):
     """The site did not answer, or not wholly, each time it was asked."""
 
 
-class Refused(Exception):
+class WebRefused(Exception):
     """An answer that is not taken: `str` is the reason."""
 
 
-class TooLarge(Refused):
+class WebTooLarge(WebRefused):
     """Its body is larger than was allowed."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class WebAnswer:
     """Of status 200, or another that is no redirect."""
 
     status: int
@@ -100,7 +100,7 @@ class Client:
             return (self.scheme, self.port, parts.scheme, port) == ("http", 80, "https", 443)
         return False
 
-    def get(self, url: str, most: int, allowed: Callable[[str], bool] = lambda path: True) -> Answer:
+    def get(self, url: str, most: int, allowed: Callable[[str], bool] = lambda path: True) -> WebAnswer:
         """What an address of this host holds, at the end of its redirects.
 
         Args:
@@ -108,25 +108,25 @@ class Client:
             allowed: Whether a path, with its query, may be asked for; also asked of redirects.
 
         Raises:
-            Refused: the body is larger (TooLarge), or a redirect leads elsewhere.
+            WebRefused: the body is larger (WebTooLarge), or a redirect leads elsewhere.
             NoAnswer: see there.
         """
         for _ in range(REDIRECTS + 1):
             if not self.same_host(url) or not re.fullmatch("[!-~]+", url):
-                raise Refused("redirect to another host")
+                raise WebRefused("redirect to another host")
             parts = urlsplit(url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             if not allowed(path):
-                raise Refused("robots.txt forbids it")
+                raise WebRefused("robots.txt forbids it")
             answer, target = self._ask(parts.scheme, path, most)
             if not target:
                 return answer
             url = joined(url, target)
             if not url:
-                raise Refused("redirect to no address")
-        raise Refused("too many redirects")
+                raise WebRefused("redirect to no address")
+        raise WebRefused("too many redirects")
 
-    def _ask(self, scheme: str, path: str, most: int) -> tuple[Answer, str]:
+    def _ask(self, scheme: str, path: str, most: int) -> tuple[WebAnswer, str]:
         said = ""
         for number in range(TRIES):
             self.wait(max(self._last + self.delay - time.monotonic(), 0))
@@ -150,7 +150,7 @@ class Client:
                 self.wait(pause)
         raise NoAnswer("".join(c if c.isprintable() else " " for c in said[:200]))
 
-    def _once(self, scheme: str, path: str, most: int) -> tuple[Answer, dict[str, str]]:
+    def _once(self, scheme: str, path: str, most: int) -> tuple[WebAnswer, dict[str, str]]:
         port = 443 if scheme == "https" and self.scheme == "http" else self.port
         sock = self._connect(port)
         connection = http.client.HTTPConnection(self.host, port)
@@ -186,7 +186,7 @@ class Client:
             if late:  # without a stated length, that end looks like the body's own
                 raise OSError(f"it took more than {self.seconds:g} seconds")
             charset = response.headers.get_content_charset("")
-            return Answer(response.status, response.headers.get_content_type(), charset, body), headers
+            return WebAnswer(response.status, response.headers.get_content_type(), charset, body), headers
         finally:
             timer.cancel()
             sock.close()
@@ -195,7 +195,7 @@ class Client:
     def _body(self, response: http.client.HTTPResponse, headers: dict[str, str], most: int) -> bytes:
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "x-gzip"):
-            raise Refused("unknown encoding of the content")
+            raise WebRefused("unknown encoding of the content")
         pieces = iter(lambda: response.read1(2**16), b"")
         parts: list[bytes] = []
         size = 0
@@ -203,7 +203,7 @@ class Client:
             parts.append(part)
             size += len(part)
             if size > most:
-                raise TooLarge("too large a page")
+                raise WebTooLarge("too large a page")
         if response.length:
             raise OSError("the answer is cut short")
         return b"".join(parts)
@@ -241,8 +241,8 @@ def gunzipped(pieces: Iterable[bytes], most: int) -> Iterator[bytes]:
     """The content of all members of a gzip file (RFC 1952, 2.2: they follow each other), in bounded parts.
 
     Raises:
-        TooLarge: it has more than `most` bytes, or far more of members that hold nothing.
-        Refused: something else follows a member.
+        WebTooLarge: it has more than `most` bytes, or far more of members that hold nothing.
+        WebRefused: something else follows a member.
         OSError: it is cut short.
         zlib.error: it is damaged.
     """
@@ -251,7 +251,7 @@ def gunzipped(pieces: Iterable[bytes], most: int) -> Iterator[bytes]:
     for piece in pieces:
         read += len(piece)
         if read > most + GZIP_BYTES:
-            raise TooLarge("too large a page")
+            raise WebTooLarge("too large a page")
         while piece:
             if engine.eof:
                 engine = zlib.decompressobj(wbits=31)
@@ -260,12 +260,12 @@ def gunzipped(pieces: Iterable[bytes], most: int) -> Iterator[bytes]:
                 part = engine.decompress(piece, most + 1 - size)
             except zlib.error:
                 if members:
-                    raise Refused("other bytes follow its gzip content") from None
+                    raise WebRefused("other bytes follow its gzip content") from None
                 raise
             piece = engine.unconsumed_tail or engine.unused_data
             size += len(part)
             if size > most:
-                raise TooLarge("too large a page")
+                raise WebTooLarge("too large a page")
             yield part
     if not engine.eof:
         raise OSError("the answer is cut short")

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from config.console import refuse
-
 from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
+from config.console import refuse
 from config.yamlfile import read_yaml
 from sweeps.space import Space, parse_space
 

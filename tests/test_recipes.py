@@ -34,7 +34,7 @@ from recipes.files import read_files
 from recipes.nearby import nearest_of
 from recipes.pipeline import done, parse_words, samples
 from recipes.training import finish
-from scraping.documents import Document
+from scraping.documents import ScrapedDocument
 from tokenizer import BPETokenizer
 
 HOUSE = Path(summaries.__file__).parents[1]
@@ -156,7 +156,7 @@ def test_a_file_is_read_from_wherever_it_lies(repository: Path, tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
     shutil.make_archive(str(tmp_path / "packed"), "zip", repository)
     found = [
-        [(one.path, one.text) for one in read_files(str(source), ".py") if isinstance(one, Document)]
+        [(one.path, one.text) for one in read_files(str(source), ".py") if isinstance(one, ScrapedDocument)]
         for source in (repository, tmp_path / "rows.jsonl", tmp_path / "packed.zip")
     ]
     assert len(found[0]) == 20 and found[0] == found[1] == found[2]
@@ -213,7 +213,7 @@ def test_a_class_without_its_docstrings_computes_what_it_did() -> None:
 def test_a_long_class_loses_its_end_and_never_the_instruction(prompt: Any, tokenizer: BPETokenizer) -> None:
     long = "class Long:\n    x = 0\n" + "".join(f"    value_{i} = {i}\n" for i in range(300))
     (one,) = classes_of(long, "long.py")
-    settings = summaries.Settings(prompt=prompt, input_tokens=120)
+    settings = summaries.SummariesSettings(prompt=prompt, input_tokens=120)
     made = summaries.fitted_prompt(one, [], settings, tokenizer)
     assert len(tokenizer.encode(made)) < 120 and made.endswith("\n\nDocstring:\n")
     begins = "Your task is to write a docstring that summarizes the following Python class.\nClass Long:\n"
@@ -227,7 +227,7 @@ def test_a_long_class_loses_its_end_and_never_the_instruction(prompt: Any, token
 def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
     repository: Path, tokenizer: BPETokenizer, tmp_path: Path
 ) -> None:
-    settings = summaries.Settings(source=str(repository), prompt="verbose", related=1)
+    settings = summaries.SummariesSettings(source=str(repository), prompt="verbose", related=1)
     (repository / "broken.py").write_text("class A(:\n", "utf-8")
     (repository / "latin.py").write_bytes(b"x = '\xe9'\n")
     counts = summaries.build(settings, tokenizer, tmp_path / "made" / "dataset")
@@ -247,14 +247,14 @@ def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
             others = {text for text in shown if text in row["prompt"]}
             assert len(others) == 1, "one related class of the training side"
             assert side == "train" or row["completion"] not in shown
-    plain = summaries.Settings(source=str(repository), prompt="simple")
+    plain = summaries.SummariesSettings(source=str(repository), prompt="simple")
     summaries.build(plain, tokenizer, tmp_path / "plain" / "dataset")
     for row in rows_of(tmp_path / "plain" / "dataset")["test"]:
         assert (
             row["prompt"] == row["prompts"]["simple"] != row["prompts"]["verbose"]
             and len(row["prompts"]) == 2
         )
-    few = summaries.Settings(source=str(repository), min_words=30, prompt="simple")
+    few = summaries.SummariesSettings(source=str(repository), min_words=30, prompt="simple")
     with pytest.raises(ValueError, match=r"test set would be empty: 0 of 40 .* fewer than 30 words, 20\)"):
         summaries.build(few, tokenizer, tmp_path / "few" / "dataset")
 
@@ -313,7 +313,7 @@ def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPEToken
     source = tmp_path / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     counts = kotlin.build(
-        kotlin.Settings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
+        kotlin.KotlinSettings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
     )
     assert (counts.found, counts.dropped) == (21, {"absurd literal": 1, "too short": 1, "generated": 1})
     sides = rows_of(tmp_path / "made" / "dataset")
@@ -704,6 +704,6 @@ def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None
         name: {"step": 9, "references": texts, "files": ["a.py", "b.py"], "greedy": both, "sampled": both}
         for name in ("verbose", "simple")
     }
-    assert "NOTE" not in summaries.table(records, summaries.Settings())
+    assert "NOTE" not in summaries.table(records, summaries.SummariesSettings())
     records["simple"] = records["simple"] | {"step": 3}
-    assert "different steps (verbose 9, simple 3)" in summaries.table(records, summaries.Settings())
+    assert "different steps (verbose 9, simple 3)" in summaries.table(records, summaries.SummariesSettings())

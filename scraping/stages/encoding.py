@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import Callable
 
-from scraping.documents import Document, Drop, RawFile
+from scraping.documents import Drop, RawFile, ScrapedDocument
 from scraping.stages import Note
 
 VERSION = 1
@@ -29,7 +29,7 @@ CONTROL = bytes({*range(32), 127} - {9, 10, 12, 13})  # all but tab, line feed, 
 CONTROL_SHARE = 0.01  # of the bytes, above which a file is no text; a stray escape or backspace may stand
 
 
-def build(latin1: bool, line_ends: str, note: Note) -> Callable[[RawFile], Document | Drop]:
+def build(latin1: bool, line_ends: str, note: Note) -> Callable[[RawFile], ScrapedDocument | Drop]:
     """The stage.
 
     Args:
@@ -38,7 +38,7 @@ def build(latin1: bool, line_ends: str, note: Note) -> Callable[[RawFile], Docum
         note: Counts what was changed.
     """
 
-    def encoding(file: RawFile) -> Document | Drop:
+    def encoding(file: RawFile) -> ScrapedDocument | Drop:
         data = file.data
         codec = next((codec for mark, codec in MARKS if data.startswith(mark)), "")
         if codec:
@@ -65,7 +65,7 @@ def build(latin1: bool, line_ends: str, note: Note) -> Callable[[RawFile], Docum
         if line_ends == "lf" and "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
             note("line ends made LF")
-        return Document(text, file.repository, file.path, file.commit, file.licence)
+        return ScrapedDocument(text, file.repository, file.path, file.commit, file.licence)
 
     return encoding
 

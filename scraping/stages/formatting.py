@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 
-from scraping.documents import Document
+from scraping.documents import ScrapedDocument
 from scraping.stages import Note, Stage, suffix
 
 VERSION = 1
@@ -25,7 +25,7 @@ def build(tool: str, note: Note) -> Stage:
     """The stage; `tool` is `autopep8` or `ruff`, and `note` counts what was formatted and what was not."""
     layout = {"autopep8": _autopep8, "ruff": _ruff}[tool]
 
-    def formatting(document: Document) -> Document:
+    def formatting(document: ScrapedDocument) -> ScrapedDocument:
         if suffix(document.path) not in ("py", "pyi"):
             return document
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from scraping.documents import Document
+from scraping.documents import ScrapedDocument
 from scraping.stages import Note, Stage, suffix
 
 VERSION = 1
@@ -79,7 +79,7 @@ def _top_comments(lines: list[str], kind: str) -> list[_Comment]:
     return found
 
 
-def head(document: Document) -> list[str]:
+def head(document: ScrapedDocument) -> list[str]:
     """What a file says of itself before its code, line by line, without the comments' marks.
 
     Comments at the top, and of Python the module's docstring and the comments after it; of languages like
@@ -125,7 +125,7 @@ def sentences(lines: list[str]) -> str:
 def build(note: Note) -> Stage:
     """The stage; `note` counts the files that lost a header."""
 
-    def headers(document: Document) -> Document:
+    def headers(document: ScrapedDocument) -> ScrapedDocument:
         stripped = without_header(document.text, document.path)
         if stripped == document.text:
             return document

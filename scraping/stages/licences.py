@@ -12,7 +12,7 @@ import functools
 import re
 from typing import Any
 
-from scraping.documents import UNKNOWN, Document, Drop
+from scraping.documents import UNKNOWN, Drop, ScrapedDocument
 from scraping.stages import Note, Stage
 from scraping.stages.headers import head, sentences
 
@@ -106,7 +106,7 @@ def build(licences: tuple[str, ...], keep_unknown: bool, note: Note) -> Stage:
     """
     allow = frozenset(licence.lower() for licence in licences)
 
-    def licence(document: Document) -> Document | Drop:
+    def licence(document: ScrapedDocument) -> ScrapedDocument | Drop:
         lines = head(document)
         own = sorted({match[1] for line in lines if (match := TAG.search(line))})
         if own:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Stage
 from scraping.stages.headers import head, sentences
 
@@ -48,7 +48,7 @@ HINT = re.compile(rf"{MADE}|do not|resource")
 def build() -> Stage:
     """The stage; it has no settings."""
 
-    def origin(document: Document) -> Document | Drop:
+    def origin(document: ScrapedDocument) -> ScrapedDocument | Drop:
         path = document.path
         if match := VENDORED.search(path):
             return Drop("vendored", match[0].strip("/"))

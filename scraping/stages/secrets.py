@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 from collections.abc import Iterable
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Finding, Note, Stage, suffix
 from scraping.stages.addresses import internet_addresses, mails, words_of_python
 from scraping.stages.assigned import assigned
@@ -22,7 +22,7 @@ from scraping.stages.syntax import PYTHON, problem
 VERSION = 1
 
 
-def findings(document: Document, personal: bool = True, words_only: bool = False) -> list[Finding]:
+def findings(document: ScrapedDocument, personal: bool = True, words_only: bool = False) -> list[Finding]:
     """(start, end, kind) of what gives way, in order and apart from each other.
 
     A private key over several string literals gives several findings, of which the first is its placeholder
@@ -60,7 +60,7 @@ def findings(document: Document, personal: bool = True, words_only: bool = False
     return taken
 
 
-def redact(document: Document, found: list[Finding]) -> Document:
+def redact(document: ScrapedDocument, found: list[Finding]) -> ScrapedDocument:
     """The document with placeholders in place of what was found; equal where there is nothing."""
     if not found:
         return document
@@ -80,7 +80,7 @@ def build(personal: bool, note: Note) -> Stage:
         note: Counts placeholders by kind.
     """
 
-    def secrets(document: Document) -> Document | Drop:
+    def secrets(document: ScrapedDocument) -> ScrapedDocument | Drop:
         found = findings(document, personal)
         redacted = redact(document, found)
         python = found and suffix(document.path) in PYTHON

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Stage
 
 VERSION = 2
@@ -48,7 +48,7 @@ def build(
         rf"[\s,;(){{}}\[\]]++){{{max_numbers + 1},}}+"
     )
 
-    def shape(document: Document) -> Document | Drop:
+    def shape(document: ScrapedDocument) -> ScrapedDocument | Drop:
         text = document.text
         lines = text.split("\n")
         written = 0

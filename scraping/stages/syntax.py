@@ -12,7 +12,7 @@ import symtable
 import warnings
 from typing import Any
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Stage, suffix
 
 VERSION = 1
@@ -37,7 +37,7 @@ FILE_2 = re.compile(
 def build(max_errors: float) -> Stage:
     """The stage; `max_errors` is the largest share of a Kotlin or Java file that its grammar may not know."""
 
-    def syntax(document: Document) -> Document | Drop:
+    def syntax(document: ScrapedDocument) -> ScrapedDocument | Drop:
         kind = suffix(document.path)
         if kind in PYTHON:
             return problem(document.text) or document
