@@ -16,15 +16,15 @@ from scraping.wanted import Wanted
 
 @dataclass(frozen=True)
 class CloneSettings(Selection):
-    """Which repository, and which of its files.
+    """Settings of the command clone: a repository, and which of its files are wanted.
 
     Args:
-        url: Of the repository, as in https://github.com/JetBrains/kotlin
+        url: Address of the repository, as in https://github.com/JetBrains/kotlin
         revision: A branch, a tag, or all digits of a commit.
-        repository: What to call it; by default the path in its address, as in JetBrains/kotlin
-        licence: Its SPDX expression, as in Apache-2.0; empty is unknown, and is dropped when cleaned.
+        repository: Its name in the corpus; by default the path in its address, as in JetBrains/kotlin
+        licence: Its SPDX expression, as in Apache-2.0; empty means unknown, which `clean` drops.
         insecure: Let http:// and git:// go to other machines than this one.
-        seconds: For each of the steps of git.
+        seconds: Time limit of each of git's steps.
         pack_bytes: The most that git may fetch in one step.
     """
 
@@ -38,12 +38,12 @@ class CloneSettings(Selection):
 
 
 def name_of(url: str) -> str:
-    """`owner/name` of an address."""
+    """Return the `owner/name` of an address."""
     return url.split("://", 1)[-1].split("/", 1)[-1].strip("/").removesuffix(".git")
 
 
 def run(settings: CloneSettings) -> None:
-    """See the module. ValueError is a mistake of the user or the server, and changes nothing."""
+    """Fetch the repository's files; a mistake of the user or the server raises ValueError, without effect."""
     if not settings.url:
         raise ValueError("name the repository with --url, as in --url https://github.com/JetBrains/kotlin")
     check_url(settings.url, settings.insecure)
@@ -60,7 +60,7 @@ def run(settings: CloneSettings) -> None:
 
 
 def clone(ledger: Ledger, origin: Origin, settings: CloneSettings, wanted: Wanted) -> None:
-    """Bring one repository into the ledger; what is there already stays."""
+    """Enter one repository into the ledger; files that it already has stay."""
     state, pinned = known(ledger, origin)
     if finished(ledger, origin.name, state):
         return
@@ -68,7 +68,7 @@ def clone(ledger: Ledger, origin: Origin, settings: CloneSettings, wanted: Wante
     limits = GitLimits(seconds=settings.seconds, bytes=settings.pack_bytes)
     with fetched(settings.url, pinned or origin.revision, place, limits, settings.insecure) as repository:
         if state != "listed":
-            # The server does not tell sizes: those of files whose names are not wanted stay unknown, as 0.
+            # The server does not tell sizes: files whose names are not wanted are listed with the size 0.
             files = [
                 (file, file.reason or wanted.reason(file.path, wanted.max_bytes))
                 for file in repository.tree()

@@ -1,8 +1,8 @@
-"""One repository of a crawl: its commit, its tree, and its files by the way that costs least (`route`).
+"""Fetch one repository of a crawl: its commit, its tree, and its files by the cheapest way (`route`).
 
-Every file's bytes are held to the git id that the tree gives them, so it does not matter where they came
-from, or in which order. Facts about answers are from docs.github.com/en/rest, pages git/trees, git/blobs,
-commits/commits and repos/contents.
+Every file's bytes are checked against the git id that the tree gives them, so it does not matter where they
+came from, or in which order. Facts about answers are from docs.github.com/en/rest, pages git/trees,
+git/blobs, commits/commits and repos/contents.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from scraping.gitrepo import blob_id, fetched
 from scraping.ledger import Ledger, ListedFile
 from scraping.wanted import SUBMODULE, SYMBOLIC_LINK, Wanted, data_reason
 
-# What a request is worth in bytes: 5,000 an hour are 0.7 s each, in which a line of 3 MB/s brings 2 MB.
+# The price of a request in bytes: at 5,000 an hour each takes 0.7 s, in which a line of 3 MB/s brings 2 MB.
 REQUEST = 2 * 2**20
 CLONE = 30 * REQUEST
-MAX_TARBALL = 2**30  # bytes unpacked; what is larger comes file by file
+MAX_TARBALL = 2**30  # bytes, unpacked; a larger repository comes file by file
 TARBALL_TRIES = 3
-MAX_ENTRIES = 2_000_000  # of a repository's tree, which can say that it has 10^10 with ten objects
-MAX_TREES = 5_000  # requests for one
-BATCH_BYTES = 4 * 2**20  # stored in one transaction
+MAX_ENTRIES = 2_000_000  # most files of a repository: ten objects can make a tree of 10^10
+MAX_TREES = 5_000  # most requests for one tree
+BATCH_BYTES = 4 * 2**20  # files of about this size are stored in one transaction
 
 GONE = {
     404: "not found",
@@ -63,14 +63,16 @@ class HostedRepository:
 
     @property
     def root(self) -> str:
-        """Where it is asked for. A renamed repository answers its old name with 301 to this form, which names
-        the same one for ever; a name may be given up and taken by another.
+        """The repository's path in the API by its id, which names the same repository for ever.
+
+        A name may be given up and taken by another repository; GitHub answers the old name of a renamed one
+        with status 301 and this path.
         """
         return f"/repositories/{self.id}"
 
 
 def fetch(client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository, folder: Path) -> None:
-    """List a repository's files if they are not, and fetch those that wait."""
+    """List a repository's files if they are not listed yet, and fetch those that wait."""
     try:
         if repository.state == "found":
             repository = list_files(client, ledger, wanted, repository)
@@ -86,7 +88,7 @@ def fetch(client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepo
 def recheck(
     client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository, folder: Path
 ) -> None:
-    """Remove what may not be kept. Nothing counts against the limits while the branch stands still (304)."""
+    """Remove a repository that may not be kept. While its branch stands still (304), this costs no limit."""
     del wanted, folder
     try:
         head(client, repository)
@@ -108,12 +110,12 @@ def _give_up(ledger: Ledger, name: str, refusal: GitHubRefused) -> None:
 
 
 def head(client: GitHub, repository: HostedRepository, branch: str = "") -> str:
-    """The commit of a branch, by default the repository's own."""
+    """Return the commit of a branch, by default the repository's default branch."""
 
     def read(answer: GitHubAnswer) -> str:
         return _git_id(answer.body.decode("ascii", "replace").strip())
 
-    # A tag may have the branch's name. A slash within a parameter is encoded: "Troubleshooting".
+    # The prefix tells the branch from a tag of its name; %2F within a parameter is as "Troubleshooting" asks.
     reference = quote(f"heads/{branch or repository.branch}", safe="")
     return client.get(f"{repository.root}/commits/{reference}", read, SHA, keep=True)
 
@@ -121,7 +123,7 @@ def head(client: GitHub, repository: HostedRepository, branch: str = "") -> str:
 def list_files(
     client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository
 ) -> HostedRepository:
-    """Enter the files that a repository has at its branch's commit; those of other extensions are counted.
+    """Enter the files of a repository's branch into the ledger; count those of other extensions.
 
     Raises:
         GitHubRefused: it is gone, or has no commit.
@@ -130,7 +132,7 @@ def list_files(
     try:
         commit = head(client, repository)
     except GitHubRefused as refusal:
-        if refusal.status != 422:  # "No commit found": the default branch is another one by now
+        if refusal.status != 422:  # 422 means "No commit found": the default branch has changed
             raise
         branch = client.get(repository.root, lambda answer: str(answer.json()["default_branch"]))
         commit = head(client, repository, branch)
@@ -144,7 +146,7 @@ def list_files(
             continue
         kind = {"120000": SYMBOLIC_LINK, "160000": SUBMODULE}.get(mode, "")
         spelled = path_text(path.encode("utf-8", "surrogatepass"))
-        if spelled in entries:  # the API shows names that are not UTF-8 with the same sign for any byte
+        if spelled in entries:  # the API shows each byte that is not UTF-8 by one and the same sign
             spelled = f"{spelled}\\{len(entries)}"
         entries[spelled] = ListedFile(spelled, address, bytes_, kind or reason)
     with ledger.transaction() as db:
@@ -155,10 +157,10 @@ def list_files(
 
 
 def walk(client: GitHub, root: str, commit: str) -> Iterator[tuple[str, str, str, int]]:
-    """(mode, path, id, size) of every file of a commit.
+    """Yield (mode, path, id, size) of every file of a commit.
 
     One request lists a tree with all below it, but at most 100,000 entries and 7 MB (docs.github.com/en/rest/
-    git/trees); one that is cut is listed folder by folder instead, each again with all below it.
+    git/trees). A truncated tree is listed folder by folder instead, each again with all below it.
     """
     folders = [("", commit)]
     trees = entries = 0
@@ -180,7 +182,7 @@ def walk(client: GitHub, root: str, commit: str) -> Iterator[tuple[str, str, str
 
 
 def read_tree(answer: GitHubAnswer) -> tuple[list[tuple[str, str, str, int]], bool]:
-    """((mode, path, id, size) of each entry, whether it is cut)."""
+    """Return (mode, path, id, size) of each entry of a tree, and whether the list is truncated."""
     body = answer.json()
     rows = [
         (str(row["mode"]), str(row["path"]), _git_id(row["sha"]), int(row.get("size") or 0))
@@ -190,12 +192,17 @@ def read_tree(answer: GitHubAnswer) -> tuple[list[tuple[str, str, str, int]], bo
 
 
 def route(files: int, wanted_bytes: int, tree_bytes: int, tried: Iterable[str] = ()) -> str:
-    """The cheapest way to so many files of so many bytes, in a tree of so many: `tarball`, `git` or `blobs`.
+    """Return the cheapest way to fetch files that was not tried yet: `tarball`, `git` or `blobs`.
 
-    A tarball is one request for everything, and is taken to be as large as what is in it: it packs source
+    A tarball is one request for everything. It is assumed to be as large as its content: it compresses source
     code four times, but pictures and data not at all. A blob is one request for one file. A partial clone
-    brings the wanted files alone and takes nothing from the API's limits, but it starts git, and reads the
-    tree again.
+    brings the wanted files alone and costs no request of the API, but it starts git and reads the tree again.
+
+    Args:
+        files: Number of wanted files.
+        wanted_bytes: Their size.
+        tree_bytes: Size of all files of the repository.
+        tried: Ways that were tried already.
     """
     costs = {
         "tarball": REQUEST + tree_bytes,
@@ -220,8 +227,8 @@ def fetch_files(client: GitHub, ledger: Ledger, repository: HostedRepository, fo
                 if not reuse(ledger, name, entry):
                     fetch_blob(client, ledger, repository, entry)
             return
-        # What a way leaves (`.gitattributes` keeps files out of an archive, and changes others) waits for the
-        # next one, and so does all of it if the way is closed.
+        # A way may be closed, or leave files for the next: `.gitattributes` keeps files out of an archive, or
+        # changes them.
         tried.append(way)
         try:
             if way == "tarball":
@@ -236,16 +243,16 @@ def fetch_files(client: GitHub, ledger: Ledger, repository: HostedRepository, fo
 
 
 def reuse(ledger: Ledger, name: str, entry: ListedFile) -> bool:
-    """Store a file by the bytes of another, in this repository or in any; False if none has them."""
+    """Store a file by the bytes of a stored one of the same id, in any repository; False if none has them."""
     known = ledger.by_address(entry.address)
-    if known is None or blob_id(known) != entry.address:  # other sources have addresses of other kinds
+    if known is None or blob_id(known) != entry.address:  # addresses of other sources are no git ids
         return False
     ledger.stored(name, [(entry.path, known)])
     return True
 
 
 class _Store:
-    """Puts files whose bytes are those that their ids name into the ledger, many in one transaction."""
+    """A writer of files into the ledger, many in one transaction; it skips bytes that do not fit their id."""
 
     def __init__(self, ledger: Ledger, name: str) -> None:
         self._ledger = ledger
@@ -270,7 +277,7 @@ class _Store:
 def fetch_tarball(
     client: GitHub, ledger: Ledger, repository: HostedRepository, waiting: list[ListedFile], folder: Path
 ) -> None:
-    """Store those of the files that a tarball of the commit has, byte for byte."""
+    """Store the files that a tarball of the commit has unchanged."""
     by_path = {entry.path: entry for entry in waiting}
 
     def reason(path: bytes, size: int) -> str:
@@ -282,7 +289,7 @@ def fetch_tarball(
             yield from read_archive(file, reason, 1, ArchiveLimits(total_bytes=2 * MAX_TARBALL))
         except BrokenArchive as error:
             raise Malformed(str(error)) from error
-        except ValueError as error:  # past a limit
+        except ValueError as error:  # the archive is past a limit
             raise GitHubTooLarge(str(error)) from error
 
     def read(answer: GitHubAnswer) -> None:
@@ -294,10 +301,10 @@ def fetch_tarball(
                 if entry and member.data is not None and blob_id(member.data) == entry.address:
                     del by_path[entry.path]
                     store.add(entry, member.data)
-        finally:  # what came before a damage is as it should be: its id says so
+        finally:  # files that came before the damage are whole, as their ids show
             store.flush()
 
-    # Without a name: it is gone when the process is.
+    # A file without a name is gone when the process is.
     with tempfile.TemporaryFile(dir=folder) as file:
         client.get(
             f"{repository.root}/tarball/{repository.pinned}",
@@ -309,11 +316,11 @@ def fetch_tarball(
 
 
 class Unfetched(Exception):
-    """git could not fetch; the other ways are open."""
+    """Failure of git to fetch, after which the other ways remain."""
 
 
 def fetch_git(ledger: Ledger, repository: HostedRepository, waiting: list[ListedFile], folder: Path) -> None:
-    """Store those of the files that a partial clone brings."""
+    """Store the files that a partial clone brings."""
     store = _Store(ledger, repository.name)
     try:
         with fetched(repository.clone_url, repository.pinned, folder / f"git-{repository.id}") as clone:
@@ -330,7 +337,7 @@ def fetch_git(ledger: Ledger, repository: HostedRepository, waiting: list[Listed
 
 
 def fetch_blob(client: GitHub, ledger: Ledger, repository: HostedRepository, entry: ListedFile) -> None:
-    """Store one file."""
+    """Store one file by a request of its own."""
 
     def read(answer: GitHubAnswer) -> bytes:
         if blob_id(answer.body) != entry.address:
@@ -343,7 +350,7 @@ def fetch_blob(client: GitHub, ledger: Ledger, repository: HostedRepository, ent
     except GitHubRefused as refusal:
         if refusal.status == 451:
             raise
-        head(client, repository)  # if the whole repository is gone, that is refused, too
+        head(client, repository)  # refused too if the whole repository is gone
         ledger.dropped(
             repository.name, entry.path, GONE.get(refusal.status, f"refused with {refusal.status}")
         )
