@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from recipes.degradations import parsed, syntax_tree, unwritable
+from recipes.functions import parsed, syntax_tree, unwritable
 from sandbox.child import encode
 
 LIMITS = replace(sandbox.LIMITS, cpu=10, wall=60.0)

@@ -22,19 +22,24 @@ from __future__ import annotations
 import ast
 import io
 import re
-import symtable
-import threading
 import tokenize
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
-from typing import Any
+
+from recipes.functions import (
+    Edits,
+    Function,
+    Scope,
+    fresh_names,
+    globals_of,
+    identifiers,
+    own_identifiers,
+    parsed,
+    plain_locals,
+)
 
 Constants = Mapping[str, int | float]
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
-Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef | Comprehension
 
 MOST_EQUAL = 0.1  # of real functions no two ways make the same text of any
 
@@ -44,196 +49,13 @@ REFLECTION = frozenset(
 )
 
 
-# One at a time: CPython, as of 3.11.7, counts the depth of all threads' trees in one place, and where the
-# collector lets another thread in it gives up with a SystemError (cpython issue 106905). Filters of warnings
-# are every thread's as well.
-_parsing = threading.Lock()
-
-
-def syntax_tree(text: str, mode: str = "exec") -> Any:
-    """What `ast.parse` gives, in any thread."""
-    with _parsing:
-        return ast.parse(text, mode=mode)
-
-
-DEEPEST = 200  # levels of a tree; each takes up to 3 of the 1,000 calls that Python nests
-
-
-def unwritable(node: ast.AST) -> str:
-    """Why `ast.dump` and `ast.unparse` cannot write a tree, though Python reads its text; "" if they can.
-
-    A whole number may have more digits than Python writes (4,300), being read in hexadecimal; and a sum of a
-    thousand terms is a thousand levels deep.
-    """
-    level = [node]
-    for _ in range(DEEPEST):
-        for one in level:
-            if isinstance(one, ast.Constant) and type(one.value) is int:
-                try:
-                    str(one.value)
-                except ValueError:
-                    return "a number of more digits than Python writes"
-        level = [child for one in level for child in ast.iter_child_nodes(one)]
-    return "code that is nested too deeply" if level else ""
-
-
-def parsed(source: str) -> Function:
-    """The function that `source` is; ValueError if it is not one function."""
-    try:
-        with _parsing, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(source, "function", "exec", dont_inherit=True)
-            body = ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"not a Python function: {error}") from None
-    if len(body) != 1 or not isinstance(body[0], Function):
-        raise ValueError("not one Python function")
-    return body[0]
-
-
-# --- text --------------------------------------------------------------------------------------------
-
-
-class _Edits:
-    """Replacements of pieces of a text, by the positions of its syntax nodes."""
-
-    def __init__(self, source: str) -> None:
-        self._data = source.encode()
-        self._starts = [0]
-        for line in self._data.split(b"\n"):
-            self._starts.append(self._starts[-1] + len(line) + 1)
-        self._edits: list[tuple[int, int, str]] = []
-
-    def place(self, line: int, column: int) -> int:
-        """The byte at a line, counted from 1, and a column in bytes, as `ast` counts."""
-        return self._starts[line - 1] + column
-
-    def span(self, node: Any) -> tuple[int, int]:
-        return self.place(node.lineno, node.col_offset), self.place(node.end_lineno, node.end_col_offset)
-
-    def text(self, start: int, end: int) -> str:
-        return self._data[start:end].decode()
-
-    @property
-    def size(self) -> int:
-        return len(self._data)
-
-    def line(self, number: int) -> tuple[int, int]:
-        """Where a line begins and the next one does."""
-        return self._starts[number - 1], min(self._starts[number], len(self._data))
-
-    def indent(self, node: ast.stmt) -> str | None:
-        """The blanks before a statement that has its lines for itself; None if it shares one."""
-        start, end = self.span(node)
-        before = self.text(self.line(node.lineno)[0], start)
-        after = self.text(end, self.line(node.end_lineno or 0)[1])
-        return before if not before.strip() and not after.strip() else None
-
-    def replace(self, start: int, end: int, text: str) -> None:
-        self._edits.append((start, end, text))
-
-    def done(self) -> str | None:
-        """The text with all replacements, of those that overlap the first; None if there are none."""
-        if not self._edits:
-            return None
-        pieces, at = [], 0
-        for start, end, text in sorted(self._edits):
-            if start >= at:
-                pieces += [self._data[at:start], text.encode()]
-                at = end
-        return b"".join([*pieces, self._data[at:]]).decode()
-
-
-# --- scopes ------------------------------------------------------------------------------------------
-
-
-def own_identifiers(node: ast.AST) -> list[str]:
-    """The variables that a node names by itself, without those of its children; no attributes or keywords."""
-    match node:
-        case ast.Name():
-            return [node.id]
-        case ast.arg():
-            return [node.arg]
-        case ast.alias():
-            return [(node.asname or node.name).split(".")[0]]
-        case ast.Global() | ast.Nonlocal():
-            return node.names
-        case ast.MatchMapping():
-            return [node.rest] if node.rest else []
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            return [node.name]
-        case ast.ExceptHandler() | ast.MatchAs() | ast.MatchStar():
-            return [node.name] if node.name else []
-        case _:
-            return []
-
-
-def _identifiers(node: ast.AST) -> list[str]:
-    """The variables named anywhere in a node, as often as they are."""
-    return [name for inner in ast.walk(node) for name in own_identifiers(inner)]
-
-
-def _fresh(function: Function, stem: str) -> Iterator[str]:
-    """`stem0`, `stem1`, ..., those that do not occur in the function."""
-    taken, number = set(_identifiers(function)), 0
-    while True:
-        if f"{stem}{number}" not in taken:
-            yield f"{stem}{number}"
-        number += 1
-
-
-def _plain_locals(function: Function) -> list[str]:
-    """Local variables of which every occurrence is a `Name` that means this very variable, by first place.
-
-    Not those that a nested scope binds, too, or that are bound by an import, a handler, a `def` or a pattern;
-    nor those inside an f-string, where Python before 3.12 does not tell places.
-    """
-    own: dict[str, None] = {}
-    # Decorators, defaults and hints are evaluated outside: a name there is another variable.
-    outside = [*function.decorator_list, function.args, *([function.returns] if function.returns else [])]
-    other = {name for node in outside for name in _identifiers(node)}
-
-    def visit(node: ast.AST, nested: bool) -> None:
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            other.add(node.id) if nested else own.setdefault(node.id)
-        elif isinstance(node, ast.JoinedStr):
-            other.update(_identifiers(node))
-        elif not isinstance(node, ast.Name):
-            other.update(own_identifiers(node))
-        for child in ast.iter_child_nodes(node):
-            visit(child, nested or isinstance(node, Scope))
-
-    for statement in function.body:
-        visit(statement, False)
-    return [name for name in own if name not in other]
-
-
-def globals_of(source: str) -> set[str]:
-    """The names that a function, its decorators, defaults and hints take from outside: of its module, or
-    builtins."""
-    found: set[str] = set()
-
-    def visit(table: symtable.SymbolTable) -> None:
-        whole = table.get_type() == "module"
-        for symbol in table.get_symbols():
-            # Of a function called `top` symtable says that its locals are global, and local, too.
-            outer = symbol.is_declared_global() or (symbol.is_global() and not symbol.is_local())
-            if symbol.is_referenced() and (whole or outer):
-                found.add(symbol.get_name())
-        for child in table.get_children():
-            visit(child)
-
-    visit(symtable.symtable(source, "function", "exec"))
-    return found
-
-
 # --- the ways ----------------------------------------------------------------------------------------
 
 
 def _names(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
-    fresh = _fresh(function, "var")
-    new = {name: next(fresh) for name in _plain_locals(function)}
+    function, edits = parsed(source), Edits(source)
+    fresh = fresh_names(function, "var")
+    new = {name: next(fresh) for name in plain_locals(function)}
     for node in ast.walk(function):
         if isinstance(node, ast.Name) and node.id in new:
             edits.replace(*edits.span(node), new[node.id])
@@ -241,7 +63,7 @@ def _names(source: str, constants: Constants) -> str | None:
 
 
 def _hints(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
+    function, edits = parsed(source), Edits(source)
     functions = [node for node in ast.walk(function) if isinstance(node, Function)]
     if any(node.decorator_list for node in functions) or any(
         isinstance(node, ast.ClassDef) for node in ast.walk(function)
@@ -263,7 +85,7 @@ def _hints(source: str, constants: Constants) -> str | None:
     return edits.done()
 
 
-def _cut(edits: _Edits, start: int, hint: ast.expr) -> None:
+def _cut(edits: Edits, start: int, hint: ast.expr) -> None:
     """Remove a hint from `start` on, and the brackets around it, which no node shows."""
     first, end = edits.span(hint)
     for _ in range(edits.text(start, first).count("(")):
@@ -271,7 +93,7 @@ def _cut(edits: _Edits, start: int, hint: ast.expr) -> None:
     edits.replace(start, end, "")
 
 
-def _without_docstring(node: Function, edits: _Edits) -> None:
+def _without_docstring(node: Function, edits: Edits) -> None:
     if ast.get_docstring(node, clean=False) is None:
         return
     docstring = node.body[0]
@@ -292,12 +114,12 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _loops(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
+    function, edits = parsed(source), Edits(source)
     if any(isinstance(node, ast.ClassDef) for node in ast.walk(function)):
         return None  # a loop's variables would become attributes of a class
     step = _step(function)
-    names = _identifiers(function)
-    results, targets = _fresh(function, "result"), _fresh(function, "item")
+    names = identifiers(function)
+    results, targets = fresh_names(function, "result"), fresh_names(function, "item")
     for statement in ast.walk(function):
         if not isinstance(statement, ast.Assign | ast.Return) or statement.value is None:
             continue
@@ -313,7 +135,7 @@ def _loops(source: str, constants: Constants) -> str | None:
         ):
             continue
         # The first thing iterated over is evaluated outside of the comprehension.
-        inside = Counter(_identifiers(value)) - Counter(_identifiers(value.generators[0].iter))
+        inside = Counter(identifiers(value)) - Counter(identifiers(value.generators[0].iter))
         bound = {n.id for g in value.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
         # In a loop the variable is the function's own: it may be nobody else's.
         renamed = {name: next(targets) for name in sorted(bound) if names.count(name) > inside[name]}
@@ -338,7 +160,7 @@ def _plain(value: ast.ListComp | ast.DictComp | ast.SetComp) -> bool:
 
 def _loop(
     value: ast.ListComp | ast.DictComp | ast.SetComp,
-    edits: _Edits,
+    edits: Edits,
     renamed: dict[str, str],
     result: str,
     step: str,
@@ -429,7 +251,7 @@ def _redundant(source: str, constants: Constants) -> str | None:
 
 
 def _bare_numbers(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
+    function, edits = parsed(source), Edits(source)
     names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
     bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
     bound |= {
@@ -448,8 +270,8 @@ def _bare_numbers(source: str, constants: Constants) -> str | None:
 
 
 def _needless_steps(source: str) -> str | None:
-    function, edits = parsed(source), _Edits(source)
-    fresh, step = _fresh(function, "answer"), _step(function)
+    function, edits = parsed(source), Edits(source)
+    fresh, step = fresh_names(function, "answer"), _step(function)
     for node in ast.walk(function):
         if isinstance(node, ast.If):
             edits.replace(*edits.span(node.test), f"({edits.text(*edits.span(node.test))}) and True")
@@ -510,7 +332,7 @@ def degrade(source: str, strategy: str, constants: Constants | None = None) -> s
         ValueError: `source` is not one function; or, by `check`, the result would not be this function.
     """
     function = parsed(source)
-    seen = set(_identifiers(function)) | {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
+    seen = set(identifiers(function)) | {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
     if REFLECTION & seen:
         return None
     result = STRATEGIES[strategy](source, constants or {})

@@ -31,15 +31,8 @@ import sandbox
 from data.documents import SPLITS, Report
 from recipes.behaviour import Judgement, agreements, context_of
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
-from recipes.degradations import (
-    STRATEGIES,
-    Function,
-    check_distinct,
-    degrade,
-    own_identifiers,
-    parsed,
-    unwritable,
-)
+from recipes.degradations import STRATEGIES, check_distinct, degrade
+from recipes.functions import Function, own_identifiers, parsed, unwritable
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"

@@ -26,7 +26,7 @@ from config import make_parser, one_sentence, write_atomically
 from config.console import printable
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
-from recipes.degradations import Function, Scope, globals_of, parsed, unwritable
+from recipes.functions import Function, Scope, globals_of, parsed, unwritable
 from recipes.pipeline import RecipeRun
 from recipes.refactor import Piece, holds_text_over_lines, pieces, prompt_of
 

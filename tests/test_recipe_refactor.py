@@ -18,7 +18,8 @@ from test_recipes import tiny
 from data.corpus import split_of
 from recipes import refactor, refactoring
 from recipes.__main__ import main
-from recipes.degradations import STRATEGIES, parsed
+from recipes.degradations import STRATEGIES
+from recipes.functions import parsed
 from recipes.refactor import (
     HEADER,
     RefactorSettings,
