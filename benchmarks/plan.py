@@ -129,7 +129,8 @@ def drawn_base(family: str, folder: Path, shape: tuple[int, int, int]) -> str:
     from architecture import Decoder
     from data.corpus import training_texts
     from pretrained import save_pretrained
-    from recipes.base import BaseConfig, model_of
+    from recipes.base_config import BaseConfig
+    from recipes.small_base import model_of
     from tokenizer import BPETokenizer
 
     n_layer, n_head, n_embd = shape

@@ -1,20 +1,20 @@
-"""A Python function -> the same function, written worse: five ways, each keeping what it computes.
+"""Rewrite a Python function worse, in five ways that keep what it computes.
 
     source = "def twice(xs):\\n    return [x * 2 for x in xs]\\n"
-    degrade(source, "loops")     # a string, or None where this way finds nothing to do
+    degrade(source, "loops")     # a string, or None where this way finds nothing to change
 
-Each way edits the text at the places that the syntax tree gives, so that what it does not mean to change
-stays byte for byte. What cannot be changed with certainty is left as it is.
+Each way edits the text at the places that the syntax tree gives, so that all other text stays byte for byte.
+Code that cannot be changed with certainty stays as it is.
 
-    names       local variables lose their names; never parameters, which callers may spell
-    hints       annotations and docstrings go
+    names       local variables lose their names; parameters do not, since callers may spell them
+    hints       annotations and docstrings are removed
     loops       comprehensions become loops, whose variables get names that are free in the function
     formatting  no optional blank is left, indentation is one column; the tree stays the same
     redundant   needless steps, and constants of the module as bare numbers
     mixed       all of these that apply, one after the other
 
-`degrade` holds each result against the tree that it must have and against the names that it may use, so that
-a rewrite which reaches for a variable of another scope is an error here and not a training example.
+`degrade` checks the tree of each result and the names that it uses, so that a rewrite that uses a variable of
+another scope is an error here and not a training example.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from recipes.functions import (
 
 Constants = Mapping[str, int | float]
 
-MOST_EQUAL = 0.1  # of real functions no two ways make the same text of any
+MOST_EQUAL = 0.1  # largest share of functions that two ways may make equal; on real functions it is 0
 
-# With one of these a function may see its own names, annotations or docstring.
+# A function that uses one of these names may read its own names, annotations or docstring.
 REFLECTION = frozenset(
     {"locals", "vars", "eval", "exec", "globals", "dir", "__doc__", "__annotations__", "inspect", "sys"}
 )
@@ -68,7 +68,7 @@ def _hints(source: str, constants: Constants) -> str | None:
     if any(node.decorator_list for node in functions) or any(
         isinstance(node, ast.ClassDef) for node in ast.walk(function)
     ):
-        return None  # a decorator or a class may read them
+        return None  # a decorator or a class may read hints
     for node in functions:
         for argument in ast.walk(node.args):
             if isinstance(argument, ast.arg) and argument.annotation:
@@ -86,7 +86,7 @@ def _hints(source: str, constants: Constants) -> str | None:
 
 
 def _cut(edits: Edits, start: int, hint: ast.expr) -> None:
-    """Remove a hint from `start` on, and the brackets around it, which no node shows."""
+    """Remove a hint from `start` on, with the brackets around it, which are no part of its node."""
     first, end = edits.span(hint)
     for _ in range(edits.text(start, first).count("(")):
         end += len(re.match(r"\s*\)?", edits.text(end, edits.size))[0])  # pyright: ignore
@@ -105,7 +105,7 @@ def _without_docstring(node: Function, edits: Edits) -> None:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    """Whether a statement would be the docstring if it came first."""
+    """Return whether a statement would be the docstring if it came first."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)
@@ -134,10 +134,10 @@ def _loops(source: str, constants: Constants) -> str | None:
             or not _plain(value)
         ):
             continue
-        # The first thing iterated over is evaluated outside of the comprehension.
+        # The first iterable is evaluated outside of the comprehension.
         inside = Counter(identifiers(value)) - Counter(identifiers(value.generators[0].iter))
         bound = {n.id for g in value.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
-        # In a loop the variable is the function's own: it may be nobody else's.
+        # A loop's variable is the function's own, so it may not be another variable of the function.
         renamed = {name: next(targets) for name in sorted(bound) if names.count(name) > inside[name]}
         result = next(results)
         lines = _loop(value, edits, renamed, result, step)
@@ -147,7 +147,7 @@ def _loops(source: str, constants: Constants) -> str | None:
 
 
 def _plain(value: ast.ListComp | ast.DictComp | ast.SetComp) -> bool:
-    """Whether nothing in a comprehension has a scope, a binding or an order that a loop would change."""
+    """Return whether nothing in a comprehension has a scope, binding or order that a loop would change."""
     refused = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.JoinedStr, *Scope.__args__)
     nodes = [node for child in ast.iter_child_nodes(value) for node in ast.walk(child)]
     if any(isinstance(node, refused) for node in nodes) or any(g.is_async for g in value.generators):
@@ -165,7 +165,7 @@ def _loop(
     result: str,
     step: str,
 ) -> list[str]:
-    """The lines that fill `result` as a comprehension does."""
+    """Return the lines that fill `result` as a comprehension does."""
 
     def text(node: ast.expr, names: dict[str, str]) -> str:
         start, end = edits.span(node)
@@ -178,7 +178,7 @@ def _loop(
         return f"({whole})" if "\n" in whole else whole
 
     empty = {ast.ListComp: "[]", ast.DictComp: "{}", ast.SetComp: "{*()}"}[type(value)]
-    lines, depth = [f"{result} = {empty}"], ""  # no `set()`, which a variable may shadow
+    lines, depth = [f"{result} = {empty}"], ""  # a variable may shadow `set`
     for number, generator in enumerate(value.generators):
         over = text(generator.iter, renamed if number else {})  # the first is evaluated outside
         lines.append(f"{depth}for {text(generator.target, renamed)} in {over}:")
@@ -187,7 +187,7 @@ def _loop(
             lines.append(f"{depth}if {text(condition, renamed)}:")
             depth += step
     if isinstance(value, ast.DictComp):
-        # The key first: `result[key] = value` would evaluate the value first.
+        # The key must be evaluated first; `result[key] = value` evaluates the value first.
         lines.append(f"{depth}{result}.update([({text(value.key, renamed)}, {text(value.value, renamed)})])")
     else:
         method = "append" if isinstance(value, ast.ListComp) else "add"
@@ -196,7 +196,7 @@ def _loop(
 
 
 def _step(function: Function) -> str:
-    """One level of indentation."""
+    """Return one level of the function's indentation."""
     first = function.body[0]
     return " " * (first.col_offset - function.col_offset) if first.lineno > function.lineno else "    "
 
@@ -205,12 +205,12 @@ def _formatting(source: str, constants: Constants) -> str | None:
     words = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
     pieces: list[str] = []
     depth, last = 0, ""  # the last token's kind: word, number, other, or "" at the beginning of a line
-    inside = 0  # brackets that are open
+    inside = 0  # number of open brackets
     for kind, text in _tokens(source):
         if kind in (tokenize.INDENT, tokenize.DEDENT):
             depth += 1 if kind == tokenize.INDENT else -1
         elif kind in (tokenize.NEWLINE, tokenize.NL):
-            if last:  # no blank lines
+            if last:  # blank lines are left out
                 pieces.append("\n")
             last = ""
         elif text:
@@ -227,7 +227,7 @@ def _formatting(source: str, constants: Constants) -> str | None:
 
 
 def _tokens(source: str) -> Iterator[tuple[int, str]]:
-    """(kind, text) of the source's tokens, an f-string being one, as it was before Python 3.12."""
+    """Yield (kind, text) of the source's tokens, an f-string as one token, as before Python 3.12."""
     start, end = (getattr(tokenize, f"FSTRING_{which}", -1) for which in ("START", "END"))
     lines, open_strings, began = source.splitlines(keepends=True), 0, (0, 0)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -259,12 +259,15 @@ def _bare_numbers(source: str, constants: Constants) -> str | None:
     }
     texts = (node for node in ast.walk(function) if isinstance(node, ast.JoinedStr))
     in_text = {id(inner) for text in texts for inner in ast.walk(text)}
-    asked = {id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute)}  # no `50.real`
+    with_attribute = {
+        id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute)
+    }  # no `50.real`
     for name in names:
         if name.id in constants and name.id not in bound and id(name) not in in_text:
             value = repr(constants[name.id])
             edits.replace(
-                *edits.span(name), value if value.isdigit() and id(name) not in asked else f"({value})"
+                *edits.span(name),
+                value if value.isdigit() and id(name) not in with_attribute else f"({value})",
             )
     return edits.done()
 
@@ -293,7 +296,7 @@ def _needless_steps(source: str) -> str | None:
 
 
 def _is_truth(node: ast.expr) -> bool:
-    """Whether an expression is True or False for any operands: a class cannot make it anything else."""
+    """Return whether an expression is True or False for operands of any class."""
     if isinstance(node, ast.Compare):
         return len(node.ops) == 1 and isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn)
     return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
@@ -317,19 +320,19 @@ STRATEGIES: dict[str, Callable[[str, Constants], str | None]] = {
 }
 
 
-# --- what holds of every result ----------------------------------------------------------------------
+# --- checks of every result --------------------------------------------------------------------------
 
 
 def degrade(source: str, strategy: str, constants: Constants | None = None) -> str | None:
-    """The function written worse, or None where this way finds nothing to do, or the function reads itself.
+    """Rewrite a function worse; return None where this way changes nothing, or the function reads itself.
 
     Args:
         source: One function, without indentation, and not `unwritable`.
         strategy: A key of STRATEGIES.
-        constants: Numbers that the function's module gives a name to.
+        constants: Name -> number, of the numbers that the function's module names.
 
     Raises:
-        ValueError: `source` is not one function; or, by `check`, the result would not be this function.
+        ValueError: `source` is not one function; or `check` finds that the result would not be this function.
     """
     function = parsed(source)
     seen = set(identifiers(function)) | {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
@@ -343,10 +346,10 @@ def degrade(source: str, strategy: str, constants: Constants | None = None) -> s
 
 
 def check(source: str, result: str, strategy: str) -> None:
-    """ValueError if a rewritten function is not what its way may make of the first.
+    """Raise a ValueError if a rewritten function is not what its way may make of the original.
 
-    It must parse, take no other names from outside, and have the first one's tree: the same (formatting), but
-    for hints (hints), or but for a one-to-one renaming (names).
+    It must parse, take no other names from outside, and have the original's tree: the same (formatting), the
+    same but for hints (hints), or the same but for a one-to-one renaming (names).
     """
     try:
         function = parsed(result)
@@ -366,13 +369,13 @@ def check(source: str, result: str, strategy: str) -> None:
     elif strategy == "hints":
         same = ast.dump(_Stripped().visit(first)) == ast.dump(_Stripped().visit(function))
     else:
-        same = True  # told by running both
+        same = True  # behaviour.py compares the others by running them
     if not same:
         raise ValueError(f"degradation-changes-meaning: {strategy} gives another syntax tree")
 
 
 class _Stripped(ast.NodeTransformer):
-    """A tree without hints and docstrings."""
+    """A transformer that removes hints and docstrings from a tree."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         return ast.arg(node.arg)
@@ -388,11 +391,11 @@ class _Stripped(ast.NodeTransformer):
             node.body = node.body[1:] or [ast.Pass()]
         return node
 
-    visit_AsyncFunctionDef = visit_FunctionDef  # pyright: ignore  # of one shape
+    visit_AsyncFunctionDef = visit_FunctionDef  # pyright: ignore  # both nodes have these fields
 
 
 def _renamed_alike(one: ast.AST, other: ast.AST) -> bool:
-    """Whether two trees differ in names of variables alone, and these one to one."""
+    """Return whether two trees differ in names of variables alone, and these one to one."""
     there: dict[str, str] = {}
     back: dict[str, str] = {}
     pairs = [(one, other)]
@@ -415,13 +418,13 @@ def _renamed_alike(one: ast.AST, other: ast.AST) -> bool:
 
 
 def check_distinct(results: Mapping[str, list[str | None]]) -> None:
-    """ValueError if two ways often give the same: one would be the other, or fall back to it.
+    """Raise a ValueError if two ways often give the same result: one would be a copy of the other.
 
-    Of the functions that the rarer of two ways changes, the other may change MOST_EQUAL to the same text. (Of
-    those that either changes, a rare way could be a copy all through and stay below any share.)
+    The share is of the functions that the rarer way changes, and may be MOST_EQUAL. (As a share of those that
+    either changes, it would be small for a rare way, even if that were a copy throughout.)
 
     Args:
-        results: For each way what it makes of the same functions, in order.
+        results: Way -> its results for the same functions, in order.
     """
     for pair in combinations(results.items(), 2):
         changed = {name: sum(text is not None for text in made) for name, made in pair}

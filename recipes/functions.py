@@ -13,25 +13,25 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef | Comprehension
 
-# One at a time: CPython, as of 3.11.7, counts the depth of all threads' trees in one place, and where the
-# collector lets another thread in it gives up with a SystemError (cpython issue 106905). Filters of warnings
-# are every thread's as well.
+# Only one thread may parse at a time: CPython, as of 3.11.7, counts the depth of all threads' trees in one
+# place, and raises a SystemError where the garbage collector lets another thread in (cpython issue 106905).
+# Filters of warnings are shared by all threads, too.
 _parsing = threading.Lock()
 
 
 def syntax_tree(text: str, mode: str = "exec") -> Any:
-    """What `ast.parse` gives, in any thread."""
+    """Return what `ast.parse` returns, from any thread."""
     with _parsing:
         return ast.parse(text, mode=mode)
 
 
-DEEPEST = 200  # levels of a tree; each takes up to 3 of the 1,000 calls that Python nests
+DEEPEST = 200  # most levels of a tree; each takes up to 3 of the 1,000 calls that Python nests
 
 
 def unwritable(node: ast.AST) -> str:
-    """Why `ast.dump` and `ast.unparse` cannot write a tree, though Python reads its text; "" if they can.
+    """Return why `ast.dump` and `ast.unparse` cannot write a tree that Python has read; "" if they can.
 
-    A whole number may have more digits than Python writes (4,300), being read in hexadecimal; and a sum of a
+    A number read in hexadecimal may have more decimal digits than Python writes (4,300), and a sum of a
     thousand terms is a thousand levels deep.
     """
     level = [node]
@@ -47,7 +47,7 @@ def unwritable(node: ast.AST) -> str:
 
 
 def parsed(source: str) -> Function:
-    """The function that `source` is; ValueError if it is not one function."""
+    """Return the tree of a function; raise a ValueError if `source` is not one function."""
     try:
         with _parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -64,7 +64,7 @@ def parsed(source: str) -> Function:
 
 
 class Edits:
-    """Replacements of pieces of a text, by the positions of its syntax nodes."""
+    """A list of replacements in a text, by the positions of its syntax nodes."""
 
     def __init__(self, source: str) -> None:
         self._data = source.encode()
@@ -74,7 +74,7 @@ class Edits:
         self._edits: list[tuple[int, int, str]] = []
 
     def place(self, line: int, column: int) -> int:
-        """The byte at a line, counted from 1, and a column in bytes, as `ast` counts."""
+        """Return the byte at a line, counted from 1, and a column in bytes, as `ast` counts."""
         return self._starts[line - 1] + column
 
     def span(self, node: Any) -> tuple[int, int]:
@@ -88,11 +88,11 @@ class Edits:
         return len(self._data)
 
     def line(self, number: int) -> tuple[int, int]:
-        """Where a line begins and the next one does."""
+        """Return the beginnings of a line and of the next one."""
         return self._starts[number - 1], min(self._starts[number], len(self._data))
 
     def indent(self, node: ast.stmt) -> str | None:
-        """The blanks before a statement that has its lines for itself; None if it shares one."""
+        """Return the blanks before a statement that shares no line with another; None if it does."""
         start, end = self.span(node)
         before = self.text(self.line(node.lineno)[0], start)
         after = self.text(end, self.line(node.end_lineno or 0)[1])
@@ -102,7 +102,7 @@ class Edits:
         self._edits.append((start, end, text))
 
     def done(self) -> str | None:
-        """The text with all replacements, of those that overlap the first; None if there are none."""
+        """Return the text with all replacements, the first of those that overlap; None if there are none."""
         if not self._edits:
             return None
         pieces, at = [], 0
@@ -117,7 +117,7 @@ class Edits:
 
 
 def own_identifiers(node: ast.AST) -> list[str]:
-    """The variables that a node names by itself, without those of its children; no attributes or keywords."""
+    """Return the variables that a node itself names, without its children, attributes and keywords."""
     match node:
         case ast.Name():
             return [node.id]
@@ -138,12 +138,12 @@ def own_identifiers(node: ast.AST) -> list[str]:
 
 
 def identifiers(node: ast.AST) -> list[str]:
-    """The variables named anywhere in a node, as often as they are."""
+    """Return the variables named anywhere in a node, each as often as it is named."""
     return [name for inner in ast.walk(node) for name in own_identifiers(inner)]
 
 
 def fresh_names(function: Function, stem: str) -> Iterator[str]:
-    """`stem0`, `stem1`, ..., those that do not occur in the function."""
+    """Yield those of `stem0`, `stem1`, ... that do not occur in the function."""
     taken, number = set(identifiers(function)), 0
     while True:
         if f"{stem}{number}" not in taken:
@@ -152,13 +152,13 @@ def fresh_names(function: Function, stem: str) -> Iterator[str]:
 
 
 def plain_locals(function: Function) -> list[str]:
-    """Local variables of which every occurrence is a `Name` that means this very variable, by first place.
+    """Return the local variables whose every occurrence is a `Name` of this variable, by first place.
 
-    Not those that a nested scope binds, too, or that are bound by an import, a handler, a `def` or a pattern;
-    nor those inside an f-string, where Python before 3.12 does not tell places.
+    Variables are left out that a nested scope binds too, that an import, a handler, a `def` or a pattern
+    binds, or that occur inside an f-string, whose places Python before 3.12 does not tell.
     """
     own: dict[str, None] = {}
-    # Decorators, defaults and hints are evaluated outside: a name there is another variable.
+    # Decorators, defaults and hints are evaluated outside, where a name is another variable.
     outside = [*function.decorator_list, function.args, *([function.returns] if function.returns else [])]
     other = {name for node in outside for name in identifiers(node)}
 
@@ -178,14 +178,13 @@ def plain_locals(function: Function) -> list[str]:
 
 
 def globals_of(source: str) -> set[str]:
-    """The names that a function, its decorators, defaults and hints take from outside: of its module, or
-    builtins."""
+    """Return the names from outside that a function, its decorators, defaults and hints use."""
     found: set[str] = set()
 
     def visit(table: symtable.SymbolTable) -> None:
         whole = table.get_type() == "module"
         for symbol in table.get_symbols():
-            # Of a function called `top` symtable says that its locals are global, and local, too.
+            # For a function called `top`, symtable reports its locals as global and local.
             outer = symbol.is_declared_global() or (symbol.is_global() and not symbol.is_local())
             if symbol.is_referenced() and (whole or outer):
                 found.add(symbol.get_name())

@@ -21,7 +21,7 @@ from recipes.fastapi import (
     page_of,
     prompt_of,
     row_of,
-    sides_of,
+    splits_of,
 )
 from tokenizer import BPETokenizer, PretrainedTokenizer
 
@@ -97,10 +97,10 @@ def test_groups_hold_pages_together_that_share_their_text() -> None:
 
 def test_held_out_sides_are_filled_by_names_alone_and_never_by_a_giant() -> None:
     groups, sizes = [f"g{n}" for n in range(100)], [10] * 100
-    sides = sides_of(groups, sizes)
+    sides = splits_of(groups, sizes)
     assert Counter(sides.values()) == {"train": 80, "validation": 10, "test": 10}
-    assert sides == sides_of(groups[::-1], sizes)
-    giant = sides_of([*groups, "giant"], [*sizes, 5000])
+    assert sides == splits_of(groups[::-1], sizes)
+    giant = splits_of([*groups, "giant"], [*sizes, 5000])
     assert giant["giant"] == "train"
 
 

@@ -27,12 +27,13 @@ from modules.precision import choose_device, choose_precision
 from pretrained import load_pretrained, save_pretrained
 from recipes import kotlin, summaries
 from recipes.__main__ import RECIPES, main
-from recipes.base import FIM_RATE, BaseConfig, make_base, model_of
-from recipes.building import Counts, plain_documents, split, write_dataset
+from recipes.base_config import BaseConfig
+from recipes.building import Counts, plain_documents, split_items, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
 from recipes.pipeline import done, parse_words, samples
+from recipes.small_base import FIM_RATE, make_base, model_of
 from recipes.training import finish
 from scraping.documents import ScrapedDocument
 from tokenizer import BPETokenizer
@@ -144,10 +145,10 @@ def test_what_splits_a_source_is_named_where_a_side_is_empty(tmp_path: Path) -> 
 
 
 def test_a_split_is_drawn_whole_and_depends_on_its_seed_alone() -> None:
-    sides = split(range(124), 42, 0.2, 0.1)
+    sides = split_items(range(124), 42, 0.2, 0.1)
     assert {side: len(items) for side, items in sides.items()} == {"test": 25, "validation": 10, "train": 89}
     assert sorted(i for items in sides.values() for i in items) == list(range(124))
-    assert sides == split(range(124), 42, 0.2, 0.1) != split(range(124), 43, 0.2, 0.1)
+    assert sides == split_items(range(124), 42, 0.2, 0.1) != split_items(range(124), 43, 0.2, 0.1)
 
 
 def test_a_file_is_read_from_wherever_it_lies(repository: Path, tmp_path: Path) -> None:
@@ -459,7 +460,7 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
         (
             "--precision",
             held[not native],
-            f"was finished on a base held in {held[native]}, and with --precision",
+            f"was finished on a base stored as {held[native]}, and with --precision",
         ),
         ("--base", str(tmp_path / "other"), "the base changed since"),
     ):
@@ -589,10 +590,10 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import recipes.base
+    import recipes.small_base
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipes.base, "make_base", None)
+    monkeypatch.setattr(recipes.small_base, "make_base", None)
     (tmp_path / "EMPTY").mkdir()
     for name in ("METHODS", "METHODS.jsonl"):
         (tmp_path / name).write_text('{"signature": "def f():"}\n', "utf-8")
