@@ -1,10 +1,10 @@
-"""Near duplicates beside datasketch: texts a second of the signature stage, and how memory and time grow.
+"""Compare near-duplicate signatures with datasketch, texts a second, and show how memory and time grow.
 
     pip install datasketch; python benchmarks/dedup.py speed [--files 1000]
     python benchmarks/dedup.py growth
 
 Both sides sign the same files of the standard library with 128 permutations of 5-unit shingles, from text to
-signature, in one process each, in turns.
+signature, in one process each, in turns. docs/scrape/machines.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.shingles import UNIT, Units, Words, batches
 from scraping.dedup import PERMUTATIONS, DedupSettings, bucket, cluster, signature
@@ -66,7 +65,7 @@ def speed(files: int) -> None:
 
 
 def one_corpus(copies: int) -> None:
-    """All three steps over so many variants of the library's files, in a process of its own."""
+    """Run all three steps over several variants of the library's files, in a process of its own."""
     texts = library(1000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
