@@ -5,8 +5,8 @@
 The shape is that of a StarCoder of 117M parameters: 12 layers x 768, multi-query, a vocabulary of 49,152.
 transformers samples and writes the weights once, and both read that folder. They take turns in one process
 with the same threads; each turn continues the same prompts of 64 tokens by 128 greedy tokens. In fp32 all
-tokens have to agree. Medians over the turns, with the range of the ratio; the column after it compares the fastest
-tenth of all single steps, which is what remains where other processes take the cores away in between.
+tokens have to agree. The output has medians over the turns, with the range of the ratio; the column after it
+compares the fastest tenth of all single steps, which other processes disturb least.
 
 In bf16 two texts differ for good after the first token where they round differently, which comes soon with
 random weights, so the number of equal tokens means little. Instead both read the same text, ours in fp32,
