@@ -214,7 +214,7 @@ def test_a_clean_folder_without_a_document_is_refused(tmp_path: Path) -> None:
     """As it is after a clean that refused to keep nothing."""
     corpus_of(tmp_path, [], 2)
     with pytest.raises(ValueError, match="clean holds no document, as clean said"):
-        run(Settings(folder=str(tmp_path)))
+        run(DedupSettings(folder=str(tmp_path)))
 
 
 def test_signatures_of_other_settings_are_refused(tmp_path: Path) -> None:
