@@ -36,6 +36,7 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
+from config.files import REPOSITORY
 from data.cache import SUMS, seal_folder, sealed
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
@@ -44,8 +45,6 @@ from pretrained.load import Stored
 from tokenizer import BPETokenizer
 
 transformers.logging.set_verbosity_error()
-
-HOUSE = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_loading_draws_nothing_and_imports_no_algebra(folder):
     program = "import sys; from pretrained import load_pretrained; load_pretrained(sys.argv[1]); "
     program += "print('sympy' in sys.modules)"  # 1.6 s, for the meta tensors' first random numbers
     command = [sys.executable, "-c", program, str(folder)]
-    assert subprocess.run(command, stdout=subprocess.PIPE, cwd=HOUSE).stdout == b"False\n"
+    assert subprocess.run(command, stdout=subprocess.PIPE, cwd=REPOSITORY).stdout == b"False\n"
 
 
 def test_the_fingerprint_is_of_the_content_alone(folder, shards, tmp_path):
@@ -313,7 +312,7 @@ def test_memory_holds_the_weights_once(tmp_path):
     cases = {"whole": 1.1, "half": 1.1, "pickle": 1.1 + 2**25 / size}  # mapped 32 MB at a time
     folders = [str(tmp_path / name) for name in ("small", "small-pickle", "small-half", *cases)]
     command = [sys.executable, "-c", program, *folders]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOUSE).stdout
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
     for peak, (name, most) in zip(out.split(), cases.items(), strict=True):
         assert 0.5 * size < int(peak) < most * size, (name, int(peak) / size)
 
@@ -352,7 +351,7 @@ def test_a_model_of_a_billion_parameters_loads_in_its_own_size_and_decodes(max_s
         "print(generate_ids(found.model, [[1, 2, 3]], GenerationConfig(max_new_tokens=4))[0].ids)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HOUSE).stdout
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=REPOSITORY).stdout
     peak, ids = out.splitlines()
     assert size < int(peak) < 1.1 * size, int(peak) / size
     assert len(json.loads(ids)) == 4

@@ -29,14 +29,13 @@ from safetensors import deserialize
 from safetensors.torch import save_file
 
 from architecture import Decoder
+from config.files import REPOSITORY
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import from_model, to_model
 from pretrained.folder import parse_header, parse_json, read_tensors
 from pretrained.load import _NoInit
 
 transformers.logging.set_verbosity_error()
-
-HOUSE = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -551,7 +550,7 @@ def test_no_hostile_folder_costs_memory_or_time(folder, shards, tmp_path):
         shutil.copytree(shards if name in sharded else folder, root / name)
         change(root / name)
     command = [sys.executable, "-c", CHILD, str(folder), str(root)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=HOUSE)
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert set(ended.stdout.splitlines()) == {f"{name} 2 True" for name in cases | sharded}, ended.stdout
     sentences = ended.stderr.splitlines()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from test_recipes import tiny
 
+from config.files import REPOSITORY
 from data.corpus import split_of
 from recipes import refactor, refactoring
 from recipes.__main__ import main
@@ -35,7 +36,6 @@ from recipes.refactoring import Rewrite, diff, refactored
 from recipes.refactoring import main as refactor_file
 from tokenizer import BPETokenizer
 
-HOUSE = Path(__file__).parent.parent
 isolated = pytest.mark.usefixtures("isolated")
 
 
@@ -424,7 +424,9 @@ def test_the_command_refuses_a_file_in_one_sentence(tmp_path: Path, text: str | 
     if text is not None:
         path.write_bytes(text.encode())
     words = ["generate.py", "--recipe", "refactor", "--model", "nowhere", "--file", str(path)]
-    done = subprocess.run([sys.executable, *words], cwd=HOUSE, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert sentence in done.stderr and done.stderr.count("\n") == 1
     if text is not None:
@@ -469,7 +471,7 @@ def test_without_a_sandbox_the_command_says_so_before_a_model_is_opened(
 
 def test_every_prompt_is_made_by_one_function() -> None:
     """The header stands in the source of one module, once."""
-    for path in [*HOUSE.glob("*.py"), *(HOUSE / "recipes").glob("*.py")]:
+    for path in [*REPOSITORY.glob("*.py"), *(REPOSITORY / "recipes").glob("*.py")]:
         texts = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
         held = sum(isinstance(text, str) and HEADER in text for text in texts)
         assert held == (path == Path(refactor.__file__))

@@ -20,6 +20,7 @@ import yaml
 
 from architecture import Decoder
 from config import Config, DataConfig
+from config.files import REPOSITORY
 from data.cache import verify_folder
 from data.fim import fim_prompt_ids, gap_start, known_markers
 from dataset import prepare_data
@@ -38,7 +39,6 @@ from recipes.training import finish
 from scraping.documents import ScrapedDocument
 from tokenizer import BPETokenizer
 
-HOUSE = Path(summaries.__file__).parents[1]
 WORDS = "holds the things that a shop of this kind keeps in its many drawers, and counts them whenever asked"
 
 
@@ -606,7 +606,7 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_does_not_wait_for_torch(name: str) -> None:
     words = [sys.executable, "-X", "importtime", "-m", "recipes", name, "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=HOUSE)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "--out OUT" in done.stdout and "recipes.pipeline" in imported and "torch" not in imported
 

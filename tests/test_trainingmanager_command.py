@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from commands import command
 
+from config.files import REPOSITORY
 from training.checkpoint import checkpoints
 from training.loop import RESUMABLE
 from training.run import load_run
-
-HOUSE = Path(__file__).parent.parent
 
 TINY = [
     *("--data.validation_one_in", "4", "--data.test_one_in", "4"),
@@ -26,7 +25,7 @@ TINY = [
 
 
 def started(*words: str, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(HOUSE / "trainingmanager.py"), *words]
+    command = [sys.executable, str(REPOSITORY / "trainingmanager.py"), *words]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -102,6 +101,6 @@ def test_overfit_proves_several_files(tmp_path: Path) -> None:
 
 
 def test_importing_has_no_side_effect(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(HOUSE)!r}); import trainingmanager"
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import trainingmanager"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(tmp_path.iterdir())
