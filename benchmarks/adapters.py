@@ -1,26 +1,28 @@
-"""A LoRA step at true shapes beside transformers with PEFT, in one run on one machine.
+"""Compare a LoRA step at published shapes with transformers and PEFT: tokens a second, and peak memory.
 
     python benchmarks/adapters.py starcoder-small --rows 2
     python benchmarks/adapters.py starcoder --held bf16
     python benchmarks/adapters.py starcoder --held nf4 --recompute      # QLoRA in the least memory
     python benchmarks/adapters.py starcoder-small --curve 100           # its losses beside those of bf16
 
-Random weights, the published sizes and the adapters of the five seeds; rows of 512 random tokens, the first
-half of each masked, as a prompt is. A step is forward, backward, clip and AdamW. Each side runs in a process
-of its own, and the two take turns; printed are tokens/s (the median of the steps, the first two left out)
-and the most memory that the process ever took. Both multiply in bf16 where the machine does so natively, or
-else in fp32, which is then the best for both: --precision bf16 shows by how much.
+The weights are random, at the published sizes; rows have 512 random tokens, the first half of each masked
+like a prompt. A step is forward, backward, clip and AdamW. Each side runs in a process of its own, and the
+two take turns. The output has tokens/s (the median of the steps without the first two) and the peak memory of
+each process. Both multiply in bf16 where the machine does so natively, and else in fp32, which is then the
+faster one for both: --precision bf16 shows by how much.
 
-Last is the limit: the floating-point operations of each side's matrix products are counted in one more step,
-and divided by the best rate of a product of 2048 x 2048. If the rest of ours took no time, its rate would be
-so many times the peer's.
+The last lines are the limit. The floating-point operations of each side's matrix products are counted in one
+more step and divided by the best rate of a product of 2048 x 2048. If the rest of our step took no time, its
+rate would be that many times the peer's.
 
-The peer is not padded, and its frozen weights are in the precision of its products. Ours is set up as
-`python trainingmanager.py --base` sets it up, with --recompute as by --activation_checkpointing true.
+The peer is not padded, and its frozen weights have the precision of its products. Ours is set up as
+`python trainingmanager.py --base` does it, with --recompute as by --activation_checkpointing true.
 
 With --curve ours alone trains on the bytes of Python's standard library, from one base: twice with the base
-in bf16, from two seeds of the adapters and their dropout, and once with it in nf4 and the first seed. The
-rows are the same. Printed are the losses, and the mean distance of the seeds beside that of the formats.
+in bf16, from two seeds of the adapters and their dropout, and once with it in nf4 and the first seed, on the
+same rows. The output has the losses, and the mean distance of the seeds beside that of the formats.
+
+Figures: docs/figures.md, on two cores with native bf16.
 """
 
 from __future__ import annotations
@@ -40,15 +42,14 @@ from typing import Any
 
 import torch
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modules.precision import choose_device, choose_precision, keep_freed_memory
 
 STARCODER = {"vocab_size": 49152, "n_positions": 8192, "multi_query": True}
 STARCODER |= {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
 PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-# family, config.json, and rank, alpha, dropout and targets of the adapters
+# Shape -> family, config.json, and rank, alpha, dropout and targets of the adapters.
 SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, int, float, tuple[str, ...]]]] = {
     "starcoder-small": (
         "gpt_bigcode",
@@ -91,7 +92,7 @@ LAYERS = {
 
 
 def peer(shape: str, dtype: torch.dtype) -> tuple[Callable[[torch.Tensor, torch.Tensor], Any], Any, int]:
-    """The loss of transformers with PEFT; its trained parameters; its vocabulary."""
+    """Return the loss of transformers with PEFT, its trained parameters, and its vocabulary size."""
     import peft
     import transformers
 
@@ -109,7 +110,7 @@ def peer(shape: str, dtype: torch.dtype) -> tuple[Callable[[torch.Tensor, torch.
         p.data = p.data.float()
 
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # transformers shifts the labels itself; ours come shifted.
+        # transformers shifts the labels itself; ours are shifted already.
         unshifted = torch.cat((labels.new_full((len(labels), 1), -100), labels[:, :-1]), 1)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return model(input_ids=tokens, labels=unshifted, use_cache=False).loss
@@ -117,8 +118,8 @@ def peer(shape: str, dtype: torch.dtype) -> tuple[Callable[[torch.Tensor, torch.
     return loss, trained, config.vocab_size
 
 
-def random_base(config: Any, dtype: torch.dtype, weight_format: str | None) -> Any:
-    """A model of N(0, 0.02), made tensor by tensor as a loader makes it."""
+def random_model(config: Any, dtype: torch.dtype, weight_format: str | None) -> Any:
+    """Return a model with weights of N(0, 0.02), filled tensor by tensor as a loader does it."""
     from torch import nn
 
     from architecture import Decoder, LayerNorm, RMSNorm
@@ -130,7 +131,7 @@ def random_base(config: Any, dtype: torch.dtype, weight_format: str | None) -> A
         for part, p in list(module.named_parameters(recurse=False)):
             value = torch.empty(p.shape, dtype=dtype).normal_(std=0.02)
             if isinstance(module, LayerNorm | RMSNorm) and part == "weight":
-                value += 1  # else next to nothing gets through, and nothing learns
+                value += 1  # norms around 0 would let no signal through
             if weight_format and part == "weight" and isinstance(module, nn.Linear) and "blocks." in name:
                 module = replace_linear(model, name, weight_format, value)
             elif not (name == "head" and part == "weight" and config.tie_embeddings):
@@ -143,7 +144,7 @@ def random_base(config: Any, dtype: torch.dtype, weight_format: str | None) -> A
 def ours(
     shape: str, dtype: torch.dtype, weight_format: str, recompute: bool = False, seed: int = 0
 ) -> tuple[Callable[..., Any], Any, int]:
-    """Like `peer`; the base is random by the generator as it is, the rest by `seed`."""
+    """Return ours like `peer`; the base is sampled from the current random state, the rest from `seed`."""
     from config import LoraConfig
     from dataset import Batch
     from lora import add_adapter
@@ -153,7 +154,7 @@ def ours(
 
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     config = to_model(FAMILIES[family], values)
-    model = random_base(config, dtype, None if weight_format == "auto" else weight_format)
+    model = random_model(config, dtype, None if weight_format == "auto" else weight_format)
     torch.manual_seed(seed)
     add_adapter(model, LoraConfig(r, alpha, dropout, targets), FAMILIES[family].key)
     model.recompute_in_backward("blocks" if recompute else "cheap outputs")
@@ -170,8 +171,8 @@ def ours(
     return loss, [p for p in model.parameters() if p.requires_grad], config.vocab_size
 
 
-def curve(shape: str, rows: int, length: int, steps: int, weight_format: str, seed: int) -> list[float]:
-    """Our loss of each step."""
+def curve(shape: str, rows: int, length: int, steps: int, held: str, seed: int) -> list[float]:
+    """Return our loss of each step."""
     library = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))
     stream = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
@@ -208,7 +209,7 @@ def show_curves(shape: str, rows: int, length: int, steps: int) -> None:
 
 
 def product_operations(step: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products of a step; a causal mask halves nothing."""
+    """Return the floating-point operations of a step's matrix products, without savings by a causal mask."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     def added(_total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -233,7 +234,7 @@ def product_operations(step: Callable[[], object]) -> int:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of the fastest of some products of 2048 x 2048."""
+    """Return the floating-point operations a second of the fastest of some products of 2048 x 2048."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""Ours beside nanoGPT, on the same data, in one run on one machine.
+"""Compare training from scratch with nanoGPT, on the same data, in one run on one machine.
 
     python benchmarks/against_nanogpt.py quality NANOGPT_FOLDER [--seconds 300]
     python benchmarks/against_nanogpt.py speed NANOGPT_FOLDER
@@ -13,6 +13,8 @@ stands. Neither side's tokenizer training or final scoring counts.
 speed: tokens/s of one training step (forward, backward, clip, AdamW) at 4 layers x 256, vocabulary 22,812,
 16 rows x 256, dropout 0.1, random tokens. Each is set up as its own training command sets it up, in a
 process of its own; the two take turns, five each, and the median of each counts.
+
+Figures: docs/figures.md, on two cores with AVX-512, without native bf16.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from architecture import Decoder
 from config import DataConfig, ModelConfig, OptimizerConfig
+from config.files import REPOSITORY
 from data.corpus import split_documents
 from data.documents import SPLITS
 from dataset import Batch
@@ -45,7 +47,7 @@ from tokenizer import BPETokenizer
 from training.loss import token_loss
 from training.optim import build_optimizers
 
-SPEED_SHAPE = 22_812, 16, 256  # words, rows, tokens a row
+SPEED_SHAPE = 22_812, 16, 256  # vocabulary size, rows, tokens a row
 
 
 def nanogpt(folder: Path, **settings: Any) -> Any:
@@ -56,7 +58,7 @@ def nanogpt(folder: Path, **settings: Any) -> Any:
 
 
 def peer_bits_per_byte(folder: Path, seconds: float) -> dict[str, float]:
-    """nanoGPT trained for `seconds`; every test token is scored once, in windows of 256."""
+    """Train nanoGPT for `seconds` and score every test token once, in windows of 256."""
     texts: dict[str, list[str]] = {side: [] for side in SPLITS}
     for side, document in split_documents(DataConfig()):
         texts[side].append(document.text)
@@ -100,11 +102,11 @@ def peer_bits_per_byte(folder: Path, seconds: float) -> dict[str, float]:
 
 
 def our_bits_per_byte(seconds: float) -> dict[str, float]:
-    """`python trainingmanager.py --max_seconds N`, read from what it writes."""
+    """Run `python trainingmanager.py --max_seconds N`, and read the scores that it writes."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "trainingmanager.py", "--run", str(run), "--max_seconds", str(seconds)]
-        subprocess.run(command, cwd=HOUSE, check=True)
+        subprocess.run(command, cwd=REPOSITORY, check=True)
         scores = json.loads((run / "eval.json").read_text())["model"]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
@@ -120,7 +122,7 @@ def quality(folder: Path, seconds: float) -> None:
 
 
 def seconds_a_step(side: str, folder: Path) -> float:
-    """The median training step of one side, in this process."""
+    """Return the median time of a training step of one side, in this process."""
     vocab_size, rows, length = SPEED_SHAPE
     # Random tokens teach nothing; at 1e-3 they drive both models to saturation and denormal numbers.
     rate = 1e-6
@@ -131,7 +133,7 @@ def seconds_a_step(side: str, folder: Path) -> float:
         optimizers = [torch.optim.AdamW(model.parameters(), lr=rate, fused=True)]
     else:
         keep_freed_memory()
-        # The same function as nanoGPT's: learned positions, norms with a scale, GELU, a tied head.
+        # These settings compute nanoGPT's function: learned positions, norms with a scale, GELU, a tied head.
         shape |= {"position": "learned", "qk_norm": False, "norm_weight": True, "tie_embeddings": True}
         model = Decoder(ModelConfig(vocab_size=vocab_size, init="normal", mlp="gelu", **shape))
         settings = OptimizerConfig(name="adamw", lr=rate, embedding_lr=rate, head_lr=rate)

@@ -1,10 +1,10 @@
-"""How well a model knows a secret by how often it saw it: `python benchmarks/canaries.py FOLDER`.
+"""Measure memorisation of a secret by how often it was trained on: `python benchmarks/canaries.py FOLDER`.
 
-Canaries, lines such as `token_3 = "824193"`, are planted among small Python files, one once, one twice, one
-four times and so on; a run trains on them, and the exposure of each is measured (Carlini et al. 2019,
-arXiv:1802.08232): log2 of the number of secrets that it is ranked among by the model's loss, less log2 of its
-rank. A secret that was not seen has 1.44 bits on average; the most that N others can show is log2(N + 1).
-Flags after FOLDER go to trainingmanager.py.
+Canaries, lines such as `token_3 = "824193"`, are planted in small Python files, one once, one twice, one four
+times and so on. A run trains on the files, and the exposure of each canary is measured (Carlini et al. 2019,
+arXiv:1802.08232): log2 of the number of secrets among which the model's loss ranks it, less log2 of its rank.
+A secret that was not trained on has 1.44 bits on average; with N others the maximum is log2(N + 1). Flags
+after FOLDER go to trainingmanager.py. docs/evaluate.md has a result.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from architecture import Decoder
+from config.files import REPOSITORY
 from dataset import IGNORE_INDEX
 from tokenizer import Tokenizer
 from training.run import load_run
 
 TIMES = (0, 1, 2, 4, 8, 16, 32)
 DIGITS = 6
-OTHERS = 1023  # random secrets that a canary is ranked among
+OTHERS = 1023  # number of random secrets among which a canary is ranked
 FILES = 120
 NAMES = ("count", "total", "value", "price", "length", "width", "index", "score")
 
@@ -45,7 +45,7 @@ def line(number: int, secret: str) -> str:
 
 
 def planted(times: Sequence[int], seed: int = 0) -> tuple[list[str], list[str]]:
-    """(texts of files, the secret of each canary), the canary i being in `times[i]` of the files."""
+    """Return the texts of files, and the secret of each canary; canary i is in `times[i]` of the files."""
     own = secrets(len(times), seed)
     draw = np.random.Generator(np.random.PCG64([seed, 1]))
     texts = []
@@ -57,8 +57,8 @@ def planted(times: Sequence[int], seed: int = 0) -> tuple[list[str], list[str]]:
     return [texts[i] for i in draw.permutation(len(texts))], own
 
 
-def nats(model: Decoder, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """(texts,) the nats of each as a document of its own."""
+def nll(model: Decoder, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Return the negative log-likelihood of each text as a document of its own, (texts,), in nats."""
     rows = [[tokenizer.start_id or 0, *tokenizer.encode(text)] for text in texts]
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -75,17 +75,17 @@ def nats(model: Decoder, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarr
 
 
 def exposure(own: float, others: np.ndarray) -> float:
-    """Bits; equal losses count as half before it."""
+    """Return the exposure in bits; of equal losses, half rank before it."""
     rank = 1 + (others < own).sum() + (others == own).sum() / 2
     return math.log2(len(others) + 1) - math.log2(rank)
 
 
 def exposures(model: Decoder, tokenizer: Tokenizer, own: Sequence[str], seed: int = 1) -> list[float]:
-    """Of each canary, among random secrets in its own line."""
+    """Return the exposure of each canary among random secrets in its own line."""
     found = []
     for number, secret in enumerate(own):
         others = [other for other in secrets(OTHERS, seed + number) if other != secret]
-        losses = nats(model, tokenizer, [line(number, one) for one in [secret, *others]])
+        losses = nll(model, tokenizer, [line(number, one) for one in [secret, *others]])
         found.append(exposure(losses[0], losses[1:]))
     return found
 
@@ -99,13 +99,13 @@ def main() -> None:
     texts, own = planted(TIMES, asked.seed)
     corpus, run = asked.folder / "corpus", asked.folder / "run"
     corpus.mkdir(parents=True)
-    # The files say which side they are on: a split by hash would hold out some of the secrets.
+    # The files name their split, since a split by hash would hold out some of the secrets.
     for side, rows in (("train", texts), ("validation", planted((), asked.seed + 1)[0])):
         lines = (json.dumps({"text": text, "name": f"{side}{i}.py"}) + "\n" for i, text in enumerate(rows))
         (corpus / f"{side}.jsonl").write_text("".join(lines), "utf-8")
     words = ["--data.source", corpus, "--run", run, "--data.cache", asked.folder / "cache"]
     words += ["--data.test_one_in", "0", *flags]
-    subprocess.run([sys.executable, HOUSE / "trainingmanager.py", *map(str, words)], check=True)
+    subprocess.run([sys.executable, REPOSITORY / "trainingmanager.py", *map(str, words)], check=True)
     found = load_run(run, "last")
     print(f"\ncanaries after step {found.step}, ranked among {OTHERS:,} random secrets")
     print("times seen  exposure, bits")

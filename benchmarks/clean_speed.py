@@ -1,9 +1,10 @@
-"""How fast `python -m scraping clean` is, stage by stage and as a whole, on the standard library.
+"""Measure the speed of `python -m scraping clean`, stage by stage and as a whole, on the standard library.
 
     python benchmarks/clean_speed.py [--copies 3] [--workers 2]
 
-Stages are timed in this process by its processor time. The whole is the command itself by the clock: ledger,
-child processes, Parquet; the library is stored `copies` times, each time as another repository.
+Stages are timed in this process by its processor time. The whole command is timed by the clock, with ledger,
+child processes and Parquet; the library is stored `copies` times, each time as another repository.
+docs/scrape/machines.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scraping.clean import STAGES, Settings
-from scraping.documents import Document, RawFile
-from scraping.ledger import Entry, Ledger
+from config.files import REPOSITORY
+from scraping.clean import STAGES, CleanSettings
+from scraping.documents import RawFile, ScrapedDocument
+from scraping.ledger import Ledger, ListedFile
 from scraping.stages import encoding
 
 
 def library() -> dict[str, bytes]:
-    """The .py files of the interpreter's library, its tests among them, by path."""
+    """Return the .py files of the interpreter's library, with its tests, by path."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in sorted(root.rglob("*.py")) if "site-packages" not in path.parts]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
 def stages(files: dict[str, bytes]) -> None:
-    """MB/s of each stage on one core, over what the stages before it left."""
-    settings = Settings()
+    """Print the MB/s of each stage on one core, over the documents that the stages before it left."""
+    settings = CleanSettings()
     decode = encoding.build(settings.latin1, settings.line_ends, lambda name: None)
     chain = [
         (name, STAGES[name][1](settings, lambda change: None)) for name in STAGES if name != "formatting"
@@ -52,7 +53,7 @@ def stages(files: dict[str, bytes]) -> None:
         seconds["encoding"] += time.process_time() - started
         size["encoding"] += len(data)
         for name, stage in chain:
-            if not isinstance(document, Document):
+            if not isinstance(document, ScrapedDocument):
                 break
             size[name] += len(data)
             started = time.process_time()
@@ -66,20 +67,20 @@ def stages(files: dict[str, bytes]) -> None:
 
 
 def whole(files: dict[str, bytes], copies: int, workers: int) -> None:
-    """The command's MB/s by the clock, and by the processor time of all its processes."""
+    """Print the command's MB/s by the clock, and by the processor time of all its processes."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
         for copy in range(copies):
             name = f"library/{copy}"
             ledger.found(name, "local", "", "PSF-2.0")
-            ledger.listed(name, "", [Entry(path, path, len(data)) for path, data in files.items()])
+            ledger.listed(name, "", [ListedFile(path, path, len(data)) for path, data in files.items()])
             ledger.stored(name, files.items())
             ledger.done(name)
         ledger.close()
         command = [sys.executable, "-m", "scraping", "clean", "--folder", folder, "--workers", str(workers)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
-        done = subprocess.run(command, cwd=HOUSE, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
         took = time.perf_counter() - started
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

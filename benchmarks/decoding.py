@@ -1,22 +1,25 @@
-"""Greedy decoding beside transformers' `generate`: tokens a second of both, with the same weights.
+"""Compare greedy decoding with transformers' `generate`: tokens a second of both, with the same weights.
 
     python benchmarks/decoding.py [--turns 5] [--dtypes float32] [--rows 1 8] [--limit]
 
 The shape is that of a StarCoder of 117M parameters: 12 layers x 768, multi-query, a vocabulary of 49,152.
-transformers draws and writes the weights once, and both read that folder. They take turns in one process with
-the same threads; each turn continues the same prompts of 64 tokens by 128 greedy tokens. In fp32 all tokens
-have to agree. Medians over the turns, with the range of the ratio; the column after it compares the fastest
-tenth of all single steps, which is what remains where other processes take the cores away in between.
+transformers samples and writes the weights once, and both read that folder. They take turns in one process
+with the same threads; each turn continues the same prompts of 64 tokens by 128 greedy tokens. In fp32 all
+tokens have to agree. The output has medians over the turns, with the range of the ratio; the column after it
+compares the fastest tenth of all single steps, which other processes disturb least.
 
-In bf16 two texts part for good at the first token where they round differently, which with random weights is
-soon; so how many tokens are equal says little. Instead both read the same text, ours in fp32, token by token
-through their caches, and the last columns say how far their logits are from those of fp32: the root of the
-mean square over the standard deviation of the logits of a step, and how often the likeliest token is fp32's.
+In bf16 two texts differ for good after the first token where they round differently, which comes soon with
+random weights, so the number of equal tokens means little. Instead both read the same text, ours in fp32,
+token by token through their caches, and the last columns tell how far their logits are from those of fp32:
+the root of the mean square over the standard deviation of the logits of a step, and how often the likeliest
+token is that of fp32.
 
-`--limit` also prints, at one row, what a step of each side took beside what it could not do without: the
-bytes of all weights over the rate at which all threads together read memory (sums of chunks that no cache
-holds), and the step's matrix products alone, one after another, as each side computes them. The quiet step of
-transformers over our products is the ratio that would be left if all the rest of our step took no time.
+`--limit` also prints, at one row, the time of each side's step beside its lower bounds: the bytes of all
+weights over the rate at which all threads together read memory (sums of chunks that fit no cache), and the
+step's matrix products alone, one after another, as each side computes them. The fastest-tenth step of
+transformers over our products is the ratio if the rest of our step took no time.
+
+docs/generate.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +66,14 @@ SHAPE = GPTBigCodeConfig(
 
 
 def timed(function: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    """Seconds, and what came out."""
+    """Return a function's seconds and its result."""
     started = time.perf_counter()
     result = function()
     return time.perf_counter() - started, result
 
 
 class Steps:
-    """Seconds between the calls of a module, that is of decoding's steps; the prompt's is left out."""
+    """A clock of the seconds between a module's calls: the steps of decoding, without the prompt's."""
 
     def __init__(self, module: torch.nn.Module):
         self.seconds: list[float] = []
@@ -78,17 +81,17 @@ class Steps:
         module.register_forward_pre_hook(lambda *_: self.started.append(time.perf_counter()))
 
     def end(self) -> None:
-        """Close a text."""
+        """End a text, so that the time until the next one is not counted."""
         self.seconds += [b - a for a, b in pairwise(self.started[1:])]
         self.started.clear()
 
     def quiet(self) -> float:
-        """The slowest of the fastest tenth."""
+        """Return the slowest time of the fastest tenth."""
         return sorted(self.seconds)[len(self.seconds) // 10]
 
 
 def fastest(actions: list[Callable[[], object]], turns: int) -> float:
-    """Seconds of all actions, done in order, each in its fastest turn: what else runs can only add to it."""
+    """Return the sum of each action's fastest time in several turns, since other processes only add to it."""
     best = [math.inf] * len(actions)
     for _ in range(turns):
         for i, action in enumerate(actions):
@@ -99,9 +102,9 @@ def fastest(actions: list[Callable[[], object]], turns: int) -> float:
 
 
 def print_limit(model: Decoder, steps: tuple[float, float], turns: int = 60) -> None:
-    """Where the time of a step of one row goes. `steps`: seconds of a quiet one, transformers' and ours."""
+    """Print lower bounds of a step of one row beside `steps`, the seconds of transformers and of ours."""
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    read = sum(sizes.values()) - sizes["position.weight"]  # of which one row is read
+    read = sum(sizes.values()) - sizes["position.weight"]  # a step reads one row of it
     linears = [m for m in model.modules() if isinstance(m, Linear)]
     inputs = [torch.randn(1, m.in_features).to(m.weight.dtype) for m in linears]
     pairs = list(zip(linears, inputs, strict=True))
@@ -127,11 +130,13 @@ def print_limit(model: Decoder, steps: tuple[float, float], turns: int = 60) -> 
 def gaps(
     logits: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]], texts: torch.Tensor, exact: torch.Tensor
 ) -> tuple[float, float]:
-    """How far logits are from `exact` (rows, NEW, V), and how often the likeliest token is that one's.
+    """Return the distance of logits from `exact` (rows, NEW, V), and how often the likeliest token is equal.
 
     Args:
-        logits: Of tokens (rows, T) and a cache: logits (rows, V) after the last of them, and the cache.
-        texts: (rows, PROMPT + NEW); every token after the prompt is read in a step of its own.
+        logits: Function of tokens (rows, T) and a cache that returns logits (rows, V) after the last token,
+            and the cache.
+        texts: Tokens (rows, PROMPT + NEW); every token after the prompt is read in a step of its own.
+        exact: The logits of fp32.
     """
     found, state = [], None
     for start, stop in pairwise([0, *range(PROMPT, PROMPT + NEW)]):
@@ -189,7 +194,7 @@ def main(turns: int, threads: int, limit: bool, dtypes: list[str], batches: list
                     settings = GenerationConfig(max_new_tokens=NEW)
                     return [result.ids for result in generate_ids(model, prompts.tolist(), settings)]
 
-                (_, expected), (_, actual) = timed(them), timed(we)  # which also warms up
+                (_, expected), (_, actual) = timed(them), timed(we)  # this also warms up both
                 sides = Steps(theirs.get_input_embeddings()), Steps(ours.embed)
                 times = []
                 for _ in range(turns):

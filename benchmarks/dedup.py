@@ -1,10 +1,10 @@
-"""Near duplicates beside datasketch: texts a second of the signature stage, and how memory and time grow.
+"""Compare near-duplicate signatures with datasketch, texts a second, and show how memory and time grow.
 
     pip install datasketch; python benchmarks/dedup.py speed [--files 1000]
     python benchmarks/dedup.py growth
 
 Both sides sign the same files of the standard library with 128 permutations of 5-unit shingles, from text to
-signature, in one process each, in turns.
+signature, in one process each, in turns. docs/scrape/machines.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.shingles import UNIT, Units, Words, batches
-from scraping.dedup import PERMUTATIONS, Settings, bucket, cluster, signature
-from scraping.documents import Document, shard_path, write_shard
+from scraping.dedup import PERMUTATIONS, DedupSettings, bucket, cluster, signature
+from scraping.documents import ScrapedDocument, shard_path, write_shard
 from scraping.shards import parts_of
 
 SHINGLE = 5
@@ -66,19 +65,19 @@ def speed(files: int) -> None:
 
 
 def one_corpus(copies: int) -> None:
-    """All three steps over so many variants of the library's files, in a process of its own."""
+    """Run all three steps over several variants of the library's files, in a process of its own."""
     texts = library(1000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "clean").mkdir()
         for number in range(copies):
             documents = (
-                Document(text.replace("self", f"me{number}"), f"r{number}", f"{i}.py", "c", "MIT")
+                ScrapedDocument(text.replace("self", f"me{number}"), f"r{number}", f"{i}.py", "c", "MIT")
                 for i, text in enumerate(texts)
             )
             write_shard(shard_path(folder / "clean", number, copies), documents)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        settings, start = Settings(folder=name), time.perf_counter()
+        settings, start = DedupSettings(folder=name), time.perf_counter()
         for part in parts_of(folder / "clean"):
             signature(settings, part)
         signed = time.perf_counter() - start

@@ -1,24 +1,25 @@
-"""Our batch of unequal prompts beside transformers' `generate`: tokens a second of both, same weights.
+"""Compare batches of unequal prompts with transformers' `generate`: tokens a second of both, same weights.
 
     python benchmarks/generation.py [--turns 3] [--rows 32] [--new 64] [--layers 12] [--width 768]
 
 This is how evaluation generates: prompts of unequal length in one batch, padded on the left. Both sides
 continue the same prompts greedily, in turns in one process with the same threads, over weights that
-transformers drew and wrote in the shape of a StarCoder (multi-query, a vocabulary of 49,152). Four cases:
+transformers sampled and wrote in the shape of a StarCoder (multi-query, a vocabulary of 49,152). Four cases:
 
-- `functions`: lengths as code has them. A prompt is as long as signature and docstring of a function of the
+- `functions`: the lengths of code. A prompt is as long as signature and docstring of a function of the
   standard library, and its row ends after as many tokens as its body has, at three characters a token, or at
   four times `--new`;
-- `rows end apart`: prompts of 16 to 256 tokens, all lengths alike often, and rows that end anywhere between
-  an eighth of the limit and all of it;
+- `rows end apart`: prompts of 16 to 256 tokens, uniformly distributed, and rows that end anywhere between an
+  eighth of the limit and all of it;
 - `all run long`: the same prompts, and no row ends before the limit;
-- `a suite`: four times as many functions, as an evaluation asks for them: `--rows` at a time, long prompts
-  first, so that a batch of transformers' holds prompts of like length.
+- `a suite`: four times as many functions, in the order of an evaluation: `--rows` at a time, long prompts
+  first, so that a batch of transformers' has prompts of similar length.
 
-Ours does not compute most of the prompts' padding, and leaves a row that has ended out of the batch, whose
-place one that waits takes; transformers computes it and goes on. `at best` is what that can be worth: the
-tokens of transformers' rectangles over those that somebody asked for. Only tokens before a row's end are
-counted, and in fp32 all of them have to agree. Medians over the turns with the range of the ratio.
+Ours does not compute most of the prompts' padding, and replaces a row that has ended by one that waits;
+transformers computes the padding, and goes on with ended rows. `at best` is the possible gain: the tokens of
+transformers' rectangles over the requested ones. Only tokens before a row's end are counted, and in fp32 all
+of them have to agree. The output has medians over the turns, and the range of the ratio. docs/generate.md has
+figures, with their machine.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ from pretrained import load_pretrained
 
 
 class EndsAt(StoppingCriteria):
-    """Each row has ended once it holds its own number of new tokens."""
+    """A stopping criterion by which each row ends at its own number of new tokens."""
 
     def __init__(self, prompt_length: int, limits: list[int]):
         self.prompt_length, self.limits = prompt_length, torch.tensor(limits)
@@ -66,7 +67,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def functions(n: int, most: int) -> tuple[list[int], list[int]]:
-    """Tokens of prompts, signature and docstring, and of bodies, of n functions of the standard library."""
+    """Return the tokens of n prompts (signature and docstring) and of their bodies, of library functions."""
     found = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = path.read_text("utf-8")
@@ -83,7 +84,7 @@ def functions(n: int, most: int) -> tuple[list[int], list[int]]:
 def in_turns(
     theirs: Any, ours: Decoder, prompts: list[list[int]], ends: list[int], rows: int, turns: int
 ) -> list[tuple[float, float]]:
-    """Seconds of transformers and of ours, in turns after one that warms up; none if their tokens differ."""
+    """Return the seconds of transformers and of ours, in turns after a warm-up; none if the tokens differ."""
 
     def batch(prompts: list[list[int]], ends: list[int]) -> list[list[int]]:
         longest, last = max(map(len, prompts)), max(ends)

@@ -1,9 +1,9 @@
-"""Seconds of each guard at a true shape: `python benchmarks/guard_times.py [SHAPE] [--held bf16] [--full]`.
+"""Time each guard at a published shape: `python benchmarks/guard_times.py [SHAPE] [--held bf16] [--full]`.
 
-Random weights of the published size, adapters as in `adapters.py` (with --full all weights train), rows of
-512 tokens of this repository. Beside the wall clock stands the processor time of the
-guard over the number of threads: on a machine that does other things too, that is nearer to what it takes.
-Before the guards one forward pass of one row is timed: no guard that goes through the whole model takes less.
+The weights are random, at the published size, with adapters as in `adapters.py` (with --full all weights
+train), on rows of 512 tokens of this repository. Beside the wall clock stands the processor time over the
+number of threads, which is more accurate on a busy machine. First one forward pass of one row is timed: no
+guard that goes through the whole model takes less. docs/guards.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.adapters import SHAPES, random_base
+from benchmarks.adapters import SHAPES, random_model
 from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
+from config.files import REPOSITORY
 from dataset import prepare_data
 from guards.preflight import GUARDS, run_guard
-from guards.subject import GuardSubject
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory
 from modules.quantized_linear import n_weights
@@ -36,20 +35,20 @@ from training.loop import TrainingManager
 
 
 def timed(what: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of the processor for each thread."""
+    """Return the seconds by the clock, and the processor's seconds for each thread."""
     wall, used = time.perf_counter(), time.process_time()
     what()
     return time.perf_counter() - wall, (time.process_time() - used) / torch.get_num_threads()
 
 
 def subject_of(shape: str, weight_format: str, full: bool, folder: Path) -> GuardSubject:
-    """What `training.begin.train` would hand to the guards, but for the weights."""
+    """Return the subject that `training.begin.train` would give to the guards, with random weights."""
     family, values, (r, alpha, dropout, targets) = SHAPES[shape]
     precision = choose_precision(choose_device("cpu"), "auto")
     lora = LoraConfig() if full else LoraConfig(r, alpha, dropout, targets)
-    tokenizer = BPETokenizer.train([path.read_text("utf-8") for path in HOUSE.glob("*.py")], 1000)
+    tokenizer = BPETokenizer.train([path.read_text("utf-8") for path in REPOSITORY.glob("*.py")], 1000)
     torch.manual_seed(0)
-    model = random_base(
+    model = random_model(
         to_model(FAMILIES[family], values),
         precision.dtype,
         None if weight_format == "auto" else weight_format,
@@ -57,7 +56,7 @@ def subject_of(shape: str, weight_format: str, full: bool, folder: Path) -> Guar
     if not full:
         add_adapter(model, lora, FAMILIES[family].key)
     config = Config(
-        data=DataConfig(str(HOUSE), cache=str(folder / "cache"), workers=1),
+        data=DataConfig(str(REPOSITORY), cache=str(folder / "cache"), workers=1),
         model=model.config,
         lora=lora,
         optimizer=OptimizerConfig(name="adamw", lr=2e-4, embedding_lr=0.0, head_lr=0.0),
@@ -78,7 +77,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         subject = subject_of(asked.shape, asked.held, asked.full, Path(name))
-        # Random weights of another vocabulary know less than nothing; that is not what is measured.
+        # Random weights with another vocabulary fail the guards' verdicts, which are not measured here.
         allowed = {"worse-than-unigram", "vocabulary-too-large"}
         size = n_weights(subject.model) / 1e9
         print(f"{asked.shape}: {size:.2f}e9 weights, {torch.get_num_threads()} threads", flush=True)

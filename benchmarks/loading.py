@@ -1,4 +1,4 @@
-"""Seconds and memory of loading a model folder, ours against transformers' `from_pretrained`.
+"""Compare loading a model folder with transformers' `from_pretrained`: seconds and memory.
 
     python benchmarks/loading.py [--layers 24] [--repeats 5] [--folder FOLDER]
 
@@ -8,17 +8,18 @@ take turns with the files in the page cache. Medians of:
 
 - call: from an imported torch to the model, with the imports that each side needs;
 - again: the same call once more in the same process, after the first model is dropped, so without imports.
-  Where the dtype asked for is the file's, transformers maps the file and returns before a weight is copied,
-  so that there the two do not do the same;
-- CPU: what `again` took of the processor, in the program and in the system, which clears each page of new
-  memory; other processes that wait for a core beside it add little to this, and much to the seconds;
+  Where the requested dtype is the file's, transformers maps the file and returns before a weight is copied,
+  so that the two do different work;
+- CPU: the processor time of `again`, in the program and in the system, which clears each page of new memory;
+  other processes add little to it, and much to the seconds;
 - read: the first pass over every weight after that;
-- peak: the most memory the process held by the end of the first model's first pass, less what it held with
-  torch imported. Pages of a mapped file count here, though the system may take them back and read them anew;
-- own: the most of it that was the process's own, which only swapping could take back, sampled each 2 ms.
-  Where transformers maps the file it is little, and grows with every weight that is then written to.
+- peak: the peak memory of the process by the end of the first model's first pass, less its memory with torch
+  imported. Pages of a mapped file count here, though the system may reclaim them and read them again;
+- own: the peak of the process's private memory, which only swapping could reclaim, sampled each 2 ms. Where
+  transformers maps the file it is little, and grows with every weight that is then written to.
 
-Both are also shown over the weights' size in the dtype asked for.
+Both are also shown over the weights' size in the requested dtype. docs/models.md has figures, with their
+machine.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ from statistics import median
 from threading import Event, Thread
 from typing import Any
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -58,7 +58,7 @@ CASES = {
 
 
 def write_folders(folder: Path, layers: int) -> int:
-    """Make what is not there yet; the number of parameters."""
+    """Write the model folders that are missing; return the number of parameters."""
     from architecture import Decoder
     from pretrained import FAMILIES, save_pretrained
     from pretrained.family import to_model
@@ -86,13 +86,13 @@ def write_folders(folder: Path, layers: int) -> int:
 
 
 def held(kind: str) -> int:
-    """Bytes of this process: `VmHWM`, the most it held so far, or `RssAnon`, what is now in no file."""
+    """Return bytes of this process: `VmHWM`, its peak so far, or `RssAnon`, its private memory now."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith(kind + ":")).split()[1])
 
 
 class OwnPeak(Thread):
-    """The most memory in no file while it runs; the system keeps no such record itself."""
+    """A sampler of the peak of private memory, of which the system keeps no record."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -104,14 +104,14 @@ class OwnPeak(Thread):
             self.most = max(self.most, held("RssAnon"))
 
     def end(self) -> int:
-        """Bytes above those at the start."""
+        """Return the peak in bytes above those at the start."""
         self.ended.set()
         self.join()
         return max(self.most, held("RssAnon")) - self.first
 
 
 def child(side: str, folder: str, dtype: str) -> None:
-    """One process that loads twice and prints what it took."""
+    """Load twice in this process, and print the times and the memory."""
     before, own = held("VmHWM"), OwnPeak()
     own.start()
 
@@ -145,7 +145,7 @@ def child(side: str, folder: str, dtype: str) -> None:
 
 
 def touch(model: torch.nn.Module) -> None:
-    """Bring every page of every weight into memory."""
+    """Read a byte of every page of every weight, which brings it into memory."""
     for parameter in model.parameters():
         flat = parameter.detach().view(-1)
         flat[:: 4096 // flat.itemsize].sum()

@@ -1,11 +1,11 @@
-"""Seconds that each metric of texts takes on pairs of functions of the standard library.
+"""Time each metric of texts on pairs of functions of the standard library.
 
     python benchmarks/metrics_speed.py [--pairs 10000] [--seed 0]
 
-References are functions of 4 to 30 lines; predictions are what models make of them: the function cut short,
-with other names, without a line, another function, nothing, or the very same. Metrics that share their work
-are timed together, and the time for an interval of the dearest of each is shown beside. One process; on
-a busy machine the CPU seconds are the steadier ones.
+References are functions of 4 to 30 lines. Predictions are such as models make: the function truncated, with
+other names, without a line, another function, nothing, or the very same. Metrics that share their work are
+timed together, and beside each stands the time for an interval of its most expensive metric. All runs in one
+process; on a busy machine the CPU seconds vary less. docs/metrics.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metrics.registry import METRICS, Metric, Rows, score
 from metrics.texts import Pair, cleaned, code_tokens
 
 
 def functions(folder: Path | None = None) -> Iterator[str]:
-    """The functions of 4 to 30 lines of the Python files under a folder, dedented; by name of file."""
+    """Yield the functions of 4 to 30 lines of the Python files under a folder, dedented, by name of file."""
     for path in sorted((folder or Path(sysconfig.get_path("stdlib"))).rglob("*.py")):
         if "site-packages" in path.parts:
             continue
@@ -46,7 +45,7 @@ def functions(folder: Path | None = None) -> Iterator[str]:
 
 
 def changed(text: str, others: list[str], draw: random.Random) -> str:
-    """What a model might have written for it."""
+    """Return a text that a model might have written for it."""
     kind = draw.random()
     lines = text.split("\n")
     if kind < 0.05:
@@ -67,7 +66,7 @@ def changed(text: str, others: list[str], draw: random.Random) -> str:
 
 
 def realistic_pairs(n: int, seed: int = 0, folder: Path | None = None) -> list[Pair]:
-    """n pairs of prediction and reference; functions repeat if there are too few."""
+    """Return n pairs of prediction and reference; functions repeat if there are too few."""
     draw = random.Random(seed)
     known = list(functions(folder))
     references = [draw.choice(known) for _ in range(n)]
@@ -78,7 +77,7 @@ def main(n: int, seed: int) -> None:
     pairs = realistic_pairs(n, seed)
     characters = sum(len(prediction) + len(reference) for prediction, reference in pairs)
     print(f"{n:,} pairs, {characters:,} characters\n")
-    score(list(METRICS), pairs[:2])  # imports and grammars
+    score(list(METRICS), pairs[:2])  # loads imports and grammars
     groups: dict[Rows, list[Metric]] = {}
     for metric in METRICS.values():
         groups.setdefault(metric.rows, []).append(metric)

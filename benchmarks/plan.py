@@ -1,13 +1,13 @@
-"""What `python trainingmanager.py --plan` says beside what runs then take, each in a process of its own.
+"""Compare the estimates of `python trainingmanager.py --plan` with measured runs, each in its own process.
 
     python benchmarks/plan.py                      # all shapes
     python benchmarks/plan.py scratch-deep nf4     # some
-    python benchmarks/plan.py recipes              # what --plan says of each recipe on its published base
+    python benchmarks/plan.py recipes              # the estimates for each recipe on its published base
 
-Runs train on this repository's own files, guards included, on bases with drawn weights. Printed are peak
-memory and seconds a step, estimated and measured, and their ratio. A measured step is given twice,
-as processor time of the thread that drives it, which is what the ratio is of, and by the clock: on a quiet
-machine they agree, and where they do not, it was busy.
+Runs train on this repository's own files, guards included, on bases with random weights. The output has peak
+memory and seconds a step, estimated and measured, and their ratio. A measured step is given twice: as
+processor time of the thread that drives it, which the ratio is of, and by the clock. Where these two differ,
+the machine was busy. docs/recipes/index.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parents[1]
-sys.path[0] = str(HOUSE)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import DataConfig, parse_config
+from config.files import REPOSITORY
 
-# Name -> the family of its base, if any, and flags. Bases are small enough to be measured whole, but for the
-# last, of which training/plan.py makes some blocks.
+# Name -> the family of its base, if any, and flags. All bases but the last are small enough for
+# training/plan.py to measure whole; of the last it measures some blocks.
 SHAPES: dict[str, tuple[str | None, str]] = {
     "scratch": (None, ""),
     "scratch-deep": (None, "--model.n_layer 10 --model.n_embd 256 --model.n_head 4 --optimizer.name adamw"),
@@ -41,14 +41,13 @@ SHAPES: dict[str, tuple[str | None, str]] = {
 }
 BASES = {"refactor": "starcoder", "kotlin": "phi", "fastapi": "codegen", "summaries": "llama"}
 SMALL, LARGE = (8, 8, 512), (12, 12, 768)  # blocks, heads, width
-STEPS = 9  # the least of the last five counts: the guards watch the first four
+STEPS = 9  # the guards watch the first four; the fastest of the last five counts
 
-# The run's peak is read when its updates are done and its last validation is made.
+# The run's peak is read after its last update and its last validation.
 CHILD = """
 import sys, time, json, pathlib
-sys.path[0] = HOUSE
-from training.begin import train
-from training.loop import TrainingManager
+sys.path[0] = REPOSITORY
+from training import loop as t
 from config import parse_config
 times, update = [], TrainingManager.update
 def timed(self):
@@ -69,7 +68,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = [*SHAPES, "recipes"]
-    parser.add_argument("shapes", nargs="*", help=", ".join(known))  # `choices` would refuse none at all
+    parser.add_argument("shapes", nargs="*", help=", ".join(known))  # `choices` would refuse an empty list
     asked = parser.parse_args().shapes or list(SHAPES)
     if unknown := [name for name in asked if name not in known]:
         parser.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
@@ -80,7 +79,7 @@ def main() -> None:
 
 
 def recipes() -> None:
-    """What the plan says of the four recipes that tune a published model, from its shape alone."""
+    """Print the plan of the four recipes that tune a published model, from its shape alone."""
     from benchmarks.adapters import SHAPES as PUBLISHED
     from training.plan import plan
 
@@ -89,12 +88,12 @@ def recipes() -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = json.dumps({"model_type": family} | values)
             (Path(folder) / "config.json").write_text(config, "utf-8")
-            words = ["--base", folder, "--config", str(HOUSE / "recipes" / f"{recipe}.yaml")]
+            words = ["--base", folder, "--config", str(REPOSITORY / "recipes" / f"{recipe}.yaml")]
             print(f"{recipe}, {base}\n{plan(parse_config(words))}\n", flush=True)
 
 
 def compare(shapes: list[str]) -> None:
-    """Train in each shape, and print what was foreseen beside what it took."""
+    """Train in each shape, and print the estimates beside the measured values."""
     from training.plan import plan
 
     memory, speed = ("peak memory", "measured", "ratio"), ("a step", "measured", "ratio", "by the clock")
@@ -102,16 +101,16 @@ def compare(shapes: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         for name in shapes:
             family, flags = SHAPES[name]
-            words = [*flags.split(), "--data.source", str(HOUSE), "--data.cache", f"{place}/cache"]
+            words = [*flags.split(), "--data.source", str(REPOSITORY), "--data.cache", f"{place}/cache"]
             words += ["--max_steps", str(STEPS), "--run", f"{place}/{name}-run"]
             words += ["--allow", "worse-than-unigram,past-invisible,split-leaks"]
             if family is not None:
                 words += [
                     "--base",
-                    drawn_base(family, Path(place) / name, LARGE if "large" in name else SMALL),
+                    random_model(family, Path(place) / name, LARGE if "large" in name else SMALL),
                 ]
             found = plan(parse_config(words))
-            child = [sys.executable, "-c", CHILD.replace("HOUSE", repr(str(HOUSE))), *words]
+            child = [sys.executable, "-c", CHILD.replace("REPOSITORY", repr(str(REPOSITORY))), *words]
             made = subprocess.run(child, capture_output=True, text=True)
             if made.returncode:
                 sys.exit(made.stderr)
@@ -123,20 +122,21 @@ def compare(shapes: list[str]) -> None:
             print(f"{name:<20}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
 
 
-def drawn_base(family: str, folder: Path, shape: tuple[int, int, int]) -> str:
-    """Its folder; the shape is its blocks, heads and width."""
+def random_model(family: str, folder: Path, shape: tuple[int, int, int]) -> str:
+    """Write a base with random weights, of (blocks, heads, width); return its folder."""
     import torch
 
     from architecture import Decoder
     from data.corpus import training_texts
     from pretrained import save_pretrained
-    from recipes.base import BaseConfig, model_of
+    from recipes.base_config import BaseConfig
+    from recipes.small_base import model_of
     from tokenizer import BPETokenizer
 
     n_layer, n_head, n_embd = shape
     settings = BaseConfig(family, n_layer=n_layer, n_head=n_head, n_embd=n_embd)  # pyright: ignore[reportArgumentType]
     config = model_of(settings)
-    tokenizer = BPETokenizer.train(training_texts(DataConfig(str(HOUSE))), 8000)
+    tokenizer = BPETokenizer.train(training_texts(DataConfig(str(REPOSITORY))), 8000)
     torch.manual_seed(0)
     model = Decoder(replace(config, vocab_size=tokenizer.vocab_size, init="normal"))
     save_pretrained(model, tokenizer, folder, family)

@@ -1,11 +1,11 @@
-"""Time of each kind of stored linear beside the decoder's `Linear` and bitsandbytes' Linear4bit, in one run.
+"""Compare the speed of quantized linears with the decoder's `Linear` and with bitsandbytes' Linear4bit.
 
     python benchmarks/quantized.py [--out 8192] [--in 2048] [--layers 4] [--tokens 512 8 1] [--rounds 7]
 
-Forward, and forward with the gradient of the input, on a CPU in fp32, through `layers` linears one after the
-other, as many as a cache does not hold, since a model's do not fit either. Every kind is timed once in each
-round; its median is set against that of `Linear` in fp32. Then quantisation, in seconds for 10**9 weights.
-bitsandbytes is left out where it is not installed.
+Timed are the forward pass, and forward with the gradient of the input, on a CPU in fp32, through `layers`
+linears one after the other, which together fit no cache, as in a model. Every kind is timed once in each
+round, and its median is divided by that of `Linear` in fp32. The time of quantisation follows, in seconds for
+10**9 weights. bitsandbytes is left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modules.linear import Linear
 from modules.nf4 import quantize_nf4
@@ -34,7 +34,7 @@ Work = Callable[[], object]
 
 
 def in_turns(works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Median seconds of each."""
+    """Return the median seconds of each function, timed in turns."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for i in range(rounds + 1):
         for name, work in works.items():
@@ -56,7 +56,7 @@ def of_bitsandbytes(dense: nn.Linear) -> nn.Module:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     module = Linear4bit(dense.in_features, dense.out_features, bias=False, quant_type="nf4")
-    parameter: Any = Params4bit  # its arguments are those of __new__, which pyright does not see
+    parameter: Any = Params4bit  # pyright does not see the arguments of its __new__
     module.weight = parameter(dense.weight.detach().clone(), requires_grad=False, quant_type="nf4")
     return module.to("cpu")
 

@@ -1,12 +1,12 @@
-"""What the sandbox costs a run, beside the interpreter's own start: `python benchmarks/sandbox_overhead.py`.
+"""Compare a run in the sandbox with the interpreter's own start: `python benchmarks/sandbox_overhead.py`.
 
     bare       python -s -S -P -B -c pass
     run        one empty program in the sandbox
     judge      one right solution by one test: two sandboxes, started together
 
-They take turns, so that a busy machine slows all of them. Printed are the median and the 95th percentile,
-what a run adds to the bare start, and, after --runs verdicts in a pool of threads, whether this process kept
-anything: open files, threads, memory, child processes.
+They take turns, so that a busy machine slows all of them. The output has the median, the 95th percentile and
+the difference from the bare start, and, after --runs verdicts in a pool of threads, what this process leaked:
+open files, threads, memory, child processes. docs/sandbox.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median, quantiles
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sandbox
 
@@ -45,7 +45,7 @@ def judge() -> None:
 
 
 def kept() -> dict[str, float]:
-    """What a leak would add to. Memory is what is resident now, in MiB."""
+    """Return the resources that a leak would add to; memory is the resident set, in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return {

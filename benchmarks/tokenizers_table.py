@@ -1,9 +1,10 @@
-"""The tokenizers side by side on the standard library.
+"""Compare the tokenizers on the standard library: compression, speed, and bits per byte after equal training.
 
     python benchmarks/tokenizers_table.py [--seconds 60]
 
 Characters a token and MB/s of encoding (one core, cold caches) are over the test files; bits per byte
 is that of `python trainingmanager.py` with each tokenizer after the same wall-clock budget, all else equal.
+docs/tokenizers.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import DataConfig, TokenizerConfig
+from config.files import REPOSITORY
 from data.corpus import split_documents
 from dataset import prepare_tokenizer
 
 
 def main(seconds: float, sizes: list[int]) -> None:
     documents = split_documents(DataConfig())
-    texts = [document.text for side, document in documents if side == "test"]
+    texts = [document.text for split, document in documents if split == "test"]
     characters, n_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
     print("| tokenizer | vocabulary | characters a token | encode, MB/s | bits per byte |")
     print("|---|---|---|---|---|")
@@ -42,7 +43,7 @@ def main(seconds: float, sizes: list[int]) -> None:
                 run = Path(folder) / "run"
                 words = ["--tokenizer.kind", kind, "--tokenizer.vocab_size", str(size), "--run", str(run)]
                 command = [sys.executable, "trainingmanager.py", *words, "--max_seconds", str(seconds)]
-                subprocess.run(command, cwd=HOUSE, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
                 score = json.loads((run / "eval.json").read_text())["model"]["bits_per_byte"]
             size_and_fertility = f"{tokenizer.vocab_size:,} | {characters / tokens:.2f}"
             print(f"| {kind} | {size_and_fertility} | {rate:.1f} | {score:.3f} |", flush=True)

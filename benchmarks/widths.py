@@ -1,12 +1,12 @@
-"""Whether what is found at a small width holds at larger ones: `python benchmarks/widths.py`.
+"""Check whether settings found at a small width transfer to larger ones: `python benchmarks/widths.py`.
 
-The coordinate check (Yang et al. 2022, arXiv:2203.03466, appendix D): models of several widths, with heads of
-one size, make the same few updates, and the change of what each block and the head put out is measured on
-one batch. The slope of its logarithm against that of the width is 0 where learning rates and
-initialisation are carried over (`model.base_width`), and not where they stay as they are.
+This is the coordinate check (Yang et al. 2022, arXiv:2203.03466, appendix D): models of several widths, with
+heads of one size, make the same few updates, and the change of the outputs of each block and of the head is
+measured on one batch. The slope of its logarithm against that of the width is 0 where learning rates and
+initialisation are scaled by the width (`model.base_width`), and not where they stay as they are.
 
 With `--rates` each width is trained at several learning rates, with and without `base_width`: the best rate
-of the smallest should be that of the largest.
+of the smallest should be that of the largest. docs/sweep.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HOUSE = Path(__file__).parent.parent
-sys.path.insert(0, str(HOUSE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from architecture import Decoder
 from config import DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig
@@ -42,7 +41,7 @@ def widened(model: ModelConfig, width: int, base_width: int) -> ModelConfig:
 
 
 def outputs(model: Decoder, batch: Batch) -> list[Tensor]:
-    """What each block adds to the embedding so far, (B, T, C), and the logits, (B, T, V)."""
+    """Return what each block adds to the residual stream, (B, T, C), and the logits, (B, T, V)."""
     found: list[Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
@@ -59,7 +58,7 @@ def outputs(model: Decoder, batch: Batch) -> list[Tensor]:
 def trained(
     config: ModelConfig, optimizer: OptimizerConfig, batches: Sequence[Batch]
 ) -> tuple[list[float], list[float]]:
-    """Root mean squares of the changes of `outputs` on the first batch, and the loss of each update."""
+    """Return the root mean squares of the changes of `outputs` on the first batch, and each update's loss."""
     seed_everything(0)
     model = Decoder(config)
     optimizers = build_optimizers(model, optimizer, width_mult=config.width_mult)
@@ -82,7 +81,7 @@ def slopes(
     widths: Sequence[int],
     carried: bool,
 ) -> list[float]:
-    """Of the logarithm of each output's change against the width's, by least squares."""
+    """Return the slope of the logarithm of each output's change against the width's, by least squares."""
     changes = [
         trained(widened(model, width, widths[0] if carried else 0), optimizer, batches)[0] for width in widths
     ]

@@ -1,1 +1,1 @@
-"""The recipes: what each trains on, and the one command that runs it whole: `python -m recipes NAME`."""
+"""The recipes: the data of each, and the one command that runs a whole recipe: `python -m recipes NAME`."""

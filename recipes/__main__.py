@@ -1,8 +1,8 @@
-"""A recipe from its data to its table: `python -m recipes NAME [--base FOLDER_OR_HUB_ID] [flags]`.
+"""Run a recipe from its data to its table: `python -m recipes NAME [--base FOLDER_OR_HUB_ID] [flags]`.
 
-Examples are built, a model is trained on them by trainingmanager.py's own functions with the settings of
-recipes/NAME.yaml, adapter and merged model are written, and the test side is scored beside the base. What is
-done already from the same inputs is not done again, so a run that was killed goes on.
+Examples are built, a model is trained on them by the training loop with the settings of recipes/NAME.yaml,
+adapter and merged model are written, and the test split is scored beside the base. A step that was finished
+from the same inputs is not repeated, so that a run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The exit code."""
+    """Run the recipe that the command line names; return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -50,9 +50,9 @@ def main(argv: list[str]) -> int:
         return 2
     from recipes.pipeline import in_own_words, parse_words, run
 
-    asked = parse_words(name, words)
+    recipe = parse_words(name, words)
     with one_sentence(), in_own_words():
-        return run(asked)
+        return run(recipe)
     return 2
 
 

@@ -1,223 +1,35 @@
-"""A small base of a published family's architecture, trained here: `python -m recipes.base --family phi`.
+"""Train a small base of a published family's architecture: `python recipes/base.py --family phi`.
 
-For machines without published weights. The model has every part of its family, at a small size; it learns the
-interpreter's standard library within a budget, with a byte-level BPE tokenizer of the same files. The folder
-that it leaves opens in transformers and as any `--base`. What is measured on it are the figures of a small
-base, never those of the published weights.
+It is for machines without published weights. The model has every part of its family, at a small size; it
+learns the interpreter's standard library within a budget, with a byte-level BPE tokenizer of the same files.
+Its folder opens in transformers and as any `--base`. Figures that are measured on it are those of a small
+base, never those of the published weights. small_base.py trains it.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-if __name__ == "__main__" and not __package__:  # python recipes/base.py
+if __name__ == "__main__" and not __package__:  # `python recipes/base.py` has recipes/ on its path instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import hashlib
-import json
-
-from config import make_parser, one_sentence
-
-FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")  # in StarCoder's order
-FIM_RATE = 0.5  # as StarCoder's (arXiv:2305.06161)
+from config import one_sentence
+from recipes.base_config import parse_settings
 
 
-@dataclass(frozen=True)
-class BaseConfig:
-    """Which base, and how much goes into it.
-
-    Args:
-        family: The `model_type` whose parts it has. `gpt_bigcode` gets fill-in-the-middle tokens, and half of
-            its training documents are cut for them.
-        max_seconds: Budget of its training.
-        out: Folder to write; by default one in `cache` that is named after these settings.
-        source: What it learns, as --data.source.
-        vocab_size: Most tokens of its tokenizer.
-        n_layer: Blocks.
-        n_head: Query heads, a multiple of 4.
-        n_embd: Width.
-        block_size: Context, all of which is trained.
-        batch_size: Rows of `block_size` tokens in a step.
-        seed: Of its weights and the order of the data.
-        cache: Folder for tokenizers, token stores and bases.
-    """
-
-    family: Literal["gpt_bigcode", "codegen", "phi", "llama"]
-    max_seconds: float = 180.0
-    out: str = ""
-    source: str = "stdlib"
-    vocab_size: int = 4096
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    block_size: int = 512
-    batch_size: int = 2
-    seed: int = 0
-    cache: str = "cache"
-
-
-def parse_settings(argv: list[str]) -> BaseConfig:
-    """The BaseConfig of a command line; a mistake prints one sentence and exits with 2."""
-    parser = make_parser({"": BaseConfig}, "Train a small base of a published family's architecture.")
-    values = parser.parse_args(argv).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    settings = BaseConfig(**values)
-    if not settings.max_seconds > 0:
-        parser.error(f"--max_seconds is {settings.max_seconds}; it must be above 0")
-    if settings.n_head < 1 or settings.n_head % 4:
-        parser.error(f"--n_head is {settings.n_head}; it must be a multiple of 4")
-    if settings.n_embd < 1 or settings.n_embd % settings.n_head:
-        parser.error(f"--n_embd is {settings.n_embd}; it must be a multiple of --n_head, {settings.n_head}")
-    return settings
-
-
-# Before torch is imported, so that --help and a typo answer at once.
-SETTINGS = parse_settings(sys.argv[1:]) if __name__ == "__main__" else None
-
-import os
-import shutil
-from dataclasses import replace
-
-from config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TokenizerConfig,
-    TrainConfig,
-    check_ranges,
-    refuse_unwritable,
-)
-from data.cache import SUMS, seal_folder, verify_folder
-from dataset import prepare_tokenizer
-from pretrained import FAMILIES, load_pretrained, save_pretrained
-from pretrained.family import to_model
-from pretrained.save import refuse_full
-from recipes.training import finish
-from tokenizer import STARTS_GAPS, PretrainedTokenizer, Tokenizer
-from training.beforehand import refuse_mistakes
-from training.run import load_run
-
-# What config.json of the published model says and the family's default does not.
-PUBLISHED = {
-    "gpt_bigcode": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "codegen": {},
-    "phi": {},
-    "llama": {"tie_word_embeddings": True, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5},  # Llama-3.2-1B
-}
-
-
-def model_of(settings: BaseConfig) -> ModelConfig:
-    """The family's shape at a small size: head, feed-forward and key heads in the published proportions."""
-    family = FAMILIES[settings.family]
-    names = {field: family.names[field] for field in ("n_layer", "n_head", "n_embd", "block_size")}
-    small: dict[str, object] = {key: getattr(settings, field) for field, key in names.items()}
-    small |= {key: 4 * settings.n_embd for field, key in family.names.items() if field == "n_inner"}
-    if "n_kv_head" in family.names and settings.family == "llama":
-        small[family.names["n_kv_head"]] = settings.n_head // 4
-    if settings.family == "codegen":
-        small["rotary_dim"] = settings.n_embd // settings.n_head // 2
-    return to_model(family, PUBLISHED[settings.family] | small | {"vocab_size": 1})
-
-
-def make_base(settings: BaseConfig) -> Path:
-    """Train the base, or go on with one that was interrupted; the folder. One that is there stays as it is.
-
-    Raises:
-        ValueError: The settings, the source or the folder do not fit.
-        SystemExit: It was asked to stop, and can go on.
-    """
-    spelled = json.dumps({k: v for k, v in asdict(settings).items() if k not in ("out", "cache")})
-    name = f"{settings.family}-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
-    folder = Path(settings.out) if settings.out else Path(settings.cache) / "bases" / name
-    if (folder / "config.json").is_file():
-        refuse_changed(folder)
-        print(f"base: {folder} is there already")
-        return folder
-    refuse_full(folder)
-    refuse_unwritable(folder, "--out" if settings.out else "--cache")
-    run = folder.with_name(f"{folder.name}-run")
-    data = DataConfig(source=settings.source, cache=settings.cache)
-    refuse_mistakes(Config(data=data))
-    tokenizer = TokenizerConfig(kind="bpe", vocab_size=settings.vocab_size)
-    if settings.family == "gpt_bigcode":
-        path = folder.with_name(f"{folder.name}-tokenizer")
-        with_gaps(prepare_tokenizer(data, tokenizer), path)
-        print(
-            f"{FIM_RATE:.0%} of the documents are cut for filling in: of files longer than a row of "
-            f"{settings.block_size} tokens the base learns the markers' places, and to fill a gap by what is "
-            "tuned on it"
-        )
-        tokenizer, data = TokenizerConfig(path=str(path)), replace(data, fim_rate=FIM_RATE)
-    model = replace(model_of(settings), vocab_size=0)
-    tied = model.tie_embeddings
-    config = Config(
-        data=data,
-        tokenizer=tokenizer,
-        model=model,
-        # A head that is the embedding too takes the head's learning rate.
-        optimizer=OptimizerConfig(embedding_lr=0.01 if tied else None),
-        train=TrainConfig(
-            run=str(run),
-            seed=settings.seed,
-            max_seconds=settings.max_seconds,
-            batch_size=settings.batch_size,
-        ),
-    )
-    check_ranges(config)
-    finish(config, is_preset=True)
-    trained = load_run(run)
-    # A base without checksums is taken for one of an older Plumb, so it gets its name when it has them.
-    unsealed = folder.with_name(f".{folder.name}.unsealed")
-    shutil.rmtree(unsealed, ignore_errors=True)
-    save_pretrained(trained.model, trained.tokenizer, unsealed, settings.family)
-    seal_folder(unsealed)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(unsealed, folder)
-    for made_on_the_way in (f"{folder.name}-tokenizer", run.name):
-        shutil.rmtree(folder.with_name(made_on_the_way), ignore_errors=True)
-    return folder
-
-
-def refuse_changed(folder: Path) -> None:
-    """ValueError if a file of a base is not as it was written; an older base has no checksums to compare."""
-    if not (folder / SUMS).is_file():
-        return
-    try:
-        verify_folder(folder)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}, so the base is not the one that was trained; restore it from a copy, or remove "
-            f"{folder} to train another"
-        ) from None
-
-
-def with_gaps(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer with fill-in-the-middle tokens, which no text can spell."""
-    import tokenizers
-
-    if folder.is_dir():
-        return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    tokenizer.save(temporary)
-    path = temporary / "tokenizer.json"
-    backend = tokenizers.Tokenizer.from_file(str(path))
-    backend.add_special_tokens(list(FIM_TOKENS))
-    path.write_text(backend.to_str(), "utf-8")
-    config = json.loads((temporary / "tokenizer_config.json").read_text("utf-8"))
-    config.pop("plumb_kind", None)  # with tokens of its own it is no plain byte-level BPE any more
-    config |= {"additional_special_tokens": list(FIM_TOKENS), STARTS_GAPS: True}
-    (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    PretrainedTokenizer.load(temporary)
-    os.replace(temporary, folder)
-
-
-if SETTINGS is not None:
+def main(argv: list[str]) -> None:
+    """Train the base that the command line names."""
+    settings = parse_settings(argv)
     with one_sentence():
-        made = make_base(SETTINGS)
-        opened = load_pretrained(made)
-        print(f"a small {SETTINGS.family} base, trained here on {SETTINGS.source}, is in {made}")
+        # Imported after the command line was understood, since these import torch.
+        from pretrained import load_pretrained
+        from recipes.small_base import make_base
+
+        folder = make_base(settings)
+        load_pretrained(folder)
+        print(f"a small {settings.family} base, trained here on {settings.source}, is in {folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

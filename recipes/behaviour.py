@@ -1,16 +1,16 @@
-"""Whether two functions do the same: both run in the sandbox on inputs made for the first.
+"""Compare the behaviour of two functions: both run in the sandbox on inputs made for the first.
 
-    context = context_of(module_text, source)          # what of its module the function needs
+    context = context_of(module_text, source)          # the statements of its module that the function needs
     agreement(source, rewritten, context)              # Judgement("agrees", "", 11)
 
-Inputs are made from hints, defaults, the function's own literal values, and from what it does with its
-parameters. Those that the first function cannot take end in an error on both sides, which is compared, too;
-it counts as run if it returned from at least one. What is compared is data: the value, the arguments
-afterwards, what was printed, or the type of the error. A function that does not do the same twice, needs
-more than its module's statements and the standard library, or hangs is not judged, and neither is one
-whose first parameter is an object (a method).
+Inputs are made from hints, defaults, the function's own literal values, and its use of its parameters. An
+input that the first function cannot take ends in an error of both functions, and the errors are compared too;
+a function counts as run if it returned from at least one input. The comparison is of data: the value, the
+arguments afterwards, the printed text, or the type of the error. Some functions are not judged: those that
+behave differently the second time, need more than their module's statements and the standard library, hang,
+or have an object as their first parameter (methods).
 
-Nothing here runs in this process: see sandbox/process.py.
+No function runs in this process: see sandbox/process.py.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import sandbox
-from recipes.degradations import parsed, syntax_tree, unwritable
+from recipes.functions import parsed, syntax_tree, unwritable
 from sandbox.child import encode
 
 LIMITS = replace(sandbox.LIMITS, cpu=10, wall=60.0)
-INPUTS = 16  # of each function
+INPUTS = 16  # inputs made for each function
 CONTEXT_BYTES = 100_000
-LITERALS = 12  # of a function that become inputs
+LITERALS = 12  # most literal values of a function that become inputs
 Input = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Judgement(NamedTuple):
-    """Of a function and another that should do the same.
+    """The judgement on a function and another that should do the same.
 
     Args:
-        kind: "not run" says that nothing was learned.
+        kind: "agrees", or why not; "not run" means that nothing was learned.
         reason: Why it is not "agrees"; one line.
-        inputs: From which the first function returned.
+        inputs: Number of inputs from which the first function returned.
     """
 
     kind: Literal["agrees", "differs", "not run"]
@@ -51,9 +51,9 @@ class Judgement(NamedTuple):
 
 
 def context_of(module: str, source: str) -> str:
-    """The statements of a module's top level that a function needs, and those that these need, in order.
+    """Return the top-level statements of a module that a function needs, and all that these need, in order.
 
-    Without those that are `unwritable`, so that a function that needs one is not run.
+    Statements that are `unwritable` are left out, so that a function that needs one is not run.
 
     Raises:
         ValueError: the module does not parse.
@@ -71,7 +71,7 @@ def context_of(module: str, source: str) -> str:
     future = [
         n for n, s in enumerate(statements) if isinstance(s, ast.ImportFrom) and s.module == "__future__"
     ]
-    # Defaults, decorators and hints are the module's own names, and need not be free in the function.
+    # Defaults, decorators and hints use the module's names, though these are not free in the function.
     chosen, wanted = set(future), [n.id for n in ast.walk(parsed(source)) if isinstance(n, ast.Name)]
     seen: set[str] = set()
     while wanted:
@@ -87,7 +87,7 @@ def context_of(module: str, source: str) -> str:
 
 
 def _bound(statement: ast.stmt) -> Iterator[str]:
-    """Names that a statement of the top level binds, those inside an `if`, `try` or `with` too."""
+    """Yield the names that a statement of the top level binds, inside an `if`, `try` or `with` too."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield statement.name
         return
@@ -131,7 +131,7 @@ OBJECTS = ("self", "cls", "mcs", "metacls")
 
 
 def inputs_for(source: str, n: int = INPUTS, seed: int = 0) -> list[Input]:
-    """Arguments to call a function with: the same for the same text. None for one that takes an object."""
+    """Return arguments to call a function with, the same for the same text; none if it takes an object."""
     function = parsed(source)
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
@@ -148,7 +148,7 @@ def inputs_for(source: str, n: int = INPUTS, seed: int = 0) -> list[Input]:
     ]
     found: list[Input] = []
     for number in range(4 * n):
-        # Half of the inputs are of one type wherever that may be: f(a, b) is seldom called with (1, "b").
+        # Half of the inputs are of one type where that is possible: f(a, b) is seldom called with (1, "b").
         theme = list(POOLS)[number // 2 % len(POOLS)] if number % 2 else None
         given = len(positional) if number % 3 else first_default
         args = tuple(_value(kind, theme, literals, draw) for kind in kinds[:given])
@@ -168,7 +168,7 @@ def _literals(function: ast.AST) -> dict[type, list[Any]]:
     found: dict[type, list[Any]] = {}
     for node in ast.walk(function):
         value = node.value if isinstance(node, ast.Constant) else None
-        # A number above a thousand may be a length to fill, and a long text is a docstring.
+        # A number above a thousand may be a length to allocate, and a long text is a docstring.
         if isinstance(value, str | bytes):
             small = len(value) <= 40
         else:
@@ -194,7 +194,7 @@ def _copied(value: Any) -> Any:
 
 
 def _kinds(argument: ast.arg, default: ast.expr | None, function: ast.AST) -> tuple[type, ...]:
-    """Types that a parameter may have, by its hint, else by its default, else by its use."""
+    """Return the types that a parameter may have, by its hint, else by its default, else by its use."""
     kinds = tuple(_hinted(argument.annotation))
     if kinds:
         return kinds
@@ -230,41 +230,43 @@ def _hinted(hint: ast.AST | None) -> Iterator[type]:
 
 
 def _used(name: str, function: ast.AST) -> tuple[type, ...]:
-    """The types that have every attribute that the function asks of the parameter, and can be taken apart or
-    iterated if it does that; all types where none does."""
-    asked: set[str] = set()
+    """Return the types that have every attribute that the function uses of a parameter; all where none has.
+
+    A parameter that the function indexes or iterates over needs the methods of these operations.
+    """
+    needed: set[str] = set()
 
     def of(node: ast.AST | None) -> bool:
         return isinstance(node, ast.Name) and node.id == name
 
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and of(node.value):
-            asked.add(node.attr)
+            needed.add(node.attr)
         elif isinstance(node, ast.Subscript) and of(node.value):
-            asked.add("__getitem__")
+            needed.add("__getitem__")
         elif isinstance(node, ast.For | ast.comprehension | ast.Starred) and of(
             getattr(node, "iter", getattr(node, "value", None))
         ):
-            asked.add("__iter__")
+            needed.add("__iter__")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and any(map(of, node.args)):
-            asked |= {
+            needed |= {
                 "len": {"__len__"},
                 "sorted": {"__iter__"},
                 "sum": {"__iter__"},
                 "iter": {"__iter__"},
             }.get(node.func.id, set())
         elif isinstance(node, ast.BinOp) and (of(node.left) or of(node.right)):
-            asked |= {ast.Sub: {"__sub__"}, ast.Div: {"__truediv__"}, ast.BitAnd: {"__and__"}}.get(
+            needed |= {ast.Sub: {"__sub__"}, ast.Div: {"__truediv__"}, ast.BitAnd: {"__and__"}}.get(
                 type(node.op), set()
             )
-    fitting = tuple(kind for kind in POOLS if all(hasattr(kind, attribute) for attribute in asked))
+    fitting = tuple(kind for kind in POOLS if all(hasattr(kind, attribute) for attribute in needed))
     plain = tuple(kind for kind in fitting if kind not in (bool, type(None)))
     return plain or fitting or tuple(POOLS)
 
 
 # --- running -------------------------------------------------------------------------------------
 
-# Runs in the sandbox, as the program whose function `observe` is called by data.
+# The program that runs in the sandbox; its function `observe` is called with data.
 DRIVER = '''
 import builtins, contextlib, hashlib, inspect, io, signal, sys, types
 
@@ -353,10 +355,10 @@ def called(function, args, kwargs):
 def observe(
     sources: Sequence[str], context: str, inputs: Sequence[Input], allow_unsafe: bool = False
 ) -> list[list[Any] | str]:
-    """What each function does with each input, all of them in one sandbox, each in a module of its own.
+    """Run each function on each input, all in one sandbox, each in a module of its own.
 
     Returns:
-        For each function its outcomes, or one line on why there are none.
+        For each function its outcomes, or one line that says why there are none.
 
     Raises:
         ValueError: nothing isolates here, and `allow_unsafe` is false.
@@ -370,7 +372,7 @@ def observe(
                 whole = isinstance(made, list) and len(made) == len(inputs)
                 told = whole and all(isinstance(o, list) and o and isinstance(o[0], str) for o in made)
                 seen.append(made if told else str(made)[:200])
-    except Exception as error:  # a CandidateError, or any builtin one that the program chose to raise
+    except Exception as error:  # a CandidateError, or any builtin exception that the program raises
         seen += [f"{type(error).__name__}: {str(error)[:200]}"] * (len(sources) - len(seen))
     return seen
 
@@ -378,15 +380,15 @@ def observe(
 def agreements(
     source: str, others: Sequence[str], context: str, apart: bool = False, allow_unsafe: bool = False
 ) -> list[Judgement]:
-    """Whether others do what a function does, each.
+    """Judge for each of several functions whether it does what a function does.
 
     Args:
         source: The function, without indentation.
         others: Functions of the same name.
-        context: As by `context_of`.
-        apart: Others run in a sandbox of their own, as what strangers or models wrote must: in one process it
-            could read what is expected.
-        allow_unsafe: Run all the same where nothing isolates.
+        context: The statements that `context_of` returns.
+        apart: Run the others in a sandbox of their own, which the work of strangers and models needs: in one
+            process it could read the expected outcomes.
+        allow_unsafe: Run even where nothing isolates.
 
     Raises:
         ValueError: nothing isolates here, and `allow_unsafe` is false.
@@ -402,7 +404,7 @@ def agreements(
         theirs = [observe([other], context, inputs, allow_unsafe)[0] for other in able]
     else:
         first, *theirs, again = observe([source, *able, source], context, inputs, allow_unsafe)
-        if isinstance(again, str) and not isinstance(first, str):  # another one ended the process
+        if isinstance(again, str) and not isinstance(first, str):  # another function ended the process
             return agreements(source, others, context, True, allow_unsafe)
     made = iter(theirs)
     return [
@@ -413,7 +415,7 @@ def agreements(
 
 
 def agreement(source: str, other: str, context: str, allow_unsafe: bool = False) -> Judgement:
-    """Whether another function, which a stranger or a model wrote, does what the first does."""
+    """Judge whether another function, which a stranger or a model wrote, does what the first does."""
     return agreements(source, [other], context, apart=True, allow_unsafe=allow_unsafe)[0]
 
 

@@ -1,15 +1,15 @@
 """Completion: Python files -> a transformer from scratch. `python -m recipes completion`.
 
-    files -> scraping's ledger, clean, dedup, build -> three sides by file -> plain text to train on
+    files -> scraping's ledger, clean, dedup, build -> three splits by file -> plain text to train on
 
-Comments and docstrings go, identifiers are cut by CodeTokenizer into pieces, of which those seen more than 10
-times have a token, and what is rarer falls back to bytes: there is no unknown token to score as easy. The
-curricula of the seed are training's own settings: `--data.order easy-first --data.difficulty rarity`, and a
-guard refuses an order that is not the one asked for.
+Comments and docstrings are removed. CodeTokenizer cuts identifiers into pieces; a piece that occurs more than
+10 times has a token, and a rarer one falls back to bytes, so that there is no unknown token, which would be
+easy to predict. Curricula are settings of training: `--data.order easy-first --data.difficulty rarity`, and a
+guard refuses an order that is not the requested one.
 
-At the end the lines of test files are completed four ways: greedily, by top-k, by top-p, and by beam search
-on log-probabilities; of each it is said how many lines differ from the greedy ones, for a beam search that
-gives them all again is greedy under another name.
+At the end the lines of test files are completed in four ways: greedily, by top-k, by top-p, and by beam
+search on log-probabilities. Each way's number of lines that differ from the greedy ones is printed, since a
+beam search without such lines is greedy decoding under another name.
 """
 
 from __future__ import annotations
@@ -38,21 +38,20 @@ METRICS = ("exact_match", "edit_similarity")
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
-    """Which files are read, how they are laid out, and how lines are completed at the end.
+class CompletionSettings(RecipeSettings):
+    """Settings of the recipe completion: its files, their format, and how lines are completed at the end.
 
     Args:
         source: `stdlib`, a folder or archive of Python files, or a corpus that `python -m scraping build`
-            made, which is taken as it is.
-        format: Lay files out anew: `autopep8` as the seed, `ruff`, which is some hundred times as fast, or
-            `none`.
-        temperature: Of top-k and top-p.
-        top_k: Tokens that top-k draws from.
-        top_p: Probability that top-p draws from.
+            made, which is used unchanged.
+        format: Formatter of the files: `autopep8`, `ruff`, which is some hundred times as fast, or `none`.
+        temperature: Temperature of top-k and top-p.
+        top_k: Number of tokens that top-k samples from.
+        top_p: Probability of the tokens that top-p samples from.
         num_beams: Width of the beam search.
-        decoded: Test lines that are completed in each way; 0 leaves this out.
+        decoded: Number of test lines that are completed in each way; 0 skips this.
         line_tokens: Most tokens of a completed line.
-        decoding_seed: Of top-k and top-p.
+        decoding_seed: Seed of top-k and top-p.
     """
 
     source: str = "stdlib"
@@ -66,12 +65,15 @@ class Settings(RecipeSettings):
     decoding_seed: int = 0
 
 
-def longest(settings: Settings) -> int:
-    """No document has to fit a row: files are cut into rows."""
+SETTINGS = CompletionSettings
+
+
+def longest(settings: CompletionSettings) -> int:
+    """Return 0: files are cut into rows, and no document has to fit one."""
     return 0
 
 
-def check(settings: Settings) -> None:
+def check(settings: CompletionSettings) -> None:
     decoders(settings)
     source = settings.source
     if source != "stdlib" and (source.endswith(ROWS) or not Path(source).exists()):
@@ -83,15 +85,15 @@ def check(settings: Settings) -> None:
 
 
 def prompt_of(text: str) -> str:
-    """A file as far as it goes, the line break at its end left off: see suites/lines.py."""
+    """Return a file's beginning without the line break at its end: see suites/lines.py."""
     return text.rstrip()
 
 
-def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Counts:
-    """Scrape, clean and build the corpus, and write its documents by side.
+def build(settings: CompletionSettings, tokenizer: Tokenizer | None, folder: Path) -> Counts:
+    """Scrape, clean and build the corpus, and write its documents by split.
 
     Raises:
-        ValueError: The source cannot be had, or a side would be empty.
+        ValueError: The source cannot be read, or a split would be empty.
     """
     check(settings)
     counts = Counts("files")
@@ -100,21 +102,21 @@ def build(settings: Settings, tokenizer: Tokenizer | None, folder: Path) -> Coun
         corpus = scraped(settings, folder.parent / "corpus", counts)
     else:
         counts.found = sum(1 for _ in read_documents(DataConfig(source=str(corpus))))
-    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SPLITS}
-    for side, document in plain_documents(str(corpus)):
-        sides[side].append({"text": document.text, "path": document.name})
-    counts.drop("a copy of another", counts.kept - sum(map(len, sides.values())))
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for split, document in plain_documents(str(corpus)):
+        splits[split].append({"text": document.text, "path": document.name})
+    counts.drop("a copy of another", counts.kept - sum(map(len, splits.values())))
     text = (
         f"Python files of `{settings.source}`, one a row, by way of `python -m scraping`; laid out by "
-        f"{settings.format}. Near duplicates went, and a file is on one side."
+        f"{settings.format}. Near duplicates went, and a file is on one split."
     )
-    return write_dataset(folder, sides, counts, "Python files", text)
+    return write_dataset(folder, splits, counts, "Python files", text)
 
 
-def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
-    """The corpus that `python -m scraping` makes of the source, in `folder`; what goes is counted.
+def scraped(settings: CompletionSettings, folder: Path, counts: Counts) -> Path:
+    """Scrape the source into a corpus in `folder`, and count what is dropped; return the corpus's folder.
 
-    A ledger keeps what it was given: a source that is another one, or has changed, begins anew.
+    A ledger keeps all that was entered, so another source, or a changed one, begins with a new ledger.
     """
     source = Path(settings.source)
     content = content_of(source) if settings.source != "stdlib" and source.exists() else ""
@@ -127,12 +129,12 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
     from scraping.source import NothingStored, open_ledger
 
     place: dict[str, Any] = {"folder": str(folder)}
-    with contextlib.redirect_stdout(io.StringIO()):  # what they print is counted here
-        with contextlib.suppress(NothingStored):  # which is said below, in the recipe's own flags
+    with contextlib.redirect_stdout(io.StringIO()):  # `counts` has what these commands print
+        with contextlib.suppress(NothingStored):  # refused below, in words of the recipe's own flags
             if settings.source == "stdlib":
-                stdlib.run(stdlib.Settings(**place))
+                stdlib.run(stdlib.StdlibSettings(**place))
             else:
-                local.run(local.Settings(path=settings.source, **place))
+                local.run(local.LocalSettings(path=settings.source, **place))
         ledger = open_ledger(str(folder))
         try:
             counts.found = sum(1 for _ in ledger.files())
@@ -140,12 +142,12 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
             ledger.close()
         if not counts.found:
             raise ValueError(f"{settings.source} holds no .py file of 1 to 100 KiB: name another --source")
-        # Whoever names a folder answers for its licences.
+        # The user who names a folder answers for its licences.
         clean.run(
-            clean.Settings(format=settings.format, unknown_licence=settings.source != "stdlib", **place)
+            clean.CleanSettings(format=settings.format, unknown_licence=settings.source != "stdlib", **place)
         )
-        dedup.run(dedup.Settings(**place))
-        build.run(build.Settings(**place))
+        dedup.run(dedup.DedupSettings(**place))
+        build.run(build.BuildSettings(**place))
     made = json.loads((folder / "corpus" / CORPUS).read_text("utf-8"))
     went: Counter[str] = Counter()
     for stage in made["stages"]:
@@ -159,11 +161,11 @@ def scraped(settings: Settings, folder: Path, counts: Counts) -> Path:
 # --- four ways to complete a line --------------------------------------------------------------------
 
 
-def decoders(settings: Settings) -> dict[str, Any]:
-    """How each way chooses tokens, a GenerationConfig by its name.
+def decoders(settings: CompletionSettings) -> dict[str, Any]:
+    """Return the GenerationConfig of each way to choose tokens, by its name.
 
-    Not named in the signature: the parser of flags reads a module's annotations, and would import torch even
-    for a name that is imported for type checkers alone.
+    The signature does not name the class, since the parser of flags reads a module's annotations, and would
+    import torch even for a name that is imported for type checkers alone.
 
     Raises:
         ValueError: A setting is out of range.
@@ -180,12 +182,13 @@ def decoders(settings: Settings) -> dict[str, Any]:
     }
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
-    """The test lines completed in each way, with intervals, and each way's verdict against greedy.
+def evaluate(settings: CompletionSettings, scoring: Any, result: dict[str, Any]) -> str:
+    """Complete test lines in each way; return their scores with intervals, and verdicts against greedy.
 
     Args:
-        scoring: The eval.EvalConfig of the run's scores.
-        result: Of `evaluate` by it; gets the texts.
+        settings: The recipe's settings.
+        scoring: The EvalConfig of the run's scores.
+        result: The result of `evaluate` with it; the texts are added to it.
     """
     from modules.precision import choose_device
     from suites.scoring import origin_of
@@ -203,7 +206,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 
 
 def completed(run: Any, prompts: Sequence[str], way: Any, batch_size: int = 16) -> list[str]:
-    """The first line that a runmodel.Run writes after each prompt, in one of the ways of `decoders`."""
+    """Return the first line that a run's model writes after each prompt, in one of the ways of `decoders`."""
     from generation.text import generate
 
     texts = []
@@ -216,11 +219,12 @@ def completed(run: Any, prompts: Sequence[str], way: Any, batch_size: int = 16) 
 
 
 def decoding_table(texts: dict[str, list[str]], references: Sequence[str], files: Sequence[str]) -> str:
-    """A row for each way; below it, against greedy, a verdict, and of how many lines the choice differs.
+    """Return a table with a row for each way, a verdict against greedy, and the number of lines that differ.
 
     Args:
-        texts: By way, one for each reference.
-        files: That the references are from.
+        texts: Way -> its texts, one for each reference.
+        references: The lines as they are in the files.
+        files: The files of the references.
     """
     from metrics.registry import score
     from suites.scoring import aligned

@@ -1,20 +1,20 @@
-"""A Python function -> the same function, written worse: five ways, each keeping what it computes.
+"""Rewrite a Python function worse, in five ways that keep what it computes.
 
     source = "def twice(xs):\\n    return [x * 2 for x in xs]\\n"
-    degrade(source, "loops")     # a string, or None where this way finds nothing to do
+    degrade(source, "loops")     # a string, or None where this way finds nothing to change
 
-Each way edits the text at the places that the syntax tree gives, so that what it does not mean to change
-stays byte for byte. What cannot be changed with certainty is left as it is.
+Each way edits the text at the places that the syntax tree gives, so that all other text stays byte for byte.
+Code that cannot be changed with certainty stays as it is.
 
-    names       local variables lose their names; never parameters, which callers may spell
-    hints       annotations and docstrings go
+    names       local variables lose their names; parameters do not, since callers may spell them
+    hints       annotations and docstrings are removed
     loops       comprehensions become loops, whose variables get names that are free in the function
     formatting  no optional blank is left, indentation is one column; the tree stays the same
     redundant   needless steps, and constants of the module as bare numbers
     mixed       all of these that apply, one after the other
 
-`degrade` holds each result against the tree that it must have and against the names that it may use, so that
-a rewrite which reaches for a variable of another scope is an error here and not a training example.
+`degrade` checks the tree of each result and the names that it uses, so that a rewrite that uses a variable of
+another scope is an error here and not a training example.
 """
 
 from __future__ import annotations
@@ -22,218 +22,40 @@ from __future__ import annotations
 import ast
 import io
 import re
-import symtable
-import threading
 import tokenize
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
-from typing import Any
+
+from recipes.functions import (
+    Edits,
+    Function,
+    Scope,
+    fresh_names,
+    globals_of,
+    identifiers,
+    own_identifiers,
+    parsed,
+    plain_locals,
+)
 
 Constants = Mapping[str, int | float]
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
-Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef | Comprehension
 
-MOST_EQUAL = 0.1  # of real functions no two ways make the same text of any
+MOST_EQUAL = 0.1  # largest share of functions that two ways may make equal; on real functions it is 0
 
-# With one of these a function may see its own names, annotations or docstring.
+# A function that uses one of these names may read its own names, annotations or docstring.
 REFLECTION = frozenset(
     {"locals", "vars", "eval", "exec", "globals", "dir", "__doc__", "__annotations__", "inspect", "sys"}
 )
-
-
-# One at a time: CPython, as of 3.11.7, counts the depth of all threads' trees in one place, and where the
-# collector lets another thread in it gives up with a SystemError (cpython issue 106905). Filters of warnings
-# are every thread's as well.
-_parsing = threading.Lock()
-
-
-def syntax_tree(text: str, mode: str = "exec") -> Any:
-    """What `ast.parse` gives, in any thread."""
-    with _parsing:
-        return ast.parse(text, mode=mode)
-
-
-DEEPEST = 200  # levels of a tree; each takes up to 3 of the 1,000 calls that Python nests
-
-
-def unwritable(node: ast.AST) -> str:
-    """Why `ast.dump` and `ast.unparse` cannot write a tree, though Python reads its text; "" if they can.
-
-    A whole number may have more digits than Python writes (4,300), being read in hexadecimal; and a sum of a
-    thousand terms is a thousand levels deep.
-    """
-    level = [node]
-    for _ in range(DEEPEST):
-        for one in level:
-            if isinstance(one, ast.Constant) and type(one.value) is int:
-                try:
-                    str(one.value)
-                except ValueError:
-                    return "a number of more digits than Python writes"
-        level = [child for one in level for child in ast.iter_child_nodes(one)]
-    return "code that is nested too deeply" if level else ""
-
-
-def parsed(source: str) -> Function:
-    """The function that `source` is; ValueError if it is not one function."""
-    try:
-        with _parsing, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(source, "function", "exec", dont_inherit=True)
-            body = ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"not a Python function: {error}") from None
-    if len(body) != 1 or not isinstance(body[0], Function):
-        raise ValueError("not one Python function")
-    return body[0]
-
-
-# --- text --------------------------------------------------------------------------------------------
-
-
-class _Edits:
-    """Replacements of pieces of a text, by the positions of its syntax nodes."""
-
-    def __init__(self, source: str) -> None:
-        self._data = source.encode()
-        self._starts = [0]
-        for line in self._data.split(b"\n"):
-            self._starts.append(self._starts[-1] + len(line) + 1)
-        self._edits: list[tuple[int, int, str]] = []
-
-    def place(self, line: int, column: int) -> int:
-        """The byte at a line, counted from 1, and a column in bytes, as `ast` counts."""
-        return self._starts[line - 1] + column
-
-    def span(self, node: Any) -> tuple[int, int]:
-        return self.place(node.lineno, node.col_offset), self.place(node.end_lineno, node.end_col_offset)
-
-    def text(self, start: int, end: int) -> str:
-        return self._data[start:end].decode()
-
-    @property
-    def size(self) -> int:
-        return len(self._data)
-
-    def line(self, number: int) -> tuple[int, int]:
-        """Where a line begins and the next one does."""
-        return self._starts[number - 1], min(self._starts[number], len(self._data))
-
-    def indent(self, node: ast.stmt) -> str | None:
-        """The blanks before a statement that has its lines for itself; None if it shares one."""
-        start, end = self.span(node)
-        before = self.text(self.line(node.lineno)[0], start)
-        after = self.text(end, self.line(node.end_lineno or 0)[1])
-        return before if not before.strip() and not after.strip() else None
-
-    def replace(self, start: int, end: int, text: str) -> None:
-        self._edits.append((start, end, text))
-
-    def done(self) -> str | None:
-        """The text with all replacements, of those that overlap the first; None if there are none."""
-        if not self._edits:
-            return None
-        pieces, at = [], 0
-        for start, end, text in sorted(self._edits):
-            if start >= at:
-                pieces += [self._data[at:start], text.encode()]
-                at = end
-        return b"".join([*pieces, self._data[at:]]).decode()
-
-
-# --- scopes ------------------------------------------------------------------------------------------
-
-
-def own_identifiers(node: ast.AST) -> list[str]:
-    """The variables that a node names by itself, without those of its children; no attributes or keywords."""
-    match node:
-        case ast.Name():
-            return [node.id]
-        case ast.arg():
-            return [node.arg]
-        case ast.alias():
-            return [(node.asname or node.name).split(".")[0]]
-        case ast.Global() | ast.Nonlocal():
-            return node.names
-        case ast.MatchMapping():
-            return [node.rest] if node.rest else []
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            return [node.name]
-        case ast.ExceptHandler() | ast.MatchAs() | ast.MatchStar():
-            return [node.name] if node.name else []
-        case _:
-            return []
-
-
-def _identifiers(node: ast.AST) -> list[str]:
-    """The variables named anywhere in a node, as often as they are."""
-    return [name for inner in ast.walk(node) for name in own_identifiers(inner)]
-
-
-def _fresh(function: Function, stem: str) -> Iterator[str]:
-    """`stem0`, `stem1`, ..., those that do not occur in the function."""
-    taken, number = set(_identifiers(function)), 0
-    while True:
-        if f"{stem}{number}" not in taken:
-            yield f"{stem}{number}"
-        number += 1
-
-
-def _plain_locals(function: Function) -> list[str]:
-    """Local variables of which every occurrence is a `Name` that means this very variable, by first place.
-
-    Not those that a nested scope binds, too, or that are bound by an import, a handler, a `def` or a pattern;
-    nor those inside an f-string, where Python before 3.12 does not tell places.
-    """
-    own: dict[str, None] = {}
-    # Decorators, defaults and hints are evaluated outside: a name there is another variable.
-    outside = [*function.decorator_list, function.args, *([function.returns] if function.returns else [])]
-    other = {name for node in outside for name in _identifiers(node)}
-
-    def visit(node: ast.AST, nested: bool) -> None:
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            other.add(node.id) if nested else own.setdefault(node.id)
-        elif isinstance(node, ast.JoinedStr):
-            other.update(_identifiers(node))
-        elif not isinstance(node, ast.Name):
-            other.update(own_identifiers(node))
-        for child in ast.iter_child_nodes(node):
-            visit(child, nested or isinstance(node, Scope))
-
-    for statement in function.body:
-        visit(statement, False)
-    return [name for name in own if name not in other]
-
-
-def globals_of(source: str) -> set[str]:
-    """The names that a function, its decorators, defaults and hints take from outside: of its module, or
-    builtins."""
-    found: set[str] = set()
-
-    def visit(table: symtable.SymbolTable) -> None:
-        whole = table.get_type() == "module"
-        for symbol in table.get_symbols():
-            # Of a function called `top` symtable says that its locals are global, and local, too.
-            outer = symbol.is_declared_global() or (symbol.is_global() and not symbol.is_local())
-            if symbol.is_referenced() and (whole or outer):
-                found.add(symbol.get_name())
-        for child in table.get_children():
-            visit(child)
-
-    visit(symtable.symtable(source, "function", "exec"))
-    return found
 
 
 # --- the ways ----------------------------------------------------------------------------------------
 
 
 def _names(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
-    fresh = _fresh(function, "var")
-    new = {name: next(fresh) for name in _plain_locals(function)}
+    function, edits = parsed(source), Edits(source)
+    fresh = fresh_names(function, "var")
+    new = {name: next(fresh) for name in plain_locals(function)}
     for node in ast.walk(function):
         if isinstance(node, ast.Name) and node.id in new:
             edits.replace(*edits.span(node), new[node.id])
@@ -241,12 +63,12 @@ def _names(source: str, constants: Constants) -> str | None:
 
 
 def _hints(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
+    function, edits = parsed(source), Edits(source)
     functions = [node for node in ast.walk(function) if isinstance(node, Function)]
     if any(node.decorator_list for node in functions) or any(
         isinstance(node, ast.ClassDef) for node in ast.walk(function)
     ):
-        return None  # a decorator or a class may read them
+        return None  # a decorator or a class may read hints
     for node in functions:
         for argument in ast.walk(node.args):
             if isinstance(argument, ast.arg) and argument.annotation:
@@ -263,15 +85,15 @@ def _hints(source: str, constants: Constants) -> str | None:
     return edits.done()
 
 
-def _cut(edits: _Edits, start: int, hint: ast.expr) -> None:
-    """Remove a hint from `start` on, and the brackets around it, which no node shows."""
+def _cut(edits: Edits, start: int, hint: ast.expr) -> None:
+    """Remove a hint from `start` on, with the brackets around it, which are no part of its node."""
     first, end = edits.span(hint)
     for _ in range(edits.text(start, first).count("(")):
         end += len(re.match(r"\s*\)?", edits.text(end, edits.size))[0])  # pyright: ignore
     edits.replace(start, end, "")
 
 
-def _without_docstring(node: Function, edits: _Edits) -> None:
+def _without_docstring(node: Function, edits: Edits) -> None:
     if ast.get_docstring(node, clean=False) is None:
         return
     docstring = node.body[0]
@@ -283,7 +105,7 @@ def _without_docstring(node: Function, edits: _Edits) -> None:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    """Whether a statement would be the docstring if it came first."""
+    """Return whether a statement would be the docstring if it came first."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)
@@ -292,12 +114,12 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _loops(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
+    function, edits = parsed(source), Edits(source)
     if any(isinstance(node, ast.ClassDef) for node in ast.walk(function)):
         return None  # a loop's variables would become attributes of a class
     step = _step(function)
-    names = _identifiers(function)
-    results, targets = _fresh(function, "result"), _fresh(function, "item")
+    names = identifiers(function)
+    results, targets = fresh_names(function, "result"), fresh_names(function, "item")
     for statement in ast.walk(function):
         if not isinstance(statement, ast.Assign | ast.Return) or statement.value is None:
             continue
@@ -312,10 +134,10 @@ def _loops(source: str, constants: Constants) -> str | None:
             or not _plain(value)
         ):
             continue
-        # The first thing iterated over is evaluated outside of the comprehension.
-        inside = Counter(_identifiers(value)) - Counter(_identifiers(value.generators[0].iter))
+        # The first iterable is evaluated outside of the comprehension.
+        inside = Counter(identifiers(value)) - Counter(identifiers(value.generators[0].iter))
         bound = {n.id for g in value.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
-        # In a loop the variable is the function's own: it may be nobody else's.
+        # A loop's variable is the function's own, so it may not be another variable of the function.
         renamed = {name: next(targets) for name in sorted(bound) if names.count(name) > inside[name]}
         result = next(results)
         lines = _loop(value, edits, renamed, result, step)
@@ -325,7 +147,7 @@ def _loops(source: str, constants: Constants) -> str | None:
 
 
 def _plain(value: ast.ListComp | ast.DictComp | ast.SetComp) -> bool:
-    """Whether nothing in a comprehension has a scope, a binding or an order that a loop would change."""
+    """Return whether nothing in a comprehension has a scope, binding or order that a loop would change."""
     refused = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.JoinedStr, *Scope.__args__)
     nodes = [node for child in ast.iter_child_nodes(value) for node in ast.walk(child)]
     if any(isinstance(node, refused) for node in nodes) or any(g.is_async for g in value.generators):
@@ -338,12 +160,12 @@ def _plain(value: ast.ListComp | ast.DictComp | ast.SetComp) -> bool:
 
 def _loop(
     value: ast.ListComp | ast.DictComp | ast.SetComp,
-    edits: _Edits,
+    edits: Edits,
     renamed: dict[str, str],
     result: str,
     step: str,
 ) -> list[str]:
-    """The lines that fill `result` as a comprehension does."""
+    """Return the lines that fill `result` as a comprehension does."""
 
     def text(node: ast.expr, names: dict[str, str]) -> str:
         start, end = edits.span(node)
@@ -356,7 +178,7 @@ def _loop(
         return f"({whole})" if "\n" in whole else whole
 
     empty = {ast.ListComp: "[]", ast.DictComp: "{}", ast.SetComp: "{*()}"}[type(value)]
-    lines, depth = [f"{result} = {empty}"], ""  # no `set()`, which a variable may shadow
+    lines, depth = [f"{result} = {empty}"], ""  # a variable may shadow `set`
     for number, generator in enumerate(value.generators):
         over = text(generator.iter, renamed if number else {})  # the first is evaluated outside
         lines.append(f"{depth}for {text(generator.target, renamed)} in {over}:")
@@ -365,7 +187,7 @@ def _loop(
             lines.append(f"{depth}if {text(condition, renamed)}:")
             depth += step
     if isinstance(value, ast.DictComp):
-        # The key first: `result[key] = value` would evaluate the value first.
+        # The key must be evaluated first; `result[key] = value` evaluates the value first.
         lines.append(f"{depth}{result}.update([({text(value.key, renamed)}, {text(value.value, renamed)})])")
     else:
         method = "append" if isinstance(value, ast.ListComp) else "add"
@@ -374,7 +196,7 @@ def _loop(
 
 
 def _step(function: Function) -> str:
-    """One level of indentation."""
+    """Return one level of the function's indentation."""
     first = function.body[0]
     return " " * (first.col_offset - function.col_offset) if first.lineno > function.lineno else "    "
 
@@ -383,12 +205,12 @@ def _formatting(source: str, constants: Constants) -> str | None:
     words = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
     pieces: list[str] = []
     depth, last = 0, ""  # the last token's kind: word, number, other, or "" at the beginning of a line
-    inside = 0  # brackets that are open
+    inside = 0  # number of open brackets
     for kind, text in _tokens(source):
         if kind in (tokenize.INDENT, tokenize.DEDENT):
             depth += 1 if kind == tokenize.INDENT else -1
         elif kind in (tokenize.NEWLINE, tokenize.NL):
-            if last:  # no blank lines
+            if last:  # blank lines are left out
                 pieces.append("\n")
             last = ""
         elif text:
@@ -405,7 +227,7 @@ def _formatting(source: str, constants: Constants) -> str | None:
 
 
 def _tokens(source: str) -> Iterator[tuple[int, str]]:
-    """(kind, text) of the source's tokens, an f-string being one, as it was before Python 3.12."""
+    """Yield (kind, text) of the source's tokens, an f-string as one token, as before Python 3.12."""
     start, end = (getattr(tokenize, f"FSTRING_{which}", -1) for which in ("START", "END"))
     lines, open_strings, began = source.splitlines(keepends=True), 0, (0, 0)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -429,7 +251,7 @@ def _redundant(source: str, constants: Constants) -> str | None:
 
 
 def _bare_numbers(source: str, constants: Constants) -> str | None:
-    function, edits = parsed(source), _Edits(source)
+    function, edits = parsed(source), Edits(source)
     names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
     bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
     bound |= {
@@ -437,19 +259,22 @@ def _bare_numbers(source: str, constants: Constants) -> str | None:
     }
     texts = (node for node in ast.walk(function) if isinstance(node, ast.JoinedStr))
     in_text = {id(inner) for text in texts for inner in ast.walk(text)}
-    asked = {id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute)}  # no `50.real`
+    with_attribute = {
+        id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute)
+    }  # no `50.real`
     for name in names:
         if name.id in constants and name.id not in bound and id(name) not in in_text:
             value = repr(constants[name.id])
             edits.replace(
-                *edits.span(name), value if value.isdigit() and id(name) not in asked else f"({value})"
+                *edits.span(name),
+                value if value.isdigit() and id(name) not in with_attribute else f"({value})",
             )
     return edits.done()
 
 
 def _needless_steps(source: str) -> str | None:
-    function, edits = parsed(source), _Edits(source)
-    fresh, step = _fresh(function, "answer"), _step(function)
+    function, edits = parsed(source), Edits(source)
+    fresh, step = fresh_names(function, "answer"), _step(function)
     for node in ast.walk(function):
         if isinstance(node, ast.If):
             edits.replace(*edits.span(node.test), f"({edits.text(*edits.span(node.test))}) and True")
@@ -471,7 +296,7 @@ def _needless_steps(source: str) -> str | None:
 
 
 def _is_truth(node: ast.expr) -> bool:
-    """Whether an expression is True or False for any operands: a class cannot make it anything else."""
+    """Return whether an expression is True or False for operands of any class."""
     if isinstance(node, ast.Compare):
         return len(node.ops) == 1 and isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn)
     return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
@@ -495,22 +320,22 @@ STRATEGIES: dict[str, Callable[[str, Constants], str | None]] = {
 }
 
 
-# --- what holds of every result ----------------------------------------------------------------------
+# --- checks of every result --------------------------------------------------------------------------
 
 
 def degrade(source: str, strategy: str, constants: Constants | None = None) -> str | None:
-    """The function written worse, or None where this way finds nothing to do, or the function reads itself.
+    """Rewrite a function worse; return None where this way changes nothing, or the function reads itself.
 
     Args:
         source: One function, without indentation, and not `unwritable`.
         strategy: A key of STRATEGIES.
-        constants: Numbers that the function's module gives a name to.
+        constants: Name -> number, of the numbers that the function's module names.
 
     Raises:
-        ValueError: `source` is not one function; or, by `check`, the result would not be this function.
+        ValueError: `source` is not one function; or `check` finds that the result would not be this function.
     """
     function = parsed(source)
-    seen = set(_identifiers(function)) | {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
+    seen = set(identifiers(function)) | {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
     if REFLECTION & seen:
         return None
     result = STRATEGIES[strategy](source, constants or {})
@@ -521,10 +346,10 @@ def degrade(source: str, strategy: str, constants: Constants | None = None) -> s
 
 
 def check(source: str, result: str, strategy: str) -> None:
-    """ValueError if a rewritten function is not what its way may make of the first.
+    """Raise a ValueError if a rewritten function is not what its way may make of the original.
 
-    It must parse, take no other names from outside, and have the first one's tree: the same (formatting), but
-    for hints (hints), or but for a one-to-one renaming (names).
+    It must parse, take no other names from outside, and have the original's tree: the same (formatting), the
+    same but for hints (hints), or the same but for a one-to-one renaming (names).
     """
     try:
         function = parsed(result)
@@ -544,13 +369,13 @@ def check(source: str, result: str, strategy: str) -> None:
     elif strategy == "hints":
         same = ast.dump(_Stripped().visit(first)) == ast.dump(_Stripped().visit(function))
     else:
-        same = True  # told by running both
+        same = True  # behaviour.py compares the others by running them
     if not same:
         raise ValueError(f"degradation-changes-meaning: {strategy} gives another syntax tree")
 
 
 class _Stripped(ast.NodeTransformer):
-    """A tree without hints and docstrings."""
+    """A transformer that removes hints and docstrings from a tree."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         return ast.arg(node.arg)
@@ -566,11 +391,11 @@ class _Stripped(ast.NodeTransformer):
             node.body = node.body[1:] or [ast.Pass()]
         return node
 
-    visit_AsyncFunctionDef = visit_FunctionDef  # pyright: ignore  # of one shape
+    visit_AsyncFunctionDef = visit_FunctionDef  # pyright: ignore  # both nodes have these fields
 
 
 def _renamed_alike(one: ast.AST, other: ast.AST) -> bool:
-    """Whether two trees differ in names of variables alone, and these one to one."""
+    """Return whether two trees differ in names of variables alone, and these one to one."""
     there: dict[str, str] = {}
     back: dict[str, str] = {}
     pairs = [(one, other)]
@@ -593,13 +418,13 @@ def _renamed_alike(one: ast.AST, other: ast.AST) -> bool:
 
 
 def check_distinct(results: Mapping[str, list[str | None]]) -> None:
-    """ValueError if two ways often give the same: one would be the other, or fall back to it.
+    """Raise a ValueError if two ways often give the same result: one would be a copy of the other.
 
-    Of the functions that the rarer of two ways changes, the other may change MOST_EQUAL to the same text. (Of
-    those that either changes, a rare way could be a copy all through and stay below any share.)
+    The share is of the functions that the rarer way changes, and may be MOST_EQUAL. (As a share of those that
+    either changes, it would be small for a rare way, even if that were a copy throughout.)
 
     Args:
-        results: For each way what it makes of the same functions, in order.
+        results: Way -> its results for the same functions, in order.
     """
     for pair in combinations(results.items(), 2):
         changed = {name: sum(text is not None for text in made) for name, made in pair}

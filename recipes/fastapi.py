@@ -1,13 +1,13 @@
-"""FastAPI's documentation code: lines around a gap -> the line. `python -m recipes fastapi --source FOLDER`.
+"""Fill a gap in FastAPI's documentation code with its line: `python -m recipes fastapi --source FOLDER`.
 
-    files -> pages -> groups of pages that share text -> three sides -> one example a line
+    files -> pages -> groups of pages that share text -> three splits -> one example a line
 
-An example is a line with the 15 lines before it and the 10 after it. What the first system of this kind got
-wrong, and what is done about it here:
+An example is a line with the 15 lines before it and the 10 after it. The faults of the first system of this
+kind, and the remedies of this one:
 
     windows of one page were split line by line,      pages are split whole, and pages that share their code
     so that every test window was in training          (`leaks.regroup`) stay together; a window that a
-                                                       held-out side has is taken out of training
+                                                       held-out split has is taken out of training
     variants of one tutorial gave one window often    a line with the same neighbours is taken once
     the lines after stood behind the target, where     they stand before it, as the suffix of a gap to fill
     no causal model can use them                       (`fim_prompt_ids`, in training, evaluation and
@@ -17,7 +17,7 @@ wrong, and what is done about it here:
     the markers' rows were not trained                 --lora.new_tokens
     "target accuracy" was of the prompt, too           the loss and every score are of the target alone
 
-Where a tokenizer takes no markers, `prompt_of` puts the lines after before those before, as text.
+Where a tokenizer takes no markers, `prompt_of` puts the lines after the gap before those that precede it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from data import leaks
 from data.corpus import CORPUS, read_documents
 from data.documents import Document, utf8
 from data.fim import fim_prompt_ids, known_markers
-from recipes.building import SIDES, Counts, RecipeSettings, write_dataset
+from recipes.building import SPLITS, Counts, RecipeSettings, write_dataset
 from recipes.files import read_files
 from tokenizer import Tokenizer
 
@@ -47,23 +47,23 @@ SMALL: dict[str, Any] = {
     "optimizer.lr": 1e-3,
     "validation_rows": 64,
 }
-SHARES = {"test": 0.1, "validation": 0.1}  # of the lines; the seed's 80/10/10
-NEIGHBOURS = 3  # lines on each side that make two lines one and the same
-COMPLETION = {True: "middle", False: "completion"}  # with markers, and without
-FOLDER = "docs_src/"  # of a clone of FastAPI
+SHARES = {"test": 0.1, "validation": 0.1}  # shares of the lines; the rest is for training
+NEIGHBOURS = 3  # two equal lines with this many equal lines before and after them are one
+COMPLETION = {True: "middle", False: "completion"}  # whether there are markers -> the target's key in a row
+FOLDER = "docs_src/"  # the folder that is read of a clone of FastAPI
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
-    """Which lines are taken, and what is shown of their surroundings.
+class FastapiSettings(RecipeSettings):
+    """Settings of the recipe fastapi: which lines become examples, and how much context they have.
 
     Args:
         source: A folder, an archive, the address of a git repository, a .jsonl file with `path` and `text`,
-            or a corpus of `python -m scraping build`. Of a clone of FastAPI only docs_src is read.
+            or a corpus of `python -m scraping build`. In a clone of FastAPI only docs_src is read.
         revision: Tag, branch or commit of a repository.
         lines_before: Lines of context before the gap.
         lines_after: Lines of context after it.
-        max_tokens: Of an example with its markers and its end; longer ones are left out.
+        max_tokens: Most tokens of an example with its markers and its end; longer ones are left out.
     """
 
     source: str = ""
@@ -73,11 +73,14 @@ class Settings(RecipeSettings):
     max_tokens: int = 512
 
 
-def longest(settings: Settings) -> int:
-    """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
+SETTINGS = FastapiSettings
+
+
+def longest(settings: FastapiSettings) -> int:
+    """Return the most tokens of an example, after a check of the settings, before anything takes time.
 
     Raises:
-        ValueError: No source, one that is not there, or a number out of range.
+        ValueError: There is no source, it does not exist, or a number is out of range.
     """
     for name, least in (("lines_before", 1), ("lines_after", 0), ("max_tokens", 16)):
         if getattr(settings, name) < least:
@@ -93,13 +96,13 @@ def longest(settings: Settings) -> int:
 
 
 def prompt_of(prefix: str, suffix: str) -> str:
-    """What asks for a line where the tokenizer has no markers: what follows it first, so that it is last."""
+    """Return the prompt of a tokenizer without markers: the lines after the gap, then those before it."""
     return f"# After the gap:\n{suffix.strip(chr(10))}\n# Before the gap:\n{prefix}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a file: `prefix + middle + suffix` is a piece of the file, byte for byte."""
+    """A line of a file, in which `prefix + middle + suffix` is a piece of the file, byte for byte."""
 
     path: str
     number: int
@@ -108,17 +111,17 @@ class Line:
     suffix: str
 
     def key(self) -> tuple[str, ...]:
-        """The line and its neighbours without their indentation: what variants of a file share."""
+        """Return the line and its neighbours without indentation, which variants of a file share."""
         before = [line.strip() for line in self.prefix.split("\n") if line.strip()][-NEIGHBOURS:]
         after = [line.strip() for line in self.suffix.split("\n") if line.strip()][:NEIGHBOURS]
         return (*before, "->", self.middle.strip(), "<-", *after)
 
 
 def lines_of(path: str, text: str, before: int, after: int) -> Iterator[Line]:
-    """The lines of a file that have a letter or digit, with what is around them.
+    """Yield the lines of a file that have a letter or digit, with the lines around them.
 
-    The line break before a line belongs to the middle: tokenizers join it to the indentation, and after a
-    prompt that ends in one no indented line would ever follow.
+    The line break before a line is part of the middle, since tokenizers join it to the indentation, and no
+    indented line would ever follow a prompt that ends in a line break.
     """
     rows = text.rstrip("\n").split("\n")
     for number, row in enumerate(rows):
@@ -129,7 +132,7 @@ def lines_of(path: str, text: str, before: int, after: int) -> Iterator[Line]:
 
 
 def page_of(path: str) -> str:
-    """The page of a file: its folder, or the address before `#` in what `scraping site` stores."""
+    """Return the page of a file: its folder, or the address before `#` in a file of `scraping site`."""
     if "#" in path:
         return path.partition("#")[0]
     inside = path.partition(FOLDER)[2] or path
@@ -138,38 +141,38 @@ def page_of(path: str) -> str:
 
 
 def grouped(documents: Sequence[tuple[str, str]]) -> list[str]:
-    """For each (path, text) the group that is not split: its page, and the pages that share text with it."""
+    """Return for each (path, text) its group: its page, and the pages that share text with it."""
     return leaks.regroup([Document(path, text, page_of(path)) for path, text in documents])
 
 
-def sides_of(groups: Sequence[str], sizes: Sequence[int]) -> dict[str, str]:
-    """A side for each group, in the order of a hash of its name: held-out sides are filled up to SHARES.
+def splits_of(groups: Sequence[str], sizes: Sequence[int]) -> dict[str, str]:
+    """Return a split for each group, in the order of a hash of its name; SHARES fill the held-out splits.
 
-    The names alone decide the order. A group that would overfill a side by a quarter goes to training.
+    The names alone decide the order. A group that would overfill a split by a quarter goes to training.
     """
     size: dict[str, int] = defaultdict(int)
     for group, n in zip(groups, sizes, strict=True):
         size[group] += n
-    total, sides = sum(sizes), {}
+    total, splits = sum(sizes), {}
     filled = dict.fromkeys(SHARES, 0)
     for group in sorted(size, key=lambda group: hashlib.sha256(utf8(group)).digest()):
         fits = (
-            side
-            for side, share in SHARES.items()
-            if filled[side] < share * total and filled[side] + size[group] <= 1.25 * share * total
+            split
+            for split, share in SHARES.items()
+            if filled[split] < share * total and filled[split] + size[group] <= 1.25 * share * total
         )
-        sides[group] = next(fits, "train")
-        if sides[group] != "train":
-            filled[sides[group]] += size[group]
-    return sides
+        splits[group] = next(fits, "train")
+        if splits[group] != "train":
+            filled[splits[group]] += size[group]
+    return splits
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
-    """Write the examples of all sides.
+def build(settings: FastapiSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
+    """Write the examples of all splits.
 
     Raises:
-        ValueError: The source cannot be had or has no Python file; a number is out of range; a side would be
-            empty.
+        ValueError: The source cannot be read or has no Python file; a number is out of range; a split would
+            be empty.
     """
     longest(settings)
     documents = files_of(settings, folder.parent / "source")
@@ -178,27 +181,27 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     per_file = [
         list(lines_of(path, text, settings.lines_before, settings.lines_after)) for path, text in documents
     ]
-    side_of = sides_of(groups, [len(lines) for lines in per_file])
+    split_of_group = splits_of(groups, [len(lines) for lines in per_file])
     with_markers = known_markers(tokenizer) is not None
-    rows: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     seen: dict[tuple[str, ...], str] = {}
-    for side in reversed(SIDES):  # what a held-out side has is not trained on
+    for split in reversed(SPLITS):  # held-out splits first: their windows are dropped from training
         for group, lines in zip(groups, per_file, strict=True):
-            if side_of[group] != side:
+            if split_of_group[group] != split:
                 continue
             for line in lines:
                 counts.found += 1
                 key = line.key()
                 if key in seen:
                     variant = "in a variant of the file"
-                    counts.drop(variant if seen[key] == side else f"on the {seen[key]} side, too")
+                    counts.drop(variant if seen[key] == split else f"on the {seen[key]} split, too")
                     continue
                 row, n_tokens = row_of(line, with_markers, tokenizer)
                 if n_tokens > settings.max_tokens:
                     counts.drop(f"longer than {settings.max_tokens} tokens with its context")
                     continue
-                seen[key] = side
-                rows[side].append(row)
+                seen[key] = split
+                rows[split].append(row)
     told = "fill-in-the-middle markers" if with_markers else "plain text, what follows the gap first"
     known = {row[COMPLETION[with_markers]].strip() for row in rows["train"]}
     stock = sum(row[COMPLETION[with_markers]].strip() in known for row in rows["test"])
@@ -206,7 +209,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         "A row is a line that has a letter or digit, with its indentation and the line break before it; the "
         f"{settings.lines_before} lines before it and the {settings.lines_after} after it; as {told}.\n\n"
         f"The pages of the {len(documents)} files of `{settings.source}` make {len(set(groups))} groups that "
-        f"share no text, each on one side. A line with the same {NEIGHBOURS} lines around it as another is "
+        f"share no text, each on one split. A line with the same {NEIGHBOURS} lines around it as another is "
         f"taken once. Of {len(rows['test'])} test lines {stock} stand in training, too, elsewhere, as "
         "`app = FastAPI()` does: scores are given for the others apart."
     )
@@ -214,7 +217,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
 
 
 def row_of(line: Line, with_markers: bool, tokenizer: Tokenizer) -> tuple[dict[str, Any], int]:
-    """The row of a line, and its tokens with start and end."""
+    """Return the row of a line, and its number of tokens with start and end."""
     where = {"path": f"{line.path}:{line.number}", "page": page_of(line.path)}
     n_middle = len(tokenizer.encode(line.middle)) + 1
     if with_markers:
@@ -225,8 +228,8 @@ def row_of(line: Line, with_markers: bool, tokenizer: Tokenizer) -> tuple[dict[s
     return {"prompt": prompt, "completion": line.middle} | where, n
 
 
-def files_of(settings: Settings, work: Path) -> list[tuple[str, str]]:
-    """(path, text) of the Python files; of a clone those of FOLDER."""
+def files_of(settings: FastapiSettings, work: Path) -> list[tuple[str, str]]:
+    """Return (path, text) of the Python files; of a clone, those in FOLDER."""
     if (Path(settings.source) / CORPUS).is_file():
         found = [(row.name, row.text) for row in read_documents(DataConfig(source=settings.source))]
     else:
@@ -239,12 +242,13 @@ def files_of(settings: Settings, work: Path) -> list[tuple[str, str]]:
 # --- what predictions are worth ----------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
-    """Exact match of the test lines that training has nowhere, and of the others, for every system.
+def evaluate(settings: FastapiSettings, scoring: Any, result: dict[str, Any]) -> str:
+    """Return the exact match of test lines that are not in the training text, and of the others, by system.
 
     Args:
-        scoring: The eval.EvalConfig of the scores; its source is the dataset.
-        result: Of `evaluate` by it.
+        settings: The recipe's settings.
+        scoring: The EvalConfig of the scores; its source is the dataset.
+        result: The result of `evaluate` with it.
     """
     from metrics.registry import score
     from suites.scoring import aligned, origin_of

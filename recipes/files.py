@@ -1,7 +1,7 @@
-"""Files of one language from wherever they lie, by the scraper's own sources.
+"""Read files of one language from a source, by the scraper's own sources.
 
 A source is a folder, an archive (.whl, .zip, .tar.gz, ...), the address of a git repository, or JSONL(.gz)
-whose rows have `path` and `text`. Nothing of it is ever run or imported.
+whose rows have `path` and `text`. None of its code is ever run or imported.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from config import DataConfig
 from data.corpus import read_documents
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import encoding
 
-MOST_BYTES = 2**24  # of a file
+MOST_BYTES = 2**24  # largest size of a file
 ROWS = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 def check_source(source: str, extension: str, revision: str = "") -> None:
-    """ValueError for a source that cannot be one, before anything takes time."""
+    """Raise a ValueError for a source that cannot be one, before anything takes time."""
     if not source:
         raise ValueError(
             f"no source is named: give --source a folder, archive, .jsonl or repository of {extension} files"
@@ -41,7 +41,7 @@ def check_source(source: str, extension: str, revision: str = "") -> None:
 
 
 def content_of(path: Path) -> str:
-    """A fingerprint of a file; of a folder by the names, sizes and times of all below it."""
+    """Return a fingerprint of a file, or of a folder by the names, sizes and times of all below it."""
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -57,41 +57,45 @@ def content_of(path: Path) -> str:
 
 def read_files(
     source: str, extension: str, revision: str = "", under: str = "", work: Path | None = None
-) -> list[Document | tuple[str, Drop]]:
-    """The files with this extension as text, by path; what is no text comes as its path and a Drop.
+) -> list[ScrapedDocument | tuple[str, Drop]]:
+    """Return the files with this extension as documents, by path; a file that is no text as (path, Drop).
 
     Args:
-        source: As the module says.
-        extension: As in `.kt`.
+        source: A source as above.
+        extension: Ending of the names, as in `.kt`.
         revision: A branch, tag or commit of a git repository.
-        under: Only paths that begin so.
-        work: Folder in which a clone is kept, so that it is fetched once; by default nothing stays.
+        under: Read only paths that begin with this.
+        work: Folder in which a clone is stored, so that it is fetched once; by default nothing stays.
 
     Raises:
-        ValueError: The source cannot be had, or holds no file of that language.
+        ValueError: The source cannot be read, or has no file of that language.
     """
     check_source(source, extension, revision)
     if source.endswith(ROWS):
         rows = read_documents(DataConfig(source=source))
-        found = [Document(row.text, "", row.name, "", "") for row in rows if row.name.endswith(extension)]
+        found = [
+            ScrapedDocument(row.text, "", row.name, "", "") for row in rows if row.name.endswith(extension)
+        ]
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            if work is not None and "://" in source:  # a folder of its own: another source is another ledger
+            if work is not None and "://" in source:  # each source has a ledger in a folder of its own
                 folder = work / hashlib.sha256(f"{source} {revision}".encode()).hexdigest()[:12]
             found = _scraped(source, extension, revision, str(folder))
     found = [one for one in found if _path(one).startswith(under)]
-    if not any(isinstance(one, Document) for one in found):
+    if not any(isinstance(one, ScrapedDocument) for one in found):
         place = f"{source} below {under}" if under else source
         raise ValueError(f"{place} holds no {extension} file that can be read; name another --source")
     return sorted(found, key=_path)
 
 
-def _path(one: Document | tuple[str, Drop]) -> str:
-    return one.path if isinstance(one, Document) else one[0]
+def _path(one: ScrapedDocument | tuple[str, Drop]) -> str:
+    return one.path if isinstance(one, ScrapedDocument) else one[0]
 
 
-def _scraped(source: str, extension: str, revision: str, folder: str) -> list[Document | tuple[str, Drop]]:
+def _scraped(
+    source: str, extension: str, revision: str, folder: str
+) -> list[ScrapedDocument | tuple[str, Drop]]:
     from scraping import clone, local
     from scraping.source import NothingStored, open_ledger
 
@@ -100,9 +104,11 @@ def _scraped(source: str, extension: str, revision: str, folder: str) -> list[Do
     # What they count is counted again by the recipe, and what they lack is said in its own flags.
     with contextlib.redirect_stdout(said), contextlib.suppress(NothingStored):
         if "://" in source:
-            clone.run(clone.Settings(url=source, revision=revision or clone.Settings.revision, **wanted))
+            clone.run(
+                clone.CloneSettings(url=source, revision=revision or clone.CloneSettings.revision, **wanted)
+            )
         else:
-            local.run(local.Settings(path=source, **wanted))
+            local.run(local.LocalSettings(path=source, **wanted))
     ledger = open_ledger(folder)
     decoded = encoding.build(latin1=False, line_ends="lf", note=lambda what: None)
     try:

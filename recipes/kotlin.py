@@ -1,9 +1,9 @@
-"""A piece of a Kotlin file -> how it goes on: `python -m recipes kotlin --source kotlin.jsonl.gz`.
+"""Continue a piece of a Kotlin file: `python -m recipes kotlin --source kotlin.jsonl.gz`.
 
-Files lose their copyright headers, and go where they are generated, too short, or hold absurd lines and
-literals. Each is cut into windows of about 100 tokens with its line breaks, and each window at a place that
-may lie inside of a line. All windows of a file stand on one side. The model continues the first part of a
-window; the second ends where a line does, so that it learns to stop there.
+Files lose their copyright headers, and are dropped if they are generated, too short, or hold absurd lines or
+literals. Each is cut into windows of about 100 tokens with its line breaks, and each window into two parts at
+a place that may be inside a line. All windows of a file are in one split. The model continues the first part
+of a window; the second ends where a line does, so that it learns to stop there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.building import Counts, RecipeSettings, split, write_dataset
+from recipes.building import Counts, RecipeSettings, split_items, write_dataset
 from recipes.files import check_source, read_files
-from scraping.clean import Settings as CleanSettings
-from scraping.documents import Document, Drop
+from scraping.clean import CleanSettings
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import origin, shape
 from scraping.stages.headers import without_header
 from tokenizer import Tokenizer
@@ -34,26 +34,26 @@ SMALL: dict[str, Any] = {
     "validate_every": 50,
     "validation_rows": 256,
 }
-TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of the files, and of those that are not test
+TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # shares of all files, and of those that are not test
 FEWEST = 8  # tokens on either side of a cut
 SLACK = 8  # tokens by which prompt and completion may grow where they are encoded apart
-LATEST_CUT = 0.75  # of a window
+LATEST_CUT = 0.75  # the cut is within this share of a window
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
-    """Which files are taken, and how they are cut.
+class KotlinSettings(RecipeSettings):
+    """Settings of the recipe kotlin: which files are read, and how they are cut.
 
     Args:
         source: The address of a git repository, a folder, an archive, or a .jsonl(.gz) file with `path` and
             `text`.
         revision: Branch, tag or commit of a repository.
         under: Only files whose path begins so.
-        window: Tokens of a prompt and its completion together, about.
+        window: Approximate number of tokens of a prompt and its completion together.
         per_file: Most windows of a file, evenly spread; 0 takes all.
-        split_seed: Of the split.
+        split_seed: Seed of the split.
         methods: CodeXGLUE's test file of method generation, on which base and tuned model are scored too.
-        method_samples: How many of its methods.
+        method_samples: Number of its methods that are scored.
     """
 
     source: str = ""
@@ -66,13 +66,16 @@ class Settings(RecipeSettings):
     method_samples: int = 100
 
 
+SETTINGS = KotlinSettings
+
+
 class Window(NamedTuple):
     prompt: str
     completion: str
 
 
-def check(settings: Settings) -> None:
-    if settings.methods:  # not only when all else is done
+def check(settings: KotlinSettings) -> None:
+    if settings.methods:  # checked now, although it is read last
         if settings.method_samples < 2:
             raise ValueError(
                 f"--method_samples is {settings.method_samples}, and an interval needs at least 2"
@@ -84,15 +87,15 @@ def check(settings: Settings) -> None:
     check_source(settings.source, ".kt", settings.revision)
 
 
-def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+def files_of(settings: KotlinSettings, work: Path) -> list[ScrapedDocument | tuple[str, Drop]]:
     return read_files(settings.source, ".kt", settings.revision, settings.under, work)
 
 
-def longest(settings: Settings) -> int:
-    """See recipes/building.py.
+def longest(settings: KotlinSettings) -> int:
+    """Return the most tokens of an example, with its end.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number is out of range.
     """
     if settings.window < 4 * FEWEST:
         raise ValueError(f"--window is {settings.window}; it must be at least {4 * FEWEST} tokens")
@@ -100,18 +103,18 @@ def longest(settings: Settings) -> int:
 
 
 def prompt_of(text: str) -> str:
-    """What asks how a text goes on: the text itself, in training, evaluation and serving."""
+    """Return the prompt, which is the text itself, in training, evaluation and serving."""
     return text
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
-    """See the module; ValueError in one sentence where the source has too few such files."""
+def build(settings: KotlinSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
+    """Write the dataset of windows; raise a ValueError where the source has too few Kotlin files."""
     counts = Counts("files")
     well_shaped = shape_stage()
     windows: list[tuple[str, list[Window]]] = []
     for file in files_of(settings, folder.parent / "source"):
         counts.found += 1
-        found = cleaned(file, well_shaped) if isinstance(file, Document) else file[1]
+        found = cleaned(file, well_shaped) if isinstance(file, ScrapedDocument) else file[1]
         if isinstance(found, Drop):
             counts.drop(found.reason)
             continue
@@ -120,27 +123,29 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
             counts.drop("no window")
             continue
         windows.append((found.path, spread(cut, settings.per_file)))
-    sides = split(windows, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
+    splits = split_items(windows, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
     rows: dict[str, list[dict[str, str]]] = {}
     seen: set[str] = set()
-    for side in ("test", "validation", "train"):  # a text that two sides share stays where it is scored
-        rows[side] = []
-        for path, cut in sides[side]:
+    for split in ("test", "validation", "train"):  # a text of two splits stays in the one where it is scored
+        rows[split] = []
+        for path, cut in splits[split]:
             for window in cut:
-                text = window.prompt + window.completion  # wherever it is cut: equal files are cut elsewhere
+                text = (
+                    window.prompt + window.completion
+                )  # joined, since equal files are cut at different places
                 if text not in seen:
-                    rows[side].append(
+                    rows[split].append(
                         {"path": path, "prompt": prompt_of(window.prompt), "completion": window.completion}
                     )
                 seen.add(text)
-    all_windows = [row for side in rows.values() for row in side]
+    all_windows = [row for split in rows.values() for row in split]
     inside = sum(not row["prompt"].endswith("\n") for row in all_windows)
     twice = sum(len(cut) for _, cut in windows) - len(all_windows)
     return write_dataset(folder, rows, counts, "Kotlin windows", about(settings, inside, twice))
 
 
-def about(settings: Settings, inside: int, twice: int) -> str:
-    """The card's text."""
+def about(settings: KotlinSettings, inside: int, twice: int) -> str:
+    """Return the text of the dataset card."""
     revision = f" at {settings.revision}" if settings.revision else ""
     return f"""
 The `.kt` files of `{settings.source}`{revision}, without copyright headers. Windows are of at most
@@ -154,13 +159,13 @@ rest validation, by which the best checkpoint is chosen.
 
 
 def shape_stage() -> Any:
-    """The scraper's, with its own bounds."""
+    """Return the scraper's stage of shape, with its default bounds."""
     s = CleanSettings()
     return shape.build(s.min_lines, s.max_line, s.max_mean_line, s.min_alnum, s.max_escapes, s.max_numbers)
 
 
-def cleaned(file: Document, well_shaped: Any) -> Document | Drop:
-    """Without its copyright header, or why it goes; generated files are near copies of each other."""
+def cleaned(file: ScrapedDocument, well_shaped: Any) -> ScrapedDocument | Drop:
+    """Return a file without its copyright header, or why it is dropped; generated files are near copies."""
     if isinstance(own := origin.build()(file), Drop):
         return own
     return well_shaped(replace(file, text=without_header(file.text, file.path)))
@@ -176,10 +181,10 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def windows_of(text: str, name: str, size: int, tokenizer: Tokenizer) -> Iterator[Window]:
-    """Windows of at most `size` tokens that follow each other through the text, each cut into two.
+    """Yield windows of at most `size` tokens that follow each other through the text, each cut into two.
 
-    A window ends where the last line does that fits; only in a long line it ends inside. The cut is drawn by
-    a hash of the file's name and the window's place.
+    A window ends with the last line that fits, and only inside a line that is too long itself. A hash of the
+    file's name and the window's place decides the cut.
     """
     pieces = whole_pieces(tokenizer, tokenizer.encode(text))
     start, number = 0, 0
@@ -196,7 +201,7 @@ def windows_of(text: str, name: str, size: int, tokenizer: Tokenizer) -> Iterato
 
 
 def whole_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token; one that holds part of a character has "", and the one that ends it has it."""
+    """Return the text of each token; a character of several tokens is the last one's, the others have ""."""
     pieces, waiting = [], []
     for id in ids:
         waiting.append(id)
@@ -212,9 +217,9 @@ def whole_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def _line_end(pieces: Sequence[str], start: int, stop: int) -> int:
-    """The last place up to `stop` at which a line ends; `stop` where none does but near the start.
+    """Return the last place up to `stop` at which a line ends; `stop` where none but near the start does.
 
-    A line break often begins a piece that goes on with the next line's indentation: it ends before that.
+    A token often has a line break and the next line's indentation; the line then ends before that token.
     """
     if stop == len(pieces):
         return stop
@@ -227,21 +232,22 @@ def _line_end(pieces: Sequence[str], start: int, stop: int) -> int:
 # --- scores ------------------------------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
-    """Base and tuned on the Kotlin test set and, where its file is given, on CodeXGLUE's methods.
+def evaluate(settings: KotlinSettings, scoring: Any, result: dict[str, Any]) -> str:
+    """Compare base and tuned model on the Kotlin test set and, if its file is given, on CodeXGLUE's methods.
 
     Args:
-        scoring: An eval.EvalConfig, not named here: whoever reads annotations would import torch.
-        result: Of `evaluate` by it.
+        settings: The recipe's settings.
+        scoring: The EvalConfig of the scores. The annotation does not name it, since its import needs torch.
+        result: The result of `evaluate` with it.
     """
     from suites.evaluate import evaluate as evaluated
     from suites.scoring import aligned
 
     suites = {"Kotlin test set": result.get("suite")}
     if settings.methods:
-        asked = {"suite": "codexglue_method", "suite_file": settings.methods, "language": "python"}
-        asked |= {"metrics": "edit_similarity,bleu_codexglue", "samples": settings.method_samples}
-        suites["CodeXGLUE method generation"] = evaluated(replace(scoring, **asked)).get("suite")
+        requested = {"suite": "codexglue_method", "suite_file": settings.methods, "language": "python"}
+        requested |= {"metrics": "edit_similarity,bleu_codexglue", "samples": settings.method_samples}
+        suites["CodeXGLUE method generation"] = evaluated(replace(scoring, **requested)).get("suite")
     rows, said = [["", "edit similarity", "BLEU"]], []
     for title, suite in suites.items():
         if suite is None:

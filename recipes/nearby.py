@@ -1,4 +1,4 @@
-"""Retrieval without a model: the texts that share the rarest words with a text (BM25; Robertson 1994)."""
+"""Retrieval without a model: find the texts that share rare words with a text (BM25; Robertson 1994)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-K1, B = 1.2, 0.75  # as usual: how soon repetition stops to count, and how much length does
+K1, B = 1.2, 0.75  # the usual saturation of repeated words, and the weight of a text's length
 
 
 def words_of(code: str) -> list[str]:
-    """Parts of its names, in lower case."""
+    """Return the parts of a code's names, in lower case."""
     return [part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", code) if len(part) > 2]
 
 
 def nearest_of(queries: Sequence[str], texts: Sequence[str], n: int) -> list[list[int]]:
-    """For each query the numbers of the `n` texts that score best, best first; of equals the first."""
+    """Return for each query the indices of the `n` texts with the best scores; among equals the first."""
     counts = [Counter(words_of(text)) for text in texts]
     lengths = [sum(count.values()) for count in counts]
     mean = sum(lengths) / max(1, len(lengths)) or 1.0

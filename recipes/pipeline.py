@@ -1,11 +1,11 @@
-"""A recipe's steps in order: base, dataset, training, export, scores. What is done stays as it is.
+"""Run a recipe's steps in order: base, dataset, training, export, scores. A finished step is not repeated.
 
 OUT/dataset/        train.jsonl, validation.jsonl, test.jsonl, counts.json, and the card
 OUT/run/            the training run: checkpoints, curves, eval.json
-OUT/adapter/        for PEFT
-OUT/merged/         for transformers
+OUT/adapter/        the adapter, for PEFT
+OUT/merged/         the merged model, for transformers
 OUT/report.txt      the tables, and five samples
-OUT/steps.json      what each step was made from
+OUT/steps.json      the inputs of each finished step
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from typing import Any
 
 from config import Config, make_parser, parse_config, refuse_unwritable, write_atomically
 from config.console import printable
+from config.files import REPOSITORY
 from recipes.building import RecipeSettings, read_counts
 from recipes.files import content_of
 
-HERE = Path(__file__).parent
 SAMPLES = 5
-SHOWN = 600  # characters of a sample's prompt, from its end
+SHOWN = 600  # a sample shows this many characters of its prompt, from the end
 BUDGETS = ("max_seconds", "max_steps", "max_epochs")
-TO_BE_MADE = "(none yet)"  # the base, where the command line names none
+TO_BE_MADE = "(none yet)"  # stands for the base where the command line names none
 PLACES = {"--run": "--out", "--data.source": "--source"}  # flags of training -> what a recipe has instead
 SMALL_BASE = "small base trained here, figures are not those of the published weights"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A recipe with its settings, and the words of the command line that are training's."""
+class RequestedRecipe:
+    """A recipe as a command line requests it: its settings, and the words that are flags of training."""
 
     name: str
     module: ModuleType
-    settings: Any  # the module's Settings
+    settings: Any  # an instance of the module's SETTINGS
     words: list[str]
-    less: Sequence[str] = ()  # of all words those that the module's SMALL adds
+    less: Sequence[str] = ()  # the words that the module's SMALL adds, for a report
 
     @property
     def out(self) -> Path:
@@ -57,20 +57,29 @@ class Asked:
         return self.out / "run"
 
     def config(self, *more: str) -> Config:
-        """The training settings: recipes/NAME.yaml, then the command line's, then where the data lie."""
+        """Return the training settings: recipes/NAME.yaml, the command line's, then the recipe's paths."""
         places = ["--data.source", str(self.out / "dataset"), "--run", str(self.run)]
         base = [] if self.module.FAMILY is None else ["--base", TO_BE_MADE]
-        return parse_config([*base, "--config", str(HERE / f"{self.name}.yaml"), *self.words, *more, *places])
+        return parse_config(
+            [
+                *base,
+                "--config",
+                str(REPOSITORY / "recipes" / f"{self.name}.yaml"),
+                *self.words,
+                *more,
+                *places,
+            ]
+        )
 
 
 # --- the command line --------------------------------------------------------------------------------
 
 
-def parse_words(name: str, words: list[str]) -> Asked:
-    """Recipe flags and training flags apart; a mistake prints one sentence and exits with 2."""
+def parse_words(name: str, words: list[str]) -> RequestedRecipe:
+    """Tell the recipe's flags from those of training; a mistake prints one sentence and exits with 2."""
     module = importlib.import_module(f"recipes.{name}")
     mine, rest = apart(words, module)
-    parser = make_parser({"": module.Settings}, str(module.__doc__).splitlines()[0])
+    parser = make_parser({"": module.SETTINGS}, str(module.__doc__).splitlines()[0])
     if "--help" in rest or "-h" in rest:
         parser.print_help()
         print("\nEvery flag of training can be given too: python trainingmanager.py --help")
@@ -90,27 +99,27 @@ def parse_words(name: str, words: list[str]) -> Asked:
     if module.FAMILY is None and "--base" in given:
         parser.error(f"--base is given, and the recipe {name} trains from scratch; leave it out")
     values = parser.parse_args(mine).clone(with_meta=False).as_dict()
-    asked = Asked(name, module, _settings(module, values), rest)
-    if asked.config().train.base in (None, TO_BE_MADE):  # a typo is told before anything takes time
-        less = in_small(asked, words)
+    recipe = RequestedRecipe(name, module, _settings(module, values), rest)
+    if recipe.config().train.base in (None, TO_BE_MADE):  # a typo is reported before anything takes time
+        less = in_small(recipe, words)
         small, more = apart(less, module)
         values = parser.parse_args([*small, *mine]).clone(with_meta=False).as_dict()
-        asked = Asked(name, module, _settings(module, values), [*more, *rest], less)
-        asked.config()
-    for field in dataclasses.fields(asked.settings):
-        value = getattr(asked.settings, field.name)
+        recipe = RequestedRecipe(name, module, _settings(module, values), [*more, *rest], less)
+        recipe.config()
+    for field in dataclasses.fields(recipe.settings):
+        value = getattr(recipe.settings, field.name)
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             parser.error(f"--{field.name} is {value}; it must be at least 0, and finite")
-    if asked.settings.eval_samples < 2:
-        parser.error(f"--eval_samples is {asked.settings.eval_samples}, and an interval needs at least 2")
-    if not asked.settings.base_seconds > 0:
-        parser.error(f"--base_seconds is {asked.settings.base_seconds}; it must be above 0")
-    return asked
+    if recipe.settings.eval_samples < 2:
+        parser.error(f"--eval_samples is {recipe.settings.eval_samples}, and an interval needs at least 2")
+    if not recipe.settings.base_seconds > 0:
+        parser.error(f"--base_seconds is {recipe.settings.base_seconds}; it must be above 0")
+    return recipe
 
 
 @contextlib.contextmanager
 def in_own_words() -> Iterator[None]:
-    """What the rest of the house says of its flags, with those that a recipe takes."""
+    """Rewrite errors of the block: a flag of training becomes the recipe's own."""
     try:
         yield
     except ValueError as error:
@@ -119,12 +128,12 @@ def in_own_words() -> Iterator[None]:
 
 
 def _settings(module: ModuleType, values: dict[str, Any]) -> Any:
-    return module.Settings(**{key: value for key, value in values.items() if key != "config"})
+    return module.SETTINGS(**{key: value for key, value in values.items() if key != "config"})
 
 
 def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
-    """The words that are the recipe's own flags with their values, and the rest, which is training's."""
-    own = {field.name: field.type for field in dataclasses.fields(module.Settings)}
+    """Return the words that are the recipe's own flags with their values, and those that are training's."""
+    own = {field.name: field.type for field in dataclasses.fields(module.SETTINGS)}
     mine, rest, place = [], [], 0
     while place < len(words):
         word = words[place]
@@ -142,22 +151,22 @@ def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
         elif place < len(words):
             place += 1
         else:
-            continue  # the parser says that it wants a value
+            continue  # the parser reports the missing value
         several = own[flag].startswith("tuple") and not following.startswith("[")
         mine.append(json.dumps(following.split(",")) if several else following)
     return mine, rest
 
 
-def in_small(asked: Asked, words: list[str]) -> list[str]:
-    """The module's settings for small models as words, but for those that the command line gives.
+def in_small(recipe: RequestedRecipe, words: list[str]) -> list[str]:
+    """Return the module's settings for small models as words, without those that the command line gives.
 
-    A budget that is given, in whatever unit, stands for itself.
+    A budget on the command line, in whatever unit, replaces the module's budget.
     """
     given = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
-    asks, own = asked.config().train, replace(asked, words=[]).config().train
+    asks, own = recipe.config().train, replace(recipe, words=[]).config().train
     if any(name in given or getattr(asks, name) != getattr(own, name) for name in BUDGETS):
         given.update(BUDGETS)
-    small = {key: value for key, value in asked.module.SMALL.items() if key not in given}
+    small = {key: value for key, value in recipe.module.SMALL.items() if key not in given}
     return [part for key, value in small.items() for part in (f"--{key}", str(value))]
 
 
@@ -165,7 +174,7 @@ def in_small(asked: Asked, words: list[str]) -> list[str]:
 
 
 def done(out: Path) -> dict[str, Any]:
-    """What each finished step was made from, by its name."""
+    """Return the inputs of each finished step, by its name."""
     path = out / "steps.json"
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -183,7 +192,7 @@ def mark(out: Path, step: str, made_from: Any) -> None:
 
 
 def sources(settings: RecipeSettings) -> dict[str, str]:
-    """The `content_of` each file or folder that a setting names."""
+    """Return the `content_of` each file or folder that a setting names."""
     found = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -196,69 +205,69 @@ def sources(settings: RecipeSettings) -> dict[str, str]:
 # --- the steps ---------------------------------------------------------------------------------------
 
 
-def run(asked: Asked) -> int:
-    """All steps; the exit code.
+def run(recipe: RequestedRecipe) -> int:
+    """Run all steps; return the exit code.
 
     Raises:
-        ValueError: The base, the source, the settings or the folder do not fit; one sentence.
-        SystemExit: With 75, when a signal asked training to stop.
+        ValueError: The base, the source, the settings or the folder do not fit.
+        SystemExit: With 75, when a signal stopped training.
     """
-    if hasattr(asked.module, "variants") and (several := asked.module.variants(asked.settings)):
+    if hasattr(recipe.module, "variants") and (several := recipe.module.variants(recipe.settings)):
         made, lap = {}, laps()
         for name, settings in several.items():
-            print(f"\n=== {asked.name}, {name}", flush=True)
-            one = replace(asked, settings=replace(settings, out=str(asked.out / name)))
+            print(f"\n=== {recipe.name}, {name}", flush=True)
+            one = replace(recipe, settings=replace(settings, out=str(recipe.out / name)))
             run(one)
             made[name] = one.settings, one.out
             lap(name)
-        text = asked.module.together(made)
-        write_atomically(asked.out / "report.txt", text + "\n")
-        print(f"\n{text}\n\nreport    {asked.out / 'report.txt'}\ntime      {lap('')}")
+        text = recipe.module.together(made)
+        write_atomically(recipe.out / "report.txt", text + "\n")
+        print(f"\n{text}\n\nreport    {recipe.out / 'report.txt'}\ntime      {lap('')}")
         return 0
-    if check := getattr(asked.module, "check", None):
-        check(asked.settings)
-    lap, config = laps(), asked.config()
-    longest = asked.module.longest(asked.settings)
+    if check := getattr(recipe.module, "check", None):
+        check(recipe.settings)
+    lap, config = laps(), recipe.config()
+    longest = recipe.module.longest(recipe.settings)
     if config.train.row_length and config.train.row_length < longest:
         raise ValueError(
             f"--row_length is {config.train.row_length}, and the recipe's settings let an example have "
             f"{longest} tokens: raise it, or ask for shorter examples"
         )
-    refuse_early(asked, config)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    refuse_early(recipe, config)
+    recipe.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
-    if asked.less:
-        print(f"settings for a small model: {' '.join(asked.less)}; flags override them", flush=True)
+    if recipe.less:
+        print(f"settings for a small model: {' '.join(recipe.less)}; flags override them", flush=True)
     if config.train.base == TO_BE_MADE:
-        if files_of := getattr(asked.module, "files_of", None):
-            files_of(asked.settings, asked.out / "source")
-        config = with_small_base(asked, config)
+        if files_of := getattr(recipe.module, "files_of", None):
+            files_of(recipe.settings, recipe.out / "source")
+        config = with_small_base(recipe, config)
         notes.append(SMALL_BASE)
         lap("base")
     tokenizer = None if config.train.base is None else checked_base(config)
-    build(asked, tokenizer)
+    build(recipe, tokenizer)
     lap("dataset")
     from recipes.training import finish
 
     if not finish(config):
         print(f"training: {config.train.run} is finished already")
     lap("training")
-    notes += export_run(asked.out, config)
+    notes += export_run(recipe.out, config)
     lap("export")
-    print(evaluated(asked, config, notes))
+    print(evaluated(recipe, config, notes))
     lap("scores")
     print(f"time      {lap('')}", flush=True)
     return 0
 
 
-def refuse_early(asked: Asked, config: Config) -> None:
-    """ValueError for what can be known not to do before the source is opened, and before a base is made."""
+def refuse_early(recipe: RequestedRecipe, config: Config) -> None:
+    """Raise a ValueError for mistakes that show before the source is opened and a base is trained."""
     from pretrained.load import described
     from recipes.training import FINISHED
     from training.beforehand import refuse_mistakes, refuse_other_base
 
-    refuse_unwritable(asked.out, "--out")
-    if (asked.run / FINISHED).is_file():  # what is left is to score it, which may be done by other settings
+    refuse_unwritable(recipe.out, "--out")
+    if (recipe.run / FINISHED).is_file():  # only scores are left, for which other settings are allowed
         return
     refuse_mistakes(config, made_here=True)
     if config.train.base in (None, TO_BE_MADE):
@@ -276,7 +285,7 @@ def refuse_early(asked: Asked, config: Config) -> None:
 
 
 def laps() -> Callable[[str], str]:
-    """A clock that is told what has just ended, and says how long each and all of it took."""
+    """Return a function that takes the name of the step that just ended, and returns all steps' times."""
     begun = time.monotonic()
     took: dict[str, float] = {}
 
@@ -292,22 +301,23 @@ def laps() -> Callable[[str], str]:
     return lap
 
 
-def with_small_base(asked: Asked, config: Config) -> Config:
-    """The settings with the base that this machine trains where none is named; its context holds a row."""
-    from recipes.base import BaseConfig, make_base
+def with_small_base(recipe: RequestedRecipe, config: Config) -> Config:
+    """Train a small base whose context has room for a row; return the training settings with it."""
+    from recipes.base_config import BaseConfig
+    from recipes.small_base import make_base
 
     print(f"no --base is given: {SMALL_BASE}", flush=True)
     settings = BaseConfig(
-        asked.module.FAMILY,
-        asked.settings.base_seconds,
+        recipe.module.FAMILY,
+        recipe.settings.base_seconds,
         cache=config.data.cache,
-        block_size=max(config.train.row_length, asked.module.longest(asked.settings)),
+        block_size=max(config.train.row_length, recipe.module.longest(recipe.settings)),
     )
-    return asked.config("--base", str(make_base(settings)))
+    return recipe.config("--base", str(make_base(settings)))
 
 
 def checked_base(config: Config) -> Any:
-    """The tokenizer that training will use; ValueError if the base cannot be opened."""
+    """Return the tokenizer that training will use; raise a ValueError if the base cannot be opened."""
     from pretrained import load_pretrained
     from training.run import starting_tokenizer
 
@@ -315,34 +325,34 @@ def checked_base(config: Config) -> Any:
     return starting_tokenizer(config, found)
 
 
-def build(asked: Asked, tokenizer: Any) -> None:
-    """The dataset, unless it is there, made from the same."""
+def build(recipe: RequestedRecipe, tokenizer: Any) -> None:
+    """Build the dataset, unless it is there and was made from the same inputs."""
     shared = {field.name for field in dataclasses.fields(RecipeSettings)}
     made_from = {
-        **{k: v for k, v in dataclasses.asdict(asked.settings).items() if k not in shared},
-        **{f"content of {name}": value for name, value in sources(asked.settings).items()},
+        **{k: v for k, v in dataclasses.asdict(recipe.settings).items() if k not in shared},
+        **{f"content of {name}": value for name, value in sources(recipe.settings).items()},
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
     }
     made_from = json.loads(json.dumps(made_from))
-    folder, before = asked.out / "dataset", done(asked.out).get("dataset")
+    folder, before = recipe.out / "dataset", done(recipe.out).get("dataset")
     if before == made_from:
-        if check_isolation := getattr(asked.module, "check_isolation", None):
-            check_isolation(asked.settings)
+        if check_isolation := getattr(recipe.module, "check_isolation", None):
+            check_isolation(recipe.settings)
         print(f"dataset: {folder} is there already")
     else:
-        if before is not None and (asked.run / "config.yaml").exists():
+        if before is not None and (recipe.run / "config.yaml").exists():
             name = next(key for key in {**made_from, **before} if made_from.get(key) != before.get(key))
             raise ValueError(
-                f"{asked.out} was begun with {name} {before.get(name)!r}, and now it is "
+                f"{recipe.out} was begun with {name} {before.get(name)!r}, and now it is "
                 f"{made_from.get(name)!r}; set it back, or name another --out"
             )
-        asked.module.build(asked.settings, tokenizer, folder)
-        mark(asked.out, "dataset", made_from)
+        recipe.module.build(recipe.settings, tokenizer, folder)
+        mark(recipe.out, "dataset", made_from)
     print("\n".join(read_counts(folder).lines()), flush=True)
 
 
 def export_run(out: Path, config: Config) -> list[str]:
-    """Adapter and merged model of the best checkpoint; what could not be written, and why."""
+    """Write adapter and merged model of the best checkpoint; return notes on what could not be written."""
     from training.checkpoint import checkpoints
     from training.export import export
     from training.export_config import ExportConfig
@@ -359,7 +369,7 @@ def export_run(out: Path, config: Config) -> list[str]:
 
     notes = []
     for name in names:
-        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier checkpoint
+        shutil.rmtree(out / name, ignore_errors=True)  # an export of an earlier checkpoint
         try:
             print(export(ExportConfig(str(out / name), config.train.run, merge=name == "merged")), flush=True)
         except ValueError as error:
@@ -368,33 +378,36 @@ def export_run(out: Path, config: Config) -> list[str]:
     return notes
 
 
-def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
-    """The tables, verdicts and samples, also in OUT/report.txt; made anew where what they are of changed."""
+def evaluated(recipe: RequestedRecipe, config: Config, notes: list[str]) -> str:
+    """Return tables, verdicts and samples, also in OUT/report.txt; score again if their inputs changed."""
     from suites.evaluate import evaluate, table, write_results
     from suites.settings import EvalConfig
     from training.checkpoint import checkpoints
     from training.curves import draw_curves
 
-    out, train = asked.out, config.train
+    out, train = recipe.out, config.train
     precision = train.precision if train.eval_precision == "auto" else train.eval_precision
-    fields = {"samples": asked.settings.eval_samples, "source": config.data.source} | asked.module.EVALUATION
-    if decided := getattr(asked.module, "evaluation", None):
-        fields |= decided(asked.settings)
+    fields = {
+        "samples": recipe.settings.eval_samples,
+        "source": config.data.source,
+    } | recipe.module.EVALUATION
+    if decided := getattr(recipe.module, "evaluation", None):
+        fields |= decided(recipe.settings)
     scoring = EvalConfig(
         train.run, device=train.device, precision=precision, cache=config.data.cache, **fields
     )
     manifests = checkpoints(Path(train.run) / "checkpoints")
-    made_from = [[m.step, m.files] for m in manifests], vars(scoring), vars(asked.settings), notes
+    made_from = [[m.step, m.files] for m in manifests], vars(scoring), vars(recipe.settings), notes
     made_from = json.loads(json.dumps(made_from))
     report = out / "report.txt"
     if done(out).get("scores") != made_from or not report.is_file():
         result = evaluate(scoring)
-        step, side = result["step"], result["side"]
-        parts = [f"{asked.name}: best checkpoint, step {step}, on all {side} examples"]
+        step, split = result["step"], result["side"]
+        parts = [f"{recipe.name}: best checkpoint, step {step}, on all {split} examples"]
         parts += [f"NOTE: {note}" for note in notes]
         parts.append(table(result))
-        if own := getattr(asked.module, "evaluate", None):
-            parts.append(own(asked.settings, scoring, result))
+        if own := getattr(recipe.module, "evaluate", None):
+            parts.append(own(recipe.settings, scoring, result))
         parts.append(samples(result.get("suite", {"samples": []})["samples"]))
         write_results(result, scoring)
         write_atomically(report, printable("\n\n".join(part for part in parts if part)) + "\n")
@@ -406,7 +419,7 @@ def evaluated(asked: Asked, config: Config, notes: list[str]) -> str:
 
 
 def samples(found: list[dict[str, Any]]) -> str:
-    """Five examples in words: the end of the prompt, what each model wrote, and what stands there."""
+    """Return five examples as text: the end of the prompt, each model's text, and the reference."""
     parts = []
     for sample in found[:SAMPLES]:
         prompt = sample["prompt"]

@@ -1,15 +1,15 @@
 """Refactoring: a degraded Python function -> the function as it was. `python -m recipes refactor`.
 
-    documents -> functions -> each written worse in six ways -> pairs that compile and agree -> three sides
+    documents -> functions -> each written worse in six ways -> pairs that compile and agree -> three splits
 
-Every file goes to one side before anything is made of it, and a function that stands in several files is
-taken once, so that no version of a held-out function is trained on. (Variants of one function on both sides
-gave the first system of this kind its BLEU of 72.) A pair is kept only if both sides compile, take nothing
-from scopes that the first does not, and agree wherever the function can be run: see degradations.py and
-behaviour.py.
+Every file is assigned to one split before pairs are made of it, and a function that several files have is
+used once, so that no version of a held-out function is trained on. (Variants of one function in both training
+and test gave the first system of this kind its BLEU of 72.) A pair is kept only if both functions compile,
+the degraded one uses no names from outside that the original does not, and they agree wherever the function
+can be run: see degradations.py and behaviour.py.
 
-What a prediction is worth is said by `kept`: it is one function, of the same name, and does what the original
-does. Copying the input has all of that by construction, and stands beside every score.
+The measure of a prediction is `kept`: it is one function, of the same name, and does what the original does.
+A copy of the input has that by construction, and its score stands beside every other.
 """
 
 from __future__ import annotations
@@ -31,20 +31,13 @@ import sandbox
 from data.documents import SPLITS, Report
 from recipes.behaviour import Judgement, agreements, context_of
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
-from recipes.degradations import (
-    STRATEGIES,
-    Function,
-    check_distinct,
-    degrade,
-    own_identifiers,
-    parsed,
-    unwritable,
-)
+from recipes.degradations import STRATEGIES, check_distinct, degrade
+from recipes.functions import Function, own_identifiers, parsed, unwritable
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
 EVALUATION = {"metrics": "exact_match,edit_similarity,bleu_code,codebleu,semantic"}
-# A fresh base takes a larger rate, and no 500 steps to warm up.
+# A small base needs a larger learning rate, and fewer than 500 steps to warm up.
 SMALL: dict[str, Any] = {
     "functions": 300,
     "eval_samples": 60,
@@ -54,24 +47,24 @@ SMALL: dict[str, Any] = {
     "validate_every": 40,
     "validation_rows": 40,
 }
-MOST_DIGITS = 20  # of a number that a model may learn to write out
+MOST_DIGITS = 20  # a constant with more digits is not written out in a function
 HEADER = "### Refactor the following Python code to improve quality:"
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
-    """Which functions are taken, and what is made of them.
+class RefactorSettings(RecipeSettings):
+    """Settings of the recipe refactor: which functions are used, and how they are written worse.
 
     Args:
-        source: Where the functions are from: `stdlib`, a folder, a corpus of `python -m scraping build`, or a
+        source: The functions' source: `stdlib`, a folder, a corpus of `python -m scraping build`, or a
             .jsonl, .jsonl.gz or .parquet file.
         strategies: Ways to write a function worse.
         functions: Most functions, evenly spread; 0 takes all.
-        min_lines: Of a function, its decorators and docstring included.
-        max_lines: Likewise.
-        max_tokens: Of a prompt, its completion and both ends: longer pairs are left out, since a function
-            that is cut teaches nothing.
-        check_behaviour: Run both sides of each pair where that is possible, in the sandbox.
+        min_lines: Fewest lines of a function, its decorators and docstring included.
+        max_lines: Most lines of a function, likewise.
+        max_tokens: Most tokens of a prompt, its completion and both ends; longer pairs are left out, since a
+            truncated function teaches nothing.
+        check_behaviour: Run both functions of each pair in the sandbox, where that is possible.
     """
 
     source: str = "stdlib"
@@ -83,11 +76,14 @@ class Settings(RecipeSettings):
     check_behaviour: bool = True
 
 
-def longest(settings: Settings) -> int:
-    """See recipes/building.py; it is asked before anything takes time, so that bad settings are told then.
+SETTINGS = RefactorSettings
+
+
+def longest(settings: RefactorSettings) -> int:
+    """Return the most tokens of an example, after a check of the settings, before anything takes time.
 
     Raises:
-        ValueError: An unknown strategy, or a source that is not there.
+        ValueError: A strategy is unknown, or the source does not exist.
     """
     for name in settings.strategies:
         if name not in STRATEGIES:
@@ -99,8 +95,8 @@ def longest(settings: Settings) -> int:
     return settings.max_tokens
 
 
-def check_isolation(settings: Settings) -> None:
-    """Raise ValueError where pairs are to be run and nothing isolates; asked once the source was read."""
+def check_isolation(settings: RefactorSettings) -> None:
+    """Raise a ValueError where pairs are to be run and nothing isolates; called once the source was read."""
     if settings.check_behaviour:
         try:
             sandbox.isolation()
@@ -109,7 +105,7 @@ def check_isolation(settings: Settings) -> None:
 
 
 def prompt_of(code: str) -> str:
-    """What asks for a better `code`: the same in training, in evaluation and in `generate.py --recipe`."""
+    """Return the prompt for a better `code`, in training, in evaluation and in `generate.py --recipe`."""
     return f"{HEADER}\n\n{code.rstrip()}\n\n"
 
 
@@ -120,11 +116,11 @@ class Piece(NamedTuple):
     """A function of a file that can be taken out and put back.
 
     Args:
-        name: With its classes: `Reader.read`.
-        first: Its first line, from 1, decorators included.
-        last: Its last line.
-        indent: Blanks before each of its lines that is not blank.
-        source: Its text without these, with a line break at its end.
+        name: Its name with its classes: `Reader.read`.
+        first: Number of its first line, from 1, decorators included.
+        last: Number of its last line.
+        indent: The blanks before each of its lines that is not blank.
+        source: Its text without these blanks, with a line break at its end.
     """
 
     name: str
@@ -135,14 +131,14 @@ class Piece(NamedTuple):
 
 
 def pieces(text: str, skipped: Counter[str] | None = None) -> list[Piece]:
-    """The functions of a Python file and the methods of its classes, in order; not those inside functions.
+    """Return the functions of a Python file and the methods of its classes, in order; no inner functions.
 
     Args:
-        text: Of the file.
-        skipped: Gets the reasons why some cannot be taken out.
+        text: The file's text.
+        skipped: The reasons why some functions cannot be taken out are counted in it.
 
     Raises:
-        ValueError: It does not parse.
+        ValueError: The file does not parse.
     """
     skipped = Counter() if skipped is None else skipped
     try:
@@ -162,7 +158,7 @@ def pieces(text: str, skipped: Counter[str] | None = None) -> list[Piece]:
         block = lines[first - 1 : last]
         indent = block[0][: len(block[0]) - len(block[0].lstrip(" \t"))]
         source = "\n".join(line.removeprefix(indent) if line.strip() else line for line in block) + "\n"
-        if "\r" in text or "\f" in text:  # Python's count of lines may differ there
+        if "\r" in text or "\f" in text:  # Python counts lines differently there
             skipped["unusual line ends"] += 1
         elif any(line.strip() and not line.startswith(indent) for line in block):
             skipped["text at the margin"] += 1
@@ -186,12 +182,12 @@ def _functions(node: ast.AST, before: str) -> Iterator[tuple[str, Function]]:
             yield before + child.name, child
         elif isinstance(child, ast.ClassDef):
             yield from _functions(child, f"{before}{child.name}.")
-        elif isinstance(child, ast.stmt | ast.ExceptHandler):  # under an `if` or a `try`
+        elif isinstance(child, ast.stmt | ast.ExceptHandler):  # the body of an `if` or a `try`
             yield from _functions(child, before)
 
 
 def holds_text_over_lines(function: ast.AST) -> bool:
-    """Whether a string that is no docstring goes over lines: to indent it would change it."""
+    """Return whether a string that is no docstring has several lines, which indentation would change."""
     docstrings = {
         id(node.body[0].value)
         for node in ast.walk(function)
@@ -206,7 +202,7 @@ def holds_text_over_lines(function: ast.AST) -> bool:
 
 
 def constants_of(text: str) -> dict[str, int | float]:
-    """Numbers that a module gives a name to, once: `LIMIT = 50`."""
+    """Return name -> number of a module's constants such as `LIMIT = 50` that are assigned once."""
     found: dict[str, int | float] = {}
     assigned: Counter[str] = Counter()
     tree = ast.parse(text)
@@ -214,12 +210,12 @@ def constants_of(text: str) -> dict[str, int | float]:
         load = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
         if not load and not isinstance(node, ast.arg):
             assigned.update(own_identifiers(node))
-    if assigned["*"]:  # from ... import *
+    if assigned["*"]:  # `from ... import *` may bind any name
         return {}
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=int() | float() as value)):
-                # No number is written `inf`; and of a long int isfinite raises, and past 4,300 digits repr.
+                # `inf` is no literal. isfinite raises for a long int, and repr past 4,300 digits.
                 short = math.isfinite(value) if isinstance(value, float) else value < 10**MOST_DIGITS
                 if not isinstance(value, bool) and short:
                     found[name] = value
@@ -227,7 +223,7 @@ def constants_of(text: str) -> dict[str, int | float]:
 
 
 def shape_of(source: str) -> bytes:
-    """A hash that is equal for copies of a function, whatever they are called and say of themselves."""
+    """Return a hash that is equal for copies of a function under any name and with any docstring."""
     function = parsed(degrade(source, "hints") or source)
     function.name = "f"
     return hashlib.sha256(ast.dump(function).encode()).digest()
@@ -238,9 +234,9 @@ def shape_of(source: str) -> bytes:
 
 @dataclass(frozen=True)
 class Found:
-    """A function of the corpus with what was made of it."""
+    """A function of the corpus with its degraded versions."""
 
-    side: str
+    split: str
     path: str
     piece: Piece
     context: str
@@ -258,16 +254,16 @@ class Found:
                 "function": self.piece.name,
                 "strategy": way,
             }
-            if self.side == "test" and way in self.judged and self.judged[way].kind == "agrees":
+            if self.split == "test" and way in self.judged and self.judged[way].kind == "agrees":
                 row["context"] = self.context
             yield row
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
-    """Write the pairs of all sides.
+def build(settings: RefactorSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
+    """Write the pairs of all splits.
 
     Raises:
-        ValueError: An unknown strategy; the corpus cannot be read, or has no functions; a side would be
+        ValueError: A strategy is unknown; the corpus cannot be read, or has no functions; a split would be
             empty; two strategies do the same; or pairs cannot be run here.
     """
     longest(settings)
@@ -276,7 +272,7 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     check_isolation(settings)
     made: dict[str, list[str | None]] = {name: [] for name in settings.strategies}
     found: list[Found] = []
-    for side, path, piece, text in functions:
+    for split, path, piece, text in functions:
         constants = constants_of(text)
         ways: dict[str, str] = {}
         most = 0
@@ -291,31 +287,31 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
         elif most + len(tokenizer.encode(piece.source)) + 2 > settings.max_tokens:
             counts.drop(f"longer than {settings.max_tokens} tokens with their prompt")
         else:
-            found.append(Found(side, path, piece, context_of(text, piece.source), ways, {}))
+            found.append(Found(split, path, piece, context_of(text, piece.source), ways, {}))
     if found:
         check_distinct(made)
     if settings.check_behaviour:
         _judge(found)
-    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SPLITS}
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for one in found:
         rows = list(one.rows())
-        sides[one.side] += rows
+        splits[one.split] += rows
         if not rows:
             counts.drop("no rewrite does what the function does")
-    return write_dataset(folder, sides, counts, "Degraded functions", about(settings, found, unread))
+    return write_dataset(folder, splits, counts, "Degraded functions", about(settings, found, unread))
 
 
-def files_of(settings: Settings, work: Path | None = None) -> list[tuple[str, str, str]]:
-    """(side, path, text) of what functions are taken from; and there is something to run them in."""
+def files_of(settings: RefactorSettings, work: Path | None = None) -> list[tuple[str, str, str]]:
+    """Return (split, path, text) of the files of functions, after a check that pairs can be run."""
     documents = _documents(settings)[0]
     check_isolation(settings)
     return documents
 
 
-def _documents(settings: Settings) -> tuple[list[tuple[str, str, str]], int]:
-    """`files_of`, and how many documents are left out since they are not UTF-8."""
+def _documents(settings: RefactorSettings) -> tuple[list[tuple[str, str, str]], int]:
+    """Return (split, path, text) of the files, and the number of documents that are not UTF-8."""
     report = Report()
-    documents = [(side, one.name, one.text) for side, one in plain_documents(settings.source, report)]
+    documents = [(split, one.name, one.text) for split, one in plain_documents(settings.source, report)]
     if not documents:
         raise ValueError(
             f"{settings.source} holds examples and no plain code to take functions from: name files, or a "
@@ -324,14 +320,16 @@ def _documents(settings: Settings) -> tuple[list[tuple[str, str, str]], int]:
     return documents, report.undecodable
 
 
-def _chosen(settings: Settings, counts: Counts) -> tuple[list[tuple[str, str, Piece, str]], str]:
-    """(side, path, function, text of its file), each function once; of copies the one of a held-out side. And
-    in words, how many documents could not be read."""
+def _chosen(settings: RefactorSettings, counts: Counts) -> tuple[list[tuple[str, str, Piece, str]], str]:
+    """Return (split, path, function, text of its file), and a sentence on documents that could not be read.
+
+    Each function comes once; of several copies, the one of a held-out split stays.
+    """
     documents, undecodable = _documents(settings)
     documents.sort(key=lambda document: SPLITS.index(document[0]), reverse=True)
     fitting: list[tuple[str, str, Piece, str]] = []
     unparsed = 0
-    for side, path, text in documents:
+    for split, path, text in documents:
         skipped: Counter[str] = Counter()
         try:
             here = pieces(text, skipped)
@@ -348,7 +346,7 @@ def _chosen(settings: Settings, counts: Counts) -> tuple[list[tuple[str, str, Pi
             elif n_lines > settings.max_lines:
                 counts.drop(f"longer than {settings.max_lines} lines")
             else:
-                fitting.append((side, path, piece, text))
+                fitting.append((split, path, piece, text))
     if not counts.found:
         told = f", and {unparsed} of {len(documents)} documents do not parse" if unparsed else ""
         raise ValueError(f"{settings.source} holds no Python function{told}: give Python files")
@@ -371,7 +369,7 @@ def _chosen(settings: Settings, counts: Counts) -> tuple[list[tuple[str, str, Pi
 
 
 def _judge(found: Sequence[Found]) -> None:
-    """Run every function and its rewrites; what came out goes into `judged`."""
+    """Run every function and its rewrites, and enter the judgements into `judged`."""
     from tqdm import tqdm
 
     def judge(one: Found) -> None:
@@ -384,8 +382,8 @@ def _judge(found: Sequence[Found]) -> None:
             pass
 
 
-def about(settings: Settings, found: Sequence[Found], unread: str) -> str:
-    """The card's text: what a pair is, and how many each strategy made.
+def about(settings: RefactorSettings, found: Sequence[Found], unread: str) -> str:
+    """Return the card's text: what a pair is, and how many each strategy made.
 
     Args:
         unread: A sentence about the documents that could not be read.
@@ -407,7 +405,7 @@ def about(settings: Settings, found: Sequence[Found], unread: str) -> str:
     )
     return (
         "A row is a function written worse (`prompt`) and as it was (`completion`). `path` is the file that "
-        "it is from, which is on one side only; a function that stands in several files is taken once. "
+        "it is from, which is on one split only; a function that stands in several files is taken once. "
         f"`strategy` says how it was degraded.\n\nSource: {settings.source}. {unread} {ran}\n\n{table}"
     )
 
@@ -415,14 +413,15 @@ def about(settings: Settings, found: Sequence[Found], unread: str) -> str:
 # --- what predictions are worth ------------------------------------------------------------------
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
-    """The share of predictions that keep behaviour, for every system of the result, copying among them.
+def evaluate(settings: RefactorSettings, scoring: Any, result: dict[str, Any]) -> str:
+    """Return a table of the share of predictions that keep behaviour, for every system of the result.
 
-    Counted are the test examples whose function can be run.
+    The shares are of the test examples whose function can be run. One of the systems copies its input.
 
     Args:
-        scoring: The eval.EvalConfig of the scores; its source is the dataset.
-        result: Of `evaluate` by it; gets the judgements.
+        settings: The recipe's settings.
+        scoring: The EvalConfig of the scores; its source is the dataset.
+        result: The result of `evaluate` with it; the judgements are added to it.
     """
     samples = result.get("suite", {}).get("samples", [])
     if not (samples and settings.check_behaviour):
@@ -444,7 +443,7 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
 def kept_behaviour(
     cases: Sequence[tuple[str, str, Mapping[str, str]]], systems: Sequence[str]
 ) -> dict[str, list[Judgement]]:
-    """For each system a judgement of each case: (original, its context, prediction by system)."""
+    """Return for each system a judgement of each case: (original, its context, prediction by system)."""
 
     def judge(case: tuple[str, str, Mapping[str, str]]) -> list[Judgement]:
         original, context, predictions = case
@@ -458,7 +457,7 @@ def kept_behaviour(
 
 
 def behaviour_table(found: Mapping[str, Sequence[Judgement]], n_samples: int) -> str:
-    """A line for each system: the share that keeps behaviour, with Wilson's interval."""
+    """Return a line for each system: the share that keeps behaviour, with Wilson's interval."""
     from metrics.intervals import share_interval
     from suites.scoring import aligned
 

@@ -1,9 +1,9 @@
 """Refactor a file with a model of the recipe: `python generate.py --recipe refactor --file F`.
 
-Each function is asked for as in training, and the answer takes its place if it is one function of that name
-with the same parameters and decorators, takes no name that the file does not have and, where both can be run,
-does what the function does. Otherwise the function stays as it was. The difference is printed as a unified
-diff; the file is written only with --write.
+The model gets each function in the prompt of training. Its answer replaces the function if it is one function
+of that name with the same parameters and decorators, uses no name that the file does not have and, where both
+can be run, does what the function does. Otherwise the function stays as it was. The difference is printed as
+a unified diff; the file is written only with --write.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from config import make_parser, one_sentence, write_atomically
 from config.console import printable
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
-from recipes.degradations import Function, Scope, globals_of, parsed, unwritable
-from recipes.pipeline import Asked
+from recipes.functions import Function, Scope, globals_of, parsed, unwritable
+from recipes.pipeline import RequestedRecipe
 from recipes.refactor import Piece, holds_text_over_lines, pieces, prompt_of
 
 
 @dataclass(frozen=True)
 class RefactorConfig:
-    """What is refactored, and by what.
+    """Settings of the refactoring of a file.
 
     Args:
         file: The Python file.
-        model: A run folder, a model folder or a hub id, as for generate.py; not given, the recipe's own run.
+        model: A run folder, a model folder or a hub id, as for generate.py; by default the recipe's own run.
         adapter: A PEFT folder for `model`, which is then a published one.
         write: Write the file instead of only showing what would change.
         max_new_tokens: Most tokens of an answer.
-        batch_size: Functions at a time.
+        batch_size: Number of functions that are completed at a time.
         check_behaviour: Run both functions in the sandbox, where that is possible.
-        recipe: The recipe that the model was trained by.
+        recipe: The recipe by which the model was trained.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
@@ -59,7 +59,7 @@ class RefactorConfig:
 
 
 def parse_settings(argv: Sequence[str]) -> RefactorConfig:
-    """The RefactorConfig of a command line; a mistake prints one sentence and exits with 2."""
+    """Return the RefactorConfig of a command line; a mistake prints one sentence and exits with 2."""
     words = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         words += [word, "true"] if word == "--write" and following.startswith("-") else [word]
@@ -74,7 +74,7 @@ def parse_settings(argv: Sequence[str]) -> RefactorConfig:
         return settings
     if settings.adapter:
         parser.error("no --model is given, and --adapter is for a published one: give its --model")
-    run = Asked(settings.recipe, refactor, refactor.Settings(), []).run
+    run = RequestedRecipe(settings.recipe, refactor, refactor.RefactorSettings(), []).run
     if not run.is_dir():
         parser.error(
             f"no --model is given, and there is no run of the recipe in {run}: train one by "
@@ -83,15 +83,15 @@ def parse_settings(argv: Sequence[str]) -> RefactorConfig:
     return replace(settings, model=str(run))
 
 
-class Answer(NamedTuple):
-    """What a model wrote, or why that is nothing to look at."""
+class Rewrite(NamedTuple):
+    """A model's answer, or the reason why there is none."""
 
     code: str
     problem: str = ""
 
 
 def plain(text: str) -> tuple[str, Callable[[str], str]]:
-    """A file's text as `pieces` reads it, and how another one gets its byte order mark and line ends."""
+    """Return a file's text as `pieces` reads it, and a function that restores its mark and line ends."""
     mark = "\ufeff" if text.startswith("\ufeff") else ""
     body = text.removeprefix(mark)
     end = "\r\n" if 0 < body.count("\r\n") == body.count("\n") == body.count("\r") else "\n"
@@ -99,7 +99,7 @@ def plain(text: str) -> tuple[str, Callable[[str], str]]:
 
 
 def taken_out(text: str) -> tuple[list[Piece], Counter[str]]:
-    """The functions of a file, and why some cannot be taken out.
+    """Return the functions of a file, and the counts of those that cannot be taken out, by reason.
 
     Raises:
         ValueError: The file does not parse, or no function can be taken out.
@@ -113,14 +113,14 @@ def taken_out(text: str) -> tuple[list[Piece], Counter[str]]:
 
 
 def refactored(
-    text: str, answer: Callable[[list[str]], list[Answer]], check_behaviour: bool = True
+    text: str, answer: Callable[[list[str]], list[Rewrite]], check_behaviour: bool = True
 ) -> tuple[str, Counter[str]]:
-    """A file with every function that has a better answer replaced, and what became of each function.
+    """Return a file with the functions that have an acceptable answer replaced, and counts of all outcomes.
 
     Args:
-        text: Of the file.
-        answer: The answers of a model to prompts.
-        check_behaviour: Take no answer that, run on generated inputs, does something else.
+        text: The file's text.
+        answer: A function that returns a model's answers to prompts.
+        check_behaviour: Accept no answer that behaves differently on generated inputs.
 
     Raises:
         ValueError: The file does not parse, or has no function that can be taken out; or nothing isolates
@@ -131,7 +131,9 @@ def refactored(
     became = Counter({f"cannot be taken out: {reason}": n for reason, n in left_out.items()})
     lines = text.split("\n")
     new = answer([prompt_of(piece.source) for piece in found])
-    for piece, one in list(zip(found, new, strict=True))[::-1]:  # so that lines above keep their numbers
+    for piece, one in list(zip(found, new, strict=True))[
+        ::-1
+    ]:  # from the end, so that lines above keep their numbers
         put, told = _taken(piece, one, text, check_behaviour)
         became[told] += 1
         if put is not None:
@@ -141,8 +143,8 @@ def refactored(
     return restored(result), became
 
 
-def _taken(piece: Piece, answer: Answer, text: str, check_behaviour: bool) -> tuple[list[str] | None, str]:
-    """The lines that take a function's place, or None; and what became of it."""
+def _taken(piece: Piece, answer: Rewrite, text: str, check_behaviour: bool) -> tuple[list[str] | None, str]:
+    """Return the lines that replace a function, or None; and the outcome in words."""
     code = answer.code
     if answer.problem:
         return None, answer.problem
@@ -177,10 +179,10 @@ def _taken(piece: Piece, answer: Answer, text: str, check_behaviour: bool) -> tu
 
 
 def other_interface(before: Function, after: Function) -> str:
-    """In which way another function cannot be called or used as the first one; "" if it can.
+    """Return why another function cannot be called or used as the first one; "" if it can.
 
-    Compared are names, kinds and order of parameters, which callers may spell, their defaults, the decorators
-    and whether a call gives a value, an iterator or a coroutine. Hints may differ.
+    The comparison is of names, kinds and order of parameters, which callers may spell, their defaults, the
+    decorators, and whether a call returns a value, an iterator or a coroutine. Hints may differ.
     """
 
     def parameters(function: Function) -> list[list[str]]:
@@ -219,10 +221,11 @@ def _yields(function: Function) -> bool:
 
 
 def _names_of(text: str, code: str) -> set[str]:
-    """What a function of a file may take from outside: builtins, and what the module binds.
+    """Return the names that a function of a file may use: builtins, and the names that the module binds.
 
     Args:
-        code: Of the function. Where the module imports `*`, that may be any of its names.
+        text: The file's text.
+        code: The function's text. Where the module imports `*`, the result has all of its names.
     """
     symbols = symtable.symtable(text, "file", "exec").get_symbols()
     found = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
@@ -235,7 +238,7 @@ def _names_of(text: str, code: str) -> set[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the diff on the standard output, and on the standard error what became of the functions."""
+    """Print the diff on the standard output, and the outcome of each function on the standard error."""
     settings = parse_settings(argv)
     with one_sentence():
         path = Path(settings.file)
@@ -244,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: byte {error.start} cannot be read") from None
         try:
-            taken_out(plain(text)[0])  # before a model is opened
+            taken_out(plain(text)[0])  # a file without functions is refused before a model is opened
         except ValueError as error:
             raise ValueError(f"{path} cannot be refactored: {error}") from None
         if settings.check_behaviour:
@@ -262,7 +265,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def diff(before: str, after: str, name: str) -> str:
-    """A unified diff that `git apply` takes: lines end at line feeds alone."""
+    """Return a unified diff for `git apply`, in which lines end at line feeds alone."""
     one, other = (io.StringIO(text, newline="\n").readlines() for text in (before, after))
     lines = difflib.unified_diff(one, other, name, name)
     unended = "\n\\ No newline at end of file\n"
@@ -270,7 +273,7 @@ def diff(before: str, after: str, name: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that keeps its mode; where it is a link, what it leads to."""
+    """Write a file and keep its mode; of a link, write the file that it leads to."""
     path = path.resolve()
     mode = path.stat().st_mode
     write_atomically(path, text)
@@ -283,21 +286,21 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
+def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Rewrite]]:
     from generation.command import open_model
     from generation.settings import CommandConfig, GenerationConfig
     from generation.text import generate
 
-    asked = CommandConfig(
+    command = CommandConfig(
         model=settings.model, prompt=("",), adapter=settings.adapter, device=settings.device
     )
-    model, tokenizer = open_model(asked)
+    model, tokenizer = open_model(command)
     room = model.config.block_size
 
-    def answer(prompts: list[str]) -> list[Answer]:
-        answers = [Answer("", "too long for the model")] * len(prompts)
+    def answer(prompts: list[str]) -> list[Rewrite]:
+        answers = [Rewrite("", "too long for the model")] * len(prompts)
         lengths = [len(tokenizer.prompt_ids(prompt)) for prompt in prompts]
-        # An answer is about as long as its question: what leaves no room for that is not asked.
+        # An answer is about as long as its prompt: a prompt that leaves no room is not completed.
         able = sorted((n for n, length in enumerate(lengths) if 2 * length <= room), key=lambda n: lengths[n])
         for start in range(0, len(able), settings.batch_size):
             batch = able[start : start + settings.batch_size]
@@ -307,7 +310,7 @@ def _model(settings: RefactorConfig) -> Callable[[list[str]], list[Answer]]:
             )
             for n, completion in zip(batch, texts, strict=True):
                 cut = "the answer is cut off, by --max_new_tokens or the model's context"
-                answers[n] = Answer(completion.text, cut if completion.finish_reason == "length" else "")
+                answers[n] = Rewrite(completion.text, cut if completion.finish_reason == "length" else "")
         return answers
 
     return answer

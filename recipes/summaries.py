@@ -1,9 +1,9 @@
-"""A Python class -> its docstring: `python -m recipes summaries --source apache_airflow_core-3.0.0.whl`.
+"""Write a Python class's docstring: `python -m recipes summaries --source apache_airflow_core-3.0.0.whl`.
 
-Classes with a docstring of at least 20 words, out of a repository, archive or folder. The model is shown the
-class without any docstring, its own or of what is inside, cut from its end where it is long, and writes the
-docstring. Two prompts are trained and compared, each with its own run: a verbose instruction, and next to
-none. Texts are made greedily and by nucleus sampling with a seed.
+The classes have a docstring of at least 20 words, and come from a repository, archive or folder. The model
+gets the class without its own or any inner docstring, truncated where it is long, and writes the docstring.
+Two prompts are trained and compared, each in its own run: a verbose instruction, and next to none. Texts are
+generated greedily and by nucleus sampling with a seed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import write_atomically
-from recipes.building import Counts, RecipeSettings, split, write_dataset
+from recipes.building import Counts, RecipeSettings, split_items, write_dataset
 from recipes.classes import Class, classes_of
 from recipes.files import check_source, read_files
 from recipes.nearby import nearest_of
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from tokenizer import Tokenizer
 
 FAMILY = "llama"
@@ -28,31 +28,31 @@ METRICS = ("chrf", "rougeL")
 EVALUATION: dict[str, Any] = {"metrics": ",".join(METRICS)}
 SMALL: dict[str, Any] = {"optimizer.lr": 1e-3}
 PROMPTS = ("verbose", "simple")
-TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of all, and of what is not test
+TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # shares of all classes, and of those that are not test
 RECORD = "summaries.json"  # the texts behind the table, in the run's folder
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
-    """Which classes are taken, what the model is shown of them, and how it writes.
+class SummariesSettings(RecipeSettings):
+    """Settings of the recipe summaries: its classes, their prompts, and how texts are sampled.
 
     Args:
         source: A folder, an archive (.whl, .zip, .tar.gz), the address of a git repository, or a .jsonl file
             with `path` and `text`.
         revision: Tag, branch or commit of a repository.
-        under: Only files whose path begins so.
+        under: Read only files whose path begins with this.
         min_words: Fewest words of a docstring, as str.split counts them.
         prompt: `verbose`, `simple`, or both, one after the other.
-        code_tokens: Most of a class's code; longer classes lose their end.
-        input_tokens: Most of a prompt, the code in it.
-        docstring_tokens: Most of a docstring, with its end; longer ones lose their last lines.
+        code_tokens: Most tokens of a class's code; longer classes lose their end.
+        input_tokens: Most tokens of a prompt with its code.
+        docstring_tokens: Most tokens of a docstring, with its end; longer ones lose their last lines.
         quality: Leave out docstrings that are no summary: lists of parameters, notes of deprecation, names.
-        related: Show this many classes of the training side, with their docstrings, that are most like it.
-        related_tokens: Most tokens of each of those; they share `input_tokens` with the code.
-        temperature: Of the sampled texts.
-        top_p: Of the sampled texts.
-        split_seed: Of the split.
-        sampling_seed: Of the sampled texts, and of which examples are completed where `eval_samples` is less.
+        related: Show this many of the most similar classes of the training split, with their docstrings.
+        related_tokens: Most tokens of each of these; they share `input_tokens` with the code.
+        temperature: Temperature of the sampled texts.
+        top_p: Probability of the tokens that are sampled from.
+        split_seed: Seed of the split.
+        sampling_seed: Seed of the sampled texts, and of the choice of `eval_samples` examples.
     """
 
     source: str = ""
@@ -72,7 +72,10 @@ class Settings(RecipeSettings):
     sampling_seed: int = 0
 
 
-def check(settings: Settings) -> None:
+SETTINGS = SummariesSettings
+
+
+def check(settings: SummariesSettings) -> None:
     for name in ("min_words", "code_tokens", "docstring_tokens"):
         if getattr(settings, name) < 2:
             raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 2")
@@ -85,15 +88,15 @@ def check(settings: Settings) -> None:
     check_source(settings.source, ".py", settings.revision)
 
 
-def files_of(settings: Settings, work: Path) -> list[Document | tuple[str, Drop]]:
+def files_of(settings: SummariesSettings, work: Path) -> list[ScrapedDocument | tuple[str, Drop]]:
     return read_files(settings.source, ".py", settings.revision, settings.under, work)
 
 
-def longest(settings: Settings) -> int:
+def longest(settings: SummariesSettings) -> int:
     return settings.input_tokens + settings.docstring_tokens
 
 
-def variants(settings: Settings) -> dict[str, Settings]:
+def variants(settings: SummariesSettings) -> dict[str, SummariesSettings]:
     if settings.prompt != "both":
         return {}
     return {prompt: replace(settings, prompt=prompt) for prompt in PROMPTS}
@@ -103,11 +106,11 @@ def variants(settings: Settings) -> dict[str, Settings]:
 
 
 def prompt_of(name: str, code: str, prompt: str, related: Sequence[str] = ()) -> str:
-    """What asks for the docstring of a class: the same in training, evaluation and serving.
+    """Return the prompt for the docstring of a class, in training, evaluation and serving.
 
     Args:
-        name: Of the class.
-        code: Of the class, without docstrings.
+        name: The class's name.
+        code: The class's code, without docstrings.
         prompt: `verbose` or `simple`.
         related: Other classes, as `example_of` shows them.
     """
@@ -119,19 +122,21 @@ def prompt_of(name: str, code: str, prompt: str, related: Sequence[str] = ()) ->
 
 
 def example_of(code: str, docstring: str) -> str:
-    """A class with its docstring, as context for another."""
+    """Return a class with its docstring, as context for another."""
     return f"Class {code.rstrip()}\n\nDocstring:\n{docstring.rstrip()}"
 
 
-def fitted_prompt(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> str:
-    """The prompt with as many of the code's first lines as fit; instruction and ending always stand.
+def fitted_prompt(
+    one: Class, related: Sequence[str], settings: SummariesSettings, tokenizer: Tokenizer
+) -> str:
+    """Return the prompt with as many of the code's first lines as fit between instruction and ending.
 
     Raises:
-        ValueError: Even without code it does not fit.
+        ValueError: The prompt does not fit even without code.
     """
     name = one.name.rpartition(".")[2]
     code = first_lines(one.code, settings.code_tokens, tokenizer)
-    room = settings.input_tokens - 1  # a start token may stand before it
+    room = settings.input_tokens - 1  # one token is for a start token
     while len(tokenizer.encode(prompt := prompt_of(name, code, settings.prompt, related))) > room:
         excess = len(tokenizer.encode(prompt)) - room
         shorter = first_lines(code, len(tokenizer.encode(code)) - excess, tokenizer)
@@ -145,7 +150,7 @@ def fitted_prompt(one: Class, related: Sequence[str], settings: Settings, tokeni
 
 
 def first_lines(text: str, tokens: int, tokenizer: Tokenizer) -> str:
-    """As many whole first lines as have at most so many tokens; of a first line with more, its beginning."""
+    """Return as many whole first lines as fit into `tokens` tokens; of a longer first line its beginning."""
     ids = tokenizer.encode(text)
     if len(ids) <= tokens:
         return text
@@ -157,12 +162,12 @@ def first_lines(text: str, tokens: int, tokenizer: Tokenizer) -> str:
 # --- the dataset -------------------------------------------------------------------------------------
 
 
-def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
-    """See the module; ValueError in one sentence where the source has too few such classes."""
+def build(settings: SummariesSettings, tokenizer: Tokenizer, folder: Path) -> Counts:
+    """Write the dataset of classes; raise a ValueError where the source has too few of them."""
     counts = Counts("classes")
     found, unparsed, unread = [], 0, 0
     for file in files_of(settings, folder.parent / "source"):
-        if not isinstance(file, Document):
+        if not isinstance(file, ScrapedDocument):
             unread += 1
             continue
         try:
@@ -177,14 +182,14 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
             + "; name another --source"
         )
     chosen = [one for one in found if not (reason := unfit(one, settings)) or counts.drop(reason)]
-    sides = split(chosen, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
+    splits = split_items(chosen, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
     shortened = sum(_docstring(one, settings, tokenizer) != one.docstring for one in chosen)
     rows = {
-        side: [
+        split: [
             _row(one, related, settings, tokenizer)
-            for one, related in _with_related(own, sides["train"], settings, tokenizer)
+            for one, related in _with_related(own, splits["train"], settings, tokenizer)
         ]
-        for side, own in sides.items()
+        for split, own in splits.items()
     }
     cut = sum(row["cut"] for own in rows.values() for row in own)
     return write_dataset(
@@ -196,8 +201,8 @@ def build(settings: Settings, tokenizer: Tokenizer, folder: Path) -> Counts:
     )
 
 
-def about(settings: Settings, unparsed: int, unread: int, cut: int, shortened: int, n: int) -> str:
-    """The card's text."""
+def about(settings: SummariesSettings, unparsed: int, unread: int, cut: int, shortened: int, n: int) -> str:
+    """Return the text of the dataset card."""
     revision = f" at {settings.revision}" if settings.revision else ""
     related = (
         f"Before it stand the {settings.related} training classes most like it, with their docstrings.\n"
@@ -214,12 +219,12 @@ in whole lines ({cut} of {n} classes lose their end).
 {settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse, and {unread} are no text.
 
 The split is drawn by seed {settings.split_seed}: a fifth of all is test, and a tenth of the rest
-validation, by which the best checkpoint is chosen. Classes of one file may stand on two sides.
+validation, by which the best checkpoint is chosen. Classes of one file may stand on two splits.
 """
 
 
-def unfit(one: Class, settings: Settings) -> str:
-    """Why a class is no example; "" if it is."""
+def unfit(one: Class, settings: SummariesSettings) -> str:
+    """Return why a class is no example; "" if it is."""
     if not one.docstring:
         return "no docstring"
     if len(one.docstring.split()) < settings.min_words:
@@ -234,11 +239,11 @@ SECTION = re.compile(
 NO_SUMMARY = re.compile(
     r"\W*(?:deprecated|todo|fixme|internal use only|do not use|see\b|alias\b)", re.IGNORECASE
 )
-LEAST_PROSE = 0.5  # of a docstring's words
+LEAST_PROSE = 0.5  # least share of a docstring's words that are prose
 
 
 def poor(one: Class) -> str:
-    """Why a docstring does not summarise its class, by rules; "" if none of them holds."""
+    """Return the rule by which a docstring does not summarise its class; "" if none applies."""
     lines = one.docstring.split("\n")
     if NO_SUMMARY.match(lines[0]):
         return "docstring begins with a note or a reference"
@@ -262,14 +267,14 @@ def _words(text: str) -> list[str]:
     return [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", text)]
 
 
-def _docstring(one: Class, settings: Settings, tokenizer: Tokenizer) -> str:
+def _docstring(one: Class, settings: SummariesSettings, tokenizer: Tokenizer) -> str:
     return first_lines(one.docstring, settings.docstring_tokens - 1, tokenizer).rstrip()
 
 
 def _with_related(
-    own: Sequence[Class], train: Sequence[Class], settings: Settings, tokenizer: Tokenizer
+    own: Sequence[Class], train: Sequence[Class], settings: SummariesSettings, tokenizer: Tokenizer
 ) -> list[tuple[Class, list[str]]]:
-    """Each with what retrieval finds among the training classes, but for itself."""
+    """Return each class with the texts that retrieval finds among the other training classes."""
     if not settings.related:
         return [(one, []) for one in own]
     found = nearest_of([one.code for one in own], [one.code for one in train], settings.related + 1)
@@ -291,8 +296,10 @@ def _with_related(
     return shown
 
 
-def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`prompts` are for eval.py: `verbose` and `simple`, and `related` where retrieval is asked for."""
+def _row(
+    one: Class, related: Sequence[str], settings: SummariesSettings, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Return a row. Its `prompts` are for eval.py: `verbose`, `simple`, and `related` if it is requested."""
     prompts = {name: fitted_prompt(one, (), replace(settings, prompt=name), tokenizer) for name in PROMPTS}
     if settings.related:
         prompts["related"] = fitted_prompt(one, related, settings, tokenizer)
@@ -309,17 +316,18 @@ def _row(one: Class, related: Sequence[str], settings: Settings, tokenizer: Toke
 # --- scores ------------------------------------------------------------------------------------------
 
 
-def evaluation(settings: Settings) -> dict[str, Any]:
-    """The seed of all scores, by which examples are chosen, too: greedy and sampled texts are of the same."""
+def evaluation(settings: SummariesSettings) -> dict[str, Any]:
+    """Return the seed of all scores, which also chooses the examples of greedy and sampled texts."""
     return {"seed": settings.sampling_seed}
 
 
-def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
-    """Greedy texts of the run's scores and sampled ones, of the base and the tuned model, in one table.
+def evaluate(settings: SummariesSettings, scoring: Any, result: dict[str, Any]) -> str:
+    """Return a table of greedy and sampled texts of the base and the tuned model.
 
     Args:
-        scoring: An eval.EvalConfig, not named here: whoever reads annotations would import torch.
-        result: Of `evaluate` by it.
+        settings: The recipe's settings.
+        scoring: The EvalConfig of the scores. The annotation does not name it, since its import needs torch.
+        result: The result of `evaluate` with it.
     """
     from suites.evaluate import evaluate as evaluated
     from suites.scoring import origin_of
@@ -340,15 +348,15 @@ def evaluate(settings: Settings, scoring: Any, result: dict[str, Any]) -> str:
     return table({settings.prompt: record}, settings)
 
 
-def together(made: dict[str, tuple[Settings, Path]]) -> str:
-    """The table of both prompts, from what each run's `evaluate` wrote."""
+def together(made: dict[str, tuple[SummariesSettings, Path]]) -> str:
+    """Return the table of both prompts, from the records that each run's `evaluate` wrote."""
     records = {name: json.loads((out / "run" / RECORD).read_text("utf-8")) for name, (_, out) in made.items()}
     (settings, _), *_ = made.values()
     return table(records, settings)
 
 
-def table(records: dict[str, Any], settings: Settings) -> str:
-    """Base and tuned by prompt, metric and decoding, with 95% intervals; below it what they show."""
+def table(records: dict[str, Any], settings: SummariesSettings) -> str:
+    """Return base and tuned scores by prompt, metric and decoding, with 95% intervals and a verdict."""
     from metrics import cleaned
     from metrics.registry import score
     from suites.scoring import aligned

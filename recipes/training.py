@@ -1,4 +1,4 @@
-"""A training run that is begun, gone on with, or left as it is: whatever the folder's state asks for."""
+"""Begin a training run, continue it, or leave it as it is, depending on the state of its folder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from training.run import resolved_format
 from training.runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
 from training.signals import RESUMABLE
 
-FINISHED = "asked.json"  # what was asked of a run whose budget is used, or whose patience ended
+FINISHED = "asked.json"  # the requested settings of a run whose budget is used, or whose patience ended
 
 
 BUDGET = {"max_seconds", "max_steps", "max_epochs", "patience"}
-BASE = {"base", "base_revision"}  # may lie elsewhere: training compares its fingerprint
-HELD_BY = {"precision", "device"}  # decide the format of a base whose format is `auto`
+BASE = {"base", "base_revision"}  # a base may move, since training compares its fingerprint
+DECIDE_FORMAT = {"precision", "device"}  # these decide how a base is stored whose format is `auto`
 
 
 def finish(config: Config, is_preset: bool = False) -> bool:
-    """Train in `config.train.run` until the budget is used; False if it was before this call.
+    """Train in `config.train.run` until the budget is used; return False if it was before this call.
 
-    `is_preset` as in `training.begin.train`.
+    Args:
+        config: The run's settings.
+        is_preset: As for `training.begin.train`.
 
     Raises:
-        ValueError: As `training.begin.train`, also for a run that was finished with another fixed setting.
-        SystemExit: With 75; a signal asked to stop, and the next call goes on.
+        ValueError: As by `training.begin.train`, and for a run that was finished with another fixed setting.
+        SystemExit: With 75, when a signal stopped training; the next call goes on.
     """
     folder = Path(config.train.run)
     config = _as_begun(config, folder).with_optimizer_defaults()
@@ -54,7 +56,7 @@ def finish(config: Config, is_preset: bool = False) -> bool:
                     f"{folder} was finished with {key} {before[key]}, and now it is {now[key]}; set it back, "
                     "or name another --out"
                 )
-        if HELD_BY & {*changed}:
+        if DECIDE_FORMAT & {*changed}:
             _refuse_another_format(config, folder)
         if not (BUDGET | BASE) & {*changed}:
             for key in changed:
@@ -66,12 +68,12 @@ def finish(config: Config, is_preset: bool = False) -> bool:
                     )
             return False
     begun = (folder / "config.yaml").is_file()
-    if begun and not step_folders(folder / "checkpoints"):  # killed before its first checkpoint
+    if begun and not step_folders(folder / "checkpoints"):  # the run was killed before its first checkpoint
         shutil.rmtree(folder)
         begun = False
     try:
         manager = train(replace(config, train=replace(config.train, resume=begun)), is_preset=is_preset)
-    except BudgetUsed:  # killed between its last checkpoint and the mark; or its base has moved
+    except BudgetUsed:  # it was killed between its last checkpoint and the mark, or its base has moved
         note_base(folder, config.train.base)  # training has compared its fingerprint
     else:
         if manager.stop_signal is not None and manager.progress() < 1:
@@ -82,7 +84,7 @@ def finish(config: Config, is_preset: bool = False) -> bool:
 
 
 def _as_begun(config: Config, folder: Path) -> Config:
-    """The config with prompts cut where they end, for a run that was begun before their ends were healed."""
+    """Return the config without healing of prompts' ends, for a run that was begun before there was any."""
     saved = folder / "config.yaml"
     if not saved.is_file() or "heal" in read_yaml(saved).get("data", {}):
         return config
@@ -90,15 +92,15 @@ def _as_begun(config: Config, folder: Path) -> Config:
 
 
 def _refuse_another_format(config: Config, folder: Path) -> None:
-    """ValueError if a base would be stored in another format now than the finished run's was."""
+    """Raise a ValueError if a base would be stored as another format now than in the finished run."""
     train = config.train
     if not (train.base and config.lora.r):
         return
-    asked = choose_precision(choose_device(train.device), train.precision)
-    weight_format = resolved_format(train.base_format, asked.dtype)
+    requested = choose_precision(choose_device(train.device), train.precision)
+    now = resolved_format(train.base_format, requested.dtype)
     before = read_yaml(folder / "config.yaml")["base_format"]
-    if weight_format != before:
+    if now != before:
         raise ValueError(
             f"{folder} was finished on a base stored as {before}, and with --precision {train.precision} on "
-            f"{asked.device.type} it would be stored as {weight_format}; set it back, or name another --out"
+            f"{requested.device.type} it would be stored as {now}; set it back, or name another --out"
         )

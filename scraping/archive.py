@@ -4,13 +4,13 @@
         for member in read_archive(file, wanted.reason):
             member.path, member.size, member.data  # or member.reason
 
-Nothing is written to the disk, nothing inside an archive is opened as one, and no name is trusted. Every
-member is either bytes or a reason. An archive that is cut or damaged, or past a limit, raises: who reads it
-once before storing anything stores nothing of it.
+Nothing is written to the disk, no archive inside an archive is opened, and no name is trusted. Every member
+comes with either its bytes or a reason. An archive that is truncated, damaged or past a limit raises an
+error: a caller that reads it to its end before storing anything stores nothing of it.
 
-The formats are read here and not by `tarfile` and `zipfile`: those decode names, hold headers of any size and
-whole directories in memory, and follow chains of headers by recursion. Sources: POSIX pax interchange format,
-GNU tar manual "Basic Tar Format", PKWARE APPNOTE 6.3.
+`tarfile` and `zipfile` are not used: they decode names, keep headers of any size and whole directories in
+memory, and follow chains of headers by recursion. Sources: POSIX pax interchange format, GNU tar manual
+"Basic Tar Format", PKWARE APPNOTE 6.3.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from typing import Any, BinaryIO
 
 from scraping.wanted import NO_FILE, SYMBOLIC_LINK, path_reason
 
-BLOCK = 512  # of a tar
+BLOCK = 512  # bytes of a tar's block
 CHUNK = 2**16
 MAX_HEADER = 2**20  # bytes of a long name or of a pax header
 MAX_NAMES = 2**27  # bytes of all names together, which are kept to find duplicates
 MAX_DIRECTORY = 2**27  # bytes of a zip's directory, which is read whole
-RATIO_FROM = 2**26  # bytes that come out before their ratio to what went in is looked at
-XZ_MEMORY = 2**27  # a file made by `xz -9` asks for 65 MiB
+RATIO_FROM = 2**26  # bytes of output below which the ratio to the input is not checked
+XZ_MEMORY = 2**27  # bytes; a file made by `xz -9` needs 65 MiB
 DIRECTORY = "directory"
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What an archive may cost.
+class ArchiveLimits:
+    """Limits on an archive.
 
     Args:
-        members: Names in it.
-        total_bytes: That come out of it, wanted or not.
-        ratio: Of what comes out to what went in. Source code packs 3 to 15 times, a bomb of zeros 1,000.
-        seconds: From the first to the last member, the reader's own time included.
+        members: Number of its members.
+        total_bytes: Unpacked bytes of all members, wanted or not.
+        ratio: Unpacked to packed bytes. Source code is compressed 3 to 15 times, a bomb of zeros 1,000 times.
+        seconds: Time from the first to the last member, the caller's own included.
     """
 
     members: int = 500_000
@@ -57,20 +57,20 @@ class Limits:
 
 
 class BrokenArchive(ValueError):
-    """It is cut, damaged or none at all; another copy may be whole."""
+    """Failure to read an archive that is truncated, damaged or none at all; another copy may be whole."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """A name in an archive, and its bytes or the reason why not.
+class ArchiveMember:
+    """A member of an archive: its name, and its bytes or the reason why there are none.
 
     Args:
-        path: As it stands there, without what was stripped. No two members of an archive have one path: the
-            second of a name has the reason `duplicate member`, and NUL and its number after the name.
+        path: Its name in the archive, without stripped folders. No two members of an archive have one path:
+            the second of a name has the reason `duplicate member`, and NUL and its number after the name.
             Names that differ by case only are different.
-        size: As the archive states it.
+        size: The size that the archive states.
         data: All of its bytes; None if there is a reason.
-        reason: "" if there are bytes.
+        reason: Why there are no bytes; "" if there are.
     """
 
     path: bytes
@@ -80,30 +80,30 @@ class Member:
 
 
 def read_archive(
-    file: BinaryIO, reason: Callable[[bytes, int], str], strip: int = 0, limits: Limits | None = None
-) -> Iterator[Member]:
-    """Every member of an archive that is not a directory, in the archive's order.
+    file: BinaryIO, reason: Callable[[bytes, int], str], strip: int = 0, limits: ArchiveLimits | None = None
+) -> Iterator[ArchiveMember]:
+    """Yield every member of an archive that is not a directory, in the archive's order.
 
     Args:
-        file: Open for reading, and one that seeks; read from its beginning.
-        reason: Of a path and size: why its bytes are not wanted, "" if they are. What it lets pass is held
-            in memory, one member at a time.
+        file: A seekable file, open for reading; it is read from its beginning.
+        reason: Returns why the bytes of (path, size) are not wanted, "" if they are. Wanted bytes are in
+            memory one member at a time.
         strip: Leading folders to take off each name; GitHub's tarballs have 1.
-        limits: By default `Limits()`.
+        limits: By default `ArchiveLimits()`.
 
     Raises:
-        BrokenArchive: see there. Members that came before are as they were.
-        ValueError: it is past a limit, or of a kind that is not read.
+        BrokenArchive: the archive is truncated or damaged. Members that came before are whole.
+        ValueError: the archive is past a limit, or of a kind that is not read.
     """
-    limits = limits or Limits()
+    limits = limits or ArchiveLimits()
     count = _Count(limits)
-    seen: dict[bytes, int] = {}  # how often each name came
+    seen: dict[bytes, int] = {}  # name -> number of members so far
     file.seek(0)
     members = _zip_members if file.read(4) in (b"PK\3\4", b"PK\5\6") else _tar_members
 
     def judge(path: bytes, size: int, kind: str) -> tuple[bytes, str]:
         count.member(path)
-        while path.startswith(b"./"):  # as `tar c .` writes
+        while path.startswith(b"./"):  # `tar c .` writes such names
             path = path[2:]
         if not kind and path.count(b"/") < strip:
             kind = "outside the top folder"
@@ -122,16 +122,16 @@ def read_archive(
 
 
 def commit_of(file: BinaryIO) -> str:
-    """The commit that `git archive`, and so GitHub, wrote into an archive; "" if there is none.
+    """Return the commit that `git archive`, and so GitHub, wrote into an archive; "" if there is none.
 
-    It stands in the first pax header of a tar, and in the comment of a zip.
+    It is in the first pax header of a tar, and in the comment of a zip.
     """
     file.seek(0)
     if file.read(4) in (b"PK\3\4", b"PK\5\6"):
         end = _zip_end(file)[1]
         comment = end[22:]
     else:
-        stream = _Stream(file, _Count(Limits()))
+        stream = _TarStream(file, _Count(ArchiveLimits()))
         header = stream.read(BLOCK)
         if header[156:157] != b"g":
             return ""
@@ -140,9 +140,9 @@ def commit_of(file: BinaryIO) -> str:
 
 
 class _Count:
-    """What an archive has cost so far; raises past a limit."""
+    """A count of what an archive has cost so far, which raises a ValueError past a limit."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ArchiveLimits) -> None:
         self.limits = limits
         self.members = self.given = self.names = 0
         self.deadline = time.monotonic() + limits.seconds
@@ -157,7 +157,7 @@ class _Count:
         self._look_at_the_clock()
 
     def bytes(self, given: int, taken: int) -> None:
-        """`given` more bytes came out; `taken` went in since the beginning."""
+        """Count `given` more unpacked bytes, after `taken` packed bytes since the beginning."""
         self.given += given
         if self.given > self.limits.total_bytes:
             raise ValueError(f"the archive holds more than {self.limits.total_bytes:,} bytes")
@@ -170,7 +170,7 @@ class _Count:
             raise ValueError(f"the archive took more than {self.limits.seconds:g} seconds to read")
 
 
-# `judge` takes a path, a size and the reason that lies in the member's kind, and gives the path to show and
+# `judge` takes a path, a size and the reason that the member's kind gives; it returns the path to show and
 # the reason, "" for a member whose bytes are to be read.
 Judge = Callable[[bytes, int, str], tuple[bytes, str]]
 
@@ -180,7 +180,7 @@ Judge = Callable[[bytes, int, str], tuple[bytes, str]]
 
 
 class _Plain:
-    """The decompressor of what is not compressed."""
+    """A decompressor of data that is not compressed."""
 
     eof, unused_data, unconsumed_tail = False, b"", b""
 
@@ -198,7 +198,7 @@ DECOMPRESSORS: tuple[tuple[bytes, Callable[[], Any]], ...] = (
 
 
 def _chunks(file: BinaryIO, count: _Count) -> Iterator[bytes]:
-    """What a file holds, decompressed by its first bytes, in pieces of at most CHUNK."""
+    """Yield a file's content, decompressed as its first bytes tell, in pieces of at most CHUNK."""
     file.seek(0)
     data = file.read(CHUNK)
     taken = len(data)
@@ -231,7 +231,7 @@ def _chunks(file: BinaryIO, count: _Count) -> Iterator[bytes]:
             engine = make()
             count.bytes(0, taken)
             continue
-        # zlib hands back what it did not read; the other two keep it, and say whether they want more.
+        # zlib returns the input that it did not read; the other two keep it, and say whether they need more.
         data = getattr(engine, "unconsumed_tail", b"")
         if data or not getattr(engine, "needs_input", True):
             continue
@@ -243,8 +243,8 @@ def _chunks(file: BinaryIO, count: _Count) -> Iterator[bytes]:
             return
 
 
-class _Stream:
-    """Bytes of a tar, in the sizes that it is read in."""
+class _TarStream:
+    """The decompressed stream of a tar, read in any sizes."""
 
     def __init__(self, file: BinaryIO, count: _Count) -> None:
         self._chunks = _chunks(file, count)
@@ -259,7 +259,7 @@ class _Stream:
         return found
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes."""
+        """Return exactly `size` bytes."""
         parts = []
         while size:
             part = self._some(size)
@@ -277,7 +277,7 @@ class _Stream:
             size -= len(part)
 
     def body(self, size: int) -> bytes:
-        """A header's own data, with its padding read too."""
+        """Return a header's own data, and skip its padding."""
         if size > MAX_HEADER:
             raise ValueError(f"the archive has a name or header of {size:,} bytes, over {MAX_HEADER:,}")
         data = self.read(size)
@@ -285,7 +285,7 @@ class _Stream:
         return data
 
     def end(self) -> None:
-        """All that is left is zeros."""
+        """Check that nothing but zeros is left."""
         while part := self._some(CHUNK):
             if part.count(0) != len(part):
                 raise BrokenArchive("the archive is followed by other bytes")
@@ -301,8 +301,8 @@ TAR_KINDS = {
 }
 
 
-def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member]:
-    stream = _Stream(file, count)
+def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[ArchiveMember]:
+    stream = _TarStream(file, count)
     shared: dict[bytes, bytes] = {}
     own: dict[bytes, bytes] = {}
     name = None
@@ -337,10 +337,10 @@ def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member
                 kind = "sparse file"
             if not kind and path.endswith(b"/"):
                 kind = DIRECTORY
-            if flag == b"S" and header[482]:  # the old GNU form goes on in blocks of its own
+            if flag == b"S" and header[482]:  # the old GNU form has more blocks of header
                 while stream.read(BLOCK)[504]:
                     count.member()
-            # POSIX: links, devices and pipes have no data, whatever their size says; folders as well.
+            # POSIX: links, devices, pipes and folders have no data, whatever their size says.
             size = 0 if flag in (b"1", b"2", b"3", b"4", b"5", b"6") else size
             path, why = judge(path, size, kind)
             data = None
@@ -349,7 +349,7 @@ def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member
             else:
                 data = stream.read(size)
             stream.skip(-size % BLOCK)
-            yield Member(path, size, data, why)
+            yield ArchiveMember(path, size, data, why)
             own, name = {}, None
         header = stream.read(BLOCK)
     stream.end()
@@ -357,7 +357,7 @@ def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member
 
 def _tar_name(header: bytes) -> bytes:
     name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
-    # GNU's own form, `ustar  `, keeps other things where POSIX has the prefix.
+    # GNU's own form, `ustar  `, has other fields where POSIX has the prefix.
     return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
 
 
@@ -366,7 +366,7 @@ def _checksum(header: bytes) -> int:
 
 
 def _number(field: bytes) -> int:
-    """A number of a tar header: octal digits, or GNU's binary form."""
+    """Return a number of a tar header: octal digits, or GNU's binary form."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0")[0].strip()
@@ -384,7 +384,7 @@ def _decimal(digits: bytes) -> int:
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """`25 path=some/very/long/name\\n` and so on; the number counts the whole record."""
+    """Return the records of a pax header, `25 path=some/very/long/name\\n`; the number is their length."""
     records: dict[bytes, bytes] = {}
     at = 0
     while at < len(data):
@@ -411,7 +411,7 @@ LOCAL = struct.Struct("<4s22x2H")
 
 
 def _zip_end(file: BinaryIO) -> tuple[int, bytes]:
-    """Where a zip's end record stands, and the record with its comment."""
+    """Return the place of a zip's end record, and the record with its comment."""
     size = file.seek(0, os.SEEK_END)
     start = max(size - END.size - 65_535, 0)
     file.seek(start)
@@ -425,7 +425,7 @@ def _zip_end(file: BinaryIO) -> tuple[int, bytes]:
 
 
 def _zip_directory(file: BinaryIO) -> tuple[int, int, int]:
-    """Where the entries begin, how many bytes they take, and how many they are."""
+    """Return where the entries begin, their size in bytes, and their number."""
     at, end = _zip_end(file)
     _, disk, first, here, entries, size, start, _ = END.unpack_from(end)
     file.seek(max(at - END64_AT.size, 0))
@@ -442,7 +442,7 @@ def _zip_directory(file: BinaryIO) -> tuple[int, int, int]:
     return start, size, entries
 
 
-def _zip_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member]:
+def _zip_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[ArchiveMember]:
     start, size, entries = _zip_directory(file)
     taken = file.seek(0, os.SEEK_END)
     if entries > count.limits.members:
@@ -471,7 +471,7 @@ def _zip_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Member
             data = _zip_data(file, local, method, packed, unpacked, crc)
             count.bytes(unpacked, taken)
             why = "damaged member" if data is None else ""
-        yield Member(path, unpacked, data, why)
+        yield ArchiveMember(path, unpacked, data, why)
     if found != entries:
         raise BrokenArchive("the archive is damaged")
 
@@ -490,7 +490,7 @@ def _zip_kind(path: bytes, flags: int, method: int, mode: int) -> str:
 
 
 def _zip64(extra: bytes, *values: int) -> list[int]:
-    """Sizes and offset, with those taken from the extra field that did not fit their places."""
+    """Return sizes and offset, taken from the zip64 extra field where they did not fit their own fields."""
     found = list(values)
     while len(extra) >= 4:
         tag, size = struct.unpack_from("<2H", extra)
@@ -503,7 +503,7 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
 
 
 def _zip_data(file: BinaryIO, local: int, method: int, packed: int, unpacked: int, crc: int) -> bytes | None:
-    """The bytes of a member, or None if they are not what its entry says."""
+    """Return the bytes of a member, or None if they are not as its entry says."""
     file.seek(local)
     header = file.read(LOCAL.size)
     if len(header) < LOCAL.size or header[:4] != b"PK\3\4":

@@ -1,14 +1,14 @@
-"""python -m scraping build: the last selection, and the corpus with its counts, its card and its fingerprint.
+"""python -m scraping build: select the corpus's documents, and write it with its counts and its card.
 
-Of each text the document with the least name stays, of each cluster of near duplicates likewise (or all, with
-`--near keep`), and no document that holds an example of a benchmark. Written are
+Of documents with equal text the one with the least name stays; of a cluster of near duplicates too, or all of
+them with `--near keep`. A document that holds an example of a benchmark is dropped. The command writes
 
     corpus/data/part-*.parquet      text, repository, path, commit, licence, cluster, sha256
     corpus/corpus.json              counts by stage and reason, licences, settings, fingerprint
     corpus/README.md, pictures/     the dataset card
-    corpus/records/                 each document that went, and why
+    corpus/records/                 each dropped document, and why
 
-`--shard i/n` makes one part, `--finish true` what describes them all; without either, both happen here.
+`--shard i/n` writes one part, `--finish true` the files that describe all parts; without either, both happen.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from typing import Any, Literal
 from config import write_atomically
 from scraping.counts import lines, size, stages, summed
 from scraping.decontaminate import Benchmarks
-from scraping.documents import Document, Drop, read_shard, write_shard
+from scraping.documents import Drop, ScrapedDocument, read_shard, write_shard
 from scraping.frequencies import Frequencies
 from scraping.pool import each
 from scraping.shards import alone, file_sha256, parse_shard, parts_of, read_record
 
-VERSION = 1  # of the selection below
+VERSION = 1  # version of the selection below: raise it when equal input gives another corpus
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What stays, and where it goes.
+class BuildSettings:
+    """Settings of the command build.
 
     Args:
-        folder: Of the corpus; reads `folder/clean` and `folder/dedup`, writes `folder/corpus`.
+        folder: The corpus's folder: `folder/clean` and `folder/dedup` are read, `folder/corpus` is written.
         near: `drop` all but one document of a cluster, or `keep` them for a split by cluster.
-        benchmarks: JSONL(.gz) files whose examples no document may hold, as HumanEval and MBPP.
+        benchmarks: JSONL(.gz) files whose examples no document may hold, such as HumanEval and MBPP.
         form: `parquet`, or `jsonl` for JSONL.gz.
-        title: Of the card.
-        shard: `i/n`: one part only; i from 0, n as clean made.
-        finish: Only what describes all parts.
-        workers: Processes; 0 means one for each core.
+        title: The title of the dataset card.
+        shard: `i/n`: write only part i, counted from 0, of the n parts that clean made.
+        finish: Write only the files that describe all parts.
+        workers: Number of processes; 0 means one for each core.
     """
 
     folder: str = "corpus"
@@ -63,8 +63,8 @@ class Settings:
 # --- one part ----------------------------------------------------------------------------------------
 
 
-def build_part(settings: Settings, part: Path) -> None:
-    """Write one part of the corpus and its record, unless both stand there, made of the same input."""
+def build_part(settings: BuildSettings, part: Path) -> None:
+    """Write one part of the corpus and its record, unless both are there and were made of the same input."""
     root = Path(settings.folder)
     clusters = root / "dedup" / f"clusters-{part.stem}.json"
     if not clusters.is_file():
@@ -81,7 +81,7 @@ def build_part(settings: Settings, part: Path) -> None:
             "benchmarks": [file_sha256(Path(file)) for file in settings.benchmarks],
         }
         found = read_record(clusters, "clean", "rows")
-        if found["clean"] != clean:  # its rows are numbers, which would mean other documents
+        if found["clean"] != clean:  # clusters name rows by number, which would now be other documents
             raise ValueError(f"{part} changed since {clusters} was made: run dedup again")
         try:
             record = json.loads(record_path.read_text("utf-8"))
@@ -102,9 +102,9 @@ _ENDINGS = {"parquet": "parquet", "jsonl": "jsonl.gz"}
 
 
 class _Selection:
-    """Which documents of a part stay, and the counts of it."""
+    """The choice of a part's documents, with its counts."""
 
-    def __init__(self, settings: Settings, clusters: dict[str, list[str]]) -> None:
+    def __init__(self, settings: BuildSettings, clusters: dict[str, list[str]]) -> None:
         self.dropped: list[dict[str, str]] = []
         self._near = settings.near
         self._clusters = clusters
@@ -116,7 +116,7 @@ class _Selection:
         self._bytes = {"in": 0, "out": 0}
         self._read = 0
 
-    def of(self, documents: Iterator[Document]) -> Iterator[Document]:
+    def of(self, documents: Iterator[ScrapedDocument]) -> Iterator[ScrapedDocument]:
         for row, document in enumerate(documents):
             size = len(document.text.encode())
             self._read += 1
@@ -133,7 +133,7 @@ class _Selection:
             self._frequencies.add(document.text)
             yield dataclasses.replace(document, cluster=cluster)
 
-    def _drop(self, document: Document, cluster: str, twin: str) -> Drop | None:
+    def _drop(self, document: ScrapedDocument, cluster: str, twin: str) -> Drop | None:
         if twin:
             return Drop("exact duplicate", f"of {twin}")
         if self._near == "drop" and cluster != document.name:
@@ -156,39 +156,19 @@ class _Selection:
 # --- all of it ---------------------------------------------------------------------------------------
 
 
-def finish(settings: Settings) -> dict[str, Any]:
-    """Write corpus.json, the card and its pictures; what corpus.json holds."""
+def finish(settings: BuildSettings) -> dict[str, Any]:
+    """Write corpus.json, the card and its pictures; return what corpus.json holds."""
     from scraping.card import write_card
 
     root = Path(settings.folder)
     folder = root / "corpus"
     parts = parts_of(root / "clean")
-    outputs = parts_of(folder / "data", ending=f".{_ENDINGS[settings.form]}")
-    for form, ending in _ENDINGS.items():
-        others = sorted(path.name for path in (folder / "data").glob(f"*.{ending}"))
-        if form != settings.form and others:
-            raise ValueError(
-                f"{folder / 'data'} holds {others[0]} of --form {form} too: remove those of one form"
-            )
-    if len(outputs) != len(parts):
-        raise ValueError(f"{folder} has {len(outputs)} parts and {root / 'clean'} {len(parts)}: build again")
-    records = []
-    for part, output in zip(parts, outputs, strict=True):
-        record = read_record(folder / "records" / f"{part.stem}.json", "inputs", "sha256", "frequencies")
-        if record["inputs"]["clean"] != file_sha256(part) or record["sha256"] != file_sha256(output):
-            raise ValueError(f"{output} is not what {part} would give: run build again")
-        records.append(record)
+    outputs = _outputs(settings, folder, len(parts))
+    records = _selection_records(folder, parts, outputs)
+    cleaned = _cleaning_records(parts)
     frequencies = Frequencies()
     for record in records:
         frequencies.merge(Frequencies.from_dict(record["frequencies"]))
-    keys = ("settings", "stages", "not stored", "input", "dropped")
-    cleaned = [read_record(part.with_suffix(".json"), *keys) for part in parts]
-    made = ("settings", "stages", "python", "packages")
-    for part, record in zip(parts, cleaned, strict=True):
-        if any(record.get(key) != cleaned[0].get(key) for key in made):
-            raise ValueError(
-                f"{part} was cleaned by other settings or versions than {parts[0]}: clean one again"
-            )
     selected = {
         "stage": "select",
         "in": sum(record["read"] for record in records),
@@ -223,8 +203,48 @@ def finish(settings: Settings) -> dict[str, Any]:
     return corpus
 
 
+def _outputs(settings: BuildSettings, folder: Path, n_parts: int) -> list[Path]:
+    """Return the corpus's parts; raise a ValueError if their form or number is wrong."""
+    outputs = parts_of(folder / "data", ending=f".{_ENDINGS[settings.form]}")
+    for form, ending in _ENDINGS.items():
+        others = sorted(path.name for path in (folder / "data").glob(f"*.{ending}"))
+        if form != settings.form and others:
+            raise ValueError(
+                f"{folder / 'data'} holds {others[0]} of --form {form} too: remove those of one form"
+            )
+    if len(outputs) != n_parts:
+        clean = folder.parent / "clean"
+        raise ValueError(f"{folder} has {len(outputs)} parts and {clean} {n_parts}: build again")
+    return outputs
+
+
+def _selection_records(folder: Path, parts: list[Path], outputs: list[Path]) -> list[dict[str, Any]]:
+    """Return the records of `build_part`; raise a ValueError if a part was not made of its clean part."""
+    records = []
+    for part, output in zip(parts, outputs, strict=True):
+        record = read_record(folder / "records" / f"{part.stem}.json", "inputs", "sha256", "frequencies")
+        if record["inputs"]["clean"] != file_sha256(part) or record["sha256"] != file_sha256(output):
+            raise ValueError(f"{output} is not what {part} would give: run build again")
+        records.append(record)
+    return records
+
+
+def _cleaning_records(parts: list[Path]) -> list[dict[str, Any]]:
+    """Return the records of `clean_shard`; raise a ValueError if their settings or versions differ."""
+    keys = ("settings", "stages", "not stored", "input", "dropped")
+    records = [read_record(part.with_suffix(".json"), *keys) for part in parts]
+    for part, record in zip(parts, records, strict=True):
+        if any(
+            record.get(key) != records[0].get(key) for key in ("settings", "stages", "python", "packages")
+        ):
+            raise ValueError(
+                f"{part} was cleaned by other settings or versions than {parts[0]}: clean one again"
+            )
+    return records
+
+
 def fingerprint(parts: list[Path]) -> str:
-    """SHA-256 of the sorted digests of all rows: it does not depend on how they are divided into parts."""
+    """Return the SHA-256 of the sorted digests of all rows, which no division into parts changes."""
     digests = []
     for part in parts:
         for document in read_shard(part):
@@ -233,10 +253,10 @@ def fingerprint(parts: list[Path]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def run(settings: Settings) -> None:
-    """Build what is asked for, and print the counts."""
+def run(settings: BuildSettings) -> None:
+    """Build the requested parts of the corpus, and print the counts."""
     parts = parts_of(Path(settings.folder, "clean"))
-    Benchmarks(list(settings.benchmarks))  # a file that is none is named before anything is written
+    Benchmarks(list(settings.benchmarks))  # a missing or wrong file is reported before anything is written
     if settings.shard:
         number, shards = parse_shard(settings.shard)
         if shards != len(parts):

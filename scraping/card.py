@@ -75,7 +75,7 @@ def write_card(folder: Path, title: str, corpus: dict[str, Any]) -> None:
 
 
 def _plain(text: str) -> str:
-    """A stranger's text, of which Markdown and HTML make nothing."""
+    """Return a stranger's text, escaped so that neither Markdown nor HTML interprets it."""
     return "".join(c if c.isalnum() or c in " .,:;+-_/()'" else f"&#{ord(c)};" for c in text)
 
 
@@ -97,7 +97,7 @@ def _by_bits(item: tuple[str, int]) -> int:
 
 
 def _size(bits: int) -> str:
-    """The sizes in bytes that take so many bits, as in `4 to 8 KiB`, of which 8 is in the next."""
+    """Return the range of sizes that take this many bits, as in `4 to 8 KiB`; its end is excluded."""
     if bits == 0:
         return "0 B"
     least, unit = 2 ** (bits - 1), "B"
@@ -113,14 +113,14 @@ def _largest(counts: dict[str, int], most: int = 20) -> dict[str, int]:
 
 
 def _bars(path: Path, title: str, counts: dict[str, int]) -> None:
-    """Horizontal bars, the first on top."""
+    """Draw horizontal bars, the first on top."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 1 + 0.3 * max(1, len(counts))), layout="constrained")
-    names = [name.replace("$", r"\$") for name in counts]  # $ would begin a formula
+    names = [name.replace("$", r"\$") for name in counts]  # matplotlib reads $ as the beginning of a formula
     bars = axes.barh(range(len(counts)), list(counts.values()), tick_label=names)
     axes.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
     axes.margins(x=0.15)

@@ -1,4 +1,4 @@
-"""python -m scraping clean: the ledger's files become documents, and what does not belong is dropped.
+"""python -m scraping clean: turn the ledger's files into documents, and drop those that do not belong.
 
 Reads `FOLDER/ledger.sqlite` and writes, for shard i of n:
 
@@ -6,8 +6,8 @@ Reads `FOLDER/ledger.sqlite` and writes, for shard i of n:
     FOLDER/clean/part-0000i-of-0000n.dropped.jsonl.gz  each dropped file: stage, reason, evidence
     FOLDER/clean/part-0000i-of-0000n.json              settings, versions and counts; it comes last
 
-Each appears whole or not at all. A shard whose record names these settings, versions and input is not made
-again; equal input gives equal bytes, whatever the number of processes and however often it was killed.
+Each file appears whole or not at all. A shard whose record names these settings, versions and input is not
+computed again. Equal input gives equal bytes, whatever the number of processes and of interruptions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from config import write_atomically
-from scraping.documents import Document, Drop, RawFile, shard_path, write_shard
+from scraping.documents import Drop, RawFile, ScrapedDocument, shard_path, write_shard
 from scraping.ledger import Ledger, fingerprint_line
 from scraping.pool import Died, cores, guarded
 from scraping.shards import alone, file_sha256, parse_shard
@@ -44,37 +44,37 @@ from scraping.stages import (
     syntax,
 )
 
-BATCH_BYTES = 2**18  # of files that one child is handed at a time
+BATCH_BYTES = 2**18  # a child receives batches of about this size, with at most BATCH_FILES files
 BATCH_FILES = 64
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What belongs into the corpus.
+class CleanSettings:
+    """Settings of the command clean: which files belong in the corpus.
 
     Args:
-        folder: Of the corpus: its ledger is `folder/ledger.sqlite`, and `folder/clean` is written.
+        folder: The corpus's folder: `folder/ledger.sqlite` is read, `folder/clean` is written.
         shard: `i/n`: only the i-th of n parts of the repositories, counted from 0.
-        whole: This ledger is that part already, as one crawled with the same --shard: all of it is read.
-        workers: Processes; 0 means one for each core.
-        skip: Stages that are left out, of licence, origin, headers, shape, secrets, syntax.
-        latin1: Read as latin-1 what is not UTF-8 and names no encoding, instead of dropping it.
+        whole: Read the whole ledger, since it holds that part alone: it was crawled with the same --shard.
+        workers: Number of processes; 0 means one for each core.
+        skip: Stages to leave out: any of licence, origin, headers, shape, secrets, syntax.
+        latin1: Read a file that is not UTF-8 and names no encoding as latin-1 instead of dropping it.
         line_ends: `lf` turns CRLF and CR into LF; `keep` keeps them.
         licences: SPDX identifiers that are allowed; an expression must be met by them.
         unknown_licence: Keep files whose licence nobody states.
         min_lines: Fewest lines that are not blank.
-        max_line: Longest line, in characters.
-        max_mean_line: Longest line on average, in characters.
-        min_alnum: Least share of letters and digits among what is not space.
-        max_escapes: Most escapes such as `\\u00e9` in a row, in one line; 0 has no bound.
-        max_numbers: Most numbers, or escapes, in a row, as in a table over many lines; 0 has no bound.
+        max_line: Greatest length of a line, in characters.
+        max_mean_line: Greatest mean length of the lines, in characters.
+        min_alnum: Least share of letters and digits among the characters that are not space.
+        max_escapes: Most escapes such as `\\u00e9` in a row, in one line; 0 sets no bound.
+        max_numbers: Most numbers, or escapes, in a row, as in a table over many lines; 0 sets no bound.
         max_errors: Largest share of a Kotlin or Java file that its grammar may not place. The grammars do not
             know all of their languages: of 1,039 files of kotlinx.coroutines two are above 0.3.
-        personal: E-mail and internet addresses give way to placeholders too, not only secrets.
-        format: Lay Python out anew: `none`, `autopep8`, or `ruff`, which is some hundred times as fast.
+        personal: Replace e-mail and internet addresses by placeholders too, not only secrets.
+        format: Formatter of Python files: `none`, `autopep8`, or `ruff`, some hundred times as fast.
         seconds: Processor time that the stages may take for one file.
-        format_seconds: Likewise for its formatting; a file that takes longer stays as it is.
-        memory_mb: Address space of a process.
+        format_seconds: Processor time to format one file; a file that takes longer stays as it is.
+        memory_mb: Address space of a process, in MiB.
     """
 
     folder: str = "corpus"
@@ -100,9 +100,10 @@ class Settings:
     memory_mb: int = 1024
 
 
-# In the order in which a document passes them. Licence and origin read the header, which goes after them;
-# what is short or absurd goes before it is parsed; the syntax is that of the text that stays.
-STAGES: dict[str, tuple[int, Callable[[Settings, Note], Stage]]] = {
+# Stage -> (its version, how to build it), in the order in which a document passes the stages. Licence and
+# origin read the header before it is removed; short and absurd texts are dropped before they are parsed; the
+# syntax is checked of the text that stays.
+STAGES: dict[str, tuple[int, Callable[[CleanSettings, Note], Stage]]] = {
     "licence": (licences.VERSION, lambda s, note: licences.build(s.licences, s.unknown_licence, note)),
     "origin": (origin.VERSION, lambda s, note: origin.build()),
     "headers": (headers.VERSION, lambda s, note: headers.build(note)),
@@ -117,30 +118,36 @@ STAGES: dict[str, tuple[int, Callable[[Settings, Note], Stage]]] = {
     "formatting": (formatting.VERSION, lambda s, note: formatting.build(s.format, note)),
 }
 WHERE_ONLY = ("folder", "shard", "workers")  # settings that change nothing in a shard's documents
-# Packages that decide what a stage gives.
+# Stage -> packages whose versions decide its result.
 PACKAGES = {
     "licence": ("license-expression",),
     "syntax": ("tree-sitter", "tree-sitter-kotlin", "tree-sitter-java"),
 }
 
 
-def stages_of(settings: Settings) -> list[str]:
-    """The stages that a document passes after `encoding`."""
+def stages_of(settings: CleanSettings) -> list[str]:
+    """Return the names of the stages that a document passes after `encoding`."""
     left_out = {*settings.skip, *(("formatting",) if settings.format == "none" else ())}
     return [name for name in STAGES if name not in left_out]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one file: `stage` is that which dropped it; `notes` counts (stage, change)."""
+class CleanOutcome:
+    """The result of cleaning one file.
 
-    result: Document | Drop
+    Args:
+        result: The document, or why there is none.
+        stage: The stage that dropped the file; "" if it stays.
+        notes: (stage, change) -> how often.
+    """
+
+    result: ScrapedDocument | Drop
     stage: str
     notes: dict[tuple[str, str], int]
 
 
-def make_cleaner(settings: Settings) -> Callable[[tuple[RawFile, bool]], Outcome]:
-    """The function of a file, and of whether it may be formatted, that a child runs."""
+def make_cleaner(settings: CleanSettings) -> Callable[[tuple[RawFile, bool]], CleanOutcome]:
+    """Return the function that a child process runs on (file, whether it may be formatted)."""
     notes: Counter[tuple[str, str]] = Counter()
 
     def note_of(stage: str) -> Note:
@@ -149,7 +156,7 @@ def make_cleaner(settings: Settings) -> Callable[[tuple[RawFile, bool]], Outcome
     decode = encoding.build(settings.latin1, settings.line_ends, note_of("encoding"))
     stages = [(name, STAGES[name][1](settings, note_of(name))) for name in stages_of(settings)]
 
-    def clean(item: tuple[RawFile, bool]) -> Outcome:
+    def clean(item: tuple[RawFile, bool]) -> CleanOutcome:
         file, may_format = item
         notes.clear()
         name = "encoding"
@@ -165,20 +172,20 @@ def make_cleaner(settings: Settings) -> Callable[[tuple[RawFile, bool]], Outcome
                     signal.setitimer(signal.ITIMER_PROF, settings.format_seconds)
                 before, result = name, stage(result)
                 if isinstance(result, Drop):
-                    return Outcome(result, before, {})
+                    return CleanOutcome(result, before, {})
         except (MemoryError, ImportError):
             raise
-        except Exception as error:  # a stranger's file must not end the run; it is named and counted
-            return Outcome(Drop("the stage failed", type(error).__name__), name, {})
+        except Exception as error:  # no stranger's file may end the run: the failure is recorded and counted
+            return CleanOutcome(Drop("the stage failed", type(error).__name__), name, {})
         if isinstance(result, Drop):
-            return Outcome(result, "encoding", {})
-        return Outcome(result, "", dict(notes))
+            return CleanOutcome(result, "encoding", {})
+        return CleanOutcome(result, "", dict(notes))
 
     return clean
 
 
 def without_formatting(item: tuple[RawFile, bool]) -> tuple[RawFile, bool] | None:
-    """What is tried again where a file killed its child: once, and unformatted."""
+    """Return the second attempt at a file that killed its child, unformatted; None after that one."""
     return (item[0], False) if item[1] else None
 
 
@@ -186,14 +193,14 @@ def without_formatting(item: tuple[RawFile, bool]) -> tuple[RawFile, bool] | Non
 # One shard
 
 
-def how(settings: Settings) -> dict[str, Any]:
-    """All that decides what a shard's files become: settings, stages' versions, interpreter and packages."""
+def how(settings: CleanSettings) -> dict[str, Any]:
+    """Return all that decides a shard's documents: settings, and versions of stages, Python and packages."""
     names = stages_of(settings)
     packages = [package for name in names for package in PACKAGES.get(name, ())]
     packages += [settings.format] if settings.format != "none" else []
     values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in WHERE_ONLY}
     return {
-        "settings": json.loads(json.dumps(values)),  # as it comes back from the file
+        "settings": json.loads(json.dumps(values)),  # tuples become lists, as in a record that was read
         "stages": {"encoding": encoding.VERSION, **{name: STAGES[name][0] for name in names}},
         "python": ".".join(map(str, sys.version_info[:2])),
         "packages": {package: _version(package) for package in packages},
@@ -203,12 +210,12 @@ def how(settings: Settings) -> dict[str, Any]:
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # ruff may come from elsewhere
+    except metadata.PackageNotFoundError:  # ruff may be a program without a package
         return "unknown"
 
 
 class _Tally:
-    """Counts of one shard. `files == documents + the sum of dropped`."""
+    """The counts of one shard, in which `files == documents + the sum of dropped`."""
 
     def __init__(self) -> None:
         self.files = self.bytes_in = self.documents = self.bytes_out = 0
@@ -245,7 +252,7 @@ Name = tuple[str, str, int]  # repository, path, bytes
 def _batches(
     files: Iterable[RawFile], tally: _Tally, names: deque[Name]
 ) -> Iterator[list[tuple[RawFile, bool]]]:
-    """Files in lists of about `BATCH_BYTES`; what they are called goes to `names`."""
+    """Yield lists of files of about `BATCH_BYTES`; append each file's name and size to `names`."""
     batch: list[tuple[RawFile, bool]] = []
     size = 0
     for file in files:
@@ -265,14 +272,14 @@ def _batches(
 
 
 def _kept(
-    outcomes: Iterable[Outcome | Died], names: deque[Name], tally: _Tally, dropped: BinaryIO
-) -> Iterator[Document]:
-    """The documents that stay; a line in `dropped` and a count for each of the others."""
+    outcomes: Iterable[CleanOutcome | Died], names: deque[Name], tally: _Tally, dropped: BinaryIO
+) -> Iterator[ScrapedDocument]:
+    """Yield the documents that stay; write a line into `dropped` and count a drop for each other file."""
     for outcome in outcomes:
         repository, path, size = names.popleft()
         if isinstance(outcome, Died):
-            outcome = Outcome(Drop(outcome.reason), "limits", {})
-        if isinstance(outcome.result, Document):
+            outcome = CleanOutcome(Drop(outcome.reason), "limits", {})
+        if isinstance(outcome.result, ScrapedDocument):
             tally.documents += 1
             tally.bytes_out += len(outcome.result.text.encode())
             tally.changed.update(outcome.notes)
@@ -281,20 +288,37 @@ def _kept(
         drop = outcome.result
         tally.dropped[outcome.stage, drop.reason] += 1
         tally.dropped_bytes[outcome.stage, drop.reason] += size
-        evidence = Document(drop.evidence, "", "", "", "")  # a stranger's words may stand in it
+        evidence = ScrapedDocument(drop.evidence, "", "", "", "")  # it may quote the file
         evidence = secrets.redact(evidence, secrets.findings(evidence)).text
         row = {"repository": repository, "path": path, "stage": outcome.stage, "reason": drop.reason}
         dropped.write(json.dumps(row | {"evidence": evidence}, ensure_ascii=False).encode() + b"\n")
 
 
+def _is_current(
+    record: dict[str, Any], made: dict[str, Any], fingerprint: str, shard: Path, dropped: Path
+) -> bool:
+    """Return whether a record is of the same settings and input, and its two files are there."""
+    return (
+        all(record.get(key) == value for key, value in made.items())
+        and record["input"]["fingerprint"] == fingerprint
+        and shard.is_file()
+        and dropped.is_file()
+        and record["output"]["sha256"] == file_sha256(shard)
+        and record["output"]["dropped_sha256"] == file_sha256(dropped)
+    )
+
+
 def clean_shard(
-    settings: Settings, ledger: Ledger, shard: tuple[int, int], advance: Callable[[], object] = lambda: None
+    settings: CleanSettings,
+    ledger: Ledger,
+    shard: tuple[int, int],
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Make one shard and its record, unless they are there and would come out the same; the record.
+    """Write one shard and its record, unless they are there and would be the same; return the record.
 
     Args:
-        settings: What belongs into the corpus.
-        ledger: Whose files are read.
+        settings: The settings of the command.
+        ledger: The ledger whose files are read.
         shard: (i, n).
         advance: Called for each file that is finished.
     """
@@ -304,19 +328,11 @@ def clean_shard(
         made = how(settings)
         read = (0, 1) if settings.whole else shard
         _, fingerprint = ledger.outline(read)
-        made["not stored"] = ledger.not_stored(read)  # so that the counts begin with all that was found
+        made["not stored"] = ledger.not_stored(read)  # the counts begin with all files that were found
         record = _read_record(paths["record"])
-        if (
-            record is not None
-            and all(record.get(key) == value for key, value in made.items())
-            and record["input"]["fingerprint"] == fingerprint
-            and path.is_file()
-            and paths["dropped"].is_file()
-            and record["output"]["sha256"] == file_sha256(path)
-            and record["output"]["dropped_sha256"] == file_sha256(paths["dropped"])
-        ):
+        if record is not None and _is_current(record, made, fingerprint, path, paths["dropped"]):
             return record
-        paths["record"].unlink(missing_ok=True)  # it must not stand beside another shard than its own
+        paths["record"].unlink(missing_ok=True)  # a record may only stand beside its own shard
 
         tally = _Tally()
         names: deque[Name] = deque()
@@ -331,10 +347,10 @@ def clean_shard(
             retry=without_formatting if settings.format != "none" else None,
         )
         try:
-            # Without a name and a time in its header, gzip of equal lines is equal.
+            # A gzip header without a name and a time makes equal lines equal bytes.
             with open(partial, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as dropped:
 
-                def counted() -> Iterator[Outcome | Died]:
+                def counted() -> Iterator[CleanOutcome | Died]:
                     for outcome in outcomes:
                         yield outcome
                         advance()
@@ -352,7 +368,7 @@ def clean_shard(
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """A shard's record; None where there is none that can be read."""
+    """Return a shard's record, or None where there is none that can be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record if record["input"]["fingerprint"] and record["output"]["sha256"] else None
@@ -361,7 +377,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 
 def reasons_table(record: dict[str, Any]) -> list[str]:
-    """What a shard's record says, for a reader: one line a reason, most files first, and the sums."""
+    """Return a shard's record as a table: one line a reason, most files first, and the sums."""
     rows = [
         (counts["files"], counts["bytes"], stage, reason)
         for stage, reasons in record["dropped"].items()
@@ -380,7 +396,7 @@ def reasons_table(record: dict[str, Any]) -> list[str]:
 
 
 def refuse_empty(record: dict[str, Any]) -> None:
-    """ValueError if no document is left, with what took the most and what to do about it."""
+    """Raise a ValueError if no document is left, with the most frequent reason and its remedy."""
     if record["output"]["documents"]:
         return
     files = record["input"]["files"]
@@ -400,8 +416,8 @@ def refuse_empty(record: dict[str, Any]) -> None:
     raise ValueError(f"no document is left: of {files:,} files {count:,} went by {stage}: {reason}; {remedy}")
 
 
-def check(settings: Settings) -> tuple[int, int]:
-    """The shard of settings that can be worked with.
+def check(settings: CleanSettings) -> tuple[int, int]:
+    """Return the shard that the settings name, after a check of all settings.
 
     Raises:
         ValueError: there is no ledger, a value is out of its range, or shards of another number are there.
@@ -443,7 +459,7 @@ def check(settings: Settings) -> tuple[int, int]:
     return shard
 
 
-def run(settings: Settings) -> None:
+def run(settings: CleanSettings) -> None:
     """Clean one shard and print what became of its files."""
     from tqdm import tqdm
 

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scraping.documents import path_text
-from scraping.gitrepo import Limits, check_revision, check_url, fetched, refuse_without_git
-from scraping.ledger import Entry, Ledger
+from scraping.gitrepo import GitLimits, check_revision, check_url, fetched, refuse_without_git
+from scraping.ledger import Ledger, ListedFile
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report, store_files
 from scraping.wanted import Wanted
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
-    """Which repository, and which of its files.
+class CloneSettings(Selection):
+    """Settings of the command clone: a repository, and which of its files are wanted.
 
     Args:
-        url: Of the repository, as in https://github.com/JetBrains/kotlin
+        url: Address of the repository, as in https://github.com/JetBrains/kotlin
         revision: A branch, a tag, or all digits of a commit.
-        repository: What to call it; by default the path in its address, as in JetBrains/kotlin
-        licence: Its SPDX expression, as in Apache-2.0; empty is unknown, and is dropped when cleaned.
+        repository: Its name in the corpus; by default the path in its address, as in JetBrains/kotlin
+        licence: Its SPDX expression, as in Apache-2.0; empty means unknown, which `clean` drops.
         insecure: Let http:// and git:// go to other machines than this one.
-        seconds: For each of the steps of git.
+        seconds: Time limit of each of git's steps.
         pack_bytes: The most that git may fetch in one step.
     """
 
@@ -33,17 +33,17 @@ class Settings(Selection):
     repository: str = ""
     licence: str = ""
     insecure: bool = False
-    seconds: float = Limits.seconds
-    pack_bytes: int = Limits.bytes
+    seconds: float = GitLimits.seconds
+    pack_bytes: int = GitLimits.bytes
 
 
 def name_of(url: str) -> str:
-    """`owner/name` of an address."""
+    """Return the `owner/name` of an address."""
     return url.split("://", 1)[-1].split("/", 1)[-1].strip("/").removesuffix(".git")
 
 
-def run(settings: Settings) -> None:
-    """See the module. ValueError is a mistake of the user or the server, and changes nothing."""
+def run(settings: CloneSettings) -> None:
+    """Fetch the repository's files; a mistake of the user or the server raises ValueError, without effect."""
     if not settings.url:
         raise ValueError("name the repository with --url, as in --url https://github.com/JetBrains/kotlin")
     check_url(settings.url, settings.insecure)
@@ -59,16 +59,16 @@ def run(settings: Settings) -> None:
     report(ledger, origin.name)
 
 
-def clone(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted) -> None:
-    """Bring one repository into the ledger; what is there already stays."""
+def clone(ledger: Ledger, origin: Origin, settings: CloneSettings, wanted: Wanted) -> None:
+    """Enter one repository into the ledger; files that it already has stay."""
     state, pinned = known(ledger, origin)
     if finished(ledger, origin.name, state):
         return
     place = Path(settings.folder) / f"clone-{hashlib.sha256(origin.name.encode()).hexdigest()[:16]}"
-    limits = Limits(seconds=settings.seconds, bytes=settings.pack_bytes)
+    limits = GitLimits(seconds=settings.seconds, bytes=settings.pack_bytes)
     with fetched(settings.url, pinned or origin.revision, place, limits, settings.insecure) as repository:
         if state != "listed":
-            # The server does not tell sizes: those of files whose names are not wanted stay unknown, as 0.
+            # The server does not tell sizes: files whose names are not wanted are listed with the size 0.
             files = [
                 (file, file.reason or wanted.reason(file.path, wanted.max_bytes))
                 for file in repository.tree()
@@ -80,10 +80,10 @@ def clone(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted) ->
                 size = sizes.get(file.id, 0)
                 if not reason:
                     reason = wanted.reason(file.path, size) if file.id in sizes else "not on the server"
-                entries.append(Entry(path_text(file.path), file.id, size, reason))
+                entries.append(ListedFile(path_text(file.path), file.id, size, reason))
             list_files(ledger, origin, repository.commit, entries)
 
-        def read(waiting: list[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+        def read(waiting: list[ListedFile]) -> Iterator[tuple[ListedFile, bytes | str]]:
             repository.fetch(entry.address for entry in waiting)
             sizes = repository.sizes()
             here = [entry for entry in waiting if entry.address in sizes]

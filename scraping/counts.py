@@ -1,4 +1,4 @@
-"""What became of the files that were found, stage by stage: in, dropped by reason, out."""
+"""Counts of the files that were found, stage by stage: in, dropped by reason, out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def stages(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fetching and cleaning over the records of all parts: what went into a stage, came out, went and why."""
+    """Return, for fetching and each stage of cleaning, its counts summed over the records of all parts."""
     left = sum(record["input"]["files"] for record in records)
     unfetched = summed(record["not stored"] for record in records)
     names = dict.fromkeys(name for record in records for name in (*record["stages"], *record["dropped"]))
@@ -30,7 +30,7 @@ def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def lines(stages: list[dict[str, Any]], size: str) -> list[str]:
-    """What went in, what went and why, what came out; `size` describes that."""
+    """Return the counts as lines of a table; `size` describes what came out."""
     table = [f"{stages[0]['in']:>12,}  files were found"]
     for stage in stages:
         for reason, count in stage["dropped"].items():

@@ -2,9 +2,9 @@
 
     GITHUB_TOKEN=... python -m scraping crawl --language Python --min_stars 100 --created_after 2015-01-01
 
-First all repositories are found (`scraping.search`), then threads take one each (`scraping.fetch`). The
-ledger has each step in one transaction: after a kill the same command goes on. At the end `manifest.jsonl`
-says what became of every repository and file.
+First all repositories are found (`scraping.search`), then threads fetch one each (`scraping.fetch`). Each
+step is one transaction of the ledger, so that the same command goes on after a kill. At the end
+`manifest.jsonl` records every repository and file with its state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from scraping.fetch import Repository, fetch, recheck
+from scraping.fetch import HostedRepository, fetch, recheck
 from scraping.github import MAX_CONCURRENT, Clock, GitHub, Unanswered
 from scraping.ledger import Ledger, claimed_ledger
 from scraping.search import Slice, begin, search
@@ -29,27 +29,27 @@ from scraping.shards import parse_shard
 from scraping.source import Selection
 from scraping.status import status_lines
 
-PAGE_ROWS = 1000  # of the ledger in memory
-FAILURES = 10  # repositories in a row after which a crawl gives up
+PAGE_ROWS = 1000  # rows of the ledger that are in memory at a time
+FAILURES = 10  # a crawl gives up after this many repositories in a row without an answer
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
-    """What is crawled, and where it goes. The token is read from the variable GITHUB_TOKEN.
+class CrawlSettings(Selection):
+    """Settings of the command crawl. The token is read from the environment variable GITHUB_TOKEN.
 
     Args:
-        language: Of the repositories, by GitHub's own judgement; "" means any.
+        language: The repositories' language, by GitHub's own judgement; "" means any.
         min_stars: The fewest stars of a repository.
         created_after: A date, or a time as in 2015-01-01T00:00:00Z.
-        created_before: The same; "" means when the crawl began.
+        created_before: A date or time likewise; "" means when the crawl began.
         licence: GitHub's keyword for a licence, as in `mit` or `apache-2.0`; "" means any or none.
-        max_repositories: Stop after so many; 0 means all.
-        workers: Repositories that are fetched at a time, at most 100.
+        max_repositories: Stop after this many; 0 means all.
+        workers: Number of repositories that are fetched at a time, at most 100.
         shard: `i/n`: the repositories that belong to part i of n, counted from 0; each part has a folder of
             its own.
-        recheck: Fetch nothing, and ask of every repository that was fetched whether it is still there: what
-            may not be kept for legal reasons is removed.
-        api: Of GitHub, or of an Enterprise Server: https://HOST/api/v3
+        recheck: Fetch nothing, but look whether every repository that was fetched is still there, and remove
+            what may not be kept for legal reasons.
+        api: Address of GitHub's API, or of an Enterprise Server's: https://HOST/api/v3
     """
 
     language: str = "Python"
@@ -64,11 +64,12 @@ class Settings(Selection):
     api: str = "https://api.github.com"
 
 
-FREE = ("folder", "max_repositories", "workers", "recheck")  # may change from run to run of one crawl
+# Settings that may change between the runs of one crawl.
+FREE = ("folder", "max_repositories", "workers", "recheck")
 
 
-def run(settings: Settings) -> None:
-    """Crawl until all is done; ValueError if something is left, which the same command goes on with."""
+def run(settings: CrawlSettings) -> None:
+    """Crawl until all is done; raise a ValueError if repositories are left for another run."""
     stop = threading.Event()
 
     def sleep(seconds: float) -> None:
@@ -78,8 +79,8 @@ def run(settings: Settings) -> None:
     crawl(settings, Clock(sleep=sleep), stop)
 
 
-def crawl(settings: Settings, clock: Clock, stop: threading.Event) -> None:
-    """See `run`. The clock's `sleep` may raise Stopped once `stop` is set."""
+def crawl(settings: CrawlSettings, clock: Clock, stop: threading.Event) -> None:
+    """Crawl as `run` does, by a clock whose `sleep` may raise Stopped once `stop` is set."""
     from tqdm import tqdm
 
     shard = parse_shard(settings.shard)
@@ -101,7 +102,7 @@ def crawl(settings: Settings, clock: Clock, stop: threading.Event) -> None:
     folder = Path(settings.folder)
     with claimed_ledger(folder) as ledger:
         _refuse_changes(ledger, settings)
-        for left in folder.glob("git-*"):  # by a kill
+        for left in folder.glob("git-*"):  # left by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         token = os.environ.get("GITHUB_TOKEN", "").strip()
         if not token:
@@ -132,8 +133,10 @@ def crawl(settings: Settings, clock: Clock, stop: threading.Event) -> None:
             )
 
 
-def _search(client: GitHub, ledger: Ledger, settings: Settings, whole: Slice, shard: tuple[int, int]) -> None:
-    """Find the repositories; the bar goes over the days on which they were created."""
+def _search(
+    client: GitHub, ledger: Ledger, settings: CrawlSettings, whole: Slice, shard: tuple[int, int]
+) -> None:
+    """Find the repositories, under a progress bar over the days on which they were created."""
     from tqdm import tqdm
 
     begin(ledger, whole)
@@ -160,20 +163,21 @@ def _until(why: str, seconds: float) -> str:
 
 
 class Stopped(Exception):
-    """The crawl ends; nothing is wrong with what was under way."""
+    """The crawl ends, and the work under way is given up without a fault of its own."""
 
 
 def _in_threads(
-    job: Callable[[Repository], None],
-    items: Iterator[Repository],
+    job: Callable[[HostedRepository], None],
+    items: Iterator[HostedRepository],
     workers: int,
     stop: threading.Event,
     done: Callable[[], Any],
 ) -> list[str]:
-    """Do all; why those that were given up failed.
+    """Do the job on all items; return the messages of those that failed by Unanswered.
 
     Raises:
-        Whatever a job raised, other than Unanswered. FAILURES of these in a row are raised, too.
+        Unanswered: FAILURES items in a row failed by it.
+        BaseException: whatever else a job raised.
     """
     lock = threading.Lock()
     failed: list[str] = []
@@ -214,7 +218,7 @@ def _in_threads(
             thread.start()
         for thread in threads:
             thread.join()
-    finally:  # an interrupt, too: what is under way ends at its next wait or file
+    finally:  # after an interrupt too: each job ends at its next wait or file
         stop.set()
         for thread in threads:
             thread.join(5)
@@ -223,8 +227,8 @@ def _in_threads(
     return failed
 
 
-def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterator[Repository]:
-    """Of the first `limit` by id (0: all), those in these states, as they are when their turn comes."""
+def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterator[HostedRepository]:
+    """Yield those of the first `limit` repositories by id (0: all) that are in these states at their turn."""
     last = -1
     for start in range(0, limit or sys.maxsize, PAGE_ROWS):
         rows = ledger.rows(
@@ -236,7 +240,7 @@ def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterato
         if not rows:
             return
         last = rows[-1][0]
-        found = (Repository(*row) for row in rows)
+        found = (HostedRepository(*row) for row in rows)
         yield from (repository for repository in found if repository.state in states)
 
 
@@ -244,7 +248,7 @@ def repositories(ledger: Ledger, states: tuple[str, ...], limit: int) -> Iterato
 # The crawl's settings
 
 
-def _words(settings: Settings) -> str:
+def _words(settings: CrawlSettings) -> str:
     words = {"language": settings.language, "license": settings.licence}
     for key, value in words.items():
         if '"' in value:
@@ -262,8 +266,8 @@ def _seconds(name: str, text: str) -> int:
     return int(time.replace(tzinfo=time.tzinfo or UTC).timestamp())
 
 
-def _refuse_changes(ledger: Ledger, settings: Settings) -> None:
-    """ValueError if this ledger began with other settings: its counts would add up to neither."""
+def _refuse_changes(ledger: Ledger, settings: CrawlSettings) -> None:
+    """Raise a ValueError if this ledger began with other settings: its counts would fit neither."""
     now = {key: json.dumps(value) for key, value in dataclasses.asdict(settings).items() if key not in FREE}
     before = dict(ledger.rows("SELECT key, value FROM crawl"))
     for key, value in now.items():
@@ -277,7 +281,7 @@ def _refuse_changes(ledger: Ledger, settings: Settings) -> None:
 
 
 def write_manifest(ledger: Ledger, path: Path) -> None:
-    """`Ledger.manifest`, whole or not at all."""
+    """Write `Ledger.manifest` to a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for line in ledger.manifest():

@@ -1,11 +1,11 @@
-"""Benchmarks in a corpus: documents that hold an example of one, by overlap of runs of units.
+"""Decontamination: find documents that hold an example of a benchmark, by the overlap of runs of units.
 
     benchmarks = Benchmarks(["HumanEval.jsonl.gz"])
     drop = benchmarks.found_in(document)
 
-Each field of an example that holds text is looked for on its own, so that a solution is found without its
-prompt. The measure is that of PaLM (arXiv:2204.02311, section 8): the share of its runs that stand in one
-document. Units here are words and punctuation marks, and so a run is longer than 8 words.
+Each field of an example that holds text is a piece of its own, so that a solution is found without its
+prompt. The measure is that of PaLM (arXiv:2204.02311, section 8): the share of a piece's runs that stand in
+one document. Units here are words and punctuation marks, so a run is longer than PaLM's 8 words.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import numpy as np
 
 from config import bounded_lines, parse_line
 from data.shingles import Batch, Units, Words
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 
-RUN = 13  # units
-SHARE = 0.7  # of a piece's runs
-LEAST = 2 * RUN  # units of a piece that is looked for; shorter ones are anyone's code
+RUN = 13  # units of a run
+SHARE = 0.7  # a document that holds this share of a piece's runs is dropped
+LEAST = 2 * RUN  # fewest units of a piece that is looked for; shorter pieces are anyone's code
 
 
 class Benchmarks:
     """The pieces of benchmark files, JSONL or JSONL.gz, whatever their fields.
 
     Args:
-        pieces: Texts that are looked for.
-        too_short: Texts that are not, since they have fewer than LEAST units.
+        pieces: Number of texts that are looked for.
+        too_short: Number of texts that are not, since they have fewer than LEAST units.
 
     Raises:
         ValueError: a file is missing, is no JSONL, or holds no text that is long enough.
@@ -67,8 +67,8 @@ class Benchmarks:
     def pieces(self) -> int:
         return len(self._names)
 
-    def found_in(self, document: Document) -> Drop | None:
-        """Why the document goes, with the example that it holds most of; None where it holds none."""
+    def found_in(self, document: ScrapedDocument) -> Drop | None:
+        """Return why the document is dropped, with the example that it holds most of; None where it stays."""
         if not self.pieces:
             return None
         runs = np.unique(Batch([Units("", "", self._words.ids(document.text), 0)]).windows(RUN)[1])
@@ -85,7 +85,7 @@ class Benchmarks:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    """(file, line and field, text) of all that is text in the rows of a file."""
+    """Yield (file, line and field; text) for every field of a file's rows that holds text."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
             for number, line in enumerate(bounded_lines(lines, path), 1):
@@ -109,6 +109,6 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list):  # MBPP's tests are a list, which is one text
+    if isinstance(value, list):  # a list of strings is one text, such as MBPP's tests
         return ["\n".join(item for item in value if isinstance(item, str))]
     return []

@@ -1,10 +1,10 @@
-"""python -m scraping dedup: exact and near duplicates over all shards, in steps that each work on shards.
+"""python -m scraping dedup: find exact and near duplicates over all shards, in three steps.
 
     signature --shard i/n   clean part i -> its documents' MinHash bands and sketches
-    bucket    --shard j/m   documents that agree in a band whose key falls to j -> verified pairs
+    bucket    --shard j/m   documents that agree in a band whose key belongs to shard j -> verified pairs
     cluster                 all pairs -> for each document with a duplicate, its cluster
 
-Without `--step` all three run here. Candidates come from bands of MinHash signatures (Broder 1997; banding as
+Without `--step` all three run. Candidates come from bands of MinHash signatures (Broder 1997; banding as
 in Lee et al. 2022, arXiv:2107.06499). Each is then verified by the Jaccard similarity of bottom-k sketches
 (Bar-Yossef et al. 2002): exact for texts of fewer than SKETCH distinct shingles, with a standard error of at
 most sqrt(0.25 / SKETCH) = 0.022 for longer ones.
@@ -24,29 +24,29 @@ import numpy as np
 
 from config import write_atomically
 from data.shingles import Batch, Units, Words, bands, batches, mixed
-from scraping.documents import Document, read_shard
+from scraping.documents import ScrapedDocument, read_shard
 from scraping.pool import each
 from scraping.shards import alone, file_sha256, make_once, parse_shard, parts_of, read_record
 
 PERMUTATIONS = 128
 SKETCH = 512
-BUCKET = 64  # different texts of a bucket that are compared pair by pair; of more, each with the first ones
-MISSED = 1e-3  # most pairs at the threshold + 0.05 that no band finds
-ROW_BITS = 32  # a document is known as (part << ROW_BITS) + row
-PAIRS = 2**12  # verified at a time
+BUCKET = 64  # up to this many texts of a bucket are compared pair by pair; further ones with these alone
+MISSED = 1e-3  # largest share of the pairs at the threshold + 0.05 that no band finds
+ROW_BITS = 32  # a document's id is (part << ROW_BITS) + row
+PAIRS = 2**12  # pairs that are verified at a time
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What counts as a near duplicate.
+class DedupSettings:
+    """Settings of the command dedup: what counts as a near duplicate.
 
     Args:
-        folder: Of the corpus; reads `folder/clean`, writes `folder/dedup`.
-        threshold: Jaccard similarity of two texts' shingles from which on they are near duplicates.
+        folder: The corpus's folder: `folder/clean` is read, `folder/dedup` is written.
+        threshold: Least Jaccard similarity of the shingles of two near duplicates.
         shingle: Units (words and punctuation marks) of a shingle.
         step: `all`, or one step, for a scheduler.
-        shard: `i/n`, i from 0: of `signature` one of the n clean parts, of `bucket` any division.
-        workers: Processes; 0 means one for each core.
+        shard: `i/n`, i from 0: for `signature` one of the n clean parts, for `bucket` any division.
+        workers: Number of processes; 0 means one for each core.
     """
 
     folder: str = "corpus"
@@ -58,7 +58,7 @@ class Settings:
 
 
 def n_bands(threshold: float) -> int:
-    """The fewest bands of PERMUTATIONS that miss at most MISSED of the pairs at `threshold` + 0.05."""
+    """Return the fewest bands of PERMUTATIONS that miss at most MISSED of the pairs at `threshold` + 0.05."""
     for rows in range(PERMUTATIONS, 1, -1):
         count = PERMUTATIONS // rows
         if (1 - min(threshold + 0.05, 1.0) ** rows) ** count <= MISSED:
@@ -69,7 +69,7 @@ def n_bands(threshold: float) -> int:
 # --- signature ---------------------------------------------------------------------------------------
 
 
-def signature(settings: Settings, part: Path) -> None:
+def signature(settings: DedupSettings, part: Path) -> None:
     """Write a clean part's bands, sketches and digests, one row a document in order, as `.npy` files."""
     folder = Path(settings.folder, "dedup", part.stem)
     inputs = {"clean": file_sha256(part), "threshold": settings.threshold, "shingle": settings.shingle}
@@ -95,7 +95,7 @@ def signature(settings: Settings, part: Path) -> None:
     make_once(folder, inputs, write)
 
 
-def _units(documents: Iterable[Document], digests: list[bytes]) -> Iterator[Units]:
+def _units(documents: Iterable[ScrapedDocument], digests: list[bytes]) -> Iterator[Units]:
     words = Words()
     for document in documents:
         digests.append(sha256(document.text.encode()).digest())
@@ -103,9 +103,9 @@ def _units(documents: Iterable[Document], digests: list[bytes]) -> Iterator[Unit
 
 
 def _sketches(batch: Batch, shingle: int) -> tuple[np.ndarray, np.ndarray]:
-    """((n, SKETCH) uint32, (n,)): each text's least distinct shingle hashes in order, and how many they are.
+    """Return each text's least distinct shingle hashes in order, (n, SKETCH) uint32, and their number, (n,).
 
-    Places that are not filled hold the largest number. A size of SKETCH means that there may be more.
+    Unused places hold the largest number. A size of SKETCH means that the text may have more shingles.
     """
     places, hashes = batch.windows(shingle)
     of = batch.of[places]
@@ -124,9 +124,10 @@ def _sketches(batch: Batch, shingle: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def similarities(one: np.ndarray, sizes: np.ndarray, other: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n,) Jaccard similarities of pairs of sketches (n, SKETCH) with their sizes (n,).
+    """Return the Jaccard similarities (n,) of pairs of sketches (n, SKETCH) with their sizes (n,).
 
-    Of the union's SKETCH least hashes, or of all where both sketches are whole, the share that is in both.
+    The estimate is the share of the union's SKETCH least hashes that both texts have; where both sketches
+    hold all of their texts' shingles, it is the share of the whole union, which is exact.
     """
     both = np.sort(np.concatenate((one, other), 1), 1)
     twice = np.zeros(both.shape, bool)
@@ -143,8 +144,8 @@ def similarities(one: np.ndarray, sizes: np.ndarray, other: np.ndarray, others: 
 # --- bucket ------------------------------------------------------------------------------------------
 
 
-def bucket(settings: Settings, shard: tuple[int, int]) -> None:
-    """Write the verified pairs (a, b) of documents, a below b, whose keys fall to this shard."""
+def bucket(settings: DedupSettings, shard: tuple[int, int]) -> None:
+    """Write the verified pairs (a, b) of documents, a below b, whose keys belong to this shard."""
     number, shards = shard
     folder = Path(settings.folder, "dedup")
     parts = parts_of(Path(settings.folder, "clean"))
@@ -162,7 +163,7 @@ def bucket(settings: Settings, shard: tuple[int, int]) -> None:
 
 
 class _Signed:
-    """A part's signature files, mapped."""
+    """A part's signature files, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self.bands = np.load(folder / "bands.npy", mmap_mode="r")
@@ -172,7 +173,7 @@ class _Signed:
 
 
 def _exact(signed: list[_Signed], number: int, shards: int) -> np.ndarray:
-    """(n, 2): each document whose text an earlier one has, with the first that has it."""
+    """Return (n, 2) ids: each document whose text an earlier one has, with the first that has it."""
     digests, ids = [], []
     for part, files in enumerate(signed):
         heads = np.ascontiguousarray(files.digests[:, :8]).view("<u8").ravel()
@@ -192,7 +193,7 @@ def _near(signed: list[_Signed], number: int, shards: int, threshold: float) -> 
         rows, columns = np.nonzero((files.bands % np.uint64(shards) == number) & (files.sizes[:, None] > 0))
         keys.append(files.bands[rows, columns])
         ids.append((part << ROW_BITS) + rows)
-        # Equal texts share every bucket; one of them is enough. 64 bits of a SHA-256 tell texts apart here.
+        # Equal texts share every bucket, so one of them is enough. 64 bits of a SHA-256 tell texts apart.
         texts.append(np.ascontiguousarray(files.digests[:, 8:16]).view("<u8").ravel()[rows])
     every = np.concatenate(keys) if keys else np.empty(0, np.uint64)
     numbers = np.concatenate(ids).astype(np.int64) if ids else np.empty(0, np.int64)
@@ -208,7 +209,7 @@ def _near(signed: list[_Signed], number: int, shards: int, threshold: float) -> 
         if not len(same):
             break
         found.append(np.stack((numbers[same], numbers[same + step]), 1))
-    # Beyond the first of a large bucket, every text is compared with those first.
+    # In a large bucket, every text beyond the first BUCKET is compared with those alone.
     edges = np.flatnonzero(np.concatenate(([True], every[1:] != every[:-1], [True]))) if len(every) else []
     for large in np.flatnonzero(np.diff(edges) > BUCKET):
         rest = numbers[edges[large] + BUCKET : edges[large + 1]]
@@ -224,7 +225,7 @@ def _near(signed: list[_Signed], number: int, shards: int, threshold: float) -> 
 
 
 def _rows(signed: list[_Signed], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sketches and sizes of documents by id."""
+    """Return the sketches and sizes of documents by id."""
     sketches = np.empty((len(ids), SKETCH), np.uint32)
     sizes = np.empty(len(ids), np.int32)
     parts, rows = ids >> ROW_BITS, ids & (2**ROW_BITS - 1)
@@ -237,12 +238,12 @@ def _rows(signed: list[_Signed], ids: np.ndarray) -> tuple[np.ndarray, np.ndarra
 # --- cluster -----------------------------------------------------------------------------------------
 
 
-def cluster(settings: Settings) -> dict[str, int]:
-    """Write, for each document with a duplicate, its cluster; the counts.
+def cluster(settings: DedupSettings) -> dict[str, int]:
+    """Write, for each document with a duplicate, its cluster; return the counts.
 
-    `clusters-PART.json` has the SHA-256 of the clean part and maps its rows to [cluster, twin]: the least
-    name of the cluster, and the least name of the documents with the same text where that is another one's,
-    else "".
+    `clusters-PART.json` has the SHA-256 of the clean part and maps its rows to [cluster, twin]. The cluster
+    is the least name in it. The twin is the least name of the documents with the same text, or "" where that
+    is the document itself.
     """
     folder = Path(settings.folder, "dedup")
     parts = parts_of(Path(settings.folder, "clean"))
@@ -278,7 +279,7 @@ def cluster(settings: Settings) -> dict[str, int]:
 
 
 def _joined(pairs: np.ndarray) -> dict[int, int]:
-    """Each document of a pair -> a root, the same one for all that pairs connect."""
+    """Map each document of a pair to a root, the same one for all that pairs connect."""
     parents: dict[int, int] = {}
 
     def root(i: int) -> int:
@@ -293,7 +294,7 @@ def _joined(pairs: np.ndarray) -> dict[int, int]:
 
 
 def _least(roots: dict[int, int], names: dict[int, str]) -> dict[int, str]:
-    """Each document -> the least name among those of its root."""
+    """Map each document to the least name among those of its root."""
     least: dict[int, str] = {}
     for i, root in roots.items():
         least[root] = min(names[i], least.get(root, names[i]))
@@ -319,8 +320,12 @@ def _names(parts: list[Path], wanted: set[int]) -> dict[int, str]:
 # --- the command -------------------------------------------------------------------------------------
 
 
-def _done(part: Path, settings: Settings) -> dict[str, Any]:
-    """What a part's signatures were made of; ValueError if there are none, or of other text or settings."""
+def _done(part: Path, settings: DedupSettings) -> dict[str, Any]:
+    """Return the record of a part's signatures.
+
+    Raises:
+        ValueError: there are no signatures, or they are of other text or settings.
+    """
     folder = Path(settings.folder, "dedup", part.stem)
     try:
         record = read_record(folder / "done.json", "inputs")
@@ -340,8 +345,8 @@ def _done(part: Path, settings: Settings) -> dict[str, Any]:
     return record["inputs"]
 
 
-def run(settings: Settings) -> None:
-    """The steps that are asked for; ValueError for settings that mean nothing."""
+def run(settings: DedupSettings) -> None:
+    """Run the requested steps; raise a ValueError for settings that mean nothing."""
     if not 0 < settings.threshold <= 1:
         raise ValueError(f"--threshold is {settings.threshold}; it must be above 0 and at most 1")
     if settings.shingle < 1:

@@ -1,7 +1,7 @@
-"""What a corpus is made of: files as they were fetched, documents as they are cleaned, and shards of them.
+"""The data of a corpus: files as they were fetched, documents as they are cleaned, and shards of documents.
 
-A `RawFile` is bytes from a stranger. A `Document` is text. A stage is a function from a `Document` to a
-`Document` or to a `Drop`, which says why it goes.
+A `RawFile` is bytes from a stranger. A `ScrapedDocument` is text. A stage is a function from a
+`ScrapedDocument` to a `ScrapedDocument`, or to a `Drop`, which says why the document leaves the corpus.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROW_GROUP_BYTES = 32 * 2**20  # of text, so that reading and writing take the same memory for any corpus
-UNKNOWN = ""  # the licence of what names none, or one that cannot be told
+ROW_GROUP_BYTES = 32 * 2**20  # text of a row group: it bounds the memory to read or write any corpus
+UNKNOWN = ""  # the licence of a file that names none, or one that cannot be identified
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class RawFile:
 
     Args:
         repository: `owner/name`, or the name of a folder, site or package.
-        path: Inside the repository, with `/`; spelled by `path_text`.
-        commit: That it was read at, or a version; "" where there is none.
+        path: Path inside the repository, with `/`, as `path_text` spells it.
+        commit: The commit at which it was read, or a version; "" where there is none.
         licence: SPDX expression that the repository claims; UNKNOWN where it does not.
         data: The file's bytes.
     """
@@ -40,12 +40,12 @@ class RawFile:
 
 
 @dataclass(frozen=True)
-class Document:
+class ScrapedDocument:
     """A text on its way through the stages; the fields are those of `RawFile`.
 
     Args:
-        cluster: The group of near duplicates it belongs to: the least `name` among them. A split keeps
-            a cluster on one side. "" before clusters are known.
+        cluster: The group of near duplicates it belongs to: the least `name` among them; "" before clusters
+            are known. A cluster never crosses a split.
     """
 
     text: str
@@ -61,30 +61,30 @@ class Document:
 
     @property
     def sha256(self) -> str:
-        """Of the text as it stands, in UTF-8."""
+        """Return the SHA-256 of the text in UTF-8, in hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a document goes.
+    """The reason why a document is dropped.
 
     Args:
-        reason: One of the stage's few reasons, counted by its spelling, as in `too short`.
-        evidence: What was found, for a reader; never a secret.
+        reason: One of the stage's few reasons, by which drops are counted, as in `too short`.
+        evidence: What was found, for a reader; it never holds a secret.
     """
 
     reason: str
     evidence: str = ""
 
 
-FIELDS = [field.name for field in dataclasses.fields(Document)]
+FIELDS = [field.name for field in dataclasses.fields(ScrapedDocument)]
 
 
 def path_text(path: bytes) -> str:
-    """A path of any bytes as text that can be stored and shown; different paths have different texts.
+    """Return a path of any bytes as text that can be stored and shown; different paths have different texts.
 
-    UTF-8 that prints stays as it is; the bytes of anything else, and of a backslash, are written as `\\x0a`.
+    Printable UTF-8 stays as it is; the bytes of anything else, and of a backslash, are written as `\\x0a`.
     """
     text = path.decode("utf-8", "surrogateescape")
     if "\\" not in text and text.isprintable():
@@ -102,12 +102,12 @@ def path_text(path: bytes) -> str:
 
 
 def shard_path(folder: Path, number: int, shards: int) -> Path:
-    """`folder/part-00003-of-00016.parquet`."""
+    """Return a path such as `folder/part-00003-of-00016.parquet`."""
     return folder / f"part-{number:05}-of-{shards:05}.parquet"
 
 
-def write_shard(path: Path, documents: Iterable[Document]) -> int:
-    """Write documents as Parquet with zstd, or as JSONL.gz by the path's ending; how many there were.
+def write_shard(path: Path, documents: Iterable[ScrapedDocument]) -> int:
+    """Write documents as Parquet with zstd, or as JSONL.gz by the path's ending; return their number.
 
     The same documents give the same bytes. The file appears whole or not at all.
     """
@@ -122,11 +122,11 @@ def write_shard(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-def _row(document: Document) -> dict[str, str]:
+def _row(document: ScrapedDocument) -> dict[str, str]:
     return dataclasses.asdict(document) | {"sha256": document.sha256}
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[dict[str, str]]]:
+def _groups(documents: Iterable[ScrapedDocument]) -> Iterator[list[dict[str, str]]]:
     rows: list[dict[str, str]] = []
     size = 0
     for document in documents:
@@ -139,7 +139,7 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[dict[str, str]]]:
         yield rows
 
 
-def _write_parquet(path: Path, documents: Iterable[Document]) -> int:
+def _write_parquet(path: Path, documents: Iterable[ScrapedDocument]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -153,9 +153,9 @@ def _write_parquet(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-def _write_jsonl(path: Path, documents: Iterable[Document]) -> int:
+def _write_jsonl(path: Path, documents: Iterable[ScrapedDocument]) -> int:
     count = 0
-    # Without a name and a time in its header, gzip of equal rows is equal.
+    # A gzip header without a name and a time makes equal rows equal bytes.
     with open(path, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as lines:
         for document in documents:
             lines.write(json.dumps(_row(document), ensure_ascii=False).encode() + b"\n")
@@ -163,8 +163,8 @@ def _write_jsonl(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-def read_shard(path: Path) -> Iterator[Document]:
-    """The documents of a shard that `write_shard` wrote, in order, with a bounded number in memory.
+def read_shard(path: Path) -> Iterator[ScrapedDocument]:
+    """Yield the documents of a shard that `write_shard` wrote, in order, with a bounded number in memory.
 
     Raises:
         ValueError: the file is not a whole shard.
@@ -172,7 +172,7 @@ def read_shard(path: Path) -> Iterator[Document]:
     try:
         rows = _jsonl_rows(path) if path.name.endswith(".jsonl.gz") else _parquet_rows(path)
         for row in rows:
-            yield Document(**{name: row[name] for name in FIELDS})
+            yield ScrapedDocument(**{name: row[name] for name in FIELDS})
     except (OSError, EOFError, zlib.error, KeyError, TypeError, ValueError) as error:
         line = (str(error).splitlines() or ["it ends early"])[0]
         raise ValueError(f"{path} is not a whole shard of documents: {line}") from error

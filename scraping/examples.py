@@ -1,7 +1,7 @@
-"""The code examples of an HTML page: what stands in `<pre>`, as text, with its language.
+"""The code examples of an HTML page: the text of each `<pre>`, with its language.
 
-The page is a stranger's. It is read once from left to right, in time that grows with its length only: what is
-never closed ends the reading. (`html.parser` takes quadratic time on some of that.)
+The page is a stranger's. It is read once from left to right, in time linear in its length: a tag or comment
+that is never closed ends the reading. (`html.parser` takes quadratic time on some of these.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# What the highlighters of documentation tools write into `class`, and what a file of that language is called.
+# What the highlighters of documentation tools write into `class` -> the file extension of that language.
 EXTENSIONS = {
     **dict.fromkeys(("python", "python3", "py", "py3", "pycon", "pycon3", "ipython", "ipython3"), ".py"),
     **dict.fromkeys(("kotlin", "kt", "kts"), ".kt"),
@@ -40,10 +40,10 @@ RAW = (
     "title",
     "template",
     "noscript",
-)  # what they hold is no text of the page
+)  # elements whose content is no text of the page
 VOID = ("br", "img", "wbr", "input", "hr", "link", "meta")
 BOXES = ("div", "figure", "td", "th", "tr", "table", "section")
-DEPTH = 50  # boxes around a <pre> that are looked at
+DEPTH = 50  # enclosing elements of a <pre> that are searched for its language
 
 _NAME = re.compile(r"[A-Za-z][^\s/>]*")
 _STOP = re.compile(r"[>\"']")
@@ -52,21 +52,21 @@ _PROMPT = re.compile(r"(?:>>>|\.\.\.)(?: |$)|In \[\d+\]: ?| +\.\.\.: ?")
 
 
 @dataclass(frozen=True)
-class Example:
+class CodeExample:
     """A piece of code on a page: the file extension of its language, and its text in whole lines."""
 
     extension: str
     text: str
 
 
-def examples(page: str) -> list[Example]:
-    """What stands in each `<pre>` of a page that is not empty, in order, without columns of line numbers."""
+def examples(page: str) -> list[CodeExample]:
+    """Return the code of each `<pre>` of a page that is not empty, in order, without line numbers."""
     found = []
     boxes: list[tuple[str, frozenset[str]]] = []
-    pre: frozenset[str] | None = None  # its classes, while inside one
+    pre: frozenset[str] | None = None  # the classes of the <pre> that is open
     inner: frozenset[str] = frozenset()
     parts: list[str] = []
-    hidden: list[str] = []  # open elements since one that is no code
+    hidden: list[str] = []  # open elements, from one whose content is no code
 
     def finish() -> None:
         assert pre is not None
@@ -110,7 +110,7 @@ def examples(page: str) -> list[Example]:
             elif name == "button" or (NUMBERS & classes and name != "code"):
                 hidden = [name]
         elif name in ("div", "li", "p") and parts and not parts[-1].endswith("\n"):
-            parts.append("\n")  # a line of its own in some highlighters
+            parts.append("\n")  # some highlighters put each line into an element of its own
     if pre is not None:
         finish()
     return found
@@ -124,7 +124,7 @@ def _close(boxes: list[tuple[str, frozenset[str]]], name: str) -> None:
 
 
 def _tokens(page: str) -> Iterator[tuple[str, str, str]]:
-    """("text", "", text), ("open", name, attributes) and ("close", name, "")."""
+    """Yield ("text", "", text), ("open", name, attributes) and ("close", name, "") in the page's order."""
     at = 0
     while at < len(page):
         start = page.find("<", at)
@@ -165,7 +165,7 @@ def _tokens(page: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _tag_end(page: str, at: int) -> int:
-    """Where the `>` of a tag is; one inside quotes that follow a `=` does not count. -1 if there is none."""
+    """Return the place of a tag's `>`, outside of quotes that follow a `=`; -1 if there is none."""
     while stop := _STOP.search(page, at):
         if stop.group() == ">":
             return stop.start()
@@ -190,7 +190,7 @@ def _unescape(text: str) -> str:
 
 
 def _extension(places: list[frozenset[str]]) -> str:
-    """By the first place that names a language, from the inside out."""
+    """Return the extension of the innermost element that names a language."""
     for classes in places:
         for word in sorted(classes):
             names = [word.removeprefix(prefix) for prefix in PREFIXES if word.startswith(prefix)] or [word]
@@ -200,8 +200,8 @@ def _extension(places: list[frozenset[str]]) -> str:
     return UNKNOWN_EXTENSION
 
 
-def _tidy(extension: str, text: str) -> Example:
-    """As a file would hold it; of a session in an interpreter, what was typed."""
+def _tidy(extension: str, text: str) -> CodeExample:
+    """Return the example as a file would hold it; of an interpreter's session, only what was typed."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ").split("\n")
     filled = [number for number, line in enumerate(lines) if line.strip()]
     lines = lines[filled[0] : filled[-1] + 1] if filled else []
@@ -209,4 +209,4 @@ def _tidy(extension: str, text: str) -> Example:
         typed = [(match, line) for line in lines if (match := _PROMPT.match(line))]
         lines = [line[match.end() :] for match, line in typed]
         extension = ".py"
-    return Example(extension, "".join(f"{line}\n" for line in lines))
+    return CodeExample(extension, "".join(f"{line}\n" for line in lines))

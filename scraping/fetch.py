@@ -1,8 +1,8 @@
-"""One repository of a crawl: its commit, its tree, and its files by the way that costs least (`route`).
+"""Fetch one repository of a crawl: its commit, its tree, and its files by the cheapest way (`route`).
 
-Every file's bytes are held to the git id that the tree gives them, so it does not matter where they came
-from, or in which order. Facts about answers are from docs.github.com/en/rest, pages git/trees, git/blobs,
-commits/commits and repos/contents.
+Every file's bytes are checked against the git id that the tree gives them, so it does not matter where they
+came from, or in which order. Facts about answers are from docs.github.com/en/rest, pages git/trees,
+git/blobs, commits/commits and repos/contents.
 """
 
 from __future__ import annotations
@@ -15,21 +15,31 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from scraping.archive import BrokenArchive, Limits, Member, read_archive
+from scraping.archive import ArchiveLimits, ArchiveMember, BrokenArchive, read_archive
 from scraping.documents import path_text
-from scraping.github import JSON, RAW, SHA, Answer, GitHub, Malformed, Refused, TooLarge, Unanswered
+from scraping.github import (
+    JSON,
+    RAW,
+    SHA,
+    GitHub,
+    GitHubAnswer,
+    GitHubRefused,
+    GitHubTooLarge,
+    Malformed,
+    Unanswered,
+)
 from scraping.gitrepo import blob_id, fetched
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.wanted import SUBMODULE, SYMBOLIC_LINK, Wanted, data_reason
 
-# What a request is worth in bytes: 5,000 an hour are 0.7 s each, in which a line of 3 MB/s brings 2 MB.
+# The price of a request in bytes: at 5,000 an hour each takes 0.7 s, in which a line of 3 MB/s brings 2 MB.
 REQUEST = 2 * 2**20
 CLONE = 30 * REQUEST
-MAX_TARBALL = 2**30  # bytes unpacked; what is larger comes file by file
+MAX_TARBALL = 2**30  # bytes, unpacked; a larger repository comes file by file
 TARBALL_TRIES = 3
-MAX_ENTRIES = 2_000_000  # of a repository's tree, which can say that it has 10^10 with ten objects
-MAX_TREES = 5_000  # requests for one
-BATCH_BYTES = 4 * 2**20  # stored in one transaction
+MAX_ENTRIES = 2_000_000  # most files of a repository: ten objects can make a tree of 10^10
+MAX_TREES = 5_000  # most requests for one tree
+BATCH_BYTES = 4 * 2**20  # files of about this size are stored in one transaction
 
 GONE = {
     404: "not found",
@@ -40,7 +50,7 @@ GONE = {
 
 
 @dataclass(frozen=True)
-class Repository:
+class HostedRepository:
     """A row of the ledger, as a worker needs it. `pinned` is "" before its files are listed."""
 
     id: int
@@ -53,37 +63,41 @@ class Repository:
 
     @property
     def root(self) -> str:
-        """Where it is asked for. A renamed repository answers its old name with 301 to this form, which names
-        the same one for ever; a name may be given up and taken by another.
+        """The repository's path in the API by its id, which names the same repository for ever.
+
+        A name may be given up and taken by another repository; GitHub answers the old name of a renamed one
+        with status 301 and this path.
         """
         return f"/repositories/{self.id}"
 
 
-def fetch(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository, folder: Path) -> None:
-    """List a repository's files if they are not, and fetch those that wait."""
+def fetch(client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository, folder: Path) -> None:
+    """List a repository's files if they are not listed yet, and fetch those that wait."""
     try:
         if repository.state == "found":
             repository = list_files(client, ledger, wanted, repository)
         fetch_files(client, ledger, repository, folder)
-    except Refused as refusal:
+    except GitHubRefused as refusal:
         _give_up(ledger, repository.name, refusal)
-    except TooLarge:
+    except GitHubTooLarge:
         ledger.done(repository.name, "tree too large")
     else:
         ledger.done(repository.name)
 
 
-def recheck(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository, folder: Path) -> None:
-    """Remove what may not be kept. Nothing counts against the limits while the branch stands still (304)."""
+def recheck(
+    client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository, folder: Path
+) -> None:
+    """Remove a repository that may not be kept. While its branch stands still (304), this costs no limit."""
     del wanted, folder
     try:
         head(client, repository)
-    except Refused as refusal:
+    except GitHubRefused as refusal:
         if refusal.status == 451:
             _give_up(ledger, repository.name, refusal)
 
 
-def _give_up(ledger: Ledger, name: str, refusal: Refused) -> None:
+def _give_up(ledger: Ledger, name: str, refusal: GitHubRefused) -> None:
     reason = GONE.get(refusal.status, f"refused with {refusal.status}")
     if refusal.status == 451:
         ledger.removed(name, reason)
@@ -95,32 +109,34 @@ def _give_up(ledger: Ledger, name: str, refusal: Refused) -> None:
         ledger.done(name, "" if stored else reason)
 
 
-def head(client: GitHub, repository: Repository, branch: str = "") -> str:
-    """The commit of a branch, by default the repository's own."""
+def head(client: GitHub, repository: HostedRepository, branch: str = "") -> str:
+    """Return the commit of a branch, by default the repository's default branch."""
 
-    def read(answer: Answer) -> str:
+    def read(answer: GitHubAnswer) -> str:
         return _git_id(answer.body.decode("ascii", "replace").strip())
 
-    # A tag may have the branch's name. A slash within a parameter is encoded: "Troubleshooting".
+    # The prefix tells the branch from a tag of its name; %2F within a parameter is as "Troubleshooting" asks.
     reference = quote(f"heads/{branch or repository.branch}", safe="")
     return client.get(f"{repository.root}/commits/{reference}", read, SHA, keep=True)
 
 
-def list_files(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repository) -> Repository:
-    """Enter the files that a repository has at its branch's commit; those of other extensions are counted.
+def list_files(
+    client: GitHub, ledger: Ledger, wanted: Wanted, repository: HostedRepository
+) -> HostedRepository:
+    """Enter the files of a repository's branch into the ledger; count those of other extensions.
 
     Raises:
-        Refused: it is gone, or has no commit.
-        TooLarge: its tree is past MAX_ENTRIES.
+        GitHubRefused: it is gone, or has no commit.
+        GitHubTooLarge: its tree is past MAX_ENTRIES.
     """
     try:
         commit = head(client, repository)
-    except Refused as refusal:
-        if refusal.status != 422:  # "No commit found": the default branch is another one by now
+    except GitHubRefused as refusal:
+        if refusal.status != 422:  # 422 means "No commit found": the default branch has changed
             raise
         branch = client.get(repository.root, lambda answer: str(answer.json()["default_branch"]))
         commit = head(client, repository, branch)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ListedFile] = {}
     size = others = 0
     for mode, path, address, bytes_ in walk(client, repository.root, commit):
         size += bytes_
@@ -130,9 +146,9 @@ def list_files(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repos
             continue
         kind = {"120000": SYMBOLIC_LINK, "160000": SUBMODULE}.get(mode, "")
         spelled = path_text(path.encode("utf-8", "surrogatepass"))
-        if spelled in entries:  # the API shows names that are not UTF-8 with the same sign for any byte
+        if spelled in entries:  # the API shows each byte that is not UTF-8 by one and the same sign
             spelled = f"{spelled}\\{len(entries)}"
-        entries[spelled] = Entry(spelled, address, bytes_, kind or reason)
+        entries[spelled] = ListedFile(spelled, address, bytes_, kind or reason)
     with ledger.transaction() as db:
         db.execute("UPDATE hosted SET bytes = ?, others = ? WHERE id = ?", (size, others, repository.id))
         ledger.listed(repository.name, commit, entries.values())
@@ -141,10 +157,10 @@ def list_files(client: GitHub, ledger: Ledger, wanted: Wanted, repository: Repos
 
 
 def walk(client: GitHub, root: str, commit: str) -> Iterator[tuple[str, str, str, int]]:
-    """(mode, path, id, size) of every file of a commit.
+    """Yield (mode, path, id, size) of every file of a commit.
 
     One request lists a tree with all below it, but at most 100,000 entries and 7 MB (docs.github.com/en/rest/
-    git/trees); one that is cut is listed folder by folder instead, each again with all below it.
+    git/trees). A truncated tree is listed folder by folder instead, each again with all below it.
     """
     folders = [("", commit)]
     trees = entries = 0
@@ -154,19 +170,19 @@ def walk(client: GitHub, root: str, commit: str) -> Iterator[tuple[str, str, str
         if cut:
             rows, cut = client.get(f"{root}/git/trees/{tree}", read_tree, keep=True)
             if cut:
-                raise TooLarge("a folder has more entries than the API lists")
+                raise GitHubTooLarge("a folder has more entries than the API lists")
             folders += [(f"{prefix}{path}/", address) for mode, path, address, _ in rows if mode == "040000"]
         trees += 1
         entries += len(rows)
         if trees > MAX_TREES or entries > MAX_ENTRIES:
-            raise TooLarge("the tree has too many entries")
+            raise GitHubTooLarge("the tree has too many entries")
         for mode, path, address, size in rows:
             if mode != "040000":
                 yield mode, prefix + path, address, size
 
 
-def read_tree(answer: Answer) -> tuple[list[tuple[str, str, str, int]], bool]:
-    """((mode, path, id, size) of each entry, whether it is cut)."""
+def read_tree(answer: GitHubAnswer) -> tuple[list[tuple[str, str, str, int]], bool]:
+    """Return (mode, path, id, size) of each entry of a tree, and whether the list is truncated."""
     body = answer.json()
     rows = [
         (str(row["mode"]), str(row["path"]), _git_id(row["sha"]), int(row.get("size") or 0))
@@ -176,12 +192,17 @@ def read_tree(answer: Answer) -> tuple[list[tuple[str, str, str, int]], bool]:
 
 
 def route(files: int, wanted_bytes: int, tree_bytes: int, tried: Iterable[str] = ()) -> str:
-    """The cheapest way to so many files of so many bytes, in a tree of so many: `tarball`, `git` or `blobs`.
+    """Return the cheapest way to fetch files that was not tried yet: `tarball`, `git` or `blobs`.
 
-    A tarball is one request for everything, and is taken to be as large as what is in it: it packs source
+    A tarball is one request for everything. It is assumed to be as large as its content: it compresses source
     code four times, but pictures and data not at all. A blob is one request for one file. A partial clone
-    brings the wanted files alone and takes nothing from the API's limits, but it starts git, and reads the
-    tree again.
+    brings the wanted files alone and costs no request of the API, but it starts git and reads the tree again.
+
+    Args:
+        files: Number of wanted files.
+        wanted_bytes: Their size.
+        tree_bytes: Size of all files of the repository.
+        tried: Ways that were tried already.
     """
     costs = {
         "tarball": REQUEST + tree_bytes,
@@ -193,7 +214,7 @@ def route(files: int, wanted_bytes: int, tree_bytes: int, tried: Iterable[str] =
     return min((way for way in costs if way not in tried), key=lambda way: costs[way])
 
 
-def fetch_files(client: GitHub, ledger: Ledger, repository: Repository, folder: Path) -> None:
+def fetch_files(client: GitHub, ledger: Ledger, repository: HostedRepository, folder: Path) -> None:
     """Fetch every file that waits."""
     name = repository.name
     for entry in ledger.waiting(name):
@@ -206,32 +227,32 @@ def fetch_files(client: GitHub, ledger: Ledger, repository: Repository, folder: 
                 if not reuse(ledger, name, entry):
                     fetch_blob(client, ledger, repository, entry)
             return
-        # What a way leaves (`.gitattributes` keeps files out of an archive, and changes others) waits for the
-        # next one, and so does all of it if the way is closed.
+        # A way may be closed, or leave files for the next: `.gitattributes` keeps files out of an archive, or
+        # changes them.
         tried.append(way)
         try:
             if way == "tarball":
                 fetch_tarball(client, ledger, repository, waiting, folder)
             else:
                 fetch_git(ledger, repository, waiting, folder)
-        except Refused as refusal:
+        except GitHubRefused as refusal:
             if refusal.status == 451:
                 raise
-        except (Unanswered, TooLarge, Unfetched):
+        except (Unanswered, GitHubTooLarge, Unfetched):
             pass
 
 
-def reuse(ledger: Ledger, name: str, entry: Entry) -> bool:
-    """Store a file by the bytes of another, in this repository or in any; False if none has them."""
+def reuse(ledger: Ledger, name: str, entry: ListedFile) -> bool:
+    """Store a file by the bytes of a stored one of the same id, in any repository; False if none has them."""
     known = ledger.by_address(entry.address)
-    if known is None or blob_id(known) != entry.address:  # other sources have addresses of other kinds
+    if known is None or blob_id(known) != entry.address:  # addresses of other sources are no git ids
         return False
     ledger.stored(name, [(entry.path, known)])
     return True
 
 
 class _Store:
-    """Puts files whose bytes are those that their ids name into the ledger, many in one transaction."""
+    """A writer of files into the ledger, many in one transaction; it skips bytes that do not fit their id."""
 
     def __init__(self, ledger: Ledger, name: str) -> None:
         self._ledger = ledger
@@ -239,7 +260,7 @@ class _Store:
         self._batch: list[tuple[str, bytes]] = []
         self._size = 0
 
-    def add(self, entry: Entry, data: bytes) -> None:
+    def add(self, entry: ListedFile, data: bytes) -> None:
         if why := data_reason(data):
             self._ledger.dropped(self._name, entry.path, why)
             return
@@ -254,24 +275,24 @@ class _Store:
 
 
 def fetch_tarball(
-    client: GitHub, ledger: Ledger, repository: Repository, waiting: list[Entry], folder: Path
+    client: GitHub, ledger: Ledger, repository: HostedRepository, waiting: list[ListedFile], folder: Path
 ) -> None:
-    """Store those of the files that a tarball of the commit has, byte for byte."""
+    """Store the files that a tarball of the commit has unchanged."""
     by_path = {entry.path: entry for entry in waiting}
 
     def reason(path: bytes, size: int) -> str:
         entry = by_path.get(path_text(path))
         return "" if entry and entry.size == size else "not asked for"
 
-    def members() -> Iterator[Member]:
+    def members() -> Iterator[ArchiveMember]:
         try:
-            yield from read_archive(file, reason, 1, Limits(total_bytes=2 * MAX_TARBALL))
+            yield from read_archive(file, reason, 1, ArchiveLimits(total_bytes=2 * MAX_TARBALL))
         except BrokenArchive as error:
             raise Malformed(str(error)) from error
-        except ValueError as error:  # past a limit
-            raise TooLarge(str(error)) from error
+        except ValueError as error:  # the archive is past a limit
+            raise GitHubTooLarge(str(error)) from error
 
-    def read(answer: Answer) -> None:
+    def read(answer: GitHubAnswer) -> None:
         del answer
         store = _Store(ledger, repository.name)
         try:
@@ -280,10 +301,10 @@ def fetch_tarball(
                 if entry and member.data is not None and blob_id(member.data) == entry.address:
                     del by_path[entry.path]
                     store.add(entry, member.data)
-        finally:  # what came before a damage is as it should be: its id says so
+        finally:  # files that came before the damage are whole, as their ids show
             store.flush()
 
-    # Without a name: it is gone when the process is.
+    # A file without a name is gone when the process is.
     with tempfile.TemporaryFile(dir=folder) as file:
         client.get(
             f"{repository.root}/tarball/{repository.pinned}",
@@ -295,11 +316,11 @@ def fetch_tarball(
 
 
 class Unfetched(Exception):
-    """git could not fetch; the other ways are open."""
+    """Failure of git to fetch, after which the other ways remain."""
 
 
-def fetch_git(ledger: Ledger, repository: Repository, waiting: list[Entry], folder: Path) -> None:
-    """Store those of the files that a partial clone brings."""
+def fetch_git(ledger: Ledger, repository: HostedRepository, waiting: list[ListedFile], folder: Path) -> None:
+    """Store the files that a partial clone brings."""
     store = _Store(ledger, repository.name)
     try:
         with fetched(repository.clone_url, repository.pinned, folder / f"git-{repository.id}") as clone:
@@ -315,10 +336,10 @@ def fetch_git(ledger: Ledger, repository: Repository, waiting: list[Entry], fold
         store.flush()
 
 
-def fetch_blob(client: GitHub, ledger: Ledger, repository: Repository, entry: Entry) -> None:
-    """Store one file."""
+def fetch_blob(client: GitHub, ledger: Ledger, repository: HostedRepository, entry: ListedFile) -> None:
+    """Store one file by a request of its own."""
 
-    def read(answer: Answer) -> bytes:
+    def read(answer: GitHubAnswer) -> bytes:
         if blob_id(answer.body) != entry.address:
             raise Malformed("the bytes are not those that the id names")
         return answer.body
@@ -326,15 +347,15 @@ def fetch_blob(client: GitHub, ledger: Ledger, repository: Repository, entry: En
     try:
         url = f"{repository.root}/git/blobs/{entry.address}"
         data = client.get(url, read, RAW, cap=entry.size + 2**16)
-    except Refused as refusal:
+    except GitHubRefused as refusal:
         if refusal.status == 451:
             raise
-        head(client, repository)  # if the whole repository is gone, that is refused, too
+        head(client, repository)  # refused too if the whole repository is gone
         ledger.dropped(
             repository.name, entry.path, GONE.get(refusal.status, f"refused with {refusal.status}")
         )
         return
-    except TooLarge:
+    except GitHubTooLarge:
         ledger.dropped(repository.name, entry.path, "larger than the tree says")
         return
     store = _Store(ledger, repository.name)

@@ -1,12 +1,12 @@
-"""How often the words of a corpus occur: once, twice, more than ten times; in memory that does not grow.
+"""Word frequencies of a corpus in bounded memory: how many words occur once, twice, more than ten times.
 
     counted = Frequencies()
     counted.add(text)
     counted.merge(other)
     counted.curve()   # {"1": 51200, "2": 9100, ...}: how many different words occur so often
 
-Above WORDS different words, those whose hash ends in enough zero bits are counted, the same ones in every
-shard, and stand for the rest (distinct sampling, Gibbons 2001). Below, the counts are exact.
+Up to WORDS different words, the counts are exact. Beyond, only words whose hash ends in enough zero bits are
+counted, the same ones in every shard, and stand for the rest (distinct sampling, Gibbons 2001).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Frequencies:
         self._thin(max(self._zeros, other._zeros))
 
     def _thin(self, zeros: int) -> None:
-        """Leave out what does not end in so many zeros, or in as many more as it takes."""
+        """Drop words whose hash ends in fewer zero bits; raise the number until at most WORDS are left."""
         while True:
             self._zeros, mask = zeros, 2**zeros - 1
             self._counts = Counter({word: n for word, n in self._counts.items() if not word & mask})
@@ -55,7 +55,7 @@ class Frequencies:
             zeros += 1
 
     def curve(self) -> dict[str, int]:
-        """Different words by how often they occur."""
+        """Return the number of different words by how often they occur."""
         counts = np.fromiter(self._counts.values(), np.int64, len(self._counts))
         least = 0
         curve = {}

@@ -1,4 +1,4 @@
-"""A client of GitHub's REST API that keeps to its limits and believes nothing that it cannot check.
+"""A client of GitHub's REST API that keeps to its rate limits and checks every answer.
 
     client = GitHub("https://api.github.com", token, ledger)
     sha = client.get("/repos/python/cpython/commits/main", lambda answer: answer.body.decode())
@@ -6,17 +6,18 @@
 What GitHub publishes about its limits and answers is at docs.github.com/en/rest/using-the-rest-api, pages
 "Rate limits for the REST API", "Best practices" and "Troubleshooting"; the rules below follow them:
 
-- no request goes out while `x-ratelimit-remaining` is 0 and `x-ratelimit-reset` is still to come, in each
-  resource (`core`, `search`) apart;
+- no request goes out while `x-ratelimit-remaining` is 0 and `x-ratelimit-reset` is still to come, for each
+  resource (`core`, `search`) on its own;
 - after a secondary limit (403 or 429) none goes out before `Retry-After`, or else for at least a minute,
   twice as long each time that the limit is hit again;
-- they go out evenly, below 900 a minute, and as many at a time as the caller has threads;
-- these times are kept in the ledger, so that a process that takes over from a killed one keeps them too.
+- requests go out evenly, below 900 a minute, and as many at a time as the caller has threads;
+- the ledger stores these times, so that a process that takes over from a killed one keeps to them too.
 
-What fails by accident (5xx, 202, a reset, a body that is cut, slow or no JSON, or that `read` refuses) is
-asked for again, later each time. What GitHub itself says no to (404, 409, 410, 451, ...) raises `Refused`.
+A request that fails by accident (5xx, 202, a reset, a body that is truncated, slow or no JSON, or that `read`
+refuses) is repeated, after a longer wait each time. One that GitHub refuses (404, 409, 410, 451, ...) raises
+`GitHubRefused`.
 
-The token goes to the API's own origin and nowhere else, and into no message.
+The token goes to the API's own origin alone, and into no message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -37,30 +38,30 @@ JSON = "application/vnd.github+json"
 RAW = "application/vnd.github.raw+json"  # a blob's bytes: docs.github.com/en/rest/git/blobs
 SHA = "application/vnd.github.sha"  # a commit's id alone: docs.github.com/en/rest/commits/commits
 API_VERSION = "2022-11-28"
-USER_AGENT = "plumb-scraping"  # a request without one is refused: "Troubleshooting", User agent required
+USER_AGENT = "plumb-scraping"  # requests without one are refused: "Troubleshooting", User agent required
 
 POINTS = 900  # requests a minute; a GET is one point: "Rate limits", Calculating points
-PACE = 60 / (0.9 * POINTS)  # seconds between two: they do not arrive as evenly as they go out
+PACE = 60 / (0.9 * POINTS)  # seconds between requests, which do not arrive as evenly as they go out
 MAX_CONCURRENT = 100  # "Rate limits", About secondary rate limits
-SECONDARY_WAIT = 60.0  # seconds, the first time
+SECONDARY_WAIT = 60.0  # seconds after the first secondary limit
 SECONDARY_TRIES = 8  # "throw an error after a specific number of retries"
 LONGEST_WAIT = 86_400.0  # seconds; a limit's hour is 3,600
 TRIES = 8
-BACKOFF = 1.0  # seconds, twice as long each time, at most MAX_BACKOFF
+BACKOFF = 1.0  # seconds before the second attempt, twice as long each time, at most MAX_BACKOFF
 MAX_BACKOFF = 60.0
 CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 30.0  # GitHub gives up on a request after 10: "Timeouts"
-GRACE_SECONDS, SLOWEST = 30.0, 10_000  # a body that has come at fewer bytes a second by then is given up
+GRACE_SECONDS, SLOWEST = 30.0, 10_000  # after GRACE_SECONDS, a body with fewer bytes a second is given up
 MAX_REDIRECTS = 5
-MAX_JSON = 64 * 2**20  # a tree is cut at 7 MB: docs.github.com/en/rest/git/trees
+MAX_JSON = 64 * 2**20  # bytes; a tree is truncated at 7 MB: docs.github.com/en/rest/git/trees
 CHUNK = 2**16
 ANSWER_SECONDS = 0.5
-WINDOW_SLACK = 2.0  # seconds; two resets nearer than that are one, told in whole seconds by two answers
+WINDOW_SLACK = 2.0  # seconds; two closer resets are one, rounded by two answers to whole seconds
 
 T = TypeVar("T")
 
 
-class Refused(ValueError):
-    """The server's considered no: a status of 4xx that asking again will not change."""
+class GitHubRefused(ValueError):
+    """The server's refusal: a status of 4xx that another attempt will not change."""
 
     def __init__(self, url: str, status: int, message: str) -> None:
         super().__init__(f"{url} was refused: {status} {message}".strip())
@@ -69,29 +70,32 @@ class Refused(ValueError):
 
 
 class Unanswered(ValueError):
-    """The server failed every time it was asked."""
+    """Failure of the server to answer, at each of several attempts."""
 
 
 class Malformed(Exception):
-    """A body that is not what was asked for; a `read` raises it to have the request made again."""
+    """A body that is not as published; `read` raises it to have the request repeated."""
 
 
-class TooLarge(ValueError):
-    """A body past the bytes that the caller takes."""
+class GitHubTooLarge(ValueError):
+    """A body that is larger than the caller allows."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A body that came whole, or empty if it went into a file; headers by their names in lower case."""
+class GitHubAnswer:
+    """A whole body, empty if it was written to a file; headers by their names in lower case."""
 
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def next_url(self) -> str:
-        """Of the next page; "" on the last. Pages are not counted but followed: "Using pagination".
+        """Return the address of the next page; "" on the last.
 
-        Raises `Malformed`.
+        Pages are followed, not counted, as "Using pagination" asks.
+
+        Raises:
+            Malformed: the link is no address.
         """
         found = re.search(r'<([^<>]*)>\s*;[^<>,]*rel="next"', self.headers.get("link", ""))
         url = found.group(1) if found else ""
@@ -102,7 +106,7 @@ class Answer:
         return url
 
     def json(self) -> Any:
-        """Raises `Malformed`."""
+        """Return the parsed body; raise Malformed if it is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -110,7 +114,7 @@ class Answer:
 
 
 class Memory(Protocol):
-    """What outlives a client; see `scraping.ledger.Ledger`."""
+    """The storage that outlives a client; `scraping.ledger.Ledger` is one."""
 
     def remember(self, key: str, etag: str, body: bytes) -> None: ...
     def recall(self, key: str) -> tuple[str, bytes] | None: ...
@@ -120,7 +124,7 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds since 1970, and a way to wait."""
+    """A clock: seconds since 1970, and a way to wait."""
 
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
@@ -128,23 +132,23 @@ class Clock:
 
 @dataclass
 class _Bucket:
-    """A resource of the primary limit."""
+    """The state of one resource of the primary limit."""
 
     remaining: float = float("inf")
     limit: float = float("inf")
-    resets: float = 0.0  # on the local clock
-    window: float = 0.0  # the same as the server told it, which says of which window an answer is
+    resets: float = 0.0  # by the local clock
+    window: float = 0.0  # by the server's clock: it tells the window that an answer is from
     in_flight: int = 0
-    refilled: bool = False  # since the last answer
+    refilled: bool = False  # whether a new window began since the last answer
 
 
 @dataclass
 class Reply:
-    """One exchange: what came of it before it ended or broke.
+    """The outcome of one exchange, which may have broken off.
 
     Args:
         status: 0 if none came.
-        headers: By their names in lower case.
+        headers: Headers by their names in lower case.
         trouble: Why the body is not whole; None if it is.
     """
 
@@ -155,7 +159,7 @@ class Reply:
 
     @property
     def limited(self) -> bool:
-        """Whether a limit refused it. Some 403 are no limit's: the thing itself is forbidden."""
+        """Return whether a limit refused the request. Some 403 are none: the resource itself is forbidden."""
         if self.status == 403 and self.trouble is None:
             message = _message(self.body).lower()
             spent = self.headers.get("x-ratelimit-remaining") == "0"
@@ -164,7 +168,7 @@ class Reply:
 
 
 class Gate:
-    """Lets each request wait until the limits allow it."""
+    """A gate at which each request waits until the limits allow it."""
 
     def __init__(self, clock: Clock, memory: Memory, told: Callable[[str, float], None]) -> None:
         self._clock = clock
@@ -177,7 +181,7 @@ class Gate:
         self._strikes: dict[str, int] = {}
 
     def enter(self, host: str, resource: str) -> float:
-        """Wait for this host and, if there is one, this resource; the time at which the request goes out."""
+        """Wait for this host and, if there is one, this resource; return the time of the request."""
         while True:
             with self._lock:
                 now = self._clock.now()
@@ -187,7 +191,7 @@ class Gate:
                         bucket = self._buckets.setdefault(resource, _Bucket())
                         bucket.in_flight += 1
                         bucket.remaining -= 1
-                        # Evenly, and not in bursts: so a process that takes over need not know of the last
+                        # Requests go out evenly, so that a process that takes over need not know of the last
                         # minute's.
                         self._next = now + PACE
                     return now
@@ -207,8 +211,8 @@ class Gate:
                     waits.append((f"limit of {resource}", bucket.resets))
                 elif bucket.refilled and bucket.in_flight:
                     waits.append((f"answer about the limit of {resource}", now + ANSWER_SECONDS))
-                else:  # a new window, of which nothing is told before its first answer
-                    # What went out in the last one may arrive in this.
+                else:  # a new window, of which nothing is known before its first answer
+                    # Requests that went out in the last window may arrive in this one.
                     bucket.remaining, bucket.refilled = bucket.limit - bucket.in_flight, True
                     if bucket.remaining <= 0:
                         waits.append((f"answer about the limit of {resource}", now + ANSWER_SECONDS))
@@ -216,13 +220,13 @@ class Gate:
         return max(waits, key=lambda wait: wait[1])
 
     def leave(self, host: str, resource: str, sent: float, reply: Reply) -> None:
-        """A request that `enter` let out is over. Raises Unanswered if limits refuse every one."""
+        """Record the reply to a request that `enter` let out; raise Unanswered if limits refuse every one."""
         with self._lock:
             if resource:
                 bucket = self._buckets[resource]
                 bucket.in_flight -= 1
                 if reply.status == 304:
-                    bucket.remaining += 1  # it does not count: "Best practices", conditional requests
+                    bucket.remaining += 1  # this one did not count: "Best practices", conditional requests
                 self._read(reply.headers, reply.headers.get("x-ratelimit-resource") or resource)
             if reply.limited:
                 self._refuse(host, resource, sent, reply)
@@ -230,7 +234,7 @@ class Gate:
                 self._strikes.pop(host, None)
 
     def learn(self, headers: dict[str, str], resource: str) -> None:
-        """What is left of a resource, told by itself; it may be another token's than the last process had."""
+        """Learn what is left of a resource from GitHub; an earlier process may have had another token."""
         with self._lock:
             if headers.get("x-ratelimit-remaining") != "0":
                 self._blocked.pop(resource, None)
@@ -243,16 +247,16 @@ class Gate:
         if remaining is None or reset is None:
             return
         now = self._clock.now()
-        # The reset is told by the server's clock, which may differ from ours; its `Date` is cut to a second,
-        # so that this is late by up to one, never early.
+        # The reset is by the server's clock, which may differ from ours. Its `Date` is cut to a second, so
+        # that the computed time is late by up to a second, never early.
         date = _date(headers.get("date"))
         resets = now + max(0.0, reset - date) if date else reset
         bucket = self._buckets.setdefault(resource, _Bucket())
-        # By the server's word: an answer may be read long after it was sent. By the local clock one of this
-        # window would then be the first of the next, and what it says is left has been used since.
+        # The server's clock tells the window, since an answer may be read long after it was sent. By the
+        # local clock it could be the first of the next window, with requests left that were used since.
         if reset < bucket.window - WINDOW_SLACK:
-            return  # an answer that was overtaken by one of the next window
-        # Requests under way may have been counted in `remaining` or not; they are taken off to be sure.
+            return  # an answer of the next window overtook this one
+        # Requests under way may not be counted in `remaining` yet; they are subtracted to be safe.
         remaining -= bucket.in_flight
         if reset > bucket.window + WINDOW_SLACK:
             bucket.remaining, bucket.window = remaining, reset
@@ -270,8 +274,8 @@ class Gate:
         if retry_after is None and _number(reply.headers.get("x-ratelimit-remaining")) == 0 and resource:
             name = reply.headers.get("x-ratelimit-resource") or resource
             if now < self._buckets.setdefault(name, _Bucket()).resets:
-                return  # the primary limit, which has been read
-        if sent >= self._blocked.get(host, 0.0):  # else it went out before the limit was known
+                return  # the primary limit, which `learn` has read
+        if sent >= self._blocked.get(host, 0.0):  # if not, it went out before the limit was known
             self._strikes[host] = self._strikes.get(host, 0) + 1
         strikes = self._strikes.get(host, 1)
         if strikes > SECONDARY_TRIES:
@@ -297,7 +301,7 @@ def _date(text: str | None) -> float | None:
 
 
 def _retry_after(headers: dict[str, str], now: float) -> float | None:
-    """Seconds; RFC 9110 section 10.2.3 allows a date, too."""
+    """Return the seconds that Retry-After asks for; RFC 9110, section 10.2.3, allows a date too."""
     text = headers.get("retry-after")
     seconds = _number(text)
     if seconds is None and (until := _date(text)) is not None:
@@ -307,15 +311,15 @@ def _retry_after(headers: dict[str, str], now: float) -> float | None:
 
 @dataclass
 class GitHub:
-    """See the module. One object for all threads.
+    """A client of GitHub's REST API: one object for all threads.
 
     Args:
         api: `https://api.github.com`, or `https://HOST/api/v3` of an Enterprise Server.
-        token: "" asks without one, at 60 requests an hour.
-        memory: Keeps ETags and limits.
-        clock: Of the waits.
-        seed: Of the jitter.
-        told: Is told why and for how many seconds a request waits.
+        token: "" sends none, at 60 requests an hour.
+        memory: Stores ETags and limits.
+        clock: The clock of the waits.
+        seed: The seed of the waits' jitter.
+        told: Called with the reason and the seconds for which a request waits.
 
     Raises:
         ValueError: the api is none that a token may be sent to, or the token is none.
@@ -348,9 +352,9 @@ class GitHub:
         self._local = threading.local()
 
     def learn_limits(self) -> None:
-        """Ask what is left of the limits, before the first request of a process."""
+        """Request what is left of the limits, before the first request of a process."""
 
-        def read(answer: Answer) -> None:
+        def read(answer: GitHubAnswer) -> None:
             date = {"date": answer.headers.get("date", "")}
             for name, values in answer.json()["resources"].items():
                 headers = {f"x-ratelimit-{key}": str(values[key]) for key in ("remaining", "limit", "reset")}
@@ -358,34 +362,36 @@ class GitHub:
 
         try:
             self.get("/rate_limit", read)
-        except Refused as refusal:
+        except GitHubRefused as refusal:
             if refusal.status != 404:  # an Enterprise Server without limits: docs.github.com, "Rate limits"
                 raise
 
     def get(
         self,
         path: str,
-        read: Callable[[Answer], T],
+        read: Callable[[GitHubAnswer], T],
         accept: str = JSON,
         cap: int = MAX_JSON,
         tries: int = TRIES,
         keep: bool = False,
         into: BinaryIO | None = None,
     ) -> T:
-        """What `read` makes of the answer's body.
+        """Return what `read` makes of the answer.
 
         Args:
-            path: Below the api, or a whole URL as the server gave it.
-            read: May raise Malformed, KeyError, TypeError or AttributeError for a body that is not as
-                published; then the request is made again.
-            accept: Media type.
-            cap: Bytes of the body.
-            tries: Before it gives up.
-            keep: Remember the answer, and ask next time only whether it has changed.
-            into: A file that gets the body, from its beginning.
+            path: A path below the api, or a whole URL that the server gave.
+            read: A function that may raise Malformed, KeyError, TypeError or AttributeError for a body that
+                is not as published; the request is then repeated.
+            accept: The media type.
+            cap: Most bytes of the body.
+            tries: Attempts before it gives up.
+            keep: Store the answer, and request next time only whether it has changed.
+            into: A file that the body is written to, from its beginning.
 
         Raises:
-            Refused, TooLarge, Unanswered: see there.
+            GitHubRefused: GitHub refuses the request.
+            GitHubTooLarge: the body has more than `cap` bytes.
+            Unanswered: every attempt failed.
             ValueError: the token is refused.
         """
         url = path if "://" in path else self.api + path
@@ -409,7 +415,7 @@ class GitHub:
         )
 
     def pause(self, attempt: int, why: str) -> None:
-        """Wait before something is tried again: longer each time, and never for the same time as others."""
+        """Wait before another attempt: longer each time, with a random part, so that threads spread out."""
         with self._random_lock:
             seconds = min(MAX_BACKOFF, BACKOFF * 2 ** (attempt - 1)) * self._random.uniform(1.0, 1.5)
         self.told(why, seconds)
@@ -417,19 +423,19 @@ class GitHub:
 
     def _follow(
         self, url: str, accept: str, known: tuple[str, bytes] | None, cap: int, into: BinaryIO | None
-    ) -> tuple[Answer, str]:
-        """The answer at the end of all redirections, and its ETag. Malformed: it failed by accident."""
+    ) -> tuple[GitHubAnswer, str]:
+        """Return the answer after all redirections, and its ETag; raise Malformed for an accident."""
         for _ in range(MAX_REDIRECTS):
             reply = self._once(url, accept, known[0] if known else "", cap, into)
             if reply.status == 304 and known:
-                return Answer(known[1]), known[0]
+                return GitHubAnswer(known[1]), known[0]
             if reply.status in (301, 302, 303, 307, 308):
                 url = self._target(url, reply.headers.get("location", ""))
                 continue
             if reply.status == 200:
                 if reply.trouble:
                     raise reply.trouble
-                return Answer(reply.body, reply.headers), reply.headers.get("etag", "")
+                return GitHubAnswer(reply.body, reply.headers), reply.headers.get("etag", "")
             if not 400 <= reply.status < 500:
                 raise reply.trouble or Malformed(f"the status was {reply.status}")
             message = _message(reply.body)
@@ -438,16 +444,16 @@ class GitHub:
                     f"{self.api} refuses the token ({message}); set GITHUB_TOKEN to a valid one, or unset it"
                 )
             if reply.status == 408 or (reply.status == 409 and "empty" not in message.lower()):
-                raise Malformed(f"the status was {reply.status} {message}")  # it is under construction, say
-            if not message and _origin(url) == self._origin:  # a proxy or a portal speaks, and not GitHub
+                raise Malformed(f"the status was {reply.status} {message}")  # GitHub is still at work on it
+            if not message and _origin(url) == self._origin:  # a proxy or a portal answered, not GitHub
                 raise Malformed(f"the status was {reply.status} without a message")
-            raise Refused(_shown(url), reply.status, message)
+            raise GitHubRefused(_shown(url), reply.status, message)
         raise Malformed(f"there were more than {MAX_REDIRECTS} redirections")
 
     def _target(self, url: str, location: str) -> str:
-        """Where a redirection leads; never from https to http."""
+        """Return the target of a redirection; it never leads from https to http."""
         schemes = ("https",) if url.startswith("https:") else ("https", "http")
-        with contextlib.suppress(ValueError):  # of `http://[::1/` and of a port that is no number
+        with contextlib.suppress(ValueError):  # raised for `http://[::1/` and for a port that is no number
             target = urljoin(url, location)
             scheme, host, _ = _origin(target)
             if location and scheme in schemes and host:
@@ -455,11 +461,11 @@ class GitHub:
         raise Malformed("a redirection leads nowhere")
 
     def _once(self, url: str, accept: str, etag: str, cap: int, into: BinaryIO | None) -> Reply:
-        """One exchange, as soon as the limits allow it, and again as long as they refuse it."""
+        """Exchange once when the limits allow it, and again as long as they refuse it."""
         home = _origin(url) == self._origin
         parts = urlsplit(url)
         resource = ("search" if parts.path.endswith("/search/repositories") else "core") if home else ""
-        if parts.path.endswith("/rate_limit"):  # counts for none: "Rate limits", Checking the status
+        if parts.path.endswith("/rate_limit"):  # it counts for no limit: "Rate limits", Checking the status
             resource = ""
         headers = {"Accept": accept, "User-Agent": USER_AGENT}
         if home:
@@ -479,7 +485,7 @@ class GitHub:
     def _exchange(
         self, reply: Reply, url: str, headers: dict[str, str], token: str, cap: int, into: BinaryIO | None
     ) -> None:
-        """Send, and fill in `reply` as the answer comes."""
+        """Send the request, and fill in `reply` as the answer comes."""
         import requests
         import urllib3
 
@@ -487,8 +493,8 @@ class GitHub:
         if session is None:
             session = self._local.session = requests.Session()
 
-        # As `auth` and not as a header: requests would let a line of ~/.netrc replace the header, and would
-        # add one for another host.
+        # The token is no header here, since requests would let a line of ~/.netrc replace the header, and
+        # would add one for another host.
         def auth(request: Any) -> Any:
             if token:
                 request.headers["Authorization"] = f"Bearer {token}"
@@ -506,36 +512,35 @@ class GitHub:
             ) as response:
                 reply.status = response.status_code
                 reply.headers = {name.lower(): value for name, value in response.headers.items()}
-                parts: list[bytes] = []
                 if reply.status != 200:
                     into, cap = None, MAX_JSON
-                if into is not None:
+                if into is None:
+                    reply.body = b"".join(self._body(response.raw, url, started, cap))
+                else:
                     into.seek(0)
                     into.truncate()
-                got = 0
-                # Not iter_content, which waits for a whole chunk, and so for ever where bytes come singly.
-                while piece := response.raw.read1(CHUNK, decode_content=True):
-                    got += len(piece)
-                    if got > cap:
-                        raise TooLarge(f"{_shown(url)} has more than {cap:,} bytes")
-                    seconds = self.clock.now() - started
-                    whole = response.raw.length_remaining == 0
-                    if not whole and seconds > GRACE_SECONDS and got < seconds * SLOWEST:
-                        raise Malformed(f"only {got:,} bytes came in {seconds:.0f} seconds")
-                    if into is None:
-                        parts.append(piece)
-                    else:
-                        into.write(piece)
-                reply.body = b"".join(parts)
+                    into.writelines(self._body(response.raw, url, started, cap))
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            # Without the error's own text, which quotes the request.
+            # The error's own text stays out, since it quotes the request.
             reply.trouble = Malformed(f"the connection failed ({type(error).__name__})")
-        except (Malformed, TooLarge) as error:
+        except (Malformed, GitHubTooLarge) as error:
             reply.trouble = error
-        except (
-            ValueError
-        ):  # Requests takes the address of a redirection apart, though it is not to follow it.
+        except ValueError:  # requests parses the address of a redirection that it is not to follow
             reply.trouble = Malformed("a redirection leads nowhere")
+
+    def _body(self, raw: Any, url: str, started: float, cap: int) -> Iterator[bytes]:
+        """Yield the pieces of a body; raise GitHubTooLarge or, for one that is too slow, Malformed."""
+        got = 0
+        # iter_content would wait for a whole chunk, and so for ever where bytes come singly.
+        while piece := raw.read1(CHUNK, decode_content=True):
+            got += len(piece)
+            if got > cap:
+                raise GitHubTooLarge(f"{_shown(url)} has more than {cap:,} bytes")
+            seconds = self.clock.now() - started
+            whole = raw.length_remaining == 0
+            if not whole and seconds > GRACE_SECONDS and got < seconds * SLOWEST:
+                raise Malformed(f"only {got:,} bytes came in {seconds:.0f} seconds")
+            yield piece
 
 
 def _origin(url: str) -> tuple[str, str, int]:
@@ -544,12 +549,12 @@ def _origin(url: str) -> tuple[str, str, int]:
 
 
 def _shown(url: str) -> str:
-    """A URL for a message: its query may hold what is secret, as a link to a private archive does."""
+    """Return a URL for a message without its query, which is secret in a link to a private archive."""
     return url.split("?")[0]
 
 
 def _message(body: bytes) -> str:
-    """What the server says, for a reader: one short line."""
+    """Return the server's message as one short line."""
     try:
         text = str(json.loads(body)["message"])
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -35,10 +35,26 @@ URL = re.compile(r"(https|http|git)://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][A-Za-z0-9.
 LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]")
 REVISION = re.compile(r"\w[\w.+/@#=,%!-]*")
 ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-KINDS = {b"10": "", b"12": SYMBOLIC_LINK, b"16": SUBMODULE}  # by the first digits of a mode
-PROTOCOLS = {"https": "https", "http": "http:https", "git": "git"}  # that git may use, redirects included
+KINDS = {b"10": "", b"12": SYMBOLIC_LINK, b"16": SUBMODULE}  # first digits of a mode -> why it is no file
+# Scheme of an address -> the protocols that git may use, redirects included.
+PROTOCOLS = {"https": "https", "http": "http:https", "git": "git"}
 CHUNK = 2**16
-# Passed on to git, for those who reach the world through a proxy or with certificates of their own.
+GIT_CONFIG = {
+    "core.hooksPath": "/dev/null",
+    "core.fsmonitor": "false",
+    "core.bigFileThreshold": "1m",  # larger blobs are written to the disk as they come
+    "core.packedGitWindowSize": "64m",
+    "core.packedGitLimit": "512m",
+    "credential.helper": "",
+    "fetch.negotiationAlgorithm": "noop",
+    "fetch.unpackLimit": "1",  # a pack, never a file for each object
+    "gc.auto": "0",
+    "maintenance.auto": "false",
+    "http.lowSpeedLimit": "1000",
+    "http.lowSpeedTime": "60",
+    "protocol.version": "2",
+}
+# Variables that git inherits, for networks with a proxy or certificates of their own.
 ENVIRONMENT = (
     "PATH",
     "http_proxy",
@@ -52,15 +68,15 @@ ENVIRONMENT = (
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one repository may cost.
+class GitLimits:
+    """Limits on one repository.
 
     Args:
-        files: Names in its tree.
-        name_bytes: Of all names together.
-        bytes: Of one pack on the disk; there are two, of trees and of blobs.
-        memory: Of git, in bytes of address space.
-        seconds: For each command of git.
+        files: Number of names in its tree.
+        name_bytes: Bytes of all names together.
+        bytes: Bytes of one pack on the disk; there are two, of trees and of blobs.
+        memory: Address space of git, in bytes.
+        seconds: Time of each command of git.
     """
 
     files: int = 500_000
@@ -80,15 +96,15 @@ class TreeFile:
 
 
 def blob_id(data: bytes, digits: int = 40) -> str:
-    """The name that git gives these bytes, in a repository whose names have so many hexadecimal digits."""
+    """Return the id that git gives these bytes, of 40 hexadecimal digits (SHA-1) or 64 (SHA-256)."""
     return (hashlib.sha1 if digits == 40 else hashlib.sha256)(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def check_url(url: str, insecure: bool = False) -> None:
-    """Raises ValueError unless it is an address of a kind that git may be given.
+    """Raise a ValueError unless it is an address that git may be given.
 
     Args:
-        insecure: Let `http://` and `git://`, which anybody on the way can change, go to other machines too.
+        insecure: Allow `http://` and `git://`, which anybody on the way can change, to other machines too.
     """
     if "@" in url:  # first, so that no message repeats a password
         raise ValueError(
@@ -107,25 +123,25 @@ def check_url(url: str, insecure: bool = False) -> None:
 
 
 def check_revision(revision: str) -> None:
-    """Raises ValueError unless it can name a branch, a tag or a commit."""
+    """Raise a ValueError unless it can name a branch, a tag or a commit."""
     if not REVISION.fullmatch(revision) or ".." in revision or "@{" in revision:
         raise ValueError(f"{path_text(os.fsencode(revision[:200]))} cannot name a branch, a tag or a commit")
 
 
-class Repository:
+class GitRepository:
     """A bare repository in a folder; made by `fetched`."""
 
-    def __init__(self, url: str, folder: Path, limits: Limits) -> None:
+    def __init__(self, url: str, folder: Path, limits: GitLimits) -> None:
         self.url = url
         self.folder = folder
         self.limits = limits
         self.commit = ""
 
     def tree(self) -> Iterator[TreeFile]:
-        """Every name of the commit's tree that is not a folder, in git's order.
+        """Yield every name of the commit's tree that is not a folder, in git's order.
 
         Raises:
-            ValueError: it is past a limit or damaged.
+            ValueError: the tree is past a limit or damaged.
         """
         count = size = 0
         with self._git("ls-tree", "-r", "-z", "--full-tree", self.commit) as out:
@@ -141,9 +157,9 @@ class Repository:
                 yield TreeFile(path, id.decode(), KINDS.get(mode[:2], NO_FILE))
 
     def sizes(self) -> dict[str, int]:
-        """Blob ids that are here, and how many bytes each has."""
+        """Return the ids of the blobs that are here, with their sizes in bytes."""
         found = {}
-        # Asking for one object by its id would fetch it, alone.
+        # All objects are listed, since asking git for one by its id would fetch it.
         wanted = "--batch-check=%(objecttype) %(objectname) %(objectsize)"
         with self._git("cat-file", "--batch-all-objects", "--unordered", wanted) as out:
             for line in _split(out, b"\n"):
@@ -153,10 +169,10 @@ class Repository:
         return found
 
     def fetch(self, ids: Iterable[str]) -> None:
-        """Fetch the blobs that are not here yet, all at once. What the server does not have is not here then.
+        """Fetch the blobs that are not here yet, all at once; those that the server lacks stay missing.
 
         Raises:
-            ValueError: the server does not answer, or it is past a limit.
+            ValueError: the server does not answer, or the pack is past a limit.
         """
         here = self.sizes()
         missing = sorted({id for id in ids if id not in here})
@@ -174,12 +190,12 @@ class Repository:
                 pass
 
     def blobs(self, ids: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
-        """(id, bytes) of blobs that are here, in the order asked; None where the bytes have another id."""
+        """Yield (id, bytes) of blobs that are here, in this order; None where the bytes do not fit the id."""
         lines = "".join(f"{id}\n" for id in ids)
         with self._git("cat-file", "--batch", lines=lines) as out:
             for id in lines.split():
                 head = out.readline(200).split()
-                if not head:  # git was ended, and what follows the block says why
+                if not head:  # git was ended; `_git` raises the reason after the block
                     return
                 if len(head) != 3 or head[0] != id.encode() or head[1] != b"blob":
                     raise ValueError(f"{self.url} has a damaged blob {id}")
@@ -188,7 +204,7 @@ class Repository:
                 yield id, data if blob_id(data, len(id)) == id else None
 
     def _start(self, revision: str) -> None:
-        """Resolve the revision, and take its commit with the trees."""
+        """Resolve the revision, and fetch its commit with the trees."""
         if ID.fullmatch(revision):
             id = revision
         else:
@@ -226,41 +242,25 @@ class Repository:
     def _git(
         self, *words: str, lines: str = "", network: bool = False, inside: bool = True, says: str = ""
     ) -> Iterator[IO[bytes]]:
-        """Run git under the limits; its output is the value. Whatever it started ends with the block."""
-        settings = {
-            "core.hooksPath": "/dev/null",
-            "core.fsmonitor": "false",
-            "core.bigFileThreshold": "1m",  # greater blobs are written to the disk as they come
-            "core.packedGitWindowSize": "64m",
-            "core.packedGitLimit": "512m",
-            "credential.helper": "",
-            "fetch.negotiationAlgorithm": "noop",
-            "fetch.unpackLimit": "1",  # a pack, never a file for each object
-            "gc.auto": "0",
-            "maintenance.auto": "false",
-            "http.lowSpeedLimit": "1000",
-            "http.lowSpeedTime": "60",
-            "protocol.version": "2",
-        }
-        command = ["git", *(word for key, value in settings.items() for word in ("-c", f"{key}={value}"))]
+        """Run git under the limits and yield its output; git and its children end with the block.
+
+        Args:
+            words: The command's words.
+            lines: Its standard input.
+            network: Whether it may reach the server.
+            inside: Whether it works in this repository's folder.
+            says: The error's text, by default the one of git.
+
+        Raises:
+            ValueError: git failed, or passed a limit.
+        """
+        command = ["git", *(word for key, value in GIT_CONFIG.items() for word in ("-c", f"{key}={value}"))]
         command += [f"--git-dir={self.folder}"] if inside else []
         command += words
-        # A shell sets the limits: preexec_fn is not safe in a process with threads.
+        # A shell sets the limits, since preexec_fn is not safe in a process with threads. Without the signal
+        # XFSZ, git itself reports that a write was too large.
         kib = self.limits.memory // 1024
-        # Without the signal, git says that a write was too large.
         guard = f'trap "" XFSZ; ulimit -f {self.limits.bytes // 512}; ulimit -v {kib} 2>/dev/null; exec "$@"'
-        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        environment |= {
-            "HOME": str(self.folder),
-            "LC_ALL": "C",
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": "/dev/null",
-            "GIT_TERMINAL_PROMPT": "0",
-            "GIT_ASKPASS": "true",
-            "GIT_LFS_SKIP_SMUDGE": "1",
-            # Over every setting; a command that reads may not fetch what is missing, one by one.
-            "GIT_ALLOW_PROTOCOL": PROTOCOLS[self.url.split(":")[0]] if network else "none",
-        }
         base = self.folder.parent
         with open(base / "stdin", "w+") as given, open(base / "stderr", "w+b") as errors:
             given.write(lines)
@@ -270,7 +270,7 @@ class Repository:
                 stdin=given,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=environment,
+                env=self._environment(network),
                 cwd=base,
                 start_new_session=True,
             )
@@ -283,7 +283,23 @@ class Repository:
                 errors.seek(max(errors.seek(0, os.SEEK_END) - 4096, 0))
                 raise ValueError(f"{self.url} {says or self._why(code, bool(late), errors.read())}")
 
+    def _environment(self, network: bool) -> dict[str, str]:
+        """Return git's environment, in which no settings or credentials of the user or system count."""
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+        return environment | {
+            "HOME": str(self.folder),
+            "LC_ALL": "C",
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_ASKPASS": "true",
+            "GIT_LFS_SKIP_SMUDGE": "1",
+            # It overrides every setting: a command that reads may not fetch missing objects one by one.
+            "GIT_ALLOW_PROTOCOL": PROTOCOLS[self.url.split(":")[0]] if network else "none",
+        }
+
     def _why(self, code: int, late: bool, errors: bytes) -> str:
+        """Return the reason of a failure, from git's exit status and the end of its error output."""
         if late:
             return f"took more than {self.limits.seconds:g} seconds"
         if b"File too large" in errors:
@@ -297,7 +313,7 @@ class Repository:
 
 @contextlib.contextmanager
 def _deadline(process: subprocess.Popen, seconds: float) -> Iterator[list[bool]]:
-    """End a process and all that it started with the block, or late, as the list then tells."""
+    """End a process and its children with the block, or after `seconds`; the list is then no longer empty."""
     late: list[bool] = []
 
     def end() -> None:
@@ -320,7 +336,7 @@ def _deadline(process: subprocess.Popen, seconds: float) -> Iterator[list[bool]]
 
 
 def _split(out: IO[bytes], separator: bytes) -> Iterator[bytes]:
-    """What ends in a separator, piece by piece."""
+    """Yield the pieces of a stream that end in a separator."""
     rest = b""
     while chunk := out.read(CHUNK):
         *whole, rest = (rest + chunk).split(separator)
@@ -328,22 +344,22 @@ def _split(out: IO[bytes], separator: bytes) -> Iterator[bytes]:
 
 
 def refuse_without_git() -> None:
-    """ValueError where git is not installed."""
+    """Raise a ValueError where git is not installed."""
     if shutil.which("git") is None:
         raise ValueError("git is not installed, and to clone needs it: install the system's package git")
 
 
 @contextlib.contextmanager
 def fetched(
-    url: str, revision: str, folder: Path, limits: Limits | None = None, insecure: bool = False
-) -> Iterator[Repository]:
-    """The commit that a branch, a tag or an id names, with its trees; gone when the block ends.
+    url: str, revision: str, folder: Path, limits: GitLimits | None = None, insecure: bool = False
+) -> Iterator[GitRepository]:
+    """Fetch the commit that a branch, a tag or an id names, with its trees; it is gone when the block ends.
 
     Args:
-        folder: A folder that is made for it; what a kill left of it is removed first.
+        folder: A folder that is created for it; the remains of a killed run are removed first.
 
     Raises:
-        ValueError: the address, the revision or the server refuses, or a limit is passed; one sentence.
+        ValueError: the address or the revision is wrong, the server refuses, or a limit is passed.
     """
     check_url(url, insecure)
     check_revision(revision)
@@ -351,7 +367,7 @@ def fetched(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        repository = Repository(url, (folder / "bare").resolve(), limits or Limits())
+        repository = GitRepository(url, (folder / "bare").resolve(), limits or GitLimits())
         repository._start(revision)
         yield repository
     finally:

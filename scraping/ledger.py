@@ -6,7 +6,7 @@ instant leaves nothing counted twice and nothing lost:
     found -> stored | dropped (with a reason)          a file
     found -> listed -> done | dropped (with a reason)  a repository
 
-`found == stored + dropped + waiting` holds at all times, and `counts` shows it. `claimed_ledger` keeps a
+`found == stored + dropped + waiting` is true at all times, and `counts` shows it. `claimed_ledger` keeps a
 second crawl out of the same file.
 """
 
@@ -75,13 +75,13 @@ CREATE TABLE IF NOT EXISTS limits (name TEXT PRIMARY KEY, until REAL NOT NULL) S
 
 
 def fingerprint_line(name: str, path: str, pinned: str, licence: str, sha256: str) -> bytes:
-    """What a stored file adds to the fingerprint of a shard's input."""
+    """Return the line that a stored file adds to the fingerprint of a shard's input."""
     return json.dumps([name, path, pinned, licence, sha256]).encode() + b"\n"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A file that a repository lists. `reason`, if there is one, drops it before it is fetched."""
+class ListedFile:
+    """A file that a repository lists; with a `reason`, it is dropped before it is fetched."""
 
     path: str
     address: str
@@ -90,7 +90,7 @@ class Entry:
 
 
 class Ledger:
-    """See the module. One object for all threads of a process; several processes may read.
+    """The ledger of a corpus: one object for all threads of a process; several processes may read it.
 
     Raises:
         ValueError: the file is not a ledger, or the disk refuses it.
@@ -114,7 +114,7 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of what is written inside, or nothing of it; one inside another is part of that.
+        """Write all that the block writes, or nothing of it; an inner transaction is part of the outer one.
 
         Raises:
             ValueError: the disk is full, or refuses.
@@ -130,7 +130,7 @@ class Ledger:
             except BaseException as error:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError):  # a full disk, say
+                if isinstance(error, sqlite3.OperationalError):  # such as a full disk
                     raise ValueError(f"{self.path} cannot be written: {error}") from error
                 if type(error) is sqlite3.DatabaseError:
                     raise self._damaged(str(error)) from error
@@ -143,9 +143,9 @@ class Ledger:
         )
 
     def _read(self, query: str, *values: Any) -> Iterator[Any]:
-        """The rows of a query. ValueError where the file is damaged."""
+        """Yield the rows of a query; raise a ValueError where the file is damaged."""
         try:
-            # Not from the cursor itself: it would be closed with this, perhaps after its database was.
+            # `map` keeps the cursor from being closed with this generator, perhaps after its database was.
             yield from map(tuple, self._db.execute(query, values))
         except sqlite3.OperationalError as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
@@ -155,7 +155,7 @@ class Ledger:
             raise self._damaged(str(error)) from error
 
     def _unpacked(self, sha256: str, data: bytes | None, what: str) -> bytes:
-        """Bytes of a file as they were stored. ValueError where they are not those any more."""
+        """Return the bytes of a file; raise a ValueError where they are not those that were stored."""
         try:
             found = zlib.decompress(data or b"")
         except zlib.error as error:
@@ -167,15 +167,15 @@ class Ledger:
     # --- what sources write ---
 
     def found(self, name: str, origin: str, revision: str, licence: str) -> None:
-        """A repository is known; one that already is stays as it is."""
+        """Enter a repository; one that is known already stays as it is."""
         with self.transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO repositories (name, origin, revision, licence) VALUES (?, ?, ?, ?)",
                 (name, origin, revision, licence),
             )
 
-    def listed(self, name: str, pinned: str, entries: Iterable[Entry]) -> None:
-        """The files of a repository at the commit `pinned`, all at once."""
+    def listed(self, name: str, pinned: str, entries: Iterable[ListedFile]) -> None:
+        """Enter the files of a repository at the commit `pinned`, all at once."""
         with self.transaction() as db:
             db.executemany(
                 "INSERT INTO files (repository, path, address, size, state, reason)"
@@ -188,7 +188,7 @@ class Ledger:
             db.execute("UPDATE repositories SET state = 'listed', pinned = ? WHERE name = ?", (pinned, name))
 
     def stored(self, name: str, files: Iterable[tuple[str, bytes]]) -> None:
-        """Bytes of files (path, data) that were waiting."""
+        """Store the bytes of files (path, data) that were waiting."""
         with self.transaction() as db:
             for path, data in files:
                 sha256 = hashlib.sha256(data).hexdigest()
@@ -199,7 +199,7 @@ class Ledger:
                 )
 
     def dropped(self, name: str, path: str, reason: str) -> None:
-        """A file goes, with its reason."""
+        """Drop a file for a reason."""
         with self.transaction() as db:
             db.execute(
                 "UPDATE files SET state = 'dropped', reason = ? WHERE repository = ? AND path = ?",
@@ -207,15 +207,15 @@ class Ledger:
             )
 
     def done(self, name: str, reason: str = "") -> None:
-        """A repository is finished: no file is `found` any more; or, with a reason, dropped whole."""
+        """Finish a repository, none of whose files is `found` any more; with a reason, drop it whole."""
         with self.transaction() as db:
             state = "dropped" if reason else "done"
             db.execute("UPDATE repositories SET state = ?, reason = ? WHERE name = ?", (state, reason, name))
 
     def removed(self, name: str, reason: str) -> None:
-        """A repository may not be kept: its files are dropped, and bytes that no other file has are deleted.
+        """Remove a repository that may not be kept: drop its files, and delete bytes that no other file has.
 
-        They are overwritten on the disk, too, as far as SQLite can.
+        The bytes are overwritten on the disk too, as far as SQLite can.
         """
         with self._lock:
             self._db.execute("PRAGMA secure_delete=ON")
@@ -239,48 +239,48 @@ class Ledger:
     # --- what a client of a server keeps ---
 
     def remember(self, key: str, etag: str, body: bytes) -> None:
-        """An answer, and the tag by which the server tells whether it has changed."""
+        """Store an answer, with the tag by which the server tells whether it has changed."""
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, etag, zlib.compress(body, 1)))
 
     def recall(self, key: str) -> tuple[str, bytes] | None:
-        """The (tag, body) of an answer; None where it is damaged, as it can be asked for again."""
+        """Return the (tag, body) of an answer; None where it is damaged, since it can be requested again."""
         rows = self.rows("SELECT etag, body FROM answers WHERE key = ?", key)
         with contextlib.suppress(zlib.error):
             return (rows[0][0], zlib.decompress(rows[0][1])) if rows else None
         return None
 
     def forget(self, prefix: str) -> None:
-        """Answers whose key begins with `prefix`."""
+        """Delete the answers whose key begins with `prefix`."""
         with self.transaction() as db:
             db.execute("DELETE FROM answers WHERE key >= ? AND key < ?", (prefix, prefix + "\U0010ffff"))
 
     def limited(self, name: str, until: float) -> None:
-        """No request of a kind before a time: kept, so that it outlives the process."""
+        """Store the time before which no request of a kind may go out, so that it outlives the process."""
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO limits VALUES (?, ?)", (name, until))
 
     def limits(self) -> dict[str, float]:
-        """What `limited` was told last."""
+        """Return the last time that `limited` stored for each kind of request."""
         return dict(self.rows("SELECT name, until FROM limits"))
 
     # --- what the rest reads ---
 
     def rows(self, query: str, *values: Any) -> list[Any]:
-        """All rows of a query. Another thread's transaction is either seen whole or not at all."""
+        """Return all rows of a query, which sees another thread's transaction whole or not at all."""
         with self._lock:
             return list(self._read(query, *values))
 
-    def waiting(self, name: str) -> list[Entry]:
-        """Files of a repository that are neither stored nor dropped, by path."""
+    def waiting(self, name: str) -> list[ListedFile]:
+        """Return the files of a repository that are neither stored nor dropped, by path."""
         rows = self.rows(
             "SELECT path, address, size FROM files WHERE repository = ? AND state = 'found' ORDER BY path",
             name,
         )
-        return [Entry(*row) for row in rows]
+        return [ListedFile(*row) for row in rows]
 
     def by_address(self, address: str) -> bytes | None:
-        """The bytes of any stored file with this address."""
+        """Return the bytes of any stored file with this address; None if there is none."""
         rows = self.rows(
             "SELECT path, sha256, data FROM files JOIN contents USING (sha256)"
             " WHERE address = ? AND state = 'stored' LIMIT 1",
@@ -289,7 +289,7 @@ class Ledger:
         return self._unpacked(rows[0][1], rows[0][2], repr(rows[0][0])) if rows else None
 
     def files(self, shard: tuple[int, int] = (0, 1)) -> Iterator[RawFile]:
-        """Stored files by repository and path: those of shard `i` of `n`, by the repository's hash.
+        """Yield the stored files of shard `i` of `n`, in the order of repository and path.
 
         Raises:
             ValueError: the bytes of one are not those that were stored.
@@ -306,7 +306,7 @@ class Ledger:
                 )
 
     def outline(self, shard: tuple[int, int] = (0, 1)) -> tuple[int, str]:
-        """How many files `files(shard)` yields, and a SHA-256 over their `fingerprint_line`s."""
+        """Return the number of files of `files(shard)`, and a SHA-256 of their `fingerprint_line`s."""
         fingerprint = hashlib.sha256()
         count = 0
         for name, pinned, licence in self._repositories(shard):
@@ -319,7 +319,7 @@ class Ledger:
         return count, fingerprint.hexdigest()
 
     def not_stored(self, shard: tuple[int, int] = (0, 1)) -> dict[str, int]:
-        """Reason -> how many files of a shard were found and are not among `files(shard)`."""
+        """Return the number of a shard's files that were found but not stored, by reason."""
         counts: Counter[str] = Counter()
         for name, _, _ in self._repositories(shard):
             query = "SELECT iif(state = 'found', 'not fetched yet', reason) AS why, count(*) FROM files"
@@ -331,7 +331,7 @@ class Ledger:
         return dict(sorted(counts.items()))
 
     def _repositories(self, shard: tuple[int, int]) -> list[tuple[str, str, str]]:
-        """(name, pinned, licence) of those in a shard, by name."""
+        """Return (name, pinned, licence) of a shard's repositories, by name; the name's hash is the shard."""
         number, shards = shard
         rows = list(self._read("SELECT name, pinned, licence FROM repositories ORDER BY name"))
         return [
@@ -339,15 +339,15 @@ class Ledger:
         ]
 
     def counts(self, table: str = "files") -> dict[tuple[str, str], int]:
-        """(state, reason) -> how many, of files, repositories or searches: they add up to what was found."""
+        """Return the number of files, repositories or searches by (state, reason); the sum is all found."""
         assert table in ("files", "repositories", "searches")
         rows = self.rows(f"SELECT state, reason, count(*) FROM {table} GROUP BY 1, 2 ORDER BY 1, 2")
         return {(state, reason): count for state, reason, count in rows}
 
     def manifest(self) -> Iterator[str]:
-        """Every repository and, after each, its files, one line of JSON each, in order of their names.
+        """Yield a line of JSON for every repository, followed by those of its files, in order of their names.
 
-        It says what was found and what became of it, and nothing of when and in which order.
+        The lines record what was found and its state, and nothing of when and in which order it was found.
         """
         names = self.rows("SELECT name, pinned, licence, state, reason FROM repositories ORDER BY name")
         for name, pinned, licence, state, reason in names:
@@ -374,10 +374,10 @@ def _line(**values: str | None) -> str:
 
 @contextmanager
 def claimed_ledger(folder: Path) -> Iterator[Ledger]:
-    """The ledger of a corpus folder, for this process alone. The lock is the kernel's: a kill frees it.
+    """Open the ledger of a corpus folder for this process alone. The kernel frees the lock after a kill.
 
     Raises:
-        ValueError: another process holds it, or the folder cannot be used.
+        ValueError: another process has the lock, or the folder cannot be used.
     """
     ledger = Ledger(folder / "ledger.sqlite")
     try:

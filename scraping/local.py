@@ -1,7 +1,7 @@
-"""python -m scraping local: the files of a folder or an archive.
+"""python -m scraping local: take in the files of a folder or an archive.
 
-Of a folder no link is followed and nothing but plain files is opened; `.git` in it is not looked at, and a
-folder below that has one of its own is a submodule. An archive is read as archive.py says.
+In a folder no link is followed and only plain files are opened. Its own `.git` is passed over, and a folder
+below it with a `.git` counts as a submodule. archive.py reads archives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from scraping.archive import commit_of, read_archive
 from scraping.documents import path_text
 from scraping.gitrepo import blob_id
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report, store_files
 from scraping.wanted import NO_FILE, SUBMODULE, SYMBOLIC_LINK, Wanted
 
@@ -25,14 +25,14 @@ ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".whl")
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
-    """Which folder or archive, and which of its files.
+class LocalSettings(Selection):
+    """Settings of the command local: a folder or an archive, and which of its files are wanted.
 
     Args:
         path: The folder, or the archive: .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz, .zip, .whl
-        repository: What to call it; by default its own name.
-        revision: Its version; of an archive by default the commit that git wrote into it.
-        licence: Its SPDX expression, as in Apache-2.0; empty is unknown, and is dropped when cleaned.
+        repository: Its name in the corpus; by default its own name.
+        revision: Its version; by default, for an archive, the commit that git wrote into it.
+        licence: Its SPDX expression, as in Apache-2.0; empty means unknown, which `clean` drops.
         strip: Leading folders to take off the names in an archive; 1 for GitHub's and for a package's source.
     """
 
@@ -43,8 +43,8 @@ class Settings(Selection):
     strip: int = 0
 
 
-def run(settings: Settings) -> None:
-    """See the module. ValueError is a mistake of the user or a broken archive, and changes nothing."""
+def run(settings: LocalSettings) -> None:
+    """Take in the files; a mistake of the user or a broken archive raises ValueError, without effect."""
     path = Path(settings.path)
     if not settings.path or not path.exists():
         missing = f"{settings.path} is not there: " if settings.path else ""
@@ -71,11 +71,12 @@ def run(settings: Settings) -> None:
 
 
 def walk(root: bytes, left_out: frozenset[bytes] = frozenset()) -> Iterator[tuple[bytes, int, str]]:
-    """(path from the root, size, reason) of all below it that is no folder, in the order of git's trees.
+    """Yield (path from the root, size, reason) of all below it that is no folder, in git's order.
 
-    A folder that cannot be read, or is a repository of its own, stands there itself, with its reason.
+    A folder that cannot be read, or that is a repository of its own, is one entry, with its reason.
 
     Args:
+        root: The folder.
         left_out: Names of folders that do not belong to it.
     """
     places = [b""]
@@ -110,7 +111,7 @@ def walk(root: bytes, left_out: frozenset[bytes] = frozenset()) -> Iterator[tupl
 
 
 def read_plain(root: bytes, path: bytes, size: int) -> bytes | str:
-    """The bytes of a plain file of this size, or the reason why not. No link, pipe or device is opened."""
+    """Return the bytes of a plain file of this size, or why not; no link, pipe or device is opened."""
     try:
         handle = os.open(os.path.join(root, path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -128,23 +129,23 @@ def read_plain(root: bytes, path: bytes, size: int) -> bytes | str:
 def take_folder(
     ledger: Ledger, origin: Origin, folder: Path, wanted: Wanted, left_out: frozenset[bytes] = frozenset()
 ) -> None:
-    """Bring a folder into the ledger; what is there already stays."""
+    """Enter a folder into the ledger; files that it already has stay."""
     state, _ = known(ledger, origin)
     root = os.fsencode(folder.resolve())
 
     if finished(ledger, origin.name, state):
         return
 
-    def found() -> Iterator[Entry]:
+    def found() -> Iterator[ListedFile]:
         for path, size, reason in walk(root, left_out):
             reason = reason or wanted.reason(path, size)
             data = reason or read_plain(root, path, size)
             if isinstance(data, str):
-                yield Entry(path_text(path), "", size, data)
+                yield ListedFile(path_text(path), "", size, data)
             else:
-                yield Entry(path_text(path), blob_id(data), size)
+                yield ListedFile(path_text(path), blob_id(data), size)
 
-    def read(waiting: list[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+    def read(waiting: list[ListedFile]) -> Iterator[tuple[ListedFile, bytes | str]]:
         asked = {entry.path: entry for entry in waiting}
         for path, _, _ in walk(root, left_out):
             entry = asked.get(path_text(path))
@@ -156,7 +157,7 @@ def take_folder(
     store_files(ledger, origin.name, read)
 
 
-def _unchanged(entry: Entry, data: bytes | str) -> bytes | str:
+def _unchanged(entry: ListedFile, data: bytes | str) -> bytes | str:
     return data if isinstance(data, str) or blob_id(data) == entry.address else CHANGED
 
 
@@ -165,12 +166,12 @@ def _unchanged(entry: Entry, data: bytes | str) -> bytes | str:
 
 
 def take_archive(ledger: Ledger, origin: Origin, path: Path, wanted: Wanted, strip: int) -> None:
-    """Bring an archive into the ledger; what is there already stays."""
+    """Enter an archive into the ledger; files that it already has stay."""
     state, _ = known(ledger, origin)
     if finished(ledger, origin.name, state):
         return
 
-    def read(waiting: list[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+    def read(waiting: list[ListedFile]) -> Iterator[tuple[ListedFile, bytes | str]]:
         asked = {entry.path: entry for entry in waiting}
         for member in read_archive(file, wanted.reason, strip):
             entry = asked.get(path_text(member.path))
@@ -180,9 +181,9 @@ def take_archive(ledger: Ledger, origin: Origin, path: Path, wanted: Wanted, str
     with open(path, "rb") as file:
         try:
             if state != "listed":
-                # Once from end to end before anything is stored, so that nothing is of what turns out broken.
+                # The archive is read to its end first, so that nothing is stored of a broken one.
                 entries = [
-                    Entry(
+                    ListedFile(
                         path_text(member.path),
                         "" if member.data is None else blob_id(member.data),
                         member.size,

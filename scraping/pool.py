@@ -1,14 +1,14 @@
 """Work in child processes that may die.
 
-On strangers' files each death costs the one file that caused it:
+`guarded` works on strangers' files, where the death of a child costs the one file that caused it:
 
     for result in guarded(make, arguments, batches, workers=2, seconds=5.0, memory_mb=1024):
         ...                                  # in the order of the items, whatever the order of the work
 
-A child bounds itself: its address space by RLIMIT_AS, its processor time on each item by a timer whose signal
-kills it, so that no C code can hold it off. A batch whose child died is done again item by item.
+A child bounds its own address space by RLIMIT_AS, and its processor time on each item by a timer whose signal
+kills it, which no C code can delay. A batch whose child died is repeated item by item.
 
-On what was cleaned, `each` runs without limits.
+`each` works on cleaned documents, without limits.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
-OUT_OF_MEMORY = 77  # a child's exit status
-PATIENCE = 20  # times its processor time that a child may take by the clock, on a machine that is busy
+OUT_OF_MEMORY = 77  # exit status of a child without memory
+PATIENCE = 20  # a child may take this many times its processor time by the clock, on a busy machine
 
 
 @dataclass(frozen=True)
 class Died:
-    """Instead of a result: how the child ended that worked on the item."""
+    """A result's place-holder for an item whose child died: why it did."""
 
     reason: str
 
 
-_starting = threading.Lock()  # processes are started from several threads
+_starting = threading.Lock()  # several threads start processes
 
 
 def _child(
@@ -55,7 +55,7 @@ def _child(
     try:
         work = make(*arguments)
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
-        gc.disable()  # parsing makes and drops trees without cycles, and takes a third less time so
+        gc.disable()  # the trees of parsers have no cycles, and parsing takes a third less time
         while True:
             answers = []
             for item in pipe.recv():
@@ -84,7 +84,7 @@ class _Worker:
         self._pipe: Any = None
 
     def answer(self, items: list[Any]) -> list[Any]:
-        """A result for each item, `Died` for those that killed the child."""
+        """Return a result for each item, `Died` for those that killed the child."""
         answers = self._ask(items)
         if not isinstance(answers, Died):
             return answers
@@ -96,10 +96,10 @@ class _Worker:
     def _ask(self, items: list[Any]) -> list[Any] | Died:
         seconds, memory_mb = self._start[2]
         if self._process is None:
-            context = get_context("spawn")  # a fork would copy the parent's threads half-way
+            context = get_context("spawn")  # a fork would copy the threads' locks without the threads
             with _starting:
                 main = sys.modules["__main__"]
-                sys.modules["__main__"] = ModuleType("__main__")  # a child has no need of the caller's script
+                sys.modules["__main__"] = ModuleType("__main__")  # no child imports the caller's script
                 try:
                     self._pipe, theirs = context.Pipe()
                     self._process = context.Process(target=_child, args=(theirs, *self._start), daemon=True)
@@ -145,13 +145,13 @@ def guarded(
     """Yield a result for each item of each batch, in order; `Died` where the item killed its child.
 
     Args:
-        make: Called in each child with `arguments`; gives the function of an item. Both must pickle.
-        arguments: Of `make`.
+        make: Called in each child with `arguments`; returns the function of an item. Both must pickle.
+        arguments: The arguments of `make`.
         batches: Lists of items; a few of them are in memory at a time.
-        workers: Child processes.
+        workers: Number of child processes.
         seconds: Processor time that one item may take.
-        memory_mb: Address space of a child.
-        retry: Gives of an item that killed its child another to try in its place, or None.
+        memory_mb: Address space of a child, in MiB.
+        retry: Returns, for an item that killed its child, another to try in its place, or None.
     """
     local = threading.local()
     made: list[_Worker] = []
@@ -180,7 +180,7 @@ def guarded(
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """Return the number of processor cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
@@ -188,9 +188,9 @@ def each(work: Callable[[Any], object], items: Sequence[Any], workers: int = 0) 
     """Have child processes do `work` on every item; none of them outlives this call, or this process.
 
     Args:
-        work: Pickles; what it raises is raised here.
-        items: That it is called with.
-        workers: Processes; 0 means one for each core.
+        work: A function that pickles; an exception that it raises is raised here.
+        items: Its arguments, one for each call.
+        workers: Number of processes; 0 means one for each core.
 
     Raises:
         ValueError: a child was killed.
@@ -200,7 +200,7 @@ def each(work: Callable[[Any], object], items: Sequence[Any], workers: int = 0) 
             try:
                 for _ in pool.map(work, items):
                     pass
-            except BaseException:  # a mistake, or Ctrl-C: what the others are at may take an hour
+            except BaseException:  # a mistake, or Ctrl-C: the other children's work may take an hour
                 for child in multiprocessing.active_children():
                     child.terminate()
                 raise
@@ -212,7 +212,7 @@ def each(work: Callable[[Any], object], items: Sequence[Any], workers: int = 0) 
 
 
 def _bound_to_parent() -> None:
-    """A child of `each` dies of Ctrl-C without a word, and with its parent, which may be killed."""
+    """Let this child die silently of Ctrl-C, and with its parent, even when that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()

@@ -1,6 +1,6 @@
-"""robots.txt as RFC 9309 has it: the longest rule wins, `*` and `$` mean something.
+"""robots.txt by RFC 9309: the longest rule that fits wins, and `*` and `$` are wildcards.
 
-`urllib.robotparser` takes the first rule that fits and knows no wildcard, and so allows what a site forbids.
+`urllib.robotparser` takes the first rule that fits and knows no wildcards, and so allows what a site forbids.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote_to_bytes
 
-MAX_BYTES = 500 * 1024  # RFC 9309, 2.5: what is past it may be left unread
+MAX_BYTES = 500 * 1024  # RFC 9309, 2.5: the rest of a longer file may be ignored
 
 
 @dataclass(frozen=True)
 class Robots:
-    """What a site asks of one user agent.
+    """The rules of a site for one user agent.
 
     Args:
         rules: (path pattern, whether it allows).
-        delay: Seconds between requests, by the common Crawl-delay; 0 where none is asked for.
-        sitemaps: Addresses that it names.
+        delay: Seconds between requests, by the common Crawl-delay; 0 where there is none.
+        sitemaps: Addresses of sitemaps.
     """
 
     rules: tuple[tuple[str, bool], ...] = ()
@@ -27,14 +27,14 @@ class Robots:
     sitemaps: tuple[str, ...] = ()
 
     def allows(self, path: str) -> bool:
-        """Whether a path with its query may be fetched."""
+        """Return whether a path with its query may be fetched."""
         path = _spelled(path)
         fits = [(len(pattern), allow) for pattern, allow in self.rules if _fits(pattern, path)]
-        return max(fits)[1] if fits else True  # of two equally long, the one that allows
+        return max(fits)[1] if fits else True  # among equally long rules, one that allows wins
 
 
 def parse(text: str, agent: str) -> Robots:
-    """The group of lines that names the agent's product token, or else the one for `*`."""
+    """Return the rules for the agent's product token, or else those for `*`."""
     groups: dict[str, list[tuple[str, bool]]] = {}
     delays: dict[str, float] = {}
     sitemaps: list[str] = []
@@ -64,13 +64,13 @@ def parse(text: str, agent: str) -> Robots:
 
 
 def _spelled(path: str) -> str:
-    """One spelling for what percent-encoding can spell in several ways; reserved characters stay encoded."""
+    """Return a path in one of the spellings of percent-encoding; reserved characters stay encoded."""
     kept = re.sub("%(2[Ff]|3[Ff]|23|25|2[Aa]|24)", lambda found: f"%25{found[1].upper()}", path)
     return quote(unquote_to_bytes(kept), safe="/?#[]@!$&'()*+,;=:%-._~")
 
 
 def _fits(pattern: str, path: str) -> bool:
-    """Whether a path begins with a pattern; in time linear in the path for each `*`."""
+    """Return whether a path begins with a pattern, in time linear in the path for each `*`."""
     anchored = pattern.endswith("$")
     first, *rest = pattern.removesuffix("$").split("*")
     if not path.startswith(first):

@@ -1,8 +1,8 @@
-"""All repositories that GitHub's search knows of, although it gives 1,000 results to a query.
+"""Search all repositories that GitHub knows of, although it gives at most 1,000 results to a query.
 
 A search is cut into slices by the time of creation, and below one second by stars, until each has at most
-1,000 results. A slice is a row of the ledger: it is split, or it is done when all its pages were read and its
-results are in the ledger, in one transaction. So a search that was killed goes on at its slices.
+1,000 results. A slice is a row of the ledger. It is either split, or all its pages are read and its results
+entered in the same transaction that marks it done, so that a search that was killed goes on at its slices.
 
 Source: docs.github.com/en/rest/search/search ("up to 1,000 results for each search", "Timeouts and incomplete
 results") and docs.github.com/en/search-github, "Understanding the search syntax".
@@ -19,13 +19,13 @@ from typing import Any
 from urllib.parse import urlencode
 
 from scraping.documents import UNKNOWN
-from scraping.github import Answer, GitHub, Malformed
+from scraping.github import GitHub, GitHubAnswer, Malformed
 from scraping.ledger import Ledger
 
-RESULTS = 1000  # to a query
-PAGE = 100  # results to a page, the most there are
-FILL = 0.7  # of RESULTS that a slice is cut to: repositories are not spread evenly over time
-PASSES = 3  # over a slice whose results move from page to page while they are read
+RESULTS = 1000  # most results of a query
+PAGE = 100  # most results of a page
+FILL = 0.7  # a slice is cut to this share of RESULTS, since repositories are not spread evenly over time
+PASSES = 3  # most readings of a slice whose results move from page to page meanwhile
 INCOMPLETE_TRIES = 3
 MANY_STARS = 2_000_000  # more than any repository has
 
@@ -37,7 +37,7 @@ class Slice:
     created_from: int
     created_to: int
     stars_from: int
-    stars_to: int = -1  # no end
+    stars_to: int = -1  # -1 means without end
 
     @property
     def words(self) -> str:
@@ -49,7 +49,7 @@ class Slice:
         return f"created:{since}..{until} stars:{self.stars_from}..{end}"
 
     def split(self, total: int) -> list[Slice]:
-        """Pieces of about FILL * RESULTS results each, if `total` are spread evenly; [] for a point."""
+        """Return pieces of about FILL * RESULTS results if `total` are spread evenly; [] for a point."""
         seconds = self.created_to - self.created_from + 1
         if seconds > 1:
             pieces = min(seconds, max(2, round(total / (FILL * RESULTS) + 0.5)))
@@ -57,7 +57,7 @@ class Slice:
             ends = [*(start - 1 for start in starts[1:]), self.created_to]
             return [Slice(*span, self.stars_from, self.stars_to) for span in zip(starts, ends, strict=True)]
         if self.stars_to < 0:
-            middle = 2 * self.stars_from + 10  # few have many
+            middle = 2 * self.stars_from + 10  # far from the mean, since few repositories have many stars
             if middle > MANY_STARS:
                 return []
         elif self.stars_to > self.stars_from:
@@ -87,8 +87,8 @@ class Page:
     next_url: str
 
 
-def read_page(answer: Answer) -> Page:
-    """Raises Malformed, KeyError or TypeError for what is no page of results."""
+def read_page(answer: GitHubAnswer) -> Page:
+    """Read a page of results; raise Malformed, KeyError or TypeError for anything else."""
     body = answer.json()
     results = []
     for item in body["items"]:
@@ -106,7 +106,7 @@ def read_page(answer: Answer) -> Page:
 
 
 def spdx(licence: object) -> str:
-    """The SPDX id in GitHub's `license` object; null and NOASSERTION mean that it is not known."""
+    """Return the SPDX id in GitHub's `license` object; UNKNOWN for null and NOASSERTION."""
     name = licence.get("spdx_id") if isinstance(licence, dict) else None
     known = (
         isinstance(name, str) and name != "NOASSERTION" and re.fullmatch(r"[\w.+-]{1,100}", name, re.ASCII)
@@ -115,13 +115,13 @@ def spdx(licence: object) -> str:
 
 
 def in_shard(repository: int, shard: tuple[int, int]) -> bool:
-    """Whether a repository belongs to shard (i, n), by the hash of its id, which no new name changes."""
+    """Return whether a repository belongs to shard (i, n), by the hash of its id, which no rename changes."""
     number, shards = shard
     return int(hashlib.sha256(str(repository).encode()).hexdigest(), 16) % shards == number
 
 
 def begin(ledger: Ledger, whole: Slice) -> None:
-    """The whole range as the first slice of a ledger that has none."""
+    """Enter the whole range as the first slice of a ledger that has none."""
     with ledger.transaction() as db:
         if not db.execute("SELECT 1 FROM searches LIMIT 1").fetchone():
             _add(db, [whole])
@@ -138,8 +138,9 @@ def search(
     """Read slice after slice until all are done, or until the ledger has `enough` repositories (0: no end).
 
     Args:
-        words: What all queries have in common, as in `language:Python`.
-        told: Is told after each slice up to which time of creation all are found, and how many were new.
+        words: The words that all queries have in common, as in `language:Python`.
+        told: Called after each slice with the time of creation up to which all repositories are found, and
+            with the number of new ones.
 
     Raises:
         Unanswered: GitHub fails, and keeps failing.
@@ -173,12 +174,12 @@ def _add(db: Any, pieces: list[Slice]) -> None:
 
 
 def _is_new(ledger: Ledger, result: Hosted) -> bool:
-    """Enter a repository; False if its id is known, under whatever name."""
+    """Enter a repository; return False if its id is known, under whatever name."""
     if ledger.rows("SELECT 1 FROM hosted WHERE id = ?", result.id):
         return False
     name = result.name
     if ledger.rows("SELECT 1 FROM repositories WHERE name = ?", name):
-        # A name that was given up and taken by another repository; or the other came by `clone`.
+        # The name was given up and taken by another repository, or the other came by `clone`.
         name = f"{name}@{result.id}"
     ledger.found(name, "crawl", result.branch, result.licence)
     with ledger.transaction() as db:
@@ -190,7 +191,7 @@ def _is_new(ledger: Ledger, result: Hosted) -> bool:
 
 
 def _read_slice(client: GitHub, words: str, piece: Slice) -> tuple[list[Hosted], str, list[Slice]]:
-    """(results, why some may be missing, the pieces that have to be read instead)."""
+    """Return (results, why some may be missing, the slices that have to be read instead)."""
     results: dict[int, Hosted] = {}
     totals: set[int] = set()
     incomplete = False
@@ -209,10 +210,10 @@ def _read_slice(client: GitHub, words: str, piece: Slice) -> tuple[list[Hosted],
             url = page.next_url
         if max(totals) > RESULTS:
             return list(results.values()), f"more than {RESULTS:,} results that cannot be told apart", []
-        # Results that move from page to page while they are read, are read twice or not at all.
+        # Results that move from page to page while they are read are read twice or not at all.
         if len(totals) == 1 and len(seen) == max(totals) and not incomplete:
             return list(results.values()), "", []
-    # A slice of one page has no pages to move between; and a smaller one is found in less time.
+    # In a slice of one page, results cannot move; and GitHub finds a smaller slice in less time.
     pieces = piece.split(max(totals)) if max(totals) > PAGE else []
     reason = "incomplete results" if incomplete else "results moved while they were read"
     return list(results.values()), "" if pieces else reason, pieces

@@ -1,4 +1,4 @@
-"""Work on shards: their names, and folders that are made once, whole or not at all."""
+"""Work on shards: their names, locks, and folders that are written once, whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from config import write_atomically
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of `i/n`, i from 0; ValueError for anything else."""
+    """Return (i, n) of `i/n`, i from 0; raise a ValueError for anything else."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not int(match[1]) < int(match[2]):
         raise ValueError(f"--shard is {text!r}; it must be i/n, with i from 0 to n - 1, as 0/4")
@@ -26,7 +26,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def read_record(path: Path, *keys: str) -> dict[str, Any]:
-    """The JSON object of a file that a step wrote; ValueError if it lacks one of these keys."""
+    """Return the JSON object that a step wrote; raise a ValueError if it lacks one of these keys."""
     try:
         record = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
@@ -42,7 +42,7 @@ def file_sha256(path: Path) -> str:
 
 
 def parts_of(folder: Path, kind: str = "part", ending: str = ".parquet") -> list[Path]:
-    """The parts of a folder in order, all of them.
+    """Return all parts of a folder, in order.
 
     Raises:
         ValueError: there is none, one is missing, or there are parts of two divisions.
@@ -64,9 +64,9 @@ def parts_of(folder: Path, kind: str = "part", ending: str = ".parquet") -> list
 
 @contextmanager
 def alone(output: Path) -> Iterator[None]:
-    """Only one process at a time makes `output`; another one waits, and may then find it made.
+    """Let one process at a time write `output`; another one waits, and may then find it written.
 
-    The lock is the kernel's, and so a kill frees it. Its file is gone when the block ends.
+    The kernel frees the lock after a kill. Its file is gone when the block ends.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.name}.lock")
@@ -82,7 +82,7 @@ def alone(output: Path) -> Iterator[None]:
                 there = os.path.samestat(os.fstat(lock), os.stat(path))
             except FileNotFoundError:
                 there = False
-            if there:  # else who held it has removed it, and a third process may have made another
+            if there:  # if not, its last owner has removed it, and a third process may have created another
                 try:
                     yield
                 finally:
@@ -95,8 +95,8 @@ def alone(output: Path) -> Iterator[None]:
 def make_once(folder: Path, inputs: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
     """Have `write` fill a folder, unless one made of the same inputs stands there.
 
-    It is filled under another name and then renamed; `done.json` in it holds the inputs and what `write`
-    returned. So a kill leaves the old folder, the new one, or none, and what else it left goes the next time.
+    The folder is filled under another name and then renamed; `done.json` in it has the inputs and what
+    `write` returned. A kill leaves the old folder, the new one, or none; the next call removes other remains.
     """
     with alone(folder):
         try:

@@ -1,8 +1,8 @@
-"""python -m scraping site: the code examples of a documentation site.
+"""python -m scraping site: take in the code examples of a documentation site.
 
-The pages are those of its sitemap that lie on its host and that robots.txt lets anybody read; each `<pre>` of
-a page is a file `page#number.ext`. In the ledger a page is a file too: it waits until it was read, and is
-then dropped with what became of it as its reason, so that a killed run goes on with the pages that wait.
+The pages are those of its sitemap that are on its host and that robots.txt allows; each `<pre>` of a page is
+a file `page#number.ext`. In the ledger a page is a file too: it waits until it was read, and is then dropped
+with the outcome as its reason, so that a killed run goes on with the pages that wait.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xml.parsers import expat
 from scraping.documents import path_text
 from scraping.examples import examples
 from scraping.gitrepo import blob_id
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.robots import Robots, parse
 from scraping.source import Origin, Selection, finished, known, list_files, open_ledger, report
 from scraping.wanted import Wanted
@@ -26,36 +26,36 @@ from scraping.webclient import (
     AGENT,
     Client,
     NoAnswer,
-    Refused,
-    TooLarge,
+    WebRefused,
+    WebTooLarge,
     gunzipped,
     joined,
     names_an_address,
 )
 
-SITEMAP_BYTES = 50 * 2**20  # sitemaps.org: the most that a sitemap may have
+SITEMAP_BYTES = 50 * 2**20  # sitemaps.org: the largest sitemap that is allowed
 ROBOTS_BYTES = 2**20
 SITEMAPS = 1000
-PAGES = 500_000  # of all sitemaps together
+PAGES = 500_000  # most pages of all sitemaps together
 LONGEST_DELAY = 60.0
-UNANSWERED = 5  # pages in a row, after which the site is taken to be away
+UNANSWERED = 5  # after this many pages in a row without an answer, the site is down
 READ = "page: read for its examples"
 EMPTY = "page: without examples"
 
 
 @dataclass(frozen=True)
-class Settings(Selection):
-    """Which site, and which of its examples.
+class SiteSettings(Selection):
+    """Settings of the command site: a site, and which of its examples are wanted.
 
     Args:
-        min_bytes: The least size of a wanted example.
-        url: Where its pages begin, as in https://fastapi.tiangolo.com/tutorial/
-        sitemap: Address of its sitemap; by default those that robots.txt names, or else /sitemap.xml
-        repository: What to call it; by default its host.
-        licence: SPDX expression of its examples, as in MIT; empty is unknown, and is dropped when cleaned.
-        max_pages: Pages that are read at most.
-        page_bytes: The most that a page may have.
-        delay: Seconds from one request to the next; robots.txt may ask for more.
+        min_bytes: Least size of a wanted example.
+        url: Address under which the pages are, as in https://fastapi.tiangolo.com/tutorial/
+        sitemap: Address of the sitemap; by default those that robots.txt names, or else /sitemap.xml
+        repository: Its name in the corpus; by default its host.
+        licence: SPDX expression of its examples, as in MIT; empty means unknown, which `clean` drops.
+        max_pages: Most pages to read.
+        page_bytes: Largest size of a page.
+        delay: Seconds from one request to the next; robots.txt may demand more.
         private: Let the host's name stand for an address of a private network.
     """
 
@@ -70,8 +70,8 @@ class Settings(Selection):
     private: bool = False
 
 
-def run(settings: Settings) -> None:
-    """See the module. ValueError is a mistake of the user, or a site that refuses or is away."""
+def run(settings: SiteSettings) -> None:
+    """Take in the examples; a mistake of the user, or a site that refuses or is down, raises ValueError."""
     client = client_of(settings)
     if settings.max_pages < 1 or settings.page_bytes < 1 or settings.delay < 0:
         raise ValueError("--max_pages and --page_bytes are 1 or more, and --delay is 0 or more")
@@ -82,15 +82,15 @@ def run(settings: Settings) -> None:
     report(ledger, origin.name)
 
 
-def client_of(settings: Settings) -> Client:
-    """For the host of the settings' address."""
+def client_of(settings: SiteSettings) -> Client:
+    """Return a client for the host of the settings' address."""
     try:
         parts = urlsplit(settings.url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
         host, port, parts = "", None, urlsplit("")
     if parts.scheme not in ("http", "https") or not re.fullmatch(r"[A-Za-z0-9.:-]+", host) or parts.username:
-        # Without what may be a password.
+        # What stands before an @ may be a password, so the message leaves it out.
         said = path_text(settings.url[:200].rpartition("@")[2].encode())
         wrong = f"{said} is no address of a site: " if said else ""
         raise ValueError(f"{wrong}give --url as in https://fastapi.tiangolo.com/")
@@ -99,8 +99,8 @@ def client_of(settings: Settings) -> Client:
     return Client(parts.scheme, host, port, private, settings.delay)
 
 
-def take_site(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted, client: Client) -> None:
-    """Bring a site's examples into the ledger; what is there already stays."""
+def take_site(ledger: Ledger, origin: Origin, settings: SiteSettings, wanted: Wanted, client: Client) -> None:
+    """Enter a site's examples into the ledger; files that it already has stay."""
     state, _ = known(ledger, origin)
     if finished(ledger, origin.name, state):
         return
@@ -118,15 +118,15 @@ def take_site(ledger: Ledger, origin: Origin, settings: Settings, wanted: Wanted
 
 
 def read_robots(client: Client, url: str) -> Robots:
-    """What the site asks for. RFC 9309, 2.3.1: with a 4xx it asks nothing, and away it allows nothing."""
+    """Return the site's rules. By RFC 9309, 2.3.1, a 4xx means none; without an answer all is forbidden."""
     try:
         answer = client.get(urljoin(url, "/robots.txt"), ROBOTS_BYTES)
-    except TooLarge:
+    except WebTooLarge:
         raise ValueError(
             f"robots.txt of {client.host} has more than {ROBOTS_BYTES:,} bytes, so that what it forbids is "
             "not known; nothing is read there"
         ) from None
-    except Refused:
+    except WebRefused:
         return Robots()
     except NoAnswer as error:
         raise ValueError(
@@ -136,11 +136,11 @@ def read_robots(client: Client, url: str) -> Robots:
 
 
 # ---------------------------------------------------------------------------------------------
-# Which pages
+# Finding the pages
 
 
-def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]:
-    """Every address of the sitemaps once, with the reason not to read it.
+def pages(client: Client, settings: SiteSettings, robots: Robots) -> Iterator[ListedFile]:
+    """Yield every address of the sitemaps once, with the reason not to read it.
 
     Raises:
         ValueError: there is no sitemap, or it is broken or past a limit.
@@ -161,7 +161,7 @@ def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]
             continue
         try:
             answer = client.get(place, SITEMAP_BYTES, robots.allows)
-        except (Refused, NoAnswer) as error:
+        except (WebRefused, NoAnswer) as error:
             raise ValueError(f"the sitemap {path_text(place.encode())} cannot be read: {error}") from error
         if answer.status != 200:
             raise ValueError(
@@ -185,7 +185,7 @@ def pages(client: Client, settings: Settings, robots: Robots) -> Iterator[Entry]
             taken += not reason
             if taken > settings.max_pages:
                 reason = reason or "page: past max_pages"
-            yield Entry(path_text(address.encode("utf-8", "replace")), address, 0, reason)
+            yield ListedFile(path_text(address.encode("utf-8", "replace")), address, 0, reason)
     if not found:
         raise ValueError(f"the sitemap of {client.host} names no page")
 
@@ -203,17 +203,17 @@ def _page_reason(address: str, client: Client, start: str, robots: Robots) -> st
 
 
 def read_sitemap(data: bytes, place: str) -> tuple[list[str], list[str]]:
-    """(sitemaps, pages) that a sitemap names; it may be compressed. No entity is defined or expanded.
+    """Return (sitemaps, pages) that a sitemap names; it may be compressed. No XML entity is expanded.
 
     Raises:
-        ValueError: it is not whole, too large, or no sitemap.
+        ValueError: the sitemap is truncated, too large, or none.
     """
     if data[:2] == b"\x1f\x8b":
         try:
             data = b"".join(gunzipped([data], SITEMAP_BYTES))
-        except TooLarge:
+        except WebTooLarge:
             raise ValueError(f"the sitemap {place} unpacks to more than {SITEMAP_BYTES:,} bytes") from None
-        except (Refused, OSError, zlib.error) as error:
+        except (WebRefused, OSError, zlib.error) as error:
             raise ValueError(f"the sitemap {place} is damaged") from error
     found: dict[str, list[str]] = {"sitemap": [], "url": []}
     parents = ["", ""]
@@ -252,16 +252,16 @@ def read_sitemap(data: bytes, place: str) -> tuple[list[str], list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# What they hold
+# Reading the pages
 
 
 def read_pages(
-    ledger: Ledger, name: str, settings: Settings, wanted: Wanted, client: Client, robots: Robots
+    ledger: Ledger, name: str, settings: SiteSettings, wanted: Wanted, client: Client, robots: Robots
 ) -> None:
     """Read the pages that wait, and store their examples.
 
     Raises:
-        ValueError: the site does not answer any more; what waits goes on waiting.
+        ValueError: the site does not answer any more; the pages that were not read go on waiting.
     """
     from tqdm import tqdm
 
@@ -278,7 +278,7 @@ def read_pages(
                     " later, and it goes on"
                 ) from error
             continue
-        except Refused as error:
+        except WebRefused as error:
             reason = f"page: {error}"
         else:
             reason = f"page: status {answer.status}" if answer.status != 200 else ""
@@ -298,7 +298,7 @@ def read_pages(
 
 
 def _take_page(ledger: Ledger, name: str, address: str, text: str, wanted: Wanted) -> str:
-    """Store a page's examples; what became of the page. Done twice, it changes nothing."""
+    """Store a page's examples and return the page's outcome; a second call changes nothing."""
     parts = urlsplit(address)
     place = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
     entries, files = [], []
@@ -306,11 +306,11 @@ def _take_page(ledger: Ledger, name: str, address: str, text: str, wanted: Wante
         data = example.text.encode("utf-8", "replace")
         path = f"{place}#{number}{example.extension}"
         reason = wanted.reason(path.encode(), len(data))
-        entries.append(Entry(path, blob_id(data), len(data), reason))
+        entries.append(ListedFile(path, blob_id(data), len(data), reason))
         if not reason:
             files.append((path, data))
     what = READ if entries else EMPTY
-    states: dict[str, str] = {}  # of what a killed run has listed
+    states: dict[str, str] = {}  # path -> state of the examples that a killed run has listed
     with ledger.transaction() as db:
         for entry in entries:
             query = "SELECT path, state FROM files WHERE repository = ? AND path = ?"
@@ -321,7 +321,7 @@ def _take_page(ledger: Ledger, name: str, address: str, text: str, wanted: Wante
 
 
 def decoded(body: bytes, charset: str) -> str:
-    """A page's text: by what the server says, or the page, or else UTF-8; what does not fit is replaced."""
+    """Decode a page by the server's charset, or its own, or as UTF-8; replace bytes that do not fit."""
     if not charset:
         said = re.search(
             rb"""<meta[^>]{0,200}charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""", body[:4096], re.IGNORECASE
@@ -329,5 +329,5 @@ def decoded(body: bytes, charset: str) -> str:
         charset = said.group(1).decode("ascii", "replace") if said else "utf-8"
     try:
         return body.decode(charset, "replace")
-    except (LookupError, ValueError):  # bytes to bytes, such as zlib, is a LookupError
+    except (LookupError, ValueError):  # codecs from bytes to bytes, such as zlib, are a LookupError
         return body.decode("utf-8", "replace")

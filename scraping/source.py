@@ -1,7 +1,7 @@
-"""What every source does with the files it found: they are listed in the ledger, and then stored or dropped.
+"""The steps that all sources share: files are listed in the ledger, and then stored or dropped.
 
-A command lists first and stores after. What is killed in between goes on with the files that wait, and what
-is finished changes nothing when it is run again.
+A command that was killed between the two steps goes on with the files that wait, and a command that has
+finished changes nothing when it is run again.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 from scraping.stages.licences import PERMISSIVE, allowed
 from scraping.status import status_lines
 from scraping.wanted import Wanted, data_reason
 
-BATCH_BYTES = 2**23  # stored in one transaction
+BATCH_BYTES = 2**23  # files of about this size are stored in one transaction
 BATCH_FILES = 500
 
 
@@ -24,10 +24,10 @@ class Selection:
     """Settings that the commands which read files share.
 
     Args:
-        folder: Of the corpus: its ledger is `folder/ledger.sqlite`.
-        extensions: How a wanted file's name ends, as in .py,.kt
-        min_bytes: The least size of a wanted file.
-        max_bytes: The greatest.
+        folder: The corpus's folder: its ledger is `folder/ledger.sqlite`.
+        extensions: Endings of the names of wanted files, as in .py,.kt
+        min_bytes: Least size of a wanted file.
+        max_bytes: Greatest size of a wanted file.
     """
 
     folder: str = "corpus"
@@ -41,16 +41,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class Origin:
-    """A repository as a command was asked for it.
+    """A repository as the user of a command named it.
 
     Args:
         name: `owner/name`, or the name of a folder, site or package.
-        kind: The command.
-        revision: As it was asked for.
+        kind: Name of the command.
+        revision: The requested revision.
         licence: SPDX expression; "" is unknown.
 
     Raises:
-        ValueError: the licence is none of SPDX's. Told here, since the ledger would keep it.
+        ValueError: the licence is none of SPDX's; it is refused before the ledger could record it.
     """
 
     name: str
@@ -71,7 +71,7 @@ def open_ledger(folder: str) -> Ledger:
 
 
 def known(ledger: Ledger, origin: Origin) -> tuple[str, str]:
-    """(state, pinned commit) of a repository in the ledger; ("", "") if it is not there.
+    """Return (state, pinned commit) of a repository in the ledger; ("", "") if it is not there.
 
     Raises:
         ValueError: it is there from another source, or at another revision.
@@ -93,28 +93,28 @@ def known(ledger: Ledger, origin: Origin) -> tuple[str, str]:
 
 
 def finished(ledger: Ledger, name: str, state: str) -> bool:
-    """Whether nothing is left to do for a repository in this state; says so."""
+    """Return whether nothing is left to do for a repository in this state, and print so."""
     if state in ("done", "dropped"):
         print(f"{ledger.path} holds {name} already; it stays as it is")
         return True
     return False
 
 
-def list_files(ledger: Ledger, origin: Origin, pinned: str, entries: Iterable[Entry]) -> None:
+def list_files(ledger: Ledger, origin: Origin, pinned: str, entries: Iterable[ListedFile]) -> None:
     """Write a repository and its files into the ledger."""
-    entries = list(entries)  # before anything is written: the source may still turn out broken
+    entries = list(entries)  # the source may turn out broken, so all of it is read before anything is written
     ledger.found(origin.name, origin.kind, origin.revision, origin.licence)
     ledger.listed(origin.name, pinned, entries)
 
 
 def store_files(
-    ledger: Ledger, name: str, read: Callable[[list[Entry]], Iterator[tuple[Entry, bytes | str]]]
+    ledger: Ledger, name: str, read: Callable[[list[ListedFile]], Iterator[tuple[ListedFile, bytes | str]]]
 ) -> None:
-    """Store the files of a repository that wait, or drop them; then it is done.
+    """Store or drop the files of a repository that wait, and mark the repository done.
 
     Args:
-        read: Of files that wait: each with its bytes or the reason why there are none. One that it leaves out
-            is dropped as gone.
+        read: Yields each waiting file with its bytes, or with the reason why there are none. A file that it
+            leaves out is dropped as gone.
     """
     from tqdm import tqdm
 
@@ -141,11 +141,11 @@ def store_files(
 
 
 class NothingStored(ValueError):
-    """A source gave no file; the ledger has what was found of it, and why it was left out."""
+    """Failure of a source that gave no file; the ledger has the files that were found, with their reasons."""
 
 
 def report(ledger: Ledger, name: str) -> None:
-    """Print what the ledger knows, and close it; NothingStored if the repository `name` gave no file."""
+    """Print the ledger's counts, and close it; raise NothingStored if the repository `name` gave no file."""
     print("\n".join(status_lines(ledger)))
     rows = ledger.rows(
         "SELECT state, reason, count(*) FROM files WHERE repository = ? GROUP BY 1, 2 ORDER BY 3 DESC", name

@@ -1,4 +1,4 @@
-"""python -m scraping status: what was found and what became of it, in counts that add up."""
+"""python -m scraping status: print the counts of what was found, stored and dropped, which add up."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from scraping.shards import read_record
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Where to look.
+class StatusSettings:
+    """Settings of the command status.
 
     Args:
-        folder: Of the corpus: its ledger is `folder/ledger.sqlite`, `folder/clean` has the documents.
+        folder: The corpus's folder: its ledger is `folder/ledger.sqlite`, `folder/clean` has the documents.
     """
 
     folder: str = "corpus"
 
 
 def status_lines(ledger: Ledger) -> list[str]:
-    """One line a state and reason, of searches, repositories and files, each block ending in its sum."""
+    """Return a line for each state and reason of searches, repositories and files, with a sum for each."""
     lines = []
     for table in ("searches", "repositories", "files"):
         counts = ledger.counts(table)
         if table == "searches":
-            counts.pop(("split", ""), None)  # each stands for the searches that it was split into
+            counts.pop(("split", ""), None)  # the searches that it was split into are counted
             if not counts:
                 continue
         lines.append(table)
@@ -41,7 +41,7 @@ def status_lines(ledger: Ledger) -> list[str]:
 
 
 def later_lines(folder: Path) -> list[str]:
-    """What became of the stored files: of the corpus if it was built, else of the parts that were cleaned."""
+    """Return the counts of the later stages: of the corpus if it was built, else of the cleaned parts."""
     corpus = folder / "corpus" / "corpus.json"
     if corpus.is_file():
         found = read_record(corpus, "stages", "bytes", "fingerprint")
@@ -56,8 +56,8 @@ def later_lines(folder: Path) -> list[str]:
     ]
 
 
-def run(settings: Settings) -> None:
-    """Print `status_lines` and `later_lines`; ValueError if there is no ledger."""
+def run(settings: StatusSettings) -> None:
+    """Print `status_lines` and `later_lines`; raise a ValueError if there is no ledger."""
     path = Path(settings.folder) / "ledger.sqlite"
     if not path.is_file():
         raise ValueError(f"{settings.folder} holds no ledger.sqlite: name a corpus folder with --folder")

@@ -1,7 +1,7 @@
-"""Which files of a repository are wanted: one rule for all sources, so that they give equal documents.
+"""The rule by which files of a repository are wanted, one for all sources, so that they give equal documents.
 
-A source lists every file it finds, wanted or not, and asks here for the reason to drop it: `Wanted.reason` by
-name and size before the bytes are fetched, `data_reason` by the bytes after.
+A source lists every file it finds, wanted or not, with the reason to drop it: `Wanted.reason` by name and
+size before the bytes are fetched, `data_reason` by the bytes after.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"  # git-lfs/docs/spec.md: always the first line
 
-# Reasons that depend on the kind of thing that a name stands for; the sources tell the kinds.
+# Reasons by the kind of what a name stands for, which each source tells by its own means.
 SYMBOLIC_LINK = "symbolic link"
 SUBMODULE = "submodule"
 NO_FILE = "device, pipe or socket"
@@ -18,12 +18,12 @@ NO_FILE = "device, pipe or socket"
 
 @dataclass(frozen=True)
 class Wanted:
-    """Files by name and size.
+    """A choice of files by name and size.
 
     Args:
-        extensions: How a wanted file's name ends, as in .py,.kt
-        min_bytes: The least size of a wanted file.
-        max_bytes: The greatest.
+        extensions: Endings of the names of wanted files, as in .py,.kt
+        min_bytes: Least size of a wanted file.
+        max_bytes: Greatest size of a wanted file.
     """
 
     extensions: tuple[str, ...] = (".py",)
@@ -39,7 +39,7 @@ class Wanted:
             )
 
     def reason(self, path: bytes, size: int) -> str:
-        """Why a file is not wanted; "" if it is."""
+        """Return why a file is not wanted; "" if it is."""
         if why := path_reason(path):
             return why
         if not path.endswith(tuple(end.encode() for end in self.extensions)):
@@ -50,11 +50,11 @@ class Wanted:
 
 
 def path_reason(path: bytes) -> str:
-    """Why a path is none inside a repository; "" if it is one."""
-    odd = b"\0" in path or {b"", b".", b".."} & set(path.split(b"/"))  # an absolute one begins with b""
+    """Return why this is no path inside a repository; "" if it is one."""
+    odd = b"\0" in path or {b"", b".", b".."} & set(path.split(b"/"))  # b"": absolute
     return "path leaves the repository" if odd else ""
 
 
 def data_reason(data: bytes) -> str:
-    """Why bytes are not those of a file; "" if they may be."""
+    """Return why bytes are not those of a file; "" if they may be."""
     return "LFS pointer" if data.startswith(LFS_POINTER) else ""

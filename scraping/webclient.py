@@ -1,8 +1,8 @@
 """GET from one web site that may be hostile: bounded in bytes, time and redirects, and never another machine.
 
-The address that the host's name stands for is looked at before it is connected to, and connected to as it was
-looked at, so that a name cannot lead into the private network. There is no proxy in between. All that is why
-`github.py` is a client of its own: it keeps its connections, may go through a proxy, and has limits to keep.
+The host's name is resolved once, and the address that was checked is the one that is connected to, so that a
+name cannot lead into the private network. There is no proxy in between. For these reasons `github.py` is a
+client of its own: it reuses connections, may go through a proxy, and has rate limits to keep.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RETRIED = (429, 500, 502, 503, 504)
 TRIES = 3
 REDIRECTS = 5
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address is in the last 32 bits
-UNICAST = ipaddress.IPv6Network("2000::/3")  # what is assigned of IPv6; all else is special or unused
+UNICAST = ipaddress.IPv6Network("2000::/3")  # the assigned part of IPv6; the rest is special or unused
 # iana.org/assignments/iana-ipv4-special-registry and iana-ipv6-special-registry as of 2025, and multicast.
 # Blocks inside a larger one are not repeated; the few that are globally reachable hold services, no sites.
 SPECIAL = tuple(
@@ -39,44 +39,44 @@ SPECIAL = tuple(
         ),
     )
 )
-GZIP_BYTES = 2**16  # that a gzip file may have beyond its content
-LONGEST_WAIT = 120.0  # seconds that a server may ask to wait by Retry-After
+GZIP_BYTES = 2**16  # a gzip file may be larger than its content by this many bytes
+LONGEST_WAIT = 120.0  # longest Retry-After, in seconds, that is waited for
 
 
 class NoAnswer(Exception):
-    """The site did not answer, or not wholly, each time it was asked."""
+    """Failure of a site to answer wholly, at each of several attempts."""
 
 
-class Refused(Exception):
-    """An answer that is not taken: `str` is the reason."""
+class WebRefused(Exception):
+    """Refusal of an answer by this client; its text is the reason."""
 
 
-class TooLarge(Refused):
-    """Its body is larger than was allowed."""
+class WebTooLarge(WebRefused):
+    """Refusal of a body that is larger than allowed."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Of status 200, or another that is no redirect."""
+class WebAnswer:
+    """An answer of status 200, or of another that is no redirect."""
 
     status: int
-    kind: str  # of its content, without parameters
+    kind: str  # the Content-Type, without parameters
     charset: str
     body: bytes
 
 
 @dataclass
 class Client:
-    """Asks one host, one request at a time.
+    """A client of one host, which sends one request at a time.
 
     Args:
         scheme: http or https.
-        host: As in the address, without its port.
-        port: Of the host.
+        host: The host as in the address, without its port.
+        port: The host's port.
         private: Let the host's name stand for an address of a private network.
         delay: Seconds from the beginning of one request to that of the next.
-        seconds: For one request, from the connection to the last byte.
-        wait: How to wait, in seconds; another in tests.
+        seconds: Time for one request, from the connection to the last byte.
+        wait: Function that waits for seconds; tests give another.
     """
 
     scheme: str
@@ -89,7 +89,7 @@ class Client:
     _last: float = -1e9
 
     def same_host(self, url: str) -> bool:
-        """Whether an address lies on this host; https is as good as http."""
+        """Return whether an address is on this host, by its scheme or by https instead of http."""
         with contextlib.suppress(ValueError):
             parts = urlsplit(url)
             port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -100,33 +100,34 @@ class Client:
             return (self.scheme, self.port, parts.scheme, port) == ("http", 80, "https", 443)
         return False
 
-    def get(self, url: str, most: int, allowed: Callable[[str], bool] = lambda path: True) -> Answer:
-        """What an address of this host holds, at the end of its redirects.
+    def get(self, url: str, most: int, allowed: Callable[[str], bool] = lambda path: True) -> WebAnswer:
+        """Return the answer at an address of this host, after its redirects.
 
         Args:
-            most: Bytes of a body, after decompression.
-            allowed: Whether a path, with its query, may be asked for; also asked of redirects.
+            url: The address.
+            most: Most bytes of a body, after decompression.
+            allowed: Whether a path with its query may be requested; redirects are checked too.
 
         Raises:
-            Refused: the body is larger (TooLarge), or a redirect leads elsewhere.
-            NoAnswer: see there.
+            WebRefused: the body is larger (WebTooLarge), or a redirect leads elsewhere.
+            NoAnswer: the site did not answer.
         """
         for _ in range(REDIRECTS + 1):
             if not self.same_host(url) or not re.fullmatch("[!-~]+", url):
-                raise Refused("redirect to another host")
+                raise WebRefused("redirect to another host")
             parts = urlsplit(url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             if not allowed(path):
-                raise Refused("robots.txt forbids it")
+                raise WebRefused("robots.txt forbids it")
             answer, target = self._ask(parts.scheme, path, most)
             if not target:
                 return answer
             url = joined(url, target)
             if not url:
-                raise Refused("redirect to no address")
-        raise Refused("too many redirects")
+                raise WebRefused("redirect to no address")
+        raise WebRefused("too many redirects")
 
-    def _ask(self, scheme: str, path: str, most: int) -> tuple[Answer, str]:
+    def _ask(self, scheme: str, path: str, most: int) -> tuple[WebAnswer, str]:
         said = ""
         for number in range(TRIES):
             self.wait(max(self._last + self.delay - time.monotonic(), 0))
@@ -150,14 +151,14 @@ class Client:
                 self.wait(pause)
         raise NoAnswer("".join(c if c.isprintable() else " " for c in said[:200]))
 
-    def _once(self, scheme: str, path: str, most: int) -> tuple[Answer, dict[str, str]]:
+    def _once(self, scheme: str, path: str, most: int) -> tuple[WebAnswer, dict[str, str]]:
         port = 443 if scheme == "https" and self.scheme == "http" else self.port
         sock = self._connect(port)
         connection = http.client.HTTPConnection(self.host, port)
 
         late: list[bool] = []
 
-        def end() -> None:  # whatever is waited for: a drip of bytes has no other end
+        def end() -> None:  # ends any wait: a socket's timeout would never end a drip of bytes
             late.append(True)
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -167,7 +168,7 @@ class Client:
         timer.start()
         try:
             if scheme == "https":
-                # The handshake comes after `sock` is the one that `end` shuts.
+                # `sock` is replaced before the handshake, so that `end` can shut the one that waits.
                 context = ssl.create_default_context()
                 sock = context.wrap_socket(sock, server_hostname=self.host, do_handshake_on_connect=False)
                 sock.do_handshake()
@@ -183,10 +184,10 @@ class Client:
             response = connection.getresponse()
             headers = {key.lower(): value for key, value in response.getheaders()}
             body = self._body(response, headers, most) if response.status == 200 else b""
-            if late:  # without a stated length, that end looks like the body's own
+            if late:  # without a Content-Length, a shut socket looks like the body's end
                 raise OSError(f"it took more than {self.seconds:g} seconds")
             charset = response.headers.get_content_charset("")
-            return Answer(response.status, response.headers.get_content_type(), charset, body), headers
+            return WebAnswer(response.status, response.headers.get_content_type(), charset, body), headers
         finally:
             timer.cancel()
             sock.close()
@@ -195,7 +196,7 @@ class Client:
     def _body(self, response: http.client.HTTPResponse, headers: dict[str, str], most: int) -> bytes:
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "x-gzip"):
-            raise Refused("unknown encoding of the content")
+            raise WebRefused("unknown encoding of the content")
         pieces = iter(lambda: response.read1(2**16), b"")
         parts: list[bytes] = []
         size = 0
@@ -203,7 +204,7 @@ class Client:
             parts.append(part)
             size += len(part)
             if size > most:
-                raise TooLarge("too large a page")
+                raise WebTooLarge("too large a page")
         if response.length:
             raise OSError("the answer is cut short")
         return b"".join(parts)
@@ -229,7 +230,7 @@ class Client:
 
 
 def joined(base: str, address: str) -> str:
-    """An address that a server wrote, as `urljoin` makes it; "" where it is none, as `http://[::1/` is."""
+    """Return a server's address joined to its base; "" where it is none, such as `http://[::1/`."""
     try:
         url = urljoin(base, address)
         return url if urlsplit(url).port != 0 else ""
@@ -238,20 +239,20 @@ def joined(base: str, address: str) -> str:
 
 
 def gunzipped(pieces: Iterable[bytes], most: int) -> Iterator[bytes]:
-    """The content of all members of a gzip file (RFC 1952, 2.2: they follow each other), in bounded parts.
+    """Yield the content of a gzip file, whose members follow each other (RFC 1952, 2.2), in bounded parts.
 
     Raises:
-        TooLarge: it has more than `most` bytes, or far more of members that hold nothing.
-        Refused: something else follows a member.
-        OSError: it is cut short.
-        zlib.error: it is damaged.
+        WebTooLarge: the content has more than `most` bytes, or the file far more of empty members.
+        WebRefused: something else follows a member.
+        OSError: the file is truncated.
+        zlib.error: the file is damaged.
     """
     engine = zlib.decompressobj(wbits=31)
     read = size = members = 0
     for piece in pieces:
         read += len(piece)
         if read > most + GZIP_BYTES:
-            raise TooLarge("too large a page")
+            raise WebTooLarge("too large a page")
         while piece:
             if engine.eof:
                 engine = zlib.decompressobj(wbits=31)
@@ -260,23 +261,23 @@ def gunzipped(pieces: Iterable[bytes], most: int) -> Iterator[bytes]:
                 part = engine.decompress(piece, most + 1 - size)
             except zlib.error:
                 if members:
-                    raise Refused("other bytes follow its gzip content") from None
+                    raise WebRefused("other bytes follow its gzip content") from None
                 raise
             piece = engine.unconsumed_tail or engine.unused_data
             size += len(part)
             if size > most:
-                raise TooLarge("too large a page")
+                raise WebTooLarge("too large a page")
             yield part
     if not engine.eof:
         raise OSError("the answer is cut short")
 
 
 def public(address: str) -> bool:
-    """Whether an IP address is one of the public internet.
+    """Return whether an IP address is one of the public internet.
 
-    By IANA's registries of special-purpose addresses and not by `ipaddress.is_global`, which changes from one
-    Python to the next. What wraps an IPv4 address counts as that address for NAT64 alone: networks without
-    IPv4 reach all of it so. No site needs the other forms, which are mapped, compatible, 6to4 and Teredo.
+    IANA's registries of special-purpose addresses decide, not `ipaddress.is_global`, which changes from one
+    Python to the next. An IPv4 address inside an IPv6 one counts as the former for NAT64 alone, by which
+    networks without IPv4 reach all of it. No site needs the other forms: mapped, compatible, 6to4, Teredo.
     """
     place = ipaddress.ip_address(address.split("%")[0])
     if place in NAT64:
@@ -287,7 +288,7 @@ def public(address: str) -> bool:
 
 
 def names_an_address(host: str) -> bool:
-    """Whether a host is this machine by name, or an IP address as such."""
+    """Return whether a host is `localhost` or a literal IP address."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(host)
         return True

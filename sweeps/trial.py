@@ -18,8 +18,9 @@ from config import Config, memory_is_full
 from guards.faults import Fault
 from modules.quantized_linear import n_weights
 from sweeps.storage import failures
+from training import begin
 from training.checkpoint import Manifest, load_counters, newest_whole
-from training.loop import BudgetUsed, TrainingManager
+from training.loop import BudgetUsed, Observer, TrainingManager
 from training.runfolder import LOCK
 from training.state import budget_used
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-HOUSE = Path(__file__).parent.parent
+from config.files import REPOSITORY
 
 
 def forked(work: Callable[[], Any], out: Path, err: Path | None = None) -> int:
@@ -59,7 +59,7 @@ def command(script: str, *words: str | Path | int, cwd: Path) -> subprocess.Comp
 
     def work() -> None:
         os.chdir(cwd)
-        sys.argv = [str(HOUSE / script), *map(str, words)]
+        sys.argv = [str(REPOSITORY / script), *map(str, words)]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
     with tempfile.TemporaryDirectory() as name:

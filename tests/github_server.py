@@ -801,7 +801,7 @@ def main(clock_path: str, settings: str) -> None:
     clock = SharedClock(Path(clock_path))
     with one_sentence():
         scraping.crawl.crawl(
-            scraping.crawl.Settings(**values), Clock(clock.now, clock.sleep), threading.Event()
+            scraping.crawl.CrawlSettings(**values), Clock(clock.now, clock.sleep), threading.Event()
         )
 
 

@@ -16,12 +16,11 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from config.files import REPOSITORY
 from sweeps.board import Board, Pulse, slots_of
 from sweeps.settings import SweepSettings, parse_settings
 from sweeps.study import open_studies
 from sweeps.worker import Worker
-
-HOUSE = Path(__file__).parent.parent
 
 
 def tiny(folder: Path, corpus: Path, **changes: Any) -> Path:
@@ -52,7 +51,7 @@ def tiny(folder: Path, corpus: Path, **changes: Any) -> Path:
 
 
 def command(*words: str | Path) -> list[str]:
-    return [sys.executable, str(HOUSE / "hyperparam_tune.py"), *map(str, words)]
+    return [sys.executable, str(REPOSITORY / "hyperparam_tune.py"), *map(str, words)]
 
 
 def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scraping.archive import BrokenArchive, Limits, Member, commit_of, read_archive
+from scraping.archive import ArchiveLimits, ArchiveMember, BrokenArchive, commit_of, read_archive
 from scraping.wanted import Wanted
 
 ALL = Wanted(extensions=(".py",), min_bytes=0, max_bytes=10_000)
@@ -32,7 +32,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def read(data: bytes, wanted: Wanted = ALL, **options) -> list[Member]:
+def read(data: bytes, wanted: Wanted = ALL, **options) -> list[ArchiveMember]:
     return list(read_archive(io.BytesIO(data), wanted.reason, **options))
 
 
@@ -347,12 +347,13 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 READER = """
 import resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
-from scraping.archive import Limits, read_archive
+from scraping.archive import ArchiveLimits, read_archive
 from scraping.wanted import Wanted
 began = time.process_time()
 try:
     with open(sys.argv[1], "rb") as file:
-        members = read_archive(file, Wanted((".py",), 0, 100_000).reason, limits=Limits(members=20_000))
+        wanted = Wanted((".py",), 0, 100_000)
+        members = read_archive(file, wanted.reason, limits=ArchiveLimits(members=20_000))
         print("read", sum(1 for _ in members))
 except ValueError as error:
     print(error)
@@ -374,7 +375,7 @@ def test_a_bomb_is_one_sentence_within_half_a_gigabyte(name: str, tmp_path: Path
 
 def test_the_clock_ends_a_slow_reading() -> None:
     with pytest.raises(ValueError, match=r"took more than 0\.05 seconds"):
-        for _ in read_archive(io.BytesIO(tar_of(FILES)), ALL.reason, limits=Limits(seconds=0.05)):
+        for _ in read_archive(io.BytesIO(tar_of(FILES)), ALL.reason, limits=ArchiveLimits(seconds=0.05)):
             time.sleep(0.03)
 
 
@@ -382,4 +383,4 @@ def test_total_bytes_have_a_limit() -> None:
     data = tar_of({f"{i}.py": bytes(5000) for i in range(99)})
     assert len(read(data)) == 99
     with pytest.raises(ValueError, match="more than 400,000 bytes"):
-        read(data, limits=Limits(total_bytes=400_000))
+        read(data, limits=ArchiveLimits(total_bytes=400_000))

@@ -16,13 +16,12 @@ from config import DataConfig
 from data.corpus import read_documents, split_documents
 from data.documents import Report
 from scraping import frequencies
-from scraping.build import Settings, build_part, fingerprint, finish, run
+from scraping.build import BuildSettings, build_part, fingerprint, finish, run
 from scraping.card import _plain, _size
 from scraping.counts import lines
 from scraping.decontaminate import Benchmarks
-from scraping.dedup import Settings as DedupSettings
-from scraping.dedup import bucket, cluster, signature
-from scraping.documents import Document, Drop, read_shard, shard_path, write_shard
+from scraping.dedup import DedupSettings, bucket, cluster, signature
+from scraping.documents import Drop, ScrapedDocument, read_shard, shard_path, write_shard
 from scraping.frequencies import Frequencies
 from scraping.shards import parts_of
 
@@ -36,7 +35,7 @@ def code(seed: int, length: int = 40) -> str:
     return "\n".join(f"v{rng.getrandbits(30)} = f({rng.randrange(99)})" for _ in range(length)) + "\n"
 
 
-def cleaned(folder: Path, documents: list[Document], parts: int = 1) -> Settings:
+def cleaned(folder: Path, documents: list[ScrapedDocument], parts: int = 1) -> BuildSettings:
     """Clean parts with their records, deduplicated, as the commands before `build` leave them."""
     (folder / "clean").mkdir(parents=True)
     for number in range(parts):
@@ -55,10 +54,10 @@ def cleaned(folder: Path, documents: list[Document], parts: int = 1) -> Settings
         signature(settings, part)
     bucket(settings, (0, 1))
     cluster(settings)
-    return Settings(folder=str(folder))
+    return BuildSettings(folder=str(folder))
 
 
-def built(settings: Settings) -> tuple[dict, list[Document]]:
+def built(settings: BuildSettings) -> tuple[dict, list[ScrapedDocument]]:
     folder = Path(settings.folder)
     for part in parts_of(folder / "clean"):
         build_part(settings, part)
@@ -66,10 +65,10 @@ def built(settings: Settings) -> tuple[dict, list[Document]]:
     return corpus, [d for part in corpus["parts"] for d in read_shard(folder / "corpus" / part["file"])]
 
 
-def documents() -> list[Document]:
+def documents() -> list[ScrapedDocument]:
     texts = [code(i) for i in range(20)]
     texts += [texts[3], texts[5] + "one_more = 1\n", texts[5].replace("f(", "f( "), "é = 1\n"]
-    return [Document(text, f"o/r{i % 4}", f"{i:02}.py", "c", "MIT") for i, text in enumerate(texts)]
+    return [ScrapedDocument(text, f"o/r{i % 4}", f"{i:02}.py", "c", "MIT") for i, text in enumerate(texts)]
 
 
 def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_near_duplicates_may_stay_and_share_a_cluster(tmp_path: Path) -> None:
 def test_the_fingerprint_does_not_depend_on_the_division_and_tells_every_change(
     tmp_path: Path, form: Literal["parquet", "jsonl"]
 ) -> None:
-    def printed(name: str, documents: list[Document], parts: int = 1) -> str:
+    def printed(name: str, documents: list[ScrapedDocument], parts: int = 1) -> str:
         settings = replace(cleaned(tmp_path / name, documents, parts), form=form)
         for part in parts_of(tmp_path / name / "clean"):
             build_part(settings, part)
@@ -120,10 +119,10 @@ def test_the_fingerprint_does_not_depend_on_the_division_and_tells_every_change(
     assert len(prints) == 1
     first, *rest = documents()
     for number, other in enumerate(
-        (Document("x = 1\n", first.repository, first.path, "c", "MIT"),
-         Document(first.text, first.repository, "moved.py", "c", "MIT"),
-         Document(first.text, first.repository, first.path, "d", "MIT"),
-         Document(first.text, first.repository, first.path, "c", "ISC"))
+        (ScrapedDocument("x = 1\n", first.repository, first.path, "c", "MIT"),
+         ScrapedDocument(first.text, first.repository, "moved.py", "c", "MIT"),
+         ScrapedDocument(first.text, first.repository, first.path, "d", "MIT"),
+         ScrapedDocument(first.text, first.repository, first.path, "c", "ISC"))
     ):  # fmt: skip
         prints.add(printed(f"other{number}", [other, *rest]))
     assert len(prints) == 5
@@ -203,13 +202,13 @@ def test_build_before_dedup_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "clean").mkdir()
     write_shard(shard_path(tmp_path / "clean", 0, 1), documents())
     with pytest.raises(ValueError, match=r"clusters-part-00000-of-00001\.json is not there: run dedup first"):
-        run(Settings(folder=str(tmp_path), shard="0/1"))
+        run(BuildSettings(folder=str(tmp_path), shard="0/1"))
 
 
 def test_the_card_shows_the_counts_and_runs_nothing(tmp_path: Path) -> None:
-    strange = [Document("x = 1\n", "o/r", "a.py", "c", "<script>|`MIT`\n[x](y)")]
+    strange = [ScrapedDocument("x = 1\n", "o/r", "a.py", "c", "<script>|`MIT`\n[x](y)")]
     settings = cleaned(tmp_path, documents() + strange)
-    corpus, _ = built(Settings(folder=settings.folder, title="<b>Mine</b>"))
+    corpus, _ = built(BuildSettings(folder=settings.folder, title="<b>Mine</b>"))
     card = (tmp_path / "corpus" / "README.md").read_text()
     assert card.startswith("---\nconfigs:\n") and corpus["fingerprint"] in card
     assert "<script" not in card and "<b>" not in card and "[x]" not in card
@@ -251,7 +250,7 @@ def benchmarks(tmp_path: Path) -> Benchmarks:
     ],
 )
 def test_examples_are_found_whole_inside_indented_and_nearly_equal(benchmarks: Benchmarks, text: str) -> None:
-    drop = benchmarks.found_in(Document(text, "r", "p", "c", ""))
+    drop = benchmarks.found_in(ScrapedDocument(text, "r", "p", "c", ""))
     assert isinstance(drop, Drop) and drop.reason == "benchmark"
     assert drop.evidence.endswith("bench.jsonl.gz line 1 prompt")
 
@@ -260,7 +259,7 @@ def test_parts_of_an_example_and_other_code_are_not_it(benchmarks: Benchmarks) -
     half = TASK[: len(TASK) // 2]
     assert benchmarks.pieces == 2 and benchmarks.too_short == 3
     for text in ("", "x", half, code(1, 5), code(77)):
-        assert benchmarks.found_in(Document(text, "r", "p", "c", "")) is None
+        assert benchmarks.found_in(ScrapedDocument(text, "r", "p", "c", "")) is None
 
 
 def test_half_of_two_examples_is_none_of_them(tmp_path: Path) -> None:
@@ -269,8 +268,10 @@ def test_half_of_two_examples_is_none_of_them(tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
     path.write_text(json.dumps({"a": one, "b": one + other}) + "\n")
     found = Benchmarks([str(path)])
-    assert found.found_in(Document(one, "r", "p", "c", "")) == Drop("benchmark", "100% of b.jsonl line 1 a")
-    assert found.found_in(Document(other, "r", "p", "c", "")) is None
+    assert found.found_in(ScrapedDocument(one, "r", "p", "c", "")) == Drop(
+        "benchmark", "100% of b.jsonl line 1 a"
+    )
+    assert found.found_in(ScrapedDocument(other, "r", "p", "c", "")) is None
 
 
 @pytest.mark.parametrize(
@@ -353,8 +354,8 @@ def test_training_reads_what_was_built_by_cluster_or_by_repository(tmp_path: Pat
 
 
 def test_a_cluster_stands_on_one_side_of_the_split(tmp_path: Path) -> None:
-    near = [Document(code(1) + f"n = {i}\n", "o/r", f"n{i}.py", "c", "MIT") for i in range(12)]
-    far = [Document(code(100 + i), "o/r", f"f{i}.py", "c", "MIT") for i in range(30)]
+    near = [ScrapedDocument(code(1) + f"n = {i}\n", "o/r", f"n{i}.py", "c", "MIT") for i in range(12)]
+    far = [ScrapedDocument(code(100 + i), "o/r", f"f{i}.py", "c", "MIT") for i in range(30)]
     built(replace(cleaned(tmp_path, near + far), near="keep"))
     sides = {}
     for side, document in split_documents(DataConfig(source=str(tmp_path / "corpus"), validation_one_in=3)):

@@ -29,7 +29,7 @@ from data.cache import GB, InUse, make_room, read_sealed, sealed, verify_folder,
 from data.store_leaks import store_overlap
 from data.tokenstore import TokenStore, open_store
 from dataset import prepare_data, prepare_tokenizer, stored_data
-from recipes.base import refuse_changed
+from recipes.small_base import refuse_changed
 from suites.kept import Kept
 from suites.overlaps import training_overlap
 from tokenizer import BPETokenizer, Tokenizer

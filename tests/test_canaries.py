@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from architecture import Decoder
-from benchmarks.canaries import OTHERS, exposure, exposures, line, nats, planted
+from benchmarks.canaries import OTHERS, exposure, exposures, line, nll, planted
 from config import DataConfig, ModelConfig
 from dataset import Batches, prepare_data
 from tokenizer import CodeTokenizer
@@ -41,7 +41,7 @@ def test_nats_are_the_models_own_whatever_stands_beside():
         ModelConfig(TOKENIZER.vocab_size, 32, n_layer=1, n_head=1, n_embd=16, init="normal")
     ).eval()
     texts = ["a = 1", "longer = 12345", "x"]
-    for text, found in zip(texts, nats(model, TOKENIZER, texts), strict=True):
+    for text, found in zip(texts, nll(model, TOKENIZER, texts), strict=True):
         ids = torch.tensor([[TOKENIZER.start_id, *TOKENIZER.encode(text)]])
         with torch.no_grad():
             log_p = model(ids[:, :-1])[0].log_softmax(-1)

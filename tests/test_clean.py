@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from scraping.clean import STAGES, Settings, check, clean_shard, reasons_table, run
+from scraping.clean import STAGES, CleanSettings, check, clean_shard, reasons_table, run
 from scraping.documents import read_shard
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 
 GOOD = "def add(a, b):\n    return a + b\n\n\nprint(add({i}, 2))\n"
 TOKEN = "ghp_" + "aB3xK9mQ2wE7rT5yU1iO4pL8kJ6hG0fD9sZx"
@@ -43,7 +43,7 @@ def fill(folder: Path, repositories: dict[str, dict[str, bytes]], licence: str =
     ledger = Ledger(folder / "ledger.sqlite")
     for name, files in repositories.items():
         ledger.found(name, "local", "main", licence)
-        ledger.listed(name, "c0", [Entry(path, path, len(data)) for path, data in files.items()])
+        ledger.listed(name, "c0", [ListedFile(path, path, len(data)) for path, data in files.items()])
         ledger.stored(name, list(files.items()))
         ledger.done(name)
     ledger.close()
@@ -51,7 +51,7 @@ def fill(folder: Path, repositories: dict[str, dict[str, bytes]], licence: str =
 
 
 def clean(folder: Path, **settings: Any) -> dict[str, Any]:
-    values = Settings(**{"folder": str(folder), "workers": 2, **settings})
+    values = CleanSettings(**{"folder": str(folder), "workers": 2, **settings})
     shard = check(values)
     ledger = Ledger(folder / "ledger.sqlite")
     try:
@@ -252,7 +252,7 @@ def test_killed_anywhere_and_run_again_it_ends_with_equal_bytes(tmp_path: Path, 
 def test_mistakes_are_one_sentence(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
     fill(tmp_path, {})
     with pytest.raises(ValueError, match=sentence):
-        run(Settings(**{"folder": str(tmp_path), **settings}))
+        run(CleanSettings(**{"folder": str(tmp_path), **settings}))
 
 
 def test_each_stage_can_be_left_out(tmp_path: Path) -> None:
@@ -266,10 +266,10 @@ def test_each_stage_can_be_left_out(tmp_path: Path) -> None:
 PEAK = """
 import resource, sys
 from pathlib import Path
-from scraping.clean import Settings, clean_shard
+from scraping.clean import CleanSettings, clean_shard
 from scraping.ledger import Ledger
 folder = Path(sys.argv[1])
-settings = Settings(folder=str(folder), workers=1, skip=("syntax", "secrets"))
+settings = CleanSettings(folder=str(folder), workers=1, skip=("syntax", "secrets"))
 clean_shard(settings, Ledger(folder / "ledger.sqlite"), (0, 1))
 (own,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)

@@ -23,9 +23,8 @@ from config import (
     parse_config,
     unused_keys,
 )
+from config.files import REPOSITORY
 from config.yamlfile import read_yaml
-
-HOUSE = Path(__file__).parent.parent
 
 
 def test_flags_override_files_and_files_override_defaults(tmp_path: Path) -> None:
@@ -458,10 +457,12 @@ def test_help_and_typos_answer_without_torch(command: str) -> None:
     code = (
         "import runpy, sys\n"
         f"sys.argv = [{command!r}, '--help']\n"
-        f"try: runpy.run_path({str(HOUSE / command)!r}, run_name='__main__')\n"
+        f"try: runpy.run_path({str(REPOSITORY / command)!r}, run_name='__main__')\n"
         "except SystemExit as stop: print('exit', stop.code, {'torch', 'numpy'} & set(sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=HOUSE, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip().endswith("exit 0 set()")
 
 

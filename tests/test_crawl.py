@@ -28,10 +28,10 @@ from github_server import START, TOKEN, Repo, Server, SharedClock, blob_id, expe
 import scraping.clone
 import scraping.github
 import scraping.search
-from scraping.crawl import Settings, Stopped, crawl
+from scraping.crawl import CrawlSettings, Stopped, crawl
 from scraping.fetch import CLONE, REQUEST, TARBALL_TRIES, route
 from scraping.github import Clock, GitHub, Unanswered
-from scraping.ledger import Entry, Ledger, claimed_ledger
+from scraping.ledger import Ledger, ListedFile, claimed_ledger
 from scraping.search import Slice, begin, search, spdx
 from scraping.status import status_lines
 
@@ -57,7 +57,7 @@ class Place:
 
     def crawl(self, **changes: object) -> Ledger:
         values = {"folder": str(self.folder), "min_stars": 1, "api": self.server.api, "workers": 2} | changes
-        crawl(Settings(**values), Clock(self.clock.now, self.clock.sleep), threading.Event())  # type: ignore[arg-type]
+        crawl(CrawlSettings(**values), Clock(self.clock.now, self.clock.sleep), threading.Event())  # type: ignore[arg-type]
         return Ledger(Path(str(values["folder"])) / "ledger.sqlite")
 
     @property
@@ -395,7 +395,7 @@ def test_an_address_that_another_source_gave_is_not_believed(place) -> None:
     here = place([repo])
     ledger = Ledger(here.folder / "ledger.sqlite")
     ledger.found("x", "local", "", "")
-    ledger.listed("x", "", [Entry("m.py", blob_id(TEXTS[1]), 3)])
+    ledger.listed("x", "", [ListedFile("m.py", blob_id(TEXTS[1]), 3)])
     ledger.stored("x", [("m.py", b"abc")])
     ledger.close()
     here.crawl().close()
@@ -607,7 +607,7 @@ def test_an_interrupt_ends_the_threads_where_they_wait(place) -> None:
             raise Stopped
         here.clock.sleep(seconds)
 
-    settings = Settings(folder=str(here.folder), min_stars=1, api=here.server.api)
+    settings = CrawlSettings(folder=str(here.folder), min_stars=1, api=here.server.api)
     crawl(settings, Clock(here.clock.now, sleep), stop)
     states = {row["state"] for row in here.rows}
     assert "found" in states
@@ -805,7 +805,7 @@ def test_a_real_repository_is_the_same_by_every_way(place, real: Repo, monkeypat
         seen.append(list(ledger.files()))
         ledger.close()
         assert list(here.folder.glob("git-*")) == []
-    settings = scraping.clone.Settings(
+    settings = scraping.clone.CloneSettings(
         folder=str(here.folder.parent / "cloned"),
         url=real.clone_url,
         repository="o/real",

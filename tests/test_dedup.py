@@ -11,8 +11,8 @@ import pytest
 
 from data.shingles import Batch, Units, Words, bands
 from scraping import dedup
-from scraping.dedup import SKETCH, Settings, bucket, cluster, n_bands, run, signature, similarities
-from scraping.documents import Document, shard_path, write_shard
+from scraping.dedup import SKETCH, DedupSettings, bucket, cluster, n_bands, run, signature, similarities
+from scraping.documents import ScrapedDocument, shard_path, write_shard
 from scraping.shards import parts_of
 
 SHINGLE = 5
@@ -41,7 +41,7 @@ def planted(rng: random.Random, similarity: float, length: int) -> tuple[str, st
 def corpus_of(folder: Path, texts: list[str], parts: int) -> dict[str, str]:
     """Write the texts as clean parts, dealt out in turn; name -> text."""
     (folder / "clean").mkdir(parents=True)
-    documents = [Document(text, f"r{i % 7}", f"{i:05}.py", "c", "MIT") for i, text in enumerate(texts)]
+    documents = [ScrapedDocument(text, f"r{i % 7}", f"{i:05}.py", "c", "MIT") for i, text in enumerate(texts)]
     for part in range(parts):
         write_shard(shard_path(folder / "clean", part, parts), documents[part::parts])
     return {document.name: document.text for document in documents}
@@ -49,7 +49,7 @@ def corpus_of(folder: Path, texts: list[str], parts: int) -> dict[str, str]:
 
 def deduplicated(folder: Path, **settings) -> None:
     """All steps, in this process."""
-    made = Settings(folder=str(folder), **settings)
+    made = DedupSettings(folder=str(folder), **settings)
     for part in parts_of(folder / "clean"):
         signature(made, part)
     bucket(made, (0, 1))
@@ -112,12 +112,12 @@ def test_shards_of_documents_and_of_buckets_change_nothing(tmp_path: Path) -> No
     whole, divided = tmp_path / "whole", tmp_path / "divided"
     for folder, parts in ((whole, 1), (divided, 4)):
         corpus_of(folder, texts, parts)
-    run(Settings(folder=str(whole), workers=1))
+    run(DedupSettings(folder=str(whole), workers=1))
     for number in range(4):
-        run(Settings(folder=str(divided), step="signature", shard=f"{number}/4"))
+        run(DedupSettings(folder=str(divided), step="signature", shard=f"{number}/4"))
     for number in range(3):
-        run(Settings(folder=str(divided), step="bucket", shard=f"{number}/3"))
-    run(Settings(folder=str(divided), step="cluster"))
+        run(DedupSettings(folder=str(divided), step="bucket", shard=f"{number}/3"))
+    run(DedupSettings(folder=str(divided), step="cluster"))
     assert len(clusters_of(whole)) > 100
     assert clusters_of(divided) == clusters_of(whole)
 
@@ -179,14 +179,14 @@ def test_bands_are_equal_where_all_rows_of_one_are() -> None:
 
 def test_a_finished_part_is_not_made_again_and_a_changed_one_is(tmp_path: Path) -> None:
     corpus_of(tmp_path, ["a b c d e f g"] * 2, 1)
-    settings = Settings(folder=str(tmp_path))
+    settings = DedupSettings(folder=str(tmp_path))
     (part,) = parts_of(tmp_path / "clean")
     signature(settings, part)
     made = tmp_path / "dedup" / part.stem
     before = made.stat().st_ino
     signature(settings, part)
     assert made.stat().st_ino == before
-    write_shard(part, [Document("x y z u v w", "r", "p", "c", "MIT")])
+    write_shard(part, [ScrapedDocument("x y z u v w", "r", "p", "c", "MIT")])
     signature(settings, part)
     assert json.loads((made / "done.json").read_text())["documents"] == 1
     assert [path.name for path in (tmp_path / "dedup").iterdir()] == [part.stem]
@@ -207,30 +207,30 @@ def test_a_finished_part_is_not_made_again_and_a_changed_one_is(tmp_path: Path) 
 def test_mistakes_are_one_sentence(tmp_path: Path, settings: dict, message: str) -> None:
     corpus_of(tmp_path, ["a b c d e f g"], 1)
     with pytest.raises(ValueError, match=message):
-        run(Settings(folder=str(tmp_path), **settings))
+        run(DedupSettings(folder=str(tmp_path), **settings))
 
 
 def test_a_clean_folder_without_a_document_is_refused(tmp_path: Path) -> None:
     """As it is after a clean that refused to keep nothing."""
     corpus_of(tmp_path, [], 2)
     with pytest.raises(ValueError, match="clean holds no document, as clean said"):
-        run(Settings(folder=str(tmp_path)))
+        run(DedupSettings(folder=str(tmp_path)))
 
 
 def test_signatures_of_other_settings_are_refused(tmp_path: Path) -> None:
     corpus_of(tmp_path, ["a b c d e f g"], 1)
     (part,) = parts_of(tmp_path / "clean")
-    signature(Settings(folder=str(tmp_path), threshold=0.8), part)
+    signature(DedupSettings(folder=str(tmp_path), threshold=0.8), part)
     with pytest.raises(ValueError, match=r"was made with --threshold 0\.8, and this is 0\.7"):
-        bucket(Settings(folder=str(tmp_path)), (0, 1))
+        bucket(DedupSettings(folder=str(tmp_path)), (0, 1))
 
 
 def test_steps_on_what_changed_meanwhile_are_refused(tmp_path: Path) -> None:
     """Documents are known by their rows: those of another part would be other documents."""
     corpus_of(tmp_path, ["a b c d e f g"] * 3, 1)
     deduplicated(tmp_path)
-    settings, (part,) = Settings(folder=str(tmp_path)), parts_of(tmp_path / "clean")
-    write_shard(part, [Document("x y z u v w", "r", "p", "c", "MIT")])
+    settings, (part,) = DedupSettings(folder=str(tmp_path)), parts_of(tmp_path / "clean")
+    write_shard(part, [ScrapedDocument("x y z u v w", "r", "p", "c", "MIT")])
     for step in (lambda: bucket(settings, (0, 1)), lambda: cluster(settings)):
         with pytest.raises(ValueError, match=r"parquet changed since .* run --step signature again"):
             step()
@@ -246,10 +246,10 @@ def test_missing_and_mixed_parts_are_named(tmp_path: Path) -> None:
     corpus_of(tmp_path, ["a", "b", "c"], 3)
     shard_path(tmp_path / "clean", 1, 3).unlink()
     with pytest.raises(ValueError, match=r"lacks 1 of 3 parts, part-00001-of-00003\.parquet first"):
-        run(Settings(folder=str(tmp_path)))
+        run(DedupSettings(folder=str(tmp_path)))
     write_shard(shard_path(tmp_path / "clean", 0, 2), [])
     with pytest.raises(ValueError, match="holds parts of 2 and of 3"):
-        cluster(Settings(folder=str(tmp_path)))
+        cluster(DedupSettings(folder=str(tmp_path)))
 
 
 def test_texts_far_apart_in_a_large_bucket_are_compared_with_its_first(

@@ -13,16 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.degradations import (
-    STRATEGIES,
-    Function,
-    check,
-    check_distinct,
-    degrade,
-    globals_of,
-    parsed,
-    syntax_tree,
-)
+from recipes.degradations import STRATEGIES, check, check_distinct, degrade
+from recipes.functions import Function, globals_of, parsed, syntax_tree
 
 # Functions, each below the arguments that it is called with.
 CASES = r"""

@@ -10,11 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scraping.documents import Document, path_text, read_shard, shard_path, write_shard
+from scraping.documents import ScrapedDocument, path_text, read_shard, shard_path, write_shard
 
 
-def documents(n: int) -> list[Document]:
-    return [Document(f"x = {i}\r\n\0é\U0001f40d" * i, f"o/r{i % 3}", f"{i}.py", "c", "MIT") for i in range(n)]
+def documents(n: int) -> list[ScrapedDocument]:
+    return [
+        ScrapedDocument(f"x = {i}\r\n\0é\U0001f40d" * i, f"o/r{i % 3}", f"{i}.py", "c", "MIT")
+        for i in range(n)
+    ]
 
 
 @example("\xad".encode(), b"\xad")
@@ -49,7 +52,9 @@ def test_rows_of_jsonl_hold_the_same_fields(tmp_path: Path) -> None:
     write_shard(path, documents(3))
     with gzip.open(path) as lines:
         rows = [json.loads(line) for line in lines]
-    assert [Document(**{k: v for k, v in row.items() if k != "sha256"}) for row in rows] == documents(3)
+    assert [ScrapedDocument(**{k: v for k, v in row.items() if k != "sha256"}) for row in rows] == documents(
+        3
+    )
     assert [row["sha256"] for row in rows] == [d.sha256 for d in documents(3)]
 
 

@@ -18,8 +18,9 @@ import functional
 import generate
 import hyperparam_tune
 import recipes.__main__
-import recipes.base
+import recipes.base_config
 import recipes.refactoring
+import recipes.small_base
 import trainingmanager
 from architecture import Decoder
 from config import ModelConfig, one_sentence, parse_config
@@ -109,7 +110,7 @@ def refactor(words: list[str]) -> None:
 
 def base(words: list[str]) -> None:
     with one_sentence():
-        recipes.base.make_base(recipes.base.parse_settings(words))
+        recipes.small_base.make_base(recipes.base_config.parse_settings(words))
 
 
 NOT_A_FOLDER = "file/below"  # as good as one that may not be written to, also for root

@@ -19,7 +19,7 @@ import suites.documents
 import suites.tokens
 from architecture import Decoder
 from config import Config, DataConfig, ModelConfig, one_sentence
-from config.files import code_fingerprint
+from config.files import REPOSITORY, code_fingerprint
 from dataset import PreparedData, prepare_data, validation_batches
 from metrics.intervals import interval
 from modules.precision import choose_precision
@@ -31,7 +31,6 @@ from tokenizer import CodeTokenizer, Tokenizer
 from training.checkpoint import save_checkpoint
 from training.loss import score
 
-HOUSE = Path(__file__).parent.parent
 FP32 = choose_precision(torch.device("cpu"), "fp32")
 BYTES = CodeTokenizer([], [], [])  # without pieces every byte is a token
 NAMES = ("alpha", "beta", "gamma", "delta", "ßeta")
@@ -302,14 +301,14 @@ def here(run: Path, **settings: Any) -> EvalConfig:
 
 
 def command(*words: str | Path | int) -> subprocess.CompletedProcess[str]:
-    return commands.command("eval.py", *words, cwd=HOUSE)
+    return commands.command("eval.py", *words, cwd=REPOSITORY)
 
 
 def test_the_command_prints_the_table_and_writes_what_it_printed(run, data, model):
     cache = run.parent / "cache"
     words = ("--samples", 8, "--max_new_tokens", 16, "--precision", "fp32", "--cache", cache)
     whole = [sys.executable, "eval.py", "--checkpoint", str(run), *map(str, words)]
-    done = subprocess.run(whole, cwd=HOUSE, capture_output=True, text=True, check=False)
+    done = subprocess.run(whole, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "eval.json").read_text("utf-8"))
     expected = score(model, validation_batches(data.test, 16, 128), FP32)
@@ -572,7 +571,7 @@ def test_mistakes_are_one_sentence_and_exit_2(words, named):
 
 def test_help_answers_without_torch():
     words = [sys.executable, "-X", "importtime", "eval.py", "--help"]
-    done = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0
     assert "--checkpoint" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 import sandbox
+from config.files import REPOSITORY
 from metrics.intervals import share_interval
 from sandbox import problems
 from sandbox.passing import FunctionalConfig, evaluate, score
 from sandbox.problems import Sample, read_problems, read_samples
-
-HOUSE = Path(__file__).parent.parent
 
 
 def human_eval(number: int, name: str, body: str, checks: str, **more: str) -> dict[str, str]:
@@ -118,7 +117,7 @@ def test_a_problem_that_its_own_solution_fails_is_left_out_by_name(isolated: Non
 
 
 def command(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, str(HOUSE / "functional.py"), "--problems", str(folder / "problems.jsonl")]
+    words = [sys.executable, str(REPOSITORY / "functional.py"), "--problems", str(folder / "problems.jsonl")]
     words += ["--samples", str(folder / "samples.jsonl"), *flags]
     values = {**os.environ, **environment}
     return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=values, check=False)
@@ -184,7 +183,7 @@ def test_an_interrupt_ends_the_command_and_its_sandboxes(isolated: None, tmp_pat
         "settings = passing.FunctionalConfig('problems.jsonl', 'samples.jsonl', workers=2, wall=500.0)\n"
         "with one_sentence(): passing.evaluate(settings)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(HOUSE)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 130 and done.stderr.endswith("interrupted\n"), done.stderr

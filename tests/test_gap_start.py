@@ -22,7 +22,7 @@ from generation.settings import GenerationConfig
 from generation.text import generate
 from guards.labels import example_in_row
 from pretrained.save import save_tokenizer
-from recipes.base import with_gaps
+from recipes.small_base import with_gaps
 from suites.stored import text_of_example
 from tokenization.healing import Prompt
 from tokenizer import STARTS_GAPS, BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer

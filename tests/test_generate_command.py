@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from architecture import Decoder
 from config import ModelConfig
+from config.files import REPOSITORY
 from data.fim import MARKERS, fim_end_ids, fim_prompt_ids
 from generate import parse_settings
 from generation import command
@@ -30,7 +31,6 @@ from pretrained import save_pretrained
 from tokenization.healing import Prompt
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
 
-HOUSE = Path(__file__).parent.parent
 TEXTS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i)\n"] * 3
 END = "<|endoftext|>"
 
@@ -318,7 +318,7 @@ def test_suffix_and_sampling(folder, capsysbinary):
 
 def test_every_generation_setting_is_a_flag():
     words = [sys.executable, "-X", "importtime", "generate.py", "--help"]
-    shown = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True)
+    shown = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
     assert shown.returncode == 0
     for name in GenerationConfig.__dataclass_fields__:
         assert f"--{name}" in shown.stdout
@@ -329,7 +329,7 @@ def test_the_standard_input(folder):
     """The whole command, once."""
     words = [sys.executable, "generate.py", "--model", str(folder), "--prompt_file", "-", "--device", "cpu"]
     words += ["--max_new_tokens", "4"]
-    done = subprocess.run(words, cwd=HOUSE, input="def é".encode(), capture_output=True)
+    done = subprocess.run(words, cwd=REPOSITORY, input="def é".encode(), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == expected(folder, ["def é"], max_new_tokens=4)[0] + "\n"
 
@@ -338,7 +338,7 @@ def test_the_standard_input(folder):
 def test_a_reader_that_has_enough_is_no_mistake(folder):
     words = [sys.executable, "generate.py", "--model", str(folder), "--prompt", "x", "--device", "cpu"]
     words += ["--max_new_tokens", "9"]
-    command = subprocess.Popen(words, cwd=HOUSE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert command.stdout is not None and command.stderr is not None
     command.stdout.close()  # before anything is written
     assert command.stderr.read() == b"" and command.wait() == 0

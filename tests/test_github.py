@@ -19,14 +19,14 @@ from scraping.github import (
     PACE,
     SECONDARY_TRIES,
     TRIES,
-    Answer,
     Clock,
     Gate,
     GitHub,
+    GitHubAnswer,
+    GitHubRefused,
+    GitHubTooLarge,
     Malformed,
-    Refused,
     Reply,
-    TooLarge,
     Unanswered,
 )
 from scraping.ledger import Ledger
@@ -109,7 +109,7 @@ def client(url: str, memory: Ledger, clock: Time, token: str = TOKEN) -> GitHub:
     return GitHub(url, token, memory, Clock(clock.now, clock.sleep))
 
 
-def text(answer: Answer) -> str:
+def text(answer: GitHubAnswer) -> str:
     return answer.body.decode()
 
 
@@ -341,7 +341,7 @@ def test_a_body_that_is_not_as_published_is_asked_for_again(memory: Ledger, host
 def test_a_considered_no_is_an_outcome(memory: Ledger, host, status: int, message: str) -> None:
     clock = Time()
     api = host(clock, (status, limits(3, START + 9), json.dumps({"message": message + "\x1b[2J"}).encode()))
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(GitHubRefused) as refusal:
         client(api.url, memory, clock).get("/x", text)
     assert (refusal.value.status, refusal.value.message) == (status, message + " [2J")
     assert len(api.times) == 1
@@ -373,7 +373,7 @@ def test_a_body_has_a_cap_packed_or_not(memory: Ledger, host) -> None:
     packed = bomb.compress(b"\0" * 50_000_000) + bomb.flush()
     api = host(clock, (200, {"Content-Encoding": "gzip"}, packed), (200, {}, b"x" * 1001))
     for _ in range(2):
-        with pytest.raises(TooLarge, match="/x has more than 1,000 bytes"):
+        with pytest.raises(GitHubTooLarge, match="/x has more than 1,000 bytes"):
             client(api.url, memory, clock).get("/x", text, cap=1000)
 
 
@@ -382,7 +382,7 @@ def test_a_file_holds_the_last_try_alone(memory: Ledger, host) -> None:
     api = host(clock, (200, {}, b"a long body"), (200, {}, b"short"))
     file = io.BytesIO()
 
-    def read(answer: Answer) -> bytes:
+    def read(answer: GitHubAnswer) -> bytes:
         if len(file.getvalue()) > 5:
             raise Malformed("too long")
         return file.getvalue()

@@ -25,7 +25,7 @@ import scraping.build
 import scraping.clean
 import scraping.dedup
 from scraping.__main__ import main
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 
 _ = (matplotlib.pyplot, pyarrow.parquet, scraping.build, scraping.clean, scraping.dedup)
 
@@ -54,8 +54,8 @@ def fill(folder: Path, repositories: int) -> None:
         }
         data = {path: text.encode() for path, text in files.items()}
         ledger.found(f"o/r{number}", "local", "main", "MIT")
-        entries = [Entry(path, path, len(text)) for path, text in data.items()]
-        ledger.listed(f"o/r{number}", "c0", [*entries, Entry("large.py", "", 10**6, "too large")])
+        entries = [ListedFile(path, path, len(text)) for path, text in data.items()]
+        ledger.listed(f"o/r{number}", "c0", [*entries, ListedFile("large.py", "", 10**6, "too large")])
         ledger.stored(f"o/r{number}", list(data.items()))
         ledger.done(f"o/r{number}")
     ledger.close()

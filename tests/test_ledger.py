@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from scraping.documents import RawFile
-from scraping.ledger import Entry, Ledger, claimed_ledger, fingerprint_line
+from scraping.ledger import Ledger, ListedFile, claimed_ledger, fingerprint_line
 
 
 @pytest.fixture
@@ -24,7 +24,13 @@ def ledger(tmp_path: Path):
     for name in ("a/b", "c/d"):
         ledger.found(name, "crawl", "main", "MIT")
         ledger.listed(
-            name, "c0", [Entry("x.py", "1", 3), Entry("y.py", "2", 999, "too large"), Entry("z.py", "3", 1)]
+            name,
+            "c0",
+            [
+                ListedFile("x.py", "1", 3),
+                ListedFile("y.py", "2", 999, "too large"),
+                ListedFile("z.py", "3", 1),
+            ],
         )
     yield ledger
     ledger.close()
@@ -41,7 +47,7 @@ def test_states_add_up_and_bytes_come_back(ledger: Ledger) -> None:
         ("stored", ""): 1,
     }
     assert ledger.counts("repositories") == {("done", ""): 1, ("listed", ""): 1}
-    assert ledger.waiting("c/d") == [Entry("x.py", "1", 3), Entry("z.py", "3", 1)]
+    assert ledger.waiting("c/d") == [ListedFile("x.py", "1", 3), ListedFile("z.py", "3", 1)]
     assert list(ledger.files()) == [RawFile("a/b", "x.py", "c0", "MIT", b"abc\0\xff")]
 
 
@@ -132,7 +138,7 @@ def test_the_manifest_says_what_became_of_each_in_any_order(tmp_path: Path) -> N
         ledger = Ledger(tmp_path / f"{number}.sqlite")
         for name in order:
             ledger.found(name, "crawl", "main", "MIT")
-            entries = [Entry("y\\x0a.py", "1", 3), Entry("x.py", "2", 9, "too large")]
+            entries = [ListedFile("y\\x0a.py", "1", 3), ListedFile("x.py", "2", 9, "too large")]
             ledger.listed(name, "c0", entries[::-1] if number else entries)
             ledger.stored(name, [("y\\x0a.py", b"abc")])
             ledger.done(name)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).resolve().parent.parent
+from config.files import REPOSITORY
+
 TOOLS = ("sh", "dirname", "cat", "cksum", "cp", "env", "tail", "mkdir", "true")
 OLD = "case $1 in -V) echo Python 3.9.2 ;; *) exit 1 ;; esac"
 # A new one, whose environments are copies of itself; what it is asked to do stands in the file `asked`.
@@ -26,7 +27,7 @@ APT = "apt-get update && apt-get install -y --no-install-recommends"
 def clone(tmp_path: Path) -> Path:
     """A folder with the script and what it reads, and `bin`, where the machine's commands are put."""
     for name in ("plumb", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(HOUSE / name, tmp_path)
+        shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "bin").mkdir()
     for name in TOOLS:
         (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))

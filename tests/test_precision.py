@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from config.files import REPOSITORY
 from modules.precision import choose_device, choose_precision
 
-HOUSE = Path(__file__).parent.parent
 FAULTS = """
 import resource, sys, torch
 from modules.precision import keep_freed_memory
@@ -46,7 +45,7 @@ print(kept - before, resident() - before)
 
 def pages(*flags: str) -> int:
     command = [sys.executable, "-c", FAULTS, *flags]
-    result = subprocess.run(command, cwd=HOUSE, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     if result.returncode == 7:
         pytest.skip("no glibc here")
     return int(result.stdout)
@@ -59,7 +58,9 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 
 
 def test_kept_memory_is_given_back_when_asked() -> None:
-    result = subprocess.run([sys.executable, "-c", RESIDENT], cwd=HOUSE, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", RESIDENT], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
     if result.returncode == 7:
         pytest.skip("no glibc here")
     kept, left = map(int, result.stdout.split())

@@ -1,22 +1,13 @@
-"""Folders of published models: what is read and written, and those that a stranger broke on purpose."""
+"""Folders of published models: what is read and written, and a model that comes from the hub."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import pickle
-import random
-import shutil
-import struct
 import subprocess
 import sys
 import threading
-import time
-import zipfile
-from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,75 +20,41 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 import pytest
 import torch
 import transformers
-from safetensors import deserialize
-from safetensors.torch import load_file, save_file
+from pretrained_folders import (
+    LLAMA,
+    TOKENS,
+    change_json,
+    change_tensors,
+    llama_folder,
+    refused,
+    same,
+    tensors_of,
+    to_bin,
+)
+from safetensors.torch import load_file
 from torch import Tensor
 
 from architecture import Decoder
 from config import ModelConfig
+from config.files import REPOSITORY
 from data.cache import SUMS, seal_folder, sealed
-from generation.settings import GenerationConfig
-from generation.text import generate
 from pretrained import FAMILIES, choose_family, load_pretrained, save_pretrained
 from pretrained.family import from_model, lacks, to_model
-from pretrained.folder import inner_path, parse_header, parse_json, read_tensors
-from pretrained.load import StoredWeights, _NoInit
-from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, load_tokenizer
+from pretrained.folder import inner_path
+from pretrained.load import StoredWeights
+from tokenizer import BPETokenizer
 
 transformers.logging.set_verbosity_error()
-
-HOUSE = Path(__file__).parents[1]
-LLAMA = ModelConfig(
-    vocab_size=300,
-    block_size=32,
-    n_layer=2,
-    n_head=4,
-    n_kv_head=2,
-    n_embd=16,
-    n_inner=24,
-    norm="rms",
-    norm_weight=True,
-    mlp="swiglu",
-    qk_norm=False,
-    init="normal",
-)
-TOKENS = torch.arange(20)[None]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small Llama."""
-    torch.manual_seed(0)
-    save_pretrained(Decoder(LLAMA), None, tmp_path / "model")
-    return tmp_path / "model"
+    return llama_folder(tmp_path / "model")
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """The same in several files."""
-    torch.manual_seed(0)
-    save_pretrained(Decoder(LLAMA), None, tmp_path / "shards", max_shard_bytes=20_000)
-    return tmp_path / "shards"
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    return {key: tensor for file in files for key, tensor in load_file(file).items()}
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = tensors_of(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
-
-
-def same(a: Decoder, b: Decoder) -> bool:
-    x, y = a.state_dict(), b.state_dict()
-    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+    return llama_folder(tmp_path / "shards", max_shard_bytes=20_000)
 
 
 # --- loading ----------------------------------------------------------------------------------------
@@ -167,7 +124,7 @@ def test_loading_draws_nothing_and_imports_no_algebra(folder):
     program = "import sys; from pretrained import load_pretrained; load_pretrained(sys.argv[1]); "
     program += "print('sympy' in sys.modules)"  # 1.6 s, for the meta tensors' first random numbers
     command = [sys.executable, "-c", program, str(folder)]
-    assert subprocess.run(command, stdout=subprocess.PIPE, cwd=HOUSE).stdout == b"False\n"
+    assert subprocess.run(command, stdout=subprocess.PIPE, cwd=REPOSITORY).stdout == b"False\n"
 
 
 def test_the_fingerprint_is_of_the_content_alone(folder, shards, tmp_path):
@@ -355,7 +312,7 @@ def test_memory_holds_the_weights_once(tmp_path):
     cases = {"whole": 1.1, "half": 1.1, "pickle": 1.1 + 2**25 / size}  # mapped 32 MB at a time
     folders = [str(tmp_path / name) for name in ("small", "small-pickle", "small-half", *cases)]
     command = [sys.executable, "-c", program, *folders]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HOUSE).stdout
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
     for peak, (name, most) in zip(out.split(), cases.items(), strict=True):
         assert 0.5 * size < int(peak) < most * size, (name, int(peak) / size)
 
@@ -394,7 +351,7 @@ def test_a_model_of_a_billion_parameters_loads_in_its_own_size_and_decodes(max_s
         "print(generate_ids(found.model, [[1, 2, 3]], GenerationConfig(max_new_tokens=4))[0].ids)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HOUSE).stdout
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=REPOSITORY).stdout
     peak, ids = out.splitlines()
     assert size < int(peak) < 1.1 * size, int(peak) / size
     assert len(json.loads(ids)) == 4
@@ -450,552 +407,6 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_pretrained(Decoder(LLAMA), None, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
-
-
-# --- hostile folders --------------------------------------------------------------------------------
-
-
-def write_safetensors(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
-    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
-
-
-def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def as_json(**entries: Any) -> bytes:
-    return json.dumps(entries).encode()
-
-
-HEADERS: dict[str, tuple[bytes, int, str]] = {
-    "empty": (b"", 0, "is no sound"),
-    "no JSON": (b"{'a': 1}", 0, "is no sound"),
-    "no object": (b"[1, 2]", 0, "must be an object"),
-    "no UTF-8": (b'{"\xff": 1}', 0, "is no sound"),
-    "deep": (b"[" * 100_000, 0, "is no sound|nested too deeply"),
-    "twice": (as_json(a=entry())[:-1] + b"," + as_json(a=entry())[1:], 8, "'a' stands twice"),
-    "not a number": (b'{"a": {"shape": [NaN]}}', 8, "NaN is no JSON number"),
-    "many digits": (b'{"a": {"shape": [' + b"9" * 9999 + b"]}}", 8, "is no sound"),
-    "no offsets": (
-        as_json(a={"dtype": "F32", "shape": [2]}),
-        8,
-        "must have a dtype, a shape and data_offsets",
-    ),
-    "overlap": (as_json(a=entry(), b=entry(offsets=(4, 12))), 12, "starts at byte 4 .* where 8"),
-    "gap": (as_json(a=entry(), b=entry(offsets=(12, 20))), 20, "starts at byte 12 .* where 8"),
-    "past the end": (as_json(a=entry()), 4, "fill 8 bytes, and 4 follow"),
-    "more behind": (as_json(a=entry()), 9, "fill 8 bytes, and 9 follow"),
-    "absurd": (as_json(a=entry(shape=(2**40, 2**40))), 8, "needs .* bytes, its data_offsets hold 8"),
-    "overflowing": (as_json(a=entry(shape=(2**32, 2**32, 4), offsets=(0, 0))), 0, "needs .* bytes"),
-    "negative": (as_json(a=entry(shape=(-2,), offsets=(8, 0))), 8, "has the shape"),
-    "no whole number": (as_json(a=entry(shape=(2.0,))), 8, "has the shape"),
-    "a truth": (as_json(a=entry(shape=(True, 2))), 8, "has the shape"),
-    "many sizes": (as_json(a=entry(shape=[2**62] * 1000)), 8, "has the shape"),
-    "three offsets": (as_json(a=entry(offsets=(0, 4, 8))), 8, "two are needed"),
-    "unknown dtype": (as_json(a=entry(dtype="F128")), 8, "unknown dtype 'F128'"),
-    "no dtype": (as_json(a=entry(dtype=["F32"])), 8, "unknown dtype"),
-    "metadata": (as_json(__metadata__={"format": 1}), 0, "must hold texts only"),
-}
-
-
-def refused(folder: Path, match: str) -> None:
-    """One sentence, at once: by the processor's clock, since other work may run beside."""
-    start = time.process_time()
-    with pytest.raises(ValueError, match=match) as error:
-        load_pretrained(folder)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 4000
-    assert time.process_time() - start < 5
-
-
-@pytest.mark.parametrize("name", HEADERS)
-def test_an_unsound_header_is_refused(name, folder):
-    header, n_data, match = HEADERS[name]
-    write_safetensors(folder / "model.safetensors", header, bytes(n_data))
-    refused(folder, match)
-
-
-@pytest.mark.parametrize("length", [0, 7, 9, 2**40, 2**63 - 1, 2**64 - 1])
-def test_a_header_longer_than_its_file_is_refused(length, folder):
-    write_safetensors(folder / "model.safetensors", b"{}", length=length)
-    refused(folder, "says that its header has|is no sound")
-
-
-@pytest.mark.parametrize("kept", [0, 1, 7, 8, 50, 2000, 30_000])
-def test_a_cut_file_is_refused(kept, folder):
-    whole = (folder / "model.safetensors").read_bytes()
-    assert kept < len(whole)
-    (folder / "model.safetensors").write_bytes(whole[:kept])
-    refused(folder, "says that its header has|is no sound")
-
-
-def mutated_values(values: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """A header's values with one of them changed; most of the others remain sound."""
-    odd = [-1, 0, 1, 2, 4, 8, 2**31, 2**62, 2**64, 1.0, True, None, "F32", "BF16", "F64", "U8", "F1", [], {}]
-    values = deepcopy(values)
-    first, second = (draw.choice([key for key in values if key != "__metadata__"]) for _ in range(2))
-    one, other = values[first], values[second]
-    kind = draw.randrange(8)
-    if kind == 0:
-        values[first] = draw.choice(odd)
-    elif kind == 1:
-        one[draw.choice((*one, "more"))] = draw.choice(odd)
-    elif kind == 2:
-        del one[draw.choice(list(one))]
-    elif kind == 3:
-        one["data_offsets"], other["data_offsets"] = other["data_offsets"], one["data_offsets"]
-    elif kind == 4:
-        numbers = one[draw.choice(("shape", "data_offsets"))]
-        at = draw.randrange(len(numbers) + 1)
-        numbers[at : at + draw.randrange(2)] = [draw.choice((*odd, *numbers))]
-    elif kind == 5:
-        by = draw.choice((-8, -1, 1, 4, 8))
-        one["data_offsets"] = [n + by for n in one["data_offsets"]]
-    elif kind == 6:
-        del values[first]
-    else:
-        values["__metadata__"] = draw.choice((*odd, {"format": draw.choice(odd)}, {"format": "pt"}))
-    return values
-
-
-def mutated_text(text: bytes, draw: random.Random) -> bytes:
-    """A header with some bytes changed, lost, put in or repeated."""
-    words = [
-        b"9" * 30,
-        b"-1",
-        b"null",
-        b"[]",
-        b"{}",
-        b'"',
-        b"\x00",
-        b"\xff",
-        b"1e999",
-        b"NaN",
-        b"[" * 50,
-        b",",
-    ]
-    changed = bytearray(text)
-    for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        at, kind = draw.randrange(len(changed)), draw.randrange(5)
-        if kind == 0:
-            changed[at] = draw.randrange(256)
-        elif kind == 1:
-            del changed[at : at + draw.randrange(1, 20)]
-        elif kind == 2:
-            changed[at:at] = draw.choice(words)
-        elif kind == 3:
-            changed[at:at] = changed[at : at + draw.randrange(1, 90)]
-        else:
-            number = draw.choice((0, 1, 2**31, 2**63, 2**64 - 1))
-            changed[at : at + draw.randrange(1, 9)] = str(number).encode()
-        changed = changed or bytearray(b" ")
-    return bytes(changed)
-
-
-def test_ten_thousand_mutated_headers():
-    """Each is refused by ValueError, or means the same to the reference reader, over the same bytes.
-
-    The reference takes more: a key that stands twice, for one.
-    """
-    values = {
-        "a": entry("F32", (2, 3), (0, 24)),
-        "b": entry("BF16", (4,), (24, 32)),
-        "empty": entry("F32", (0, 7), (32, 32)),
-        "c": entry("F32", (2,), (32, 40)),
-        "d": entry("U8", (2, 2, 2), (40, 48)),
-        "__metadata__": {"format": "pt"},
-    }
-    header, data = as_json(**values), bytes(range(48))
-    draw = random.Random(0)
-    accepted = 0
-    for i in range(10_000):
-        text = mutated_text(header, draw) if i % 2 else as_json(**mutated_values(values, draw))
-        try:
-            entries = parse_header(text, len(data))
-        except ValueError:
-            continue
-        accepted += 1
-        whole = struct.pack("<Q", len(text)) + text + data
-        expected = dict(deserialize(whole))
-        assert entries.keys() == expected.keys()
-        for key, found in entries.items():
-            there = expected[key]
-            assert (found.dtype, list(found.shape)) == (there["dtype"], there["shape"])
-            assert whole[found.start :][: len(there["data"])] == bytes(there["data"])
-    assert 200 < accepted < 5000
-
-
-def test_every_family_refuses_absurd_configs_by_value_error():
-    draw = random.Random(0)
-    absurd = [None, True, -1, 0, 1, 2**31, 2**62, 2**70, 1e300, float("nan"), float("inf"), "", "x", [], {},
-              [[]], {"rope_type": "yarn"}, {"rope_type": []}, {"rope_theta": "x"}, {"type": "linear"},
-              {"type": "linear", "factor": -1}, ["sliding_attention"] * 32, 0.5]  # fmt: skip
-    for family in FAMILIES.values():
-        keys = list(family.defaults)
-        for _ in range(500):
-            values = {key: draw.choice(absurd) for key in draw.sample(keys, draw.choice((1, 1, 2, 3)))}
-            try:
-                config = to_model(family, values)
-            except ValueError as error:
-                assert len(str(error)) < 500
-            else:
-                assert 1 <= config.n_layer <= 10_000 and 1 <= config.vocab_size <= 2**24
-
-
-CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown family": ({"model_type": "mamba"}, "has model_type 'mamba'; known are gpt_bigcode, codegen"),
-    "family of another type": ({"model_type": ["llama"]}, "has model_type"),
-    "wide": ({"hidden_size": 2**40}, "model.n_embd is 1099511627776; it must be at most"),
-    "a billion layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; it must"),
-    "more layers than tensors": ({"num_hidden_layers": 9999}, "has 21 tensors, too few for the 9999 layers"),
-    "a large vocabulary": ({"vocab_size": 2**24}, "does not hold the model"),
-    "everything large": ({"hidden_size": 2**20, "intermediate_size": 2**22, "num_attention_heads": 2**20,
-                          "num_key_value_heads": 2**20, "head_dim": 2**20}, "does not hold|asks for tensors"),
-    "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
-    "a text": ({"hidden_size": "16"}, "hidden_size is '16'; it must be int"),
-    "a truth": ({"hidden_size": True}, "hidden_size is True; it must be int"),
-    "negative eps": ({"rms_norm_eps": -1.0}, "model.norm_eps is -1.0; it must be above 0"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; known are"),
-    "a factor below one": ({"rope_scaling": {"type": "linear", "factor": 0.1}}, "model.rope_factor is 0.1"),
-    "no factor": ({"rope_scaling": {"type": "linear"}}, "rope_factor of rope_type linear is None"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; known are silu"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "it is quantised"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_an_absurd_config_is_refused(name, folder):
-    values, match = CONFIGS[name]
-    if "rope_scaling" not in values:
-        change_json(folder / "config.json", **values)
-    else:
-        kept = json.loads((folder / "config.json").read_text("utf-8"))
-        del kept["rope_parameters"]
-        (folder / "config.json").write_text(json.dumps(kept | values), "utf-8")
-    refused(folder, match)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 10_000, '{"a": "\\ud800']
-)
-def test_a_config_that_is_no_json_object_is_refused(text, folder):
-    (folder / "config.json").write_text(text, "utf-8")
-    refused(folder, "config.json")
-
-
-def test_a_key_that_stands_twice_behind_many_costs_no_time():
-    keys = [*range(60_000), 59_999]  # to count each would take a minute
-    text = "{" + ",".join(f'"{key}":0' for key in keys) + "}"
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match="the key '59999' stands twice"):
-        parse_json(text.encode())
-    assert time.perf_counter() - start < 5
-
-
-def test_layers_of_empty_tensors_are_refused_before_they_are_made(folder):
-    """They fill no byte, so that a small file can hold as many tensors as config.json asks for layers."""
-    keys, n = tensors_of(folder), 3_000
-    header = {f"t{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(n)}
-    write_safetensors(folder / "model.safetensors", json.dumps(header).encode())
-    change_json(folder / "config.json", num_hidden_layers=n)
-    refused(folder, "model.layers.0.input_layernorm.weight is missing")
-    keys = {key.replace("layers.0.", f"layers.{i}.") for key in keys for i in range(n)}
-    header = {key: entry(shape=(0,), offsets=(0, 0)) for key in keys}
-    write_safetensors(folder / "model.safetensors", json.dumps(header).encode())
-    refused(folder, r"is F32\[0\], \[.*\] of floats is expected")  # the keys are right
-
-
-@pytest.mark.parametrize("key", ["AutoModelForCausalLM", "AutoModel", "AutoConfig", "AutoTokenizer", None])
-def test_code_of_a_folder_is_never_run(key, folder, tmp_path):
-    """Where it is the model's, the folder is refused: CodeGen2 says `codegen` and has 8 shards, not 4."""
-    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
-    (folder / "modeling_evil.py").write_text(code)
-    (folder / "__init__.py").write_text(code)
-    change_json(folder / "config.json", auto_map={key: "modeling_evil.Evil"} if key else None)
-    if key in ("AutoTokenizer", None):
-        load_pretrained(folder)
-    else:
-        refused(folder, "config.json does not describe a model known here: auto_map names code of its own")
-    change_json(folder / "config.json", auto_map="modeling_evil.Evil")
-    refused(folder, "auto_map names code of its own, 'modeling_evil.Evil'")
-    assert not (tmp_path / "ran").exists()
-
-
-def break_index(shards: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = shards / "model.safetensors.index.json"
-    values = json.loads(path.read_text("utf-8"))
-    change(values)
-    path.write_text(json.dumps(values), "utf-8")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../model.safetensors", "/etc/passwd", "x/../model-00001-of-00003.safetensors", "", ".", "..", None, 3,
-     "model-00001-of-00003.safetensors/", "model\x00.safetensors", "..\\model-00001-of-00003.safetensors",
-     ["a"], "pytorch_model.bin", "config.json"],
-)  # fmt: skip
-def test_an_index_that_leads_elsewhere_is_refused(name, shards):
-    save_file(tensors_of(shards), shards.parent / "model.safetensors")
-    break_index(shards, lambda index: index["weight_map"].update({"model.norm.weight": name}))
-    refused(shards, "names the file|a shard is called|disagree|no weight_map")
-
-
-def test_missing_extra_and_disagreeing_shards_are_refused(shards):
-    names = sorted(path.name for path in shards.glob("*.safetensors"))
-    kept = (shards / names[0]).read_bytes()
-    (shards / names[0]).unlink()
-    refused(shards, f"{names[0]} is missing; fetch the whole folder again")
-    (shards / names[0]).write_bytes(kept)
-    (shards / "model-00009-of-00009.safetensors").write_bytes(kept)
-    refused(shards, "does not name 'model-00009-of-00009.safetensors', which lies beside it")
-    (shards / "model-00009-of-00009.safetensors").unlink()
-    load_pretrained(shards)
-    (shards / names[0]).write_bytes((shards / names[1]).read_bytes())
-    refused(shards, "disagree about")
-    (shards / names[0]).write_bytes(kept)
-    (shards / "model.safetensors").write_bytes(kept)
-    refused(shards, "holds both model.safetensors and model.safetensors.index.json")
-
-
-def test_an_index_of_no_map_is_refused(shards):
-    for value in ({}, [], None, "x", {"a": {}}):
-        break_index(shards, lambda index, value=value: index.update(weight_map=value))
-        refused(shards, "weight_map|a shard is called")
-
-
-def test_links_and_pipes_are_refused(folder, tmp_path):
-    weights = folder / "model.safetensors"
-    outside = tmp_path / "outside.safetensors"
-    weights.rename(outside)
-    weights.symlink_to(outside)
-    refused(folder, "is a link out of its folder")
-    weights.unlink()
-    weights.symlink_to("/dev/zero")
-    refused(folder, "is a link out of its folder")
-    weights.unlink()
-    os.mkfifo(weights)
-    refused(folder, "is no regular file")
-    weights.unlink()
-    refused(folder, "holds neither model.safetensors nor")
-    outside.rename(folder / "real.safetensors")
-    weights.symlink_to("real.safetensors")
-    load_pretrained(folder)
-    (folder / "tokenizer.json").symlink_to("/dev/zero")
-    refused(folder, "is a link out of its folder")
-
-
-class Payload:
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return open, (self.path, "w")
-
-
-def to_bin(folder: Path, extra: dict[str, Any]) -> None:
-    torch.save(tensors_of(folder) | extra, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def test_a_pickle_of_tensors_is_read(folder, tmp_path):
-    before = load_pretrained(folder).model
-    to_bin(folder, {})
-    found = load_pretrained(folder)
-    assert same(found.model, before)
-    save_pretrained(found.model, None, tmp_path / "again")
-    assert same(load_pretrained(tmp_path / "again").model, before)
-
-
-def test_views_in_a_pickle_are_read_as_what_they_show(folder):
-    before = load_pretrained(folder)
-    fingerprint = before.fingerprint
-    tensors = tensors_of(folder)
-    name = "model.layers.1.mlp.up_proj.weight"
-    for key in (name, "model.norm.weight"):  # transposed, and each other element from the fifth on
-        wide = torch.randn(5 + 2 * tensors[key].numel())
-        part = wide[5::2].view(*reversed(tensors[key].shape)).t() if key == name else wide[5::2]
-        tensors[key] = part.copy_(tensors[key])
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    found = load_pretrained(folder)
-    assert same(found.model, before.model) and found.fingerprint == fingerprint
-    low = load_pretrained(folder, torch.bfloat16).model
-    assert same(low, before.model.bfloat16())
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_pickle_cut_while_it_is_read_is_refused(dtype, folder):
-    """Mapped, it would end the process with SIGBUS, which no `except` sees."""
-    to_bin(folder, {})
-    entries = read_tensors(folder, False)
-    path = folder / "pytorch_model.bin"
-    os.truncate(path, 4096)
-    for found in entries.values():
-        if found.start > 4096:
-            with pytest.raises(ValueError, match="ends early; it was cut while it was read"):
-                found.read(dtype or torch.float32, "cpu")
-
-
-def test_a_pickle_that_claims_more_than_its_file_holds_is_refused(folder):
-    to_bin(folder, {})
-    path = folder / "pytorch_model.bin"
-    with zipfile.ZipFile(path) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    # The embedding's 4,800 elements become 65,535, and its 300 rows 4,095, in 16 bits each.
-    for small, large in ((b"M\xc0\x12", b"M\xff\xff"), (b"M\x2c\x01", b"M\xff\x0f")):
-        assert parts["pytorch_model/data.pkl"].count(small) >= 1
-        parts["pytorch_model/data.pkl"] = parts["pytorch_model/data.pkl"].replace(small, large)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, part in parts.items():
-            archive.writestr(name, part)
-    refused(folder, "holds '.*' of 262080 bytes, more than it has; fetch it again")
-
-
-def test_a_pickle_of_more_is_refused_and_not_run(folder, tmp_path):
-    to_bin(folder, {"evil": Payload(str(tmp_path / "ran"))})
-    refused(folder, "holds more than tensors, or is damaged; nothing in it was run")
-    with open(folder / "pytorch_model.bin", "wb") as file:
-        pickle.dump({"a": Payload(str(tmp_path / "ran"))}, file)
-    refused(folder, "is no zip file as torch.save writes it")
-    for value in ([torch.ones(2)], {"a": 1}, torch.ones(2)):
-        torch.save(value, folder / "pytorch_model.bin")
-        refused(folder, "it must be a dict of tensors")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_compressed_pickle_is_refused(folder):
-    to_bin(folder, {})
-    bomb = folder / "pytorch_model.bin"
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10**7))
-    refused(folder, "is compressed, which torch.save never does")
-
-
-def test_mutated_pickles_are_read_or_refused(folder):
-    to_bin(folder, {})
-    path = folder / "pytorch_model.bin"
-    whole, draw = path.read_bytes(), random.Random(0)
-    for _ in range(300):
-        text = bytearray(whole)
-        for _ in range(draw.choice((1, 3, 20))):
-            text[
-                draw.choice((draw.randrange(len(text)), draw.randrange(3000), -1 - draw.randrange(3000)))
-            ] ^= 255
-        path.write_bytes(text[: draw.choice((len(text), draw.randrange(len(text))))])
-        with contextlib.suppress(ValueError):
-            load_pretrained(folder)
-
-
-CHILD = """
-import os, resource, sys, time
-from pathlib import Path
-import torch
-from config import one_sentence
-from pretrained import load_pretrained
-load_pretrained(sys.argv[1])  # what is imported late counts for no case
-size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000,) * 2)
-for folder in sorted(Path(sys.argv[2]).iterdir()):
-    start = time.process_time()
-    try:
-        with one_sentence():
-            load_pretrained(folder)
-    except SystemExit as end:
-        print(folder.name, end.code, time.process_time() - start < 5)
-    else:
-        print(folder.name, "loaded")
-"""
-
-
-def sparse(path: Path, size: int, start: bytes = b"") -> None:
-    path.unlink(missing_ok=True)
-    with open(path, "wb") as file:
-        file.write(start)
-        file.truncate(size)
-
-
-def make_giant(case: Path) -> None:
-    """A sound folder in which no claim is false, and whose file is empty space."""
-    config = replace(LLAMA, vocab_size=2**22, n_embd=2**14).resolved()
-    with torch.device("meta"), _NoInit():
-        tensors = Decoder(config).state_dict()
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[FAMILIES["llama"].key(name)] = entry(shape=tensor.shape, offsets=(start, end))
-    text = json.dumps(header).encode()
-    sparse(case / "model.safetensors", 8 + len(text) + end, struct.pack("<Q", len(text)) + text)
-    change_json(case / "config.json", **from_model(FAMILIES["llama"], config))
-
-
-def link_out(path: Path, target: Path) -> None:
-    path.rename(target)
-    path.symlink_to(target)
-
-
-def test_no_hostile_folder_costs_memory_or_time(folder, shards, tmp_path):
-    """Each ends a command with one sentence and exit code 2, where 300 MB more than before are to be had.
-
-    Seconds are those of the processor, since other work may run beside.
-    """
-    cases: dict[str, Callable[[Path], Any]] = {
-        name.replace(" ", "-"): lambda case, changes=changes: change_json(case / "config.json", **changes)
-        for name, (changes, _) in CONFIGS.items()
-        if "rope_scaling" not in changes
-    }
-    cases |= {
-        "vocabulary": lambda case: change_json(case / "config.json", vocab_size=10**12),
-        "layers": lambda case: change_json(case / "config.json", num_hidden_layers=10**6),
-        "nan": lambda case: (case / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": NaN}'),
-        "deep-config": lambda case: (case / "config.json").write_text('{"a":' * 10_000),
-        "long-config": lambda case: sparse(case / "config.json", 2**40),
-        "long-tokenizer": lambda case: sparse(case / "tokenizer.json", 10**9),
-        "deep-tokenizer": lambda case: (case / "tokenizer.json").write_text('{"a":' * 10_000),
-        "long-merges": lambda case: [sparse(case / name, 10**9) for name in ("vocab.json", "merges.txt")],
-        "long-header": lambda case: sparse(case / "model.safetensors", 2**40, struct.pack("<Q", 2**39)),
-        "giant": lambda case: make_giant(case),
-        "pickle": lambda case: to_bin(case, {"evil": Payload(str(tmp_path / "ran"))}),
-        "long-pickle": lambda case: (to_bin(case, {}), sparse(case / "pytorch_model.bin", 2**40)),
-        "pipe": lambda case: ((case / "config.json").unlink(), os.mkfifo(case / "config.json")),
-        "zero": lambda case: ((case / "merges.txt").symlink_to("/dev/zero"),
-                              (case / "vocab.json").symlink_to("/dev/zero")),
-    }  # fmt: skip
-    sharded: dict[str, Callable[[Path], Any]] = {
-        "index": lambda case: break_index(case, lambda index: index["weight_map"].update({"a": "../x"})),
-        "absolute": lambda case: break_index(case, lambda index: index["weight_map"].update({"a": "/etc/x"})),
-        "long-index": lambda case: sparse(case / "model.safetensors.index.json", 2**40),
-        "missing": lambda case: next(case.glob("model-00001*")).unlink(),
-        "link": lambda case: link_out(next(case.glob("model-00001*")), tmp_path / "outside"),
-    }  # fmt: skip
-    root = tmp_path / "cases"
-    for name, change in (cases | sharded).items():
-        shutil.copytree(shards if name in sharded else folder, root / name)
-        change(root / name)
-    command = [sys.executable, "-c", CHILD, str(folder), str(root)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=HOUSE)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert set(ended.stdout.splitlines()) == {f"{name} 2 True" for name in cases | sharded}, ended.stdout
-    sentences = ended.stderr.splitlines()
-    assert len(sentences) == len(cases | sharded) and all(line.startswith("error: ") for line in sentences)
-    assert not any("memory is full" in line or "\x1b" in line for line in sentences), ended.stderr
-    for part in (
-        "giant needs 556 GB of memory in float32 and this machine has",
-        "is a link out of its folder",
-    ):
-        assert part in ended.stderr
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("source", ["", "no/such/folder", "nowhere", "a b/c", "../up", "-x/y"])
-def test_what_is_neither_folder_nor_hub_id_is_refused(source):
-    with pytest.raises(ValueError, match="is neither a folder nor a hub id"):
-        load_pretrained(source or "no such folder")
-
-
-def test_a_folder_without_config_and_a_folder_with_a_revision_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="which has no revision main"):
-        load_pretrained(folder, revision="main")
-    (folder / "config.json").unlink()
-    refused(folder, "config.json is missing")
 
 
 # --- the hub ----------------------------------------------------------------------------------------
@@ -1078,246 +489,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_its_commit_recorded(pickled, fol
     assert "ValueError: us/huge could not be fetched" in offline.stderr
 
 
-# --- tokenizers -------------------------------------------------------------------------------------
-
-TEXTS = [
-    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n",
-    "  \t\r\n\n  x = 'é — 日本語 🙂'",
-    "<|endoftext|>", "a<|endoftext|>b <|fim_prefix|> c", "", " ", "\x00\x7f",
-    "don't we'll HTTPServer2 0xFF00AA",
-    "\n" * 30 + " " * 30, "ﬁ Å Å",
-]  # fmt: skip
-
-
-def published_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE folder as published ones are: specials in the config, added tokens of many spaces."""
-    ours = BPETokenizer.train([text * 20 for text in TEXTS], vocab_size=300)
-    ours.save(folder)
-    state = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    n = ours.vocab_size
-    specials = ["<|endoftext|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "  ", "        "]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    state["added_tokens"] += [
-        {"id": n + i, "content": text, "special": text.strip() != ""} | flags
-        for i, text in enumerate(specials)
-    ]
-    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|endoftext|>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    return folder
-
-
-def saved(tokenizer: Any, folder: Path) -> Path:
-    tokenizer.save(folder)
-    return folder
-
-
-def same_ids(ours: Any, theirs: Any, text: str) -> None:
-    """Special tokens as text, which is how a corpus is read, and as commands."""
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
-    assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False), text
-
-
-def test_tokenizer_ids_are_those_of_transformers(tmp_path):
-    folder = published_tokenizer(tmp_path / "tokenizer")
-    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    assert isinstance(ours, PretrainedTokenizer) and (ours.eos_id, ours.bos_id) == (theirs.eos_token_id,) * 2
-    for text in TEXTS:
-        same_ids(ours, theirs, text)
-    assert ours.vocab_size == len(theirs)
-
-
-POOL = ["<|end|>", "<|x|>", "  ", "    ", "tab", "<fim>", "RET", "\t\t", "日"]
-
-
-def random_folder(draw: random.Random, base: dict[str, Any], n: int, folder: Path) -> None:
-    """Added tokens with rules drawn at random, spread over the files that may hold them."""
-
-    def rules(token: str) -> dict[str, Any]:
-        likely = {"single_word": 0.2, "lstrip": 0.3, "rstrip": 0.3, "normalized": 0.4}
-        return {"content": token, "special": token in specials} | {
-            name: draw.random() < chance for name, chance in likely.items()
-        }
-
-    tokens = ["<end>", *draw.sample(POOL, draw.randrange(1, 7))]
-    draw.shuffle(tokens)
-    specials = {token for token in tokens if token.startswith("<")}
-    ids = {token: n + i for i, token in enumerate(tokens)}
-    kept = draw.randrange(len(tokens) + 1)  # of which tokenizer.json knows
-    state = base | {"added_tokens": [{"id": ids[token]} | rules(token) for token in tokens[:kept]]}
-    own_class = draw.random() < 0.4  # one that takes only vocabulary and merges from tokenizer.json
-    if not own_class and draw.random() < 0.5:
-        state["normalizer"] = draw.choice([{"type": "Lowercase"}, {"type": "NFKC"}])
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
-    if own_class:
-        config = dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<end>")
-        config["tokenizer_class"] = draw.choice(["CodeGenTokenizer", "GPT2Tokenizer"])
-    rest = {t for i, t in enumerate(tokens) if i >= kept or own_class or draw.random() < 0.5}
-    files = {"tokenizer.json": state, "tokenizer_config.json": config}
-    if draw.random() < 0.5:
-        config["added_tokens_decoder"] = {str(ids[t]): rules(t) for t in tokens if t in rest}
-    else:
-        files["added_tokens.json"] = {t: ids[t] for t in tokens if t in rest}
-        files["special_tokens_map.json"] = {
-            "pad_token": "<end>",
-            "extra_special_tokens": sorted(specials),
-        }
-    folder.mkdir()
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values), "utf-8")
-
-
-def test_rules_of_added_tokens_are_those_of_transformers(tmp_path):
-    base = BPETokenizer.train(TEXTS * 20, vocab_size=290)
-    base.save(tmp_path / "base")
-    state = json.loads((tmp_path / "base" / "tokenizer.json").read_text("utf-8"))
-    compared = panics = 0
-    for seed in range(60):
-        draw = random.Random(seed)
-        random_folder(draw, state, base.vocab_size, tmp_path / str(seed))
-        ours = PretrainedTokenizer.load(tmp_path / str(seed))
-        theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / str(seed))
-        assert (ours.eos_id, ours.bos_id, ours.pad_id) == (
-            theirs.eos_token_id,
-            theirs.bos_token_id,
-            theirs.pad_token_id,
-        )
-        words = [*POOL, *POOL, " ", "  ", "\n", "a", "Tab", "return", "def f", "HTTP", "x"]
-        for _ in range(15):
-            text = "".join(draw.choices(words, k=draw.randrange(1, 14)))
-            try:
-                ours.encode(text, specials=True)
-            except ValueError as error:  # a fault of the library, which it reports as a panic
-                assert "added tokens fail on the text" in str(error)
-                panics += 1
-                continue
-            same_ids(ours, theirs, text)
-            compared += 1
-    assert compared > 800 and panics < 50
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_refuses_the_code_tokenizer_and_opens_the_model(family, tmp_path):
-    """Without a tokenizer.json it would make one for itself that gives no ids for any text."""
-    tokenizer = CodeTokenizer.train([TEXTS[0]] * 20, vocab_size=300)
-    sizes = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 32}
-    values = {key: sizes[field] for field, key in FAMILIES[family].names.items() if field in sizes}
-    more = {"rotary_dim": 4, "intermediate_size": 16, "num_key_value_heads": 4}
-    values |= {key: value for key, value in more.items() if key in FAMILIES[family].defaults}
-    model = Decoder(to_model(FAMILIES[family], values)).eval()
-    save_pretrained(model, tokenizer, tmp_path / "saved", family)
-    with pytest.raises(Exception, match="this model has Plumb's code tokenizer; open it with"):
-        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    ids = torch.tensor([tokenizer.encode(TEXTS[0])[:16]])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
-    found = load_pretrained(tmp_path / "saved")
-    assert found.tokenizer is not None and found.tokenizer.fingerprint == tokenizer.fingerprint
-
-
-def test_a_tokenizer_goes_with_its_model(tmp_path):
-    tokenizer = load_tokenizer(published_tokenizer(tmp_path / "tokenizer"))
-    model = Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size))
-    save_pretrained(model, tokenizer, tmp_path / "model")
-    found = load_pretrained(tmp_path / "model")
-    assert found.tokenizer is not None and found.tokenizer.fingerprint == tokenizer.fingerprint
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
-    assert config.eos_token_id == theirs.eos_token_id == tokenizer.eos_id
-    for text in TEXTS:
-        same_ids(tokenizer, theirs, text)
-
-
-def test_every_end_of_a_text_goes_with_its_model(tmp_path):
-    """As in Llama 3 Instruct, whose texts end at one of three ids, and not at its tokenizer's eos alone."""
-    tokenizer = load_tokenizer(published_tokenizer(tmp_path / "tokenizer"))
-    one, other = tokenizer.encode("a") + tokenizer.encode("b")
-    save_pretrained(Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size)), tokenizer, tmp_path / "model")
-    config, generation = (tmp_path / "model" / name for name in ("config.json", "generation_config.json"))
-    assert load_pretrained(tmp_path / "model").eos_ids == (tokenizer.eos_id,)
-    change_json(config, eos_token_id=[7, 8])
-    change_json(generation, eos_token_id=[one, other])
-    found = load_pretrained(tmp_path / "model")
-    assert found.eos_ids == (one, other) and found.tokenizer is not None
-    with torch.no_grad():  # whatever the last token was, `other` comes next
-        found.model.embed.weight.fill_(1)
-        found.model.head.weight.fill_(0)
-        found.model.head.weight[other] = 1
-        for name, parameter in found.model.named_parameters():
-            if "blocks" in name:
-                parameter.fill_(0)
-    copied = pickle.loads(pickle.dumps(found.tokenizer))
-    for ends in (found.tokenizer, copied, copied.with_tokens([])):
-        (text,) = generate(found.model, ends, ["x"], GenerationConfig(max_new_tokens=4))
-        assert (text.text, text.ids, text.finish_reason) == ("", [other], "eos")
-    save_pretrained(found.model, found.tokenizer, tmp_path / "again")
-    assert load_pretrained(tmp_path / "again").eos_ids == (one, other)
-    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [
-        one,
-        other,
-    ]
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [one, other]
-    generation.unlink()
-    assert load_pretrained(tmp_path / "model").eos_ids == (7, 8)
-    for beyond in (306, -1, [306, -1]):  # opened by transformers with a warning, and given by no model
-        change_json(config, eos_token_id=beyond)
-        assert load_pretrained(tmp_path / "model").eos_ids == ()
-        change_json(config, eos_token_id=[beyond, 7] if isinstance(beyond, int) else [*beyond, 7])
-        found = load_pretrained(tmp_path / "model")
-        assert found.tokenizer is not None and found.eos_ids == found.tokenizer.eos_ids == (7,)
-    shutil.copy(config, generation)
-    assert load_tokenizer(tmp_path / "model").eos_ids == (7,)
-    for wrong in ("x", [1, True], [[1]], {"a": 1}, 1.0):
-        change_json(config, eos_token_id=wrong)
-        change_json(generation, eos_token_id=wrong)
-        refused(tmp_path / "model", "has eos_token_id .*; it must be an id, or a list of such ids")
-
-
-@pytest.mark.parametrize("where", ["extra_special_tokens", "pad_token", "added", "decoder", "json"])
-def test_tokens_that_were_added_beyond_the_model_are_left_out(where, tmp_path, capsys):
-    """As fine-tunes that added a pad token and left the model as it was."""
-    folder = published_tokenizer(tmp_path / "tokenizer")
-    size = load_tokenizer(folder).vocab_size
-    token = {"content": "<|new|>", "special": where != "added"}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    config, state = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if where == "added":
-        (folder / "added_tokens.json").write_text(json.dumps({"<|new|>": size}))
-    elif where == "json":
-        added = json.loads(state.read_text("utf-8"))["added_tokens"]
-        change_json(state, added_tokens=[*added, {"id": size} | token | flags])
-    elif where == "decoder":
-        change_json(config, added_tokens_decoder={str(size): token | flags}, pad_token="<|new|>")
-    else:
-        change_json(config, **{where: ["<|new|>"] if where.startswith("extra") else "<|new|>"})
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert load_tokenizer(folder).vocab_size == len(theirs) == size + 1
-    model = Decoder(replace(LLAMA, vocab_size=size))
-    save_pretrained(model, None, tmp_path / "model")
-    shutil.copytree(folder, tmp_path / "model", dirs_exist_ok=True)
-    tokenizer = load_pretrained(tmp_path / "model").tokenizer
-    assert f"has {size + 1} ids and the model {size} rows" in capsys.readouterr().err
-    assert tokenizer is not None and tokenizer.vocab_size == size and tokenizer.token_id("<|new|>") is None
-    assert tokenizer.pad_id is None and max(tokenizer.encode("a <|new|> b")) < size
-    for text in TEXTS:
-        assert tokenizer.encode(text) == theirs.encode(
-            text, add_special_tokens=False, split_special_tokens=True
-        )
-    generate(model, tokenizer, ["x"], GenerationConfig(max_new_tokens=2))
-    assert load_tokenizer(saved(tokenizer, tmp_path / "again")).fingerprint == tokenizer.fingerprint
-
-
-def test_a_tokenizer_of_another_model_is_refused(tmp_path, monkeypatch):
-    """Where pieces of text lie beyond the model's rows, and not tokens that were added."""
-    for make in (published_tokenizer, lambda at: saved(BPETokenizer.train(TEXTS * 20, vocab_size=300), at)):
-        folder = make(tmp_path / make.__name__.strip("<>"))
-        save_pretrained(Decoder(replace(LLAMA, vocab_size=290)), None, tmp_path / f"{folder.name} model")
-        shutil.copytree(folder, tmp_path / f"{folder.name} model", dirs_exist_ok=True)
-        refused(tmp_path / f"{folder.name} model", "and the model has 290.*belongs to another model")
+# --- memory and names ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_format", [None, "int8", "nf4"])

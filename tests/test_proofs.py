@@ -25,6 +25,7 @@ from commands import exit_code, forked
 from safetensors.torch import load_file, save_file
 
 from config import Config, DataConfig, ModelConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from config.files import REPOSITORY
 from modules import tensorfiles
 from selftest.prove_resume import (
     OF_TIME,
@@ -41,7 +42,6 @@ from training.loop import TrainingManager
 from training.signals import RESUMABLE
 from trainingmanager import main
 
-HOUSE = Path(__file__).parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -431,7 +431,7 @@ def proved(*words: str, cwd: Path, plant: str = "") -> tuple[int, str, str]:
         (cwd / "plant").mkdir()
         (cwd / "plant" / "sitecustomize.py").write_text(plant)
         environment["PYTHONPATH"] = str(cwd / "plant")
-    command = [sys.executable, str(HOUSE / "trainingmanager.py"), *words]
+    command = [sys.executable, str(REPOSITORY / "trainingmanager.py"), *words]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 

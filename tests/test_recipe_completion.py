@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes.__main__ import main
-from recipes.completion import Settings, build, decoders, decoding_table
+from recipes.completion import CompletionSettings, build, decoders, decoding_table
 
 WORDS = [
     "alpha",
@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_the_corpus_is_the_scrapers_and_every_file_is_accounted_for(source: Path, tmp_path: Path) -> None:
-    counts = build(Settings(source=str(source), format="none"), None, tmp_path / "out" / "dataset")
+    counts = build(CompletionSettings(source=str(source), format="none"), None, tmp_path / "out" / "dataset")
     assert counts.found == 42 and counts.kept == 40  # small.py is no file of a corpus
     assert sum(counts.dropped.values()) == 2 and any("near" in reason for reason in counts.dropped)
     sides = ("train", "validation", "test")
@@ -62,7 +62,9 @@ def test_the_corpus_is_the_scrapers_and_every_file_is_accounted_for(source: Path
     assert all(row["text"].startswith('"""About') and row["path"].endswith(".py") for row in made["test"])
     assert not {row["text"] for row in made["train"]} & {row["text"] for row in made["test"]}
     # A corpus that is built is taken as it is, and gives the same sides.
-    again = build(Settings(source=str(tmp_path / "out" / "corpus" / "corpus")), None, tmp_path / "again")
+    again = build(
+        CompletionSettings(source=str(tmp_path / "out" / "corpus" / "corpus")), None, tmp_path / "again"
+    )
     assert again.examples == counts.examples
     assert (tmp_path / "again" / "test.jsonl").read_bytes() == (
         tmp_path / "out/dataset/test.jsonl"
@@ -75,11 +77,11 @@ def test_a_corpus_holds_nothing_of_a_source_that_was_given_before(source: Path, 
     few.mkdir()
     (few / "other.py").write_text(module(99))
     with pytest.raises(ValueError, match="set would be empty"):
-        build(Settings(source=str(few), format="none"), None, folder)
-    assert build(Settings(source=str(source), format="none"), None, folder).found == 42
+        build(CompletionSettings(source=str(few), format="none"), None, folder)
+    assert build(CompletionSettings(source=str(source), format="none"), None, folder).found == 42
     for n in range(40, 45):
         (source / f"m{n}.py").write_text(module(n))
-    assert build(Settings(source=str(source), format="none"), None, folder).found == 47
+    assert build(CompletionSettings(source=str(source), format="none"), None, folder).found == 47
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_a_corpus_holds_nothing_of_a_source_that_was_given_before(source: Path, 
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, values: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
-        build(Settings(**values), None, tmp_path / "dataset")
+        build(CompletionSettings(**values), None, tmp_path / "dataset")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "dataset").exists()
 
@@ -102,11 +104,11 @@ def test_a_folder_without_python_is_refused(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "main.kt").write_text("fun main() {}\n" * 100)
     with pytest.raises(ValueError, match=r"holds no \.py file"):
-        build(Settings(source=str(tmp_path / "code")), None, tmp_path / "out" / "dataset")
+        build(CompletionSettings(source=str(tmp_path / "code")), None, tmp_path / "out" / "dataset")
 
 
 def test_the_four_ways_are_four_and_a_beam_that_is_greedy_is_seen() -> None:
-    ways = decoders(Settings())
+    ways = decoders(CompletionSettings())
     assert [(way.temperature, way.top_k, way.top_p, way.num_beams) for way in ways.values()] == [
         (0.0, 0, 1.0, 1),
         (0.8, 40, 1.0, 1),

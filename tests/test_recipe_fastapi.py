@@ -12,7 +12,17 @@ from test_recipes import tiny
 
 from data.fim import fim_prompt_ids, known_markers
 from recipes.__main__ import main
-from recipes.fastapi import Settings, build, grouped, lines_of, longest, page_of, prompt_of, row_of, sides_of
+from recipes.fastapi import (
+    FastapiSettings,
+    build,
+    grouped,
+    lines_of,
+    longest,
+    page_of,
+    prompt_of,
+    row_of,
+    splits_of,
+)
 from tokenizer import BPETokenizer, PretrainedTokenizer
 
 FILE = (
@@ -87,10 +97,10 @@ def test_groups_hold_pages_together_that_share_their_text() -> None:
 
 def test_held_out_sides_are_filled_by_names_alone_and_never_by_a_giant() -> None:
     groups, sizes = [f"g{n}" for n in range(100)], [10] * 100
-    sides = sides_of(groups, sizes)
+    sides = splits_of(groups, sizes)
     assert Counter(sides.values()) == {"train": 80, "validation": 10, "test": 10}
-    assert sides == sides_of(groups[::-1], sizes)
-    giant = sides_of([*groups, "giant"], [*sizes, 5000])
+    assert sides == splits_of(groups[::-1], sizes)
+    giant = splits_of([*groups, "giant"], [*sizes, 5000])
     assert giant["giant"] == "train"
 
 
@@ -98,7 +108,9 @@ def test_held_out_sides_are_filled_by_names_alone_and_never_by_a_giant() -> None
 def test_no_window_of_a_held_out_page_is_trained_on(
     source: Path, plain: BPETokenizer, marked: PretrainedTokenizer, tmp_path: Path, with_markers: bool
 ) -> None:
-    counts = build(Settings(source=str(source)), marked if with_markers else plain, tmp_path / "dataset")
+    counts = build(
+        FastapiSettings(source=str(source)), marked if with_markers else plain, tmp_path / "dataset"
+    )
     made = rows(tmp_path / "dataset")
     assert counts.found == counts.kept + sum(counts.dropped.values()) and counts.kept == sum(
         map(len, made.values())
@@ -146,8 +158,8 @@ def test_bad_input_is_one_sentence(
     settings: Any = {"source": str(source)} | values
     with pytest.raises(ValueError, match=sentence) as error:
         if "max_tokens" not in values:
-            longest(Settings(**settings))  # before a small base is trained
-        build(Settings(**settings), plain, tmp_path / "dataset")
+            longest(FastapiSettings(**settings))  # before a small base is trained
+        build(FastapiSettings(**settings), plain, tmp_path / "dataset")
     assert "\n" not in str(error.value)
 
 
@@ -155,7 +167,7 @@ def test_a_source_without_python_is_refused(plain: BPETokenizer, tmp_path: Path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "main.kt").write_text("fun main() {}\n")
     with pytest.raises(ValueError, match=r"holds no \.py file"):
-        build(Settings(source=str(tmp_path / "docs")), plain, tmp_path / "dataset")
+        build(FastapiSettings(source=str(tmp_path / "docs")), plain, tmp_path / "dataset")
 
 
 def test_the_whole_recipe_on_a_base_in_four_bits(

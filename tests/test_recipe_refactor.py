@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 from test_recipes import tiny
 
+from config.files import REPOSITORY
 from data.corpus import split_of
 from recipes import refactor, refactoring
 from recipes.__main__ import main
-from recipes.degradations import STRATEGIES, parsed
+from recipes.degradations import STRATEGIES
+from recipes.functions import parsed
 from recipes.refactor import (
     HEADER,
-    Settings,
+    RefactorSettings,
     behaviour_table,
     build,
     constants_of,
@@ -30,11 +32,10 @@ from recipes.refactor import (
     prompt_of,
     shape_of,
 )
-from recipes.refactoring import Answer, diff, refactored
+from recipes.refactoring import Rewrite, diff, refactored
 from recipes.refactoring import main as refactor_file
 from tokenizer import BPETokenizer
 
-HOUSE = Path(__file__).parent.parent
 isolated = pytest.mark.usefixtures("isolated")
 
 
@@ -129,7 +130,9 @@ def test_a_function_that_no_tree_can_show_is_left_out(tmp_path: Path, tokenizer:
     assert skipped == {"a number of more digits than Python writes": 1, "code that is nested too deeply": 1}
     for n in range(10):
         (tmp_path / f"e{n}.py").write_text(f"{module(n)}\n\n{long}\n\n{deep}")
-    counts = build(Settings(source=str(tmp_path), check_behaviour=False), tokenizer, tmp_path / "dataset")
+    counts = build(
+        RefactorSettings(source=str(tmp_path), check_behaviour=False), tokenizer, tmp_path / "dataset"
+    )
     assert counts.kept == 20 and all(counts.dropped[reason] == 10 for reason in skipped)
 
 
@@ -156,7 +159,7 @@ def test_a_copy_is_told_by_its_code_and_not_by_its_name_or_docstring() -> None:
 def test_pairs_compile_agree_and_keep_to_one_side(
     source: Path, tokenizer: BPETokenizer, tmp_path: Path
 ) -> None:
-    counts = build(Settings(source=str(source)), tokenizer, tmp_path / "dataset")
+    counts = build(RefactorSettings(source=str(source)), tokenizer, tmp_path / "dataset")
     made = rows(tmp_path / "dataset")
     assert (counts.found, counts.dropped) == (21, {"a copy of another": 1})
     paths = {side: {row["path"] for row in own} for side, own in made.items()}
@@ -185,7 +188,11 @@ def test_a_rewrite_that_changes_what_is_computed_is_left_out(
     monkeypatch.setitem(
         STRATEGIES, "redundant", lambda code, _: code.replace("return doubled", "return doubled[1:]")
     )
-    build(Settings(source=str(source), strategies=("redundant", "hints")), tokenizer, tmp_path / "dataset")
+    build(
+        RefactorSettings(source=str(source), strategies=("redundant", "hints")),
+        tokenizer,
+        tmp_path / "dataset",
+    )
     made = rows(tmp_path / "dataset")
     assert {row["strategy"] for own in made.values() for row in own} == {"hints"}
     assert "| redundant | 10 | 0 | 10 |" in (tmp_path / "dataset" / "README.md").read_text()
@@ -206,7 +213,7 @@ def test_bad_settings_are_one_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
         settings: Any = {"source": str(source), "check_behaviour": False} | values
-        build(Settings(**settings), tokenizer, tmp_path / "dataset")
+        build(RefactorSettings(**settings), tokenizer, tmp_path / "dataset")
     assert "\n" not in str(error.value)
 
 
@@ -227,7 +234,7 @@ def test_a_source_without_functions_is_refused(
     )
     path.write_text("".join(json.dumps(one) + "\n" for one in different))
     with pytest.raises(ValueError, match=sentence):
-        build(Settings(source=str(path)), tokenizer, tmp_path / "dataset")
+        build(RefactorSettings(source=str(path)), tokenizer, tmp_path / "dataset")
 
 
 def test_a_source_too_small_for_three_sides_is_refused(tokenizer: BPETokenizer, tmp_path: Path) -> None:
@@ -236,7 +243,7 @@ def test_a_source_too_small_for_three_sides_is_refused(tokenizer: BPETokenizer, 
         "the test set would be empty: the 1 documents of .* split by their names, and give 1 train, 0 val"
     )
     with pytest.raises(ValueError, match=sentence):
-        build(Settings(source=str(tmp_path)), tokenizer, tmp_path / "dataset")
+        build(RefactorSettings(source=str(tmp_path)), tokenizer, tmp_path / "dataset")
 
 
 def test_without_a_sandbox_a_usable_source_is_refused_before_it_takes_time(
@@ -244,7 +251,7 @@ def test_without_a_sandbox_a_usable_source_is_refused_before_it_takes_time(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(refactor, "constants_of", lambda _: pytest.fail("functions were degraded"))
-    settings = Settings(source=str(source))
+    settings = RefactorSettings(source=str(source))
     for asked in (
         lambda: refactor.files_of(settings),  # before a small base is trained
         lambda: build(settings, tokenizer, tmp_path / "dataset"),
@@ -252,7 +259,7 @@ def test_without_a_sandbox_a_usable_source_is_refused_before_it_takes_time(
     ):
         with pytest.raises(ValueError, match=r"bubblewrap is not installed.* --check_behaviour false"):
             asked()
-    refactor.check_isolation(Settings(check_behaviour=False))
+    refactor.check_isolation(RefactorSettings(check_behaviour=False))
 
 
 # --- what predictions are worth, and a file refactored ---------------------------------------------
@@ -297,7 +304,7 @@ def test_answers_take_their_functions_place_only_if_they_hold() -> None:
         "class Box:\n    def put(self, item):\n        self.item = item\n        return self.item\n\n\n"
         "def other(n: int):\n    return 1 + n\n"
     )
-    result, became = refactored(TEXT, lambda prompts: [Answer(code) for code in wanted.values()])
+    result, became = refactored(TEXT, lambda prompts: [Rewrite(code) for code in wanted.values()])
     assert result == expected
     assert became == {"changed, and does the same when run": 2, "changed, and not run": 1}
     for answers in [
@@ -305,11 +312,11 @@ def test_answers_take_their_functions_place_only_if_they_hold() -> None:
         ["def twice(xs: list):\n    return xs\n", "x = 1", "def other(n: int):\n    return n + 1\n"],
         [TEXT, "def put(self, item):\n    return '''a\nb'''\n", "def other(n):\n    return n - 1\n"],
     ]:
-        result, became = refactored(TEXT, lambda prompts, answers=answers: [Answer(a) for a in answers])
+        result, became = refactored(TEXT, lambda prompts, answers=answers: [Rewrite(a) for a in answers])
         assert result == TEXT and became.total() == 3
         assert not any(name.startswith("changed") for name in became)
     asked: list[str] = []
-    refactored(TEXT, lambda prompts: asked.extend(prompts) or [Answer("")] * len(prompts))
+    refactored(TEXT, lambda prompts: asked.extend(prompts) or [Rewrite("")] * len(prompts))
     assert asked[1] == f"{HEADER}\n\ndef put(self, item):\n    self.item = item\n    return item\n\n"
 
 
@@ -340,12 +347,12 @@ METHOD = (
 )
 def test_an_answer_that_cannot_be_run_keeps_the_way_it_is_called(head: str, body: str, told: str) -> None:
     code = f"@cached\n{head}\n    {body}\n"
-    result, became = refactored(METHOD, lambda prompts: [Answer(code)], False)
+    result, became = refactored(METHOD, lambda prompts: [Rewrite(code)], False)
     assert told in "".join(became) and (result != METHOD) == told.startswith("changed")
-    _, became = refactored(METHOD, lambda prompts: [Answer(code.removeprefix("@cached\n"))], False)
+    _, became = refactored(METHOD, lambda prompts: [Rewrite(code.removeprefix("@cached\n"))], False)
     assert not any(name.startswith("changed") for name in became)
     starred = f"from lib import *\n{METHOD}"
-    result, became = refactored(starred, lambda prompts: [Answer(code)], False)
+    result, became = refactored(starred, lambda prompts: [Rewrite(code)], False)
     assert (result != starred) == (told.startswith("changed") or told == "takes a name")
 
 
@@ -353,7 +360,7 @@ def test_an_answer_that_was_cut_off_is_not_taken() -> None:
     """It may parse all the same, and then the end of the function would be gone."""
     code = textwrap.dedent(METHOD.split("class Box:\n")[1]).replace("yield item", "yield item + 1")
     for problem, changed in (("", True), ("the answer is cut off", False)):
-        result, _ = refactored(METHOD, lambda prompts, problem=problem: [Answer(code, problem)], False)
+        result, _ = refactored(METHOD, lambda prompts, problem=problem: [Rewrite(code, problem)], False)
         assert (result != METHOD) == changed
 
 
@@ -369,7 +376,7 @@ def test_a_file_keeps_its_mark_and_line_ends_and_its_diff_applies(
     before = "def f(n):\n    return n + 1\n\n\nclass A:\n\tdef m(self):\n\t\treturn 1\n"
     answers = ["def f(n):\n    m = n + 1\n    return m\n", "def m(self):\n\treturn 2\n"]
     after = before.replace("return n + 1", "m = n + 1\n    return m").replace("return 1", "return 2")
-    result, became = refactored(spelled(before), lambda prompts: [Answer(a) for a in answers], False)
+    result, became = refactored(spelled(before), lambda prompts: [Rewrite(a) for a in answers], False)
     assert became == {"changed, and not run": 2} and result == spelled(after)
     path = tmp_path / "f.py"
     path.write_bytes(spelled(before).encode())
@@ -379,7 +386,7 @@ def test_a_file_keeps_its_mark_and_line_ends_and_its_diff_applies(
 
 
 def test_a_file_of_one_line_gets_line_feeds() -> None:
-    answer = Answer("def f(n):\n    return n + 1")
+    answer = Rewrite("def f(n):\n    return n + 1")
     assert refactored("def f(n): return n + 2", lambda prompts: [answer], False)[0] == answer.code
 
 
@@ -393,7 +400,7 @@ def test_what_is_written_keeps_its_mode_and_stays_where_a_link_leads(
     place.chmod(0o750)
     link.symlink_to(place)
     answer = "def f(n):\n    return 1 + n\n"
-    monkeypatch.setattr(recipes.refactoring, "_model", lambda settings: lambda prompts: [Answer(answer)])
+    monkeypatch.setattr(recipes.refactoring, "_model", lambda settings: lambda prompts: [Rewrite(answer)])
     words = ["--recipe", "refactor", "--model", "any", "--check_behaviour", "false", "--file", str(link)]
     refactor_file(words)
     assert place.read_text() != answer
@@ -417,7 +424,9 @@ def test_the_command_refuses_a_file_in_one_sentence(tmp_path: Path, text: str | 
     if text is not None:
         path.write_bytes(text.encode())
     words = ["generate.py", "--recipe", "refactor", "--model", "nowhere", "--file", str(path)]
-    done = subprocess.run([sys.executable, *words], cwd=HOUSE, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert sentence in done.stderr and done.stderr.count("\n") == 1
     if text is not None:
@@ -462,7 +471,7 @@ def test_without_a_sandbox_the_command_says_so_before_a_model_is_opened(
 
 def test_every_prompt_is_made_by_one_function() -> None:
     """The header stands in the source of one module, once."""
-    for path in [*HOUSE.glob("*.py"), *(HOUSE / "recipes").glob("*.py")]:
+    for path in [*REPOSITORY.glob("*.py"), *(REPOSITORY / "recipes").glob("*.py")]:
         texts = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
         held = sum(isinstance(text, str) and HEADER in text for text in texts)
         assert held == (path == Path(refactor.__file__))

@@ -20,6 +20,7 @@ import yaml
 
 from architecture import Decoder
 from config import Config, DataConfig
+from config.files import REPOSITORY
 from data.cache import verify_folder
 from data.fim import fim_prompt_ids, gap_start, known_markers
 from dataset import prepare_data
@@ -27,17 +28,17 @@ from modules.precision import choose_device, choose_precision
 from pretrained import load_pretrained, save_pretrained
 from recipes import kotlin, summaries
 from recipes.__main__ import RECIPES, main
-from recipes.base import FIM_RATE, BaseConfig, make_base, model_of
-from recipes.building import Counts, plain_documents, split, write_dataset
+from recipes.base_config import BaseConfig
+from recipes.building import Counts, plain_documents, split_items, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
 from recipes.nearby import nearest_of
 from recipes.pipeline import done, parse_words, samples
+from recipes.small_base import FIM_RATE, make_base, model_of
 from recipes.training import finish
-from scraping.documents import Document
+from scraping.documents import ScrapedDocument
 from tokenizer import BPETokenizer
 
-HOUSE = Path(summaries.__file__).parents[1]
 WORDS = "holds the things that a shop of this kind keeps in its many drawers, and counts them whenever asked"
 
 
@@ -144,10 +145,10 @@ def test_what_splits_a_source_is_named_where_a_side_is_empty(tmp_path: Path) -> 
 
 
 def test_a_split_is_drawn_whole_and_depends_on_its_seed_alone() -> None:
-    sides = split(range(124), 42, 0.2, 0.1)
+    sides = split_items(range(124), 42, 0.2, 0.1)
     assert {side: len(items) for side, items in sides.items()} == {"test": 25, "validation": 10, "train": 89}
     assert sorted(i for items in sides.values() for i in items) == list(range(124))
-    assert sides == split(range(124), 42, 0.2, 0.1) != split(range(124), 43, 0.2, 0.1)
+    assert sides == split_items(range(124), 42, 0.2, 0.1) != split_items(range(124), 43, 0.2, 0.1)
 
 
 def test_a_file_is_read_from_wherever_it_lies(repository: Path, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_file_is_read_from_wherever_it_lies(repository: Path, tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
     shutil.make_archive(str(tmp_path / "packed"), "zip", repository)
     found = [
-        [(one.path, one.text) for one in read_files(str(source), ".py") if isinstance(one, Document)]
+        [(one.path, one.text) for one in read_files(str(source), ".py") if isinstance(one, ScrapedDocument)]
         for source in (repository, tmp_path / "rows.jsonl", tmp_path / "packed.zip")
     ]
     assert len(found[0]) == 20 and found[0] == found[1] == found[2]
@@ -213,7 +214,7 @@ def test_a_class_without_its_docstrings_computes_what_it_did() -> None:
 def test_a_long_class_loses_its_end_and_never_the_instruction(prompt: Any, tokenizer: BPETokenizer) -> None:
     long = "class Long:\n    x = 0\n" + "".join(f"    value_{i} = {i}\n" for i in range(300))
     (one,) = classes_of(long, "long.py")
-    settings = summaries.Settings(prompt=prompt, input_tokens=120)
+    settings = summaries.SummariesSettings(prompt=prompt, input_tokens=120)
     made = summaries.fitted_prompt(one, [], settings, tokenizer)
     assert len(tokenizer.encode(made)) < 120 and made.endswith("\n\nDocstring:\n")
     begins = "Your task is to write a docstring that summarizes the following Python class.\nClass Long:\n"
@@ -227,7 +228,7 @@ def test_a_long_class_loses_its_end_and_never_the_instruction(prompt: Any, token
 def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
     repository: Path, tokenizer: BPETokenizer, tmp_path: Path
 ) -> None:
-    settings = summaries.Settings(source=str(repository), prompt="verbose", related=1)
+    settings = summaries.SummariesSettings(source=str(repository), prompt="verbose", related=1)
     (repository / "broken.py").write_text("class A(:\n", "utf-8")
     (repository / "latin.py").write_bytes(b"x = '\xe9'\n")
     counts = summaries.build(settings, tokenizer, tmp_path / "made" / "dataset")
@@ -247,14 +248,14 @@ def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
             others = {text for text in shown if text in row["prompt"]}
             assert len(others) == 1, "one related class of the training side"
             assert side == "train" or row["completion"] not in shown
-    plain = summaries.Settings(source=str(repository), prompt="simple")
+    plain = summaries.SummariesSettings(source=str(repository), prompt="simple")
     summaries.build(plain, tokenizer, tmp_path / "plain" / "dataset")
     for row in rows_of(tmp_path / "plain" / "dataset")["test"]:
         assert (
             row["prompt"] == row["prompts"]["simple"] != row["prompts"]["verbose"]
             and len(row["prompts"]) == 2
         )
-    few = summaries.Settings(source=str(repository), min_words=30, prompt="simple")
+    few = summaries.SummariesSettings(source=str(repository), min_words=30, prompt="simple")
     with pytest.raises(ValueError, match=r"test set would be empty: 0 of 40 .* fewer than 30 words, 20\)"):
         summaries.build(few, tokenizer, tmp_path / "few" / "dataset")
 
@@ -313,7 +314,7 @@ def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPEToken
     source = tmp_path / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     counts = kotlin.build(
-        kotlin.Settings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
+        kotlin.KotlinSettings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
     )
     assert (counts.found, counts.dropped) == (21, {"absurd literal": 1, "too short": 1, "generated": 1})
     sides = rows_of(tmp_path / "made" / "dataset")
@@ -378,11 +379,11 @@ def test_a_base_has_its_name_only_with_its_checksums(tmp_path, tokenizer, monkey
     tiny("llama", tokenizer, tmp_path / "trained")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.py").write_text("a = 1\n", "utf-8")
-    monkeypatch.setattr("recipes.base.finish", lambda *_, **__: None)
-    monkeypatch.setattr("recipes.base.load_run", lambda _: load_pretrained(tmp_path / "trained"))
+    monkeypatch.setattr("recipes.small_base.finish", lambda *_, **__: None)
+    monkeypatch.setattr("recipes.small_base.load_run", lambda _: load_pretrained(tmp_path / "trained"))
     settings = BaseConfig("llama", out=str(tmp_path / "base"), source=str(tmp_path / "corpus"))
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr("recipes.base.seal_folder", Mock(side_effect=KeyboardInterrupt))
+        killed.setattr("recipes.small_base.seal_folder", Mock(side_effect=KeyboardInterrupt))
         make_base(settings)
     assert not (tmp_path / "base").exists()
     verify_folder(make_base(settings))
@@ -589,10 +590,10 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import recipes.base
+    import recipes.small_base
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipes.base, "make_base", None)
+    monkeypatch.setattr(recipes.small_base, "make_base", None)
     (tmp_path / "EMPTY").mkdir()
     for name in ("METHODS", "METHODS.jsonl"):
         (tmp_path / name).write_text('{"signature": "def f():"}\n', "utf-8")
@@ -605,7 +606,7 @@ def test_what_cannot_be_built_from_is_told_before_a_base_takes_minutes(
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_does_not_wait_for_torch(name: str) -> None:
     words = [sys.executable, "-X", "importtime", "-m", "recipes", name, "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=HOUSE)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "--out OUT" in done.stdout and "recipes.pipeline" in imported and "torch" not in imported
 
@@ -704,6 +705,6 @@ def test_prompts_that_were_trained_unequally_are_not_compared_silently() -> None
         name: {"step": 9, "references": texts, "files": ["a.py", "b.py"], "greedy": both, "sampled": both}
         for name in ("verbose", "simple")
     }
-    assert "NOTE" not in summaries.table(records, summaries.Settings())
+    assert "NOTE" not in summaries.table(records, summaries.SummariesSettings())
     records["simple"] = records["simple"] | {"step": 3}
-    assert "different steps (verbose 9, simple 3)" in summaries.table(records, summaries.Settings())
+    assert "different steps (verbose 9, simple 3)" in summaries.table(records, summaries.SummariesSettings())

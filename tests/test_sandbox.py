@@ -24,10 +24,10 @@ from hostile import still_running
 from hypothesis import given, settings
 
 import sandbox
+from config.files import REPOSITORY
 from sandbox import SandboxLimits, calls, child, filter, judge, process, run
 from sandbox.child import CandidateError, NotData, decode, encode
 
-HOUSE = Path(__file__).parent.parent
 HOSTILE = Path(__file__).with_name("hostile.py")
 NOBODY = 65534
 ADD = "def add(a, b):\n    return a + b\n"
@@ -410,9 +410,9 @@ def hostile(uid: int | None, times: int) -> dict:
     """The report of hostile.py, run by this user or another, from copies that anyone may read."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tests").mkdir()
-        for path in (*HOUSE.glob("sandbox/*.py"), HOSTILE):
+        for path in (*REPOSITORY.glob("sandbox/*.py"), HOSTILE):
             Path(folder, path.parent.name).mkdir(exist_ok=True)
-            shutil.copy(path, Path(folder, path.relative_to(HOUSE)))
+            shutil.copy(path, Path(folder, path.relative_to(REPOSITORY)))
         for path in (Path(folder), *Path(folder).rglob("*")):
             path.chmod(0o755)
         who: dict = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
@@ -471,7 +471,7 @@ def test_a_killed_parent_takes_its_sandboxes_along(isolated: sandbox.Isolation) 
     size = (9 << 20) + 4096 * (os.getpid() % 1000)
     limits = f"sandbox.SandboxLimits(disk={size})"
     program = f"import sandbox; sandbox.judge('while True: pass', '', 'f()', limits={limits})"
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=HOUSE)
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY)
     try:
         end = time.monotonic() + 60
         while len(still_running(size)) < 4:  # two each, outside and inside
@@ -628,6 +628,6 @@ def test_the_part_inside_imports_little() -> None:
     """Each import is a part of every run's start."""
     code = "import sys, child; print(*sorted(sys.modules))"
     words = [sys.executable, "-s", "-S", "-c", code]
-    done = subprocess.run(words, cwd=HOUSE / "sandbox", capture_output=True, text=True, check=True)
+    done = subprocess.run(words, cwd=REPOSITORY / "sandbox", capture_output=True, text=True, check=True)
     assert not {"typing", "re", "collections", "json", "ast"} & set(done.stdout.split())
     assert child.DEPTH == 200

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scraping.__main__ import COMMANDS, main
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 
 
 def test_commands_are_listed_and_answer_at_once() -> None:
@@ -26,7 +26,7 @@ def test_an_unknown_command_is_named_with_its_neighbour(capsys: pytest.CaptureFi
 def test_status_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.found("a/b", "crawl", "main", "MIT")
-    ledger.listed("a/b", "c0", [Entry("x.py", "1", 3), Entry("y.py", "2", 9, "too large")])
+    ledger.listed("a/b", "c0", [ListedFile("x.py", "1", 3), ListedFile("y.py", "2", 9, "too large")])
     ledger.stored("a/b", [("x.py", b"abc")])
     main(["status", "--folder", str(tmp_path)])
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]

@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import secrets
 
 ALNUM = string.ascii_letters + string.digits
@@ -437,7 +437,7 @@ def stage_of(path: str) -> Callable[[str], str]:
     stage = secrets.build(True, lambda name: None)
 
     def run(text: str) -> str:
-        result = stage(Document(text, "o/r", path, "c", "MIT"))
+        result = stage(ScrapedDocument(text, "o/r", path, "c", "MIT"))
         assert not isinstance(result, Drop)
         return result.text
 

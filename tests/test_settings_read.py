@@ -18,6 +18,7 @@ import pytest
 
 import trainingmanager
 from config import CONFIG_GROUPS, Config
+from config.files import REPOSITORY
 from data import prepare
 from selftest import faults
 from selftest.data import write_data
@@ -25,10 +26,9 @@ from selftest.planted_faults import EXAMPLES, GRADED, TUNED, merged
 from selftest.run import small_config
 from training import begin, report
 
-HOUSE = Path(__file__).parent.parent
 # These check and compare settings, and so does what they call; they do not act on them.
-WATCHERS = {*map(str, (HOUSE / "guards").glob("*.py"))}
-HANDED_ON = {*map(str, (HOUSE / "config").glob("*.py")), str(HOUSE / "selftest/run.py")}
+WATCHERS = {*map(str, (REPOSITORY / "guards").glob("*.py"))}
+HANDED_ON = {*map(str, (REPOSITORY / "config").glob("*.py")), str(REPOSITORY / "selftest/run.py")}
 
 
 @contextmanager
@@ -44,7 +44,9 @@ def reads_noted() -> Iterator[set[str]]:
             if name in names:
                 frame = sys._getframe(1)
                 reader, function = frame.f_code.co_filename, frame.f_code.co_name
-                if reader.startswith(f"{HOUSE}/") and (reader not in HANDED_ON or function == "row_length"):
+                if reader.startswith(f"{REPOSITORY}/") and (
+                    reader not in HANDED_ON or function == "row_length"
+                ):
                     callers = set()
                     while frame is not None:
                         callers.add(frame.f_code.co_filename)

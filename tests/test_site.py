@@ -24,7 +24,7 @@ from scraping.__main__ import main
 from scraping.examples import examples
 from scraping.ledger import Ledger
 from scraping.site import decoded, read_sitemap
-from scraping.webclient import Client, NoAnswer, Refused, public
+from scraping.webclient import Client, NoAnswer, WebRefused, public
 
 CODE = "def f(x):\n    if x < 1 and 'a' != \"b\":\n        return [x & 1]\n\n    return 2\n"
 SPANS = html.escape(CODE, quote=False).replace("def", '<span class="k">def</span>')
@@ -443,7 +443,7 @@ def test_what_never_ends_is_ended_and_what_fails_is_asked_again(site: Site) -> N
         client(site).get(f"{site.address}/reset", 1000)
     assert site.asked.count("/reset") == 3
     site.replies["/endless"] = endless
-    with pytest.raises(Refused, match="too large a page"):
+    with pytest.raises(WebRefused, match="too large a page"):
         client(site).get(f"{site.address}/endless", 10**6)
     site.replies["/short"] = (200, {"Content-Length": "99"}, b"x")
     with pytest.raises(NoAnswer, match="cut short"):
@@ -461,7 +461,7 @@ def test_what_never_ends_is_ended_and_what_fails_is_asked_again(site: Site) -> N
 def test_a_compressed_page_is_counted_as_it_unpacks(site: Site) -> None:
     bomb = gzip.compress(b"x" * 10**7)
     site.replies["/bomb"] = (200, {"Content-Encoding": "gzip"}, bomb)
-    with pytest.raises(Refused, match="too large a page"):
+    with pytest.raises(WebRefused, match="too large a page"):
         client(site).get(f"{site.address}/bomb", 10**6)
     site.replies["/good"] = (200, {"Content-Encoding": "gzip"}, gzip.compress(b"hello"))
     assert client(site).get(f"{site.address}/good", 10**6).body == b"hello"
@@ -475,14 +475,14 @@ def test_a_compressed_page_is_counted_as_it_unpacks(site: Site) -> None:
         ("/rest", gzip.compress(b"hello") + b"x" * 10**7),
     ):
         site.replies[path.replace(" ", "%20")] = (200, packed, body)
-        with pytest.raises(Refused, match=r"too large a page|other bytes follow its gzip content"):
+        with pytest.raises(WebRefused, match=r"too large a page|other bytes follow its gzip content"):
             client(site).get(f"{site.address}{path.replace(' ', '%20')}", 10**6)
         assert site.asked[-2] != site.asked[-1]  # It is asked for once.
     site.replies["/cut"] = (200, packed, gzip.compress(b"hello") + gzip.compress(b"hello")[:-3])
     with pytest.raises(NoAnswer, match="cut short"):
         client(site).get(f"{site.address}/cut", 100)
     site.replies["/odd"] = (200, {"Content-Encoding": "br"}, b"x")
-    with pytest.raises(Refused, match="unknown encoding"):
+    with pytest.raises(WebRefused, match="unknown encoding"):
         client(site).get(f"{site.address}/odd", 10)
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
+from config.files import REPOSITORY
+
 TESTS = """
 import pytest
 
@@ -27,13 +28,13 @@ def test_e(): assert False
 
 
 def test_an_unlisted_reason_fails_and_the_last_line_counts_what_wants_a_sandbox(tmp_path: Path) -> None:
-    shutil.copy(HOUSE / "tests" / "conftest.py", tmp_path)
+    shutil.copy(REPOSITORY / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_some.py").write_text(TESTS)
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "test_some.py"]
     done = subprocess.run(
         [sys.executable, *words],
         cwd=tmp_path,
-        env={**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(HOUSE)},
+        env={**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         check=False,

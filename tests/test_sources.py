@@ -23,7 +23,7 @@ import pytest
 
 from scraping.__main__ import main
 from scraping.documents import path_text
-from scraping.gitrepo import Limits, blob_id, check_revision, check_url, fetched
+from scraping.gitrepo import GitLimits, blob_id, check_revision, check_url, fetched
 from scraping.ledger import Ledger
 from scraping.local import read_plain, walk
 from scraping.source import Origin, store_files
@@ -493,10 +493,10 @@ def test_git_has_limits_of_bytes_of_time_and_of_names(served: tuple[Path, str], 
     url = f"{served[1]}/project"
     with fetched(url, "main", tmp_path / "c") as repository:
         ids = [file.id for file in repository.tree() if not file.reason]
-        repository.limits = Limits(bytes=100_000)
+        repository.limits = GitLimits(bytes=100_000)
         with pytest.raises(ValueError, match="holds more than 100,000 bytes"):
             repository.fetch(ids)
-        repository.limits = Limits(files=10)
+        repository.limits = GitLimits(files=10)
         with pytest.raises(ValueError, match="lists more than 10 files"):
             list(repository.tree())
     # A server that takes the connection and says nothing.
@@ -505,7 +505,7 @@ def test_git_has_limits_of_bytes_of_time_and_of_names(served: tuple[Path, str], 
         began = time.monotonic()
         with (
             pytest.raises(ValueError, match=r"took more than 0\.5 seconds"),
-            fetched(place, "main", tmp_path / "d", Limits(seconds=0.5)),
+            fetched(place, "main", tmp_path / "d", GitLimits(seconds=0.5)),
         ):
             pass
         assert time.monotonic() - began < 10
@@ -528,7 +528,7 @@ def test_a_tree_of_trees_that_has_billions_of_files_ends_at_the_limit(
         kind, mode = "tree", "040000"
     commit = git(folder, "commit-tree", id, "-m", "one").decode().strip()
     git(folder, "update-ref", "refs/heads/main", commit)
-    with fetched(f"{url}/bomb", "main", tmp_path / "c", Limits(files=20_000)) as repository:
+    with fetched(f"{url}/bomb", "main", tmp_path / "c", GitLimits(files=20_000)) as repository:
         count = 0
         with pytest.raises(ValueError, match="lists more than 20,000 files"):
             for _ in repository.tree():
@@ -704,11 +704,13 @@ def test_every_file_of_airflow_is_accounted_for(tmp_path: Path) -> None:
 
 
 def test_files_that_a_source_leaves_out_are_not_left_waiting(tmp_path: Path) -> None:
-    from scraping.ledger import Entry
+    from scraping.ledger import ListedFile
     from scraping.source import list_files
 
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    list_files(ledger, Origin("n", "local", "", ""), "", [Entry("a.py", "1", 1), Entry("b.py", "2", 1)])
+    list_files(
+        ledger, Origin("n", "local", "", ""), "", [ListedFile("a.py", "1", 1), ListedFile("b.py", "2", 1)]
+    )
     store_files(ledger, "n", lambda waiting: iter([(waiting[0], b"1")]))
     assert ledger.counts() == {("stored", ""): 1, ("dropped", "gone since it was listed"): 1}
     assert ledger.counts("repositories") == {("done", ""): 1}

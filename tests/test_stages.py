@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from scraping.documents import Document, Drop, RawFile
+from scraping.documents import Drop, RawFile, ScrapedDocument
 from scraping.stages import Stage, encoding, formatting, licences, origin, shape, syntax
 from scraping.stages.headers import without_header
 
 
-def document(text: str, path: str = "a.py", licence: str = "MIT") -> Document:
-    return Document(text, "o/r", path, "c", licence)
+def document(text: str, path: str = "a.py", licence: str = "MIT") -> ScrapedDocument:
+    return ScrapedDocument(text, "o/r", path, "c", licence)
 
 
 def nothing(name: str) -> None:
@@ -89,7 +89,7 @@ def test_latin_1_is_a_fallback_only_where_it_is_asked_for_and_it_is_counted() ->
     counted = Counter[str]()
     stage = encoding.build(True, "lf", lambda name: counted.update([name]))
     result = stage(RawFile("o/r", "a.kt", "c", "MIT", b"val x = '\xe9'"))
-    assert isinstance(result, Document)
+    assert isinstance(result, ScrapedDocument)
     assert result.text == "val x = 'é'"
     assert counted == {"read as latin-1": 1}
 
@@ -189,7 +189,7 @@ def test_what_the_file_says_is_compared_with_the_repository(text: str, path: str
 
 def test_a_file_goes_by_its_own_identifier() -> None:
     result = LICENCE(document("# SPDX-License-Identifier: apache-2.0\nx = 1\n", licence=""))
-    assert isinstance(result, Document)
+    assert isinstance(result, ScrapedDocument)
     assert result.licence == "Apache-2.0"
 
 
@@ -449,7 +449,7 @@ def test_python_gets_one_layout_and_keeps_its_meaning_and_the_order_of_its_impor
     counted = Counter[str]()
     stage = formatting.build(tool, lambda name: counted.update([name]))
     result = stage(document(UGLY))
-    assert isinstance(result, Document)
+    assert isinstance(result, ScrapedDocument)
     assert "x = [1, 2]\nif x:\n" in result.text
     assert result.text.index("chdir") < result.text.index("import sys")
     assert ast.dump(ast.parse(result.text)) == ast.dump(ast.parse(UGLY))
@@ -472,7 +472,7 @@ def test_a_layout_that_changes_the_meaning_is_not_taken(monkeypatch: pytest.Monk
 def test_ruff_mends_docstrings_and_that_is_no_change_of_meaning() -> None:
     source = 'def f():\n    """ A. \n\n      B.   \n    """\n    return  1\n'
     result = formatting.build("ruff", nothing)(document(source))
-    assert isinstance(result, Document)
+    assert isinstance(result, ScrapedDocument)
     assert "return 1" in result.text
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_eval import BYTES, FP32, HOUSE
+from test_eval import BYTES, FP32, REPOSITORY
 from test_generate_command import STARCODER
 
 from architecture import Decoder
@@ -477,7 +477,7 @@ def test_the_command_rescores_without_torch_and_exits_with_1_for_an_edited_numbe
 
     def command() -> subprocess.CompletedProcess:
         words = [sys.executable, "-X", "importtime", "eval.py", "--rescore", str(path)]
-        return subprocess.run(words, cwd=HOUSE, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
 
     path.write_text(json.dumps({"suite": record}), "utf-8")
     done = command()

@@ -40,7 +40,6 @@ from suites.settings import EvalConfig, mistake, parse_settings
 from suites.task import Given, Task
 from suites.tasks import OF_FILES, TASKS, suite_names
 
-HOUSE = Path(evaluation.__file__).parent
 LINES = [{"input": f"<s> import os <EOL> x{i} = os . <EOL>", "gt": f"y{i} = <NUM_LIT:{i}>"} for i in range(6)]
 METHODS = [
     {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_eval import BYTES, FP32, HOUSE, data, here, model, run
+from test_eval import BYTES, FP32, REPOSITORY, data, here, model, run
 from test_suites import PAIRS
 
 from architecture import Decoder
@@ -300,18 +300,20 @@ def test_killed_by_the_system_equals_uninterrupted(run):
             *words,
         ]
 
-    done = subprocess.run(command("one"), cwd=HOUSE, capture_output=True, timeout=600, check=False)
+    done = subprocess.run(command("one"), cwd=REPOSITORY, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     whole = json.loads((run / "eval.json").read_text("utf-8"))
     process = subprocess.Popen(
-        command("two"), cwd=HOUSE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command("two"), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     predictions = run.parent / "two" / "predictions"
     while process.poll() is None and not list(predictions.glob("eval-*.jsonl")):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(command("two"), cwd=HOUSE, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command("two"), cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False
+    )
     assert "of an interrupted evaluation" in done.stderr
     again = json.loads((run / "eval.json").read_text("utf-8"))
     for one in (whole, again):

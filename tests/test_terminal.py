@@ -17,7 +17,7 @@ from config import one_sentence, parse_config, say
 from config.console import printable, shown_safely
 from recipes import refactoring
 from scraping.__main__ import main as scrape
-from scraping.ledger import Entry, Ledger
+from scraping.ledger import Ledger, ListedFile
 
 EVIL = "a\x1b[2J\x1b]0;owned\x07\x9b1m\u202e\rb\udcff"  # clears, renames the window, turns, overwrites
 SEEN = "a\\x1b[2J\\x1b]0;owned\\x07\\x9b1m\\u202e\\rb\\udcff"
@@ -74,7 +74,7 @@ def test_a_parser_tells_a_key_of_a_file_without_obeying_it(tmp_path: Path, capfd
 def test_names_in_the_ledger_are_told_without_obeying_them(tmp_path: Path, capfd: pytest.CaptureFixture):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.found("a", "local", "", "")
-    ledger.listed("a", "", [Entry("b", "", 1, f"left out by {EVIL[:-1]}")])
+    ledger.listed("a", "", [ListedFile("b", "", 1, f"left out by {EVIL[:-1]}")])
     ledger.close()
     scrape(["status", "--folder", str(tmp_path)])
     said = capfd.readouterr().out

@@ -1,20 +1,21 @@
 """The stages of `clean`, one file each: what they look for, what they change, and what they drop.
 
-A stage is a function from a `Document` to a `Document` or a `Drop`; the first, `encoding`, starts from a
-`RawFile`. Each file has a `VERSION`, which is written beside every shard and goes up when equal input may
-give another output, and a `build`, which makes the stage from its settings. What a stage changes without
-dropping it says by `note`, and the shard's record counts it. No reason, evidence or note holds a secret.
+A stage is a function from a `ScrapedDocument` to a `ScrapedDocument` or a `Drop`; the first, `encoding`,
+starts from a `RawFile`. Each file has a `VERSION`, which is written beside every shard and goes up when equal
+input may give another output, and a `build`, which makes the stage from its settings. A stage reports by
+`note` what it changes in a document that it keeps, and the shard's record counts these notes. No reason,
+evidence or note holds a secret.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 
-Stage = Callable[[Document], Document | Drop]
-Note = Callable[[str], None]  # what was changed, by one of a stage's few names
-Finding = tuple[int, int, str]  # from where to where in a text, and of what kind
+Stage = Callable[[ScrapedDocument], ScrapedDocument | Drop]
+Note = Callable[[str], None]  # gets the name of a change, one of the stage's few
+Finding = tuple[int, int, str]  # start and end in a text, and the kind of what stands there
 
 
 def suffix(path: str) -> str:

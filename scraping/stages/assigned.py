@@ -1,4 +1,4 @@
-"""Values that a name like `password` calls secret."""
+"""Find values that a name such as `password` calls secret."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from scraping.stages import Finding
-from scraping.stages.drawn import looks_drawn
+from scraping.stages.randomness import looks_random
 
 HINTS = ("pass", "pwd", "secret", "token", "credential", "key", "auth")
 _SET = r"(?=[\"'\])]*\s*[:=])"  # short words count only where a value follows
@@ -35,9 +35,9 @@ PLAIN_FILES = frozenset(_PLAIN_FILES.split())
 
 
 def assigned(text: str, kind: str) -> Iterator[Finding]:
-    """Values that a name calls secret and that look drawn; `kind` is the file's ending."""
+    """Yield values that a name calls secret and that look random; `kind` is the file's ending."""
     lower = text.lower()
-    if len(lower) != len(text):  # a few letters have longer small ones
+    if len(lower) != len(text):  # a few letters have a longer lower case
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
     for name in _secret_names(lower):
         if match := QUOTED.match(text, name.end()):
@@ -51,7 +51,7 @@ def assigned(text: str, kind: str) -> Iterator[Finding]:
             or "public" in lower[max(0, name.start() - 12) : name.start()]
         ):
             continue
-        if looks_drawn(match["s"], least):
+        if looks_random(match["s"], least):
             yield *match.span("s"), "SECRET"
 
 

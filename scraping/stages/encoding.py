@@ -1,4 +1,4 @@
-"""Bytes to text: UTF-8, what a byte order mark or a Python coding line says, and nothing by guessing."""
+"""Decode bytes as UTF-8, or as a byte order mark or a Python coding line says; no encoding is guessed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import Callable
 
-from scraping.documents import Document, Drop, RawFile
+from scraping.documents import Drop, RawFile, ScrapedDocument
 from scraping.stages import Note
 
 VERSION = 1
@@ -20,25 +20,25 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 COOKIE = re.compile(rb"[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")  # PEP 263
-# Codecs that a coding line may name. Python takes others too (utf-7, unicode_escape), in which a text reads
-# as something else than what stands there.
+# Codecs that a coding line may name. Python takes others too (utf-7, unicode_escape), by which the decoded
+# text differs from the one that a reader sees.
 COOKIE_CODECS = re.compile(
     r"ascii|iso8859-\d+|cp\d+|koi8-[rut]|mac-\w+|gb\w+|big5\w*|shift_jis\w*|euc_\w+|iso2022_\w+|johab|tis-620|hz"
 )
 CONTROL = bytes({*range(32), 127} - {9, 10, 12, 13})  # all but tab, line feed, form feed, carriage return
-CONTROL_SHARE = 0.01  # of the bytes, above which a file is no text; a stray escape or backspace may stand
+CONTROL_SHARE = 0.01  # share of control bytes above which a file is no text; a stray escape is allowed
 
 
-def build(latin1: bool, line_ends: str, note: Note) -> Callable[[RawFile], Document | Drop]:
-    """The stage.
+def build(latin1: bool, line_ends: str, note: Note) -> Callable[[RawFile], ScrapedDocument | Drop]:
+    """Build the stage.
 
     Args:
-        latin1: Read as latin-1 what is not UTF-8 and says nothing else; each is counted.
+        latin1: Read a file that is not UTF-8 and names no encoding as latin-1; each is counted.
         line_ends: `lf` turns CRLF and lone CR into LF, as Python does when it reads source; `keep` does not.
-        note: Counts what was changed.
+        note: Counts the changes.
     """
 
-    def encoding(file: RawFile) -> Document | Drop:
+    def encoding(file: RawFile) -> ScrapedDocument | Drop:
         data = file.data
         codec = next((codec for mark, codec in MARKS if data.startswith(mark)), "")
         if codec:
@@ -65,13 +65,13 @@ def build(latin1: bool, line_ends: str, note: Note) -> Callable[[RawFile], Docum
         if line_ends == "lf" and "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
             note("line ends made LF")
-        return Document(text, file.repository, file.path, file.commit, file.licence)
+        return ScrapedDocument(text, file.repository, file.path, file.commit, file.licence)
 
     return encoding
 
 
 def _cookie(data: bytes) -> str | Drop:
-    """The codec of a PEP 263 line, "" where there is none."""
+    """Return the codec of a PEP 263 line, "" where there is none."""
     for line in data.splitlines()[:2] if len(data) < 1000 else data[:1000].splitlines()[:2]:
         if match := COOKIE.match(line):
             name = match[1].decode("ascii", "replace")
@@ -84,6 +84,6 @@ def _cookie(data: bytes) -> str | Drop:
             if not COOKIE_CODECS.fullmatch(codec):
                 return Drop("unknown coding line")
             return codec
-        if not re.match(rb"[ \t\f]*(?:#|$)", line):  # only comments may stand above it
+        if not re.match(rb"[ \t\f]*(?:#|$)", line):  # only comments may precede a coding line
             break
     return ""

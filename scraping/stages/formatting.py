@@ -1,4 +1,4 @@
-"""Python in one layout, by autopep8 or ruff; a file whose meaning the tool would change stays as it is."""
+"""Format Python by autopep8 or ruff; a file whose meaning the tool would change stays as it is."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import subprocess
 import sys
 import warnings
 
-from scraping.documents import Document
+from scraping.documents import ScrapedDocument
 from scraping.stages import Note, Stage, suffix
 
 VERSION = 1
 
-# autopep8's own defaults, and E402, whose mending would move imports over code that they depend on.
+# autopep8's own defaults, and E402, whose correction would move imports above code that they depend on.
 LEFT_ALONE = ("E226", "E24", "W50", "W690", "E402")
 
 
 def build(tool: str, note: Note) -> Stage:
-    """The stage; `tool` is `autopep8` or `ruff`, and `note` counts what was formatted and what was not."""
+    """Build the stage: `tool` is `autopep8` or `ruff`, and `note` counts files formatted and unformatted."""
     layout = {"autopep8": _autopep8, "ruff": _ruff}[tool]
 
-    def formatting(document: Document) -> Document:
+    def formatting(document: ScrapedDocument) -> ScrapedDocument:
         if suffix(document.path) not in ("py", "pyi"):
             return document
         try:
@@ -46,7 +46,7 @@ def build(tool: str, note: Note) -> Stage:
 
 
 def check(tool: str) -> None:
-    """ValueError if the tool is not there."""
+    """Raise a ValueError if the tool is not installed."""
     if tool == "ruff" and ruff() is None:
         raise ValueError(
             "--format ruff needs the program ruff, which is not installed: pip install ruff, or take autopep8"
@@ -55,7 +55,7 @@ def check(tool: str) -> None:
 
 @functools.lru_cache
 def ruff() -> str | None:
-    """The program beside this interpreter, or on the path."""
+    """Return the path of the program ruff, beside this interpreter or on the PATH; None if there is none."""
     return shutil.which(
         "ruff", path=os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
     )
@@ -70,7 +70,7 @@ def _autopep8(text: str) -> str:
 def _ruff(text: str) -> str:
     program = ruff()
     assert program, "looked for before the first file"
-    # Isolated: a setting in some folder above must not decide what a corpus looks like.
+    # --isolated: no settings file of a folder above may decide a corpus's layout.
     command = [program, "format", "--isolated", "--no-cache", "--quiet", "--stdin-filename", "file.py", "-"]
     done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8")
     if done.returncode:
@@ -79,7 +79,7 @@ def _ruff(text: str) -> str:
 
 
 def _meaning(text: str) -> str:
-    """The syntax tree, with the docstrings' indentation and trailing space left out, which ruff mends."""
+    """Return the syntax tree without docstrings' indentation and trailing space, which ruff changes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(text)

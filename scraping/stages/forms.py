@@ -1,4 +1,4 @@
-"""Secrets that their form gives away, by their issuers' documentation, and private keys."""
+"""Find secrets by their form, as their issuers document it, and private keys."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from scraping.stages import Finding
-from scraping.stages.drawn import COMMON, looks_drawn, made_up
+from scraping.stages.randomness import COMMON, looks_random, made_up
 
 _E = r"(?![A-Za-z0-9_])"  # the end of a word
 
 
 @dataclass(frozen=True)
 class Form:
-    """Secrets that are known by how they are spelled.
+    """A form of secrets.
 
     Args:
-        kind: Of the placeholder.
-        pattern: Group `s` is the secret, or all of it is, and then it must begin a word. A pattern that
-            begins with plain letters is found ten times as fast as another.
-        marks: Of a pattern that does not: a text without one of these holds none.
-        check: Whether what matched is one, beside not being made up.
+        kind: The kind that the placeholder names.
+        pattern: Its group `s` is the secret; without such a group the whole match is, and must begin a word.
+            A pattern that begins with plain letters is found ten times as fast as another.
+        marks: For a pattern that does not: a text without one of these holds no such secret.
+        check: Returns whether a match is a secret, if it is not made up.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Form:
 
 
 def _begins_word(text: str, at: int) -> bool:
-    """Whether no word goes on at `at`; the letter of an escape like `\\n` is none."""
+    """Return whether no word goes on at `at`; the letter of an escape like `\\n` does not count."""
     if not at or not (text[at - 1].isalnum() or text[at - 1] == "_"):
         return True
     return text[at - 2 : at] in ("\\n", "\\r", "\\t")
@@ -57,7 +57,7 @@ def _form(
 
 
 def _is_jwt(text: str) -> bool:
-    """The first part of a JSON Web Token is base64 of a JSON object (RFC 7519, RFC 7515)."""
+    """Return whether the first part of a text is base64 of a JSON object (RFC 7519, RFC 7515)."""
     part = text.split(".")[0]
     try:
         head = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
@@ -67,7 +67,7 @@ def _is_jwt(text: str) -> bool:
 
 
 def _is_basic(text: str) -> bool:
-    """Credentials of HTTP's Basic scheme are base64 of `user:password` (RFC 7617)."""
+    """Return whether a text is base64 of `user:password`, as in HTTP's Basic scheme (RFC 7617)."""
     try:
         plain = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (ValueError, binascii.Error):
@@ -75,8 +75,8 @@ def _is_basic(text: str) -> bool:
     return b":" in plain and plain.isascii() and plain.decode().isprintable()
 
 
-def _drawn(text: str) -> bool:
-    return looks_drawn(text, 12)
+def _looks_random(text: str) -> bool:
+    return looks_random(text, 12)
 
 
 def _numbered(text: str) -> bool:
@@ -95,7 +95,7 @@ FORMS = (
         "AWS_SECRET",
         r"(?i:aws).{0,60}?[^A-Za-z0-9/+](?P<s>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])",
         "aws AWS Aws",
-        lambda text: looks_drawn(text, 40) and not re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", text),
+        lambda text: looks_random(text, 40) and not re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", text),
     ),
     # https://api.slack.com/authentication/token-types and .../messaging/webhooks
     _form("SLACK_TOKEN", r"xox[abeoprs](?:\.xox[abp])?-[A-Za-z0-9-]{20,400}", check=_numbered),
@@ -119,7 +119,7 @@ FORMS = (
     _form("HF_TOKEN", rf"hf_[A-Za-z0-9]{{30,50}}{_E}"),
     # https://docs.claude.com/en/api/overview, https://platform.openai.com/docs/api-reference/authentication
     _form("ANTHROPIC_KEY", r"sk-ant-[A-Za-z0-9_-]{40,300}"),
-    _form("OPENAI_KEY", r"sk-(?:proj-|svcacct-|admin-|None-)?[A-Za-z0-9_-]{40,300}", check=_drawn),
+    _form("OPENAI_KEY", r"sk-(?:proj-|svcacct-|admin-|None-)?[A-Za-z0-9_-]{40,300}", check=_looks_random),
     # https://www.twilio.com/docs/sendgrid/ui/account-and-settings/api-keys, .../docs/iam/api-keys
     _form("SENDGRID_KEY", r"SG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{16,64}"),
     _form("TWILIO_KEY", rf"SK[0-9a-f]{{32}}{_E}"),
@@ -132,7 +132,7 @@ FORMS = (
         "DISCORD_TOKEN",
         r"[MNO][A-Za-z0-9_-]{23,27}\.[A-Za-z0-9_-]{6}\.[A-Za-z0-9_-]{27,38}(?![A-Za-z0-9_-])",
         "discord Discord DISCORD",
-        _drawn,
+        _looks_random,
     ),
     _form("DISCORD_WEBHOOK", r"/api/webhooks/(?P<s>\d{17,20}/[A-Za-z0-9_-]{60,72})"),
     # https://learn.microsoft.com/azure/storage/common/storage-configure-connection-string
@@ -146,7 +146,7 @@ FORMS = (
     _form("VAULT_TOKEN", r"hv[bs]\.[A-Za-z0-9_-]{24,250}"),
     # RFC 7519; RFC 6750 and 7617; RFC 3986, section 3.2.1
     _form("JWT", r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{10,}", check=_is_jwt),
-    _form("BEARER_TOKEN", r"earer (?P<s>[A-Za-z0-9._~+/-]{16,}=*)", check=_drawn),
+    _form("BEARER_TOKEN", r"earer (?P<s>[A-Za-z0-9._~+/-]{16,}=*)", check=_looks_random),
     _form("BASIC_AUTH", r"Basic (?P<s>[A-Za-z0-9+/]{12,}={0,2})", check=_is_basic),
     _form(
         "PASSWORD",
@@ -154,17 +154,17 @@ FORMS = (
         check=lambda text: not COMMON.fullmatch(text),
     ),
 )
-# RFC 7468 and RFC 4880, section 6.2; also inside string literals, line by line.
+# RFC 7468 and RFC 4880, section 6.2; a key may also be in string literals, line by line.
 PEM = re.compile(r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 PEM_LONGEST = 20_000
 PEM_CUT = re.compile(
     r"(?:[\s\"'`+,()]{0,40}(?:\\[nr]){0,2}[\s\"'`+,]{0,40}[A-Za-z0-9+/=]{16,}+)*+"
-)  # without an end
+)  # a key whose end is missing
 PEM_BODY = re.compile(r"[A-Za-z0-9+/=]{16,}|(?<=[\s\"'`])[A-Za-z0-9+/=]{2,15}(?=[\s\"'`\\])")
 
 
 def private_keys(text: str) -> Iterator[Finding]:
-    """The bodies of private keys; of one over several string literals, each of its parts."""
+    """Yield the bodies of private keys; each part of one that is in several string literals."""
     for begin in PEM.finditer(text):
         start = begin.end()
         stop = text.find("-----END ", start, start + PEM_LONGEST)
@@ -180,6 +180,6 @@ def private_keys(text: str) -> Iterator[Finding]:
         if not re.search(r"[\"'`]", body):
             yield start, stop, kind
             continue
-        for part in PEM_BODY.finditer(text, start, stop):  # the literals' quotes stay
+        for part in PEM_BODY.finditer(text, start, stop):  # without the literals' quotes
             yield *part.span(), kind
             kind = ""

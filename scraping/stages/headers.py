@@ -1,7 +1,7 @@
-"""Comments at the top of a file: those of copyright and licence are removed, the rest stays.
+"""Remove comments of copyright and licence at the top of a file, and leave the other comments there.
 
 A `#!` line, a coding line and notes to tools stay, and so does a description between licence texts. Only
-whole comments and lines of them go, so that the syntax tree is the same without line numbers.
+whole comments or lines of them are removed, so that the syntax tree is the same but for line numbers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from scraping.documents import Document
+from scraping.documents import ScrapedDocument
 from scraping.stages import Note, Stage, suffix
 
 VERSION = 1
@@ -22,8 +22,8 @@ _SLASH = """
     kt kts java scala groovy gradle js jsx ts tsx mjs c h cc cpp cxx hpp cs go rs swift dart
 """
 SLASH = frozenset(_SLASH.split())
-HEAD_LINES = 150  # of a file, in which its comments are looked at
-# One of these makes a header of what stands at the top; then the other words are taken for its parts.
+HEAD_LINES = 150  # comments are looked at in these first lines of a file
+# One of these words makes a comment at the top a licence header; the words below then mark its parts.
 STRONG = re.compile(
     r"copyright|\(c\)\s*\d{4}|©|spdx-|licen[sc]ed?\s+(?:under|to)\b|hereby\s+granted|permission\s+to\s+use"
     r"|all\s+rights\s+reserved|public\s+domain|is\s+free\s+software|terms\s+of\s+the|licen[sc]e\s*:",
@@ -34,7 +34,7 @@ WEAK = re.compile(
     r"|all\s+rights|provided\s+that|without\s+restriction",
     re.IGNORECASE,
 )
-TOOLS = re.compile(  # notes to interpreters, editors and checkers, which are no part of a text
+TOOLS = re.compile(  # notes to interpreters, editors and checkers
     r"#!|#.*?coding[:=]|\W+(?:-\*-|vi(?:m)?:|ex:|type:|pylint:|flake8:|mypy:|ruff:|pyright:|cython:|distutils:|fmt:"
     r"|isort:|noqa|eslint|jshint|@ts-|noinspection|go:|\+build)"
 )
@@ -44,7 +44,7 @@ RULER = re.compile(r"[\W_]*")
 
 @dataclasses.dataclass
 class _Comment:
-    """Lines [start, stop) of a file that are one `/* */`, or a run of line comments."""
+    """The lines [start, stop) of one `/* */`, or of a run of line comments."""
 
     start: int
     stop: int
@@ -52,7 +52,7 @@ class _Comment:
 
 
 def _top_comments(lines: list[str], kind: str) -> list[_Comment]:
-    """The comments before anything else, within `HEAD_LINES`; what is not closed there is left alone."""
+    """Return the comments before anything else; one that `HEAD_LINES` lines do not close is left out."""
     marker = "#" if kind in HASH else "//" if kind in SLASH else ""
     found: list[_Comment] = []
     at = 0
@@ -79,16 +79,16 @@ def _top_comments(lines: list[str], kind: str) -> list[_Comment]:
     return found
 
 
-def head(document: Document) -> list[str]:
-    """What a file says of itself before its code, line by line, without the comments' marks.
+def head(document: ScrapedDocument) -> list[str]:
+    """Return the text of a file's first comments, line by line, without the comments' marks.
 
-    Comments at the top, and of Python the module's docstring and the comments after it; of languages like
-    Java the comments between package and imports too.
+    In Python it has the module's docstring and the comments after it too; in languages like Java the comments
+    between package and imports.
     """
     kind = suffix(document.path)
     lines = document.text[:20_000].split("\n")[:HEAD_LINES]
     kept: list[str] = []
-    inside = ""  # what ends the comment or docstring that a line stands in
+    inside = ""  # the end mark of the comment or docstring that is open
     docstring = False
     for line in lines:
         plain = line.strip()
@@ -118,14 +118,14 @@ def head(document: Document) -> list[str]:
 
 
 def sentences(lines: list[str]) -> str:
-    """The lines as running text, in lower case with single spaces."""
+    """Return the lines as running text, in lower case with single spaces."""
     return " ".join(" ".join(lines).lower().split())
 
 
 def build(note: Note) -> Stage:
-    """The stage; `note` counts the files that lost a header."""
+    """Build the stage; `note` counts the files that lost a header."""
 
-    def headers(document: Document) -> Document:
+    def headers(document: ScrapedDocument) -> ScrapedDocument:
         stripped = without_header(document.text, document.path)
         if stripped == document.text:
             return document
@@ -136,7 +136,7 @@ def build(note: Note) -> Stage:
 
 
 def without_header(text: str, path: str) -> str:
-    """The text without comments of copyright and licence at its top; the same text where there are none."""
+    """Return the text without comments of copyright and licence at its top."""
     kind = suffix(path)
     top = text.split("\n", HEAD_LINES)
     lines, rest = top[:HEAD_LINES], top[HEAD_LINES:]
@@ -159,7 +159,7 @@ def without_header(text: str, path: str) -> str:
     while body and not body[0].strip() and not kept:
         body.pop(0)
     result = "\n".join([*kept, *body, *rest])
-    # A comment that has come up to the first two lines must not become a coding line.
+    # A comment that moved up to the first two lines must not become a coding line.
     if kind in ("py", "pyi") and _coding(result) != _coding(text) and _coding(result):
         return text
     return result
@@ -170,7 +170,7 @@ def _coding(text: str) -> str:
 
 
 def _without_licence(lines: list[str], block: bool) -> list[str]:
-    """A comment's lines without the paragraphs of copyright or licence; none if nothing is left."""
+    """Return a comment's lines without paragraphs of copyright or licence; none if nothing is left."""
     if block:
         opening = re.match(r"\s*/\*+", lines[0])
         assert opening
@@ -193,7 +193,7 @@ def _without_licence(lines: list[str], block: bool) -> list[str]:
 
 
 def _paragraphs_kept(lines: list[str]) -> list[bool]:
-    """For each line, whether its paragraph stays; paragraphs are parted by lines without a word."""
+    """Return for each line whether its paragraph stays; lines without a word separate paragraphs."""
     keep = [True] * len(lines)
     start = 0
     for at in range(len(lines) + 1):
@@ -206,6 +206,6 @@ def _paragraphs_kept(lines: list[str]) -> list[bool]:
 
 
 def _without_rulers(lines: list[str]) -> list[str]:
-    """Without the lines at both ends that hold no word, as empty comments and rows of dashes."""
+    """Remove the lines at both ends that hold no word, such as empty comments and rows of dashes."""
     words = [at for at, line in enumerate(lines) if not RULER.fullmatch(line) or TOOLS.match(line.strip())]
     return lines[words[0] : words[-1] + 1] if words else []

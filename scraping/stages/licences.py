@@ -1,8 +1,8 @@
-"""Which licences a corpus may hold, by SPDX expression: the repository's, and what the file says itself.
+"""Check licences by SPDX expression: the repository's, or the one that a file itself names.
 
 Identifiers are compared whole (https://spdx.org/licenses): "mit" is no part of "permitted". A choice (OR)
-needs one side allowed, a conjunction (AND) both; an exception (WITH) only adds permissions. A file that names
-a licence itself, by `SPDX-License-Identifier:` or by the sentences of well-known headers, goes by that.
+needs one allowed operand, a conjunction (AND) both; an exception (WITH) only adds permissions. A file that
+names a licence itself, by `SPDX-License-Identifier:` or by the sentences of well-known headers, has that one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import re
 from typing import Any
 
-from scraping.documents import UNKNOWN, Document, Drop
+from scraping.documents import UNKNOWN, Drop, ScrapedDocument
 from scraping.stages import Note, Stage
 from scraping.stages.headers import head, sentences
 
@@ -25,11 +25,11 @@ _PERMISSIVE = """
     MulanPSL-2.0 NCSA PostgreSQL PSF-2.0 Python-2.0 Python-2.0.1 Unlicense UPL-1.0 W3C X11 Zlib ZPL-2.1
 """
 PERMISSIVE = tuple(_PERMISSIVE.split())
-NOT_KNOWN = frozenset({UNKNOWN, "noassertion", "none", "other"})  # as GitHub and SPDX say it
+NOT_KNOWN = frozenset({UNKNOWN, "noassertion", "none", "other"})  # words of GitHub and SPDX
 TAG = re.compile(r"SPDX-License-Identifier:\s*([-\w.+() ]*[\w+)])", re.IGNORECASE)
 UNDER = r"(?:under|terms|conditions|licen[sc]e[ds]?|version|copy)\b.{0,60}?"
 SHORT = r"licen[sc]ed?\W+(?:under\W+)?(?:the\W+)?(?:gnu )?"
-# What the headers of files say (texts: https://github.com/spdx/license-list-data), by family of identifiers.
+# Family of identifiers -> sentences of files' headers (texts: https://github.com/spdx/license-list-data).
 SENTENCES = {
     "AGPL": rf"{UNDER}\bgnu affero general public licen|{SHORT}agpl",
     "LGPL": rf"{UNDER}\bgnu (?:lesser|library) (?:general )?public licen|{SHORT}lgpl",
@@ -62,17 +62,17 @@ CHOICE = re.compile(
 
 @functools.cache
 def _licensing() -> Any:
-    from license_expression import get_spdx_licensing  # half a second
+    from license_expression import get_spdx_licensing  # the import takes half a second
 
     return get_spdx_licensing()
 
 
 @functools.lru_cache(maxsize=4096)
 def allowed(expression: str, allow: frozenset[str]) -> bool | None:
-    """Whether licences of `allow` (lower case) meet an SPDX expression; None if it cannot be read."""
+    """Return whether licences of `allow` (lower case) meet an SPDX expression; None if it cannot be read."""
     if expression.lower() in allow:
         return True
-    if len(expression) > 500:  # parsing takes a time that grows with its square
+    if len(expression) > 500:  # parsing takes time that is quadratic in the length
         return None
     from license_expression import ExpressionError
 
@@ -97,16 +97,16 @@ def _family_allowed(family: str, allow: frozenset[str]) -> bool:
 
 
 def build(licences: tuple[str, ...], keep_unknown: bool, note: Note) -> Stage:
-    """The stage.
+    """Build the stage.
 
     Args:
         licences: SPDX identifiers that are allowed.
         keep_unknown: Keep files whose licence nobody states.
-        note: Counts files that go by their own licence instead of the repository's.
+        note: Counts files whose own licence decides instead of the repository's.
     """
     allow = frozenset(licence.lower() for licence in licences)
 
-    def licence(document: Document) -> Document | Drop:
+    def licence(document: ScrapedDocument) -> ScrapedDocument | Drop:
         lines = head(document)
         own = sorted({match[1] for line in lines if (match := TAG.search(line))})
         if own:
@@ -149,7 +149,7 @@ def _spelled(expression: str, licences: tuple[str, ...]) -> str:
 
 
 def check(licences: tuple[str, ...]) -> None:
-    """ValueError if one of the allowed is no SPDX identifier."""
+    """Raise a ValueError if one of the allowed licences is no SPDX identifier."""
     for licence in licences:
         if licence in PERMISSIVE:
             continue

@@ -1,6 +1,6 @@
-"""Files that nobody wrote here: generated, minified, or copied in from elsewhere.
+"""Drop files that were not written in their repository: generated, minified, or copied in from elsewhere.
 
-Known by their paths and by what their first comments say, as GitHub's own statistics know them
+Their paths and first comments tell them, as in GitHub's own statistics
 (https://github.com/github-linguist/linguist: vendor.yml and generated.rb).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Stage
 from scraping.stages.headers import head, sentences
 
@@ -27,8 +27,8 @@ GENERATED = re.compile(
     re.IGNORECASE,
 )
 MADE = r"generated|created|produced|built"
-# In the first comments, lower case with single spaces. A module that speaks of what it generates is not
-# meant: the words must say it of the file, or begin a sentence.
+# Words of the first comments, in lower case with single spaces. They must speak of the file or begin a
+# sentence, since a module may also describe what it generates.
 MARKERS = {
     "do not edit": r"\bdo not (?:edit|modify)\b(?! the)",
     "@generated": r"(?:^|[\s/*#])@generated\b",
@@ -46,9 +46,9 @@ HINT = re.compile(rf"{MADE}|do not|resource")
 
 
 def build() -> Stage:
-    """The stage; it has no settings."""
+    """Build the stage, which has no settings."""
 
-    def origin(document: Document) -> Document | Drop:
+    def origin(document: ScrapedDocument) -> ScrapedDocument | Drop:
         path = document.path
         if match := VENDORED.search(path):
             return Drop("vendored", match[0].strip("/"))

@@ -1,9 +1,9 @@
-"""Secrets and personal data give way to placeholders: `<GITHUB_TOKEN>`, `<PRIVATE_KEY>`, `<EMAIL>`, `<IP>`.
+"""Replace secrets and personal data by placeholders: `<GITHUB_TOKEN>`, `<PRIVATE_KEY>`, `<EMAIL>`, `<IP>`.
 
-Three kinds of finding, in this order; the earlier wins where they overlap: what its form gives away, what is
-assigned to a name like `password` and looks drawn by chance, and e-mail and internet addresses. Left alone is
-what only looks so: examples from manuals, `XXXX`, templates, hashes and UUIDs under other names, private and
-documentation addresses, version numbers.
+There are three kinds of findings, of which the earlier wins where two overlap: secrets of a documented form,
+random values that are assigned to a name like `password`, and e-mail and internet addresses. Similar texts
+stay: examples from manuals, `XXXX`, templates, hashes and UUIDs under other names, private and documentation
+addresses, version numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 from collections.abc import Iterable
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Finding, Note, Stage, suffix
 from scraping.stages.addresses import internet_addresses, mails, words_of_python
 from scraping.stages.assigned import assigned
@@ -22,15 +22,15 @@ from scraping.stages.syntax import PYTHON, problem
 VERSION = 1
 
 
-def findings(document: Document, personal: bool = True, words_only: bool = False) -> list[Finding]:
-    """(start, end, kind) of what gives way, in order and apart from each other.
+def findings(document: ScrapedDocument, personal: bool = True, words_only: bool = False) -> list[Finding]:
+    """Return (start, end, kind) of what is to be replaced, in order and without overlap.
 
-    A private key over several string literals gives several findings, of which the first is its placeholder
-    and the others, of kind "", leave nothing.
+    A private key in several string literals gives several findings: the first is replaced by the placeholder,
+    and the others, of kind "", by nothing.
 
     Args:
-        document: The text, and the path, which says what language it is.
-        personal: E-mail and internet addresses are looked for too.
+        document: The text, and the path, which tells the language.
+        personal: Look for e-mail and internet addresses too.
         words_only: In Python, look for e-mail addresses in strings and comments only: `a@b.to` may multiply.
     """
     text = document.text
@@ -60,8 +60,8 @@ def findings(document: Document, personal: bool = True, words_only: bool = False
     return taken
 
 
-def redact(document: Document, found: list[Finding]) -> Document:
-    """The document with placeholders in place of what was found; equal where there is nothing."""
+def redact(document: ScrapedDocument, found: list[Finding]) -> ScrapedDocument:
+    """Return the document with placeholders in place of the findings."""
     if not found:
         return document
     out: list[str] = []
@@ -73,14 +73,14 @@ def redact(document: Document, found: list[Finding]) -> Document:
 
 
 def build(personal: bool, note: Note) -> Stage:
-    """The stage.
+    """Build the stage.
 
     Args:
-        personal: E-mail and internet addresses go too.
+        personal: Replace e-mail and internet addresses too.
         note: Counts placeholders by kind.
     """
 
-    def secrets(document: Document) -> Document | Drop:
+    def secrets(document: ScrapedDocument) -> ScrapedDocument | Drop:
         found = findings(document, personal)
         redacted = redact(document, found)
         python = found and suffix(document.path) in PYTHON

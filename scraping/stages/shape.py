@@ -1,4 +1,4 @@
-"""The shape of a text: too short, lines no human writes, data and escapes where code should be.
+"""Drop texts by their shape: too short, lines that no human writes, data and escapes instead of code.
 
 The measures of long lines and of letters are those of The Stack and StarCoder (arXiv:2211.15533, 2305.06161),
 the runs of encoded data are after StarCoder2's (arXiv:2402.19173).
@@ -8,47 +8,47 @@ from __future__ import annotations
 
 import re
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Stage
 
 VERSION = 2
 
 ALNUM = bytes(b for b in range(256) if b >= 128 or chr(b).isalnum())  # letters beyond ASCII count as letters
 SPACE = b" \t\n\r\f"
-# Translated so, a table of numbers is a run of 0 and encoded data a run of b: found at the speed of memory.
+# In this translation a table of numbers is a run of 0 and encoded data a run of b, which are fast to find.
 BETWEEN_NUMBERS = SPACE + b",;(){}[].+-_xXabcdefABCDEFuUlL"
 NUMBERS = bytes(ord("0") if chr(b).isdigit() and b < 128 else ord("a") for b in range(256))
 BETWEEN_CODES = SPACE + b"\"'+\\"
 CODES = bytes(ord("b") if b < 128 and (chr(b).isalnum() or b in b"/=") else ord(" ") for b in range(256))
-CODE_LINE, CODE_LINES = 56, 26  # characters, and lines of them: StarCoder2's bound is 1,024 characters
+CODE_LINE, CODE_LINES = 56, 26  # characters, and lines in a row: StarCoder2's bound is 1,024 characters
 CODE = re.compile(rf"[\s\"'+(]*+[brBR]?[\"']?[A-Za-z0-9+/=]{{{CODE_LINE},}}+(?:\\n|[\s\"'+,;)\\])*+")
 
 
 def build(
     min_lines: int, max_line: int, max_mean_line: int, min_alnum: float, max_escapes: int, max_numbers: int
 ) -> Stage:
-    """The stage.
+    """Build the stage.
 
     Args:
         min_lines: Fewest lines that are not blank.
-        max_line: Longest line, in characters.
-        max_mean_line: Longest line on average.
-        min_alnum: Least share of letters and digits among what is not space.
-        max_escapes: Most escapes in a line, such as `\\u00e9`, with next to nothing between; 0 has no bound.
-        max_numbers: Most numbers, or escapes, with nothing but separators between, over all lines; 0 has no
+        max_line: Greatest length of a line, in characters.
+        max_mean_line: Greatest mean length of the lines, in characters.
+        min_alnum: Least share of letters and digits among the characters that are not space.
+        max_escapes: Most escapes in a line, such as `\\u00e9`, with next to nothing between; 0 sets no bound.
+        max_numbers: Most numbers, or escapes, with nothing but separators between, over all lines; 0 sets no
             bound.
     """
-    # Possessive, so that no text takes more than one pass.
+    # Possessive quantifiers, so that no text takes more than one pass.
     escape = r"\\(?:u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]++\}|x[0-9a-fA-F]{2}|[0-7]{3})"
     escapes = re.compile(rf"(?:{escape}[^\\\n]{{0,3}}+){{{max_escapes + 1},}}+")
-    # Whole runs are counted, and not asked to be so long: what is nearly so long would be read over and over.
+    # Whole runs are found and then measured: a pattern with a least length reads shorter runs repeatedly.
     table = re.compile(rf"(?:{escape}(?:[^\\\n]{{0,3}}+(?=\\)|[\s\"',;+.(){{}}\[\]bBrRuU-]*+))++")
     numbers = re.compile(
         rf"(?:[-+]?(?<![\w.])(?:0[xX][0-9a-fA-F]++|\d[\d_]*+(?:\.\d*+)?(?:[eE][-+]?\d++)?)[uUlLfF]{{0,2}}+"
         rf"[\s,;(){{}}\[\]]++){{{max_numbers + 1},}}+"
     )
 
-    def shape(document: Document) -> Document | Drop:
+    def shape(document: ScrapedDocument) -> ScrapedDocument | Drop:
         text = document.text
         lines = text.split("\n")
         written = 0
@@ -92,7 +92,7 @@ def _escapes(run: str) -> int:
 
 
 def _code_run(lines: list[str]) -> int:
-    """The most lines in a row that hold nothing but base64 or hexadecimal digits, in quotes or not."""
+    """Return the most lines in a row of nothing but base64 or hexadecimal digits, in quotes or not."""
     most = run = 0
     for line in lines:
         run = run + 1 if CODE.fullmatch(line) else 0

@@ -1,6 +1,6 @@
-"""Files that do not parse: Python by this interpreter, Kotlin and Java by tree-sitter's grammars.
+"""Drop files that do not parse: Python by this interpreter, Kotlin and Java by tree-sitter's grammars.
 
-What recursion or memory the parsers take is bounded by the child process that runs them.
+The child process that runs the parsers bounds their recursion and memory.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import symtable
 import warnings
 from typing import Any
 
-from scraping.documents import Document, Drop
+from scraping.documents import Drop, ScrapedDocument
 from scraping.stages import Stage, suffix
 
 VERSION = 1
 
 PYTHON = frozenset({"py", "pyi", "pyw"})
-# What Python 3.11 to 3.14 say of statements that Python 2 took, and such statements in the line it names.
+# Messages of Python 3.11 to 3.14 for statements of Python 2, and such statements in the line that they name.
 SAYS_2 = re.compile(
     r"Missing parentheses in call to '(?:print|exec)'|multiple exception types must be parenthesized"
     r"|leading zeros in decimal integer literals"
@@ -35,9 +35,9 @@ FILE_2 = re.compile(
 
 
 def build(max_errors: float) -> Stage:
-    """The stage; `max_errors` is the largest share of a Kotlin or Java file that its grammar may not know."""
+    """Build the stage; `max_errors` is the largest share of a Kotlin or Java file with unknown grammar."""
 
-    def syntax(document: Document) -> Document | Drop:
+    def syntax(document: ScrapedDocument) -> ScrapedDocument | Drop:
         kind = suffix(document.path)
         if kind in PYTHON:
             return problem(document.text) or document
@@ -52,13 +52,13 @@ def build(max_errors: float) -> Stage:
     return syntax
 
 
-@functools.lru_cache(maxsize=2)  # the same text is asked for by two stages
+@functools.lru_cache(maxsize=2)  # two stages need the same text's result
 def problem(text: str) -> Drop | None:
-    """Why this interpreter cannot parse a text; None if it can. MemoryError if memory is full."""
+    """Return why this interpreter cannot parse a text; None if it can. A full memory is a MemoryError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            symtable.symtable(text, "<file>", "exec")  # parses, and is twice as fast as making ast's objects
+            symtable.symtable(text, "<file>", "exec")  # it parses, twice as fast as ast.parse
     except RecursionError:
         return Drop("nested too deeply", "RecursionError")
     except MemoryError:
@@ -69,7 +69,7 @@ def problem(text: str) -> Drop | None:
         line = text.split("\n")[error.lineno - 1 : error.lineno] if error.lineno else []
         if SAYS_2.search(error.msg) or LINE_2.search("".join(line)) or FILE_2.search(text):
             return Drop("python 2", f"line {error.lineno}")
-        # A message may quote the file; what it quotes stays out.
+        # A message may quote the file, which must not reach the record.
         said = re.sub(r"'[^']{4,}'", "'...'", error.msg)
         return Drop("syntax error", f"line {error.lineno}: {said[:100]}")
     except ValueError as error:
@@ -78,9 +78,9 @@ def problem(text: str) -> Drop | None:
 
 
 def _stack_is_full(text: str) -> bool:
-    """Whether a MemoryError means deep nesting, of which Python's parser says it too.
+    """Return whether a MemoryError means deep nesting, for which Python's parser raises it too.
 
-    Memory itself ends only for long texts: a byte of source takes less than 500 in the parser.
+    Only long texts exhaust the memory: the parser takes less than 500 bytes for a byte of source.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return limit == resource.RLIM_INFINITY or 500 * len(text) < limit
@@ -108,12 +108,12 @@ def _parser(kind: str) -> Any:
     return tree_sitter.Parser(tree_sitter.Language(GRAMMARS[kind]()))
 
 
-# What stands whole inside an error counts as understood: an error's own range is often the file.
+# Whole nodes inside an error count as understood, since an error's own range is often the file.
 WHOLE = re.compile(r"declaration|comment|import|package")
 
 
 def unparsed_share(text: str, kind: str) -> float:
-    """The share of a text's bytes that the grammar of `kind` could not place."""
+    """Return the share of a text's bytes that the grammar of `kind` could not place."""
     data = text.encode()
     wrong = 0
     nodes = [_parser(kind).parse(data).root_node]

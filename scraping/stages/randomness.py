@@ -1,4 +1,4 @@
-"""Whether a text looks drawn by chance, as keys and passwords are, or written by someone."""
+"""Tell random text, such as keys and generated passwords, from text that somebody wrote."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ COMMON = re.compile(
     r"(?:pass(?:word|wd)?|pwd|secret|token|user|admin|root|guest|test|postgres|mysql|foo|bar)\d{0,4}", re.I
 )
 PIECES = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-CONSONANTS = re.compile(r"[bcdfghj-np-tv-xz]{5}")  # in a row; words have four
+CONSONANTS = re.compile(r"[bcdfghj-np-tv-xz]{5}")  # five in a row; words have at most four
 WORDISH = re.compile(r"[A-Za-z][a-z]+\d{0,3}|[A-Z]+\d{0,3}|[a-z]?\d{1,4}|[A-Za-z]|")
 
 
 def entropy(text: str) -> float:
-    """Shannon's, in bits a character, of the characters' frequencies."""
+    """Return Shannon's entropy of the characters' frequencies, in bits a character."""
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 
 def _counts_up(text: str) -> bool:
-    """Whether it holds a run of eight like `12345678` or `abcdefgh`."""
+    """Return whether a text holds a run of eight like `12345678` or `abcdefgh`."""
     run = 1
     for before, after in pairwise(text):
         run = run + 1 if ord(after) - ord(before) == 1 else 1
@@ -46,18 +46,18 @@ def _counts_up(text: str) -> bool:
 
 
 def made_up(text: str) -> bool:
-    """Whether a text of a secret's form is made by hand: an example, a template, one character repeated."""
+    """Return whether a secret is made by hand: an example, a template, or one character repeated."""
     return bool(PLACEHOLDER.search(text)) or len(set(text)) < min(8, len(text) // 2) or _counts_up(text)
 
 
-def looks_drawn(text: str, least: int) -> bool:
-    """Whether a value of `least` characters or more could come from a generator of passwords or keys."""
+def looks_random(text: str, least: int) -> bool:
+    """Return whether a text of at least `least` characters could come from a generator of keys."""
     if len(text) < least or made_up(text) or entropy(text) < 3:
         return False
     if text.isdigit() or "\\" in text or "://" in text or re.search(r"\(\?|\[\^?\w-\w|\.[a-z]{2,4}$", text):
         return False
     if all(WORDISH.fullmatch(part) for part in re.split(r"[-_./:,;=+@#&$!?*| ]", text)):
-        return _letters_drawn(text)
+        return _letters_look_random(text)
     if len(WORDS.sub("", text)) < 6:
         return False
     if len(text) >= 16 and CONSONANTS.search(text) and any(c.isdigit() for c in text):
@@ -66,7 +66,7 @@ def looks_drawn(text: str, least: int) -> bool:
     return not pieces or sum(map(len, pieces)) / len(pieces) <= 3.6
 
 
-def _letters_drawn(text: str) -> bool:
-    """Letters alone count as drawn if their case changes more often than words change it."""
+def _letters_look_random(text: str) -> bool:
+    """Return whether letters alone look random: their case changes more often than in words."""
     pieces = PIECES.findall(text)
     return len(text) >= 16 and text.isalpha() and len(text) / len(pieces) < 2.6
