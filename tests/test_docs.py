@@ -7,6 +7,7 @@ are compared with those of the command, and `text` is output, which is left alon
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import json
@@ -24,6 +25,7 @@ import pytest
 import torch
 import yaml
 from commands import command, exit_code, forked
+from test_floors import FLOORS
 
 from architecture import Decoder
 from config import Config, LoraConfig, ModelConfig
@@ -42,7 +44,12 @@ LANGUAGES = {"python", "sh", "bash", "console", "yaml", "text"}
 DOORS = ("trainingmanager", "eval", "generate", "export", "functional", "hyperparam_tune", "recipes/base")
 VERBS = ("crawl", "clone", "local", "site", "stdlib", "status", "clean", "dedup", "build")
 RECIPES = ("completion", "refactor", "kotlin", "fastapi", "summaries")
-WITH_LINKS = [ROOT / "README.md", ROOT / "SECURITY.md", *PAGES]
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+WITH_LINKS = [*(ROOT / name for name in OUTSIDE), *PAGES]
+LIST = ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.yaml", ".github/*.yml"]
+LISTED = subprocess.run(LIST, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+FILES = {name: ROOT / name for name in LISTED if (ROOT / name).is_file()}
+NAMES_IN_FILE = r"((?:`[\w.]+`(?:,? and |, )?)+) in\s+`([\w/]+\.py)`"
 PROGRAM = r"(?:python (?:-m )?|\./plumb )([\w./]+)"  # a script, a package or a verb
 
 
@@ -106,14 +113,59 @@ def test_every_relative_link_and_anchor_resolves(page: Path):
 def test_every_page_is_in_the_contents():
     contents = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]
     listed = re.findall(r"[\w/-]+\.md", json.dumps(contents))
-    assert sorted(listed) == sorted([*(str(page.relative_to(DOCS)) for page in PAGES), "SECURITY.md"])
+    assert sorted(listed) == sorted([*(str(page.relative_to(DOCS)) for page in PAGES), *OUTSIDE[1:]])
 
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_of_the_repository_that_is_named_exists(page: Path):
-    pattern = r"\b(?:benchmarks|tests|recipes)/[a-z0-9_/]+\.(?:py|yaml)\b"
+    folders = "|".join({path.split("/")[0] for path in FILES if "/" in path})
+    pattern = rf"(?<![\w/.])(?:{folders})/[a-z0-9_/]+\.(?:py|yaml)\b"
     named = re.findall(pattern, page.read_text("utf-8"))
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+    assert [name for name in named if name not in FILES] == []
+
+
+@functools.cache
+def defined_in(path: str) -> set[str]:
+    """Return the names that a file defines at its top level, and `Class.name` for those in a class."""
+    found = set()
+    text = FILES[path].read_text("utf-8") if path.endswith(".py") and path in FILES else ""
+    for node in ast.parse(text).body:
+        for name in names_of(node):
+            found.add(name)
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                found |= {f"{name}.{own}" for own in names_of(inner)}
+    return found
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """Return the names that a definition or an assignment gives."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_function_that_is_named_with_its_file_is_in_it(page: Path):
+    """The form is `name` in `folder/file.py`, also with several names before one file."""
+    missing = []
+    for names, path in re.findall(NAMES_IN_FILE, page.read_text("utf-8")):
+        for name in re.findall(r"`([\w.]+)`", names):
+            if name not in defined_in(path):
+                now = [other for other in FILES if name in defined_in(other)]
+                missing.append(f"{name} is not in {path}; it is in {' and '.join(now) or 'no file'}")
+    assert missing == []
+
+
+def test_the_table_of_floors_has_every_floor_in_its_order():
+    text = (DOCS / "architecture.md").read_text("utf-8")
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    rows = [re.findall(r"`([\w/]+?)(?:/|\.py)`", cell) for cell in cells]
+    listed = [name.replace("/", ".") for row in reversed(rows) for name in row]
+    floors = [set(floor.split()) for floor in FLOORS]
+    assert sorted(listed) == sorted(name for floor in floors for name in floor)
+    order = [number for name in listed for number, floor in enumerate(floors) if name in floor]
+    assert order == sorted(order)
 
 
 # --- pages that are made from the code ---------------------------------------------------------------
