@@ -2,7 +2,8 @@
 
 The language of a block of code in docs/ says what becomes of it here: `python` and `sh` blocks are run,
 `bash` blocks are run by the slow tests, `yaml` blocks are parsed as settings, the flags in `console` blocks
-are compared with those of the command, and `text` is output, which is left alone.
+are compared with those of the command, the lines in `diff` blocks are looked for in their files, and `text`
+is output, which is left alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,10 +30,16 @@ from test_floors import FLOORS
 
 from architecture import Decoder
 from config import Config, LoraConfig, ModelConfig
+from guards.preflight import GUARDS
 from lora import add_adapter
+from metrics.registry import BY_MODEL, METRICS
 from pretrained import load_pretrained
+from pretrained.load import FAMILIES
 from pretrained.save_adapter import save_adapter
+from recipes.__main__ import RECIPES
+from scraping.clean import STAGES
 from selftest.data import write_base, write_long_prompts
+from suites.tasks import TASKS
 from sweeps.settings import parse_settings
 from tokenizer import BPETokenizer
 from training.checkpoint import save_checkpoint
@@ -40,10 +47,9 @@ from training.checkpoint import save_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-LANGUAGES = {"python", "sh", "bash", "console", "yaml", "text"}
+LANGUAGES = {"python", "sh", "bash", "console", "yaml", "diff", "text"}
 DOORS = ("trainingmanager", "eval", "generate", "export", "functional", "hyperparam_tune", "recipes/base")
 VERBS = ("crawl", "clone", "local", "site", "stdlib", "status", "clean", "dedup", "build")
-RECIPES = ("completion", "refactor", "kotlin", "fastapi", "summaries")
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 WITH_LINKS = [*(ROOT / name for name in OUTSIDE), *PAGES]
 LIST = ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.yaml", ".github/*.yml"]
@@ -166,6 +172,51 @@ def test_the_table_of_floors_has_every_floor_in_its_order():
     assert sorted(listed) == sorted(name for floor in floors for name in floor)
     order = [number for name in listed for number, floor in enumerate(floors) if name in floor]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("block", blocks("diff"), ids=str)
+def test_lines_of_a_diff_are_lines_of_the_file_that_it_names(block: Block):
+    lines, missing = set(), []
+    for line in block.text.splitlines():
+        if line.startswith("+++ "):
+            lines = {line.strip() for line in (ROOT / line[4:]).read_text("utf-8").splitlines()}
+        elif line[1:].strip() not in lines:
+            missing.append(line)
+    assert missing == []
+
+
+NAMED: dict[str, Collection[str]] = {
+    "metrics.md": METRICS.keys() | BY_MODEL.keys(),
+    "scrape/clean.md": STAGES,
+    "evaluate.md": TASKS,
+    "guards.md": GUARDS,
+    "models.md": FAMILIES,
+    "recipes/index.md": RECIPES,
+}
+
+
+@pytest.mark.parametrize("page", NAMED)
+def test_what_can_be_added_is_named_on_its_page(page: str):
+    text = (DOCS / page).read_text("utf-8")
+    missing = [name for name in NAMED[page] if not re.search(rf"(?<![\w+]){re.escape(name)}(?![\w+])", text)]
+    assert missing == []
+
+
+def test_every_recipe_has_a_page():
+    pages = {path.stem for path in (DOCS / "recipes").iterdir()}
+    assert pages == {*RECIPES, "index"}
+
+
+def test_every_paper_that_the_code_names_is_among_the_sources_and_no_other():
+    def papers(text: str) -> set[str]:
+        return set(re.findall(r"(?:arXiv:|, )(\d{4}\.\d{4,5})\b", text))
+
+    listed = papers((DOCS / "sources.md").read_text("utf-8"))
+    others = [path for path in FILES.values() if not path.is_relative_to(ROOT / "tests")]
+    named = set().union(
+        *(papers(path.read_text("utf-8")) for path in [*others, *PAGES] if path.name != "sources.md")
+    )
+    assert sorted(named - listed) == sorted(listed - named) == []
 
 
 # --- pages that are made from the code ---------------------------------------------------------------
