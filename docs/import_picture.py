@@ -10,12 +10,16 @@ from test_floors import FLOORS, arrows, floor_of  # pyright: ignore[reportMissin
 
 CELL, LETTER, MARGIN = 20, 7.5, 10  # pixels; a letter is as wide as that on average
 DOORS = "the commands"
+UPPER = "/ (upper floor)"
 
 
 def places() -> list[tuple[str, int]]:
-    """Return the name and the floor of each row of the picture, from the ground up; the doors share one."""
-    lower = [(name, number) for number, floor in enumerate(FLOORS[:-1]) for name in floor.split()]
-    return [*lower, (DOORS, len(FLOORS) - 1)]
+    """Return the name and the floor of each row of the picture, from the ground up; the doors share one.
+
+    Files of one folder that lie above the rest of it share a row too.
+    """
+    lower = [(place_of(name), number) for number, floor in enumerate(FLOORS[:-1]) for name in floor.split()]
+    return [*dict.fromkeys(lower), (DOORS, len(FLOORS) - 1)]
 
 
 def place_of(module: str) -> str:
@@ -25,7 +29,8 @@ def place_of(module: str) -> str:
         return DOORS
     while module not in FLOORS[floor].split():
         module = module.rpartition(".")[0]
-    return module
+    folder, dot, _ = module.partition(".")
+    return f"{folder}{UPPER}" if dot else module
 
 
 def imports() -> set[tuple[str, str]]:
@@ -36,10 +41,9 @@ def imports() -> set[tuple[str, str]]:
 
 def label(place: str, modules: set[str]) -> str:
     """Return a place as a path: of a folder with a slash, of a file with its ending."""
-    if place == DOORS:
+    if place == DOORS or place.endswith(UPPER):
         return place
-    is_folder = any(module.startswith(f"{place}.") for module in modules)
-    return place.replace(".", "/") + ("/" if is_folder else ".py")
+    return place + ("/" if any(module.startswith(f"{place}.") for module in modules) else ".py")
 
 
 def import_picture() -> str:
