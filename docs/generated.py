@@ -1,8 +1,8 @@
-"""Write the pages of the manual that are made from the code: docs/settings.md and docs/faults.md.
+"""Write the parts of the manual that are made from the code: the pages of settings and faults, and a picture.
 
     python docs/generated.py
 
-tests/test_docs.py compares the pages with what this file makes.
+tests/test_docs.py compares each with what this file makes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent))
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests"), str(DOCS)]
 
 NOTE = "<!-- Made by `python docs/generated.py`: change the code that it reads, not this page. -->"
 
@@ -115,7 +115,14 @@ def default_of(value: Any) -> str:
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
-PAGES = {"settings.md": settings_page, "faults.md": faults_page}
+def imports_picture() -> str:
+    """Return the picture of the imports between folders."""
+    from import_picture import import_picture
+
+    return import_picture()
+
+
+PAGES = {"settings.md": settings_page, "faults.md": faults_page, "pictures/imports.svg": imports_picture}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -2,11 +2,13 @@
 
 The language of a block of code in docs/ says what becomes of it here: `python` and `sh` blocks are run,
 `bash` blocks are run by the slow tests, `yaml` blocks are parsed as settings, the flags in `console` blocks
-are compared with those of the command, and `text` is output, which is left alone.
+are compared with those of the command, the lines in `diff` blocks are looked for in their files, and `text`
+is output, which is left alone.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import json
@@ -14,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +26,20 @@ import pytest
 import torch
 import yaml
 from commands import command, exit_code, forked
+from test_floors import FLOORS
 
 from architecture import Decoder
 from config import Config, LoraConfig, ModelConfig
+from guards.preflight import GUARDS
 from lora import add_adapter
+from metrics.registry import BY_MODEL, METRICS
 from pretrained import load_pretrained
+from pretrained.load import FAMILIES
 from pretrained.save_adapter import save_adapter
+from recipes.__main__ import RECIPES
+from scraping.clean import STAGES
 from selftest.data import write_base, write_long_prompts
+from suites.tasks import TASKS
 from sweeps.settings import parse_settings
 from tokenizer import BPETokenizer
 from training.checkpoint import save_checkpoint
@@ -38,11 +47,15 @@ from training.checkpoint import save_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-LANGUAGES = {"python", "sh", "bash", "console", "yaml", "text"}
+LANGUAGES = {"python", "sh", "bash", "console", "yaml", "diff", "text"}
 DOORS = ("trainingmanager", "eval", "generate", "export", "functional", "hyperparam_tune", "recipes/base")
 VERBS = ("crawl", "clone", "local", "site", "stdlib", "status", "clean", "dedup", "build")
-RECIPES = ("completion", "refactor", "kotlin", "fastapi", "summaries")
-WITH_LINKS = [ROOT / "README.md", ROOT / "SECURITY.md", *PAGES]
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+WITH_LINKS = [*(ROOT / name for name in OUTSIDE), *PAGES]
+LIST = ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.yaml", ".github/*.yml"]
+LISTED = subprocess.run(LIST, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+FILES = {name: ROOT / name for name in LISTED if (ROOT / name).is_file()}
+NAMES_IN_FILE = r"((?:`[\w.]+`(?:,? and |, )?)+) in\s+`([\w/]+\.py)`"
 PROGRAM = r"(?:python (?:-m )?|\./plumb )([\w./]+)"  # a script, a package or a verb
 
 
@@ -106,14 +119,106 @@ def test_every_relative_link_and_anchor_resolves(page: Path):
 def test_every_page_is_in_the_contents():
     contents = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]
     listed = re.findall(r"[\w/-]+\.md", json.dumps(contents))
-    assert sorted(listed) == sorted([*(str(page.relative_to(DOCS)) for page in PAGES), "SECURITY.md"])
+    assert sorted(listed) == sorted([*(str(page.relative_to(DOCS)) for page in PAGES), *OUTSIDE[1:]])
 
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_of_the_repository_that_is_named_exists(page: Path):
-    pattern = r"\b(?:benchmarks|tests|recipes)/[a-z0-9_/]+\.(?:py|yaml)\b"
+    folders = "|".join({path.split("/")[0] for path in FILES if "/" in path})
+    pattern = rf"(?<![\w/.])(?:{folders})/[a-z0-9_/]+\.(?:py|yaml)\b"
     named = re.findall(pattern, page.read_text("utf-8"))
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+    assert [name for name in named if name not in FILES] == []
+
+
+@functools.cache
+def defined_in(path: str) -> set[str]:
+    """Return the names that a file defines at its top level, and `Class.name` for those in a class."""
+    found = set()
+    text = FILES[path].read_text("utf-8") if path.endswith(".py") and path in FILES else ""
+    for node in ast.parse(text).body:
+        for name in names_of(node):
+            found.add(name)
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                found |= {f"{name}.{own}" for own in names_of(inner)}
+    return found
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """Return the names that a definition or an assignment gives."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_function_that_is_named_with_its_file_is_in_it(page: Path):
+    """The form is `name` in `folder/file.py`, also with several names before one file."""
+    missing = []
+    for names, path in re.findall(NAMES_IN_FILE, page.read_text("utf-8")):
+        for name in re.findall(r"`([\w.]+)`", names):
+            if name not in defined_in(path):
+                now = [other for other in FILES if name in defined_in(other)]
+                missing.append(f"{name} is not in {path}; it is in {' and '.join(now) or 'no file'}")
+    assert missing == []
+
+
+def test_the_table_of_floors_has_every_floor_in_its_order():
+    """A folder whose files lie on two floors has a second row, which says so."""
+    text = (DOCS / "architecture.md").read_text("utf-8")
+    listed: list[str] = []
+    for cell in reversed(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)):
+        upper = "." if cell.endswith("(upper floor)") else ""
+        listed += [name + upper for name in re.findall(r"`(\w+)(?:/|\.py)`", cell)]
+    floors = [[re.sub(r"\..*", ".", name) for name in floor.split()] for floor in FLOORS]
+    assert sorted(listed) == sorted({name for floor in floors for name in floor})
+    order = [number for name in listed for number, floor in enumerate(floors) if name in floor]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("block", blocks("diff"), ids=str)
+def test_lines_of_a_diff_are_lines_of_the_file_that_it_names(block: Block):
+    lines, missing = set(), []
+    for line in block.text.splitlines():
+        if line.startswith("+++ "):
+            lines = {line.strip() for line in (ROOT / line[4:]).read_text("utf-8").splitlines()}
+        elif line[1:].strip() not in lines:
+            missing.append(line)
+    assert missing == []
+
+
+NAMED: dict[str, Collection[str]] = {
+    "metrics.md": METRICS.keys() | BY_MODEL.keys(),
+    "scrape/clean.md": STAGES,
+    "evaluate.md": TASKS,
+    "guards.md": GUARDS,
+    "models.md": FAMILIES,
+    "recipes/index.md": RECIPES,
+}
+
+
+@pytest.mark.parametrize("page", NAMED)
+def test_what_can_be_added_is_named_on_its_page(page: str):
+    text = (DOCS / page).read_text("utf-8")
+    missing = [name for name in NAMED[page] if not re.search(rf"(?<![\w+]){re.escape(name)}(?![\w+])", text)]
+    assert missing == []
+
+
+def test_every_recipe_has_a_page():
+    pages = {path.stem for path in (DOCS / "recipes").iterdir()}
+    assert pages == {*RECIPES, "index"}
+
+
+def test_every_paper_that_the_code_names_is_among_the_sources():
+    def papers(text: str) -> set[str]:
+        return set(re.findall(r"(?:arXiv:|, )(\d{4}\.\d{4,5})\b", text))
+
+    listed = papers((DOCS / "sources.md").read_text("utf-8"))
+    others = [path for path in FILES.values() if not path.is_relative_to(ROOT / "tests")]
+    named = set().union(
+        *(papers(path.read_text("utf-8")) for path in [*others, *PAGES] if path.name != "sources.md")
+    )
+    assert sorted(named - listed) == []
 
 
 # --- pages that are made from the code ---------------------------------------------------------------
