@@ -171,7 +171,7 @@ def ours(
     return loss, [p for p in model.parameters() if p.requires_grad], config.vocab_size
 
 
-def curve(shape: str, rows: int, length: int, steps: int, held: str, seed: int) -> list[float]:
+def curve(shape: str, rows: int, length: int, steps: int, weight_format: str, seed: int) -> list[float]:
     """Return our loss of each step."""
     library = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))

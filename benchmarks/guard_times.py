@@ -25,6 +25,7 @@ from config import Config, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from config.files import REPOSITORY
 from dataset import prepare_data
 from guards.preflight import GUARDS, run_guard
+from guards.subject import GuardSubject
 from lora import add_adapter
 from modules.precision import choose_device, choose_precision, keep_freed_memory
 from modules.quantized_linear import n_weights
