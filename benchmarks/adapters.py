@@ -247,6 +247,7 @@ def product_rate(dtype: torch.dtype) -> float:
 def worker(
     side: str, shape: str, rows: int, length: int, steps: int, weight_format: str, recompute: bool, asked: str
 ) -> dict[str, Any]:
+    """Return what one side took. Eight parameters: they are the flags of the process that is measured."""
     torch.manual_seed(0)
     dtype = choose_precision(choose_device("cpu"), asked).dtype
     if side == "peer":
