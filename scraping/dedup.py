@@ -352,17 +352,18 @@ def run(settings: DedupSettings) -> None:
     if settings.shingle < 1:
         raise ValueError(f"--shingle is {settings.shingle}; it must be at least 1")
     parts = parts_of(Path(settings.folder, "clean"))
+    takes_shard = settings.step in ("signature", "bucket")
+    if settings.shard and not takes_shard:
+        raise ValueError(f"--shard {settings.shard} is for --step signature and bucket; leave it out")
+    number, shards = parse_shard(settings.shard or "0/1")
+    if settings.step == "signature" and shards != len(parts):
+        raise ValueError(f"--shard {settings.shard} is of {shards}, and clean made {len(parts)} parts")
     if not any(True for part in parts for _ in read_shard(part)):
         raise ValueError(f"{parts[0].parent} holds no document, as clean said: run clean again first")
-    if settings.step in ("signature", "bucket"):
-        number, shards = parse_shard(settings.shard or "0/1")
-        if settings.step == "bucket":
-            return bucket(settings, (number, shards))
-        if shards != len(parts):
-            raise ValueError(f"--shard {settings.shard} is of {shards}, and clean made {len(parts)} parts")
+    if settings.step == "signature":
         return signature(settings, parts[number])
-    if settings.shard:
-        raise ValueError(f"--shard {settings.shard} is for --step signature and bucket; leave it out")
+    if settings.step == "bucket":
+        return bucket(settings, (number, shards))
     if settings.step == "all":
         each(partial(signature, settings), parts, settings.workers)
         bucket(settings, (0, 1))

@@ -484,7 +484,7 @@ def old_gpu() -> contextlib.AbstractContextManager:
 
 
 def adapters_not_dropped() -> contextlib.AbstractContextManager:
-    return patch.object(layers.LowRank, "drawn", lambda self: None)
+    return patch.object(layers.LowRank, "sample_mask", lambda self: None)
 
 
 def term_dropped() -> contextlib.AbstractContextManager:

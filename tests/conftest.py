@@ -11,7 +11,6 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from stores import AWKWARD
 
 import sandbox
 
@@ -26,6 +25,7 @@ FILES = {
     * 3
     for i in range(24)
 }
+AWKWARD = ["", "a\r\nb\rc\n", "\ufefftext", "tab\t\f\x00nul", "naïve 日本 🙂", "no newline", "x = 1\n" * 300]
 
 # The reasons for which a test may be left out; skipped for another one, it fails.
 WITHOUT_SANDBOX = "generated code runs in a sandbox only"

@@ -21,8 +21,6 @@ from dataset import (
 )
 from tokenizer import Tokenizer
 
-AWKWARD = ["", "a\r\nb\rc\n", "\ufefftext", "tab\t\f\x00nul", "naïve 日本 🙂", "no newline", "x = 1\n" * 300]
-
 
 class Bytes(Tokenizer):
     kind = "bytes"

@@ -18,7 +18,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import AWKWARD, Bytes, settings_for, write_rows
+from conftest import AWKWARD
+from stores import Bytes, settings_for, write_rows
 
 from config import DataConfig
 from data import corpus, leaks
