@@ -296,7 +296,7 @@ def run(tmp_path, data, model) -> Path:
 
 
 def here(run: Path, **settings: Any) -> EvalConfig:
-    """Settings that keep the cache out of the house."""
+    """Settings that keep the cache out of the repository."""
     return EvalConfig(str(run), cache=str(run.parent / "cache"), **settings)
 
 

@@ -33,7 +33,7 @@ HANDED_ON = {*map(str, (REPOSITORY / "config").glob("*.py")), str(REPOSITORY / "
 
 @contextmanager
 def reads_noted() -> Iterator[set[str]]:
-    """Full keys whose attribute is read by a file of the house that is no watcher, while it lasts.
+    """Full keys whose attribute is read by a file of the repository that is no watcher, while it lasts.
 
     `dataclasses.replace` and `asdict` read all fields, from another file.
     """
