@@ -46,7 +46,7 @@ def stages(files: dict[str, bytes]) -> None:
     ]
     seconds: defaultdict[str, float] = defaultdict(float)
     size: Counter[str] = Counter()
-    gc.disable()  # as in the children
+    gc.disable()  # The children do so too.
     for path, data in files.items():
         started = time.process_time()
         document = decode(RawFile("o/r", path, "", "PSF-2.0", data))

@@ -85,7 +85,7 @@ def _without_docstrings(node: ast.ClassDef, lines: list[bytes], first: int) -> s
     for inner in sorted(
         (n for n in ast.walk(node) if isinstance(n, documented) and _docstring(n)),
         key=lambda n: n.body[0].lineno,
-        reverse=True,  # from the end, so that earlier places stay valid
+        reverse=True,  # The last place first: earlier ones stay valid.
     ):
         expression = inner.body[0]
         start, end = expression.lineno, expression.end_lineno or expression.lineno

@@ -133,7 +133,7 @@ def refactored(
     new = answer([prompt_of(piece.source) for piece in found])
     for piece, one in list(zip(found, new, strict=True))[
         ::-1
-    ]:  # from the end, so that lines above keep their numbers
+    ]:  # The last place first: lines above keep their numbers.
         put, told = _taken(piece, one, text, check_behaviour)
         became[told] += 1
         if put is not None:

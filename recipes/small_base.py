@@ -141,7 +141,7 @@ def with_gaps(tokenizer: Tokenizer, folder: Path) -> None:
     backend.add_special_tokens(list(FIM_TOKENS))
     path.write_text(backend.to_str(), "utf-8")
     config = json.loads((temporary / "tokenizer_config.json").read_text("utf-8"))
-    config.pop("plumb_kind", None)  # with added tokens it is no plain byte-level BPE any more
+    config.pop("plumb_kind", None)  # Added tokens make it more than plain byte-level BPE.
     config |= {"additional_special_tokens": list(FIM_TOKENS), STARTS_GAPS: True}
     (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
     PretrainedTokenizer.load(temporary)

@@ -136,8 +136,8 @@ class _Bucket:
 
     remaining: float = float("inf")
     limit: float = float("inf")
-    resets: float = 0.0  # by the local clock
-    window: float = 0.0  # by the server's clock: it tells the window that an answer is from
+    resets: float = 0.0  # A time of the local clock.
+    window: float = 0.0  # A time of the server's clock, which tells the window that an answer is from.
     in_flight: int = 0
     refilled: bool = False  # whether a new window began since the last answer
 

@@ -184,7 +184,7 @@ class Client:
             response = connection.getresponse()
             headers = {key.lower(): value for key, value in response.getheaders()}
             body = self._body(response, headers, most) if response.status == 200 else b""
-            if late:  # without a Content-Length, a shut socket looks like the body's end
+            if late:  # Where there is no Content-Length, a shut socket looks like the body's end.
                 raise OSError(f"it took more than {self.seconds:g} seconds")
             charset = response.headers.get_content_charset("")
             return WebAnswer(response.status, response.headers.get_content_type(), charset, body), headers

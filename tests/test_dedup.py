@@ -211,7 +211,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, settings: dict, message: str)
 
 
 def test_a_clean_folder_without_a_document_is_refused(tmp_path: Path) -> None:
-    """As it is after a clean that refused to keep nothing."""
+    """Dedup is refused where clean kept nothing, as after a clean that said so."""
     corpus_of(tmp_path, [], 2)
     with pytest.raises(ValueError, match="clean holds no document, as clean said"):
         run(DedupSettings(folder=str(tmp_path)))

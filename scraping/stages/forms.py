@@ -180,6 +180,6 @@ def private_keys(text: str) -> Iterator[Finding]:
         if not re.search(r"[\"'`]", body):
             yield start, stop, kind
             continue
-        for part in PEM_BODY.finditer(text, start, stop):  # without the literals' quotes
+        for part in PEM_BODY.finditer(text, start, stop):  # The literals' quotes are left out.
             yield *part.span(), kind
             kind = ""
