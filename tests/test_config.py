@@ -23,7 +23,7 @@ from config import (
     parse_config,
     unused_keys,
 )
-from config.files import REPOSITORY
+from config.files import REPOSITORY, own_module
 from config.yamlfile import read_yaml
 
 
@@ -472,3 +472,13 @@ def test_a_folder_that_may_not_be_written_says_what_to_do(capsys: pytest.Capture
     assert exit.value.code == 2
     expected = "error: /data/run cannot be used (Read-only file system); name a folder you may write to\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_module_of_this_program_is_run_whatever_the_working_directory_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text("raise SystemExit('a file of the user')\n", "utf-8")
+    (tmp_path / "selftest.py").write_text("raise SystemExit('another file of the user')\n", "utf-8")
+    command, environment = own_module("selftest.plan_child")
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, input="{}", capture_output=True, text=True, check=False
+    )
+    assert "of the user" not in done.stderr and "KeyError: 'config'" in done.stderr
