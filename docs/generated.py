@@ -97,7 +97,7 @@ def kind_of(kind: Any) -> str:
         return f"list of {kind_of(inner[0])}"
     if get_origin(kind) is dict:
         return f"mapping of name to {kind_of(inner[1])}"
-    if inner:  # or None
+    if inner:  # An optional type, whose None is not named.
         return kind_of(inner[0])
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
 
