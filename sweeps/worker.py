@@ -355,8 +355,11 @@ def start(settings: SweepSettings, fingerprint: str, mouth: Connection, name: st
         ticks: A shared number that counts what it does: while it stands still, the worker does nothing.
     """
 
+    has_ended = False  # From then on a signal to stop asks for what is under way already.
+
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        if not has_ended:
+            raise KeyboardInterrupt
 
     # tqdm's own lock is a semaphore between processes, which would outlive a worker that is killed.
     tqdm.set_lock(threading.RLock())
@@ -367,19 +370,21 @@ def start(settings: SweepSettings, fingerprint: str, mouth: Connection, name: st
     def tick() -> None:
         ticks.value += 1
 
-    sweep = settings.sweep
+    sweep, code = settings.sweep, 0
     try:
-        with told(sweep.storage, sweep.folder):
-            trials, repeats = open_studies(settings)
-            # Two first commands may both have found a study without data.
-            refuse_other_data(trials, fingerprint)
-            with Pulse(trials, sweep.folder, name) as pulse:
-                Worker(settings, trials, repeats, pulse, tick).work()
-    except KeyboardInterrupt:
-        sys.exit(STOPPED)
-    except ValueError as error:
-        if os.environ.get("PLUMB_TRACEBACK"):
-            raise
-        mouth.send(str(error))
-        sys.exit(2)
-    sys.exit(0)
+        try:
+            with told(sweep.storage, sweep.folder):
+                trials, repeats = open_studies(settings)
+                # Two first commands may both have found a study without data.
+                refuse_other_data(trials, fingerprint)
+                with Pulse(trials, sweep.folder, name) as pulse:
+                    Worker(settings, trials, repeats, pulse, tick).work()
+        except ValueError as error:
+            if os.environ.get("PLUMB_TRACEBACK"):
+                raise
+            mouth.send(str(error))
+            code = 2
+        has_ended = True
+    except KeyboardInterrupt:  # It may come while the error is told, where another worker failed by the same.
+        has_ended, code = True, STOPPED
+    sys.exit(code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
+import signal
 import subprocess
 import sys
 import time
@@ -58,11 +60,33 @@ def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
+class Fork(multiprocessing.context.ForkProcess):
+    """A fork that takes signals as a process that was spawned does: none reaches its parent's handlers."""
+
+    stopping = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+    def start(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.stopping)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.stopping)
+
+    def run(self) -> None:
+        for number in self.stopping:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.stopping)
+        super().run()
+
+
+class ForkContext(multiprocessing.context.ForkContext):
+    Process = Fork
+
+
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers begin as forks of this process: to import torch anew takes each of them three seconds."""
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: ForkContext())
 
 
 def records(folder: Path, name: str = "study", url: str = "") -> list[optuna.trial.FrozenTrial]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pty
 import random
@@ -227,6 +228,29 @@ def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus:
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "study/logs cannot be used (" in done.stderr
     assert all(is_open(record) for record in slots_of(records(tmp_path)).values())  # nothing is lost
+
+
+class StoppedWhileItIsTold:
+    """A pipe's end to which a worker tells its error, and the signal to stop comes just then."""
+
+    def send(self, sentence: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_worker_that_is_stopped_while_it_tells_its_error_ends_as_one_that_was_stopped(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "logs").touch()  # where a folder must be
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(
+        target=worker.start, args=(settings, "", StoppedWhileItIsTold(), "name", context.RawValue("Q"))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == STOPPED and capfd.readouterr().err == ""
 
 
 def silent(*_: Any) -> None:
