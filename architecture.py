@@ -327,7 +327,7 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.run_block: Callable[[nn.Module, Tensor, Context], Tensor] = run_block
-        self.grown = False  # whether embedding and head of a base got rows more, which no file of it holds
+        self.grown = False  # True once a base's embedding and head have rows that no file of it holds.
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -355,7 +355,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Logits (B, T, V); see `hidden` for the arguments."""
+        """Return logits (B, T, V); see `hidden` for the arguments."""
         return self.head(self.hidden(tokens, positions, document_ids, cache))
 
     def hidden(
@@ -365,7 +365,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """The residual stream after the last norm, (B, T, C).
+        """Return the residual stream after the last norm, (B, T, C).
 
         Args:
             tokens: (B, T) ids.

@@ -11,11 +11,11 @@ from typing import Any
 from config import make_parser, one_sentence
 from training.export_config import ExportConfig
 
-FLAGS = ("--merge", "--requantise")  # flags that need no value
+FLAGS = ("--merge", "--requantise")  # These need no value.
 
 
 def parse_settings(argv: list[str]) -> ExportConfig:
-    """The ExportConfig of a command line; a mistake prints one sentence and exits with 2."""
+    """Parse a command line; a mistake prints one sentence and exits with 2."""
     parser = make_parser({"": ExportConfig}, "Write a model for other tools.")
     words = []
     for word, after in zip(argv, [*argv[1:], "--"], strict=True):

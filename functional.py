@@ -33,6 +33,11 @@ def parse_settings(argv: list[str]) -> FunctionalConfig:
     return settings
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    """Judge the samples of a command line, and print their score."""
     with one_sentence():
-        print(evaluate(parse_settings(sys.argv[1:])))
+        print(evaluate(parse_settings(argv)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

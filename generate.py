@@ -16,7 +16,7 @@ from generation.settings import CommandConfig
 
 
 def parse_settings(argv: list[str]) -> CommandConfig:
-    """The CommandConfig of a command line; a mistake prints one sentence and exits with 2.
+    """Parse a command line; a mistake prints one sentence and exits with 2.
 
     Texts are taken as they are, where the parser would read them as YAML.
     """

@@ -62,7 +62,7 @@ def with_nonzero_weights(model: Decoder) -> Iterator[None]:
     warmup. Afterwards weights and modes are what they were.
     """
     modes = {module: module.training for module in model.modules()}
-    asleep = {
+    near_zero = {
         p: p.detach().clone()
         for p in model.parameters()
         if p.dim() > 1 and p.requires_grad and p.detach().abs().max() < LEAST * p.size(-1) ** -0.5
@@ -70,12 +70,12 @@ def with_nonzero_weights(model: Decoder) -> Iterator[None]:
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            for p in asleep:
+            for p in near_zero:
                 p.normal_(std=p.size(-1) ** -0.5)
         yield
     finally:
         with torch.no_grad():
-            for p, before in asleep.items():
+            for p, before in near_zero.items():
                 p.copy_(before)
         for module, training in modes.items():
             module.training = training

@@ -14,14 +14,21 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from architecture import Decoder
-from config import Config, DataConfig, ModelConfig, one_sentence
+from config import DROPOUTS, Config, DataConfig, ModelConfig, one_sentence
 from data.corpus import training_texts
 from dataset import Batch, prepare_data
 from guards.faults import FAULTS
 from guards.first_steps import FirstSteps
 from guards.preflight import preflight
+from guards.subject import GuardSubject
 from lora import add_adapter
-from modules.precision import choose_device, choose_precision, keep_freed_memory, release_freed_memory
+from modules.precision import (
+    Precision,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    release_freed_memory,
+)
 from modules.quantized_linear import quantize_linears
 from pretrained import FAMILIES
 from selftest.data import write_corpus
@@ -98,7 +105,9 @@ def measure(request: dict[str, Any]) -> Cost:
     )
 
 
-def make_run(config: Config, model: Any, precision: Any, family: str | None, folder: Path) -> tuple[Any, Any]:
+def make_run(
+    config: Config, model: Decoder, precision: Precision, family: str | None, folder: Path
+) -> tuple[TrainingManager, GuardSubject]:
     """Return the manager of a run on some functions of sampled words, and what its guards look at."""
     write_corpus(folder / "texts", FUNCTIONS)
     config = replace(config, data=DataConfig(str(folder / "texts"), cache=str(folder / "cache"), workers=1))
@@ -108,16 +117,12 @@ def make_run(config: Config, model: Any, precision: Any, family: str | None, fol
     return manager, manager.subject(tokenizer, "fresh" if family is None else "loaded", None)
 
 
-def make_model(shape: ModelConfig, family: str | None, config: Config, precision: Any) -> Any:
+def make_model(shape: ModelConfig, family: str | None, config: Config, precision: Precision) -> Decoder:
     """Return a model with random weights, stored as `training.run.base_stored_as` stores those of a base."""
     model = Decoder(replace(shape, init="normal"))
     if family is None:
         return model
-    rates = {
-        key: value
-        for key, value in vars(config.model).items()
-        if key.endswith("dropout") and value is not None
-    }
+    rates = {key: rate for key in DROPOUTS if (rate := getattr(config.model, key)) is not None}
     set_dropout(model, replace(shape, **rates).resolved())
     weight_format = (
         "fp32" if config.lora.r == 0 else resolved_format(config.train.base_format, precision.dtype)
@@ -137,7 +142,7 @@ def make_model(shape: ModelConfig, family: str | None, config: Config, precision
     return model
 
 
-def make_batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
+def make_batch(rows: int, length: int, vocab_size: int, device: torch.device) -> Batch:
     """Return rows of two documents, in which every token is a target."""
     tokens = torch.randint(0, vocab_size, (rows, length), device=device)
     place = torch.arange(length, device=device).expand(rows, length)
@@ -145,7 +150,7 @@ def make_batch(rows: int, length: int, vocab_size: int, device: Any) -> Any:
     return Batch(tokens, tokens, second, place - second * (length // 2))
 
 
-def timed_step(manager: Any, batch: Any) -> tuple[float, float]:
+def timed_step(manager: TrainingManager, batch: Batch) -> tuple[float, float]:
     """Return the seconds of forward and backward, and of the update.
 
     On a CPU they are those of processor time of this thread; see training/plan.py.
@@ -169,7 +174,7 @@ def timed_step(manager: Any, batch: Any) -> tuple[float, float]:
     return middle - start, now() - middle
 
 
-def reset_peak(device: Any) -> None:
+def reset_peak(device: torch.device) -> None:
     """Forget the peak of memory so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -177,7 +182,7 @@ def reset_peak(device: Any) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # This resets the peak of resident memory: proc(5).
 
 
-def peak(device: Any) -> float:
+def peak(device: torch.device) -> float:
     """Return the most bytes that the process had since `reset_peak`; on a GPU those of its tensors."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))

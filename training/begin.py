@@ -18,6 +18,7 @@ from config import Config, write_atomically
 from config.files import code_fingerprint
 from config.yamlfile import read_yaml
 from dataset import PreparedData, fitting_row, prepare_data, prepare_tokenizer
+from guards.faults import Fault
 from guards.preflight import preflight, record_overrides
 from lora import trainable_table
 from modules.precision import Precision, keep_freed_memory, release_freed_memory
@@ -69,9 +70,6 @@ def _train_in(
     base = open_base(config, precision.dtype, precision.device)
     row_may_shrink = base is not None and not config.train.row_length and not resumes
     config, tokenizer = with_tokenizer(folder, config, base, precision.dtype)
-    if resumes:
-        tokenizer.bare_gaps = gaps_began_bare(folder)
-    tokenizer.heals = config.data.heal
     data = prepare_data(config.data, tokenizer)
     if row_may_shrink:
         config = with_fitting_row(config, data)
@@ -88,13 +86,7 @@ def _train_in(
     subject = manager.subject(tokenizer, start, known_ids)
     passed = preflight(subject, config.train.allow)
     release_freed_memory()
-    # Only now: a run that a guard refuses leaves its folder as it was, free for the next try.
-    if not resumes:
-        tokenizer.save(folder / "tokenizer")
-        write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
-    saved = manager.config.to_dict() | {"run": str(folder), "resume": False}
-    write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
-    record_overrides(folder, passed)
+    write_down(manager, tokenizer, fingerprints, passed)
     manager.fit(subject, warn=not is_preset)
     return manager
 
@@ -103,6 +95,8 @@ def with_tokenizer(
     folder: Path, config: Config, base: Pretrained | None, dtype: torch.dtype
 ) -> tuple[Config, Tokenizer]:
     """Return the settings with the model's whole shape, and the tokenizer, which decides its vocabulary.
+
+    The tokenizer heals prompts as the settings say, and begins texts with a gap as the run that goes on did.
 
     Args:
         folder: The run's folder. A run that goes on is compared with its settings there.
@@ -135,6 +129,9 @@ def with_tokenizer(
     config = replace(config, model=replace(config.model, vocab_size=vocab_size).resolved())
     if resumes and not shape_is_known:
         refuse_changes(folder, config)
+    if resumes:
+        tokenizer.bare_gaps = gaps_began_bare(folder)
+    tokenizer.heals = config.data.heal
     return config, tokenizer
 
 
@@ -179,3 +176,20 @@ def make_model(
     keep_freed_memory()
     say_groups(config, model)
     return model
+
+
+def write_down(
+    manager: TrainingManager, tokenizer: Tokenizer, fingerprints: dict[str, str], passed: list[Fault]
+) -> None:
+    """Write what the run is into its folder: tokenizer, fingerprints, settings, and the faults let pass.
+
+    It comes after the guards: a run that one of them refuses leaves its folder as it was, free for the next
+    try.
+    """
+    config, folder = manager.config, manager.folder
+    if not config.train.resume:
+        tokenizer.save(folder / "tokenizer")
+        write_atomically(folder / "fingerprints.json", json.dumps(fingerprints, indent=1))
+    saved = config.to_dict() | {"run": str(folder), "resume": False}
+    write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
+    record_overrides(folder, passed)

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, replace
 
 from config import BASE_ROW, Config, ModelConfig
 from config.files import own_module
+from pretrained.load import described
+from training.beforehand import refuse_mistakes
 
 # Resident memory differs by some per cent from process to process, as the allocator finds room: by the line
 # through one and three blocks, estimates of 24 blocks differed by up to 30%.
@@ -32,7 +34,7 @@ WHOLE = 50_000_000  # Weights: a model with at most as many is measured with all
 class Cost:
     """The measured cost of a number of blocks.
 
-    Args:
+    Attributes:
         guard_bytes: The most memory of the process in the guards; on a GPU that of its tensors.
         step_bytes: The same while it trains and validates.
         save_bytes: The same while it saves a checkpoint.
@@ -112,21 +114,19 @@ def plan(config: Config) -> Plan:
     Raises:
         ValueError: The base or the settings do not fit, or a child failed: one sentence.
     """
-    from training.beforehand import refuse_mistakes
-
     refuse_mistakes(config)
     model, family = shape_of(config)
     rows = config.train.row_length or (
         model.block_size if family is None else min(BASE_ROW, model.block_size)
     )
-    whole = model.n_layer <= DEPTHS[1] or n_weights(model) <= WHOLE
+    whole = model.n_layer <= DEPTHS[1] or estimated_weights(model) <= WHOLE
     depths = (model.n_layer,) if whole else DEPTHS
     first, *others = (_measured(config, model, family, n, rows) for n in depths)
     cost = first.at(others[0], model.n_layer) if others else first
     return Plan(cost, model.n_layer, depths, rows, config)
 
 
-def n_weights(model: ModelConfig) -> int:
+def estimated_weights(model: ModelConfig) -> int:
     """Return about how many weights a model has, with a feed-forward of three matrices and an untied head."""
     block = model.n_embd * (4 * model.n_embd + 3 * model.n_inner)
     return model.n_layer * block + 2 * model.vocab_size * model.n_embd
@@ -138,8 +138,6 @@ def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
     if base is None:
         vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
         return replace(config.model, vocab_size=vocab_size).resolved(), None
-    from pretrained.load import described
-
     family, model = described(base, config.train.base_revision)
     return model, family.model_type
 
