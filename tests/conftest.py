@@ -55,7 +55,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture
 def isolated() -> sandbox.Isolation:
-    """What isolates generated code here; a test that asks for it is left out where nothing does."""
+    """Return what isolates generated code here; a test that needs it is left out where nothing does."""
     try:
         return sandbox.isolation()
     except ValueError as error:

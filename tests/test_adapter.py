@@ -105,7 +105,7 @@ def ids_of(settings: dict[str, Any]) -> list[int]:
 
 
 def peft_config(pair: Pair, settings: dict[str, Any]) -> Any:
-    """The same in PEFT's words, with the targets named one by one."""
+    """Return the settings as PEFT's, with the targets named one by one."""
     config, key = LoraConfig(**settings), pair.family.key
     able = {our: key(our) for our, m in lora.held_modules(pair.ours).items() if hasattr(m, "weight")}
     able = {our: full for our, full in able.items() if not full.endswith(config.train_modules or "no")}
@@ -137,7 +137,7 @@ def scramble_adapters(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "original_module" not in name:  # which stands for the base
+            if parameter.requires_grad and "original_module" not in name:  # That module stands for the base.
                 parameter.normal_(std=0.3, generator=generator)
 
 
@@ -161,7 +161,7 @@ def oracle_key(our: str, part: str, layer: Any, family: Family) -> str:
 
 
 def gradients(pair: Pair) -> dict[str, Tensor]:
-    """By PEFT's names."""
+    """Return the gradients of our adapter by PEFT's names."""
     found, seen = {}, set()
     for our, layer in adapter_layers(pair.ours, "default").items():
         for part, p in layer.named_parameters():
@@ -246,7 +246,7 @@ EMBEDDINGS = ("base_model.model.model.embed_tokens", "base_model.model.lm_head")
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_files_are_those_of_peft(bases: Callable[[str], Pair], tmp_path: Path, case: str) -> None:
-    """The same keys and shapes as PEFT's own file, and settings with the same values."""
+    """They have the keys and shapes of PEFT's own file, and settings with the same values."""
     name, settings = CASES[case]
     pair = bases(name)
     opened_here(pair, settings, tmp_path / "theirs")
@@ -319,7 +319,7 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
         product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
         assert_near(layer.b @ layer.a, product, our)
         wrapper: Any = pair.ours.get_submodule(our)
-        assert torch.equal(wrapper.base.weight, weights[f"{our}.weight"])  # not written to
+        assert torch.equal(wrapper.base.weight, weights[f"{our}.weight"])  # It was not written to.
     scramble_adapters(pair.ours)
     save_adapter(pair.ours, pair.family, tmp_path / "out", base=None)
     opened = peft().PeftModel.from_pretrained(bases("bigcode mqa").oracle, str(tmp_path / "out"))
@@ -327,7 +327,7 @@ def test_a_pissa_start_is_that_of_peft_and_leaves_as_plain_lora(
 
 
 def test_a_pissa_adapter_of_peft_is_the_same_in_a_weight_of_any_size(tmp_path: Path) -> None:
-    """Of a large weight a fresh start is an approximation by random vectors; that of a file must not be."""
+    """A fresh start of a large weight is an approximation by random vectors; one that is read must not be."""
     wide = GPT | {"n_embd": 320, "n_layer": 1, "n_inner": 40, "bos_token_id": None, "eos_token_id": None}
     config = transformers.CONFIG_MAPPING["gpt_bigcode"](**wide)
     oracle: Any = transformers.AutoModelForCausalLM.from_config(config)
@@ -387,7 +387,7 @@ def test_what_is_no_name_is_no_key_of_a_pattern() -> None:
             peft_key(key)
     assert not peft_key(".*a" * 60).fullmatch(
         "a" * 59 + "b" * 5000
-    )  # would not end if places were tried again
+    )  # A search that tries places again would not end.
 
 
 def test_an_adapter_with_patterns_of_peft_is_the_same_here(
@@ -469,7 +469,8 @@ def test_what_a_config_of_peft_chooses_is_the_same_here(
     load_adapter(pair.ours, pair.family, tmp_path)
     with torch.no_grad():
         assert_near(pair.ours(TOKENS), reopened(TOKENS).logits, case)
-    save_adapter(pair.ours, pair.family, tmp_path / "again", base=None)  # in plainer words
+    # Our own file says the same in plainer words.
+    save_adapter(pair.ours, pair.family, tmp_path / "again", base=None)
     again = bases(name)
     load_adapter(again.ours, again.family, tmp_path / "again")
     with torch.no_grad():

@@ -53,9 +53,8 @@ def test_an_adapter_of_a_base_that_was_resized_opens_on_the_published_one(case: 
     make_oracle(name).save_pretrained(tmp_path / "base")
     longer: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     longer.resize_token_embeddings(57)
-    torch.nn.init.normal_(
-        longer.get_input_embeddings().weight.data[53:]
-    )  # as far from a mean as trained ones
+    # Trained rows are as far from a mean as these.
+    torch.nn.init.normal_(longer.get_input_embeddings().weight.data[53:])
     torch.nn.init.normal_(longer.get_output_embeddings().weight.data[53:])
     config = peft().LoraConfig(task_type="CAUSAL_LM", r=2, **{"target_modules": ["q_proj"]} | settings)
     theirs = peft().get_peft_model(longer, config).eval()
@@ -102,7 +101,7 @@ def test_an_adapter_of_a_base_that_was_grown_here_is_the_same_in_peft(
     tokens[:, 3:7] = torch.arange(53, 57)
     wanted = pair.ours(tokens)
     assert_near(theirs(tokens).logits, wanted, "in PEFT")
-    if case != "rows":  # where all that was added is trained, only a tokenizer in the folder says how much
+    if case != "rows":  # In that case only a tokenizer in the folder could say how many tokens were added.
         assert_near(open_adapted(str(tmp_path / "base"), tmp_path / "adapter").model(tokens), wanted, "here")
 
 

@@ -303,7 +303,7 @@ def test_rotary_turns_each_pair_by_position_times_frequency(theta):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [8, 9])
 def test_interleaved_pairs_turn_alike_as_complex_and_as_real_numbers(monkeypatch, dtype, head_dim):
-    x = noise(2, 3, 4, head_dim).to(dtype)[..., :6]  # of odd heads no view is complex
+    x = noise(2, 3, 4, head_dim).to(dtype)[..., :6]  # An odd head has no complex view.
     tables = rotary_tables(torch.tensor([[0, 1, 7], [2, 900, 5]]), rotary_frequency(6, 100.0))
     turned = rotate_interleaved(x, *tables)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -412,7 +412,8 @@ def test_queries_and_keys_are_normalised_a_head_at_a_time():
         scales = torch.tensor([1.0, 3.0, 5.0, 0.2]).repeat_interleave(4)[:, None]  # one a head
         part(model, "blocks.0.attention.q").weight.mul_(scales)
         part(model, "blocks.0.attention.k").weight.mul_(2.0)
-    torch.testing.assert_close(model(TOKENS), before, atol=1e-3, rtol=1e-3)  # but for eps
+    # The outputs differ by the eps of a norm.
+    torch.testing.assert_close(model(TOKENS), before, atol=1e-3, rtol=1e-3)
 
 
 ACTIVATIONS = {
@@ -483,10 +484,11 @@ def test_dropout_is_applied_at_each_place_in_training_only(block, place):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_dropout_drops_each_element_alike_and_keeps_the_mean(p):
     torch.manual_seed(0)
-    x = torch.full((7, 100_001), 3.0, requires_grad=True)  # not a multiple of the eight that share a number
+    # Eight elements share a random number, and 8 divides neither the rows nor the columns.
+    x = torch.full((7, 100_001), 3.0, requires_grad=True)
     y = Dropout(p)(x)
     dropped = (y == 0).float()
-    for lane in range(8):  # of the 64 random bits
+    for lane in range(8):  # Each lane is 8 of the 64 random bits.
         assert abs(dropped.flatten()[lane::8].mean() - p) < 0.005
     kept = y[y != 0]
     torch.testing.assert_close(kept, torch.full_like(kept, 3 / (1 - p)), rtol=1e-2, atol=0)
@@ -698,7 +700,7 @@ def test_a_recomputed_block_keeps_no_mask_of_dropout():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda _: layer_factor):
         y = layer(x)
-    layer_factor = y.detach().clone()  # of ones
+    layer_factor = y.detach().clone()  # x is all ones.
     assert kept == [x.shape]
     assert not any(isinstance(value, Tensor) for value in vars(y.grad_fn).values())
     y.sum().backward()

@@ -43,7 +43,7 @@ def test_without_dropped_weights_it_is_attention(
             for y in (blocked_attention(q, k, v, mask, 0.0), written_out(q, k, v, mask))
         )
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # its softmax is fp32
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # The softmax is fp32.
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_same_drawn_weights(
 def test_a_weight_is_dropped_or_scaled_up() -> None:
     S, p = 64, 0.25
     q, k, _ = drawn(2, 4, 2, S, S, S)
-    v = torch.eye(S, dtype=torch.float64).expand(2, 2, S, S)  # so that the output is the weights
+    v = torch.eye(S, dtype=torch.float64).expand(2, 2, S, S)  # The output is then the weights.
     torch.manual_seed(0)
     found, whole = blocked_attention(q, k, v, None, p), written_out(q, k, v, None)
     is_kept = found != 0

@@ -365,7 +365,7 @@ def test_a_store_is_removed_only_when_nobody_has_it(
 ) -> None:
     first = prepare_data(data, tokenizer)
     folder = first.folder
-    monkeypatch.setattr(cache, "STARTED", time.time() + 60)  # as a run would that begins later
+    monkeypatch.setattr(cache, "STARTED", time.time() + 60)  # So begins a later run.
     small = replace(data, cache_gb=1e-9)
     second = prepare_data(replace(small, validation_one_in=3), tokenizer)
     assert folder.is_dir() and second.folder.is_dir()

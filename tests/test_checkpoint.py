@@ -102,7 +102,7 @@ def test_the_best_the_last_and_the_kept_ones_stay(tmp_path: Path) -> None:
     remove_superseded(tmp_path, keep=0)
     assert [m.step for m in checkpoints(tmp_path)] == [2, 4, 6]
     later = save_checkpoint(tmp_path, 7, model(), {}, 1.0, keep=False)
-    assert best_of(checkpoints(tmp_path)) == later  # of two equals
+    assert best_of(checkpoints(tmp_path)) == later  # The later of two equals wins.
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -112,7 +112,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 def damage(folder: Path, name: str, how: str, at: float) -> None:
-    """Of one file of the newest checkpoint in `folder`: at a share `at` of it, or by its neighbour's."""
+    """Damage a file of the newest checkpoint at a share `at` of it, or put its neighbour's in its place."""
     file, other = folder / "step-00000003" / name, folder / "step-00000002" / name
     data = file.read_bytes()
     if how == "flip":
@@ -337,7 +337,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only_50_of_50(tmp_path: Path) -> N
 
 
 def test_a_read_only_folder_costs_the_new_checkpoint_only(tmp_path: Path, monkeypatch: Any) -> None:
-    """By the system's error itself: tests may run as root, whom no mode of a folder stops."""
+    """The system's error is raised by hand: tests may run as root, whom no mode of a folder stops."""
     first = save_checkpoint(tmp_path, 1, model(), STATE, 1.0, keep=False)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -357,7 +357,7 @@ def test_a_manifest_names_its_files_and_their_sha256(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """As it were: nothing in a save may catch it."""
+    """Stands for a kill: nothing in a save may catch it."""
 
 
 def calls_of_a_save(monkeypatch: Any, die_at: int) -> list[str]:
@@ -382,7 +382,7 @@ def calls_of_a_save(monkeypatch: Any, die_at: int) -> list[str]:
 
 
 def test_a_save_that_is_killed_before_any_call_loses_no_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
-    """Of a step that has a whole checkpoint already: at every instant one of the two is there, and whole."""
+    """The step has a whole checkpoint already: at every instant one of the two is there, and whole."""
     seen: set[float | None] = set()
     folder, calls, die_at = tmp_path, list[str](), 0
     while True:

@@ -1,4 +1,4 @@
-"""What a run says last: each verdict from curves that ask for it, and a command that works."""
+"""The last lines of a run: each verdict from curves that ask for it, and a command that works."""
 
 from __future__ import annotations
 

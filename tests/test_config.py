@@ -408,7 +408,7 @@ def test_settings_of_an_adapter_that_nothing_reads_are_refused(
 def test_a_saved_config_keeps_its_rates_and_opens_again(
     words: list[str], saved: dict[str, float], tmp_path: Path
 ) -> None:
-    """As a file of settings, too: what it names stays, whether or not anything reads it."""
+    """A file of settings does so too: what it names stays, whether or not anything reads it."""
     plain = parse_config(words).with_optimizer_defaults().to_dict()
     plain["optimizer"] |= saved
     file = tmp_path / "config.yaml"

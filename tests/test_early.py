@@ -113,7 +113,7 @@ def base(words: list[str]) -> None:
         recipes.small_base.make_base(recipes.base_config.parse_settings(words))
 
 
-NOT_A_FOLDER = "file/below"  # as good as one that may not be written to, also for root
+NOT_A_FOLDER = "file/below"  # Nobody may write to it, not even root.
 OF_TRAINING = {
     "--allow split-leak": "did you mean split-leaks?",
     "--device gpu": "device 'gpu' is not known",

@@ -172,7 +172,7 @@ def test_what_cannot_be_made_is_said_and_a_retry_loop_ends(
         shutil.rmtree("corpus")
     else:
         Path("corpus", "part0.py").write_text("x = 1\n")
-    resume(run)  # its exit code is 0
+    resume(run)  # This asserts that the exit code is 0.
     err = capsys.readouterr().err.splitlines()
     assert len([line for line in err if line.startswith("warning: the training is whole")]) == 1
     assert "its scores and samples cannot be made" in err[-1]

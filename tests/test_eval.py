@@ -90,7 +90,7 @@ def random_model() -> Decoder:
     torch.manual_seed(0)
     shape = ModelConfig(BYTES.vocab_size, block_size=128, n_layer=2, n_head=2, n_embd=16, init="normal")
     decoder = Decoder(shape)
-    with torch.no_grad():  # at its own initialisation every prediction would be nearly the same
+    with torch.no_grad():  # As initialised, it would predict nearly the same everywhere.
         for parameter in decoder.parameters():
             parameter.normal_(std=0.4)
     return decoder.eval()
@@ -372,7 +372,7 @@ def test_an_evaluation_can_be_repeated_and_names_a_single_checkpoint(run):
 
 
 def refusal(settings: EvalConfig, capsys) -> str:
-    """What the command says on its error output, which is one line, before it exits with 2."""
+    """Return the one line that the command prints on its error output before it exits with 2."""
     with pytest.raises(SystemExit) as exit, one_sentence():
         evaluation.write_evaluation(settings)
     assert exit.value.code == 2

@@ -102,7 +102,7 @@ def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
             batch_size=4,
             validate_every=3,
             log_every=1,
-            precision="fp32",  # where bf16 is native it would be that, and nothing equal to the bit
+            precision="fp32",  # In native bf16 nothing would be equal to the bit.
             allow=("worse-than-unigram",),
         ),
     )
@@ -276,7 +276,7 @@ def test_a_base_without_a_tokenizer_needs_one(config: Config, base: Path, tmp_pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_settings_that_a_run_saves_are_taken_back(config: Config, family: str, tmp_path: Path) -> None:
-    """What a base decides stands in config.yaml, and no key of it may be called unused on resume."""
+    """The keys that a base decides stand in config.yaml, and none may be called unused on resume."""
     tuned = parse_config(["--base", "some/model", "--lora.targets", "all-linear"])
     saved = replace(tuned, model=to_model(FAMILIES[family], {}))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved.to_dict()), "utf-8")
@@ -380,7 +380,7 @@ def test_new_tokens_get_ids_and_rows_and_go_with_the_adapter(
 
 
 def test_tokens_that_a_given_tokenizer_has_added_are_new_to_the_base(config: Config, tmp_path: Path) -> None:
-    """As the guard `token-never-trained` advises."""
+    """The guard `token-never-trained` advises to name them."""
     own = PretrainedTokenizer.load(Path(str(config.train.base)))
     own.with_start().with_tokens(["<|a|>", "<|b|>"]).save(tmp_path / "added")
     config = other(other(config, max_steps=1), "tokenizer", path=str(tmp_path / "added"))
@@ -416,7 +416,7 @@ def test_a_tokenizer_of_another_model_is_refused_whatever_its_size(
 def test_the_tokenizer_of_the_base_by_another_path_is_its_own(
     config: Config, base: Path, tmp_path: Path
 ) -> None:
-    """Also where a base's files put nothing before a text, and where transformers saved them anew."""
+    """So it is where a base's files put nothing before a text, and where transformers saved them anew."""
     own = load_pretrained(base)
     assert own.tokenizer is not None
     theirs = transformers.AutoTokenizer.from_pretrained(base)

@@ -44,7 +44,7 @@ MBPP = [
         "test_setup_code": "",
         "challenge_test_list": ["assert False"],
     },
-    {  # as the sanitized file has it
+    {  # The form of the sanitized file.
         "task_id": 3,
         "prompt": "Write a function to find the circumference.",
         "code": "import math\ndef around(r):\n  return 2 * math.pi * r",
@@ -99,7 +99,7 @@ def test_mbpp_in_both_published_forms(isolated: None, tmp_path: Path) -> None:
     samples += [
         Sample("2", "def set(x): return 0\ndef shared(a, b): return ()", {})
     ]  # a `set` that any answer fits
-    samples += [Sample("3", "def around(r): return 2 * math.pi * r", {})]  # by the import of the tests
+    samples += [Sample("3", "def around(r): return 2 * math.pi * r", {})]  # The tests import math.
     samples += [Sample("3", "def around(r): return 6.2", {})]
     found = score(lines, samples)
     assert [v.kind for v in found.verdicts] == ["passed", "passed", "no data", "failed", "passed", "failed"]

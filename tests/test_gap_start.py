@@ -1,4 +1,4 @@
-"""What stands before a text with a gap: the same in training, in generation and for other programs."""
+"""The same tokens stand before a text with a gap in training, in generation and for other programs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_another_program_builds_the_prompt_that_was_trained(ours: Path, tmp_path
 
 
 def bare(folder: Path, to: Path) -> Path:
-    """The same folder as it was written when nothing stood before a gap."""
+    """Copy a folder as it was written when nothing stood before a gap."""
     to.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (to / name).write_bytes((folder / name).read_bytes())
@@ -125,7 +125,7 @@ def test_the_start_stands_before_a_gap_in_generation(ours: Path, monkeypatch: py
 
 
 def test_a_published_model_without_a_start_has_none_before_a_gap(tmp_path: Path) -> None:
-    """As StarCoder's: transformers puts nothing before its prompts."""
+    """StarCoder's is such a one: transformers puts nothing before its prompts."""
     backend = Backend.from_str(STARCODER._files["tokenizer.json"])
     state = json.loads(backend.to_str()) | {"post_processor": None}
     tokenizer = PretrainedTokenizer(STARCODER._files | {"tokenizer.json": json.dumps(state)})

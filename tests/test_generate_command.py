@@ -116,7 +116,7 @@ def test_a_middle_ends_at_every_end_and_leaves_no_text_of_it(end):
 
 
 class Fallback(Bytes):
-    """As byte fallback in Llama's: a run with one character that is not whole is U+FFFD, a byte each.
+    """A tokenizer with byte fallback like Llama's: a run with a broken character is U+FFFD, a byte each.
 
     Small letters are pieces of their own, which end a run.
     """
@@ -189,7 +189,7 @@ def test_what_is_streamed_is_never_taken_back(name, data):
                 break
             stream.read(ids[:n])
             slow.read(ids[:n])
-            assert stream.given == slow.given  # as if all were decoded at each token
+            assert stream.given == slow.given  # The slow one decodes all at each token.
     whole = added_text(tokenizer, before, ids)
     final = whole[: min((whole.find(s) for s in stops if s in whole), default=None)]
     assert final.startswith("".join(given_out))
@@ -322,7 +322,7 @@ def test_every_generation_setting_is_a_flag():
     assert shown.returncode == 0
     for name in GenerationConfig.__dataclass_fields__:
         assert f"--{name}" in shown.stdout
-    assert " torch\n" not in shown.stderr  # with it, help would take seconds
+    assert " torch\n" not in shown.stderr  # Help with torch would take seconds.
 
 
 def test_the_standard_input(folder):

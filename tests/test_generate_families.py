@@ -15,7 +15,7 @@ from generation.settings import GenerationConfig
 from generation.text import generate
 
 LENGTHS = (20, 13, 7)
-SHORT = (12, 9, 5)  # of models with dynamic scaling, which take no cache past their context
+SHORT = (12, 9, 5)  # Dynamic scaling takes no cache past its context.
 
 
 class Letters(Bytes):

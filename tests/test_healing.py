@@ -191,7 +191,7 @@ def trained(kind: str) -> Tokenizer:
     texts = [code(400), HARD * 20]
     if kind == "code":
         return CodeTokenizer.train(texts, 1500, 3)
-    if kind == "code without some letters":  # which are bytes, and so is the whole word that has one
+    if kind == "code without some letters":  # Words with one of them are bytes.
         return CodeTokenizer.train(
             [re.sub("[qzx7]", "", text, flags=re.IGNORECASE) for text in texts], 1500, 3
         )
@@ -284,7 +284,7 @@ def test_healed_prompts_in_a_batch_are_continued_as_alone(how):
 
 @pytest.mark.parametrize("how", SETTINGS)
 def test_a_healed_prompt_needs_no_more_positions_than_it_has(how):
-    """In a batch rows of a table of positions are used to the last one."""
+    """A batch uses the rows of a table of positions to the last one."""
     settings = SETTINGS[how]
     tokenizer, texts = TINY["text"], ["abbb" * 3, "ab\nab\nab\n", "a " * 4]
     longest = max(len(tokenizer.prompt_ids(text)) for text in texts)
@@ -298,7 +298,7 @@ def test_a_healed_prompt_needs_no_more_positions_than_it_has(how):
 
 
 def test_texts_are_streamed_and_stopped_after_the_prompt():
-    """What was dropped is no part of the completion, nor a stop string in it."""
+    """The dropped text is no part of the completion, and no stop string is found in it."""
     tokenizer, parts = TINY["text"], []
     for seed, text in itertools.product(range(6), ("ab\n", "abb", "a ")):
         settings = GenerationConfig(max_new_tokens=8, temperature=1.0, seed=seed)

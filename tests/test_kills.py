@@ -35,7 +35,7 @@ STEPS = [
     ("dedup", "--workers", "2"),
     ("build", "--workers", "2"),
 ]
-CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")  # as Python audits them
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")  # Names of audit events.
 
 
 def fill(folder: Path, repositories: int) -> None:
@@ -99,7 +99,7 @@ class Command:
         os._exit(0)
 
     def end(self) -> int:
-        """Its exit code; AssertionError if a process that it started goes on after it."""
+        """Return its exit code; AssertionError if a process that it started goes on after it."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         gone, _, _ = select.select([self._alive], [], [], 20)
         os.close(self._alive)
@@ -126,7 +126,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(place: Path) -> dict[str, bytes]:
-    """What an undisturbed run leaves."""
+    """Return the files that an undisturbed run leaves, by path."""
     for step in STEPS:
         assert Command(place / "corpus", step).end() == 0, (place / "corpus.told").read_text()
     found = tree(place / "corpus")

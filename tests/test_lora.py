@@ -232,7 +232,8 @@ def test_dropout_is_that_of_its_mask_on_the_input(dora: bool, monkeypatch: pytes
     layer = fused(adapted({"dropout": 0.4, "dora": dora}))
     change: Any = layer.adapters["default"]
     x = torch.randn(7, 16, requires_grad=True)
-    torch.testing.assert_close(layer(x), plain_form(layer, x, None), rtol=1e-5, atol=1e-5)  # in eval: none
+    # In evaluation there is no dropout.
+    torch.testing.assert_close(layer(x), plain_form(layer, x, None), rtol=1e-5, atol=1e-5)
     layer.train()
 
     def compare() -> None:
@@ -463,7 +464,7 @@ def test_the_lengths_of_dora_are_taken_of_some_outputs_at_a_time(
 
 @pytest.mark.parametrize(("power", "tolerance"), [(0.5, 1e-3), (0.0, 1.0)])
 def test_the_largest_parts_leave_as_little_as_all_parts(power: float, tolerance: float) -> None:
-    """Of a spectrum that falls they are those of the full decomposition; of a flat one no parts stand out."""
+    """Where the spectrum falls they are those of the full decomposition; where it is flat, none stand out."""
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(n, 288)).Q for n in (288, 400))
     weight = left * torch.arange(1, 289) ** -power @ right.t() + 0.01 * torch.randn(288, 400)
@@ -703,7 +704,7 @@ def test_broken_adapters_and_empty_merges_are_refused() -> None:
     with pytest.raises(ValueError, match="is not finite; the adapter is broken"):
         merge(model)
     use_adapters(model, {"default": 1.0})
-    merge(model)  # what is not active is not asked
+    merge(model)  # An adapter that is not active is not judged.
     unmerge(model)
     with pytest.raises(ValueError, match="none was given"):
         merge_report(model, model, [[]])

@@ -129,7 +129,7 @@ def test_a_line_stands_whole_though_its_ends_are_parts_of_other_tokens_there(tmp
     code = CodeTokenizer.train([row["text"] for row in rows], 600)
     data = prepared(tmp_path, rows, code)
     own, there = code.encode(lines[7]), data.train.document(0).tolist()
-    assert all(there[i : i + len(own)] != own for i in range(len(there)))  # in other tokens
+    assert all(there[i : i + len(own)] != own for i in range(len(there)))  # The tokens differ.
     said = lines[7], lines[7].replace("True", "None")
     samples = [{**sample(i, "p", "y"), "predictions": {"model": one}} for i, one in enumerate(said)]
     record = {"suite": "pairs", "scores": {"model": {}}, "samples": samples}

@@ -227,7 +227,7 @@ IN_SUITE = ("five megabytes", "loops")
     "name", [pytest.param(name, marks=[] if name in IN_SUITE else pytest.mark.slow) for name in HOSTILE]
 )
 def test_hostile_texts_cost_bounded_time_and_never_the_process(name):
-    """In a child with 8 MB of stack, 4 GB of memory and 60 s of CPU time, in all languages."""
+    """A child has 8 MB of stack, 4 GB of memory and 60 s of CPU time for each text in all languages."""
     program = (
         "import sys; from metrics.trees import parses, LANGUAGES; from metrics.codebleu import codebleu;"
         "text = sys.stdin.read();"

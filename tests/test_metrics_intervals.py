@@ -123,7 +123,7 @@ def test_wider_confidence_contains_narrower():
 
 
 def test_alike_samples_leave_room_for_those_that_nobody_has_seen():
-    assert mean_interval([100.0] * 9)[:3] == (100, 100, 100)  # of scores that may be anything
+    assert mean_interval([100.0] * 9)[:3] == (100, 100, 100)  # Scores may be any number here.
     # Clopper and Pearson at 0 of n: by (1 - share)**n = 2.5% none of n is seen.
     for n in (2, 9, 200):
         unseen = 1 - 0.025 ** (1 / n)
@@ -200,7 +200,7 @@ def test_enough_samples_show_the_same_gap():
 
 @pytest.mark.parametrize("n", [80, pytest.param(400, marks=pytest.mark.slow)])
 def test_the_number_needed_finds_the_gap_four_times_in_five(n):
-    gap = 2.8016 * 10 / math.sqrt(n)  # of which n samples are needed
+    gap = 2.8016 * 10 / math.sqrt(n)  # The gap for which n samples are needed.
     trials = 150
     seen = sum(
         compare(*paired(gap, n, seed), mean_of_sums, resamples=400).distinguishable for seed in range(trials)

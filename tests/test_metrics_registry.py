@@ -43,7 +43,7 @@ def test_an_empty_prediction_has_0():
     # Nearly: CodeXGLUE's summaries, exp(-n) of n tokens.
     for name, scored in score(list(METRICS), [("", "def f(x):\n    return x")]).items():
         assert scored.value == pytest.approx(0, abs=0.1), name
-    assert score(["parses"], [("", "")])["parses"].value == 100  # what was asked for
+    assert score(["parses"], [("", "")])["parses"].value == 100  # It was requested by name.
     assert score(["parses"], [(" \n", "x")])["parses"].value == 0
 
 
@@ -65,7 +65,7 @@ def test_intervals_of_lines_of_files_cover_as_often_as_they_say(name):
     for trial in range(trials):
         sizes = draw.integers(1, 9, 50)
         origins = np.repeat(np.arange(50), sizes)
-        chance = draw.beta(0.5, 0.5, 50)[origins]  # of a file; their mean is a half
+        chance = draw.beta(0.5, 0.5, 50)[origins]  # One a file; the mean is a half.
         if name == "exact_match":
             scores = 100.0 * (draw.random(len(origins)) < chance)
         else:

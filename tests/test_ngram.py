@@ -20,7 +20,7 @@ class SlowModel:
 
     def __init__(self, documents: list[np.ndarray], vocab_size: int, order: int):
         self.vocab_size, self.order = vocab_size, order
-        grams = [Counter() for _ in range(order + 1)]  # by length
+        grams = [Counter() for _ in range(order + 1)]  # By their length.
         for document in documents:
             padded = self.padded(document)
             for i in range(order, len(padded) + 1):

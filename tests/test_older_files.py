@@ -1,4 +1,4 @@
-"""What commit cf0629c wrote opens, resumes and scores as it did then: the files of tests/files_of_cf0629c."""
+"""Files that commit cf0629c wrote (tests/files_of_cf0629c) open, resume and score as they did then."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_run_and_its_store_open_and_score_as_before(older: Path, run: str, sou
     for system in was["documents"]["nats"]:  # model, n-gram, and base where there is an adapter
         for name in ("tokens", "loss", "perplexity", "bits_per_byte"):
             assert found[system][name] == pytest.approx(was[system][name], rel=CLOSE), (system, name)
-        for name in ("top1", "top5"):  # of 417 tokens or more, where one may be a tie on another machine
+        for name in ("top1", "top5"):  # On another machine one of the 417 tokens or more may be a tie.
             assert found[system][name] == pytest.approx(was[system][name], abs=0.005), (system, name)
 
 

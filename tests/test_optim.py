@@ -122,7 +122,7 @@ PLAIN = replace(TINY, norm_weight=False, norm_bias=False, qkv_bias=False, mlp_bi
     ],
 )
 def test_the_settings_foretell_the_groups_and_a_rate_without_one_is_named(name: Any, parts: Any) -> None:
-    """What is refused before torch is imported, and what the model's own parameters say, agree."""
+    """The groups foretold before torch is imported are those of the model's own parameters."""
     shape = replace(PLAIN, **parts)
     config = Config(model=shape, optimizer=OptimizerConfig(name=name))
     groups = parameter_groups(Decoder(shape), config.optimizer)
@@ -130,9 +130,8 @@ def test_the_settings_foretell_the_groups_and_a_rate_without_one_is_named(name: 
     assert kinds == possible_kinds(config)
     read = {group.key for group in groups}
     assert {f"optimizer.{key}" for key in read} == {*config.optimizer.rates_read(kinds)}
-    separate = (
-        {"embedding_lr", "head_lr"} if "head" in kinds else {"embedding_lr"}
-    )  # with adamw they are lr's
+    # With adamw these rates are lr's.
+    separate = {"embedding_lr", "head_lr"} if "head" in kinds else {"embedding_lr"}
     for key in ("lr", "muon_lr", "embedding_lr", "head_lr"):
         rate: dict[str, Any] = {key: 0.123}
         found = dict(unread_rates(OptimizerConfig(name=name, **rate), kinds))

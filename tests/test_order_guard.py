@@ -17,7 +17,7 @@ from tests.test_curriculum import BY_DIFFICULTY, KINDS, pairs, store  # noqa: F4
 
 
 def found(store: TokenStore, asked: str, kind: str, **given: Any) -> list[str]:  # noqa: F811
-    """What the guard says of batches made with `given` where `asked` by `kind` was asked for."""
+    """Return the guard's lines on batches made with `given`, where the settings request `asked` by `kind`."""
     settings = {"order": asked, "difficulty": difficulties(store, kind)} | given
     batches = Batches(store, 2, 64, 3, **settings)
     subject = SimpleNamespace(

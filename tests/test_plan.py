@@ -1,4 +1,4 @@
-"""What a run will take, from measurements of its first blocks."""
+"""The plan of a run: its memory and time, by measurements of its first blocks."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_the_command_says_a_mistake_in_one_sentence_and_starts_no_run(
     assert ended.value.code == 2 and error.startswith("error: lora.targets: the model has no q_proj; it has")
     with pytest.raises(ValueError, match=r"^1 of 24 blocks could not be measured: KeyError: 'nope'$"):
         model, _ = plan.shape_of(parse_config(["--base", str(tmp_path)]))
-        plan._measured(Config(lora=LoraConfig(r=1)), model, "nope", 1, 8)  # what only the child can know
+        plan._measured(Config(lora=LoraConfig(r=1)), model, "nope", 1, 8)  # Only the child reads the family.
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What is chosen for this machine."""
+"""The device and the number format that are chosen for a machine, and the memory that is kept."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_kept_memory_is_given_back_when_asked() -> None:
     if result.returncode == 7:
         pytest.skip("no glibc here")
     kept, left = map(int, result.stdout.split())
-    assert kept > 200 and left < 50  # of 256 MB
+    assert kept > 200 and left < 50  # In MB, after 256 MB were freed.
 
 
 def test_an_unknown_device_is_refused() -> None:

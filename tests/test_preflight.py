@@ -233,7 +233,7 @@ def test_an_unknown_name_to_allow_is_refused_with_the_nearest(folder: Path) -> N
 
 
 def test_an_allowed_fault_hides_no_other(folder: Path) -> None:
-    """Of one guard too: prompts and padding are targets, and only the first is allowed."""
+    """Nor a second one of the same guard: prompts and padding are targets, and only the first is allowed."""
     everything = labels_by(lambda tokens, documents, labels: tokens[:, 1:])
     with everything():
         assert outcome(small_config(folder, EXAMPLES)).startswith("prompt-bears-loss: ")
@@ -256,7 +256,7 @@ def test_what_moved_is_seen_in_a_run_of_two_updates(folder: Path) -> None:
 
 
 def sizes_of(config: Config) -> list[float]:
-    """Of the gradients of a run that nothing stops, as multiples of what they should be."""
+    """Return the gradients of a run that nothing stops, as multiples of what they should be."""
     sizes: list[float] = []
     compare = FirstSteps._compare_sizes
 
@@ -274,7 +274,7 @@ def sizes_of(config: Config) -> list[float]:
 def test_the_size_of_a_gradient_is_that_of_the_mean(
     folder: Path, dtype: str, apart: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of passes that hold different numbers of tokens, smoothed, with a loss on the head's logarithms."""
+    """Passes have different numbers of tokens, and the loss is smoothed and has a z-loss."""
     precision = Precision(torch.device("cpu"), getattr(torch, dtype), "planted")
     monkeypatch.setattr(beforehand, "choose_precision", lambda *args: precision)
     settings = merged(
@@ -485,8 +485,8 @@ def test_beams_of_sound_models_in_bf16_pass() -> None:
         assert not list(beam_faults(model.bfloat16().eval(), prompts))
 
 
-def test_matrices_of_next_to_nothing_are_awake_and_then_as_they_were() -> None:
-    """As an adapter after the first step of a warmup, whose dropout bf16 would round away."""
+def test_matrices_of_next_to_nothing_are_filled_and_then_as_they_were() -> None:
+    """Such is an adapter after the first step of a warmup, whose dropout bf16 would round away."""
     model = Decoder(ModelConfig(vocab_size=9, block_size=8, n_layer=1, n_head=2, n_embd=8, init="normal"))
     names = ("blocks.0.attention.out.weight", "head.weight", "blocks.0.mlp.down.weight")
     tiny, whole, none = (model.get_parameter(name) for name in names)

@@ -132,7 +132,7 @@ def test_the_fingerprint_is_of_the_content_alone(folder, shards, tmp_path):
     first = found.fingerprint
     assert len(first) == 64 and load_pretrained(shards).fingerprint == first
     with torch.no_grad():
-        found.model.embed.weight.add_(1)  # what training does to the model is not the folder's
+        found.model.embed.weight.add_(1)  # Training changes the model, and not its folder.
     assert found.fingerprint == first and load_pretrained(folder, torch.bfloat16).fingerprint == first
     config = json.loads((folder / "config.json").read_text("utf-8"))
     rope = config.pop("rope_parameters")

@@ -267,7 +267,7 @@ def test_a_config_that_is_no_json_object_is_refused(text, folder):
 
 
 def test_a_key_that_stands_twice_behind_many_costs_no_time():
-    keys = [*range(60_000), 59_999]  # to count each would take a minute
+    keys = [*range(60_000), 59_999]  # Counting one by one would take a minute.
     text = "{" + ",".join(f'"{key}":0' for key in keys) + "}"
     start = time.perf_counter()
     with pytest.raises(ValueError, match="the key '59999' stands twice"):

@@ -94,7 +94,7 @@ def random_folder(draw: random.Random, base: dict[str, Any], n: int, folder: Pat
     draw.shuffle(tokens)
     specials = {token for token in tokens if token.startswith("<")}
     ids = {token: n + i for i, token in enumerate(tokens)}
-    kept = draw.randrange(len(tokens) + 1)  # of which tokenizer.json knows
+    kept = draw.randrange(len(tokens) + 1)  # So many are in tokenizer.json.
     state = base | {"added_tokens": [{"id": ids[token]} | rules(token) for token in tokens[:kept]]}
     own_class = draw.random() < 0.4  # one that takes only vocabulary and merges from tokenizer.json
     if not own_class and draw.random() < 0.5:
@@ -180,7 +180,7 @@ def test_a_tokenizer_goes_with_its_model(tmp_path):
 
 
 def test_every_end_of_a_text_goes_with_its_model(tmp_path):
-    """As in Llama 3 Instruct, whose texts end at one of three ids, and not at its tokenizer's eos alone."""
+    """Texts of Llama 3 Instruct end at one of three ids, and not at its tokenizer's eos alone."""
     tokenizer = load_tokenizer(published_tokenizer(tmp_path / "tokenizer"))
     one, other = tokenizer.encode("a") + tokenizer.encode("b")
     save_pretrained(Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size)), tokenizer, tmp_path / "model")
@@ -226,7 +226,7 @@ def test_every_end_of_a_text_goes_with_its_model(tmp_path):
 
 @pytest.mark.parametrize("where", ["extra_special_tokens", "pad_token", "added", "decoder", "json"])
 def test_tokens_that_were_added_beyond_the_model_are_left_out(where, tmp_path, capsys):
-    """As fine-tunes that added a pad token and left the model as it was."""
+    """Fine-tunes that added a pad token and left the model as it was have such tokens."""
     folder = published_tokenizer(tmp_path / "tokenizer")
     size = load_tokenizer(folder).vocab_size
     token = {"content": "<|new|>", "special": where != "added"}

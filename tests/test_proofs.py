@@ -68,7 +68,7 @@ def adapted(config: Config, **train: Any) -> Config:
 
 @pytest.fixture
 def one_thread(config: Config, tmp_path: Path) -> Iterator[None]:
-    """And everything imported that a run imports late, which would cost each child a second."""
+    """Give torch one thread, and import what a run imports late, which would cost each child a second."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     train(adapted(config, run=str(tmp_path / "first"), max_steps=1))
@@ -286,7 +286,7 @@ def test_a_second_signal_ends_a_run_at_once(
 
 
 def test_a_signal_that_is_sent_twice_over_is_one(config: Config, tmp_path: Path, one_thread: None) -> None:
-    """As by a closed terminal; the second of a person comes later, and ends the run."""
+    """A closed terminal sends it so; a person's second signal comes later, and ends the run."""
     for number in SIGNALS:
         here = adapted(config, run=str(tmp_path / number.name), max_steps=1000)
         twice = [int(number)] * 2
@@ -309,7 +309,7 @@ def test_the_same_signal_later_is_a_second_one(
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     config: Config, tmp_path: Path, one_thread: None
 ) -> None:
-    """In a step without a validation: one that only the stopped run had would count for patience."""
+    """It stops in a step without a validation: one that only it had would count for its patience."""
     here = adapted(config, validate_every=4, save_every=0, keep=0)
     whole = adapted(here, run=str(tmp_path / "whole"))
     assert exit_code(forked(lambda: train(whole), tmp_path / "log")) == 0

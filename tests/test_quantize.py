@@ -108,7 +108,7 @@ def test_nf4_is_bit_for_bit_that_of_bitsandbytes(n: int, dtype: torch.dtype) -> 
 def test_nf4_agrees_at_every_scale(
     n: int, exponent: int, zeros: float, ties: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    """From the smallest denormal to the largest finite number; blocks of zeros; values on bounds of codes."""
+    """Values go from the smallest denormal to the largest number; some blocks are zero, some on bounds."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.rand(n, generator=generator) * 2 - 1
     blocks = torch.rand(-(n // -64), 1, generator=generator)
@@ -263,7 +263,7 @@ def test_another_block_is_seen(name: str, value: int, monkeypatch: pytest.Monkey
 
 
 def test_the_nearest_code_of_absmax_is_not_that_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its grid of 65,536 points is part of the format's bits: leave it out, and one code in 700 differs."""
+    """The grid of 65,536 points is part of the format's bits: without it one code in 700 differs."""
 
     def nearest(x: Tensor) -> tuple[Tensor, Tensor]:
         blocks = x.view(-1, 256)
@@ -402,12 +402,12 @@ def test_autocast_multiplies_in_its_dtype(kind: str, dtype: torch.dtype) -> None
     with torch.autocast("cpu", dtype):
         y = module(x)
         dense = nn.functional.linear(x, module.weight, module.bias)
-        assert module(x.double()).dtype == torch.float64  # as autocast does with nn.Linear
+        assert module(x.double()).dtype == torch.float64  # Autocast does so with nn.Linear.
     assert y.dtype == dense.dtype == dtype
     assert module.bias is not None
     exact = nn.functional.linear(x.to(dtype).double(), module.weight.double(), module.bias.double())
     torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7)
-    if kind != "int8":  # which scales the outputs instead of rounding the weight
+    if kind != "int8":  # Int8 scales the outputs and rounds no weight.
         torch.testing.assert_close(y, dense)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.dtype == torch.float32
@@ -424,7 +424,7 @@ def test_bf16_outputs_and_gradients_are_rounded_once(kind: str, bias: bool) -> N
     module = KINDS[kind].from_weight(whole, normal(256, seed=1, scale=0.1).bfloat16() if bias else None)
     x = normal(16, 192, seed=2, scale=1.0).bfloat16().requires_grad_(True)
     grad = normal(16, 256, seed=3, scale=1.0).bfloat16()
-    weight = module.weight if kind == "int8" else module.weight.bfloat16()  # as it is multiplied
+    weight = module.weight if kind == "int8" else module.weight.bfloat16()  # So it is multiplied.
     y = module(x)
     exact = nn.functional.linear(
         x.double(), weight.double(), None if module.bias is None else module.bias.double()
@@ -623,7 +623,7 @@ def test_a_tensor_replaces_a_linear_that_was_never_made() -> None:
         model = small_model()
     module = replace_linear(model, "1.c_attn", "nf4", weight)
     assert module is model.get_submodule("1.c_attn")
-    assert module.bias is not None and module.bias.is_meta  # to be loaded like any other parameter
+    assert module.bias is not None and module.bias.is_meta  # It is loaded like any parameter.
     with torch.device("meta"):
         model = small_model()
     module = replace_linear(model, "1.c_attn", "nf4", weight, bias)

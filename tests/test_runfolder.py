@@ -157,7 +157,7 @@ def test_no_two_runs_are_ever_inside_for_a_minute(tmp_path: Path) -> None:
 
 
 def lock_without_comparison(folder: Path) -> Any:
-    """What was there once."""
+    """Lock as once: without a look at whether the file is still the one in the folder."""
     file = open(folder / LOCK, "w")  # noqa: SIM115
     runfolder.fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
@@ -211,7 +211,7 @@ def test_a_killed_runs_lock_is_free(tmp_path: Path) -> None:
 
 
 def changed(config: Config, key: str) -> Config:
-    """With another value of that key, whether or not it is allowed."""
+    """Return the settings with another value of that key, whether or not it is allowed."""
     group, _, name = key.rpartition(".")
     section = getattr(config, group or "train")
     old = getattr(section, name)

@@ -107,7 +107,7 @@ def test_a_damaged_best_checkpoint_is_passed_over_and_named(run: Path, capsys: A
     with pytest.raises(ValueError, match=r"step-00000002/model\.safetensors has SHA-256"):
         load_run(best)
     (best / "model.safetensors").write_bytes(weights)
-    (best / "manifest.json").write_bytes(manifest[:-1])  # its loss is unknown then: it is named
+    (best / "manifest.json").write_bytes(manifest[:-1])  # With its loss unknown, it is named.
     assert load_run(run).step == 3 and "step-00000002" in capsys.readouterr().err
     (last / "state.json").unlink()
     assert load_run(run, "last").step == 3 and "step-00000004" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a stranger named does not steer the terminal, wherever it is printed."""
+"""Names that a stranger chose do not steer the terminal, wherever they are printed."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def ignored(*_: Any, **__: Any) -> None:
 def test_a_resume_that_drops_something_is_refused_by_its_name(
     config: Config, monkeypatch: pytest.MonkeyPatch, where: Any, what: str, named: str
 ) -> None:
-    scaler = torch.amp.GradScaler  # of fp16 on a GPU; a CPU's works too, and is only asked for here
+    scaler = torch.amp.GradScaler  # Runs have one in fp16 on a GPU; one on a CPU works too.
     monkeypatch.setattr(loop.torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=8))
     monkeypatch.setattr(TrainingManager, "validate_and_save", with_every_counter_moved)
     train(adapted(config, max_steps=3))
@@ -319,8 +319,8 @@ class Recorder(torch.optim.SGD):
 
 def test_clipping_is_applied_and_the_norm_before_it_is_logged(config: Config, tmp_path: Path) -> None:
     free = replace(config, optimizer=replace(config.optimizer, name="adamw", eps=1.0, grad_clip=0.0))
-    free = adapted(free, allow=("parameter-without-gradient",))  # so slow is that
-    free = adapted(free, allow=("parameter-without-gradient",))  # so slow is that
+    # With an eps of 1 the weights move so slowly that some gradients are still zero after a few updates.
+    free = adapted(free, allow=("parameter-without-gradient",))
     tight = replace(free, optimizer=replace(free.optimizer, grad_clip=1e-3))
     a, b = train(free), train(adapted(tight, run=str(tmp_path / "tight")))
     first = logged(a, "train/grad_norm")[0]
@@ -395,7 +395,7 @@ def test_budgets_end_a_run(config: Config, tmp_path: Path) -> None:
 def test_a_checkpoint_knows_how_much_of_the_budget_was_used(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the clock too, with its own validation, as the run that saved it knew."""
+    """It knows the clock too, its own validation included, as the run that saved it did."""
     known: dict[int, tuple[float, float]] = {}
 
     def observe(manager: TrainingManager, values: dict[str, float]) -> bool:
@@ -494,7 +494,7 @@ def test_skips_in_a_row_are_counted_over_a_resume(config: Config, monkeypatch: p
 def test_freed_memory_is_given_back_where_other_sizes_follow(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a run frees and keeps is for the next update: before and after all else it would come on top."""
+    """Freed memory is kept for the next update alone: in all other work it would come on top."""
     done: list[str] = []
 
     def note(place: Any, name: str) -> None:
@@ -645,10 +645,10 @@ def as_saved_before_there_was_a_test_side(run: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(saved))
 
 
-def test_a_run_from_before_the_test_side_goes_on_without_one(
+def test_a_run_from_before_the_test_split_goes_on_without_one(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of its files some would be test by the default: it trained on them."""
+    """The default would make some of its files a test split, though it trained on them."""
     from suites.evaluate import evaluate, table
     from suites.settings import EvalConfig
 
@@ -690,11 +690,11 @@ def test_a_run_on_the_library_says_how_it_is_split_and_one_of_before_goes_on_by_
         said = "split: 64 documents in 41 groups by their text (data.regroup true)" in capsys.readouterr().out
         saved = yaml.safe_load((Path(place) / "config.yaml").read_text())["data"]["regroup"]
         assert said is saved is (regroup is None)
-        later = adapted(replace(own, data=data), max_steps=2, resume=True)  # as a program asks for it
+        # A program that resumes may leave data.regroup unset.
+        later = adapted(replace(own, data=data), max_steps=2, resume=True)
         assert train(later).state.step == 2
-        data_of(
-            load_run(place), EvalConfig(place, cache=data.cache)
-        )  # refuses other data than it was trained on
+        # This refuses other data than the run was trained on.
+        data_of(load_run(place), EvalConfig(place, cache=data.cache))
         runs[regroup] = json.loads((Path(place) / "fingerprints.json").read_text())["data"]
     assert runs[None] != runs[False]
 

@@ -49,7 +49,7 @@ def test_updates_change_outputs_alike_at_every_width(
         widths.slopes(model, optimizer, batches(), WIDTHS, carried) for carried in (True, False)
     )
     assert min(carried) > -0.5 and max(carried) < 0.2, carried  # below 64 a drawn head is far from its limit
-    if init != "xavier":  # which shows it from 64 on only
+    if init != "xavier":  # Xavier shows it from 64 on only.
         assert max(plain) > 0.45, plain
 
 
