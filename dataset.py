@@ -139,8 +139,8 @@ def _filled(store: TokenStore, block_size: int, pieces: _Pieces) -> Batch:
         is_prompt[place] = position < np.repeat(prompt_length, length)
         is_prompt = is_prompt.reshape(B, T + 1)
     labels = next_token_labels(tokens, document_ids, is_prompt)
-    shown = (tokens[:, :-1], labels, document_ids[:, :-1], positions[:, :-1])
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in shown))
+    arrays = (tokens[:, :-1], labels, document_ids[:, :-1], positions[:, :-1])
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
 class _Rows:
@@ -161,16 +161,16 @@ class _Rows:
         self.begin = np.concatenate(([0], np.cumsum(np.diff(store.offsets)[order])))  # (documents + 1,)
         self.n_rows = -(-(store.n_tokens - 1) // block_size)
 
-    def as_documents_go(self, order: np.ndarray) -> np.ndarray:
-        """Return the rows (n_rows,) in the order of their documents, which is their own."""
+    def in_document_order(self, order: np.ndarray) -> np.ndarray:
+        """Return the numbers of the rows, (n_rows,), in the order of their documents, which is their own."""
         return np.arange(self.n_rows)
 
     def first_documents(self, rows: np.ndarray) -> np.ndarray:
-        """(B,) the place in the order of each row's document 0."""
+        """Return the place in the order of each row's document 0, (B,)."""
         return np.searchsorted(self.begin, rows * self.block_size, "right") - 1
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Rows (B,) by number, which may repeat; numbers from `n_rows` on give rows of padding."""
+        """Return rows by number, (B,), which may repeat; numbers from `n_rows` on give rows of padding."""
         T = self.block_size
         start = rows * T
         stop = np.minimum(start + T + 1, self.store.n_tokens)
@@ -206,11 +206,11 @@ class _ExampleRows:
         self.first = np.cumsum(self.count) - self.count
 
     def first_documents(self, rows: np.ndarray) -> np.ndarray:
-        """(B,) the place in `documents` of each row's document 0."""
+        """Return the place in `documents` of each row's document 0, (B,)."""
         return self.first[np.minimum(rows, self.n_rows - 1)]
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Rows (B,) by number, which may repeat; numbers from `n_rows` on give rows of padding."""
+        """Return rows by number, (B,), which may repeat; numbers from `n_rows` on give rows of padding."""
         known = np.minimum(rows, self.n_rows - 1)
         count = np.where(rows < self.n_rows, self.count[known], 0)
         piece = np.repeat(self.first[known], count) + _counted(count)
@@ -226,8 +226,8 @@ class _ExampleRows:
         )
         return _filled(self.store, self.block_size, pieces)
 
-    def as_documents_go(self, order: np.ndarray) -> np.ndarray:
-        """Return the rows (n_rows,) by the mean place of their documents in `order`."""
+    def in_document_order(self, order: np.ndarray) -> np.ndarray:
+        """Return the numbers of the rows, (n_rows,), by the mean place of their documents in `order`."""
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
         return np.argsort(np.add.reduceat(place[self.documents], self.first) / self.count, kind="stable")
@@ -304,10 +304,10 @@ class Batches:
         rows = _rows_of(self.store, order, self.block_size, self.loss_on_prompts)
         if self.order == "shuffled":
             return rows, draw.permutation(rows.n_rows)
-        return rows, rows.as_documents_go(order)
+        return rows, rows.in_document_order(order)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a global step, counted from 0 over all epochs."""
+        """Return the batch of a global step, counted from 0 over all epochs."""
         epoch, step = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._rows, self._order = self._arranged(epoch)

@@ -10,7 +10,8 @@ called and asked for its weight, so that it may be stored in 4 bits. It is never
 PiSSA start; so any number of adapters share it, and switching them off gives it back bit for bit.
 
 The meaning is that of Hugging Face PEFT, tensor by tensor; `pretrained/load_adapter.py` and
-`save_adapter.py` read and write its files, and `pretrained/merging.py` puts adapters into the weights.
+`pretrained/save_adapter.py` read and write its files, and `pretrained/merging.py` puts adapters into the
+weights.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
-        self.adapter_weights: dict[str, float] = {}  # active adapter -> its weight
+        self.adapter_weights: dict[str, float] = {}  # By name the weight of each active adapter.
         self.enabled = True
 
     def __getattr__(self, name: str) -> Any:
@@ -80,9 +81,11 @@ class Adapted(nn.Module):
         ]
 
     def whole(self) -> nn.Module | None:
+        """Return the full copy that stands in for the base, if an active adapter has one."""
         return next((layer.copy for layer, _ in self.active() if isinstance(layer, FullCopy)), None)
 
     def trained_bias(self) -> Tensor | None:
+        """Return the bias of an active adapter, if one trains it."""
         for layer, _ in self.active():
             if getattr(layer, "bias", None) is not None:
                 return layer.bias
@@ -98,6 +101,7 @@ class Adapted(nn.Module):
         return getattr(whole or self.base, "bias", None) if bias is None else bias
 
     def _by_base(self, x: Tensor) -> Tensor:
+        """Call the base, with the trained bias in the place of its own."""
         bias = self.trained_bias()
         if bias is None:
             return self.base(x)
@@ -113,7 +117,7 @@ class Adapted(nn.Module):
 
 
 class LogitTerms(NamedTuple):
-    """What a head's adapters add to its logits, beside hidden (N, I) x weight (O, I)^T + bias (O)."""
+    """The terms that a head's adapters add to its logits, hidden (N, I) x weight (O, I)^T + bias (O)."""
 
     u: Tensor  # (N, k)
     v: Tensor  # (O, k); u v^T is added.
@@ -137,6 +141,7 @@ class LoraLinear(Adapted):
         return out.view(*x.shape[:-1], out.size(-1))
 
     def _in_place(self, x: Tensor, layers: list[tuple[Any, float]]) -> Tensor:
+        """Add each low-rank term to the base's output where it lies, by gradients that are written out."""
         terms = [(layer, adapter_weight) for layer, adapter_weight in layers if isinstance(layer, LowRank)]
         if is_plain(self.base) and self.trained_bias() is None and len(terms) == len(layers) == 1:
             ((layer, adapter_weight),), base = terms, cast(nn.Linear, self.base)
@@ -254,7 +259,7 @@ class Adapter:
     """An adapter as it was added."""
 
     config: LoraConfig
-    published: dict[str, str]  # our name -> published, for every module of the model
+    published: dict[str, str]  # By our name the published one, of every module of the model.
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
@@ -263,6 +268,7 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 
 
 def wrappers(model: nn.Module) -> dict[str, Adapted]:
+    """Return the modules that adapters change, by our names."""
     return {name: module for name, module in held_modules(model).items() if isinstance(module, Adapted)}
 
 
@@ -404,10 +410,12 @@ def _make_low_rank(
 
 
 def base_of(module: nn.Module) -> nn.Module:
+    """Return the module that a wrapper has as its base; a module without adapters is returned itself."""
     return module.base if isinstance(module, Adapted) else module
 
 
 def refuse_merged(model: nn.Module) -> None:
+    """Raise a ValueError if the model's adapters are merged into its weights."""
     if "_merged" in model.__dict__:
         raise ValueError("the model's adapters are merged into its weights; call unmerge first")
 

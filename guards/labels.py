@@ -17,8 +17,9 @@ from guards.faults import Fault
 from guards.subject import GuardSubject
 from tokenizer import Tokenizer
 
-LABEL_BATCHES = 8
-SHOWN_TOKENS = 24
+LABEL_BATCHES = 8  # Batches of training that are looked at.
+EXAMPLES_KNOWN = 100_000  # Examples of a store that are compared.
+SHOWN_TOKENS = 24  # Tokens of a row that the line of this guard shows.
 
 
 def labels(subject: GuardSubject) -> Iterator[Fault | str]:
@@ -160,9 +161,6 @@ def _target_faults(batch: Batch, split: str, tokenizer: Tokenizer) -> Iterator[F
 def _in_one_document(documents: Tensor) -> Tensor:
     """Return whether each token but the last and the one after it are of one document: (B, T - 1)."""
     return (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-
-
-EXAMPLES_KNOWN = 100_000  # Examples of a store that are compared.
 
 
 class PromptErrors(NamedTuple):

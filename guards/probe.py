@@ -23,6 +23,20 @@ from guards.subject import (
 from modules.dropout import Dropout
 from modules.quantized_linear import n_weights
 
+PROBE_FAULTS = {
+    "gradient-not-finite": "the gradient of a prediction is not finite",
+    "other-row-visible": "a prediction depends on another row of the batch",
+    "future-visible": "a prediction depends on a later token",
+    "other-document-visible": "a prediction depends on another document packed in its row",
+    "padding-visible": "a prediction depends on padding",
+    "past-invisible": "a prediction does not depend on the tokens before it",
+    "token-invisible": "a prediction does not depend on its own token",
+}
+PROBE_ELEMENTS = 6e9  # Parameters x tokens of a pass: 0.2 s each on two cores.
+SHORTEST_PACKED = 8  # Tokens.
+MOST_LABELS = 16  # In a long row, where each costs a row of logits.
+PAST_SEEN = 0.9  # Share of earlier tokens: a weight that is rounded to zero may hide some.
+
 
 class Look(NamedTuple):
     """Predictions of one document that are looked at together: the labels at `places` of a row of a batch."""
@@ -59,21 +73,6 @@ def probe(subject: GuardSubject) -> Iterator[Fault | str]:
     shorter = f" of {lengths[0]} tokens and" if lengths[0] < lengths[-1] else " of"
     packed = "packed and padded" if max(lengths) >= SHORTEST_PACKED else "too short to be packed"
     yield f"predictions of {len(lengths)} passes in rows{shorter} {lengths[-1]}, {packed}"
-
-
-PROBE_FAULTS = {
-    "gradient-not-finite": "the gradient of a prediction is not finite",
-    "other-row-visible": "a prediction depends on another row of the batch",
-    "future-visible": "a prediction depends on a later token",
-    "other-document-visible": "a prediction depends on another document packed in its row",
-    "padding-visible": "a prediction depends on padding",
-    "past-invisible": "a prediction does not depend on the tokens before it",
-    "token-invisible": "a prediction does not depend on its own token",
-}
-PROBE_ELEMENTS = 6e9  # Parameters x tokens of a pass: 0.2 s each on two cores.
-SHORTEST_PACKED = 8  # Tokens.
-MOST_LABELS = 16  # In a long row, where each costs a row of logits.
-PAST_SEEN = 0.9  # Share of earlier tokens: a weight that is rounded to zero may hide some.
 
 
 def looks(subject: GuardSubject, dropped: bool) -> Iterator[Look]:

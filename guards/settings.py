@@ -20,7 +20,8 @@ from guards.faults import Fault
 from guards.subject import GuardSubject, affordable, through, tolerance_of, with_nonzero_weights
 from modules.dropout import Dropout
 
-WIDE = 512
+WIDE = 512  # Twins of a model with a larger n_embd have a few of its heads.
+LEAST_DROPPED = 20  # Elements of a pass: that two passes drop none has a chance of e^-40.
 PART = 0.25  # Share of the tokens of a pass.
 LATER = 7  # Positions by which all are raised.
 TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # Tokens, in twins that read 8.
@@ -158,9 +159,6 @@ def smoothing_faults(subject: GuardSubject) -> Iterator[Fault]:
             f"what is minimised is {minimised:.4f}",
             "smooth by the setting, over the targets only",
         )
-
-
-LEAST_DROPPED = 20  # Elements of a pass: that two passes drop none has a chance of e^-40.
 
 
 def dropout_faults(subject: GuardSubject) -> Iterator[Fault]:

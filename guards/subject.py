@@ -23,6 +23,12 @@ from modules.quantized_linear import n_weights
 from tokenizer import Tokenizer
 from training.loss import TokenLoss, TokenScores
 
+PASS_ELEMENTS = 3e10  # Parameters x tokens of a forward pass: 0.3 s on two cores.
+SHORTEST_PASS = 16  # Tokens.
+LARGE = 3e8  # Weights: of a model with more, a guard looks at a part.
+# The least share of the usual size of a matrix's numbers that bf16 keeps beside them: half of its step.
+LEAST = 2**-8
+
 
 @dataclass(frozen=True)
 class GuardSubject:
@@ -50,10 +56,6 @@ class GuardSubject:
 Guard = Callable[[GuardSubject], Iterator[Fault | str]]
 
 
-# The least share of the usual size of a matrix's numbers that bf16 keeps beside them: half of its step.
-LEAST = 2**-8
-
-
 @contextlib.contextmanager
 def with_nonzero_weights(model: Decoder) -> Iterator[None]:
     """Fill matrices that are next to zero with random numbers: a fresh model's blocks hand nothing on.
@@ -79,11 +81,6 @@ def with_nonzero_weights(model: Decoder) -> Iterator[None]:
                 p.copy_(before)
         for module, training in modes.items():
             module.training = training
-
-
-PASS_ELEMENTS = 3e10  # Parameters x tokens of a forward pass: 0.3 s on two cores.
-SHORTEST_PASS = 16  # Tokens.
-LARGE = 3e8  # Weights: of a model with more, a guard looks at a part.
 
 
 def tokens_of_a_pass(model: Decoder) -> int:

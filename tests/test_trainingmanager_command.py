@@ -101,7 +101,7 @@ def test_overfit_proves_several_files(tmp_path: Path) -> None:
 
 
 def test_importing_has_no_side_effect(tmp_path: Path) -> None:
-    """A command imports little before its flags are read, so that what it imports afterwards is named here."""
+    """A command imports little before its flags are read: the files that it imports later are named here."""
     later = "training.command, training.plan, suites.evaluate, generation.command, training.export"
     names = f"trainingmanager, {later}, sweeps.command, selftest.run, recipes.pipeline"
     code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import {names}"
