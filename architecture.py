@@ -32,15 +32,15 @@ class Cache(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens held so far, before the call under way."""
+        """Tokens that were read before the call under way."""
         ...
 
     def extend_documents(self, document_ids: Tensor) -> Tensor | None:
-        """Append (B, T) document ids of this call; returns (B, length + T), or None: one document a row."""
+        """Append this call's document ids (B, T); return all, (B, length + T), or None for one a row."""
         ...
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this call's keys and values (B, H_kv, T, D); returns all, (B, H_kv, length + T, D)."""
+        """Append this call's keys and values (B, H_kv, T, D); return all, (B, H_kv, length + T, D)."""
         ...
 
 
@@ -77,6 +77,7 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": La
 
 
 def build_norm(config: ModelConfig, size: int) -> nn.Module:
+    """Return a norm over the last dimension, which has `size` numbers, of the kind that the settings name."""
     return NORMS[config.norm](size, config.norm_eps, config.norm_weight, config.norm_bias)
 
 
@@ -186,6 +187,7 @@ MLPS: dict[str, tuple[type[MLP] | type[GatedMLP], type[nn.Module]]] = {
 
 
 def build_mlp(config: ModelConfig) -> MLP | GatedMLP:
+    """Return the MLP with the activation that the settings name."""
     mlp, activation = MLPS[config.mlp]
     return mlp(config, activation())
 

@@ -316,4 +316,5 @@ def sample(p: Tensor) -> Tensor:
 
 
 def listed(names: list[str]) -> str:
+    """Return the first four names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

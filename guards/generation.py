@@ -95,10 +95,12 @@ def continued(model: Decoder, prompts: list[list[int]]) -> tuple[list[list[int]]
 
 
 def new_tokens(model: Decoder) -> int:
+    """Return how many tokens a completion has: fewer for a large model."""
     return max(FEWEST_TOKENS, min(NEW_TOKENS, tokens_of_a_pass(model) // 256))
 
 
 def seed_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
+    """Sample twice from one seed."""
     settings = GenerationConfig(max_new_tokens=new_tokens(model), temperature=1.0, seed=1)
     first, second = ([g.ids for g in generate_ids(model, prompts, settings)] for _ in range(2))
     if first != second:
@@ -136,6 +138,7 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
 
 
 def echo_faults(subject: GuardSubject, prompt: list[int]) -> Iterator[Fault]:
+    """See that a completion does not begin with its prompt."""
     text = subject.tokenizer.decode(prompt)
     settings = GenerationConfig(max_new_tokens=new_tokens(subject.model))
     (completion,) = generate(subject.model, subject.tokenizer, [text], settings)

@@ -350,6 +350,7 @@ def twin(config: ModelConfig) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def same_twins(one: tuple[dict[str, Tensor], Tensor], other: tuple[dict[str, Tensor], Tensor]) -> bool:
+    """Return whether two results of `twin` have the same initial weights and the same logits."""
     (weights, logits), (other_weights, other_logits) = one, other
     same = weights.keys() == other_weights.keys() and all(
         torch.equal(p, other_weights[name]) for name, p in weights.items()

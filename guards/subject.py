@@ -89,6 +89,7 @@ def tokens_of_a_pass(model: Decoder) -> int:
 
 
 def is_large(model: Decoder) -> bool:
+    """Return whether guards look at a part of the model only."""
     return n_weights(model) > LARGE
 
 
@@ -137,6 +138,7 @@ def shortened(model: Decoder) -> contextlib.AbstractContextManager[None]:
 
 
 def is_shortened(subject: GuardSubject) -> bool:
+    """Return whether `shortened` has taken blocks out of the model."""
     return len(subject.model.blocks) < subject.config.model.n_layer
 
 

@@ -179,6 +179,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
+        """The buffers, in the order of `names`."""
         return tuple(getattr(self, name) for name in self.names)
 
     @property

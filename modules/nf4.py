@@ -48,7 +48,7 @@ class NF4(NamedTuple):
 
 
 def dynamic_map() -> Tensor:
-    """The 256 values of the 8-bit dynamic format, ascending (Dettmers 2015, arXiv:1511.04561).
+    """Return the 256 values of the 8-bit dynamic format, ascending (Dettmers 2015, arXiv:1511.04561).
 
     Seven decades of both signs, the uppermost of 64 values and each below of half as many, and 0 and 1.
     """
@@ -61,6 +61,7 @@ def dynamic_map() -> Tensor:
 
 
 def nf4_code() -> Tensor:
+    """Return the 16 values of NF4_CODE, (16) fp32."""
     return torch.tensor(NF4_CODE, **PLAIN)
 
 

@@ -55,6 +55,7 @@ def rotary_tables(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]
 
 
 def scale_none(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
+    """Leave the frequencies as they are."""
     return frequency
 
 

@@ -263,6 +263,11 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def first_whole(folders: list[Path], run: Path) -> Manifest:
+    """Return the first checkpoint that is whole; name on stderr those before it.
+
+    Raises:
+        ValueError: None is; the message names the run.
+    """
     reasons = []
     for folder in folders:
         try:
@@ -320,6 +325,12 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_other_shapes(own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise a ValueError if the tensors stored in a checkpoint are not those of the model, by name and shape.
+
+    Args:
+        own: The tensors of the model.
+        shapes: The shapes of those in the checkpoint's folder.
+    """
     wrong = [f"{key} is missing" for key in own if key not in shapes]
     wrong += [f"{key} is left over" for key in shapes if key not in own]
     wrong += [

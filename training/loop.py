@@ -196,6 +196,7 @@ class TrainingManager:
                 due = bool(train.validate_every) and step % train.validate_every == 0
                 if due or (train.save_every and step % train.save_every == 0):
                     values |= self.validate_and_save(log)
+                # A proof of resume trains all its steps, however soon the model knows its files.
                 if train.overfit and not train.prove_resume and due and self.knows_by_heart(self.validate()):
                     break
                 if self.observer.on_step(self, values):

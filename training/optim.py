@@ -193,10 +193,12 @@ def cosine(progress: float, cooldown: float) -> float:
 
 
 def linear(progress: float, cooldown: float) -> float:
+    """Fall linearly from 1 to 0."""
     return 1 - progress
 
 
 def constant(progress: float, cooldown: float) -> float:
+    """Stay at 1."""
     return 1.0
 
 

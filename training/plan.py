@@ -63,6 +63,7 @@ class Cost:
 
     @property
     def peak(self) -> float:
+        """The most memory of the process at any time of the run, in bytes."""
         return max(self.guard_bytes, self.step_bytes, self.save_bytes)
 
 
@@ -78,6 +79,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
+        """The time of an optimizer step, all its micro-batches included."""
         return self.config.train.accumulation * self.cost.micro_seconds + self.cost.update_seconds
 
     def __str__(self) -> str:
