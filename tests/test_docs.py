@@ -177,7 +177,7 @@ def test_the_table_of_floors_has_every_floor_in_its_order():
 
 
 def hunks(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the file and the stripped lines of each part of a diff; a line `+...` stands for lines left out."""
+    """Yield the file and the stripped lines of each part of a diff; `+...` stands for lines left out."""
     path, lines = "", []
     for line in [*text.splitlines(), "+..."]:
         if line.startswith("+++ ") or line == "+...":
