@@ -20,17 +20,17 @@ FAULTS: dict[str, str] = {
         "right."
     ),
     "batch-differs-from-single": (
-        "Two prompts continue otherwise in one batch than alone, beyond what rounding explains. Padding "
-        "then changes completions. Pad on the left, give padding a document of its own, and count positions "
-        "from the first token."
+        "Two prompts have other completions in one batch than alone, beyond what rounding explains: padding "
+        "changes them. Pad on the left, give padding a document of its own, and count positions from the "
+        "first token."
     ),
     "batch-repeated": (
-        "The first batches of training are fewer than they should be, and repetitions. Every batch of an "
-        "epoch shows other rows: look for a number that is not counted on."
+        "The first batches of training repeat each other. Every batch of an epoch should show other rows: "
+        "look for a batch number that does not increase."
     ),
     "beams-not-by-probability": (
-        "Beam search chose two tokens of lower log-probability than the best two have. Rank beams by sums "
-        "of log-probabilities, not of logits."
+        "Beam search chose two tokens whose log-probability is lower than that of the best two. Rank beams "
+        "by sums of log-probabilities, not of logits."
     ),
     "clip-ignored": (
         "The gradient that an update used is larger than `--optimizer.grad_clip`. Clip after unscaling and "
@@ -38,20 +38,21 @@ FAULTS: dict[str, str] = {
     ),
     "data-out-of-order": (
         "A pass did not read the batch whose turn it was, as when a resumed run begins its data anew. Some "
-        "batches then repeat and others never come. Count batches over all updates, also after `--resume`."
+        "batches then repeat and others are never read. Count batches over all updates, also after "
+        "`--resume`."
     ),
     "documents-not-separated": (
-        "Tokens after the end of a document carry the same document id. Give each document of a row an id "
-        "of its own, or it sees the one before it."
+        "Tokens after the end of a document carry its document id, so that a document sees the one before "
+        "it. Give each document of a row an id of its own."
     ),
     "dropout-ignored": (
-        "A dropout that the settings request drops nothing, drops everything, is built with another rate, "
-        "or runs in evaluation mode during an update. Two arms of a sweep over dropout would be one. Hand "
-        "the setting to every part, and switch the model to training mode before each update."
+        "A dropout that the settings request drops nothing, drops everything, has another rate, or is in "
+        "evaluation mode during an update. Two runs of a sweep over dropout could then be the same run. "
+        "Pass the setting to every part, and switch the model to training mode before each update."
     ),
     "end-never-learned": (
-        "No end of a document is a target. Generation would never stop. Do not mask the end together with "
-        "the padding."
+        "The end of a document is never a target, so that generation would never stop. Do not mask the end "
+        "together with the padding."
     ),
     "evaluation-not-repeatable": (
         "Two passes over one batch in evaluation mode differ. Switch dropout off there, and use no random "
@@ -61,12 +62,12 @@ FAULTS: dict[str, str] = {
         "The first loss is infinite or not a number. Check the weights and `--precision`."
     ),
     "first-loss-too-high": (
-        "A model that was never trained does clearly worse than knowing nothing, which costs ln(vocabulary) "
-        "nats. Scale the initialisation of the embedding and the head down."
+        "The first loss of an untrained model is clearly above ln(vocabulary), the loss of a uniform guess. "
+        "Scale the initialisation of the embedding and the head down."
     ),
     "first-loss-too-low": (
-        "A model that was never trained does clearly better than knowing nothing. Look for labels that can "
-        "be seen in the inputs, or for a loss that is divided by too many tokens."
+        "The first loss of an untrained model is clearly below ln(vocabulary), the loss of a uniform guess. "
+        "Look for labels that can be seen in the inputs, or for a loss that is divided by too many tokens."
     ),
     "frozen-parameter-moved": (
         "A parameter that should be frozen got a gradient, or changed. The base of an adapter is then no "
@@ -74,11 +75,11 @@ FAULTS: dict[str, str] = {
         "optimizer and of weight decay."
     ),
     "future-visible": (
-        "A prediction depends on a later token, by the gradient. Such a model has an excellent loss and "
+        "By its gradient, a prediction depends on a later token. Such a model has an excellent loss and "
         "generates nonsense. Check the attention mask and the order of axes (B, T, C)."
     ),
     "gradient-not-cleared": (
-        "An update began with the gradient of the one before and added its own to it. Clear the gradients "
+        "An update began with the gradient of the previous one and added its own to it. Clear the gradients "
         "of all optimizers after each step."
     ),
     "gradient-not-finite": (
@@ -91,12 +92,12 @@ FAULTS: dict[str, str] = {
         "passes of the update."
     ),
     "id-outside-vocabulary": (
-        "The data hold an id for which the embedding has no row. Use the tokenizer that the model was made "
-        "for."
+        "The data contain an id for which the embedding has no row. Use the tokenizer that the model was "
+        "made for."
     ),
     "label-crosses-documents": (
-        "The label of a document's last token is the first token of another document. A document's last "
-        "token has no label."
+        "The label of a document's last token is the first token of another document. The last token of a "
+        "document must have no label."
     ),
     "labels-not-next-token": (
         "Labels are not the token that follows: they were made apart from the inputs, shifted twice, or not "
@@ -107,12 +108,12 @@ FAULTS: dict[str, str] = {
         "Smooth by the setting, over the targets only."
     ),
     "order-ignored": (
-        "A curriculum was requested, and the first batches are those of another order. Let batches come in "
-        "the order of the scores."
+        "A curriculum was requested, but the first batches are those of another order. Sort the documents "
+        "by their difficulty scores."
     ),
     "order-inverted": (
-        "A curriculum was requested, and difficulty, measured again on the batches, does not follow it. Let "
-        "the larger score be that of the harder text, of the very ids that are trained on."
+        "A curriculum was requested, but difficulty, measured again on the batches, does not follow it. A "
+        "larger score must mean a harder text, and be computed on the ids that are trained on."
     ),
     "other-document-visible": (
         "A prediction depends on another document that is packed in its row. Check the attention mask "
@@ -141,12 +142,12 @@ FAULTS: dict[str, str] = {
         "tokens. Check the attention mask."
     ),
     "positions-ignored": (
-        "Positions that are counted backwards change nothing. Hand the positions of the batch to the model, "
-        "which must not count its own."
+        "The output stays the same when positions are counted backwards. Pass the positions of the batch to "
+        "the model, which must not count its own."
     ),
     "positions-not-counted": (
-        "A position is neither the one before plus 1, nor 0 at the start of a document. Count the positions "
-        "of each document from 0."
+        "A position is neither the previous one plus 1, nor 0 at the start of a document. Count the "
+        "positions of each document from 0."
     ),
     "positions-not-relative": (
         "Outputs change when all rotary positions are raised by the same number. Rotate queries and keys "
@@ -158,19 +159,20 @@ FAULTS: dict[str, str] = {
         "again."
     ),
     "prompt-differs": (
-        "A text is stored with other ids than a prompt of that text has in generation. The model is then "
+        "A text is stored with other ids than a prompt with that text has in generation. The model is then "
         "prompted in a way that it was never trained on. Build prompts by one function in training, "
         "evaluation and generation."
     ),
     "prompt-in-prediction": (
-        "A prediction begins with its own prompt, and would be scored with it. Return only what was added."
+        "A prediction begins with its own prompt, which would be scored with it. Return only the new text."
     ),
     "row-without-loss": (
         "Rows with text have no target at all. Shorten prompts from their left, never answers from their "
         "right, and mask tokens, not rows."
     ),
     "sampling-not-repeatable": (
-        "One seed gave two texts. Sample from a generator of the seed and the row, not from the global one."
+        "One seed gave two different texts. Sample from a generator of the seed and the row, not from the "
+        "global one."
     ),
     "schedule-ignored": (
         "An update had another learning rate than the schedule says. Set the rate of every group before the "
@@ -181,14 +183,14 @@ FAULTS: dict[str, str] = {
         "per byte come from the loss without label smoothing."
     ),
     "setting-ignored": (
-        "A setting has no effect: a key of the model changes nothing, tied matrices are two, a learning "
-        "rate differs from that of its parameters, or `--data.loss_on all` leaves prompts out. Look for the "
-        "place that should read it."
+        "A setting has no effect: a key of the model changes nothing, tied matrices are two, parameters "
+        "have another learning rate than the settings say, or `--data.loss_on all` leaves prompts out. Look "
+        "for the code that should read the setting."
     ),
     "split-leaks": (
-        "More than 25% of the text of one split is in another, or pieces of one file, page or function are "
-        "in both. Scores would then measure memory. Group what belongs together (`--data.group_field`), or "
-        "let `--fix` find it by its text."
+        "More than 25% of the text of one split is also in another, or pieces of one file, page or function "
+        "are in both. Scores would then measure memory. Group what belongs together (`--data.group_field`), "
+        "or let `--fix` group it by its text."
     ),
     "start-doubled": (
         "Documents begin with two start tokens. Either the tokenizer adds it or the data path does, not both."
@@ -198,25 +200,25 @@ FAULTS: dict[str, str] = {
         "shifted twice. Check the attention mask."
     ),
     "token-never-trained": (
-        "The data hold a token that the base never saw, and its row of the embedding is frozen. Name it in "
-        "`--lora.new_tokens`, so that its row trains, or take the base's own tokenizer."
+        "The data contain a token that the base never saw, and its row of the embedding is frozen. Name it "
+        "in `--lora.new_tokens`, so that its row trains, or use the base's own tokenizer."
     ),
     "too-few-positions": (
         "A row reaches a position for which the model has no row in its table. Raise `--model.block_size` "
         "or shorten the rows."
     ),
     "validation-differs": (
-        "One batch has another loss by training's function than by validation's, or held-out files are "
-        "stored in another form. The best checkpoint would be chosen by another task. Let both call the "
-        "same function; `--data.fim_rate` is for training files only."
+        "The functions of training and validation give one batch different losses, or held-out files are "
+        "stored in another form. The best checkpoint would then be chosen by another task. Let both call "
+        "the same function; `--data.fim_rate` is for training files only."
     ),
     "vocabulary-too-large": (
         "The model has more ids than its tokenizer, as when a default is left in place. Leave "
         "`--model.vocab_size` out to take the tokenizer's."
     ),
     "worse-than-unigram": (
-        "Loaded weights do worse than token frequencies alone (for answers to prompts: than knowing "
-        "nothing). Check that weights, config and tokenizer belong together."
+        "Loaded weights have a higher loss than token frequencies alone (for answers to prompts: than a "
+        "uniform guess). Check that weights, config and tokenizer belong together."
     ),
 }
 

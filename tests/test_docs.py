@@ -2,8 +2,8 @@
 
 The language of a block of code in docs/ says what becomes of it here: `python` and `sh` blocks are run,
 `bash` blocks are run by the slow tests, `yaml` blocks are parsed as settings, the flags in `console` blocks
-are compared with those of the command, the lines in `diff` blocks are looked for in their files, and `text`
-is output, which is left alone.
+are compared with those of the command, the lines in `diff` blocks must follow each other in their files, and
+`text` is output, which is left alone.
 """
 
 from __future__ import annotations
@@ -176,15 +176,25 @@ def test_the_table_of_floors_has_every_floor_in_its_order():
     assert order == sorted(order)
 
 
+def hunks(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the file and the stripped lines of each part of a diff; `+...` stands for lines left out."""
+    path, lines = "", []
+    for line in [*text.splitlines(), "+..."]:
+        if line.startswith("+++ ") or line == "+...":
+            if lines:
+                yield path, lines
+            path, lines = (line[4:] if line != "+..." else path), []
+        else:
+            assert line[:1] in ("+", " "), f"{line!r} is neither added nor context"
+            lines.append(line[1:].strip())
+
+
 @pytest.mark.parametrize("block", blocks("diff"), ids=str)
-def test_lines_of_a_diff_are_lines_of_the_file_that_it_names(block: Block):
-    lines, missing = set(), []
-    for line in block.text.splitlines():
-        if line.startswith("+++ "):
-            lines = {line.strip() for line in (ROOT / line[4:]).read_text("utf-8").splitlines()}
-        elif line[1:].strip() not in lines:
-            missing.append(line)
-    assert missing == []
+def test_lines_of_a_diff_follow_each_other_in_the_file_that_it_names(block: Block):
+    for path, lines in hunks(block.text):
+        whole = [line.strip() for line in (ROOT / path).read_text("utf-8").splitlines()]
+        found = any(whole[start : start + len(lines)] == lines for start in range(len(whole)))
+        assert found, f"{path} does not have these lines in a row: {lines}"
 
 
 NAMED: dict[str, Collection[str]] = {

@@ -1,6 +1,6 @@
-"""The repository has floors: a file imports from lower floors, or from its own floor without a circle.
+"""The folders are ordered in floors: a file imports from lower floors, or from its own without a circle.
 
-Imports inside functions and under TYPE_CHECKING count too. Nothing but tests and benchmarks imports a door.
+Imports inside functions and under TYPE_CHECKING count too. Only tests and benchmarks import a command.
 """
 
 from __future__ import annotations
