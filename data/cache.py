@@ -98,14 +98,31 @@ def verify_folder(folder: Path) -> None:
     """
     try:
         sums = unsealed((folder / SUMS).read_text("utf-8"))
-        there = {
-            path.name for path in folder.iterdir() if path.is_file()
-        }  # no device, nor another folder's file
+        # The checksums may be a stranger's: no device is read, and no file of another folder.
+        there = {path.name for path in folder.iterdir() if path.is_file()}
         changed = [name for name, sum in sums.items() if name not in there or _sha256(folder / name) != sum]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} cannot be verified ({error})") from None
     if changed:
         raise ValueError(f"{folder / changed[0]} is not what was written there")
+
+
+def refuse_changed(folder: Path, remedy: str) -> None:
+    """Compare the files of a folder as `verify_folder` does; one without checksums passes.
+
+    Args:
+        folder: A published model, or a base that was trained here: only those of today have checksums.
+        remedy: What helps besides a copy, for the sentence.
+
+    Raises:
+        ValueError: A file is missing or was changed.
+    """
+    if not (folder / SUMS).is_file():
+        return
+    try:
+        verify_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it from a copy, or {remedy}") from None
 
 
 def _sha256(path: Path) -> str:

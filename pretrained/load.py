@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from architecture import Decoder
 from config import DROPOUTS, ModelConfig
-from data.cache import SUMS, verify_folder
+from data.cache import SUMS, refuse_changed
 from modules.quantized_linear import KINDS, replace_linear
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
 from pretrained.family import Family, Values, from_model, to_model
@@ -154,7 +154,7 @@ def load_pretrained(
     folder, commit = _locate(str(source), revision, local_only)
     linked = commit is not None
     if not linked:
-        _refuse_changed(folder)
+        refuse_changed(folder, f"remove {folder / SUMS} if the change is meant")
     values, family, config = _described(folder, linked)
     eos_ids = _eos_ids(folder, values, config.vocab_size, linked)
     entries = read_tensors(folder, linked)
@@ -218,18 +218,6 @@ def _block_matrices(model: Decoder) -> set[str]:
     """Names of the weights of the blocks' linears."""
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return {f"{name}.weight" for name in linears if "blocks." in name}
-
-
-def _refuse_changed(folder: Path) -> None:
-    """ValueError if a file is not as it was written, in a folder with checksums, as a base made here has."""
-    if not (folder / SUMS).is_file():
-        return
-    try:
-        verify_folder(folder)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; restore it from a copy, or remove {folder / SUMS} if the change is meant"
-        ) from None
 
 
 def described(source: str, revision: str | None = None) -> tuple[Family, ModelConfig]:

@@ -19,7 +19,7 @@ from config import (
     check_ranges,
     refuse_unwritable,
 )
-from data.cache import SUMS, seal_folder, verify_folder
+from data.cache import refuse_changed, seal_folder
 from dataset import prepare_tokenizer
 from pretrained import FAMILIES, save_pretrained
 from pretrained.family import to_model
@@ -66,7 +66,7 @@ def make_base(settings: BaseConfig) -> Path:
     name = f"{settings.family}-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
     folder = Path(settings.out) if settings.out else Path(settings.cache) / "bases" / name
     if (folder / "config.json").is_file():
-        refuse_changed(folder)
+        refuse_changed(folder, f"remove {folder} to train another")
         print(f"base: {folder} is there already")
         return folder
     refuse_full(folder)
@@ -113,19 +113,6 @@ def make_base(settings: BaseConfig) -> Path:
     for made_on_the_way in (f"{folder.name}-tokenizer", run.name):
         shutil.rmtree(folder.with_name(made_on_the_way), ignore_errors=True)
     return folder
-
-
-def refuse_changed(folder: Path) -> None:
-    """Raise a ValueError if a file of a base was changed; an older base has no checksums to compare."""
-    if not (folder / SUMS).is_file():
-        return
-    try:
-        verify_folder(folder)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}, so the base is not the one that was trained; restore it from a copy, or remove "
-            f"{folder} to train another"
-        ) from None
 
 
 def with_gaps(tokenizer: Tokenizer, folder: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, write_atomically
+from config.schema import flat
 from config.yamlfile import read_yaml
 from modules.precision import choose_device, choose_precision
 from training.begin import train
@@ -16,15 +17,14 @@ from training.checkpoint import step_folders
 from training.log import say
 from training.loop import BudgetUsed
 from training.run import resolved_format
-from training.runfolder import FIXED, KEY_CLASSES, WARNED, flat, note_base, with_data_resolved
+from training.runfolder import FIXED, KEY_CLASSES, WARNED, note_base, with_data_resolved
 from training.signals import RESUMABLE
 
-FINISHED = "asked.json"  # the requested settings of a run whose budget is used, or whose patience ended
-
+FINISHED = "asked.json"  # The requested settings of a run whose budget is used, or whose patience ended.
 
 BUDGET = {"max_seconds", "max_steps", "max_epochs", "patience"}
-BASE = {"base", "base_revision"}  # a base may move, since training compares its fingerprint
-DECIDE_FORMAT = {"precision", "device"}  # these decide how a base is stored whose format is `auto`
+BASE = {"base", "base_revision"}  # A base may move, since training compares its fingerprint.
+DECIDE_FORMAT = {"precision", "device"}  # These decide how a base is stored whose format is `auto`.
 
 
 def finish(config: Config, is_preset: bool = False) -> bool:
@@ -68,13 +68,15 @@ def finish(config: Config, is_preset: bool = False) -> bool:
                     )
             return False
     begun = (folder / "config.yaml").is_file()
-    if begun and not step_folders(folder / "checkpoints"):  # the run was killed before its first checkpoint
+    if begun and not step_folders(folder / "checkpoints"):  # The run was killed before its first checkpoint.
         shutil.rmtree(folder)
         begun = False
     try:
         manager = train(replace(config, train=replace(config.train, resume=begun)), is_preset=is_preset)
-    except BudgetUsed:  # it was killed between its last checkpoint and the mark, or its base has moved
-        note_base(folder, config.train.base)  # training has compared its fingerprint
+    except BudgetUsed:
+        # It was killed between its last checkpoint and the mark, or its base, whose fingerprint training has
+        # compared, lies elsewhere now.
+        note_base(folder, config.train.base)
     else:
         if manager.stop_signal is not None and manager.progress() < 1:
             say(f"stopped at step {manager.state.step}; the same command goes on")

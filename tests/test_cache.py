@@ -25,11 +25,19 @@ from config import (
     one_sentence,
 )
 from data import cache
-from data.cache import GB, InUse, make_room, read_sealed, sealed, verify_folder, write_sealed
+from data.cache import (
+    GB,
+    InUse,
+    make_room,
+    read_sealed,
+    refuse_changed,
+    sealed,
+    verify_folder,
+    write_sealed,
+)
 from data.store_leaks import store_overlap
 from data.tokenstore import TokenStore, open_store
 from dataset import prepare_data, prepare_tokenizer, stored_data
-from recipes.small_base import refuse_changed
 from suites.kept import Kept
 from suites.overlaps import training_overlap
 from tokenizer import BPETokenizer, Tokenizer
@@ -226,12 +234,13 @@ def test_a_base_that_was_changed_since_it_was_trained_is_refused(tmp_path: Path)
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(100))
-    refuse_changed(folder)  # an older one has no checksums
+    remedy = "remove it to train another"
+    refuse_changed(folder, remedy)  # An older base has no checksums.
     cache.seal_folder(folder)
-    refuse_changed(folder)
+    refuse_changed(folder, remedy)
     (folder / "model.safetensors").write_bytes(flipped(bytes(100), 300))
-    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written there.* or remove "):
-        refuse_changed(folder)
+    with pytest.raises(ValueError, match=rf"model\.safetensors is not what was written there.* or {remedy}"):
+        refuse_changed(folder, remedy)
 
 
 def test_a_sealed_value_comes_back_and_no_flipped_bit_of_it_does(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from config import CONFIG_GROUPS, Config, DataConfig, TrainConfig
+from config.schema import flat
 from training import runfolder
 from training.runfolder import (
     FIXED,
@@ -25,7 +26,6 @@ from training.runfolder import (
     WARNED,
     claimed_folder,
     config_fingerprint,
-    flat,
     refuse_changes,
     refuse_other_data,
     with_data_resolved,

@@ -13,12 +13,12 @@ import yaml
 from optuna.trial import create_trial
 
 from config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from config.schema import flat
 from sweeps import space as spaces
 from sweeps.budget import more_trials
 from sweeps.settings import DEFAULT, parse_settings
 from sweeps.space import Parameter, Space, parse_space
 from sweeps.study import open_studies
-from training.runfolder import flat
 
 WHOLE = """
 head_lr: {log: [1e-3, 1e-1]}

@@ -33,6 +33,7 @@ from config import (
     TrainConfig,
     parse_config,
 )
+from config.schema import flat
 from data.documents import SPLITS
 from dataset import IGNORE_INDEX, Batch
 from guards import preflight
@@ -50,7 +51,6 @@ from training.runfolder import (
     LATER,
     claimed_folder,
     config_fingerprint,
-    flat,
     new_folder,
 )
 from training.state import RunState, budget_used

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 
 from config import BEFORE, Config, write_atomically
+from config.schema import flat
 from config.yamlfile import read_yaml
 
 LOCK = ".lock"
@@ -245,16 +246,6 @@ def with_data_resolved(config: Config, folder: Path) -> Config:
         before = Config.from_dict(read_yaml(saved))
         data = dataclasses.replace(data, regroup=before.data.resolved().regroup)
     return dataclasses.replace(config, data=data.resolved())
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Return the config's values by full key, as in `model.n_layer`."""
-    values: dict[str, Any] = {}
-    for key, value in config.to_dict().items():
-        values |= (
-            {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
-        )
-    return values
 
 
 def config_fingerprint(config: Config) -> str:
