@@ -117,12 +117,8 @@ class Overlap:
         return max(self.leaked_share, self.duplicate_share) > LEAKED_LIMIT or self.groups > 0
 
     @property
-    def windows_share(self) -> float:
-        return self.windows_shared / self.windows if self.windows else 0.0
-
-    @property
     def counts(self) -> str:
-        """A shorter `str`."""
+        """The same counts as in `str`, in fewer words."""
         return (
             f"{self.leaked_share:.1%} of the text, {self.exact} exact, {self.near} near and {self.contained} "
             f"contained of {self.documents} documents, {self.windows_shared} of {self.windows} runs, "

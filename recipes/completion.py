@@ -108,7 +108,7 @@ def build(settings: CompletionSettings, tokenizer: Tokenizer | None, folder: Pat
     counts.drop("a copy of another", counts.kept - sum(map(len, splits.values())))
     text = (
         f"Python files of `{settings.source}`, one a row, by way of `python -m scraping`; laid out by "
-        f"{settings.format}. Near duplicates went, and a file is on one split."
+        f"{settings.format}. Near duplicates went, and a file is in one split."
     )
     return write_dataset(folder, splits, counts, "Python files", text)
 
@@ -227,7 +227,7 @@ def decoding_table(texts: dict[str, list[str]], references: Sequence[str], files
         files: The files of the references.
     """
     from metrics.registry import score
-    from suites.scoring import aligned
+    from suites.tables import aligned
 
     found = {
         name: score(

@@ -194,7 +194,7 @@ def build(settings: FastapiSettings, tokenizer: Tokenizer, folder: Path) -> Coun
                 key = line.key()
                 if key in seen:
                     variant = "in a variant of the file"
-                    counts.drop(variant if seen[key] == split else f"on the {seen[key]} split, too")
+                    counts.drop(variant if seen[key] == split else f"in the {seen[key]} split, too")
                     continue
                 row, n_tokens = row_of(line, with_markers, tokenizer)
                 if n_tokens > settings.max_tokens:
@@ -209,7 +209,7 @@ def build(settings: FastapiSettings, tokenizer: Tokenizer, folder: Path) -> Coun
         "A row is a line that has a letter or digit, with its indentation and the line break before it; the "
         f"{settings.lines_before} lines before it and the {settings.lines_after} after it; as {told}.\n\n"
         f"The pages of the {len(documents)} files of `{settings.source}` make {len(set(groups))} groups that "
-        f"share no text, each on one split. A line with the same {NEIGHBOURS} lines around it as another is "
+        f"share no text, each in one split. A line with the same {NEIGHBOURS} lines around it as another is "
         f"taken once. Of {len(rows['test'])} test lines {stock} stand in training, too, elsewhere, as "
         "`app = FastAPI()` does: scores are given for the others apart."
     )
@@ -251,7 +251,8 @@ def evaluate(settings: FastapiSettings, scoring: Any, result: dict[str, Any]) ->
         result: The result of `evaluate` with it.
     """
     from metrics.registry import score
-    from suites.scoring import aligned, origin_of
+    from suites.scoring import origin_of
+    from suites.tables import aligned
 
     samples = result.get("suite", {}).get("samples", [])
     rows = (Path(scoring.source) / "train.jsonl").read_text("utf-8").splitlines()

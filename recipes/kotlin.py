@@ -241,7 +241,7 @@ def evaluate(settings: KotlinSettings, scoring: Any, result: dict[str, Any]) -> 
         result: The result of `evaluate` with it.
     """
     from suites.evaluate import evaluate as evaluated
-    from suites.scoring import aligned
+    from suites.tables import aligned
 
     suites = {"Kotlin test set": result.get("suite")}
     if settings.methods:

@@ -405,7 +405,7 @@ def about(settings: RefactorSettings, found: Sequence[Found], unread: str) -> st
     )
     return (
         "A row is a function written worse (`prompt`) and as it was (`completion`). `path` is the file that "
-        "it is from, which is on one split only; a function that stands in several files is taken once. "
+        "it is from, which is in one split only; a function that stands in several files is taken once. "
         f"`strategy` says how it was degraded.\n\nSource: {settings.source}. {unread} {ran}\n\n{table}"
     )
 
@@ -459,7 +459,7 @@ def kept_behaviour(
 def behaviour_table(found: Mapping[str, Sequence[Judgement]], n_samples: int) -> str:
     """Return a line for each system: the share that keeps behaviour, with Wilson's interval."""
     from metrics.intervals import share_interval
-    from suites.scoring import aligned
+    from suites.tables import aligned
 
     rows = [["behaviour kept", "share", "of"]]
     for system, judgements in found.items():

@@ -219,7 +219,7 @@ in whole lines ({cut} of {n} classes lose their end).
 {settings.docstring_tokens} tokens in whole lines. {unparsed} files do not parse, and {unread} are no text.
 
 The split is drawn by seed {settings.split_seed}: a fifth of all is test, and a tenth of the rest
-validation, by which the best checkpoint is chosen. Classes of one file may stand on two splits.
+validation, by which the best checkpoint is chosen. Classes of one file may stand in two splits.
 """
 
 
@@ -359,7 +359,7 @@ def table(records: dict[str, Any], settings: SummariesSettings) -> str:
     """Return base and tuned scores by prompt, metric and decoding, with 95% intervals and a verdict."""
     from metrics import cleaned
     from metrics.registry import score
-    from suites.scoring import aligned
+    from suites.tables import aligned
 
     ways = {"greedy": "greedy", "sampled": f"p {settings.top_p:g}, t {settings.temperature:g}"}
     rows = [["scenario", *(f"{metric}, {said}" for said in ways.values() for metric in METRICS)]]

@@ -10,9 +10,10 @@
 take examples from held-out files, `codexglue` and `programs` from published ones; `tokens` scores every token
 of the held-out files, and `prompts` rewords the prompts of examples. `completing` completes examples by a
 model, `kept` lets that go on after an interruption, and `baselines` answers without a model. `scoring` has
-scores with intervals, verdicts and the table, `passing` the scores of programs that were run, and `hidden` a
-metric by a model's hidden states; `overlaps` and `memorising` find examples and predictions in the training
-text. An eval.json is read back by `records`: `rescoring` scores its predictions again, `comparing` compares
-several, and `page` shows every sample. `functions` shows completions to look at. `eval.py` puts them
-together: `settings` is its command line, `evaluated` the model, and `results` what it prints and writes.
+scores with intervals and verdicts, `tables` shows them, `passing` has the scores of programs that were run,
+and `hidden` a metric by a model's hidden states; `overlaps` and `memorising` find examples and predictions in
+the training text. An eval.json is read back by `records`: `rescoring` scores its predictions again,
+`comparing` compares several, and `page` shows every sample. `functions` shows completions to look at.
+`evaluate` puts them together: `settings` is its command line, `evaluated` the model, and `results` what it
+prints and writes.
 """

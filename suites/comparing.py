@@ -32,13 +32,12 @@ from suites.scoring import (
     SUITES,
     TOGETHER,
     TOKENS,
-    aligned,
     empty_share,
     no_verdict,
     origin_of,
-    shares_told,
     suites_of,
 )
+from suites.tables import aligned, shares_told
 
 LETTERS = "ABCDEFGH"
 SUBJECTS = "model", "base", "given"  # The systems that are compared; the others are their baselines.

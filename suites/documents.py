@@ -14,7 +14,8 @@ import numpy as np
 
 from metrics.estimates import perplexity
 from metrics.intervals import Comparison, OfSums, compare, interval
-from suites.scoring import NAMED, aligned, origin_of
+from suites.scoring import NAMED, origin_of
+from suites.tables import aligned
 
 # With more files, neighbours are summed to one unit: intervals are no narrower, and resampling no slower.
 MOST_UNITS = 10_000

@@ -23,7 +23,7 @@ from data.corpus import CORPUS
 from data.shingles import Batch, Units, batches, mixed
 from data.tokenstore import TokenStore
 from suites.records import texts_of
-from suites.scoring import aligned
+from suites.tables import aligned
 from tokenizer import Tokenizer
 
 LEAST = 8  # Tokens of the shortest run; shorter ones are found in any text.

@@ -23,8 +23,9 @@ from suites.memorising import memory_table
 from suites.overlaps import overlap_line
 from suites.page import write_page
 from suites.records import DAMAGED, not_whole, read_evaluation
-from suites.scoring import SUITES, suite_table, suites_of
+from suites.scoring import SUITES, suites_of
 from suites.settings import EvalConfig
+from suites.tables import suite_table
 from suites.tasks import OF_FILES, suite_names
 
 # Packages whose other versions may give other predictions or other scores.

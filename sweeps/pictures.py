@@ -30,7 +30,7 @@ def draw(
 ) -> list[Path]:
     """Write pictures/NAME.png, report.html and tensorboard/ into the study's folder; return the PNG paths."""
     folder = settings.sweep.folder
-    told = _told(settings, study, slots)
+    told = _told(study, slots)
     paths, missing = [], []
     (folder / "pictures").mkdir(exist_ok=True)
     for name, plot in _plots(settings, told).items():
@@ -46,7 +46,7 @@ def draw(
     return paths
 
 
-def _told(settings: SweepSettings, study: optuna.Study, slots: Mapping[int, FrozenTrial]) -> optuna.Study:
+def _told(study: optuna.Study, slots: Mapping[int, FrozenTrial]) -> optuna.Study:
     """Return a study in memory with one record for each slot, without attempts that were left behind."""
     told = optuna.create_study(directions=study.directions)
     for record in slots.values():

@@ -29,7 +29,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from config import CONFIG_GROUPS, Config, check_ranges, unused_keys
-from training.runfolder import FREE, KEY_CLASSES, flat
+from config.schema import flat
+from training.runfolder import FREE, KEY_CLASSES
 
 ARMS = "arms"
 KINDS = ("float", "int", "log", "choice")

@@ -29,11 +29,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from config import BEFORE
+from config.schema import flat
 from sweeps.board import is_open, slots_of
 from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.space import ARMS, MATTERS, Parameter, flow, written
 from sweeps.storage import open_storage, patiently, told
-from training.runfolder import FREE, KEY_CLASSES, LATER, flat
+from training.runfolder import FREE, KEY_CLASSES, LATER
 
 STARTUP = 5  # Random trials before a sampler models, and before a pruner compares.
 NO_BRACKET = -1  # Stands for none of Hyperband's brackets, whose numbers count from 0.

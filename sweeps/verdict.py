@@ -18,13 +18,13 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from config import Config, parse_config
-from suites.scoring import aligned
+from config.schema import flat
+from suites.tables import aligned
 from sweeps.board import is_done
 from sweeps.budget import FEWEST, seconds_of_repeats, whole_rounds
 from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.space import Space, flow
 from sweeps.study import chosen_of
-from training.runfolder import flat
 
 CONFIDENCE = 0.95
 SHOWN = 10  # Rows of the table.
@@ -59,7 +59,7 @@ class Difference:
     high: float
 
 
-def repeated(settings: SweepSettings, repeats: Mapping[int, FrozenTrial]) -> dict[int | None, Repeated]:
+def repeated(repeats: Mapping[int, FrozenTrial]) -> dict[int | None, Repeated]:
     """Return the values of each candidate by the first objective."""
     found: dict[int | None, dict[int, float]] = {}
     for record in repeats.values():
@@ -101,7 +101,7 @@ def winner(
     """
     sign = 1 if OBJECTIVES[settings.sweep.objectives[0]] else -1
     failed = {r.user_attrs["of"] for r in repeats.values() if r.state == TrialState.FAIL}
-    found = {of: one.values for of, one in repeated(settings, repeats).items() if of not in failed}
+    found = {of: one.values for of, one in repeated(repeats).items() if of not in failed}
     seeds = {of: set(values) & set(found.get(None, values)) for of, values in found.items()}
     most = max((len(own) for of, own in seeds.items() if of is not None), default=0)
     seeds = {of: own for of, own in seeds.items() if of is None or len(own) == most}
@@ -126,7 +126,7 @@ def verdict(
     settings: SweepSettings, slots: Mapping[int, FrozenTrial], repeats: Mapping[int, FrozenTrial]
 ) -> list[str]:
     """Return sentences on the repeated candidates, with their spread, and on those that differ."""
-    name, found = settings.sweep.objectives[0], repeated(settings, repeats)
+    name, found = settings.sweep.objectives[0], repeated(repeats)
     best = winner(settings, slots, repeats)
     default = settings.space.default(settings.config)
     if not any(r.state == TrialState.COMPLETE for r in slots.values()):

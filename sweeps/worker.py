@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from config import Config
 from config.console import shown_safely
+from config.schema import flat
 from sweeps.board import KILLED, VALIDATED, Board, Claim, Pulse, is_done, is_locked, spent_seconds
 from sweeps.budget import more_trials, room_for_a_round, whole_rounds
 from sweeps.settings import OBJECTIVES, SweepSettings
@@ -42,7 +43,7 @@ from sweeps.study import (
     refuse_other_data,
     suggest,
 )
-from training.runfolder import LOCK, flat
+from training.runfolder import LOCK
 
 if TYPE_CHECKING:
     from sweeps.trial import TrialOutcome

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from architecture import Decoder
 from config import ModelConfig
@@ -31,13 +32,16 @@ SMALL = ModelConfig(
     mlp_bias=False,
     tie_embeddings=False,
 )
-
-
-BIASED = replace(
-    SMALL, norm="layer", norm_weight=True, norm_bias=True, qkv_bias=True, attention_bias=True, mlp_bias=True
-)
-
-
+# What turns weights without biases into a model that has all of them.
+BIASES = {
+    "norm": "layer",
+    "norm_weight": True,
+    "norm_bias": True,
+    "qkv_bias": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+BIASED = replace(SMALL, **BIASES)
 MODELS = {
     "rotary half": replace(SMALL, norm_weight=True),
     "rotary interleaved": replace(SMALL, rotary_layout="interleaved", mlp="swiglu", qk_norm=False),
@@ -48,17 +52,21 @@ MODELS = {
     "grouped-query": replace(SMALL, n_kv_head=2, attention="reference"),
     "no position": replace(SMALL, position="none"),
 }
-
-
 PROMPTS = [[1, 5, 9, 3, 7, 30, 2], [1], [4, 4, 8], [1, 39, 12, 20, 33, 6, 17, 28, 9, 10, 11]]
 
 
-def scrambled(config: ModelConfig, seed: int = 0) -> Decoder:
-    model = Decoder(config)
+def scramble(module: nn.Module, seed: int = 0) -> None:
+    """Sample every parameter: biases of 0 and norms of 1, as at initialisation, hide most faults."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in module.parameters():
             parameter.normal_(std=0.4, generator=generator)
+
+
+def scrambled(config: ModelConfig, seed: int = 0) -> Decoder:
+    """Make a decoder of the settings whose every parameter is sampled, ready to evaluate."""
+    model = Decoder(config)
+    scramble(model, seed)
     return model.eval()
 
 

@@ -8,9 +8,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import decoders
 import pytest
 import torch
 import torch.nn.functional as F
+from decoders import scramble, scrambled
 from torch import Tensor, nn
 
 from architecture import (
@@ -38,28 +40,8 @@ from modules.positions import (
 )
 from modules.recompute import CheapRecompute
 
-# The parts are spelt out: a test says what it tests, whatever the default model becomes.
-SMALL = ModelConfig(
-    vocab_size=30,
-    block_size=16,
-    n_layer=2,
-    n_head=4,
-    n_embd=16,
-    norm="rms",
-    norm_weight=False,
-    norm_bias=False,
-    position="rotary",
-    mlp="relu2",
-    qk_norm=True,
-    qkv_bias=False,
-    attention_bias=False,
-    mlp_bias=False,
-    tie_embeddings=False,
-    init="zero_output",
-)
-BIASED = replace(
-    SMALL, norm="layer", norm_weight=True, norm_bias=True, qkv_bias=True, attention_bias=True, mlp_bias=True
-)
+SMALL = replace(decoders.SMALL, vocab_size=30, block_size=16, init="zero_output")
+BIASED = replace(SMALL, **decoders.BIASES)
 MODELS = {
     "sequential": SMALL,
     "parallel": replace(BIASED, block="parallel", head_dim=8, rotary_dim=4, rotary_layout="interleaved"),
@@ -74,19 +56,6 @@ MODELS = {
 TOKENS = torch.randint(30, (3, 7), generator=torch.Generator().manual_seed(1))
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 0], [0, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
-
-
-def scramble(module: nn.Module, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.4, generator=generator)
-
-
-def scrambled(config: ModelConfig, seed: int = 0) -> Decoder:
-    model = Decoder(config)
-    scramble(model, seed)
-    return model.eval()
 
 
 def part(module: nn.Module, name: str) -> Any:

@@ -18,8 +18,9 @@ from suites.programs import record_of_results
 from suites.records import evaluation_files, examples_of, scored_again
 from suites.rescoring import differences
 from suites.results import results_path
-from suites.scoring import SUITES, Example, Predictions, scored, suite_table, suites_of
+from suites.scoring import SUITES, Example, Predictions, scored, suites_of
 from suites.settings import EvalConfig
+from suites.tables import suite_table
 from suites.task import Task
 
 PAIRS = SUITES["pairs"]

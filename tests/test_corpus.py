@@ -22,6 +22,7 @@ from conftest import AWKWARD
 from stores import Bytes, settings_for, write_rows
 
 from config import DataConfig
+from config.files import REPOSITORY
 from data import corpus, leaks
 from data.corpus import read_documents, split_documents, split_of, training_texts
 from data.documents import Document, Report
@@ -32,7 +33,7 @@ from dataset import (
 
 def test_importing_does_not_import_torch():
     code = "from data import tokenstore; import sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 def test_a_folder_is_read_byte_exact_and_in_order(folder: Path):

@@ -37,6 +37,7 @@ from stores import (
 )
 
 from config import DataConfig
+from config.files import REPOSITORY
 from data import prepare, tokenstore
 from data.corpus import split_documents, split_of
 from data.documents import Document
@@ -96,7 +97,7 @@ def test_workers_do_not_run_the_caller_s_script_again(folder: Path):
         "documents = (('train', d) for d in read_documents(DataConfig(source='sub')))\n"
         "build_store('store', documents, light.Bytes(), workers=2)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "script.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "once\n" and open_store(folder / "store")[0].n_documents == 20

@@ -34,6 +34,7 @@ from config import (
     TrainConfig,
     parse_config,
 )
+from config.files import REPOSITORY
 from data.corpus import training_texts
 from guards.faults import Fault
 from lora import adapters_disabled, add_adapter
@@ -540,8 +541,7 @@ def test_a_strangers_run_fetches_nothing(config: Config) -> None:
         "NO_PROXY": "127.0.0.1",
     }
     words = [sys.executable, "generate.py", "--model", str(folder), "--prompt", "x"]
-    house = Path(loop.__file__).parent.parent
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=house)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
     server.shutdown()
     server.server_close()
     assert done.returncode == 2 and "the base of the run cannot be opened" in done.stderr

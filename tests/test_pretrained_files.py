@@ -473,9 +473,8 @@ def test_a_model_of_the_hub_is_fetched_once_and_its_commit_recorded(pickled, fol
     def ran(code: str, **more: str) -> subprocess.CompletedProcess[str]:
         own = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         environment = os.environ | own | {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"} | more
-        house = Path(__file__).parents[1]
         command = [sys.executable, "-c", code]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=house)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
 
     online = ran(program)
     assert online.stdout.split() == ["us/tiny", Hub.commit], online.stderr

@@ -471,7 +471,10 @@ def test_without_a_sandbox_the_command_says_so_before_a_model_is_opened(
 
 def test_every_prompt_is_made_by_one_function() -> None:
     """The header stands in the source of one module, once."""
-    for path in [*REPOSITORY.glob("*.py"), *(REPOSITORY / "recipes").glob("*.py")]:
+    packages = [path.parent for path in REPOSITORY.glob("*/__init__.py")]
+    files = [*REPOSITORY.glob("*.py"), *(path for package in packages for path in package.rglob("*.py"))]
+    assert {Path(refactor.__file__), REPOSITORY / "training" / "loop.py"} <= {*files}
+    for path in files:
         texts = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
         held = sum(isinstance(text, str) and HEADER in text for text in texts)
         assert held == (path == Path(refactor.__file__))

@@ -38,9 +38,9 @@ from suites.scoring import (
     origin_of,
     read_predictions,
     scored,
-    suite_table,
 )
 from suites.settings import EvalConfig
+from suites.tables import suite_table
 from suites.tokens import model_scores, ngram_scores, tokens_of, train_ngram
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer

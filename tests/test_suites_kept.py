@@ -28,7 +28,8 @@ from suites import evaluate as evaluation
 from suites.completing import CompletionSettings, complete, draw_number, free_memory, rows_at_a_time, uncut
 from suites.kept import Kept
 from suites.rescoring import differences
-from suites.scoring import Example, Predictions, scored, suite_table
+from suites.scoring import Example, Predictions, scored
+from suites.tables import suite_table
 from training.checkpoint import save_checkpoint
 
 __all__ = ["data", "model", "run"]  # fixtures

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 import tokenization.code
-import tokenizer as module
+from config.files import REPOSITORY
 from tokenizer import (
     BPETokenizer,
     CodeTokenizer,
@@ -281,7 +281,6 @@ class TestCodePieces:
             "from tokenizer import CodeTokenizer; import sys; "
             "print(CodeTokenizer.train([sys.stdin.read()], 500, 2).fingerprint)"
         )
-        root = Path(module.__file__).parent
         prints = set()
         for seed in ("1", "2"):
             done = subprocess.run(
@@ -289,7 +288,7 @@ class TestCodePieces:
                 input=SMALL * 5,
                 capture_output=True,
                 text=True,
-                cwd=root,
+                cwd=REPOSITORY,
                 env={**os.environ, "PYTHONHASHSEED": seed},
                 check=True,
             )
@@ -298,7 +297,7 @@ class TestCodePieces:
 
     def test_import_needs_no_torch(self) -> None:
         program = "import tokenizer, sys; sys.exit('torch' in sys.modules)"
-        subprocess.run([sys.executable, "-c", program], cwd=Path(module.__file__).parent, check=True)
+        subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
 
     def test_caches_are_bounded_and_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tokenization.code, "_MAX_CACHE", 7)
