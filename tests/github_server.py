@@ -48,8 +48,8 @@ class _Exchanges(threading.local):
     """
 
     lock = threading.RLock()
-    under_way = 0  # of all threads
-    own = 0  # of this one
+    under_way = 0  # Requests of all threads.
+    own = 0  # Requests of this thread.
 
     def add(self, number: int) -> None:
         with self.lock:
@@ -61,7 +61,7 @@ EXCHANGES = _Exchanges()
 
 
 def watch_exchanges() -> None:
-    """From here on EXCHANGES counts what each Gate lets out, from where leave is asked for."""
+    """Let EXCHANGES count what each Gate lets out, from where leave is asked for."""
     import scraping.github
 
     if scraping.github.Gate.__module__ == __name__:
@@ -125,7 +125,7 @@ class SharedClock:
         struct.pack_into("dd", self._map, 0, max(self.now(), until), time.monotonic())
 
     def advance(self, seconds: float) -> None:
-        """As what takes so long does."""
+        """Set the clock forward, as work that takes so long does."""
         with self._alone():
             self._set(self.now() + seconds)
 
@@ -386,7 +386,8 @@ class _Host(ThreadingHTTPServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # that of HTTPServer asks for the name of 127.0.0.1
+        # HTTPServer's own method asks for the name of 127.0.0.1.
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "localhost", self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -676,7 +677,7 @@ class _Handler(BaseHTTPRequestHandler):
             if len(server.minute) > 900 + 1:
                 server.violations.append(f"{len(server.minute)} requests in a minute at {now}")
             wait = server.blocked_until - now
-            if wait > server.latency:  # which this request itself has taken
+            if wait > server.latency:  # This request itself has taken so long.
                 if self.client_address in server.told or "everyone" in server.told:
                     server.violations.append(f"{wait:.1f} s before a secondary limit ends: {self.path}")
                 server.early += 1
@@ -764,7 +765,7 @@ class _Handler(BaseHTTPRequestHandler):
             and (not licence or (repo.licence or "").lower() == licence[0])
         ]
         hits.sort(key=lambda repo: (-repo.stars, repo.id))
-        if fault == "incomplete":  # what was found before the time was over
+        if fault == "incomplete":  # The answer holds what was found before the time was over.
             hits = hits[: len(hits) // 2]
         total = len(hits)
         shown = hits[: server.cap][(page - 1) * size : page * size]

@@ -90,13 +90,13 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def records(folder: Path, name: str = "study", url: str = "") -> list[optuna.trial.FrozenTrial]:
-    """As Optuna's own reader has them."""
+    """Return the records of a study, as Optuna's own reader has them."""
     storage = url or JournalStorage(JournalFileBackend(str(folder / "study" / "journal.log")))
     return optuna.load_study(study_name=name, storage=storage).get_trials()
 
 
 def results(folder: Path, name: str = "study", url: str = "") -> dict[int, Any]:
-    """Of each slot its parameters and value."""
+    """Return the parameters and the value of each slot."""
     return {slot: (r.params, r.value) for slot, r in slots_of(records(folder, name, url)).items()}
 
 

@@ -293,7 +293,7 @@ def test_a_pax_header_that_lies_is_broken(record: bytes) -> None:
 
 
 def repeated(data: bytes, times: int) -> bytes:
-    """The same bytes again and again, each time as a gzip stream of its own, which is quick to make."""
+    """Repeat bytes, each time as a gzip stream of its own, which is quick to make."""
     return gzip.compress(data) * times
 
 
@@ -322,7 +322,7 @@ def chain(flag: bytes) -> bytes:
 
 
 def long_names() -> bytes:
-    noise = random.Random(0).randbytes(20_000)  # so that they do not pack too well
+    noise = random.Random(0).randbytes(20_000)  # Noise does not pack too well.
     return repeated(tar_block(b"l", 10**6, b"L", b"n" * (10**6 - 20_000) + noise) + tar_block(b"x"), 150)
 
 

@@ -22,7 +22,7 @@ CASES = [
     (TWICE, LOOP.replace("    r = []\n", "    r = []\n    print(len(xs))\n"), "differs"),  # it prints
     (TWICE, "def twice(xs):\n    import os\n    os._exit(0)\n", "differs"),
     (TWICE, "def twice(xs):\n    while True: pass\n", "differs"),
-    # in place
+    # An argument that is changed in place differs too.
     ("def f(xs: list):\n    xs.sort(key=str)\n", "def f(xs: list):\n    xs.reverse()\n", "differs"),
     ("def f(n: int):\n    return 1 / n\n", "def f(n: int):\n    return 1 / n if n else 0\n", "differs"),
     ("def f(n: int):\n    return -0.0\n", "def f(n: int):\n    return 0.0\n", "differs"),
@@ -54,7 +54,7 @@ def test_one_that_ends_the_process_costs_no_other_its_verdict() -> None:
 
 @isolated
 def test_the_answer_cannot_be_read_off_what_is_expected() -> None:
-    """In one process a rewrite may call the first function: apart, it finds it nowhere."""
+    """A rewrite could call the first function in its own process; in another one it finds it nowhere."""
     cheat = (
         "def twice(xs):\n    import sys\n"
         "    for name, module in list(sys.modules.items()):\n"

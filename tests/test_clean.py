@@ -165,7 +165,7 @@ def test_shards_part_the_repositories_and_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_is_one_part_is_read_whole(tmp_path: Path) -> None:
-    """As of machines that each crawled their part into a folder of its own."""
+    """Machines that each crawl their part into a folder of its own have such ledgers."""
     folder = fill(tmp_path, {f"o/r{i}": {"a.py": GOOD.encode()} for i in range(4)})
     record = clean(folder, shard="2/3", whole=True)
     assert record["input"]["files"] == record["output"]["documents"] == 4
@@ -273,7 +273,7 @@ settings = CleanSettings(folder=str(folder), workers=1, skip=("syntax", "secrets
 clean_shard(settings, Ledger(folder / "ledger.sqlite"), (0, 1))
 (own,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""  # of itself not getrusage's: what the process that started it once held counts there
+"""  # Its own peak is not getrusage's, which counts what the process that started it once held.
 
 
 @pytest.mark.slow

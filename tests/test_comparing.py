@@ -28,7 +28,7 @@ METRICS = ["exact_match", "chrf"]
 
 
 def evaluation(seed: int, good: float, base: float | None = None, prompt: str = "say") -> dict[str, Any]:
-    """Of 40 samples, whose predictions are right with probability `good`."""
+    """Make an evaluation of 40 samples, whose predictions are right with probability `good`."""
     draw = np.random.default_rng(seed)
     examples = [Example(f"f{i}", i, f"{prompt} {i}", f"def f_{i}(x):\n    return x + {i}") for i in range(40)]
 
@@ -48,7 +48,7 @@ def evaluation(seed: int, good: float, base: float | None = None, prompt: str = 
 
 
 def programs(passed: np.ndarray) -> dict[str, Any]:
-    """Of HumanEval, with (problems, draws) of results."""
+    """Make an evaluation of HumanEval, with (problems, draws) of results."""
     examples = [
         Example(f"HumanEval/{i}", 0, f"def f_{i}():\n", f"    return {i}\n") for i in range(len(passed))
     ]

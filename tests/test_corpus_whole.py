@@ -1,4 +1,4 @@
-"""From a folder to a training run by every step of scraping: each file accounted for, one fingerprint."""
+"""A folder, every step of scraping, and a training run: each file is accounted for, by one fingerprint."""
 
 from __future__ import annotations
 

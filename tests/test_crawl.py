@@ -350,7 +350,7 @@ def test_files_of_one_name_and_branches_of_one_name_are_different_files(place) -
     here = place(repos, core=7)
     window = here.server.windows["core"]
     window.roll(here.clock.now())
-    window.used = 7  # by another program, just before
+    window.used = 7  # Another program used them just before.
     ledger = here.crawl(workers=8)
     assert ledger.counts() == {("stored", ""): 90}
     ledger.close()
@@ -366,7 +366,7 @@ def test_the_clock_stands_while_an_answer_waits_for_its_thread(tmp_path: Path) -
     sent = gate.enter("host", "core")
     other = threading.Thread(target=clock.sleep, args=(3600.0,))
     other.start()
-    other.join(0.2)  # of which a few milliseconds used to be enough
+    other.join(0.2)  # A few milliseconds used to be enough.
     assert other.is_alive() and clock.now() == START
     gate.leave("host", "core", sent, scraping.github.Reply(200))
     other.join()
@@ -640,7 +640,7 @@ def test_the_command_is_interrupted_while_it_waits_and_then_goes_on(place) -> No
     ledger = Ledger(here.folder / "ledger.sqlite")
     assert next(iter(ledger.limits().values())) > time.time()
     with ledger.transaction() as db:
-        db.execute("DELETE FROM limits")  # as if the time had passed
+        db.execute("DELETE FROM limits")  # It is as if the time had passed.
     ledger.close()
     here.server.blocked_until = 0.0
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True)

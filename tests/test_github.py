@@ -58,7 +58,7 @@ class Scripted:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = 2**16  # or the second small packet of an answer waits for 40 ms
+            wbufsize = 2**16  # Else the second small packet of an answer waits for 40 ms.
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -217,7 +217,7 @@ def test_a_limit_holds_every_thread_and_the_next_process(memory: Ledger, host) -
     thread.start()
     thread.join()
     assert waited == [300.0]
-    clock.server = start  # and now as if the process had been killed instead
+    clock.server = start  # Now it is as if the process had been killed instead.
     client(api.url, memory, clock).get("/z", text)
     assert api.times[-1] == start + 300
 
@@ -301,7 +301,7 @@ def test_an_accident_is_asked_for_again(tmp_path: Path, memory: Ledger, kind: st
     assert paths == set(repo.files)
     assert server.injected == {kind: 1}
     assert server.count == 2
-    if kind == "drip":  # which is not waited for to the end
+    if kind == "drip":  # Nobody waits for its end.
         assert re.match(r"only \d bytes came in [34]\d seconds", why[0][0])
 
 
@@ -408,7 +408,7 @@ def test_what_goes_out_late_in_a_window_may_arrive_in_the_next(memory: Ledger) -
         assert gate.enter("h", "core") < START + 60
     sent = gate.enter("h", "core")
     assert answered and sent >= answered[0]
-    assert sent >= START + 120  # of the two that the answer left, two may still arrive
+    assert sent >= START + 120  # Both requests that the answer left may still arrive.
 
 
 def dated(time: Time, remaining: int, reset: float) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What of a suite stands in training: planted lines, completions and runs are counted, and no others."""
+"""The part of a suite that stands in training: planted lines, completions and runs count, and no others."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def hostile_record(subject: str = "model") -> dict[str, Any]:
 
 
 class Read(HTMLParser):
-    """What a browser makes of a page: tags with their attributes, and the text of each <pre>."""
+    """A page as a browser reads it: tags with their attributes, and the text of each <pre>."""
 
     def __init__(self, page: str):
         super().__init__(convert_charrefs=True)
@@ -129,13 +129,13 @@ def test_nothing_on_the_page_is_invisible_or_turns_a_line(page):
 
 
 def test_every_prediction_is_on_the_page_to_the_character(page):
-    """What the browser shows is the text, but for the names of what cannot be seen."""
+    """The browser shows the text, with names in the place of characters that cannot be seen."""
     shown = Read(page).pre
     for text in HOSTILE[:-1]:
         named = "".join(c if c.isprintable() or c in "\n\t" else f"U+{ord(c):04X}" for c in text)
         assert named in [one.removeprefix("\n") for one in shown]
     assert "980,000 more characters are in eval.json" in page
-    assert len(page) < 3_000_000  # of several megabytes of text
+    assert len(page) < 3_000_000  # The texts have several megabytes.
 
 
 def test_differences_are_marked_on_words():

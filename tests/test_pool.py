@@ -25,7 +25,7 @@ def make(base: int) -> Callable[[Any], Any]:
             return len(bytearray(3 * 2**30))
         if item == "crash":
             return os.kill(os.getpid(), signal.SIGSEGV)
-        return base + item  # of "raise" a TypeError
+        return base + item  # For the item "raise" this is a TypeError.
 
     return work
 

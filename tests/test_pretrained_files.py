@@ -413,7 +413,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download asks for: what a revision means, its files, and each file."""
+    """A server with as much of the hub as a download needs: a revision's commit, its files, and each file."""
 
     folder: Path
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -72,7 +72,7 @@ def test_the_corpus_is_the_scrapers_and_every_file_is_accounted_for(source: Path
 
 
 def test_a_corpus_holds_nothing_of_a_source_that_was_given_before(source: Path, tmp_path: Path) -> None:
-    """What was refused is not begun: its folder takes another source, and that one with more in it."""
+    """A source that was refused leaves nothing: its folder takes another, and that one with more in it."""
     folder, few = tmp_path / "out" / "dataset", tmp_path / "few"
     few.mkdir()
     (few / "other.py").write_text(module(99))
@@ -120,7 +120,7 @@ def test_the_four_ways_are_four_and_a_beam_that_is_greedy_is_seen() -> None:
     table = decoding_table(texts, references, list(map(str, range(30))))
     assert "beam 4: 0 lines differ from greedy" in table and "top-k 40: 30 lines differ from greedy" in table
     assert "worse than greedy" in next(line for line in table.splitlines() if line.startswith("top-k 40: 30"))
-    few = decoding_table(texts, references, ["f.py", "g.py"] * 15)  # of two files
+    few = decoding_table(texts, references, ["f.py", "g.py"] * 15)  # The samples are of two files.
     assert "on 30 samples of 2 files, where fewer than 6 can show nothing" in few
 
 

@@ -174,7 +174,8 @@ def test_the_whole_recipe_on_a_base_in_four_bits(
     source: Path, plain: BPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = tiny("codegen", plain, tmp_path / "base", 512)  # of its heads two places turn: no layout shows
+    # Two places of each head turn, so that no layout shows.
+    base = tiny("codegen", plain, tmp_path / "base", 512)
     flags = (
         "--eval_samples 6 --max_steps 2 --batch_size 2 --accumulation 1 --samples 0 --validate_every 1 "
         "--patience 0 --allow worse-than-unigram,setting-ignored --base_format nf4 --data.workers 1"

@@ -1,4 +1,4 @@
-"""recipes/refactor.py and refactoring.py: pairs that compile and agree, held-out sides, a file refactored."""
+"""recipes/refactor.py and refactoring.py: pairs that compile and agree, splits, and a file refactored."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_without_a_sandbox_a_usable_source_is_refused_before_it_takes_time(
     for asked in (
         lambda: refactor.files_of(settings),  # before a small base is trained
         lambda: build(settings, tokenizer, tmp_path / "dataset"),
-        lambda: refactor.check_isolation(settings),  # where the dataset is there already
+        lambda: refactor.check_isolation(settings),  # This runs where the dataset is there already.
     ):
         with pytest.raises(ValueError, match=r"bubblewrap is not installed.* --check_behaviour false"):
             asked()

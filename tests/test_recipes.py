@@ -288,7 +288,7 @@ def test_windows_are_the_text_and_end_with_its_lines(tokenizer: BPETokenizer) ->
     found = list(kotlin.windows_of(text, "a.kt", 60, tokenizer))
     place = 0
     for window in found:
-        place = text.index(window.prompt + window.completion, place)  # in order, byte for byte
+        place = text.index(window.prompt + window.completion, place)  # Windows come in order, byte for byte.
         end = place + len(window.prompt + window.completion)
         assert text[end : end + 1] in ("\n", "")
         assert len(tokenizer.encode(window.prompt)) <= 60 and window.completion.strip()
@@ -437,7 +437,7 @@ def test_a_recipe_runs_whole_and_then_does_nothing_twice(
 
     from training import loop
 
-    monkeypatch.setattr(loop.TrainingManager, "update", None)  # what trains again breaks
+    monkeypatch.setattr(loop.TrainingManager, "update", None)  # Training again would break.
     before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
     assert main(words) == 0
     after = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
@@ -682,7 +682,7 @@ def test_a_damaged_record_of_what_was_done_is_named(text: str, tmp_path: Path) -
 
 
 def test_a_base_of_before_near_copies_were_grouped_is_finished_as_it_was(tmp_path: Path) -> None:
-    """Its config.yaml says how it was split, and its recipe has no flag for that."""
+    """The base's config.yaml says how it was split, and its recipe has no flag for that."""
     config = replace(Config(), train=replace(Config().train, run=str(tmp_path)))
     by_name = replace(config, data=replace(config.data, regroup=False)).to_dict()
     del by_name["data"]["heal"]

@@ -557,7 +557,7 @@ def test_a_flag_runs_all_the_same_and_is_recorded(monkeypatch: pytest.MonkeyPatc
 
 
 def answer(program: bytes, number: int, machine: str, flags: int = 0, arch: int | None = None) -> int:
-    """What the kernel does with a call: classic BPF by linux/filter.h, over struct seccomp_data."""
+    """Return what the kernel does with a call: classic BPF by linux/filter.h, over struct seccomp_data."""
     import struct
 
     data = struct.pack("=iIQ6Q", number, filter.AUDIT[machine] if arch is None else arch, 0, flags, *[0] * 5)
@@ -590,7 +590,7 @@ def test_the_filter_denies_what_it_lists_and_nothing_else(machine: str) -> None:
             assert answer(program, number, machine) == wanted, number
     assert answer(program, clone, machine, flags=0x11) == 0x00050001
     assert answer(program, clone, machine, flags=0x10000000 | 0x11) == 0x00050001
-    assert answer(program, clone, machine, flags=0x3D0F00) == 0x7FFF0000  # as a thread is made
+    assert answer(program, clone, machine, flags=0x3D0F00) == 0x7FFF0000  # A thread is made so.
     assert answer(program, filter.CLONE3, machine) == 0x00050026
     assert answer(program, 0x40000000 | clone, machine) == 0x00050001
     assert answer(program, 0, machine, arch=0x40000003) == 0x80000000  # i386's calls have other numbers

@@ -74,7 +74,7 @@ def test_a_corpus_that_lost_all_to_its_licence_is_an_error_with_what_to_do(
     for name in "ab":
         (source / f"{name}.py").write_text("".join(f"{name}_{i} = {i}\n" for i in range(200)))
     main(["local", "--path", str(source), "--folder", folder])
-    for _ in range(2):  # also by the record that stands there then
+    for _ in range(2):  # The second time the record stands there.
         with pytest.raises(SystemExit, match="2"):
             main(["clean", "--folder", folder, "--workers", "1"])
         said = capsys.readouterr().err.splitlines()[-1]

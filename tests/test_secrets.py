@@ -62,7 +62,7 @@ def pem(rng: random.Random) -> str:
 
 
 def password(rng: random.Random) -> str:
-    """As a password manager draws them: 12 to 24 characters of at least three kinds."""
+    """Sample a password as a password manager does: 12 to 24 characters of at least three kinds."""
     while True:
         text = draw(rng, ALNUM + "!#*-_.+=@^~", rng.randrange(12, 25))
         kinds = [string.ascii_lowercase, string.ascii_uppercase, string.digits]
@@ -426,7 +426,7 @@ def lines_of(table: dict, count: int, seed: int) -> list[tuple[str, str, str]]:
 
 
 def pieces(text: str) -> list[str]:
-    """What of a secret may not remain: lines of a key, or half of it."""
+    """Return the parts of a secret that may not remain: lines of a key, or half of it."""
     if "PRIVATE KEY" in text:
         lines = [line.strip(' "') for line in text.replace("\\n", "\n").split("\n")]
         return [line for line in lines if line and "----" not in line]
@@ -523,7 +523,7 @@ def test_an_escape_before_a_secret_stays_whole() -> None:
 
 
 def test_what_detect_secrets_finds_among_the_planted_is_found_here_too() -> None:
-    """Of https://github.com/Yelp/detect-secrets, the plugins that know a form, not those that guess by entropy."""
+    """The plugins of github.com/Yelp/detect-secrets that know a form, without those that guess by entropy."""
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
 

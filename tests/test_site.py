@@ -546,7 +546,7 @@ def test_public_addresses_are_public_and_next_to_special_ones_too() -> None:
         assert public(address)
     for address in ("192.0.1.0", "198.17.255.255", "198.20.0.0", "223.255.255.255", "2001:200::", "2003::"):
         assert public(address)
-    for form in ("mapped", "compatible", "6to4", "Teredo"):  # which no site needs
+    for form in ("mapped", "compatible", "6to4", "Teredo"):  # No site needs these forms.
         assert not public(str(ipaddress.IPv6Address(WRAPPED[form](int(ipaddress.IPv4Address("8.8.8.8"))))))
 
 

@@ -190,7 +190,7 @@ def command(*words: object) -> None:
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """What a command that fails says: one line."""
+    """Return the one line that a failing command prints."""
     with pytest.raises(SystemExit, match="2"):
         command(*words)
     said = capsys.readouterr().err

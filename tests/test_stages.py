@@ -248,7 +248,8 @@ def test_what_nobody_wrote_here_goes(path: str, text: str, expected: str) -> Non
 # --- shape ---
 
 SHAPE = shape.build(3, 1000, 100, 0.25, 64, 200)
-EMOJI = "-\\uD83C\\uDF10--\\uD83C\\uDF10\\ud83c\\udf09"  # of the table that a Kotlin corpus was spoiled by
+# It is from the table that a Kotlin corpus was spoiled by.
+EMOJI = "-\\uD83C\\uDF10--\\uD83C\\uDF10\\ud83c\\udf09"
 
 
 @pytest.mark.parametrize(
@@ -461,7 +462,7 @@ def test_python_gets_one_layout_and_keeps_its_meaning_and_the_order_of_its_impor
 def test_a_layout_that_changes_the_meaning_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "y = [x * 2 for x in xs]\n"
     rewrites = {
-        "y = [x * 2 for var1 in var0]\n": source,  # what a seed's renaming made of it
+        "y = [x * 2 for var1 in var0]\n": source,  # The renaming by a seed made this of it.
         "y=[x*2 for x in xs]\n": "y=[x*2 for x in xs]\n",
     }
     for rewritten, expected in rewrites.items():

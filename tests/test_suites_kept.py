@@ -52,7 +52,7 @@ def made(
 
 def test_a_draw_depends_on_its_seed_and_example_and_on_nothing_beside_it(model):
     whole = made(model, generation=SAMPLED, draws=3)
-    assert len(set(made(model).texts)) > 3  # what is compared is not all alike
+    assert len(set(made(model).texts)) > 3  # The compared texts are not all alike.
     assert whole.draws == made(model, generation=SAMPLED, draws=3, batch_size=1).draws
     assert whole.draws == made(model, generation=SAMPLED, draws=3, batch_size=7).draws
     assert whole.texts == made(model, generation=SAMPLED).texts
@@ -91,7 +91,7 @@ def test_scores_of_draws_are_their_mean_with_a_spread():
     record = scored(PAIRS, EXAMPLES, systems, ["exact_match", "chrf"])
     found = record["scores"]["model"]["exact_match"]
     assert found["mean"] == pytest.approx(50)
-    assert found["spread"] == pytest.approx(57.735, abs=1e-3)  # of 100, 0, 0, 100
+    assert found["spread"] == pytest.approx(57.735, abs=1e-3)  # The draws score 100, 0, 0 and 100.
     assert "spread" not in record["scores"]["empty"]["exact_match"]
     assert record["samples"][2]["more"] == {"model": [wrong[2], wrong[2], wanted[2]]}
     assert f"50.0 ±57.7 [{found['low']:.1f}" in suite_table(record | {"draws": 4})
@@ -120,7 +120,7 @@ def test_draws_that_all_pass_or_all_fail_keep_the_interval_of_shares():
     [
         lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         lambda: MemoryError(),
-        None,  # what torch itself says on a CPU
+        None,  # Torch's own error on a CPU.
     ],
 )
 def test_a_batch_that_memory_has_no_room_for_is_halved_and_predicts_the_same(model, monkeypatch, full):
@@ -273,7 +273,7 @@ def test_an_evaluation_goes_on_and_another_setting_or_checkpoint_starts_anew(run
     evaluation.write_results(result, settings)
     assert "kept" not in json.loads((run / "eval.json").read_text("utf-8"))
     ended_rows[:] = [0] * 4
-    evaluation.evaluate(settings)  # what was finished is made again
+    evaluation.evaluate(settings)  # A finished evaluation is made again.
     assert len(ended_rows) == 4 + 6
     evaluation.evaluate(settings)
     ended_rows[:] = [0] * 4

@@ -18,7 +18,7 @@ from suites.lines import CONTEXT_LINES, next_line_examples, through_first_line
 from suites.scoring import SUITES, Example, Predictions, scored
 from tokenizer import BPETokenizer, CodeTokenizer
 
-LENGTH = 128  # of a row
+LENGTH = 128  # Tokens of a row.
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +182,12 @@ def test_completions_are_greedy_alone_and_in_a_batch(data, model):
             while len(ids) < len(before) + n and BYTES.eos_id not in ids:
                 ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
         text = BYTES.decode(ids)
-        assert text.startswith(example.prompt)  # which the prediction leaves out
+        assert text.startswith(example.prompt)  # The prediction leaves the prompt out.
         assert completion == cut(example, text[len(example.prompt) :])
 
 
 def scores_of(examples, texts) -> dict:
-    """Of each metric its interval; the examples without an answer stand by as the baseline."""
+    """Return the interval of each metric; empty answers stand by as the baseline."""
     systems = {"model": Predictions(texts), "empty": Predictions([""] * len(examples))}
     return scored(SUITES["next_line"], examples, systems)["scores"]["model"]
 

@@ -100,7 +100,7 @@ def test_a_sweep_from_the_command_to_the_best_config_and_once_more(tmp_path: Pat
     assert "the study study has other data: its fingerprint was" in refused.stderr
     assert (tmp_path / "s.db").read_bytes() == before and "secret" not in refused.stderr
 
-    study.rename(tmp_path / "moved")  # whose storage tells of a study of another name
+    study.rename(tmp_path / "moved")  # Its storage tells of a study of another name.
     words = ("hyperparam_tune.py", "--config", path, "--study", tmp_path / "moved", "--max_steps", "3")
     for _ in range(2):
         refused = commands.command(*words, cwd=tmp_path)
@@ -119,7 +119,7 @@ def test_a_reader_that_goes_away_does_not_end_a_sweep_and_commands_write_their_r
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()  # before its first line
-    with alone(study, ".finish"):  # as another command has it
+    with alone(study, ".finish"):  # Another command has it.
         wait_for(lambda: (study / "trials").is_dir())
         wait_for(lambda: [r.state for r in records(tmp_path)] == [TrialState.COMPLETE])
         time.sleep(4)  # looks at the study come each second
@@ -187,9 +187,9 @@ def test_a_closed_terminal_stops_it_once_and_what_was_found_is_written(tmp_path:
     if not child:
         os.execv(sys.executable, command("--config", path))
     wait_for(lambda: any((tmp_path / "study" / "trials").glob("0001/checkpoints/step-*")))
-    os.close(terminal)  # by which the kernel hangs up
+    os.close(terminal)  # The kernel then hangs up.
     time.sleep(0.03)
-    os.kill(child, signal.SIGHUP)  # as does a shell
+    os.kill(child, signal.SIGHUP)  # So does a shell.
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == STOPPED
     ended, slot = slots_of(records(tmp_path)).values()
     assert is_done(ended) and slot.user_attrs["requeue"] == "it was stopped"
@@ -223,7 +223,7 @@ def test_a_reader_that_went_away_and_a_terminal_that_nohup_waives_stop_nothing(
 def test_workers_that_all_end_with_an_error_tell_it_once(tmp_path: Path, corpus: Path) -> None:
     path = tiny(tmp_path, corpus, sweep={"workers": 2})
     (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "logs").touch()  # where a folder must be
+    (tmp_path / "study" / "logs").touch()  # A folder must be there.
     done = commands.command("hyperparam_tune.py", "--config", path, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "study/logs cannot be used (" in done.stderr
@@ -243,7 +243,7 @@ def test_a_worker_that_is_stopped_while_it_tells_its_error_ends_as_one_that_was_
 ) -> None:
     settings = parse_settings(["--config", str(tiny(tmp_path, corpus))])
     (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "logs").touch()  # where a folder must be
+    (tmp_path / "study" / "logs").touch()  # A folder must be there.
     context = multiprocessing.get_context("spawn")
     process = context.Process(
         target=worker.start, args=(settings, "", StoppedWhileItIsTold(), "name", context.RawValue("Q"))
@@ -285,9 +285,9 @@ def test_a_study_is_at_its_end_where_one_worker_says_so_and_a_signal_twice_at_on
     assert sorted(member.process.exitcode for member in crew.members) == [0, STOPPED]
     assert crew.look() == 0
     os.kill(os.getpid(), signal.SIGHUP)
-    os.kill(os.getpid(), signal.SIGHUP)  # as of a terminal that is closed
+    os.kill(os.getpid(), signal.SIGHUP)  # A terminal that is closed sends it twice.
     assert crew.stop_requests == 1
-    crew.begin(1)  # which had begun when the signal came
+    crew.begin(1)  # This worker had begun when the signal came.
     crew.members[1].process.join()
     assert len(crew.members) == 2 and crew.members[1].process.exitcode == -signal.SIGTERM
     os.kill(os.getpid(), signal.SIGINT)
@@ -362,7 +362,7 @@ def test_a_worker_that_finds_other_data_than_its_command_says_so(tmp_path: Path,
     settings.sweep.folder.mkdir()
     trials, _ = open_studies(settings)
     refuse_other_data(trials, "of one")
-    trials.set_user_attr("data", "of another")  # as one that had looked before the line above
+    trials.set_user_attr("data", "of another")  # So does one that had looked before the line above.
     crew = Crew(settings, "of one")
     crew.members[0].process.join()
     assert crew.look() == 2 and "has other data: its fingerprint was of another and is" in crew.sentence
@@ -404,7 +404,7 @@ def test_a_study_behind_a_grpc_proxy_and_one_whose_proxy_is_down(tmp_path: Path,
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     (tmp_path / "study").mkdir()
-    journal = tmp_path / "study" / "journal.log"  # of the proxy
+    journal = tmp_path / "study" / "journal.log"  # The journal of the proxy.
     server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROXY, str(journal), port])
     path = tiny(tmp_path, corpus, sweep={"trials": 3, "workers": 2, "repeat_seeds": 0})
     words = ("--config", path, "--storage", f"grpc://localhost:{port}")
@@ -456,7 +456,7 @@ def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Pa
 def test_a_stop_between_two_parameters_changes_none(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the first one kept, the next would be drawn by the random number that the first was drawn by."""
+    """If the first one were kept, the second would be sampled by the random number of the first."""
     space = {"optimizer.beta1": {"float": [0.1, 0.9]}, "optimizer.beta2": {"float": [0.1, 0.9]}}
     right, drawn = worker.suggest, []
 
@@ -498,7 +498,7 @@ def test_fifty_kills_at_random_instants_lose_nothing(tmp_path: Path, corpus: Pat
         killed.mkdir()
         words = command("--config", tiny(killed, corpus, max_steps=40), *options, "--workers", "2")
         study = "study"
-        if url:  # whose names are not of this folder alone
+        if url:  # Names in a server are not of this folder alone.
             study = f"study-{mark}-{ended}"
             words += ["--storage", url, "--study", str(killed / study)]
         while True:

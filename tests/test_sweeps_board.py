@@ -140,7 +140,7 @@ def test_a_killed_workers_slot_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("told", [True, False])
 def test_deaths_in_a_row_are_counted_at_one_place_only(tmp_path: Path, told: bool) -> None:
-    """Of a repeat, or with several objectives, Optuna is not `told` of validations."""
+    """Optuna is not `told` of the validations of a repeat, or where there are several objectives."""
     study = study_in("", tmp_path)
     with Pulse(study, tmp_path) as pulse:
         board = Board(study, pulse)
@@ -185,7 +185,7 @@ def test_a_worker_elsewhere_is_dead_when_its_pulse_stands_still(
 def test_a_worker_whose_files_are_not_here_lives_by_its_pulse_until_it_says_that_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in another container on this machine, which has its name and its kernel."""
+    """Another container on this machine has its name and its kernel, and other files."""
     study = study_in("", tmp_path)
     with Pulse(study, tmp_path) as here:
         with Pulse(study, tmp_path / "there") as there:
@@ -243,7 +243,7 @@ def test_what_a_worker_that_is_gone_was_running_is_failed_once_and_nothing_else(
         assert [r.state.name for r in slots.values()] == ["COMPLETE", "FAIL", "RUNNING"]
         assert is_done(slots[1]) and slots[1].user_attrs["reason"] == "it hung"
         assert slots[1].user_attrs["steps"] == 6 and slots[1].user_attrs[KILLED]
-        board.release(slots[2], "its worker died")  # which somebody else saw first
+        board.release(slots[2], "its worker died")  # Somebody else saw it first.
         assert others.fail("other", "it hung") == 0 and is_open(others.slots()[2])
 
 
@@ -258,9 +258,8 @@ def test_half_a_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
     study = study_in("", tmp_path)
     study.set_user_attr("a", 1)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(
-            '{"op_code":2,"worker_id":"x","study_id":0,"user_at'
-        )  # as of a full disk, or a lost machine
+        # A full disk, or a lost machine, leaves this.
+        file.write('{"op_code":2,"worker_id":"x","study_id":0,"user_at')
     again = study_in("", tmp_path)
     again.set_user_attr("b", 2)
     known = optuna.load_study(
@@ -368,7 +367,7 @@ def test_a_storage_that_cannot_be_had_is_one_sentence(tmp_path: Path, url: str, 
 def test_a_driver_that_is_not_installed_is_named_with_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, driver: str, advice: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, driver, None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, driver, None)  # It is as if it were not installed.
     with pytest.raises(ValueError) as told:
         open_storage(url, tmp_path)
     sentence = str(told.value)
@@ -390,12 +389,12 @@ def test_a_driver_that_is_not_installed_is_named_with_its_package(
             "start the same command again when it is back, or name another --storage",
         ),
         (
-            OSError(errno.ENOSPC, "No space left on device"),  # as a write has it: which file is not known
+            OSError(errno.ENOSPC, "No space left on device"),  # A write's error: the file is not known.
             "the storage x/journal.log cannot be used ([Errno 28] No space left on device); the study is as "
             "it was: free some space and start the same command again, or name another --storage",
         ),
         (
-            OperationalError("INSERT", {}, Exception("database or disk is full")),  # as SQLite has it
+            OperationalError("INSERT", {}, Exception("database or disk is full")),  # SQLite's own error.
             "the storage x/journal.log cannot be used ((builtins.Exception) database or disk is full); the "
             "study is as it was: free some space and start the same command again, or name another --storage",
         ),
@@ -438,7 +437,7 @@ PASSWORDS = [
     ("mysql://me:54/s?e=secret@host/db", UNREAD),
     ("mysql://me:s@secret?c=ret@host/db", UNREAD),
     ("mysql://me/here:secret@host/db", UNREAD),  # a user with a slash
-    ("mysql://me:secret/db", UNREAD),  # its port is no number
+    ("mysql://me:secret/db", UNREAD),  # The port is no number.
     ("mysql://me:secret", UNREAD),
     ("mysql://me:5432secret/db", UNREAD),
     ("mysql:///me:secret@host/db", UNREAD),

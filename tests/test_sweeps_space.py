@@ -92,7 +92,7 @@ def test_each_optimizer_of_a_space_has_its_own_rates_beside_what_is_shared() -> 
     assert muon == OptimizerConfig(weight_decay=0.1) and muon.resolved().embedding_lr == 0.3
     adamw = space.config(Config(), {"optimizer.name": "adamw", "optimizer.lr": 3e-4, **shared}).optimizer
     assert adamw == OptimizerConfig(name="adamw", lr=3e-4, weight_decay=0.1)
-    assert adamw.resolved().embedding_lr == 0.0  # as lr
+    assert adamw.resolved().embedding_lr == 0.0  # It is lr's.
     with pytest.raises(
         ValueError, match=r"optimizer.name muon contradicts the config: optimizer.lr is set, but"
     ):
@@ -104,10 +104,11 @@ def test_the_config_itself_as_a_point_of_the_space_or_not() -> None:
     assert space_of("head_lr: {log: [1e-3, 5e-3]}").default(Config()) is None
     assert space_of("model.dropout: {float: [0, 0.3]}").default(Config()) == {"model.dropout": 0.0}
     assert space_of("model.dropout: [0.0, 0.3]").default(Config()) == {"model.dropout": 0.0}
-    dropped = Config(model=ModelConfig(dropout=0.1))  # which embed_dropout follows as long as it is not given
+    # embed_dropout follows dropout as long as it is not given.
+    dropped = Config(model=ModelConfig(dropout=0.1))
     text = "model.embed_dropout: {float: [0, 0.3]}"
     assert space_of(text, dropped).default(dropped) == {"model.embed_dropout": 0.1}
-    on_a_base = TrainConfig(base="x")  # whose own dropout it is as long as none is given
+    on_a_base = TrainConfig(base="x")  # The base's own dropout holds as long as none is given.
     assert space_of("model.dropout: [0.0, 0.3]").default(Config(train=on_a_base)) is None
     given = Config(model=ModelConfig(dropout=0.1), train=on_a_base)
     assert space_of(text, given).default(given) == {"model.embed_dropout": 0.1}
@@ -329,7 +330,7 @@ def test_without_a_budget_a_grid_is_tried_whole(tmp_path: Any) -> None:
     assert more_trials(grid, slots, 0.0, 40)
 
 
-OTHERS = {  # of `own` below: what is said of the study of that space
+OTHERS = {  # The sentence on the study of `own` below, by what another space has instead.
     "seed: [1, 3]": "space: seed was [1, 2] and is [1, 3] now",
     "seed: {choice: [1, 2], when: {batch_size: 4}}": "is {choice: [1, 2], when: {batch_size: 4}} now",
     "head_lr: {float: [0, 0.1]}": "head_lr was {log: [0.001, 0.1]} and is {float: [0, 0.1]} now",
@@ -426,7 +427,7 @@ def test_a_study_has_the_name_of_its_folder_however_that_is_written(
 def test_a_sampler_whose_package_is_not_installed_is_refused_at_once(
     sampler: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, package, None)  # It is as if it were not installed.
     with pytest.raises(SystemExit):
         parse_settings(["--sampler", sampler])
     assert f"needs the package {package}, which is not installed: pip install" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What is said of a study at its end: intervals, winner, tables, pictures."""
+"""The findings at the end of a study: intervals, winner, tables, pictures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (one.low, one.high) == pytest.approx((expected.low, expected.high))
     assert one.mean == pytest.approx(statistics.fmean(a) - statistics.fmean(b))
-    found[7] = Repeated(7, {0: 1.0, 1: 1.1, 5: 9.0})  # of seed 5 the config itself has none
+    found[7] = Repeated(7, {0: 1.0, 1: 1.1, 5: 9.0})  # The config itself has none of seed 5.
     wide, other = differences(found)
     expected = stats.ttest_rel(a, b).confidence_interval(0.975)  # two comparisons
     assert (wide.low, wide.high) == pytest.approx((expected.low, expected.high))
@@ -57,7 +57,7 @@ def test_the_winner_is_best_by_the_seeds_that_all_have_and_failed_with_none(
         return optuna.trial.create_trial(state=state, value=value, user_attrs={"of": of, "seed": seed})
 
     repeats = [again(4, 1, 2.0), again(None, 1, 1.5), again(4, 2, 2.0), again(None, 2, 1.5), again(4, 3, 0.0)]
-    assert winner(settings, {}, dict(enumerate(repeats))) is None  # whose third turn did not come
+    assert winner(settings, {}, dict(enumerate(repeats))) is None  # Its third turn did not come.
     repeats += [again(7, 1, 1.0), again(7, 2, None)]
     assert winner(settings, {}, dict(enumerate(repeats))) is None
     repeats += [again(8, 1, 1.0), again(8, 2, 1.0)]
@@ -98,11 +98,11 @@ def test_one_with_few_seeds_does_not_decide_for_all_and_one_that_failed_again_ne
 
     slots = {0: trial(0.01, 1.0), 2: trial(0.02, 3.0), 4: trial(0.03, 0.5), 5: trial(0.03, 0.5)}
     assert winner(settings, slots, {}) == 4
-    assert winner(settings, slots, again({4: [None]})) == 0  # and 5 has its settings
+    assert winner(settings, slots, again({4: [None]})) == 0  # Trial 5 has the settings of trial 4.
     assert winner(settings, slots, again({4: [None], None: [None]})) == 2
     (sentence,) = verdict(settings, slots, again({4: [None], None: [None]}))
     assert sentence.startswith("trial 2 has the best bits_per_byte of those that did not fail again; ")
-    assert winner(settings, slots, again({None: own})) == 4  # whose first turn has not ended
+    assert winner(settings, slots, again({None: own})) == 4  # The first turn of trial 4 has not ended.
     assert winner(settings, slots, again({None: own, 4: [None]})) is None
     del slots[2]
     assert winner(settings, slots, again({4: [None], None: [None]})) == 4  # nothing else is left
@@ -169,7 +169,7 @@ def test_a_value_is_written_with_digits_that_say_something(value: float, text: s
     "words",
     [
         ["--batch_size", "60", "--model.n_layer", "2"],
-        ["--base", "folder", "--config", str(RECIPES / "kotlin.yaml")],  # whose batch_size is 8
+        ["--base", "folder", "--config", str(RECIPES / "kotlin.yaml")],  # The batch_size there is 8.
         ["--base", "folder", "--lora.r", "0", "--optimizer.name", "muon", "--optimizer.schedule", "wsd"],
     ],
 )
@@ -265,7 +265,7 @@ def test_names_in_what_is_written_are_text_and_every_picture_is_drawn(tmp_path: 
     drawn = {path.stem for path in (settings.sweep.folder / "pictures").iterdir()}
     assert drawn == {"history", "parallel", "slices", "importances", "intermediate"}
     heights = [int.from_bytes(p.read_bytes()[20:24]) for p in (settings.sweep.folder / "pictures").iterdir()]
-    assert max(heights) < 800  # not all 48 stand in a legend
+    assert max(heights) < 800  # Not all 48 stand in a legend.
     assert "seed" not in yaml.safe_load((settings.sweep.folder / "best.yaml").read_text("utf-8"))
     page = (settings.sweep.folder / "report.html").read_text("utf-8")
     assert "<script" not in page and "<img src" not in page

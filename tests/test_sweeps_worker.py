@@ -1,4 +1,4 @@
-"""What a worker makes of a study: trials, budgets, pruners and samplers, in this process."""
+"""A worker, in this process: its trials, budgets, pruners and samplers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
     assert reasons["too much memory"] == "memory is full"
     assert "loss of step 3 is nan" in reasons["not finite"]
     (steps,) = [r.user_attrs["steps"] for r in slots.values() if r.params["arms"] == "not finite"]
-    assert steps == 3  # of which the log, at every tenth step, has the first alone
+    assert steps == 3  # The log, at every tenth step, has the first alone.
     assert reasons["refused"].startswith("preflight: vocabulary-too-large")
     assert "1 failed: memory is full" in counts(settings, slots)
 
@@ -133,7 +133,7 @@ def test_the_time_of_a_trial_is_that_of_all_its_attempts(tmp_path: Path, corpus:
     folder, log = tmp_path / "trial", tmp_path / "log.txt"
 
     def attempt(report: Callable[[int, float], bool]) -> tuple[TrialOutcome, float]:
-        """With the time that it took by the clock."""
+        """Run the trial; return its outcome and the seconds that it took by the clock."""
         started = time.monotonic()
         return run_trial(config, folder, log, report, lambda key, value: None), time.monotonic() - started
 
@@ -144,8 +144,8 @@ def test_the_time_of_a_trial_is_that_of_all_its_attempts(tmp_path: Path, corpus:
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        attempt(slow)  # which the checkpoint of step 9 has 2 s of
-    told, _ = attempt(lambda step, value: True)  # as the pruner says now: nothing is trained
+        attempt(slow)  # The checkpoint of step 9 has 2 s of it.
+    told, _ = attempt(lambda step, value: True)  # The pruner says so now: nothing is trained.
     assert told.state == "pruned" and 2 < told.seconds < 60 and told.steps == 9
     outcome, own = attempt(lambda step, value: False)
     assert outcome.state == "complete" and outcome.steps == 12
@@ -232,7 +232,7 @@ def test_bad_trials_are_pruned_and_equal_ones_taken_over(
         assert record.user_attrs["steps"] == 0 if "same_as" in record.user_attrs else (12 if good else 3)
     assert sum("same_as" in r.user_attrs for r in slots.values()) == 3
     told = counts(settings, slots)
-    assert told[0].endswith("; 15 steps, 38% fewer than without pruning")  # of 24
+    assert told[0].endswith("; 15 steps, 38% fewer than without pruning")  # Without it: 24.
     assert told[1:] == ["3 of them had the settings of an earlier one and were not trained again"]
     assert {r.params["arms"] for r in slots.values()} == set(arms)
     assert (tmp_path / "study" / "trials" / "0000" / "checkpoints").is_dir()
@@ -274,7 +274,7 @@ def test_a_worker_whose_repeat_was_taken_over_leaves_its_checkpoints_to_the_next
     settings.sweep.folder.mkdir()
     opened = open_studies(settings)
     with Pulse(opened[0], settings.sweep.folder) as pulse:
-        left: list[Claim] = []  # of which another worker thinks that this one is dead
+        left: list[Claim] = []  # Another worker thinks that this one is dead.
 
         def tick() -> None:
             for claim in left:
@@ -323,7 +323,7 @@ def test_the_pruner_decides_as_in_a_study_in_which_nobody_was_stopped(
         values[slot] = [draw.random() for _ in range(4)]
 
     def decisions(stopped: int) -> list[int]:
-        """Of each slot after how many validations it was pruned; 4: never."""
+        """Return for each slot after how many validations it was pruned; 4 means never."""
         path = tiny(tmp_path, corpus, sweep={"study": str(tmp_path / f"stopped{stopped}" / "study")})
         settings = parse_settings(["--config", str(path), "--pruner", pruner])
         settings.sweep.folder.mkdir(parents=True)
@@ -423,7 +423,7 @@ def test_budgets_in_steps_and_seconds_are_never_exceeded(tmp_path: Path, corpus:
     assert not more_trials(settings, slots, 0.0, None)  # 39 + 12
     slots[3] = record(3, TrialState.FAIL, 9)
     assert more_trials(settings, slots, 0.0, None)  # 36 + 12
-    slots[3].user_attrs[KILLED] = True  # and may have taken all 12
+    slots[3].user_attrs[KILLED] = True  # It may have taken all 12.
     assert not more_trials(settings, slots, 0.0, None)
     slots[3] = record(3, TrialState.COMPLETE, 12)
     slots[3].user_attrs["same_as"], slots[3].user_attrs["seconds"] = 0, 0.0  # taken over in no time
@@ -537,7 +537,7 @@ def test_a_budget_in_steps_ends_where_the_space_has_nothing_left(
     trained = [slot for slot, record in slots.items() if record.user_attrs["steps"]]
     assert len(trained) == 2 and len(slots) == trained[-1] + 5
     by_trials = parse_settings(["--config", str(path), "--trials", "100"])
-    assert more_trials(by_trials, slots, 0.0, None)  # which end by themselves
+    assert more_trials(by_trials, slots, 0.0, None)  # Trials end by themselves.
     monkeypatch.setattr(budget, "NOTHING_NEW", 5)
     assert more_trials(parse_settings(["--config", str(path), "--steps", "10000"]), slots, 0.0, None)
 
