@@ -44,7 +44,7 @@ def shown(store: TokenStore, block_size: int) -> Shown:
 
     No other code trims. A row holds `block_size` + 1 tokens, of which the last is a target only. The prompt
     keeps its start token and its last tokens, id for id as `generation.text.trim_prompt` does; one with a gap
-    keeps its markers and what is nearest to the gap, as `fim.trim_fim_prompt` does.
+    keeps its markers and what is nearest to the gap, as `data.fim.trim_fim_prompt` does.
 
     Raises:
         ValueError: the completion of an example does not fit; see `refuse_long_answers`.

@@ -52,7 +52,7 @@ class _Shard:
     """
 
     def __init__(self, path: Path, size: int):
-        """`size`, in bytes, is the one in the store's index."""
+        """Open a file whose size in bytes, by the store's index, is `size`."""
         self.path, self.size = path, size
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)

@@ -62,7 +62,7 @@ def generate_ids(
 
     Args:
         model: The decoder; its mode is left as it was found.
-        prompts: Ids, bos included; or the Prompts that `healing.healed` makes of them.
+        prompts: Ids, bos included; or the Prompts that `tokenization.healing.healed` makes of them.
         settings: How to choose tokens.
         eos_id: The token that ends a text, or several.
         vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.

@@ -421,10 +421,10 @@ def _named(wanted: Any, able: Mapping[str, str], key: str) -> set[str]:
 
 
 def _matching(pattern: str, able: Mapping[str, str], key: str) -> set[str]:
-    """The modules whose whole name a regular expression matches.
+    """Return the modules whose whole name a regular expression matches.
 
-    By RE2, which takes linear time whatever a stranger wrote; where it does not know what Python's re knows,
-    or reads it otherwise, the pattern is refused.
+    RE2 matches, which takes linear time whatever a stranger wrote; where it does not know what Python's re
+    knows, or reads it otherwise, the pattern is refused.
     """
     import pyarrow
     import pyarrow.compute
@@ -446,7 +446,7 @@ def _matching(pattern: str, able: Mapping[str, str], key: str) -> set[str]:
 
 
 def _in_layers(layers: Any, patterns: Any, able: Mapping[str, str]) -> set[str]:
-    """The modules of some layers; `patterns` names the list of them, of which a model has one."""
+    """Return the modules of some layers; `patterns` names the list of layers, of which a model has one."""
     wanted = layers if isinstance(layers, list) else [layers]
     if not all(type(layer) is int for layer in wanted):
         raise ValueError(f"layers_to_transform is {shown(layers)}; it must be a number or a list of numbers")

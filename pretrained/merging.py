@@ -201,7 +201,7 @@ def merge_report(
 def merge_checked(
     model: nn.Module, prompts: Sequence[Sequence[int]], tolerance: float = 0.01, keep: bool = True
 ) -> MergeReport:
-    """`merge`, judged by `merge_report`; above the tolerance it is undone (ValueError)."""
+    """Merge, and judge it by `merge_report`; above the tolerance it is undone and a ValueError raised."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

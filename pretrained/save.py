@@ -21,8 +21,8 @@ from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
 from tokenizer import GENERATION, CodeTokenizer, Tokenizer, opened_by_transformers
 
-# transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty tokenizer
-# for some families and says nothing. All families refuse this file, with an error that shows the sentence.
+# transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty one, for
+# some families without a word. All families refuse this file, with an error that shows the sentence.
 UNREADABLE = {
     "version": "none: this model has Plumb's code tokenizer; open it with pretrained.load_pretrained",
     "added_tokens": [],
@@ -146,7 +146,7 @@ def _is_same(tokenizer: Tokenizer, other: Tokenizer) -> bool:
 
 
 def choose_family(config: ModelConfig, model_type: str | None = None) -> Family:
-    """The family a model is written in; ValueError names what the nearest one lacks."""
+    """Return the family that a model is written in; ValueError names what the nearest one lacks."""
     if model_type is not None and model_type not in FAMILIES:
         raise ValueError(f"the family {model_type!r} is not known; known are {', '.join(FAMILIES)}")
     candidates = FAMILIES if model_type is None else {model_type: FAMILIES[model_type]}

@@ -6,7 +6,7 @@ An example is a line with the 15 lines before it and the 10 after it. The faults
 kind, and the remedies of this one:
 
     windows of one page were split line by line,      pages are split whole, and pages that share their code
-    so that every test window was in training          (`leaks.regroup`) stay together; a window that a
+    so that every test window was in training          (`data.leaks.regroup`) stay together; a window that a
                                                        held-out split has is taken out of training
     variants of one tutorial gave one window often    a line with the same neighbours is taken once
     the lines after stood behind the target, where     they stand before it, as the suffix of a gap to fill

@@ -255,7 +255,7 @@ class Gate:
         # The server's clock tells the window, since an answer may be read long after it was sent. By the
         # local clock it could be the first of the next window, with requests left that were used since.
         if reset < bucket.window - WINDOW_SLACK:
-            return  # an answer of the next window overtook this one
+            return  # An answer of the next window overtook this one.
         # Requests under way may not be counted in `remaining` yet; they are subtracted to be safe.
         remaining -= bucket.in_flight
         if reset > bucket.window + WINDOW_SLACK:
@@ -274,8 +274,9 @@ class Gate:
         if retry_after is None and _number(reply.headers.get("x-ratelimit-remaining")) == 0 and resource:
             name = reply.headers.get("x-ratelimit-resource") or resource
             if now < self._buckets.setdefault(name, _Bucket()).resets:
-                return  # the primary limit, which `learn` has read
-        if sent >= self._blocked.get(host, 0.0):  # if not, it went out before the limit was known
+                return  # This is the primary limit, which `learn` has read.
+        # A request that went out before the limit was known is no strike.
+        if sent >= self._blocked.get(host, 0.0):
             self._strikes[host] = self._strikes.get(host, 0) + 1
         strikes = self._strikes.get(host, 1)
         if strikes > SECONDARY_TRIES:

@@ -82,7 +82,8 @@ def alone(output: Path) -> Iterator[None]:
                 there = os.path.samestat(os.fstat(lock), os.stat(path))
             except FileNotFoundError:
                 there = False
-            if there:  # if not, its last owner has removed it, and a third process may have created another
+            # Else its last owner has removed it, and a third process may have created another.
+            if there:
                 try:
                     yield
                 finally:

@@ -235,7 +235,7 @@ class _Rows:
         return completed_text(self.work.tokenizer, self.prompts[row], ids)
 
     def stopped(self, row: int, ids: list[int]) -> bool:
-        """Whether a text has ended, by a stop string or because `cut` leaves something of it off."""
+        """Return whether a text has ended, by a stop string or because `cut` leaves something of it off."""
         if self.holds_stop is not None and self.holds_stop(row, ids):
             return True
         cut = self.work.cut

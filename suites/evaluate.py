@@ -2,8 +2,8 @@
 
 A run without a test split is scored on its validation files, by which its checkpoint was chosen, and says
 so. Beside every score stand those of baselines: an n-gram model of the same training files
-(`ngram.NGramModel`), the base of a model with adapters, and for texts baselines that need no model. Tables
-are printed, and RUN/eval.json stores the scores, every prediction, and what is needed to run it again.
+(`data.ngram.NGramModel`), the base of a model with adapters, and for texts baselines that need no model.
+Tables are printed, and RUN/eval.json stores the scores, every prediction, and what is needed to run it again.
 
 Token scores are over every token after a document's first, by the function that training validates with.
 Bits per byte divides their summed loss by the UTF-8 bytes of all test files, whatever the tokenizer; the loss

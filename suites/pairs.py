@@ -38,7 +38,7 @@ def longest_completion(store: TokenStore) -> int:
 
 
 def file_examples(file: str) -> list[Document]:
-    """Read the rows of a file of examples, in any form that training takes (`corpus.example_of`).
+    """Read the rows of a file of examples, in any form that training takes (`data.rows.example_of`).
 
     Raises:
         ValueError: It cannot be read, or holds plain text.

@@ -65,7 +65,7 @@ def train_ngram(train: TokenStore) -> NGramModel:
 
 
 def ngram_scores(baseline: NGramModel, store: TokenStore, block_size: int) -> tuple[TokenScores, Sums]:
-    """Score by the baseline the tokens that `loss.score` counts on `validation_batches`.
+    """Score by the baseline the tokens that `training.loss.score` counts on `validation_batches`.
 
     The tokens of examples are those of completions, each after as much of its prompt as a row shows.
     """

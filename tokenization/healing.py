@@ -79,12 +79,12 @@ class Prompt(NamedTuple):
 
 
 def healed(tokenizer: Tokenizer, ids: list[int]) -> Prompt:
-    """A prompt's ids with its end dropped, as far as a longer token could begin there.
+    """Drop the end of a prompt's ids, as far back as a longer token could begin.
 
     The prompt's own tokens are always one of the covers, so whatever could be generated still can.
 
     Args:
-        ids: Of the whole prompt, special tokens included.
+        ids: The ids of the whole prompt, special tokens included.
     """
     boundary = _BOUNDARIES.get(tokenizer)
     if boundary is None:
@@ -117,7 +117,7 @@ class _Boundary:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = proxy(tokenizer)  # A reference would keep the tokenizer alive.
         longest = max(len(tokenizer.bytes_of((id,)) or b"") for id in range(tokenizer.vocab_size))
-        self.reach = min(REACH, longest + 1)  # and the space that `code` implies
+        self.reach = min(REACH, longest + 1)  # The 1 is for the space that `code` implies.
         self.vocabularies: dict[Hashable, _Texts] = {}
         # What a token can begin with in any state, in lower case, and without the space that one may imply.
         alone, inside = (self._vocabulary(tuple(tokenizer.encode(text))).by_id for text in ("", "a"))
@@ -130,7 +130,7 @@ class _Boundary:
         self.known: dict[tuple[int, ...], tuple[tuple[Branch, ...], int]] = {}
 
     def of(self, ids: list[int]) -> tuple[tuple[Branch, ...], int]:
-        """The branches of a prompt's end, and how many of its last tokens they replace."""
+        """Return the branches of a prompt's end, and how many of its last tokens they replace."""
         tail = self._tail(ids)
         found = self.known.get(tail)
         if found is None:
@@ -213,7 +213,7 @@ class _Boundary:
                     yield before, rest
 
     def _own(self, before: tuple[int, ...], rest: bytes) -> np.ndarray:
-        """The tokens (n,) with a text that begins with `rest` which the tokenizer writes after these itself.
+        """Return the tokens (n,) that begin with `rest` and that the tokenizer itself writes after `before`.
 
         Asking takes 5 us a token, so of thousands, as there are with a space, those that go on with the same
         byte are judged by a few of them where these agree.
@@ -292,7 +292,7 @@ class _Boundary:
                     break
 
     def _longer(self, text: str) -> list[str]:
-        """A text with one character more, of those on which may hang how its own end is written.
+        """Return the text with one character more, for each character that may change how its end is written.
 
         On it may hang where a run of spaces is cut and, of a tokenizer with markers, whether a word is in
         capitals, and whether it is written as bytes, for a character in it that no piece has.

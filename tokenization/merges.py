@@ -50,7 +50,7 @@ def learn_pieces(symbols: Counter[str], room: int, min_count: int) -> tuple[list
 
 
 def _characters(symbol: str) -> list[str]:
-    """The characters of a symbol as pieces: of a head the first is a head, and the others are tails."""
+    """Return the characters of a symbol as pieces: a head's first one is a head, and the others are tails."""
     kind = symbol[0]
     rest = TAIL if kind == HEAD else kind
     return [kind + symbol[1], *(rest + char for char in symbol[2:])]

@@ -119,7 +119,7 @@ def without_tokens(text: str, name: str, tokens: Container[str]) -> str:
 
 
 def is_plain_piece(model: dict[str, Any], id: int) -> bool:
-    """Whether a BPE model gives this id to plain text: it is a character, or a merge makes it."""
+    """Return whether a BPE model gives this id to plain text: it is a character, or a merge makes it."""
     if model.get("type") != "BPE":
         return False
     piece = next((piece for piece, own in model["vocab"].items() if own == id), "")

@@ -19,6 +19,6 @@ Finding = tuple[int, int, str]  # start and end in a text, and the kind of what 
 
 
 def suffix(path: str) -> str:
-    """The ending of a path in lower case, without its dot; "" where there is none."""
+    """Return the ending of a path in lower case, without its dot; "" where there is none."""
     name = path.rpartition("/")[2]
     return name.rpartition(".")[2].lower() if "." in name else ""
