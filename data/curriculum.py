@@ -47,6 +47,7 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def _losses(store: TokenStore) -> np.ndarray:
+    """Return the mean loss (n_documents,) of each document, by an n-gram model of the other half of them."""
     numbers = np.arange(store.n_documents)
     hard = np.zeros(store.n_documents)
     for half in (0, 1):

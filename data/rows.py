@@ -116,6 +116,14 @@ def _fields_of(
 
 
 def jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a .jsonl or .jsonl.gz file, each with the number of its line, from 1.
+
+    Empty lines may stand at the end alone. A row that is not UTF-8 is left out and counted, where the
+    settings say so.
+
+    Raises:
+        ValueError: A line is empty or no JSON object, or the gzip file is cut.
+    """
     offset = blank = number = rows = 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         try:
@@ -144,6 +152,11 @@ def jsonl_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple
 
 
 def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a Parquet file, each with its number, from 1, without columns that nothing uses.
+
+    Raises:
+        ValueError: A field is missing or stands twice, or the file is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

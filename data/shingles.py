@@ -21,6 +21,8 @@ WORDS = 2**20  # words whose hashes are kept at a time
 
 
 class Units(NamedTuple):
+    """A document as a row of units, words or tokens, each of them a 64-bit hash."""
+
     name: str
     group: str  # "" for none
     ids: np.ndarray  # (n,) uint64, prompt and text
@@ -103,6 +105,7 @@ def powers(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(documents: Iterable[Units]) -> Iterator[Batch]:
+    """Yield documents in batches of at least BATCH_UNITS units; the last one may be smaller."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)

@@ -57,6 +57,7 @@ def _store_key(train: TokenStore, held_out: TokenStore) -> str:
 
 
 def _compare_stores(train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer) -> Overlap:
+    """Compare two stores by their tokens, without white space and special tokens; see `store_overlap`."""
     specials = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
     specials |= {*(markers := known_markers(tokenizer) or ())}
     blank = [i in specials or tokenizer.decode([i]).isspace() for i in range(held_out.vocab_size)]

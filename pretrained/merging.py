@@ -86,6 +86,12 @@ def _merged(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter], requanti
 
 
 def _merged_plain(module: Adapted, made: dict[tuple[Any, ...], nn.Parameter]) -> Any:
+    """Return a copy of the wrapped module, plain, with what its active adapters add to its weight and bias.
+
+    Args:
+        made: The merged weights so far: modules that share a weight and its trainable rows, as a tied head
+            and embedding do, share the merged one.
+    """
     base, layers, whole = module.base, module.active(), module.whole()
     weight = weight_of(base)
     dtype = weight.dtype

@@ -302,6 +302,7 @@ TAR_KINDS = {
 
 
 def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[ArchiveMember]:
+    """Yield the members of a tar file, compressed or not, which is read once, from its beginning."""
     stream = _TarStream(file, count)
     shared: dict[bytes, bytes] = {}
     own: dict[bytes, bytes] = {}
@@ -443,6 +444,7 @@ def _zip_directory(file: BinaryIO) -> tuple[int, int, int]:
 
 
 def _zip_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[ArchiveMember]:
+    """Yield the members of a zip file, in the order of the directory at its end."""
     start, size, entries = _zip_directory(file)
     taken = file.seek(0, os.SEEK_END)
     if entries > count.limits.members:

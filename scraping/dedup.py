@@ -188,6 +188,13 @@ def _exact(signed: list[_Signed], number: int, shards: int) -> np.ndarray:
 
 
 def _near(signed: list[_Signed], number: int, shards: int, threshold: float) -> np.ndarray:
+    """Return the pairs of documents, by id, whose similarity reaches the threshold, (pairs, 2) int64.
+
+    Only documents that share a bucket are compared: a value of one of their bands.
+
+    Args:
+        number: The share of the buckets that is looked at, from 0, of `shards`.
+    """
     keys, ids, texts = [], [], []
     for part, files in enumerate(signed):
         rows, columns = np.nonzero((files.bands % np.uint64(shards) == number) & (files.sizes[:, None] > 0))

@@ -45,6 +45,7 @@ _starting = threading.Lock()  # several threads start processes
 def _child(
     pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], limits: tuple[float, int]
 ) -> None:
+    """Answer the items that come through the pipe, in a process of its own with limits on time and memory."""
     import gc
     import resource
 

@@ -58,6 +58,7 @@ def training_overlap(record: dict[str, Any], train: TokenStore, tokenizer: Token
 
 
 def _overlap(examples: Sequence[Example], train: TokenStore, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Look for the examples in the training text, in one pass over it; see `training_overlap`."""
     stride = max(1, -(-train.n_bytes // READ_BYTES))
     numbers = range(0, train.n_documents, stride)
     words = Words()

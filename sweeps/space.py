@@ -369,6 +369,7 @@ def _ungrouped(raw: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _parameter(key: str, spec: Any) -> Parameter:
+    """Read what a key varies over; ValueError, in one sentence, for what is no such description."""
     spec = {"choice": spec} if isinstance(spec, list) else spec
     ways = f"{key}: a list of choices, or one of {{log: [low, high]}}, {{float: ...}}, {{int: ...}}"
     if not isinstance(spec, dict):

@@ -61,6 +61,7 @@ class Journal(JournalFileBackend):
         super().__init__(str(path))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write lines and flush them to the disk; what a kill left of a line, or a full disk, is cut off."""
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with (
             open(self.path.with_name(f".{self.path.name}.lock"), "a", encoding="utf-8") as lock,

@@ -55,6 +55,7 @@ def open_studies(settings: SweepSettings) -> tuple[optuna.Study, optuna.Study]:
 
 
 def _opened(storage: optuna.storages.BaseStorage, name: str, settings: SweepSettings) -> optuna.Study:
+    """Open or create a study; ValueError where it is one of other settings."""
     directions = [
         StudyDirection.MINIMIZE if OBJECTIVES[o] else StudyDirection.MAXIMIZE
         for o in settings.sweep.objectives
