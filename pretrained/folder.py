@@ -18,7 +18,7 @@ import reprlib
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -352,3 +352,25 @@ def read_tensors(folder: Path, linked: bool) -> dict[str, TensorEntry]:
 def _some(names: set[str]) -> str:
     first = sorted(names)[:4]
     return ", ".join(shown(name) for name in first) + (" and others" if len(names) > 4 else "")
+
+
+def wrong_tensors(
+    shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, TensorEntry], extra: str, most: int
+) -> str:
+    """Say which tensors of a file are not as expected; "" where all are.
+
+    Args:
+        shapes: The expected tensors, all of floats.
+        entries: The tensors of the file.
+        extra: The words for a tensor that is not expected.
+        most: How many are named; the others are counted.
+    """
+    wrong = [f"{key} is missing" for key in shapes if key not in entries]
+    wrong += [f"{shown(key)} is {extra}" for key in entries if key not in shapes]
+    wrong += [
+        f"{key} is {entries[key].dtype}{list(entries[key].shape)}, {list(shape)} of floats is expected"
+        for key, shape in shapes.items()
+        if key in entries and (entries[key].shape != shape or entries[key].dtype not in DTYPES)
+    ]
+    more = f"; and {len(wrong) - most} more" if len(wrong) > most else ""
+    return "; ".join(wrong[:most]) + more

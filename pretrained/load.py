@@ -39,8 +39,8 @@ from pretrained.folder import (
     inner_path,
     read_json,
     read_tensors,
-    shown,
     stamp,
+    wrong_tensors,
 )
 from tokenizer import GENERATION, PretrainedTokenizer, Tokenizer, end_ids, load_tokenizer
 
@@ -189,7 +189,9 @@ def _filled_model(
     twin = entries.pop(head, None) if tied else None
     if twin and embed not in entries:
         entries[embed], twin = twin, None
-    _refuse_other_keys(folder, {key: shapes[name] for key, name in own.items()}, entries)
+    expected = {key: shapes[name] for key, name in own.items()}
+    if wrong := wrong_tensors(expected, entries, "unexpected", most=40):
+        raise ValueError(f"{folder} does not hold the model of its {CONFIG}: {wrong}")
     model = _on_meta(folder, config)  # Not before: it takes time for each layer.
     dtype = dtype or _one_dtype(folder, entries)
     matrices = _block_matrices(model) if weight_format is not None else set()
@@ -363,21 +365,6 @@ def _commit(snapshot: Path) -> str:
             if revision.snapshot_path.resolve() == snapshot.resolve():
                 return revision.commit_hash
     raise ValueError(f"{snapshot} is not in the hub's cache")
-
-
-def _refuse_other_keys(
-    folder: Path, shapes: dict[str, tuple[int, ...]], entries: dict[str, TensorEntry]
-) -> None:
-    wrong = [f"{key} is missing" for key in shapes if key not in entries]
-    wrong += [f"{shown(key)} is unexpected" for key in entries if key not in shapes]
-    wrong += [
-        f"{key} is {entries[key].dtype}{list(entries[key].shape)}, {list(shape)} of floats is expected"
-        for key, shape in shapes.items()
-        if key in entries and (entries[key].shape != shape or entries[key].dtype not in DTYPES)
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 40} more" if len(wrong) > 40 else ""
-        raise ValueError(f"{folder} does not hold the model of its {CONFIG}: {'; '.join(wrong[:40])}{more}")
 
 
 def _one_dtype(folder: Path, entries: dict[str, TensorEntry]) -> torch.dtype:

@@ -24,7 +24,15 @@ from adapters.targets import peft_key
 from config import LoraConfig
 from lora import adapter_layers, add_adapter, base_of, held_modules
 from pretrained.family import Family
-from pretrained.folder import DTYPES, TensorEntry, inner_path, read_bin, read_header, read_json, shown
+from pretrained.folder import (
+    TensorEntry,
+    inner_path,
+    read_bin,
+    read_header,
+    read_json,
+    shown,
+    wrong_tensors,
+)
 
 ADAPTER_CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -96,7 +104,9 @@ def load_adapter(
     was_for = (
         f"{folder} does not fit this model; it was written for {shown(values.get('base_model_name_or_path'))}"
     )
-    _refuse_other_keys(loaded | compared, entries, was_for)
+    shapes = {key: place.shape for key, place in (loaded | compared).items()}
+    if wrong := wrong_tensors(shapes, entries, "left over", most=8):
+        raise ValueError(f"{was_for}: {wrong}; open it on that base, or copy both of its files anew")
     tensors = {key: entries[key].read(torch.float32, "cpu") for key in loaded | compared}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -525,23 +535,6 @@ def _rows(
             "train the rows anew, or save them as modules_to_save"
         )
     return rows
-
-
-def _refuse_other_keys(
-    expected: Mapping[str, TensorPlace], entries: Mapping[str, TensorEntry], was_for: str
-) -> None:
-    wrong = [f"{key} is missing" for key in expected if key not in entries]
-    wrong += [f"{shown(key)} is left over" for key in entries if key not in expected]
-    wrong += [
-        f"{key} is {entries[key].dtype}{list(entries[key].shape)}, {list(what.shape)} of floats is expected"
-        for key, what in expected.items()
-        if key in entries and (entries[key].shape != what.shape or entries[key].dtype not in DTYPES)
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(
-            f"{was_for}: {'; '.join(wrong[:8])}{more}; open it on that base, or copy both of its files anew"
-        )
 
 
 def _refuse_other_base(own: Any, key: str, tensor: Tensor, was_for: str) -> None:

@@ -27,6 +27,18 @@ FILES = {
 }
 AWKWARD = ["", "a\r\nb\rc\n", "\ufefftext", "tab\t\f\x00nul", "naïve 日本 🙂", "no newline", "x = 1\n" * 300]
 
+STDLIB = Path(sysconfig.get_path("stdlib"))
+
+
+def stdlib_files(count: int | None = None) -> list[Path]:
+    """Return all files of the interpreter's library, or so many of them, spread evenly.
+
+    Debian's has 668, without tests, others 1,790.
+    """
+    files = [p for p in sorted(STDLIB.rglob("*.py")) if "site-packages" not in p.parts and p.is_file()]
+    return files if count is None else [files[i * len(files) // count] for i in range(count)]
+
+
 # The reasons for which a test may be left out; skipped for another one, it fails.
 WITHOUT_SANDBOX = "generated code runs in a sandbox only"
 SKIPS = (

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import ast
 import io
-import sysconfig
 import tokenize
 import warnings
 from pathlib import Path
 
 import pytest
+from conftest import stdlib_files
 
 from data.comments import drop_comments
-
-STDLIB = Path(sysconfig.get_path("stdlib"))
-
-
-def stdlib_files(count: int | None = None) -> list[Path]:
-    """All files of the library, or so many, spread evenly: Debian's has 668, without tests, others 1,790."""
-    files = [p for p in sorted(STDLIB.rglob("*.py")) if "site-packages" not in p.parts and p.is_file()]
-    return files if count is None else [files[i * len(files) // count] for i in range(count)]
 
 
 def without_docstrings(source: str) -> str:

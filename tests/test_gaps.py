@@ -252,7 +252,7 @@ def test_markers_that_are_encoded_as_text_are_seen(tmp_path: Path, monkeypatch: 
             f"<fim_prefix>{prefix}<fim_suffix>{suffix}<fim_middle>"
         ),
     )
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="line 1 cannot be tokenised"):
         prepare_data(settings_for(write_rows(tmp_path / "rows.jsonl", GAPS)), STARCODER)
 
 

@@ -467,7 +467,7 @@ def test_a_record_that_is_not_whole_is_one_sentence(data, change):
     record = json.loads(json.dumps(scored(PAIRS, examples, systems(examples, halves(examples)))))
     assert list(differences(record)) == []
     change(record)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="the record of a suite"):
         list(differences(record))
 
 

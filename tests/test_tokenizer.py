@@ -9,7 +9,6 @@ import pickle
 import random
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import transformers
+from conftest import STDLIB, stdlib_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -32,14 +32,7 @@ from tokenizer import (
     load_tokenizer,
 )
 
-STDLIB = Path(sysconfig.get_path("stdlib"))
 SMALL = "def get_http_response(url):\n    return url\n\n\nclass HTTPResponse(Response):\n    LIMIT = None\n"
-
-
-def stdlib_files(count: int | None = None) -> list[Path]:
-    """All files of the library, or so many, spread evenly: Debian's has 668, without tests, others 1,790."""
-    files = [p for p in sorted(STDLIB.rglob("*.py")) if "site-packages" not in p.parts and p.is_file()]
-    return files if count is None else [files[i * len(files) // count] for i in range(count)]
 
 
 def corpus() -> Iterator[str]:
