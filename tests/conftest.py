@@ -111,7 +111,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A folder of 24 small Python files; with one in four held out, both sides of the split have some."""
+    """A folder of 24 small Python files; with one in four held out, every split has some."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name, text in FILES.items():
@@ -129,7 +129,7 @@ def code_page(name: str, changed: int) -> str:
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library in place of the interpreter's: 40 modules that share nothing, and 24 code pages that are near
-    copies of each other, so that a split by name puts them on every side."""
+    copies of each other, so that a division by name puts them into every split."""
     folder = tmp_path / "library"
     (folder / "encodings").mkdir(parents=True)
     for i in range(40):

@@ -357,10 +357,10 @@ def test_a_cluster_stands_on_one_side_of_the_split(tmp_path: Path) -> None:
     near = [ScrapedDocument(code(1) + f"n = {i}\n", "o/r", f"n{i}.py", "c", "MIT") for i in range(12)]
     far = [ScrapedDocument(code(100 + i), "o/r", f"f{i}.py", "c", "MIT") for i in range(30)]
     built(replace(cleaned(tmp_path, near + far), near="keep"))
-    sides = {}
-    for side, document in split_documents(DataConfig(source=str(tmp_path / "corpus"), validation_one_in=3)):
-        sides.setdefault(document.name.startswith("o/r/n"), set()).add(side)
-    assert len(sides[True]) == 1 and len(sides[False]) > 1
+    splits = {}
+    for split, document in split_documents(DataConfig(source=str(tmp_path / "corpus"), validation_one_in=3)):
+        splits.setdefault(document.name.startswith("o/r/n"), set()).add(split)
+    assert len(splits[True]) == 1 and len(splits[False]) > 1
 
 
 @pytest.mark.parametrize(

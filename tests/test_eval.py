@@ -160,7 +160,7 @@ def test_ngram_scores_are_over_the_same_tokens_and_equal_its_predictions(data, m
 
 def test_the_baseline_is_far_from_chance_and_better_on_its_own_training_files(data):
     baseline = train_ngram(data.train)
-    held_out, seen = (ngram_scores(baseline, side, 64)[0] for side in (data.test, data.train))
+    held_out, seen = (ngram_scores(baseline, split, 64)[0] for split in (data.test, data.train))
     assert seen.loss < held_out.loss < 0.5 * np.log(BYTES.vocab_size)
 
 

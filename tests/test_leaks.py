@@ -55,11 +55,11 @@ def files(number: int, seed: int = 0, lines: int = 60) -> list[Document]:
 
 
 def split(documents: Iterable[Document], by: str) -> tuple[list[Document], list[Document]]:
-    sides: tuple[list[Document], list[Document]] = [], []
+    splits: tuple[list[Document], list[Document]] = [], []
     for document in documents:
-        sides[split_of(getattr(document, by), 5) == "validation"].append(document)
-    assert all(sides)
-    return sides
+        splits[split_of(getattr(document, by), 5) == "validation"].append(document)
+    assert all(splits)
+    return splits
 
 
 def pieces(documents: Iterable[Document], lines: int, stride: int) -> list[Document]:
@@ -387,8 +387,8 @@ def test_regrouping_many_documents_compares_a_sample_of_runs(monkeypatch: pytest
 
 
 def stores(folder: Path, train: list[Document], held_out: list[Document]) -> tuple[TokenStore, TokenStore]:
-    sides = [("train", d) for d in train] + [("validation", d) for d in held_out]
-    build_store(folder, sides, Bytes())
+    splits = [("train", d) for d in train] + [("validation", d) for d in held_out]
+    build_store(folder, splits, Bytes())
     return open_store(folder)[:2]
 
 

@@ -29,7 +29,7 @@ def prepared(folder: Path, rows: list[dict[str, str]], tokenizer: Tokenizer = BY
 
 
 def trained_on(data: PreparedData, rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of the training side, in order."""
+    """The rows of the training split, in order."""
     names = set(data.train.names)
     return [row for number, row in enumerate(rows, 1) if row.get("name", str(number)) in names]
 
@@ -107,7 +107,9 @@ def test_the_training_side_alone_is_read(tmp_path):
     rows = [{"text": f"line_{i} = {i}\n{words(i, 30)}\n"} for i in range(120)]
     data = prepared(tmp_path, rows)
     config = DataConfig(str(tmp_path / "rows.jsonl"))
-    held_out = [document.text.split("\n")[0] for side, document in split_documents(config) if side != "train"]
+    held_out = [
+        document.text.split("\n")[0] for split, document in split_documents(config) if split != "train"
+    ]
     samples = [sample(i, "p", line) for i, line in enumerate(held_out)]
     assert len(samples) > 3
     assert training_overlap({"samples": samples}, data.train, BYTES)["exact"] == []

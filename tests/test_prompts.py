@@ -76,7 +76,7 @@ def data_of(run: Path) -> tuple[DataConfig, Any]:
 
 
 def held_out(config: DataConfig, data: Any) -> Iterator[Document]:
-    return (document for side, document in split_documents(config) if side == data.test.split)
+    return (document for split, document in split_documents(config) if split == data.test.split)
 
 
 def test_each_example_gets_the_wording_of_its_own_row(run):

@@ -53,15 +53,15 @@ def test_the_corpus_is_the_scrapers_and_every_file_is_accounted_for(source: Path
     counts = build(CompletionSettings(source=str(source), format="none"), None, tmp_path / "out" / "dataset")
     assert counts.found == 42 and counts.kept == 40  # small.py is no file of a corpus
     assert sum(counts.dropped.values()) == 2 and any("near" in reason for reason in counts.dropped)
-    sides = ("train", "validation", "test")
+    splits = ("train", "validation", "test")
     made = {
         s: [json.loads(line) for line in (tmp_path / f"out/dataset/{s}.jsonl").read_text().splitlines()]
-        for s in sides
+        for s in splits
     }
     assert sum(map(len, made.values())) == 40 and all(made.values())
     assert all(row["text"].startswith('"""About') and row["path"].endswith(".py") for row in made["test"])
     assert not {row["text"] for row in made["train"]} & {row["text"] for row in made["test"]}
-    # A corpus that is built is taken as it is, and gives the same sides.
+    # A corpus that is built is taken as it is, and gives the same splits.
     again = build(
         CompletionSettings(source=str(tmp_path / "out" / "corpus" / "corpus")), None, tmp_path / "again"
     )

@@ -1,4 +1,4 @@
-"""recipes/fastapi.py: lines around a gap, of pages that share nothing with those of another side."""
+"""recipes/fastapi.py: lines around a gap, of pages that share nothing with those of another split."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def marked(plain: BPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pre
 
 
 def rows(folder: Path) -> dict[str, list[dict]]:
-    sides = ("train", "validation", "test")
-    return {side: [json.loads(line) for line in open(folder / f"{side}.jsonl")] for side in sides}
+    splits = ("train", "validation", "test")
+    return {split: [json.loads(line) for line in open(folder / f"{split}.jsonl")] for split in splits}
 
 
 def test_a_line_is_the_files_to_the_blank_and_its_context_is_what_stands_there() -> None:
@@ -97,9 +97,9 @@ def test_groups_hold_pages_together_that_share_their_text() -> None:
 
 def test_held_out_sides_are_filled_by_names_alone_and_never_by_a_giant() -> None:
     groups, sizes = [f"g{n}" for n in range(100)], [10] * 100
-    sides = splits_of(groups, sizes)
-    assert Counter(sides.values()) == {"train": 80, "validation": 10, "test": 10}
-    assert sides == splits_of(groups[::-1], sizes)
+    splits = splits_of(groups, sizes)
+    assert Counter(splits.values()) == {"train": 80, "validation": 10, "test": 10}
+    assert splits == splits_of(groups[::-1], sizes)
     giant = splits_of([*groups, "giant"], [*sizes, 5000])
     assert giant["giant"] == "train"
 
@@ -116,14 +116,14 @@ def test_no_window_of_a_held_out_page_is_trained_on(
         map(len, made.values())
     )
     assert counts.dropped["in a variant of the file"] > 100
-    pages = {side: {row["page"] for row in own} for side, own in made.items()}
+    pages = {split: {row["page"] for row in own} for split, own in made.items()}
     assert not pages["train"] & pages["test"] and not pages["train"] & pages["validation"]
     assert not pages["validation"] & pages["test"]
-    side_of = {page: side for side, own in pages.items() for page in own}
-    assert side_of.get("copied", side_of["p07"]) == side_of["p07"]
+    split_of_page = {page: split for split, own in pages.items() for page in own}
+    assert split_of_page.get("copied", split_of_page["p07"]) == split_of_page["p07"]
     fields = ("prefix", "suffix", "middle") if with_markers else ("prompt", "completion")
-    windows = {side: {tuple(row[field] for field in fields) for row in own} for side, own in made.items()}
-    assert all(len(windows[side]) == len(made[side]) for side in made)
+    windows = {split: {tuple(row[field] for field in fields) for row in own} for split, own in made.items()}
+    assert all(len(windows[split]) == len(made[split]) for split in made)
     assert not windows["train"] & (windows["test"] | windows["validation"])
     assert any(row[fields[-1]].startswith("\n    value_") for row in made["test"])  # indentation is kept
 

@@ -79,8 +79,8 @@ def tokenizer() -> BPETokenizer:
 
 
 def rows(folder: Path) -> dict[str, list[dict]]:
-    sides = ("train", "validation", "test")
-    return {side: [json.loads(line) for line in open(folder / f"{side}.jsonl")] for side in sides}
+    splits = ("train", "validation", "test")
+    return {split: [json.loads(line) for line in open(folder / f"{split}.jsonl")] for split in splits}
 
 
 # --- functions of a file ---------------------------------------------------------------------------
@@ -162,8 +162,8 @@ def test_pairs_compile_agree_and_keep_to_one_side(
     counts = build(RefactorSettings(source=str(source)), tokenizer, tmp_path / "dataset")
     made = rows(tmp_path / "dataset")
     assert (counts.found, counts.dropped) == (21, {"a copy of another": 1})
-    paths = {side: {row["path"] for row in own} for side, own in made.items()}
-    assert all(split_of(path, 10, 10) == side for side, own in paths.items() for path in own)
+    paths = {split: {row["path"] for row in own} for split, own in made.items()}
+    assert all(split_of(path, 10, 10) == split for split, own in paths.items() for path in own)
     assert "taken_over" not in {row["function"] for own in made.values() for row in own}
     assert {row["strategy"] for row in made["train"]} == set(STRATEGIES)
     for row in [row for own in made.values() for row in own]:

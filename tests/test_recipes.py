@@ -103,8 +103,8 @@ def repository(tmp_path: Path) -> Path:
 
 def rows_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {
-        side: [json.loads(line) for line in (folder / f"{side}.jsonl").read_text("utf-8").splitlines()]
-        for side in ("train", "validation", "test")
+        split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        for split in ("train", "validation", "test")
     }
 
 
@@ -114,20 +114,20 @@ def rows_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def test_counts_stand_in_the_card_and_an_empty_side_is_refused(tmp_path: Path) -> None:
     counts = Counts("files", found=7)
     counts.drop("too short", 3)
-    sides = {"train": [{"text": "a"}] * 2, "validation": [{"text": "b"}], "test": [{"text": "c"}]}
-    write_dataset(tmp_path, sides, counts, "Title", "What it is.")
+    splits = {"train": [{"text": "a"}] * 2, "validation": [{"text": "b"}], "test": [{"text": "c"}]}
+    write_dataset(tmp_path, splits, counts, "Title", "What it is.")
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "-3  too short" in card and "4  files kept" in card and "train 2, validation 1, test 1" in card
     with pytest.raises(ValueError, match=r"the test set would be empty: 4 of 7 files .* too short, 3\)"):
-        write_dataset(tmp_path, sides | {"test": []}, counts, "Title", "")
+        write_dataset(tmp_path, splits | {"test": []}, counts, "Title", "")
     counts.drop("too long", 5)
     with pytest.raises(ValueError, match="do not add up"):
-        write_dataset(tmp_path, sides, counts, "Title", "")
+        write_dataset(tmp_path, splits, counts, "Title", "")
 
 
 def test_what_splits_a_source_is_named_where_a_side_is_empty(tmp_path: Path) -> None:
-    for side, text in {"train": "a", "validation": "b", "test": None}.items():
-        (tmp_path / f"{side}.jsonl").write_text(json.dumps({"text": text}) if text else "", "utf-8")
+    for split, text in {"train": "a", "validation": "b", "test": None}.items():
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text}) if text else "", "utf-8")
     with pytest.raises(
         ValueError, match=r"text for test in none; .*test\.jsonl has 0 lines .*: add documents"
     ):
@@ -145,10 +145,10 @@ def test_what_splits_a_source_is_named_where_a_side_is_empty(tmp_path: Path) -> 
 
 
 def test_a_split_is_drawn_whole_and_depends_on_its_seed_alone() -> None:
-    sides = split_items(range(124), 42, 0.2, 0.1)
-    assert {side: len(items) for side, items in sides.items()} == {"test": 25, "validation": 10, "train": 89}
-    assert sorted(i for items in sides.values() for i in items) == list(range(124))
-    assert sides == split_items(range(124), 42, 0.2, 0.1) != split_items(range(124), 43, 0.2, 0.1)
+    splits = split_items(range(124), 42, 0.2, 0.1)
+    assert {name: len(items) for name, items in splits.items()} == {"test": 25, "validation": 10, "train": 89}
+    assert sorted(i for items in splits.values() for i in items) == list(range(124))
+    assert splits == split_items(range(124), 42, 0.2, 0.1) != split_items(range(124), 43, 0.2, 0.1)
 
 
 def test_a_file_is_read_from_wherever_it_lies(repository: Path, tmp_path: Path) -> None:
@@ -235,10 +235,10 @@ def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
     assert (counts.found, counts.dropped) == (40, {"no docstring": 20})
     card = (tmp_path / "made" / "dataset" / "README.md").read_text("utf-8")
     assert "1 files do not parse, and 1 are no text." in card
-    sides = rows_of(tmp_path / "made" / "dataset")
-    assert {side: len(rows) for side, rows in sides.items()} == {"train": 14, "validation": 2, "test": 4}
-    shown = {row["completion"] for row in sides["train"]}
-    for side, rows in sides.items():
+    splits = rows_of(tmp_path / "made" / "dataset")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 14, "validation": 2, "test": 4}
+    shown = {row["completion"] for row in splits["train"]}
+    for split, rows in splits.items():
         for row in rows:
             assert "SECRET" not in row["prompt"] and row["completion"] not in row["prompt"]
             assert row["prompt"] == row["prompts"]["related"]
@@ -246,8 +246,8 @@ def test_rows_hold_classes_with_enough_words_and_no_docstring_in_a_prompt(
                 text for text in shown if text in row["prompts"]["verbose"] + row["prompts"]["simple"]
             ]
             others = {text for text in shown if text in row["prompt"]}
-            assert len(others) == 1, "one related class of the training side"
-            assert side == "train" or row["completion"] not in shown
+            assert len(others) == 1, "one related class of the training split"
+            assert split == "train" or row["completion"] not in shown
     plain = summaries.SummariesSettings(source=str(repository), prompt="simple")
     summaries.build(plain, tokenizer, tmp_path / "plain" / "dataset")
     for row in rows_of(tmp_path / "plain" / "dataset")["test"]:
@@ -317,14 +317,14 @@ def test_a_kotlin_file_stands_on_one_side_without_its_header(tokenizer: BPEToken
         kotlin.KotlinSettings(source=str(source), window=40), tokenizer, tmp_path / "made" / "dataset"
     )
     assert (counts.found, counts.dropped) == (21, {"absurd literal": 1, "too short": 1, "generated": 1})
-    sides = rows_of(tmp_path / "made" / "dataset")
-    paths = {side: {row["path"] for row in rows} for side, rows in sides.items()}
+    splits = rows_of(tmp_path / "made" / "dataset")
+    paths = {split: {row["path"] for row in rows} for split, rows in splits.items()}
     assert not paths["train"] & paths["test"] and not paths["train"] & paths["validation"]
     assert sum(map(len, paths.values())) == 13, "of equal files one"
-    texts = [row["prompt"] + row["completion"] for rows in sides.values() for row in rows]
+    texts = [row["prompt"] + row["completion"] for rows in splits.values() for row in rows]
     assert len(texts) == len(set(texts)) and not any("Copyright" in text for text in texts)
-    completions = {row["completion"] for rows in sides.values() for row in rows}
-    assert not completions & {row["prompt"] for rows in sides.values() for row in rows}
+    completions = {row["completion"] for rows in splits.values() for row in rows}
+    assert not completions & {row["prompt"] for rows in splits.values() for row in rows}
 
 
 # --- small bases -------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_other_numbers_of_predictions_and_unknown_metrics_are_refused(data):
 def test_examples_come_back_as_they_were(data):
     folder = data.folder.parent.parent
     config = DataConfig(str(folder / "rows.jsonl"), validation_one_in=4, test_one_in=3)
-    held_out = {d.name: (d.prompt, d.text) for side, d in split_documents(config) if side == "test"}
+    held_out = {d.name: (d.prompt, d.text) for split, d in split_documents(config) if split == "test"}
     examples = pair_examples(data.test, BYTES, 1000)
     assert {e.name: (e.prompt, e.reference) for e in examples} == held_out
     assert len({e.id for e in examples}) == len(examples) == len(held_out) > 10
@@ -268,8 +268,8 @@ def test_the_nearest_training_example_answers_for_its_like(tmp_path: Path):
     """Each test row has one training row that differs in a digit, under another name."""
     rows = [row(number) for number in range(40)]
     twins = [{k: v.replace("+ ", "+ 9", 1) for k, v in one.items()} for one in rows]
-    for side, part in (("train", twins), ("validation", [row(90), row(91)]), ("test", rows)):
-        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in part), "utf-8")
+    for split, part in (("train", twins), ("validation", [row(90), row(91)]), ("test", rows)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in part), "utf-8")
     config = DataConfig(str(tmp_path), cache=str(tmp_path / "cache"), workers=1)
     data = prepare_data(config, BYTES)
     examples = pair_examples(data.test, BYTES, 25, seed=3)
