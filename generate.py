@@ -40,7 +40,7 @@ def parse_settings(argv: list[str]) -> CommandConfig:
     try:
         return CommandConfig(**values | {key: tuple(values[key]) for key in ("prompt", "stop")})
     except ValueError as error:
-        return parser.error(str(error))  # exits
+        return parser.error(str(error))  # It exits.
 
 
 def __getattr__(name: str) -> Any:

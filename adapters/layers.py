@@ -21,7 +21,7 @@ from config import LoraConfig
 LENGTH_ELEMENTS = 2**20  # elements of a changed weight that DoRA computes at a time
 
 # All singular parts of an 8192 x 2048 weight take 20 times as long as the largest 16 by power iteration.
-FULL_SVD = 256  # all are computed where the smaller side is at most this
+FULL_SVD = 256  # All are computed where the smaller side is at most this.
 SPARE_PARTS, POWER_ITERATIONS = 16, 16
 
 

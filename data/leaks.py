@@ -37,7 +37,7 @@ LEAKED_LIMIT = 0.25
 WINDOW = 50  # words; Lee et al. remove repetitions of this length and longer ones
 SHINGLE = 5
 NEAR = 0.7
-WINDOW_BYTES = 240  # the size of 50 words of code: a store's window has as many tokens as fill these
+WINDOW_BYTES = 240  # The size of 50 words of code: a store's window has as many tokens as fill these.
 # A window in more training documents than this share and this number is a header, and no leak.
 BOILERPLATE_SHARE, BOILERPLATE_DOCUMENTS = 0.05, 20
 PERMUTATIONS, BANDS = 128, 32  # These find 99.98% of pairs at Jaccard 0.7: 1 - (1 - 0.7**4)**32.

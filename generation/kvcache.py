@@ -25,10 +25,10 @@ class KVCache:
 
     def __init__(self, n_layer: int, max_length: int):
         self.max_length = max_length
-        self.rows = 0  # rows of the last call; the memory may hold more, of rows that left
-        self.length = 0  # counts this call's tokens as soon as `extend_documents` has run
+        self.rows = 0  # Rows of the last call; the memory may hold more, of rows that left.
+        self.length = 0  # Counts this call's tokens as soon as `extend_documents` has run.
         self._start = 0
-        self._mixed = False  # whether some row holds more than one document, as padded rows do
+        self._mixed = False  # Whether some row holds more than one document, as padded rows do.
         self._documents: Tensor | None = None
         self._keys: list[Tensor | None] = [None] * n_layer
         self._values: list[Tensor | None] = [None] * n_layer

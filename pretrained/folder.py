@@ -30,7 +30,7 @@ from config import unrepeated
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
-LONGEST_JSON = 2**24  # bytes; the header of a model with 100,000 tensors has about 12 million
+LONGEST_JSON = 2**24  # Bytes; the header of a model with 100,000 tensors has about 12 million.
 CHUNK = 2**22  # bytes read at a time
 
 DTYPES = {
@@ -242,7 +242,7 @@ def read_bin(path: Path) -> dict[str, TensorEntry]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except Exception as error:  # zipfile raises its own error and those of whatever the fields hold.
+    except Exception as error:  # Zipfile raises its own error and those of whatever the fields hold.
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} is no zip file as torch.save writes it ({reason}); save it again, as safetensors best"

@@ -50,7 +50,7 @@ FAMILIES = {
 }
 THREADS = min(4, os.cpu_count() or 1)
 RUNS = "runs"  # the folder that runs are written to
-MARKS = ("config.yaml", CONFIG)  # a run has the one, a published model the other
+MARKS = ("config.yaml", CONFIG)  # A run has the one, a published model the other.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER = (
     "tokenizer.json",

@@ -61,8 +61,8 @@ class PeftSettings:
     ranks: dict[str, int]  # A module with a rank has a low-rank pair.
     whole: list[str]
     rows: dict[str, list[int]]  # ids whose rows train
-    lora_bias: bool  # each pair has a bias of its own, which its scale multiplies
-    ties: bool  # embedding and head share their weights, and so whatever was trained of them
+    lora_bias: bool  # Each pair has a bias of its own, which its scale multiplies.
+    ties: bool  # Embedding and head share their weights, and so whatever was trained of them.
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def read(values: Values) -> Values:
 
 def write(config: ModelConfig) -> Values:
     factor = config.rotary_dim / config.head_dim
-    if int(config.head_dim * factor) < config.rotary_dim:  # it is rounded down when read
+    if int(config.head_dim * factor) < config.rotary_dim:  # It is rounded down when read.
         factor = math.nextafter(factor, 1)
     return {
         "num_key_value_heads": config.n_kv_head,

@@ -95,7 +95,7 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
         if isinstance(node, ast.alias):
             yield (node.asname or node.name).split(".")[0]
         elif isinstance(node, ast.stmt | ast.ExceptHandler):
-            yield from _bound(node)  # pyright: ignore  # a handler has children as a statement has
+            yield from _bound(node)  # pyright: ignore  # A handler has children as a statement has.
         else:
             yield from (
                 n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
@@ -335,7 +335,7 @@ def called(function, args, kwargs):
     printed = io.StringIO()
     try:
         try:
-            signal.setitimer(signal.ITIMER_PROF, 0.25)  # other load on the machine does not count
+            signal.setitimer(signal.ITIMER_PROF, 0.25)  # Other load on the machine does not count.
             signal.setitimer(signal.ITIMER_REAL, 10.0)  # a sleep
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                 value = function(*args, **kwargs)

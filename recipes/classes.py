@@ -49,9 +49,9 @@ def classes_of(text: str, path: str) -> Iterator[Class]:
         warnings.simplefilter("ignore")  # a stranger's invalid escapes
         try:
             tree = ast.parse(text)
-        except ValueError as error:  # the text has a null byte
+        except ValueError as error:  # The text has a null byte.
             raise SyntaxError(str(error)) from None
-    lines = [f"{line}\n".encode() for line in text.split("\n")]  # ast counts line feeds alone
+    lines = [f"{line}\n".encode() for line in text.split("\n")]  # `ast` counts line feeds alone.
     for name, node in sorted(_named(tree, ""), key=lambda found: found[1].lineno):
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
         code = _without_docstrings(node, lines, first)

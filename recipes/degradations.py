@@ -68,7 +68,7 @@ def _hints(source: str, constants: Constants) -> str | None:
     if any(node.decorator_list for node in functions) or any(
         isinstance(node, ast.ClassDef) for node in ast.walk(function)
     ):
-        return None  # a decorator or a class may read hints
+        return None  # A decorator or a class may read hints.
     for node in functions:
         for argument in ast.walk(node.args):
             if isinstance(argument, ast.arg) and argument.annotation:
@@ -116,7 +116,7 @@ def _is_text(node: ast.stmt) -> bool:
 def _loops(source: str, constants: Constants) -> str | None:
     function, edits = parsed(source), Edits(source)
     if any(isinstance(node, ast.ClassDef) for node in ast.walk(function)):
-        return None  # a loop's variables would become attributes of a class
+        return None  # A loop's variables would become attributes of a class.
     step = _step(function)
     names = identifiers(function)
     results, targets = fresh_names(function, "result"), fresh_names(function, "item")
@@ -178,9 +178,9 @@ def _loop(
         return f"({whole})" if "\n" in whole else whole
 
     empty = {ast.ListComp: "[]", ast.DictComp: "{}", ast.SetComp: "{*()}"}[type(value)]
-    lines, depth = [f"{result} = {empty}"], ""  # a variable may shadow `set`
+    lines, depth = [f"{result} = {empty}"], ""  # A variable may shadow `set`.
     for number, generator in enumerate(value.generators):
-        over = text(generator.iter, renamed if number else {})  # the first is evaluated outside
+        over = text(generator.iter, renamed if number else {})  # The first is evaluated outside.
         lines.append(f"{depth}for {text(generator.target, renamed)} in {over}:")
         depth += step
         for condition in generator.ifs:
@@ -210,7 +210,7 @@ def _formatting(source: str, constants: Constants) -> str | None:
         if kind in (tokenize.INDENT, tokenize.DEDENT):
             depth += 1 if kind == tokenize.INDENT else -1
         elif kind in (tokenize.NEWLINE, tokenize.NL):
-            if last:  # blank lines are left out
+            if last:  # Blank lines are left out.
                 pieces.append("\n")
             last = ""
         elif text:
@@ -391,7 +391,7 @@ class _Stripped(ast.NodeTransformer):
             node.body = node.body[1:] or [ast.Pass()]
         return node
 
-    visit_AsyncFunctionDef = visit_FunctionDef  # pyright: ignore  # both nodes have these fields
+    visit_AsyncFunctionDef = visit_FunctionDef  # pyright: ignore  # Both nodes have these fields.
 
 
 def _renamed_alike(one: ast.AST, other: ast.AST) -> bool:

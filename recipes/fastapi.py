@@ -47,9 +47,9 @@ SMALL: dict[str, Any] = {
     "optimizer.lr": 1e-3,
     "validation_rows": 64,
 }
-SHARES = {"test": 0.1, "validation": 0.1}  # shares of the lines; the rest is for training
-NEIGHBOURS = 3  # two equal lines with this many equal lines before and after them are one
-COMPLETION = {True: "middle", False: "completion"}  # whether there are markers -> the target's key in a row
+SHARES = {"test": 0.1, "validation": 0.1}  # Shares of the lines; the rest is for training.
+NEIGHBOURS = 3  # Two equal lines with this many equal lines before and after them are one.
+COMPLETION = {True: "middle", False: "completion"}  # Whether there are markers -> the target's key in a row.
 FOLDER = "docs_src/"  # the folder that is read of a clone of FastAPI
 
 
@@ -185,7 +185,7 @@ def build(settings: FastapiSettings, tokenizer: Tokenizer, folder: Path) -> Coun
     with_markers = known_markers(tokenizer) is not None
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     seen: dict[tuple[str, ...], str] = {}
-    for split in reversed(SPLITS):  # held-out splits first: their windows are dropped from training
+    for split in reversed(SPLITS):  # Held-out splits first: their windows are dropped from training.
         for group, lines in zip(groups, per_file, strict=True):
             if split_of_group[group] != split:
                 continue

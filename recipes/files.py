@@ -79,7 +79,7 @@ def read_files(
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            if work is not None and "://" in source:  # each source has a ledger in a folder of its own
+            if work is not None and "://" in source:  # Each source has a ledger in a folder of its own.
                 folder = work / hashlib.sha256(f"{source} {revision}".encode()).hexdigest()[:12]
             found = _scraped(source, extension, revision, str(folder))
     found = [one for one in found if _path(one).startswith(under)]

@@ -25,7 +25,7 @@ def syntax_tree(text: str, mode: str = "exec") -> Any:
         return ast.parse(text, mode=mode)
 
 
-DEEPEST = 200  # most levels of a tree; each takes up to 3 of the 1,000 calls that Python nests
+DEEPEST = 200  # Most levels of a tree; each takes up to 3 of the 1,000 calls that Python nests.
 
 
 def unwritable(node: ast.AST) -> str:

@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # shares of all files, and of those that are not test
 FEWEST = 8  # tokens on either side of a cut
 SLACK = 8  # tokens by which prompt and completion may grow where they are encoded apart
-LATEST_CUT = 0.75  # the cut is within this share of a window
+LATEST_CUT = 0.75  # The cut is within this share of a window.
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Window(NamedTuple):
 
 
 def check(settings: KotlinSettings) -> None:
-    if settings.methods:  # checked now, although it is read last
+    if settings.methods:  # Checked now, although it is read last.
         if settings.method_samples < 2:
             raise ValueError(
                 f"--method_samples is {settings.method_samples}, and an interval needs at least 2"
@@ -126,13 +126,13 @@ def build(settings: KotlinSettings, tokenizer: Tokenizer, folder: Path) -> Count
     splits = split_items(windows, settings.split_seed, TEST_SHARE, VALIDATION_SHARE)
     rows: dict[str, list[dict[str, str]]] = {}
     seen: set[str] = set()
-    for split in ("test", "validation", "train"):  # a text of two splits stays in the one where it is scored
+    for split in ("test", "validation", "train"):  # A text of two splits stays in the one where it is scored.
         rows[split] = []
         for path, cut in splits[split]:
             for window in cut:
                 text = (
                     window.prompt + window.completion
-                )  # joined, since equal files are cut at different places
+                )  # Joined, since equal files are cut at different places.
                 if text not in seen:
                     rows[split].append(
                         {"path": path, "prompt": prompt_of(window.prompt), "completion": window.completion}

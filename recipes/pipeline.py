@@ -33,7 +33,7 @@ from recipes.files import content_of
 SAMPLES = 5
 SHOWN = 600  # a sample shows this many characters of its prompt, from the end
 BUDGETS = ("max_seconds", "max_steps", "max_epochs")
-TO_BE_MADE = "(none yet)"  # stands for the base where the command line names none
+TO_BE_MADE = "(none yet)"  # This stands for the base where the command line names none.
 PLACES = {"--run": "--out", "--data.source": "--source"}  # flags of training -> what a recipe has instead
 SMALL_BASE = "small base trained here, figures are not those of the published weights"
 
@@ -100,7 +100,7 @@ def parse_words(name: str, words: list[str]) -> RequestedRecipe:
         parser.error(f"--base is given, and the recipe {name} trains from scratch; leave it out")
     values = parser.parse_args(mine).clone(with_meta=False).as_dict()
     recipe = RequestedRecipe(name, module, _settings(module, values), rest)
-    if recipe.config().train.base in (None, TO_BE_MADE):  # a typo is reported before anything takes time
+    if recipe.config().train.base in (None, TO_BE_MADE):  # A typo is reported before anything takes time.
         less = in_small(recipe, words)
         small, more = apart(less, module)
         values = parser.parse_args([*small, *mine]).clone(with_meta=False).as_dict()
@@ -151,7 +151,7 @@ def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
         elif place < len(words):
             place += 1
         else:
-            continue  # the parser reports the missing value
+            continue  # The parser reports the missing value.
         several = own[flag].startswith("tuple") and not following.startswith("[")
         mine.append(json.dumps(following.split(",")) if several else following)
     return mine, rest
@@ -267,7 +267,7 @@ def refuse_early(recipe: RequestedRecipe, config: Config) -> None:
     from training.beforehand import refuse_mistakes, refuse_other_base
 
     refuse_unwritable(recipe.out, "--out")
-    if (recipe.run / FINISHED).is_file():  # only scores are left, for which other settings are allowed
+    if (recipe.run / FINISHED).is_file():  # Only scores are left, for which other settings are allowed.
         return
     refuse_mistakes(config, made_here=True)
     if config.train.base in (None, TO_BE_MADE):

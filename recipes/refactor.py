@@ -47,7 +47,7 @@ SMALL: dict[str, Any] = {
     "validate_every": 40,
     "validation_rows": 40,
 }
-MOST_DIGITS = 20  # a constant with more digits is not written out in a function
+MOST_DIGITS = 20  # A constant with more digits is not written out in a function.
 HEADER = "### Refactor the following Python code to improve quality:"
 
 

@@ -247,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: byte {error.start} cannot be read") from None
         try:
-            taken_out(plain(text)[0])  # a file without functions is refused before a model is opened
+            taken_out(plain(text)[0])  # A file without functions is refused before a model is opened.
         except ValueError as error:
             raise ValueError(f"{path} cannot be refactored: {error}") from None
         if settings.check_behaviour:

@@ -136,7 +136,7 @@ def fitted_prompt(
     """
     name = one.name.rpartition(".")[2]
     code = first_lines(one.code, settings.code_tokens, tokenizer)
-    room = settings.input_tokens - 1  # one token is for a start token
+    room = settings.input_tokens - 1  # One token is for a start token.
     while len(tokenizer.encode(prompt := prompt_of(name, code, settings.prompt, related))) > room:
         excess = len(tokenizer.encode(prompt)) - room
         shorter = first_lines(code, len(tokenizer.encode(code)) - excess, tokenizer)

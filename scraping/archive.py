@@ -35,7 +35,7 @@ MAX_HEADER = 2**20  # bytes of a long name or of a pax header
 MAX_NAMES = 2**27  # bytes of all names together, which are kept to find duplicates
 MAX_DIRECTORY = 2**27  # bytes of a zip's directory, which is read whole
 RATIO_FROM = 2**26  # bytes of output below which the ratio to the input is not checked
-XZ_MEMORY = 2**27  # bytes; a file made by `xz -9` needs 65 MiB
+XZ_MEMORY = 2**27  # Bytes; a file made by `xz -9` needs 65 MiB.
 DIRECTORY = "directory"
 
 
@@ -216,7 +216,7 @@ def _chunks(file: BinaryIO, count: _Count) -> Iterator[bytes]:
         if piece:
             count.bytes(len(piece), taken)
             yield piece
-        if engine.eof:  # another compressed stream may follow, or zeros as padding
+        if engine.eof:  # Another compressed stream may follow, or zeros as padding.
             data = engine.unused_data.lstrip(b"\0")
             while not data and (more := file.read(CHUNK)):
                 taken += len(more)
@@ -338,7 +338,7 @@ def _tar_members(file: BinaryIO, judge: Judge, count: _Count) -> Iterator[Archiv
                 kind = "sparse file"
             if not kind and path.endswith(b"/"):
                 kind = DIRECTORY
-            if flag == b"S" and header[482]:  # the old GNU form has more blocks of header
+            if flag == b"S" and header[482]:  # The old GNU form has more blocks of header.
                 while stream.read(BLOCK)[504]:
                     count.member()
             # POSIX: links, devices, pipes and folders have no data, whatever their size says.

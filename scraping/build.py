@@ -256,7 +256,7 @@ def fingerprint(parts: list[Path]) -> str:
 def run(settings: BuildSettings) -> None:
     """Build the requested parts of the corpus, and print the counts."""
     parts = parts_of(Path(settings.folder, "clean"))
-    Benchmarks(list(settings.benchmarks))  # a missing or wrong file is reported before anything is written
+    Benchmarks(list(settings.benchmarks))  # A missing or wrong file is reported before anything is written.
     if settings.shard:
         number, shards = parse_shard(settings.shard)
         if shards != len(parts):

@@ -120,7 +120,7 @@ def _bars(path: Path, title: str, counts: dict[str, int]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 1 + 0.3 * max(1, len(counts))), layout="constrained")
-    names = [name.replace("$", r"\$") for name in counts]  # matplotlib reads $ as the beginning of a formula
+    names = [name.replace("$", r"\$") for name in counts]  # Matplotlib reads $ as the beginning of a formula.
     bars = axes.barh(range(len(counts)), list(counts.values()), tick_label=names)
     axes.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
     axes.margins(x=0.15)

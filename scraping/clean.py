@@ -175,7 +175,7 @@ def make_cleaner(settings: CleanSettings) -> Callable[[tuple[RawFile, bool]], Cl
                     return CleanOutcome(result, before, {})
         except (MemoryError, ImportError):
             raise
-        except Exception as error:  # no stranger's file may end the run: the failure is recorded and counted
+        except Exception as error:  # No stranger's file may end the run: the failure is recorded and counted.
             return CleanOutcome(Drop("the stage failed", type(error).__name__), name, {})
         if isinstance(result, Drop):
             return CleanOutcome(result, "encoding", {})
@@ -210,7 +210,7 @@ def how(settings: CleanSettings) -> dict[str, Any]:
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # ruff may be a program without a package
+    except metadata.PackageNotFoundError:  # Ruff may be a program without a package.
         return "unknown"
 
 
@@ -288,7 +288,7 @@ def _kept(
         drop = outcome.result
         tally.dropped[outcome.stage, drop.reason] += 1
         tally.dropped_bytes[outcome.stage, drop.reason] += size
-        evidence = ScrapedDocument(drop.evidence, "", "", "", "")  # it may quote the file
+        evidence = ScrapedDocument(drop.evidence, "", "", "", "")  # It may quote the file.
         evidence = secrets.redact(evidence, secrets.findings(evidence)).text
         row = {"repository": repository, "path": path, "stage": outcome.stage, "reason": drop.reason}
         dropped.write(json.dumps(row | {"evidence": evidence}, ensure_ascii=False).encode() + b"\n")
@@ -328,11 +328,11 @@ def clean_shard(
         made = how(settings)
         read = (0, 1) if settings.whole else shard
         _, fingerprint = ledger.outline(read)
-        made["not stored"] = ledger.not_stored(read)  # the counts begin with all files that were found
+        made["not stored"] = ledger.not_stored(read)  # The counts begin with all files that were found.
         record = _read_record(paths["record"])
         if record is not None and _is_current(record, made, fingerprint, path, paths["dropped"]):
             return record
-        paths["record"].unlink(missing_ok=True)  # a record may only stand beside its own shard
+        paths["record"].unlink(missing_ok=True)  # A record may only stand beside its own shard.
 
         tally = _Tally()
         names: deque[Name] = deque()
@@ -472,5 +472,5 @@ def run(settings: CleanSettings) -> None:
     finally:
         ledger.close()
     print("\n".join(reasons_table(record)))
-    if shard[1] == 1:  # one of several may have none
+    if shard[1] == 1:  # One of several may have none.
         refuse_empty(record)

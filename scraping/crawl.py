@@ -30,7 +30,7 @@ from scraping.source import Selection
 from scraping.status import status_lines
 
 PAGE_ROWS = 1000  # rows of the ledger that are in memory at a time
-FAILURES = 10  # a crawl gives up after this many repositories in a row without an answer
+FAILURES = 10  # A crawl gives up after this many repositories in a row without an answer.
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _in_threads(
             thread.start()
         for thread in threads:
             thread.join()
-    finally:  # after an interrupt too: each job ends at its next wait or file
+    finally:  # After an interrupt too: each job ends at its next wait or file.
         stop.set()
         for thread in threads:
             thread.join(5)

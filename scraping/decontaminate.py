@@ -109,6 +109,6 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list):  # a list of strings is one text, such as MBPP's tests
+    if isinstance(value, list):  # A list of strings is one text, such as MBPP's tests.
         return ["\n".join(item for item in value if isinstance(item, str))]
     return []

@@ -32,7 +32,7 @@ PERMUTATIONS = 128
 SKETCH = 512
 BUCKET = 64  # up to this many texts of a bucket are compared pair by pair; further ones with these alone
 MISSED = 1e-3  # largest share of the pairs at the threshold + 0.05 that no band finds
-ROW_BITS = 32  # a document's id is (part << ROW_BITS) + row
+ROW_BITS = 32  # A document's id is (part << ROW_BITS) + row.
 PAIRS = 2**12  # pairs that are verified at a time
 
 

@@ -181,7 +181,7 @@ def read_shard(path: Path) -> Iterator[ScrapedDocument]:
 def _parquet_rows(path: Path) -> Iterator[dict[str, str]]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:  # pyarrow's errors are ValueErrors and OSErrors
+    with pq.ParquetFile(path) as file:  # Pyarrow's errors are ValueErrors and OSErrors.
         for batch in file.iter_batches(batch_size=64, columns=FIELDS):
             yield from batch.to_pylist()
 

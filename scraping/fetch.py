@@ -35,11 +35,11 @@ from scraping.wanted import SUBMODULE, SYMBOLIC_LINK, Wanted, data_reason
 # The price of a request in bytes: at 5,000 an hour each takes 0.7 s, in which a line of 3 MB/s brings 2 MB.
 REQUEST = 2 * 2**20
 CLONE = 30 * REQUEST
-MAX_TARBALL = 2**30  # bytes, unpacked; a larger repository comes file by file
+MAX_TARBALL = 2**30  # Bytes, unpacked; a larger repository comes file by file.
 TARBALL_TRIES = 3
-MAX_ENTRIES = 2_000_000  # most files of a repository: ten objects can make a tree of 10^10
+MAX_ENTRIES = 2_000_000  # Most files of a repository: ten objects can make a tree of 10^10.
 MAX_TREES = 5_000  # most requests for one tree
-BATCH_BYTES = 4 * 2**20  # files of about this size are stored in one transaction
+BATCH_BYTES = 4 * 2**20  # Files of about this size are stored in one transaction.
 
 GONE = {
     404: "not found",
@@ -245,7 +245,7 @@ def fetch_files(client: GitHub, ledger: Ledger, repository: HostedRepository, fo
 def reuse(ledger: Ledger, name: str, entry: ListedFile) -> bool:
     """Store a file by the bytes of a stored one of the same id, in any repository; False if none has them."""
     known = ledger.by_address(entry.address)
-    if known is None or blob_id(known) != entry.address:  # addresses of other sources are no git ids
+    if known is None or blob_id(known) != entry.address:  # Addresses of other sources are no git ids.
         return False
     ledger.stored(name, [(entry.path, known)])
     return True
@@ -289,7 +289,7 @@ def fetch_tarball(
             yield from read_archive(file, reason, 1, ArchiveLimits(total_bytes=2 * MAX_TARBALL))
         except BrokenArchive as error:
             raise Malformed(str(error)) from error
-        except ValueError as error:  # the archive is past a limit
+        except ValueError as error:  # The archive is past a limit.
             raise GitHubTooLarge(str(error)) from error
 
     def read(answer: GitHubAnswer) -> None:

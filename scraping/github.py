@@ -38,24 +38,24 @@ JSON = "application/vnd.github+json"
 RAW = "application/vnd.github.raw+json"  # a blob's bytes: docs.github.com/en/rest/git/blobs
 SHA = "application/vnd.github.sha"  # a commit's id alone: docs.github.com/en/rest/commits/commits
 API_VERSION = "2022-11-28"
-USER_AGENT = "plumb-scraping"  # requests without one are refused: "Troubleshooting", User agent required
+USER_AGENT = "plumb-scraping"  # Requests without one are refused: "Troubleshooting", User agent required.
 
-POINTS = 900  # requests a minute; a GET is one point: "Rate limits", Calculating points
+POINTS = 900  # Requests a minute; a GET is one point: "Rate limits", Calculating points.
 PACE = 60 / (0.9 * POINTS)  # seconds between requests, which do not arrive as evenly as they go out
 MAX_CONCURRENT = 100  # "Rate limits", About secondary rate limits
 SECONDARY_WAIT = 60.0  # seconds after the first secondary limit
 SECONDARY_TRIES = 8  # "throw an error after a specific number of retries"
-LONGEST_WAIT = 86_400.0  # seconds; a limit's hour is 3,600
+LONGEST_WAIT = 86_400.0  # Seconds; a limit's hour is 3,600.
 TRIES = 8
 BACKOFF = 1.0  # seconds before the second attempt, twice as long each time, at most MAX_BACKOFF
 MAX_BACKOFF = 60.0
 CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 30.0  # GitHub gives up on a request after 10: "Timeouts"
-GRACE_SECONDS, SLOWEST = 30.0, 10_000  # after GRACE_SECONDS, a body with fewer bytes a second is given up
+GRACE_SECONDS, SLOWEST = 30.0, 10_000  # After GRACE_SECONDS, a body with fewer bytes a second is given up.
 MAX_REDIRECTS = 5
-MAX_JSON = 64 * 2**20  # bytes; a tree is truncated at 7 MB: docs.github.com/en/rest/git/trees
+MAX_JSON = 64 * 2**20  # Bytes; a tree is truncated at 7 MB: docs.github.com/en/rest/git/trees.
 CHUNK = 2**16
 ANSWER_SECONDS = 0.5
-WINDOW_SLACK = 2.0  # seconds; two closer resets are one, rounded by two answers to whole seconds
+WINDOW_SLACK = 2.0  # Seconds; two closer resets are one, rounded by two answers to whole seconds.
 
 T = TypeVar("T")
 
@@ -226,7 +226,7 @@ class Gate:
                 bucket = self._buckets[resource]
                 bucket.in_flight -= 1
                 if reply.status == 304:
-                    bucket.remaining += 1  # this one did not count: "Best practices", conditional requests
+                    bucket.remaining += 1  # This one did not count: "Best practices", conditional requests.
                 self._read(reply.headers, reply.headers.get("x-ratelimit-resource") or resource)
             if reply.limited:
                 self._refuse(host, resource, sent, reply)
@@ -466,7 +466,7 @@ class GitHub:
         home = _origin(url) == self._origin
         parts = urlsplit(url)
         resource = ("search" if parts.path.endswith("/search/repositories") else "core") if home else ""
-        if parts.path.endswith("/rate_limit"):  # it counts for no limit: "Rate limits", Checking the status
+        if parts.path.endswith("/rate_limit"):  # It counts for no limit: "Rate limits", Checking the status.
             resource = ""
         headers = {"Accept": accept, "User-Agent": USER_AGENT}
         if home:

@@ -35,14 +35,14 @@ URL = re.compile(r"(https|http|git)://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][A-Za-z0-9.
 LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]")
 REVISION = re.compile(r"\w[\w.+/@#=,%!-]*")
 ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-KINDS = {b"10": "", b"12": SYMBOLIC_LINK, b"16": SUBMODULE}  # first digits of a mode -> why it is no file
+KINDS = {b"10": "", b"12": SYMBOLIC_LINK, b"16": SUBMODULE}  # First digits of a mode -> why it is no file.
 # Scheme of an address -> the protocols that git may use, redirects included.
 PROTOCOLS = {"https": "https", "http": "http:https", "git": "git"}
 CHUNK = 2**16
 GIT_CONFIG = {
     "core.hooksPath": "/dev/null",
     "core.fsmonitor": "false",
-    "core.bigFileThreshold": "1m",  # larger blobs are written to the disk as they come
+    "core.bigFileThreshold": "1m",  # Larger blobs are written to the disk as they come.
     "core.packedGitWindowSize": "64m",
     "core.packedGitLimit": "512m",
     "credential.helper": "",
@@ -195,7 +195,7 @@ class GitRepository:
         with self._git("cat-file", "--batch", lines=lines) as out:
             for id in lines.split():
                 head = out.readline(200).split()
-                if not head:  # git was ended; `_git` raises the reason after the block
+                if not head:  # Git was ended; `_git` raises the reason after the block.
                     return
                 if len(head) != 3 or head[0] != id.encode() or head[1] != b"blob":
                     raise ValueError(f"{self.url} has a damaged blob {id}")

@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 OUT_OF_MEMORY = 77  # exit status of a child without memory
-PATIENCE = 20  # a child may take this many times its processor time by the clock, on a busy machine
+PATIENCE = 20  # A child may take this many times its processor time by the clock, on a busy machine.
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def _child(
     import resource
 
     seconds, memory_mb = limits
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and closes the pipe.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         work = make(*arguments)
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
-        gc.disable()  # the trees of parsers have no cycles, and parsing takes a third less time
+        gc.disable()  # The trees of parsers have no cycles, and parsing takes a third less time.
         while True:
             answers = []
             for item in pipe.recv():
@@ -97,7 +97,7 @@ class _Worker:
     def _ask(self, items: list[Any]) -> list[Any] | Died:
         seconds, memory_mb = self._start[2]
         if self._process is None:
-            context = get_context("spawn")  # a fork would copy the threads' locks without the threads
+            context = get_context("spawn")  # A fork would copy the threads' locks without the threads.
             with _starting:
                 main = sys.modules["__main__"]
                 sys.modules["__main__"] = ModuleType("__main__")  # no child imports the caller's script
@@ -201,7 +201,7 @@ def each(work: Callable[[Any], object], items: Sequence[Any], workers: int = 0) 
             try:
                 for _ in pool.map(work, items):
                     pass
-            except BaseException:  # a mistake, or Ctrl-C: the other children's work may take an hour
+            except BaseException:  # A mistake, or Ctrl-C: the other children's work may take an hour.
                 for child in multiprocessing.active_children():
                     child.terminate()
                 raise

@@ -24,10 +24,10 @@ from scraping.ledger import Ledger
 
 RESULTS = 1000  # most results of a query
 PAGE = 100  # most results of a page
-FILL = 0.7  # a slice is cut to this share of RESULTS, since repositories are not spread evenly over time
+FILL = 0.7  # A slice is cut to this share of RESULTS, since repositories are not spread evenly over time.
 PASSES = 3  # most readings of a slice whose results move from page to page meanwhile
 INCOMPLETE_TRIES = 3
-MANY_STARS = 2_000_000  # more than any repository has
+MANY_STARS = 2_000_000  # More than any repository has.
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Slice:
             ends = [*(start - 1 for start in starts[1:]), self.created_to]
             return [Slice(*span, self.stars_from, self.stars_to) for span in zip(starts, ends, strict=True)]
         if self.stars_to < 0:
-            middle = 2 * self.stars_from + 10  # far from the mean, since few repositories have many stars
+            middle = 2 * self.stars_from + 10  # Far from the mean, since few repositories have many stars.
             if middle > MANY_STARS:
                 return []
         elif self.stars_to > self.stars_from:

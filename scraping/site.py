@@ -38,7 +38,7 @@ ROBOTS_BYTES = 2**20
 SITEMAPS = 1000
 PAGES = 500_000  # most pages of all sitemaps together
 LONGEST_DELAY = 60.0
-UNANSWERED = 5  # after this many pages in a row without an answer, the site is down
+UNANSWERED = 5  # After this many pages in a row without an answer, the site is down.
 READ = "page: read for its examples"
 EMPTY = "page: without examples"
 

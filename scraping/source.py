@@ -15,7 +15,7 @@ from scraping.stages.licences import PERMISSIVE, allowed
 from scraping.status import status_lines
 from scraping.wanted import Wanted, data_reason
 
-BATCH_BYTES = 2**23  # files of about this size are stored in one transaction
+BATCH_BYTES = 2**23  # Files of about this size are stored in one transaction.
 BATCH_FILES = 500
 
 

@@ -25,7 +25,7 @@ RETRIED = (429, 500, 502, 503, 504)
 TRIES = 3
 REDIRECTS = 5
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address is in the last 32 bits
-UNICAST = ipaddress.IPv6Network("2000::/3")  # the assigned part of IPv6; the rest is special or unused
+UNICAST = ipaddress.IPv6Network("2000::/3")  # The assigned part of IPv6; the rest is special or unused.
 # iana.org/assignments/iana-ipv4-special-registry and iana-ipv6-special-registry as of 2025, and multicast.
 # Blocks inside a larger one are not repeated; the few that are globally reachable hold services, no sites.
 SPECIAL = tuple(
@@ -39,7 +39,7 @@ SPECIAL = tuple(
         ),
     )
 )
-GZIP_BYTES = 2**16  # a gzip file may be larger than its content by this many bytes
+GZIP_BYTES = 2**16  # A gzip file may be larger than its content by this many bytes.
 LONGEST_WAIT = 120.0  # longest Retry-After, in seconds, that is waited for
 
 
@@ -158,7 +158,7 @@ class Client:
 
         late: list[bool] = []
 
-        def end() -> None:  # ends any wait: a socket's timeout would never end a drip of bytes
+        def end() -> None:  # Ends any wait: a socket's timeout would never end a drip of bytes.
             late.append(True)
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

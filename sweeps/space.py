@@ -503,7 +503,7 @@ def _arms(raw: Any, base: Config) -> Parameter:
     for name, values in raw.items():
         if not isinstance(values, dict) or not values:
             raise ValueError(f"space: arm {name} has no settings; write {{setting: value}}")
-        if not str(name).isprintable() or "$" in str(name):  # matplotlib reads $ as mathematics.
+        if not str(name).isprintable() or "$" in str(name):  # Matplotlib reads $ as mathematics.
             raise ValueError(f"space: the arm {name!r} must be named by printable characters other than $")
         keys = {key: known_key(key) for key, _ in _ungrouped(values)}
         arms[str(name)] = {keys[key]: _value(keys[key], value) for key, value in _ungrouped(values)}

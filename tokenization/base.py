@@ -31,9 +31,9 @@ class Tokenizer(ABC):
     pad_id: int | None
     fingerprint: str
     eos_ids: tuple[int, ...] = ()  # all ids that end a text, as the configs of a published model name them
-    bare_gaps: bool = False  # prompts with a gap have no start token, as old runs trained them
+    bare_gaps: bool = False  # Prompts with a gap have no start token, as old runs trained them.
     markers: tuple[int, ...] = ()  # ids without a text of their own, which change the text of the next id
-    heals: bool = True  # whether the ends of prompts are healed (tokenization/healing.py), as in training
+    heals: bool = True  # Whether the ends of prompts are healed (tokenization/healing.py), as in training.
 
     @property
     def start_id(self) -> int | None:

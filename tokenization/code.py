@@ -68,7 +68,7 @@ _UNIT = re.compile(
 )
 _CHUNK = 64  # characters that are segmented together, which bounds the work on runs of a million
 _WORD = re.compile(rf"[A-Z]{{1,{_CHUNK}}}(?![a-z])|[A-Z]?[a-z]{{1,{_CHUNK}}}|[0-9]{{1,{_CHUNK}}}|_")
-_MAX_CACHE = 1 << 18  # entries; 10 MB of source has 67,000 different units
+_MAX_CACHE = 1 << 18  # Entries; 10 MB of source has 67,000 different units.
 _ROUNDS = 3  # rounds in which uses are counted and a part of the surplus pieces is dropped
 
 _LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -217,7 +217,7 @@ class CodeTokenizer(Tokenizer):
     def _walk(self, ids: Iterable[int], parts: list[bytes]) -> tuple[int, int, int, bool]:
         """Append the bytes of ids to `parts`; returns last, case, marker and capitals after them."""
         last = 0  # the byte before; 0 after a special token, across which no space is implied
-        case, marker, capitals = LOW, 0, False  # capitals: the id before is SNAKE, after a capital
+        case, marker, capitals = LOW, 0, False  # Capitals: the id before is SNAKE, after a capital.
         for id in self._checked(ids):
             if id >= _FIRST_PIECE:
                 if id < self._first_tail:

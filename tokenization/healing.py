@@ -46,7 +46,7 @@ MOST_CONTEXT = 64
 REACH = 128  # bytes from a prompt's end in which a cover's last token may begin, at most
 NEAR = 4  # tokens before one that show whether it follows them, at least
 MOST_ASKED, SOME = 2000, 16  # tokens after which only some of a kind are judged, and how many
-MOST_KEPT = 4096  # ends of prompts whose branches are remembered
+MOST_KEPT = 4096  # Ends of prompts whose branches are remembered.
 AFTER_SPACE = " \naz0(\x01\u00e9\u4e00\U00013000"
 LOWER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
@@ -206,7 +206,7 @@ class _Boundary:
             if len(rest) > self.reach:
                 break
             if not len(self.beginnings.beginning_with(rest.lower())):
-                continue  # no token begins so in any case
+                continue  # No token begins so in any case.
             for before in self._begun(text[:end]):
                 if before not in seen:
                     seen.add(before)
@@ -269,7 +269,7 @@ class _Boundary:
         start, texts = self.tokenizer.bytes_of(before) or b"", self._vocabulary(before).by_id
         whole: dict[int, str] = {}
         for id in following:
-            with contextlib.suppress(UnicodeDecodeError):  # it ends inside of a character
+            with contextlib.suppress(UnicodeDecodeError):  # It ends inside of a character.
                 whole[id] = (start + (texts[id] or b"")).decode("utf-8", "surrogatepass")
         own = []
         for (id, text), ids in zip(whole.items(), self._encoded(list(whole.values())), strict=True):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 MAX_PIECE = 24  # characters of a piece
 _SPARE = 1.25  # pieces learned for each one kept: later merges leave some idle, which are dropped
-HEAD, TAIL, PLAIN = "^", "-", "="  # the first character of a symbol says its kind while pieces are learned
+HEAD, TAIL, PLAIN = "^", "-", "="  # The first character of a symbol says its kind while pieces are learned.
 
 
 def learn_pieces(symbols: Counter[str], room: int, min_count: int) -> tuple[list[str], list[str]]:
@@ -70,7 +70,7 @@ def _merge(sequences: list[list[str]], counts: list[int], room: int, min_count: 
             places[pair].add(index)
     heap = [(-total, pair) for pair, total in totals.items()]
     heapq.heapify(heap)
-    made: dict[str, None] = {}  # an ordered set, since two pairs can make the same piece
+    made: dict[str, None] = {}  # An ordered set, since two pairs can make the same piece.
     while heap and len(made) < room:
         negative, pair = heapq.heappop(heap)
         left, right = pair

@@ -45,7 +45,7 @@ def as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> d
         raise ValueError(f"tokenizer_class {named!r} or model_type {model.get('model_type')!r} is no text")
     name = transformers_class(named, model.get("model_type"), files[TOKENIZER_FILE])
     if name == AS_THE_FILE and "add_prefix_space" in config:
-        del config["add_prefix_space"]  # transformers keeps this key and ignores it.
+        del config["add_prefix_space"]  # Transformers keeps this key and ignores it.
         return files | {CONFIG_FILE: json.dumps(config, indent=2)}
     before = parse_json(files[TOKENIZER_FILE], TOKENIZER_FILE)
     if name in BUILDERS and isinstance(before.get("model"), dict) and before["model"].get("dropout"):

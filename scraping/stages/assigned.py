@@ -37,7 +37,7 @@ PLAIN_FILES = frozenset(_PLAIN_FILES.split())
 def assigned(text: str, kind: str) -> Iterator[Finding]:
     """Yield values that a name calls secret and that look random; `kind` is the file's ending."""
     lower = text.lower()
-    if len(lower) != len(text):  # a few letters have a longer lower case
+    if len(lower) != len(text):  # A few letters have a longer lower case.
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
     for name in _secret_names(lower):
         if match := QUOTED.match(text, name.end()):

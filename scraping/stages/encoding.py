@@ -84,6 +84,6 @@ def _cookie(data: bytes) -> str | Drop:
             if not COOKIE_CODECS.fullmatch(codec):
                 return Drop("unknown coding line")
             return codec
-        if not re.match(rb"[ \t\f]*(?:#|$)", line):  # only comments may precede a coding line
+        if not re.match(rb"[ \t\f]*(?:#|$)", line):  # Only comments may precede a coding line.
             break
     return ""

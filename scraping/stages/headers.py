@@ -22,7 +22,7 @@ _SLASH = """
     kt kts java scala groovy gradle js jsx ts tsx mjs c h cc cpp cxx hpp cs go rs swift dart
 """
 SLASH = frozenset(_SLASH.split())
-HEAD_LINES = 150  # comments are looked at in these first lines of a file
+HEAD_LINES = 150  # Comments are looked at in these first lines of a file.
 # One of these words makes a comment at the top a licence header; the words below then mark its parts.
 STRONG = re.compile(
     r"copyright|\(c\)\s*\d{4}|©|spdx-|licen[sc]ed?\s+(?:under|to)\b|hereby\s+granted|permission\s+to\s+use"

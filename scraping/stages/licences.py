@@ -62,7 +62,7 @@ CHOICE = re.compile(
 
 @functools.cache
 def _licensing() -> Any:
-    from license_expression import get_spdx_licensing  # the import takes half a second
+    from license_expression import get_spdx_licensing  # The import takes half a second.
 
     return get_spdx_licensing()
 
@@ -72,7 +72,7 @@ def allowed(expression: str, allow: frozenset[str]) -> bool | None:
     """Return whether licences of `allow` (lower case) meet an SPDX expression; None if it cannot be read."""
     if expression.lower() in allow:
         return True
-    if len(expression) > 500:  # parsing takes time that is quadratic in the length
+    if len(expression) > 500:  # Parsing takes time that is quadratic in the length.
         return None
     from license_expression import ExpressionError
 

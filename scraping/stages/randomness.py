@@ -26,7 +26,7 @@ COMMON = re.compile(
     r"(?:pass(?:word|wd)?|pwd|secret|token|user|admin|root|guest|test|postgres|mysql|foo|bar)\d{0,4}", re.I
 )
 PIECES = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-CONSONANTS = re.compile(r"[bcdfghj-np-tv-xz]{5}")  # five in a row; words have at most four
+CONSONANTS = re.compile(r"[bcdfghj-np-tv-xz]{5}")  # Five in a row; words have at most four.
 WORDISH = re.compile(r"[A-Za-z][a-z]+\d{0,3}|[A-Z]+\d{0,3}|[a-z]?\d{1,4}|[A-Za-z]|")
 
 

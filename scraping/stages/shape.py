@@ -20,7 +20,7 @@ BETWEEN_NUMBERS = SPACE + b",;(){}[].+-_xXabcdefABCDEFuUlL"
 NUMBERS = bytes(ord("0") if chr(b).isdigit() and b < 128 else ord("a") for b in range(256))
 BETWEEN_CODES = SPACE + b"\"'+\\"
 CODES = bytes(ord("b") if b < 128 and (chr(b).isalnum() or b in b"/=") else ord(" ") for b in range(256))
-CODE_LINE, CODE_LINES = 56, 26  # characters, and lines in a row: StarCoder2's bound is 1,024 characters
+CODE_LINE, CODE_LINES = 56, 26  # Characters, and lines in a row: StarCoder2's bound is 1,024 characters.
 CODE = re.compile(rf"[\s\"'+(]*+[brBR]?[\"']?[A-Za-z0-9+/=]{{{CODE_LINE},}}+(?:\\n|[\s\"'+,;)\\])*+")
 
 
