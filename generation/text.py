@@ -77,9 +77,9 @@ def generate(
         tokenizer: The one the model was trained with.
         prompts: Texts, which the completions do not repeat.
         settings: How to choose tokens.
-        first_row: The seed's row of the first prompt. Who calls for some prompts at a time counts on, and
-            gets the same samples in batches of any size.
-        suffix: What follows the gap that each completion fills.
+        first_row: The seed's row of the first prompt. A caller that gives some prompts at a time counts on,
+            and gets the same samples in batches of any size.
+        suffix: The text after the gap that each completion fills.
         on_text: Called with the parts of the completion of a single prompt while it is made, as soon as
             nothing that follows can change them; together they are its text. A beam search gives one part.
 
