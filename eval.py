@@ -1,4 +1,4 @@
-"""Scores of a trained model: `python eval.py --checkpoint runs/default`, on the test files of its run.
+"""Scores of a trained model: `python eval.py --run runs/default`, on the test files of its run.
 
 suites/evaluate.py describes the scores. `--rescore RUN/eval.json` says whether the numbers in that file are
 those of its predictions, and `--compare` compares evaluations.

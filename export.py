@@ -8,31 +8,25 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from config import make_parser, one_sentence
+import config
+from config import one_sentence
+from config.console import refuse
 from training.export_config import ExportConfig
-
-FLAGS = ("--merge", "--requantise")  # These need no value.
 
 
 def parse_settings(argv: list[str]) -> ExportConfig:
-    """Parse a command line; a mistake prints one sentence and exits with 2."""
-    parser = make_parser({"": ExportConfig}, "Write a model for other tools.")
-    words = []
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        words += [word, "true"] if word in FLAGS and after.startswith("-") else [word]
-    values = parser.parse_args(words).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    settings = ExportConfig(**values)
+    """Return the ExportConfig of a command line; a mistake prints one sentence and exits with 2."""
+    settings = config.parse_settings(ExportConfig, argv, "Write a model for other tools.")
     if not settings.tolerance > 0:
-        parser.error(f"--tolerance is {settings.tolerance}; it must be above 0")
+        refuse(f"--tolerance is {settings.tolerance}; it must be above 0")
     if bool(settings.run) == bool(settings.base):
-        parser.error("give one of --run FOLDER and --base MODEL")
+        refuse("give one of --run FOLDER and --base MODEL")
     if bool(settings.base) != bool(settings.adapter):
-        parser.error("--base and --adapter belong together; give both, or --run")
+        refuse("--base and --adapter belong together; give both, or --run")
     if settings.requantise and not settings.merge:
-        parser.error("--requantise is for --merge; leave it out, or merge")
+        refuse("--requantise is for --merge; leave it out, or merge")
     if settings.base and not settings.merge:
-        parser.error("--base with --adapter is for --merge; without it there is nothing to write")
+        refuse("--base with --adapter is for --merge; without it there is nothing to write")
     return settings
 
 

@@ -12,24 +12,23 @@ problem cannot be judged here: it is named and left out of the score.
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
 
-from config import make_parser, one_sentence
+import config
+from config import one_sentence
+from config.console import refuse
 from sandbox.passing import FunctionalConfig, evaluate
 
 
 def parse_settings(argv: list[str]) -> FunctionalConfig:
-    """Parse a command line; a mistake prints one sentence and exits with 2."""
-    parser = make_parser({"": FunctionalConfig}, "Judge completions by running them in a sandbox.")
-    words = [f"[{w}]" if before == "--k" and w[:1] != "[" else w for before, w in pairwise(["", *argv])]
-    values = parser.parse_args(words).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    settings = FunctionalConfig(**(values | {"k": tuple(values["k"])}))
+    """Return the FunctionalConfig of a command line; a mistake prints one sentence and exits with 2."""
+    settings = config.parse_settings(
+        FunctionalConfig, argv, "Judge completions by running them in a sandbox."
+    )
     for name, value in {"k": min(settings.k, default=0), "cpu": settings.cpu, "wall": settings.wall}.items():
         if not value > 0:
-            parser.error(f"--{name} is {value}; it must be above 0")
+            refuse(f"--{name} is {value}; it must be above 0")
     if settings.workers < 0:
-        parser.error(f"--workers is {settings.workers}; it must be 0, for one a core, or more")
+        refuse(f"--workers is {settings.workers}; it must be 0, for one a core, or more")
     return settings
 
 

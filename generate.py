@@ -11,36 +11,14 @@ import os
 import sys
 from typing import Any
 
-from config import make_parser, one_sentence
+import config
+from config import one_sentence
 from generation.settings import CommandConfig
 
 
 def parse_settings(argv: list[str]) -> CommandConfig:
-    """Parse a command line; a mistake prints one sentence and exits with 2.
-
-    Texts are taken as they are, where the parser would read them as YAML.
-    """
-    texts: dict[str, list[str]] = {"--prompt": [], "--stop": [], "--suffix": []}
-    words, rest = [], iter(argv)
-    for word in rest:
-        flag, given, value = word.partition("=")
-        text = value if given else next(rest, None) if flag in texts else None
-        if flag in texts and text is not None:
-            texts[flag].append(text)
-        else:
-            words.append(word)
-    parser = make_parser({"": CommandConfig}, "Continue a prompt, or fill the gap before a suffix.")
-    values = parser.parse_args(words).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    if len(texts["--suffix"]) > 1:
-        parser.error(f"--suffix is given {len(texts['--suffix'])} times; give one")
-    values |= {flag[2:]: tuple(found) for flag, found in texts.items() if found and flag != "--suffix"}
-    if texts["--suffix"]:
-        values["suffix"] = texts["--suffix"][0]
-    try:
-        return CommandConfig(**values | {key: tuple(values[key]) for key in ("prompt", "stop")})
-    except ValueError as error:
-        return parser.error(str(error))  # It exits.
+    """Return the CommandConfig of a command line; a mistake prints one sentence and exits with 2."""
+    return config.parse_settings(CommandConfig, argv, "Continue a prompt, or fill the gap before a suffix.")
 
 
 def __getattr__(name: str) -> Any:

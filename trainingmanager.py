@@ -11,23 +11,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from config import BEFORE, Config, one_sentence, parse_config
+from config import BEFORE, CONFIG_GROUPS, Config, one_sentence, parse_config
+from config.flags import asks_for_help, flags_of, read_words
 
 HOMES = {"TrainingManager": "training.loop", "train": "training.begin"}
 
 
 def command_line(words: list[str]) -> list[str]:
     """Return the words of a command, after those of the run's own settings where it is resumed."""
-    joined = [
-        part
-        for word in words
-        for part in (word.split("=", 1) if word.startswith(("--run=", "--resume=")) else [word])
-    ]
-    if "--resume" in joined and "--run" in joined[:-1]:
-        saved = Path(joined[joined.index("--run") + 1]) / "config.yaml"
-        if saved.is_file():
-            before = [part for key, value in BEFORE.items() for part in (f"--{key}", str(value))]
-            return [*before, "--config", str(saved), *words]
+    flags = flags_of(CONFIG_GROUPS)
+    if asks_for_help(words, flags):
+        return words
+    given = dict(read_words(words, flags))
+    saved = Path(given.get("--run", "")) / "config.yaml"
+    if given.get("--resume") == "true" and saved.is_file():
+        before = [f"--{key}={value}" for key, value in BEFORE.items()]
+        return [*before, "--config", str(saved), *words]
     return words
 
 
@@ -39,13 +38,18 @@ def __getattr__(name: str) -> Any:
 
 
 def main(config: Config) -> None:
-    """Train, plan or prove, as the settings say."""
+    """Train, plan, prepare or prove, as the settings say."""
     with one_sentence():
         # What imports torch is imported after the command line was understood.
         if config.train.plan:
             from training.plan import plan
 
             print(plan(config))
+            return
+        if config.train.prepare:
+            from training.prepare import prepare
+
+            print(prepare(config))
             return
         if config.train.prove_resume:
             from selftest.prove_resume import prove_resume

@@ -4,7 +4,7 @@ This is the lowest floor, so every command's handling of the terminal (console) 
 is here too. Nothing here imports torch: `--help` and a typo are answered at once.
 """
 
-from config.cli import RECIPES, make_parser, parse_config
+from config.cli import RECIPES, parse_config
 from config.console import memory_is_full, one_sentence, say
 from config.files import (
     MOST_BYTES,
@@ -16,7 +16,9 @@ from config.files import (
     unrepeated,
     write_atomically,
 )
+from config.flags import setting
 from config.model import DROPOUTS, ModelConfig
+from config.parser import parse_settings
 from config.ranges import RANGES
 from config.rules import possible_kinds, unread_rates, unused_keys
 from config.schema import (
@@ -53,14 +55,15 @@ __all__ = [
     "TrainConfig",
     "bounded_lines",
     "check_ranges",
-    "make_parser",
     "memory_is_full",
     "one_sentence",
     "parse_config",
     "parse_line",
+    "parse_settings",
     "possible_kinds",
     "refuse_unwritable",
     "say",
+    "setting",
     "unread_rates",
     "unrepeated",
     "unused_keys",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from config.console import one_line
+from config.flags import setting
 from config.model import ModelConfig
 from config.ranges import refuse_out_of_range
 from config.typed import typed_group
@@ -68,7 +69,7 @@ class DataConfig:
     suffixes: tuple[str, ...] = (".py",)
     text_field: str | None = None
     group_field: str | None = None
-    regroup: bool | None = None
+    regroup: bool | None = setting(None, also=("fix",))
     validation_one_in: int = 10
     test_one_in: int = 10
     drop_comments: bool = False
@@ -241,6 +242,7 @@ class TrainConfig:
         resume: Go on from the newest checkpoint in `run`.
         prove_resume: Instead of a run, prove that one that is killed and resumed ends as one that is not.
         plan: Instead of a run, say what memory and time it would take, by a short measurement.
+        prepare: Instead of a run, make its tokenizer and its token store.
         overfit: Train on a tiny corpus (recipes/overfit) until it is known by heart, then prove it.
         base: Folder or hub id of a published model to start from; `lora` says which of its weights train, and
             its tokenizer is used unless `tokenizer.path` names another. recipes/finetune.yaml has its
@@ -277,6 +279,7 @@ class TrainConfig:
     resume: bool = False
     prove_resume: bool = False
     plan: bool = False
+    prepare: bool = False
     overfit: bool = False
     base: str | None = None
     base_revision: str | None = None

@@ -8,8 +8,6 @@ tests/test_docs.py compares each with what this file makes.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -52,6 +50,7 @@ def faults_page() -> str:
 def settings_page() -> str:
     """Return the page with a table for each group of settings."""
     from config import CONFIG_GROUPS
+    from config.help import default_of, documented
 
     lines = [
         "# Settings",
@@ -67,25 +66,16 @@ def settings_page() -> str:
         lines += [f"## {name or 'Training'}", first]
         rows = ["| name | type | default | meaning |", "|---|---|---|---|"]
         for field in dataclasses.fields(group):
-            default = (
-                field.default_factory() if callable(field.default_factory) else field.default
-            )  # A missing factory is a sentinel, which cannot be called.
             full = f"{name}.{field.name}".lstrip(".")
-            cells = f"`{full}`", kind_of(kinds[field.name]), default_of(default), helps[field.name]
+            cells = (
+                f"`{full}`",
+                kind_of(kinds[field.name]),
+                shown_default(default_of(field)),
+                helps[field.name],
+            )
             rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("\n".join(rows))
     return "\n\n".join(lines) + "\n"
-
-
-def documented(group: type) -> tuple[str, dict[str, str]]:
-    """Return the first paragraph of a dataclass's docstring, and the text of each of its Args."""
-    text = inspect.getdoc(group) or ""
-    first, _, args = text.partition("\n\n")
-    helps = {
-        name: " ".join(words.split())
-        for name, words in re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", args, re.MULTILINE)
-    }
-    return " ".join(first.split()), helps
 
 
 def kind_of(kind: Any) -> str:
@@ -102,17 +92,12 @@ def kind_of(kind: Any) -> str:
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
 
 
-def default_of(value: Any) -> str:
-    """Return a default as a YAML file would spell it."""
-    if value is None:
-        return "not given"
-    if value == "":
-        return "empty"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, tuple):
-        return f"`[{', '.join(value)}]`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+def shown_default(value: Any) -> str:
+    """Return a default for a table: in code, where it is a value."""
+    from config.help import value_of
+
+    shown = value_of(value)
+    return shown if value is None or value == "" else f"`{shown}`"
 
 
 def imports_picture() -> str:

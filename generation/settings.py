@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from config import setting
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -39,7 +41,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     num_beams: int = 1
     length_penalty: float = 0.0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = setting((), is_text=True)
     seed: int = 0
     heal: bool | None = None
 
@@ -100,10 +102,10 @@ class CommandConfig(GenerationConfig):
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
-    model: str
-    prompt: tuple[str, ...] = ()
+    model: str = setting(also=("run",))
+    prompt: tuple[str, ...] = setting((), is_text=True)
     prompt_file: str = ""
-    suffix: str | None = None
+    suffix: str | None = setting(None, is_text=True)
     adapter: str = ""
     held: Literal["full", "int8", "nf4"] = "full"
     which: Literal["best", "last"] = "best"

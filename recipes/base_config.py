@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from config import make_parser
+import config
+from config.console import refuse
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,13 @@ class BaseConfig:
 
 def parse_settings(argv: list[str]) -> BaseConfig:
     """Return the BaseConfig of a command line; a mistake prints one sentence and exits with 2."""
-    parser = make_parser({"": BaseConfig}, "Train a small base of a published family's architecture.")
-    values = parser.parse_args(argv).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    settings = BaseConfig(**values)
+    settings = config.parse_settings(
+        BaseConfig, argv, "Train a small base of a published family's architecture."
+    )
     if not settings.max_seconds > 0:
-        parser.error(f"--max_seconds is {settings.max_seconds}; it must be above 0")
+        refuse(f"--max_seconds is {settings.max_seconds}; it must be above 0")
     if settings.n_head < 1 or settings.n_head % 4:
-        parser.error(f"--n_head is {settings.n_head}; it must be a multiple of 4")
+        refuse(f"--n_head is {settings.n_head}; it must be a multiple of 4")
     if settings.n_embd < 1 or settings.n_embd % settings.n_head:
-        parser.error(f"--n_embd is {settings.n_embd}; it must be a multiple of --n_head, {settings.n_head}")
+        refuse(f"--n_embd is {settings.n_embd}; it must be a multiple of --n_head, {settings.n_head}")
     return settings

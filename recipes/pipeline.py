@@ -16,17 +16,19 @@ import importlib
 import json
 import math
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from config import Config, make_parser, parse_config, refuse_unwritable, write_atomically
-from config.console import printable
+from config import CONFIG_GROUPS, Config, parse_config, refuse_unwritable, write_atomically
+from config.console import printable, refuse
 from config.files import REPOSITORY
+from config.flags import Given, asks_for_help, flags_of, read_words
+from config.help import show_help
+from config.parser import values_of
 from recipes.building import RecipeSettings, read_counts
 from recipes.files import content_of
 
@@ -78,43 +80,55 @@ class RequestedRecipe:
 def parse_words(name: str, words: list[str]) -> RequestedRecipe:
     """Tell the recipe's flags from those of training; a mistake prints one sentence and exits with 2."""
     module = importlib.import_module(f"recipes.{name}")
-    mine, rest = apart(words, module)
-    parser = make_parser({"": module.SETTINGS}, str(module.__doc__).splitlines()[0])
-    if "--help" in rest or "-h" in rest:
-        parser.print_help()
-        print("\nEvery flag of training can be given too: python trainingmanager.py --help")
+    flags = flags_of(CONFIG_GROUPS) | flags_of({"": module.SETTINGS})
+    if asks_for_help(words, flags):
         less = " ".join(f"--{key} {value}" for key, value in module.SMALL.items())
-        print(f"Without --base, small models have other defaults: {less}")
-        sys.exit(0)
-    given = {word.split("=")[0] for word in rest}
-    for place, instead in {**PLACES, "--resume": "the same command again, which goes on"}.items():
-        if place in given:
-            parser.error(f"{place} is the recipe's own; give {instead}")
-    for other in ("--plan", "--prove_resume", "--overfit"):
-        if other in given:
-            parser.error(
-                f"{other} is no part of a recipe; ask for it by python trainingmanager.py {other} --config "
-                f"recipes/{name}.yaml, with --base and --data.source"
-            )
-    if module.FAMILY is None and "--base" in given:
-        parser.error(f"--base is given, and the recipe {name} trains from scratch; leave it out")
-    values = parser.parse_args(mine).clone(with_meta=False).as_dict()
-    recipe = RequestedRecipe(name, module, _settings(module, values), rest)
+        show_help(
+            {"": module.SETTINGS},
+            str(module.__doc__).splitlines()[0],
+            f"python -m recipes {name}",
+            "Every flag of training can be given too: python trainingmanager.py --help\n"
+            f"Without --base, small models have other defaults: {less}",
+        )
+    given = read_words(words, flags, subject="")
+    mine, rest = apart(given, module)
+    _refuse_flags(name, module, {one.flag for one in rest})
+    groups = {"": module.SETTINGS}
+    recipe = RequestedRecipe(name, module, module.SETTINGS(**values_of(groups, mine)), _words(rest))
     if recipe.config().train.base in (None, TO_BE_MADE):  # A typo is reported before anything takes time.
-        less = in_small(recipe, words)
-        small, more = apart(less, module)
-        values = parser.parse_args([*small, *mine]).clone(with_meta=False).as_dict()
-        recipe = RequestedRecipe(name, module, _settings(module, values), [*more, *rest], less)
+        less = in_small(recipe, given)
+        small, more = apart(read_words(less, flags), module)
+        settings = module.SETTINGS(**values_of(groups, [*small, *mine]))
+        recipe = RequestedRecipe(name, module, settings, _words([*more, *rest]), less)
         recipe.config()
     for field in dataclasses.fields(recipe.settings):
         value = getattr(recipe.settings, field.name)
         if isinstance(value, int | float) and not 0 <= value < math.inf:
-            parser.error(f"--{field.name} is {value}; it must be at least 0, and finite")
+            refuse(f"--{field.name} is {value}; it must be at least 0, and finite")
     if recipe.settings.eval_samples < 2:
-        parser.error(f"--eval_samples is {recipe.settings.eval_samples}, and an interval needs at least 2")
+        refuse(f"--eval_samples is {recipe.settings.eval_samples}, and an interval needs at least 2")
     if not recipe.settings.base_seconds > 0:
-        parser.error(f"--base_seconds is {recipe.settings.base_seconds}; it must be above 0")
+        refuse(f"--base_seconds is {recipe.settings.base_seconds}; it must be above 0")
     return recipe
+
+
+def _words(given: list[Given]) -> list[str]:
+    return [str(one) for one in given]
+
+
+def _refuse_flags(name: str, module: ModuleType, given: Collection[str]) -> None:
+    """End the command for a flag of training that a recipe decides itself."""
+    for place, instead in {**PLACES, "--resume": "the same command again, which goes on"}.items():
+        if place in given:
+            refuse(f"{place} is the recipe's own; give {instead}")
+    for other in ("--plan", "--prepare", "--prove_resume", "--overfit"):
+        if other in given:
+            refuse(
+                f"{other} is no part of a recipe; ask for it by python trainingmanager.py {other} --config "
+                f"recipes/{name}.yaml, with --base and --data.source"
+            )
+    if module.FAMILY is None and "--base" in given:
+        refuse(f"--base is given, and the recipe {name} trains from scratch; leave it out")
 
 
 @contextlib.contextmanager
@@ -127,46 +141,22 @@ def in_own_words() -> Iterator[None]:
         raise ValueError(said) from error
 
 
-def _settings(module: ModuleType, values: dict[str, Any]) -> Any:
-    return module.SETTINGS(**{key: value for key, value in values.items() if key != "config"})
+def apart(given: list[Given], module: ModuleType) -> tuple[list[Given], list[Given]]:
+    """Return the flags that are the recipe's own, and those that are training's."""
+    own = {f"--{field.name}" for field in dataclasses.fields(module.SETTINGS)}
+    return [one for one in given if one.flag in own], [one for one in given if one.flag not in own]
 
 
-def apart(words: list[str], module: ModuleType) -> tuple[list[str], list[str]]:
-    """Return the words that are the recipe's own flags with their values, and those that are training's."""
-    own = {field.name: field.type for field in dataclasses.fields(module.SETTINGS)}
-    mine, rest, place = [], [], 0
-    while place < len(words):
-        word = words[place]
-        flag, equals, value = word.removeprefix("--").partition("=")
-        place += 1
-        if not word.startswith("--") or flag not in own:
-            rest.append(word)
-            continue
-        mine.append(f"--{flag}")
-        following = words[place] if place < len(words) else "--"
-        if equals:
-            following = value
-        elif own[flag] == "bool" and following.startswith("--"):
-            following = "true"
-        elif place < len(words):
-            place += 1
-        else:
-            continue  # The parser reports the missing value.
-        several = own[flag].startswith("tuple") and not following.startswith("[")
-        mine.append(json.dumps(following.split(",")) if several else following)
-    return mine, rest
-
-
-def in_small(recipe: RequestedRecipe, words: list[str]) -> list[str]:
+def in_small(recipe: RequestedRecipe, given: list[Given]) -> list[str]:
     """Return the module's settings for small models as words, without those that the command line gives.
 
     A budget on the command line, in whatever unit, replaces the module's budget.
     """
-    given = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+    names = {one.flag.removeprefix("--") for one in given}
     asks, own = recipe.config().train, replace(recipe, words=[]).config().train
-    if any(name in given or getattr(asks, name) != getattr(own, name) for name in BUDGETS):
-        given.update(BUDGETS)
-    small = {key: value for key, value in recipe.module.SMALL.items() if key not in given}
+    if any(name in names or getattr(asks, name) != getattr(own, name) for name in BUDGETS):
+        names.update(BUDGETS)
+    small = {key: value for key, value in recipe.module.SMALL.items() if key not in names}
     return [part for key, value in small.items() for part in (f"--{key}", str(value))]
 
 

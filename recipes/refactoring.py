@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import config
 import sandbox
-from config import make_parser, one_sentence, write_atomically
-from config.console import printable
+from config import one_sentence, setting, write_atomically
+from config.console import printable, refuse
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
 from recipes.functions import Function, Scope, globals_of, parsed, unwritable
@@ -48,7 +49,7 @@ class RefactorConfig:
     """
 
     file: str
-    model: str = ""
+    model: str = setting("", also=("run",))
     adapter: str = ""
     write: bool = False
     max_new_tokens: int = 512
@@ -60,23 +61,17 @@ class RefactorConfig:
 
 def parse_settings(argv: Sequence[str]) -> RefactorConfig:
     """Return the RefactorConfig of a command line; a mistake prints one sentence and exits with 2."""
-    words = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        words += [word, "true"] if word == "--write" and following.startswith("-") else [word]
-    parser = make_parser({"": RefactorConfig}, "Refactor a Python file, function by function.")
-    values = parser.parse_args(words).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    settings = RefactorConfig(**values)
+    settings = config.parse_settings(RefactorConfig, argv, "Refactor a Python file, function by function.")
     for name in ("max_new_tokens", "batch_size"):
         if getattr(settings, name) < 1:
-            parser.error(f"--{name} is {getattr(settings, name)}; it must be at least 1")
+            refuse(f"--{name} is {getattr(settings, name)}; it must be at least 1")
     if settings.model:
         return settings
     if settings.adapter:
-        parser.error("no --model is given, and --adapter is for a published one: give its --model")
+        refuse("no --model is given, and --adapter is for a published one: give its --model")
     run = RequestedRecipe(settings.recipe, refactor, refactor.RefactorSettings(), []).run
     if not run.is_dir():
-        parser.error(
+        refuse(
             f"no --model is given, and there is no run of the recipe in {run}: train one by "
             "`python -m recipes refactor`, or give --model"
         )

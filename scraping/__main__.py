@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 import sys
-from itertools import pairwise
 from typing import Any
 
-from config import make_parser, one_sentence
+from config import one_sentence, parse_settings
 from config.console import refuse
 
 # Command -> (module, class of its settings, help). The module has a function `run(settings)`, and is imported
@@ -28,22 +26,8 @@ COMMANDS = {
 
 
 def parse(settings: type, command: str, argv: list[str]) -> Any:
-    """Return the settings that a command line gives: `--flag` alone is true, `--list a,b` is a list."""
-    fields = {f"--{field.name}": str(field.type) for field in dataclasses.fields(settings)}
-    words: list[str] = []
-    for word in argv:
-        words += word.split("=", 1) if word.split("=")[0] in fields else [word]
-    spelled: list[str] = []
-    for word, after in pairwise([*words, "--"]):
-        kind = fields.get(spelled[-1], "") if spelled else ""
-        spelled.append(f"[{word}]" if kind.startswith("tuple") and not word.startswith("[") else word)
-        if fields.get(word) == "bool" and after.startswith("-"):
-            spelled.append("true")
-    parser = make_parser({"": settings}, COMMANDS[command][2])
-    parser.prog = f"python -m scraping {command}"
-    values = parser.parse_args(spelled).clone(with_meta=False).as_dict()
-    values.pop("config", None)
-    return settings(**values)
+    """Return the settings that a command line gives; a mistake prints one sentence and exits with 2."""
+    return parse_settings(settings, argv, COMMANDS[command][2], f"python -m scraping {command}")
 
 
 def main(argv: list[str]) -> None:

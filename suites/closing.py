@@ -34,7 +34,7 @@ def closing_lines(folder: Path, adapted: bool, flags: str) -> list[str]:
     run = for_shell(str(folder))
     return [
         f"verdict      {verdict(rows, run, adapted)}",
-        f"complete     python generate.py --model {run} {flags}",
+        f"complete     python generate.py --run {run} {flags}",
     ]
 
 

@@ -70,7 +70,7 @@ def open_published(source: str, adapter: str | None, precision: Precision) -> Ev
         ValueError: It cannot be opened, or has no tokenizer, or that of another model.
     """
     if (Path(source) / "config.yaml").is_file():
-        raise ValueError(f"{source} is a run; give it as --checkpoint")
+        raise ValueError(f"{source} is a run; give it as --run")
     if adapter is not None:
         found = open_adapted(source, adapter, device=precision.device)
         files = [Path(adapter) / name for name in ADAPTER_FILES]

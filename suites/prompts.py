@@ -1,7 +1,7 @@
 """Other wordings of the prompts of held-out examples, which show how much a score depends on the wording.
 
 A row of examples may hold, beside the prompt that is trained on, others in a field
-`{"prompts": {"verbose": ..., "simple": ...}}`. `python eval.py --checkpoint RUN --prompts verbose,simple`
+`{"prompts": {"verbose": ..., "simple": ...}}`. `python eval.py --run RUN --prompts verbose,simple`
 evaluates the same examples with each wording, and so does `--suite examples` of a file.
 """
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Literal
 
-from config import make_parser
+import config
+from config import setting
+from config.console import refuse
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class EvalConfig:
         allow: `unsandboxed` runs programs where nothing isolates them; the scores then say so.
     """
 
-    checkpoint: str | None = None
+    checkpoint: str | None = setting(None, also=("run",))
     model: str | None = None
     adapter: str | None = None
     rescore: str | None = None
     report: str | None = None
-    compare: tuple[str, ...] = ()
+    compare: tuple[str, ...] = setting((), takes_words=True)
     suite: str = ""
     suite_file: str | None = None
     predictions: str | None = None
     which: Literal["best", "last"] = "best"
     samples: int | None = None
     max_new_tokens: int = 0
-    stop: tuple[str, ...] | None = None
+    stop: tuple[str, ...] | None = setting(None, is_text=True)
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -94,39 +94,13 @@ class EvalConfig:
     allow: Literal["nothing", "unsandboxed"] = "nothing"
 
 
-def parse_settings(argv: list[str]) -> EvalConfig:
-    """Parse a command line; a mistake prints one sentence and exits with 2.
-
-    Stop strings are taken as they are; the parser would read them as YAML.
-    """
-    stop: list[str] = []
-    words: list[str] = []
-    rest = iter(several(argv, "--compare"))
-    for word in rest:
-        flag, given, value = word.partition("=")
-        text = value if given else next(rest, None) if flag == "--stop" else None
-        if flag == "--stop" and text is not None:
-            stop.append(text)
-        else:
-            words.append(word)
-    parser = make_parser({"": EvalConfig}, "Score a trained model.")
-    values = parser.parse_args(words)
-    settings = EvalConfig(**{field.name: values[field.name] for field in dataclasses.fields(EvalConfig)})
-    if stop:
-        settings = dataclasses.replace(settings, stop=tuple(stop))
+def parse_settings(words: list[str]) -> EvalConfig:
+    """Return the EvalConfig of a command line; a mistake prints one sentence and exits with 2."""
+    settings = config.parse_settings(EvalConfig, words, "Score a trained model.")
     problem = mistake(settings)
     if problem is not None:
-        parser.error(problem)
+        refuse(problem)
     return settings
-
-
-def several(words: list[str], flag: str) -> list[str]:
-    """Return the words with all values that follow a flag joined to one list, as the parser reads it."""
-    if flag not in words:
-        return words
-    start = words.index(flag) + 1
-    end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
-    return [*words[: start - 1], f"{flag}={json.dumps(words[start:end])}", *words[end:]]
 
 
 def mistake(settings: EvalConfig) -> str | None:
@@ -148,11 +122,11 @@ def mistake(settings: EvalConfig) -> str | None:
     elsewhere = settings.predictions is not None and settings.suite_file is not None
     if sum(subject is not None for subject in subjects) != 1 and not (elsewhere and not any(subjects)):
         return (
-            "give one of --checkpoint RUN, --model FOLDER, --rescore RUN/eval.json, --report RUN/eval.json "
+            "give one of --run RUN, --model FOLDER, --rescore RUN/eval.json, --report RUN/eval.json "
             "and --compare RUN_A RUN_B"
         )
     if settings.checkpoint is None and settings.memorisation:
-        return "--memorisation is of a run, whose data it reads; give --checkpoint RUN"
+        return "--memorisation is of a run, whose data it reads; give --run RUN"
     if settings.prompts and settings.predictions is not None:
         return "--prompts ask a model again, and --predictions stand in for it; leave one of them out"
     if settings.predictions is not None and settings.samples == 0:

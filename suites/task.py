@@ -83,7 +83,7 @@ def held_out(given: Given, name: str) -> tuple[PreparedData, Tokenizer, int]:
     """
     if given.data is None or given.tokenizer is None:
         raise ValueError(
-            f"the suite {name} is of a run's held-out files, and this model has none; give --checkpoint RUN, "
+            f"the suite {name} is of a run's held-out files, and this model has none; give --run RUN, "
             "or a suite with a file of its own"
         )
     return given.data, given.tokenizer, HELD_OUT if given.n is None else given.n

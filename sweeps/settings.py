@@ -6,12 +6,16 @@ import difflib
 import importlib.util
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from config import CONFIG_GROUPS, RECIPES, Config, make_parser, parse_config
+from config import CONFIG_GROUPS, RECIPES, Config, parse_config
 from config.console import refuse
+from config.flags import Given, asks_for_help, flags_of, nearest, read_words
+from config.help import show_help
+from config.parser import values_of
 from config.yamlfile import read_yaml
 from sweeps.space import Space, parse_space
 
@@ -90,74 +94,54 @@ class SweepSettings:
 
 
 class _Words(NamedTuple):
-    """The words of a command line and its config files, sorted by who reads them.
+    """The flags of a command line and its config files, sorted by who reads them.
 
-    `own` are flags of the sweep, `rest` words of the ordinary training; `sections` are taken out of `files`.
+    `own` are flags of the sweep, `rest` those of the ordinary training; `sections` are taken out of `files`.
     """
 
-    own: list[str]
-    rest: list[str]
+    own: list[Given]
+    rest: list[Given]
     sections: dict[str, dict[str, Any]]
     files: list[Path]
 
 
 def parse_settings(words: list[str]) -> SweepSettings:
     """Parse a command line; a mistake prints one sentence and exits with 2."""
-    names = {f"--{f.name}" for f in fields(SweepConfig)}
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    parser = make_parser({"": SweepConfig}, _HELP)
-    if "--help" in words or "-h" in words:
-        parser.parse_args(["--help"])
-    _refuse_unknown(words, names)
-    if "--config" not in words:
-        words = ["--config", str(DEFAULT), *words]
-    sorted_words = _sorted(words, names, parser)
-    own, rest, sections, _ = sorted_words
-    if rest.count("--print_config"):
-        own = []
-    flags = [
-        json.dumps(w.split(",")) if b == "--objectives" and not w.startswith("[") else w
-        for b, w in zip(["", *own], own, strict=False)
-    ]
-    unknown = next((key for key in sections["sweep"] if f"--{key}" not in names), None)
+    own = {f"--{f.name}" for f in fields(SweepConfig)}
+    flags = flags_of(CONFIG_GROUPS) | flags_of({"": SweepConfig})
+    if asks_for_help(words, flags):
+        show_help({"": SweepConfig}, _HELP)
+    given = read_words(words, flags, subject="")
+    if all(one.flag != "--config" for one in given):
+        given = [Given("--config", str(DEFAULT)), *given]
+    found = _sorted(given, own)
+    section = found.sections["sweep"]
+    unknown = next((str(key) for key in section if f"--{key}" not in own), None)
     if unknown is not None:
-        near = difflib.get_close_matches(str(unknown), [n.removeprefix("--") for n in names], 1, 0.5)
-        parser.error(f"sweep: {unknown} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+        near = nearest(f"--{unknown}", own).removeprefix("--")
+        refuse(f"sweep: {unknown} is no setting" + (f"; did you mean {near}?" if near else ""))
     # A null leaves a setting open.
-    given = {key: value for key, value in sections["sweep"].items() if value is not None}
-    if not isinstance(given.get("storage", ""), str):  # The parser's own message would show it.
-        parser.error("sweep: storage is no text; write it as in storage: sqlite:///FILE")
-    before = ["--config", json.dumps(given, default=str)] if given else []
-    values = parser.parse_args([*before, *flags]).clone(with_meta=False).as_dict()
-    config = parse_config(rest, "Sweep over the settings of a training.")
+    in_file = {key: value for key, value in section.items() if value is not None}
+    if not isinstance(in_file.get("storage", ""), str):  # The parser's own message would show it.
+        refuse("sweep: storage is no text; write it as in storage: sqlite:///FILE")
+    before = [Given("--config", json.dumps(in_file, default=str))] if in_file else []
+    values = values_of({"": SweepConfig}, [*before, *found.own])
+    config = parse_config([str(one) for one in found.rest], "Sweep over the settings of a training.")
     try:
-        values["objectives"] = tuple(values["objectives"])
-        values.pop("config", None)
-        return _settings_of(values, config, sorted_words)
+        return _settings_of(values, config, found)
     except ValueError as error:
-        return parser.error(str(error))
+        return refuse(str(error))  # exits
 
 
-def _sorted(words: list[str], names: set[str], parser: Any) -> _Words:
-    """Sort the words of a command line; `names` are the flags of the sweep."""
+def _sorted(given: list[Given], own: Collection[str]) -> _Words:
+    """Sort what a command line gives; `own` are the flags of the sweep."""
     found = _Words([], [], {"space": {}, "sweep": {}}, [])
-    place = 0
-    while place < len(words):
-        word, value = words[place], words[place + 1] if place + 1 < len(words) else None
-        if word in names and (value is None or value.startswith("--")):
-            parser.error(f"{word} has no value; write {word} VALUE")
-        if word in names and value is not None:
-            found.own.extend([word, value])
-        elif word == "--config" and value is not None:
-            found.files.append(Path(value))
-            found.rest.extend(_without_sections(value, found.sections))
-        elif "://" in word and not (place and words[place - 1].startswith("--")):  # It may hold a password.
-            parser.error("an address stands there without its flag; write --storage ADDRESS")
+    for one in given:
+        if one.flag == "--config":
+            found.files.append(Path(one.value))
+            found.rest.extend(_without_sections(one.value, found.sections))
         else:
-            found.rest.append(word)
-            place += 1
-            continue
-        place += 2
+            (found.own if one.flag in own else found.rest).append(one)
     return found
 
 
@@ -194,14 +178,14 @@ _HELP = (
 )
 
 
-def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[str]:
-    """Take the sections `space` and `sweep` out of a config file, and return the words for the rest of it."""
+def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[Given]:
+    """Take the sections `space` and `sweep` out of a config file, and return what is left as one flag."""
     try:
         values = read_yaml(Path(path))
     except (OSError, ValueError):
-        return ["--config", path]  # The parser tells that the file cannot be read.
+        return [Given("--config", path)]  # The parser tells that the file cannot be read.
     if not isinstance(values, dict):
-        return ["--config", path]
+        return [Given("--config", path)]
     for key in values:
         near = difflib.get_close_matches(str(key), sections, 1, 0.6)
         if near and key not in (*sections, *CONFIG_GROUPS, *(f.name for f in fields(CONFIG_GROUPS[""]))):
@@ -211,33 +195,20 @@ def _without_sections(path: str, sections: dict[str, dict[str, Any]]) -> list[st
         if not isinstance(found, dict):
             refuse(f"{name} in {path} must be a mapping of keys to values")
         known |= found
-    return ["--config", json.dumps(values, default=str)] if values else []
+    return [Given("--config", json.dumps(values, default=str))] if values else []
 
 
-def _refuse_unknown(words: list[str], names: set[str]) -> None:
-    """Refuse a flag that nobody knows, and name the nearest of both kinds."""
-    keys = {"--config", "--help", "--print_config", *names}
-    keys |= {
-        f"--{g}.{f.name}".replace("--.", "--") for g, group in CONFIG_GROUPS.items() for f in fields(group)
-    }
-    for word in words:
-        if word.startswith("--") and word not in keys:
-            near = sorted(key for key in keys if key.rpartition(".")[2] == word[2:])
-            near = near or difflib.get_close_matches(word, keys, 1, 0.6)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            refuse(f"{word} is no flag{hint}")
-
-
-def _refuse_flags(space: Space, words: list[str]) -> None:
+def _refuse_flags(space: Space, given: list[Given]) -> None:
     """Raise ValueError for a flag that sets what the space varies.
 
     A value in a file does not contradict the space: the sweep is compared with it.
     """
+    flags = {one.flag for one in given}
     for parameter in space.parameters:
         for key in (
             space.settings({parameter.key: parameter.choices[0]}) if parameter.arms else (parameter.key,)
         ):
-            if f"--{key}" in words:
+            if f"--{key}" in flags:
                 raise ValueError(f"--{key} is set, and the space varies it; leave one of them out")
 
 
@@ -291,7 +262,7 @@ def _checked(sweep: SweepConfig, config: Config, space: Space, file: Path) -> Sw
             f"pruner {sweep.pruner} goes by validations on the way, and the first is at step {first} of "
             f"{most}; set validate_every lower than max_steps"
         )
-    for name in ("run", "resume", "prove_resume", "plan", "overfit"):
+    for name in ("run", "resume", "prove_resume", "plan", "prepare", "overfit"):
         if getattr(config.train, name):
             raise ValueError(f"{name} is set, and every trial has a run of its own; leave it out")
     filled: dict[str, Any] = {}

@@ -37,7 +37,7 @@ KINDS = ("float", "int", "log", "choice")
 # These keys decide which run it is, or how it is compared, rather than how good it is.
 NOT_A_SETTING = {
     **dict.fromkeys(
-        ("run", "resume", "prove_resume", "plan", "overfit", "allow"), "is no setting of a model"
+        ("run", "resume", "prove_resume", "plan", "prepare", "overfit", "allow"), "is no setting of a model"
     ),
     **dict.fromkeys(
         (

@@ -554,8 +554,8 @@ def test_a_look_at_a_few_samples_does_not_cost_the_evaluation_that_stood_there(r
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ((), "checkpoint"),
-        (("--checkpoint", "x", "--sampels", "3"), "did you mean samples"),
+        ((), "--run"),
+        (("--checkpoint", "x", "--sampels", "3"), "did you mean --samples"),
         (("--checkpoint", "x", "--samples", "1"), "at least 2"),
         (("--checkpoint", "x", "--batch_size", "0"), "at least 1"),
         (("--checkpoint", "x", "--out", "/proc/x"), "/proc/x cannot be used"),

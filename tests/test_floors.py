@@ -27,7 +27,7 @@ FLOORS = (
     "generation",
     "guards suites",
     "training.beforehand training.begin training.command training.ended training.loop training.overfit "
-    "training.plan training.report",
+    "training.plan training.prepare training.report",
     "selftest sweeps recipes",
     "trainingmanager eval hyperparam_tune generate export functional preflight",
 )

@@ -352,7 +352,7 @@ def test_a_reader_that_has_enough_is_no_mistake(folder):
         (["--prompt", "a", "--top_k", "3"], "top_k is 3 but temperature 0"),
         (["--prompt", "a", "--prompt", "b", "--suffix", "c"], "--suffix belongs to one prompt"),
         (["--prompt", "a", "--suffix", "b", "--suffix", "c"], "--suffix is given 2 times"),
-        (["--prompt", "a", "--max_new_token", "3"], "did you mean max_new_tokens?"),
+        (["--prompt", "a", "--max_new_token", "3"], "did you mean --max_new_tokens?"),
         (["--prompt", "a", "--stop", ""], "must be a list of strings that are not empty"),
         (["--prompt", "a", "--dtype", "int8"], "dtype is int8; it must be one of auto, bf16, fp32"),
     ],

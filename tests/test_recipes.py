@@ -522,7 +522,7 @@ def test_a_recipe_that_was_killed_goes_on(
         (["--min_wrods", "3"], "min_wrods"),
         (["--run", "elsewhere"], "--run is the recipe's own; give --out"),
         (["--data.source=x"], "--data.source is the recipe's own; give --source"),
-        (["--related"], "expected one argument"),
+        (["--related"], "--related has no value; write --related VALUE"),
         (
             ["--plan"],
             "--plan is no part of a recipe; ask for it by python trainingmanager.py --plan --config",

@@ -198,8 +198,8 @@ def test_a_file_that_is_not_as_it_should_be_is_one_sentence(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--suite", "humaneval"], "give one of --checkpoint"),
-        (["--model", "x", "--checkpoint", "y"], "give one of --checkpoint"),
+        (["--suite", "humaneval"], "give one of --run"),
+        (["--model", "x", "--checkpoint", "y"], "give one of --run"),
         (["--checkpoint", "x", "--adapter", "y"], "--adapter belongs to a published model"),
         (["--model", "x", "--samples_per_example", "3"], "without sampling all of them would be equal"),
     ],
@@ -637,7 +637,7 @@ def test_gaps_need_markers_plain_files_and_a_run(files, tmp_path: Path):
     without = prepared(tmp_path, BYTES)
     with pytest.raises(ValueError, match="so the suite fim_span cannot be evaluated"):
         TASKS["fim_span"](of_run(without, tokenizer=BYTES))
-    with pytest.raises(ValueError, match="give --checkpoint RUN"):
+    with pytest.raises(ValueError, match="give --run RUN"):
         TASKS["fim_line"](of_run(files, data=None))
     with pytest.raises(ValueError, match="ask for next_line"):
         TASKS["pairs"](of_run(files))

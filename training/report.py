@@ -68,7 +68,7 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
     print(f"pictures     {', '.join(str(path) for path in pictures)}")
     print(f"every line   {folder / 'eval.html'}")
-    print(f"score again  python eval.py --checkpoint {folder}")
+    print(f"score again  python eval.py --run {folder}")
     print("\n".join(closing_lines(folder, manager.config.lora.r > 0, printable(flags))))
 
 

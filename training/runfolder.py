@@ -113,6 +113,7 @@ KEY_CLASSES: dict[str, str] = {
     "resume": FREE,
     "prove_resume": FREE,
     "plan": FREE,
+    "prepare": FREE,
     "overfit": FIXED,
     "base": FREE,
     "base_revision": FREE,

@@ -1,0 +1,37 @@
+"""The tokenizer and the token store of a run, made without it: `python trainingmanager.py --prepare`.
+
+A run with the same settings then finds both in the cache, on this machine or wherever the cache is copied to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from config import Config
+from dataset import prepare_data
+from training.announcements import say_data
+from training.beforehand import refuse_mistakes
+from training.begin import with_fitting_row, with_tokenizer
+from training.run import open_base
+
+
+def prepare(config: Config) -> str:
+    """Make what the run's first lines tell of; return a line that says where it is.
+
+    Raises:
+        ValueError: What `train` refuses of the settings, the base and the data.
+    """
+    if config.train.resume:
+        raise ValueError("--prepare is for a run that begins, and --resume goes on with one; leave one out")
+    precision = refuse_mistakes(config)
+    config = replace(config, data=config.data.resolved())
+    base = open_base(config, precision.dtype)
+    row_may_shrink = base is not None and not config.train.row_length
+    config, tokenizer = with_tokenizer(Path(), config, base, precision.dtype)
+    tokenizer.heals = config.data.heal
+    data = prepare_data(config.data, tokenizer)
+    if row_may_shrink:
+        config = with_fitting_row(config, data)
+    say_data(config, data, tokenizer, warn=True)
+    return f"prepared: {tokenizer.vocab_size:,} ids; the tokens are in {data.folder}"
