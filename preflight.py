@@ -7,26 +7,15 @@ selftest/planted_faults.py.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 from config import parse_settings
 from config.console import refuse
-
-
-@dataclass(frozen=True)
-class PreflightSettings:
-    """The settings of the command.
-
-    Args:
-        selftest: Plant every fault in a small healthy run, and see it caught by its name.
-    """
-
-    selftest: bool = False
+from selftest.settings import SelftestSettings
 
 
 def main(argv: list[str]) -> None:
     """Run the self-test; exit with 1 if a planted fault is missed or a healthy run refused."""
-    settings = parse_settings(PreflightSettings, argv, "Try the guards on planted faults.")
+    settings = parse_settings(SelftestSettings, argv, "Try the guards on planted faults.")
     if not settings.selftest:
         refuse("python preflight.py --selftest is the one command here")
     from selftest.run import selftest  # Imported here, since it imports torch.

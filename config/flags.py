@@ -213,7 +213,7 @@ def _add(given: list[Given], flag: Flag, value: str) -> None:
         value = flag.alone if value.lower() in _ON else off
     elif (flag.holds(int) or flag.holds(float)) and (wrong := by_base_60(value, f"{flag.name} {value}")):
         refuse(wrong)
-    elif flag.item is not None and value != "null":
+    elif flag.item is not None and not (value == "null" and flag.holds(type(None))):
         before = next((one for one in given if one.flag == flag.name), None)
         if not value.startswith("["):
             items = [] if before is None else _items(before.value)

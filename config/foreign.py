@@ -11,7 +11,7 @@ from collections.abc import Collection
 # Which of the learning rates is meant, the other settings say: parse_config answers these two.
 RATES = ("--lr", "--learning_rate")
 # Ours -> theirs. A command has the first of ours that is a flag of it.
-_NAMES = {
+NAMES = {
     "--max_epochs": "num_train_epochs num_epochs epochs",
     "--max_steps": "max_iters max_train_steps num_train_steps train_steps",
     "--batch_size": "per_device_train_batch_size train_batch_size micro_batch_size per_device_batch_size "
@@ -80,4 +80,4 @@ _NAMES = {
 def ours_of(flag: str, known: Collection[str]) -> str:
     """Return the flag among the known ones for which another program says `flag`, or nothing."""
     name = flag.removeprefix("--")
-    return next((ours for ours, theirs in _NAMES.items() if ours in known and name in theirs.split()), "")
+    return next((ours for ours, theirs in NAMES.items() if ours in known and name in theirs.split()), "")

@@ -92,6 +92,113 @@ def kind_of(kind: Any) -> str:
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
 
 
+# What a flag took before config/flags.py read the words of all commands, by command and kind.
+_ALONE, _NOT_ALONE = "alone, or with true or false", "with true or false, never alone"
+_LIST = "`a,b` or `[a, b]`; of repeated ones the last"
+_MAPPING = "`{NAME: VALUE}`, or `--flag.NAME VALUE`"
+BEFORE = {
+    ("train", "switch"): _ALONE,
+    ("train", "switch of a group"): _NOT_ALONE,
+    ("train", "list"): _LIST,
+    ("train", "mapping"): _MAPPING,
+    ("sweep", "list"): _LIST,
+    ("eval", "switch"): _NOT_ALONE,
+    ("eval", "list of words"): "words behind it",
+    ("eval", "free text"): "taken as it is; repeated for several",
+    ("generate", "switch"): _NOT_ALONE,
+    ("generate", "free text"): "taken as it is; repeated for several",
+    ("export", "switch"): _ALONE,
+    ("functional.py", "list"): "`1,10` or `[1, 10]`; of repeated ones the last",
+    ("scrape", "switch"): _ALONE,
+    ("scrape", "list"): _LIST,
+    ("scrape", "number"): "with a value",
+    ("recipe", "switch"): _ALONE,
+    ("recipe", "list"): _LIST,
+    ("generate --recipe refactor", "switch"): f"`--write` {_ALONE}; `--check_behaviour` {_NOT_ALONE}",
+    ("selftest", "switch"): "alone",
+}
+_SWITCH = "alone, or with true, false, yes, no, on, off, 1 or 0"
+NOW = {
+    "switch": _SWITCH,
+    "switch of a group": _SWITCH,
+    "list": "`a,b`, repeated, or `[a, b]`",
+    "list of words": "words behind it, `a,b`, repeated, or `[a, b]`",
+    "free text": "taken as it is; repeated for several",
+    "mapping": _MAPPING,
+    "number": "alone for 1, or with a value",
+    "value": "`--flag VALUE` or `--flag=VALUE`",
+}
+
+
+def flags_page() -> str:
+    """Return the page with the form of every flag, and with the names of other programs."""
+    from config.foreign import NAMES, RATES
+
+    lines = [
+        "# Flags",
+        NOTE,
+        "[Commands](commands.md) says how flags are written. Here is, by command, every flag that is more "
+        "than a name with a value, with the forms that it took before all commands had one parser, and those "
+        "that it takes now; what it took, it still takes. Every other flag is "
+        f"{NOW['value']}, then and now. Plan, prepare, sweep and recipe have the flags of train too.",
+        "\n".join(["| command | kind | flags | before | now |", "|---|---|---|---|---|", *_form_rows()]),
+        "## The run",
+        "Before, a run was named by `--run` to train and export, by `--checkpoint` to eval, and by `--model` "
+        "to generate. Now it is `--run`, or the word without a flag, for all of them; the other two names "
+        "still work.",
+        "## Names of other programs",
+        "A flag of another program is answered with ours, in one sentence and with exit code 2. Of the rows "
+        "with a name, the first counts whose flag the command has.",
+        "\n".join(["| ours | others' |", "|---|---|", *_name_rows(NAMES)]),
+        f"To {' and '.join(f'`{rate[2:]}`' for rate in RATES)} training answers with the learning rates that "
+        "its other settings use.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _name_rows(names: dict[str, str]) -> list[str]:
+    return [
+        f"| `{ours}` | {', '.join(f'`{one}`' for one in theirs.split())} |" for ours, theirs in names.items()
+    ]
+
+
+def _form_rows() -> list[str]:
+    """Return a row for each command and kind of flag other than a plain value."""
+    from config.flags import flags_of
+    from functional import FunctionalConfig
+    from recipes.refactoring import RefactorConfig
+    from verbs import settings
+
+    commands = {name: groups[0] for name, groups in settings().items() if name not in ("plan", "prepare")}
+    commands |= {"generate --recipe refactor": {"": RefactorConfig}, "functional.py": {"": FunctionalConfig}}
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, groups in commands.items():
+        command = name if name.startswith("generate") else name.split()[0]
+        for flag in dict.fromkeys(flags_of(groups).values()):
+            flags = found.setdefault((command, form_of(flag)), [])
+            shown = " or ".join(f"`{one}`" for one in (*(f"--{other}" for other in flag.also), flag.name))
+            if shown not in flags:
+                flags.append(shown)
+    return [
+        f"| {command} | {form} | {', '.join(flags)} | {BEFORE[command, form]} | {NOW[form]} |"
+        for (command, form), flags in found.items()
+        if form != "value"
+    ]
+
+
+def form_of(flag: Any) -> str:
+    """Return the kind of a flag, by which its form goes."""
+    if flag.is_text:
+        return "free text"
+    if flag.holds(bool):
+        return "switch of a group" if "." in flag.name and not flag.also else "switch"
+    if flag.item is not None:
+        return "list of words" if flag.takes_words else "list"
+    if flag.alone:
+        return "number"
+    return "mapping" if flag.holds(dict) else "value"
+
+
 def shown_default(value: Any) -> str:
     """Return a default for a table: in code, where it is a value."""
     from config.help import value_of
@@ -107,7 +214,12 @@ def imports_picture() -> str:
     return import_picture()
 
 
-PAGES = {"settings.md": settings_page, "faults.md": faults_page, "pictures/imports.svg": imports_picture}
+PAGES = {
+    "settings.md": settings_page,
+    "flags.md": flags_page,
+    "faults.md": faults_page,
+    "pictures/imports.svg": imports_picture,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

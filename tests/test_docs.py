@@ -37,26 +37,28 @@ from pretrained import load_pretrained
 from pretrained.load import FAMILIES
 from pretrained.save_adapter import save_adapter
 from recipes.__main__ import RECIPES
+from scraping.__main__ import COMMANDS
 from scraping.clean import STAGES
 from selftest.data import write_base, write_long_prompts
 from suites.tasks import TASKS
 from sweeps.settings import parse_settings
 from tokenizer import BPETokenizer
 from training.checkpoint import save_checkpoint
+from verbs import verbs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 LANGUAGES = {"python", "sh", "bash", "console", "yaml", "diff", "text"}
 DOORS = ("trainingmanager", "eval", "generate", "export", "functional", "hyperparam_tune", "recipes/base")
-VERBS = ("crawl", "clone", "local", "site", "stdlib", "status", "clean", "dedup", "build")
+VERBS = verbs()
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 WITH_LINKS = [*(ROOT / name for name in OUTSIDE), *PAGES]
 LIST = ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.yaml", ".github/*.yml"]
 LISTED = subprocess.run(LIST, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 FILES = {name: ROOT / name for name in LISTED if (ROOT / name).is_file()}
 NAMES_IN_FILE = r"((?:`[\w.]+`(?:,? and |, )?)+) in\s+`([\w/]+\.py)`"
-PROGRAM = r"(?:python (?:-m )?|\./plumb )([\w./]+)"  # a script, a package or a verb
+PROGRAM = r"(?:python (?:-m )?|\./plumb )(\w[\w./]*)"  # a script, a package or a verb
 
 
 class Block(NamedTuple):
@@ -271,8 +273,6 @@ def commands_in(text: str) -> Iterator[tuple[str, str, list[str]]]:
 def known_flags(program: str, words: tuple[str, ...]) -> set[str]:
     """Return the flags that a command's help or, of a benchmark, its source names."""
     script = program if program.endswith(".py") else f"{program}/__main__.py"
-    if script == "preflight.py":
-        return {"--selftest"}
     if not script.startswith(("benchmarks/", "tests/")):
         done = command(script, *words, "--help", cwd=ROOT)
         assert done.returncode == 0, done.stderr
@@ -284,7 +284,7 @@ def known_flags(program: str, words: tuple[str, ...]) -> set[str]:
 
 def flags_of(program: str, words: str) -> set[str]:
     """Return the flags that this command line may have."""
-    own = {"train": "trainingmanager.py"}.get(program, program)
+    own = VERBS[program].program.removeprefix("-m ").split()[0] if program in VERBS else program
     verb: tuple[str, ...] = ()
     if own in ("scraping", "recipes"):
         verb = tuple(words.split()[:1])
@@ -292,7 +292,7 @@ def flags_of(program: str, words: str) -> set[str]:
         verb = ("completion",)
     if own == "generate.py" and "--recipe" in words:
         verb = ("--recipe", "refactor")
-    known = known_flags(own, verb) | {"--help", "--fix"} | {"--recipe"}.intersection(verb)
+    known = known_flags(own, verb) | {"--help"} | {"--recipe"}.intersection(verb)
     trains = own in ("hyperparam_tune.py", "recipes", "benchmarks/canaries.py")
     return known | known_flags("trainingmanager.py", ()) if trains else known
 
@@ -311,9 +311,10 @@ def test_every_flag_of_a_command_is_known_to_it():
 
 def test_every_flag_in_the_text_is_known_to_a_command():
     known = set().union(*(known_flags(f"{door}.py", ()) for door in (*DOORS, "preflight")))
-    known |= set().union(*(known_flags("scraping", (verb,)) for verb in VERBS))
+    known |= set().union(*(known_flags("scraping", (command,)) for command in COMMANDS))
     known |= set().union(*(known_flags("recipes", (recipe,)) for recipe in RECIPES))
-    known |= known_flags("generate.py", ("--recipe", "refactor")) | {"--help", "--fix", "--recipe"}
+    known |= known_flags("generate.py", ("--recipe", "refactor")) | {"--help", "--recipe"}
+    known |= {"--version", "--print_completion"}  # of ./plumb
     for file in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "hostile.py"]:
         known |= known_flags(str(file.relative_to(ROOT)), ())
     for page in [ROOT / "README.md", *PAGES]:

@@ -10,7 +10,7 @@ import pytest
 
 from config.files import REPOSITORY
 
-TOOLS = ("sh", "dirname", "cat", "cksum", "cp", "env", "tail", "mkdir", "true")
+TOOLS = ("sh", "dirname", "cat", "cksum", "cp", "env", "tail", "mkdir", "sed", "true")
 OLD = "case $1 in -V) echo Python 3.9.2 ;; *) exit 1 ;; esac"
 # A new one, whose environments are copies of itself; what it is asked to do stands in the file `asked`.
 NEW = """case "$*" in
@@ -26,7 +26,7 @@ APT = "apt-get update && apt-get install -y --no-install-recommends"
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder with the script and what it reads, and `bin`, where the machine's commands are put."""
-    for name in ("plumb", "requirements.txt", "requirements-dev.txt"):
+    for name in ("plumb", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "bin").mkdir()
     for name in TOOLS:

@@ -1,0 +1,78 @@
+"""The verbs of `./plumb`, as the table at the head of that script has them, with the settings of each.
+
+`./plumb VERB words` runs `.venv/bin/python PROGRAM words`, once the environment is there. From this are made
+the completion in a shell (completion.py) and docs/commands.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import NamedTuple
+
+from config import CONFIG_GROUPS
+from config.files import REPOSITORY
+from config.flags import Flag, flags_of
+
+
+class Verb(NamedTuple):
+    """A verb of the command, or a command of a verb, such as `scrape clone`.
+
+    Args:
+        program: The words behind `python`.
+        about: What it does, in a line.
+        groups: The dataclasses of its settings by their prefix, as often as it reads the command line; none
+            where the flags are another program's, or those of its commands.
+    """
+
+    program: str
+    about: str
+    groups: tuple[dict[str, type], ...] = ()
+
+    @property
+    def flags(self) -> dict[str, Flag]:
+        """The flags of all its groups by each of their names; those of the first come first, and count."""
+        own = [flags_of(groups) for groups in self.groups]
+        return {name: flag for flags in [*own, *reversed(own)] for name, flag in flags.items()}
+
+
+def verbs() -> dict[str, Verb]:
+    """Return every verb by its name, each before its commands."""
+    from recipes.__main__ import RECIPES
+    from scraping.__main__ import COMMANDS
+
+    own, found = settings(), {}
+    commands = {"scrape": {name: about for name, (_, _, about) in COMMANDS.items()}, "recipe": RECIPES}
+    script = (REPOSITORY / "plumb").read_text("utf-8")
+    for name, about, program in re.findall(r"^#   (\w+) +(.+?)  +python (.+)$", script, re.MULTILINE):
+        found[name] = Verb(program, about, own.get(name, ()))
+        for command, line in commands.get(name, {}).items():
+            found[f"{name} {command}"] = Verb(f"{program} {command}", line, own[f"{name} {command}"])
+    return found
+
+
+def settings() -> dict[str, tuple[dict[str, type], ...]]:
+    """Return the dataclasses of the settings of each verb that has flags of ours."""
+    from generation.settings import CommandConfig
+    from recipes.__main__ import RECIPES
+    from scraping.__main__ import COMMANDS
+    from selftest.settings import SelftestSettings
+    from suites.settings import EvalConfig
+    from sweeps.settings import SweepConfig
+    from training.export_config import ExportConfig
+
+    found: dict[str, tuple[dict[str, type], ...]] = dict.fromkeys(
+        ("train", "plan", "prepare"), (CONFIG_GROUPS,)
+    )
+    found |= {
+        "sweep": ({"": SweepConfig}, CONFIG_GROUPS),
+        "eval": ({"": EvalConfig},),
+        "generate": ({"": CommandConfig},),
+        "export": ({"": ExportConfig},),
+        "selftest": ({"": SelftestSettings},),
+    }
+    for name, (module, group, _) in COMMANDS.items():
+        found[f"scrape {name}"] = ({"": getattr(importlib.import_module(module), group)},)
+    for name in RECIPES:
+        found[f"recipe {name}"] = ({"": importlib.import_module(f"recipes.{name}").SETTINGS}, CONFIG_GROUPS)
+    return found
