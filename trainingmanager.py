@@ -22,11 +22,12 @@ def command_line(words: list[str]) -> list[str]:
     flags = flags_of(CONFIG_GROUPS)
     if asks_for_help(words, flags):
         return words
-    given = dict(read_words(words, flags))
-    saved = Path(given.get("--run", "")) / "config.yaml"
-    if given.get("--resume") == "true" and saved.is_file():
+    given = read_words(words, flags)
+    values = dict(given)
+    saved = Path(values.get("--run", "")) / "config.yaml"
+    if values.get("--resume") == "true" and saved.is_file():
         before = [f"--{key}={value}" for key, value in BEFORE.items()]
-        return [*before, "--config", str(saved), *words]
+        return [*before, "--config", str(saved), *map(str, given)]
     return words
 
 

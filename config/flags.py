@@ -6,7 +6,7 @@ Every command reads its words here, so that a flag has the same forms everywhere
     --allow a,b   --allow a --allow b      a list grows; `[a, b]` begins it anew
     --prompt "a: [b"                       free text is taken as it is; other values are read as YAML
     --max-steps 5                          `-` stands for `_`
-    runs/NAME                              a word without a flag is --run, where a command has it
+    runs/NAME                              a first word without a flag is --run, where a command has it
 
 A word that fits nothing ends the command with one sentence: it names the nearest flag, or ours for a flag of
 another program (config/foreign.py). Nothing of this imports more than the settings.
@@ -48,8 +48,8 @@ def setting(
         takes_words: All words that follow the flag are values of its list.
         alone: The value of the flag where it stands alone; a switch has one by itself.
     """
-    metadata = {"also": tuple(also), "is_text": is_text, "takes_words": takes_words, "alone": alone}
-    return dataclasses.field(default=default, metadata=metadata)
+    more = {"also": tuple(also), "is_text": is_text, "takes_words": takes_words, "alone": alone}
+    return dataclasses.field(default=default, metadata={"flag": more})
 
 
 class Flag(NamedTuple):
@@ -100,7 +100,7 @@ def flags_of(groups: dict[str, type]) -> dict[str, Flag]:
             flags[f"--{prefix}"] = Flag(f"--{prefix}", group)
         for field in dataclasses.fields(group):
             name = f"--{prefix}.{field.name}".replace("--.", "--")
-            flag = Flag(name, field_types(group)[field.name], **field.metadata)
+            flag = Flag(name, field_types(group)[field.name], **field.metadata.get("flag", {}))
             if flag.holds(bool):
                 flag = flag._replace(alone="true")
             flags |= dict.fromkeys((name, *(f"--{other}" for other in flag.also)), flag)
@@ -123,7 +123,7 @@ def read_words(words: Sequence[str], flags: dict[str, Flag], subject: str = "--r
     Args:
         words: The words behind the command's name.
         flags: The flags of the command, by `flags_of`.
-        subject: The flag whose value may stand without it, if the command has such a flag.
+        subject: The flag whose value may be the first word, without it, if the command has such a flag.
     """
     given: list[Given] = []
     names: dict[str, str] = {}  # The name by which a setting was given.
@@ -138,7 +138,8 @@ def read_words(words: Sequence[str], flags: dict[str, Flag], subject: str = "--r
             name, flag = _flag_of(written, flags)
             values = [value] if equals else _values(flag, rest)
         else:
-            name, flag, values = word, _flag_without_name(word, flags, subject), [word]
+            is_first = len(rest) == len(words) - 1
+            name, flag, values = word, _flag_without_name(word, flags, subject, is_first), [word]
         if flag.item is None and names.setdefault(flag.name, name) != name:
             refuse(f"{names[flag.name]} and {name} are one setting; give one of them")
         for value in values:
@@ -181,13 +182,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return " or ".join(same or difflib.get_close_matches(name, known, n=1, cutoff=0.6))
 
 
-def _flag_without_name(word: str, flags: dict[str, Flag], subject: str) -> Flag:
+def _flag_without_name(word: str, flags: dict[str, Flag], subject: str, is_first: bool) -> Flag:
     """Return the flag that a word without one is the value of."""
     if "://" in word:  # It may hold a password, and is not repeated.
         flag = next((flag for flag in ("--url", "--storage") if flag in flags), "--FLAG")
         refuse(f"an address stands there without its flag; write {flag} ADDRESS")
     if subject not in flags:
         refuse(f"{word} stands there without a flag; write --FLAG {word}, and --help lists the flags")
+    if not is_first:  # Perhaps the second word of a list: it shall not become the name of a run.
+        refuse(
+            f"{word} stands there without a flag; a list is a,b without blanks, and a run stands first or "
+            f"behind {subject}"
+        )
     return flags[subject]
 
 

@@ -95,7 +95,7 @@ def kind_of(kind: Any) -> str:
 # What a flag took before config/flags.py read the words of all commands, by command and kind.
 _ALONE, _NOT_ALONE = "alone, or with true or false", "with true or false, never alone"
 _LIST = "`a,b` or `[a, b]`; of repeated ones the last"
-_MAPPING = "`{NAME: VALUE}`, or `--flag.NAME VALUE`"
+_MAPPING = "`{NAME: VALUE}`, or with a dot and NAME behind the flag"
 BEFORE = {
     ("train", "switch"): _ALONE,
     ("train", "switch of a group"): _NOT_ALONE,
@@ -144,7 +144,7 @@ def flags_page() -> str:
         "\n".join(["| command | kind | flags | before | now |", "|---|---|---|---|---|", *_form_rows()]),
         "## The run",
         "Before, a run was named by `--run` to train and export, by `--checkpoint` to eval, and by `--model` "
-        "to generate. Now it is `--run`, or the word without a flag, for all of them; the other two names "
+        "to generate. Now it is `--run`, or the first word, for all of them; the other two names "
         "still work.",
         "## Names of other programs",
         "A flag of another program is answered with ours, in one sentence and with exit code 2. Of the rows "

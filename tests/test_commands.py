@@ -29,8 +29,7 @@ from recipes.base_config import BaseConfig
 from recipes.pipeline import parse_words
 from recipes.refactoring import RefactorConfig
 from sandbox.passing import FunctionalConfig
-from verbs import settings, verbs
-from verbs.completion import completion
+from verbs import completion, settings, verbs
 
 # All flags of each command; those of several dataclasses together.
 FLAGS: dict[str, dict[str, Flag]] = {name: verb.flags for name, verb in verbs().items() if verb.groups}
@@ -112,6 +111,7 @@ def test_every_list_is_given_at_once_or_in_parts(command: str) -> None:
         assert len(whole) == 1 and whole[0].value.count(",") == 2
         for words in (
             [f"{flag.name}={','.join(items)}"],
+            [flag.name, *items] if flag.takes_words else [flag.name, whole[0].value],
             [part for item in items for part in (flag.name, item)],
             [flag.name, one, "--config", "c", flag.name, ",".join(others)],
             [flag.name, "9", f"{flag.name}={whole[0].value}"],  # Brackets begin anew.
@@ -126,7 +126,7 @@ def test_every_list_is_given_at_once_or_in_parts(command: str) -> None:
     [
         ("train", "--compile --model.qk_norm 0", {"train.compile": True, "model.qk_norm": False}),
         ("train", "--allow a --allow b,c", {"train.allow": ("a", "b", "c")}),
-        ("train", "--data.heal no r --fix", {"data.heal": False, "train.run": "r", "data.regroup": True}),
+        ("train", "r --data.heal no --fix", {"data.heal": False, "train.run": "r", "data.regroup": True}),
         ("plan", "--seed 3", {"train.plan": True, "train.seed": 3}),
         ("prepare", "--seed 3", {"train.prepare": True, "train.seed": 3}),
         ("sweep", "--objectives bits_per_byte --objectives parameters", {"sweep.objectives": 2}),
@@ -229,13 +229,15 @@ def test_every_name_of_another_program_leads_to_its_flag_in_some_command(ours: s
         assert f"--{name}" in RATES or any(ours_of(name, flags) == ours for flags in others), name
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "export", "generate --recipe refactor"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "generate --recipe refactor"])
 def test_a_run_has_one_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     door, needed = DOORS[command]
     rest = needed.replace("--run r", "").split()
-    old = {"eval": "--checkpoint", "train": "--run", "export": "--run"}.get(command, "--model")
-    found = [door(words) for words in (["--run", "r", *rest], ["r", *rest], [*rest, "r"], [old, "r", *rest])]
+    old = {"eval": "--checkpoint", "train": "--run"}.get(command, "--model")
+    found = [door(words) for words in (["--run", "r", *rest], ["r", *rest], [old, "r", *rest])]
     assert all(one == found[0] for one in found)
+    said = refused(command, "--device cpu s", capsys)  # Such as the second word of a list, without a comma.
+    assert said.startswith("error: s stands there without a flag; a list is")
     if old != "--run":
         said = refused(command, f"{old} s", capsys)
         assert said == f"error: --run and {old} are one setting; give one of them\n"
@@ -329,7 +331,7 @@ def test_the_script_itself_answers_for_itself(clone: Path) -> None:
     for wrong in ("trian", "--train", ".*", "a b", "./x"):
         assert plumb(clone, wrong) == (2, "", f"plumb: {wrong} is no verb; ./plumb --help lists them\n")
     assert plumb(clone)[0] == 2
-    assert plumb(clone, "--print_completion", "bash")[1] == "<-m><verbs.completion><bash>"
+    assert plumb(clone, "--print_completion", "bash")[1] == "<verbs.py><bash>"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_bash_completes_verbs_flags_and_their_words(line: str, expected: list[st
 
 def test_zsh_and_an_unknown_shell() -> None:
     assert completion("zsh").startswith("#compdef plumb")
-    words = [sys.executable, "-m", "verbs.completion", "fish-and-chips"]
+    words = [sys.executable, "verbs.py", "fish-and-chips"]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --print_completion needs the name of a shell: bash, zsh, ")

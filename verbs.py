@@ -1,18 +1,22 @@
 """The verbs of `./plumb`, as the table at the head of that script has them, with the settings of each.
 
-`./plumb VERB words` runs `.venv/bin/python PROGRAM words`, once the environment is there. From this are made
-the completion in a shell (completion.py) and docs/commands.md.
+`./plumb VERB words` runs `.venv/bin/python PROGRAM words`, once the environment is there. `python verbs.py
+bash` prints the script by which a shell completes verbs and flags; docs/flags.md is made from them too.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
-from typing import NamedTuple
+import sys
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from config import CONFIG_GROUPS
+from config.console import refuse
 from config.files import REPOSITORY
 from config.flags import Flag, flags_of
+from config.help import documented
 
 
 class Verb(NamedTuple):
@@ -76,3 +80,51 @@ def settings() -> dict[str, tuple[dict[str, type], ...]]:
     for name in RECIPES:
         found[f"recipe {name}"] = ({"": importlib.import_module(f"recipes.{name}").SETTINGS}, CONFIG_GROUPS)
     return found
+
+
+def completion(shell: str) -> str:
+    """Return the script by which a shell completes `plumb` and `./plumb`."""
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        shells = ", ".join(shtab.SUPPORTED_SHELLS)
+        refuse(f"--print_completion needs the name of a shell: {shells}")
+    parser = argparse.ArgumentParser("plumb", add_help=False)
+    for flag in ("--help", "--version"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--print_completion", choices=shtab.SUPPORTED_SHELLS)
+    commands = {"": parser.add_subparsers()}
+    for name, verb in verbs().items():
+        above, _, own = name.rpartition(" ")
+        command = commands[above].add_parser(own, help=verb.about, add_help=False)
+        if not verb.groups:
+            commands[name] = command.add_subparsers()
+        command.add_argument("--help", action="store_true", help="show all flags")
+        meanings = meanings_of(verb)
+        for written, flag in verb.flags.items():
+            options: dict[str, Any] = {"nargs": "?" if flag.alone else None, "choices": choices_of(flag)}
+            action = command.add_argument(written, help=meanings.get(flag.name, ""), **options)
+            if options["choices"] is None:
+                action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
+    return shtab.complete(parser, shell)
+
+
+def meanings_of(verb: Verb) -> dict[str, str]:
+    """Return the first sentence on each flag of a verb, as argparse wants it."""
+    found = {}
+    for prefix, group in [one for groups in reversed(verb.groups) for one in groups.items()]:
+        for key, text in documented(group)[1].items():
+            found[f"--{prefix}.{key}".replace("--.", "--")] = text.partition(". ")[0].replace("%", "%%")
+    return found
+
+
+def choices_of(flag: Flag) -> tuple[str, ...] | None:
+    """Return the words that a flag's value may be, where they can be listed."""
+    kinds = [flag.kind, *get_args(flag.kind)]
+    if flag.holds(bool):
+        return ("true", "false")
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+
+
+if __name__ == "__main__":
+    print(completion("".join(sys.argv[1:])))
