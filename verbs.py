@@ -10,7 +10,7 @@ import argparse
 import importlib
 import re
 import sys
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import NamedTuple
 
 from config import CONFIG_GROUPS
 from config.console import refuse
@@ -102,9 +102,13 @@ def completion(shell: str) -> str:
         command.add_argument("--help", action="store_true", help="show all flags")
         meanings = meanings_of(verb)
         for written, flag in verb.flags.items():
-            options: dict[str, Any] = {"nargs": "?" if flag.alone else None, "choices": choices_of(flag)}
-            action = command.add_argument(written, help=meanings.get(flag.name, ""), **options)
-            if options["choices"] is None:
+            action = command.add_argument(
+                written,
+                nargs="?" if flag.alone else None,
+                choices=flag.choices or None,
+                help=meanings.get(flag.name, ""),
+            )
+            if not flag.choices:
                 action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
     return shtab.complete(parser, shell)
 
@@ -116,14 +120,6 @@ def meanings_of(verb: Verb) -> dict[str, str]:
         for key, text in documented(group)[1].items():
             found[f"--{prefix}.{key}".replace("--.", "--")] = text.partition(". ")[0].replace("%", "%%")
     return found
-
-
-def choices_of(flag: Flag) -> tuple[str, ...] | None:
-    """Return the words that a flag's value may be, where they can be listed."""
-    kinds = [flag.kind, *get_args(flag.kind)]
-    if flag.holds(bool):
-        return ("true", "false")
-    return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from config.console import refuse
 from config.foreign import RATES, ours_of
@@ -76,6 +76,14 @@ class Flag(NamedTuple):
         """The type of the items of a list; None for what is no list."""
         kinds = [self.kind, *get_args(self.kind)]
         return next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that its value may be, where they can be listed."""
+        if self.holds(bool):
+            return ("true", "false")
+        kinds = [self.kind, *get_args(self.kind)]
+        return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
 class Given(NamedTuple):

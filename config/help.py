@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import textwrap
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 from config.console import say
 from config.flags import Flag, flags_of
@@ -83,22 +83,19 @@ def _form(flag: Flag) -> str:
     names = ", ".join([*(f"--{name}" for name in flag.also), flag.name])
     is_number = flag.holds(int) or flag.holds(float) or flag.item is int
     value = "N" if is_number else flag.shown.rpartition(".")[2].removeprefix("--").upper()
-    kinds = [flag.kind, *get_args(flag.kind)]
-    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
-    if flag.holds(bool):
-        return f"{names} [true|false]"
-    if choices:
-        return f"{names} {{{','.join(choices)}}}"
-    if flag.alone:
-        return f"{names} [{value}]"
-    return f"{names} {value}{',...' if flag.item and not flag.is_text else ''}"
+    if flag.choices:
+        value = f"[{'|'.join(flag.choices)}]" if flag.alone else f"{{{','.join(flag.choices)}}}"
+    elif flag.alone:
+        value = f"[{value}]"
+    elif flag.item and not flag.is_text:
+        value += ",..."
+    return f"{names} {value}"
 
 
 def _kind(flag: Flag) -> str:
     if flag.is_text:
         return "text, taken as it is" + ("; may be repeated" if flag.item else "")
-    kind = next((k for k in (flag.kind, *get_args(flag.kind)) if get_origin(k) is Literal), flag.kind)
-    return "one of these" if get_origin(kind) is Literal else wanted(kind)
+    return "one of these" if flag.choices and not flag.alone else wanted(flag.kind)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -166,5 +166,7 @@ def _suggestion(message: str, groups: dict[str, type]) -> str:
     group = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", message)
     key = re.search(r"(?:[Oo]ption '|Key ')([\w.]+)", message)
     wrong = f"{group[1]}.{group[2]}" if group else key[1] if key else ""
+    if also := flags_of(groups).get(f"--{wrong}"):  # Another name of a flag is none of its key.
+        return f"; did you mean {also.name.removeprefix('--')}?"
     near = nearest(wrong, known) if wrong else ""
     return f"; did you mean {near}?" if near else ""
