@@ -42,7 +42,7 @@ def parse_settings(
     if asks_for_help(words, flags):
         show_help(groups, description, prog)
     given = read_words(words, flags)
-    texts = [one for one in given if flags[one.flag].is_text]
+    texts = [one for one in given if one.flag in flags and flags[one.flag].is_text]
     values = values_of(groups, [one for one in given if one not in texts])
     for flag in dict.fromkeys(one.flag for one in texts):
         found = [one.value for one in texts if one.flag == flag]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import export
 import functional
@@ -268,6 +269,15 @@ def test_help_shows_every_flag_wherever_it_is_asked_for(
         said = capsys.readouterr()
         assert stop.value.code == 0 and said.err == "" and said.out.startswith("usage: python ")
         assert all(name in said.out for name in flags_of(own) if name.removeprefix("--") not in own)
+
+
+@pytest.mark.parametrize("command", DOORS)
+def test_every_command_prints_its_settings_as_yaml(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    door, needed = DOORS[command]
+    with pytest.raises(SystemExit) as stop:
+        door([*needed.split(), "--print_config"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and isinstance(yaml.safe_load(said), dict)
 
 
 def test_help_imports_neither_torch_nor_the_parser() -> None:
