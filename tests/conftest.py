@@ -47,6 +47,7 @@ SKIPS = (
     r"user \d+ has no Python 3\.11",
     "the kernel's headers are not installed",
     "needs a CUDA device",
+    "this GPU has no bf16",
     "no glibc here",
     "no chromium to open it with",
     "PLUMB_[A-Z]+ (names no|does not name)",
@@ -57,6 +58,27 @@ def pytest_collection_finish() -> None:
     """Keep the collector off what the imports made: it took a sixth of test_preflight's processor time."""
     gc.collect()
     gc.freeze()
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA device; torch is imported only when this is asked."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Where there is no GPU, end `pytest -m gpu` with one sentence and exit code 0, before tests are read."""
+    if config.option.markexpr != "gpu" or has_gpu():
+        return None
+    print("no CUDA device here: the tests marked gpu are left out")
+    return 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out a test marked gpu that another selection has taken in."""
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -685,7 +685,6 @@ def test_every_refusal_is_one_sentence_and_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @EVERY_KIND
 def test_a_gpu_stores_and_decodes_the_same(kind: str) -> None:
     """The mean absmax is summed in another order there, so a scale may be one code off."""
