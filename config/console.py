@@ -85,8 +85,11 @@ def shown_safely() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-# The words of torch on CUDA, on Windows and on Linux.
-_MEMORY_IS_FULL = ("out of memory", "not enough memory", "allocate memory")
+# The words of torch on CUDA, on Windows and on Linux, and of a library of CUDA that finds no memory to start.
+_MEMORY_IS_FULL = ("out of memory", "not enough memory", "allocate memory", "status_alloc_failed")
+_GPU_IS_FULL = re.compile(
+    r"Tried to allocate (\S+ \w+)\. GPU (\d+) has a total capac\w+ of (\S+ \w+) of which (\S+ \w+) is free"
+)
 
 
 def memory_is_full(error: BaseException) -> bool:
@@ -116,6 +119,12 @@ def one_sentence() -> Iterator[None]:
 def _sentence_of(error: BaseException) -> str:
     """Return the sentence for an error that ends a command."""
     if memory_is_full(error):
+        if found := _GPU_IS_FULL.search(str(error)):
+            more, gpu, total, free = found.groups()
+            return (
+                f"the memory of GPU {gpu} is full: {more} more were needed, and {free} of its {total} are "
+                "free; a smaller batch_size or model needs less"
+            )
         return "memory is full; a smaller batch_size, model or corpus needs less"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error.filename} cannot be used ({error.strerror}); name a folder you may write to"

@@ -26,7 +26,10 @@ class Precision:
 
 
 def choose_device(requested: str) -> torch.device:
-    """Return the requested device; `auto` is the first GPU, or else the CPU."""
+    """Return the requested device; `auto` is the first GPU, or else the CPU.
+
+    `cuda:N` becomes the process's current GPU too: compiled kernels and libraries take that one.
+    """
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,6 +40,14 @@ def choose_device(requested: str) -> torch.device:
         raise ValueError(f"device {requested!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {requested!r} was asked for, but torch sees no GPU here; use --device cpu")
+    if device.index is not None and device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if device.index >= gpus:
+            raise ValueError(
+                f"device {requested!r} was asked for, but torch sees {gpus} GPUs here, the last of which is "
+                f"cuda:{gpus - 1}; use one of them"
+            )
+        torch.cuda.set_device(device)
     return device
 
 

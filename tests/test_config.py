@@ -340,6 +340,16 @@ def test_a_saved_whole_number_is_read_as_the_float_that_it_was() -> None:
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (MemoryError(), 2, "error: memory is full; a smaller batch_size, model or corpus needs less\n"),
         (RuntimeError("CUDA out of memory. Tried"), 2, "error: memory is full; a smaller "),
+        (
+            RuntimeError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.10 GiB of "
+                "which 1.25 GiB is free. Process 7 has 77.85 GiB memory in use. Of the allocated memory 70"
+            ),
+            2,
+            "error: the memory of GPU 1 is full: 2.00 GiB more were needed, and 1.25 GiB of its 79.10 GiB "
+            "are free; a smaller batch_size or model needs less\n",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, "error: memory is full; "),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you"), 2, "error: memory is full; a smaller "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: memory is full; a smaller "),
     ],

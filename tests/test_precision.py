@@ -72,3 +72,18 @@ def test_an_unknown_device_is_refused() -> None:
         choose_device("gpu")
     with pytest.raises(ValueError, match="fp16 was asked for on a CPU"):
         choose_precision(torch.device("cpu"), "fp16")
+
+
+def test_a_numbered_gpu_becomes_the_current_one_and_a_missing_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("auto", "cuda", "cpu"):
+        choose_device(name)
+    assert current == []
+    assert choose_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    with pytest.raises(ValueError, match=r"'cuda:2' was asked for, but torch sees 2 GPUs .* is cuda:1; use"):
+        choose_device("cuda:2")

@@ -44,7 +44,7 @@ from training.checkpoint import (
 from training.log import Log, progress_bar, say, show_progress
 from training.loss import TokenLoss, TokenScores, score, token_loss
 from training.optim import build_optimizers, learning_rate_factor
-from training.random_state import random_states, set_random_states
+from training.random_state import gpu_state, random_states, set_random_states
 from training.runfolder import config_fingerprint
 from training.signals import signals_noted
 from training.state import RunState, budget_used, still_falling
@@ -397,13 +397,11 @@ class TrainingManager:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"], self.device)
-        had, gpus = len(state["random"]["cuda"]), 0
-        if self.device.type == "cuda":
-            gpus = torch.cuda.device_count()
-        if had != gpus or bool(state["scaler"]) != self.scaler.is_enabled():
+        had_gpu = bool(state["random"]["cuda"])
+        if had_gpu != (self.device.type == "cuda") or bool(state["scaler"]) != self.scaler.is_enabled():
             print(
-                f"warning: the run had {had} GPUs and has {gpus} now, or its precision is another one; "
-                "from here on it differs from one that was never stopped",
+                f"warning: the run was on {'a GPU' if had_gpu else 'a CPU'} and is on {self.device} now, or "
+                "its precision is another one; from here on it differs from one that was never stopped",
                 file=sys.stderr,
             )
         self.saved_step = self.state.step
@@ -421,8 +419,8 @@ class TrainingManager:
         saved, own = load_state(manifest), self.whole_state()
         if bool(saved["scaler"]) != bool(own["scaler"]):  # `resume` warned of another precision.
             saved["scaler"] = own["scaler"]
-        if len(saved["random"]["cuda"]) != len(own["random"]["cuda"]):  # `resume` warned of another device.
-            saved["random"]["cuda"] = own["random"]["cuda"]
+        gpu = gpu_state(saved["random"], self.device)  # None where `resume` warned of another device.
+        saved["random"]["cuda"] = own["random"]["cuda"] if gpu is None else [gpu]
         name = "run/step" if self.state.step != manifest.step else changed_weight(self.model, manifest)
         name = name or first_difference(saved, own)
         if name is not None:

@@ -25,17 +25,30 @@ def random_states(device: torch.device) -> dict[str, Any]:
         "python": [version, torch.tensor(words), gauss],
         "numpy": numpy_state | {"state": inner | {"key": torch.from_numpy(inner["key"].astype(np.int64))}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Restore what `random_states` returned. GPUs keep their own states if there are more or fewer now."""
+    """Restore what `random_states` returned, as far as it is of the CPU and of this device."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     inner = states["numpy"]["state"]
     key = inner["key"].numpy().astype(np.uint32)
     np.random.set_state(states["numpy"] | {"state": inner | {"key": key}})
     torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    gpu = gpu_state(states, device)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu, device)
+
+
+def gpu_state(states: dict[str, Any], device: torch.device) -> torch.Tensor | None:
+    """Return the GPU's state of what `random_states` returned; None where the device or the run had none.
+
+    Older checkpoints hold the state of every GPU that was visible, in their order, and not that of the run's
+    own alone. How many are visible now does not matter.
+    """
+    found, index = states["cuda"], device.index or 0
+    if device.type != "cuda" or not found:
+        return None
+    return found[index if index < len(found) else 0]
