@@ -121,7 +121,8 @@ def test_a_share_is_dropped_and_the_rest_scaled(device: str) -> None:
     module, given = Dropout(0.1), x.requires_grad_()
     y = module(given)
     y.sum().backward()
-    assert given.grad is not None and torch.equal(given.grad, y)
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad, y.detach(), rtol=1e-6, atol=0)  # A GPU rounds 1 / 0.9 twice.
     values = y.detach().unique().cpu()
     assert abs(y.detach().mean().item() - 1) < 0.002
     torch.testing.assert_close(values, torch.tensor([0, 1 / 0.9]), rtol=1e-4, atol=0)

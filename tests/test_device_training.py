@@ -191,7 +191,9 @@ def test_a_run_has_the_losses_of_attention_written_out(config: Config, precision
         pytest.skip("this GPU has no bf16")
     written_out = replace(config, model=replace(config.model, attention="reference"))
     expected = losses(train(adapted(written_out, "plain")).folder)
-    found = losses(train(adapted(config, "there", device=device, precision=precision)).folder)
+    there = train(adapted(config, "there", device=device, precision=precision))
+    assert there.state.skipped_updates == 0, "the scale of the loss is too large for the gradients of fp16"
+    found = losses(there.folder)
     assert_near(found, expected, "fp32, several steps" if precision == "fp32" else "bf16 loss")
     assert expected[4] < expected[0] - 0.05  # It learns, by more than the tolerance.
 
