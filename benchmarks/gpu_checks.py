@@ -122,7 +122,7 @@ def environment(request: CheckRequest) -> CheckResult:
             "driver": driver_version(),
             "gpus": torch.cuda.device_count(),
         }
-        words[0] += f" of {values['gpus']}, capability {values['capability']}"
+        words[0] += f" (1 of {values['gpus']}), capability {values['capability']}"
         words += [f"{properties.total_memory / 2**30:.0f} GiB", f"driver {values['driver']}"]
     words += [f"torch {torch.__version__}", "bf16" if values["bf16"] else "no native bf16"]
     attention = [f"{name}: {_cases_that_run(cases)}" for name, cases in runs.items()]

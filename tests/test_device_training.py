@@ -66,22 +66,24 @@ def test_fused_adamw_is_the_plain_one(device: str) -> None:
 def test_the_update_of_muon_is_orthogonal_and_that_of_one_matrix_in_fp32(
     shape: tuple[int, int], device: str
 ) -> None:
-    """On a GPU the products of it are in bf16."""
-    before = [sampled(*shape, seed=i) for i in range(3)]
-    parameters = [nn.Parameter(w.clone().to(device)) for w in before]
+    """The second update, which has a momentum to look ahead by. On a GPU its products are in bf16."""
+    first, second = ([sampled(*shape, seed=seed + i) for i in range(3)] for seed in (10, 20))
+    parameters = [nn.Parameter(sampled(*shape, seed=i).to(device)) for i in range(3)]
     optimizer = Muon(parameters, lr=0.1)
-    looked_ahead = []
-    for i, p in enumerate(parameters):
-        gradient = sampled(*shape, seed=10 + i)
-        p.grad = gradient.to(device)
-        looked_ahead.append((1 - 0.95**2) * gradient)  # The momentum began at 0.
-    optimizer.step()
+    before: list[torch.Tensor] = []
+    for gradients in (first, second):
+        before = [p.detach().clone() for p in parameters]
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.to(device)
+        optimizer.step()
     size = 0.1 * math.sqrt(max(1.0, shape[0] / shape[1]))
-    for p, w, gradient in zip(parameters, before, looked_ahead, strict=True):
-        update = (w - p.detach().cpu()) / size
+    for p, was, g1, g2 in zip(parameters, before, first, second, strict=True):
+        momentum = 0.05 * (0.95 * g1 + g2)
+        update = (was - p.detach()).cpu() / size
         values = torch.linalg.svdvals(update)
         assert values.min() > 0.7 and values.max() < 1.2
-        assert_near(update, written_out_polar_express(gradient), "fp32" if device == "cpu" else "bf16")
+        expected = written_out_polar_express(0.05 * g2 + 0.95 * momentum)
+        assert_near(update, expected, "fp32" if device == "cpu" else "bf16")
 
 
 def written_out_polar_express(matrix: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from benchmarks import gpu, gpu_checks
 from benchmarks.gpu_checks import CheckRequest
@@ -141,6 +144,30 @@ def test_the_environment_and_the_tests_on_the_cpu(
     assert attention["cudnn"] == {"causal": [], "mask": [], "grouped": []}
     assert second["values"]["passed"] > 5 and second["values"]["failures"] == second["values"]["errors"] == 0
     assert f"{second['values']['passed']} passed, 0 failed, 0 left out" in capsys.readouterr().out
+
+
+def test_the_environment_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention takes no mask there, and has heads of up to 64 here."""
+
+    def flash_is_choosy(backend: SDPBackend, case: str, head_dim: int, device: torch.device) -> bool:
+        return backend is not SDPBackend.FLASH_ATTENTION or (case != "mask" and head_dim <= 64)
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
+    smi.chmod(0o755)
+    properties = SimpleNamespace(major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_checks, "attends", flash_is_choosy)
+    monkeypatch.setattr(gpu_checks, "has_native_bf16", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = gpu_checks.environment(CheckRequest(torch.device("cuda"), tmp_path, small=False))
+    assert found.passed and found.line == (
+        f"NVIDIA H100 (1 of 2), capability 9.0, 80 GiB, driver 550.54.15, torch {torch.__version__}, bf16; "
+        "attention by flash: causal of 64, grouped of 64; efficient: causal, mask, grouped; "
+        "cudnn: causal, mask, grouped; math: causal, mask, grouped"
+    )
 
 
 def test_healthy_runs_raise_no_alarm_and_every_guard_that_is_too_strict_is_named(
