@@ -13,9 +13,13 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
+
+from config.files import REPOSITORY
 
 # tqdm writes carriage returns before and after a bar's text, and moves up to the bar's line in a write alone.
 _LINES_UP = re.compile(r"(?:\x1b\[A)+")
@@ -25,6 +29,23 @@ _AROUND = re.compile(r"(\r*)(.*?)(\r*)", re.DOTALL)
 def printable(text: str) -> str:
     """Name each invisible character as Python does, \\x1b, but for line breaks and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def command_of(script: str) -> str:
+    """Return the words with which the user's shell runs a script of this program, to print before its flags.
+
+    They are `python generate.py` where the shell's `python` is this interpreter and the program lies in the
+    working directory; else the path of either, so that what is printed runs where it is pasted.
+    """
+    found, own = shutil.which("python"), Path(sys.executable)
+    is_own = found is not None and Path(found).parent.resolve() == own.parent.resolve()
+    python = "python" if is_own else _from_here(own)
+    return f"{for_shell(python)} {for_shell(_from_here(REPOSITORY / script))}"
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def for_shell(text: str) -> str:

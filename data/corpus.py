@@ -341,11 +341,12 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
         flags = [
             f"--data.{split}_one_in {n}" for split, n in one_in.items() if n and empty[0] in ("train", split)
         ]
-        change = f"change {' or '.join(flags)}, or " if flags and empty[0] not in given else ""
+        way = "raise" if empty[0] == "train" else "lower"
+        change = f"{way} {' or '.join(flags)}, or " if flags and empty[0] not in given else ""
         without = "".join(f"; {said}" for said in report.without_rows)
         raise EmptySplit(
             f"the split of {config.source} leaves {', '.join(counts)} documents, and text for {empty[0]} in "
-            f"none{without}: {change}add documents that are not empty",
+            f"none{without}: {change}add documents",
             empty[0] in given,
         )
     report.fingerprint = content.hexdigest()

@@ -14,7 +14,7 @@ class GenerationConfig:
     """How tokens are chosen. The default is greedy.
 
     Args:
-        max_new_tokens: Most tokens to generate.
+        max_new_tokens: Most tokens to generate, besides those in the place of a healed prompt's end.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
         top_k: Sample only among the k most likely tokens; 0 means all.
         top_p: Sample only from the nucleus that holds this much probability; 1 means all.

@@ -50,7 +50,6 @@ class Metric:
     by_language: bool = False
     all_or_nothing: bool = False
     maximum: float = 100.0
-    higher_is_better: bool = True
 
     def signature(self, language: str) -> str:
         """Return the text that a number needs beside it to be compared with others."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.console import for_shell
+from config.console import command_of, for_shell
 
 RECENT = 0.1  # The share of the logged steps whose mean loss stands for the end of the run.
 ROSE = 0.02  # Nats by which validation must have risen since its best to count as risen.
@@ -34,7 +34,7 @@ def closing_lines(folder: Path, adapted: bool, flags: str) -> list[str]:
     run = for_shell(str(folder))
     return [
         f"verdict      {verdict(rows, run, adapted)}",
-        f"complete     python generate.py --run {run} {flags}",
+        f"complete     {command_of('generate.py')} --run {run} {flags}",
     ]
 
 
@@ -77,7 +77,8 @@ def verdict(rows: Sequence[Mapping[str, float]], run: str, adapted: bool) -> str
 def shown_examples(record: Mapping[str, Any], n: int) -> str:
     """Return prompt, completion and reference of `n` of a suite's examples, spread evenly over them."""
     samples = record["samples"]
-    chosen = [samples[i * len(samples) // n] for i in range(min(n, len(samples)))]
+    n = min(n, len(samples))
+    chosen = [samples[i * len(samples) // n] for i in range(n)]
     return "\n".join(
         f"--- {sample['name']}\n{sample['prompt']}\n--- the model goes on\n{sample['predictions']['model']}\n"
         f"--- the example goes on\n{sample['reference']}\n"

@@ -121,9 +121,10 @@ def _compared(sides: Sequence[Compared], suite: str) -> list[str]:
     lines = [line for side in sides for line in side.legend]
     shared = [name for name in sides[0].records if all(name in side.records for side in sides)]
     scored = _token_lines(evaluations) if tokens else []
-    if not shared and not scored:
+    if not shared and not any(line.startswith("metric") for line in scored):
         stored = "; ".join(f"{side.label} holds {', '.join(_stored(side.evaluation))}" for side in sides)
-        raise ValueError(f"they share no suite: {stored}; evaluate both alike, with --suite")
+        other_text = "".join(f"; {line}" for line in scored if line)
+        raise ValueError(f"they share no suite: {stored}{other_text}; evaluate both alike, with --suite")
     single = [
         f"left out: {name}, which is only in {' and '.join(s.label for s in sides if name in s.records)}"
         for name in dict.fromkeys(name for side in sides for name in side.records)

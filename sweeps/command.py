@@ -21,7 +21,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from config import say, write_atomically
-from config.console import for_shell
+from config.console import command_of, for_shell
 from sweeps import verdict
 from sweeps.board import Board, Pulse, alone, is_done
 from sweeps.budget import ALL_FAILED, foreseen
@@ -325,7 +325,7 @@ def finish(
         values = verdict.best_yaml(config, settings.space, settings.config)
         path = folder / "best.yaml"
         write_atomically(path, head + yaml.safe_dump(values, sort_keys=False))
-        say(f"best config  python trainingmanager.py --config {for_shell(str(path))}")
+        say(f"best config  {command_of('trainingmanager.py')} --config {for_shell(str(path))}")
     pictures = draw(settings, studies[0], slots, ["\n".join(rows), "\n".join(front), *said, *judged])
     say(f"page         {folder / 'report.html'}, with the {len(pictures)} of {folder / 'pictures'}")
     say(f"TensorBoard  tensorboard --logdir {for_shell(str(folder / 'tensorboard'))}")

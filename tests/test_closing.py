@@ -82,4 +82,5 @@ def test_three_of_the_users_own_examples_are_shown() -> None:
     shown = shown_examples({"samples": samples}, 3)
     assert [line for line in shown.splitlines() if line[:1] == "m"] == ["m0", "m2", "m4"]
     assert shown.startswith("--- n0\np0\n--- the model goes on\nm0\n--- the example goes on\nr0\n")
-    assert shown_examples({"samples": samples[:2]}, 3).count("goes on\nm") == 2
+    fewer = shown_examples({"samples": samples[:2]}, 3)
+    assert [line for line in fewer.splitlines() if line[:1] == "m"] == ["m0", "m1"]

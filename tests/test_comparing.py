@@ -307,6 +307,14 @@ def test_limits_that_no_text_ran_into_may_differ(tmp_path):
         compare_files(write(tmp_path / "b", a, b))
 
 
+def test_evaluations_that_share_neither_a_suite_nor_a_text_are_refused(tmp_path):
+    a, b = with_tokens(evaluation(1, 0.5), 1.0, "t"), with_tokens(evaluation(2, 0.5), 0.5, "t")
+    b["suite"]["suite"], b["files"] = "next_line", 31
+    sentence = "share no suite: A holds .*; token scores are left out: .* of 30 test files.* of 31 test files"
+    with pytest.raises(ValueError, match=sentence):
+        compare_files(write(tmp_path, a, b))
+
+
 def test_token_scores_are_compared_over_the_same_documents(tmp_path):
     a, b = with_tokens(evaluation(1, 0.5), 1.0, "t"), with_tokens(evaluation(2, 0.5), 0.5, "t")
     paths = write(tmp_path, a, b)

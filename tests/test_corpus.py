@@ -263,7 +263,7 @@ BAD = {
     "no test": (
         lambda p: bad_folder(p, b"x"),
         {"validation_one_in": 0, "test_one_in": 10**6},
-        r", 0 test documents, and text for test in none: change --data.test_one_in 1000000, or",
+        r", 0 test documents, and text for test in none: lower --data.test_one_in 1000000, or",
     ),
     "split in -1": (
         lambda p: bad_folder(p, b"x"),

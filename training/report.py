@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from config import Config, TrainConfig, write_atomically
-from config.console import printable
+from config.console import command_of, for_shell, printable
 from dataset import PreparedData
 from modules.precision import Precision
 from suites.closing import closing_lines, flags_of, shown_examples
@@ -68,7 +68,7 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
     print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
     print(f"pictures     {', '.join(str(path) for path in pictures)}")
     print(f"every line   {folder / 'eval.html'}")
-    print(f"score again  python eval.py --run {folder}")
+    print(f"score again  {command_of('eval.py')} --run {for_shell(str(folder))}")
     print("\n".join(closing_lines(folder, manager.config.lora.r > 0, printable(flags))))
 
 
