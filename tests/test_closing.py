@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from config.console import for_shell, printable
+from config.console import command_of
 from suites.closing import closing_lines, flags_of, shown_examples, verdict
 
 
@@ -68,7 +69,7 @@ def test_the_command_asks_for_the_shortest_prompt_as_a_shell_reads_it(tmp_path: 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in curves([3, 2], [3, 2], 1)))
     samples = [{"prompt": "x" * 150}, {"prompt": "it's\n", "suffix": "b c"}]
     line = closing_lines(folder, False, flags_of(samples))[-1]
-    words = ["complete", "python", "generate.py", "--run", str(folder)]
+    words = ["complete", *shlex.split(command_of("generate.py")), "--run", str(folder)]
     assert shlex.split(line) == [*words, "--prompt", "it's\n", "--suffix", "b c"]
     assert flags_of([{"prompt": "x" * 201}]) == "--prompt_file FILE"
     assert flags_of([]) == "--prompt_file FILE"
