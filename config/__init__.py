@@ -1,4 +1,5 @@
-"""Settings: their fields (schema, model), their bounds (ranges, rules) and their sources (cli, yamlfile).
+"""Settings: their fields (schema, model), what is known of each (setting, uses, rules), their sources (cli,
+yamlfile).
 
 This is the lowest floor, so every command's handling of the terminal (console) and of untrusted files (files)
 is here too. Nothing here imports torch: `--help` and a typo are answered at once.
@@ -16,16 +17,16 @@ from config.files import (
     unrepeated,
     write_atomically,
 )
-from config.flags import setting
+from config.flags import option
 from config.model import DROPOUTS, ModelConfig
 from config.parser import parse_settings
-from config.ranges import RANGES
 from config.rules import possible_kinds, unread_rates, unused_keys
 from config.schema import (
     BASE_ROW,
     BEFORE,
     CONFIG_GROUPS,
     OPTIMIZER_DEFAULTS,
+    SETTINGS,
     Config,
     DataConfig,
     LoraConfig,
@@ -42,9 +43,9 @@ __all__ = [
     "DROPOUTS",
     "MOST_BYTES",
     "OPTIMIZER_DEFAULTS",
-    "RANGES",
     "RECIPES",
     "REPOSITORY",
+    "SETTINGS",
     "Config",
     "DataConfig",
     "LoraConfig",
@@ -57,13 +58,13 @@ __all__ = [
     "check_ranges",
     "memory_is_full",
     "one_sentence",
+    "option",
     "parse_config",
     "parse_line",
     "parse_settings",
     "possible_kinds",
     "refuse_unwritable",
     "say",
-    "setting",
     "unread_rates",
     "unrepeated",
     "unused_keys",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from config.console import refuse
+from config.console import refuse, say
+from config.describe import config_as_yaml
 from config.files import REPOSITORY
 from config.flags import Given, asks_for_help, flags_of, read_words
 from config.foreign import RATES
@@ -24,13 +25,15 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
 
     A mistake prints one sentence and exits with 2: an unknown key (with the nearest known one), a value of
     the wrong type or out of range, a model that cannot be built, and a key that nothing reads.
+    `--print_config` prints the settings that would be returned, and exits with 0.
     """
     words, flags = sys.argv[1:] if argv is None else argv, flags_of(CONFIG_GROUPS)
     if asks_for_help(words, flags):
         show_help(CONFIG_GROUPS, description)
     given = read_words(words, flags)
     rate = next((one.flag for one in given if one.flag in RATES), "")
-    given = [one for one in given if one.flag not in RATES]
+    prints = Given("--print_config", "") in given
+    given = [one for one in given if one.flag not in RATES and one != ("--print_config", "")]
     names = [one.flag.removeprefix("--") for one in given]
     presets = (
         [Given("--config", str(RECIPES / "overfit.yaml"))] if Given("--overfit", "true") in given else []
@@ -47,9 +50,12 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
             config = replace(config, data=replace(config.data, source=str(RECIPES / "overfit")))
         check_ranges(config)
         _refuse_unread(config, names)
-        return config
     except ValueError as error:
         return refuse(str(error))  # exits
+    if prints:
+        say(config_as_yaml(config))
+        sys.exit(0)
+    return config
 
 
 def _refuse_rate(flag: str, config: Config) -> NoReturn:

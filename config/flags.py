@@ -31,7 +31,7 @@ HELP = ("--help", "-h")
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def setting(
+def option(
     default: Any = dataclasses.MISSING,
     *,
     also: Sequence[str] = (),

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin
 
+from config.setting import REFUSED, refuse_out_of_range, setting
 from config.typed import field_types
+from config.uses import (
+    FROM_SCRATCH,
+    FUSED_QKV,
+    ROPE_BY_CONTEXT,
+    ROPE_LLAMA3,
+    ROPE_SCALED,
+    ROTARY,
+    WINDOWED,
+)
 
 # Where one of these is not given, the first stands for it.
 DROPOUTS = ("dropout", "embed_dropout", "attention_dropout")
-ZERO_IS_DEFAULT = (
-    "n_kv_head",
-    "head_dim",
-    "n_inner",
-    "rotary_dim",
-    "rope_context",
-    "sliding_window",
-    "base_width",
-)
 
 
 @dataclass(frozen=True)
@@ -75,45 +76,51 @@ class ModelConfig:
             0 takes them as they are.
     """
 
-    vocab_size: int = 0
-    block_size: int = 256
-    n_layer: int = 4
-    n_head: int = 3
-    n_kv_head: int = 0
-    n_embd: int = 192
-    head_dim: int = 0
-    n_inner: int = 0
-    block: Literal["sequential", "parallel"] = "sequential"
-    norm: Literal["rms", "layer"] = "layer"
-    norm_eps: float = 1e-6
-    norm_weight: bool = False
-    norm_bias: bool = False
-    position: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
-    rotary_dim: int = 0
-    rotary_layout: Literal["half", "interleaved"] = "half"
-    rope_theta: float = 10_000.0
-    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
-    rope_factor: float = 1.0
-    rope_context: int = 0
-    rope_low_freq: float = 1.0
-    rope_high_freq: float = 4.0
-    sliding_window: int = 0
-    window_layers: tuple[int, ...] = ()
-    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
-    qk_norm: bool = True
-    fused_qkv: bool = False
-    qkv_layout: Literal["blocks", "heads", "shards"] = "blocks"
-    qkv_bias: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
-    tie_embeddings: bool = False
-    dropout: float | None = None
-    embed_dropout: float | None = None
-    attention_dropout: float | None = None
-    attention: Literal["fast", "reference"] = "fast"
-    init: Literal["normal", "xavier", "zero_output"] = "zero_output"
-    base_width: int = 0
+    vocab_size: int = setting(0, at_least=0, at_most=2**24, compared=False, on_resume=REFUSED)
+    block_size: int = setting(256, at_least=2, at_most=2**24, compared=False, on_resume=REFUSED)
+    n_layer: int = setting(4, at_least=1, at_most=10_000, on_resume=REFUSED)
+    n_head: int = setting(3, at_least=1, at_most=2**20, on_resume=REFUSED)
+    n_kv_head: int = setting(0, at_least=1, or_zero=True, on_resume=REFUSED)
+    n_embd: int = setting(192, at_least=1, at_most=2**20, on_resume=REFUSED)
+    head_dim: int = setting(0, at_least=1, at_most=2**20, or_zero=True, on_resume=REFUSED)
+    n_inner: int = setting(0, at_least=1, at_most=2**22, or_zero=True, on_resume=REFUSED)
+    block: Literal["sequential", "parallel"] = setting("sequential", on_resume=REFUSED)
+    norm: Literal["rms", "layer"] = setting("layer", on_resume=REFUSED)
+    norm_eps: float = setting(1e-6, above=0, on_resume=REFUSED)
+    norm_weight: bool = setting(False, on_resume=REFUSED)
+    norm_bias: bool = setting(False, on_resume=REFUSED)
+    position: Literal["rotary", "learned", "sinusoidal", "none"] = setting("rotary", on_resume=REFUSED)
+    rotary_dim: int = setting(0, at_least=1, or_zero=True, used=(ROTARY,), on_resume=REFUSED)
+    rotary_layout: Literal["half", "interleaved"] = setting("half", used=(ROTARY,), on_resume=REFUSED)
+    rope_theta: float = setting(10_000.0, above=0, used=(ROTARY,), on_resume=REFUSED)
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = setting(
+        "none", used=(ROTARY,), on_resume=REFUSED
+    )
+    rope_factor: float = setting(1.0, at_least=1, used=(ROPE_SCALED,), on_resume=REFUSED)
+    rope_context: int = setting(
+        0, at_least=1, at_most=2**32, or_zero=True, used=(ROPE_BY_CONTEXT,), compared=False, on_resume=REFUSED
+    )
+    rope_low_freq: float = setting(1.0, above=0, used=(ROPE_LLAMA3,), compared=False, on_resume=REFUSED)
+    rope_high_freq: float = setting(4.0, above=0, used=(ROPE_LLAMA3,), compared=False, on_resume=REFUSED)
+    sliding_window: int = setting(0, at_least=1, at_most=2**32, or_zero=True, on_resume=REFUSED)
+    window_layers: tuple[int, ...] = setting((), used=(WINDOWED,), compared=False, on_resume=REFUSED)
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting("gelu", on_resume=REFUSED)
+    qk_norm: bool = setting(True, on_resume=REFUSED)
+    fused_qkv: bool = setting(False, on_resume=REFUSED)
+    qkv_layout: Literal["blocks", "heads", "shards"] = setting("blocks", used=(FUSED_QKV,), on_resume=REFUSED)
+    qkv_bias: bool = setting(False, on_resume=REFUSED)
+    attention_bias: bool = setting(False, on_resume=REFUSED)
+    mlp_bias: bool = setting(False, on_resume=REFUSED)
+    head_bias: bool = setting(False, on_resume=REFUSED)
+    tie_embeddings: bool = setting(False, on_resume=REFUSED)
+    dropout: float | None = setting(None, at_least=0, below=1, on_resume=REFUSED)
+    embed_dropout: float | None = setting(None, at_least=0, below=1, on_resume=REFUSED)
+    attention_dropout: float | None = setting(None, at_least=0, below=1, on_resume=REFUSED)
+    attention: Literal["fast", "reference"] = setting("fast", compared=False, on_resume=REFUSED)
+    init: Literal["normal", "xavier", "zero_output"] = setting("zero_output", on_resume=REFUSED)
+    base_width: int = setting(
+        0, at_least=1, or_zero=True, used=(FROM_SCRATCH,), before=0, compared=False, on_resume=REFUSED
+    )
 
     @property
     def width_mult(self) -> float:
@@ -152,21 +159,14 @@ class ModelConfig:
 
     def _refuse_values(self) -> None:
         """Raise ValueError for a value out of range, or a shift of a norm that has none."""
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ZERO_IS_DEFAULT:
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)}; it must be at least 1, or 0 for the default"
-                )
+        if self.vocab_size < 1:  # As a setting it may be 0, until there is a tokenizer.
+            raise ValueError(f"model.vocab_size is {self.vocab_size}; it must be at least 1")
+        refuse_out_of_range("model", self)
         for name, kind in field_types(ModelConfig).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)!r}; it must be one of {get_args(kind)}"
                 )
-        if not self.norm_eps > 0:
-            raise ValueError(f"model.norm_eps is {self.norm_eps}; it must be above 0")
         if self.norm == "rms" and self.norm_bias:
             raise ValueError(
                 "model.norm rms has no shift; set model.norm_bias to false or model.norm to layer"
@@ -188,14 +188,12 @@ class ModelConfig:
 
     def _refuse_positions(self, rotary_dim: int) -> None:
         """Raise ValueError for a scaling of rotary frequencies, or a window, that has no meaning."""
-        if not self.rope_factor >= 1:
-            raise ValueError(f"model.rope_factor is {self.rope_factor}; it must be at least 1")
         if self.rope_scaling == "dynamic" and rotary_dim < 4:
             raise ValueError(
                 f"model.rope_scaling dynamic needs at least 4 rotated dimensions, not {rotary_dim}; "
                 "set model.rotary_dim or another scaling"
             )
-        if self.rope_scaling == "llama3" and not 0 < self.rope_low_freq < self.rope_high_freq:
+        if self.rope_scaling == "llama3" and self.rope_low_freq >= self.rope_high_freq:
             raise ValueError(
                 f"model.rope_low_freq {self.rope_low_freq} must be above 0 and below "
                 f"model.rope_high_freq {self.rope_high_freq}"
@@ -221,11 +219,7 @@ class ModelConfig:
 
     def _dropouts(self) -> dict[str, float]:
         """Return every dropout probability; one that is not given is `dropout`, or 0."""
-        dropouts = {
+        return {
             name: (self.dropout or 0.0) if getattr(self, name) is None else getattr(self, name)
             for name in DROPOUTS
         }
-        for name, p in dropouts.items():
-            if not 0 <= p < 1:
-                raise ValueError(f"model.{name} is {p}; it must be at least 0 and below 1")
-        return dropouts

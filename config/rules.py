@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator
 
-from config.schema import OPTIMIZER_DEFAULTS, Config, LoraConfig, OptimizerConfig, flat
+from config.schema import OPTIMIZER_DEFAULTS, SETTINGS, Config, OptimizerConfig, flat
 
 
 def possible_kinds(config: Config) -> set[str]:
@@ -72,57 +71,17 @@ def unused_keys(config: Config, given: Collection[str] = ()) -> Iterator[tuple[s
     Args:
         given: See `unread_rates`.
     """
-    model, optimizer, tokenizer, train = config.model, config.optimizer, config.tokenizer, config.train
-    trained = tokenizer.path is None and train.base is None
-    adapted = train.base is not None and config.lora.r > 0
-    rules = {
-        "data.difficulty": (config.data.order not in ("shuffled", "sequential"), "data.order goes by none"),
-        "data.fim_rate": (not trained, "only base or tokenizer.path brings tokens for it"),
-        "tokenizer.kind": (
-            trained or tokenizer.kind == "pretrained",
-            "tokenizer.path or base brings a finished tokenizer",
-        ),
-        "tokenizer.vocab_size": (trained, "tokenizer.path or base brings a finished tokenizer"),
-        "tokenizer.min_count": (
-            trained and tokenizer.kind == "code",
-            "only a new `code` tokenizer counts pieces",
-        ),
-        "base_revision": (train.base is not None, "base is not"),
-        "base_format": (adapted, "without base and lora.r nothing is frozen"),
-        "lora.r": (train.base is not None, "base is not"),
-        **{
-            f"lora.{f.name}": (adapted, "lora.r is 0" if train.base else "base is not")
-            for f in dataclasses.fields(LoraConfig)
-            if f.name != "r"
-        },
-        "model.base_width": (train.base is None, "base brings weights of its own"),
-        "model.rotary_dim": (model.position == "rotary", "model.position is not rotary"),
-        "model.rotary_layout": (model.position == "rotary", "model.position is not rotary"),
-        "model.rope_theta": (model.position == "rotary", "model.position is not rotary"),
-        "model.rope_scaling": (model.position == "rotary", "model.position is not rotary"),
-        "model.rope_factor": (model.rope_scaling != "none", "model.rope_scaling is none"),
-        "model.rope_context": (
-            model.rope_scaling in ("dynamic", "llama3"),
-            "model.rope_scaling is neither dynamic nor llama3",
-        ),
-        "model.rope_low_freq": (model.rope_scaling == "llama3", "model.rope_scaling is not llama3"),
-        "model.rope_high_freq": (model.rope_scaling == "llama3", "model.rope_scaling is not llama3"),
-        "model.window_layers": (model.sliding_window > 0, "model.sliding_window is 0"),
-        "model.qkv_layout": (model.fused_qkv, "model.fused_qkv is false"),
-        "optimizer.cooldown": (optimizer.schedule == "wsd", "optimizer.schedule is not wsd"),
-        "optimizer.min_lr_factor": (optimizer.schedule != "constant", "optimizer.schedule is constant"),
-        "keep": (train.save_every > 0, "save_every is 0"),
-        "patience": (train.validate_every > 0 or train.save_every > 0, "validate_every and save_every are 0"),
-    }
+    model, optimizer = config.model, config.optimizer
     default, values = flat(Config()), flat(config)
-    for key, (is_read, reason) in rules.items():
-        # Of these no value means "off", so that to ask for the default one is a mistake, too.
-        asked_in_vain = key.startswith("tokenizer.") and key in given
-        if not is_read and (asked_in_vain or values[key] != default[key]):
+    for key, known in SETTINGS.items():
+        reason = known.unread_because(config)
+        # Of a tokenizer's no value means "off", so that to request the default one is a mistake, too.
+        requested_in_vain = key.startswith("tokenizer.") and key in given
+        if reason and (requested_in_vain or values[key] != default[key]):
             yield key, reason
     for key, reason in unread_rates(optimizer, possible_kinds(config), given):
         if key == "optimizer.muon_lr" and optimizer.name != "muon":
             reason = f"optimizer.name is not muon, and {reason}"
-        if key == "optimizer.head_lr" and model.tie_embeddings and train.base is None:
+        if key == "optimizer.head_lr" and model.tie_embeddings and config.train.base is None:
             reason = f"model.tie_embeddings leaves no separate head, and {reason}"
         yield key, reason

@@ -8,17 +8,38 @@ answers at once. Training's own settings (`TrainConfig`) have no prefix: `--max_
 from __future__ import annotations
 
 import dataclasses
-import math
 import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from config.console import one_line
-from config.flags import setting
 from config.model import ModelConfig
-from config.ranges import refuse_out_of_range
-from config.typed import typed_group
+from config.setting import (
+    ALWAYS_THERE,
+    FREE,
+    REFUSED,
+    WARNED,
+    Setting,
+    refuse_out_of_range,
+    setting,
+    settings_of,
+)
+from config.typed import field_types, typed_group
+from config.uses import (
+    ADAPTED,
+    FROM_BASE,
+    FROZEN_BASE,
+    GRADED,
+    HAS_FIM_TOKENS,
+    OWN_CODE_TOKENIZER,
+    OWN_OR_PRETRAINED,
+    OWN_TOKENIZER,
+    SAVES_ON_THE_WAY,
+    SCHEDULED,
+    VALIDATES_ON_THE_WAY,
+    WSD,
+)
 
 BASE_ROW = 512  # tokens in a training row of a base where no setting gives them; its context may be 131,072
 
@@ -65,23 +86,25 @@ class DataConfig:
         workers: Processes that tokenise; 0 means one for each core.
     """
 
-    source: str = "stdlib"
-    suffixes: tuple[str, ...] = (".py",)
-    text_field: str | None = None
-    group_field: str | None = None
-    regroup: bool | None = setting(None, also=("fix",))
-    validation_one_in: int = 10
-    test_one_in: int = 10
-    drop_comments: bool = False
-    skip_undecodable: bool = False
-    loss_on: Literal["completion", "all"] = "completion"
-    heal: bool = True
-    fim_rate: float = 0.0
-    order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = "shuffled"
-    difficulty: Literal["rarity", "entropy", "loss"] = "rarity"
-    cache: str = "cache"
-    cache_gb: float = 20.0
-    workers: int = 0
+    source: str = setting("stdlib", on_resume=FREE)
+    suffixes: tuple[str, ...] = setting((".py",), on_resume=REFUSED)
+    text_field: str | None = setting(None, on_resume=REFUSED)
+    group_field: str | None = setting(None, on_resume=REFUSED)
+    regroup: bool | None = setting(None, also=("fix",), before=False, always_hashed=True, on_resume=REFUSED)
+    validation_one_in: int = setting(10, at_least=0, on_resume=REFUSED)
+    test_one_in: int = setting(10, at_least=0, before=0, on_resume=REFUSED)
+    drop_comments: bool = setting(False, on_resume=REFUSED)
+    skip_undecodable: bool = setting(False, on_resume=REFUSED)
+    loss_on: Literal["completion", "all"] = setting("completion", on_resume=REFUSED)
+    heal: bool = setting(True, before=False, on_resume=REFUSED)
+    fim_rate: float = setting(0.0, at_least=0, at_most=1, used=(HAS_FIM_TOKENS,), on_resume=REFUSED)
+    order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = setting(
+        "shuffled", on_resume=REFUSED
+    )
+    difficulty: Literal["rarity", "entropy", "loss"] = setting("rarity", used=(GRADED,), on_resume=REFUSED)
+    cache: str = setting("cache", on_resume=FREE)
+    cache_gb: float = setting(20.0, at_least=0, on_resume=FREE)
+    workers: int = setting(0, at_least=0, on_resume=FREE)
 
     def resolved(self) -> DataConfig:
         """Return the settings with `regroup` decided, which no other code decides."""
@@ -102,10 +125,10 @@ class TokenizerConfig:
         path: Folder of a trained or pretrained tokenizer to load instead of training one.
     """
 
-    kind: Literal["code", "bpe", "pretrained"] = "code"
-    vocab_size: int = 4096
-    min_count: int = 10
-    path: str | None = None
+    kind: Literal["code", "bpe", "pretrained"] = setting("code", used=(OWN_OR_PRETRAINED,), on_resume=REFUSED)
+    vocab_size: int = setting(4096, at_least=1, at_most=2**24, used=(OWN_TOKENIZER,), on_resume=REFUSED)
+    min_count: int = setting(10, at_least=0, used=(OWN_CODE_TOKENIZER,), on_resume=REFUSED)
+    path: str | None = setting(None, on_resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -129,19 +152,19 @@ class LoraConfig:
         lr_ratio: B's learning rate over A's (LoRA+, arXiv:2402.12354).
     """
 
-    r: int = 0
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("all-linear",)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    rslora: bool = False
-    dora: bool = False
-    init: Literal["default", "pissa"] = "default"
-    bias: Literal["none", "all", "lora_only"] = "none"
-    train_modules: tuple[str, ...] = ()
-    new_tokens: tuple[str, ...] = ()
-    lr_ratio: float = 1.0
+    r: int = setting(0, at_least=0, at_most=2**16, used=(FROM_BASE,), on_resume=REFUSED)
+    alpha: float = setting(32.0, above=0, used=ADAPTED, on_resume=REFUSED)
+    dropout: float = setting(0.0, at_least=0, below=1, used=ADAPTED, on_resume=REFUSED)
+    targets: tuple[str, ...] = setting(("all-linear",), used=ADAPTED, on_resume=REFUSED)
+    rank_pattern: dict[str, int] = setting({}, above=0, used=ADAPTED, on_resume=REFUSED)
+    alpha_pattern: dict[str, float] = setting({}, above=0, used=ADAPTED, on_resume=REFUSED)
+    rslora: bool = setting(False, used=ADAPTED, on_resume=REFUSED)
+    dora: bool = setting(False, used=ADAPTED, on_resume=REFUSED)
+    init: Literal["default", "pissa"] = setting("default", used=ADAPTED, on_resume=REFUSED)
+    bias: Literal["none", "all", "lora_only"] = setting("none", used=ADAPTED, on_resume=REFUSED)
+    train_modules: tuple[str, ...] = setting((), used=ADAPTED, on_resume=REFUSED)
+    new_tokens: tuple[str, ...] = setting((), used=ADAPTED, on_resume=REFUSED)
+    lr_ratio: float = setting(1.0, above=0, used=ADAPTED, on_resume=REFUSED)
 
 
 @dataclass(frozen=True)
@@ -170,22 +193,34 @@ class OptimizerConfig:
             (arXiv:2204.02311; 1e-4 there); reported losses stay without.
     """
 
-    name: Literal["muon", "adamw"] = "muon"
-    lr: float | None = None
-    muon_lr: float = 0.02
-    embedding_lr: float | None = None
-    head_lr: float | None = None
-    weight_decay: float = 0.0
-    beta1: float | None = None
-    beta2: float | None = None
-    eps: float | None = None
-    grad_clip: float = 1.0
-    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup_steps: int = 20
-    cooldown: float = 0.5
-    min_lr_factor: float = 0.02
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    # AdamW beside Muon moves little but embeddings and head, whose rates are not those of matrices; AdamW
+    # alone has the values of torch.optim.AdamW.
+    name: Literal["muon", "adamw"] = setting("muon", on_resume=REFUSED)
+    lr: float | None = setting(
+        None, at_least=0, by_optimizer={"muon": 0.01, "adamw": 1e-3}, on_resume=REFUSED
+    )
+    muon_lr: float = setting(0.02, at_least=0, on_resume=REFUSED)
+    embedding_lr: float | None = setting(
+        None, at_least=0, by_optimizer={"muon": 0.3, "adamw": 0.0}, on_resume=REFUSED
+    )
+    head_lr: float | None = setting(
+        None, at_least=0, by_optimizer={"muon": 0.01, "adamw": 0.0}, on_resume=REFUSED
+    )
+    weight_decay: float = setting(0.0, at_least=0, on_resume=REFUSED)
+    beta1: float | None = setting(
+        None, at_least=0, below=1, by_optimizer={"muon": 0.8, "adamw": 0.9}, on_resume=REFUSED
+    )
+    beta2: float | None = setting(
+        None, at_least=0, below=1, by_optimizer={"muon": 0.95, "adamw": 0.999}, on_resume=REFUSED
+    )
+    eps: float | None = setting(None, above=0, by_optimizer={"muon": 1e-10, "adamw": 1e-8}, on_resume=REFUSED)
+    grad_clip: float = setting(1.0, at_least=0, on_resume=REFUSED)
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = setting("wsd", on_resume=REFUSED)
+    warmup_steps: int = setting(20, at_least=0, on_resume=REFUSED)
+    cooldown: float = setting(0.5, at_least=0, at_most=1, used=(WSD,), on_resume=REFUSED)
+    min_lr_factor: float = setting(0.02, at_least=0, at_most=1, used=(SCHEDULED,), on_resume=REFUSED)
+    label_smoothing: float = setting(0.0, at_least=0, below=1, on_resume=REFUSED)
+    z_loss: float = setting(0.0, at_least=0, on_resume=REFUSED)
 
     def resolved(self) -> OptimizerConfig:
         """Return the settings with the optimizer's own value for each that is not given."""
@@ -210,25 +245,13 @@ class OptimizerConfig:
         )
 
 
-# Values by optimizer. AdamW beside Muon moves little but embeddings and head, whose rates are not those of
-# matrices; AdamW alone has the values of torch.optim.AdamW.
 OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
-    "muon": {
-        "lr": 0.01,
-        "embedding_lr": 0.3,
-        "head_lr": 0.01,
-        "beta1": 0.8,
-        "beta2": 0.95,
-        "eps": 1e-10,
-    },
-    "adamw": {
-        "lr": 1e-3,
-        "embedding_lr": 0.0,  # Zero follows lr.
-        "head_lr": 0.0,
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "eps": 1e-8,
-    },
+    name: {
+        key: known.by_optimizer[name]
+        for key, known in settings_of(OptimizerConfig).items()
+        if known.by_optimizer
+    }
+    for name in get_args(field_types(OptimizerConfig)["name"])
 }
 
 
@@ -275,35 +298,37 @@ class TrainConfig:
         samples: Held-out functions that are completed at the end.
     """
 
-    run: str = ""
-    resume: bool = False
-    prove_resume: bool = False
-    plan: bool = False
-    prepare: bool = False
-    overfit: bool = False
-    base: str | None = None
-    base_revision: str | None = None
-    base_format: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
-    row_length: int = 0
-    seed: int = 0
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    eval_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    batch_size: int = 8
-    accumulation: int = 1
-    max_seconds: float = 0.0
-    max_steps: int = 0
-    max_epochs: float = 0.0
-    validate_every: int = 100
-    validation_rows: int = 64
-    patience: int = 0
-    save_every: int = 0
-    keep: int = 0
-    log_every: int = 10
-    activation_checkpointing: bool = False
-    compile: bool = False
-    allow: tuple[str, ...] = ()
-    samples: int = 3
+    run: str = setting("", on_resume=FREE)
+    resume: bool = setting(False, on_resume=FREE)
+    prove_resume: bool = setting(False, on_resume=FREE)
+    plan: bool = setting(False, on_resume=FREE)
+    prepare: bool = setting(False, on_resume=FREE)
+    overfit: bool = setting(False, on_resume=REFUSED)
+    base: str | None = setting(None, on_resume=FREE)
+    base_revision: str | None = setting(None, used=(FROM_BASE,), on_resume=FREE)
+    base_format: Literal["auto", "fp32", "bf16", "nf4"] = setting(
+        "auto", used=(FROZEN_BASE,), on_resume=REFUSED
+    )
+    row_length: int = setting(0, at_least=0, at_most=2**24, on_resume=REFUSED)
+    seed: int = setting(0, at_least=0, on_resume=REFUSED)
+    device: str = setting("auto", on_resume=WARNED)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting("auto", on_resume=WARNED)
+    eval_precision: Literal["auto", "bf16", "fp16", "fp32"] = setting("auto", on_resume=WARNED)
+    batch_size: int = setting(8, at_least=1, on_resume=REFUSED)
+    accumulation: int = setting(1, at_least=1, on_resume=REFUSED)
+    max_seconds: float = setting(0.0, at_least=0, on_resume=WARNED)
+    max_steps: int = setting(0, at_least=0, on_resume=WARNED)
+    max_epochs: float = setting(0.0, at_least=0, on_resume=WARNED)
+    validate_every: int = setting(100, at_least=0, on_resume=FREE)
+    validation_rows: int = setting(64, at_least=1, on_resume=WARNED)
+    patience: int = setting(0, at_least=0, used=(VALIDATES_ON_THE_WAY,), on_resume=FREE)
+    save_every: int = setting(0, at_least=0, on_resume=FREE)
+    keep: int = setting(0, at_least=0, used=(SAVES_ON_THE_WAY,), on_resume=FREE)
+    log_every: int = setting(10, at_least=1, on_resume=FREE)
+    activation_checkpointing: bool = setting(False, on_resume=WARNED)
+    compile: bool = setting(False, on_resume=WARNED)
+    allow: tuple[str, ...] = setting((), on_resume=FREE)
+    samples: int = setting(3, at_least=0, on_resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -360,25 +385,25 @@ CONFIG_GROUPS: dict[str, type] = {
     "lora": LoraConfig,
     "optimizer": OptimizerConfig,
 }
+# What is known of each setting, by its full key, such as `model.n_layer`.
+SETTINGS: dict[str, Setting] = {
+    f"{name}.{key}".lstrip("."): known
+    for name, group in CONFIG_GROUPS.items()
+    for key, known in settings_of(group).items()
+}
 # Keys that the config.yaml of older runs lacks, with the values that those runs had.
 BEFORE: dict[str, Any] = {
-    "data.heal": False,
-    "data.regroup": False,
-    "data.test_one_in": 0,
-    "model.base_width": 0,
+    key: known.before for key, known in SETTINGS.items() if known.before is not ALWAYS_THERE
 }
 
 
 def check_ranges(config: Config) -> None:
-    """Raise ValueError for a number outside RANGES, an empty source or a model that cannot be built."""
-    refuse_out_of_range(flat(config))
+    """Raise ValueError for a number out of its range, an empty source or a model that cannot be built."""
+    for name in CONFIG_GROUPS:
+        refuse_out_of_range(name, getattr(config, name or "train"))
     for name in ("targets", "train_modules", "new_tokens"):
         if not all(getattr(config.lora, name)):
             raise ValueError(f"lora.{name} is {list(getattr(config.lora, name))}; none of them may be empty")
-    for name in ("rank_pattern", "alpha_pattern"):
-        for module, value in getattr(config.lora, name).items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"lora.{name}.{module} is {value}; it must be above 0")
     if not config.data.source:
         raise ValueError("data.source is ''; it must be `stdlib`, a folder or a file")
     # A base brings its own block_size, which is compared as soon as it is known.
@@ -392,10 +417,12 @@ def check_ranges(config: Config) -> None:
 
 def flat(config: Config) -> dict[str, Any]:
     """Return every value by its full key, such as `model.n_layer`."""
-    nested = config.to_dict()
-    groups = {key: value for key, value in nested.items() if isinstance(value, dict)}
-    flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
-    return flat | {key: value for key, value in nested.items() if key not in groups}
+    values: dict[str, Any] = {}
+    for key, value in config.to_dict().items():
+        values |= (
+            {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return values
 
 
 def _in_rows(values: Any) -> Any:

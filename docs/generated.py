@@ -49,7 +49,8 @@ def faults_page() -> str:
 
 def settings_page() -> str:
     """Return the page with a table for each group of settings."""
-    from config import CONFIG_GROUPS
+    from config import CONFIG_GROUPS, SETTINGS
+    from config.describe import range_in_words, use_in_words
     from config.help import default_of, documented
 
     lines = [
@@ -58,21 +59,24 @@ def settings_page() -> str:
         "Every setting is a flag of `python trainingmanager.py` and of `python hyperparam_tune.py`, and a "
         "key of a YAML file for `--config`. Those of a group have its name before them: `--data.source` as a "
         "flag, and `source:` inside `data:` in a file. `python trainingmanager.py --print_config` prints "
-        "them all, resolved for the other flags given.",
+        "them all as such a file, each with what stands here, for the other flags given.",
+        "Setting what a run does not read is refused. *On resume* says what becomes of another value when a "
+        "run goes on: it is *refused*, because the position in the data or the sense of the saved state "
+        "would change too; it is *warned* of, because the run is no longer the one that was never stopped; "
+        "or it is *free*. The data and the tokenizer are compared by their content, wherever they lie.",
     ]
     for name, group in CONFIG_GROUPS.items():
         first, helps = documented(group)
         kinds = get_type_hints(group)
         lines += [f"## {name or 'Training'}", first]
-        rows = ["| name | type | default | meaning |", "|---|---|---|---|"]
+        rows = ["| name | type | default | range | on resume | meaning |", "|---|---|---|---|---|---|"]
         for field in dataclasses.fields(group):
             full = f"{name}.{field.name}".lstrip(".")
-            cells = (
-                f"`{full}`",
-                kind_of(kinds[field.name]),
-                shown_default(default_of(field)),
-                helps[field.name],
-            )
+            known, meaning = SETTINGS[full], helps[field.name]
+            if use := use_in_words(known):
+                meaning += f" *{use[0].upper()}{use[1:]}.*"
+            kind, bounds = kind_of(kinds[field.name]), range_in_words(known)
+            cells = f"`{full}`", kind, shown_default(default_of(field)), bounds, known.on_resume, meaning
             rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("\n".join(rows))
     return "\n\n".join(lines) + "\n"

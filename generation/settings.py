@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from config import setting
+from config import option
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     num_beams: int = 1
     length_penalty: float = 0.0
-    stop: tuple[str, ...] = setting((), is_text=True)
+    stop: tuple[str, ...] = option((), is_text=True)
     seed: int = 0
     heal: bool | None = None
 
@@ -102,10 +102,10 @@ class CommandConfig(GenerationConfig):
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
-    model: str = setting(also=("run",))
-    prompt: tuple[str, ...] = setting((), is_text=True)
+    model: str = option(also=("run",))
+    prompt: tuple[str, ...] = option((), is_text=True)
     prompt_file: str = ""
-    suffix: str | None = setting(None, is_text=True)
+    suffix: str | None = option(None, is_text=True)
     adapter: str = ""
     held: Literal["full", "int8", "nf4"] = "full"
     which: Literal["best", "last"] = "best"

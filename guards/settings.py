@@ -15,6 +15,7 @@ from torch import Tensor
 from adapters.layers import LowRank
 from architecture import Decoder
 from config import ModelConfig
+from config.setting import settings_of
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
 from guards.subject import GuardSubject, affordable, through, tolerance_of, with_nonzero_weights
@@ -25,10 +26,6 @@ LEAST_DROPPED = 20  # Elements of a pass: that two passes drop none has a chance
 PART = 0.25  # Share of the tokens of a pass.
 LATER = 7  # Positions by which all are raised.
 TWIN_WINDOW, TWIN_CONTEXT = 3, 4  # Tokens, in twins that read 8.
-# Two ways that agree by design, sizes that are compared elsewhere, and numbers of which twins have others.
-NOT_COMPARED = (
-    "attention base_width block_size vocab_size rope_context rope_low_freq rope_high_freq window_layers"
-)
 
 
 def settings(subject: GuardSubject) -> Iterator[Fault | str]:
@@ -321,9 +318,9 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
         heads, shared = {1: (2, 1), config.n_head: (2, 2)}.get(config.n_kv_head, (4, 2))
         width = heads * config.head_dim
         small = replace(small, n_head=heads, n_kv_head=shared, n_embd=width, n_inner=2 * width)
-    own = None
+    own, known = None, settings_of(ModelConfig)
     for key, value in vars(ModelConfig()).items():
-        if key in NOT_COMPARED.split() or getattr(config, key) == value:
+        if not known[key].compared or getattr(config, key) == value:
             continue
         if key == "rope_theta" and config.rotary_dim <= 2:  # Its one frequency is theta^0.
             continue

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from config import RANGES, Config, ModelConfig
+from config import SETTINGS, Config, ModelConfig
 
 Values = dict[str, Any]  # the keys and values of a config.json
 
@@ -82,7 +82,7 @@ def to_model(family: Family, values: Values) -> ModelConfig:
     values = family.defaults | {key: value for key, value in values.items() if key in family.defaults}
     for key, value in values.items():
         _check(key, value, family.defaults[key])
-    n_layer, most = family.names["n_layer"], RANGES["model.n_layer"][1]
+    n_layer, most = family.names["n_layer"], SETTINGS["model.n_layer"].at_most
     if most is not None and values[n_layer] > most:  # Checked before anything is made for each layer.
         raise ValueError(f"{n_layer} is {values[n_layer]}; it must be at most {most}")
     fields = family.parts | {field: values[key] for field, key in family.names.items()}

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 import config
 import sandbox
-from config import one_sentence, setting, write_atomically
+from config import one_sentence, option, write_atomically
 from config.console import printable, refuse
 from recipes import refactor
 from recipes.behaviour import agreement, context_of
@@ -49,7 +49,7 @@ class RefactorConfig:
     """
 
     file: str
-    model: str = setting("", also=("run",))
+    model: str = option("", also=("run",))
     adapter: str = ""
     write: bool = False
     max_new_tokens: int = 512

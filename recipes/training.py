@@ -8,8 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from config import Config, write_atomically
+from config import SETTINGS, Config, write_atomically
 from config.schema import flat
+from config.setting import REFUSED, WARNED
 from config.yamlfile import read_yaml
 from modules.precision import choose_device, choose_precision
 from training.begin import train
@@ -17,7 +18,7 @@ from training.checkpoint import step_folders
 from training.log import say
 from training.loop import BudgetUsed
 from training.run import resolved_format
-from training.runfolder import FIXED, KEY_CLASSES, WARNED, note_base, with_data_resolved
+from training.runfolder import note_base, with_data_resolved
 from training.signals import RESUMABLE
 
 FINISHED = "asked.json"  # The requested settings of a run whose budget is used, or whose patience ended.
@@ -51,7 +52,7 @@ def finish(config: Config, is_preset: bool = False) -> bool:
         before, now = (flat(with_data_resolved(one, folder)) for one in (made, config))
         changed = [key for key in now if before[key] != now[key]]
         for key in changed:
-            if KEY_CLASSES[key] == FIXED:
+            if SETTINGS[key].on_resume == REFUSED:
                 raise ValueError(
                     f"{folder} was finished with {key} {before[key]}, and now it is {now[key]}; set it back, "
                     "or name another --out"
@@ -60,7 +61,7 @@ def finish(config: Config, is_preset: bool = False) -> bool:
             _refuse_another_format(config, folder)
         if not (BUDGET | BASE) & {*changed}:
             for key in changed:
-                if KEY_CLASSES[key] == WARNED:
+                if SETTINGS[key].on_resume == WARNED:
                     print(
                         f"warning: {key} was {before[key]} when {folder} was trained and is {now[key]} now; "
                         "it is finished, and only its scores are made by that",

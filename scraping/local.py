@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import setting
+from config import option
 from scraping.archive import commit_of, read_archive
 from scraping.documents import path_text
 from scraping.gitrepo import blob_id
@@ -41,7 +41,7 @@ class LocalSettings(Selection):
     repository: str = ""
     revision: str = ""
     licence: str = ""
-    strip: int = setting(0, alone="1")
+    strip: int = option(0, alone="1")
 
 
 def run(settings: LocalSettings) -> None:

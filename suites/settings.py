@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import config
-from config import setting
+from config import option
 from config.console import refuse
 
 
@@ -60,19 +60,19 @@ class EvalConfig:
         allow: `unsandboxed` runs programs where nothing isolates them; the scores then say so.
     """
 
-    checkpoint: str | None = setting(None, also=("run",))
+    checkpoint: str | None = option(None, also=("run",))
     model: str | None = None
     adapter: str | None = None
     rescore: str | None = None
     report: str | None = None
-    compare: tuple[str, ...] = setting((), takes_words=True)
+    compare: tuple[str, ...] = option((), takes_words=True)
     suite: str = ""
     suite_file: str | None = None
     predictions: str | None = None
     which: Literal["best", "last"] = "best"
     samples: int | None = None
     max_new_tokens: int = 0
-    stop: tuple[str, ...] | None = setting(None, is_text=True)
+    stop: tuple[str, ...] | None = option(None, is_text=True)
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

@@ -28,9 +28,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from config import CONFIG_GROUPS, Config, check_ranges, unused_keys
+from config import CONFIG_GROUPS, SETTINGS, Config, check_ranges, unused_keys
 from config.schema import flat
-from training.runfolder import FREE, KEY_CLASSES
+from config.setting import FREE
 
 ARMS = "arms"
 KINDS = ("float", "int", "log", "choice")
@@ -350,7 +350,7 @@ def known_key(name: Any) -> str:
         raise ValueError(f"space: {name} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
     key = found[0]
     reason = NOT_A_SETTING.get(key)
-    if reason is None and KEY_CLASSES.get(key) == FREE and key not in MATTERS:
+    if reason is None and SETTINGS[key].on_resume == FREE and key not in MATTERS:
         reason = "changes nothing that a run computes"
     if reason is not None:
         raise ValueError(f"space: {key} {reason}; leave it out of the space")

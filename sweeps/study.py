@@ -28,13 +28,13 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler,
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from config import BEFORE
+from config import SETTINGS
 from config.schema import flat
+from config.setting import FREE
 from sweeps.board import is_open, slots_of
 from sweeps.settings import OBJECTIVES, SweepSettings
 from sweeps.space import ARMS, MATTERS, Parameter, flow, written
 from sweeps.storage import open_storage, patiently, told
-from training.runfolder import FREE, KEY_CLASSES, LATER
 
 STARTUP = 5  # Random trials before a sampler models, and before a pruner compares.
 NO_BRACKET = -1  # Stands for none of Hyperband's brackets, whose numbers count from 0.
@@ -75,8 +75,8 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: SweepSett
             )
         study.set_user_attr("identity", own)
         known = study.user_attrs["identity"]  # If two commands began at once, the later one's counts.
-    # A study from before these keys existed did what `BEFORE` says of them.
-    later = {key: BEFORE[key] for key in LATER if key in own["config"]}
+    # A study from before a setting existed did what `before` says of it.
+    later = {key: known.before for key, known in SETTINGS.items() if known.is_later and key in own["config"]}
     known = known | {"config": later | known["config"]}
     for part in ("objectives", "space", "config"):
         if known[part] != own[part]:
@@ -119,7 +119,7 @@ def identity(settings: SweepSettings) -> dict[str, Any]:
         "config": {
             key: value
             for key, value in flat(config.with_optimizer_defaults()).items()
-            if KEY_CLASSES.get(key) != FREE or key in MATTERS
+            if SETTINGS[key].on_resume != FREE or key in MATTERS
         },
     }
 

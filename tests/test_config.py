@@ -14,11 +14,9 @@ import pytest
 import yaml
 
 from config import (
-    RANGES,
     RECIPES,
     Config,
     ModelConfig,
-    check_ranges,
     one_sentence,
     parse_config,
     unused_keys,
@@ -258,32 +256,6 @@ def test_a_file_that_holds_no_settings_is_one_sentence(
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in printed
     assert printed.startswith("error: ") and printed.count("\n") == 1
-
-
-def set_key(key: str, value: Any) -> Config:
-    group, _, name = key.rpartition(".")
-    config, group = Config(), group or "train"
-    return replace(config, **{group: replace(getattr(config, group), **{name: value})})
-
-
-def test_the_bounds_of_every_range_are_held() -> None:
-    for key, (least, most, refused) in RANGES.items():
-        outside = [float("nan"), float("inf"), float("-inf"), 2**2000]
-        if least is not None:
-            outside += [least - 1, -(2**70)] + [least] * (refused == "above")
-        if most is not None:
-            outside += [most + 1] + [most] * (refused == "below")
-        for value in outside:
-            with pytest.raises(ValueError, match=rf"^{key} is .*; it must be "):
-                check_ranges(set_key(key, value))
-    check_ranges(Config())
-    for key, value in [("optimizer.cooldown", 1.0), ("optimizer.lr", 0.0), ("seed", 2**63 - 1), ("keep", 0)]:
-        check_ranges(set_key(key, value))
-
-
-def test_a_float_without_a_range_must_still_be_finite() -> None:
-    with pytest.raises(ValueError, match=r"model.norm_eps is inf; it must be finite"):
-        check_ranges(set_key("model.norm_eps", float("inf")))
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from config import CONFIG_GROUPS, Config, DataConfig, TrainConfig
+from config import SETTINGS, Config, DataConfig, TrainConfig
 from config.schema import flat
+from config.setting import REFUSED, WARNED
 from training import runfolder
 from training.runfolder import (
-    FIXED,
-    FREE,
-    KEY_CLASSES,
     LOCK,
-    WARNED,
     claimed_folder,
     config_fingerprint,
     refuse_changes,
@@ -33,7 +30,7 @@ from training.runfolder import (
 
 
 def test_the_fingerprint_of_settings_is_that_of_runs_saved_long_ago() -> None:
-    """If a new key changes it, those runs cannot be resumed: the key belongs in config.BEFORE."""
+    """If a new key changes it, those runs cannot be resumed: the key says by `before` what they had."""
     config = Config(data=DataConfig(heal=False, regroup=False), train=TrainConfig(max_steps=1))
     assert config_fingerprint(config).startswith("d7fc37afbefb")
 
@@ -232,23 +229,13 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_key_has_a_class_and_every_class_a_key() -> None:
-    keys = {
-        f"{group}.{f.name}".lstrip(".")
-        for group, kind in CONFIG_GROUPS.items()
-        for f in dataclasses.fields(kind)
-    }
-    assert KEY_CLASSES.keys() == keys == flat(Config()).keys()
-    assert set(KEY_CLASSES.values()) == {FIXED, WARNED, FREE}
-
-
 @pytest.mark.parametrize("key", list(flat(Config())))
 def test_a_changed_key_is_refused_warned_of_or_free(run: Path, key: str, capsys: Any) -> None:
     other = changed(Config(), key)
     before, after = flat(Config())[key], flat(other)[key]
     assert before != after
-    kind = KEY_CLASSES[key]
-    if kind == FIXED:
+    kind = SETTINGS[key].on_resume
+    if kind == REFUSED:
         with pytest.raises(ValueError, match=f"{key} was .* set it back") as caught:
             refuse_changes(run, other)
         assert str(before) in str(caught.value) and str(after) in str(caught.value)
@@ -257,13 +244,7 @@ def test_a_changed_key_is_refused_warned_of_or_free(run: Path, key: str, capsys:
     told = capsys.readouterr().err
     assert (f"warning: {key} was {before} so far and is {after} now" in told) == (kind == WARNED)
     assert kind == WARNED or not told
-    assert (config_fingerprint(other) != config_fingerprint(Config())) == (kind == FIXED)
-
-
-def test_a_key_that_nobody_classed_is_fixed(run: Path, monkeypatch: Any) -> None:
-    monkeypatch.delitem(KEY_CLASSES, "samples")
-    with pytest.raises(ValueError, match="samples was 3"):
-        refuse_changes(run, changed(Config(), "samples"))
+    assert (config_fingerprint(other) != config_fingerprint(Config())) == (kind == REFUSED)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import trainingmanager
 from architecture import Decoder
 from config import (
     BEFORE,
+    SETTINGS,
     Config,
     DataConfig,
     ModelConfig,
@@ -34,6 +35,7 @@ from config import (
     parse_config,
 )
 from config.schema import flat
+from config.setting import REFUSED
 from data.documents import SPLITS
 from dataset import IGNORE_INDEX, Batch
 from guards import preflight
@@ -45,14 +47,7 @@ from training.log import Log
 from training.loop import Observer, TrainingManager, compile_blocks
 from training.optim import Muon
 from training.run import load_run
-from training.runfolder import (
-    FIXED,
-    KEY_CLASSES,
-    LATER,
-    claimed_folder,
-    config_fingerprint,
-    new_folder,
-)
+from training.runfolder import claimed_folder, config_fingerprint, new_folder
 from training.state import RunState, budget_used
 
 
@@ -654,9 +649,10 @@ def test_a_run_from_before_the_test_split_goes_on_without_one(
 
     config = replace(config, data=replace(config.data, test_one_in=0, heal=False))
     values = flat(config.with_optimizer_defaults())
-    fixed = {key: value for key, value in values.items() if KEY_CLASSES[key] == FIXED}
-    for key in LATER:
-        del fixed[key]
+    later = ("data.heal", "data.test_one_in", "model.base_width")
+    fixed = {
+        key: value for key, value in values.items() if SETTINGS[key].on_resume == REFUSED and key not in later
+    }
     assert (
         config_fingerprint(config) == hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
     )

@@ -17,8 +17,9 @@ from typing import TextIO
 
 import yaml
 
-from config import BEFORE, Config, write_atomically
+from config import SETTINGS, Config, write_atomically
 from config.schema import flat
+from config.setting import REFUSED, WARNED
 from config.yamlfile import read_yaml
 
 LOCK = ".lock"
@@ -103,137 +104,6 @@ def new_folder() -> Path:
     raise AssertionError
 
 
-# What a resumed run may change, for every key. `fixed` is refused: the position in the data or the sense of
-# the state would change too. `warned` goes on, but the run is no longer the one that was never stopped: its
-# numbers, its learning rates or what its best checkpoint was chosen by differ. `free` touches none of these.
-# The data and the tokenizer themselves are compared by their fingerprints, wherever they lie.
-FIXED, WARNED, FREE = "fixed", "warned", "free"
-KEY_CLASSES: dict[str, str] = {
-    "run": FREE,
-    "resume": FREE,
-    "prove_resume": FREE,
-    "plan": FREE,
-    "prepare": FREE,
-    "overfit": FIXED,
-    "base": FREE,
-    "base_revision": FREE,
-    "base_format": FIXED,
-    "row_length": FIXED,
-    "seed": FIXED,
-    "device": WARNED,
-    "precision": WARNED,
-    "eval_precision": WARNED,
-    "batch_size": FIXED,
-    "accumulation": FIXED,
-    "max_seconds": WARNED,
-    "max_steps": WARNED,
-    "max_epochs": WARNED,
-    "validate_every": FREE,
-    "validation_rows": WARNED,
-    "patience": FREE,
-    "save_every": FREE,
-    "keep": FREE,
-    "log_every": FREE,
-    "activation_checkpointing": WARNED,
-    "compile": WARNED,
-    "allow": FREE,
-    "samples": FREE,
-    "data.source": FREE,
-    "data.suffixes": FIXED,
-    "data.text_field": FIXED,
-    "data.group_field": FIXED,
-    "data.regroup": FIXED,
-    "data.validation_one_in": FIXED,
-    "data.test_one_in": FIXED,
-    "data.drop_comments": FIXED,
-    "data.skip_undecodable": FIXED,
-    "data.loss_on": FIXED,
-    "data.heal": FIXED,
-    "data.fim_rate": FIXED,
-    "data.order": FIXED,
-    "data.difficulty": FIXED,
-    "data.cache": FREE,
-    "data.cache_gb": FREE,
-    "data.workers": FREE,
-    "tokenizer.kind": FIXED,
-    "tokenizer.vocab_size": FIXED,
-    "tokenizer.min_count": FIXED,
-    "tokenizer.path": FREE,
-    "model.vocab_size": FIXED,
-    "model.block_size": FIXED,
-    "model.n_layer": FIXED,
-    "model.n_head": FIXED,
-    "model.n_kv_head": FIXED,
-    "model.n_embd": FIXED,
-    "model.head_dim": FIXED,
-    "model.n_inner": FIXED,
-    "model.block": FIXED,
-    "model.norm": FIXED,
-    "model.norm_eps": FIXED,
-    "model.norm_weight": FIXED,
-    "model.norm_bias": FIXED,
-    "model.position": FIXED,
-    "model.rotary_dim": FIXED,
-    "model.rotary_layout": FIXED,
-    "model.rope_theta": FIXED,
-    "model.mlp": FIXED,
-    "model.qk_norm": FIXED,
-    "model.fused_qkv": FIXED,
-    "model.qkv_bias": FIXED,
-    "model.attention_bias": FIXED,
-    "model.mlp_bias": FIXED,
-    "model.tie_embeddings": FIXED,
-    "model.dropout": FIXED,
-    "model.rope_scaling": FIXED,
-    "model.rope_factor": FIXED,
-    "model.rope_context": FIXED,
-    "model.rope_low_freq": FIXED,
-    "model.rope_high_freq": FIXED,
-    "model.sliding_window": FIXED,
-    "model.window_layers": FIXED,
-    "model.qkv_layout": FIXED,
-    "model.head_bias": FIXED,
-    "model.embed_dropout": FIXED,
-    "model.attention_dropout": FIXED,
-    "model.attention": FIXED,
-    "model.init": FIXED,
-    "model.base_width": FIXED,
-    "lora.r": FIXED,
-    "lora.alpha": FIXED,
-    "lora.dropout": FIXED,
-    "lora.targets": FIXED,
-    "lora.rank_pattern": FIXED,
-    "lora.alpha_pattern": FIXED,
-    "lora.rslora": FIXED,
-    "lora.dora": FIXED,
-    "lora.init": FIXED,
-    "lora.bias": FIXED,
-    "lora.train_modules": FIXED,
-    "lora.new_tokens": FIXED,
-    "lora.lr_ratio": FIXED,
-    "optimizer.name": FIXED,
-    "optimizer.lr": FIXED,
-    "optimizer.muon_lr": FIXED,
-    "optimizer.embedding_lr": FIXED,
-    "optimizer.head_lr": FIXED,
-    "optimizer.weight_decay": FIXED,
-    "optimizer.beta1": FIXED,
-    "optimizer.beta2": FIXED,
-    "optimizer.eps": FIXED,
-    "optimizer.grad_clip": FIXED,
-    "optimizer.schedule": FIXED,
-    "optimizer.warmup_steps": FIXED,
-    "optimizer.cooldown": FIXED,
-    "optimizer.min_lr_factor": FIXED,
-    "optimizer.label_smoothing": FIXED,
-    "optimizer.z_loss": FIXED,
-}
-
-
-# Keys that came after the first fingerprints of settings, which lack them.
-LATER = frozenset({"data.heal", "data.test_one_in", "model.base_width"})
-
-
 def with_data_resolved(config: Config, folder: Path) -> Config:
     """Return the config with `data.regroup` decided.
 
@@ -250,21 +120,21 @@ def with_data_resolved(config: Config, folder: Path) -> Config:
 
 
 def config_fingerprint(config: Config) -> str:
-    """Return the SHA-256 of the fixed keys' values: equal for all stretches of one run.
+    """Return the SHA-256 of the values that a resumed run may not change: equal for all stretches of one run.
 
-    A key of LATER is left out while it has the value that stood for it before it existed, so that a run that
+    A setting that came later is left out while it has the value that stood for it before, so that a run that
     was saved then can go on.
     """
     fixed = {
         key: value
         for key, value in flat(config.with_optimizer_defaults()).items()
-        if KEY_CLASSES.get(key, FIXED) == FIXED and not (key in LATER and BEFORE[key] == value)
+        if (known := SETTINGS[key]).on_resume == REFUSED and not (known.is_later and known.before == value)
     }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_changes(folder: Path, config: Config) -> None:
-    """Raise a ValueError if a resumed run has another value of a fixed key; warn of the warned keys."""
+    """Raise a ValueError if a resumed run has another value of a key that refuses one; warn of others."""
     saved = read_yaml(folder / "config.yaml")
     before = flat(with_data_resolved(Config.from_dict(saved), folder).with_optimizer_defaults())
     if "validation_batches" in saved:
@@ -276,10 +146,10 @@ def refuse_changes(folder: Path, config: Config) -> None:
     after = flat(with_data_resolved(config, folder).with_optimizer_defaults())
     changed = {key: (before[key], new) for key, new in after.items() if before[key] != new}
     for key, (old, new) in changed.items():
-        if KEY_CLASSES.get(key, FIXED) == FIXED:
+        if SETTINGS[key].on_resume == REFUSED:
             raise ValueError(f"{key} was {old} when {folder} began and is {new} now; set it back")
     for key, (old, new) in changed.items():
-        if KEY_CLASSES[key] == WARNED:
+        if SETTINGS[key].on_resume == WARNED:
             print(
                 f"warning: {key} was {old} so far and is {new} now; from here on the run differs from one "
                 "that was never stopped",
