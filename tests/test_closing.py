@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from config.console import for_shell, printable
-from config.console import command_of
+from config.console import command_of, for_shell, printable
 from suites.closing import closing_lines, flags_of, shown_examples, verdict
 
 
