@@ -63,6 +63,7 @@ class DataConfig:
         cache_gb: Bound of the cache, in 10**9 bytes. Entries that were used longest ago are removed to keep
             below it, but none that is open or was used since the run began; 0 is no bound.
         workers: Processes that tokenise; 0 means one for each core.
+        verify: Read all files of the source, even where their names, sizes and times are as recorded.
     """
 
     source: str = "stdlib"
@@ -82,6 +83,7 @@ class DataConfig:
     cache: str = "cache"
     cache_gb: float = 20.0
     workers: int = 0
+    verify: bool = False
 
     def resolved(self) -> DataConfig:
         """Return the settings with `regroup` decided, which no other code decides."""

@@ -155,6 +155,7 @@ KEY_CLASSES: dict[str, str] = {
     "data.cache": FREE,
     "data.cache_gb": FREE,
     "data.workers": FREE,
+    "data.verify": FREE,
     "tokenizer.kind": FIXED,
     "tokenizer.vocab_size": FIXED,
     "tokenizer.min_count": FIXED,
