@@ -51,7 +51,7 @@ class FileState(NamedTuple):
 
     size: int
     mtime_ns: int
-    ctime_ns: int  # Unlike mtime, no program can set it.
+    ctime_ns: int  # Unlike mtime, programs cannot set it.
     inode: int
 
     @classmethod

@@ -4,11 +4,11 @@
     write_record(config, record)       # after it was
 
 A record is trusted if the names, sizes, times and inodes of all files are as recorded, and if a few files,
-chosen anew at every start, have the bytes that they had. A write sets the time of change (ctime), which no
-program can set back. But its clock ticks every few milliseconds, or seconds on some file systems: a file that
-had just been changed when it was recorded could be changed once more without a trace, as in git's index (its
-documentation calls that "racy"). So such a file is not trusted, and nor is any on a file system that is not
-known to keep that time.
+chosen anew at every start, have the bytes that they had. A write sets the time of change (ctime), which
+programs cannot set back. But its clock ticks every few milliseconds, or seconds on some file systems: a file
+that had just been changed when it was recorded could be changed once more without a trace, as in git's index
+(its documentation calls that "racy"). So such a file is not trusted, and nor is any on a file system that is
+not known to keep that time.
 """
 
 from __future__ import annotations
