@@ -240,7 +240,7 @@ BAD = {
     ),
     "middle without tokens": (
         [{**GOOD, "path": f"{n}"} for n in range(9)] + [{"prefix": "a", "suffix": "c", "middle": "b"}],
-        {},
+        {"test_one_in": 0},  # Of the equal rows one stays.
         r"no fill-in-the-middle tokens such as <fim_prefix>, so .*line 10 cannot be learned; give prompt and",
     ),
     "comments": (
