@@ -1,7 +1,8 @@
 """Rows of tokens, batches of rows, and the labels of a batch.
 
-    tokenizer = prepare_tokenizer(config.data, config.tokenizer)  # trains it, or reuses the cache
-    prepared = prepare_data(config.data, tokenizer)  # reads, splits and tokenises, or reuses the cache
+    documents = RunDocuments(config.data)  # reads nothing yet
+    tokenizer = prepare_tokenizer(documents, config.tokenizer)  # trains it, or reuses the cache
+    prepared = prepare_data(documents, tokenizer)  # tokenises, or reuses the cache
     batches = Batches(prepared.train, batch_size=16, block_size=256, seed=0)
     tokens, labels, document_ids, positions = batches.batch(step)
 

@@ -127,7 +127,7 @@ def random_model(family: str, folder: Path, shape: tuple[int, int, int]) -> str:
     import torch
 
     from architecture import Decoder
-    from data.corpus import training_texts
+    from data.corpus import split_documents, training_texts
     from pretrained import save_pretrained
     from recipes.base_config import BaseConfig
     from recipes.small_base import model_of
@@ -136,7 +136,7 @@ def random_model(family: str, folder: Path, shape: tuple[int, int, int]) -> str:
     n_layer, n_head, n_embd = shape
     settings = BaseConfig(family, n_layer=n_layer, n_head=n_head, n_embd=n_embd)  # pyright: ignore[reportArgumentType]
     config = model_of(settings)
-    tokenizer = BPETokenizer.train(training_texts(DataConfig(str(REPOSITORY))), 8000)
+    tokenizer = BPETokenizer.train(training_texts(split_documents(DataConfig(str(REPOSITORY)))), 8000)
     torch.manual_seed(0)
     model = Decoder(replace(config, vocab_size=tokenizer.vocab_size, init="normal"))
     save_pretrained(model, tokenizer, folder, family)

@@ -84,6 +84,7 @@ class DataConfig:
         cache_gb: Bound of the cache, in 10**9 bytes. Entries that were used longest ago are removed to keep
             below it, but none that is open or was used since the run began; 0 is no bound.
         workers: Processes that tokenise; 0 means one for each core.
+        verify: Read all files of the source, even where their names, sizes and times are as recorded.
     """
 
     source: str = setting("stdlib", on_resume=FREE)
@@ -105,6 +106,7 @@ class DataConfig:
     cache: str = setting("cache", on_resume=FREE)
     cache_gb: float = setting(20.0, at_least=0, on_resume=FREE)
     workers: int = setting(0, at_least=0, on_resume=FREE)
+    verify: bool = setting(False, on_resume=FREE)
 
     def resolved(self) -> DataConfig:
         """Return the settings with `regroup` decided, which no other code decides."""

@@ -2,6 +2,7 @@
 
     CACHE/tokens-KEY/            token stores (data/tokenstore.py), and the results of comparing them
     CACHE/tokenizers/KEY/        trained tokenizers
+    CACHE/source-KEY.json        what a source was like when it was read (data/recorded.py)
     CACHE/groups-KEY.json        documents that belong together by their text (data/corpus.py)
     CACHE/predictions/           predictions of interrupted evaluations (suites/kept.py)
     CACHE/bases/                 bases that a recipe trained: runs need them, so they are never removed
@@ -34,7 +35,7 @@ SUMS = "sha256.json"  # the file of checksums in a sealed folder
 GB = 10**9
 # Nothing else is ever removed: --data.cache may name a folder that holds other things.
 ENTRIES = {
-    "": r"\.?(tokens-[0-9a-f]{24}(-[0-9a-f]{32})?|groups-[0-9a-f]{32}\.json)(\.gone-[0-9a-f]{32})*",
+    "": r"\.?(tokens-[0-9a-f]{24}(-[0-9a-f]{32})?|(groups|source)-[0-9a-f]{32}\.json)(\.gone-[0-9a-f]{32})*",
     "tokenizers": r"\.?[0-9a-f]{32}(\.\d+)?(\.gone-[0-9a-f]{32})*",
     "predictions": r"\.?eval-.+-[0-9a-f]{32}\.jsonl(\.gone-[0-9a-f]{32})*",
 }
@@ -86,7 +87,7 @@ def read_sealed(path: Path) -> Any:
 
 def seal_folder(folder: Path) -> None:
     """Write down the SHA-256 of every file in a folder, to be compared by `verify_folder`."""
-    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     write_atomically(folder / SUMS, sealed(sums))
 
 
@@ -100,7 +101,9 @@ def verify_folder(folder: Path) -> None:
         sums = unsealed((folder / SUMS).read_text("utf-8"))
         # The checksums may be a stranger's: no device is read, and no file of another folder.
         there = {path.name for path in folder.iterdir() if path.is_file()}
-        changed = [name for name, sum in sums.items() if name not in there or _sha256(folder / name) != sum]
+        changed = [
+            name for name, sum in sums.items() if name not in there or file_sha256(folder / name) != sum
+        ]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} cannot be verified ({error})") from None
     if changed:
@@ -125,7 +128,8 @@ def refuse_changed(folder: Path, remedy: str) -> None:
         raise ValueError(f"{error}; restore it from a copy, or {remedy}") from None
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -15,28 +15,20 @@ import hashlib
 import itertools
 import json
 import os
-import re
-import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from config import MOST_BYTES, DataConfig
 from data import leaks
-from data.cache import read_sealed, write_sealed
+from data.cache import file_sha256, read_sealed, write_sealed
 from data.comments import drop_comments
-from data.documents import SPLITS, Document, Report, utf8
+from data.documents import SPLITS, Document, FileState, ReadFile, Report, utf8
 from data.fim import gap_of
 from data.rows import decoded, example_of, jsonl_rows, listed, parquet_rows
+from data.sourcefiles import CORPUS, corpus_parts, source_files, split_files
 
-# Files of rows that give the split themselves, also in shards (train-00000-of-00002.parquet).
-SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?\.(jsonl|jsonl\.gz|parquet)")
 ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
-CORPUS = "corpus.json"  # the file that describes a corpus built by `scraping`
-STDLIB_LEFT_OUT = frozenset(
-    {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
-)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -56,7 +48,7 @@ def refuse_unreadable(config: DataConfig) -> None:
     for split, n in {"validation": config.validation_one_in, "test": config.test_one_in}.items():
         if n < 0:
             raise ValueError(f"--data.{split}_one_in is {n}, and must be at least 2")
-    given = dict(_split_files(source))
+    given = dict(split_files(source))
     if given and config.regroup:
         raise ValueError(
             f"--data.regroup is set, and {config.source} gives the split itself, in files named "
@@ -92,18 +84,16 @@ def read_documents(config: DataConfig, report: Report | None = None) -> Iterator
     refuse_unreadable(config)
     report = Report() if report is None else report
     source = Path(config.source)
-    if config.source == "stdlib":
-        documents = _read_folder(Path(sysconfig.get_path("stdlib")), STDLIB_LEFT_OUT, config, report)
-    elif (source / CORPUS).is_file():
+    if (source / CORPUS).is_file():
         documents = _read_corpus(source, config, report)
-    elif split_files := _split_files(source):
+    elif given := split_files(source):
         documents = itertools.chain.from_iterable(
-            _read_rows(path, config, report, split) for split, path in split_files
+            _read_rows(path, path.name, config, report, split) for split, path in given
         )
-    elif source.is_dir():
-        documents = _read_folder(source, frozenset(), config, report)
+    elif config.source == "stdlib" or source.is_dir():
+        documents = _read_folder(config, report)
     else:
-        documents = _read_rows(source, config, report)
+        documents = _read_rows(source, source.name, config, report)
     python_files = 0
     for document in documents:
         report.documents += 1
@@ -156,38 +146,22 @@ def _nothing_read(config: DataConfig, report: Report) -> str:
 def _read_corpus(folder: Path, config: DataConfig, report: Report) -> Iterator[Document]:
     """Yield the rows of the parts in corpus.json, whose SHA-256 is compared first; a cluster is a group."""
     path = folder / CORPUS
-    try:
-        corpus = json.loads(path.read_text("utf-8"))
-        parts = [(folder / part["file"], str(part["sha256"])) for part in corpus["parts"]]
-        report.corpus = str(corpus["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a corpus: {error}") from None
+    _read_file(path, CORPUS, report)
+    report.corpus, parts = corpus_parts(folder)
     rows = dataclasses.replace(config, text_field="text", group_field=config.group_field or "cluster")
-    for part, sha256 in parts:
+    for name, sha256 in parts:
+        part = folder / name
         if not part.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} lists {part}, which lies outside of its folder: it is not read")
         try:
-            with open(part, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_sha256(part)
         except OSError as error:
             raise ValueError(f"{part}, which {path} lists, cannot be read: {error.strerror}") from None
         if found != sha256:
             raise ValueError(
                 f"{part} has the SHA-256 {found[:12]}, and {path} says {sha256[:12]}: build the corpus again"
             )
-        yield from _read_rows(part, rows, report)
-
-
-def _split_files(source: Path) -> list[tuple[str, Path]]:
-    """Return (split, file) of a folder that gives the split itself, test first; none of any other source."""
-    if not source.is_dir():
-        return []
-    names = sorted(path.name for path in source.iterdir() if path.is_file())
-    found = [(match[1], source / name) for name in names if (match := SPLIT_FILE.fullmatch(name))]
-    splits = {split for split, _ in found}
-    if "train" not in splits or len(splits) == 1:
-        return []
-    return sorted(found, key=lambda file: SPLITS.index(file[0]), reverse=True)
+        yield from _read_rows(part, name, rows, report)
 
 
 def _without_comments(document: Document, report: Report) -> Document:
@@ -207,36 +181,51 @@ def _other_endings(root: Path) -> list[tuple[str, int]]:
     return endings.most_common(3)
 
 
-def _read_folder(
-    root: Path, left_out: frozenset[str], config: DataConfig, report: Report
-) -> Iterator[Document]:
-    def stop(error: OSError) -> NoReturn:  # os.walk would silently skip a folder that it may not read.
-        raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+def _read_folder(config: DataConfig, report: Report) -> Iterator[Document]:
+    root, names = source_files(config)
+    for name in names:
+        path = root / name
+        text = decoded(_read_file(path, name, report), str(path), 0, config, report)
+        if text is not None:
+            yield Document(name, text, name, where=str(path))
 
-    real_root = root.resolve()
-    paths: list[str] = []
-    for folder, folders, files in os.walk(root, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
-        for file in files:
-            path = Path(folder, file)
-            inside = not path.is_symlink() or path.resolve().is_relative_to(real_root)
-            if file.endswith(tuple(config.suffixes)) and inside and path.is_file():
-                paths.append(path.relative_to(root).as_posix())
-    for name in sorted(paths):
-        size = (root / name).stat().st_size  # A sparse file may have any size on a small disk.
-        if size > MOST_BYTES:
+
+def _read_file(path: Path, name: str, report: Report) -> bytes:
+    """Return the bytes of one file of the source, and note what it was like.
+
+    Raises:
+        ValueError: It is too large for one document, or changed while it was read.
+    """
+    with open(path, "rb") as file:
+        before = FileState.of(os.fstat(file.fileno()))
+        if before.size > MOST_BYTES:  # A sparse file may have any size on a small disk.
             raise ValueError(
-                f"{root / name} has {size:,} bytes, and a document may have {MOST_BYTES:,}: cut it into "
+                f"{path} has {before.size:,} bytes, and a document may have {MOST_BYTES:,}: cut it into "
                 "several files, or leave it out of the folder"
             )
-        text = decoded((root / name).read_bytes(), str(root / name), 0, config, report)
-        if text is not None:
-            yield Document(name, text, name, where=str(root / name))
+        data = file.read()
+        _refuse_change(path, before, FileState.of(os.fstat(file.fileno())))
+    report.files[name] = ReadFile(before, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _refuse_change(path: Path, before: FileState, after: FileState) -> None:
+    if after != before:
+        raise ValueError(f"{path} changed while it was read: start again")
 
 
 def _read_rows(
-    path: Path, config: DataConfig, report: Report, split: str | None = None
+    path: Path, name: str, config: DataConfig, report: Report, split: str | None = None
 ) -> Iterator[Document]:
+    """Yield the documents of one file of rows, and note at its end what the file was like."""
+    before = FileState.of(os.stat(path))
+    yield from _documents_of(path, config, report, split)
+    sha256 = file_sha256(path)  # Only now: a file that is refused may have any size.
+    _refuse_change(path, before, FileState.of(os.stat(path)))
+    report.files[name] = ReadFile(before, sha256)
+
+
+def _documents_of(path: Path, config: DataConfig, report: Report, split: str | None) -> Iterator[Document]:
     rows = parquet_rows if path.suffix == ".parquet" else jsonl_rows
     first: tuple[str, str] | None = None
     for number, row in rows(path, config, report):
@@ -309,7 +298,7 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
     """
     config = config.resolved()
     one_in = {"validation": config.validation_one_in, "test": config.test_one_in}
-    given = dict(_split_files(Path(config.source)))
+    given = dict(split_files(Path(config.source)))
     one_in |= dict.fromkeys(given.keys() & one_in.keys(), 0)
     report = Report() if report is None else report
     content = hashlib.sha256()
@@ -353,7 +342,7 @@ def split_documents(config: DataConfig, report: Report | None = None) -> Iterato
 
 
 def _regrouped(config: DataConfig, kept: list[tuple[Document, bytes, int]]) -> list[str]:
-    """Return the group of each document by its text, cached, since a run needs it three times."""
+    """Return the group of each document by its text, cached: other settings split by the same groups."""
     key = hashlib.sha256(f"{leaks.VERSION}".encode())
     for document, digest, _ in kept:
         key.update(json.dumps([document.name, document.group, digest.hex()]).encode())
@@ -382,13 +371,12 @@ def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Do
         yield document, digest, len(data)
 
 
-def training_texts(config: DataConfig) -> Iterator[str]:
+def training_texts(documents: Iterable[tuple[str, Document]]) -> Iterator[str]:
     """Yield the texts of the train split, in order: what a tokenizer may learn from.
 
-    The prompt, the suffix and the completion of an example come apart, as they are tokenised. Errors are
-    those of `split_documents`.
+    The prompt, the suffix and the completion of an example come apart, as they are tokenised.
     """
-    for split, document in split_documents(config):
+    for split, document in documents:
         if split == "train":
             parts = (document.prompt, document.suffix, document.text)
             yield from (part for part in parts if part is not None)

@@ -1,9 +1,11 @@
-"""A document of a corpus, the names of the splits, and the report on all documents."""
+"""A document of a corpus, the names of the splits, and the report on all documents and files."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Training learns from the first, the second chooses checkpoints and settings, the third is scored at the end.
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
@@ -44,6 +46,26 @@ class Document:
         return None
 
 
+class FileState(NamedTuple):
+    """What the file system says of a file; it differs after the file was written, replaced or touched."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int  # Unlike mtime, programs cannot set it.
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+class ReadFile(NamedTuple):
+    """A file as it was when it was read."""
+
+    state: FileState
+    sha256: str
+
+
 @dataclass
 class Report:
     """The counts of a corpus as it was read. `documents == duplicates + sum(kept.values())`.
@@ -61,6 +83,7 @@ class Report:
             which are test; set at the end.
         corpus: Fingerprint in the corpus.json of a corpus that `scraping` built; "" for other sources.
         without_rows: A sentence for each JSONL file without a row.
+        files: The files that were read, by their names in the source.
     """
 
     documents: int = 0
@@ -74,3 +97,4 @@ class Report:
     fingerprint: str = ""
     corpus: str = ""
     without_rows: list[str] = dataclasses.field(default_factory=list)
+    files: dict[str, ReadFile] = dataclasses.field(default_factory=dict, repr=False)

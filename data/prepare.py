@@ -1,7 +1,8 @@
 """The tokenizer and the token store of a run's data, made once and cached.
 
-    tokenizer = prepare_tokenizer(config.data, config.tokenizer)  # trains it, or reuses the cache
-    prepared = prepare_data(config.data, tokenizer)  # reads, splits and tokenises, or reuses the cache
+    documents = RunDocuments(config.data)  # reads nothing yet
+    tokenizer = prepare_tokenizer(documents, config.tokenizer)  # trains it, or reuses the cache
+    prepared = prepare_data(documents, tokenizer)  # tokenises, or reuses the cache
 
 The splits (data/corpus.py) are tokenised into a store (data/tokenstore.py), in a folder named after the
 content of the data, the tokenizer and the settings, so data that changed cannot meet an old store.
@@ -21,13 +22,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from config import DataConfig, TokenizerConfig, say
 from data.cache import InUse, discard, make_room, say_damaged, seal_folder, verify_folder
-from data.corpus import split_documents, training_texts
-from data.documents import Report
+from data.corpus import training_texts
+from data.documents import Document, Report
 from data.fim import fim_markers, known_markers
+from data.run_documents import RunDocuments
 from data.tokenstore import FORMAT, TokenStore, build_store, open_store
 from tokenization import healing
 from tokenizer import TRAINING_VERSION, BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
@@ -36,23 +36,22 @@ from tokenizer import TRAINING_VERSION, BPETokenizer, CodeTokenizer, Tokenizer, 
 POOL_PAYS_BYTES = 4_000_000
 
 
-def prepare_tokenizer(data: DataConfig, settings: TokenizerConfig) -> Tokenizer:
+def prepare_tokenizer(data: DataConfig | RunDocuments, settings: TokenizerConfig) -> Tokenizer:
     """Load `settings.path`, or train on the training files, cached by all that decides the result."""
+    documents = data if isinstance(data, RunDocuments) else RunDocuments(data)
     if settings.path is not None:
         return load_tokenizer(Path(settings.path)).with_start()
     if settings.kind == "pretrained":
         raise ValueError(
             "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
         )
-    key = hashlib.sha256(f"{TRAINING_VERSION} {settings!r}".encode())
-    for text in training_texts(data):
-        key.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    folder = Path(data.cache) / "tokenizers" / key.hexdigest()[:32]
+    name = documents.tokenizer_name(f"{TRAINING_VERSION} {settings!r}")
+    folder = Path(documents.config.cache) / "tokenizers" / name
     tokenizer = _cached_tokenizer(folder)
     if tokenizer is not None:
         return tokenizer
     say(f"training a {settings.kind} tokenizer of up to {settings.vocab_size} ids")
-    texts = training_texts(data)
+    texts = training_texts(documents)
     if settings.kind == "code":
         tokenizer = CodeTokenizer.train(texts, settings.vocab_size, settings.min_count)
     else:
@@ -94,7 +93,8 @@ def _cached_tokenizer(folder: Path) -> Tokenizer | None:
 class PreparedData:
     """The stores, their folder, the report on every document, and the data's fingerprint.
 
-    Without a test split `test` is `validation`; without a validation split both are `train`.
+    Without a test split `test` is `validation`; without a validation split both are `train`. The first
+    documents for training are there as they were read, but not where only the store was opened.
     """
 
     train: TokenStore
@@ -103,13 +103,14 @@ class PreparedData:
     folder: Path
     report: Report
     fingerprint: str
+    first_documents: tuple[Document, ...] = ()
 
 
 def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examples: bool) -> str:
     """Name a store by all that decides its bytes, which the place of the data and the workers do not."""
     settings = dataclasses.asdict(config)
     # The last three decide labels and batches, and no tokens.
-    for name in ("source", "cache", "cache_gb", "workers", "loss_on", "order", "difficulty"):
+    for name in ("source", "cache", "cache_gb", "workers", "loss_on", "order", "difficulty", "verify"):
         del settings[name]
     if not (settings["heal"] and examples):  # Stores from before the setting have this key.
         del settings["heal"]
@@ -158,74 +159,67 @@ def _opened(folder: Path, report: Report) -> PreparedData:
     return PreparedData(train, validation, test, folder, report, report.fingerprint)
 
 
-def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
-    """Read, split and tokenise the corpus into a store under `config.cache`, or reuse the one that is there.
+def prepare_data(data: DataConfig | RunDocuments, tokenizer: Tokenizer) -> PreparedData:
+    """Tokenise the documents of a run into a store under `cache`, or reuse the one that is there.
 
-    The corpus is read twice: once for the key, which covers every byte, and once to tokenise it. A store that
-    is reused has its SHA-256 compared first; one that is damaged is built again, with a warning. Builders
-    that run at once each write a folder of their own, and the first to finish gives its to all.
+    A store that is reused has its SHA-256 compared first; one that is damaged is built again, with a warning.
+    Builders that run at once each write a folder of their own, and the first to finish gives its to all. The
+    texts are released at the end.
+
+    Args:
+        data: The settings, or the documents, if something else of the run reads them too.
 
     Raises:
         ValueError: as `split_documents` and `build_store`; or the corpus changed while it was read, or holds
             gaps that the tokenizer has no markers for.
         OSError: the cache cannot be written, or the disk is full; nothing half-written stays.
     """
+    documents = data if isinstance(data, RunDocuments) else RunDocuments(data)
+    config = documents.config
     if tokenizer.start_id is None:  # The first bytes of a document would count and never be predicted.
         if tokenizer.with_start().start_id is not None:
             raise ValueError("the tokenizer puts nothing before a text; train with its with_start()")
         raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
-    config = config.resolved()
     if tokenizer.heals != config.heal:
         tokenizer = copy.copy(tokenizer)  # The caller's own stays as it is.
         tokenizer.heals = config.heal
-    report, examples = _read_once(config, tokenizer)
-    target = _store_folder(config, tokenizer, report.fingerprint, examples)
+    record = documents.record
+    if record.first_gap:
+        fim_markers(tokenizer, f"{record.first_gap} cannot be learned; give prompt and completion")
+    target = _store_folder(config, tokenizer, documents.fingerprint, record.holds_examples)
+    prepared = None
     if target.exists():
         try:
-            prepared = _verified(target, tokenizer, report)
-            make_room(Path(config.cache), config.cache_gb)
-            return prepared
+            prepared = _verified(target, tokenizer, record.report)
         except ValueError as error:
             say_damaged(target, error)
             discard(target)
-    _build(target, config, tokenizer, report)
-    prepared = _opened(target, report)
+    if prepared is None:
+        _build(target, documents, tokenizer)
+        prepared = _opened(target, record.report)
+    documents.release()
     make_room(Path(config.cache), config.cache_gb)
-    return prepared
+    return dataclasses.replace(prepared, first_documents=tuple(record.first_documents))
 
 
-def _read_once(config: DataConfig, tokenizer: Tokenizer) -> tuple[Report, bool]:
-    """Read the corpus for its report and fingerprint, and whether it holds examples."""
-    report, examples = Report(), False
-    with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
-        for _, document in split_documents(config, report):
-            examples |= document.prompt is not None
-            if document.suffix is not None:
-                fim_markers(tokenizer, f"{document.where} cannot be learned; give prompt and completion")
-            bar.update()
-    return report, examples
-
-
-def _build(target: Path, config: DataConfig, tokenizer: Tokenizer, report: Report) -> None:
-    """Tokenise the corpus that `report` is of into a store, and give it its name when it is whole."""
-    total_bytes = sum(report.kept_bytes.values())
+def _build(target: Path, documents: RunDocuments, tokenizer: Tokenizer) -> None:
+    """Tokenise documents into a store, and give it its name when it is whole."""
+    config = documents.config
+    total_bytes = sum(documents.record.report.kept_bytes.values())
     workers = (config.workers or os.cpu_count() or 1) if total_bytes >= POOL_PAYS_BYTES else 1
     # Not tempfile: its folders are closed to other users, and the cache may be shared.
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
-        again = Report()
         build_store(
             temporary,
-            split_documents(config, again),
+            documents,
             tokenizer,
-            fingerprint=report.fingerprint,
+            fingerprint=documents.fingerprint,
             workers=workers,
             total_bytes=total_bytes,
         )
-        if again.fingerprint != report.fingerprint:
-            raise ValueError(f"the corpus {config.source} changed while it was read: start again")
         os.rename(temporary, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:

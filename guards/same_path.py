@@ -8,14 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from data.corpus import split_documents
 from data.fim import fim_prompt_ids, known_markers
 from generation.text import as_prompt
 from guards.faults import Fault
 from guards.subject import GuardSubject, affordable, tolerance_of, with_nonzero_weights
 
 PART = 0.25  # Share of the tokens of a pass.
-PROMPTS = 4  # Documents whose ids are compared.
 OTHER_PRECISION_TOLERANCE = 2e-2  # Relative, where validation has another precision than training.
 
 
@@ -54,10 +52,7 @@ def same_path(subject: GuardSubject) -> Iterator[Fault | str]:
 
 def prompt_faults(subject: GuardSubject) -> Iterator[Fault]:
     """Compare what generation would read with what training read, id for id, in the first documents."""
-    number = 0
-    for split, document in split_documents(subject.config.data):
-        if split != "train":
-            continue
+    for number, document in enumerate(subject.first_documents):
         if document.fim_parts is not None:
             prompt = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
         elif document.prompt is not None:
@@ -73,7 +68,4 @@ def prompt_faults(subject: GuardSubject) -> Iterator[Fault]:
                 f"text is {prompt[at : at + 4]}",
                 "build prompts by one function in training, evaluation and generation",
             )
-            return
-        number += 1
-        if number == PROMPTS:
             return

@@ -15,6 +15,7 @@ import torch
 
 from architecture import Decoder
 from config import Config
+from data.documents import Document
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, Batches
 from guards.faults import Fault
@@ -40,6 +41,7 @@ class GuardSubject:
     train: TokenStore
     validation: TokenStore
     test: TokenStore  # The validation store, where there is no such split.
+    first_documents: tuple[Document, ...]  # Of training, as they were read, in the order of `train`.
     micro_batch: Callable[[int], Batch]  # A batch of training by number, on the device, as the model gets it.
     batches: Batches  # The source of `micro_batch`.
     validation_batches: Callable[[int], Iterable[Batch]]  # As many of validation, spread evenly.

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import DataConfig
-from data.corpus import CORPUS, read_documents
+from data.corpus import read_documents
 from data.documents import SPLITS
+from data.sourcefiles import CORPUS
 from recipes.building import Counts, RecipeSettings, plain_documents, write_dataset
 from recipes.files import ROWS, content_of
 from tokenizer import Tokenizer

@@ -32,9 +32,10 @@ from typing import Any
 
 from config import DataConfig
 from data import leaks
-from data.corpus import CORPUS, read_documents
+from data.corpus import read_documents
 from data.documents import Document, utf8
 from data.fim import fim_prompt_ids, known_markers
+from data.sourcefiles import CORPUS
 from recipes.building import SPLITS, Counts, RecipeSettings, write_dataset
 from recipes.files import read_files
 from tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import pretrained
 import pretrained.gpt_bigcode
 from architecture import Decoder
 from config import DataConfig, ModelConfig
-from data.corpus import training_texts
+from data.corpus import split_documents, training_texts
 from tokenizer import BPETokenizer, PretrainedTokenizer
 
 WORDS = (
@@ -127,14 +127,13 @@ def write_base(folder: Path) -> None:
 
     `other-base` has one other weight; `more-tokens` is its tokenizer with a token that it never saw.
     """
-    tokenizer = BPETokenizer.train(
-        training_texts(DataConfig(str(folder / "long"), validation_one_in=4, test_one_in=4)), 290
-    )
+    config = DataConfig(str(folder / "long"), validation_one_in=4, test_one_in=4)
+    texts = [*training_texts(split_documents(config))]
+    tokenizer = BPETokenizer.train(texts, 290)
     shape = pretrained.gpt_bigcode.FAMILY.parts | {"n_kv_head": 1, "mlp": "gelu_tanh", "tie_embeddings": True}
     shape |= {"vocab_size": 300, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32, "init": "normal"}
     torch.manual_seed(0)
     model = Decoder(ModelConfig(**shape))
-    texts = training_texts(DataConfig(str(folder / "long"), validation_one_in=4, test_one_in=4))
     ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
     rows = ids[: len(ids) // 33 * 33].view(-1, 33)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from architecture import Decoder
 from config import DROPOUTS, Config, DataConfig, ModelConfig, one_sentence
 from data.corpus import training_texts
+from data.run_documents import RunDocuments
 from dataset import Batch, prepare_data
 from guards.faults import FAULTS
 from guards.first_steps import FirstSteps
@@ -111,8 +112,9 @@ def make_run(
     """Return the manager of a run on some functions of sampled words, and what its guards look at."""
     write_corpus(folder / "texts", FUNCTIONS)
     config = replace(config, data=DataConfig(str(folder / "texts"), cache=str(folder / "cache"), workers=1))
-    tokenizer = BPETokenizer.train(training_texts(config.data), IDS)
-    data = prepare_data(config.data, tokenizer)
+    documents = RunDocuments(config.data)
+    tokenizer = BPETokenizer.train(training_texts(documents), IDS)
+    data = prepare_data(documents, tokenizer)
     manager = TrainingManager(config, model, data, precision, folder)
     return manager, manager.subject(tokenizer, "fresh" if family is None else "loaded", None)
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import parse_line
-from data.corpus import CORPUS
 from data.shingles import Batch, Units, batches, mixed
+from data.sourcefiles import CORPUS
 from data.tokenstore import TokenStore
 from suites.records import texts_of
 from suites.tables import aligned

@@ -40,17 +40,13 @@ def prepare(settings: SweepSettings) -> str:
     Raises:
         ValueError: The data hold a mistake.
     """
-    from data.corpus import split_documents
-    from data.documents import Report
+    from data.run_documents import RunDocuments
     from dataset import prepare_data, prepare_tokenizer
 
-    data = settings.config.data
+    documents = RunDocuments(settings.config.data)
     if settings.config.train.base is None:
-        return prepare_data(data, prepare_tokenizer(data, settings.config.tokenizer)).fingerprint
-    report = Report()
-    for _ in split_documents(data, report):
-        pass
-    return report.fingerprint
+        prepare_data(documents, prepare_tokenizer(documents, settings.config.tokenizer))
+    return documents.fingerprint
 
 
 @dataclass

@@ -286,7 +286,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, make, changes, mes
     assert "\n" not in str(error.value)
     assert not Path(config.cache).exists()
     with pytest.raises(ValueError, match=message):
-        list(training_texts(config))
+        list(training_texts(split_documents(config)))
 
 
 def test_undecodable_documents_are_skipped_and_counted_when_asked(tmp_path: Path):
@@ -394,7 +394,7 @@ def test_files_named_by_their_split_give_it(tmp_path: Path):
 def test_the_tokenizer_never_sees_validation(folder: Path):
     config = settings_for(folder)
     prepared = prepare_data(config, Bytes())
-    assert list(training_texts(config)) == [
+    assert list(training_texts(split_documents(config))) == [
         Bytes().decode(prepared.train.document(n)) for n in range(prepared.train.n_documents)
     ]
 

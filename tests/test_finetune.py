@@ -35,7 +35,7 @@ from config import (
     parse_config,
 )
 from config.files import REPOSITORY
-from data.corpus import training_texts
+from data.corpus import split_documents, training_texts
 from guards.faults import Fault
 from lora import adapters_disabled, add_adapter
 from modules.dropout import Dropout
@@ -79,7 +79,7 @@ SHAPE = ModelConfig(
 def base(corpus: Path, tmp_path: Path) -> Path:
     """A folder like StarCoder's; its weights are drawn, so the guard for that has to be allowed to see it."""
     tokenizer = BPETokenizer.train(
-        training_texts(DataConfig(str(corpus), validation_one_in=4, test_one_in=4)), 300
+        training_texts(split_documents(DataConfig(str(corpus), validation_one_in=4, test_one_in=4))), 300
     )
     torch.manual_seed(0)
     model = Decoder(replace(SHAPE, vocab_size=tokenizer.vocab_size))

@@ -298,7 +298,7 @@ def test_rows_with_equal_parts_but_another_suffix_are_no_duplicates(tmp_path: Pa
     report = Report()
     kept = [(d.prompt, d.suffix, d.text) for _, d in split_documents(config, report)]
     assert kept == [("a", "c", "b"), ("a", "d", "b"), ("a", None, "b")] and report.duplicates == 1
-    assert list(training_texts(config)) == ["a", "c", "b", "a", "d", "b", "a", "b"]
+    assert list(training_texts(split_documents(config))) == ["a", "c", "b", "a", "d", "b", "a", "b"]
 
 
 @pytest.fixture

@@ -74,7 +74,6 @@ _ROUNDS = 3  # rounds in which uses are counted and a part of the surplus pieces
 _LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _DIGITS = frozenset("0123456789")
 _ALNUM = _LETTERS | _DIGITS
-_ALNUM_BYTES = frozenset(map(ord, _ALNUM))
 
 Trie = dict[str, Any]  # a dict for each character; "" holds the id of the piece that ends there
 
@@ -123,6 +122,26 @@ class _Memo(dict[Any, Iterable[int]]):
         return value
 
 
+class _State(dict[int, tuple[bytes, "_State"]]):
+    """What the text of the next id depends on, with the text and the state after of each id met here so far.
+
+    There are some dozens of states, so that a decoder looks nearly all ids up.
+
+    Attributes:
+        key: The kind of the character before (`a`, `A` or `0` for letters and digits, else ""), the case of
+            the word, the marker before (0 for none), and whether SNAKE after a capital is before.
+    """
+
+    def __init__(self, tokenizer: CodeTokenizer, key: tuple[str, int, int, bool]) -> None:
+        self.tokenizer, self.key = tokenizer, key
+
+    def __missing__(self, id: int) -> tuple[bytes, _State]:
+        if type(id) is not int:  # An element of an array may be no key.
+            return self[int(id)]
+        value = self[id] = self.tokenizer._step(self, id)
+        return value
+
+
 class CodeTokenizer(Tokenizer):
     """The tokenizer for source code that the module's docstring describes.
 
@@ -167,6 +186,8 @@ class CodeTokenizer(Tokenizer):
         self._unit_ids = _Memo(self._encode_unit)
         self._word_ids: dict[tuple[int, str], tuple[int, ...]] = {}
         self._plain_ids = _Memo(self._encode_plain)
+        self._states: dict[tuple[str, int, int, bool], _State] = {}
+        self._start = self._state("", LOW)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.heads, self.tails, self.plain), {"heals": self.heals}
@@ -214,33 +235,41 @@ class CodeTokenizer(Tokenizer):
         self._walk(ids, parts)
         return _decode_utf8(b"".join(parts))
 
-    def _walk(self, ids: Iterable[int], parts: list[bytes]) -> tuple[int, int, int, bool]:
-        """Append the bytes of ids to `parts`; returns last, case, marker and capitals after them."""
-        last = 0  # the byte before; 0 after a special token, across which no space is implied
-        case, marker, capitals = LOW, 0, False  # Capitals: the id before is SNAKE, after a capital.
-        for id in self._checked(ids):
-            if id >= _FIRST_PIECE:
-                if id < self._first_tail:
-                    if last in _ALNUM_BYTES and marker < JLOW:
-                        parts.append(b" ")
-                    if marker:
-                        case = marker if marker < JLOW else marker - _JOIN
-                    else:
-                        case = UP if capitals else self._usual.get(id, LOW)
-                piece = self._forms[id - _FIRST_PIECE][case - LOW]
-                parts.append(piece)
-                last, marker, capitals = piece[-1], 0, False
-            elif id == SNAKE:
-                parts.append(b"_")
-                last, marker, capitals = ord("_"), 0, 65 <= last <= 90
-            elif id >= LOW:
-                marker = id
-            elif id >= _BYTE:
-                parts.append(bytes((id - _BYTE,)))
-                last, marker, capitals = id - _BYTE, 0, False
-            else:
-                last, marker, capitals = 0, 0, False
-        return last, case, marker, capitals
+    def _walk(self, ids: Iterable[int], parts: list[bytes]) -> _State:
+        """Append the bytes of each id to `parts`; return the state after them."""
+        state = self._start
+        for id in ids:
+            text, state = state[id]
+            parts.append(text)
+        return state
+
+    def _state(self, kind: str, case: int, marker: int = 0, capitals: bool = False) -> _State:
+        """Return the one state of these values."""
+        key = kind, case, marker, capitals
+        return self._states.setdefault(key, _State(self, key))
+
+    def _step(self, state: _State, id: int) -> tuple[bytes, _State]:
+        """Return the bytes that an id adds in a state, and the state after it."""
+        (id,) = self._checked([id])
+        kind, case, marker, capitals = state.key
+        if id >= _FIRST_PIECE:
+            space = b""
+            if id < self._first_tail:
+                if kind and marker < JLOW:
+                    space = b" "
+                if marker:
+                    case = marker if marker < JLOW else marker - _JOIN
+                else:
+                    case = UP if capitals else self._usual.get(id, LOW)
+            piece = self._forms[id - _FIRST_PIECE][case - LOW]
+            return space + piece, self._state(_kind_of(piece[-1]), case)
+        if id == SNAKE:
+            return b"_", self._state("", case, capitals=kind == "A")
+        if id >= LOW:
+            return b"", self._state(kind, case, id, capitals)
+        if id >= _BYTE:
+            return bytes((id - _BYTE,)), self._state(_kind_of(id - _BYTE), case)
+        return b"", self._state("", case)  # Across a special token no space is implied.
 
     def bytes_of(self, ids: Iterable[int]) -> bytes | None:
         ids, parts = list(ids), []
@@ -249,10 +278,7 @@ class CodeTokenizer(Tokenizer):
 
     def state_after(self, ids: Sequence[int]) -> Hashable:
         """Return (kind of the character before, case, marker, capitals), which `token_texts` takes."""
-        last, case, marker, capitals = self._walk(ids, [])
-        before = chr(last)
-        kind = "a" if before.islower() else "A" if before.isupper() else "0" if before.isdigit() else ""
-        return kind if last < 128 else "", case, marker, capitals
+        return self._walk(ids, []).key
 
     def token_texts(self, state: Hashable) -> list[bytes | None]:
         """Return `Tokenizer.token_texts`; after a marker only the heads that `encode` writes there."""
@@ -453,20 +479,21 @@ def _fewest(
     costs = [0] * (size + 1)
     steps: list[tuple[int, int]] = [(0, 0)] * size  # (end, id or -1) of the best piece that begins here
     for start in range(size - 1, -1, -1):
-        best = costs[start + 1] + byte_cost * len(text[start].encode("utf-8", "surrogatepass"))
-        step = (start + 1, -1)
-        node = rest if start else first
-        for end in range(start, size):
-            node = node.get(text[end])
+        n_bytes = 1 if text[start] < "\x80" else len(text[start].encode("utf-8", "surrogatepass"))
+        best, step = costs[start + 1] + byte_cost * n_bytes, (start + 1, -1)
+        node, end = rest if start else first, start
+        for char in text[start:]:
+            node = node.get(char)
             if node is None:
                 break
+            end += 1
             id = node.get("")
             if id is not None:
-                cost = costs[end + 1] + 1
+                cost = costs[end] + 1
                 if not start and usual.get(id, case) != case:
                     cost += 1
                 if cost <= best:
-                    best, step = cost, (end + 1, id)
+                    best, step = cost, (end, id)
         costs[start], steps[start] = best, step
     ids: list[int] = []
     at = 0
@@ -478,6 +505,12 @@ def _fewest(
             ids.append(id)
         at = end
     return ids
+
+
+def _kind_of(byte: int) -> str:
+    """Return `a`, `A` or `0` for an ASCII letter or digit, and "" for any other byte."""
+    char = chr(byte)
+    return "" if char not in _ALNUM else "a" if char.islower() else "A" if char.isupper() else "0"
 
 
 def _decode_utf8(data: bytes) -> str:

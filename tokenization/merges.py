@@ -80,27 +80,31 @@ def _merge(sequences: list[list[str]], counts: list[int], room: int, min_count: 
             break
         piece = left + right[1:]
         made[piece] = None
-        changed: set[tuple[str, str]] = set()
+        changes: defaultdict[tuple[str, str], int] = defaultdict(int)
         for index in places.pop(pair):
-            old, new, at = sequences[index], [], 0
-            while at < len(old):
-                if old[at] == left and old[at + 1 : at + 2] == [right]:
-                    new.append(piece)
-                    at += 2
-                else:
-                    new.append(old[at])
+            sequence, count = sequences[index], counts[index]
+            end = len(sequence) - 1
+            at = 0
+            while at < end:
+                if sequence[at] != left or sequence[at + 1] != right:
                     at += 1
-            if len(new) == len(old):  # An earlier merge has taken the pair away.
-                continue
-            for other in pairwise(old):
-                totals[other] -= counts[index]
-                changed.add(other)
-            for other in pairwise(new):
-                totals[other] += counts[index]
-                places[other].add(index)
-                changed.add(other)
-            sequences[index] = new
-        for other in changed:
-            if totals[other] > min_count:
+                    continue
+                changes[pair] -= count
+                if at:
+                    before = sequence[at - 1]
+                    changes[before, left] -= count
+                    changes[before, piece] += count
+                    places[before, piece].add(index)
+                if at + 1 < end:
+                    after = sequence[at + 2]
+                    changes[right, after] -= count
+                    changes[piece, after] += count
+                    places[piece, after].add(index)
+                sequence[at : at + 2] = [piece]
+                at += 1
+                end -= 1
+        for other, change in changes.items():
+            totals[other] += change
+            if change and totals[other] > min_count:
                 heapq.heappush(heap, (-totals[other], other))
     return list(made)

@@ -17,6 +17,7 @@ from architecture import Decoder
 from config import Config, write_atomically
 from config.files import code_fingerprint
 from config.yamlfile import read_yaml
+from data.run_documents import RunDocuments
 from dataset import PreparedData, fitting_row, prepare_data, prepare_tokenizer
 from guards.faults import Fault
 from guards.preflight import preflight, record_overrides
@@ -69,8 +70,9 @@ def _train_in(
     print(f"precision: {precision.reason}")
     base = open_base(config, precision.dtype, precision.device)
     row_may_shrink = base is not None and not config.train.row_length and not resumes
-    config, tokenizer = with_tokenizer(folder, config, base, precision.dtype)
-    data = prepare_data(config.data, tokenizer)
+    documents = RunDocuments(config.data)
+    config, tokenizer = with_tokenizer(folder, config, base, precision.dtype, documents)
+    data = prepare_data(documents, tokenizer)
     if row_may_shrink:
         config = with_fitting_row(config, data)
     fingerprints = fingerprints_of(tokenizer, data, base)
@@ -92,7 +94,7 @@ def _train_in(
 
 
 def with_tokenizer(
-    folder: Path, config: Config, base: Pretrained | None, dtype: torch.dtype
+    folder: Path, config: Config, base: Pretrained | None, dtype: torch.dtype, documents: RunDocuments
 ) -> tuple[Config, Tokenizer]:
     """Return the settings with the model's whole shape, and the tokenizer, which decides its vocabulary.
 
@@ -102,6 +104,7 @@ def with_tokenizer(
         folder: The run's folder. A run that goes on is compared with its settings there.
         base: The published model that the run begins with, whose shape it takes.
         dtype: The number format of the run's matrix products.
+        documents: The run's documents, of which a tokenizer may have to be made.
 
     Raises:
         ValueError: The settings do not go with the base, the tokenizer or the run that goes on.
@@ -111,7 +114,7 @@ def with_tokenizer(
     if resumes and shape_is_known:  # Before the corpus is read, of which a tokenizer may have to be made.
         refuse_changes(folder, replace(config, model=config.model.resolved()))
     if base is None:
-        tokenizer = prepare_tokenizer(config.data, config.tokenizer)
+        tokenizer = prepare_tokenizer(documents, config.tokenizer)
     else:
         row_is_unset = not config.train.row_length
         tokenizer = starting_tokenizer(config, base)

@@ -143,6 +143,7 @@ class TrainingManager:
             train=self.data.train,
             validation=self.data.validation,
             test=self.data.test,
+            first_documents=self.data.first_documents,
             micro_batch=self.micro_batch,
             batches=self.batches,
             validation_batches=lambda n: self.validation_batches(n * self.config.train.batch_size),

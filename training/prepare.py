@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config
+from data.run_documents import RunDocuments
 from dataset import prepare_data
 from training.announcements import say_data
 from training.beforehand import refuse_mistakes
@@ -28,9 +29,10 @@ def prepare(config: Config) -> str:
     config = replace(config, data=config.data.resolved())
     base = open_base(config, precision.dtype)
     row_may_shrink = base is not None and not config.train.row_length
-    config, tokenizer = with_tokenizer(Path(), config, base, precision.dtype)
+    documents = RunDocuments(config.data)
+    config, tokenizer = with_tokenizer(Path(), config, base, precision.dtype, documents)
     tokenizer.heals = config.data.heal
-    data = prepare_data(config.data, tokenizer)
+    data = prepare_data(documents, tokenizer)
     if row_may_shrink:
         config = with_fitting_row(config, data)
     say_data(config, data, tokenizer, warn=True)

@@ -1,0 +1,117 @@
+"""The documents of a run: their one owner, which reads and splits them once.
+
+documents = RunDocuments(config.data)
+documents.fingerprint                          # by the record of the source, or by reading it
+for split, document in documents: ...          # for whoever needs the texts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from config import DataConfig
+from data.corpus import split_documents, training_texts
+from data.documents import Document, Report, utf8
+from data.recorded import SourceRecord, recorded, write_record
+
+FIRST_DOCUMENTS = 4  # for training: as many as the guard of prompts compares
+# Texts in memory between the training of a tokenizer and tokenising. Of a larger source they are read again.
+KEPT_BYTES = 2**30
+DOCUMENT_BYTES = 1000  # what a document takes in memory besides its text
+
+
+class RunDocuments:
+    """The documents of a run, each in its split; nothing is read before it is needed.
+
+    The source is read once: texts stay in memory, up to `KEPT_BYTES`, until `release`. Where its files are as
+    recorded (data/recorded.py) it is read only for who needs the texts.
+
+    Raises:
+        ValueError: Any use that reads raises the errors of `split_documents`, or that the source changed.
+    """
+
+    def __init__(self, config: DataConfig):
+        self.config = config.resolved()
+        self._record: SourceRecord | None = None
+        self._kept: list[tuple[str, Document]] | None = None
+        self._digests: bytes | None = None  # the SHA-256 of each text for training, end to end
+
+    @property
+    def record(self) -> SourceRecord:
+        """What is known of the documents as a whole."""
+        if self._record is None:
+            self._record = recorded(self.config)
+        return self._record or self._read()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.record.report.fingerprint
+
+    def __iter__(self) -> Iterator[tuple[str, Document]]:
+        """Yield (split, document) as `split_documents` does."""
+        if _memory_of(self.record.report) <= KEPT_BYTES and self._kept is None:
+            self._read()
+        if self._kept is not None:
+            yield from self._kept
+            return
+        again = Report()
+        yield from split_documents(self.config, again)
+        self._refuse_change(again.fingerprint)
+
+    def tokenizer_name(self, settings: str) -> str:
+        """Return the name in the cache of the tokenizer that is trained on these documents.
+
+        Args:
+            settings: All else that decides it.
+        """
+        names = self.record.tokenizers
+        if settings not in names:
+            digests = self._digests
+            if digests is None:
+                names, digests = self._read().tokenizers, self._digests
+            names[settings] = hashlib.sha256(settings.encode() + (digests or b"")).hexdigest()[:32]
+            write_record(self.config, self.record)
+        return names[settings]
+
+    def release(self) -> None:
+        """Give the memory of the texts back; who needs them once more has them read."""
+        self._kept = None
+
+    def _read(self) -> SourceRecord:
+        """Read the source, record it, and keep its texts if there is room."""
+        began, before, report = time.time_ns(), self._record, Report()
+        record = SourceRecord(began, report, tokenizers={} if before is None else before.tokenizers)
+        digests, kept = bytearray(), []
+        with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
+            for split, document in split_documents(self.config, report):
+                record.holds_examples |= document.prompt is not None
+                if document.suffix is not None:
+                    record.first_gap = record.first_gap or document.where
+                if split == "train" and len(record.first_documents) < FIRST_DOCUMENTS:
+                    record.first_documents.append(document)
+                for text in training_texts([(split, document)]):
+                    digests += hashlib.sha256(utf8(text)).digest()
+                if _memory_of(report) <= KEPT_BYTES:
+                    kept.append((split, document))
+                else:
+                    kept.clear()
+                bar.update()
+        write_record(self.config, record)
+        if before is not None:
+            self._refuse_change(report.fingerprint)
+        self._record, self._digests = record, bytes(digests)
+        self._kept = kept or None
+        return record
+
+    def _refuse_change(self, fingerprint: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise ValueError(f"the corpus {self.config.source} changed while it was read: start again")
+
+
+def _memory_of(report: Report) -> int:
+    """Return about how many bytes the documents of a report take in memory."""
+    return sum(report.kept_bytes.values()) + DOCUMENT_BYTES * sum(report.kept.values())
