@@ -21,9 +21,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from config import DataConfig, TokenizerConfig, say
+from config.bars import progress_bar
 from data.cache import InUse, discard, make_room, say_damaged, seal_folder, verify_folder
 from data.corpus import split_documents, training_texts
 from data.documents import Report
@@ -199,7 +198,7 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
 def _read_once(config: DataConfig, tokenizer: Tokenizer) -> tuple[Report, bool]:
     """Read the corpus for its report and fingerprint, and whether it holds examples."""
     report, examples = Report(), False
-    with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
+    with progress_bar(desc="reading", unit=" documents", leave=False) as bar:
         for _, document in split_documents(config, report):
             examples |= document.prompt is not None
             if document.suffix is not None:

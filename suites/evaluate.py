@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import sandbox
 from config import refuse_unwritable
+from config.bars import is_watched, progress_bar
 from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.ngram import NGramModel
@@ -494,10 +495,10 @@ def ngram_predictions(evaluation: Evaluation, task: Task) -> Predictions:
 
 @contextmanager
 def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
-    """Show a progress bar of texts; where the output is no terminal, print a line."""
-    if not sys.stderr.isatty():
+    """Show a progress bar of texts; where nobody would see it, print a line."""
+    if not is_watched():
         print(f"{what}: {total:,} texts", file=sys.stderr)
-    with tqdm(total=total, desc=what, unit=" texts", disable=None, leave=False) as bar:
+    with progress_bar(total=total, desc=what, unit=" texts", leave=False) as bar:
         yield bar
     if kept.reused:
         print(
@@ -528,7 +529,7 @@ def judges(evaluated: EvaluatedModel | None, settings: EvalConfig) -> dict[str, 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
     """Judge the predicted programs one by one in the sandbox, under a bar, and return their record."""
     total = sum(len(texts) for made in predictions.values() for texts in made.draws)
-    with tqdm(total=total, desc="judged", unit=" programs", disable=None, leave=False) as bar:
+    with progress_bar(total=total, desc="judged", unit=" programs", leave=False) as bar:
         return programs.judged(
             task, predictions, settings.language, settings.seed, settings.allow == "unsandboxed", bar.update
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import write_atomically
+from config.bars import progress_bar
 
 
 class Log:
@@ -63,9 +64,9 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def progress_bar() -> tqdm:
-    """Return a bar from 0 to 1, which is silent where stderr is not a terminal."""
-    return tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", disable=None)
+def training_bar() -> tqdm:
+    """Return the bar of a run, from 0 to 1."""
+    return progress_bar(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
 
 
 def show_progress(bar: tqdm, text: str, progress: float, seconds: float) -> None:

@@ -41,7 +41,7 @@ from training.checkpoint import (
     remove_superseded,
     save_checkpoint,
 )
-from training.log import Log, progress_bar, say, show_progress
+from training.log import Log, say, show_progress, training_bar
 from training.loss import TokenLoss, TokenScores, score, token_loss
 from training.optim import build_optimizers, learning_rate_factor
 from training.random_state import random_states, set_random_states
@@ -180,7 +180,7 @@ class TrainingManager:
             contextlib.closing(Log(self.folder, self.state.step)) as log,
             contextlib.closing(first_steps),
             signals_noted(self),
-            progress_bar() as bar,
+            training_bar() as bar,
         ):
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
