@@ -535,11 +535,12 @@ def run_programs(task: Task, predictions: dict[str, Predictions], settings: Eval
         )
 
 
-def write_evaluation(settings: EvalConfig) -> None:
-    """Evaluate, print the table, and write eval.json and its page into the run's folder."""
+def write_evaluation(settings: EvalConfig) -> Path:
+    """Evaluate, print the table, and write eval.json and its page into the run's folder; return its path."""
     if settings.report is not None:
-        print(f"written to {rewrite_page(Path(settings.report))}")
-        return
+        page = rewrite_page(Path(settings.report))
+        print(f"written to {page}")
+        return page
     if settings.out is not None:  # A folder that cannot be made is told before anything takes time.
         Path(settings.out).mkdir(parents=True, exist_ok=True)
     try:
@@ -560,3 +561,4 @@ def write_evaluation(settings: EvalConfig) -> None:
         print(f"the evaluation that stood there, of other settings, is {earlier} now")
     path = write_results(result, settings)
     print(f"written to {path}, and {path.with_suffix('.html')} to look at it")
+    return path

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -46,7 +46,7 @@ from training.loss import TokenLoss, TokenScores, score, token_loss
 from training.optim import build_optimizers, learning_rate_factor
 from training.random_state import random_states, set_random_states
 from training.runfolder import config_fingerprint
-from training.signals import signals_noted
+from training.signals import leave, signals_noted
 from training.state import RunState, budget_used, still_falling
 
 NOT_FINITE_IN_A_ROW = 3  # Updates that are skipped before the run ends.
@@ -72,10 +72,12 @@ class Observer:
         on_step: Takes the manager and what was logged of a step, with its validation if there was one; True
             ends the run.
         on_save: Takes the manifest of a checkpoint, which is whole on the disk.
+        on_second_signal: Takes the number of a signal that comes while the first one is heeded.
     """
 
     on_step: Callable[[TrainingManager, dict[str, float]], bool] = lambda manager, values: False
     on_save: Callable[[Manifest], None] = lambda manifest: None
+    on_second_signal: Callable[[int], NoReturn] = leave
 
 
 UNOBSERVED = Observer()
@@ -179,7 +181,7 @@ class TrainingManager:
         with (
             contextlib.closing(Log(self.folder, self.state.step)) as log,
             contextlib.closing(first_steps),
-            signals_noted(self),
+            signals_noted(self, self.observer.on_second_signal),
             training_bar() as bar,
         ):
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():

@@ -103,6 +103,14 @@ def new_folder() -> Path:
     raise AssertionError
 
 
+def words_of_run(folder: str | Path) -> list[str]:
+    """Return the words of a command line that give a resumed run its own settings; none without a run."""
+    saved = Path(folder) / "config.yaml"
+    if not str(folder) or not saved.is_file():
+        return []
+    return [*(f"--{key}={value}" for key, value in BEFORE.items()), f"--config={saved}"]
+
+
 # What a resumed run may change, for every key. `fixed` is refused: the position in the data or the sense of
 # the state would change too. `warned` goes on, but the run is no longer the one that was never stopped: its
 # numbers, its learning rates or what its best checkpoint was chosen by differ. `free` touches none of these.
