@@ -269,6 +269,8 @@ class TrainConfig:
         save_every: Steps between checkpoints that are kept for good; 0 keeps only the best and the last.
         keep: How many of the checkpoints of `save_every` to keep; 0 keeps all.
         log_every: Steps between lines in the logs.
+        log: Loggers beside metrics.jsonl: `tensorboard`, `wandb` (offline unless WANDB_MODE says otherwise)
+            and `mlflow` (files in the run's folder unless MLFLOW_TRACKING_URI names a server); `[]` is none.
         activation_checkpointing: Recompute each block in backward instead of keeping its activations.
         compile: Use torch.compile; without a compiler, warn and run eagerly.
         allow: Names of faults that may pass; they are recorded in the run and printed with its scores.
@@ -300,6 +302,7 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 0
     log_every: int = 10
+    log: tuple[str, ...] = ("tensorboard",)
     activation_checkpointing: bool = False
     compile: bool = False
     allow: tuple[str, ...] = ()

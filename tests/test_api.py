@@ -9,7 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from commands import command, exit_code, forked
@@ -155,7 +155,7 @@ def test_other_mistakes_are_value_errors(called: Path, monkeypatch: pytest.Monke
     for wrong, words in (
         (lambda: train(plan=True), "plan is of the command: python trainingmanager.py --plan"),
         (lambda: evaluate("run", compare=["a", "b"]), "compare is of the command: python eval.py --compare"),
-        (lambda: evaluate(model), "what is scored are a run's files"),
+        (lambda: evaluate(cast(Any, model)), "what is scored are a run's files"),
         (lambda: evaluate("run", sample=3), "sample is no setting; did you mean samples?"),
         (lambda: evaluate("run", samples=1), "--samples is 1, and an interval needs at least 2"),
         (lambda: evaluate("nowhere"), "nowhere holds no run"),

@@ -17,7 +17,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -84,10 +84,10 @@ class Model:
     def generate(self, prompt: str, suffix: str | None = None, **settings: Any) -> str: ...
 
     @overload
-    def generate(self, prompt: Sequence[str], suffix: str | None = None, **settings: Any) -> list[str]: ...
+    def generate(self, prompt: list[str], suffix: str | None = None, **settings: Any) -> list[str]: ...
 
     def generate(
-        self, prompt: str | Sequence[str], suffix: str | None = None, **settings: Any
+        self, prompt: str | list[str], suffix: str | None = None, **settings: Any
     ) -> str | list[str]:
         """Return the completion of a prompt, or those of several, which are one batch.
 

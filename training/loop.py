@@ -131,6 +131,7 @@ class TrainingManager:
         self.saved_step: int | None = None
         self.began = 0.0  # On the clock, as if all stretches of the run had been one.
         self.resumed_from: Manifest | None = None
+        self.failed_loggers: frozenset[str] = frozenset()
         if train.activation_checkpointing:
             model.recompute_in_backward("blocks")
         elif config.lora.r:
@@ -179,7 +180,7 @@ class TrainingManager:
         first_steps = FirstSteps(subject, train.allow, self.state.step, self.progress())
         self.refuse_difference()  # Once more: since the checkpoint was restored nothing may have changed.
         with (
-            contextlib.closing(Log(self.folder, self.state.step)) as log,
+            Log(self.folder, self.state.step, self.config) as log,
             contextlib.closing(first_steps),
             signals_noted(self, self.observer.on_second_signal),
             training_bar() as bar,
@@ -211,6 +212,7 @@ class TrainingManager:
                 self.save(None)  # Without a validation, which a run that is not stopped would not have here.
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
+        self.failed_loggers = log.failed_loggers()
         ended = self.resumed_from is None and self.progress() >= 1
         if warn and ended and (warning := still_falling(losses)):
             print(f"warning: {warning}", file=sys.stderr)

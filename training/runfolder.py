@@ -142,6 +142,7 @@ KEY_CLASSES: dict[str, str] = {
     "save_every": FREE,
     "keep": FREE,
     "log_every": FREE,
+    "log": FREE,
     "activation_checkpointing": WARNED,
     "compile": WARNED,
     "allow": FREE,
