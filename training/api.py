@@ -193,7 +193,7 @@ def _words(name: str, value: Any) -> Iterator[str]:
             yield from _words(f"{name}.{key}", inner)
     else:
         value = _place(value)
-        yield f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+        yield f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
 
 
 def _parsed(words: list[str]) -> Config:
