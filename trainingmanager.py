@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from config import BEFORE, CONFIG_GROUPS, Config, one_sentence, parse_config
+from config import CONFIG_GROUPS, Config, one_sentence, parse_config
 from config.flags import asks_for_help, flags_of, read_words
+from training.runfolder import words_of_run
 
 HOMES = {"TrainingManager": "training.loop", "train": "training.begin"}
 
@@ -24,10 +24,9 @@ def command_line(words: list[str]) -> list[str]:
         return words
     given = read_words(words, flags)
     values = dict(given)
-    saved = Path(values.get("--run", "")) / "config.yaml"
-    if values.get("--resume") == "true" and saved.is_file():
-        before = [f"--{key}={value}" for key, value in BEFORE.items()]
-        return [*before, "--config", str(saved), *map(str, given)]
+    own = words_of_run(values.get("--run", "")) if values.get("--resume") == "true" else []
+    if own:
+        return [*own, *map(str, given)]
     return words
 
 
@@ -58,7 +57,7 @@ def main(config: Config) -> None:
             sys.exit(0 if prove_resume(config) else 1)
         from training.command import run_to_its_end
 
-        sys.exit(run_to_its_end(config))
+        sys.exit(run_to_its_end(config).code)
 
 
 if __name__ == "__main__":

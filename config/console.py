@@ -95,6 +95,13 @@ class _Safe:
         return getattr(self._stream, name)
 
 
+def unwrapped(stream: TextIO) -> TextIO:
+    """Return the stream that `shown_safely` wrapped, or the stream itself."""
+    while isinstance(stream, _Safe):
+        stream = stream._stream
+    return stream
+
+
 @contextlib.contextmanager
 def shown_safely() -> Iterator[None]:
     """Keep all that is printed, warned of or shown in a bar from steering the terminal."""

@@ -46,6 +46,7 @@ NAMES = {
     "--save_every": "save_steps save_interval",
     "--keep": "save_total_limit save_top_k",
     "--log_every": "logging_steps log_interval log_every_n_steps",
+    "--log": "report_to log_with loggers",
     "--resume": "resume_from_checkpoint init_from",
     "--activation_checkpointing": "gradient_checkpointing",
     "--compile": "torch_compile",

@@ -294,6 +294,8 @@ class TrainConfig:
         save_every: Steps between checkpoints that are kept for good; 0 keeps only the best and the last.
         keep: How many of the checkpoints of `save_every` to keep; 0 keeps all.
         log_every: Steps between lines in the logs.
+        log: Loggers beside metrics.jsonl: `tensorboard`, `wandb` (offline unless WANDB_MODE says otherwise)
+            and `mlflow` (files in the run's folder unless MLFLOW_TRACKING_URI names a server); `[]` is none.
         activation_checkpointing: Recompute each block in backward instead of keeping its activations.
         compile: Use torch.compile; without a compiler, warn and run eagerly.
         allow: Names of faults that may pass; they are recorded in the run and printed with its scores.
@@ -327,6 +329,7 @@ class TrainConfig:
     save_every: int = setting(0, at_least=0, on_resume=FREE)
     keep: int = setting(0, at_least=0, used=(SAVES_ON_THE_WAY,), on_resume=FREE)
     log_every: int = setting(10, at_least=1, on_resume=FREE)
+    log: tuple[str, ...] = setting(("tensorboard",), on_resume=FREE)
     activation_checkpointing: bool = setting(False, on_resume=WARNED)
     compile: bool = setting(False, on_resume=WARNED)
     allow: tuple[str, ...] = setting((), on_resume=FREE)

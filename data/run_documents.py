@@ -11,9 +11,8 @@ import hashlib
 import time
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from config import DataConfig
+from config.bars import progress_bar
 from data.corpus import split_documents, training_texts
 from data.documents import Document, Report, utf8
 from data.recorded import SourceRecord, recorded, write_record
@@ -86,7 +85,7 @@ class RunDocuments:
         began, before, report = time.time_ns(), self._record, Report()
         record = SourceRecord(began, report, tokenizers={} if before is None else before.tokenizers)
         digests, kept = bytearray(), []
-        with tqdm(desc="reading", unit=" documents", disable=None, leave=False) as bar:
+        with progress_bar(desc="reading", unit=" documents", leave=False) as bar:
             for split, document in split_documents(self.config, report):
                 record.holds_examples |= document.prompt is not None
                 if document.suffix is not None:

@@ -29,8 +29,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from config.bars import progress_bar
 from data.cache import InUse
 from data.documents import SPLITS, Document, utf8
 from data.fim import fim_markers, fim_prompt_ids
@@ -530,8 +530,7 @@ def build_store(
     folder.mkdir(parents=True)
     dtype = dtype_of(tokenizer.vocab_size)
     writers = {split: _SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
-    # disable=None: silent where stderr is not a terminal.
-    bar = tqdm(total=total_bytes, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False)
+    bar = progress_bar(total=total_bytes, desc="tokenising", unit="B", unit_scale=True, leave=False)
     try:
         with bar, InUse(folder):
             for split, document, encoded in _encode_all(documents, tokenizer, workers, dtype):

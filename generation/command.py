@@ -10,7 +10,7 @@ import torch
 
 from architecture import Decoder
 from config.console import printable
-from generation.settings import CommandConfig
+from generation.settings import CommandConfig, OpeningConfig
 from generation.text import generate
 from modules.precision import choose_device
 from pretrained import load_pretrained
@@ -18,7 +18,7 @@ from tokenizer import Tokenizer
 from training.run import load_run, open_adapted
 
 
-def open_model(settings: CommandConfig) -> tuple[Decoder, Tokenizer]:
+def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
     """Open the model and tokenizer of --model, on the requested device and in the requested dtype.
 
     Raises:

@@ -86,14 +86,11 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandConfig(GenerationConfig):
-    """The command line of generation.
+class OpeningConfig:
+    """Which model writes, and how its weights are opened.
 
     Args:
         model: A model folder or a hub id such as `bigcode/starcoder2-3b`, or a run folder or checkpoint.
-        prompt: Text to go on from; several may be given.
-        prompt_file: A file that holds one more prompt; `-` is the standard input.
-        suffix: The text after a gap: the model fills in the text between prompt and suffix.
         adapter: A PEFT folder for `model`, which is then a published one.
         held: Format that the matrices of a published model are stored in: `full`, or with fewer bits, `int8`
             or `nf4`.
@@ -103,14 +100,26 @@ class CommandConfig(GenerationConfig):
     """
 
     model: str = option(also=("run",))
-    prompt: tuple[str, ...] = option((), is_text=True)
-    prompt_file: str = ""
-    suffix: str | None = option(None, is_text=True)
     adapter: str = ""
     held: Literal["full", "int8", "nf4"] = "full"
     which: Literal["best", "last"] = "best"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(GenerationConfig, OpeningConfig):
+    """The command line of generation.
+
+    Args:
+        prompt: Text to go on from; several may be given.
+        prompt_file: A file that holds one more prompt; `-` is the standard input.
+        suffix: The text after a gap: the model fills in the text between prompt and suffix.
+    """
+
+    prompt: tuple[str, ...] = option((), is_text=True)
+    prompt_file: str = ""
+    suffix: str | None = option(None, is_text=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

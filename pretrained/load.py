@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from architecture import Decoder
 from config import DROPOUTS, ModelConfig
+from config.bars import progress_bar
 from data.cache import SUMS, refuse_changed
 from modules.quantized_linear import KINDS, replace_linear
 from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
@@ -412,7 +412,7 @@ def _read_all(
     """
     items = sorted(entries.items(), key=lambda item: (str(item[1].file), item[1].start))
     total = sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize
-    bar = tqdm(total=total, desc="load", unit="B", unit_scale=True, leave=False, delay=1, disable=None)
+    bar = progress_bar(total=total, desc="load", unit="B", unit_scale=True, leave=False, delay=1)
     with bar, ThreadPoolExecutor(THREADS) as pool:
         under_way: deque[tuple[str, Future[Tensor]]] = deque()
         for key, entry in items:

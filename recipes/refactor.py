@@ -370,7 +370,7 @@ def _chosen(settings: RefactorSettings, counts: Counts) -> tuple[list[tuple[str,
 
 def _judge(found: Sequence[Found]) -> None:
     """Run every function and its rewrites, and enter the judgements into `judged`."""
-    from tqdm import tqdm
+    from config.bars import progress_bar
 
     def judge(one: Found) -> None:
         one.judged.update(
@@ -378,7 +378,7 @@ def _judge(found: Sequence[Found]) -> None:
         )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(judge, found), total=len(found), desc="run", unit=" functions", disable=None):
+        for _ in progress_bar(pool.map(judge, found), total=len(found), desc="run", unit=" functions"):
             pass
 
 

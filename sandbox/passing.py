@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
 import sandbox
 from config import refuse_unwritable, write_atomically
+from config.bars import progress_bar
 from metrics import pass_at_k
 from metrics.intervals import chances_interval, mean_rows
 from sandbox.problems import Problem, Sample, read_problems, read_samples
@@ -132,7 +131,7 @@ def evaluate(settings: FunctionalConfig) -> str:
     refuse_unwritable(Path(settings.samples).parent, "the results stand beside --samples, and")
     limits = sandbox.SandboxLimits(cpu=settings.cpu, wall=settings.wall)
     unsafe = settings.allow == "unsandboxed"
-    with tqdm(total=len(samples), desc="judged", unit=" samples", disable=None) as bar:
+    with progress_bar(total=len(samples), desc="judged", unit=" samples") as bar:
         found = score(problems, samples, limits, settings.workers, unsafe, bar.update)
     rows = [
         sample.row

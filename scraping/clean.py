@@ -461,13 +461,13 @@ def check(settings: CleanSettings) -> tuple[int, int]:
 
 def run(settings: CleanSettings) -> None:
     """Clean one shard and print what became of its files."""
-    from tqdm import tqdm
+    from config.bars import progress_bar
 
     shard = check(settings)
     ledger = Ledger(Path(settings.folder) / "ledger.sqlite")
     try:
         files, _ = ledger.outline((0, 1) if settings.whole else shard)
-        with tqdm(total=files, desc="cleaning", unit=" files", disable=None, leave=False) as bar:
+        with progress_bar(total=files, desc="cleaning", unit=" files", leave=False) as bar:
             record = clean_shard(settings, ledger, shard, bar.update)
     finally:
         ledger.close()

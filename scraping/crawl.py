@@ -81,7 +81,7 @@ def run(settings: CrawlSettings) -> None:
 
 def crawl(settings: CrawlSettings, clock: Clock, stop: threading.Event) -> None:
     """Crawl as `run` does, by a clock whose `sleep` may raise Stopped once `stop` is set."""
-    from tqdm import tqdm
+    from config.bars import progress_bar
 
     shard = parse_shard(settings.shard)
     wanted = settings.wanted()
@@ -116,7 +116,7 @@ def crawl(settings: CrawlSettings, clock: Clock, stop: threading.Event) -> None:
             states, job = ("found", "listed"), fetch
         todo = repositories(ledger, states, settings.max_repositories)
         count = sum(1 for _ in repositories(ledger, states, settings.max_repositories))
-        with tqdm(desc=job.__name__, total=count, unit="repo", disable=None, dynamic_ncols=True) as bar:
+        with progress_bar(desc=job.__name__, total=count, unit="repo", dynamic_ncols=True) as bar:
             client.told = lambda why, seconds: bar.set_postfix_str(_until(why, seconds))
             failed = _in_threads(
                 lambda repository: job(client, ledger, wanted, repository, folder),
@@ -137,15 +137,13 @@ def _search(
     client: GitHub, ledger: Ledger, settings: CrawlSettings, whole: Slice, shard: tuple[int, int]
 ) -> None:
     """Find the repositories, under a progress bar over the days on which they were created."""
-    from tqdm import tqdm
+    from config.bars import progress_bar
 
     begin(ledger, whole)
     day = 86_400
     days = (whole.created_to - whole.created_from) / day
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
-    with tqdm(
-        desc="search", total=days, unit=" days", disable=None, dynamic_ncols=True, bar_format=form
-    ) as bar:
+    with progress_bar(desc="search", total=days, unit=" days", dynamic_ncols=True, bar_format=form) as bar:
         count = 0
 
         def told(until: int, new: int) -> None:

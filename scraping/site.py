@@ -263,11 +263,11 @@ def read_pages(
     Raises:
         ValueError: the site does not answer any more; the pages that were not read go on waiting.
     """
-    from tqdm import tqdm
+    from config.bars import progress_bar
 
     unanswered: list[tuple[str, str]] = []
     waiting = [entry for entry in ledger.waiting(name) if client.same_host(entry.address)]
-    for page in tqdm(waiting, desc=name, unit=" pages", disable=None):
+    for page in progress_bar(waiting, desc=name, unit=" pages"):
         try:
             answer = client.get(page.address, settings.page_bytes, robots.allows)
         except NoAnswer as error:

@@ -116,12 +116,12 @@ def store_files(
         read: Yields each waiting file with its bytes, or with the reason why there are none. A file that it
             leaves out is dropped as gone.
     """
-    from tqdm import tqdm
+    from config.bars import progress_bar
 
     waiting = {entry.path: entry for entry in ledger.waiting(name)}
     batch: list[tuple[str, bytes]] = []
     size = 0
-    with tqdm(total=len(waiting), desc=name, unit=" files", disable=None) as bar:
+    with progress_bar(total=len(waiting), desc=name, unit=" files") as bar:
         for entry, data in read(list(waiting.values())):
             del waiting[entry.path]
             bar.update()

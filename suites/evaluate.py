@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import sandbox
 from config import refuse_unwritable
+from config.bars import is_watched, progress_bar
 from config.files import code_fingerprint
 from data.corpus import split_documents
 from data.ngram import NGramModel
@@ -494,10 +495,10 @@ def ngram_predictions(evaluation: Evaluation, task: Task) -> Predictions:
 
 @contextmanager
 def progress(what: str, total: int, kept: Kept) -> Iterator[tqdm]:
-    """Show a progress bar of texts; where the output is no terminal, print a line."""
-    if not sys.stderr.isatty():
+    """Show a progress bar of texts; where nobody would see it, print a line."""
+    if not is_watched():
         print(f"{what}: {total:,} texts", file=sys.stderr)
-    with tqdm(total=total, desc=what, unit=" texts", disable=None, leave=False) as bar:
+    with progress_bar(total=total, desc=what, unit=" texts", leave=False) as bar:
         yield bar
     if kept.reused:
         print(
@@ -528,17 +529,18 @@ def judges(evaluated: EvaluatedModel | None, settings: EvalConfig) -> dict[str, 
 def run_programs(task: Task, predictions: dict[str, Predictions], settings: EvalConfig) -> dict[str, Any]:
     """Judge the predicted programs one by one in the sandbox, under a bar, and return their record."""
     total = sum(len(texts) for made in predictions.values() for texts in made.draws)
-    with tqdm(total=total, desc="judged", unit=" programs", disable=None, leave=False) as bar:
+    with progress_bar(total=total, desc="judged", unit=" programs", leave=False) as bar:
         return programs.judged(
             task, predictions, settings.language, settings.seed, settings.allow == "unsandboxed", bar.update
         )
 
 
-def write_evaluation(settings: EvalConfig) -> None:
-    """Evaluate, print the table, and write eval.json and its page into the run's folder."""
+def write_evaluation(settings: EvalConfig) -> Path:
+    """Evaluate, print the table, and write eval.json and its page into the run's folder; return its path."""
     if settings.report is not None:
-        print(f"written to {rewrite_page(Path(settings.report))}")
-        return
+        page = rewrite_page(Path(settings.report))
+        print(f"written to {page}")
+        return page
     if settings.out is not None:  # A folder that cannot be made is told before anything takes time.
         Path(settings.out).mkdir(parents=True, exist_ok=True)
     try:
@@ -559,3 +561,4 @@ def write_evaluation(settings: EvalConfig) -> None:
         print(f"the evaluation that stood there, of other settings, is {earlier} now")
     path = write_results(result, settings)
     print(f"written to {path}, and {path.with_suffix('.html')} to look at it")
+    return path

@@ -44,6 +44,7 @@ WITHOUT_SANDBOX = "generated code runs in a sandbox only"
 SKIPS = (
     WITHOUT_SANDBOX,
     "git is not installed",
+    "(ipykernel|nbclient|wandb|mlflow) is not installed",
     r"user \d+ has no Python 3\.11",
     "the kernel's headers are not installed",
     "needs a CUDA device",

@@ -343,6 +343,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
         (folder / "long" / f"part{number}.py").write_text(row["prompt"] + row["completion"])
+    (folder / "code").symlink_to(folder / "long")
     write_base(folder)
     for name in ("bigcode/starcoderbase-1b", "bigcode/starcoder2-3b"):
         (folder / name).parent.mkdir(exist_ok=True)

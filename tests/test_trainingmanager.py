@@ -513,8 +513,9 @@ def test_a_validation_that_is_not_finite_is_never_saved(config: Config) -> None:
     before = checkpoints(manager.folder / "checkpoints")
     torch.nn.init.constant_(manager.model.head.weight, math.nan)
     manager.state.step += 1
-    with pytest.raises(ValueError, match="the validation loss of step 7 is nan"):
-        manager.validate_and_save(Log(manager.folder, 6))
+    said = "the validation loss of step 7 is nan"
+    with pytest.raises(ValueError, match=said), Log(manager.folder, 6, manager.config) as log:
+        manager.validate_and_save(log)
     assert checkpoints(manager.folder / "checkpoints") == before
 
 
@@ -534,8 +535,9 @@ def test_what_is_not_finite_is_never_saved_although_the_loss_is(
     else:
         manager.optimizers[1].state[embedding]["exp_avg"][399, 0] = value
     name = "embed.weight" if where == "weight" else "optimizers/1/state/0/exp_avg"
-    with pytest.raises(ValueError, match=f"{name} of step 7 is not finite, so it was not saved"):
-        manager.validate_and_save(Log(manager.folder, 6))
+    said = f"{name} of step 7 is not finite, so it was not saved"
+    with pytest.raises(ValueError, match=said), Log(manager.folder, 6, manager.config) as log:
+        manager.validate_and_save(log)
     assert checkpoints(manager.folder / "checkpoints") == before
 
 

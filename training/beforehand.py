@@ -18,6 +18,7 @@ from guards.faults import refuse_unknown_faults
 from lora import add_adapter
 from modules.precision import Precision, choose_device, choose_precision, evaluation_precision
 from pretrained.load import described, without_memory
+from training.loggers import refuse_unusable
 from training.run import refuse_other_model, resolved_format
 
 MOST_LAYERS = 1000  # The most blocks that are made to name modules: a config.json may claim any number.
@@ -34,6 +35,7 @@ def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
     """
     train = config.train
     refuse_unknown_faults(train.allow)
+    refuse_unusable(train.log)
     if config.data.validation_one_in == 0 and not train.overfit:
         raise ValueError(
             "--data.validation_one_in 0 would validate on the training files; only --overfit may"

@@ -16,10 +16,7 @@ CURVES = {
 
 def draw_curves(folder: Path) -> list[Path]:
     """Write `curves/NAME.png` for each of CURVES that has data; return their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # It needs no display.
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # Without pyplot, whose backend and figures are a notebook's own.
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     (folder / "curves").mkdir(exist_ok=True)
@@ -28,7 +25,8 @@ def draw_curves(folder: Path) -> list[Path]:
         series = {tag: [(row["step"], row[tag]) for row in rows if tag in row] for tag in tags}
         if not any(series.values()):
             continue
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         for tag, points in series.items():
             if points:
                 marker = "o" if len(points) < 30 else None
@@ -39,5 +37,4 @@ def draw_curves(folder: Path) -> list[Path]:
         axes.legend()
         paths.append(folder / "curves" / f"{name}.png")
         figure.savefig(paths[-1], dpi=120)
-        pyplot.close(figure)
     return paths

@@ -1,4 +1,4 @@
-"""The log of a run: lines of metrics.jsonl, TensorBoard, and a progress bar."""
+"""The log of a run: lines of metrics.jsonl, its loggers, and a progress bar."""
 
 from __future__ import annotations
 
@@ -7,46 +7,64 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Self
 
 from tqdm import tqdm
 
-from config import write_atomically
+from config import Config, write_atomically
+from config.bars import progress_bar
+from training.loggers import couriers
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, with the same values under the same names.
+    """metrics.jsonl and the loggers of `config.train.log`, with the same values under the same names.
 
     Lines that a killed run wrote after its last checkpoint are removed, and so is one that was cut short.
 
     Args:
         folder: The run's folder.
         step: Updates done; what was logged of later ones is forgotten.
+        config: The run's settings.
     """
 
-    def __init__(self, folder: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, step: int, config: Config):
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text("utf-8").splitlines() if step_of(line) <= step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.loggers = couriers(config.train.log, folder, config, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=error is not None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line, and hand it to the operating system."""
+        """Append one line, and hand it to the operating system and to the loggers."""
         self.file.write(json.dumps({"step": step} | values) + "\n")
         self.file.flush()
-        for tag, value in values.items():
-            self.tensorboard.add_scalar(tag, value, step)
+        for logger in self.loggers:
+            logger.write(step, values)
 
     def to_disk(self) -> None:
         """Wait until the lines are on the disk; before that, a loss of power may take them."""
         os.fsync(self.file.fileno())
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Close the file and the loggers.
+
+        Args:
+            failed: Whether an error ends the run.
+        """
         self.file.close()
-        self.tensorboard.close()
+        for logger in self.loggers:
+            logger.close(failed)
+
+    def failed_loggers(self) -> frozenset[str]:
+        """Return the names of the loggers that failed."""
+        return frozenset(logger.name for logger in self.loggers if logger.failed)
 
 
 def step_of(line: str) -> float:
@@ -63,9 +81,9 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def progress_bar() -> tqdm:
-    """Return a bar from 0 to 1, which is silent where stderr is not a terminal."""
-    return tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", disable=None)
+def training_bar() -> tqdm:
+    """Return the bar of a run, from 0 to 1."""
+    return progress_bar(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
 
 
 def show_progress(bar: tqdm, text: str, progress: float, seconds: float) -> None:

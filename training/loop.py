@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -41,12 +41,12 @@ from training.checkpoint import (
     remove_superseded,
     save_checkpoint,
 )
-from training.log import Log, progress_bar, say, show_progress
+from training.log import Log, say, show_progress, training_bar
 from training.loss import TokenLoss, TokenScores, score, token_loss
 from training.optim import build_optimizers, learning_rate_factor
 from training.random_state import gpu_state, random_states, set_random_states
 from training.runfolder import config_fingerprint
-from training.signals import signals_noted
+from training.signals import leave, signals_noted
 from training.state import RunState, budget_used, still_falling
 
 NOT_FINITE_IN_A_ROW = 3  # Updates that are skipped before the run ends.
@@ -72,10 +72,12 @@ class Observer:
         on_step: Takes the manager and what was logged of a step, with its validation if there was one; True
             ends the run.
         on_save: Takes the manifest of a checkpoint, which is whole on the disk.
+        on_second_signal: Takes the number of a signal that comes while the first one is heeded.
     """
 
     on_step: Callable[[TrainingManager, dict[str, float]], bool] = lambda manager, values: False
     on_save: Callable[[Manifest], None] = lambda manifest: None
+    on_second_signal: Callable[[int], NoReturn] = leave
 
 
 UNOBSERVED = Observer()
@@ -129,6 +131,7 @@ class TrainingManager:
         self.saved_step: int | None = None
         self.began = 0.0  # On the clock, as if all stretches of the run had been one.
         self.resumed_from: Manifest | None = None
+        self.failed_loggers: frozenset[str] = frozenset()
         if train.activation_checkpointing:
             model.recompute_in_backward("blocks")
         elif config.lora.r:
@@ -178,10 +181,10 @@ class TrainingManager:
         first_steps = FirstSteps(subject, train.allow, self.state.step, self.progress())
         self.refuse_difference()  # Once more: since the checkpoint was restored nothing may have changed.
         with (
-            contextlib.closing(Log(self.folder, self.state.step)) as log,
+            Log(self.folder, self.state.step, self.config) as log,
             contextlib.closing(first_steps),
-            signals_noted(self),
-            progress_bar() as bar,
+            signals_noted(self, self.observer.on_second_signal),
+            training_bar() as bar,
         ):
             while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
                 values = self.update()
@@ -210,6 +213,7 @@ class TrainingManager:
                 self.save(None)  # Without a validation, which a run that is not stopped would not have here.
             elif self.saved_step != self.state.step:
                 self.validate_and_save(log)
+        self.failed_loggers = log.failed_loggers()
         ended = self.resumed_from is None and self.progress() >= 1
         if warn and ended and (warning := still_falling(losses)):
             print(f"warning: {warning}", file=sys.stderr)

@@ -20,6 +20,7 @@ from suites.functions import sample_completions
 from suites.records import read_evaluation
 from suites.settings import EvalConfig
 from training.curves import draw_curves
+from training.loggers import log_scores, places
 from training.loop import TrainingManager
 from training.outputs import OUTPUTS, note_made
 from training.run import TrainedRun, export_adapter, load_run
@@ -34,6 +35,7 @@ class EndedRun:
     data: PreparedData
     device: torch.device
     eval_precision: Precision
+    failed_loggers: frozenset[str] = frozenset()
 
 
 def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple(OUTPUTS)) -> None:
@@ -52,6 +54,7 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
         print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
         write_results(scores, settings)
         note_made(folder, "scores")
+        log_scores(folder, manager.config, run.step, scores, manager.failed_loggers)
     else:
         scores = read_evaluation(folder / OUTPUTS["scores"])
     flags = flags_of([])
@@ -65,7 +68,8 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
     print(f"checkpoints  {folder / 'checkpoints'}")
     if run.family is not None:
         print(f"adapter      {folder / 'adapter'}")
-    print(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
+    for place in places(manager.config.train.log, folder):
+        print(place)
     print(f"pictures     {', '.join(str(path) for path in pictures)}")
     print(f"every line   {folder / 'eval.html'}")
     print(f"score again  {command_of('eval.py')} --run {for_shell(str(folder))}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol
 
 RESUMABLE = 75  # Exit code of a run that a signal stopped and that --resume continues (EX_TEMPFAIL).
 SAME_SIGNAL = 0.1  # Seconds within which a signal that comes twice counts once.
@@ -19,13 +20,32 @@ class Stoppable(Protocol):
     stop_signal: int | None
 
 
+def leave(number: int) -> NoReturn:
+    """End the process by a second signal: an exception may be swallowed, for one by a finalizer."""
+    os._exit(128 + number)
+
+
+def leave_the_run(number: int) -> NoReturn:
+    """End the run, and not the process of a notebook or script that called it, by a second interrupt."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    leave(number)
+
+
 @contextlib.contextmanager
-def signals_noted(loop: Stoppable) -> Iterator[None]:
+def signals_noted(loop: Stoppable, on_second: Callable[[int], NoReturn] = leave) -> Iterator[None]:
     """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 in `loop.stop_signal`; a second signal ends the process.
 
     The same signal within SAME_SIGNAL seconds is no second one: a closed terminal hangs up twice, through the
-    shell and through the kernel, and `timeout` signals its child and then the child's group.
+    shell and through the kernel, and `timeout` signals its child and then the child's group. Python gives
+    signals to its main thread alone: a loop in another thread notes none.
+
+    Args:
+        on_second: Called with a second signal.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     first = 0.0
 
     def note(number: int, frame: Any) -> None:
@@ -33,7 +53,7 @@ def signals_noted(loop: Stoppable) -> Iterator[None]:
         if loop.stop_signal == number and time.monotonic() - first < SAME_SIGNAL:
             return
         if loop.stop_signal is not None:
-            os._exit(128 + number)  # An exception may be swallowed, for one by a finalizer.
+            on_second(number)
         loop.stop_signal, first = number, time.monotonic()
         text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
         with contextlib.suppress(OSError):
