@@ -447,7 +447,7 @@ def test_the_command_proves_a_resume(tmp_path: Path) -> None:
 # The gradients of each update are scaled by how many this process has made: a state that nothing saves.
 UNSAVED_COUNTER = """
 import sys
-if "selftest.prove_resume" in " ".join(sys.orig_argv):
+if "selftest.resume_child" in " ".join(sys.orig_argv):
     import torch
     made, clip = [], torch.nn.utils.clip_grad_norm_
     def counting(parameters, *rest):
@@ -459,7 +459,7 @@ if "selftest.prove_resume" in " ".join(sys.orig_argv):
 """
 NO_RANDOM_STATE = """
 import sys
-if "selftest.prove_resume" in " ".join(sys.orig_argv):
+if "selftest.resume_child" in " ".join(sys.orig_argv):
     import torch
     torch.set_rng_state = lambda state: None
 """
