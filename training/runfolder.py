@@ -17,7 +17,7 @@ from typing import TextIO
 
 import yaml
 
-from config import SETTINGS, Config, write_atomically
+from config import BEFORE, SETTINGS, Config, write_atomically
 from config.schema import flat
 from config.setting import REFUSED, WARNED
 from config.yamlfile import read_yaml
@@ -102,6 +102,14 @@ def new_folder() -> Path:
             folder.mkdir(parents=True)
             return folder
     raise AssertionError
+
+
+def words_of_run(folder: str | Path) -> list[str]:
+    """Return the words of a command line that give a resumed run its own settings; none without a run."""
+    saved = Path(folder) / "config.yaml"
+    if not str(folder) or not saved.is_file():
+        return []
+    return [*(f"--{key}={value}" for key, value in BEFORE.items()), f"--config={saved}"]
 
 
 def with_data_resolved(config: Config, folder: Path) -> Config:
