@@ -21,6 +21,9 @@ from training.api import Run, evaluate, load, train
 from training.checkpoint import checkpoints
 from training.loop import TrainingManager
 
+# Slow: whole runs in this process start threads, for which the forks of later tests would wait forever.
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {
     "run": "run",
     "data": {"source": "code", "validation_one_in": 4, "test_one_in": 4, "suffixes": [".py", ".md"]},

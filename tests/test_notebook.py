@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import exit_code, forked
 
 from config.files import REPOSITORY
 from training.checkpoint import checkpoints
@@ -23,17 +24,12 @@ def cells() -> list[str]:
     return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
 
 
-def test_its_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def work() -> None:
-        names: dict[str, object] = {}
-        for cell in cells():
-            exec(compile(cell, str(NOTEBOOK), "exec"), names)
-
-    monkeypatch.chdir(NOTEBOOK.parent)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    said = tmp_path / "said"
-    assert exit_code(forked(work, said)) == 0, said.read_text()
+def test_its_lines_run(tmp_path: Path) -> None:
+    (tmp_path / "cells.py").write_text("\n".join(cells()), "utf-8")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path)}
+    run = [sys.executable, str(tmp_path / "cells.py")]
+    done = subprocess.run(run, cwd=NOTEBOOK.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_it_is_stored_without_outputs() -> None:

@@ -108,7 +108,7 @@ def test_a_run_to_its_final_scores_opens_each_file_once_and_the_next_run_sixteen
     assert n_files > 16
     for expected in (n_files, 16):
         opens(source)
-        assert run_to_its_end(small_config(tmp_path, {"data": {"regroup": True}})) == 0
+        assert run_to_its_end(small_config(tmp_path, {"data": {"regroup": True}})).code == 0
         found = opens(source)
         assert len(found) == expected and set(found.values()) == {1}
 

@@ -379,7 +379,7 @@ def test_a_file_that_changes_or_goes_between_listing_and_storing_is_dropped(tmp_
         ("ext::sh -c touch% /tmp/pwned", "is no https://"),
         ("file:///etc", "is no https://"),
         ("/etc", "command local"),
-        ("-uhttps://example.com/a", "expected one argument"),
+        ("-uhttps://example.com/a", "is no https://"),
         ("--upload-pack=touch /tmp/pwned", "is no https://"),
         ("ssh://git@example.com/a", "holds a user name"),
         ("ssh://example.com/a", "is no https://"),
