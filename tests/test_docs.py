@@ -371,7 +371,7 @@ def write_run(folder: Path) -> None:
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_of_the_manual_runs(block: Block, world: Path, tmp_path: Path):
-    # No fork: a run computes signatures by threads, for which a fork of a process that has such waits forever.
+    # No fork: a run computes signatures by threads, for which a fork of a process with such threads waits.
     (tmp_path / "block.py").write_text(block.text, "utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = [sys.executable, str(tmp_path / "block.py")]
