@@ -619,7 +619,7 @@ def test_xavier_follows_the_paper():
     ("wrong", "words"),
     [
         ({"vocab_size": 0}, r"vocab_size is 0; .*at least 1"),
-        ({"block_size": 0}, r"block_size is 0; .*at least 1"),
+        ({"block_size": 0}, r"block_size is 0; .*at least 2"),
         ({"n_layer": 0}, r"n_layer is 0; .*at least 1"),
         ({"n_head": 0}, r"n_head is 0; .*at least 1"),
         ({"n_embd": -8}, r"n_embd is -8; .*at least 1"),
