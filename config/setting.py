@@ -32,7 +32,7 @@ class Use(NamedTuple):
     """A condition under which a run reads a setting; where it does not hold, setting it is refused."""
 
     when: str  # completes "read where ..."
-    holds: Callable[[Any], bool]  # of the whole Config
+    holds: Callable[[Any], bool]  # takes the whole Config
     otherwise: str  # completes "KEY is set, but ..."
 
 

@@ -1,8 +1,8 @@
 """The documents of a run: their one owner, which reads and splits them once.
 
-documents = RunDocuments(config.data)
-documents.fingerprint                          # by the record of the source, or by reading it
-for split, document in documents: ...          # for whoever needs the texts
+    documents = RunDocuments(config.data)
+    documents.fingerprint                      # is known by the record of the source, or found by reading it
+    for split, document in documents: ...      # yields the texts to whoever needs them
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.corpus import split_documents, training_texts
 from data.documents import Document, Report, utf8
 from data.recorded import SourceRecord, recorded, write_record
 
-FIRST_DOCUMENTS = 4  # for training: as many as the guard of prompts compares
+FIRST_DOCUMENTS = 4  # The guard of prompts compares as many documents for training.
 # Texts in memory between the training of a tokenizer and tokenising. Of a larger source they are read again.
 KEPT_BYTES = 2**30
 DOCUMENT_BYTES = 1000  # what a document takes in memory besides its text

@@ -314,7 +314,7 @@ def test_every_flag_in_the_text_is_known_to_a_command():
     known |= set().union(*(known_flags("scraping", (command,)) for command in COMMANDS))
     known |= set().union(*(known_flags("recipes", (recipe,)) for recipe in RECIPES))
     known |= known_flags("generate.py", ("--recipe", "refactor")) | {"--help", "--recipe"}
-    known |= {"--version", "--print_completion", "--strict"}  # of ./plumb and mkdocs
+    known |= {"--version", "--print_completion", "--strict"}  # flags of ./plumb and mkdocs
     for file in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "hostile.py"]:
         known |= known_flags(str(file.relative_to(ROOT)), ())
     for page in [ROOT / "README.md", *PAGES]:

@@ -243,7 +243,7 @@ def test_verify_reads_all(
 def test_other_bytes_under_the_recorded_times_are_told_and_the_source_is_read(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As after a fault of the disk; with all files hashed again it is certain to be found."""
+    """A fault of the disk is simulated; with all files hashed again it is certain to be found."""
     monkeypatch.setattr(recorded, "HASHED", 40)
     documents = RunDocuments(config)
     record, path = documents.record, Path(config.source, "sub", "file7.py")
@@ -348,7 +348,7 @@ def test_a_source_too_large_for_the_memory_is_read_again_to_the_same_store(
     monkeypatch.setattr(run_documents, "KEPT_BYTES", 5000)
     streamed = start(config)
     assert (streamed.folder, files_of(streamed.folder)) == (kept.folder, files)
-    assert set(opens(Path(config.source)).values()) == {3}  # for the record, the tokenizer and the store
+    assert set(opens(Path(config.source)).values()) == {3}  # once each for the record, the tokenizer and the store
     documents = RunDocuments(config)
     pairs = iter(documents)
     next(pairs)
