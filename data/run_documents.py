@@ -1,8 +1,8 @@
 """The documents of a run: their one owner, which reads and splits them once.
 
-    documents = RunDocuments(config.data)
-    documents.fingerprint                      # is known by the record of the source, or found by reading it
-    for split, document in documents: ...      # yields the texts to whoever needs them
+documents = RunDocuments(config.data)
+documents.fingerprint                      # is known by the record of the source, or found by reading it
+for split, document in documents: ...      # yields the texts to whoever needs them
 """
 
 from __future__ import annotations

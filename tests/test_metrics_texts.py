@@ -161,7 +161,7 @@ def test_identifier_f1():
 
 
 def test_hostile_text_takes_linear_time():
-    """A method of quadratic time would take minutes for each text. None holds a name, but for the one that is a name."""
+    """A method of quadratic time would take minutes for each; only the text that is a name holds one."""
     for text in (
         "'" * 200_000,
         '"""' * 70_000,

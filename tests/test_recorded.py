@@ -348,7 +348,8 @@ def test_a_source_too_large_for_the_memory_is_read_again_to_the_same_store(
     monkeypatch.setattr(run_documents, "KEPT_BYTES", 5000)
     streamed = start(config)
     assert (streamed.folder, files_of(streamed.folder)) == (kept.folder, files)
-    assert set(opens(Path(config.source)).values()) == {3}  # once each for the record, the tokenizer and the store
+    # Each file was opened for the record, for the tokenizer and for the store.
+    assert set(opens(Path(config.source)).values()) == {3}
     documents = RunDocuments(config)
     pairs = iter(documents)
     next(pairs)
