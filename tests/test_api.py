@@ -21,7 +21,7 @@ from training.api import Run, evaluate, load, train
 from training.checkpoint import checkpoints
 from training.loop import TrainingManager
 
-# Slow: whole runs in this process start threads, for which the forks of later tests would wait forever.
+# Slow, and run by test_api_alone.py: whole runs start threads, for which later forks of the process wait.
 pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, Any] = {
