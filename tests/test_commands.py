@@ -122,6 +122,17 @@ def test_every_list_is_given_at_once_or_in_parts(command: str) -> None:
             assert found == whole, words
 
 
+@pytest.mark.parametrize("text", ["--help", "-x", "--run=r", "[", "a: b", "null", ""])
+def test_a_text_is_taken_as_it_is(text: str) -> None:
+    found = [
+        (read_words([flag.name, text], flags), flag)
+        for flags in FLAGS.values()
+        for flag in {*flags.values()}
+        if flag.is_text
+    ]
+    assert found and all(given == [Given(flag.name, text)] for given, flag in found)
+
+
 @pytest.mark.parametrize(
     ("command", "words", "expected"),
     [
