@@ -20,7 +20,7 @@ from data.recorded import SourceRecord, recorded, write_record
 FIRST_DOCUMENTS = 4  # The guard of prompts compares as many documents for training.
 # Texts in memory between the training of a tokenizer and tokenising. Of a larger source they are read again.
 KEPT_BYTES = 2**30
-DOCUMENT_BYTES = 1000  # what a document takes in memory besides its text
+DOCUMENT_BYTES = 1000  # the memory that a document takes besides its text
 
 
 class RunDocuments:

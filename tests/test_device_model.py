@@ -50,7 +50,7 @@ def packed_batch() -> Batch:
 
 
 def one_document_a_row() -> Batch:
-    """The same rows as one document each: attention is causal, without a mask."""
+    """The rows are one document each, so that attention is causal, without a mask."""
     batch = packed_batch()
     positions = torch.arange(48).expand(3, 48).contiguous()
     return batch._replace(document_ids=torch.zeros_like(batch.tokens), positions=positions)
@@ -115,7 +115,7 @@ def loss_of(
 
 
 def plain_loss(model: Decoder, batch: Batch, smoothing: float = 0.0, z_loss: float = 0.0) -> Losses:
-    """The same by F.cross_entropy of all logits at once, on the CPU."""
+    """Return loss and gradients by F.cross_entropy of all logits at once, on the CPU."""
     model = copy.deepcopy(model)
     targets = batch.labels != IGNORE_INDEX
     logits = model(batch.tokens, batch.positions, batch.document_ids)[targets]

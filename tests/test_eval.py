@@ -377,7 +377,7 @@ def refusal(settings: EvalConfig, capsys) -> str:
         evaluation.write_evaluation(settings)
     assert exit.value.code == 2
     said = capsys.readouterr()
-    assert all(line.startswith("source: ") for line in said.out.splitlines())  # what is read, and why
+    assert all(line.startswith("source: ") for line in said.out.splitlines())  # what is read
     assert len(said.err.splitlines()) == 1
     return said.err
 
