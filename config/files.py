@@ -85,13 +85,21 @@ def refuse_unwritable(folder: str | Path, setting: str, unless: str | None = Non
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write under a temporary name in the same folder, flush to the disk, rename.
+
+    The name is the process's own: several may write one path at once, as the first trials of a sweep do, and
+    the last one counts.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def code_fingerprint(folder: Path = REPOSITORY) -> str:

@@ -464,3 +464,18 @@ def test_a_module_of_this_program_is_run_whatever_the_working_directory_holds(tm
         command, cwd=tmp_path, env=environment, input="{}", capture_output=True, text=True, check=False
     )
     assert "of the user" not in done.stderr and "KeyError: 'config'" in done.stderr
+
+
+def test_processes_that_write_one_file_at_once_leave_one_of_their_texts(tmp_path: Path) -> None:
+    """The first trials of a sweep record one source together."""
+    code = (
+        "import sys; from pathlib import Path; from config import write_atomically\n"
+        "for _ in range(40): write_atomically(Path(sys.argv[1]), sys.argv[2] * 5000)\n"
+    )
+    path = tmp_path / "record.json"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(path), letter], cwd=REPOSITORY) for letter in "abc"
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert path.read_text("utf-8") in [letter * 5000 for letter in "abc"]
+    assert [*tmp_path.iterdir()] == [path]

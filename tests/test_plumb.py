@@ -37,14 +37,23 @@ def clone(tmp_path: Path) -> Path:
 def run(
     clone: Path, commands: dict[str, str] | None = None, command: str = "train", without_pip: bool = False
 ) -> tuple[int, list[str]]:
-    """Exit code and lines of `./plumb` on a machine with these commands besides TOOLS, each by its script."""
+    """Exit code and lines of `./plumb` on a machine with these commands besides TOOLS, each by its script.
+
+    Args:
+        command: The verb, and words behind it that have no blanks.
+    """
     for name, script in (commands or {}).items():
         path = clone / "bin" / name
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
     environment = {"PATH": str(clone / "bin"), "WITHOUT_PIP": str(int(without_pip))}
     done = subprocess.run(
-        ["sh", "plumb", command], cwd=clone, env=environment, capture_output=True, text=True, check=False
+        ["sh", "plumb", *command.split()],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout == ""
     return done.returncode, done.stderr.splitlines()
@@ -97,6 +106,20 @@ def test_what_is_missing_is_installed_and_each_step_said(clone: Path, rights: di
     assert run(clone, command="docs") == (0, ["plumb: the manual is in site/index.html"])
     more = ["-m pytest", "trainingmanager.py", "-m mkdocs build --strict"]
     assert (clone / "asked").read_text().splitlines() == [*asked, *more]
+
+
+def test_the_flag_of_a_verb_takes_no_word_of_the_user(clone: Path) -> None:
+    """A word that follows a switch is its value: `--plan runs/X` would be no plan of runs/X."""
+    machine = {"git": "exit 0", "bwrap": "exit 0", "python3": NEW}
+    for command in ("plan runs/X", "prepare --seed 3", "plan", "train runs/X"):
+        assert run(clone, machine, command)[0] == 0
+    asked = [line for line in (clone / "asked").read_text().splitlines() if line.startswith("training")]
+    assert asked == [
+        "trainingmanager.py runs/X --plan",
+        "trainingmanager.py --seed 3 --prepare",
+        "trainingmanager.py --plan",
+        "trainingmanager.py runs/X",
+    ]
 
 
 def test_what_cannot_be_installed_is_named_and_all_else_goes_on(clone: Path) -> None:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any
+
+from config import write_atomically
 
 MOST_BYTES = 2**26  # the largest file that is read; published vocabularies have up to 35 million bytes
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text under a temporary name, flush it, and rename it."""
+    """Write a text as `write_atomically` does, and make its folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, text)
 
 
 def read_file(path: Path) -> str:
