@@ -24,6 +24,7 @@ from config.yamlfile import parse_yaml, read_yaml
 
 Settings = TypeVar("Settings")
 _FAULT = "the settings cannot be taken: "
+_OF_A_SWEEP = ("space", "sweep")  # The sections that a sweep's file has beside the settings of a run.
 
 
 def parse_settings(
@@ -76,6 +77,8 @@ def _refuse_unreadable(given: Given) -> None:
     if not os.path.isfile(given.value):  # The word holds the values themselves.
         if not given.value.replace("\n", "").replace("\t", "").isprintable():
             refuse(f"{given.flag} is {printable(given.value)}, and there is no such file")
+        if re.fullmatch(r"[\w./~-]+", given.value) and not os.path.exists(given.value):
+            refuse(f"{given.flag} is {given.value}, and there is no such file; give the path of one")
         return
     try:
         read_yaml(Path(given.value))
@@ -159,13 +162,15 @@ def _in_our_words(message: str, groups: dict[str, type]) -> str:
 
 
 def _suggestion(message: str, groups: dict[str, type]) -> str:
-    """Return `; did you mean ...` for the first word of an error that is nearly a key of a file."""
+    """Return what to do about the first word of an error that is no key of these settings."""
     known = [
         f"{name}.{f.name}".lstrip(".") for name, group in groups.items() for f in dataclasses.fields(group)
     ]
     group = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", message)
     key = re.search(r"(?:[Oo]ption '|Key ')([\w.]+)", message)
     wrong = f"{group[1]}.{group[2]}" if group else key[1] if key else ""
+    if (section := wrong.partition(".")[0]) in _OF_A_SWEEP and section not in groups:
+        return f": {section} is for a sweep; such a file is read by hyperparam_tune.py (./plumb sweep)"
     if also := flags_of(groups).get(f"--{wrong}"):  # Another name of a flag is none of its key.
         return f"; did you mean {also.name.removeprefix('--')}?"
     near = nearest(wrong, known) if wrong else ""

@@ -37,9 +37,16 @@ def read_yaml(path: Path) -> Any:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         if len(raw) <= MAX_BYTES:
-            raise ValueError(f"{path} is no YAML: {error}") from None
+            raise ValueError(f"{path} is no YAML: {error}; save it as UTF-8") from None
         text = " " * len(raw)  # The cut is inside a character; the length alone will be refused.
     return parse_yaml(text, str(path))
+
+
+def _place_of(error: Exception) -> str:
+    """Return where a text is no YAML, as far as the parser says it, and why."""
+    mark = getattr(error, "problem_mark", None)
+    at = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
+    return f"{at}: {' '.join(str(getattr(error, 'problem', None) or error).split())}"
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -70,7 +77,7 @@ def parse_yaml(text: str, name: str) -> Any:
         wrong = _endless(node, name) or _key_twice(node, name) or _misread(node, name)
         values = None if node is None or wrong else loader.construct_document(node)
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: `!!int a`
-        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name} is no YAML{_place_of(error)}; correct it there") from None
     if wrong is not None:
         raise ValueError(wrong)
     names = values if isinstance(values, dict) else {}

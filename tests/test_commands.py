@@ -336,7 +336,10 @@ def test_a_verb_is_its_program_with_the_same_words_and_exit_code(clone: Path) ->
     listed = plumb(clone, "--help")[1]
     for name, verb in verbs().items():
         if " " not in name:
-            words = [*verb.program.split(), "--run", "a b", ""]
+            program, *own = verb.program.split()
+            # A flag of the verb itself stands last: a word that follows a switch would be its value.
+            last = own if own[:1] in (["--plan"], ["--prepare"], ["--selftest"]) else []
+            words = [program, *own[len(last) :], "--run", "a b", "", *last]
             code, out, err = plumb(clone, name, "--run", "a b", "")
             assert (code, out, err) == (75, "".join(f"<{word}>" for word in words), "")
             assert f"\n{name} " in listed and f" python {verb.program}\n" in listed

@@ -204,8 +204,10 @@ def test_what_stands_in_a_file_twice_is_refused_of_which_the_parser_takes_one(
         ("optimizer.muon_lr: 0.05\noptimizer: {beta1: 0.9}\n", "write muon_lr inside optimizer"),
         ("optimizer: {muon_lr: 0.05}\noptimizer.muon_lr: 0.02\n", "write muon_lr inside optimizer"),
         ('{\t"seed": 1,\n\t"seed": 2}\n', f"seed is twice in {file}, again in line 2"),
-        ("optimizer: [1\n", f"{file} is no YAML: "),
-        ("max_steps: !!int a\n", f"{file} is no YAML: "),
+        ("optimizer: [1\n", f"{file} is no YAML at line 2 column 1: expected ',' or ']', but got "),
+        ("max_steps: !!int a\n", f"{file} is no YAML: invalid literal for int() "),
+        ("space: {seed: [1, 2]}\n", "space is for a sweep; such a file is read by hyperparam_tune.py"),
+        ("max_steps: 5\nsweep:\n  trials: 3\n", "sweep is for a sweep; such a file is read by"),
     ):
         file.write_text(text, "utf-8")
         with pytest.raises(SystemExit):

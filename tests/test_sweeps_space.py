@@ -292,7 +292,7 @@ FILES = {
     "sweeps: {trials: 2}": "error: sweeps in {path} is no section; did you mean sweep?",
     "max_stps: 3": "error: Option 'max_stps' is not accepted; did you mean max_steps?",
     "modle: {n_layer: 3}": "error: Option 'modle.n_layer' is not accepted; did you mean model.n_layer?",
-    "space: {seed: [1, 2]": 'error: {path} is no YAML: while parsing a flow mapping in "{path}", line 1',
+    "space: {seed: [1, 2]": "error: {path} is no YAML at line 1 column 21: expected ',' or '}', but got",
     "space:\n seed: [1, 2]\n seed: [3]": "error: seed is twice in {path}, again in line 3; leave one out",
     "seed: \udcff": "error: {path} is no YAML: 'utf-8' codec can't decode byte 0xff in position 6",
 }
