@@ -13,6 +13,7 @@ from typing import Any
 
 import config
 from config import one_sentence
+from config.flags import flags_of, has_flag
 from generation.settings import CommandConfig
 
 
@@ -31,7 +32,7 @@ def __getattr__(name: str) -> Any:
 def main(argv: list[str]) -> None:
     """Generate as the command line says, or hand it to the recipe that it names."""
     # Modules with torch are imported after the command line was understood.
-    if any(word.split("=")[0] == "--recipe" for word in argv):
+    if has_flag(argv, flags_of({"": CommandConfig}), ["--recipe"]):
         from recipes.refactoring import main as refactor  # It has flags of its own.
 
         refactor(argv)

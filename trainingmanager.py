@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from config import CONFIG_GROUPS, Config, one_sentence, parse_config
+from config.console import refuse
 from config.flags import asks_for_help, flags_of, read_words
 from training.runfolder import words_of_run
 
@@ -24,7 +25,10 @@ def command_line(words: list[str]) -> list[str]:
         return words
     given = read_words(words, flags)
     values = dict(given)
-    own = words_of_run(values.get("--run", "")) if values.get("--resume") == "true" else []
+    try:
+        own = words_of_run(values.get("--run", "")) if values.get("--resume") == "true" else []
+    except ValueError as error:
+        refuse(str(error))
     if own:
         return [*own, *map(str, given)]
     return words
@@ -39,6 +43,9 @@ def __getattr__(name: str) -> Any:
 
 def main(config: Config) -> None:
     """Train, plan, prepare or prove, as the settings say."""
+    instead = [name for name in ("plan", "prepare", "prove_resume") if getattr(config.train, name)]
+    if len(instead) > 1:
+        refuse(f"--{' and --'.join(instead)} are given, and each is done instead of a run; give one of them")
     with one_sentence():
         # What imports torch is imported after the command line was understood.
         if config.train.plan:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from config.console import refuse, say
 from config.describe import config_as_yaml
 from config.files import REPOSITORY
-from config.flags import Given, asks_for_help, flags_of, read_words
+from config.flags import Given, asks_for_help, flags_of, read_words, without_print
 from config.foreign import RATES
 from config.help import show_help
 from config.parser import values_of
@@ -20,28 +20,33 @@ from config.schema import CONFIG_GROUPS, Config, DataConfig, build, check_ranges
 RECIPES = REPOSITORY / "recipes"  # the YAML files of presets
 
 
-def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Config:
+def parse_config(
+    argv: Sequence[str] | None = None, description: str = "", own: Mapping[str, Any] | None = None
+) -> Config:
     """Return the Config of a command line: defaults, then each `--config FILE.yaml`, then single flags.
 
     A mistake prints one sentence and exits with 2: an unknown key (with the nearest known one), a value of
     the wrong type or out of range, a model that cannot be built, and a key that nothing reads.
     `--print_config` prints the settings that would be returned, and exits with 0.
+
+    Args:
+        own: Values by full key that are given in Python; they count as flags, and are taken as they are.
     """
+    own = own or {}
     words, flags = sys.argv[1:] if argv is None else argv, flags_of(CONFIG_GROUPS)
     if asks_for_help(words, flags):
         show_help(CONFIG_GROUPS, description)
-    given = read_words(words, flags)
+    given, prints = without_print(read_words(words, flags))
     rate = next((one.flag for one in given if one.flag in RATES), "")
-    prints = Given("--print_config", "") in given
-    given = [one for one in given if one.flag not in RATES and one != ("--print_config", "")]
-    names = [one.flag.removeprefix("--") for one in given]
+    given = [one for one in given if one.flag not in RATES]
+    names = [one.flag.removeprefix("--") for one in given] + [*own]
     presets = (
         [Given("--config", str(RECIPES / "overfit.yaml"))] if Given("--overfit", "true") in given else []
     )
-    values = values_of(CONFIG_GROUPS, [*presets, *given])
+    values = _with_own(values_of(CONFIG_GROUPS, [*presets, *given]), own)
     if values["base"] is not None:  # A flag or a file has set it.
         presets = [Given("--config", str(RECIPES / "finetune.yaml")), *presets]
-        values = values_of(CONFIG_GROUPS, [*presets, *given])
+        values = _with_own(values_of(CONFIG_GROUPS, [*presets, *given]), own)
     try:
         config = build(values)
         if rate:
@@ -56,6 +61,14 @@ def parse_config(argv: Sequence[str] | None = None, description: str = "") -> Co
         say(config_as_yaml(config))
         sys.exit(0)
     return config
+
+
+def _with_own(values: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with those by full key in their places."""
+    for key, value in own.items():
+        group, _, name = key.rpartition(".")
+        (values[group] if group else values)[name] = value
+    return values
 
 
 def _refuse_rate(flag: str, config: Config) -> NoReturn:

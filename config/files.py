@@ -87,10 +87,10 @@ def refuse_unwritable(folder: str | Path, setting: str, unless: str | None = Non
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename.
 
-    The name is the process's own: several may write one path at once, as the first trials of a sweep do, and
-    the last one counts.
+    Several may write one path at once, as the first trials of a sweep do: the last one counts.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Sampled, since processes of two machines, or of two containers, may have one number.
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)

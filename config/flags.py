@@ -18,16 +18,17 @@ import dataclasses
 import difflib
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from config.console import refuse
 from config.foreign import RATES, ours_of
 from config.typed import field_types
-from config.yamlfile import by_base_60, parse_yaml
+from config.yamlfile import parse_yaml, two_readings
 
 HELP = ("--help", "-h")
+PRINT = "--print_config"
 _ON, _OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -117,10 +118,20 @@ def flags_of(groups: dict[str, type]) -> dict[str, Flag]:
 
 def asks_for_help(words: Sequence[str], flags: dict[str, Flag]) -> bool:
     """Whether a command line has `--help`, other than as a free text."""
-    texts = {name for name, flag in flags.items() if flag.is_text}
-    return any(
-        word in HELP and before not in texts for before, word in zip(["", *words], words, strict=False)
-    )
+    return has_flag(words, flags, HELP)
+
+
+def has_flag(words: Sequence[str], flags: dict[str, Flag], names: Collection[str]) -> bool:
+    """Whether a command line has a flag of these names, other than as a free text: `--prompt --help`."""
+    rest = deque(words)
+    while rest:
+        word = rest.popleft()
+        if word.partition("=")[0] in names:
+            return True
+        flag = flags.get(_spelled(word))
+        if flag is not None and flag.is_text and rest:
+            rest.popleft()
+    return False
 
 
 def read_words(words: Sequence[str], flags: dict[str, Flag], subject: str = "--run") -> list[Given]:
@@ -139,8 +150,10 @@ def read_words(words: Sequence[str], flags: dict[str, Flag], subject: str = "--r
     while rest:
         word = rest.popleft()
         written, equals, value = word.partition("=")
-        if written == "--print_config":
-            given.append(Given(written, value))
+        if _spelled(written) == PRINT:
+            if equals:
+                refuse(f"{PRINT} has no value; write {PRINT} alone")
+            given.append(Given(PRINT, ""))
             continue
         if _is_flag(word):
             name, flag = _flag_of(written, flags)
@@ -155,19 +168,36 @@ def read_words(words: Sequence[str], flags: dict[str, Flag], subject: str = "--r
     return given
 
 
+def without_print(given: list[Given]) -> tuple[list[Given], bool]:
+    """Return what a command line gives but for `--print_config`, and whether that was there."""
+    rest = [one for one in given if one.flag != PRINT]
+    return rest, len(rest) < len(given)
+
+
 def _is_flag(word: str) -> bool:
     """Whether a word is a flag; a negative number and a lone `-` are values."""
     return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())
 
 
+def _spelled(written: str) -> str:
+    """Return a flag as the settings spell it, with `_` for `-`."""
+    return f"--{written.lstrip('-').replace('-', '_')}"
+
+
 def _flag_of(written: str, flags: dict[str, Flag]) -> tuple[str, Flag]:
     """Return a flag with its name as the command knows it; refuse one that it does not know."""
-    name = written if written in flags else f"--{written.lstrip('-').replace('-', '_')}"
+    if written.startswith("---"):
+        return _refuse_unknown(written, _spelled(written), flags)  # exits
+    name = written if written in flags else _spelled(written)
     if name in flags:
         return name, flags[name]
-    inner = written.rpartition(".")[0]
-    if inner in flags and flags[inner].holds(dict):  # A key of a mapping: --lora.rank_pattern.c_attn
-        return written, Flag(written, str)
+    for mapping in (known for known, flag in flags.items() if flag.holds(dict)):
+        if not name.startswith(f"{mapping}."):
+            continue
+        key = written[len(mapping) + 1 :]  # A key of a mapping: --lora.rank_pattern.c_attn
+        if "." in key:  # To the parser a mapping of mappings.
+            refuse(f"{key} has a dot; write {mapping} '{{{key}: VALUE}}'")
+        return f"{mapping}.{key}", Flag(f"{mapping}.{key}", str)
     if name in RATES and "--optimizer.lr" in flags:
         return name, Flag(name, str, alone="null")
     return _refuse_unknown(written, name, flags)  # exits
@@ -192,6 +222,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _flag_without_name(word: str, flags: dict[str, Flag], subject: str, is_first: bool) -> Flag:
     """Return the flag that a word without one is the value of."""
+    if _spelled(word.partition("=")[0]) in flags and "=" in word:
+        refuse(f"{word} stands there without its flag; did you mean --{word}?")
     if "://" in word:  # It may hold a password, and is not repeated.
         flag = next((flag for flag in ("--url", "--storage") if flag in flags), "--FLAG")
         refuse(f"an address stands there without its flag; write {flag} ADDRESS")
@@ -225,13 +257,16 @@ def _add(given: list[Given], flag: Flag, value: str) -> None:
     if flag.alone and value.lower() in _ON + _OFF and (flag.holds(bool) or not value.isdigit()):
         off = "false" if flag.holds(bool) else "0"
         value = flag.alone if value.lower() in _ON else off
-    elif (flag.holds(int) or flag.holds(float)) and (wrong := by_base_60(value, f"{flag.name} {value}")):
+    elif (flag.holds(int) or flag.holds(float)) and (wrong := two_readings(value, f"{flag.name} {value}")):
         refuse(wrong)
     elif flag.item is not None and not (value == "null" and flag.holds(type(None))):
         before = next((one for one in given if one.flag == flag.name), None)
-        if not value.startswith("["):
+        if not value.startswith("[") or "],[" in value:  # Texts may be in brackets: [PAD],[SEP]
             items = [] if before is None else _items(before.value)
-            value = _as_yaml([*items, *(_items(value) if flag.item is not str else value.split(","))])
+            more = _items(value) if flag.item is not str else [item.strip() for item in value.split(",")]
+            if "" in more:
+                refuse(f"{flag.shown} is {value} and names nothing between two commas; [] is an empty list")
+            value = _as_yaml([*items, *more])
         if before is not None:
             given.remove(before)
     given.append(Given(flag.name, value))

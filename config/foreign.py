@@ -17,7 +17,7 @@ NAMES = {
     "--batch_size": "per_device_train_batch_size train_batch_size micro_batch_size per_device_batch_size "
     "per_device_eval_batch_size eval_batch_size",
     "--accumulation": "gradient_accumulation_steps grad_accum_steps accumulate_grad_batches",
-    "--optimizer.warmup_steps": "num_warmup_steps warmup_iters warmup_ratio",
+    "--optimizer.warmup_steps": "num_warmup_steps warmup_iters",
     "--optimizer.schedule": "lr_scheduler_type lr_scheduler",
     "--optimizer.name": "optim optimizer_type",
     "--optimizer.beta1": "adam_beta1",

@@ -60,6 +60,29 @@ def documented(group: type) -> tuple[str, dict[str, str]]:
     return " ".join(first.split()), meanings
 
 
+def settings_as_yaml(settings: Any, name: str = "") -> str:
+    """Return the settings of a command as a YAML file for its `--config`, each below its meaning.
+
+    A field that is in no repr may hold a password, and is left out.
+
+    Args:
+        settings: An instance of the dataclass of its settings.
+        name: The section of the file that they stand in; none where they are all of it.
+    """
+    import yaml
+
+    first, meanings = documented(type(settings))
+    indent = "  " if name else ""
+    head, lines = [f"# {first}", *([f"{name}:"] if name else [])], list[str]()
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        plain = {field.name: list(value) if isinstance(value, tuple) else value}
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=2**20).rstrip("\n")
+        lines.append(f"# {meanings[field.name]}")
+        lines.append(text if field.repr else f"# {field.name}: left out, since it may hold a password")
+    return "\n".join([*head, *(textwrap.indent(line, indent) for line in lines)])
+
+
 def value_of(default: Any) -> str:
     """Return a default as a YAML file would spell it."""
     if default is None:

@@ -13,13 +13,15 @@ import functools
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from config.console import one_line, printable, refuse
-from config.flags import Given, asks_for_help, flags_of, nearest, read_words
-from config.help import show_help
+from config.console import one_line, printable, refuse, say
+from config.files import REPOSITORY
+from config.flags import Given, asks_for_help, flags_of, nearest, read_words, without_print
+from config.help import documented, settings_as_yaml, show_help
 from config.typed import field_types, wanted
 from config.yamlfile import parse_yaml, read_yaml
 
@@ -43,7 +45,7 @@ def parse_settings(
     flags = flags_of(groups)
     if asks_for_help(words, flags):
         show_help(groups, description, prog)
-    given = read_words(words, flags)
+    given, prints = without_print(read_words(words, flags))
     texts = [one for one in given if one.flag in flags and flags[one.flag].is_text]
     values = values_of(groups, [one for one in given if one not in texts])
     for flag in dict.fromkeys(one.flag for one in texts):
@@ -53,9 +55,13 @@ def parse_settings(
             refuse(f"{flag} is given {len(found)} times; give one")
         values[flag.removeprefix("--")] = tuple(found) if is_list else found[0]
     try:
-        return group(**values)
+        settings = group(**values)
     except ValueError as error:
         return refuse(str(error))  # exits
+    if prints:
+        say(settings_as_yaml(settings))
+        sys.exit(0)
+    return settings
 
 
 def values_of(groups: dict[str, type], given: Iterable[Given]) -> dict[str, Any]:
@@ -79,7 +85,11 @@ def _refuse_unreadable(given: Given) -> None:
         if not given.value.replace("\n", "").replace("\t", "").isprintable():
             refuse(f"{given.flag} is {printable(given.value)}, and there is no such file")
         if re.fullmatch(r"[\w./~-]+", given.value) and not os.path.exists(given.value):
-            refuse(f"{given.flag} is {given.value}, and there is no such file; give the path of one")
+            presets = [f"recipes/{path.name}" for path in (REPOSITORY / "recipes").glob("*.yaml")]
+            wanted_file = f"recipes/{Path(given.value).stem}.yaml"
+            near = difflib.get_close_matches(wanted_file, presets, n=1, cutoff=0.9)
+            meant = f"did you mean {near[0]}?" if near else "give the path of one"
+            refuse(f"{given.flag} is {given.value}, and there is no such file; {meant}")
         return
     try:
         read_yaml(Path(given.value))
@@ -104,7 +114,9 @@ def _make_parser(named: tuple[tuple[str, type], ...]) -> Any:
             if _FAULT in message:  # The parser's own words stand before it.
                 message = message.rpartition(_FAULT)[2]
             if found := re.match(r"the following arguments are required: ([\w.]+)", message):
-                message = f"{flags_of(groups)[f'--{found[1]}'].shown} is missing; --help says what it is"
+                prefix, _, key = found[1].rpartition(".")
+                meaning = documented(groups[prefix])[1][key].partition(". ")[0].rstrip(".")
+                message = f"{flags_of(groups)[f'--{found[1]}'].shown} is missing: {meaning}"
             refuse(f"{_in_our_words(message, groups)}{_suggestion(message, groups)}")
 
         def parse_args(self, *args: Any, **options: Any) -> Any:
@@ -158,6 +170,8 @@ def _in_our_words(message: str, groups: dict[str, type]) -> str:
     if get_origin(kind) is Literal:
         near = "".join(difflib.get_close_matches(value.lower(), get_args(kind), n=1))
     meant = f"; did you mean {near}?" if near else ""
+    if kind in (bool, bool | None):
+        meant = ", or stand alone: before another flag, or at the end"
     # For a list or mapping the parser names the wrong item, or says that the value is neither.
     inside = get_origin(kind) in (list, tuple, dict) and not re.search("<class '(list|tuple|dict)'>", line)
     is_or_holds = "holds" if inside else "is"

@@ -142,23 +142,23 @@ def _misread(root: Any, name: str) -> str | None:
         if not isinstance(node, yaml.ScalarNode) or node.style is not None or node.tag not in _NUMBERS:
             continue
         text, place = node.value, f"{node.value} in line {_line(node)} of {name}"
-        wrong = by_base_60(text, place)
+        wrong = two_readings(text, place)
         if wrong is not None:
-            return f'{wrong}, or "{text}" for text'
-        if _OCTAL.fullmatch(text) and int(text, 8) != int(text):
-            return (
-                f"{place} is {int(text, 8)} to YAML, which takes a leading 0 for base 8, and {int(text)} "
-                f"elsewhere; write {int(text, 8)} or {int(text)}"
-            )
+            return f'{wrong}, or "{text}" for text' if ":" in text else wrong
     return None
 
 
-def by_base_60(text: str, place: str) -> str | None:
-    """Say that a number with a colon is one to base 60 (`1:30`)."""
-    if not _BY_SIXTY.fullmatch(text):
-        return None
-    value = f"{_by_sixty(text):.15g}"
-    return f"{place} is {value} to YAML, which takes a colon for base 60; write {value}"
+def two_readings(text: str, place: str) -> str | None:
+    """Say that a number is one to base 60 (`1:30`) or to base 8 (`010`) in YAML, and another elsewhere."""
+    if _BY_SIXTY.fullmatch(text):
+        value = f"{_by_sixty(text):.15g}"
+        return f"{place} is {value} to YAML, which takes a colon for base 60; write {value}"
+    if _OCTAL.fullmatch(text) and int(text, 8) != int(text):
+        return (
+            f"{place} is {int(text, 8)} to YAML, which takes a leading 0 for base 8, and {int(text)} "
+            f"elsewhere; write {int(text, 8)} or {int(text)}"
+        )
+    return None
 
 
 def _by_sixty(text: str) -> float:

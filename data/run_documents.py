@@ -83,7 +83,7 @@ class RunDocuments:
     def _read(self) -> SourceRecord:
         """Read the source, record it, and keep its texts if there is room."""
         began, before, report = time.time_ns(), self._record, Report()
-        record = SourceRecord(began, report, tokenizers={} if before is None else before.tokenizers)
+        record = SourceRecord(began, report)
         digests, kept = bytearray(), []
         with progress_bar(desc="reading", unit=" documents", leave=False) as bar:
             for split, document in split_documents(self.config, report):
@@ -99,9 +99,10 @@ class RunDocuments:
                 else:
                     kept.clear()
                 bar.update()
-        write_record(self.config, record)
-        if before is not None:
+        if before is not None:  # Before anything of the other corpus is written down.
             self._refuse_change(report.fingerprint)
+            record.tokenizers = before.tokenizers
+        write_record(self.config, record)
         self._record, self._digests = record, bytes(digests)
         self._kept = kept or None
         return record

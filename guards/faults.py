@@ -241,5 +241,6 @@ class Fault(ValueError):
 def refuse_unknown_faults(names: Iterable[str]) -> None:
     """Raise a ValueError for a name that no fault has, with the nearest that one has."""
     for name in sorted({*names} - FAULTS.keys()):
-        near = difflib.get_close_matches(name, FAULTS, 1, 0.0)[0]
-        raise ValueError(f"--allow {name} names no fault; did you mean {near}?")
+        near = difflib.get_close_matches(name, FAULTS, 1, 0.4)
+        meant = f"did you mean {near[0]}?" if near else "docs/faults.md lists them"
+        raise ValueError(f"--allow {name} names no fault; {meant}")

@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +25,10 @@ from types import ModuleType
 from typing import Any
 
 from config import CONFIG_GROUPS, Config, parse_config, refuse_unwritable, write_atomically
-from config.console import printable, refuse
+from config.console import printable, refuse, say
+from config.describe import config_as_yaml
 from config.files import REPOSITORY
-from config.flags import Given, asks_for_help, flags_of, read_words
+from config.flags import Given, asks_for_help, flags_of, read_words, without_print
 from config.help import show_help
 from config.parser import values_of
 from recipes.building import RecipeSettings, read_counts
@@ -90,7 +92,7 @@ def parse_words(name: str, words: list[str]) -> RequestedRecipe:
             "Every flag of training can be given too: python trainingmanager.py --help\n"
             f"Without --base, small models have other defaults: {less}",
         )
-    given = read_words(words, flags, subject="")
+    given, prints = without_print(read_words(words, flags, subject=""))
     mine, rest = apart(given, module)
     _refuse_flags(name, module, {one.flag for one in rest})
     groups = {"": module.SETTINGS}
@@ -109,6 +111,9 @@ def parse_words(name: str, words: list[str]) -> RequestedRecipe:
         refuse(f"--eval_samples is {recipe.settings.eval_samples}, and an interval needs at least 2")
     if not recipe.settings.base_seconds > 0:
         refuse(f"--base_seconds is {recipe.settings.base_seconds}; it must be above 0")
+    if prints:  # Of its training, for which --config is; its own settings are flags alone.
+        say(config_as_yaml(recipe.config()))
+        sys.exit(0)
     return recipe
 
 

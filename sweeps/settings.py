@@ -6,15 +6,19 @@ import difflib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from config import CONFIG_GROUPS, RECIPES, Config, parse_config
-from config.console import refuse
-from config.flags import Given, asks_for_help, flags_of, nearest, read_words
-from config.help import show_help
+from config.console import refuse, say
+from config.describe import config_as_yaml
+from config.flags import Given, asks_for_help, flags_of, nearest, read_words, without_print
+from config.help import settings_as_yaml, show_help
 from config.parser import values_of
 from config.yamlfile import read_yaml
 from sweeps.space import Space, parse_space
@@ -111,7 +115,7 @@ def parse_settings(words: list[str]) -> SweepSettings:
     flags = flags_of(CONFIG_GROUPS) | flags_of({"": SweepConfig})
     if asks_for_help(words, flags):
         show_help({"": SweepConfig}, _HELP)
-    given = read_words(words, flags, subject="")
+    given, prints = without_print(read_words(words, flags, subject=""))
     if all(one.flag != "--config" for one in given):
         given = [Given("--config", str(DEFAULT)), *given]
     found = _sorted(given, own)
@@ -128,9 +132,14 @@ def parse_settings(words: list[str]) -> SweepSettings:
     values = values_of({"": SweepConfig}, [*before, *found.own])
     config = parse_config([str(one) for one in found.rest], "Sweep over the settings of a training.")
     try:
-        return _settings_of(values, config, found)
+        settings = _settings_of(values, config, found)
     except ValueError as error:
         return refuse(str(error))  # exits
+    if prints:
+        space = yaml.safe_dump({"space": found.sections["space"]}, sort_keys=False, width=2**20)
+        say(f"{settings_as_yaml(settings.sweep, 'sweep')}\n\n{space}\n{config_as_yaml(config)}")
+        sys.exit(0)
+    return settings
 
 
 def _sorted(given: list[Given], own: Collection[str]) -> _Words:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from commands import command, exit_code, forked
 from conftest import FILES
 
 from config.files import REPOSITORY
 from training import signals
-from training.api import Run, evaluate, load, train
+from training.api import Run, _parsed, evaluate, load, train
 from training.checkpoint import checkpoints
 from training.loop import TrainingManager
 
@@ -149,7 +152,8 @@ def test_a_mistake_is_a_value_error_with_the_sentence_of_the_command(
         train(**settings)
     assert capsys.readouterr().err == ""
     done = command("trainingmanager.py", *words, cwd=called)
-    assert done.returncode == 2 and done.stderr == f"error: {raised.value}\n"
+    # A value has a type in Python, which its sentence shows; a word has none.
+    assert done.returncode == 2 and done.stderr == f"error: {raised.value}\n".replace("'many'", "many")
 
 
 def test_other_mistakes_are_value_errors(called: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +173,24 @@ def test_other_mistakes_are_value_errors(called: Path, monkeypatch: pytest.Monke
         with pytest.raises(ValueError) as raised:
             wrong()
         assert str(raised.value).startswith(words)
+
+
+def test_values_in_python_are_taken_as_they_are() -> None:
+    """They are no words of a command line, which are read as YAML."""
+    config = _parsed([], {"max_steps": np.int64(5), "data": {"text_field": "null"}, "base": "b", "fix": True})
+    assert (config.train.max_steps, config.data.text_field, config.data.regroup) == (5, "null", True)
+    assert config.optimizer.schedule == "cosine"  # A base brings its recipe's settings.
+    config = _parsed([], {"base": Path("b"), "lora": {"r": 4, "new_tokens": ["[PAD]"]}})
+    assert (config.train.base, config.lora.new_tokens) == ("b", ("[PAD]",))
+    for wrong, words in (
+        ({"base": "b", "lora": {"new_tokens": "[PAD]"}}, "lora.new_tokens is '[PAD]'; it must be a list"),
+        ({"fix": True, "data": {"regroup": True}}, "data.regroup is given twice"),
+        ({"max_seconds": math.inf}, "max_seconds is inf; it must be finite"),
+        ({"print_config": ""}, "--print_config has no value"),
+        ({"model": 3}, "model is 3; it must be a mapping"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            _parsed([], wrong)
 
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:

@@ -22,9 +22,9 @@ import scraping.__main__
 import suites.settings
 import sweeps.settings
 import trainingmanager
-from config import Config, parse_config
+from config import RECIPES, Config, parse_config
 from config.files import REPOSITORY
-from config.flags import Flag, Given, flags_of, read_words
+from config.flags import Flag, Given, flags_of, has_flag, read_words
 from config.foreign import NAMES, RATES, ours_of
 from recipes.base_config import BaseConfig
 from recipes.pipeline import parse_words
@@ -283,12 +283,70 @@ def test_help_shows_every_flag_wherever_it_is_asked_for(
 
 
 @pytest.mark.parametrize("command", DOORS)
-def test_every_command_prints_its_settings_as_yaml(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_its_settings_as_yaml_and_reads_them_back(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     door, needed = DOORS[command]
     with pytest.raises(SystemExit) as stop:
         door([*needed.split(), "--print_config"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and isinstance(yaml.safe_load(said), dict)
+    if command.startswith("recipe "):  # The file is of its training, whose folders the recipe decides.
+        return
+    (tmp_path / "printed.yaml").write_text(said, "utf-8")
+    with pytest.raises(SystemExit):
+        door(["--config", str(tmp_path / "printed.yaml"), "--print-config"])
+    assert capsys.readouterr().out == said
+
+
+def test_what_is_printed_has_texts_and_what_is_secret_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--run", "r", "--prompt", "a: [b", "--stop", "null", "--suffix", "\n", "--print_config"]
+    with pytest.raises(SystemExit):
+        generate.parse_settings(words)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["prompt"], printed["stop"], printed["suffix"]) == (["a: [b"], ["null"], "\n")
+    with pytest.raises(SystemExit):
+        sweeps.settings.parse_settings(
+            ["--storage", "postgresql://me:hunter22@host/db", "--trials", "7", "--print_config"]
+        )
+    said = capsys.readouterr().out
+    assert "hunter22" not in said and yaml.safe_load(said)["sweep"]["trials"] == 7
+    assert yaml.safe_load(said)["space"] == yaml.safe_load((RECIPES / "sweep.yaml").read_text())["space"]
+
+
+SLIPS = {
+    "max_steps=5": "max_steps=5 stands there without its flag; did you mean --max_steps=5?",
+    "--max_steps 010": "--max_steps 010 is 8 to YAML, which takes a leading 0 for base 8",
+    "--resume runs/none": "resume is runs/none; it must be true or false, or stand alone",
+    "--config tiny": "--config is tiny, and there is no such file; did you mean recipes/tiny.yaml",
+    "--data nowhere": "--data is nowhere, and there is no such file; give the path of one",
+    "---seed 3": "---seed is no flag; did you mean --seed?",
+    "--print_config=x": "--print_config has no value; write --print_config alone",
+    "--lora.rank_pattern.h.0.c 8": "h.0.c has a dot; write --lora.rank_pattern '{h.0.c: VALUE}'",
+    "--data.suffixes .py,,.md": "--data.suffixes is .py,,.md and names nothing between two commas",
+}
+
+
+@pytest.mark.parametrize("words", SLIPS)
+def test_a_slip_is_told_with_what_was_meant(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert SLIPS[words] in refused("train", words, capsys)
+
+
+def test_items_have_no_blanks_around_them_and_may_be_in_brackets() -> None:
+    given = read_words(["--data.suffixes", ".py, .md", "--lora.new_tokens", "[PAD],[SEP]"], FLAGS["train"])
+    assert given == [("--data.suffixes", '[".py", ".md"]'), ("--lora.new_tokens", '["[PAD]", "[SEP]"]')]
+
+
+def test_a_key_of_a_mapping_may_have_a_hyphen_and_its_flag_too() -> None:
+    given = read_words(["--lora.rank-pattern.my-module", "8"], FLAGS["train"])
+    assert given == [("--lora.rank_pattern.my-module", "8")]
+
+
+@pytest.mark.parametrize("text", ["--help", "--recipe", "--print_config"])
+def test_a_text_that_is_a_flags_name_asks_for_nothing(text: str) -> None:
+    flags = FLAGS["generate"]
+    assert not has_flag(["--prompt", text, "--stop", text], flags, [text])
+    assert has_flag(["--prompt", "--suffix", text], flags, [text])
 
 
 def test_help_imports_neither_torch_nor_the_parser() -> None:
@@ -352,8 +410,12 @@ def test_the_script_itself_answers_for_itself(clone: Path) -> None:
     assert plumb(clone, "--version") == (0, "plumb 0.1.0\n", "")
     code, out, _ = plumb(clone, "--help")
     assert code == 0 and out.startswith("usage: ./plumb VERB [flags]") and plumb(clone)[2] == out
-    for wrong in ("trian", "--train", ".*", "a b", "./x"):
+    for wrong in ("--train", ".*", "a b", "./x", "xyz"):
         assert plumb(clone, wrong) == (2, "", f"plumb: {wrong} is no verb; ./plumb --help lists them\n")
+    near = "plumb: trian is no verb; did you mean train or test? ./plumb --help lists them\n"
+    assert plumb(clone, "trian") == (2, "", near)
+    assert plumb(clone, "help")[1] == out
+    assert plumb(clone, "help", "eval") == plumb(clone, "eval", "--help")
     assert plumb(clone)[0] == 2
     assert plumb(clone, "--print_completion", "bash")[1] == "<verbs.py><bash>"
 

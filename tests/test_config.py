@@ -436,18 +436,20 @@ def test_a_shape_that_cannot_be_built_names_both_numbers(settings: Any, numbers:
 
 
 @pytest.mark.parametrize("command", ["trainingmanager.py", "eval.py"])
-def test_help_and_typos_answer_without_torch(command: str) -> None:
-    """An answer in half a second needs torch to stay out: its import alone takes longer."""
+@pytest.mark.parametrize(("word", "expected"), [("--help", 0), ("--max_stps", 2), ("--num_train_epochs", 2)])
+def test_help_and_typos_answer_without_torch(command: str, word: str, expected: int) -> None:
+    """An answer in half a second needs torch and the parser to stay out: their imports take longer."""
     code = (
         "import runpy, sys\n"
-        f"sys.argv = [{command!r}, '--help']\n"
+        f"sys.argv = [{command!r}, {word!r}]\n"
         f"try: runpy.run_path({str(REPOSITORY / command)!r}, run_name='__main__')\n"
-        "except SystemExit as stop: print('exit', stop.code, {'torch', 'numpy'} & set(sys.modules))\n"
+        "except SystemExit as stop:\n"
+        "    print('exit', stop.code, {'torch', 'numpy', 'jsonargparse'} & set(sys.modules))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip().endswith("exit 0 set()")
+    assert done.stdout.strip().endswith(f"exit {expected} set()")
 
 
 def test_a_folder_that_may_not_be_written_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

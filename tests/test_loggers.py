@@ -22,7 +22,15 @@ from config.files import REPOSITORY
 from training import loggers
 from training.api import Run, train
 from training.log import Log
-from training.loggers import LOGGERS, Courier, closing_values, refuse_unusable, saved_id, without_secrets
+from training.loggers import (
+    LOGGERS,
+    Courier,
+    close,
+    closing_values,
+    refuse_unusable,
+    saved_id,
+    without_secrets,
+)
 
 Rows = dict[int, dict[str, float]]
 
@@ -268,14 +276,44 @@ def test_values_come_in_their_order_and_all_before_the_end() -> None:
     one = Courier("slow", lambda: Slow(Path(), Config(), 0, "", ""))
     for step in range(1000):
         one.write(step, {})
-    one.close(failed=False)
+    close([one], failed=False)
     assert seen == list(range(1000)) and not one.failed
 
 
-def test_secrets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "swordfish")
-    text = "HTTPConnectionPool: https://user:pass@host:5000/api with swordfish"
-    assert without_secrets(text) == "HTTPConnectionPool: https://***@host:5000/api with ***"
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "DB_PASS", "AWS_CREDENTIAL", "my_api_key"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Pool: https://user:pass@host:5000/api with swordfish", "Pool: https://***@host:5000/api with ***"),
+        ("postgres://u:p@ss@host said no", "postgres://***@host said no"),
+        ("mysql://u:pa/ss@host/db", "mysql://***@host/db"),
+        ("GET https://host/api?api_key=abc&run=3", "GET https://host/api?api_key=***&run=3"),
+        ("https://host/?run=3&sslpassword=abc def", "https://host/?run=3&sslpassword=*** def"),
+        ("{'Authorization': 'Bearer abc.def'}", "{'Authorization': 'Bearer ***'}"),
+        ("a\nswordfish\nb", "a\n***\nb"),
+        ("https://host/runs?x=1 is away", "https://host/runs?x=1 is away"),
+    ],
+)
+def test_secrets_are_left_out(name: str, text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "swordfish")
+    assert without_secrets(text) == shown
+
+
+def test_loggers_that_hang_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets what the others have left of the time."""
+    waited: list[float] = []
+
+    class Waits(Courier):
+        def wait(self, seconds: float) -> None:
+            waited.append(seconds)
+            monkeypatch.setattr(loggers.time, "monotonic", lambda: 110.0 + 15 * len(waited))
+            super().wait(0.0)
+
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: 110.0)
+    monkeypatch.setattr(Fails, "ended", threading.Event())
+    close([Waits(name, lambda: Fails(Path(), Config(), 0, "close", "hangs")) for name in "abc"], failed=False)
+    Fails.ended.set()
+    assert waited == [loggers.PATIENCE, loggers.PATIENCE - 15, loggers.PATIENCE - 30]
 
 
 # --- what is refused -------------------------------------------------------------------------------

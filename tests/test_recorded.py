@@ -274,6 +274,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         RunDocuments(config).fingerprint  # noqa: B018
 
 
+def test_a_trusted_source_that_changes_before_it_is_read_leaves_nothing_of_what_it_was(
+    config: DataConfig,
+) -> None:
+    """As while a base is loaded between the two: the next start takes the tokenizer of the new texts."""
+    start(config)
+    documents = RunDocuments(config)
+    assert documents.fingerprint  # As recorded.
+    for n, path in enumerate(Path(config.source).rglob("*.py")):
+        path.write_text(f"class C{n}:\n    value = {n}\n" * (n + 1), "utf-8")
+    with pytest.raises(ValueError, match="changed while it was read: start again"):
+        list(documents)
+    elsewhere = dataclasses.replace(config, cache=f"{config.cache}/afresh")
+    assert start(config).train.tokenizer_fingerprint == start(elsewhere).train.tokenizer_fingerprint
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
 def test_rows_that_change_while_they_are_read_are_refused(tmp_path: Path, name: str) -> None:
     rows = [{"text": f"text {n}", "name": f"{n}.py"} for n in range(30)]

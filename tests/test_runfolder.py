@@ -26,6 +26,7 @@ from training.runfolder import (
     refuse_changes,
     refuse_other_data,
     with_data_resolved,
+    words_of_run,
 )
 
 
@@ -202,6 +203,18 @@ def test_a_killed_runs_lock_is_free(tmp_path: Path) -> None:
     with claimed_folder(config_of(tmp_path)):
         pass
     assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("line", ["model: {path}", "config: {path}", "model: {{config: {path}}}"])
+def test_a_strangers_run_reads_no_file_that_its_settings_name(line: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.yaml"
+    secret.write_text("hunter22: 3\n", "utf-8")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(line.format(path=secret), "utf-8")
+    with pytest.raises(ValueError, match="the saved config cannot be read") as raised:
+        words_of_run(run)
+    assert "hunter22" not in str(raised.value)
 
 
 # --- what a resume may change ------------------------------------------------------------------------

@@ -17,14 +17,17 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from architecture import Decoder
 from config import CONFIG_GROUPS, Config, parse_config
 from config.console import shown_safely
+from config.flags import flags_of
 from config.typed import field_types, typed_group
 from generation.command import open_model
 from generation.settings import GenerationConfig, OpeningConfig
@@ -120,7 +123,7 @@ def train(config: str | Path | None = None, **settings: Any) -> Run:
     words = words_of_run(settings.get("run", "")) if settings.get("resume") is True else []
     words += [] if config is None else [f"--config={config}"]
     with shown_safely():
-        chosen = _parsed(words + [word for name, value in settings.items() for word in _words(name, value)])
+        chosen = _parsed(words, settings)
         _refuse_others(vars(chosen.train))
         end = run_to_its_end(chosen, Observer(on_second_signal=leave_the_run))
     if end.stop_signal is not None:
@@ -186,22 +189,34 @@ def _settings(group: type, values: dict[str, Any]) -> Any:
     return typed_group("", group, {name: _place(value) for name, value in values.items()}, {})
 
 
-def _words(name: str, value: Any) -> Iterator[str]:
-    """Yield the words of the command line that give a setting, or the settings of a group, their values."""
-    if isinstance(value, dict) and name in CONFIG_GROUPS:
-        for key, inner in value.items():
-            yield from _words(f"{name}.{key}", inner)
-    else:
-        value = _place(value)
-        yield f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+def _by_key(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each setting, plain, by its full key; those of a group are in a dictionary of their own."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and not before and name in CONFIG_GROUPS:
+            yield from _by_key(value, f"{name}.")
+        else:
+            value = _place(value)
+            yield before + name, value.item() if isinstance(value, np.generic) else value
 
 
-def _parsed(words: list[str]) -> Config:
-    """Return the Config of a command line; ValueError with the sentence by which the command would end."""
-    said = io.StringIO()
+def _parsed(words: list[str], settings: Mapping[str, Any]) -> Config:
+    """Return the Config of a command line and of settings in Python, whose values are taken as they are.
+
+    Raises:
+        ValueError: With the sentence by which the command would end.
+    """
+    flags, own, said = flags_of(CONFIG_GROUPS), dict[str, Any](), io.StringIO()
+    for name, value in _by_key(settings):
+        if f"--{name}" not in flags:
+            words = [*words, f"--{name}={value}"]  # The command's own sentence is on it.
+            continue
+        key = flags[f"--{name}"].name.removeprefix("--")
+        if key in own:
+            raise ValueError(f"{key} is given twice, once as {name}; give it once")
+        own[key] = value
     try:
         with contextlib.redirect_stderr(said):
-            config = parse_config(words)
+            config = parse_config(words, own=own)
     except SystemExit:
         raise ValueError(said.getvalue().removeprefix("error: ").strip()) from None
     sys.stderr.write(said.getvalue())

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from config import Config, write_atomically
 from config.bars import progress_bar
-from training.loggers import couriers
+from training.loggers import close, couriers
 
 
 class Log:
@@ -59,8 +59,7 @@ class Log:
             failed: Whether an error ends the run.
         """
         self.file.close()
-        for logger in self.loggers:
-            logger.close(failed)
+        close(self.loggers, failed)
 
     def failed_loggers(self) -> frozenset[str]:
         """Return the names of the loggers that failed."""

@@ -177,7 +177,7 @@ def refuse_unusable(names: Iterable[str]) -> None:
 
 def places(names: Collection[str], folder: Path) -> list[str]:
     """Return the lines that say where the loggers of a run are looked at."""
-    lines = {"tensorboard": f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}"}
+    lines = {"tensorboard": f"TensorBoard  tensorboard --logdir {for_shell(str(folder / 'tensorboard'))}"}
     run = for_shell(str(folder))
     if os.environ.get("WANDB_MODE", "offline") == "offline":
         lines["wandb"] = f"wandb        wandb sync {run}/wandb/offline-run-*"
@@ -237,11 +237,14 @@ class Courier:
         """Hand on the closing scores."""
         self._tell(lambda logger: logger.summarise(step, values))
 
-    def close(self, failed: bool) -> None:
-        """Wait until the logger has taken everything, but for no more than PATIENCE seconds."""
+    def finish(self, failed: bool) -> None:
+        """Say that nothing more comes."""
         self._tell(lambda logger: logger.close(failed))
         self._jobs.put(None)
-        self._thread.join(PATIENCE)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the logger has taken everything, but for no more than so many seconds."""
+        self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
             self._fail(f"it has not taken everything after {PATIENCE:.0f} s")
 
@@ -261,7 +264,7 @@ class Courier:
         if not self.failed:
             self.failed = True
             words = f"warning: the logger {self.name} failed, and training goes on without it: "
-            tqdm.write(f"{words}{without_secrets(one_line(reason))}", file=sys.stderr)
+            tqdm.write(f"{words}{one_line(without_secrets(reason))}", file=sys.stderr)
 
 
 def couriers(
@@ -275,6 +278,15 @@ def couriers(
     ]
 
 
+def close(couriers: Collection[Courier], failed: bool) -> None:
+    """Wait until all loggers have taken everything, but for no more than PATIENCE seconds together."""
+    for one in couriers:
+        one.finish(failed)
+    deadline = time.monotonic() + PATIENCE
+    for one in couriers:
+        one.wait(deadline - time.monotonic())
+
+
 def log_scores(
     folder: Path, config: Config, step: int, scores: dict[str, Any], leave_out: Collection[str]
 ) -> None:
@@ -285,9 +297,10 @@ def log_scores(
         scores: What eval.json holds.
         leave_out: Names of loggers that failed before.
     """
-    for one in couriers(config.train.log, folder, config, step, {"tensorboard", *leave_out}):
+    loggers = couriers(config.train.log, folder, config, step, {"tensorboard", *leave_out})
+    for one in loggers:
         one.summarise(step, closing_values(scores))
-        one.close(failed=False)
+    close(loggers, failed=False)
 
 
 def closing_values(scores: dict[str, Any]) -> dict[str, float]:
@@ -309,8 +322,11 @@ def closing_values(scores: dict[str, Any]) -> dict[str, float]:
 
 def without_secrets(text: str) -> str:
     """Return a text without the passwords of addresses, and without the secrets of the environment."""
-    text = re.sub(r"://[^/@\s]*@", "://***@", text)
-    for name, value in os.environ.items():
-        if len(value) >= 6 and re.search("KEY|TOKEN|PASSWORD|SECRET", name):
+    secret = "key|token|pass|secret|credential"
+    # The longest values first: one may be the beginning of another.
+    for name, value in sorted(os.environ.items(), key=lambda pair: -len(pair[1])):
+        if len(value) >= 6 and re.search(secret, name, re.IGNORECASE):
             text = text.replace(value, "***")
-    return text
+    text = re.sub(r"://\S*@", "://***@", text)  # Up to the last @: a password may hold one, or a slash.
+    text = re.sub(rf"(?i)([?&][^=&\s]*({secret}|pwd|auth)[^=&\s]*=)[^&\s]+", r"\1***", text)
+    return re.sub(r"(?i)(authorization\W+)(\w+\s+)?[^\s'\"]+", r"\1\2***", text)

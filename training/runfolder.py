@@ -17,7 +17,7 @@ from typing import TextIO
 
 import yaml
 
-from config import BEFORE, SETTINGS, Config, write_atomically
+from config import SETTINGS, Config, write_atomically
 from config.schema import flat
 from config.setting import REFUSED, WARNED
 from config.yamlfile import read_yaml
@@ -105,11 +105,16 @@ def new_folder() -> Path:
 
 
 def words_of_run(folder: str | Path) -> list[str]:
-    """Return the words of a command line that give a resumed run its own settings; none without a run."""
+    """Return the words of a command line that give a resumed run its own settings; none without a run.
+
+    Raises:
+        ValueError: The run's config.yaml cannot be read.
+    """
     saved = Path(folder) / "config.yaml"
     if not str(folder) or not saved.is_file():
         return []
-    return [*(f"--{key}={value}" for key, value in BEFORE.items()), f"--config={saved}"]
+    # As values and not as a file: a stranger's could name other files, which the parser would read.
+    return [f"--config={json.dumps(Config.from_dict(read_yaml(saved)).to_dict())}"]
 
 
 def with_data_resolved(config: Config, folder: Path) -> Config:
