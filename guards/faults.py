@@ -7,6 +7,7 @@ docs/faults.md is made from it.
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 FAULTS: dict[str, str] = {
@@ -241,6 +242,16 @@ class Fault(ValueError):
 def refuse_unknown_faults(names: Iterable[str]) -> None:
     """Raise a ValueError for a name that no fault has, with the nearest that one has."""
     for name in sorted({*names} - FAULTS.keys()):
-        near = difflib.get_close_matches(name, FAULTS, 1, 0.4)
-        meant = f"did you mean {near[0]}?" if near else "docs/faults.md lists them"
-        raise ValueError(f"--allow {name} names no fault; {meant}")
+        raise ValueError(f"--allow {name} names no fault; {_near(name)}")
+
+
+def explained(name: str) -> str:
+    """Return what a fault means and what to do about it; ValueError for a name that no fault has."""
+    if name not in FAULTS:
+        raise ValueError(f"{name} is no fault; {_near(name)}")
+    return f"{name}\n{textwrap.fill(FAULTS[name], 100, initial_indent='  ', subsequent_indent='  ')}"
+
+
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, FAULTS, 1, 0.4)
+    return f"did you mean {near[0]}?" if near else "docs/faults.md lists them"

@@ -26,6 +26,7 @@ from config import RECIPES, Config, parse_config
 from config.files import REPOSITORY
 from config.flags import Flag, Given, flags_of, has_flag, read_words
 from config.foreign import NAMES, RATES, ours_of
+from guards.faults import FAULTS
 from recipes.base_config import BaseConfig
 from recipes.pipeline import parse_words
 from recipes.refactoring import RefactorConfig
@@ -471,3 +472,17 @@ def test_prepare_makes_what_a_run_then_finds(
 
     data = prepare_data(config.data, prepare_tokenizer(config.data, config.tokenizer))
     assert said[-1].endswith(str(data.folder))
+
+
+def test_a_fault_is_explained_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, meaning in FAULTS.items():
+        preflight.main(["--explain", name])
+        assert capsys.readouterr().out.split() == [name, *meaning.split()]
+    for words, sentence in (
+        (["--explain", "futre-visible"], "futre-visible is no fault; did you mean future-visible?"),
+        (["--explain", "xyz"], "xyz is no fault; docs/faults.md lists them"),
+        ([], "give --selftest, or --explain and the name of a fault"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            preflight.main(words)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
