@@ -98,4 +98,4 @@ def _refuse_unread(config: Config, given: Sequence[str]) -> None:
             f"a flag, such as --optimizer.{next(iter(left))} null for the value that {name} takes"
         )
     for key, reason in unused_keys(config, given):
-        raise ValueError(f"{key} is set, but {reason}; remove it")
+        raise ValueError(f"{key} is set, but {reason}; remove it, or change that")

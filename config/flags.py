@@ -265,7 +265,8 @@ def _add(given: list[Given], flag: Flag, value: str) -> None:
             items = [] if before is None else _items(before.value)
             more = _items(value) if flag.item is not str else [item.strip() for item in value.split(",")]
             if "" in more:
-                refuse(f"{flag.shown} is {value} and names nothing between two commas; [] is an empty list")
+                shown = value or "empty"
+                refuse(f"{flag.shown} is {shown}, and an item of a list has a name; [] is an empty list")
             value = _as_yaml([*items, *more])
         if before is not None:
             given.remove(before)

@@ -92,7 +92,10 @@ def _refuse_unreadable(given: Given) -> None:
             refuse(f"{given.flag} is {given.value}, and there is no such file; {meant}")
         return
     try:
-        read_yaml(Path(given.value))
+        values = read_yaml(Path(given.value))
+        if not isinstance(values, dict):
+            found = "nothing" if values is None else reprlib.repr(values)
+            refuse(f"{given.value} holds {found}; it must be a YAML mapping of keys to values")
     except ValueError as error:
         refuse(str(error))
     except OSError:

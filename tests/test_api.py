@@ -168,6 +168,8 @@ def test_other_mistakes_are_value_errors(called: Path, monkeypatch: pytest.Monke
         (lambda: evaluate("nowhere"), "nowhere holds no run"),
         (lambda: load("run", whick="last"), "whick is no setting; did you mean which?"),
         (lambda: model.generate("x", temperature="hot"), "temperature is 'hot'; it must be a number"),
+        (lambda: model.generate(cast(Any, 5)), "the prompt is 5; it must be text, or a list of texts"),
+        (lambda: model.generate(cast(Any, ["x", 5])), "the prompt is ['x', 5]; it must be text"),
         (lambda: model.generate("x", top_k=3), "top_k is 3 but temperature 0 samples nothing"),
     ):
         with pytest.raises(ValueError) as raised:

@@ -324,7 +324,7 @@ SLIPS = {
     "---seed 3": "---seed is no flag; did you mean --seed?",
     "--print_config=x": "--print_config has no value; write --print_config alone",
     "--lora.rank_pattern.h.0.c 8": "h.0.c has a dot; write --lora.rank_pattern '{h.0.c: VALUE}'",
-    "--data.suffixes .py,,.md": "--data.suffixes is .py,,.md and names nothing between two commas",
+    "--data.suffixes .py,,.md": "--data.suffixes is .py,,.md, and an item of a list has a name; [] is",
 }
 
 

@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import io
 import json
+import reprlib
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,8 @@ class Model:
         Raises:
             ValueError: A setting is wrong, or the model cannot read a prompt or fill a gap.
         """
+        if not isinstance(prompt, str | list | tuple) or not all(isinstance(one, str) for one in prompt):
+            raise ValueError(f"the prompt is {reprlib.repr(prompt)}; it must be text, or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         chosen = _settings(GenerationConfig, settings)
         texts = [made.text for made in generate(self.decoder, self.tokenizer, prompts, chosen, 0, suffix)]
