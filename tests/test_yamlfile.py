@@ -146,8 +146,10 @@ def test_a_number_with_two_readings_is_refused_before_anything_is_done(
     file.write_text("model:\n  n_layer: 010\n")
     assert error_of(["--config", str(file)], capsys).startswith(f"010 in line 2 of {file} is 8 to YAML")
     assert "010 in line 1 of the settings given is 8" in error_of(["--config", "{seed: 010}"], capsys)
-    config = parse_config(["--run", "1:30", "--seed", "010"])  # flags are no YAML: text stays text
-    assert (config.train.run, config.train.seed) == ("1:30", 10)
+    assert parse_config(["--run", "1:30"]).train.run == "1:30"  # text stays text
+    assert "--seed 010 is 8 to YAML, which takes a leading 0 for base 8" in error_of(
+        ["--seed", "010"], capsys
+    )
     for words in (["--max_seconds", "1:30"], ["--max_seconds=1:30"]):
         assert "--max_seconds 1:30 is 90 to YAML, which takes a colon for base 60" in error_of(words, capsys)
 
