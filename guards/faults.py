@@ -42,6 +42,11 @@ FAULTS: dict[str, str] = {
         "batches then repeat and others are never read. Count batches over all updates, also after "
         "`--resume`."
     ),
+    "differs-from-reference": (
+        "A quantity of the run is not what the reference derives from the files and the settings alone. The "
+        "sentence names the first such quantity, with all before it in agreement. Look at the code that "
+        "computes it; whoever changed it on purpose writes it in `reference/` too."
+    ),
     "documents-not-separated": (
         "Tokens after the end of a document carry its document id, so that a document sees the one before "
         "it. Give each document of a row an id of its own."

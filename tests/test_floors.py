@@ -18,7 +18,7 @@ FLOORS = (
     "config metrics",
     "tokenizer tokenization",
     "data sandbox",
-    "modules scraping",
+    "modules scraping reference",
     "architecture dataset",
     "adapters",
     "lora",
@@ -107,3 +107,22 @@ def test_lower_floors_and_scraping_import_no_torch() -> None:
             reached.add(name)
             waiting += found[name]
     assert not [n for n in reached if any(to.split(".")[0] == "torch" for to in imported(known[n]))]
+
+
+def test_the_reference_shares_no_code_with_what_it_checks() -> None:
+    """It knows the settings and itself, and nothing but the guard, tests and benchmarks know it."""
+    found = arrows()
+    of_reference = {name: to for name, to in found.items() if name.split(".")[0] == "reference"}
+    assert of_reference
+    assert not [
+        f"{name} -> {other}"
+        for name, to in of_reference.items()
+        for other in sorted(to)
+        if other.split(".")[0] not in ("config", "reference")
+    ]
+    assert not [
+        f"{name} -> {other}"
+        for name, to in found.items()
+        for other in sorted(to)
+        if other.split(".")[0] == "reference" and not name.startswith(("reference", "guards.reference"))
+    ]

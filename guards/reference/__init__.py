@@ -1,0 +1,30 @@
+"""Guard of all that a run computes: it is derived again, and the first quantity that differs is named.
+
+`reference/` derives what the disk and the settings say; each file here compares one part of it with the very
+objects of the run. A part that finds a difference ends the comparison, since all that follows differs too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from guards.faults import Fault
+from guards.reference.comparison import Comparison, Differs
+from guards.subject import GuardSubject
+
+# In the order in which a run computes them.
+PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {}
+
+
+def reference(subject: GuardSubject) -> Iterator[Fault | str]:
+    """Compare every part of the run that is about to train with the reference."""
+    comparison = Comparison()
+    try:
+        for name, compare in PARTS.items():
+            comparison.begin(name)
+            compare(subject, comparison)
+    except Differs as difference:
+        yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
+        return
+    yield from comparison.left_out
+    yield f"a second opinion agrees: {comparison.summary()}"
