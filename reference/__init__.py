@@ -2,7 +2,7 @@
 
     text.py -> rows.py -> weights.py -> forward.py -> update.py -> scores.py -> sampling.py
 
-It is written from the papers and from what the settings say, and shares no code with what it checks: its files
-import each other, the dataclasses of `config`, numpy, torch's plain operations, and the readers of safetensors
-and tokenizers, and nothing else (tests/test_floors.py). guards/reference compares it with the run.
+It is written from the papers and from what the settings say, and shares no code with what it checks. Its
+files import each other, the dataclasses of `config`, numpy, torch's plain operations, and the readers of
+safetensors and tokenizers, and nothing else (tests/test_floors.py). guards/reference compares it with the run.
 """

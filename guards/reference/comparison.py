@@ -74,8 +74,8 @@ class Comparison:
             tolerance: The relative difference that rounding explains; derived from the format and the size
                 of the sums, not tuned.
             remedy: What to look for where no explanation fits.
-            explanations: What the run would have computed by a known mistake, by the mistake's name; made only
-                when the tensors differ.
+            explanations: By the name of a known mistake what the run would then have computed; made only when
+                the tensors differ.
 
         Raises:
             Differs: They differ by more than the tolerance, or in shape.
