@@ -68,7 +68,7 @@ class Batch(NamedTuple):
     tokens: Token ids; padding is `pad_id`, or 0 where the tokenizer has none.
     labels: The next token where it belongs to the same document, else `IGNORE_INDEX`.
     document_ids: Documents of a row numbered from 0; -1 for padding. Attention stays inside equal ids.
-    positions: Count from 0 at each document, and at the start of a row that begins inside one.
+    positions: Count from 0 at each document, and at the start of a row that begins inside one; 0 for padding.
     """
 
     tokens: torch.Tensor
@@ -252,6 +252,10 @@ class Batches:
     store with fewer rows than one global batch repeats them to fill it, and an epoch is then one step. Ranks
     together hold the rows that one rank would hold with their summed batch size.
 
+    The generator of an epoch is numpy's PCG64, seeded by [seed, epoch]. It draws a permutation of the documents,
+    and then one of the rows: batch b of an epoch has the entries b * batch_size and following of the second.
+    Other orders keep the rows as they are; those of examples go by the mean place of their documents.
+
     There are nine arguments, because a step's rows depend on each of them and each is a setting of its own.
 
     Args:
@@ -309,12 +313,17 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a global step, counted from 0 over all epochs."""
+        numbers = self.rows_of(step)  # It makes the rows of the step's epoch.
+        return self._rows.batch(numbers)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Return the numbers of the rows in the batch of a global step, (B,), in their epoch."""
         epoch, step = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._rows, self._order = self._arranged(epoch)
             self._epoch = epoch
         row = (step * self.world_size + self.rank) * self.batch_size + np.arange(self.batch_size)
-        return self._rows.batch(self._order[row % len(self._order)])
+        return self._order[row % len(self._order)]
 
 
 def validation_batches(
@@ -322,6 +331,7 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Return the batches of one pass in order, or of `limit` of its rows, spread evenly; no others are made.
 
+    Of n rows, row number floor(i * n / limit) is the i-th that is shown.
     In a whole pass each token is a target exactly once, but for the first of its document and prompts. The
     end of a row and the missing rows of the last batch are padding with `IGNORE_INDEX` labels, so all batches
     have one shape. Which rows are shown does not depend on how many share a batch.

@@ -141,6 +141,8 @@ def refuse_long_answers(config: DataConfig, store: TokenStore, block_size: int) 
 def best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pack pieces, longest first, each into the fullest row that has room; return (row, start) of each.
 
+    Of rows that are equally full it is the one that was filled last. Rows are numbered as they are begun.
+
     Args:
         lengths: (pieces,) from the longest on, none longer than `size`.
         size: Length of a row.

@@ -52,6 +52,7 @@ class GuardSubject:
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # Its scale multiplies all gradients until they are clipped.
     start: str  # "fresh" weights, "loaded" ones, or "resumed" ones.
+    targets_per_byte: float  # Of validation: with it bits per byte are made of the loss.
     known_ids: int | None = None  # The size of the base's own tokenizer; None without a base.
 
 

@@ -157,6 +157,7 @@ class TrainingManager:
             optimizers=self.optimizers,
             scaler=self.scaler,
             start=start,
+            targets_per_byte=self.targets_per_byte,
             known_ids=known_ids,
         )
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guards.faults import Fault
+from guards.reference import rows, text
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
 
 # In the order in which a run computes them.
-PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {}
+PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {
+    "text": text.compare,
+    "rows": rows.compare,
+}
 
 
 def reference(subject: GuardSubject) -> Iterator[Fault | str]:

@@ -1,0 +1,259 @@
+"""Guard of what is trained on and validated on: rows, targets, positions and their order are derived again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dataset import Batch
+from guards.reference.comparison import Comparison
+from guards.reference.text import stored_splits
+from guards.subject import GuardSubject
+from reference import rows
+from reference.rows import ExampleRows, PlainRows, Row
+from reference.stored import Stored
+
+MOST_ORDERED = 10**7  # Documents and rows whose order is derived.
+MOST_COUNTED = 10**6  # Rows of an epoch that are counted, and whose next epoch is derived.
+DRAWS = 10**4  # Of the rows of a larger one.
+MOST_PACKED = 20_000  # Examples that are packed again.
+MOST_TOKENS = 16_384  # Of a batch that are compared; of a larger one so many, in rows sampled anew.
+MOST_BATCHES = 8  # Micro-batches of the first two updates.
+WHOLE = 50_000  # Tokens of a validation split whose whole pass is compared.
+MOST_GRADED = 10**6  # Tokens whose difficulty is measured again.
+
+REMEDIES = {
+    "tokens": "look at the order of documents, and at what cuts them into rows",
+    "labels": "a target is the next token of the same document, and none of its prompt",
+    "document ids": "documents of a row are numbered from 0, and padding is -1",
+    "positions": "they count from 0 at each document and at the row's start",
+}
+
+
+def compare(subject: GuardSubject, comparison: Comparison) -> None:
+    """Compare the rows of the first updates, their order in an epoch, and those of validation."""
+    stores = stored_splits(subject)
+    draw = np.random.Generator(np.random.PCG64())  # Seeded by the system, anew at each start.
+    for store in dict.fromkeys((subject.train, subject.validation, subject.test)):
+        _same_tables(store, stores[store.split], comparison)
+    validation = stores[subject.validation.split]
+    targets = _n_targets(validation) / int(validation.byte_lengths.sum())
+    comparison.exact(
+        "targets of validation by byte", subject.targets_per_byte, targets, "divide tokens by bytes of UTF-8"
+    )
+    _training(subject, stores["train"], comparison, draw)
+    _validation(subject, validation, comparison, draw)
+
+
+def _same_tables(store: object, stored: Stored, comparison: Comparison) -> None:
+    for name, expected in (
+        ("n_documents", len(stored)),
+        ("n_tokens", int(stored.lengths.sum())),
+        ("n_bytes", int(stored.byte_lengths.sum())),
+        ("n_targets", _n_targets(stored)),
+    ):
+        remedy = "the store's tables say otherwise"
+        comparison.exact(f"{name} of {stored.split}", getattr(store, name), expected, remedy)
+
+
+def _n_targets(stored: Stored) -> int:
+    """Return the tokens of a split but the first of each document and those of prompts."""
+    return int(np.maximum(stored.lengths - np.maximum(stored.prompts, 1), 0).sum())
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+class Epoch:
+    """The rows of an epoch by the reference, and their order; `numbers` is None where it is not derived."""
+
+    def __init__(self, subject: GuardSubject, stored: Stored, number: int):
+        settings = subject.config
+        draw = rows.epoch_draw(settings.train.seed, number)
+        kind, difficulty = settings.data.order, subject.batches.difficulty
+        order = np.arange(len(stored))
+        if kind == "shuffled":
+            order = rows.shuffled_documents(len(stored), draw)
+        elif difficulty is not None:
+            order = rows.by_difficulty(difficulty, kind == "hard-first", draw)
+        length = settings.row_length
+        if stored.holds_examples:
+            self.rows = ExampleRows(stored, order, length, settings.data.loss_on == "all")
+        else:
+            self.rows = PlainRows(stored, order, length)
+        self.numbers = np.arange(self.rows.n_rows)
+        if kind == "shuffled":
+            self.numbers = draw.permutation(self.rows.n_rows)
+        elif isinstance(self.rows, ExampleRows):
+            self.numbers = self.rows.in_order(order)
+
+
+def _training(
+    subject: GuardSubject, stored: Stored, comparison: Comparison, draw: np.random.Generator
+) -> None:
+    """Compare the rows of the first two updates and of a random one, and the order of an epoch."""
+    settings = subject.config
+    size = settings.train.batch_size
+    if reason := _too_much(subject, stored):
+        comparison.leave_out("rows of training", reason)
+        return
+    _same_difficulty(subject, stored, comparison)
+    epoch = Epoch(subject, stored, 0)
+    n_steps = max(1, epoch.rows.n_rows // size)
+    found = subject.batches.steps_per_epoch
+    comparison.exact("micro-batches of an epoch", found, n_steps, "only rows that fill no last batch are left out")
+    first = range(min(n_steps, 2 * settings.train.accumulation, MOST_BATCHES))
+    for step in [*first, int(draw.integers(n_steps)), n_steps - 1]:
+        numbers = rows.dealt(epoch.numbers, size, step)
+        _same_batch(f"micro-batch {step}", subject.micro_batch(step), epoch.rows, numbers, comparison, draw)
+    _same_order(subject, epoch, n_steps, comparison, draw)
+    if epoch.rows.n_rows <= MOST_COUNTED:
+        following = Epoch(subject, stored, 1)
+        numbers = rows.dealt(following.numbers, size, 0)
+        stage = f"micro-batch {n_steps}, the first of the second epoch"
+        _same_batch(stage, subject.micro_batch(n_steps), following.rows, numbers, comparison, draw)
+        subject.batches.rows_of(0)  # The rows of the first epoch are kept again.
+
+
+def _too_much(subject: GuardSubject, stored: Stored) -> str:
+    """Return why the order of training is not derived; "" where it is."""
+    n_rows = int(stored.offsets[-1]) // subject.config.row_length
+    if len(stored) + n_rows > MOST_ORDERED:
+        return f"{len(stored):,} documents in {n_rows:,} rows take too long to order twice"
+    if stored.holds_examples and len(stored) > MOST_PACKED:
+        return f"{len(stored):,} examples take too long to pack twice"
+    if subject.config.data.order == "hybrid":
+        return "how data.order hybrid samples is not derived"
+    return ""
+
+
+def _same_difficulty(subject: GuardSubject, stored: Stored, comparison: Comparison) -> None:
+    """Measure the difficulty of each document again, where the order goes by it."""
+    import torch
+
+    found, kind = subject.batches.difficulty, subject.config.data.difficulty
+    if subject.config.data.order in ("shuffled", "sequential"):
+        return
+    if kind == "loss" or int(stored.offsets[-1]) > MOST_GRADED:
+        comparison.leave_out("difficulty of documents", f"{kind} of {int(stored.offsets[-1]):,} tokens takes long")
+        return
+    expected = torch.from_numpy(rows.rarity(stored) if kind == "rarity" else rows.entropy(stored))
+    given = torch.zeros(0) if found is None else torch.from_numpy(found)
+    # A mean of fp64 numbers in another order differs by the rounding of its sum.
+    tolerance = 1e-16 * max(16, int(stored.lengths.max()))
+    comparison.close("difficulty of documents", given, expected, tolerance, f"measure {kind} of the tokens")
+
+
+def _same_order(
+    subject: GuardSubject, epoch: Epoch, n_steps: int, comparison: Comparison, draw: np.random.Generator
+) -> None:
+    """Compare which rows each step of an epoch has: all of them, or many of a large one; count them."""
+    size, n_rows = subject.config.train.batch_size, epoch.rows.n_rows
+    steps = range(n_steps) if n_rows <= MOST_COUNTED else draw.integers(n_steps, size=DRAWS // size + 1).tolist()
+    found = np.concatenate([subject.batches.rows_of(step) for step in steps])
+    once = n_rows < size or n_rows > MOST_COUNTED or int(np.bincount(found).max()) == 1
+    comparison.exact("rows of an epoch, each once", once, True, "a row is trained on twice, and another never")
+    expected = np.concatenate([rows.dealt(epoch.numbers, size, step) for step in steps])
+    other = np.flatnonzero(found != expected) if len(found) == len(expected) else [0]
+    place = int(other[0]) if len(other) else 0
+    remedy = _order_remedy(found, subject, n_rows)
+    comparison.exact(
+        f"order of rows, from row {place} of an epoch on",
+        found[place : place + 4].tolist(),
+        expected[place : place + 4].tolist(),
+        remedy,
+    )
+
+
+def _order_remedy(found: np.ndarray, subject: GuardSubject, n_rows: int) -> str:
+    """Return what an order of rows is where it is a known one."""
+    if subject.config.data.order == "shuffled" and n_rows > 8 and bool((np.diff(found) == 1).all()):
+        return "rows come as they lie, and data.order is shuffled?"
+    return "the rows of an epoch are permuted by PCG64([seed, epoch]), after the documents"
+
+
+# --- validation ------------------------------------------------------------------------------------
+
+
+def _validation(
+    subject: GuardSubject, stored: Stored, comparison: Comparison, draw: np.random.Generator
+) -> None:
+    """Compare the rows of a validation on the way, which are spread evenly, and of a whole pass if it is short."""
+    length, size = subject.config.row_length, subject.config.train.batch_size
+    if stored.holds_examples and len(stored) > MOST_PACKED:
+        comparison.leave_out("rows of validation", f"{len(stored):,} examples take too long to pack twice")
+        return
+    order = np.arange(len(stored))
+    made = (ExampleRows if stored.holds_examples else PlainRows)(stored, order, length)
+    n_batches = -(-subject.config.train.validation_rows // size)
+    shown = rows.spread(made.n_rows, n_batches * size)
+    _same_pass("validation", subject, n_batches, (made, shown), comparison, draw)
+    if int(stored.offsets[-1]) <= WHOLE:
+        whole = rows.spread(made.n_rows, 0)
+        n_targets = _same_pass("a whole pass over validation", subject, 0, (made, whole), comparison, draw)
+        remedy = "each token but the first of its document and prompts is a target once"
+        comparison.exact("targets of a whole pass", n_targets, _n_targets(stored), remedy)
+
+
+def _same_pass(
+    stage: str,
+    subject: GuardSubject,
+    n_batches: int,
+    expected: tuple[PlainRows | ExampleRows, list[int]],
+    comparison: Comparison,
+    draw: np.random.Generator,
+) -> int:
+    """Compare the batches of a pass; return how many targets they have."""
+    made, shown = expected
+    size = subject.config.train.batch_size
+    padded = shown + [made.n_rows] * (-len(shown) % size)
+    n_targets = n_rows = 0
+    for number, batch in enumerate(subject.validation_batches(n_batches)):
+        n_rows += len(batch.tokens)
+        n_targets += int((batch.labels != rows.NO_TARGET).sum())
+        numbers = padded[number * size : (number + 1) * size]
+        if len(numbers) == len(batch.tokens):
+            _same_batch(f"{stage}, batch {number}", batch, made, np.array(numbers), comparison, draw)
+    comparison.exact(f"{stage}: rows", n_rows, len(padded), "rows are left out or doubled")
+    return n_targets
+
+
+# --- one batch -------------------------------------------------------------------------------------
+
+
+def _same_batch(
+    stage: str,
+    batch: Batch,
+    made: PlainRows | ExampleRows,
+    numbers: np.ndarray,
+    comparison: Comparison,
+    draw: np.random.Generator,
+) -> None:
+    """Compare the rows of a batch, or of a large one some that are sampled, token by token."""
+    size, length = batch.tokens.shape
+    shape = (len(numbers), made.length)
+    comparison.exact(f"{stage}: rows and their tokens", (size, length), shape, "look at batch_size and row_length")
+    most = max(1, MOST_TOKENS // length)
+    chosen = range(size) if size <= most else sorted(draw.permutation(size)[:most].tolist())
+    for place in chosen:
+        expected = made.filled(int(numbers[place]))
+        found = Row(*(part[place].tolist() for part in batch))
+        for what, ours, theirs in zip(REMEDIES, expected, found, strict=True):
+            if ours != theirs:
+                _raise(f"{stage}, row {place}: {what}", what, theirs, expected, comparison)
+    comparison.exact(stage, True, True, "")
+
+
+def _raise(stage: str, what: str, found: list[int], row: Row, comparison: Comparison) -> None:
+    expected = row[list(REMEDIES).index(what)]
+    known: dict[str, Callable[[], list[int]]] = {
+        "labels are the tokens themselves, not the next ones": lambda: row.tokens,
+        "prompts and the first tokens of documents are targets": lambda: [*row.tokens[1:], found[-1]],
+        "positions do not begin anew at each document": lambda: list(range(len(expected))),
+        "all documents of a row are one": lambda: [min(number, 0) for number in row.documents],
+    }
+    remedy = next((f"{meaning}?" for meaning, make in known.items() if found == make()), REMEDIES[what])
+    place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    stage = f"{stage} from {place} on"
+    comparison.exact(stage, found[place : place + 4], expected[place : place + 4], remedy)

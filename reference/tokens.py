@@ -1,0 +1,267 @@
+"""Tokenizers written out: from the tokenizer's own files to the ids of a text.
+
+    tokenizer = read_tokenizer(folder)
+    ids = [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
+
+`CodeTokens` is the tokenizer for source code, `ByteLevelTokens` the byte-level BPE of GPT-2, and
+`LibraryTokens` any other tokenizer.json, which is left to its own reader.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from reference.text import utf8
+
+N_SPECIAL = 3  # <|pad|>, <|bos|>, <|eos|>: the ids 0, 1 and 2 of the tokenizers that Plumb trains.
+CHUNK = 64  # Characters of a long run that are written together.
+IDENTIFIER = re.compile(r"([A-Za-z0-9]+(?:_[A-Za-z0-9]+)*)")
+# What stands between identifiers, cut into units, each tried in this order.
+BETWEEN = re.compile(
+    r"""\ *[!-/:-@\[-`{-~]+(?:\ [!-/:-@\[-`{-~]+)*(?:\ (?!\ ))?  # Punctuation and the spaces beside it.
+    |(?:\r?\n)+[ \t]*                                            # Line breaks and the indentation after them.
+    |\ +|[^\x00-\x7f]+|[\x00-\x1f\x7f]                           # Spaces; not ASCII; one control character.
+    """,
+    re.VERBOSE,
+)
+# Words of an identifier: capitals, a word that may begin with one, digits, an underscore.
+WORD = re.compile(
+    rf"[A-Z]{{1,{CHUNK}}}(?![a-z])|[A-Z]?[a-z]{{1,{CHUNK}}}|[0-9]{{1,{CHUNK}}}|_",
+)
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+# GPT-2's pattern over classes of characters: letters, numbers, white space, and o for all others.
+GPT2 = re.compile(r" ?L+| ?N+| ?o+|[s ]+(?![^s ])|[s ]+")
+WHITE_SPACE = {*"\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200B))}
+
+
+class CodeTokens:
+    """The tokenizer for source code (tokenization/code.py says what it is).
+
+    The ids are 3 specials, 256 bytes, 7 markers, then the pieces of the file: heads, tails, plain.
+    """
+
+    start, end = 1, 2
+
+    def __init__(self, state: dict[str, Any]):
+        heads, tails, plain = state["heads"], state["tails"], state["plain"]
+        low = N_SPECIAL + 256
+        self.markers = {"low": low, "cap": low + 1, "up": low + 2}
+        self.joined = {"low": low + 3, "cap": low + 4, "up": low + 5}
+        self.snake = low + 6
+        first = low + 7
+        self.heads = {piece.lower(): first + i for i, piece in enumerate(heads)}
+        self.usual = {first + i: _case(piece) for i, piece in enumerate(heads)}
+        first += len(heads)
+        self.tails = {piece: first + i for i, piece in enumerate(tails)}
+        first += len(tails)
+        self.plain = {piece: first + i for i, piece in enumerate(plain)}
+        self.identifier = cache(self._identifier)
+        self.between = cache(self._between)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids: those of identifiers, and of the units between them.
+
+        A single space between two identifiers is implied by the second, which then has one fewer unit.
+        """
+        ids: list[int] = []
+        parts = IDENTIFIER.split(text)  # What is between stands at even places.
+        for place, part in enumerate(parts):
+            if place % 2:
+                ids += self.identifier(part, place > 1 and parts[place - 1] == " ")
+            elif part != " " or place in (0, len(parts) - 1):
+                for unit in BETWEEN.findall(part):
+                    ids += self.between(unit)
+        return ids
+
+    def _between(self, unit: str) -> list[int]:
+        chunks = [unit[i : i + CHUNK] for i in range(0, len(unit), CHUNK)]
+        return [id for chunk in chunks for id in fewest(chunk, self.plain, self.plain, 1, lambda _: 0)]
+
+    def _identifier(self, text: str, after_space: bool) -> list[int]:
+        ids: list[int] = []
+        before = ""
+        for word in WORD.findall(text):
+            written = [self.snake] if word == "_" else self._word(word, before)
+            if not ids and after_space and written[0] < self.markers["low"]:
+                ids.append(N_SPECIAL + ord(" "))  # Bytes imply no space.
+            ids += written
+            before = before[-1:] + word
+        return ids
+
+    def _word(self, word: str, before: str) -> list[int]:
+        """Return the ids of a word: the marker of its case, where that is not the expected one, and pieces.
+
+        Args:
+            before: What stands before it in the identifier.
+        """
+        case, letters = _case(word), word.isalpha()
+        joined = before != "" and before[-1] != "_"
+        capitals = before[-1:] == "_" and before[:-1][-1:].isupper()
+        free = joined or capitals or not letters  # The head's usual case does not matter.
+        first = self.tails if joined and not letters else self.heads
+        ids = fewest(
+            word.lower(), first, self.tails, 2 * CHUNK, lambda id: int(not free and self.usual[id] != case)
+        )
+        if min(ids) <= self.snake:
+            return [N_SPECIAL + byte for byte in word.encode()]  # Bytes have no case.
+        if not letters:
+            return ids
+        if joined:
+            return [self.joined[case], *ids]
+        expected = "up" if capitals else self.usual[ids[0]]
+        return ids if case == expected else [self.markers[case], *ids]
+
+
+def fewest(text: str, first: dict[str, int], rest: dict[str, int], byte_cost: int, extra: Any) -> list[int]:
+    """Return the fewest pieces that make a text; at a tie the longer piece comes first.
+
+    Args:
+        first: The pieces that may begin it, with their ids.
+        rest: Those that may follow.
+        byte_cost: The cost of a byte, where a character has no piece.
+        extra: The further cost of a first piece, by its id.
+    """
+    best: list[tuple[int, list[int]]] = [(0, [])] * (len(text) + 1)  # Of the text from each place on.
+    for place in range(len(text) - 1, -1, -1):
+        pieces = rest if place else first
+        found = [N_SPECIAL + byte for byte in utf8(text[place])]
+        choices = [(byte_cost * len(found) + best[place + 1][0], -1, 1, found)]
+        for end in range(place + 1, min(len(text), place + CHUNK) + 1):
+            id = pieces.get(text[place:end])
+            if id is not None:
+                cost = 1 + best[end][0] + (0 if place else extra(id))
+                choices.append((cost, place - end, 0, [id]))
+        cost, size, _, found = min(choices)
+        best[place] = (cost, found + best[place - size][1])
+    return best[0][1]
+
+
+def _case(word: str) -> str:
+    """Return low, cap or up; a capital alone is up, and what ends in no letter is low."""
+    if word.islower() or not word[-1].isalpha():
+        return "low"
+    return "up" if word.isupper() else "cap"
+
+
+class LibraryTokens:
+    """A tokenizer.json, read by the library of that format; a special token's spelling is text."""
+
+    def __init__(self, folder: Path):
+        import tokenizers
+
+        self.json = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        self.library = tokenizers.Tokenizer.from_str(json.dumps(self.json))
+        self.library.encode_special_tokens = True
+        self.config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                self.config |= json.loads((folder / name).read_text("utf-8"))
+
+    def special(self, key: str) -> int | None:
+        """Return the id of a token that the folder names, such as eos_token."""
+        token = self.config.get(key)
+        return self.id_of(token["content"] if isinstance(token, dict) else token) if token else None
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its spelling."""
+        return self.library.token_to_id(token)
+
+    @cached_property
+    def start(self) -> int | None:
+        """What the file itself puts before a text."""
+        return next(iter(self.library.encode("").ids), None)
+
+    @cached_property
+    def end(self) -> int | None:
+        """The end of a text."""
+        return self.special("eos_token")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text alone."""
+        return self.library.encode(text, add_special_tokens=False).ids
+
+
+class ByteLevelTokens(LibraryTokens):
+    """Byte-level BPE (GPT-2): words by a pattern, their bytes as characters, merged by rank."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        model = self.json["model"]
+        self.vocabulary: dict[str, int] = model["vocab"]
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(pairs)}
+        self.word = cache(self._word)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text alone."""
+        return [id for word in words_of(text) for id in self.word(word)]
+
+    def _word(self, word: str) -> list[int]:
+        symbols = [BYTES[byte] for byte in word.encode()]
+        while len(symbols) > 1:
+            pairs = list(zip(symbols, symbols[1:], strict=False))
+            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if best not in self.ranks:
+                break
+            merged, place = [], 0
+            while place < len(symbols):
+                step = 2 if place < len(pairs) and pairs[place] == best else 1
+                merged.append("".join(symbols[place : place + step]))
+                place += step
+            symbols = merged
+        return [self.vocabulary[symbol] for symbol in symbols]
+
+
+def words_of(text: str) -> Iterator[str]:
+    """Yield the words of a text by GPT-2's pattern."""
+    classes = "".join(map(_class, text))
+    place = 0
+    while place < len(text):
+        end = next((place + len(c) for c in CONTRACTIONS if text.startswith(c, place)), 0)
+        if not end:
+            match = GPT2.match(classes, place)
+            assert match is not None  # Every character has a class.
+            end = match.end()
+        yield text[place:end]
+        place = end
+
+
+@cache
+def _class(character: str) -> str:
+    if character in WHITE_SPACE:
+        return " " if character == " " else "s"
+    kind = unicodedata.category(character)[0]
+    return kind if kind in "LN" else "o"
+
+
+def _byte_characters() -> list[str]:
+    """Return the character that stands for each byte: itself if it is printable, else the next from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+
+
+BYTES = _byte_characters()
+
+
+def read_tokenizer(folder: Path) -> CodeTokens | LibraryTokens:
+    """Read the tokenizer in a folder."""
+    code = folder / "code_tokenizer.json"
+    if code.is_file():
+        return CodeTokens(json.loads(code.read_text("utf-8")))
+    tokens = LibraryTokens(folder)
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    if tokens.json["normalizer"] is None and tokens.json["pre_tokenizer"] == plain and _is_own(tokens):
+        return ByteLevelTokens(folder)
+    return tokens
+
+
+def _is_own(tokens: LibraryTokens) -> bool:
+    """Return whether Plumb trained it: a published one may have added tokens that texts hold."""
+    return tokens.config.get("plumb_kind") == "bpe"
