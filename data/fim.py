@@ -90,7 +90,8 @@ def fim_prompt_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
 def fim_kept(n_prefix: Any, n_suffix: Any, room: Any) -> tuple[Any, Any]:
     """Return how many tokens stay of a prefix and of a suffix with `room` for both; numbers or arrays.
 
-    Each loses its tokens far from the gap, the longer one first: a prefix on its left, a suffix on its right.
+    Each loses its tokens far from the gap, the longer one first, of equals the suffix: a prefix on its
+    left, a suffix on its right.
     """
     suffix = np.minimum(n_suffix, np.maximum(room - n_prefix, room // 2))
     return np.minimum(n_prefix, room - suffix), suffix

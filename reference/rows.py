@@ -123,7 +123,7 @@ def trimmed(stored: Stored, number: int, room: int) -> tuple[list[int], int]:
     """Return the ids of an example in a row, and how many of them are prompt.
 
     What is too long loses the beginning of its prompt, after the start token. A gap loses what is farthest
-    from it, of prefix and suffix the longer one first.
+    from it, of prefix and suffix the longer one first, and of equals the suffix.
     """
     ids, n_prompt = stored.document(number), int(stored.prompts[number])
     excess = max(0, len(ids) - room)
@@ -132,7 +132,7 @@ def trimmed(stored: Stored, number: int, room: int) -> tuple[list[int], int]:
     first, marker = stored.gap_lead + 1, int(stored.suffixes[number])
     prefix, suffix = ids[first:marker], ids[marker + 1 : n_prompt - 1]
     for _ in range(excess):
-        if len(suffix) > len(prefix):
+        if len(suffix) >= len(prefix):
             suffix = suffix[:-1]
         else:
             prefix = prefix[1:]
