@@ -252,9 +252,10 @@ class Batches:
     store with fewer rows than one global batch repeats them to fill it, and an epoch is then one step. Ranks
     together hold the rows that one rank would hold with their summed batch size.
 
-    The generator of an epoch is numpy's PCG64, seeded by [seed, epoch]. It draws a permutation of the documents,
-    and then one of the rows: batch b of an epoch has the entries b * batch_size and following of the second.
-    Other orders keep the rows as they are; those of examples go by the mean place of their documents.
+    The generator of an epoch is numpy's PCG64, seeded by [seed, epoch]. It draws a permutation of the
+    documents, and then one of the rows: batch b of an epoch has the entries b * batch_size and following of
+    the second. Other orders keep the rows as they are; those of examples go by the mean place of their
+    documents.
 
     There are nine arguments, because a step's rows depend on each of them and each is a setting of its own.
 

@@ -134,8 +134,8 @@ def gap_of(text: str, rate: float) -> tuple[int, int] | None:
     (arXiv:2207.14255, section 3): order, processes and machine do not matter, and a higher rate cuts the same
     documents at the same places, and more. CR LF and surrogate pairs are not cut in two.
 
-    The hash is the SHA-256 of SALT and the text. Its first 8 bytes, a big-endian number, are below rate * 2**64;
-    the next two numbers of 8 bytes, modulo the number of characters and one, are the places.
+    The hash is the SHA-256 of SALT and the text. Its first 8 bytes, a big-endian number, are below
+    rate * 2**64; the next two numbers of 8 bytes, modulo the number of characters and one, are the places.
     """
     digest = hashlib.sha256(SALT + text.encode("utf-8", "surrogatepass")).digest()
     draw, *places = (int.from_bytes(digest[at : at + 8], "big") for at in (0, 8, 16))

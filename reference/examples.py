@@ -14,8 +14,9 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from config import DataConfig
+from reference.library import BYTES, LibraryTokens
 from reference.text import SourceDocument, utf8
-from reference.tokens import BYTES, CodeTokens, LibraryTokens
+from reference.tokens import CodeTokens
 
 Tokens = CodeTokens | LibraryTokens
 
@@ -131,8 +132,8 @@ def too_late(prompt: str, tokens: Tokens, n_kept: int, pieces: list[str], others
 def too_early(prompt: str, tokens: Tokens, n_kept: int, pieces: list[str]) -> bool:
     """Return whether the id after the first `n_kept` of a prompt stays, whatever continues it.
 
-    The prompt's last token is dropped wherever a longer piece begins with it. Of the tokenizer for source code
-    nothing is said: its markers and implied spaces go with the piece that they belong to.
+    The prompt's last token is dropped wherever a longer piece begins with it. Of the tokenizer for source
+    code nothing is said: its markers and implied spaces go with the piece that they belong to.
     """
     own = tokens.encode(prompt)
     kept = text_length(tokens, prompt, own[:n_kept])
@@ -142,7 +143,9 @@ def too_early(prompt: str, tokens: Tokens, n_kept: int, pieces: list[str]) -> bo
     if n_kept == len(own) - 1 and any(piece.startswith(last) and piece != last for piece in pieces):
         return False
     tried = (text + more for text in chain(NEXT, _continuations(prompt, pieces)) for more in ("", *FURTHER))
-    return all(tokens.encode(prompt + text)[: n_kept + 1] == own[: n_kept + 1] for text in islice(tried, MOST_TRIED))
+    return all(
+        tokens.encode(prompt + text)[: n_kept + 1] == own[: n_kept + 1] for text in islice(tried, MOST_TRIED)
+    )
 
 
 def _continuations(prompt: str, pieces: list[str]) -> Iterator[str]:

@@ -158,7 +158,7 @@ def by_difficulty(difficulty: np.ndarray, hardest_first: bool, draw: np.random.G
 
 
 def rarity(stored: Stored) -> np.ndarray:
-    """Return the mean surprise of each document's tokens, -ln of their frequency in training, (documents,)."""
+    """Return each document's mean surprise, -ln of its tokens' frequency in training, (documents,)."""
     documents = [np.array(stored.document(number), np.int64) for number in range(len(stored))]
     counts = np.bincount(np.concatenate(documents))
     surprise = -np.log(np.maximum(counts, 1) / counts.sum())

@@ -1,4 +1,4 @@
-"""The token store of one split as its files say (docs/file-formats.md), read without the code that wrote it."""
+"""The token store of one split as its files say (docs/file-formats.md), read without its writer's code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Stored:
         self.folder, self.split = folder, split
         files = {file["name"]: file["size"] for file in index["splits"][split]["files"]}
         self.dtype = np.dtype(index["dtype"])
-        self.shards = {name: size // self.dtype.itemsize for name, size in files.items() if name[-4:] == ".bin"}
+        self.shards = {
+            name: size // self.dtype.itemsize for name, size in files.items() if name[-4:] == ".bin"
+        }
         self.pad, self.gap_lead = index["pad_id"] or 0, index.get("gap_lead", 0)
         self.offsets = np.load(folder / f"{split}-offsets.npy")
         self.byte_lengths = np.load(folder / f"{split}-bytes.npy")
@@ -55,7 +57,7 @@ class Stored:
         return [json.loads(line) for line in lines if line]
 
     def document(self, number: int, begin: int = 0, end: int | None = None) -> list[int]:
-        """Return the ids of a document, or those from `begin` to `end`. No document crosses to another shard."""
+        """Return the ids of a document, or those from `begin` to `end`; it lies in one shard."""
         first, last = int(self.offsets[number]), int(self.offsets[number + 1])
         place, stop = first + begin, last if end is None else first + end
         for name, size in self.shards.items():

@@ -4,9 +4,9 @@
     text = decoded((root_of(settings) / names[0]).read_bytes())
     for document in documents_of_rows(settings): ...
 
-Text is what the bytes say in UTF-8: line ends, a byte order mark and trailing spaces stay. Files come by their
-relative POSIX path, rows as they are stored. The split of a document is decided by a hash of its group's name
-alone, so it needs no list of the others.
+Text is what the bytes say in UTF-8: line ends, a byte order mark and trailing spaces stay. Files come by
+their relative POSIX path, rows as they are stored. The split of a document is decided by a hash of its
+group's name alone, so it needs no list of the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from config import DataConfig
 
-SPLITS = ("train", "validation", "test")
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
 # The standard library's own tests, what is installed beside it, and copies of programs that it holds.
 NOT_LIBRARY = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
 ROW_FILE = re.compile(r".*\.(jsonl|jsonl\.gz|parquet)")
@@ -87,7 +87,7 @@ def utf8(text: str) -> bytes:
 
 
 def split_of(group: str, data: DataConfig, given: set[str]) -> str:
-    """Return the split of a group by its name: SHA-256 decides what is test, SHA-1 what of the rest validates.
+    """Return the split of a group by its name: SHA-256 decides what is test, SHA-1 what validates.
 
     Args:
         given: Splits that the source has files for; none else is put into them.

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
-from data import corpus, packing, rows as data_rows, tokenstore
+import tokenization.healing
+from data import corpus, packing, tokenstore
+from data import rows as data_rows
 from dataset import Batches
 from guards.reference import rows as rows_guard
 from guards.reference import text as text_guard
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
-from reference.tokens import read_tokenizer, words_of
 from recipes.small_base import with_gaps
+from reference.library import ByteLevelTokens
+from reference.tokens import read_tokenizer
 from selftest.data import function, write_data
 from selftest.run import small_config
 from tokenization.code import CodeTokenizer
@@ -74,7 +78,14 @@ def write_sources(folder: Path) -> None:
     """Write sources of every kind, with what is easily lost: line ends, marks, characters, copies."""
     write_data(folder)
     texts = [function(random.Random(i)) for i in range(40)]
-    odd = ["\ufeffa = 1\r\nb = 2\r\n", "x\x00y\x0c\n", "caf\u00e9 = '\u4e00\U00013000'\n\n", "  \n", "a", "\tb\n\tc  "]
+    odd = [
+        "\ufeffa = 1\r\nb = 2\r\n",
+        "x\x00y\x0c\n",
+        "caf\u00e9 = '\u4e00\U00013000'\n\n",
+        "  \n",
+        "a",
+        "\tb\n\tc  ",
+    ]
     odd += ["", texts[0], texts[0]]
     (folder / "odd").mkdir()
     for i, text in enumerate([*texts[:20], *odd]):
@@ -84,16 +95,29 @@ def write_sources(folder: Path) -> None:
     (folder / "odd" / "bad.py").write_bytes(b"\xff\xfe = 1")
     (folder / "odd" / ".hidden").mkdir()
     (folder / "odd" / ".hidden" / "no.py").write_text("no = 1\n")
-    plain = [{"text": text, "path": f"f{i}.py", "repository": f"r{i % 5}", "o": str(i % 9)} for i, text in enumerate(texts)]
-    plain += [{"content": text, "o": "odd"} for text in odd if text] + [{"text": "\ud800 half", "o": "half"}] + plain[:3]
+    plain = [
+        {"text": text, "path": f"f{i}.py", "repository": f"r{i % 5}", "o": str(i % 9)}
+        for i, text in enumerate(texts)
+    ]
+    plain += (
+        [{"content": text, "o": "odd"} for text in odd if text]
+        + [{"text": "\ud800 half", "o": "half"}]
+        + plain[:3]
+    )
     lines = "".join(json.dumps(row) + "\n" for row in plain)
     (folder / "plain.jsonl").write_text(lines)
     with gzip.open(folder / "plain.jsonl.gz", "wt") as file:
         file.write(lines)
     pq.write_table(pa.Table.from_pylist([row for row in plain if row.get("path")]), folder / "plain.parquet")
-    alpaca = [{"instruction": text.split("\n")[0], "input": "x" * (i % 3), "output": text} for i, text in enumerate(texts)]
+    alpaca = [
+        {"instruction": text.split("\n")[0], "input": "x" * (i % 3), "output": text}
+        for i, text in enumerate(texts)
+    ]
     (folder / "alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alpaca))
-    gaps = [{"prefix": t[: 20 + i], "suffix": t[40 + i :], "middle": t[20 + i : 40 + i]} for i, t in enumerate(texts)]
+    gaps = [
+        {"prefix": t[: 20 + i], "suffix": t[40 + i :], "middle": t[20 + i : 40 + i]}
+        for i, t in enumerate(texts)
+    ]
     (folder / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gaps))
     (folder / "given").mkdir()
     for name, part in {"train": plain[:30], "test": plain[25:40]}.items():
@@ -121,7 +145,10 @@ HEALTHY: dict[str, dict[str, dict[str, Any]]] = {
     "bpe": {"data": {"source": "odd", "skip_undecodable": True}, "tokenizer": BPE},
     "pretrained": {"data": {"source": "long"}, "tokenizer": MARKED},
     "regrouped": {"data": {"source": "long", "regroup": True}},
-    "no validation": {"data": {"source": "long", "validation_one_in": 0, "test_one_in": 0}, "train": {"overfit": True}},
+    "no validation": {
+        "data": {"source": "long", "validation_one_in": 0, "test_one_in": 0},
+        "train": {"overfit": True},
+    },
     "no test": {"data": {"source": "long", "test_one_in": 0}},
     "comments": {"data": {"source": "commented", "drop_comments": True}},
     "comments, bpe": {"data": {"source": "commented", "drop_comments": True}, "tokenizer": BPE},
@@ -162,3 +189,152 @@ def test_it_agrees_with_a_healthy_run(folder: Path, name: str) -> None:
     comparison = compared(small(folder, HEALTHY[name]))
     assert comparison.stages
     assert bool(comparison.left_out) == (name == "hybrid"), comparison.left_out
+
+
+@pytest.mark.parametrize("kind", ["code", "bpe"])
+def test_the_naive_tokenizers_write_any_text_as_the_tokenizers_do(folder: Path, kind: str) -> None:
+    texts = [function(random.Random(i)) for i in range(40)]
+    to = folder / f"naive {kind}"
+    tokenizer = (CodeTokenizer if kind == "code" else BPETokenizer).train(texts, 330, 1)
+    tokenizer.save(to)
+    naive = read_tokenizer(to)
+    assert naive is not None and (kind == "code" or isinstance(naive, ByteLevelTokens))
+
+    alphabet = st.sampled_from(" \n\r\t_aAbBzZ09'.(=-\x00\x1c\x85é一½٣\u2003\U00013000") | st.characters(
+        exclude_categories=("Cs", "Cn")  # Half a pair is no UTF-8; versions differ in what is assigned.
+    )
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(alphabet, max_size=80) | st.sampled_from(texts))
+    def same(text: str) -> None:
+        assert naive.encode(text) == tokenizer.encode(text)
+
+    same()
+
+
+def test_it_leaves_no_trace(folder: Path) -> None:
+    subject = subject_of(small(folder, HEALTHY["examples"]))
+    before = [subject.micro_batch(n) for n in range(4)]
+    weights = {name: p.clone() for name, p in subject.model.named_parameters()}
+    random.seed(3)
+    torch.manual_seed(3)
+    states = (random.getstate(), str(np.random.get_state()), torch.get_rng_state())
+    for part in (text_guard, rows_guard):
+        part.compare(subject, Comparison())
+    assert random.getstate() == states[0] and str(np.random.get_state()) == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    for n, batch in enumerate(before):
+        assert all(torch.equal(one, other) for one, other in zip(batch, subject.micro_batch(n), strict=True))
+    assert all(torch.equal(p, weights[name]) for name, p in subject.model.named_parameters())
+    assert subject.model.training
+
+
+def test_a_trusted_store_is_compared_with_the_source_too(folder: Path, tmp_path: Path) -> None:
+    """The second start does not read the source, and the reference does."""
+    config = small(folder, HEALTHY["files of every kind"])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=str(tmp_path)))
+    subject = subject_of(config)
+    other = (
+        folder / "odd" / next(name for name in subject.train.names if (folder / "odd" / name).read_bytes())
+    )
+    before = other.read_bytes()
+    other.write_bytes(before[:-1] + b"?")
+    try:
+        with pytest.raises(Differs, match=rf"\({other.relative_to(folder / 'odd')}\): ids"):
+            text_guard.compare(subject, Comparison())
+    finally:
+        other.write_bytes(before)
+    text_guard.compare(subject, Comparison())
+
+
+# --- faults that nobody planted ----------------------------------------------------------------------
+
+
+def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[], Any]:
+    """Return a patch of a function, by a function of the original and its arguments."""
+    original = getattr(owner, name)
+    return lambda: patch.object(owner, name, lambda *args, **options: change(original, *args, **options))
+
+
+def stripped(original: Any, *args: Any) -> str | None:
+    text = original(*args)
+    return None if text is None else text.strip()
+
+
+def one_less(original: Any, *args: Any, **options: Any) -> Iterator[Any]:
+    documents = list(original(*args, **options))
+    return iter(documents[:3] + documents[4:])
+
+
+def labels_of_prompts(original: Any, tokens: Any, ids: Any, is_prompt: Any = None) -> Any:
+    return original(tokens, ids, None)
+
+
+def by_another_hash(original: Any, group: str, validation: int, test: int = 0) -> str:
+    return original(group[::-1], validation, test)
+
+
+def without_last_row(original: Any, self: Batches, step: int) -> Any:
+    rows = original(self, step)
+    rows[-1] = rows[0]
+    return rows
+
+
+FAULTS: dict[str, tuple[str, Callable[[], Any], str]] = {
+    "white space is cut off": (
+        "files",
+        changed(corpus, "decoded", stripped),
+        "ids.*white space .* cut off",
+    ),
+    "a document is lost": ("rows", changed(corpus, "_without_duplicates", one_less), "documents? .*of"),
+    "a file is lost": ("files", changed(corpus, "_without_duplicates", one_less), "copy of an earlier file"),
+    "another hash": ("files of every kind", changed(corpus, "split_of", by_another_hash), "of another split"),
+    "prompts are targets": ("examples", changed(dataset, "next_token_labels", labels_of_prompts), "labels"),
+    "a row twice": ("files", changed(Batches, "rows_of", without_last_row), "row 3: tokens"),
+    "input is lost": (
+        "alpaca",
+        changed(data_rows, "alpaca_prompt", lambda f, one, two="": f(one)),
+        "document",
+    ),
+    "cut elsewhere": (
+        "gaps by rate",
+        changed(corpus, "gap_of", lambda f, text, rate: (gap := f(text, rate)) and (0, gap[1])),
+        "ids",
+    ),
+    "long prompts keep their beginning": (
+        "trimmed gaps",
+        changed(packing, "fim_kept", lambda f, p, s, room: f(p, s, room)[::-1]),
+        "tokens",
+    ),
+    "validation from the beginning": (
+        "many validation rows",
+        lambda: patch.object(dataset, "numbered_batches", first_rows(dataset.numbered_batches)),
+        "validation, batch",
+    ),
+    "prompts are not healed": (
+        "examples, bpe",
+        changed(tokenstore, "healed", lambda f, tokenizer, ids: tokenization.healing.Prompt(ids)),
+        "as one text|where its prompt ends",
+    ),
+}
+
+
+def first_rows(original: Any) -> Any:
+    def wrong(store: Any, batch_size: int, block_size: int, limit: int = 0) -> Iterator[Any]:
+        n_rows = limit and -(-limit // batch_size)
+        return (
+            batch
+            for i, batch in enumerate(original(store, batch_size, block_size))
+            if not limit or i < n_rows
+        )
+
+    return wrong
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_nobody_planted_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    healthy, fault, stage = FAULTS[name]
+    config = small(folder, HEALTHY[healthy])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=str(tmp_path)))
+    with fault():
+        assert re.search(stage, named(config))

@@ -1,4 +1,4 @@
-"""Guard of what is trained on and validated on: rows, targets, positions and their order are derived again."""
+"""Guard of what is trained on and validated on: rows, targets, positions and their order, derived again."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def _training(
     epoch = Epoch(subject, stored, 0)
     n_steps = max(1, epoch.rows.n_rows // size)
     found = subject.batches.steps_per_epoch
-    comparison.exact("micro-batches of an epoch", found, n_steps, "only rows that fill no last batch are left out")
+    comparison.exact(
+        "micro-batches of an epoch", found, n_steps, "only rows that fill no last batch are left out"
+    )
     first = range(min(n_steps, 2 * settings.train.accumulation, MOST_BATCHES))
     for step in [*first, int(draw.integers(n_steps)), n_steps - 1]:
         numbers = rows.dealt(epoch.numbers, size, step)
@@ -136,7 +138,9 @@ def _same_difficulty(subject: GuardSubject, stored: Stored, comparison: Comparis
     if subject.config.data.order in ("shuffled", "sequential"):
         return
     if kind == "loss" or int(stored.offsets[-1]) > MOST_GRADED:
-        comparison.leave_out("difficulty of documents", f"{kind} of {int(stored.offsets[-1]):,} tokens takes long")
+        comparison.leave_out(
+            "difficulty of documents", f"{kind} of {int(stored.offsets[-1]):,} tokens takes long"
+        )
         return
     expected = torch.from_numpy(rows.rarity(stored) if kind == "rarity" else rows.entropy(stored))
     given = torch.zeros(0) if found is None else torch.from_numpy(found)
@@ -150,10 +154,14 @@ def _same_order(
 ) -> None:
     """Compare which rows each step of an epoch has: all of them, or many of a large one; count them."""
     size, n_rows = subject.config.train.batch_size, epoch.rows.n_rows
-    steps = range(n_steps) if n_rows <= MOST_COUNTED else draw.integers(n_steps, size=DRAWS // size + 1).tolist()
+    steps = (
+        range(n_steps) if n_rows <= MOST_COUNTED else draw.integers(n_steps, size=DRAWS // size + 1).tolist()
+    )
     found = np.concatenate([subject.batches.rows_of(step) for step in steps])
     once = n_rows < size or n_rows > MOST_COUNTED or int(np.bincount(found).max()) == 1
-    comparison.exact("rows of an epoch, each once", once, True, "a row is trained on twice, and another never")
+    comparison.exact(
+        "rows of an epoch, each once", once, True, "a row is trained on twice, and another never"
+    )
     expected = np.concatenate([rows.dealt(epoch.numbers, size, step) for step in steps])
     other = np.flatnonzero(found != expected) if len(found) == len(expected) else [0]
     place = int(other[0]) if len(other) else 0
@@ -179,7 +187,7 @@ def _order_remedy(found: np.ndarray, subject: GuardSubject, n_rows: int) -> str:
 def _validation(
     subject: GuardSubject, stored: Stored, comparison: Comparison, draw: np.random.Generator
 ) -> None:
-    """Compare the rows of a validation on the way, which are spread evenly, and of a whole pass if it is short."""
+    """Compare the rows of a validation on the way, spread evenly, and of a whole pass if it is short."""
     length, size = subject.config.row_length, subject.config.train.batch_size
     if stored.holds_examples and len(stored) > MOST_PACKED:
         comparison.leave_out("rows of validation", f"{len(stored):,} examples take too long to pack twice")
@@ -233,7 +241,9 @@ def _same_batch(
     """Compare the rows of a batch, or of a large one some that are sampled, token by token."""
     size, length = batch.tokens.shape
     shape = (len(numbers), made.length)
-    comparison.exact(f"{stage}: rows and their tokens", (size, length), shape, "look at batch_size and row_length")
+    comparison.exact(
+        f"{stage}: rows and their tokens", (size, length), shape, "look at batch_size and row_length"
+    )
     most = max(1, MOST_TOKENS // length)
     chosen = range(size) if size <= most else sorted(draw.permutation(size)[:most].tolist())
     for place in chosen:
