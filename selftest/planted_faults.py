@@ -251,7 +251,9 @@ PLANTED_FAULTS = [
         "M10 data",
         "after a resume the data began anew",
         "data-out-of-order",
-        micro_batches_by(lambda manager, index: max(0, index - 3) if manager.resumed_from else index),
+        micro_batches_by(
+            lambda manager, index: max(0, index - 3) if manager.resumed_from and manager.began else index
+        ),
         resumed=True,
     ),
     PlantedFault(

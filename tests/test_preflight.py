@@ -66,7 +66,8 @@ def disable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "live":
         monkeypatch.setattr(FirstSteps, "after", lambda *args: None)
     else:
-        monkeypatch.delitem(guards_preflight.GUARDS, name)
+        others = {other: guard for other, guard in guards_preflight.GUARDS.items() if other != name}
+        monkeypatch.setattr(guards_preflight, "GUARDS", others)  # An entry put back would come last.
 
 
 # One plant that only this guard catches.
@@ -308,7 +309,11 @@ def test_an_adapter_of_the_head_that_drops_much_is_no_alarm(folder: Path) -> Non
 def test_a_pass_that_bears_no_loss_has_no_size(folder: Path) -> None:
     half = labels_by(lambda tokens, documents, labels: np.where(tokens[:, :1] % 2 == 0, -100, labels))
     settings = {
-        "train": {"allow": ("row-without-loss",), "batch_size": 1, "accumulation": 8},
+        "train": {
+            "allow": ("row-without-loss", "differs-from-reference"),
+            "batch_size": 1,
+            "accumulation": 8,
+        },
         "model": {"dropout": 0.0},
     }
     with half():
