@@ -43,9 +43,9 @@ def logits_of(config: ModelConfig, weights: Weights, rows: Rows) -> Tensor:
 
 def embedding(config: ModelConfig, weights: Weights, rows: Rows) -> Tensor:
     """Return the first residual stream (B, T, C): a row of the table for each id, and absolute positions."""
-    x = weights["embed.weight"][rows.tokens]
+    x = weights["embed.weight"][rows.tokens].double()
     if config.position == "learned":
-        return x + weights["position.weight"][rows.positions]
+        return x + weights["position.weight"][rows.positions].double()
     if config.position == "sinusoidal":
         return x + sinusoids(rows.positions, config.n_embd)
     return x
@@ -200,9 +200,12 @@ ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
 
 
 def head(config: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
-    """Return logits (..., V) of hidden states (..., C); a tied head has the embedding's weight."""
-    weight = weights["embed.weight" if config.tie_embeddings else "head.weight"]
-    logits = hidden @ weight.T
+    """Return logits (..., V) of hidden states (..., C).
+
+    A tied head has the embedding's weight, unless an adapter gives it one of its own.
+    """
+    tied = config.tie_embeddings and "head.weight" not in weights
+    logits = hidden @ weights["embed.weight" if tied else "head.weight"].T
     return logits + weights["head.bias"] if config.head_bias else logits
 
 

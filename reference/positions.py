@@ -27,7 +27,7 @@ def visible(documents: Tensor, window: int = 0) -> Tensor:
 
 
 def window_of(config: ModelConfig, layer: int) -> int:
-    """Return the sliding window of a layer: every layer has it where no layer is named, else the named ones."""
+    """Return the sliding window of a layer: all layers have it where none is named, else the named ones."""
     has_window = not config.window_layers or layer in config.window_layers
     return config.sliding_window if has_window else 0
 
@@ -48,9 +48,9 @@ def frequencies(config: ModelConfig, positions: Tensor) -> Tensor:
     Pair i turns by theta^(-2i / n). Scalings reach past `rope_context`, the first context:
 
     - linear (arXiv:2306.15595): every angle is divided by the factor.
-    - dynamic (arXiv:2309.00071, appendix B.2): once a row's text is longer than the first context, theta grows
-      by (factor * length / context - (factor - 1))^(n / (n - 2)), so that the slowest pair turns as if the
-      text were no longer, and the fastest as before.
+    - dynamic (arXiv:2309.00071, appendix B.2): once a row's text is longer than the first context, theta
+      grows by (factor * length / context - (factor - 1))^(n / (n - 2)), so that the slowest pair turns as if
+      the text were no longer, and the fastest as before.
     - llama3 (arXiv:2407.21783): pairs with fewer than `low` turns in the first context are divided by the
       factor, those with more than `high` stay, and in between a ramp leads from one to the other.
     """

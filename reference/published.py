@@ -1,0 +1,75 @@
+"""The names that published models give to their weights, from the model classes of transformers.
+
+`{}` stands for a block's number. All matrices are (outputs, inputs), as they are here, and a fused projection
+keeps the order of its rows, which `model.qkv_layout` names.
+"""
+
+from __future__ import annotations
+
+_LLAMA = {
+    "embed": "model.embed_tokens",
+    "blocks.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "blocks.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+    "blocks.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+    "blocks.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+    "blocks.{}.attention.out": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+PUBLISHED: dict[str, dict[str, str]] = {
+    "gpt_bigcode": {
+        "embed": "transformer.wte",
+        "position": "transformer.wpe",
+        "blocks.{}.attention_norm": "transformer.h.{}.ln_1",
+        "blocks.{}.attention.qkv": "transformer.h.{}.attn.c_attn",
+        "blocks.{}.attention.out": "transformer.h.{}.attn.c_proj",
+        "blocks.{}.mlp_norm": "transformer.h.{}.ln_2",
+        "blocks.{}.mlp.up": "transformer.h.{}.mlp.c_fc",
+        "blocks.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    "codegen": {
+        "embed": "transformer.wte",
+        "blocks.{}.norm": "transformer.h.{}.ln_1",
+        "blocks.{}.attention.qkv": "transformer.h.{}.attn.qkv_proj",
+        "blocks.{}.attention.out": "transformer.h.{}.attn.out_proj",
+        "blocks.{}.mlp.up": "transformer.h.{}.mlp.fc_in",
+        "blocks.{}.mlp.down": "transformer.h.{}.mlp.fc_out",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    "phi": {
+        "embed": "model.embed_tokens",
+        "blocks.{}.norm": "model.layers.{}.input_layernorm",
+        "blocks.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+        "blocks.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+        "blocks.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+        "blocks.{}.attention.out": "model.layers.{}.self_attn.dense",
+        "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_layernorm",
+        "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_layernorm",
+        "blocks.{}.mlp.up": "model.layers.{}.mlp.fc1",
+        "blocks.{}.mlp.down": "model.layers.{}.mlp.fc2",
+        "norm": "model.final_layernorm",
+        "head": "lm_head",
+    },
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "starcoder2": {key: name for key, name in _LLAMA.items() if not key.startswith("blocks.{}.mlp.")}
+    | {
+        "blocks.{}.mlp.up": "model.layers.{}.mlp.c_fc",
+        "blocks.{}.mlp.down": "model.layers.{}.mlp.c_proj",
+    },
+}
+
+
+def published_name(family: str, module: str) -> str:
+    """Return the published name of a module, such as `blocks.3.mlp.up`, in the words of a `model_type`."""
+    parts = module.split(".")
+    if parts[0] != "blocks":
+        return PUBLISHED[family][module]
+    return PUBLISHED[family][".".join(["blocks", "{}", *parts[2:]])].format(parts[1])
