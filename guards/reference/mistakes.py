@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from reference.forward import Rows, Weights, block, embedding
+from reference.forward import Rows, Weights, block, embedding, norm
 from reference.positions import visible, window_of
 
 Explanations = dict[str, Callable[[], Tensor]]
@@ -232,6 +232,15 @@ def in_residual(inputs: Inputs, stage: str) -> Explanations:
             "the MLP added twice": lambda: stages[stage] + mlp,
         }
     return found
+
+
+def in_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Explanations:
+    """Return what mistakes make of a norm of x."""
+    found: Explanations = {
+        meaning: partial(norm, other, weights, name, x) for meaning, other in other_settings(config).items()
+    }
+    found["the norm left out"] = lambda: x
+    return {meaning: partial(_or_nothing, derive, x) for meaning, derive in found.items()}
 
 
 # --- embedding ------------------------------------------------------------------------------------
