@@ -44,7 +44,8 @@ class ModelConfig:
         rotary_layout: `half` (Llama) or `interleaved` (CodeGen) pairs.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: How rotary frequencies reach past `rope_context`: `none`, `linear` (arXiv:2306.15595),
-            `dynamic` (by the text's length, arXiv:2309.00071 appendix B.2) or `llama3` (arXiv:2407.21783).
+            `dynamic` (by the last position of a row, arXiv:2309.00071 appendix B.2) or `llama3`
+            (arXiv:2407.21783).
         rope_factor: How many times as far as `rope_context`, at least 1.
         rope_context: Tokens of the context the model was first trained on; 0 means block_size.
         rope_low_freq: `llama3` divides frequencies with fewer turns than this in the first context.
@@ -52,7 +53,8 @@ class ModelConfig:
         sliding_window: A token sees itself and the sliding_window - 1 tokens before it; 0 means all before.
         window_layers: Layers with the sliding window, counted from 0; none named means all.
         mlp: `gelu`, `gelu_tanh`, `relu2` or `swiglu`.
-        qk_norm: Normalise queries and keys (arXiv:2010.04245).
+        qk_norm: Normalise the queries and keys of each head by a `norm`, before they are rotated
+            (arXiv:2010.04245).
         fused_qkv: One projection for query, key and value.
         qkv_layout: Order of the fused projection's rows: `blocks` (all queries, keys, values), `heads`
             (query, key, value of each head in turn: GPTBigCode) or `shards` (query, value and key of a
@@ -67,7 +69,12 @@ class ModelConfig:
         embed_dropout: Dropout after the embedding alone; none given means `dropout`.
         attention_dropout: Dropout on attention weights alone; none given means `dropout`.
         attention: `fast` (fused kernels) or `reference` (written out).
-        init: `normal`, `xavier` or `zero_output`; see architecture.INITS.
+        init: First weights; biases begin at 0, and norms at 1. `normal`: all N(0, 0.02), a number being the
+            standard deviation; the matrices whose output is added to the residual stream are divided by
+            sqrt(2 n_layer). `xavier`: uniform up to sqrt(6 / (inputs + outputs)); embedding, positions and
+            head N(0, 1 / (2 sqrt(n_embd))). `zero_output`: head, and what is added to the residual stream,
+            0; embedding and positions N(0, 1), with a tied head N(0, min(0.02, 4 / n_embd)); others uniform
+            up to sqrt(3 / inputs).
         base_width: The n_embd at which the learning rates and the initialisation were found, which are then
             carried over to this n_embd by maximal update parametrisation (arXiv:2203.03466): AdamW's rates
             for blocks' matrices and the head fall with the width, initial weights of the head too, and those

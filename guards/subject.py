@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,8 @@ class GuardSubject:
     start: str  # "fresh" weights, "loaded" ones, or "resumed" ones.
     targets_per_byte: float  # Of validation: with it bits per byte are made of the loss.
     known_ids: int | None = None  # The size of the base's own tokenizer; None without a base.
+    base_folder: Path | None = None  # The files of the base, on this machine; None without a base.
+    checkpoint: Path | None = None  # The folder that a resumed run goes on from.
 
 
 Guard = Callable[[GuardSubject], Iterator[Fault | str]]

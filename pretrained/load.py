@@ -79,6 +79,11 @@ class StoredWeights:
         stamps = {entry.file: stamp(entry.file) for entry in entries.values()}
         return cls({"model_type": family.model_type} | settings, entries, stamps)
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the files; those of the hub lie in a snapshot of it."""
+        return next(iter(self.stamps)).parent
+
     def refuse_change(self) -> None:
         for path, before in self.stamps.items():
             if stamp(path) != before:

@@ -1,10 +1,18 @@
-"""The names that published models give to their weights, from the model classes of transformers.
+"""Published models: the names that they give to their weights, and the files that have them.
+
+The names are those of transformers' model classes.
 
 `{}` stands for a block's number. All matrices are (outputs, inputs), as they are here, and a fused projection
 keeps the order of its rows, which `model.qkv_layout` names.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
 
 _LLAMA = {
     "embed": "model.embed_tokens",
@@ -73,3 +81,45 @@ def published_name(family: str, module: str) -> str:
     if parts[0] != "blocks":
         return PUBLISHED[family][module]
     return PUBLISHED[family][".".join(["blocks", "{}", *parts[2:]])].format(parts[1])
+
+
+class PublishedWeights:
+    """The tensors in the folder of a published model, read where they lie.
+
+    Args:
+        folder: It has `config.json`, and either `model.safetensors` or an index of several such files.
+
+    Attributes:
+        family: The `model_type`.
+    """
+
+    def __init__(self, folder: Path):
+        self.family: str = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if single.exists():
+            with safe_open(single, framework="pt") as file:
+                self.files = dict.fromkeys(file.keys(), single)
+        else:
+            names = json.loads(index.read_text("utf-8"))["weight_map"]
+            self.files = {key: folder / name for key, name in names.items()}
+
+    def key(self, name: str) -> str:
+        """Return the published key of a parameter; a tied table may be stored under the head's name."""
+        module, _, kind = name.rpartition(".")
+        key = f"{published_name(self.family, module)}.{kind}"
+        if name == "embed.weight" and key not in self.files:
+            return f"{PUBLISHED[self.family]['head']}.{kind}"
+        return key
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return some rows of a parameter by our name, in the file's own number format."""
+        key = self.key(name)
+        with safe_open(self.files[key], framework="pt") as file:
+            return file.get_slice(key)[start:stop]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter as its file has it."""
+        key = self.key(name)
+        with safe_open(self.files[key], framework="pt") as file:
+            return tuple(file.get_slice(key).get_shape())

@@ -38,11 +38,12 @@ def bare_subject(
         eval_precision=eval_precision,
         loss=loss,
         score=lambda batches: score(model, batches, eval_precision),
-        **({"start": "fresh", "known_ids": None} | changes),
+        **({"start": "fresh", "base_folder": None, "checkpoint": None} | changes),
     )
 
 
 def decoder(**settings: Any) -> Decoder:
     """Return a small model; the settings are those of `ModelConfig`."""
-    small = {"vocab_size": 61, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_inner": 48}
+    small: dict[str, Any] = {"vocab_size": 61, "block_size": 64, "n_layer": 2}
+    small |= {"n_head": 4, "n_embd": 32, "n_inner": 48}
     return Decoder(ModelConfig(**(small | settings)))

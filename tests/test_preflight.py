@@ -81,6 +81,7 @@ ALONE = {
     "settings": "M6 dropout",
     "same path": "M9 path",
     "generation": "E4 batch",
+    "reference": "M15 scale",
     "live": "M5 clip",
 }
 

@@ -85,7 +85,7 @@ def _train_in(
         manager.resume()
     start = "resumed" if resumes else "fresh" if base is None else "loaded"
     known_ids = None if base is None or base.tokenizer is None else base.tokenizer.vocab_size
-    subject = manager.subject(tokenizer, start, known_ids)
+    subject = manager.subject(tokenizer, start, known_ids, None if base is None else base.stored.folder)
     passed = preflight(subject, config.train.allow)
     release_freed_memory()
     write_down(manager, tokenizer, fingerprints, passed)

@@ -137,7 +137,9 @@ class TrainingManager:
         elif config.lora.r:
             model.recompute_in_backward("cheap outputs")
 
-    def subject(self, tokenizer: Tokenizer, start: str, known_ids: int | None) -> GuardSubject:
+    def subject(
+        self, tokenizer: Tokenizer, start: str, known_ids: int | None, base_folder: Path | None = None
+    ) -> GuardSubject:
         """Return what the guards look at: the very objects that train. `GuardSubject` has the arguments."""
         return GuardSubject(
             config=self.config,
@@ -159,6 +161,8 @@ class TrainingManager:
             start=start,
             targets_per_byte=self.targets_per_byte,
             known_ids=known_ids,
+            base_folder=base_folder,
+            checkpoint=None if self.resumed_from is None else self.resumed_from.folder,
         )
 
     # --- the loop ------------------------------------------------------------------------------------

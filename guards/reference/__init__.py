@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from guards.faults import Fault
 from guards.reference import rows, text
 from guards.reference import forward
+from guards.reference import forward, weights
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
 
@@ -18,6 +19,7 @@ from guards.subject import GuardSubject
 PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {
     "text": text.compare,
     "rows": rows.compare,
+    "weights": weights.compare,
     "forward": forward.compare,
 }
 

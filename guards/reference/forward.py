@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from adapters.layers import LowRank
+from config import ModelConfig
 from dataset import Batch
 from guards.reference.comparison import Comparison, Differs, relative_difference
 from guards.reference.mistakes import Explanations, Inputs, in_block, in_embedding, in_norm
@@ -62,6 +64,8 @@ class ForwardComparison:
         self.large = is_large(subject.model)
         lazily = run_weights(subject)
         self.run_weights = lazily
+        # The steps of the formats in which parameters are stored.
+        self.stored = max(torch.finfo(p.dtype).eps for p in self.model.parameters())
         self.weights: Mapping[str, Tensor] = lazily if self.large else dict(lazily)
 
     def row(self, kind: str, rows: Rows) -> None:
@@ -81,10 +85,8 @@ class ForwardComparison:
         if eval_format != torch.float32:
             self.stages(validation)
         self.scores(validation, scores.nats, scores.tokens)
-        drops = [m for m in self.model.modules() if isinstance(m, Dropout) and m.p > 0]
-        drops += [m for m in self.model.modules() if getattr(m, "sample_mask", None) and getattr(m, "p", 0)]
-        self.model.train(not drops)
-        with observed(self.model, self.layers) as seen, torch.enable_grad():
+        self.model.train()
+        with observed(self.model, self.layers) as seen, nothing_dropped(self.model), torch.enable_grad():
             loss = subject.loss(batch)
         training = Pass(f"{kind} in training, ", subject.precision.dtype, batch, rows, seen)
         self.stages(training)
@@ -114,12 +116,14 @@ class ForwardComparison:
         """Compare every stage of a block that can be observed."""
         x = self.one(run, f"block {layer}, input").double().cpu()
         inputs = Inputs(self.config, self.weights, layer, x, run.rows)
-        scores = 0.0
+        scores, sharpened = 0.0, 1.0
         for number, (stage, expected) in enumerate(block(*vars(inputs).values()).items()):
             name = f"block {layer}, {stage}"
             if stage == "keys":
                 scores = _largest_score(self.one(run, f"block {layer}, queries"), expected)
-            tolerance = self.rounding(run, number + 2, scores)
+            if stage in ("queries projected", "keys projected") and self.config.qk_norm:
+                sharpened = max(sharpened, _sharpened(self.config, expected))
+            tolerance = self.rounding(run, number + 2, scores) * sharpened
             tolerance += _of_angles(stage in ("queries", "keys"), run.rows)
             if name in run.seen.calls:
                 self.stage(run, name, expected, tolerance, partial(in_block, inputs, stage, expected))
@@ -161,9 +165,7 @@ class ForwardComparison:
         relative to the largest of them, becomes a relative one of the softmax.
         """
         n = max(self.config.n_embd, self.config.n_inner, self.config.n_head * self.config.head_dim)
-        step = torch.finfo(run.dtype).eps
-        stored = max(torch.finfo(p.dtype).eps for p in self.model.parameters())
-        one = max(step, stored) + STEP32 * math.sqrt(n) / 4
+        one = max(torch.finfo(run.dtype).eps, self.stored) + STEP32 * math.sqrt(n) / 4
         return 2 * one * (math.sqrt(roundings) + scores)
 
     # --- logits and losses --------------------------------------------------------------------------
@@ -229,6 +231,17 @@ def _of_angles(has_angles: bool, rows: Rows) -> float:
     return 2 * STEP32 * float(rows.positions.max()) if has_angles else 0.0
 
 
+def _sharpened(config: ModelConfig, projected: Tensor) -> float:
+    """Return by how much norms of queries or keys (B, T, H, D) raise a difference, relative to the largest.
+
+    A projection is rounded relative to its largest numbers. A head whose numbers are small, or with
+    LayerNorm nearly equal, is divided by little.
+    """
+    centred = projected - projected.mean(-1, keepdim=True) * (config.norm == "layer")
+    deviation = (centred.square().mean(-1) + config.norm_eps).sqrt()
+    return max(1.0, float(projected.abs().amax() / deviation.amin()) / math.sqrt(config.head_dim))
+
+
 def _largest_score(queries: Tensor, keys: Tensor) -> float:
     """Return a bound of the attention scores: |q| |k| / sqrt(D) of the longest query and key."""
     lengths = [x.double().square().sum(-1).amax().sqrt() for x in (queries, keys)]
@@ -273,6 +286,19 @@ def rows_of(subject: GuardSubject, comparison: Comparison) -> dict[str, Rows]:
         counted = counted[None] + config.rope_context
         rows["row past the first context"] = Rows(tokens, counted, torch.zeros_like(tokens))
     return rows
+
+
+@contextlib.contextmanager
+def nothing_dropped(model: nn.Module) -> Iterator[None]:
+    """Let dropout drop nothing, so that a model in training mode can be compared."""
+    before = {module: module.p for module in model.modules() if isinstance(module, Dropout | LowRank)}
+    try:
+        for module in before:
+            module.p = 0.0
+        yield
+    finally:
+        for module, p in before.items():
+            module.p = p
 
 
 @contextlib.contextmanager

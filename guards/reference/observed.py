@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from lora import Adapted
 from modules.quantized_linear import Linear4bit, StoredLinear
 from reference.adapters import effective, scale, with_rows
 from reference.formats import nf4_decoded
+from reference.published import published_name
 
 ADAPTER = "default"  # The name of the adapter that a run trains.
 TABLES = ("embed", "position")
@@ -130,7 +133,12 @@ def _has(module: nn.Module, kind: str) -> bool:
 
 def run_weights(subject: GuardSubject) -> RunWeights:
     """Return the weights of the model that will train."""
-    return RunWeights(subject.model, subject.config.model, subject.config.lora)
+    folder, lora = subject.base_folder, subject.config.lora
+    published: Callable[[str], str] = str
+    if folder is not None and (lora.rank_pattern or lora.alpha_pattern):
+        family = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        published = partial(published_name, family)
+    return RunWeights(subject.model, subject.config.model, lora, published)
 
 
 class Seen:
@@ -151,11 +159,11 @@ def observed(model: Decoder, layers: set[int]) -> Iterator[Seen]:
     Of the other blocks only what goes in and comes out is noted.
     """
     seen = Seen()
-    hooks = []
+    hooks: list[Any] = []
     attends: list[tuple[Any, Callable[..., Tensor]]] = []
 
     def outputs(module: nn.Module, stage: str) -> None:
-        hooks.append(module.register_forward_hook(lambda _, args, out: seen.note(stage, out)))
+        hooks.append(module.register_forward_hook(lambda _, args, out: seen.note(stage, cast(Any, out))))
 
     def inputs(module: nn.Module, stage: str) -> None:
         hooks.append(module.register_forward_pre_hook(lambda _, args: seen.note(stage, args[0])))
