@@ -189,7 +189,6 @@ PLANTED_FAULTS = [
         "the model counts positions by itself",
         "positions-ignored",
         positions_unread,
-        scores_divided_twice,
         {"model": {"position": "learned"}},
     ),
     PlantedFault("M2 rotary", "rotary positions never applied", "positions-ignored", rotation_dropped),

@@ -86,8 +86,12 @@ class ForwardComparison:
             self.stages(validation)
         self.scores(validation, scores.nats, scores.tokens)
         self.model.train()
-        with observed(self.model, self.layers) as seen, nothing_dropped(self.model), torch.enable_grad():
-            loss = subject.loss(batch)
+        with nothing_dropped(self.model), torch.set_grad_enabled(not self.large):
+            with observed(self.model, self.layers) as seen:
+                loss = subject.loss(batch)
+            if loss.objective.requires_grad:  # Else the graph would be kept, which holds what it saved.
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                torch.autograd.grad(loss.objective, trained, allow_unused=True)
         training = Pass(f"{kind} in training, ", subject.precision.dtype, batch, rows, seen)
         self.stages(training)
         self.losses(training, loss.objective, loss.cross_entropy, loss.tokens)

@@ -222,7 +222,7 @@ def _new_rows(
 ) -> None:
     """Compare rows of new tokens, from `n` on, with the mean of the published ones (Hewitt 2021)."""
     module, _, kind = _own(subject, name)
-    found = _rows(module, kind, n, _shape(module, kind)[0])
+    found = _rows(module, kind, n, subject.config.model.vocab_size)
     known = base.rows(name, 0, n)
     mean = known.double().mean(dim=0, keepdim=True) if known.numel() <= WHOLE * 128 else None
     if mean is None:
