@@ -144,7 +144,7 @@ class ForwardComparison:
         found = self.one(run, name)
         if found.numel() == expected.numel():  # (B, T, H D) and (B, T, H, D) are one.
             found = found.reshape(expected.shape)
-        explanations = None if agrees(found, expected, tolerance) else explain()
+        explanations = None if agrees(found, expected, tolerance) else likeliest(found, expected, explain())
         self.comparison.close(run.where + name, found, expected, tolerance, REMEDY, explanations)
 
     def handed_on(self, run: Pass, given: str, taken: str) -> None:
@@ -228,6 +228,18 @@ def agrees(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     if found.shape != expected.shape:
         return False
     return relative_difference(found.detach().double().cpu(), expected) <= tolerance
+
+
+def likeliest(found: Tensor, expected: Tensor, explanations: Explanations) -> Explanations:
+    """Return the mistake that comes nearest to what was found, if it explains nine tenths of it."""
+    if found.shape != expected.shape:
+        return {}
+    found = found.detach().double().cpu()
+    off = {meaning: relative_difference(found, derive()) for meaning, derive in explanations.items()}
+    off = {
+        meaning: value for meaning, value in off.items() if value <= relative_difference(found, expected) / 10
+    }
+    return {meaning: explanations[meaning] for meaning in sorted(off, key=off.__getitem__)[:1]}
 
 
 def _of_angles(has_angles: bool, rows: Rows) -> float:

@@ -1,0 +1,126 @@
+"""The weights that a run begins with against the reference: sampled, loaded, and with adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bare_subjects import bare_subject, decoder
+from decoders import scramble
+from test_reference_forward import SHAPES
+
+from adapters.layers import LowRank
+from config import LoraConfig, TrainConfig
+from guards.reference import forward, weights
+from guards.reference.comparison import Comparison, Differs
+from modules.nf4 import dequantize_nf4, quantize_nf4
+from modules.quantized_linear import Linear4bit
+from pretrained.save import save_pretrained
+from reference.formats import nf4_decoded, nf4_rounding
+from training.run import base_stored_as, starting_model
+
+LLAMA = {"norm": "rms", "norm_weight": True, "n_kv_head": 2, "mlp": "swiglu", "qk_norm": False}
+ADAPTERS: list[tuple[str, dict[str, Any]]] = [
+    ("fp32", {"r": 4, "rslora": True, "targets": ("attention", "embed_tokens", "lm_head")}),
+    ("bf16", {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5.0}, "dora": True}),
+    ("nf4", {"r": 4, "init": "pissa"}),
+    ("fp32", {"r": 4, "targets": ("mlp",), "train_modules": ("lm_head", "norm")}),
+    ("fp32", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = decoder(**LLAMA)
+    scramble(model)
+    save_pretrained(model, None, folder)
+    return folder
+
+
+def loaded(base: Path, weight_format: str, settings: dict[str, Any]) -> Any:
+    """Return the subject of a run that starts from the base."""
+    lora = LoraConfig(**settings)
+    found = base_stored_as(weight_format, str(base), torch.float32, "cpu", None)
+    subject = bare_subject(found.model, lora=lora, start="loaded", base_folder=base)
+    subject.config = replace(subject.config, train=TrainConfig(base=str(base), base_format=weight_format))  # type: ignore
+    no_tokens: Any = SimpleNamespace()
+    subject.model = starting_model(subject.config, found, no_tokens)
+    return subject
+
+
+@pytest.mark.parametrize("init", ["normal", "xavier", "zero_output"])
+@pytest.mark.parametrize("shape", [*SHAPES, {"base_width": 16}], ids=str)
+def test_a_fresh_model_is_sampled_as_the_settings_say(shape: dict[str, Any], init: str) -> None:
+    weights.compare(bare_subject(decoder(**shape, init=init)), Comparison())
+
+
+@pytest.mark.parametrize("name, factor", [("blocks.1.mlp.up.weight", 1.3), ("embed.weight", 0.7)])
+def test_another_size_of_first_weights_is_named(name: str, factor: float) -> None:
+    model = decoder(init="normal", n_embd=64)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(factor)
+    with pytest.raises(Differs, match=f"{name}, first values"):
+        weights.compare(bare_subject(model), Comparison())
+
+
+def test_tensors_that_are_one_or_equal_are_named() -> None:
+    model = decoder(init="normal")
+    first, second = (block.get_submodule("mlp.up") for block in model.blocks)
+    with torch.no_grad():
+        first.get_parameter("weight").copy_(second.get_parameter("weight"))
+    with pytest.raises(Differs, match=r"those of blocks\.0\.mlp\.up"):
+        weights.compare(bare_subject(model), Comparison())
+    second.weight = first.weight
+    with pytest.raises(Differs, match="memory"):
+        weights.compare(bare_subject(model), Comparison())
+
+
+@pytest.mark.parametrize("weight_format, settings", ADAPTERS, ids=str)
+def test_a_base_and_its_adapters_are_what_files_and_settings_say(
+    base: Path, weight_format: str, settings: dict[str, Any]
+) -> None:
+    subject = loaded(base, weight_format, settings)
+    weights.compare(subject, Comparison())
+    forward.compare(subject, Comparison())
+
+
+def test_a_layer_that_was_not_loaded_or_not_where_it_belongs_is_named(base: Path) -> None:
+    subject = loaded(base, "fp32", {})
+    attention = subject.model.blocks[1].attention
+    with torch.no_grad():
+        attention.q.weight.copy_(attention.q.weight.T.clone())
+    with pytest.raises(Differs, match="the matrix transposed"):
+        weights.compare(subject, Comparison())
+
+
+def test_a_matrix_in_4_bits_that_is_another_is_named(base: Path) -> None:
+    subject = loaded(base, "nf4", {"r": 4})
+    stored = subject.model.blocks[0].mlp.up.base
+    assert isinstance(stored, Linear4bit)
+    stored.packed.bitwise_not_()
+    with pytest.raises(Differs, match=r"mlp\.up\.weight of the base, in 4 bits"):
+        weights.compare(subject, Comparison())
+
+
+def test_a_scale_that_is_applied_twice_is_named(base: Path) -> None:
+    subject = loaded(base, "fp32", {"r": 4})
+    layer = next(module for module in subject.model.modules() if isinstance(module, LowRank))
+    layer.scale *= layer.scale
+    with pytest.raises(Differs, match="scale: 8 times the reference"):
+        weights.compare(subject, Comparison())
+    with pytest.raises(Differs, match="block 0"):
+        forward.compare(subject, Comparison())
+
+
+def test_the_decoder_of_nf4_agrees_and_its_bound_holds() -> None:
+    weight = torch.randn(70, 90)
+    stored = quantize_nf4(weight)
+    found = nf4_decoded(*stored, (70, 90))
+    torch.testing.assert_close(found.float(), dequantize_nf4(stored, (70, 90)), rtol=1e-5, atol=1e-6)
+    assert bool(((found - weight).abs() <= nf4_rounding(weight, stored.nested_absmax)).all())
