@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guards.faults import Fault
-from guards.reference import rows, text
-from guards.reference import forward
-from guards.reference import forward, weights
+from guards.reference import forward, rows, text, weights
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
 
