@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,34 +50,34 @@ class Bench:
 
     Args:
         folder: A folder for all files, which may be removed afterwards.
-        cached: A file that keeps which lines each run executes, for this code.
     """
 
-    def __init__(self, folder: Path, cached: Path | None = None):
+    def __init__(self, folder: Path):
         self.folder, self.code = folder, code_fingerprint()[:12]
         self.traces = folder / "traces"
         self.traces.mkdir(parents=True)
-        made = self._done("assets", lambda: mutant_runs.write_assets(Path("assets")) or {"ended": "same"})
+        made = self._done("assets", mutant_runs.write_assets)
         assert made["ended"] == "same", made
         (folder / "assets-child" / "work" / "assets").rename(folder / "assets")
-        self.reached = self._coverage(cached)
 
-    def _done(self, name: str, work: Any) -> dict[str, Any]:
+    def _done(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return mutant_children.finished(mutant_children.start(self.folder / f"{name}-child", work))
 
-    def _coverage(self, cached: Path | None) -> dict[str, dict[str, list[int]]]:
-        own = f"{self.code} {Path(mutant_runs.__file__).stat().st_mtime_ns}"
-        if cached is not None and cached.is_file():
-            kept = json.loads(cached.read_text("utf-8"))
-            if kept["code"] == own:
-                return kept["lines"]
+    def reached(self, kept: Path) -> dict[str, dict[str, list[int]]]:
+        """Return by run and file the lines that it executes.
+
+        Args:
+            kept: A file that has them, or will have them, with the code that they are of.
+        """
+        code = f"{self.code} {hashlib.sha256(Path(mutant_runs.__file__).read_bytes()).hexdigest()[:12]}"
+        if kept.is_file() and (known := json.loads(kept.read_text("utf-8")))["code"] == code:
+            return known["lines"]
         found = {}
         for run in mutant_runs.RUNS:
-            result = self._done("coverage", lambda run=run: {"lines": mutant_children.covered(run)})
+            result = self._done("lines", lambda run=run: {"lines": mutant_children.covered(run)})
             assert "lines" in result, (run, result)
             found[run] = result["lines"]
-        if cached is not None:
-            cached.write_text(json.dumps({"code": own, "lines": found}), "utf-8")
+        kept.write_text(json.dumps({"code": code, "lines": found}), "utf-8")
         return found
 
     def trace(self, run: str) -> Path:
@@ -86,18 +87,17 @@ class Bench:
             first = self._done("trace", lambda: mutant_children.run_once(run, False, None))
             assert first["ended"] == "same", (run, first)
             (self.folder / "trace-child" / "trace").rename(path)
-            for allow in (False, True):
-                again = self._done("trace", lambda allow=allow: mutant_children.run_once(run, allow, path))
-                assert again["ended"] == "same", f"{run} does not repeat itself: {again}"
+            again = self._done("trace", lambda: mutant_children.run_once(run, True, path))
+            assert again["ended"] == "same", f"{run} does not repeat itself, or guards leave a trace: {again}"
         return path
 
-    def start(self, candidate: Candidate, run: str, allow: bool, number: int) -> mutant_children.Child:
+    def start(self, candidate: Candidate, run: str, guarded: bool, number: int) -> mutant_children.Child:
         """Begin one run of a mutant."""
         expected = self.trace(run)
         file = REPOSITORY / candidate.file
         code = candidate.mutant.compiled(candidate.tree, str(file))
         module = mutant_children.MutatedModule(mutant_children.dotted(file), code)
-        work = lambda: mutant_children.run_once(run, allow, expected)  # noqa: E731
+        work = lambda: mutant_children.run_once(run, guarded, expected)  # noqa: E731
         return mutant_children.start(self.folder / f"child-{number}", work, module)
 
     def judged(self, candidate: Candidate, number: int, seed: int) -> Iterator[Outcome | None]:
@@ -119,24 +119,28 @@ class Bench:
             after=after,
             run=run,
             tried=[*tried],
-            **verdict._asdict() | {"seconds": round(sum(one.seconds for one in tried.values()), 2)},
+            outcome=verdict.outcome,
+            by=verdict.by,
+            difference=verdict.difference,
+            seconds=round(sum(one.seconds for one in tried.values()), 2),
             code=self.code,
         )
 
     def _verdict(self, candidate: Candidate, run: str, number: int) -> Generator[None, None, Verdict]:
-        """Try a mutant in one run; where a guard refuses it, once more with every fault allowed."""
-        seconds, fault, ended, by = 0.0, "", "", ""
-        for allow in (False, True):
-            child = self.start(candidate, run, allow, number)
+        """Try a mutant in one run; where it would be silent, once more with the guards."""
+        seconds, difference, ended, by = 0.0, "", "", ""
+        for guarded in (False, True):
+            child = self.start(candidate, run, guarded, number)
             while (result := mutant_children.result_of(child)) is None:
                 yield
             seconds += result["seconds"]
             ended, by = result["ended"], result.get("by", "")
-            if ended != "named":
+            if guarded and ended == "named":
+                return Verdict("named", by, difference, seconds)
+            if ended != "differs":
                 break
-            fault = by
-        if ended == "differs":
-            return Verdict("named" if fault else "silent", fault, by, seconds)
-        if ended in ("same", "rounding"):
-            return Verdict("equal" if ended == "same" else ended, fault, by, seconds)
-        return Verdict("crash", fault or by, "", seconds)
+            difference = by
+        if ended in ("same", "rounding", "differs"):
+            outcome = "silent" if difference else "equal" if ended == "same" else ended
+            return Verdict(outcome, "", difference or by, seconds)
+        return Verdict("crash", f"a guard: {by}" if difference else by, difference, seconds)

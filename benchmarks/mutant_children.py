@@ -103,18 +103,20 @@ def dotted(file: Path) -> str:
 # --- in the child -----------------------------------------------------------------------------------
 
 
-def run_once(name: str, allow: bool, expected: Path | None) -> dict[str, Any]:
+def run_once(name: str, guarded: bool, expected: Path | None) -> dict[str, Any]:
     """Do one run in the current folder, and say how it ended.
 
     Args:
         name: A name of RUNS.
-        allow: Let every fault pass.
+        guarded: Let the guards look; they leave no trace. Without them every fault may pass.
         expected: The trace of the unmutated run; None writes this run's to the file `trace`, beside it.
     """
     from guards.faults import Fault
 
     try:
-        mutant_runs.RUNS[name](allow)
+        if not guarded:
+            without_guards()
+        mutant_runs.RUNS[name](not guarded)
     except Fault as fault:
         return {"ended": "named", "by": fault.name}
     except (KeyboardInterrupt, Escape):
@@ -183,6 +185,12 @@ def _prepare(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def without_guards() -> None:
+    from guards import preflight
+
+    preflight.GUARDS.clear()
+
+
 def covered(name: str) -> dict[str, list[int]]:
     """Do one run without the guards, and return the lines of functions that it executed, by file."""
     lines: dict[str, set[int]] = {}
@@ -202,10 +210,9 @@ def covered(name: str) -> dict[str, list[int]]:
         return local
 
     import training.begin
-    from guards import preflight
 
     assert training.begin
-    preflight.GUARDS.clear()
+    without_guards()
     threading.settrace(entered)
     sys.settrace(entered)
     try:

@@ -351,11 +351,14 @@ def axis(site: Site) -> Iterator[ast.AST]:
 
 
 def _is_axis(site: Site) -> bool:
-    if isinstance(site.parent, ast.keyword):
-        return site.parent.arg in AXIS_KEYWORDS and _integer(site.node) is not None
+    if _integer(site.node) is None:
+        return False
     call = site.parent
-    method = isinstance(call, ast.Call) and site.field == "args" and isinstance(call.func, ast.Attribute)
-    return method and _called(call) in AXIS_METHODS.split() and _integer(site.node) is not None
+    if isinstance(call, ast.keyword):
+        return call.arg in AXIS_KEYWORDS
+    if not isinstance(call, ast.Call) or site.field != "args" or not isinstance(call.func, ast.Attribute):
+        return False
+    return _called(call) in AXIS_METHODS.split()
 
 
 def logic(site: Site) -> Iterator[ast.AST]:

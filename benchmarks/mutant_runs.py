@@ -51,12 +51,13 @@ TUNED: Groups = {
 # --- data -----------------------------------------------------------------------------------------
 
 
-def write_assets(folder: Path) -> None:
-    """Write corpora and a small published model of each family, which knows them a little."""
+def write_assets() -> dict[str, Any]:
+    """Write corpora and a small published model of each family, which knows them a little, to `assets`."""
     from pretrained import FAMILIES
     from selftest.data import WORDS, function, write_examples
     from tokenizer import BPETokenizer
 
+    folder = Path("assets")
     (folder / "files").mkdir(parents=True)
     texts = []
     for number in range(24):
@@ -74,6 +75,7 @@ def write_assets(folder: Path) -> None:
     for family, shape in FAMILY_SHAPES.items():
         _write_base(folder / family, FAMILIES[family].parts | shape, tokenizer, texts)
     shutil.copy(folder / "llama" / "tokenizer.json", folder / "qwen2")
+    return {"ended": "same"}
 
 
 def _write_base(folder: Path, shape: dict[str, Any], tokenizer: Any, texts: list[str]) -> None:
@@ -164,12 +166,9 @@ def complete(model: str, settings: dict[str, Any], adapter: str = "") -> None:
     from generation.text import generate
 
     opened, tokenizer = open_model(OpeningConfig(model=model, adapter=adapter, device="cpu"))
-    chosen = {"max_new_tokens": FEW} | settings
-    suffix = chosen.pop("suffix", None)
+    chosen: dict[str, Any] = {"max_new_tokens": FEW} | settings
     prompts = ["def add_fly(bag, log=3):\n    cat = ba", "    return [ow"]
-    if suffix is not None or chosen.get("num_beams"):
-        prompts = prompts[:1]
-    for completion in generate(opened, tokenizer, prompts, GenerationConfig(**chosen), 0, suffix):
+    for completion in generate(opened, tokenizer, prompts, GenerationConfig(**chosen)):
         print(f"{completion.text!r} {completion.ids} {completion.log_prob:.6f} {completion.finish_reason}")
 
 

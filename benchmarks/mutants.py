@@ -88,13 +88,17 @@ def candidates(room: str, seed: int, reached: dict[str, dict[str, list[int]]]) -
 
 
 class Pass:
-    """One call: which mutants are left to try, in turns of the rooms, and how many a room has."""
+    """One call: which mutants are left to try, and how many each room has that are not equal.
 
-    def __init__(self, bench: Bench, rooms: list[str], per_room: int, seed: int, known: list[Outcome]):
-        self.bench, self.per_room, self.seed = bench, per_room, seed
+    Args:
+        drawn: The candidates of each room, in their order.
+        per_room: How many of a room that are not equal are enough.
+        known: The outcomes of earlier calls.
+    """
+
+    def __init__(self, drawn: dict[str, list[Candidate]], per_room: int, known: list[Outcome]):
+        self.per_room = per_room
         tried = {(o.file, str(o.line), o.operator, o.before, o.after) for o in known}
-        drawn = {room: candidates(room, seed, bench.reached) for room in rooms}
-        self.sizes = {room: len(found) for room, found in drawn.items()}
         self.waiting = {room: [one for one in found if one.key not in tried] for room, found in drawn.items()}
         self.changed = Counter(o.room for o in known if o.is_changed)
 
@@ -105,7 +109,7 @@ class Pass:
             return None
         return self.waiting[min(left, key=lambda room: self.changed[room])].pop(0)
 
-    def outcomes(self, until: float, jobs: int) -> Iterator[Outcome]:
+    def outcomes(self, bench: Bench, seed: int, until: float, jobs: int) -> Iterator[Outcome]:
         """Yield outcomes as they come, until a time on the clock."""
         under_way: dict[int, Iterator[Outcome | None]] = {}
         while True:
@@ -113,7 +117,7 @@ class Pass:
                 if number not in under_way and time.monotonic() < until:
                     candidate = self.next()
                     if candidate is not None:
-                        under_way[number] = self.bench.judged(candidate, number, self.seed)
+                        under_way[number] = bench.judged(candidate, number, seed)
             if not under_way:
                 return
             for number, judged in [*under_way.items()]:
@@ -155,14 +159,16 @@ def tried_now(asked: argparse.Namespace, rooms: list[str], known: list[Outcome])
     until, found = time.monotonic() + asked.seconds, []
     torch.set_num_threads(1)
     cut_to_whole_lines(asked.ledger)
-    cached = asked.ledger.with_suffix(".lines.json")
     with (
         tempfile.TemporaryDirectory(prefix="mutants-") as name,
         open(asked.ledger, "a", encoding="utf-8") as file,
     ):
-        a_pass = Pass(Bench(Path(name), cached), rooms, asked.per_room, asked.seed, known)
-        print("mutants that a run reaches:", ", ".join(f"{n} {room}" for room, n in a_pass.sizes.items()))
-        for outcome in a_pass.outcomes(until, asked.jobs):
+        bench = Bench(Path(name))
+        reached = bench.reached(asked.ledger.with_suffix(".lines.json"))
+        drawn = {room: candidates(room, asked.seed, reached) for room in rooms}
+        print("mutants that a run reaches:", ", ".join(f"{len(drawn[room])} {room}" for room in rooms))
+        a_pass = Pass(drawn, asked.per_room, known)
+        for outcome in a_pass.outcomes(bench, asked.seed, until, asked.jobs):
             file.write(json.dumps(asdict(outcome)) + "\n")
             file.flush()
             found.append(outcome)
