@@ -150,6 +150,7 @@ def test_runs_that_leave_the_same_do_not_differ_and_times_do_not_count(tmp_path:
         ({"loss": 2.1}, "run/metrics.jsonl/0/eval/loss", False),
         ({"loss": float("nan")}, "run/metrics.jsonl/0/eval/loss", False),
         ({"said": "step 4: loss 2.0"}, "printed/0", False),
+        ({"said": "step 3: loss 2.00001"}, "printed/0", True),
         ({"weight": 1 + 1e-5, "loss": 2.1}, "run/metrics.jsonl/0/eval/loss", False),
         ({"said": "step 3: loss 2.0\nwarning"}, "printed/1", False),
     ],
