@@ -12,7 +12,7 @@ decides:
     equal     no run left anything else
 
 The guards' score is named / (named + silent). Results go to a ledger, one line a mutant, which a later call
-goes on with. It takes about 3 s of processor time a mutant.
+goes on with. It takes about 4 s of processor time a mutant.
 """
 
 from __future__ import annotations
