@@ -24,6 +24,7 @@ from modules.precision import Precision
 from modules.quantized_linear import n_weights
 from tokenizer import Tokenizer
 from training.loss import TokenLoss, TokenScores
+from training.state import RunState
 
 PASS_ELEMENTS = 3e10  # Parameters x tokens of a forward pass: 0.3 s on two cores.
 SHORTEST_PASS = 16  # Tokens.
@@ -52,6 +53,13 @@ class GuardSubject:
     eval_precision: Precision
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # Its scale multiplies all gradients until they are clipped.
+    state: RunState  # The counters, of which the step chooses the data and the learning rate.
+    set_rates: Callable[[float], None]  # Sets the rates of the next update, at a share of the budget.
+    progress: Callable[[], float]  # The share of the budget that is used.
+    update: Callable[[], dict[str, float]]  # Makes the run's next update, and returns what is logged of it.
+    # The same, on these micro-batches and at a share of the budget.
+    update_on: Callable[[list[Batch], float], dict[str, float]]
+    folder: Path  # Of the run.
     start: str  # "fresh" weights, "loaded" ones, or "resumed" ones.
     targets_per_byte: float  # Of validation: with it bits per byte are made of the loss.
     known_ids: int | None = None  # The size of the base's own tokenizer; None without a base.

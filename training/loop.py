@@ -24,8 +24,8 @@ from architecture import Decoder
 from config import Config
 from data.curriculum import difficulties
 from dataset import IGNORE_INDEX, Batch, Batches, PreparedData, validation_batches
-from guards.first_steps import FirstSteps
 from guards.preflight import record_overrides
+from guards.reference.live import DerivedSteps
 from guards.subject import GuardSubject
 from modules.precision import Precision, evaluation_precision, release_freed_memory
 from modules.tensorfiles import save_tensors
@@ -162,6 +162,12 @@ class TrainingManager:
             targets_per_byte=self.targets_per_byte,
             known_ids=known_ids,
             base_folder=base_folder,
+            state=self.state,
+            set_rates=self.set_rates,
+            progress=self.progress,
+            update=self.update,
+            update_on=self.update_on,
+            folder=self.folder,
             checkpoint=None if self.resumed_from is None else self.resumed_from.folder,
         )
 
@@ -183,7 +189,7 @@ class TrainingManager:
         if train.compile:  # After the guards, for whose many shapes it would compile again and again.
             compile_blocks(self.model)
         losses: list[float] = []  # The training loss of each step of this stretch, in nats a token.
-        first_steps = FirstSteps(subject, train.allow, self.state.step, self.progress())
+        first_steps = DerivedSteps(subject, train.allow, self.state.step, self.progress())
         self.refuse_difference()  # Once more: since the checkpoint was restored nothing may have changed.
         with (
             Log(self.folder, self.state.step, self.config) as log,
@@ -204,7 +210,7 @@ class TrainingManager:
                     log.write(step, values | {"train/tokens_per_second": rate})
                 due = bool(train.validate_every) and step % train.validate_every == 0
                 if due or (train.save_every and step % train.save_every == 0):
-                    values |= self.validate_and_save(log)
+                    values |= self.validate_save_and_compare(log, first_steps)
                 # A proof of resume trains all its steps, however soon the model knows its files.
                 if train.overfit and not train.prove_resume and due and self.knows_by_heart(self.validate()):
                     break
@@ -217,17 +223,21 @@ class TrainingManager:
             if self.saved_step != self.state.step and self.stop_signal is not None and self.progress() < 1:
                 self.save(None)  # Without a validation, which a run that is not stopped would not have here.
             elif self.saved_step != self.state.step:
-                self.validate_and_save(log)
+                self.validate_save_and_compare(log, first_steps)
         self.failed_loggers = log.failed_loggers()
         ended = self.resumed_from is None and self.progress() >= 1
         if warn and ended and (warning := still_falling(losses)):
             print(f"warning: {warning}", file=sys.stderr)
 
     def update(self) -> dict[str, float]:
-        """Take one optimizer step over `accumulation` micro-batches; return what is logged of it."""
-        train, settings = self.config.train, self.config.optimizer
-        first = self.state.step * train.accumulation
-        micro_batches = [self.micro_batch(first + i) for i in range(train.accumulation)]
+        """Take the next optimizer step, over `accumulation` micro-batches; return what is logged of it."""
+        accumulation = self.config.train.accumulation
+        first = self.state.step * accumulation
+        micro_batches = [self.micro_batch(first + i) for i in range(accumulation)]
+        return self.update_on(micro_batches, self.progress())
+
+    def update_on(self, micro_batches: list[Batch], progress: float) -> dict[str, float]:
+        """Take one optimizer step over micro-batches, as of a share of the budget."""
         # The gradient is that of the mean over the targets of the whole step, as if it were one batch.
         targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
         if targets == 0:
@@ -241,12 +251,11 @@ class TrainingManager:
             del loss  # With its graph, whose memory the next forward pass needs.
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf).item()
-        factor = learning_rate_factor(settings, self.state.step, self.progress())
+        grad_clip = self.config.optimizer.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, grad_clip).item()
+        self.set_rates(progress)
         is_finite = math.isfinite(norm) and math.isfinite(nll)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
             if is_finite:
                 self.scaler.step(optimizer)
         self.scaler.update()
@@ -261,6 +270,13 @@ class TrainingManager:
             "train/grad_norm": norm,
             "train/epoch": self.epoch(),
         }
+
+    def set_rates(self, progress: float) -> None:
+        """Set the learning rate of every group to what the schedule says of the next step."""
+        factor = learning_rate_factor(self.config.optimizer, self.state.step, progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
 
     def micro_batch(self, number: int) -> Batch:
         """Return a batch of training by its number since the run began, on the device."""
@@ -332,6 +348,13 @@ class TrainingManager:
         """Return whether all is predicted but the first token of each file: nothing tells those apart."""
         may_miss = 0 if self.data.train.holds_examples else self.data.train.n_documents - 1
         return round((1 - scores.top1) * scores.tokens) <= may_miss
+
+    def validate_save_and_compare(self, log: Log, first_steps: DerivedSteps) -> dict[str, float]:
+        """Validate and save, and let the guard derive both again; return what is logged."""
+        values = self.validate_and_save(log)
+        if first_steps.after_save(values, is_last=self.progress() >= 1):
+            record_overrides(self.folder, first_steps.passed)
+        return values
 
     def validate_and_save(self, log: Log) -> dict[str, float]:
         """Validate, count patience, log and save, and only then print; return what is logged."""

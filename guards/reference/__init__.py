@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guards.faults import Fault
-from guards.reference import forward, rows, text, weights
+from guards.reference import forward, rows, text, updates, weights
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
 
@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {
     "rows": rows.compare,
     "weights": weights.compare,
     "forward": forward.compare,
+    "updates": updates.compare,
 }
 
 
@@ -31,6 +32,9 @@ def reference(subject: GuardSubject) -> Iterator[Fault | str]:
             compare(subject, comparison)
     except Differs as difference:
         yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
+        return
+    except Fault as fault:  # A difference that another guard's name explains better.
+        yield fault
         return
     yield from comparison.left_out
     yield f"a second opinion agrees: {comparison.summary()}"

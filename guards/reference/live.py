@@ -1,0 +1,134 @@
+"""The watch of a run's first updates that also derives them again.
+
+    watch = DerivedSteps(subject, allowed, step, progress)     # used as FirstSteps is
+    watch.after_save(values, is_last)  # after each validation and its checkpoint
+
+What is compared is the change of sampled numbers of every parameter with the reference's update by the
+gradient that the optimizer used, of Muon's matrices that of a whole one; and what the first and the last
+checkpoint hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guards.faults import Fault
+from guards.first_steps import FirstSteps
+from guards.reference import saved
+from guards.reference.comparison import Comparison, Differs
+from guards.reference.rehearsal import trainable
+from guards.reference.steps import change_tolerance
+from reference import optimizers
+
+DERIVED = 2  # Updates: of the second the moments are not zero.
+ELEMENTS = 2**10  # Of each parameter that AdamW moves.
+MATRIX = 2e9  # Multiplications for Muon's polynomials, above which a matrix is not derived again: 0.1 s.
+
+
+class SampledParameter(NamedTuple):
+    """Numbers of one parameter before an update, in fp64, and all that moves them."""
+
+    places: Tensor  # (n,) into the flattened parameter; of a matrix of Muon's all, in order.
+    before: Tensor
+    gradient: Tensor
+    moments: Mapping[str, Tensor]
+    factor: float  # The schedule's share of the learning rate.
+
+
+class DerivedSteps(FirstSteps):
+    """`FirstSteps`, of whose arguments it has the same, and the reference's view of the first two updates."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.draw = np.random.Generator(np.random.PCG64())
+        self.samples: dict[str, SampledParameter] = {}
+        self.saves = 0
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.samples = {}
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        super()._before_step(optimizer, args, kwargs)
+        if self.updates >= DERIVED:
+            return
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        own = [(n, p) for n, p in trainable(self.subject.model).items() if id(p) in groups]
+        own = [(name, p) for name, p in own if p.grad is not None]
+        if isinstance(optimizer, torch.optim.AdamW):
+            chosen = {name: self._places(p) for name, p in own}
+        else:
+            small = [(n, p) for n, p in own if 15 * p.numel() * min(p.shape) <= MATRIX]
+            name, p = small[self.draw.integers(len(small))] if small else ("", torch.zeros(0))
+            chosen = {name: torch.arange(p.numel(), device=p.device)} if small else {}
+        for name, p in own:
+            if name in chosen and p.grad is not None:
+                group, places = groups[id(p)], chosen[name]
+                factor = group["lr"] / group["initial_lr"] if group["initial_lr"] else 0.0
+                moments = {key: _at(value, places) for key, value in optimizer.state.get(p, {}).items()}
+                self.samples[name] = SampledParameter(
+                    places, _at(p, places), _at(p.grad, places), moments, factor
+                )
+
+    def _places(self, p: Tensor) -> Tensor:
+        """Return sampled places of a parameter, in no order."""
+        most = min(ELEMENTS, p.numel())
+        return torch.from_numpy(self.draw.integers(p.numel(), size=most)).to(p.device)
+
+    def _faults(self, progress: float) -> Iterator[Fault]:
+        yield from super()._faults(progress)
+        if self.samples:
+            comparison = Comparison()
+            try:
+                self._compare(comparison)
+            except Differs as difference:
+                yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
+
+    def _compare(self, comparison: Comparison) -> None:
+        parameters = trainable(self.subject.model)
+        for name, sample in self.samples.items():
+            p = parameters[name]
+            rule = optimizers.rule_of(self.subject.config, name, p.dim())
+            before, gradient, zero = sample.before, sample.gradient, torch.zeros_like(sample.before)
+            if rule.optimizer == "muon":
+                before, gradient, zero = (part.view(p.shape) for part in (before, gradient, zero))
+                momentum = sample.moments.get("momentum", zero).view(p.shape)
+                after, _ = optimizers.muon(before, gradient, momentum, rule, sample.factor)
+            else:
+                mean, square = (sample.moments.get(key, zero) for key in ("exp_avg", "exp_avg_sq"))
+                moments = (mean, square, int(sample.moments.get("step", torch.zeros(()))))
+                after, _ = optimizers.adamw(before, gradient, moments, rule, sample.factor)
+            found, expected = _at(p, sample.places) - sample.before, (after - before).flatten()
+            comparison.close(
+                f"update {self.step + 1}, change of {name}",
+                found,
+                expected,
+                change_tolerance(rule, before, expected, p.is_cuda, p.shape),
+                "the optimizer's own arithmetic, or something that moves the weights beside it",
+            )
+
+    def after_save(self, values: Mapping[str, float], is_last: bool) -> bool:
+        """Compare the first and the last checkpoint with the reference; return what `after` does.
+
+        Args:
+            values: What is logged of the validation.
+
+        Raises:
+            Fault: The checkpoint or its scores are not what the reference derives.
+        """
+        known = len(self.passed)
+        self.saves += 1
+        if self.saves == 1 or is_last:
+            self._judge(saved.faults(self.subject, values))
+        return len(self.passed) > known
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """Return the numbers at these places in fp64; a single number, such as a count, as it is."""
+    flat = values.detach().flatten()
+    return (flat[places] if values.dim() else values.detach()).double().cpu()

@@ -1,0 +1,155 @@
+"""Comparison of a validation's scores, and of the checkpoint that was saved with it, with the reference."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dataset import IGNORE_INDEX, Batch
+from guards.faults import Fault
+from guards.reference.comparison import Comparison, Differs
+from guards.reference.effective import config_of, weights_of
+from guards.reference.stored import compare_stored
+from guards.subject import GuardSubject
+from modules.quantized_linear import n_weights
+from reference import checkpoints, scores
+from reference.forward import Rows, logits_of, nll_of
+from training.log import say
+
+PRODUCTS = 1.5e9  # Weights x tokens of the rows that are scored again, in fp64: 0.3 s on two cores.
+TARGETS = 10**6  # Of a validation with more, the targets are not counted again.
+DOCUMENTS = 16  # Whose bytes are counted again.
+
+
+def faults(subject: GuardSubject, values: Mapping[str, float]) -> Iterator[Fault]:
+    """Compare the newest checkpoint and its scores, and yield the first difference.
+
+    Args:
+        values: What was logged of the validation.
+    """
+    comparison = Comparison()
+    try:
+        compare_scores(subject, comparison, values)
+        compare_bytes(subject, comparison, values)
+        compare_checkpoint(subject, comparison, values)
+        if subject.start != "resumed":  # Of an older part of the run files may have been removed on purpose.
+            compare_best(subject, comparison)
+    except Differs as difference:
+        yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
+    for sentence in comparison.left_out:
+        say(sentence)
+
+
+def compare_scores(subject: GuardSubject, comparison: Comparison, values: Mapping[str, float]) -> None:
+    """Compare the loss of some rows of validation, and the perplexity of what was logged."""
+    n, model = n_weights(subject.model), subject.model
+    (batch, *_) = subject.validation_batches(1)
+    rows = int(PRODUCTS / n / batch.tokens.size(1))
+    if not rows:
+        comparison.leave_out("the validation's loss", f"a row of a model of {n:,} weights takes too long")
+    else:
+        some = Batch(*(t[:rows].cpu() for t in batch))
+        found = subject.score([some])
+        with torch.no_grad():
+            config = config_of(model, subject.config.model)
+            texts = Rows(some.tokens, some.positions, some.document_ids)
+            logits = logits_of(config, weights_of(model, {}), texts)
+        # Each block rounds the stream of its number format about twelve times, up and down alike.
+        rounding = torch.finfo(subject.eval_precision.dtype).eps * math.sqrt(12 * len(model.blocks) + 12)
+        comparison.close(
+            f"loss of {len(some.tokens)} rows of validation",
+            torch.tensor(found.loss),
+            nll_of(logits, some.labels).mean(),
+            2 * rounding + 1e-6,
+            "what validation computes: its targets, its mode, or what it divides by",
+        )
+        shares = {1: found.top1, 5: found.top5}
+        compare_hits(comparison, logits, some.labels, shares, float(logits.abs().amax()) * (rounding + 1e-6))
+    comparison.close(
+        "perplexity",
+        torch.tensor(values["eval/perplexity"]).double(),
+        torch.tensor(scores.perplexity(values["eval/loss"])).double(),
+        1e-6,
+        "e to the loss",
+    )
+
+
+def compare_hits(
+    comparison: Comparison, logits: Tensor, labels: Tensor, shares: Mapping[int, float], slack: float
+) -> None:
+    """Compare how many targets are among the k largest logits; rounding decides between those that are near.
+
+    Args:
+        shares: By k the share of the targets that validation found there.
+        slack: How far rounding moves a logit.
+    """
+    for k, found in shares.items():
+        least, most = (scores.hits(logits, labels, k, by) for by in (-slack, slack))
+        hits = round(found * int((labels != IGNORE_INDEX).sum()))
+        stage = f"targets among the {k} largest logits of these rows"
+        remedy = "how a target's rank is counted"
+        comparison.exact(stage, hits if not least <= hits <= most else True, True, remedy)
+
+
+def compare_bytes(subject: GuardSubject, comparison: Comparison, values: Mapping[str, float]) -> None:
+    """Compare bits per byte, with targets counted by labels and bytes by what documents decode to."""
+    store = subject.validation
+    if store.offsets[-1] > TARGETS or store.holds_examples:
+        comparison.leave_out(
+            "bits per byte", "the validation is large, or of examples, of which a part counts"
+        )
+        return
+    batches = subject.validation_batches(0)
+    targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
+    step = max(1, store.n_documents // DOCUMENTS)
+    for number in range(0, store.n_documents, step):
+        text = subject.tokenizer.decode(store.document(number).tolist())
+        comparison.exact(
+            f"bytes of document {number} of validation",
+            int(store.byte_lengths[number]),
+            len(text.encode()),
+            "the bytes that the token store counts",
+        )
+    comparison.close(
+        "bits per byte",
+        torch.tensor(values["eval/bits_per_byte"]).double(),
+        torch.tensor(
+            scores.bits_per_byte(values["eval/loss"], targets, int(store.byte_lengths.sum()))
+        ).double(),
+        1e-6,
+        "the targets, or the bytes that their bits are divided by",
+    )
+
+
+def compare_checkpoint(subject: GuardSubject, comparison: Comparison, values: Mapping[str, float]) -> None:
+    """Compare the checkpoint of this step with what is in memory, and its manifest with what was logged."""
+    folders = sorted(
+        (subject.folder / "checkpoints").glob("step-*"), key=lambda folder: folder.stat().st_mtime
+    )
+    newest = folders[-1]
+    manifest = checkpoints.manifest_of(newest)
+    expected = {"step": subject.state.step, "loss": values["eval/loss"]}
+    found = {key: manifest[key] for key in expected}
+    comparison.exact(f"manifest of {newest.name}", found, expected, "what is written of a validation")
+    compare_stored(subject, comparison, newest)
+
+
+def compare_best(subject: GuardSubject, comparison: Comparison) -> None:
+    """Compare the best of the checkpoints that are there with the best of all validations in the log."""
+    lines = (subject.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    logged = [json.loads(line) for line in lines]
+    losses = [(line["step"], line["eval/loss"]) for line in logged if "eval/loss" in line]
+    folders = (subject.folder / "checkpoints").glob("step-*")
+    manifests = [checkpoints.manifest_of(folder) for folder in folders]
+    found = scores.best_of((manifest["step"], manifest["loss"]) for manifest in manifests)
+    comparison.exact("best checkpoint", found, scores.best_of(losses), "which checkpoints are removed")
+    comparison.exact(
+        "best loss that patience counts from",
+        subject.state.best_loss,
+        min(loss for _, loss in losses),
+        "how a validation is compared with the best",
+    )

@@ -1,0 +1,45 @@
+"""Checkpoints as files: what a folder `step-N` holds (docs/file-formats.md).
+
+model.safetensors      the parameters that train, tied ones once
+state.safetensors      the tensors of optimizers and random states, each under its path
+state.json             the rest of the state, with `{"tensor": path}` where a tensor belongs
+manifest.json          step and validation loss
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Return every tensor of a safetensors file by its name."""
+    with safe_open(path, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def state_of(folder: Path) -> Any:
+    """Return the state of a checkpoint: counters, optimizers and random states, as nested dicts and lists."""
+    tensors = tensors_of(folder / "state.safetensors")
+    return _nested(json.loads((folder / "state.json").read_text("utf-8")), tensors)
+
+
+def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return a value of state.json: `{"dict": [[key, value], ...]}`, a list, a tensor or a scalar."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "list" in value:
+        return [_nested(item, tensors) for item in value["list"]]
+    return {key: _nested(item, tensors) for key, item in value["dict"]}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Return what manifest.json says of a checkpoint."""
+    return json.loads((folder / "manifest.json").read_text("utf-8"))

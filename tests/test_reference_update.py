@@ -1,0 +1,312 @@
+"""The second derivation of an update, against the run's own and against faults that are made in it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import architecture
+from guards import preflight
+from guards.reference import updates
+from guards.reference.comparison import Comparison
+from guards.reference.rehearsal import put_back, with_exercised_weights
+from guards.subject import GuardSubject
+from modules.precision import Precision
+from selftest.data import write_data
+from selftest.planted_faults import TUNED, merged
+from selftest.run import begun, outcome, small_config
+from training import beforehand, begin, loop, loss, optim
+
+Settings = dict[str, dict[str, Any]]
+FP32: Settings = {"train": {"precision": "fp32"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("update")
+    write_data(folder)
+    return folder
+
+
+class Caught(BaseException):
+    """Ends a run before its first update."""
+
+
+def subject_of(folder: Path, settings: Settings, resumed: bool = False) -> GuardSubject:
+    """Return what the guards of a run look at; the run itself ends there."""
+    found: list[GuardSubject] = []
+
+    def keep(subject: GuardSubject) -> Iterator[str]:
+        found.append(subject)
+        raise Caught
+
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(io.StringIO()):
+        if settings.get("train", {}).get("precision") == "fp16":  # Which a CPU computes, but slowly.
+            fp16 = Precision(torch.device("cpu"), torch.float16, "")
+            patched.setattr(beforehand, "choose_precision", lambda *args: fp16)
+        config = begun(small_config(folder, merged(FP32, settings)), resumed)
+        patched.setattr(preflight, "GUARDS", {"sizes": keep})
+        with pytest.raises(Caught):
+            begin.train(config)
+    return found[0]
+
+
+def compared(subject: GuardSubject) -> Comparison:
+    comparison = Comparison()
+    comparison.begin("update")
+    with torch.random.fork_rng([]):
+        updates.compare(subject, comparison)
+    return comparison
+
+
+HEALTHY: list[Settings] = [
+    {},
+    {"train": {"accumulation": 3}, "optimizer": {"grad_clip": 0.0, "weight_decay": 0.1}},
+    {"train": {"precision": "bf16"}},
+    {"train": {"precision": "fp16"}},
+    {"optimizer": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.3, "beta1": 0.5, "grad_clip": 0.01}},
+    {"optimizer": {"label_smoothing": 0.2, "z_loss": 0.01, "schedule": "cosine", "embedding_lr": 0.0}},
+    {"optimizer": {"schedule": "linear", "min_lr_factor": 0.0, "warmup_steps": 0}},
+    {"optimizer": {"schedule": "constant"}, "model": {"base_width": 8, "n_embd": 32}},
+    {
+        "model": {
+            "norm_weight": True,
+            "norm_bias": True,
+            "qkv_bias": True,
+            "mlp_bias": True,
+            "head_bias": True,
+        }
+    },
+    {"model": {"tie_embeddings": True, "position": "learned", "block": "parallel", "mlp": "swiglu"}},
+    {"model": {"sliding_window": 5, "window_layers": (1,), "n_kv_head": 1, "fused_qkv": True}},
+    {"model": {"dropout": 0.9}, "train": {"activation_checkpointing": True}},
+    TUNED,
+    merged(TUNED, {"lora": {"dora": True, "lr_ratio": 16.0, "dropout": 0.5, "bias": "all"}}),
+    merged(TUNED, {"lora": {"init": "pissa", "targets": ("c_attn", "wte", "lm_head")}}),
+    merged(TUNED, {"lora": {"train_modules": ("lm_head",), "rslora": True}}),
+    merged(TUNED, {"lora": {"new_tokens": ("<|one|>", "<|two|>")}}),
+    merged(TUNED, {"train": {"base_format": "nf4"}}),
+]
+
+
+@pytest.mark.parametrize("settings", HEALTHY, ids=str)
+def test_both_derivations_of_a_healthy_update_agree(folder: Path, settings: Settings) -> None:
+    comparison = compared(subject_of(folder, settings))
+    assert not comparison.left_out
+    assert sum("change of" in stage for stage, _ in comparison.stages) >= 2
+
+
+@pytest.mark.parametrize("settings", [{}, TUNED], ids=["fresh", "adapters"])
+def test_a_resumed_update_starts_from_the_moments_of_the_file(folder: Path, settings: Settings) -> None:
+    subject = subject_of(folder, settings, resumed=True)
+    assert any("as stored" in stage for stage, _ in compared(subject).stages)
+    state = next(iter(subject.optimizers[-1].state.values()))
+    state["exp_avg"].mul_(2)
+    with pytest.raises(Exception, match=r"exp_avg .*: 2 times the reference"):
+        compared(subject)
+
+
+def everything(subject: GuardSubject) -> list[Any]:
+    """Return all that a run has and a rehearsal touches."""
+    return [
+        [p.detach().clone() for p in subject.model.parameters()],
+        [p.grad for p in subject.model.parameters()],
+        [copy.deepcopy(optimizer.state_dict()) for optimizer in subject.optimizers],
+        copy.deepcopy(subject.scaler.state_dict()),
+        copy.deepcopy(subject.state),
+        [module.training for module in subject.model.modules()],
+        [getattr(module, "p", None) for module in subject.model.modules()],
+        torch.get_rng_state(),
+    ]
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["fresh", "resumed"])
+@pytest.mark.parametrize(
+    "settings", [{"train": {"precision": "fp16"}}, merged(TUNED, {"lora": {"dropout": 0.5}})]
+)
+def test_a_rehearsal_leaves_no_trace(folder: Path, settings: Settings, resumed: bool) -> None:
+    subject = subject_of(folder, settings, resumed)
+    tensors = [value for o in subject.optimizers for s in o.state.values() for value in s.values()]
+    before = everything(subject)
+    compared(subject)
+    after = everything(subject)
+    assert loop.first_difference(before, after) is None
+    again = [value for o in subject.optimizers for s in o.state.values() for value in s.values()]
+    assert all(one is other for one, other in zip(tensors, again, strict=True))
+
+
+def test_a_failed_rehearsal_leaves_no_trace_either(folder: Path) -> None:
+    subject = subject_of(folder, {})
+    before = everything(subject)
+    with (
+        pytest.raises(ZeroDivisionError),
+        torch.random.fork_rng([]),
+        put_back(subject),
+        with_exercised_weights(subject.model),
+    ):
+        subject.update()
+        raise ZeroDivisionError
+    assert loop.first_difference(before, everything(subject)) is None
+
+
+def mutated(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Return what replaces a function of the product by one that is made of it."""
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
+
+
+def without_decay(right: Any) -> Any:
+    def wrong(self: optim.Muon, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+        right(self)
+
+    return wrong
+
+
+def with_every_rate(right: Any) -> Any:
+    def wrong(self: loop.TrainingManager, progress: float) -> None:
+        right(self, progress)
+        for group in self.optimizers[0].param_groups:
+            group["lr"] *= 2
+
+    return wrong
+
+
+def first_only(right: Any) -> Any:
+    """Make the clip see a part of the parameters only."""
+    return lambda parameters, limit: right(list(parameters)[:2], limit)
+
+
+def halved_in_backward(right: Any) -> Any:
+    """Halve the gradient of what a module gives, and leave its output as it is."""
+
+    def wrong(self: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        y = right(self, x, *args)
+        return y.detach() + (y - y.detach()) * 0.5
+
+    return wrong
+
+
+DECAYED: Settings = {"optimizer": {"weight_decay": 0.5}}
+SMOOTHED: Settings = {"optimizer": {"z_loss": 0.01, "label_smoothing": 0.1}}
+FAULTS: dict[str, tuple[Settings, Callable[[pytest.MonkeyPatch], None], str]] = {
+    "safety": (
+        {},
+        mutated(optim, "orthogonalise", lambda right: lambda m: right(m) * 1.02),
+        "change of blocks",
+    ),
+    "coefficients": (
+        {},
+        mutated(optim, "POLAR_EXPRESS", lambda right: right[:-1]),
+        "change of blocks",
+    ),
+    "decay": (DECAYED, mutated(optim.Muon, "step", without_decay), "change of blocks"),
+    "rates": ({}, mutated(loop.TrainingManager, "set_rates", with_every_rate), "schedule-ignored"),
+    "clip of a part": ({}, mutated(torch.nn.utils, "clip_grad_norm_", first_only), "norm of all gradients"),
+    "MLP": ({}, mutated(architecture.MLP, "forward", halved_in_backward), "gradient of blocks.1.mlp.down"),
+    "z-loss": (
+        SMOOTHED,
+        mutated(loss, "_grad_logits", lambda right: lambda *a: right(*a[:3], a[3]._replace(z_loss=0.0))),
+        "gradient of head: .*z-loss left out",
+    ),
+    "smoothing": (
+        SMOOTHED,
+        mutated(loss, "_grad_logits", lambda right: lambda *a: right(*a[:3], a[3]._replace(smoothing=0.0))),
+        "gradient of head: .*label smoothing left out|gradient-not-the-mean",
+    ),
+    "momentum": (
+        {},
+        mutated(optim.Muon.__init__, "__defaults__", lambda right: (0.9, 0.0)),
+        "optimizer, rate, decay and betas of blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_nobody_planted_is_named(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, plant, stage = FAULTS[name]
+    with pytest.MonkeyPatch.context() as patched:
+        plant(patched)
+        subject = subject_of(folder, settings)
+        with pytest.raises(Exception, match=f"(?s){stage}"):
+            compared(subject)
+
+
+def saved_as(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Any], Any]:
+    """Return what makes a checkpoint hold another state than the run has."""
+
+    def make(right: Any) -> Any:
+        def wrong(folder: Path, step: int, model: Any, state: dict[str, Any], *rest: Any) -> Any:
+            return right(folder, step, model, change(state), *rest)
+
+        return wrong
+
+    return make
+
+
+def without_moments(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"optimizers": [own | {"state": {}} for own in state["optimizers"]]}
+
+
+def with_twice_the_targets(right: Any) -> Any:
+    def wrong(self: loop.TrainingManager, *args: Any, **options: Any) -> None:
+        right(self, *args, **options)
+        self.targets_per_byte *= 2
+
+    return wrong
+
+
+VALIDATED: Settings = {"train": {"precision": "fp32", "validate_every": 2, "max_steps": 5}}
+# The guards before the first update are switched off: these come later.
+LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "scores in training mode": (
+        mutated(loop, "score", lambda right: lambda *a: dataclasses.replace(right(*a), nats=100.0)),
+        "loss of .* rows of validation",
+    ),
+    "bits": (
+        mutated(loop.TrainingManager, "__init__", with_twice_the_targets),
+        "bits per byte",
+    ),
+    "ranks": (
+        mutated(loss, "count_below", lambda right: lambda logits, own: right(logits, own) * 0),
+        "targets among the 1 largest",
+    ),
+    "moments not saved": (mutated(loop, "save_checkpoint", saved_as(without_moments)), "as stored in step-"),
+    "patience": (
+        lambda monkeypatch: monkeypatch.setattr(loop, "min", max, raising=False),
+        "best loss that patience counts from",
+    ),
+    "an update beside": (
+        mutated(
+            torch.optim.Optimizer,
+            "zero_grad",
+            lambda right: (
+                lambda self, **k: (self.param_groups[0]["params"][0].data.mul_(1.1), right(self, **k))
+            ),
+        ),
+        "change of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_fault_of_a_run_that_trains_is_named(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, stage = LIVE[name]
+    config = small_config(folder, VALIDATED)
+    monkeypatch.setattr(preflight, "GUARDS", {})
+    assert outcome(config) == ""
+    plant(monkeypatch)
+    assert re.search(f"differs-from-reference: .*{stage}", outcome(small_config(folder, VALIDATED)))
