@@ -75,10 +75,12 @@ class ForwardComparison:
         subject, eval_format = self.subject, self.subject.eval_precision.dtype
         self.model.eval()
         if all(p.dtype == torch.float32 for p in self.model.parameters()):
+            self.comparison.begin("forward")
             with torch.no_grad(), observed(self.model, self.layers) as seen:
                 hidden = self.model.hidden(batch.tokens, batch.positions, batch.document_ids)
             self.stages(Pass(f"{kind}, ", torch.float32, batch, rows, seen))
             self.logits(Pass(f"{kind}, ", torch.float32, batch, rows, seen), hidden)
+        self.begin_in(eval_format)
         with observed(self.model, self.layers) as seen:
             scores = subject.score([batch])
         validation = Pass(f"{kind} in validation, ", eval_format, batch, rows, seen)
@@ -92,9 +94,15 @@ class ForwardComparison:
             if loss.objective.requires_grad:  # Else the graph would be kept, which holds what it saved.
                 trained = [p for p in self.model.parameters() if p.requires_grad]
                 torch.autograd.grad(loss.objective, trained, allow_unused=True)
+        self.begin_in(subject.precision.dtype)
         training = Pass(f"{kind} in training, ", subject.precision.dtype, batch, rows, seen)
         self.stages(training)
         self.losses(training, loss.objective, loss.cross_entropy, loss.tokens)
+
+    def begin_in(self, dtype: torch.dtype) -> None:
+        """Begin a part of its own for each number format, whose agreement is told apart."""
+        short = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+        self.comparison.begin(f"forward{short}")
 
     # --- stages -------------------------------------------------------------------------------------
 
