@@ -103,7 +103,7 @@ def test_a_matrix_in_4_bits_that_is_another_is_named(base: Path) -> None:
     subject = loaded(base, "nf4", {"r": 4})
     stored = subject.model.blocks[0].mlp.up.base
     assert isinstance(stored, Linear4bit)
-    stored.packed.bitwise_not_()
+    stored.get_buffer("packed").bitwise_not_()
     with pytest.raises(Differs, match=r"mlp\.up\.weight of the base, in 4 bits"):
         weights.compare(subject, Comparison())
 
