@@ -782,3 +782,12 @@ class TestPretrained:
             assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), path
             assert ours.encode(text, specials=True) == theirs.encode(text, add_special_tokens=False), path
             assert ours.decode(ids) == text, path
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [("0_:", ["0", "_:"]), ("),  x", ["),", "  ", "x"]), ("a\n\rb", ["a", "\n", "\r", "b"])],
+)
+def test_a_group_that_fails_half_way_takes_nothing(text: str, units: list[str]) -> None:
+    """Python before 3.11.5 kept what it took, so that interpreters gave one text different ids."""
+    assert tokenization.code._UNIT.findall(text) == units

@@ -56,14 +56,16 @@ _JOIN = JLOW - LOW  # the distance from a case's marker to the marker of the sam
 _USUAL, _JOINED = 0, -1  # expectations of a word, beside UP: see _words_of
 
 _PUNCTUATION = r"[!-/:-@\[-`{-~]"
-_IDENTIFIER = r"[A-Za-z0-9]++(?:_[A-Za-z0-9]++)*+"
+# Each repeated group looks ahead before it takes a character: until Python 3.11.5 a possessive one that fails
+# half way keeps what it took (github.com/python/cpython/issues/106052), and `x_:` had other ids there.
+_IDENTIFIER = r"[A-Za-z0-9]++(?:(?=_[A-Za-z0-9])_[A-Za-z0-9]++)*+"
 # The quantifiers are possessive: a line of a million characters is passed once. No unit both follows a letter
 # or digit and starts with one, so the character before it tells a decoder whether a space is implied.
 _UNIT = re.compile(
     rf"(?<=[A-Za-z0-9]) {_IDENTIFIER}"
     rf"|{_IDENTIFIER}"
-    rf"| *+{_PUNCTUATION}++(?: {_PUNCTUATION}++)*+(?: (?! ))?"
-    r"|(?:\r?\n)++[ \t]*+"
+    rf"| *+{_PUNCTUATION}++(?:(?= {_PUNCTUATION}) {_PUNCTUATION}++)*+(?: (?! ))?"
+    r"|(?:(?=\r?\n)\r?\n)++[ \t]*+"
     r"| ++|[^\x00-\x7f]++|[\x00-\x1f\x7f]"
 )
 _CHUNK = 64  # characters that are segmented together, which bounds the work on runs of a million
