@@ -1,4 +1,4 @@
-"""From a document to its ids: where it starts and ends, what is its prompt, where its gap is.
+"""The ids of a document: where it starts and ends, what is its prompt, where its gap is.
 
 A plain text is [start] + ids + [end]; with a gap to fill it is [start] [prefix] ids [suffix] ids [middle] ids
 [end] (arXiv:2207.14255). A prompt and its completion are one text, and the prompt ends, for generation and in

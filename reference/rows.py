@@ -1,7 +1,7 @@
-"""From documents to rows of tokens, their targets, and the order in which they are trained on.
+"""Rows of tokens made of documents, their targets, and the order in which they are trained on.
 
-    order, numbers = epoch_order(...)             # of the documents, and of the rows that they make
-    rows = PlainRows(stored, order, length)       # or ExampleRows
+    order, numbers = epoch_order(...)             # orders the documents, and the rows that they make
+    rows = PlainRows(stored, order, length)       # ExampleRows does it for examples
     tokens, labels, documents, positions = rows.filled(numbers[0])
 
 Plain texts are laid end to end and cut: of rows of T tokens, row r shows the tokens rT to rT + T - 1 of this

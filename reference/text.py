@@ -1,6 +1,6 @@
-"""From the bytes of a source to its documents: what is read, what a row means, and which split it is in.
+"""Documents read from the bytes of a source: what is read, what a row means, and which split it is in.
 
-    names = file_names(settings)               # of a folder, in order
+    names = file_names(settings)               # lists those of a folder, in order
     text = decoded((root_of(settings) / names[0]).read_bytes())
     for document in documents_of_rows(settings): ...
 

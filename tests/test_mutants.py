@@ -291,7 +291,7 @@ for file, operator, before in {chosen!r}:
 
 @pytest.mark.slow
 def test_mutants_of_the_product_are_named_crash_are_silent_or_change_nothing(tmp_path: Path):
-    """In a process of its own: what ran here would stop its children."""
+    """The bench runs in a process of its own: threads of this one would stop its children."""
     chosen = [
         ("training/loop.py", "statement", "optimizer.zero_grad"),
         ("architecture.py", "sign", "x = x + self.dropout"),  # The same in training, scores and generation.

@@ -277,7 +277,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 def test_a_trusted_source_that_changes_before_it_is_read_leaves_nothing_of_what_it_was(
     config: DataConfig,
 ) -> None:
-    """As while a base is loaded between the two: the next start takes the tokenizer of the new texts."""
+    """The next start takes the tokenizer of the new texts. A base may be loaded between the two."""
     start(config)
     documents = RunDocuments(config)
     assert documents.fingerprint  # As recorded.

@@ -789,5 +789,5 @@ class TestPretrained:
     [("0_:", ["0", "_:"]), ("),  x", ["),", "  ", "x"]), ("a\n\rb", ["a", "\n", "\r", "b"])],
 )
 def test_a_group_that_fails_half_way_takes_nothing(text: str, units: list[str]) -> None:
-    """Python before 3.11.5 kept what it took, so that interpreters gave one text different ids."""
+    """Python 3.11.2 kept what it took, so that interpreters gave one text different ids."""
     assert tokenization.code._UNIT.findall(text) == units

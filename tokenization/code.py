@@ -56,8 +56,8 @@ _JOIN = JLOW - LOW  # the distance from a case's marker to the marker of the sam
 _USUAL, _JOINED = 0, -1  # expectations of a word, beside UP: see _words_of
 
 _PUNCTUATION = r"[!-/:-@\[-`{-~]"
-# Each repeated group looks ahead before it takes a character: until Python 3.11.5 a possessive one that fails
-# half way keeps what it took (github.com/python/cpython/issues/106052), and `x_:` had other ids there.
+# Each repeated group looks ahead before it takes a character: on Python 3.11.2 (not on 3.11.7) a possessive
+# one that fails half way keeps what it took, and `x_:` had other ids there.
 _IDENTIFIER = r"[A-Za-z0-9]++(?:(?=_[A-Za-z0-9])_[A-Za-z0-9]++)*+"
 # The quantifiers are possessive: a line of a million characters is passed once. No unit both follows a letter
 # or digit and starts with one, so the character before it tells a decoder whether a space is implied.
