@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -11,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # the only place that knows where this program is
 
@@ -87,19 +89,43 @@ def refuse_unwritable(folder: str | Path, setting: str, unless: str | None = Non
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename.
 
-    Several may write one path at once, as the first trials of a sweep do: the last one counts.
+    Several may write one path at once, as the first trials of a sweep do: they take turns, and the last one
+    counts. All use one temporary name, so that what a killed process left there goes with the next writing.
     """
-    # Sampled, since processes of two machines, or of two containers, may have one number.
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _locked(temporary) as file:
+        try:
+            file.truncate(0)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """Open a file that may be there already, once nobody else writes it; it is not truncated yet."""
+    while True:
+        # Appending opens without truncating, since another process or thread may be at its text.
+        with open(path, "a", encoding="utf-8", newline="\n", opener=_no_link) as file:
+            with contextlib.suppress(OSError):  # A file system without locks.
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held the lock has renamed or removed the file: its name is free for another one.
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                is_current = False
+            if is_current:
+                yield file
+                return
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file for `open`, unless it is a symbolic link, which anybody may leave in a shared folder."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def code_fingerprint(folder: Path = REPOSITORY) -> str:

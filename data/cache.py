@@ -35,7 +35,8 @@ SUMS = "sha256.json"  # the file of checksums in a sealed folder
 GB = 10**9
 # Nothing else is ever removed: --data.cache may name a folder that holds other things.
 ENTRIES = {
-    "": r"\.?(tokens-[0-9a-f]{24}(-[0-9a-f]{32})?|(groups|source)-[0-9a-f]{32}\.json(\.[0-9a-f]{16}\.tmp)?)"
+    "": r"\.?(tokens-[0-9a-f]{24}(-[0-9a-f]{32})?"
+    r"|(groups|source)-[0-9a-f]{32}\.json(\.([0-9a-f]{16}\.)?tmp)?)"
     r"(\.gone-[0-9a-f]{32})*",
     "tokenizers": r"\.?[0-9a-f]{32}(\.\d+)?(\.gone-[0-9a-f]{32})*",
     "predictions": r"\.?eval-.+-[0-9a-f]{32}\.jsonl(\.gone-[0-9a-f]{32})*",

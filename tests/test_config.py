@@ -21,7 +21,7 @@ from config import (
     parse_config,
     unused_keys,
 )
-from config.files import REPOSITORY, own_module
+from config.files import REPOSITORY, own_module, write_atomically
 from config.yamlfile import read_yaml
 
 
@@ -483,3 +483,27 @@ def test_processes_that_write_one_file_at_once_leave_one_of_their_texts(tmp_path
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert path.read_text("utf-8") in [letter * 5000 for letter in "abc"]
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_writing(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    code = (
+        "import os, sys; from pathlib import Path; from config import write_atomically\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "write_atomically(Path(sys.argv[1]), 'a longer text, half written')\n"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(path)], cwd=REPOSITORY, check=False)
+    assert len([*tmp_path.iterdir()]) == 1 and not path.exists()
+    write_atomically(path, "short")
+    assert [*tmp_path.iterdir()] == [path] and path.read_text("utf-8") == "short"
+
+
+def test_a_write_follows_no_link_and_its_error_is_told(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept", "utf-8")
+    (tmp_path / ".record.json.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_atomically(tmp_path / "record.json", "text")
+    assert (tmp_path / "precious").read_text("utf-8") == "kept"
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "gone" / "record.json", "text")
