@@ -17,9 +17,10 @@ import torch
 import architecture
 from guards import preflight
 from guards.reference import updates
-from guards.reference.comparison import Comparison
+from guards.reference.comparison import Comparison, Differs
 from guards.reference.live import DerivedSteps
 from guards.reference.rehearsal import put_back, with_exercised_weights
+from guards.reference.steps import moment_tolerance
 from guards.subject import GuardSubject
 from modules.precision import Precision
 from selftest.data import write_data
@@ -105,6 +106,29 @@ def test_both_derivations_of_a_healthy_update_agree(folder: Path, settings: Sett
     comparison = compared(subject_of(folder, settings))
     assert not comparison.left_out
     assert sum("change of" in stage for stage, _ in comparison.stages) >= 2
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-19, 1e-41])
+def test_moments_that_cancel_or_are_next_to_zero_agree_and_lost_ones_do_not(size: float) -> None:
+    """The second gradient takes the first one's moment off again, but for a hundred-thousandth."""
+    first = torch.randn(50, generator=torch.Generator().manual_seed(0)) * size
+    second = first * (-9 + 1e-4)
+    p = torch.nn.Parameter(torch.ones(50))
+    optimizer = torch.optim.AdamW([p], betas=(0.9, 0.95))
+    moments = {"exp_avg": torch.zeros(50).double(), "exp_avg_sq": torch.zeros(50).double()}
+    for gradient in (first, second):
+        p.grad = gradient.clone()
+        optimizer.step()
+        g, known = gradient.double(), dict(moments)
+        moments["exp_avg"] = 0.9 * moments["exp_avg"] + 0.1 * g
+        moments["exp_avg_sq"] = 0.95 * moments["exp_avg_sq"] + 0.05 * g.square()
+        for key, expected in moments.items():
+            allowed = moment_tolerance(known[key], g, expected, key)
+            Comparison().close(key, optimizer.state[p][key], expected, allowed, "")
+    lost = 0.1 * second.double()
+    with pytest.raises(Differs):
+        allowed = moment_tolerance(known["exp_avg"], second.double(), moments["exp_avg"], "exp_avg")
+        Comparison().close("exp_avg", lost, moments["exp_avg"], allowed, "")
 
 
 @pytest.mark.parametrize("settings", [{}, TUNED], ids=["fresh", "adapters"])

@@ -99,6 +99,22 @@ def test_a_layer_that_was_not_loaded_or_not_where_it_belongs_is_named(base: Path
         weights.compare(subject, Comparison())
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_row_of_a_new_token_is_the_mean_also_where_that_is_zero(value: float) -> None:
+    """A head's bias often begins at zero in every row."""
+    subject, n = bare_subject(decoder(head_bias=True)), 10
+    published: Any = SimpleNamespace(rows=lambda name, start, stop: torch.full((stop - start,), value))
+    bias = subject.model.head.bias
+    assert bias is not None
+    with torch.no_grad():
+        bias.fill_(value)
+    weights._new_rows(subject, Comparison(), published, "head.bias", n)
+    with torch.no_grad():
+        bias[n] += 0.01
+    with pytest.raises(Differs, match="rows of new tokens"):
+        weights._new_rows(subject, Comparison(), published, "head.bias", n)
+
+
 def test_a_matrix_in_4_bits_that_is_another_is_named(base: Path) -> None:
     subject = loaded(base, "nf4", {"r": 4})
     stored = subject.model.blocks[0].mlp.up.base

@@ -21,6 +21,7 @@ from reference import optimizers, update
 ELEMENTS = 2**13  # Of each parameter that AdamW moves.
 PRODUCTS = 5e8  # Multiplications in fp64 for Muon's polynomials in one update: 0.05 s on two cores.
 FP32 = 2.0**-24  # The largest relative error of one rounding.
+LEAST = 2.0**-149  # The least number of fp32 above zero, to whose multiples tiny ones are rounded.
 POLAR_GAIN = math.prod(a for a, _, _ in optimizers.POLAR_EXPRESS)  # By which the least singular values grow.
 
 
@@ -93,12 +94,14 @@ class Steps:
             self.comparison.close(stage, rate, torch.tensor(rule.rate * factor), 1e-6, remedy)
             before, gradient = self._at(name, found.before[name]), self._at(name, found.used[name])
             products += 15 * before.numel() * min(before.shape) if rule.optimizer == "muon" else 0
+            known = self.moments[name]
             after = self._derive(name, before, gradient, factor, products <= PRODUCTS)
             for key, expected in self.moments[name].items():
                 value = self._at(name, torch.as_tensor(found.moments[name].get(key, torch.zeros(()))))
                 stage = f"{where}, {key} of {name}"
+                tolerance = moment_tolerance(known.get(key), gradient, expected, key)
                 self.comparison.close(
-                    stage, value, expected, 8 * FP32, "the betas, or moments that were lost"
+                    stage, value, expected, tolerance, "the betas, or moments that were lost"
                 )
             if after is None:
                 continue
@@ -126,6 +129,19 @@ class Steps:
         steps = torch.tensor(count, dtype=torch.float64)
         self.moments[name] = {"exp_avg": mean, "exp_avg_sq": square, "step": steps}
         return after
+
+
+def moment_tolerance(known: Tensor | None, gradient: Tensor, expected: Tensor, key: str) -> float:
+    """Return by how much rounding may change a moment, relative to its largest number.
+
+    A few roundings of its two terms, which may cancel, and the numbers next to zero that fp32 has.
+    """
+    largest = float(expected.abs().amax()) if expected.numel() else 0.0
+    if not largest:
+        return 8 * LEAST
+    term = gradient.square() if key == "exp_avg_sq" else gradient
+    terms = max(float(term.abs().amax()), 0.0 if known is None else float(known.abs().amax()), largest)
+    return 8 * (FP32 * terms + LEAST) / largest
 
 
 def change_tolerance(
