@@ -112,7 +112,7 @@ def test_both_derivations_of_a_healthy_update_agree(folder: Path, settings: Sett
 def test_moments_that_cancel_or_are_next_to_zero_agree_and_lost_ones_do_not(size: float) -> None:
     """The second gradient takes the first one's moment off again, but for a hundred-thousandth."""
     first = torch.randn(50, generator=torch.Generator().manual_seed(0)) * size
-    second = first * (-9 + 1e-4)
+    second = first * (-0.9 + 1e-4)
     p = torch.nn.Parameter(torch.ones(50))
     optimizer = torch.optim.AdamW([p], betas=(0.9, 0.95))
     moments = {"exp_avg": torch.zeros(50).double(), "exp_avg_sq": torch.zeros(50).double()}
