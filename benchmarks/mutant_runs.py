@@ -83,19 +83,12 @@ def _write_base(folder: Path, shape: dict[str, Any], tokenizer: Any, texts: list
     from architecture import Decoder
     from config import ModelConfig
     from pretrained import save_pretrained
+    from selftest.data import train_briefly
 
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
     torch.manual_seed(0)
     model = Decoder(ModelConfig(**shape | sizes, init="normal"))
-    ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
-    rows = ids[: len(ids) // 33 * 33].view(-1, 33)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        chosen = rows[torch.randint(len(rows), (32,))]
-        logits = model(chosen[:, :-1])
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_briefly(model, tokenizer, texts)
     # Beside a Qwen2 transformers gives every tokenizer the splits of its own: `save_pretrained` refuses it.
     save_pretrained(model, None if folder.name == "qwen2" else tokenizer, folder)
 

@@ -14,7 +14,7 @@ import pretrained.gpt_bigcode
 from architecture import Decoder
 from config import DataConfig, ModelConfig
 from data.corpus import split_documents, training_texts
-from tokenizer import BPETokenizer, PretrainedTokenizer
+from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer
 
 WORDS = (
     "add all any ask bag bar bit box bus cap car cat cup cut day dog dot ear egg end eye fan far fit fly fog "
@@ -122,6 +122,19 @@ def write_data(folder: Path) -> None:
     write_windows(folder / "chunks.jsonl", size=8, stride=8)
 
 
+def train_briefly(model: Decoder, tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Train a small model for 60 updates on rows of the texts, so that it knows them a little."""
+    ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
+    rows = ids[: len(ids) // 33 * 33].view(-1, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        chosen = rows[torch.randint(len(rows), (32,))]
+        logits = model(chosen[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def write_base(folder: Path) -> None:
     """Write a small published model, like StarCoder, that knows the corpus a little, and two that do not fit.
 
@@ -134,15 +147,7 @@ def write_base(folder: Path) -> None:
     shape |= {"vocab_size": 300, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32, "init": "normal"}
     torch.manual_seed(0)
     model = Decoder(ModelConfig(**shape))
-    ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
-    rows = ids[: len(ids) // 33 * 33].view(-1, 33)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        chosen = rows[torch.randint(len(rows), (32,))]
-        logits = model(chosen[:, :-1])
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), chosen[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_briefly(model, tokenizer, texts)
     pretrained.save_pretrained(model, tokenizer, folder / "base")
     with torch.no_grad():
         model.norm.get_parameter("bias")[0] += 1
