@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from config import (
     RECIPES,
     Config,
     ModelConfig,
+    files,
     one_sentence,
     parse_config,
     unused_keys,
@@ -497,6 +499,25 @@ def test_what_a_killed_process_left_goes_with_the_next_writing(tmp_path: Path) -
     assert len([*tmp_path.iterdir()]) == 1 and not path.exists()
     write_atomically(path, "short")
     assert [*tmp_path.iterdir()] == [path] and path.read_text("utf-8") == "short"
+
+
+def test_a_writer_that_waited_does_not_write_into_what_the_other_one_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, temporary, flock = tmp_path / "record.json", tmp_path / ".record.json.tmp", files.fcntl.flock
+    waits = iter([True])
+
+    def locked(file: Any, operation: int) -> None:
+        if next(waits, False):  # Meanwhile the other writer, who holds the lock, ends.
+            temporary.write_text("theirs", "utf-8")
+            os.replace(temporary, path)
+            os.link(path, tmp_path / "as they wrote it")
+        flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", locked)
+    write_atomically(path, "ours")
+    assert path.read_text("utf-8") == "ours" and not temporary.exists()
+    assert (tmp_path / "as they wrote it").read_text("utf-8") == "theirs"
 
 
 def test_a_write_follows_no_link_and_its_error_is_told(tmp_path: Path) -> None:
