@@ -111,7 +111,7 @@ def _locked(path: Path) -> Iterator[TextIO]:
     while True:
         # Appending opens without truncating, since another process or thread may be at its text.
         with open(path, "a", encoding="utf-8", newline="\n", opener=_no_link) as file:
-            with contextlib.suppress(OSError):  # Without locks, a file system keeps no two apart.
+            with contextlib.suppress(OSError):  # Not every file system has locks to keep writers apart.
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock has renamed or removed the file: its name is free for another one.
             try:

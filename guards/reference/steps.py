@@ -134,7 +134,8 @@ class Steps:
 def moment_tolerance(known: Tensor | None, gradient: Tensor, expected: Tensor, key: str) -> float:
     """Return by how much rounding may change a moment, relative to its largest number.
 
-    A few roundings of its two terms, which may cancel, and the numbers next to zero that fp32 has.
+    Its two terms may cancel, so that their rounding counts and not that of their sum. Next to zero fp32 has
+    only multiples of its least number.
     """
     largest = float(expected.abs().amax()) if expected.numel() else 0.0
     if not largest:
