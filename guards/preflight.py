@@ -22,6 +22,7 @@ from guards.generation import generation
 from guards.labels import labels
 from guards.order import order
 from guards.probe import probe
+from guards.reference import reference
 from guards.same_path import same_path
 from guards.settings import settings
 from guards.sizes import sizes
@@ -40,6 +41,7 @@ GUARDS: dict[str, Guard] = {
     "settings": settings,
     "same path": same_path,
     "generation": generation,
+    "reference": reference,
 }
 # Guards that need not go through every block of a large model.
 BY_BLOCKS = ("probe", "settings", "same path", "generation")

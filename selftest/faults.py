@@ -48,6 +48,15 @@ def swapped_axes() -> contextlib.AbstractContextManager:
     return patch.object(Decoder, "hidden", wrong)
 
 
+def scores_divided_twice() -> contextlib.AbstractContextManager:
+    attend = architecture.ATTENTIONS["fast"]
+
+    def wrong(q: Tensor, *rest: Any) -> Tensor:
+        return attend(q / q.size(-1) ** 0.5, *rest)
+
+    return patch.dict(architecture.ATTENTIONS, fast=wrong)
+
+
 def attention_by(
     compute: Callable[[Tensor, Tensor, Tensor, Tensor, Dropout], Tensor],
 ) -> contextlib.AbstractContextManager:

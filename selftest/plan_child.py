@@ -19,8 +19,8 @@ from data.corpus import training_texts
 from data.run_documents import RunDocuments
 from dataset import Batch, prepare_data
 from guards.faults import FAULTS
-from guards.first_steps import FirstSteps
 from guards.preflight import preflight
+from guards.reference.live import DerivedSteps
 from guards.subject import GuardSubject
 from lora import add_adapter
 from modules.precision import (
@@ -74,7 +74,7 @@ def measure(request: dict[str, Any]) -> Cost:
         guard_bytes = peak(device)
         batch = make_batch(train.batch_size, request["rows"], model.config.vocab_size, device)
         reset_peak(device)
-        watch = FirstSteps(subject)
+        watch = DerivedSteps(subject)
         micro, update, started = [], [], time.perf_counter()
         for number in range(WARMUP + STEPS[1]):
             if number == WARMUP:

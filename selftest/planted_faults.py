@@ -67,6 +67,7 @@ from selftest.faults import (
     schedule_ignored,
     schedule_stopped,
     score_times,
+    scores_divided_twice,
     seed_forgotten,
     smoothing_in_the_score,
     smoothing_unread,
@@ -498,6 +499,7 @@ PLANTED_FAULTS = [
     PlantedFault(
         "M8 base", "a base whose ids mean other tokens", "worse-than-unigram", embedding_shuffled, TUNED
     ),
+    PlantedFault("M15 scale", "scores were divided twice", "differs-from-reference", scores_divided_twice),
     PlantedFault("E5 echo", "the prompt stayed in the prediction", "prompt-in-prediction", prompt_kept),
     PlantedFault("E7 seed", "sampling without the seed", "sampling-not-repeatable", seed_forgotten),
     PlantedFault(

@@ -189,7 +189,7 @@ def test_killed_runs_resume_to_the_same_end_200_of_200(
 def signalled(config: Config, place: str, step: int, numbers: list[int], counts: Path) -> None:
     """The command, which receives `numbers` in a step, in a validation or inside the save of one."""
     updates, saves, sent = 0, 0, [0, 0]
-    factor, save = loop.learning_rate_factor, loop.save_checkpoint
+    factor, save, fit = loop.learning_rate_factor, loop.save_checkpoint, loop.TrainingManager.fit
 
     def receive(here: str) -> None:
         nonlocal sent
@@ -216,7 +216,11 @@ def signalled(config: Config, place: str, step: int, numbers: list[int], counts:
 
         return call
 
-    loop.learning_rate_factor = in_a_step
+    def fitting(*arguments: Any, **options: Any) -> None:
+        loop.learning_rate_factor = in_a_step  # A guard has rehearsed updates by now.
+        fit(*arguments, **options)
+
+    loop.TrainingManager.fit = fitting
     loop.save_checkpoint = saving
     loop.score = hooked(loop.score, "validation")
     tensorfiles.save_file = hooked(save_file, "save")

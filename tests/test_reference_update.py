@@ -18,7 +18,6 @@ import architecture
 from guards import preflight
 from guards.reference import updates
 from guards.reference.comparison import Comparison, Differs
-from guards.reference.live import DerivedSteps
 from guards.reference.rehearsal import put_back, with_exercised_weights
 from guards.reference.steps import moment_tolerance
 from guards.subject import GuardSubject
@@ -27,7 +26,6 @@ from selftest.data import write_data
 from selftest.planted_faults import TUNED, merged
 from selftest.run import begun, outcome, small_config
 from training import beforehand, begin, loop, loss, optim
-from training.loop import TrainingManager
 
 Settings = dict[str, dict[str, Any]]
 FP32: Settings = {"train": {"precision": "fp32"}}
@@ -326,25 +324,6 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 }
 
 
-def consult_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the loop consult the reference after updates, validations and saves, as no run does yet."""
-    watching: list[DerivedSteps] = []
-
-    def derived(*arguments: Any) -> DerivedSteps:
-        watching.append(DerivedSteps(*arguments))
-        return watching[-1]
-
-    validate_and_save = TrainingManager.validate_and_save
-
-    def compared(manager: TrainingManager, log: Any) -> dict[str, float]:
-        values = validate_and_save(manager, log)
-        watching[-1].after_save(values, is_last=manager.progress() >= 1)
-        return values
-
-    monkeypatch.setattr(loop, "FirstSteps", derived)
-    monkeypatch.setattr(TrainingManager, "validate_and_save", compared)
-
-
 @pytest.mark.parametrize("name", LIVE)
 def test_a_fault_of_a_run_that_trains_is_named(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -352,7 +331,6 @@ def test_a_fault_of_a_run_that_trains_is_named(
     plant, stage = LIVE[name]
     config = small_config(folder, VALIDATED)
     monkeypatch.setattr(preflight, "GUARDS", {})
-    consult_live(monkeypatch)
     assert outcome(config) == ""
     plant(monkeypatch)
     assert re.search(f"differs-from-reference: .*{stage}", outcome(small_config(folder, VALIDATED)))

@@ -24,8 +24,8 @@ from architecture import Decoder
 from config import Config
 from data.curriculum import difficulties
 from dataset import IGNORE_INDEX, Batch, Batches, PreparedData, validation_batches
-from guards.first_steps import FirstSteps
 from guards.preflight import record_overrides
+from guards.reference.live import DerivedSteps
 from guards.subject import GuardSubject
 from modules.precision import Precision, evaluation_precision, release_freed_memory
 from modules.tensorfiles import save_tensors
@@ -189,7 +189,7 @@ class TrainingManager:
         if train.compile:  # After the guards, for whose many shapes it would compile again and again.
             compile_blocks(self.model)
         losses: list[float] = []  # The training loss of each step of this stretch, in nats a token.
-        first_steps = FirstSteps(subject, train.allow, self.state.step, self.progress())
+        first_steps = DerivedSteps(subject, train.allow, self.state.step, self.progress())
         self.refuse_difference()  # Once more: since the checkpoint was restored nothing may have changed.
         with (
             Log(self.folder, self.state.step, self.config) as log,
@@ -210,7 +210,7 @@ class TrainingManager:
                     log.write(step, values | {"train/tokens_per_second": rate})
                 due = bool(train.validate_every) and step % train.validate_every == 0
                 if due or (train.save_every and step % train.save_every == 0):
-                    values |= self.validate_and_save(log)
+                    values |= self.validate_save_and_compare(log, first_steps)
                 # A proof of resume trains all its steps, however soon the model knows its files.
                 if train.overfit and not train.prove_resume and due and self.knows_by_heart(self.validate()):
                     break
@@ -223,7 +223,7 @@ class TrainingManager:
             if self.saved_step != self.state.step and self.stop_signal is not None and self.progress() < 1:
                 self.save(None)  # Without a validation, which a run that is not stopped would not have here.
             elif self.saved_step != self.state.step:
-                self.validate_and_save(log)
+                self.validate_save_and_compare(log, first_steps)
         self.failed_loggers = log.failed_loggers()
         ended = self.resumed_from is None and self.progress() >= 1
         if warn and ended and (warning := still_falling(losses)):
@@ -348,6 +348,13 @@ class TrainingManager:
         """Return whether all is predicted but the first token of each file: nothing tells those apart."""
         may_miss = 0 if self.data.train.holds_examples else self.data.train.n_documents - 1
         return round((1 - scores.top1) * scores.tokens) <= may_miss
+
+    def validate_save_and_compare(self, log: Log, first_steps: DerivedSteps) -> dict[str, float]:
+        """Validate and save, and let the guard derive both again; return what is logged."""
+        values = self.validate_and_save(log)
+        if first_steps.after_save(values, is_last=self.progress() >= 1):
+            record_overrides(self.folder, first_steps.passed)
+        return values
 
     def validate_and_save(self, log: Log) -> dict[str, float]:
         """Validate, count patience, log and save, and only then print; return what is logged."""
