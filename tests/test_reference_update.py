@@ -334,3 +334,11 @@ def test_a_fault_of_a_run_that_trains_is_named(
     assert outcome(config) == ""
     plant(monkeypatch)
     assert re.search(f"differs-from-reference: .*{stage}", outcome(small_config(folder, VALIDATED)))
+
+
+def test_a_start_that_the_folder_of_a_base_does_not_name_has_no_bytes(tmp_path: Path) -> None:
+    """Without tokenizer_config.json a document's start decodes to its characters; it was refused."""
+    write_data(tmp_path)
+    base = small_config(tmp_path, TUNED).train.base
+    (Path(base) / "tokenizer_config.json").unlink()
+    assert outcome(small_config(tmp_path, merged(TUNED, VALIDATED))) == ""
