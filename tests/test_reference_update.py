@@ -340,5 +340,6 @@ def test_a_start_that_the_folder_of_a_base_does_not_name_has_no_bytes(tmp_path: 
     """Without tokenizer_config.json a document's start decodes to its characters; it was refused."""
     write_data(tmp_path)
     base = small_config(tmp_path, TUNED).train.base
+    assert base is not None
     (Path(base) / "tokenizer_config.json").unlink()
     assert outcome(small_config(tmp_path, merged(TUNED, VALIDATED))) == ""
