@@ -187,14 +187,16 @@ def generated(allow: bool) -> None:
 
 def exported(allow: bool) -> None:
     """Train an adapter of every kind of layer, export it, merged and apart, and open both again."""
+    from guards.faults import FAULTS
     from training.export import export
     from training.export_config import ExportConfig
 
     base = ASSETS / "codegen"
     lora = {"r": 4, "targets": ("qkv_proj", "wte"), "dora": True, "bias": "lora_only"}
     train(TUNED | {"": {"base": str(base)}, "lora": lora}, allow)
-    print(export(ExportConfig("adapter", "run")))
-    print(export(ExportConfig("merged", "run", merge=True)))
+    allowed = tuple(FAULTS) if allow else ()
+    print(export(ExportConfig("adapter", "run", allow=allowed)))
+    print(export(ExportConfig("merged", "run", merge=True, allow=allowed)))
     complete(str(base), {}, "adapter")
     complete("merged", {})
 

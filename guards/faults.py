@@ -236,12 +236,13 @@ class Fault(ValueError):
         name: The name, which `--allow` takes.
         evidence: What was found, with its numbers.
         remedy: What to do.
+        act: What `--allow` lets go on.
     """
 
-    def __init__(self, name: str, evidence: str, remedy: str):
+    def __init__(self, name: str, evidence: str, remedy: str, act: str = "train"):
         assert name in FAULTS, name
         self.name, self.evidence, self.remedy = name, evidence, remedy
-        super().__init__(f"{name}: {evidence}; {remedy}. To train all the same: --allow {name}")
+        super().__init__(f"{name}: {evidence}; {remedy}. To {act} all the same: --allow {name}")
 
 
 def refuse_unknown_faults(names: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def save_pretrained(
     folder: str | Path,
     family: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    complete: Callable[[Path], object] | None = None,
 ) -> Family:
     """Write config.json, weights and tokenizer, and return the family they are written in.
 
@@ -54,6 +56,7 @@ def save_pretrained(
         folder: A new or empty one.
         family: A `model_type`; None takes the first that can express the model.
         max_shard_bytes: A tensor that would pass it starts a new file.
+        complete: Called with the folder before it gets its name; an error that it raises leaves nothing.
 
     Raises:
         ValueError: No family has the model's parts, named in the sentence, AutoTokenizer would give other
@@ -81,6 +84,8 @@ def save_pretrained(
             save_tokenizer(tokenizer, temporary)
         write_atomically(temporary / GENERATION, _json(ids))
         _save_weights(_tensors(model, chosen), temporary, max_shard_bytes)
+        if complete is not None:
+            complete(temporary)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)

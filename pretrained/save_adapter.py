@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def save_adapter(
     base: str | None,
     revision: str | None = None,
     name: str = "default",
+    complete: Callable[[Path], object] | None = None,
 ) -> None:
     """Write one adapter of the model; the folder appears whole.
 
@@ -57,6 +58,8 @@ def save_adapter(
         base: Folder or hub id that the adapter belongs to.
         revision: Its commit, where it has one.
         name: The adapter's name.
+        complete: Called with the folder before it gets its name, to write more into it or to refuse it: an
+            error that it raises leaves nothing.
 
     Raises:
         ValueError: There is no such adapter, or the folder is not empty.
@@ -77,6 +80,8 @@ def save_adapter(
     try:
         save_tensors({key: tensor.float().clone() for key, tensor in tensors.items()}, temporary / WEIGHTS)
         write_atomically(temporary / ADAPTER_CONFIG, _json(values))
+        if complete is not None:
+            complete(temporary)
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)

@@ -348,6 +348,7 @@ def build(recipe: RequestedRecipe, tokenizer: Any) -> None:
 
 def export_run(out: Path, config: Config) -> list[str]:
     """Write adapter and merged model of the best checkpoint; return notes on what could not be written."""
+    from guards.faults import Fault
     from training.checkpoint import checkpoints
     from training.export import export
     from training.export_config import ExportConfig
@@ -365,8 +366,13 @@ def export_run(out: Path, config: Config) -> list[str]:
     notes = []
     for name in names:
         shutil.rmtree(out / name, ignore_errors=True)  # an export of an earlier checkpoint
+        settings = ExportConfig(
+            str(out / name), config.train.run, merge=name == "merged", allow=config.train.allow
+        )
         try:
-            print(export(ExportConfig(str(out / name), config.train.run, merge=name == "merged")), flush=True)
+            print(export(settings), flush=True)
+        except Fault:
+            raise
         except ValueError as error:
             notes.append(f"not written: {name}: {error}")
     mark(out, "export", {"from": made_from, "notes": notes})

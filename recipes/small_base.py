@@ -21,6 +21,7 @@ from config import (
 )
 from data.cache import refuse_changed, seal_folder
 from dataset import prepare_tokenizer
+from guards.reference.exported import refuse_other_model
 from pretrained import FAMILIES, save_pretrained
 from pretrained.family import to_model
 from pretrained.save import refuse_full
@@ -105,7 +106,14 @@ def make_base(settings: BaseConfig) -> Path:
     # A base without checksums counts as one of an older Plumb, so it gets its name when it has them.
     unsealed = folder.with_name(f".{folder.name}.unsealed")
     shutil.rmtree(unsealed, ignore_errors=True)
-    save_pretrained(trained.model, trained.tokenizer, unsealed, settings.family)
+    model, tokenizer = trained.model, trained.tokenizer
+    save_pretrained(
+        model,
+        tokenizer,
+        unsealed,
+        settings.family,
+        complete=lambda hidden: refuse_other_model(hidden, model, ()),
+    )
     seal_folder(unsealed)
     if folder.exists():
         folder.rmdir()

@@ -18,11 +18,17 @@ from test_finetune import base, config, logits, other
 
 from adapters.layers import LowRank
 from config import Config, one_sentence
+from export import main
+from guards.faults import Fault
+from guards.preflight import overrides
 from lora import adapters_disabled
-from pretrained import load_pretrained
+from pretrained import load_pretrained, save_adapter
 from training.begin import train
+from training.ended import finish_ended
 from training.export import export
 from training.export_config import ExportConfig
+from training.outputs import outputs_made
+from training.report import report
 from training.run import load_run, open_adapted
 
 __all__ = ["base", "config"]  # fixtures
@@ -186,3 +192,49 @@ def test_a_merge_that_forgets_some_modules_is_refused(
     with pytest.raises(ValueError, match="merged-differs"):
         export(ExportConfig(str(tmp_path / "merged"), str(run), merge=True))
     assert not (tmp_path / "merged").exists()
+
+
+def other_alpha(patch: pytest.MonkeyPatch) -> None:
+    """Let exporters write another alpha than the run's."""
+    right = save_adapter._written
+
+    def wrong(*args: Any) -> Any:
+        values, tensors = right(*args)
+        return values | {"lora_alpha": 1}, tensors
+
+    patch.setattr(save_adapter, "_written", wrong)
+
+
+def test_an_adapter_that_is_written_wrong_is_refused_by_the_command_unless_allowed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_alpha(monkeypatch)
+    words = ["--run", str(run), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: differs-from-reference: exported adapter, ") and "8 times the ref" in said
+    assert said.endswith("To export all the same: --allow differs-from-reference\n")
+    assert not (tmp_path / "out").exists()
+    main([*words, "--allow", "differs-from-reference"])
+    assert capsys.readouterr().err.startswith("ALLOWED differs-from-reference: exported adapter, ")
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    with pytest.raises(SystemExit):
+        main([*words[:2], "--out", str(tmp_path / "other"), "--allow", "difers-from-reference"])
+    assert "did you mean differs-from-reference?" in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_whose_adapter_is_written_wrong_makes_the_rest_and_then_says_so(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_alpha(monkeypatch)
+    manager = train(other(config, max_steps=3))
+    with pytest.raises(Fault, match=r"exported adapter.*To export all the same"):
+        report(manager)
+    folder = manager.folder
+    assert not (folder / "adapter").exists() and (folder / "eval.json").is_file()
+    assert outputs_made(folder, 3) == {"scores", "samples", "pictures"}
+    allowed = (*config.train.allow, "differs-from-reference")
+    assert finish_ended(other(manager.config, resume=True, allow=allowed))
+    assert (folder / "adapter").is_dir() and "differs-from-reference" in overrides(folder)

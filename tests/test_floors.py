@@ -26,8 +26,8 @@ FLOORS = (
     "training",
     "generation",
     "guards suites",
-    "training.api training.beforehand training.begin training.command training.ended training.loop "
-    "training.overfit training.plan training.prepare training.report",
+    "training.api training.beforehand training.begin training.command training.ended training.export "
+    "training.loop training.overfit training.plan training.prepare training.report",
     "selftest sweeps recipes",
     "trainingmanager eval hyperparam_tune generate export functional preflight verbs",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from bare_subjects import bare_subject, decoder
 from decoders import scramble
+from pretrained_folders import change_json
 from test_reference_forward import SHAPES
 
 from adapters.layers import LowRank
@@ -97,6 +99,18 @@ def test_a_layer_that_was_not_loaded_or_not_where_it_belongs_is_named(base: Path
         attention.q.weight.copy_(attention.q.weight.T.clone())
     with pytest.raises(Differs, match="the matrix transposed"):
         weights.compare(subject, Comparison())
+
+
+def test_a_base_of_a_family_that_the_reference_does_not_know_is_said(base: Path, tmp_path: Path) -> None:
+    subject = loaded(base, "fp32", {"r": 4, "rank_pattern": {"q_proj": 2}})
+    subject.base_folder = shutil.copytree(base, tmp_path / "camel")
+    change_json(subject.base_folder / "config.json", model_type="camel")
+    comparison = Comparison()
+    weights.compare(subject, comparison)
+    forward.compare(subject, comparison)
+    assert comparison.left_out == [
+        "the base was not compared with the reference: reference/published.py does not know the family camel"
+    ]
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])

@@ -113,7 +113,7 @@ def _make_missing(folder: Path, config: Config, missing: Sequence[str]) -> None:
         raise Lost(str(error)) from None
     note_base(folder, config.train.base)
     if "adapter" in missing:
-        make_adapter(folder, run)
+        make_adapter(folder, run, config.train.allow)
     if {"scores", "samples"} & {*missing}:
         device = choose_device(config.train.device)
         precision = choose_precision(device, precision_of_scores(config.train))

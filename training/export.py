@@ -26,6 +26,8 @@ from torch import Tensor
 
 from architecture import Decoder
 from config import refuse_unwritable
+from guards.faults import refuse_unknown_faults
+from guards.reference.exported import refuse_other_adapter, refuse_other_model
 from lora import adapters_disabled, wrappers
 from modules.quantized_linear import Linear4bit, dequantize_linears
 from pretrained import save_pretrained
@@ -43,10 +45,14 @@ DEFAULT_TEXT = str(Path(os.__file__).with_name("argparse.py"))
 def export(settings: ExportConfig) -> str:
     """Write the folder; return what was done, in a sentence or two.
 
+    What was written is opened again by the reference, and gets its name only if it gives the model's logits.
+
     Raises:
+        Fault: It does not, and the difference is not allowed.
         ValueError: The run, base or adapter cannot be opened or do not belong together, no family has the
             model's parts, the merge is not what was trained, or the folder is not empty.
     """
+    refuse_unknown_faults(settings.allow)
     refuse_full(Path(settings.out))
     refuse_unwritable(settings.out, "--out")
     if settings.merge:
@@ -65,7 +71,7 @@ def export(settings: ExportConfig) -> str:
             raise ValueError(f"{settings.base} has no tokenizer, which judging the merge takes")
         report = merged(model, tokenizer, settings)
     elif run is not None and family is not None:
-        export_adapter(run, settings.out)
+        export_adapter(run, settings.out, lambda folder: refuse_other_adapter(folder, run, settings.allow))
         stored_as = run.config.train.base_format
         note = (
             ""
@@ -75,7 +81,13 @@ def export(settings: ExportConfig) -> str:
         return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}{note}"
     else:
         report = ""
-    written = save_pretrained(model, tokenizer, settings.out, None if family is None else family.model_type)
+    written = save_pretrained(
+        model,
+        tokenizer,
+        settings.out,
+        None if family is None else family.model_type,
+        complete=lambda folder: refuse_other_model(folder, model, settings.allow),
+    )
     return f"{report}{written.model_type} model in {settings.out}"
 
 

@@ -22,6 +22,7 @@ class ExportConfig:
         requantise: Round the merged matrices of a base in nf4 to nf4 again, and write all in bf16.
         tolerance: The largest logit gap that a merge may have.
         text: A file of real text that judges a merge; by default a file of the interpreter's own library.
+        allow: Names of faults that may pass.
     """
 
     out: str
@@ -34,3 +35,4 @@ class ExportConfig:
     requantise: bool = False
     tolerance: float = 1e-3
     text: str | None = None
+    allow: tuple[str, ...] = ()

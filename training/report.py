@@ -13,6 +13,9 @@ import torch
 from config import Config, TrainConfig, write_atomically
 from config.console import command_of, for_shell, printable
 from dataset import PreparedData
+from guards.faults import Fault
+from guards.preflight import record_overrides
+from guards.reference.exported import refuse_other_adapter
 from modules.precision import Precision
 from suites.closing import closing_lines, flags_of, shown_examples
 from suites.evaluate import evaluate, table, write_results
@@ -46,8 +49,12 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
     """
     folder = manager.folder
     run = load_run(folder)
+    wrong_adapter: Fault | None = None
     if run.family is not None and "adapter" in missing:
-        make_adapter(folder, run)
+        try:
+            make_adapter(folder, run, manager.config.train.allow)
+        except Fault as fault:  # Scores and samples are made all the same: they are the checkpoint's.
+            wrong_adapter = fault
     if "scores" in missing:
         settings = final_settings(folder, manager.config, manager.device)
         scores = evaluate(settings, manager.data)
@@ -66,7 +73,7 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
         print(f"\n{shown}")
     pictures = make_pictures(folder) if "pictures" in missing else sorted((folder / "curves").glob("*.png"))
     print(f"checkpoints  {folder / 'checkpoints'}")
-    if run.family is not None:
+    if run.family is not None and wrong_adapter is None:
         print(f"adapter      {folder / 'adapter'}")
     for place in places(manager.config.train.log, folder):
         print(place)
@@ -74,6 +81,8 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
     print(f"every line   {folder / 'eval.html'}")
     print(f"score again  {command_of('eval.py')} --run {for_shell(str(folder))}")
     print("\n".join(closing_lines(folder, manager.config.lora.r > 0, printable(flags))))
+    if wrong_adapter is not None:
+        raise wrong_adapter
 
 
 def samples_of(
@@ -107,10 +116,18 @@ def samples_of(
     return shown, flags_of([{"prompt": s.prompt.split("\n")[0].lstrip()} for s in samples])
 
 
-def make_adapter(folder: Path, run: TrainedRun) -> None:
-    """Write the adapter of a run's best checkpoint, in the place of one of an earlier end of the same run."""
+def make_adapter(folder: Path, run: TrainedRun, allowed: Collection[str]) -> None:
+    """Write the adapter of a run's best checkpoint, in the place of one of an earlier end of the same run.
+
+    Raises:
+        Fault: What was written is not the run's adapter; then there is none.
+    """
     shutil.rmtree(folder / "adapter", ignore_errors=True)
-    export_adapter(run, folder / "adapter")
+    passed: list[Fault] = []
+    export_adapter(
+        run, folder / "adapter", lambda hidden: passed.extend(refuse_other_adapter(hidden, run, allowed))
+    )
+    record_overrides(folder, passed)
     note_made(folder, "adapter")
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -276,6 +276,7 @@ class TrainedRun:
     folder: Path
     family: Family | None  # The family of the base that its adapters need; None without adapters.
     weights: str  # SHA-256 of the checkpoint's manifest, which has those of its files, and of the base's.
+    base_folder: Path | None  # The files of that base, on this machine.
 
 
 def run_folder(path: str | Path) -> tuple[Path, str | None]:
@@ -350,7 +351,9 @@ def load_run(
     family = None if opened is None else opened.family
     known = (manifest.folder / "manifest.json").read_bytes() + fingerprints.get("base", "").encode()
     weights = hashlib.sha256(known).hexdigest()
-    return TrainedRun(model.eval(), tokenizer, config, manifest.step, fingerprints, folder, family, weights)
+    place = None if opened is None else opened.stored.folder
+    model = model.eval()
+    return TrainedRun(model, tokenizer, config, manifest.step, fingerprints, folder, family, weights, place)
 
 
 # --- adapters outside of their run ----------------------------------------------------------------
@@ -358,18 +361,27 @@ def load_run(
 BASE_FILE = "base.json"  # Beside PEFT's two files, with what PEFT does not record of the base.
 
 
-def export_adapter(run: TrainedRun, folder: str | Path) -> None:
+def export_adapter(
+    run: TrainedRun, folder: str | Path, complete: Callable[[Path], object] = lambda folder: None
+) -> None:
     """Write the run's adapter as a folder that PEFT opens; ValueError if the run has none.
 
     The tokenizer lies beside it: it has the new tokens, and puts before a prompt what was trained there.
+
+    Args:
+        complete: Called with the folder before it gets its name; an error that it raises leaves nothing.
     """
     train = run.config.train
     if run.family is None:
         raise ValueError(f"{run.folder} has no adapter to write; its model is exported whole")
-    save_adapter(run.model, run.family, folder, train.base, train.base_revision)
-    known = {"fingerprint": run.fingerprints["base"], "base_format": train.base_format}
-    write_atomically(Path(folder) / BASE_FILE, json.dumps(known, indent=1))
-    save_tokenizer(run.tokenizer, Path(folder))
+
+    def write_more(folder: Path) -> None:
+        known = {"fingerprint": run.fingerprints["base"], "base_format": train.base_format}
+        write_atomically(folder / BASE_FILE, json.dumps(known, indent=1))
+        save_tokenizer(run.tokenizer, folder)
+        complete(folder)
+
+    save_adapter(run.model, run.family, folder, train.base, train.base_revision, complete=write_more)
 
 
 def open_adapted(

@@ -14,11 +14,11 @@ from adapters.layers import FullCopy, LowRank, TrainableRows
 from architecture import Decoder
 from config import LoraConfig, ModelConfig
 from guards.subject import GuardSubject
-from lora import Adapted
+from lora import Adapted, adapters_of
 from modules.quantized_linear import Linear4bit, StoredLinear
 from reference.adapters import effective, scale, with_rows
-from reference.formats import nf4_decoded
-from reference.published import published_name
+from reference.formats import BLOCK, NESTED_BLOCK, nf4_decoded
+from reference.published import PUBLISHED, published_name
 
 ADAPTER = "default"  # The name of the adapter that a run trains.
 TABLES = ("embed", "position")
@@ -66,25 +66,22 @@ class RunWeights(Mapping[str, Tensor]):
             n, ids = len(weight), layer.ids.cpu()
             return with_rows(weight, ids[ids < n], _plain(layer.rows)[ids < n])
         if isinstance(layer, LowRank):
-            return self._changed(weight, layer, path, slice(None) if is_table else rows)
+            return self._changed(weight, layer, path, rows)
         return weight
 
     def _changed(self, weight: Tensor, layer: LowRank, path: str, rows: slice) -> Tensor:
-        """Return the weight with a low-rank term, whose scale is that of the settings."""
-        start = None
+        """Return rows of a weight with a low-rank term, whose scale is that of the settings.
+
+        The lengths of DoRA on a table are over its rows, of which all must be given.
+        """
+        start, s = None, scale(self.lora, self.published(path))
+        magnitude = None if layer.magnitude is None else _plain(layer.magnitude)
+        if path in TABLES:  # It has no PiSSA start.
+            return effective(weight.T, _plain(layer.a)[:, rows], _plain(layer.b), s, start, magnitude).T
         if layer.start_a is not None and layer.start_b is not None:
             start = (_plain(layer.start_a), _plain(layer.start_b)[rows])
-        magnitude = None if layer.magnitude is None else _plain(layer.magnitude)[rows]
-        transposed = path in TABLES
-        changed = effective(
-            weight.T if transposed else weight,
-            _plain(layer.a),
-            _plain(layer.b)[rows],
-            scale(self.lora, self.published(path)),
-            start,
-            magnitude,
-        )
-        return changed.T if transposed else changed
+        magnitude = None if magnitude is None else magnitude[rows]
+        return effective(weight, _plain(layer.a), _plain(layer.b)[rows], s, start, magnitude)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in set(self)
@@ -110,8 +107,13 @@ def decoded(base: nn.Module, rows: slice = slice(None)) -> Tensor:
     if isinstance(base, Linear4bit):
         stored: tuple[Tensor, ...] = base.stored
         packed, absmax, nested, offset = stored
-        shape = (base.out_features, base.in_features)
-        return nf4_decoded(packed, absmax, nested, offset, shape)[rows].cpu()
+        start, stop, _ = rows.indices(base.out_features)
+        first, last = start * base.in_features, stop * base.in_features
+        whole = first // (BLOCK * NESTED_BLOCK) * (BLOCK * NESTED_BLOCK)  # Nested blocks are decoded whole.
+        codes = packed.flatten()[whole // 2 : -(last // -2)]
+        scales, nested = absmax[whole // BLOCK : -(last // -BLOCK)], nested[whole // BLOCK // NESTED_BLOCK :]
+        values = nf4_decoded(codes, scales, nested, offset, (last - whole,))[first - whole :]
+        return values.view(stop - start, base.in_features).cpu()
     if isinstance(base, StoredLinear):
         return _plain(base.stored_weight[rows])
     return _plain(base.get_parameter("weight")[rows])
@@ -137,7 +139,8 @@ def run_weights(subject: GuardSubject) -> RunWeights:
     published: Callable[[str], str] = str
     if folder is not None and (lora.rank_pattern or lora.alpha_pattern):
         family = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
-        published = partial(published_name, family)
+        names = adapters_of(subject.model)[ADAPTER].published  # The run's own, of a family that is not known.
+        published = partial(published_name, family) if family in PUBLISHED else names.__getitem__
     return RunWeights(subject.model, subject.config.model, lora, published)
 
 

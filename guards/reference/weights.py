@@ -17,7 +17,7 @@ from guards.subject import GuardSubject
 from modules.quantized_linear import Linear4bit, StoredLinear
 from reference import adapters
 from reference.formats import BLOCK, NESTED_BLOCK, nf4_decoded, nf4_rounding
-from reference.published import PublishedWeights, published_name
+from reference.published import PUBLISHED, PublishedWeights, published_name
 from reference.weights import Start, shapes, start_of, unlike
 
 WHOLE = 2**20  # Numbers: of a larger tensor some rows are compared.
@@ -48,10 +48,14 @@ def _base(subject: GuardSubject, comparison: Comparison) -> PublishedWeights | N
     if subject.base_folder is None:
         return None
     try:
-        return PublishedWeights(subject.base_folder)
+        base = PublishedWeights(subject.base_folder)
     except FileNotFoundError:
-        comparison.leave_out("the base's weights", "its files are not safetensors")
+        comparison.leave_out("the base", "its files are not safetensors")
         return None
+    if base.family not in PUBLISHED:
+        comparison.leave_out("the base", f"reference/published.py does not know the family {base.family}")
+        return None
+    return base
 
 
 # --- names and memory ---------------------------------------------------------------------------------
@@ -64,7 +68,7 @@ def _own(subject: GuardSubject, name: str) -> tuple[nn.Module, nn.Module | None,
     return base, layer, kind
 
 
-def _shape(base: nn.Module, kind: str) -> tuple[int, ...] | None:
+def shape_of(base: nn.Module, kind: str) -> tuple[int, ...] | None:
     """Return the shape of a parameter, also where it is stored in fewer bits."""
     if kind == "weight" and isinstance(base, Linear4bit | StoredLinear):
         return base.out_features, base.in_features
@@ -81,7 +85,7 @@ def _names(subject: GuardSubject, comparison: Comparison) -> None:
         if is_inner or not path:
             continue
         for kind in ("weight", "bias"):
-            shape = _shape(adapter_of(module)[0], kind)
+            shape = shape_of(adapter_of(module)[0], kind)
             if shape is not None:
                 found[f"{path}.{kind}"] = shape
     if subject.config.model.tie_embeddings:
@@ -150,14 +154,10 @@ def _loaded(subject: GuardSubject, comparison: Comparison, base: PublishedWeight
             _loaded_nf4(comparison, base, name, module)
             continue
         n = stored[0]
-        for start, stop in _pieces(stored):
+        for start, stop in pieces(stored):
             expected = base.rows(name, start, stop)
             found = _rows(module, kind, start, stop)
-            if kind == "weight" and isinstance(module, StoredLinear) and expected.dtype == torch.float16:
-                rounded = expected  # It has 16 bits already, which bf16 would round.
-            else:
-                rounded = expected.to(_format(subject))
-            expected = rounded.to(found.dtype).double()
+            expected = as_stored(expected, module, _format(subject)).to(found.dtype).double()
             explanations = {}
             if shape[0] == shape[-1]:
                 explanations["the matrix transposed"] = lambda name=name, n=n, piece=slice(start, stop): (
@@ -166,6 +166,13 @@ def _loaded(subject: GuardSubject, comparison: Comparison, base: PublishedWeight
             comparison.close(f"{name} of the base", found, expected, 0.0, LOADED, explanations)
         if shape[0] > n:
             _new_rows(subject, comparison, base, name, n)
+
+
+def as_stored(values: Tensor, module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return published numbers as a module has them, whose base is stored in a number format."""
+    if isinstance(module, StoredLinear) and values.dtype == torch.float16 and values.dim() > 1:
+        return values  # It has 16 bits already, which bf16 would round.
+    return values.to(dtype)
 
 
 def _format(subject: GuardSubject) -> torch.dtype:
@@ -178,10 +185,14 @@ def _format(subject: GuardSubject) -> torch.dtype:
     return torch.bfloat16
 
 
-def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield the rows that are compared, from and up to: all, or some anywhere, and the last ones."""
+def pieces(shape: tuple[int, ...], most: int = WHOLE) -> Iterator[tuple[int, int]]:
+    """Yield the rows that are compared, from and up to: all, or some anywhere, and the last ones.
+
+    Args:
+        most: Numbers of a tensor that is compared whole.
+    """
     n, width = shape[0], shape[-1] if len(shape) > 1 else 1
-    if n * width <= WHOLE:
+    if n * width <= most:
         yield 0, n
         return
     # Of a nested block of NF4 each piece has all, so that it can be decoded by itself.
@@ -202,7 +213,7 @@ def _rows(module: nn.Module, kind: str, start: int, stop: int) -> Tensor:
 def _loaded_nf4(comparison: Comparison, base: PublishedWeights, name: str, module: Linear4bit) -> None:
     """Compare a matrix in 4 bits with the file's: each number is one of 16, times its block's scale."""
     packed, absmax, nested, offset = module.stored
-    for start, stop in _pieces(base.shape(name)):
+    for start, stop in pieces(base.shape(name)):
         file = base.rows(name, start, stop).double()
         first, last = start * module.in_features, stop * module.in_features
         scales = absmax[first // BLOCK : -(last // -BLOCK)]
@@ -343,6 +354,6 @@ def _resumed(subject: GuardSubject, comparison: Comparison) -> None:
         for name, parameter in found.items():
             comparison.exact(f"{name} is in the checkpoint", name in keys, True, remedy)
             stored = file.get_slice(name)
-            for start, stop in _pieces(tuple(parameter.shape)) if parameter.dim() else ():
+            for start, stop in pieces(tuple(parameter.shape)) if parameter.dim() else ():
                 stage = f"{name} of the checkpoint"
                 comparison.close(stage, parameter[start:stop], stored[start:stop], 0.0, remedy)

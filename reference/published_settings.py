@@ -1,0 +1,249 @@
+"""What the config.json of a published model means, in the settings of `ModelConfig`.
+
+Two vocabularies are in use: that of GPT-2 (GPTBigCode, CodeGen) and that of Llama (Llama, Qwen2, StarCoder2,
+Phi). A key that is not there has the default of transformers' configuration class of that `model_type`, which
+is where the defaults below are from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from config import ModelConfig
+from reference.positions import window_of
+
+Values = dict[str, Any]
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}  # fmt: skip
+_OF_GPT: Values = {"n_inner": None, "layer_norm_epsilon": 1e-5}
+_OF_LLAMA: Values = {
+    "num_key_value_heads": None,  # As many as query heads.
+    "head_dim": None,  # hidden_size / num_attention_heads.
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, Values] = {
+    "gpt_bigcode": _OF_GPT | {
+        "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+        "activation_function": "gelu_pytorch_tanh", "multi_query": True, "tie_word_embeddings": True,
+    },
+    "codegen": _OF_GPT | {
+        "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16,
+        "activation_function": "gelu_new", "rotary_dim": 64, "tie_word_embeddings": False,
+    },
+    "llama": _OF_LLAMA | {
+        "vocab_size": 32000, "max_position_embeddings": 2048, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "attention_bias": False, "mlp_bias": False,
+    },
+    "qwen2": _OF_LLAMA | {
+        "vocab_size": 151936, "max_position_embeddings": 32768, "hidden_size": 4096,
+        "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False,
+        "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+    },
+    "starcoder2": _OF_LLAMA | {
+        "vocab_size": 49152, "max_position_embeddings": 4096, "hidden_size": 3072, "intermediate_size": 12288,
+        "num_hidden_layers": 30, "num_attention_heads": 24, "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "use_bias": True, "sliding_window": None,
+        "tie_word_embeddings": True,
+    },
+    "phi": _OF_LLAMA | {
+        "vocab_size": 51200, "max_position_embeddings": 2048, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 24, "num_attention_heads": 32, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
+        "qk_layernorm": False, "partial_rotary_factor": 0.5,
+    },
+}  # fmt: skip
+
+
+def settings_of(folder: Path, older: bool = False) -> ModelConfig:
+    """Return the resolved settings of a published model.
+
+    Args:
+        older: Read rotary positions as transformers 4 does, which has other keys for them than 5.
+
+    Raises:
+        ValueError: It has an activation that the decoder does not have.
+    """
+    stored = json.loads((folder / "config.json").read_text("utf-8"))
+    family = stored["model_type"]
+    values = DEFAULTS[family] | stored
+    of_family = {"gpt_bigcode": _gpt_bigcode, "codegen": _codegen}.get(family)
+    if of_family is not None:
+        return ModelConfig(**of_gpt(values) | of_family(values))
+    of_family = {"llama": _llama, "qwen2": _qwen2, "starcoder2": _starcoder2, "phi": _phi}[family]
+    fields = of_llama(values) | of_family(values)
+    return ModelConfig(**fields | rotary(values, fields["head_dim"], older))
+
+
+def activation(values: Values, key: str) -> str:
+    """Return the `mlp` of an activation's name; ValueError for one that is not known."""
+    if values[key] not in ACTIVATIONS:
+        raise ValueError(f"{key} is {values[key]!r}, which the reference does not know")
+    return ACTIVATIONS[values[key]]
+
+
+# --- the words of GPT-2 -------------------------------------------------------------------------------
+
+
+def of_gpt(values: Values) -> Values:
+    """Return the fields that GPTBigCode and CodeGen have alike: LayerNorm, a fused projection, no gate."""
+    return {
+        "vocab_size": values["vocab_size"],
+        "block_size": values["n_positions"],
+        "n_layer": values["n_layer"],
+        "n_head": values["n_head"],
+        "n_embd": values["n_embd"],
+        "head_dim": values["n_embd"] // values["n_head"],
+        "n_inner": values["n_inner"] or 4 * values["n_embd"],
+        "norm": "layer",
+        "norm_eps": values["layer_norm_epsilon"],
+        "norm_weight": True,
+        "norm_bias": True,
+        "qk_norm": False,
+        "fused_qkv": True,
+        "mlp": activation(values, "activation_function"),
+        "mlp_bias": True,
+        "tie_embeddings": values["tie_word_embeddings"],
+    }
+
+
+def _gpt_bigcode(values: Values) -> Values:
+    """Return what GPTBigCode has (arXiv:2305.06161): one key and value for all heads, learned positions."""
+    return {
+        "n_kv_head": 1 if values["multi_query"] else values["n_head"],
+        "qkv_layout": "blocks" if values["multi_query"] else "heads",
+        "position": "learned",
+        "qkv_bias": True,
+        "attention_bias": True,
+    }
+
+
+def _codegen(values: Values) -> Values:
+    """Return what CodeGen has (arXiv:2203.13474): parallel blocks, and a head with a bias."""
+    return {
+        "n_kv_head": values["n_head"],
+        "block": "parallel",
+        "rotary_dim": values["rotary_dim"],
+        "rotary_layout": "interleaved",
+        "rope_theta": 10_000.0,
+        "qkv_layout": "shards",
+        "head_bias": True,
+    }
+
+
+# --- the words of Llama -------------------------------------------------------------------------------
+
+
+def of_llama(values: Values) -> Values:
+    """Return the fields that Llama and what is built like it have alike."""
+    heads = values["num_attention_heads"]
+    return {
+        "vocab_size": values["vocab_size"],
+        "block_size": values["max_position_embeddings"],
+        "n_layer": values["num_hidden_layers"],
+        "n_head": heads,
+        "n_kv_head": values["num_key_value_heads"] or heads,
+        "n_embd": values["hidden_size"],
+        "head_dim": values["head_dim"] or values["hidden_size"] // heads,
+        "n_inner": values["intermediate_size"],
+        "norm_weight": True,
+        "qk_norm": False,
+        "tie_embeddings": values["tie_word_embeddings"],
+    }
+
+
+def _llama(values: Values) -> Values:
+    """Return what Llama has (arXiv:2302.13971): RMSNorm and SwiGLU; its bias is one of all projections."""
+    bias = values["attention_bias"]
+    return _rms_and_gate(values) | {"qkv_bias": bias, "attention_bias": bias, "mlp_bias": values["mlp_bias"]}
+
+
+def _qwen2(values: Values) -> Values:
+    """Return what Qwen2 has (arXiv:2409.12186): a bias of queries, keys and values, windows by layer."""
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    types = values["layer_types"]
+    if types is None:
+        first = values["max_window_layers"] if window else values["num_hidden_layers"]
+        layers = tuple(range(first, values["num_hidden_layers"]))
+    else:
+        layers = tuple(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
+    windows = {"sliding_window": window or 0 if layers else 0, "window_layers": layers}
+    return _rms_and_gate(values) | windows | {"qkv_bias": True}
+
+
+def _rms_and_gate(values: Values) -> Values:
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act is {values['hidden_act']!r}, which the reference does not know")
+    return {"norm": "rms", "norm_eps": values["rms_norm_eps"], "mlp": "swiglu"}
+
+
+def _starcoder2(values: Values) -> Values:
+    """Return what StarCoder2 has (arXiv:2402.19173): LayerNorm, no gate, and one window in all layers."""
+    bias = values["use_bias"]
+    return {
+        "norm": "layer",
+        "norm_eps": values["norm_epsilon"],
+        "norm_bias": True,
+        "sliding_window": values["sliding_window"] or 0,
+        "mlp": activation(values, "hidden_act"),
+        **dict.fromkeys(("qkv_bias", "attention_bias", "mlp_bias"), bias),
+    }
+
+
+def _phi(values: Values) -> Values:
+    """Return what Phi has (arXiv:2306.11644): parallel blocks, and biases everywhere."""
+    return {
+        "block": "parallel",
+        "norm": "layer",
+        "norm_eps": values["layer_norm_eps"],
+        "norm_bias": True,
+        "qk_norm": values["qk_layernorm"],
+        "mlp": activation(values, "hidden_act"),
+        **dict.fromkeys(("qkv_bias", "attention_bias", "mlp_bias", "head_bias"), True),
+    }
+
+
+def rotary(values: Values, head_dim: int, older: bool) -> Values:
+    """Return the fields of rotary positions (arXiv:2104.09864).
+
+    transformers 5 has one object, `rope_parameters`, and prefers `rope_scaling`, if it is there. Version 4
+    has `rope_scaling`, and beside it `rope_theta` and `partial_rotary_factor`, which 5 falls back to.
+    """
+    rope = values.get("rope_scaling") or (not older and values.get("rope_parameters")) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta, share = values.get("rope_theta") or 10_000.0, values.get("partial_rotary_factor") or 1.0
+    if not older:
+        theta, share = rope.get("rope_theta", theta), rope.get("partial_rotary_factor", share)
+    fields: Values = {"rope_theta": theta, "rotary_dim": int(head_dim * share)}
+    if kind == "default":
+        return fields
+    context = values["max_position_embeddings"]
+    if kind == "llama3":
+        fields |= {"rope_low_freq": rope["low_freq_factor"], "rope_high_freq": rope["high_freq_factor"]}
+        own = rope.get("original_max_position_embeddings")
+        context = values.get("original_max_position_embeddings") or own or context
+    return fields | {"rope_scaling": kind, "rope_factor": rope["factor"], "rope_context": context}
+
+
+def behaviour(config: ModelConfig) -> Values:
+    """Return the fields of settings that bear on a model's logits, windows by layer, each in one spelling."""
+    unread = {"init", "attention", "base_width", "dropout", "embed_dropout", "attention_dropout"}
+    if config.position != "rotary":
+        unread |= {"rotary_dim", "rotary_layout", "rope_theta", "rope_scaling"}
+    if config.position != "rotary" or config.rope_scaling == "none":
+        unread |= {"rope_factor"}
+    if config.position != "rotary" or config.rope_scaling in ("none", "linear"):
+        unread |= {"rope_context"}
+    if config.position != "rotary" or config.rope_scaling != "llama3":
+        unread |= {"rope_low_freq", "rope_high_freq"}
+    if not config.fused_qkv:
+        unread |= {"qkv_layout"}
+    found = {key: value for key, value in vars(config).items() if key not in unread}
+    del found["sliding_window"], found["window_layers"]
+    return found | {"windows": [window_of(config, layer) for layer in range(config.n_layer)]}
