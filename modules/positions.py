@@ -132,6 +132,16 @@ class RotaryTables:
         return rotary_tables(positions, frequency)
 
 
+def longest_generated(config: ModelConfig, length: int) -> int:
+    """Return how many of `length` tokens a text may have that is generated, whose keys are rotated once.
+
+    Past its first context a dynamic scaling rotates them anew with each token.
+    """
+    if config.position == "rotary" and config.rope_scaling == "dynamic":
+        return min(length, config.rope_context)
+    return length
+
+
 def refuse_too_long(config: ModelConfig, length: int, cached: bool) -> None:
     """Refuse texts of `length` tokens that have no positions; `cached` if part of them was read before.
 

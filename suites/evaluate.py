@@ -42,6 +42,7 @@ from generation.settings import GenerationConfig
 from guards.preflight import overrides
 from lora import adapters_disabled
 from metrics.registry import Metric
+from modules.positions import longest_generated
 from modules.precision import Precision, choose_device, choose_precision
 from pretrained import load_pretrained
 from sandbox.problems import read_problems
@@ -369,7 +370,8 @@ def task_of(
     """
     length = 2**20
     if evaluated is not None:
-        length = evaluated.model.config.block_size if name in OF_FILES else evaluated.length
+        config = evaluated.model.config
+        length = longest_generated(config, config.block_size if name in OF_FILES else evaluated.length)
     given = Given(
         None if evaluated is None else evaluated.tokenizer,
         length,
@@ -436,9 +438,10 @@ def model_predictions(
     """Return the predictions of the model, or of its base, and the file that keeps them."""
     settings, evaluated, name = evaluation.settings, evaluation.evaluated, task.suite.name
     assert evaluated is not None
+    config = evaluated.model.config
     completion = CompletionSettings(
         task.max_new_tokens,
-        evaluated.model.config.block_size if name in OF_FILES else evaluated.length,
+        longest_generated(config, config.block_size if name in OF_FILES else evaluated.length),
         evaluated.precision,
         settings.batch_size,
         how,

@@ -11,6 +11,7 @@ import numpy as np
 
 from architecture import Decoder
 from data.tokenstore import TokenStore
+from modules.positions import longest_generated
 from modules.precision import Precision
 from suites.completing import CompletionSettings, complete
 from suites.lines import divided, fitting
@@ -130,6 +131,7 @@ def sample_completions(
         length: Most tokens of a prompt and its completion.
         store, n, seed: The arguments of `function_examples`.
     """
+    length = longest_generated(model.config, length)
     max_new_tokens, room = divided(length, 128)
     examples = function_examples(store, tokenizer, n, room, seed)
     settings = CompletionSettings(max_new_tokens, length, precision)
