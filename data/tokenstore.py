@@ -381,7 +381,7 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
                 f"{tokenizer.vocab_size}"
             )
         if cut >= 0:
-            _refuse_loss(tokenizer, ids.tolist(), prompt + text, name)
+            _refuse_loss(tokenizer, _without_start(tokenizer, ids.tolist()), prompt + text, name)
             encoded.append(Encoded(ids.astype(dtype), len(prompt_ids), suffix_place, cut, dropped))
             continue
         _refuse_loss(tokenizer, text_ids, text, name)
@@ -389,7 +389,8 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
             _refuse_loss(tokenizer, prompt_ids[gap_lead + 1 : suffix_place], prompt, f"the prefix of {name}")
             _refuse_loss(tokenizer, prompt_ids[suffix_place + 1 : -1], suffix, f"the suffix of {name}")
         elif prompt:
-            _refuse_loss(tokenizer, prompt_ids, prompt, f"the prompt of {name}")
+            own = _without_start(tokenizer, prompt_ids)
+            _refuse_loss(tokenizer, own, prompt, f"the prompt of {name}")
         if suffix is not None or prompt:
             # Generation decodes the two in one piece; CodeTokenizer implies a space between two words.
             shown = tokenizer.decode(prompt_ids)
@@ -415,7 +416,8 @@ def _as_one_text(
     requested = healed(tokenizer, prompt_ids)
     ids = tokenizer.prompt_ids(document.prompt + document.text)
     kept = len(requested.ids)
-    if ids[:kept] != requested.ids or tokenizer.decode(ids) != document.prompt + document.text:
+    text = tokenizer.decode(_without_start(tokenizer, ids))
+    if ids[:kept] != requested.ids or text != document.prompt + document.text:
         return None
     if not requested.dropped:
         return kept, ids[kept:], 0
@@ -423,6 +425,11 @@ def _as_one_text(
     if stays is None:  # The number of bytes that are targets is not known.
         return None
     return kept, ids[kept:], len(utf8(document.prompt)) - len(stays)
+
+
+def _without_start(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Return ids without the start; one that a base's folder names nowhere decodes to its own characters."""
+    return ids[1:] if ids and ids[0] == tokenizer.start_id else ids
 
 
 def _refuse_loss(tokenizer: Tokenizer, ids: list[int], text: str, name: str) -> None:
