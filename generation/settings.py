@@ -13,18 +13,22 @@ from config import option
 class GenerationConfig:
     """How tokens are chosen. The default is greedy.
 
+    The penalty comes first, then temperature, top-k, top-p and min-p, each on what the one before left.
+
     Args:
         max_new_tokens: Most tokens to generate, besides those in the place of a healed prompt's end.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
-        top_k: Sample only among the k most likely tokens; 0 means all.
-        top_p: Sample only from the nucleus that holds this much probability; 1 means all.
+        top_k: Sample only among the k most likely tokens, and those as likely as the last; 0 means all.
+        top_p: Sample only from the nucleus, the fewest likeliest tokens that together have at least this much
+            probability; 1 means all.
         min_p: Sample only tokens at least this fraction as likely as the most likely one; 0 means all.
-        repetition_penalty: Above 1 makes tokens of the prompt and of the text so far less likely.
-        num_beams: Width of the beam search; 1 means none.
+        repetition_penalty: Divides the logits of tokens in the prompt and in the text so far, and multiplies
+            negative ones: above 1 makes them less likely.
+        num_beams: Width of the beam search; 1 means none. A text that has ended keeps its place.
         length_penalty: Beams are ranked by log-probability / length ** length_penalty. 0 ranks by plain
             log-probability, which favours short texts; 1 by the mean of a token.
         stop: Strings that end the text; they are not part of it.
-        seed: Seed of the sampling.
+        seed: Seed of the sampling; each prompt has random numbers of its own.
         heal: Choose the first tokens among those that begin with the prompt's last ones, which they replace
             (tokenization/healing.py). Not given, it is done unless the run was trained on prompts cut where
             they end.

@@ -38,7 +38,7 @@ def bare_subject(
         eval_precision=eval_precision,
         loss=loss,
         score=lambda batches: score(model, batches, eval_precision),
-        **({"start": "fresh", "base_folder": None, "checkpoint": None} | changes),
+        **({"start": "fresh", "base_folder": None, "checkpoint": None, "tokenizer": None} | changes),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guards.faults import Fault
-from guards.reference import forward, rows, text, updates, weights
+from guards.reference import forward, generation, rows, text, updates, weights
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
 
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {
     "weights": weights.compare,
     "forward": forward.compare,
     "updates": updates.compare,
+    "generation": generation.compare,
 }
 
 

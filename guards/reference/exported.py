@@ -25,8 +25,8 @@ from architecture import Decoder
 from config import LoraConfig, ModelConfig
 from guards.faults import Fault
 from guards.reference.comparison import Comparison, Differs, relative_difference
-from guards.reference.gradients import MORE_THAN_SAMPLED, MOST_ROUNDING, SAMPLES_OF_ROUNDING, Rounding
 from guards.reference.observed import TABLES, RunWeights, adapter_of, decoded
+from guards.reference.rounding import MOST_ROUNDING, of_logits, step_of
 from guards.reference.weights import SAMPLED, STEP32, as_stored, pieces, shape_of
 from guards.subject import LARGE
 from modules.quantized_linear import Linear4bit, StoredLinear, n_weights
@@ -266,18 +266,10 @@ def compare_logits(
     rows = Rows(tokens, torch.arange(tokens.size(1))[None], torch.zeros_like(tokens))
     weights = dict(opened)
     expected = logits_of(config, weights, rows)
-    # Each product rounds once in the model's number format, and its sum of n numbers in fp32 by a quarter of
-    # sqrt(n) steps. A block has about twelve, whose errors add as squares.
-    n = max(config.n_embd, config.n_inner, config.n_head * config.head_dim)
-    one = torch.finfo(model.embed.weight.dtype).eps + STEP32 * math.sqrt(n) / 4
-    tolerance = 2 * one * math.sqrt(12 * config.n_layer + 12)
+    step = step_of(model)
+    tolerance = of_logits(config, step)
     if not relative_difference(found.double().cpu(), expected) <= tolerance:
-        noise = []
-        for _ in range(SAMPLES_OF_ROUNDING):
-            with Rounding(one / 2):
-                sample = logits_of(config, weights, rows)
-            noise.append(relative_difference(sample, expected))
-        tolerance = max(tolerance, MORE_THAN_SAMPLED * max(noise))
+        tolerance = of_logits(config, step, weights, rows, expected)
         if not tolerance <= MOST_ROUNDING:
             comparison.leave_out("a row of logits", "rounding alone may change them")
             return

@@ -5,39 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dataset import Batch
 from guards.reference.comparison import Comparison, relative_difference
 from guards.reference.effective import config_of, weights_of
 from guards.reference.rehearsal import ObservedUpdate, trainable
+from guards.reference.rounding import MORE_THAN_SAMPLED, MOST_ROUNDING, SAMPLES_OF_ROUNDING, Rounding
 from guards.subject import GuardSubject
 from reference import update
 from reference.forward import Rows, logits_of, nll_of, objective_of
 
-SAMPLES_OF_ROUNDING = 4
-MORE_THAN_SAMPLED = 8  # How many times the largest of the samples another may be.
-RARE = 64  # The same where that is little: where terms cancel, a few tokens make all of the error.
-MOST_ROUNDING = 0.5  # A gradient that rounding may change by more is not compared.
+RARE = 64  # Of a rounding that is little: where terms cancel, a few tokens make all of the error.
 FP32 = 2.0**-24  # The largest relative error of one rounding.
-
-
-class Rounding(TorchFunctionMode):
-    """Change what every operation gives by random shares of a rounding error, and so its gradient too."""
-
-    def __init__(self, error: float):
-        super().__init__()
-        self.error = error
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self.error or not isinstance(out, Tensor) or out.dtype != torch.float64:
-            return out
-        return out * (1 + self.error * (2 * torch.rand_like(out) - 1))
 
 
 class Derived:
