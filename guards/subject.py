@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from adapters.layers import LowRank
 from architecture import Decoder
 from config import Config
 from data.documents import Document
@@ -70,6 +71,15 @@ class GuardSubject:
 Guard = Callable[[GuardSubject], Iterator[Fault | str]]
 
 
+def scales_of_adapters(model: Decoder) -> dict[torch.nn.Parameter, float]:
+    """Return by the last matrix of each low-rank term what its product is multiplied by, if it is above 1.
+
+    Random numbers are divided by it: attention whose scores are 30 times as large sees one token only.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LowRank)]
+    return {layer.b: max(1.0, abs(layer.scale)) for layer in layers}
+
+
 @contextlib.contextmanager
 def with_nonzero_weights(model: Decoder) -> Iterator[None]:
     """Fill matrices that are next to zero with random numbers: a fresh model's blocks hand nothing on.
@@ -83,11 +93,12 @@ def with_nonzero_weights(model: Decoder) -> Iterator[None]:
         for p in model.parameters()
         if p.dim() > 1 and p.requires_grad and p.detach().abs().max() < LEAST * p.size(-1) ** -0.5
     }
+    scales = scales_of_adapters(model)
     torch.manual_seed(0)
     try:
         with torch.no_grad():
             for p in near_zero:
-                p.normal_(std=p.size(-1) ** -0.5)
+                p.normal_(std=p.size(-1) ** -0.5 / scales.get(p, 1.0))
         yield
     finally:
         with torch.no_grad():

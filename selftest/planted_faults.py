@@ -479,9 +479,7 @@ PLANTED_FAULTS = [
         settings=TUNED,
         wrong={"lora": {"targets": ("q_proj", "o_proj")}},
     ),
-    PlantedFault(
-        "M7 unused", "what adapters add was dropped", "parameter-without-gradient", term_dropped, TUNED
-    ),
+    PlantedFault("M7 unused", "what adapters add was dropped", "differs-from-reference", term_dropped, TUNED),
     PlantedFault(
         "M14 base", "went on with another base", "the base changed since", other_base, TUNED, resumed=True
     ),

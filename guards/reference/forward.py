@@ -22,7 +22,7 @@ from dataset import Batch
 from guards.reference.comparison import Comparison, Differs, relative_difference
 from guards.reference.mistakes import Explanations, Inputs, in_block, in_embedding, in_norm
 from guards.reference.observed import Seen, observed, run_weights
-from guards.subject import GuardSubject, is_large
+from guards.subject import GuardSubject, is_large, scales_of_adapters
 from modules.dropout import Dropout
 from reference.forward import Rows, block, embedding, head, next_tokens, nll_of, norm, objective_of
 
@@ -339,12 +339,12 @@ def scrambled(subject: GuardSubject, layers: set[int]) -> Iterator[None]:
         for name, p in model.named_parameters()
         if p.requires_grad and (not is_large(model) or p.dim() < 2 or name.startswith(inside))
     }
-    before = {name: p.detach().clone() for name, p in chosen.items()}
+    before, scales = {name: p.detach().clone() for name, p in chosen.items()}, scales_of_adapters(model)
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     try:
         with torch.no_grad():
             for name, p in chosen.items():
-                p.copy_(_scrambled(name, p, generator))
+                p.copy_(_scrambled(name, p, generator) / scales.get(p, 1.0))
         yield
     finally:
         with torch.no_grad():

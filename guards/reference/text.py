@@ -174,7 +174,9 @@ def _other_ids(
 
 def _without_comments(sample: Sample, subject: GuardSubject, comparison: Comparison) -> Sample:
     """Return the sample with the text that is stored, which must be the source's program without comments."""
-    text = subject.tokenizer.decode(sample.stored.document(sample.number))
+    ids = sample.stored.document(sample.number)
+    # A start that the base's folder names nowhere decodes to its own characters.
+    text = subject.tokenizer.decode(ids[1:] if ids[:1] == [subject.tokenizer.start_id] else ids)
     tree = comments.parsed(sample.document.text)
     stage = f"{sample.stage}: the program without comments"
     if tree is None:

@@ -234,14 +234,15 @@ def _new_rows(
     """Compare rows of new tokens, from `n` on, with the mean of the published ones (Hewitt 2021)."""
     module, _, kind = _own(subject, name)
     found = _rows(module, kind, n, subject.config.model.vocab_size)
-    known = base.rows(name, 0, n)
+    known = as_stored(base.rows(name, 0, n), module, _format(subject))
     mean = known.double().mean(dim=0, keepdim=True) if known.numel() <= WHOLE * 128 else None
     if mean is None:
         comparison.leave_out(f"{name}, rows of new tokens", "the table is large")
         return
     # A mean of n numbers in fp32, relative to the largest mean: the numbers themselves may be larger.
     # Of a mean of zero, such as that of a bias of zeros, differences are absolute.
-    step = torch.finfo(found.dtype).eps + STEP32 * float(known.abs().max()) / (float(mean.abs().max()) or 1.0)
+    step = torch.finfo(_format(subject)).eps
+    step += STEP32 * float(known.abs().max()) / (float(mean.abs().max()) or 1.0)
     tolerance = step * max(1.0, n**0.5 / 4)
     expected = mean.expand(found.shape)
     comparison.close(f"{name}, rows of new tokens", found, expected, tolerance, LOADED)
