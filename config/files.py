@@ -128,11 +128,16 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+def program_files(folder: Path = REPOSITORY) -> list[Path]:
+    """Return the project's own Python files: those at the top level, and those of its packages."""
+    packages = [path.parent for path in folder.glob("*/__init__.py")]
+    return sorted([*folder.glob("*.py"), *(p for package in packages for p in package.rglob("*.py"))])
+
+
 def code_fingerprint(folder: Path = REPOSITORY) -> str:
     """Return the SHA-256 of the project's own Python files, by name and content."""
     digest = hashlib.sha256()
-    packages = [path.parent for path in folder.glob("*/__init__.py")]
-    for path in sorted([*folder.glob("*.py"), *(p for package in packages for p in package.rglob("*.py"))]):
+    for path in program_files(folder):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

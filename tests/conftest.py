@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import sandbox
+from config import tested
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; tiny models gain nothing from more
 # Of a job in the background, or under nohup: children would inherit that these signals are ignored.
@@ -38,6 +40,10 @@ def stdlib_files(count: int | None = None) -> list[Path]:
     files = [p for p in sorted(STDLIB.rglob("*.py")) if "site-packages" not in p.parts and p.is_file()]
     return files if count is None else [files[i * len(files) // count] for i in range(count)]
 
+
+MARKS = "not slow and not gpu"  # Of pyproject.toml: the ordinary tests.
+ROOT = Path(__file__).parent.parent
+BEFORE = tested.digests(ROOT)  # Of the files that will be tested.
 
 # The reasons for which a test may be left out; skipped for another one, it fails.
 WITHOUT_SANDBOX = "generated code runs in a sandbox only"
@@ -120,11 +126,25 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+def _remember_green(config: pytest.Config, passed: list[pytest.TestReport]) -> None:
+    """Record which files the tests that passed own, unless only a part of a test file ran."""
+    option = config.option
+    partly = option.keyword or option.deselect or getattr(option, "lf", False) or option.collectonly
+    if partly or option.markexpr != MARKS or any("::" in arg for arg in config.args):
+        return
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    files = None if whole else {report.nodeid.split("::")[0] for report in passed}
+    with contextlib.suppress(OSError):  # A checkout that cannot be written.
+        tested.remember(BEFORE, files, ROOT)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
     """Say in the last line how many tests were left out for want of a sandbox, and the remedy."""
     yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.exitstatus == 0 and reporter:
+        _remember_green(session.config, reporter.stats.get("passed", []))
     skipped = reporter.stats.get("skipped", []) if reporter else []
     reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
     without = [reason.removeprefix("Skipped: ") for reason in reasons if WITHOUT_SANDBOX in reason]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from architecture import Decoder
 from config import Config, unread_rates
+from config.tested import changed
 from data.fim import fim_markers
 from data.tokenstore import TokenStore
 from dataset import GAPS_SEEN, PreparedData, gaps_in_sight, is_trimmed, refuse_long_answers
@@ -15,7 +16,7 @@ from training.optim import ParameterGroup, groups_table, parameter_groups
 
 
 def say_data(config: Config, data: PreparedData, tokenizer: Tokenizer, warn: bool) -> None:
-    """Print a line for each split, and what its rows cannot show of it.
+    """Print what changed of the code, a line for each split, and what its rows cannot show of it.
 
     Args:
         warn: Whether to warn of gaps that are filled by guessing.
@@ -23,6 +24,8 @@ def say_data(config: Config, data: PreparedData, tokenizer: Tokenizer, warn: boo
     Raises:
         ValueError: The completion of an example does not fit a row.
     """
+    if changes := changed():
+        print(changes)
     if groups := data.report.groups:
         documents = sum(data.report.kept.values())
         print(f"split: {documents:,} documents in {groups:,} groups by their text (data.regroup true)")

@@ -38,7 +38,7 @@ MOST_PRODUCTS = 1e10  # Weights x tokens that the reference reads: some 2 s on t
 TOKENS = 1000  # That it reads for one run, about.
 DRAWN = 2**21  # Numbers of the distributions from which many tokens are drawn.
 FALSE_ALARM = 1e-12  # The probability that many draws are refused by chance.
-PENALISED = {"repetition_penalty": 1.4}
+PENALISED: dict[str, Any] = {"repetition_penalty": 1.4}
 SAMPLED: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_k": 12, "top_p": 0.8, "repetition_penalty": 1.3},
     {"temperature": 1.3, "top_p": 0.95, "min_p": 0.2, "repetition_penalty": 0.8},
