@@ -94,11 +94,18 @@ class Bench:
     def start(self, candidate: Candidate, run: str, guarded: bool, number: int) -> mutant_children.Child:
         """Begin one run of a mutant."""
         expected = self.trace(run)
+        work = lambda: mutant_children.run_once(run, guarded, expected)  # noqa: E731
+        return mutant_children.start(self.folder / f"child-{number}", work, self._mutated(candidate))
+
+    def start_guarded(self, candidate: Candidate, run: str, number: int) -> mutant_children.Child:
+        """Begin one run of a mutant with the guards, of which only matters whether they name it."""
+        work = lambda: mutant_children.run_once(run, True, None)  # noqa: E731
+        return mutant_children.start(self.folder / f"child-{number}", work, self._mutated(candidate))
+
+    def _mutated(self, candidate: Candidate) -> mutant_children.MutatedModule:
         file = REPOSITORY / candidate.file
         code = candidate.mutant.compiled(candidate.tree, str(file))
-        module = mutant_children.MutatedModule(mutant_children.dotted(file), code)
-        work = lambda: mutant_children.run_once(run, guarded, expected)  # noqa: E731
-        return mutant_children.start(self.folder / f"child-{number}", work, module)
+        return mutant_children.MutatedModule(mutant_children.dotted(file), code)
 
     def judged(self, candidate: Candidate, number: int, seed: int) -> Iterator[Outcome | None]:
         """Try a mutant in its runs; yield None while a child is under way, and at last its outcome."""

@@ -216,7 +216,7 @@ def covered(name: str) -> dict[str, list[int]]:
     threading.settrace(entered)
     sys.settrace(entered)
     try:
-        mutant_runs.RUNS[name](False)
+        mutant_runs.RUNS[name](True)
     finally:
         sys.settrace(None)
     return {file.removeprefix(root): sorted(found) for file, found in lines.items()}

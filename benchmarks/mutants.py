@@ -12,7 +12,8 @@ decides:
     equal     no run left anything else
 
 The guards' score is named / (named + silent). Results go to a ledger, one line a mutant, which a later call
-goes on with. It takes about 4 s of processor time a mutant.
+goes on with. It takes about 4 s of processor time a mutant. With --again the mutants of a ledger that were
+named are tried once more, with the guards only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ import tokenizers
 import torch
 import tqdm
 
-from benchmarks.mutant_bench import Bench, Candidate
+from benchmarks.mutant_bench import Bench, Candidate, shortened
+from benchmarks.mutant_children import Child, result_of
 from benchmarks.mutant_ledger import Outcome, cut_to_whole_lines, read_ledger, survivors, table
 from benchmarks.mutant_operators import mutants
 from config import REPOSITORY
@@ -138,12 +140,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4 * 3600, help="time after which none is begun")
     parser.add_argument("--jobs", type=int, default=2, help="children at a time")
     parser.add_argument("--ledger", type=Path, default=Path("mutants.jsonl"))
+    parser.add_argument(
+        "--again", action="store_true", help="try the named ones again; 1 if one is not named"
+    )
     parser.add_argument("--list_survivors", action="store_true", help="print the silent ones")
     asked = parser.parse_args()
     rooms = asked.rooms.split(",")
     if unknown := {*rooms} - ROOMS.keys():
         parser.error(f"{min(unknown)} is no room; there are {', '.join(ROOMS)}")
     known = read_ledger(asked.ledger)
+    if asked.again:
+        named = [o for o in known if o.outcome == "named" and o.room in rooms]
+        raise SystemExit(tried_again(named, asked.jobs))
     if asked.per_room:
         if other := {o.code for o in known} - {code_fingerprint()[:12]}:
             parser.error(f"{asked.ledger} is of other code ({min(other)}); name another --ledger")
@@ -175,6 +183,44 @@ def tried_now(asked: argparse.Namespace, rooms: list[str], known: list[Outcome])
             said = f"{outcome.outcome} {outcome.by or outcome.difference:.80}"
             print(f"{outcome.file}:{outcome.line} {outcome.operator}: {said}", flush=True)
     return found
+
+
+def tried_again(named: list[Outcome], jobs: int) -> int:
+    """Try named mutants once more, with the guards on only, and print those that are not named now.
+
+    Returns:
+        1 if there is one, or if more than a tenth of the mutants are gone from the code; else 0.
+    """
+    torch.set_num_threads(1)
+    places = {file: ast.parse((REPOSITORY / file).read_text("utf-8")) for file in {o.file for o in named}}
+    found = {
+        (file, mutant.operator, *map(shortened, mutant.shown())): (tree, mutant)
+        for file, tree in places.items()
+        for mutant in mutants(tree)
+    }
+    gone = [o for o in named if (o.file, o.operator, o.before, o.after) not in found]
+    there, missed, under_way = [o for o in named if o not in gone], 0, dict[int, tuple[Outcome, Child]]()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        bench = Bench(Path(name))
+        while there or under_way:
+            for number in {*range(jobs)} - under_way.keys():
+                if there:
+                    one = there.pop()
+                    tree, mutant = found[one.file, one.operator, one.before, one.after]
+                    candidate = Candidate(one.room, one.file, tree, mutant, [one.run])
+                    under_way[number] = (one, bench.start_guarded(candidate, one.run, number))
+            for number, (one, child) in [*under_way.items()]:
+                if (result := result_of(child)) is not None:
+                    del under_way[number]
+                    if result["ended"] != "named":
+                        missed += 1
+                        said = f"{result['ended']} {result.get('by', '')}"
+                        print(f"{one.file} in {one.run}: {one.before} -> {one.after}: {said}", flush=True)
+            time.sleep(0.01)
+    for one in gone:
+        print(f"gone: {one.file}: {one.before} -> {one.after}")
+    print(f"{len(named) - len(gone) - missed} of {len(named)} are named, {len(gone)} are gone")
+    return int(missed > 0 or len(gone) > len(named) / 10)
 
 
 if __name__ == "__main__":
