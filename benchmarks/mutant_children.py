@@ -177,6 +177,8 @@ def _prepare(folder: Path) -> None:
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", encoding="utf-8")
     tempfile.tempdir = str(work)
+    # torch makes this folder when parts of it are imported; by default it lies beside all others in /tmp.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.cwd() / "inductor")
     os.fsync = lambda descriptor: None  # What is written is read by this process only.
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
