@@ -179,6 +179,7 @@ def _prepare(folder: Path) -> None:
     tempfile.tempdir = str(work)
     # torch makes this folder when parts of it are imported; by default it lies beside all others in /tmp.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.cwd() / "inductor")
+    sys.dont_write_bytecode = True  # Of modules that nobody has imported yet.
     os.fsync = lambda descriptor: None  # What is written is read by this process only.
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
