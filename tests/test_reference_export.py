@@ -42,7 +42,7 @@ NAMED = "differs-from-reference: exported .*; nothing was written. To export all
 def test_the_reference_opens_a_published_folder_as_transformers_does(
     name: str, pairs: Callable[[str], Pair]
 ) -> None:
-    """With its config.json as it is, and without the keys that say what is the default."""
+    """The config.json is read as it is, and once more without the keys that say what is the default."""
     pair = pairs(name)
     with torch.no_grad():
         tokens = TOKENS % pair.ours.config.vocab_size

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -132,13 +133,13 @@ class OpenedWeights(Mapping[str, Tensor]):
     def __init__(self, names: list[str]):
         self.names = names
 
+    @abstractmethod
     def part(self, name: str, rows: slice) -> Tensor:
         """Return some rows of a weight; KeyError or ValueError where the files do not have them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def base(self, name: str, rows: slice) -> Tensor | None:
         """Return these rows of the base that the folder changes; None where it has all of the weight."""
-        raise NotImplementedError
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:

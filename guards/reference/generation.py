@@ -62,15 +62,15 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
         model.eval()
         reader = Reader(model, config, dict(run_weights(subject)))
         compare_greedy(model, comparison, reader, prompts_of(config, room, LENGTHS if is_small else FEW))
-        if not is_small:
+        if is_small:
+            compare_sampled(model, comparison, reader, prompts_of(config, room, LENGTHS))
+        else:
             left = "generation but for greedy decoding"
             comparison.leave_out(left, f"a model of {n_weights(model):,} weights takes too long")
-            return
-        compare_sampled(model, comparison, reader, prompts_of(config, room, LENGTHS))
-        if subject.tokenizer is not None:
+        if is_small and subject.tokenizer is not None:
             compare_prompts(subject, comparison, reader, room - NEW)
-        if math.isinf(reader.off):
-            comparison.leave_out("a part of generation", "rounding alone may change what is generated")
+    if math.isinf(reader.off):
+        comparison.leave_out("a part of generation", "rounding alone may change what is generated")
 
 
 def words_of(config: ModelConfig) -> int:

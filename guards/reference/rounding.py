@@ -1,4 +1,4 @@
-"""By how much rounding may change what a model computes: derived, and where terms cancel, from samples."""
+"""Bounds on what rounding changes in a model's results: derived ones, and sampled ones where terms cancel."""
 
 from __future__ import annotations
 
