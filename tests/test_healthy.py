@@ -51,7 +51,7 @@ def is_healthy(number: int, bench: Path) -> bool:
 
 @pytest.mark.parametrize("number", FEW)
 def test_a_healthy_run_is_not_refused(number: int, bench: Path) -> None:
-    is_healthy(number, bench)
+    assert is_healthy(number, bench)
 
 
 @pytest.mark.slow

@@ -241,8 +241,7 @@ def _new_rows(
         return
     # A mean of n numbers in fp32, relative to the largest mean: the numbers themselves may be larger.
     # Of a mean of zero, such as that of a bias of zeros, differences are absolute.
-    step = torch.finfo(_format(subject)).eps
-    step += STEP32 * float(known.abs().max()) / (float(mean.abs().max()) or 1.0)
+    step = torch.finfo(found.dtype).eps + STEP32 * float(known.abs().max()) / (float(mean.abs().max()) or 1.0)
     tolerance = step * max(1.0, n**0.5 / 4)
     expected = mean.expand(found.shape)
     comparison.close(f"{name}, rows of new tokens", found, expected, tolerance, LOADED)
