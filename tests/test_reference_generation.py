@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bare_subjects import bare_subject, decoder
@@ -192,6 +193,10 @@ ENGINE: dict[str, tuple[str, Fault]] = {
         "prompt .*sampled, token",
         in_place_of(engine, "sample", lambda true, logits, generators: logits.argmax(-1)),
     ),
+    "the first of those kept is drawn": (
+        "prompt .*sampled, token",
+        in_place_of(engine, "sample", lambda true, logits, generators: logits.isfinite().int().argmax(-1)),
+    ),
     "the next token is drawn": (
         "prompt .*sampled, token",
         in_place_of(
@@ -215,7 +220,18 @@ def test_a_fault_of_the_engine_is_named(fault: str, monkeypatch: pytest.MonkeyPa
             compared(model)
 
 
+def with_another(tokenizer: Tokenizer, ids: list[int]) -> healing.Prompt:
+    """Return the healed prompt, whose branches allow one more token: byte 0, which no prompt ends in."""
+    found = healing.healed(tokenizer, ids)
+    more = (branch._replace(allowed=np.insert(branch.allowed, 0, 3)) for branch in found.branches)
+    return found._replace(branches=tuple(more))
+
+
 PROMPTS: dict[str, tuple[str, Fault]] = {
+    "another token is allowed": (
+        "text of what may end it",
+        lambda patch: patch.setattr(prompts, "healed", with_another),
+    ),
     "no longer token is known": (
         "could not be chosen|ids of its healed parts",
         lambda patch: patch.setattr(prompts, "healed", lambda tokenizer, ids: healing.Prompt(ids)),
