@@ -311,6 +311,10 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         lambda monkeypatch: monkeypatch.setattr(loop, "min", max, raising=False),
         "best loss that patience counts from",
     ),
+    "half of the budget": (
+        mutated(loop.TrainingManager, "progress", lambda right: lambda self: 2 * right(self)),
+        "share of the budget after update 1: 2 times the reference",
+    ),
     "an update beside": (
         mutated(
             torch.optim.Optimizer,

@@ -92,6 +92,14 @@ def test_a_base_and_its_adapters_are_what_files_and_settings_say(
     forward.compare(subject, Comparison())
 
 
+def test_a_setting_that_was_not_read_of_the_base_is_named(base: Path) -> None:
+    subject = loaded(base, "fp32", {})
+    model = replace(subject.config.model, rope_theta=500.0)
+    subject.config = replace(subject.config, model=model)
+    with pytest.raises(Differs, match=r"config\.json of the base, rope_theta: 500\.0, and the reference has"):
+        weights.compare(subject, Comparison())
+
+
 def test_a_layer_that_was_not_loaded_or_not_where_it_belongs_is_named(base: Path) -> None:
     subject = loaded(base, "fp32", {})
     attention = subject.model.blocks[1].attention

@@ -28,13 +28,13 @@ from guards.faults import Fault
 from guards.reference.comparison import Comparison, Differs, relative_difference
 from guards.reference.observed import TABLES, RunWeights, adapter_of, decoded
 from guards.reference.rounding import MOST_ROUNDING, of_logits, step_of
-from guards.reference.weights import SAMPLED, STEP32, as_stored, pieces, shape_of
+from guards.reference.weights import SAMPLED, STEP32, as_stored, compare_settings, pieces, shape_of
 from guards.subject import LARGE
 from modules.quantized_linear import Linear4bit, StoredLinear, n_weights
 from reference.forward import Rows, logits_of
 from reference.peft import PeftAdapter
 from reference.published import PUBLISHED, PublishedWeights, published_name
-from reference.published_settings import behaviour, settings_of
+from reference.published_settings import settings_of
 from training.run import TrainedRun
 
 TOKENS = 24  # Of the row whose logits are compared.
@@ -59,7 +59,8 @@ def refuse_other_model(folder: Path, model: Decoder, allowed: Collection[str]) -
                 settings = settings_of(folder, older)
             except (KeyError, ValueError) as error:
                 raise Differs("config.json", f"it cannot be read ({error})", REMEDY) from None
-            compare_settings(comparison, model.config, settings)
+            comparison.begin("settings")
+            compare_settings(comparison, "config.json", model.config, settings, REMEDY)
         weights = RunWeights(model, model.config, LoraConfig())
         opened = OpenedModel(folder, list(weights), settings.tie_embeddings)
         compare_weights(comparison, weights, opened)
@@ -81,7 +82,8 @@ def refuse_other_adapter(folder: Path, run: TrainedRun, allowed: Collection[str]
         if not _is_known(comparison, base):
             return
         settings = replace(settings_of(base), vocab_size=run.model.config.vocab_size)
-        compare_settings(comparison, run.model.config, settings)
+        comparison.begin("settings")
+        compare_settings(comparison, "config.json", run.model.config, settings, REMEDY)
         weights = RunWeights(run.model, run.model.config, run.config.lora, family.key)
         opened = OpenedAdapter(folder, base, run.model, settings, list(weights))
         if opened.published is None:
@@ -215,14 +217,6 @@ class OpenedAdapter(OpenedWeights):
 
 
 # --- the stages -------------------------------------------------------------------------------------
-
-
-def compare_settings(comparison: Comparison, own: ModelConfig, opened: ModelConfig) -> None:
-    """Compare the settings that bear on what a model computes, one by one."""
-    comparison.begin("settings")
-    found, expected = behaviour(own), behaviour(opened)
-    for key in found:
-        comparison.exact(f"config.json, {key}", found[key], expected.get(key), REMEDY)
 
 
 def compare_weights(comparison: Comparison, weights: RunWeights, opened: OpenedWeights) -> None:

@@ -23,7 +23,7 @@ from guards.reference import saved
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.rehearsal import trainable
 from guards.reference.steps import change_tolerance
-from reference import optimizers
+from reference import optimizers, update
 
 DERIVED = 2  # Updates: of the second the moments are not zero.
 ELEMENTS = 2**10  # Of each parameter that AdamW moves.
@@ -89,7 +89,18 @@ class DerivedSteps(FirstSteps):
             except Differs as difference:
                 yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
 
+    def _compare_budget(self, comparison: Comparison) -> None:
+        """Compare the share of the budget that is used, by which the schedule goes and the run ends."""
+        subject, step = self.subject, self.subject.state.step
+        train = subject.config.train
+        epoch = step * train.accumulation / subject.batches.steps_per_epoch
+        expected = update.progress(train, step, epoch, subject.state.seconds)
+        found, right = (torch.tensor(share).double() for share in (subject.progress(), expected))
+        remedy = "updates, seconds and epochs, and what they are divided by"
+        comparison.close(f"share of the budget after update {step}", found, right, 1e-9, remedy)
+
     def _compare(self, comparison: Comparison) -> None:
+        self._compare_budget(comparison)
         parameters = trainable(self.subject.model)
         for name, sample in self.samples.items():
             p = parameters[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adapters.layers import Bias, FullCopy, LowRank, TrainableRows
+from config import ModelConfig
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.observed import adapter_of
 from guards.subject import GuardSubject
@@ -18,6 +20,7 @@ from modules.quantized_linear import Linear4bit, StoredLinear
 from reference import adapters
 from reference.formats import BLOCK, NESTED_BLOCK, nf4_decoded, nf4_rounding
 from reference.published import PUBLISHED, PublishedWeights, published_name
+from reference.published_settings import behaviour, settings_of
 from reference.weights import Start, shapes, start_of, unlike
 
 WHOLE = 2**20  # Numbers: of a larger tensor some rows are compared.
@@ -55,7 +58,24 @@ def _base(subject: GuardSubject, comparison: Comparison) -> PublishedWeights | N
     if base.family not in PUBLISHED:
         comparison.leave_out("the base", f"reference/published.py does not know the family {base.family}")
         return None
+    own = subject.config.model
+    try:
+        published = replace(settings_of(subject.base_folder), vocab_size=own.vocab_size)
+    except (KeyError, ValueError) as error:
+        comparison.leave_out("the base's settings", str(error))
+    else:
+        remedy = "compare what is read of config.json with reference/published_settings.py"
+        compare_settings(comparison, "config.json of the base", own, published, remedy)
     return base
+
+
+def compare_settings(
+    comparison: Comparison, where: str, own: ModelConfig, published: ModelConfig, remedy: str
+) -> None:
+    """Compare the settings that bear on what a model computes, one by one."""
+    found, expected = behaviour(own), behaviour(published)
+    for key in found:
+        comparison.exact(f"{where}, {key}", found[key], expected.get(key), remedy)
 
 
 # --- names and memory ---------------------------------------------------------------------------------
