@@ -340,6 +340,23 @@ def test_a_fault_of_a_run_that_trains_is_named(
     assert re.search(f"differs-from-reference: .*{stage}", outcome(small_config(folder, VALIDATED)))
 
 
+BUDGETS: dict[str, Settings] = {
+    "seconds, past their end": {"train": {"max_steps": 0, "max_seconds": 1e-3}},
+    "epochs, past their end": {"train": {"max_steps": 0, "max_epochs": 1e-3}},
+    "thirds": {"train": {"max_steps": 3}},
+    "several": {"train": {"max_steps": 7, "max_epochs": 50.0, "max_seconds": 500.0}},
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_healthy_budget_is_derived_alike(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget that the first update went past was refused: the reference's share ends at 1."""
+    monkeypatch.setattr(preflight, "GUARDS", {})
+    assert outcome(small_config(folder, merged(VALIDATED, BUDGETS[name]))) == ""
+
+
 def test_a_start_that_the_folder_of_a_base_does_not_name_has_no_bytes(tmp_path: Path) -> None:
     """Without tokenizer_config.json a document's start decodes to its characters; it was refused."""
     write_data(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import gcd
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     if subject.start == "fresh":
         _fresh(subject, comparison)
     base = _base(subject, comparison)
+    if base is not None and subject.base_folder is not None:
+        _settings(subject, comparison, subject.base_folder)
     if base is not None and (subject.config.lora.r or subject.start == "loaded"):
         _loaded(subject, comparison, base)
     if base is not None and subject.config.lora.r:
@@ -58,15 +61,19 @@ def _base(subject: GuardSubject, comparison: Comparison) -> PublishedWeights | N
     if base.family not in PUBLISHED:
         comparison.leave_out("the base", f"reference/published.py does not know the family {base.family}")
         return None
+    return base
+
+
+def _settings(subject: GuardSubject, comparison: Comparison, folder: Path) -> None:
+    """Compare the settings of the model with those that config.json of the base means."""
     own = subject.config.model
     try:
-        published = replace(settings_of(subject.base_folder), vocab_size=own.vocab_size)
+        published = replace(settings_of(folder), vocab_size=own.vocab_size)  # New tokens may have been added.
     except (KeyError, ValueError) as error:
-        comparison.leave_out("the base's settings", str(error))
-    else:
-        remedy = "compare what is read of config.json with reference/published_settings.py"
-        compare_settings(comparison, "config.json of the base", own, published, remedy)
-    return base
+        comparison.leave_out("the base's settings", f"config.json cannot be read ({error})")
+        return
+    remedy = "compare what is read of config.json with reference/published_settings.py"
+    compare_settings(comparison, "config.json of the base", own, published, remedy)
 
 
 def compare_settings(
