@@ -434,10 +434,7 @@ def test_killed_workers_trials_end_as_in_a_study_that_nobody_killed(tmp_path: Pa
         tiny(folder, corpus, max_steps=24)
     _, expected = sweep(whole / "tiny.yaml", *words)
     for step in (3, 12):  # once before the middle, once after it
-        child = os.fork()
-        if not child:
-            sweep(killed / "tiny.yaml", *words)
-            os._exit(0)
+        child = commands.forked(lambda: sweep(killed / "tiny.yaml", *words), tmp_path / "told")
         at = killed / "study" / "trials" / "0000" / "checkpoints"
         wait_for(lambda: any(int(p.name[5:]) >= step for p in at.glob("step-*")))  # noqa: B023
         os.kill(child, signal.SIGKILL)
