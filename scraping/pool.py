@@ -196,8 +196,10 @@ def each(work: Callable[[Any], object], items: Sequence[Any], workers: int = 0) 
     Raises:
         ValueError: a child was killed.
     """
+    # A fork has all imports already. Python 3.14's fork server fails in a process that was itself forked.
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(min(workers or cores(), len(items)), initializer=_bound_to_parent) as pool:
+        with ProcessPoolExecutor(min(workers or cores(), len(items)), context, _bound_to_parent) as pool:
             try:
                 for _ in pool.map(work, items):
                     pass

@@ -109,6 +109,7 @@ def test_children_of_each_end_with_their_parent_without_a_word(tmp_path: Path, h
             os._exit(99)
     os.close(theirs)
     while len(list(tmp_path.glob("*.pid"))) < 2:
+        assert os.waitpid(parent, os.WNOHANG) == (0, 0), "it ended before its children began"
         time.sleep(0.01)
     time.sleep(0.3)  # the child of item 0 has nothing to do by now
     (os.killpg if how == signal.SIGINT else os.kill)(parent, how)
