@@ -1,9 +1,11 @@
-"""Ids from a model: sampling, beam search, many prompts at a time. generation/text.py makes text of them.
+"""The engine: requests come and go while others run, and all texts under way share each pass.
 
-    padded prompts -> one forward -> a token a step -> the ids of each continuation
+    Engine.add(request) -> Handle;  Engine.step(): end what leaves, begin, read a piece, choose a token a row
 
-A row that has ended leaves the batch at once; where there are more prompts than rows, others take the places
-that became free (generation/rows.py).
+A prompt is read in pieces (generation/reading.py), so that a long one holds up neither the texts under way
+nor a cancellation. A row that has ended leaves the batch at once (generation/rows.py). Whatever else runs,
+comes or goes, a text is in fp32 the one that its request gets alone: rows see nothing of each other, and each
+has random numbers of its own.
 
 A model with a learned or sinusoidal position table refuses to run past it. Rotary positions have no such end,
 but the model was trained on `block_size` of them only. Nothing is trimmed here: a caller who wants to stay
@@ -13,36 +15,260 @@ inside calls `generation.text.trim_prompt` first.
 from __future__ import annotations
 
 import itertools
-import math
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from architecture import Decoder
-from generation.rows import LiveRows, most_tokens
+from generation.beams import beam_search
+from generation.prefixes import PrefixCache, shared
+from generation.reading import A_PASS, Asked, Part, Reading, passes_of
+from generation.requests import Generated, Handle, Request, Stopped, Text, refuse_prompts, refuse_wrong
+from generation.rows import LiveRows, nan_sentence, rows_of
 from generation.sampling import row_generator, sample
+from generation.scheduling import UNBOUNDED, EngineLimits, Queue
 from generation.settings import GenerationConfig
-from modules.positions import ABSOLUTE_POSITIONS
 from tokenization.healing import Prompt
 
-Stopped = Callable[[int, list[int]], bool]  # (index of the prompt, ids so far) -> the text has ended
+PIECE = 256  # tokens of prompts that a step reads while somebody waits for a text
+LARGE_PIECE = 2048  # the same where nobody does
 
 
-class Generated(NamedTuple):
-    """The continuation of one prompt.
+class Engine:
+    """Requests under way, and those that wait.
 
-    ids: The generated tokens, with the closing eos and with those for a dropped end of the prompt.
-    log_prob: Sum of their natural-log probabilities under the model itself, before any setting changes them,
-        given that the text begins with the prompt.
-    finish_reason: `eos`, `stop` (a stop string) or `length` (max_new_tokens).
+    `add` and `Handle.cancel` may be called from any thread, `step` by one at a time. An error that no request
+    has caused, such as full memory, leaves `step`, and the engine is of no further use.
+
+    Args:
+        model: The decoder, in evaluation mode; its weights stay as they are while the engine is used.
+        vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.
+        limits: The bounds of rows, queue and memory.
     """
 
-    ids: list[int]
-    log_prob: float
-    finish_reason: str
+    def __init__(self, model: Decoder, vocab_size: int | None = None, limits: EngineLimits | None = None):
+        if any(module.training for module in model.modules()):
+            raise ValueError("the model is in training mode, where dropout would act; call model.eval()")
+        self.model, self.limits = model, limits or EngineLimits()
+        self.queue = Queue(model, self.limits)
+        self.prefixes = PrefixCache(self.limits.prefix_bytes)
+        self.live = LiveRows(model, vocab_size)
+        self.under_way: list[Handle] = []
+        self.readings: list[Reading] = []
+        self.ready: list[Part] = []  # read, and without a row among the others yet
+        self.texts: dict[int, Text] = {}  # under way, by number
+        self.numbers = itertools.count()
+
+    def add(self, request: Request) -> Handle:
+        """Take a request, which begins in a later step.
+
+        Raises:
+            QueueFull: As many wait as may.
+            ValueError: The request could not run, or it would not fit if nothing else ran.
+        """
+        refuse_wrong(self.model, request)
+        return self._take(request)
+
+    def step(self) -> bool:
+        """Go on with all that is under way; returns whether anything is left to do."""
+        with torch.inference_mode():
+            self._leave()
+            self._start()
+            self._read()
+            waited_for = any(handle.request.interactive for handle in self.under_way)
+            if self.live.prompts and (waited_for or not self.readings):
+                self._choose()
+        self.under_way = [handle for handle in self.under_way if not handle.done]
+        return bool(self.under_way or self.queue.waiting)
+
+    @property
+    def bytes(self) -> int:
+        """The memory of keys and values of all that is under way."""
+        caches = [self.live.cache, *(x.cache for x in self.readings), *(part.cache for part in self.ready)]
+        return sum(cache.bytes for cache in {id(cache): cache for cache in caches}.values())
+
+    def _take(self, request: Request) -> Handle:
+        handle = Handle(request, request.seat, self.numbers)
+        self.queue.add(handle)
+        if request.slot is not None:
+            for other in [*self.under_way, *self.queue.waiting]:
+                same = other.seat.prompt.whole == handle.seat.prompt.whole
+                if other.request.slot == request.slot and other.number < handle.number and not same:
+                    other.cancel("replaced")
+        return handle
+
+    # --- the parts of a step ------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        """End the requests that were cancelled, replaced, or that have no time left."""
+        leaving = {
+            handle: reason
+            for handle in [*self.under_way, *self.queue.waiting]
+            if not handle.done or handle.error is not None
+            if (reason := handle.leaves())
+        }
+        if not leaving:
+            return
+        self.queue.drop(leaving)
+        ended = {number for number, text in self.texts.items() if text.handle in leaving}
+        self._drop(ended)
+        for handle, reason in leaving.items():
+            for text in handle.texts:
+                if handle.results[text.sample] is None and reason != "error":
+                    text.end(reason)
+
+    def _drop(self, numbers: Collection[int]) -> None:
+        """Free all that is held for the texts of these numbers."""
+        for number in numbers:
+            self.texts.pop(number, None)
+        self.readings = [reading for reading in self.readings if reading.drop(numbers)]
+        if any(number in numbers for part in self.ready for number in part.prompts):
+            self._seat()
+        rows = [row for row, number in enumerate(self.live.prompts) if number not in numbers]
+        self.live.keep(close_gaps(rows) if not self.live.branches else rows)
+
+    def _start(self) -> None:
+        """Begin the requests for which there is room."""
+        started = self.queue.start(self.under_way, self._delayed()) if self.queue.waiting else []
+        asked = list[Asked]()
+        for handle in started:
+            self.under_way.append(handle)
+            request, ids = handle.request, handle.seat.prompt.ids
+            for text in handle.texts:
+                if request.settings.temperature:  # A generator takes 2.5 kB; a greedy choice needs none.
+                    text.generator = row_generator(request.settings.seed, request.first_row + text.sample)
+                self.texts[text.number] = text
+            own = [Asked(text.number, handle.seat.prompt) for text in handle.texts]
+            known = self.prefixes.known(ids) if self.limits.prefix_bytes else 0
+            if request.echo:
+                own[0] = own[0]._replace(scored=request.logprobs)
+            elif known >= min(A_PASS, len(ids) // 2) and known:
+                handle.known = known
+                self.readings.append(Reading(self.model, own, 0, self.prefixes.find(ids)))
+                continue
+            asked += own
+        if asked:
+            passes = passes_of(asked, self.live.device)
+            alone = len(passes) == 1 and not self.readings and not self.live.prompts and not self.ready
+            columns = max(self.texts[one.number].seat.longest for one in asked) if alone else 0
+            self.readings += [Reading(self.model, group, columns) for group in passes]
+        if started:
+            self.readings.sort(key=lambda one: min(self.texts[x.number].handle.order for x in one.asked))
+
+    def _delayed(self) -> set[Handle]:
+        """Return the requests that wait for another to be read, since their prompts begin alike."""
+        if not self.limits.prefix_bytes or not self.readings:
+            return set()
+        texts = [text for reading in self.readings for text in reading.texts]
+
+        waiting = [(handle, handle.seat.prompt.ids) for handle in list(self.queue.waiting)]
+        return {
+            handle
+            for handle, ids in waiting
+            if not handle.request.echo
+            if max(shared(ids, text) for text in texts) >= self.prefixes.known(ids) + A_PASS
+        }
+
+    def _read(self) -> None:
+        """Read a piece of the prompts that come first, and give those that were read their rows."""
+        waited_for = any(one.request.interactive for one in [*self.under_way, *self.queue.waiting])
+        left = PIECE if waited_for else LARGE_PIECE
+        while self.readings and left > 0:
+            reading = self.readings[0]
+            n = min(reading.tokens, left)
+            if reading.read(left):
+                del self.readings[0]
+                self._was_read(reading)
+            left -= n + A_PASS
+        ready = (self.texts[number].handle for part in self.ready for number in part.prompts)
+        if self.ready and (not self.readings or any(handle.request.interactive for handle in ready)):
+            self._seat()
+
+    def _was_read(self, reading: Reading) -> None:
+        """Keep what a pass has read for later requests; end those that only read."""
+        if self.limits.prefix_bytes:
+            for row, ids in enumerate(reading.texts):
+                self.prefixes.keep(ids, partial(reading.cache.held, row, length=len(ids)))
+        if reading.scores:
+            self.texts[reading.asked[0].number].handle.prompt_scores = reading.scores
+        now, over = time.monotonic(), set[int]()
+        for one in reading.asked:
+            handle = self.texts[one.number].handle
+            if handle.request.seconds is not None:
+                handle.deadline = min(handle.deadline, now + handle.request.seconds)
+            if handle.request.read_only:
+                self.texts.pop(one.number).end("length")
+                over.add(one.number)
+        if reading.drop(over):
+            self.ready += reading.parts()
+
+    def _seat(self) -> None:
+        numbers = {number for part in self.ready for number in part.prompts}
+        self.live.seat(
+            self.ready, {number: self.texts[number].seat for number in numbers if number in self.texts}
+        )
+        self.ready = []
+
+    def _choose(self) -> None:
+        """Choose a token for each text, end those that have come to one, and read the others'."""
+        live = self.live
+        broken = {live.prompts[row] for row in live.look()}
+        logits, firsts = live.choices()
+        texts = [self.texts[live.prompts[row]] for row in firsts]
+        chosen = logits.argmax(dim=-1)
+        drawn = [place for place, text in enumerate(texts) if text.generator is not None]
+        generators = [text.generator for text in texts if text.generator is not None]
+        if len(drawn) == len(texts):
+            chosen = sample(logits, generators)
+        elif drawn:
+            chosen[drawn] = sample(logits[drawn], generators)
+        index = torch.tensor(firsts, device=live.device) + chosen // live.logits.size(1)
+        chosen = chosen % live.logits.size(1)
+        gained, rows = live.log_probs(index, chosen), []
+        for text, row, id, log_p in zip(texts, index.tolist(), chosen.tolist(), gained, strict=True):
+            if live.prompts[row] in broken:
+                place = f" after {len(text.seat.prompt.ids) + len(text.ids)} tokens of the text"
+                text.handle.error = text.handle.error or ValueError(nan_sentence(place))
+            elif self._goes_on(text, row, id, log_p):
+                rows.append(row)
+        live.keep(close_gaps(rows))
+        live.read([self.texts[number].ids[-1] for number in live.prompts])
+
+    def _goes_on(self, text: Text, row: int, id: int, log_prob: float) -> bool:
+        """Give a text its next token; returns whether others follow."""
+        live, request = self.live, text.handle.request
+        if request.logprobs is not None:
+            text.scores += live.scores(row, id, request.logprobs)
+        text.ids += [*live.branches[row].ids, id] if row in live.branches else [id]
+        text.log_prob += log_prob
+        reason = ""
+        if id in request.ends:
+            reason = "eos"
+        elif request.stopped is not None and text.handle.called(request.stopped, text.sample, text.ids):
+            reason = "stop"
+        elif len(text.ids) >= text.seat.limit:
+            reason = "length"
+        if not reason:
+            return True
+        if text.handle.error is None:
+            if self.limits.prefix_bytes:
+                whole = [*text.seat.prompt.ids, *text.ids][:-1]  # The last token was never read.
+                self.prefixes.keep(whole, partial(live.cache.held, row, length=len(whole)))
+            text.end(reason)
+        del self.texts[live.prompts[row]]
+        return False
+
+
+def close_gaps(rows: list[int]) -> list[int]:
+    """Order rows so that as many as possible keep their place, for `KVCache.select`."""
+    behind = [row for row in rows if row >= len(rows)]
+    staying = set(rows)
+    return [place if place in staying else behind.pop() for place in range(len(rows))]
 
 
 def generate_ids(
@@ -79,18 +305,44 @@ def generate_ids(
     if not prompts:
         return []
     requested = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
-    _check_prompts(model, requested, settings)
+
+    def of_prompt(
+        callback: Callable[[int, Any], Any] | None, number: int
+    ) -> Callable[[int, Any], Any] | None:
+        """Return a request's callback, which is given the number of a sample, for one of prompts."""
+        return None if callback is None else lambda _, found: callback(number, found)
+
     ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
-    with _evaluating(model), torch.inference_mode():
+    rows = range(first_row, first_row + len(prompts)) if isinstance(first_row, int) else first_row
+    with evaluating(model):
+        requests = [
+            Request(
+                prompt,
+                settings,
+                ends,
+                first_row=row,
+                interactive=False,
+                stopped=of_prompt(stopped, i),
+                on_done=of_prompt(on_done, i),
+            )
+            for i, (prompt, row) in enumerate(zip(requested, rows, strict=True))
+        ]
+        refuse_prompts(model, [request.seat for request in requests])
         if settings.num_beams > 1:
             assert most_rows is None and on_done is None, "beams of all prompts are under way together"
-            return _beam_search(LiveRows(model, requested, settings, vocab_size), settings, ends, stopped)
-        live = LiveRows(model, requested, settings, vocab_size, most_rows)
-        return _token_by_token(live, settings, ends, stopped, first_row, on_done)
+            with torch.inference_mode():
+                return beam_search(rows_of(model, requested, settings, vocab_size), settings, ends, stopped)
+        engine = Engine(model, vocab_size, EngineLimits(most_rows or len(prompts), **UNBOUNDED))
+        handles = [engine._take(request) for request in requests]
+        while engine.step():
+            for handle in engine.under_way:
+                if handle.error is not None:
+                    raise handle.error
+        return [found for handle in handles for found in handle.result()]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluate, then restore each module's own mode: `model.train()` would also switch frozen parts."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -99,146 +351,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _check_prompts(model: Decoder, prompts: Sequence[Prompt], settings: GenerationConfig) -> None:
-    V, block_size = model.config.vocab_size, model.config.block_size
-    for i, prompt in enumerate(prompts):
-        ids = prompt.whole
-        if not ids:
-            raise ValueError(f"prompt {i} holds no token and there is no bos; give at least one character")
-        if not 0 <= min(ids) <= max(ids) < V:
-            wrong = next(id for id in ids if not 0 <= id < V)
-            raise ValueError(
-                f"prompt {i} holds id {wrong}, outside the model's vocabulary of {V}; "
-                "use the tokenizer the model was trained with"
-            )
-        total = len(prompt.ids) + most_tokens(prompt, settings)
-        if model.config.position in ABSOLUTE_POSITIONS and total > block_size:
-            raise ValueError(
-                f"prompt {i} of {len(ids)} tokens and max_new_tokens {settings.max_new_tokens} make {total}, "
-                f"more than the model's {block_size} positions; lower max_new_tokens or shorten the prompt"
-            )
-
-
-def _token_by_token(
-    live: LiveRows,
-    settings: GenerationConfig,
-    ends: Collection[int],
-    stopped: Stopped | None,
-    first_row: int | Sequence[int],
-    on_done: Callable[[int, Generated], None] | None,
-) -> list[Generated]:
-    """Decode greedily, or sample; a finished row leaves the batch at once."""
-    n_prompts = len(live.requested)
-    own_rows = range(first_row, first_row + n_prompts) if isinstance(first_row, int) else first_row
-    # A generator takes 2.5 kB; a greedy choice needs none.
-    generators = [row_generator(settings.seed, row) for row in own_rows if settings.temperature]
-    ids: list[list[int]] = [[] for _ in range(n_prompts)]
-    log_prob = [0.0] * n_prompts
-    done: dict[int, Generated] = {}
-    while True:
-        logits, firsts = live.choices()
-        if settings.temperature == 0:
-            chosen = logits.argmax(dim=-1)
-        else:
-            chosen = sample(logits, [generators[live.prompts[row]] for row in firsts])
-        index = torch.tensor(firsts, device=live.device) + chosen // live.logits.size(1)
-        chosen = chosen % live.logits.size(1)
-        gained, rows = live.log_probs(index, chosen), []
-        for row, id, log_p in zip(index.tolist(), chosen.tolist(), gained, strict=True):
-            prompt = live.prompts[row]
-            ids[prompt] += [*live.branches[row].ids, id] if row in live.branches else [id]
-            log_prob[prompt] += log_p
-            reason = ""
-            if id in ends:
-                reason = "eos"
-            elif stopped is not None and stopped(prompt, ids[prompt]):
-                reason = "stop"
-            elif len(ids[prompt]) >= live.limit(prompt):
-                reason = "length"
-            else:
-                rows.append(row)
-            if reason:
-                done[prompt] = Generated(ids[prompt], log_prob[prompt], reason)
-                if on_done is not None:
-                    on_done(prompt, done[prompt])
-        if not rows and not live.waiting:
-            return [done[prompt] for prompt in range(n_prompts)]
-        rows = _close_gaps(rows)
-        live.advance(rows, [ids[live.prompts[row]][-1] for row in rows])
-
-
-def _close_gaps(rows: list[int]) -> list[int]:
-    """Order rows so that as many as possible keep their place, for `KVCache.select`."""
-    behind = [row for row in rows if row >= len(rows)]
-    staying = set(rows)
-    return [place if place in staying else behind.pop() for place in range(len(rows))]
-
-
-class _Beam(NamedTuple):
-    prompt: int
-    ids: list[int]
-    log_prob: float  # under the model
-    score: float  # log-probability after the repetition penalty; `log_prob` without one
-    reason: str
-
-
-def _beam_search(
-    live: LiveRows, settings: GenerationConfig, ends: Collection[int], stopped: Stopped | None
-) -> list[Generated]:
-    """Return the best of `num_beams` hypotheses a prompt, by score / length ** length_penalty (eos counts).
-
-    A finished hypothesis keeps its place: the search goes on with one beam fewer (Bahdanau et al. 2014,
-    arXiv:1409.0473), so that one beam is exactly greedy decoding, whatever the length penalty. It ends when
-    no place is left, or when no running beam can beat the best finished one.
-    """
-    alpha = settings.length_penalty
-    begun = [list(live.branches[row].ids) if row in live.branches else [] for row in range(len(live.prompts))]
-    starts = zip(live.prompts, begun, strict=True)
-    running = [_Beam(prompt, ids, 0.0, 0.0, "length") for prompt, ids in starts]
-    finished: list[list[_Beam]] = [[] for _ in live.requested]
-
-    def rank(beam: _Beam) -> float:
-        return beam.score / len(beam.ids) ** alpha
-
-    def most(beam: _Beam) -> float:
-        """Bound the ranks of all continuations: scores only fall, so the best ends now or at the limit."""
-        return max(beam.score / live.limit(beam.prompt) ** alpha, beam.score / (len(beam.ids) + 1) ** alpha)
-
-    while running:
-        # Log-probabilities: sums of raw logits would rank beams by each model's arbitrary offset.
-        scores = live.log_scores()
-        scores += scores.new_tensor([beam.score for beam in running])[:, None]
-        V = scores.size(1)
-        rows, beams = [], []
-        for prompt, group in itertools.groupby(range(len(running)), key=lambda row: running[row].prompt):
-            first, *others = group
-            end = first + 1 + len(others)
-            width = min(settings.num_beams - len(finished[prompt]), (end - first) * V)
-            best, index = scores[first:end].flatten().topk(width)
-            gained = live.log_probs(first + index // V, index % V)
-            parents, alive = [], []
-            for score, i, log_prob in zip(best.tolist(), index.tolist(), gained, strict=True):
-                if score == -math.inf:  # Fewer tokens are allowed than there are beams.
-                    break
-                parent, id = first + i // V, i % V
-                ids = [*running[parent].ids, id]
-                beam = _Beam(prompt, ids, running[parent].log_prob + log_prob, score, "length")
-                if id in ends:
-                    finished[prompt].append(beam._replace(reason="eos"))
-                elif stopped is not None and stopped(prompt, ids):
-                    finished[prompt].append(beam._replace(reason="stop"))
-                elif len(ids) >= live.limit(prompt):
-                    finished[prompt].append(beam)
-                else:
-                    parents.append(parent)
-                    alive.append(beam)
-            to_beat = max(map(rank, finished[prompt]), default=-math.inf)
-            if any(most(beam) > to_beat for beam in alive):
-                rows += parents
-                beams += alive
-        if running := beams:
-            live.advance(rows, [beam.ids[-1] for beam in running])
-    winners = [max(beams, key=rank) for beams in finished]
-    return [Generated(beam.ids, beam.log_prob, beam.reason) for beam in winners]

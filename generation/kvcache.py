@@ -91,12 +91,16 @@ class KVCache:
         if self._mixed:  # The padded rows may be those that left.
             self._mixed = self._holds_several()
 
-    def join(self, parts: Sequence[KVCache]) -> None:
+    def join(self, parts: Sequence[KVCache], max_length: int | None = None) -> None:
         """Take the rows of other caches, one cache after the other, behind its own.
 
         What the rows hold ends in one column; before a shorter one stands padding, document -1. Columns that
-        are padding in every row go.
+        are padding in every row go, and so does memory of rows that left.
+
+        Args:
+            max_length: Most tokens a row will hold from now on; None leaves it as it is.
         """
+        self.max_length = max_length or self.max_length
         parts = [part for part in (self, *parts) if part.rows]
         firsts = [part._first_column() for part in parts]
         lengths = [part.length - first for part, first in zip(parts, firsts, strict=True)]
@@ -120,6 +124,33 @@ class KVCache:
             self._values[layer] = joined([part._values[layer] for part in parts], 2, 0)
         self._documents, self.rows, self.length = documents, len(documents), length
         self._mixed = self._holds_several()
+
+    def fill(self, held: Tensor) -> None:
+        """Begin one row with the keys and values (n_layer, 2, H_kv, T, D) of its first tokens."""
+        self._start, self.length, self.rows = 0, held.size(3), 1
+        documents = torch.zeros(1, held.size(3), dtype=torch.long, device=held.device)
+        self._documents = self._extended(None, documents, 1)
+        for layer, (keys, values) in enumerate(held[:, :, None]):
+            self._keys[layer] = self._extended(None, keys, 2)
+            self._values[layer] = self._extended(None, values, 2)
+
+    def held(self, row: int, start: int, end: int, length: int) -> Tensor:
+        """Copy keys and values (n_layer, 2, H_kv, end - start, D) of a row's tokens, which are `length`."""
+        first = self.length - length  # Padding stands before the row's own tokens.
+        pairs = zip(self._keys, self._values, strict=True)
+        parts = [x[row, :, first + start : first + end] for pair in pairs for x in pair if x is not None]
+        return torch.stack(parts).unflatten(0, (-1, 2))
+
+    @property
+    def bytes(self) -> int:
+        """The memory of keys and values, of rows that left too."""
+        buffers = (x for x in (*self._keys, *self._values) if x is not None)
+        return sum(x.numel() * x.element_size() for x in buffers)
+
+    @property
+    def places(self) -> int:
+        """The rows that the memory has room for."""
+        return 0 if self._documents is None else self._documents.size(0)
 
     def _read(self) -> Tensor:
         assert self._documents is not None

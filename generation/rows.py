@@ -1,19 +1,15 @@
-"""Rows under way: prompts that were read, their cache, and the logits of their next tokens.
+"""Rows under way: texts that were read, their cache, and the logits of their next tokens.
 
-Prompts of unequal length share a batch by padding on the left. Padding is document -1, which nothing else
-sees, and each row counts its positions from its own first token, so a batch gives what single prompts give.
-
-A prompt whose end was dropped (`tokenization/healing.py`) has a row for each of its branches until its first
-token is chosen, from all of them at once: a branch counts as much as the model gives to its tokens.
+Each row has the settings of its own text. Rows leave, move and join while others go on; all of them are read
+and looked at in one pass.
 
 Shapes: n rows, V words.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,263 +18,236 @@ from torch import Tensor
 
 from architecture import ABSOLUTE_POSITIONS, Decoder
 from generation.kvcache import KVCache
-from generation.sampling import adjust_logits, penalize_repetition
+from generation.reading import Asked, Part, Reading, passes_of
+from generation.sampling import Score, adjust_logits, penalize_repetition, scores_of
 from generation.settings import GenerationConfig
 from tokenization.healing import Branch, Prompt
 
-# Waiting prompts are read when this share of all places is free: each time costs a pass and a copied cache.
-FREE_PLACES = 0.25
-SPARE_COLUMNS = 64  # columns of the cache that rows may waste on padding while prompts wait
-A_PASS = 128  # tokens that a CPU computes in the time that one more pass costs by reading all weights
+SPARE_COLUMNS = 64  # columns of the cache that rows may waste on padding
 
 
-def pad_left(
-    prompts: Sequence[list[int]], device: torch.device | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, positions and document ids, each (B, longest prompt), for `Decoder.forward`.
+class Seat(NamedTuple):
+    """What a row needs of its text."""
 
-    Padding stands on the left, so that the last column is the last token of every row. It is document -1 and
-    holds token 0, which no prompt token sees; a prompt is document 0 and its positions count from 0.
-    """
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    longest = int(lengths.max())
-    tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-    positions = torch.arange(longest) - (longest - lengths)[:, None]
-    document_ids = torch.where(positions < 0, -1, 0)
-    return tokens.to(device), positions.clamp(min=0).to(device), document_ids.to(device)
+    prompt: Prompt
+    settings: GenerationConfig
 
+    @property
+    def limit(self) -> int:
+        """The most tokens after the ids that stay; those for a dropped end do not count as new."""
+        longest = max((len(branch.ids) for branch in self.prompt.branches), default=0)
+        return max(len(self.prompt.dropped) + self.settings.max_new_tokens, longest + 1)
 
-def read_together(lengths: Sequence[int], a_pass: int = A_PASS) -> list[list[int]]:
-    """Group prompts by number into passes, so that as little padding as possible is computed.
-
-    A pass costs its number of prompts times the longest of them, in tokens, and `a_pass`. The result is the
-    cheapest way to cut the prompts, sorted by length, into passes.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    best, cut = [0] + [0] * len(order), [0] * (len(order) + 1)  # least cost, and last cut, of the first n
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        costs = [best[start] + (end - start) * longest + a_pass for start in range(end)]
-        best[end] = min(costs)
-        cut[end] = costs.index(best[end])
-    passes, end = [], len(order)
-    while end:
-        passes.append(order[cut[end] : end])
-        end = cut[end]
-    return passes
-
-
-def most_tokens(prompt: Prompt, settings: GenerationConfig) -> int:
-    """Return the most tokens after the ids that stay; those for a dropped end do not count as new."""
-    longest = max((len(branch.ids) for branch in prompt.branches), default=0)
-    return max(len(prompt.dropped) + settings.max_new_tokens, longest + 1)
-
-
-class _Part(NamedTuple):
-    """Rows (n) that were read together and have no place among the others yet.
-
-    hidden: (n, C) hidden states of their last tokens.
-    prompts: The number of each row's prompt.
-    branches: The branch of each row, None where its prompt has none.
-    weights: (n,) float64, the log-probability of the branch's tokens.
-    """
-
-    cache: KVCache
-    hidden: Tensor
-    prompts: list[int]
-    branches: list[Branch | None]
-    weights: Tensor
+    @property
+    def longest(self) -> int:
+        """The most tokens that the text may have, its prompt included."""
+        return len(self.prompt.ids) + self.limit
 
 
 class LiveRows:
     """The rows under way: the next token's logits, and all that is reordered with the rows.
 
-    `requested` has all prompts, `prompts` the number of each row's prompt, and `waiting` the numbers of
-    prompts without a row yet. Rows of one prompt are side by side. `branches` has the branch of each row
-    whose first token is still to be chosen.
+    `prompts` has the number of each row's text, and `seats` its prompt and settings. Rows of one text are
+    side by side. `branches` has the branch of each row whose first token is still to be chosen.
+
+    Args:
+        vocab_size: Ids from here on are never chosen; None is the model's own.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        prompts: Sequence[Prompt],
-        settings: GenerationConfig,
-        vocab_size: int | None,
-        most_rows: int | None = None,
-    ):
-        self.model, self.settings, self.requested = model, settings, prompts
+    def __init__(self, model: Decoder, vocab_size: int | None = None):
+        self.model = model
         self.vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
         self.device = model.embed.weight.device
-        self.most_rows = most_rows or len(prompts)
         self.prompts: list[int] = []
-        self.waiting = list(range(len(prompts)))
-        self.cache = KVCache(model.config.n_layer, self._columns())
-        self.positions = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # (n, 1), last tokens read
-        self.seen: Tensor | None = None
-        if settings.repetition_penalty != 1:
-            self.seen = torch.zeros(0, model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.seats: dict[int, Seat] = {}
         self.branches: dict[int, Branch] = {}
-        self.weights: dict[int, Tensor] = {}  # log-probability of a row's branch, as in _Part
-        self._choose_from(self._admit(self.most_rows))
+        self.chances: dict[int, Tensor] = {}  # log-probabilities of a row's branch's tokens
+        self._empty()
 
-    def limit(self, prompt: int) -> int:
-        """Return the number of new tokens at which a text ends."""
-        return most_tokens(self.requested[prompt], self.settings)
+    def _empty(self) -> None:
+        self.cache = KVCache(self.model.config.n_layer, 0)
+        self.hidden: Tensor | None = None  # (n, C), of the last tokens read
+        self.positions = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # (n, 1), of the same
+        self.seen: Tensor | None = None  # (n, V), the tokens of rows that have a repetition penalty
 
-    def _columns(self) -> int:
-        """Return the columns of the cache: the longest text's, and spare ones where prompts wait."""
-        config = self.model.config
-        longest = max(len(p.ids) + max((len(b.ids) for b in p.branches), default=0) for p in self.requested)
-        needed = longest + max(map(self.limit, self.waiting))
-        end = needed + (SPARE_COLUMNS if len(self.requested) > self.most_rows else 0)
-        if config.position in ABSOLUTE_POSITIONS:
-            return min(end, config.block_size)
-        if config.rope_scaling == "dynamic":
-            end = min(end, config.rope_context)
-        return max(needed, end)
+    # --- rows that come, go and go on ---------------------------------------------------------------------
 
-    def _admit(self, n: int) -> Tensor:
-        """Read the first n waiting prompts as further rows; return their last hidden states (rows, C).
-
-        Equal prompts, such as those of several samples, are read once.
-        """
-        numbers, self.waiting = self.waiting[:n], self.waiting[n:]
-        equal: dict[tuple[int, ...], list[int]] = {}
-        for number in numbers:
-            equal.setdefault(tuple(self.requested[number].ids), []).append(number)
-        unique = list(equal)
-        # On a GPU a small pass costs as much as a larger one.
-        passes = [list(range(len(unique)))]
-        if self.device.type == "cpu":
-            passes = read_together([len(ids) for ids in unique])
-        single = all(branch.ids == () for number in numbers for branch in self.requested[number].branches)
-        alone = len(passes) == 1 and not self.cache.length and single  # needs no cache of its own
-        parts: list[_Part] = []
-        for together in passes:
-            texts = [list(unique[i]) for i in together]
-            cache = self.cache if alone else KVCache(self.model.config.n_layer, max(map(len, texts)))
-            read = self.model.hidden(*pad_left(texts, self.device), cache)[:, -1]
-            rows = [row for row, i in enumerate(together) for _ in equal[unique[i]]]
-            if len(rows) > len(together):
-                cache.select(rows)
-            parts += self._branched(
-                cache, read[rows], [number for i in together for number in equal[unique[i]]]
-            )
-        if not alone:
-            self.cache.join([part.cache for part in parts])
-        return self._seated(parts, single)
-
-    def _branched(self, cache: KVCache, hidden: Tensor, prompts: list[int]) -> list[_Part]:
-        """Make a row for each branch of the prompts that were read, and read the branch's tokens."""
-        by_length: dict[int, list[tuple[int, Branch | None]]] = defaultdict(list)
-        for row, number in enumerate(prompts):
-            for branch in self.requested[number].branches or (None,):
-                by_length[len(branch.ids) if branch else 0].append((row, branch))
-        parts = []
-        for length, pairs in by_length.items():
-            rows, branches = [row for row, _ in pairs], [branch for _, branch in pairs]
-            part = cache
-            if len(by_length) > 1 or length:
-                part = KVCache(self.model.config.n_layer, cache.length + length)
-                part.join([cache])
-                part.select(rows)
-            last, weights = hidden[rows], hidden.new_zeros(len(rows), dtype=torch.float64)
-            if length:
-                ids = torch.tensor([branch.ids for branch in branches if branch], device=self.device)
-                starts = torch.tensor([[len(self.requested[prompts[row]].ids)] for row in rows])
-                positions = (starts + torch.arange(length)).to(self.device)
-                read = self.model.hidden(ids, positions, torch.zeros_like(ids), part)
-                before = torch.cat((last[:, None], read[:, :-1]), dim=1)
-                chances = F.log_softmax(self.model.head(before), dim=-1, dtype=torch.float64)
-                last, weights = read[:, -1], chances.gather(2, ids[:, :, None]).sum(dim=(1, 2))
-            parts.append(_Part(part, last, [prompts[row] for row in rows], branches, weights))
-        return parts
-
-    def _seated(self, parts: Sequence[_Part], in_order: bool) -> Tensor:
-        """Append the rows that joined the cache to the others; return their hidden states (rows, C)."""
-        first, hidden = len(self.prompts), torch.cat([part.hidden for part in parts])
+    def seat(self, parts: Sequence[Part], seats: Mapping[int, Seat]) -> None:
+        """Take rows that were read behind the others; `seats` has their texts by number."""
+        first = len(self.prompts)
         prompts = [number for part in parts for number in part.prompts]
         branches = [branch for part in parts for branch in part.branches]
-        weights = torch.cat([part.weights for part in parts])
-        if not in_order:
-            order = sorted(range(len(prompts)), key=lambda row: prompts[row])
-            self.cache.select([*range(first), *(first + row for row in order)])
-            prompts, branches = [prompts[row] for row in order], [branches[row] for row in order]
-            weights, hidden = weights[order], hidden[order]
-        self.prompts += prompts
-        for row, branch in enumerate(branches):
-            if branch is not None:
-                self.branches[first + row], self.weights[first + row] = branch, weights[row]
+        chances = [row for part in parts for row in part.chances]
+        hidden = torch.cat([part.hidden for part in parts])
+        self.seats.update((number, seats[number]) for number in prompts)
         texts = [
-            self.requested[number].ids + list(branch.ids if branch else ())
+            [*seats[number].prompt.ids, *(branch.ids if branch else ())]
             for number, branch in zip(prompts, branches, strict=True)
         ]
         lengths = torch.tensor([len(ids) for ids in texts], device=self.device)
         self.positions = torch.cat((self.positions, lengths[:, None] - 1))
-        if self.seen is not None:
-            seen = self.seen.new_zeros(len(texts), self.seen.size(1))
-            for row, ids in enumerate(texts):  # The tokens read hold padding too, which was not seen.
-                seen[row, ids] = True
-            self.seen = torch.cat((self.seen, seen))
-        return hidden
+        columns = self._columns([*self.prompts, *prompts])
+        if not first and len(parts) == 1 and parts[0].cache.max_length >= columns:
+            self.cache = parts[0].cache
+        else:
+            self.cache.join([part.cache for part in parts], columns)
+        self.hidden = hidden if self.hidden is None else torch.cat((self.hidden, hidden))
+        self.prompts += prompts
+        for row, branch in enumerate(branches, first):
+            if branch is not None:
+                self.branches[row], self.chances[row] = branch, chances[row - first]
+        self._note_seen(texts)
+        # Branches of one length were read together; a text's rows come side by side again.
+        order = sorted(range(first, len(self.prompts)), key=lambda row: self.prompts[row])
+        if len(branches) > len(set(prompts)) and order != list(range(first, len(self.prompts))):
+            self._select([*range(first), *order])
 
-    def _choose_from(self, hidden: Tensor) -> None:
-        """Compute logits from the last tokens' hidden states (n, C); branches allow some of the tokens."""
-        logits = self.model.head(hidden).float()
+    def _note_seen(self, texts: list[list[int]]) -> None:
+        """Note the tokens of new rows where some row has a repetition penalty."""
+        first = len(self.prompts) - len(texts)
+        if self.seen is None:
+            if all(self.seats[number].settings.repetition_penalty == 1 for number in self.prompts):
+                return
+            V = self.model.config.vocab_size
+            self.seen = torch.zeros(first, V, dtype=torch.bool, device=self.device)
+        seen = self.seen.new_zeros(len(texts), self.seen.size(1))
+        for row, ids in enumerate(texts):  # The tokens read hold padding too, which was not seen.
+            seen[row, ids] = True
+        self.seen = torch.cat((self.seen, seen))
+
+    def _columns(self, prompts: Sequence[int]) -> int:
+        """Return the columns of the cache, for rows whose positions are known and that all end in one."""
+        config = self.model.config
+        lengths = (self.positions[:, 0] + 1).tolist()
+        longest = max(self.seats[number].longest for number in prompts)
+        left = (self.seats[number].longest - n for number, n in zip(prompts, lengths, strict=True))
+        end = min(max(lengths) + max(left), longest + SPARE_COLUMNS)
+        if config.position in ABSOLUTE_POSITIONS:
+            end = min(end, config.block_size)
+        elif config.rope_scaling == "dynamic":
+            end = min(end, config.rope_context)
+        return max(longest, end)
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep `rows`, in this order; memory that most rows have left is given back."""
+        if rows == list(range(len(self.prompts))):
+            return
+        self._select(rows)
+        self.seats = {number: self.seats[number] for number in dict.fromkeys(self.prompts)}
+        if not rows:
+            self._empty()
+        elif self.cache.places > 2 * len(rows):
+            self.cache.join((), self._columns(self.prompts))
+
+    def _select(self, rows: list[int]) -> None:
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
+        if rows:
+            self.cache.select(rows)
+        self.prompts = [self.prompts[row] for row in rows]
+        self.branches = {i: self.branches[row] for i, row in enumerate(rows) if row in self.branches}
+        self.chances = {i: self.chances[row] for i, row in enumerate(rows) if row in self.chances}
+        self.positions = self.positions[index]
+        if self.hidden is not None:
+            self.hidden = self.hidden[index]
+        if self.seen is not None:
+            self.seen = self.seen[index]
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Read one token id for each row, the last that was chosen for it."""
+        self.branches, self.chances = {}, {}
+        if not ids:
+            return
+        if self.cache.length == self.cache.max_length:
+            self.cache.join(())
+        tokens = torch.tensor(ids, device=self.device)[:, None]
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens, True)
+        self.positions = self.positions + 1
+        none = torch.zeros_like(tokens)
+        self.hidden = self.model.hidden(tokens, self.positions, none, self.cache)[:, -1]
+
+    # --- what may follow ----------------------------------------------------------------------------------
+
+    def look(self) -> list[int]:
+        """Compute logits from the last tokens' hidden states; branches allow some of the tokens.
+
+        Returns the rows whose logits are NaN or infinite; what is chosen for them means nothing.
+        """
+        assert self.hidden is not None, "there are no rows"
+        logits = self.model.head(self.hidden).float()
         self.log_total = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1), NaN if any of the row is
-        if not self.log_total.isfinite().all():
-            raise ValueError("the model's logits are NaN; its weights hold NaN or its precision overflowed")
+        finite = self.log_total[:, 0].isfinite()
+        broken = [] if finite.all() else (~finite).nonzero()[:, 0].tolist()
         self.own_logits = logits  # (n, V), as the model has them
-        if self.vocab_size < logits.size(1) or self.branches:
+        if self.vocab_size < logits.size(1) or self.branches or broken:
             logits = logits.clone()
-            logits[:, self.vocab_size :] = -math.inf
+            logits[broken] = 0.0
+            logits[:, self.vocab_size :] = -torch.inf
         for row, branch in self.branches.items():
             allowed = torch.zeros_like(logits[row], dtype=torch.bool)
             allowed[torch.from_numpy(branch.allowed).to(self.device)] = True
-            logits[row].masked_fill_(~allowed, -math.inf)
-        self.logits = adjust_logits(logits, self.seen, self.settings)  # (n, V), to choose from
+            logits[row].masked_fill_(~allowed, -torch.inf)
+        self.logits = self._adjusted(logits)  # (n, V), to choose from
         # log p of a branch, given that the text begins with the prompt
-        self.given = {row: self.weights[row] for row in self.branches}
+        weights = {row: chances.sum() for row, chances in self.chances.items()}
+        self.given = dict(weights)
         for rows in self._together():
             index = torch.tensor(rows, device=self.device)
-            weights = torch.stack([self.weights[row] for row in rows])
-            chances = weights + logits[index].logsumexp(dim=-1) - self.log_total[index, 0]
+            weight = torch.stack([weights[row] for row in rows])
+            chances = weight + logits[index].logsumexp(dim=-1) - self.log_total[index, 0]
             for row in rows:
-                self.given[row] = self.weights[row] - chances.logsumexp(dim=0)
+                self.given[row] = weights[row] - chances.logsumexp(dim=0)
             if len(rows) > 1:
+                settings = self.seats[self.prompts[rows[0]]].settings
                 own = self.own_logits[index]
                 if self.seen is not None:
-                    own = penalize_repetition(own, self.seen[index], self.settings.repetition_penalty)
-                joint = (weights[:, None] + F.log_softmax(own, dim=-1)).masked_fill(
-                    logits[index].isinf(), -math.inf
+                    own = penalize_repetition(own, self.seen[index], settings.repetition_penalty)
+                joint = (weight[:, None] + F.log_softmax(own, dim=-1)).masked_fill(
+                    logits[index].isinf(), -torch.inf
                 )
-                adjusted = adjust_logits(joint.float().view(1, -1), None, self.settings)
+                adjusted = adjust_logits(joint.float().view(1, -1), None, settings)
                 self.logits[index] = adjusted.view_as(own)
+        return broken
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """Return logits as the settings of each row change them; rows that share settings go together."""
+        alike: dict[tuple[float, ...], list[int]] = defaultdict(list)
+        for row, number in enumerate(self.prompts):
+            alike[self.seats[number].settings.choosing].append(row)
+        if len(alike) == 1:
+            return adjust_logits(logits, self.seen, self.seats[self.prompts[0]].settings)
+        logits = logits.clone()
+        for rows in alike.values():
+            settings = self.seats[self.prompts[rows[0]]].settings
+            index = torch.tensor(rows, device=self.device)
+            seen = None if self.seen is None else self.seen[index]
+            logits[index] = adjust_logits(logits[index], seen, settings)
+        return logits
 
     def _together(self) -> list[list[int]]:
-        """Group the rows whose first token is to be chosen by their prompt."""
+        """Group the rows whose first token is to be chosen by their text."""
         of_prompts: dict[int, list[int]] = defaultdict(list)
         for row in self.branches:
             of_prompts[self.prompts[row]].append(row)
         return list(of_prompts.values())
 
     def choices(self) -> tuple[Tensor, list[int]]:
-        """Return logits (prompts, W) from which one token a prompt is chosen, and each prompt's first row.
+        """Return logits (texts, W) from which one token a text is chosen, and each text's first row.
 
-        W is V, or V for each row of the prompt with most rows, one row's columns after the other's.
+        W is V, or V for each row of the text with most rows, one row's columns after the other's.
         """
         rows = [row for row, number in enumerate(self.prompts) if not row or self.prompts[row - 1] != number]
         if len(rows) == len(self.prompts):
             return self.logits, rows
         ends = [*rows[1:], len(self.prompts)]
         n = max(end - row for row, end in zip(rows, ends, strict=True))
-        logits = self.logits.new_full((len(rows), n, self.logits.size(1)), -math.inf)
+        logits = self.logits.new_full((len(rows), n, self.logits.size(1)), -torch.inf)
         for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
             logits[place, : end - row] = self.logits[row:end]
         return logits.flatten(1), rows
 
     def log_scores(self) -> Tensor:
-        """Return log-probabilities (n, V), float64, normalised over a row, or all branches of one prompt."""
+        """Return log-probabilities (n, V), float64, normalised over a row, or all branches of one text."""
         scores = F.log_softmax(self.logits, dim=-1, dtype=torch.float64)
         for rows in self._together():
             own = self.logits[rows].double()
@@ -293,27 +262,44 @@ class LiveRows:
         )
         return [one + other for one, other in zip(found.tolist(), given, strict=True)]
 
-    def advance(self, rows: list[int], ids: list[int]) -> None:
-        """Keep `rows`, in this order, and read one token id for each; prompts that wait take free places."""
-        self.branches, self.weights = {}, {}
-        if rows != list(range(len(self.prompts))):
-            index = torch.tensor(rows, dtype=torch.long, device=self.device)
-            self.cache.select(rows)
-            self.prompts = [self.prompts[row] for row in rows]
-            self.positions = self.positions[index]
-            if self.seen is not None:
-                self.seen = self.seen[index]
-        hidden = []
-        if rows:
-            if self.cache.length == self.cache.max_length:
-                self.cache.join(())
-            tokens = torch.tensor(ids, device=self.device)[:, None]
-            if self.seen is not None:
-                self.seen.scatter_(1, tokens, True)
-            self.positions = self.positions + 1
-            none = torch.zeros_like(tokens)
-            hidden.append(self.model.hidden(tokens, self.positions, none, self.cache)[:, -1])
-        free = self.most_rows - len(rows)
-        if self.waiting and (not rows or free >= FREE_PLACES * self.most_rows):
-            hidden.append(self._admit(free))
-        self._choose_from(torch.cat(hidden))
+    def scores(self, row: int, id: int, n: int) -> Iterator[Score]:
+        """Yield the scores of a row's branch's tokens, which have no others beside them, and of `id`."""
+        if row in self.branches:
+            yield from map(Score, self.branches[row].ids, self.chances[row].tolist())
+        yield from scores_of(self.own_logits[row : row + 1], torch.tensor([id], device=self.device), n)
+
+
+def rows_of(
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    settings: GenerationConfig,
+    vocab_size: int | None = None,
+) -> LiveRows:
+    """Read prompts, whose numbers count from 0, and look at what may follow.
+
+    Raises:
+        ValueError: The model's logits are NaN.
+    """
+    live = LiveRows(model, vocab_size)
+    seats = {number: Seat(prompt, settings) for number, prompt in enumerate(prompts)}
+    parts = []
+    groups = passes_of([Asked(number, seat.prompt) for number, seat in seats.items()], live.device)
+    for group in groups:
+        columns = max(seat.longest for seat in seats.values()) if len(groups) == 1 else 0
+        reading = Reading(model, group, columns)
+        reading.read(reading.tokens)
+        parts += reading.parts()
+    live.seat(parts, seats)
+    refuse_broken(live.look())
+    return live
+
+
+def refuse_broken(rows: Sequence[int], place: str = "") -> None:
+    """Refuse rows whose logits are NaN."""
+    if rows:
+        raise ValueError(nan_sentence(place))
+
+
+def nan_sentence(place: str = "") -> str:
+    """Return what is said of logits that are NaN or infinite; `place` begins with a blank."""
+    return f"the model's logits are NaN{place}; its weights hold NaN or its precision overflowed"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,27 @@ def adjust_logits(logits: Tensor, seen: Tensor | None, settings: GenerationConfi
         if settings.min_p > 0:
             logits = keep_min_p(logits, settings.min_p)
     return logits
+
+
+class Score(NamedTuple):
+    """A token and its natural-log probability after those before it, under the model itself.
+
+    likeliest: The tokens that would have been likeliest in its place, with theirs.
+    """
+
+    id: int
+    log_prob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+def scores_of(logits: Tensor, ids: Tensor, n: int) -> list[Score]:
+    """Score one id (rows,) a row of the model's logits (rows, V), beside the n likeliest."""
+    log_probs = logits.log_softmax(dim=-1, dtype=torch.float64)
+    own = log_probs.gather(1, ids[:, None])[:, 0].tolist()
+    best = log_probs.topk(min(n, logits.size(1)), dim=1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    likeliest = [tuple(zip(*pair, strict=True)) for pair in pairs]
+    return [Score(*found) for found in zip(ids.tolist(), own, likeliest, strict=True)]
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:

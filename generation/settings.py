@@ -88,6 +88,11 @@ class GenerationConfig:
                 "set num_beams above 1 or length_penalty to 0"
             )
 
+    @property
+    def choosing(self) -> tuple[float, ...]:
+        """The settings that change logits: texts that share them are looked at together."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpeningConfig:

@@ -1,19 +1,22 @@
 """Text from a model.
 
-    tokenizer.prompt_ids(prompt) -> healing.healed -> engine.generate_ids -> text without the prompt, cut
-    before a stop string
+    tokenizer.prompt_ids(prompt) -> healing.healed -> the engine -> text without the prompt, cut before a stop
+    string
 
-With a suffix the prompt is that of fill-in-the-middle (data/fim.py).
+With a suffix the prompt is that of fill-in-the-middle (data/fim.py). `generate` continues prompts that are
+all there; a `TextRequest` is one of many that an engine is given while it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from architecture import Decoder
 from data.fim import fim_end_ids, fim_prompt_ids
-from generation.engine import Stopped, generate_ids
+from generation.engine import generate_ids
+from generation.requests import Generated, Request, Stopped
 from generation.settings import GenerationConfig
 from tokenization.healing import Prompt, healed
 from tokenizer import Tokenizer
@@ -94,14 +97,8 @@ def generate(
             f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
             f"{model.config.vocab_size}; use the tokenizer the model was trained with"
         )
-    if suffix is None:
-        ids = [tokenizer.prompt_ids(text) for text in prompts]
-        ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
-    else:
-        ids = [fim_prompt_ids(tokenizer, text, suffix) for text in prompts]
-        ends = fim_end_ids(tokenizer)
-    ends |= frozenset(tokenizer.eos_ids)
-    requested = [as_prompt(tokenizer, one, settings.heal) for one in ids]
+    requested = [requested_prompt(tokenizer, text, suffix, settings.heal) for text in prompts]
+    ends = end_ids(tokenizer, suffix)
     found = stop_finder(tokenizer, requested, settings.stop) if settings.stop else None
     stream = None if on_text is None else _Stream(tokenizer, requested[0], settings.stop, on_text)
 
@@ -112,16 +109,92 @@ def generate(
             stream.read(new)
         return False
 
-    completions = []
     results = generate_ids(model, requested, settings, ends, tokenizer.vocab_size, stopped, first_row)
-    for prompt, result in zip(requested, results, strict=True):
-        new = result.ids[:-1] if result.finish_reason == "eos" else result.ids
-        text, is_cut = cut_at_stop(completed_text(tokenizer, prompt, new), settings.stop)
-        reason = "stop" if is_cut else result.finish_reason
-        completions.append(Completion(text, result.ids, result.log_prob, reason))
+    pairs = zip(requested, results, strict=True)
+    completions = [completion_of(tokenizer, prompt, result, settings.stop) for prompt, result in pairs]
     if stream is not None:
         stream.end(completions[0].text)
     return completions
+
+
+def requested_prompt(tokenizer: Tokenizer, text: str, suffix: str | None, heal: bool | None) -> Prompt:
+    """Return the Prompt of a text, or of the gap before a suffix."""
+    ids = tokenizer.prompt_ids(text) if suffix is None else fim_prompt_ids(tokenizer, text, suffix)
+    return as_prompt(tokenizer, ids, heal)
+
+
+def end_ids(tokenizer: Tokenizer, suffix: str | None) -> frozenset[int]:
+    """Return the ids that end a completion, or what fills a gap."""
+    plain = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    return (plain if suffix is None else fim_end_ids(tokenizer)) | frozenset(tokenizer.eos_ids)
+
+
+def completion_of(tokenizer: Tokenizer, prompt: Prompt, result: Generated, stop: Sequence[str]) -> Completion:
+    """Return the text of what was generated, cut before the first of the stop strings."""
+    new = result.ids[:-1] if result.finish_reason == "eos" else result.ids
+    text, is_cut = cut_at_stop(completed_text(tokenizer, prompt, new), stop)
+    return Completion(text, result.ids, result.log_prob, "stop" if is_cut else result.finish_reason)
+
+
+class TextRequest:
+    """A text to continue by an engine, and the completions of its samples.
+
+    Args:
+        tokenizer: The one the model was trained with; its vocab_size is the engine's.
+        text: The prompt, which the completions do not repeat.
+        settings: How to choose tokens, and the strings that end a text.
+        suffix: The text after the gap that is filled.
+        on_text: Called with the number of a sample and the next part of its completion, as soon as nothing
+            that follows can change it; together the parts are its text.
+        more: Further arguments of `Request`; `on_done` is called with the Completion.
+
+    Attributes:
+        request: What `Engine.add` takes.
+        completions: The completion of each sample, None while it is under way.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text: str,
+        settings: GenerationConfig,
+        suffix: str | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        **more: Any,
+    ):
+        self.tokenizer, self.stop = tokenizer, settings.stop
+        self.prompt = requested_prompt(tokenizer, text, suffix, settings.heal)
+        self.told: Callable[[int, Completion], None] | None = more.pop("on_done", None)
+        self.request = Request(
+            self.prompt,
+            settings,
+            end_ids(tokenizer, suffix),
+            stopped=self._stopped,
+            on_done=self._ended,
+            **more,
+        )
+        samples = range(self.request.n)
+        self.completions: list[Completion | None] = [None for _ in samples]
+        self.found = stop_finder(tokenizer, [self.prompt] * len(samples), self.stop) if self.stop else None
+        self.streams: list[_Stream] = []
+        if on_text is not None:
+            parts = [partial(on_text, sample) for sample in samples]
+            self.streams = [_Stream(tokenizer, self.prompt, self.stop, part) for part in parts]
+
+    def _stopped(self, sample: int, ids: list[int]) -> bool:
+        if self.found is not None and self.found(sample, ids):
+            return True
+        if self.streams:
+            self.streams[sample].read(ids)
+        return False
+
+    def _ended(self, sample: int, result: Generated) -> None:
+        made = completion_of(self.tokenizer, self.prompt, result, self.stop)
+        self.completions[sample] = made
+        if self.streams:
+            self.streams[sample].end(made.text)
+        if self.told is not None:
+            self.told(sample, made)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:

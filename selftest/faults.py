@@ -24,7 +24,7 @@ from architecture import Decoder
 from config import Config
 from data import prepare, tokenstore
 from dataset import IGNORE_INDEX
-from generation import engine, text
+from generation import engine, reading, text
 from generation import rows as live_rows
 from modules import precision
 from modules.attention import reference_attention
@@ -426,12 +426,12 @@ def tokenizer_by(change: Callable[[list[int]], list[int]]) -> Patch:
 
 
 def padded_on_the_right() -> contextlib.AbstractContextManager:
-    right = live_rows.pad_left
+    right = reading.pad_left
 
     def wrong(*args: Any, **options: Any) -> Any:
         return tuple(t.flip(1) if isinstance(t, Tensor) else t for t in right(*args, **options))
 
-    return patch.object(live_rows, "pad_left", wrong)
+    return patch.object(reading, "pad_left", wrong)
 
 
 def seed_forgotten() -> contextlib.AbstractContextManager:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from architecture import Decoder
+from generation import reading
 from generation import rows as rows_under_way
 from generation.engine import generate_ids
 from generation.kvcache import KVCache
-from generation.rows import pad_left, read_together
+from generation.reading import pad_left, read_together
 from generation.settings import GenerationConfig
 from modules import linear
 
@@ -98,9 +99,7 @@ def test_prompts_are_read_in_the_passes_that_compute_least(monkeypatch):
 @pytest.mark.parametrize("name", ["learned", "rotary partial", "grouped-query"])
 def test_prompts_read_in_several_passes_are_continued_as_alone(name, monkeypatch):
     passes: list[int] = []
-    monkeypatch.setattr(
-        rows_under_way, "read_together", lambda n: passes.append(1) or read_together(n, a_pass=2)
-    )
+    monkeypatch.setattr(reading, "read_together", lambda n: passes.append(1) or read_together(n, a_pass=2))
     window = 5 if name == "grouped-query" else 0
     model = scrambled(replace(MODELS[name], sliding_window=window))
     settings = GenerationConfig(max_new_tokens=8, repetition_penalty=1.3)
@@ -186,7 +185,7 @@ def test_draws_of_one_prompt_read_it_once(monkeypatch):
     model = scrambled(MODELS["multi-query"])
     read: list[int] = []
     monkeypatch.setattr(
-        rows_under_way, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
+        reading, "pad_left", lambda rows, *rest: read.append(len(rows)) or pad_left(rows, *rest)
     )
     sampled = GenerationConfig(max_new_tokens=6, temperature=1.5, seed=3)
     rows = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]

@@ -10,7 +10,7 @@ from test_pretrained import CONFIGS, gap, pairs, tokens_of, two_of_each_family  
 
 from generation.engine import generate_ids
 from generation.kvcache import KVCache
-from generation.rows import pad_left
+from generation.reading import pad_left
 from generation.settings import GenerationConfig
 from generation.text import generate
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from architecture import Decoder
 from generation.engine import generate_ids
 from generation.kvcache import KVCache
-from generation.rows import pad_left
+from generation.reading import pad_left
 from generation.settings import GenerationConfig
 from modules.attention import split_blocks
 from modules.positions import rotate_half, rotate_interleaved

@@ -15,9 +15,9 @@ from test_reference_forward import SHAPES
 
 from architecture import Decoder
 from data.documents import Document
-from generation import engine, rows, sampling
-from generation.engine import LiveRows
+from generation import engine, reading, rows, sampling
 from generation.kvcache import KVCache
+from generation.rows import LiveRows
 from generation.settings import GenerationConfig
 from guards import subject
 from guards.reference import generation, prompts
@@ -164,8 +164,8 @@ def halved(true: Any, self: LiveRows) -> Any:
 
 
 ENGINE: dict[str, tuple[str, Fault]] = {
-    "padding is seen": ("prompt 2, greedy", in_place_of(rows, "pad_left", padding_seen)),
-    "positions count padding": ("prompt 2, greedy", in_place_of(rows, "pad_left", counted_with_padding)),
+    "padding is seen": ("prompt 2, greedy", in_place_of(reading, "pad_left", padding_seen)),
+    "positions count padding": ("prompt 2, greedy", in_place_of(reading, "pad_left", counted_with_padding)),
     "rows do not move": ("prompt|beams", in_place_of(KVCache, "select", unmoved)),
     "log-probabilities halved": ("log-probability", in_place_of(LiveRows, "log_probs", of_the_last)),
     "top-k ignored": ("chances of a token", without(top_k=0)),
@@ -248,8 +248,8 @@ PROMPTS: dict[str, tuple[str, Fault]] = {
     ),
     "branches weigh alike": (
         "what ends prompt",
-        in_place_of(LiveRows, "_branched", lambda true, self, *args: [
-            part._replace(weights=part.weights * 0) for part in true(self, *args)]),
+        in_place_of(reading, "branched", lambda true, *args: [
+            part._replace(chances=part.chances * 0) for part in true(*args)]),
     ),
 }  # fmt: skip
 

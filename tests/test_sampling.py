@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from generation.engine import _beam_search, generate_ids
-from generation.rows import LiveRows
+from generation.beams import beam_search
+from generation.engine import generate_ids
+from generation.rows import rows_of
 from generation.sampling import (
     adjust_logits,
     keep_min_p,
@@ -192,8 +193,8 @@ def test_one_beam_is_greedy(length_penalty):
     one = beams(1, 10)  # `generate_ids` itself decodes greedily then, and has no use for a length penalty
     object.__setattr__(one, "length_penalty", length_penalty)
     with torch.inference_mode():
-        results = _beam_search(
-            LiveRows(model, list(map(Prompt, prompts)), one, None), one, () if eos is None else (eos,), None
+        results = beam_search(
+            rows_of(model, list(map(Prompt, prompts)), one), one, () if eos is None else (eos,), None
         )
     for result, best in zip(results, expected, strict=True):
         assert (result.ids, result.finish_reason) == (best.ids, best.finish_reason)

@@ -17,7 +17,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import ModelConfig
 from generation.engine import Generated, generate_ids
-from generation.rows import LiveRows
+from generation.rows import rows_of
 from generation.sampling import row_generator, sample
 from generation.settings import GenerationConfig
 from guards.reference.comparison import Comparison
@@ -210,7 +210,7 @@ def compare_chances(
     """Compare scores, or the chances of tokens and many draws from them, at the run's own logits."""
     whole = max(map(len, prompts))
     padded = [prompt + prompt[: whole - len(prompt)] for prompt in prompts]  # One pass, in their order.
-    live = LiveRows(model, [Prompt(ids) for ids in padded], settings, words)
+    live = rows_of(model, [Prompt(ids) for ids in padded], settings, words)
     rules = rules_of(settings)
     for row, ids in enumerate(live.prompts):
         own = live.own_logits[row].double().cpu()[:words]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from generation.engine import Generated, generate_ids
-from generation.rows import LiveRows
+from generation.rows import rows_of
 from generation.settings import GenerationConfig
 from guards.reference.comparison import Comparison
 from guards.reference.reader import Reader
@@ -29,7 +29,10 @@ CUTS = 12
 SHORT, LONG = 20, 90  # Characters of a prompt; before a cut, and of the text around it.
 MOST_BRANCHES = 24  # Of a prompt whose chances are compared.
 COMPARED = 3  # Prompts whose chances are compared.
-REMEDY = "compare tokenization/healing.py and generation/rows.py with reference/generation.py"
+REMEDY = (
+    "compare tokenization/healing.py, generation/reading.py and generation/rows.py with "
+    "reference/generation.py"
+)
 
 
 class Cut(NamedTuple):
@@ -123,7 +126,7 @@ def compare_healed(
     # A prompt with nothing to heal between those that have.
     together = [prompts[0], Prompt(prompts[0].whole), *prompts[1:]]
     settings, words = GenerationConfig(max_new_tokens=2), subject.tokenizer.vocab_size
-    live = LiveRows(subject.model, together, settings, words)
+    live = rows_of(subject.model, together, settings, words)
     choices, firsts = live.choices()
     V = live.logits.size(1)
     found = generate_ids(subject.model, together, settings, None, words)
