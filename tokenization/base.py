@@ -94,6 +94,13 @@ class Tokenizer(ABC):
         """Return the id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
         return None
 
+    def rules(self) -> dict[str, Any] | None:
+        """Return the tokenizer.json that gives these ids, as the `tokenizers` library writes it.
+
+        None where that library does not know the tokenizer.
+        """
+        return None
+
     def pieces_fingerprint(self, below: int) -> str:
         """Return a SHA-256 of how text becomes ids and of what the ids under `below` spell.
 

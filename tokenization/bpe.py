@@ -62,6 +62,9 @@ class BPETokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._json,), {"heals": self.heals}
 
+    def rules(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
+
     def pieces_fingerprint(self, below: int) -> str:
         return rules_fingerprint(self._tokenizer, below)
 

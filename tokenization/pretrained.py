@@ -207,6 +207,9 @@ class PretrainedTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def rules(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
+
     def pieces_fingerprint(self, below: int) -> str:
         return rules_fingerprint(self._tokenizer, below)
 
