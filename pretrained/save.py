@@ -20,14 +20,26 @@ from modules.tensorfiles import save_tensors
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
+from tokenization import code_pieces
 from tokenizer import GENERATION, CodeTokenizer, Tokenizer, opened_by_transformers
 
-# transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty one, for
-# some families without a word. All families refuse this file, with an error that shows the sentence.
+# The `code` tokenizer has no tokenizer.json: the pieces of a word, and whether a marker of its case stands
+# before them, are decided together, by the fewest ids, which no model of the `tokenizers` library does. Where
+# transformers finds no tokenizer.json, it makes an empty one, for some families without a word. All families
+# refuse this file, with an error that shows the sentence.
 UNREADABLE = {
-    "version": "none: this model has Plumb's code tokenizer; open it with pretrained.load_pretrained",
+    "version": "none: this model has Plumb's code tokenizer; open it with trust_remote_code=True, which runs "
+    "tokenization_code.py of its folder, or with pretrained.load_pretrained",
     "added_tokens": [],
     "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
+# The modules that open it all the same, and their names in the folder.
+MODULES = {"code_transformers.py": "tokenization_code.py", "code_pieces.py": "code_pieces.py"}
+CODE_CONFIG = {
+    "tokenizer_class": "PlumbCodeTokenizer",
+    "auto_map": {"AutoTokenizer": ["tokenization_code.PlumbCodeTokenizer", None]},
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
 }
 
 
@@ -51,8 +63,8 @@ def save_pretrained(
 
     Args:
         model: Loaded or trained here; its parameters are written as they are, in their dtype.
-        tokenizer: Its files and special ids go with the model. AutoTokenizer opens all but `code`, which it
-            refuses by name; the model it opens either way.
+        tokenizer: Its files and special ids go with the model. AutoTokenizer opens all, `code` by a module in
+            the folder, with trust_remote_code=True.
         folder: A new or empty one.
         family: A `model_type`; None takes the first that can express the model.
         max_shard_bytes: A tensor that would pass it starts a new file.
@@ -124,6 +136,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         )
     if isinstance(tokenizer, CodeTokenizer):
         write_atomically(folder / "tokenizer.json", _json(UNREADABLE))
+        write_atomically(folder / "tokenizer_config.json", _json(CODE_CONFIG))
+        for name, there in MODULES.items():
+            write_atomically(folder / there, Path(code_pieces.__file__).with_name(name).read_text("utf-8"))
         return
     if _is_same(tokenizer, opened_by_transformers(folder)):
         return

@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Self
 from tokenization.files import read_json, write_file
 
 GENERATION = "generation_config.json"
-SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
-PAD, BOS, EOS = range(len(SPECIALS))
 
 
 class Tokenizer(ABC):

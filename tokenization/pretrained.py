@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import tokenizers
 
-from tokenization.base import BOS, EOS, PAD, SPECIALS, Tokenizer, content_hash
+from tokenization.base import Tokenizer, content_hash
 from tokenization.classes import BUILDERS
+from tokenization.code_pieces import BOS, EOS, PAD, SPECIALS
 from tokenization.files import parse_json, read_file, write_file
 from tokenization.growth import refuse_steep
 from tokenization.library import (
