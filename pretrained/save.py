@@ -56,6 +56,7 @@ def save_pretrained(
     family: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     complete: Callable[[Path], object] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Family:
     """Write config.json, weights and tokenizer, and return the family they are written in.
 
@@ -69,6 +70,7 @@ def save_pretrained(
         family: A `model_type`; None takes the first that can express the model.
         max_shard_bytes: A tensor that would pass it starts a new file.
         complete: Called with the folder before it gets its name; an error that it raises leaves nothing.
+        metadata: What the headers of the files of weights say besides their format.
 
     Raises:
         ValueError: No family has the model's parts, named in the sentence, AutoTokenizer would give other
@@ -95,7 +97,7 @@ def save_pretrained(
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         write_atomically(temporary / GENERATION, _json(ids))
-        _save_weights(_tensors(model, chosen), temporary, max_shard_bytes)
+        _save_weights(_tensors(model, chosen), temporary, max_shard_bytes, metadata or {})
         if complete is not None:
             complete(temporary)
         if folder.exists():
@@ -189,7 +191,9 @@ def _tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
     return {family.key(name): state[name] for name in names}
 
 
-def _save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+def _save_weights(
+    tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int, metadata: dict[str, str]
+) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():
@@ -203,7 +207,7 @@ def _save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
     for i, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         where |= dict.fromkeys(shard, name)
-        save_tensors(shard, folder / name)
+        save_tensors(shard, folder / name, metadata)
     if len(shards) > 1:
         write_atomically(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": where}))
 

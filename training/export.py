@@ -33,10 +33,12 @@ from lora import adapters_disabled, wrappers
 from modules.quantized_linear import Linear4bit, dequantize_linears
 from pretrained import load_pretrained, save_pretrained
 from pretrained.merging import MergeReport, merge, merge_checked, merge_report
-from pretrained.save import refuse_full
+from pretrained.save import choose_family, refuse_full
 from pretrained.save_gguf import library, save_gguf
 from tokenizer import Tokenizer
 from training.export_config import ExportConfig
+from training.model_card import Exported, metadata_of, write_card
+from training.push import push, refuse_push
 from training.run import TrainedRun, export_adapter, load_run, open_adapted
 
 PROMPTS, PROMPT_TOKENS = 8, 128
@@ -80,23 +82,34 @@ def export(settings: ExportConfig) -> str:
             raise ValueError(
                 f"{settings.run} has adapters, which a GGUF file does not hold; give --merge too"
             )
-        return _adapter(run, settings)
+        return _pushed(_adapter(run, settings), settings)
     model_type = None if family is None else family.model_type
     if settings.gguf:
-        return report + _gguf(model, tokenizer, model_type, settings)
+        return _pushed(report + _gguf(model, tokenizer, model_type, settings), settings)
     assert settings.out is not None, "parse_settings asks for one of both"
-    written = save_pretrained(
-        model,
-        tokenizer,
-        settings.out,
-        model_type,
-        complete=lambda folder: refuse_other_model(folder, model, settings.allow),
-    )
-    return f"{report}{written.model_type} model in {settings.out}"
+    base = settings.base if run is None else run.config.train.base
+    kind = choose_family(model.config, model_type).model_type
+
+    def complete(folder: Path) -> None:
+        write_card(folder, Exported(model, tokenizer, kind, run, base, report))
+        refuse_other_model(folder, model, settings.allow)
+
+    metadata = None if run is None else metadata_of(run)
+    save_pretrained(model, tokenizer, settings.out, kind, complete=complete, metadata=metadata)
+    return _pushed(f"{report}{kind} model in {settings.out}", settings)
+
+
+def _pushed(done: str, settings: ExportConfig) -> str:
+    """Send what was written to the hub, if that is wanted, and return what was done."""
+    if settings.push is None:
+        return done
+    return f"{done}; it is at {push(Path(str(settings.out or settings.gguf)), settings.push)}"
 
 
 def refuse_place(settings: ExportConfig) -> None:
-    """Refuse a folder that is not empty, a file that is there, and a place that cannot be written to."""
+    """Refuse a folder that is not empty, a file that is there, and a place out of reach."""
+    if settings.push is not None:
+        refuse_push(settings.push)
     if settings.gguf:
         if os.path.lexists(settings.gguf):
             raise ValueError(f"{settings.gguf} is there already; name a new file")
@@ -110,7 +123,12 @@ def refuse_place(settings: ExportConfig) -> None:
 def _adapter(run: TrainedRun, settings: ExportConfig) -> str:
     """Write the run's adapter, and return what was done."""
     assert settings.out is not None
-    export_adapter(run, settings.out, lambda folder: refuse_other_adapter(folder, run, settings.allow))
+
+    def complete(folder: Path) -> None:
+        write_card(folder, Exported(run.model, run.tokenizer, "peft", run, run.config.train.base))
+        refuse_other_adapter(folder, run, settings.allow)
+
+    export_adapter(run, settings.out, complete)
     stored_as = run.config.train.base_format
     note = (
         ""

@@ -26,6 +26,7 @@ class ExportConfig:
         tolerance: The largest logit gap that a merge may have.
         text: A file of real text that judges a merge; by default a file of the interpreter's own library.
         allow: Names of faults that may pass.
+        push: Send what was written to this model of the Hugging Face hub, OWNER/NAME; a new one is private.
     """
 
     out: str | None = None
@@ -41,3 +42,4 @@ class ExportConfig:
     tolerance: float = 1e-3
     text: str | None = None
     allow: tuple[str, ...] = ()
+    push: str | None = None
