@@ -87,7 +87,7 @@ def _served(program: str, path: Path, context: int) -> Iterator[int]:
         port = free.getsockname()[1]
     words = [program, "--model", str(path), "--host", "127.0.0.1", "--port", str(port)]
     words += ["--ctx-size", str(context), "--parallel", "1", "--gpu-layers", "0"]
-    words += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+    words += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:

@@ -134,6 +134,12 @@ def _ids(tokenizer: Tokenizer) -> dict[str, int]:
     ids = {"bos_token_id": tokenizer.eos_id if bos is None else bos, "padding_token_id": tokenizer.pad_id}
     ids |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))
     markers = known_markers(tokenizer) or ()
+    if markers and tokenizer.before() != tokenizer.before(gap=True):
+        print(
+            "warning: gaps were trained without the start that stands before every other text, and /infill of "
+            "llama.cpp puts it before their prompts too",
+            file=sys.stderr,
+        )
     ids |= dict(zip(("fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id"), markers, strict=False))
     pads = (tokenizer.token_id(token) for token in ("<fim_pad>", "<fim-pad>", "<|fim_pad|>"))
     ids["fim_pad_token_id"] = next((id for id in pads if id is not None), None)

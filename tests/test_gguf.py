@@ -92,6 +92,13 @@ def test_tokens_have_their_kinds_and_the_markers_of_gaps_their_keys(tmp_path: Pa
     assert opened.values["tokenizer.ggml.add_bos_token"] is True
 
 
+def test_gaps_without_a_start_are_told_of(tmp_path: Path, capsys: Any) -> None:
+    tokenizer = tokenizer_by(starts=True)
+    tokenizer.bare_gaps = True
+    written(model_of(LLAMA, tokenizer.vocab_size), tmp_path / "x", tokenizer=tokenizer)
+    assert "warning: gaps were trained without the start" in capsys.readouterr().err
+
+
 def test_several_tokens_may_end_a_text(tmp_path: Path) -> None:
     tokenizer = tokenizer_by()
     first = tokenizer.eos_id
