@@ -136,8 +136,8 @@ def _ids(tokenizer: Tokenizer) -> dict[str, int]:
     markers = known_markers(tokenizer) or ()
     if markers and tokenizer.before() != tokenizer.before(gap=True):
         print(
-            "warning: gaps were trained without the start that stands before every other text, and /infill of "
-            "llama.cpp puts it before their prompts too",
+            "warning: gaps were trained without the start that stands before every other text, and /infill "
+            "of llama.cpp puts it before their prompts too",
             file=sys.stderr,
         )
     ids |= dict(zip(("fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id"), markers, strict=False))
