@@ -1,4 +1,7 @@
-"""A run's model as a folder that other tools open: `python export.py --run runs/NAME --out FOLDER`.
+"""A run's model as a folder or a file that other tools open.
+
+    python export.py --run runs/NAME --out FOLDER
+    python export.py --run runs/NAME --gguf model.gguf --type q8_0
 
 training/export.py documents the files that are written.
 """
@@ -21,11 +24,15 @@ def parse_settings(argv: list[str]) -> ExportConfig:
         refuse(f"--tolerance is {settings.tolerance}; it must be above 0")
     if bool(settings.run) == bool(settings.base):
         refuse("give one of --run FOLDER and --base MODEL")
-    if bool(settings.base) != bool(settings.adapter):
+    if bool(settings.out) == bool(settings.gguf):
+        refuse("give one of --out FOLDER and --gguf FILE")
+    if settings.type != "f16" and not settings.gguf:
+        refuse("--type is for --gguf; leave it out, or name a file")
+    if bool(settings.base) != bool(settings.adapter) and not (settings.base and settings.gguf):
         refuse("--base and --adapter belong together; give both, or --run")
     if settings.requantise and not settings.merge:
         refuse("--requantise is for --merge; leave it out, or merge")
-    if settings.base and not settings.merge:
+    if settings.adapter and not settings.merge:
         refuse("--base with --adapter is for --merge; without it there is nothing to write")
     return settings
 

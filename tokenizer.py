@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenization.base import BOS, EOS, GENERATION, PAD, SPECIALS, Tokenizer, end_ids
+from tokenization.base import GENERATION, Tokenizer, end_ids
 from tokenization.bpe import BPETokenizer
-from tokenization.code import CODE_FILE, CodeTokenizer
+from tokenization.code import CodeTokenizer
+from tokenization.code_pieces import BOS, CODE_FILE, EOS, PAD, SPECIALS
 from tokenization.files import read_json
 from tokenization.library import CONFIG_FILE, KIND_KEY, TOKENIZER_FILE
 from tokenization.pretrained import STARTS_GAPS, PretrainedTokenizer, opened_by_transformers

@@ -10,19 +10,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file and flush it to the disk; every such file is written here.
 
     Readable by whom the umask lets: safetensors itself writes a temporary file, for the owner alone.
+
+    Args:
+        metadata: What the file's header says besides its format.
 
     Raises:
         OSError: The disk is full or read-only; or SafetensorError.
     """
     with open(path, "wb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    save_file(
-        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata={"format": "pt"}
-    )
+    said = {"format": "pt"} | (metadata or {})
+    save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata=said)
     os.chmod(path, mode)
     flush(path)
 

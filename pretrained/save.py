@@ -20,14 +20,26 @@ from modules.tensorfiles import save_tensors
 from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
+from tokenization import code_pieces
 from tokenizer import GENERATION, CodeTokenizer, Tokenizer, opened_by_transformers
 
-# transformers cannot read the `code` tokenizer. Where it finds no tokenizer.json, it makes an empty one, for
-# some families without a word. All families refuse this file, with an error that shows the sentence.
+# The `code` tokenizer has no tokenizer.json: the pieces of a word, and whether a marker of its case stands
+# before them, are decided together, by the fewest ids, which no model of the `tokenizers` library does. Where
+# transformers finds no tokenizer.json, it makes an empty one, for some families without a word. All families
+# refuse this file, with an error that shows the sentence.
 UNREADABLE = {
-    "version": "none: this model has Plumb's code tokenizer; open it with pretrained.load_pretrained",
+    "version": "none: this model has Plumb's code tokenizer; open it with trust_remote_code=True, which runs "
+    "tokenization_code.py of its folder, or with pretrained.load_pretrained",
     "added_tokens": [],
     "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
+# The modules that open it all the same, and their names in the folder.
+MODULES = {"code_transformers.py": "tokenization_code.py", "code_pieces.py": "code_pieces.py"}
+CODE_CONFIG = {
+    "tokenizer_class": "PlumbCodeTokenizer",
+    "auto_map": {"AutoTokenizer": ["tokenization_code.PlumbCodeTokenizer", None]},
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
 }
 
 
@@ -44,6 +56,7 @@ def save_pretrained(
     family: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     complete: Callable[[Path], object] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Family:
     """Write config.json, weights and tokenizer, and return the family they are written in.
 
@@ -51,12 +64,13 @@ def save_pretrained(
 
     Args:
         model: Loaded or trained here; its parameters are written as they are, in their dtype.
-        tokenizer: Its files and special ids go with the model. AutoTokenizer opens all but `code`, which it
-            refuses by name; the model it opens either way.
+        tokenizer: Its files and special ids go with the model. AutoTokenizer opens all, `code` by a module in
+            the folder, with trust_remote_code=True.
         folder: A new or empty one.
         family: A `model_type`; None takes the first that can express the model.
         max_shard_bytes: A tensor that would pass it starts a new file.
         complete: Called with the folder before it gets its name; an error that it raises leaves nothing.
+        metadata: What the headers of the files of weights say besides their format.
 
     Raises:
         ValueError: No family has the model's parts, named in the sentence, AutoTokenizer would give other
@@ -83,7 +97,7 @@ def save_pretrained(
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         write_atomically(temporary / GENERATION, _json(ids))
-        _save_weights(_tensors(model, chosen), temporary, max_shard_bytes)
+        _save_weights(_tensors(model, chosen), temporary, max_shard_bytes, metadata or {})
         if complete is not None:
             complete(temporary)
         if folder.exists():
@@ -124,6 +138,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         )
     if isinstance(tokenizer, CodeTokenizer):
         write_atomically(folder / "tokenizer.json", _json(UNREADABLE))
+        write_atomically(folder / "tokenizer_config.json", _json(CODE_CONFIG))
+        for name, there in MODULES.items():
+            write_atomically(folder / there, Path(code_pieces.__file__).with_name(name).read_text("utf-8"))
         return
     if _is_same(tokenizer, opened_by_transformers(folder)):
         return
@@ -174,7 +191,9 @@ def _tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
     return {family.key(name): state[name] for name in names}
 
 
-def _save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+def _save_weights(
+    tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int, metadata: dict[str, str]
+) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():
@@ -188,7 +207,7 @@ def _save_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int
     for i, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         where |= dict.fromkeys(shard, name)
-        save_tensors(shard, folder / name)
+        save_tensors(shard, folder / name, metadata)
     if len(shards) > 1:
         write_atomically(folder / INDEX, _json({"metadata": {"total_size": total}, "weight_map": where}))
 

@@ -83,3 +83,52 @@ def nf4_rounding(weight: Tensor, nested_absmax: Tensor) -> Tensor:
     step = float(dynamic_values().diff().max()) * nested
     bound = half_gap * padded.amax(dim=1) + step
     return bound.repeat_interleave(BLOCK)[: len(flat)].view(weight.shape)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------
+
+GGUF_BLOCK = 32  # Values that share one scale.
+FP16_STEP, FP16_SMALLEST = 2.0**-11, 2.0**-25  # Relative error of rounding to 16 bits, and the absolute one.
+
+
+def q8_0_decoded(blocks: Tensor) -> Tensor:
+    """Return the values of blocks of GGUF's Q8_0 in fp64, (n, 32).
+
+    Args:
+        blocks: uint8, (n, 34): a scale in fp16, then 32 codes, the value of each being code * scale.
+    """
+    scale = blocks[:, :2].contiguous().view(torch.float16).double()
+    return blocks[:, 2:].contiguous().view(torch.int8).double() * scale
+
+
+def q4_0_decoded(blocks: Tensor) -> Tensor:
+    """Return the values of blocks of GGUF's Q4_0 in fp64, (n, 32).
+
+    Args:
+        blocks: uint8, (n, 18): a scale in fp16, then 16 bytes. The lower halves are the codes of the first 16
+            values, the upper ones those of the rest; a value is (code - 8) * scale.
+    """
+    scale, codes = blocks[:, :2].contiguous().view(torch.float16).double(), blocks[:, 2:]
+    return (torch.cat((codes & 15, codes >> 4), dim=1).double() - 8) * scale
+
+
+def gguf_rounding(values: Tensor, kind: str) -> Tensor:
+    """Return by how much each number may change when it is stored in a type of GGUF; of the same shape.
+
+    The scale of a block of Q8_0 is its largest magnitude / 127, that of Q4_0 its number of largest magnitude
+    / -8, and each is rounded to fp16. A number is rounded to the nearest step. In Q4_0 the side away from the
+    largest number has seven steps, so that a number beyond them is off by more.
+    """
+    if kind == "F32":
+        return torch.zeros_like(values)
+    if kind == "F16":
+        return (values.abs() * FP16_STEP).clamp(min=FP16_SMALLEST)
+    blocks = values.unflatten(-1, (-1, GGUF_BLOCK))
+    where = blocks.abs().argmax(dim=-1, keepdim=True)
+    most = 127 if kind == "Q8_0" else 8
+    scale = blocks.gather(-1, where) / (127 if kind == "Q8_0" else -8)
+    of_scale = (scale.abs() * FP16_STEP).clamp(min=FP16_SMALLEST)
+    steps = torch.full_like(blocks, 0.5)
+    if kind == "Q4_0":
+        steps = torch.where(scale == 0, 0.5, blocks / torch.where(scale == 0, 1.0, scale) - 7).clamp(min=0.5)
+    return (steps * scale.abs() + most * of_scale).flatten(-2)

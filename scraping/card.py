@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from config import write_atomically
+from config.markdown import plain, table
 
 FIELDS = {
     "text": "the file's text, as cleaned",
@@ -40,23 +41,23 @@ def write_card(folder: Path, title: str, corpus: dict[str, Any]) -> None:
         "  data_files: data/*",
         "tags: [code]",
         "---",
-        f"# {_plain(title)}",
+        f"# {plain(title)}",
         "",
         f"{corpus['documents']:,} documents, {corpus['bytes']:,} bytes of text, "
         f"fingerprint `{corpus['fingerprint']}`.",
         "",
-        *_table(("field", "what it holds"), [(f"`{name}`", what) for name, what in FIELDS.items()]),
+        *table(("field", "what it holds"), [(f"`{name}`", what) for name, what in FIELDS.items()]),
         "",
         "## What became of every file",
         "",
-        *_table(("stage", "in", "out", "dropped"), _stage_rows(corpus["stages"])),
+        *table(("stage", "in", "out", "dropped"), _stage_rows(corpus["stages"])),
         "",
         "![files that were dropped](pictures/reasons.png)",
         "",
         "## Licences",
         "",
-        *_table(
-            ("licence", "documents"), [(f"`{_plain(n)}`", f"{c:,}") for n, c in corpus["licences"].items()]
+        *table(
+            ("licence", "documents"), [(f"`{plain(n)}`", f"{c:,}") for n, c in corpus["licences"].items()]
         ),
         "",
         "![documents by licence](pictures/licences.png)",
@@ -65,7 +66,7 @@ def write_card(folder: Path, title: str, corpus: dict[str, Any]) -> None:
         "",
         f"{corpus['words']['occurrences']:,} words and marks; how many different ones occur so often:",
         "",
-        *_table(("occurrences", "different words"), [(name, f"{count:,}") for name, count in words.items()]),
+        *table(("occurrences", "different words"), [(name, f"{count:,}") for name, count in words.items()]),
         "",
         "![documents by size](pictures/sizes.png)",
         "![words by occurrences](pictures/words.png)",
@@ -74,21 +75,11 @@ def write_card(folder: Path, title: str, corpus: dict[str, Any]) -> None:
     write_atomically(folder / "README.md", "\n".join(lines))
 
 
-def _plain(text: str) -> str:
-    """Return a stranger's text, escaped so that neither Markdown nor HTML interprets it."""
-    return "".join(c if c.isalnum() or c in " .,:;+-_/()'" else f"&#{ord(c)};" for c in text)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
 def _stage_rows(stages: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
     for stage in stages:
-        reasons = "; ".join(f"{_plain(reason)}: {count:,}" for reason, count in stage["dropped"].items())
-        rows.append((_plain(stage["stage"]), f"{stage['in']:,}", f"{stage['out']:,}", reasons))
+        reasons = "; ".join(f"{plain(reason)}: {count:,}" for reason, count in stage["dropped"].items())
+        rows.append((plain(stage["stage"]), f"{stage['in']:,}", f"{stage['out']:,}", reasons))
     return rows
 
 

@@ -57,6 +57,7 @@ SKIPS = (
     "this GPU has no bf16",
     "no glibc here",
     "no chromium to open it with",
+    "llama-server is not on the PATH",
     "PLUMB_[A-Z]+ (names no|does not name)",
 )
 

@@ -13,11 +13,12 @@ from typing import Literal
 import pytest
 
 from config import DataConfig
+from config.markdown import plain
 from data.corpus import read_documents, split_documents
 from data.documents import Report
 from scraping import frequencies
 from scraping.build import BuildSettings, build_part, fingerprint, finish, run
-from scraping.card import _plain, _size
+from scraping.card import _size
 from scraping.counts import lines
 from scraping.decontaminate import Benchmarks
 from scraping.dedup import DedupSettings, bucket, cluster, signature
@@ -222,7 +223,7 @@ def test_sizes_and_strangers_texts() -> None:
     assert [_size(n.bit_length()) for n in (0, 1, 5, 1024, 3000)] == [
         "0 B", "1 to 2 B", "4 to 8 B", "1 to 2 KiB", "2 to 4 KiB",
     ]  # fmt: skip
-    assert _plain("a|b<c>`") == "a&#124;b&#60;c&#62;&#96;"
+    assert plain("a|b<c>`") == "a&#124;b&#60;c&#62;&#96;"
 
 
 # --- benchmarks --------------------------------------------------------------------------------------

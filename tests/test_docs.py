@@ -33,7 +33,7 @@ from config import Config, LoraConfig, ModelConfig
 from guards.preflight import GUARDS
 from lora import add_adapter
 from metrics.registry import BY_MODEL, METRICS
-from pretrained import load_pretrained
+from pretrained import load_pretrained, save_pretrained
 from pretrained.load import FAMILIES
 from pretrained.save_adapter import save_adapter
 from recipes.__main__ import RECIPES
@@ -42,7 +42,7 @@ from scraping.clean import STAGES
 from selftest.data import write_base, write_long_prompts
 from suites.tasks import TASKS
 from sweeps.settings import parse_settings
-from tokenizer import BPETokenizer
+from tokenizer import BPETokenizer, CodeTokenizer
 from training.checkpoint import save_checkpoint
 from verbs import verbs
 
@@ -352,6 +352,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_adapter(found.model, LoraConfig(r=2, targets=("c_attn",)), found.family.key)
     save_adapter(found.model, found.family, folder / "a" / "strangers" / "adapter", "base", None)
     write_run(folder / "runs" / "NAME")
+    of_code = CodeTokenizer.train(["def fib(n):\n    return n\n"] * 20, 300)
+    shape = ModelConfig(
+        of_code.vocab_size, n_layer=1, norm="rms", norm_weight=True, mlp="swiglu", qk_norm=False
+    )
+    save_pretrained(Decoder(shape), of_code, folder / "exported")
     return folder
 
 
@@ -373,7 +378,7 @@ def write_run(folder: Path) -> None:
 def test_python_of_the_manual_runs(block: Block, world: Path, tmp_path: Path):
     # No fork: a run computes signatures by threads, for which a fork of a process with such threads waits.
     (tmp_path / "block.py").write_text(block.text, "utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path)}
     run = [sys.executable, str(tmp_path / "block.py")]
     done = subprocess.run(run, cwd=world, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -149,6 +149,15 @@ def test_prompts_and_ends_are_those_of_the_base_and_then_those_of_training(
         assert of_transformers(folder) == started
 
 
+def test_adapters_become_a_file_for_llama_cpp_once_they_are_merged(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with pytest.raises(ValueError, match="adapters, which a GGUF file does not hold; give --merge too"):
+        export(ExportConfig(run=str(run), gguf=str(file)))
+    said = export(ExportConfig(run=str(run), gguf=str(file), type="q8_0", merge=True))
+    assert "largest logit gap" in said and f"gpt_bigcode model in {file}, q8_0" in said
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".gguf"] == ["model.gguf"]
+
+
 def test_a_merge_that_is_not_what_was_trained_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="merged-differs"):
         export(ExportConfig(str(tmp_path / "merged"), str(run), merge=True, tolerance=1e-12))

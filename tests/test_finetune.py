@@ -75,9 +75,8 @@ SHAPE = ModelConfig(
 )
 
 
-@pytest.fixture
-def base(corpus: Path, tmp_path: Path) -> Path:
-    """A folder like StarCoder's; its weights are drawn, so the guard for that has to be allowed to see it."""
+def base_in(tmp_path: Path, corpus: Path) -> Path:
+    """Write a folder like StarCoder's; its weights are drawn, and the guard for that has to let them pass."""
     tokenizer = BPETokenizer.train(
         training_texts(split_documents(DataConfig(str(corpus), validation_one_in=4, test_one_in=4))), 300
     )
@@ -87,8 +86,7 @@ def base(corpus: Path, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.fixture
-def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
+def config_in(tmp_path: Path, base: Path, corpus: Path) -> Config:
     return Config(
         data=DataConfig(
             source=str(corpus), validation_one_in=4, test_one_in=4, cache=str(tmp_path / "cache"), workers=1
@@ -107,6 +105,16 @@ def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
             allow=("worse-than-unigram",),
         ),
     )
+
+
+@pytest.fixture
+def base(corpus: Path, tmp_path: Path) -> Path:
+    return base_in(tmp_path, corpus)
+
+
+@pytest.fixture
+def config(base: Path, corpus: Path, tmp_path: Path) -> Config:
+    return config_in(tmp_path, base, corpus)
 
 
 def test_a_rate_of_no_parameter_is_refused_before_the_data_are_read(

@@ -27,7 +27,7 @@ FLOORS = (
     "generation",
     "guards suites",
     "training.api training.beforehand training.begin training.command training.ended training.export "
-    "training.loop training.overfit training.plan training.prepare training.report",
+    "training.loop training.model_card training.overfit training.plan training.prepare training.report",
     "selftest sweeps recipes",
     "trainingmanager eval hyperparam_tune generate export functional preflight verbs",
 )

@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, example, given, settings
 from pretrained_folders import LLAMA, change_json, refused
+from test_tokenizer import ANY_TEXT
 
 from architecture import Decoder
 from generation.settings import GenerationConfig
@@ -147,8 +151,78 @@ def test_rules_of_added_tokens_are_those_of_transformers(tmp_path):
     assert compared > 800 and panics < 50
 
 
+@pytest.fixture(scope="module")
+def own_modules(tmp_path_factory):
+    """A folder of its own for the modules that transformers copies before it runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def code_folder(tmp_path_factory):
+    """A folder with a `code` tokenizer that knows some of everything, and a small Llama."""
+    tokenizer = CodeTokenizer.train([*TEXTS, Path(__file__).read_text("utf-8")], vocab_size=700, min_count=1)
+    folder = tmp_path_factory.mktemp("code") / "saved"
+    save_pretrained(Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size)), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(code_folder, own_modules):
+    """The tokenizer, and what AutoTokenizer makes of its folder."""
+    theirs = transformers.AutoTokenizer.from_pretrained(code_folder, trust_remote_code=True)
+    return load_tokenizer(code_folder), theirs
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=ANY_TEXT)
+@example(text="<|eos|>get<|bos|>")
+@example(text="T_MAX\r\n\tgetHTTPResponse2  x_ _y \ud800\udc00")
+def test_the_module_of_an_exported_folder_gives_the_ids_of_the_code_tokenizer(both, text):
+    ours, theirs = both
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.prompt_ids(text)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids[1:]
+    assert theirs.decode(ids, skip_special_tokens=True) == text == theirs.decode(ids)[len("<|bos|>") :]
+
+
+def test_that_module_decodes_any_ids_and_saves_what_it_opened(both, tmp_path):
+    ours, theirs = both
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ids = torch.randint(3, ours.vocab_size, (20,), generator=generator).tolist()
+        assert theirs.decode(ids) == ours.decode(ids)
+        ids = [id for id in ids if id > 258]  # Bytes on both sides of a special token may be one character.
+        ids = [*ids[:9], 2, *ids[9:]]
+        assert theirs.decode(ids).replace("<|eos|>", "") == ours.decode(ids)
+    assert len(theirs.get_vocab()) == theirs.vocab_size == len(theirs) == ours.vocab_size
+    assert theirs(["a b", "c"], padding=True)["attention_mask"] == [[1, 1, 1], [1, 1, 0]]
+    theirs.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again(TEXTS[0])["input_ids"] == ours.prompt_ids(TEXTS[0])
+
+
+def test_the_modules_of_an_exported_folder_need_no_plumb(code_folder, tmp_path):
+    """A process that has transformers and the folder, and nothing of the repository on its path."""
+    program = (
+        "import sys, transformers; "
+        f"t = transformers.AutoTokenizer.from_pretrained({str(code_folder)!r}, trust_remote_code=True); "
+        "assert not {'tokenization', 'tokenizer', 'config'} & {name.split('.')[0] for name in sys.modules}; "
+        "print(t('def getHTTP(x): pass')['input_ids'])"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"{load_tokenizer(code_folder).prompt_ids('def getHTTP(x): pass')}\n", done.stderr
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_refuses_the_code_tokenizer_and_opens_the_model(family, tmp_path):
+def test_transformers_opens_the_code_tokenizer_by_its_module_alone(family, own_modules, tmp_path):
     """Without a tokenizer.json it would make one for itself that gives no ids for any text."""
     tokenizer = CodeTokenizer.train([TEXTS[0]] * 20, vocab_size=300)
     sizes = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 32}
@@ -157,8 +231,13 @@ def test_transformers_refuses_the_code_tokenizer_and_opens_the_model(family, tmp
     values |= {key: value for key, value in more.items() if key in FAMILIES[family].defaults}
     model = Decoder(to_model(FAMILIES[family], values)).eval()
     save_pretrained(model, tokenizer, tmp_path / "saved", family)
-    with pytest.raises(Exception, match="this model has Plumb's code tokenizer; open it with"):
-        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    # Of a model_type without a tokenizer class of its own, transformers asks before it reads tokenizer.json.
+    with pytest.raises(
+        Exception, match=r"open it with trust_remote_code=True|argument `trust_remote_code=True`"
+    ):
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=False)
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert opened(TEXTS[0])["input_ids"] == tokenizer.prompt_ids(TEXTS[0])
     ids = torch.tensor([tokenizer.encode(TEXTS[0])[:16]])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-import tokenization.code
+import tokenization.code_pieces
 from config.files import REPOSITORY
 from tokenizer import (
     BPETokenizer,
@@ -293,7 +293,7 @@ class TestCodePieces:
         subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
 
     def test_caches_are_bounded_and_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tokenization.code, "_MAX_CACHE", 7)
+        monkeypatch.setattr(tokenization.code_pieces, "MAX_CACHE", 7)
         small = CodeTokenizer.train([SMALL] * 20, 400)
         fresh = pickle.loads(pickle.dumps(small))
         for text in corpus():
@@ -790,4 +790,4 @@ class TestPretrained:
 )
 def test_a_group_that_fails_half_way_takes_nothing(text: str, units: list[str]) -> None:
     """Python 3.11.2 kept what it took, so that interpreters gave one text different ids."""
-    assert tokenization.code._UNIT.findall(text) == units
+    assert tokenization.code_pieces.UNIT.findall(text) == units

@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Self
 from tokenization.files import read_json, write_file
 
 GENERATION = "generation_config.json"
-SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
-PAD, BOS, EOS = range(len(SPECIALS))
 
 
 class Tokenizer(ABC):
@@ -92,6 +90,13 @@ class Tokenizer(ABC):
 
     def token_id(self, token: str) -> int | None:
         """Return the id of one token by its exact spelling, such as `<fim_prefix>`; None if there is none."""
+        return None
+
+    def rules(self) -> dict[str, Any] | None:
+        """Return the tokenizer.json that gives these ids, as the `tokenizers` library writes it.
+
+        None where that library does not know the tokenizer.
+        """
         return None
 
     def pieces_fingerprint(self, below: int) -> str:

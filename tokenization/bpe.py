@@ -11,7 +11,8 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tokenization.base import BOS, EOS, PAD, SPECIALS, Tokenizer, check_training, content_hash
+from tokenization.base import Tokenizer, check_training, content_hash
+from tokenization.code_pieces import BOS, EOS, PAD, SPECIALS
 from tokenization.files import read_file, read_json, write_file
 from tokenization.growth import refuse_steep
 from tokenization.library import (
@@ -61,6 +62,9 @@ class BPETokenizer(Tokenizer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._json,), {"heals": self.heals}
+
+    def rules(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
 
     def pieces_fingerprint(self, below: int) -> str:
         return rules_fingerprint(self._tokenizer, below)

@@ -6,7 +6,8 @@ import heapq
 from collections import Counter, defaultdict
 from itertools import pairwise
 
-MAX_PIECE = 24  # characters of a piece
+from tokenization.code_pieces import MAX_PIECE
+
 _SPARE = 1.25  # pieces learned for each one kept: later merges leave some idle, which are dropped
 HEAD, TAIL, PLAIN = "^", "-", "="  # The first character of a symbol says its kind while pieces are learned.
 

@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import tokenizers
 
-from tokenization.base import BOS, EOS, PAD, SPECIALS, Tokenizer, content_hash
+from tokenization.base import Tokenizer, content_hash
 from tokenization.classes import BUILDERS
+from tokenization.code_pieces import BOS, EOS, PAD, SPECIALS
 from tokenization.files import parse_json, read_file, write_file
 from tokenization.growth import refuse_steep
 from tokenization.library import (
@@ -206,6 +207,9 @@ class PretrainedTokenizer(Tokenizer):
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def rules(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
 
     def pieces_fingerprint(self, below: int) -> str:
         return rules_fingerprint(self._tokenizer, below)

@@ -1,8 +1,9 @@
-"""A run's model as a folder that other tools open.
+"""A run's model as a folder or a file that other tools open.
 
     a model from scratch, or a base trained whole    a Hugging Face folder
     adapters                                         a PEFT folder, for the base that they were trained on
     adapters, with --merge                           a Hugging Face folder with the adapters in its weights
+    each but the second, with --gguf                 a file that llama.cpp opens
 
 Merged weights are judged by real text before they are written: the largest gap of a logit between the
 adapters beside their base and the merged weights must stay below a tolerance. They are put into the weights
@@ -30,12 +31,15 @@ from guards.faults import refuse_unknown_faults
 from guards.reference.exported import refuse_other_adapter, refuse_other_model
 from lora import adapters_disabled, wrappers
 from modules.quantized_linear import Linear4bit, dequantize_linears
-from pretrained import save_pretrained
+from pretrained import load_pretrained, save_pretrained
 from pretrained.merging import MergeReport, merge, merge_checked, merge_report
-from pretrained.save import refuse_full
+from pretrained.save import choose_family, refuse_full
+from pretrained.save_gguf import library, save_gguf
 from tokenizer import Tokenizer
 from training.export_config import ExportConfig
-from training.run import export_adapter, load_run, open_adapted
+from training.model_card import Exported, metadata_of, write_card
+from training.push import push, refuse_push
+from training.run import TrainedRun, export_adapter, load_run, open_adapted
 
 PROMPTS, PROMPT_TOKENS = 8, 128
 # Real code that is on every machine: the interpreter's own argparse, as it lies beside os.py.
@@ -53,42 +57,103 @@ def export(settings: ExportConfig) -> str:
             model's parts, the merge is not what was trained, or the folder is not empty.
     """
     refuse_unknown_faults(settings.allow)
-    refuse_full(Path(settings.out))
-    refuse_unwritable(settings.out, "--out")
+    refuse_place(settings)
     if settings.merge:
         judging_text(settings)
-    if settings.run is not None:
-        run = load_run(settings.run, settings.which)
+    run = None if settings.run is None else load_run(settings.run, settings.which)
+    if run is not None:
         model, tokenizer, family = run.model, run.tokenizer, run.family
     else:
-        assert settings.base is not None and settings.adapter is not None, "parse_settings asks for them"
-        found = open_adapted(settings.base, settings.adapter, settings.base_format)
-        run, model, tokenizer, family = None, found.model, found.tokenizer, found.family
+        assert settings.base is not None, "parse_settings asks for it"
+        if settings.adapter is None:
+            found = load_pretrained(settings.base)
+        else:
+            found = open_adapted(settings.base, settings.adapter, settings.base_format)
+        model, tokenizer, family = found.model, found.tokenizer, found.family
+    report = ""
     if settings.merge:
-        if family is None:
-            raise ValueError(f"{settings.run} has no adapters; leave --merge out")
+        if family is None or (run is None and settings.adapter is None):
+            raise ValueError(f"{settings.run or settings.base} has no adapters; leave --merge out")
         if tokenizer is None:
             raise ValueError(f"{settings.base} has no tokenizer, which judging the merge takes")
         report = merged(model, tokenizer, settings)
     elif run is not None and family is not None:
-        export_adapter(run, settings.out, lambda folder: refuse_other_adapter(folder, run, settings.allow))
-        stored_as = run.config.train.base_format
-        note = (
-            ""
-            if stored_as == "fp32"
-            else f", stored as {stored_as}: on other weights, as PEFT loads, it is another model"
-        )
-        return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}{note}"
-    else:
-        report = ""
-    written = save_pretrained(
-        model,
-        tokenizer,
-        settings.out,
-        None if family is None else family.model_type,
-        complete=lambda folder: refuse_other_model(folder, model, settings.allow),
+        if settings.gguf:
+            raise ValueError(
+                f"{settings.run} has adapters, which a GGUF file does not hold; give --merge too"
+            )
+        return _pushed(_adapter(run, settings), settings)
+    model_type = None if family is None else family.model_type
+    if settings.gguf:
+        return _pushed(report + _gguf(model, tokenizer, model_type, settings), settings)
+    assert settings.out is not None, "parse_settings asks for one of both"
+    base = settings.base if run is None else run.config.train.base
+    kind = choose_family(model.config, model_type).model_type
+
+    def complete(folder: Path) -> None:
+        write_card(folder, Exported(model, tokenizer, kind, run, base, report))
+        refuse_other_model(folder, model, settings.allow)
+
+    metadata = None if run is None else metadata_of(run)
+    save_pretrained(model, tokenizer, settings.out, kind, complete=complete, metadata=metadata)
+    return _pushed(f"{report}{kind} model in {settings.out}", settings)
+
+
+def _pushed(done: str, settings: ExportConfig) -> str:
+    """Send what was written to the hub, if that is wanted, and return what was done."""
+    if settings.push is None:
+        return done
+    return f"{done}; it is at {push(Path(str(settings.out or settings.gguf)), settings.push)}"
+
+
+def refuse_place(settings: ExportConfig) -> None:
+    """Refuse a folder that is not empty, a file that is there, and a place out of reach."""
+    if settings.push is not None:
+        refuse_push(settings.push)
+    if settings.gguf:
+        if os.path.lexists(settings.gguf):
+            raise ValueError(f"{settings.gguf} is there already; name a new file")
+        refuse_unwritable(Path(settings.gguf).parent, "--gguf")
+        library()
+    if settings.out:
+        refuse_full(Path(settings.out))
+        refuse_unwritable(settings.out, "--out")
+
+
+def _adapter(run: TrainedRun, settings: ExportConfig) -> str:
+    """Write the run's adapter, and return what was done."""
+    assert settings.out is not None
+
+    def complete(folder: Path) -> None:
+        write_card(folder, Exported(run.model, run.tokenizer, "peft", run, run.config.train.base))
+        refuse_other_adapter(folder, run, settings.allow)
+
+    export_adapter(run, settings.out, complete)
+    stored_as = run.config.train.base_format
+    note = (
+        ""
+        if stored_as == "fp32"
+        else f", stored as {stored_as}: on other weights, as PEFT loads, it is another model"
     )
-    return f"{report}{written.model_type} model in {settings.out}"
+    return f"the adapter is in {settings.out}; it belongs to {run.config.train.base}{note}"
+
+
+def _gguf(model: Decoder, tokenizer: Tokenizer | None, model_type: str | None, settings: ExportConfig) -> str:
+    """Write a file for llama.cpp, and return what was done."""
+    assert settings.gguf is not None
+    if tokenizer is None:
+        raise ValueError(f"{settings.base} has no tokenizer, without which no program can use a GGUF file")
+
+    def complete(path: Path) -> None:
+        from guards.llama_server import refuse_other_answers  # They take gguf, which is optional.
+        from guards.reference.exported_gguf import refuse_other_gguf
+
+        refuse_other_gguf(path, model, tokenizer, settings.allow)
+        refuse_other_answers(path, model, tokenizer, settings.allow)
+
+    written = save_gguf(model, tokenizer, settings.gguf, settings.type, model_type, complete)
+    size = Path(settings.gguf).stat().st_size / 2**20
+    return f"{written.model_type} model in {settings.gguf}, {settings.type}, {size:.1f} MB"
 
 
 def judging_text(settings: ExportConfig) -> tuple[Path, str]:

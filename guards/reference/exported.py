@@ -66,7 +66,7 @@ def refuse_other_model(folder: Path, model: Decoder, allowed: Collection[str]) -
         compare_weights(comparison, weights, opened)
         compare_logits(comparison, model, settings, opened)
 
-    return _judged("exported model", compare, allowed)
+    return judged("exported model", compare, allowed)
 
 
 def refuse_other_adapter(folder: Path, run: TrainedRun, allowed: Collection[str]) -> list[Fault]:
@@ -91,7 +91,7 @@ def refuse_other_adapter(folder: Path, run: TrainedRun, allowed: Collection[str]
         compare_weights(comparison, weights, opened)
         compare_logits(comparison, run.model, replace(settings, tie_embeddings=False), opened)
 
-    return _judged("exported adapter", compare, allowed)
+    return judged("exported adapter", compare, allowed)
 
 
 def _is_known(comparison: Comparison, folder: Path) -> bool:
@@ -102,7 +102,7 @@ def _is_known(comparison: Comparison, folder: Path) -> bool:
     return family in PUBLISHED
 
 
-def _judged(what: str, compare: Callable[[Comparison], None], allowed: Collection[str]) -> list[Fault]:
+def judged(what: str, compare: Callable[[Comparison], None], allowed: Collection[str]) -> list[Fault]:
     """Run a comparison, and print that both agree or that a difference is allowed; else raise it."""
     comparison, started = Comparison(), time.perf_counter()
     try:

@@ -1,0 +1,325 @@
+"""A model written as a GGUF file, which llama.cpp and what is built on it open.
+
+    save_gguf(model, tokenizer, "model.gguf", "q8_0")
+
+It is written as the family whose parts it has, where llama.cpp computes the same function; what it would
+compute otherwise, without an error, is refused.
+
+    f16     every matrix in 16 bits
+    q8_0    blocks of 32 numbers of a row: a scale in 16 bits, and 8 bits a number
+    q4_0    the same with 4 bits a number; embedding and head are q8_0
+
+Norms, biases and tables of positions stay fp32, as in the files that llama.cpp's own converter writes, and a
+matrix whose rows are no multiple of 32 stays f16.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from architecture import Decoder
+from config import ModelConfig
+from modules.frozen_linear import FrozenLinear
+from modules.positions import ROPE_SCALINGS, rotary_frequency
+from modules.tensorfiles import flush
+from pretrained.family import Family
+from pretrained.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
+from pretrained.save import choose_family
+from tokenizer import Tokenizer
+
+BLOCK = 32  # Numbers that share a scale, in both quantised types.
+LARGEST = 65504.0  # The largest number that 16 bits hold.
+FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2}  # general.file_type, as ggml numbers them
+
+# Our module -> GGUF's, in all of the families; `{}` stands for the layer's number.
+MODULES = {
+    "embed": "token_embd",
+    "position": "position_embd",
+    "blocks.{}.norm": "blk.{}.attn_norm",
+    "blocks.{}.attention_norm": "blk.{}.attn_norm",
+    "blocks.{}.attention.qkv": "blk.{}.attn_qkv",
+    "blocks.{}.attention.q": "blk.{}.attn_q",
+    "blocks.{}.attention.k": "blk.{}.attn_k",
+    "blocks.{}.attention.v": "blk.{}.attn_v",
+    "blocks.{}.attention.out": "blk.{}.attn_output",
+    "blocks.{}.mlp_norm": "blk.{}.ffn_norm",
+    "blocks.{}.mlp.gate": "blk.{}.ffn_gate",
+    "blocks.{}.mlp.up": "blk.{}.ffn_up",
+    "blocks.{}.mlp.down": "blk.{}.ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
+
+
+class GgufFamily(NamedTuple):
+    """How llama.cpp computes a family.
+
+    Args:
+        name: llama.cpp's name of it.
+        needs: ModelConfig fields with the values that it knows.
+        scalings: The rotary scalings that it computes.
+        any_width: A head may have another width than n_embd / n_head.
+        pairs: Rotates dimensions 2i and 2i + 1 together, so that rows of q and k are written in that order.
+        own_head: Has a head of its own even where it is tied.
+    """
+
+    name: str
+    needs: dict[str, Any]
+    scalings: tuple[str, ...] = ("none",)
+    any_width: bool = False
+    pairs: bool = False
+    own_head: bool = False
+
+
+_TANH = {"mlp": "gelu_tanh"}
+GGUF_FAMILIES = {
+    "gpt_bigcode": GgufFamily("starcoder", _TANH),
+    "llama": GgufFamily("llama", {}, ("none", "linear", "llama3"), any_width=True, pairs=True),
+    "phi": GgufFamily("phi2", _TANH | {"qk_norm": False}, ("none", "linear"), own_head=True),
+    "starcoder2": GgufFamily(
+        "starcoder2",
+        _TANH | {"qkv_bias": True, "attention_bias": True, "mlp_bias": True},
+        ("none", "linear"),
+    ),
+    "qwen2": GgufFamily("qwen2", {}, ("none", "linear")),
+}
+
+
+def save_gguf(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    file_type: str = "f16",
+    family: str | None = None,
+    complete: Callable[[Path], object] | None = None,
+) -> Family:
+    """Write a model with its tokenizer as one file, and return the family that it is written as.
+
+    The file appears whole: it is written under a hidden name beside it, flushed and renamed. One matrix at a
+    time is converted.
+
+    Args:
+        model: Loaded or trained here, without adapters.
+        tokenizer: Its pieces, rules and special ids go into the file.
+        path: A new file.
+        file_type: A key of FILE_TYPES.
+        family: A `model_type`; None takes the first that can express the model.
+        complete: Called with the file before it gets its name; an error that it raises leaves nothing.
+
+    Raises:
+        ValueError: llama.cpp has no such model or tokenizer, a number does not fit into 16 bits, the file is
+            there already, or the package gguf is not installed.
+    """
+    path = Path(path)
+    if any(isinstance(module, FrozenLinear) for module in model.modules()):
+        raise ValueError("the model is stored in fewer bits; call dequantize_linears before saving it")
+    chosen, form = _form_of(model.config, family)
+    vocabulary = gguf_vocabulary(tokenizer, model.config.vocab_size)
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already; name a new file")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(temporary, model, form, vocabulary, file_type, path.stem)
+        flush(temporary)
+        if complete is not None:
+            complete(temporary)
+        os.rename(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return chosen
+
+
+def library() -> Any:
+    """Return the package gguf; ValueError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(
+            "a GGUF file takes the package gguf, which is not installed; `pip install gguf` gives it"
+        ) from None
+    return gguf
+
+
+def _form_of(config: ModelConfig, model_type: str | None) -> tuple[Family, GgufFamily]:
+    """Return the family of a model and llama.cpp's form of it; ValueError says what has none."""
+    family = choose_family(config, model_type)
+    form = GGUF_FAMILIES.get(family.model_type)
+    if form is None:
+        raise ValueError(
+            f"llama.cpp has no {family.model_type} models, so that GGUF has no form of this one; export it "
+            "with --out FOLDER, or train one with the parts of " + ", ".join(GGUF_FAMILIES)
+        )
+    lacking = [
+        f"model.{key} {getattr(config, key)}"
+        for key, value in form.needs.items()
+        if getattr(config, key) != value
+    ]
+    if config.position == "rotary" and config.rope_scaling not in form.scalings:
+        lacking.append(f"model.rope_scaling {config.rope_scaling}")
+    if config.head_dim * config.n_head != config.n_embd and not form.any_width:
+        lacking.append(
+            f"model.head_dim {config.head_dim} with {config.n_head} heads of a width {config.n_embd}"
+        )
+    if lacking:
+        raise ValueError(
+            f"llama.cpp's {form.name} has no {', no '.join(lacking)}: export the model with --out FOLDER, or "
+            "train one without"
+        )
+    return family, form
+
+
+class _GgufTensor(NamedTuple):
+    """A tensor of the file: the model's values, the order of its rows (None as they are), and the type."""
+
+    values: Tensor
+    order: Tensor | None
+    kind: str  # a name of gguf.GGMLQuantizationType
+
+    def stored(self, name: str, gguf: Any) -> np.ndarray[Any, Any]:
+        """Return the numbers as they are written; ValueError for one that 16 bits do not hold."""
+        values = self.values.detach().cpu().float()
+        largest = float(values.abs().max()) if values.numel() else 0.0
+        most = math.inf if self.kind == "F32" else LARGEST
+        if not largest <= most:  # What is not a number does not pass.
+            raise ValueError(
+                f"{name} has numbers up to {largest:g}, and {self.kind} holds up to {LARGEST:g}; export the "
+                "model with --out FOLDER"
+            )
+        values = values if self.order is None else values[self.order]
+        return gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[self.kind])
+
+
+def _write(
+    path: Path, model: Decoder, form: GgufFamily, vocabulary: GgufVocabulary, file_type: str, name: str
+) -> None:
+    """Write the whole file; six arguments, what is in it and where."""
+    gguf = library()
+    tensors = _tensors(model, form, file_type)
+    kept = sum(tensor.kind == "F16" for tensor in tensors.values())
+    if kept and file_type != "f16":
+        print(f"{kept} matrices are written in f16: their rows are no multiple of {BLOCK}", file=sys.stderr)
+    writer = gguf.GGUFWriter(path, form.name)
+    try:
+        for key, value in _metadata(model.config, form, file_type, name).items():
+            put = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+            put(key, value)
+        _add_vocabulary(writer, vocabulary)
+        for to, tensor in tensors.items():
+            kind, shape = gguf.GGMLQuantizationType[tensor.kind], tuple(tensor.values.shape)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            n_bytes = tensor.values.numel() // block * size
+            writer.add_tensor_info(to, shape, np.dtype(np.float32), n_bytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for to, tensor in tensors.items():
+            writer.write_tensor_data(tensor.stored(to, gguf))
+    finally:
+        writer.close()
+
+
+def _metadata(
+    config: ModelConfig, form: GgufFamily, file_type: str, name: str
+) -> dict[str, str | int | float]:
+    """Return what a file says of a model's shape, by key.
+
+    A model with a window is read with a context of that many tokens, in which the window hides nothing:
+    llama.cpp computes these families without one.
+    """
+    context = min(config.block_size, config.sliding_window or config.block_size)
+    if context < config.block_size:
+        print(
+            f"warning: llama.cpp's {form.name} has no sliding window, so that the file says a context of "
+            f"{context} tokens, not {config.block_size}; in that many both are equal",
+            file=sys.stderr,
+        )
+    eps = "attention.layer_norm_rms_epsilon" if config.norm == "rms" else "attention.layer_norm_epsilon"
+    of_form: dict[str, str | int | float] = {
+        "vocab_size": config.vocab_size,
+        "context_length": context,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.n_inner,
+        "attention.head_count": config.n_head,
+        "attention.head_count_kv": config.n_kv_head,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        eps: config.norm_eps,
+    }
+    if config.position == "rotary":
+        of_form |= {"rope.dimension_count": config.rotary_dim, "rope.freq_base": float(config.rope_theta)}
+        if config.rope_scaling == "linear":
+            of_form |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_factor)}
+            of_form |= {"rope.scaling.original_context_length": config.block_size}
+    general: dict[str, str | int | float] = {
+        "general.type": "model",
+        "general.name": re.sub(r"[^\w .-]", "_", name)[:100],
+        "general.file_type": FILE_TYPES[file_type],
+        "general.quantization_version": 2,
+    }
+    return general | {f"{form.name}.{key}": value for key, value in of_form.items()}
+
+
+def _add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    for key, id in vocabulary.ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}", id)
+    writer.add_add_bos_token(vocabulary.starts)
+    writer.add_bool("tokenizer.ggml.add_eos_token", False)
+
+
+def _tensors(model: Decoder, form: GgufFamily, file_type: str) -> dict[str, _GgufTensor]:
+    """Return the tensors of a file by their names there."""
+    config, found = model.config, {}
+    for name, values in model.state_dict().items():
+        if name == "head.weight" and config.tie_embeddings and not form.own_head:
+            continue
+        module, _, kind = name.rpartition(".")
+        general = re.sub(r"^blocks\.\d+\.", "blocks.{}.", module)
+        layer = module.split(".")[1] if general != module else ""
+        to = f"{MODULES[general].format(layer)}.{kind}"
+        part = module.rpartition(".")[2]
+        found[to] = _GgufTensor(values, _order(config, form, part), _type_of(part, values, file_type))
+    if config.position == "rotary" and config.rope_scaling == "llama3":
+        frequency = rotary_frequency(config.rotary_dim, config.rope_theta)
+        slower = ROPE_SCALINGS["llama3"](frequency, config, torch.zeros(()))
+        found["rope_freqs.weight"] = _GgufTensor(frequency / slower, None, "F32")
+    return found
+
+
+def _order(config: ModelConfig, form: GgufFamily, part: str) -> Tensor | None:
+    """Return which row of a projection each row of the file is; None where they are the same."""
+    width, half = config.head_dim, config.head_dim // 2
+    if part == "qkv" and config.qkv_layout == "heads":  # Query, key and value of a head -> of all heads.
+        return torch.arange(config.n_head * 3 * width).view(config.n_head, 3, width).transpose(0, 1).flatten()
+    if part in ("q", "k") and form.pairs:  # Dimension i beside i + half.
+        n = config.n_head if part == "q" else config.n_kv_head
+        return torch.arange(n * width).view(n, 2, half).transpose(1, 2).flatten()
+    return None
+
+
+def _type_of(part: str, values: Tensor, file_type: str) -> str:
+    """Return the type of a tensor; embedding and head suffer most from 4 bits."""
+    if values.dim() < 2 or part == "position":
+        return "F32"
+    if file_type == "f16" or values.size(-1) % BLOCK:
+        return "F16"
+    return "Q8_0" if part in ("embed", "head") else file_type.upper()
