@@ -26,6 +26,7 @@ from guards.faults import Fault
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.effective import config_of, weights_of
 from guards.reference.reader import Reader
+from guards.reference.rounding import STEP32
 from lora import adapters_disabled
 from modules.precision import Precision
 from modules.quantized_linear import n_weights
@@ -87,7 +88,7 @@ def refuse_other_scores(
                     compare_memorised(comparison, record, evaluated, data.train)
     except Differs as difference:
         remedy = f"{difference.remedy}; no score was written"
-        fault = Fault("differs-from-reference", comparison.evidence(difference), remedy, "evaluation")
+        fault = Fault("differs-from-reference", comparison.evidence(difference), remedy, "evaluate")
         if not allowed:
             raise fault from None
         print(f"ALLOWED {fault.name}: {fault.evidence}", file=sys.stderr)
@@ -208,14 +209,9 @@ class Scored:
                 most[key] += scores.hits(logits, labels, k, 2 * self.reader.off)
         # Errors of tokens are independent; what they have in common is of second order.
         n, off = shown.n_targets, self.reader.off
-        _same_nats(
-            self.comparison,
-            self.system,
-            number,
-            documents,
-            nats,
-            2 * off * (math.sqrt(n) + n * off) + 1e-6 * n,
-        )
+        # The log of a sum of exponentials in fp32 rounds some more.
+        off = 2 * off * (math.sqrt(n) + n * off) + 8 * STEP32 * (n + nats)
+        _same_nats(self.comparison, self.system, number, documents, nats, off)
         _same_hits(self.comparison, self.system, number, documents, (least, most))
 
 
