@@ -1,7 +1,7 @@
 """What a run leaves behind, by name, and the first thing in which two runs differ.
 
 Everything counts but times, paths, digests (what they are of is compared itself), what guards print and keep,
-and the settings `allow` and `run`.
+that something stored is made again, and the settings `allow` and `run`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ STAGES = (
 LEFT_OUT = re.compile(
     r"cache/source-|leaks-|overlap-|overrides\.json|sha256\.json|eval\.html|fingerprints\.json|base\.json|outputs\.json|/tmp"
 )
-GUARDS_SAY = ("preflight, ", "ALLOWED ", "a second opinion")
+GUARDS_SAY = ("preflight, ", "ALLOWED ")
+OPINION = "a second opinion agrees"  # A line of a guard too, wherever in it this stands.
+# That something stored is made again costs time, as a line of seconds says, and changes no result.
+MADE_AGAIN = ("training a code tokenizer", "training a bpe tokenizer")
 TIMES = re.compile(r"\d[\d,.]* ?(s|ms|min|tokens/s|MB/s|GB)\b")
 DIGEST = re.compile(r"[0-9a-f]{12,}")
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
@@ -132,9 +135,9 @@ def _tensors_compared(name: str, found: Tensor, expected: Tensor) -> Difference 
 
 
 def _spoken(printed: str) -> Iterator[str]:
-    """Yield the lines that a run printed, without those of guards, and without times and digests."""
+    """Yield the lines that a run printed, without those of guards and progress, times and digests."""
     for line in printed.splitlines():
-        if not line.startswith(GUARDS_SAY):
+        if not line.startswith(GUARDS_SAY + MADE_AGAIN) and OPINION not in line:
             yield DIGEST.sub("#", TIMES.sub("TIME", line))
 
 

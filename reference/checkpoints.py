@@ -43,3 +43,13 @@ def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def manifest_of(folder: Path) -> dict[str, Any]:
     """Return what manifest.json says of a checkpoint."""
     return json.loads((folder / "manifest.json").read_text("utf-8"))
+
+
+def folder_of(checkpoints: Path, step: int) -> Path | None:
+    """Return the newest folder of a step: `step-N`, or the `step-N.G` with the largest number behind it."""
+    found = {
+        int(path.name.partition(".")[2] or 0): path
+        for path in checkpoints.glob("step-*")
+        if int(path.name.removeprefix("step-").partition(".")[0]) == step
+    }
+    return found[max(found)] if found else None

@@ -49,3 +49,17 @@ def best_of(checkpoints: Iterable[tuple[int, float | None]]) -> int | None:
         if loss is not None and loss <= least:
             best, least = step, loss
     return best
+
+
+def without_better(losses: Iterable[float], least: float = math.inf, count: int = 0) -> tuple[float, int]:
+    """Return the least of some losses, and how many of the last in a row were not below all before them.
+
+    This is what patience counts. An equal loss is not better.
+
+    Args:
+        least: The least loss before these.
+        count: The count before these.
+    """
+    for loss in losses:
+        least, count = (loss, 0) if loss < least else (least, count + 1)
+    return least, count

@@ -40,6 +40,7 @@ from data.ngram import NGramModel
 from dataset import PreparedData
 from generation.settings import GenerationConfig
 from guards.preflight import overrides
+from guards.reference.evaluation import refuse_other_scores
 from lora import adapters_disabled
 from metrics.registry import Metric
 from modules.positions import longest_generated
@@ -212,6 +213,7 @@ def evaluate_run(
         if settings.memorisation:
             source = data_config(run, settings).source
             record["memorisation"] = memorisation(record, data.train, run.tokenizer, source)
+    refuse_other_scores(result, evaluated, data, settings.allow == "differs-from-reference")
     return result
 
 

@@ -57,7 +57,8 @@ class EvalConfig:
         cache: Folder for token stores, keyed by content, and for the predictions of an evaluation that was
             interrupted; the one that the run's config names is not touched.
         out: Folder for eval.json; by default the run's own, and evals/NAME for a published model.
-        allow: `unsandboxed` runs programs where nothing isolates them; the scores then say so.
+        allow: `unsandboxed` runs programs where nothing isolates them; `differs-from-reference` lets scores
+            pass that the second opinion derives differently. The scores then say so.
     """
 
     checkpoint: str | None = option(None, also=("run",))
@@ -91,7 +92,7 @@ class EvalConfig:
     base: str | None = None
     cache: str = "cache"
     out: str | None = None
-    allow: Literal["nothing", "unsandboxed"] = "nothing"
+    allow: Literal["nothing", "unsandboxed", "differs-from-reference"] = "nothing"
 
 
 def parse_settings(words: list[str]) -> EvalConfig:

@@ -373,6 +373,7 @@ def test_an_evaluation_can_be_repeated_and_names_a_single_checkpoint(run):
 
 def refusal(settings: EvalConfig, capsys) -> str:
     """Return the one line that the command prints on its error output before it exits with 2."""
+    capsys.readouterr()  # What an evaluation before it said.
     with pytest.raises(SystemExit) as exit, one_sentence():
         evaluation.write_evaluation(settings)
     assert exit.value.code == 2

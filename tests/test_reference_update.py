@@ -309,7 +309,7 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "moments not saved": (mutated(loop, "save_checkpoint", saved_as(without_moments)), "as stored in step-"),
     "patience": (
         lambda monkeypatch: monkeypatch.setattr(loop, "min", max, raising=False),
-        "best loss that patience counts from",
+        "best loss, and the validations",
     ),
     "half of the budget": (
         mutated(loop.TrainingManager, "progress", lambda right: lambda self: 2 * right(self)),

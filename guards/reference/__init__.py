@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guards.faults import Fault
-from guards.reference import forward, generation, rows, text, updates, weights
+from guards.reference import dropout, forward, generation, rows, text, updates, weights
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
 
@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {
     "rows": rows.compare,
     "weights": weights.compare,
     "forward": forward.compare,
+    "dropout": dropout.compare,
     "updates": updates.compare,
     "generation": generation.compare,
 }

@@ -133,7 +133,11 @@ def _how(found: Tensor, expected: Tensor, difference: float) -> str:
     """Say how two tensors differ: by a constant factor if one explains it, else by how much and where."""
     squares = float(expected.square().sum())
     factor = float((found * expected).sum()) / squares if squares else 0.0
-    if factor and relative_difference(found / factor, expected) <= MOST_ALIKE:
+    if (
+        abs(factor - 1) > MOST_ALIKE
+        and factor
+        and relative_difference(found / factor, expected) <= MOST_ALIKE
+    ):
         return f"{factor:.4g} times the reference"
     place = int(torch.argmax((found - expected).abs().flatten()))
     index = [int(i) for i in torch.unravel_index(torch.tensor(place), found.shape)]

@@ -5,7 +5,7 @@
 
 What is compared is the share of the budget that is used; the change of sampled numbers of every parameter
 with the reference's update by the gradient that the optimizer used, of Muon's matrices that of a whole one;
-and what the first and the last checkpoint hold.
+and what checkpoints hold.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from reference import optimizers, update
 
 DERIVED = 2  # Updates: of the second the moments are not zero.
 ELEMENTS = 2**10  # Of each parameter that AdamW moves.
+SMALL = 5e6  # Parameters that train: so small a checkpoint is read again in 0.1 s.
 MATRIX = 2e9  # Multiplications for Muon's polynomials, above which a matrix is not derived again: 0.1 s.
 
 
@@ -47,7 +48,7 @@ class DerivedSteps(FirstSteps):
         super().__init__(*args)
         self.draw = np.random.Generator(np.random.PCG64())
         self.samples: dict[str, SampledParameter] = {}
-        self.saves = 0
+        self.saves, self.begun = 0, saved.Begun(self.subject)
 
     def _forget(self) -> None:
         super()._forget()
@@ -127,7 +128,9 @@ class DerivedSteps(FirstSteps):
             )
 
     def after_save(self, values: Mapping[str, float], is_last: bool) -> bool:
-        """Compare the first and the last checkpoint with the reference; return what `after` does.
+        """Compare a checkpoint with the reference, and of the first and the last the scores too.
+
+        Of large models only the first and the last are read again.
 
         Args:
             values: What is logged of the validation.
@@ -137,8 +140,9 @@ class DerivedSteps(FirstSteps):
         """
         known = len(self.passed)
         self.saves += 1
-        if self.saves == 1 or is_last:
-            self._judge(saved.faults(self.subject, values))
+        whole = self.saves == 1 or is_last
+        if whole or sum(p.numel() for p in trainable(self.subject.model).values()) <= SMALL:
+            self._judge(saved.faults(self.subject, values, self.begun, whole))
         return len(self.passed) > known
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,19 +27,44 @@ TARGETS = 10**6  # Of a validation with more, the targets are not counted again.
 DOCUMENTS = 16  # Whose bytes are counted again.
 
 
-def faults(subject: GuardSubject, values: Mapping[str, float]) -> Iterator[Fault]:
+class Begun:
+    """The state of a run when this part of it begins.
+
+    Attributes:
+        step: The step of the checkpoint that it goes on from; 0 for a new run.
+        there: The steps of the checkpoints that are there.
+    """
+
+    def __init__(self, subject: GuardSubject):
+        state = subject.state
+        self.step, self.best_loss = state.step, state.best_loss
+        self.without_better = state.validations_without_better
+        self.there = {manifest["step"] for manifest in _manifests(subject)}
+
+
+def _manifests(subject: GuardSubject) -> Iterator[dict[str, Any]]:
+    """Yield the manifests of the run's checkpoints; an older one may be damaged."""
+    for folder in (subject.folder / "checkpoints").glob("step-*"):
+        with contextlib.suppress(OSError, ValueError):
+            yield checkpoints.manifest_of(folder)
+
+
+def faults(
+    subject: GuardSubject, values: Mapping[str, float], begun: Begun, whole: bool = True
+) -> Iterator[Fault]:
     """Compare the newest checkpoint and its scores, and yield the first difference.
 
     Args:
         values: What was logged of the validation.
+        whole: Compare its scores too.
     """
     comparison = Comparison()
     try:
-        compare_scores(subject, comparison, values)
-        compare_bytes(subject, comparison, values)
+        if whole:
+            compare_scores(subject, comparison, values)
+            compare_bytes(subject, comparison, values)
         compare_checkpoint(subject, comparison, values)
-        if subject.start != "resumed":  # Of an older part of the run files may have been removed on purpose.
-            compare_best(subject, comparison)
+        compare_best(subject, comparison, begun)
     except Differs as difference:
         yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
     for sentence in comparison.left_out:
@@ -129,10 +156,10 @@ def compare_bytes(subject: GuardSubject, comparison: Comparison, values: Mapping
 
 def compare_checkpoint(subject: GuardSubject, comparison: Comparison, values: Mapping[str, float]) -> None:
     """Compare the checkpoint of this step with what is in memory, and its manifest with what was logged."""
-    folders = sorted(
-        (subject.folder / "checkpoints").glob("step-*"), key=lambda folder: folder.stat().st_mtime
-    )
-    newest = folders[-1]
+    newest = checkpoints.folder_of(subject.folder / "checkpoints", subject.state.step)
+    if newest is None:
+        remedy = "what is saved after a validation"
+        raise Differs(f"checkpoint of step {subject.state.step}", "it is not there", remedy)
     manifest = checkpoints.manifest_of(newest)
     expected = {"step": subject.state.step, "loss": values["eval/loss"]}
     found = {key: manifest[key] for key in expected}
@@ -140,18 +167,21 @@ def compare_checkpoint(subject: GuardSubject, comparison: Comparison, values: Ma
     compare_stored(subject, comparison, newest)
 
 
-def compare_best(subject: GuardSubject, comparison: Comparison) -> None:
-    """Compare the best of the checkpoints that are there with the best of all validations in the log."""
+def compare_best(subject: GuardSubject, comparison: Comparison, begun: Begun) -> None:
+    """Compare the best of the checkpoints that are there with the best of all validations in the log.
+
+    Files of an earlier part of the run may have been removed on purpose before this one began.
+    """
     lines = (subject.folder / "metrics.jsonl").read_text("utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
-    losses = [(line["step"], line["eval/loss"]) for line in logged if "eval/loss" in line]
-    folders = (subject.folder / "checkpoints").glob("step-*")
-    manifests = [checkpoints.manifest_of(folder) for folder in folders]
-    found = scores.best_of((manifest["step"], manifest["loss"]) for manifest in manifests)
-    comparison.exact("best checkpoint", found, scores.best_of(losses), "which checkpoints are removed")
+    losses = {line["step"]: line["eval/loss"] for line in logged if "eval/loss" in line}
+    found = scores.best_of((manifest["step"], manifest["loss"]) for manifest in _manifests(subject))
+    known = [(step, loss) for step, loss in losses.items() if step > begun.step or step in begun.there]
+    comparison.exact("best checkpoint", found, scores.best_of(known), "which checkpoints are removed")
+    since = [loss for step, loss in losses.items() if step > begun.step]
     comparison.exact(
-        "best loss that patience counts from",
-        subject.state.best_loss,
-        min(loss for _, loss in losses),
+        "best loss, and the validations without a better one, which patience counts",
+        (subject.state.best_loss, subject.state.validations_without_better),
+        scores.without_better(since, begun.best_loss, begun.without_better),
         "how a validation is compared with the best",
     )

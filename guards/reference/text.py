@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from config import DataConfig
+from guards.reference import learning
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.source import Files, Sample, of_rows
 from guards.subject import GuardSubject
@@ -59,6 +60,7 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
         reason = f"a tokenizer of the kind {subject.tokenizer.kind} has no file to read"
         comparison.leave_out("ids", reason)
     else:
+        learning.compare(subject, comparison, stores["train"], tokens)
         _same_documents(subject, samples, tokens, comparison)
     if files is not None:
         files.compare_bytes()
