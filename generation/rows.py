@@ -133,7 +133,7 @@ class LiveRows:
         end = needed + (SPARE_COLUMNS if len(self.requested) > self.most_rows else 0)
         if config.position in ABSOLUTE_POSITIONS:
             return min(end, config.block_size)
-        if config.rope_scaling == "dynamic":
+        if config.rotates_by_length:
             end = min(end, config.rope_context)
         return max(needed, end)
 
