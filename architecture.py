@@ -387,7 +387,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
         mask, window_mask = self._masks(tokens, document_ids, cache, past)
-        rotary = self.rotary(positions) if self.rotary is not None else None
+        rotary = self.rotary(positions, self.embed.weight.dtype) if self.rotary is not None else None
         context = Context(rotary, mask, mask is None and T > 1, cache, window_mask)
         x = self.embed(tokens)
         if self.position is not None:

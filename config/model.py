@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin
 
 from config.setting import REFUSED, refuse_out_of_range, setting
 from config.typed import field_types
 from config.uses import (
+    CONTEXT_SCALINGS,
     FROM_SCRATCH,
     FUSED_QKV,
     ROPE_BY_CONTEXT,
     ROPE_LLAMA3,
+    ROPE_LONG,
     ROPE_SCALED,
+    ROPE_SHARPENED,
+    ROPE_YARN,
     ROTARY,
     WINDOWED,
 )
@@ -44,12 +49,21 @@ class ModelConfig:
         rotary_layout: `half` (Llama) or `interleaved` (CodeGen) pairs.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: How rotary frequencies reach past `rope_context`: `none`, `linear` (arXiv:2306.15595),
-            `dynamic` (by the last position of a row, arXiv:2309.00071 appendix B.2) or `llama3`
-            (arXiv:2407.21783).
+            `dynamic` (by the last position of a row, arXiv:2309.00071 appendix B.2), `llama3`
+            (arXiv:2407.21783), `yarn` (arXiv:2309.00071) or `longrope` (by the last position of a row,
+            arXiv:2402.13753).
         rope_factor: How many times as far as `rope_context`, at least 1.
         rope_context: Tokens of the context the model was first trained on; 0 means block_size.
         rope_low_freq: `llama3` divides frequencies with fewer turns than this in the first context.
         rope_high_freq: `llama3` leaves frequencies with more turns than this as they are.
+        rope_beta_fast: `yarn` leaves frequencies with more turns than this in the first context as they are.
+        rope_beta_slow: `yarn` divides frequencies with fewer turns than this.
+        rope_truncate: `yarn` rounds the numbers of these two frequencies outwards.
+        rope_attention: Factor of rotated queries and of rotated keys; 0 takes that of the scaling's paper:
+            0.1 ln(rope_factor) + 1, or with `longrope` sqrt(1 + ln(block_size / rope_context) /
+            ln(rope_context)).
+        rope_short: `longrope` divides each frequency by its number here in rows of up to rope_context tokens.
+        rope_long: By these it divides in longer rows.
         sliding_window: A token sees itself and the sliding_window - 1 tokens before it; 0 means all before.
         window_layers: Layers with the sliding window, counted from 0; none named means all.
         mlp: `gelu`, `gelu_tanh`, `relu2` or `swiglu`.
@@ -100,7 +114,7 @@ class ModelConfig:
     rotary_dim: int = setting(0, at_least=1, or_zero=True, used=(ROTARY,), on_resume=REFUSED)
     rotary_layout: Literal["half", "interleaved"] = setting("half", used=(ROTARY,), on_resume=REFUSED)
     rope_theta: float = setting(10_000.0, above=0, used=(ROTARY,), on_resume=REFUSED)
-    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = setting(
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = setting(
         "none", used=(ROTARY,), on_resume=REFUSED
     )
     rope_factor: float = setting(1.0, at_least=1, used=(ROPE_SCALED,), on_resume=REFUSED)
@@ -109,6 +123,22 @@ class ModelConfig:
     )
     rope_low_freq: float = setting(1.0, above=0, used=(ROPE_LLAMA3,), compared=False, on_resume=REFUSED)
     rope_high_freq: float = setting(4.0, above=0, used=(ROPE_LLAMA3,), compared=False, on_resume=REFUSED)
+    rope_beta_fast: float = setting(
+        32.0, above=0, used=(ROPE_YARN,), before=32.0, compared=False, on_resume=REFUSED
+    )
+    rope_beta_slow: float = setting(
+        1.0, above=0, used=(ROPE_YARN,), before=1.0, compared=False, on_resume=REFUSED
+    )
+    rope_truncate: bool = setting(True, used=(ROPE_YARN,), before=True, compared=False, on_resume=REFUSED)
+    rope_attention: float = setting(
+        0.0, above=0, or_zero=True, used=(ROPE_SHARPENED,), before=0.0, compared=False, on_resume=REFUSED
+    )
+    rope_short: tuple[float, ...] = setting(
+        (), used=(ROPE_LONG,), before=(), compared=False, on_resume=REFUSED
+    )
+    rope_long: tuple[float, ...] = setting(
+        (), used=(ROPE_LONG,), before=(), compared=False, on_resume=REFUSED
+    )
     sliding_window: int = setting(0, at_least=1, at_most=2**32, or_zero=True, on_resume=REFUSED)
     window_layers: tuple[int, ...] = setting((), used=(WINDOWED,), compared=False, on_resume=REFUSED)
     mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting("gelu", on_resume=REFUSED)
@@ -134,6 +164,11 @@ class ModelConfig:
         """How many times as wide as base_width the model is (muP's width multiplier, arXiv:2203.03466)."""
         return self.n_embd / self.base_width if self.base_width else 1.0
 
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether the rotation of a token depends on the length of its row, so that keys cannot be kept."""
+        return self.position == "rotary" and self.rope_scaling in ("dynamic", "longrope")
+
     def resolved(self) -> ModelConfig:
         """Return the config with every 0 filled in.
 
@@ -153,14 +188,15 @@ class ModelConfig:
         self._refuse_positions(rotary_dim)
         self._refuse_qkv_layout(n_kv_head)
         # Where nothing reads rope_context it stays 0: a run whose config sets what nothing reads is refused.
-        reaches = self.rope_scaling in ("dynamic", "llama3")
+        context = self.rope_context or (self.rope_scaling in CONTEXT_SCALINGS) * self.block_size
         return replace(
             self,
             head_dim=head_dim,
             n_kv_head=n_kv_head,
             rotary_dim=rotary_dim if self.position == "rotary" else 0,
             n_inner=self.n_inner or 4 * self.n_embd,
-            rope_context=self.rope_context or reaches * self.block_size,
+            rope_context=context,
+            rope_attention=self.rope_attention or self._rope_attention(context),
             **self._dropouts(),
         )
 
@@ -205,11 +241,42 @@ class ModelConfig:
                 f"model.rope_low_freq {self.rope_low_freq} must be above 0 and below "
                 f"model.rope_high_freq {self.rope_high_freq}"
             )
+        if self.rope_scaling == "yarn" and (
+            self.rope_beta_slow >= self.rope_beta_fast or self.rope_theta <= 1
+        ):
+            raise ValueError(
+                f"model.rope_scaling yarn needs a model.rope_theta above 1, not {self.rope_theta}, and a "
+                f"model.rope_beta_slow below model.rope_beta_fast, not {self.rope_beta_slow} and "
+                f"{self.rope_beta_fast}"
+            )
+        if self.rope_scaling == "longrope":
+            self._refuse_long_factors(rotary_dim)
         if any(not 0 <= layer < self.n_layer for layer in self.window_layers):
             raise ValueError(
                 f"model.window_layers {list(self.window_layers)} must be among the {self.n_layer} layers "
                 f"0 to {self.n_layer - 1}"
             )
+
+    def _refuse_long_factors(self, rotary_dim: int) -> None:
+        """Raise ValueError for factors of `longrope` that are not one positive number for each frequency."""
+        for key in ("rope_short", "rope_long"):
+            factors: tuple[float, ...] = getattr(self, key)
+            if len(factors) != rotary_dim // 2 or not all(0 < number < math.inf for number in factors):
+                raise ValueError(
+                    f"model.{key} has {len(factors)} numbers; with {rotary_dim} rotated dimensions it must "
+                    f"have {rotary_dim // 2}, each above 0"
+                )
+        if (self.rope_context or self.block_size) < 2:
+            raise ValueError("model.rope_context is 1; model.rope_scaling longrope needs at least 2")
+
+    def _rope_attention(self, context: int) -> float:
+        """Return the factor that the paper of a scaling gives; 0 where the scaling has none."""
+        if self.rope_scaling == "yarn":
+            return 0.1 * math.log(self.rope_factor) + 1
+        if self.rope_scaling == "longrope":
+            reached = max(1.0, self.block_size / context)
+            return math.sqrt(1 + math.log(reached) / math.log(context))
+        return 0.0
 
     def _refuse_qkv_layout(self, n_kv_head: int) -> None:
         """Raise ValueError for heads that the layout of a fused projection cannot hold."""

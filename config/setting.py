@@ -73,6 +73,11 @@ class Setting:
         """Whether the fingerprints of older runs lack it."""
         return self.before is not ALWAYS_THERE and not self.always_hashed
 
+    @property
+    def stored_before(self) -> Any:
+        """`before` as files have it, which have no tuples."""
+        return list(self.before) if isinstance(self.before, tuple) else self.before
+
     def broken_bound(self, value: float) -> str:
         """Return the bound that a number breaks, in words, or nothing."""
         largest = LARGEST[type(value)]

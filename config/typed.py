@@ -37,6 +37,8 @@ def typed_value(key: str, value: Any, kind: Any) -> Any:
     if float in (kind, *get_args(kind)) and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if get_origin(kind) is tuple:
+        if get_args(kind)[0] is float and isinstance(value, list | tuple):
+            return tuple(typed_value(f"{key}, an item,", item, float) for item in value)
         value = tuple(value) if isinstance(value, list) else value
         fits = isinstance(value, tuple) and all(type(item) is get_args(kind)[0] for item in value)
     elif get_origin(kind) is Literal:

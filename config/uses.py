@@ -59,19 +59,36 @@ ROTARY = Use(
     "model.position is not rotary",
 )
 ROPE_SCALED = Use(
-    "model.rope_scaling is not none",
-    lambda config: config.model.rope_scaling != "none",
-    "model.rope_scaling is none",
+    "model.rope_scaling is linear, dynamic, llama3 or yarn",
+    lambda config: config.model.rope_scaling not in ("none", "longrope"),
+    "model.rope_scaling has no factor",
 )
+# Scalings that know the context the model was first trained on.
+CONTEXT_SCALINGS = ("dynamic", "llama3", "yarn", "longrope")
 ROPE_BY_CONTEXT = Use(
-    "model.rope_scaling is dynamic or llama3",
-    lambda config: config.model.rope_scaling in ("dynamic", "llama3"),
-    "model.rope_scaling is neither dynamic nor llama3",
+    "model.rope_scaling is dynamic, llama3, yarn or longrope",
+    lambda config: config.model.rope_scaling in CONTEXT_SCALINGS,
+    "model.rope_scaling has no first context",
 )
 ROPE_LLAMA3 = Use(
     "model.rope_scaling is llama3",
     lambda config: config.model.rope_scaling == "llama3",
     "model.rope_scaling is not llama3",
+)
+ROPE_YARN = Use(
+    "model.rope_scaling is yarn",
+    lambda config: config.model.rope_scaling == "yarn",
+    "model.rope_scaling is not yarn",
+)
+ROPE_LONG = Use(
+    "model.rope_scaling is longrope",
+    lambda config: config.model.rope_scaling == "longrope",
+    "model.rope_scaling is not longrope",
+)
+ROPE_SHARPENED = Use(
+    "model.rope_scaling is yarn or longrope",
+    lambda config: config.model.rope_scaling in ("yarn", "longrope"),
+    "model.rope_scaling is neither yarn nor longrope",
 )
 WINDOWED = Use(
     "model.sliding_window is above 0",

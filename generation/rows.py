@@ -124,7 +124,7 @@ class LiveRows:
         end = min(max(lengths) + max(left), longest + SPARE_COLUMNS)
         if config.position in ABSOLUTE_POSITIONS:
             end = min(end, config.block_size)
-        elif config.rope_scaling == "dynamic":
+        elif config.rotates_by_length:
             end = min(end, config.rope_context)
         return max(longest, end)
 

@@ -241,7 +241,7 @@ def position_faults(subject: GuardSubject) -> Iterator[Fault]:
         return
     forwards = torch.arange(T, device=batch.tokens.device).expand_as(batch.tokens)
     requested = [forwards, forwards.flip(1)]
-    if config.position == "rotary" and config.rope_scaling != "dynamic":
+    if config.position == "rotary" and not config.rotates_by_length:
         requested.append(forwards + LATER)
     # Without autocast where the weights allow it: rounding to 16 bits may change as much as a fault does.
     exact = all(p.dtype == torch.float32 for p in subject.model.parameters())
@@ -315,7 +315,7 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
         block_size=8,
         sliding_window=min(config.sliding_window, TWIN_WINDOW),
         window_layers=(),
-        rope_context=TWIN_CONTEXT if config.rope_scaling in ("dynamic", "llama3") else 0,
+        rope_context=TWIN_CONTEXT if config.rope_context else 0,
     )
     if config.n_embd > WIDE:  # The same parts in a few heads: the true width would take seconds a key.
         heads, shared = {1: (2, 1), config.n_head: (2, 2)}.get(config.n_kv_head, (4, 2))

@@ -63,7 +63,8 @@ def reference_attention(
         # A large negative number would make a fully masked row uniform; -inf makes it NaN, seen at once.
         # Added, since all heads share it: to fill the scores takes 5 times as long, and again in backward.
         scores += torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-    weights = F.softmax(scores.float(), dim=-1).to(v.dtype)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    weights = F.softmax(scores, dim=-1, dtype=exact).to(v.dtype)
     return (dropout(weights) @ v).reshape(B, H, T, -1)
 
 

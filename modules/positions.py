@@ -38,9 +38,14 @@ ABSOLUTE_POSITIONS: dict[str, type[nn.Embedding] | type[SinusoidalPosition]] = {
 }
 
 
-def rotary_frequency(rotary_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+def rotary_frequency(
+    rotary_dim: int,
+    theta: float,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Return radians a position, (rotary_dim / 2), from 1 to about 1 / theta (RoFormer, arXiv:2104.09864)."""
-    exponent = torch.arange(0, rotary_dim, 2, device=device).float() / rotary_dim
+    exponent = torch.arange(0, rotary_dim, 2, device=device).to(dtype) / rotary_dim
     # Published models were trained with this rounding; theta**-exponent has another.
     return 1 / theta**exponent
 
@@ -48,9 +53,10 @@ def rotary_frequency(rotary_dim: int, theta: float, device: torch.device | None 
 def rotary_tables(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each (B, T, 1, N), of positions (B, T) x frequency (N) or (B, 1, N).
 
-    Always computed in fp32: a bf16 angle is off by whole turns after some hundred positions.
+    Computed in the frequency's format, never in bf16: there an angle is off by whole turns after some hundred
+    positions.
     """
-    angle = positions[..., None].float() * frequency
+    angle = positions[..., None].to(frequency.dtype) * frequency
     return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
 
 
@@ -70,8 +76,8 @@ def scale_dynamic(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Te
     The lowest frequency is divided by `ratio`, the highest kept: a base grown by ratio^(2N / (2N - 2)).
     """
     factor, context = config.rope_factor, config.rope_context
-    ratio = factor * longest.clamp(min=context).float() / context - (factor - 1)
-    exponent = torch.linspace(0, 1, frequency.numel(), device=frequency.device)
+    ratio = factor * longest.clamp(min=context).to(frequency.dtype) / context - (factor - 1)
+    exponent = torch.linspace(0, 1, frequency.numel(), device=frequency.device, dtype=frequency.dtype)
     return frequency * ratio[..., None] ** -exponent
 
 
@@ -82,11 +88,44 @@ def scale_llama3(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Ten
     return frequency * (kept + (1 - kept) / config.rope_factor)
 
 
+def scale_yarn(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
+    """Divide only slow frequencies, with a ramp over their numbers (YaRN, arXiv:2309.00071, section 3.2).
+
+    Frequency i of N turns `beta` times in the first context where i = N log_theta(context / (2 pi beta)).
+    """
+    n, context = frequency.numel(), config.rope_context
+    first, last = (
+        n * math.log(context / (2 * math.pi * beta)) / math.log(config.rope_theta)
+        for beta in (config.rope_beta_fast, config.rope_beta_slow)
+    )
+    if config.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * n - 1)
+    width = last - first or 0.001  # Published code's, where both are one frequency.
+    number = torch.arange(n, device=frequency.device, dtype=frequency.dtype)
+    divided = ((number - first) / width).clamp(0, 1)
+    return frequency * (1 - divided + divided / config.rope_factor)
+
+
+def scale_longrope(frequency: Tensor, config: ModelConfig, longest: Tensor) -> Tensor:
+    """Divide each frequency by a number that was searched for, (B, 1) -> (B, 1, N) (arXiv:2402.13753).
+
+    There are two such lists: one for rows within the first context, and one for longer rows.
+    """
+    short, long = (
+        torch.tensor(factors, device=frequency.device, dtype=frequency.dtype)
+        for factors in (config.rope_short, config.rope_long)
+    )
+    return frequency / torch.where(longest[..., None] > config.rope_context, long, short)
+
+
 ROPE_SCALINGS: dict[str, Callable[[Tensor, ModelConfig, Tensor], Tensor]] = {
     "none": scale_none,
     "linear": scale_linear,
     "dynamic": scale_dynamic,
     "llama3": scale_llama3,
+    "yarn": scale_yarn,
+    "longrope": scale_longrope,
 }
 
 
@@ -125,19 +164,23 @@ class RotaryTables:
     def __init__(self, config: ModelConfig):
         self.config = config
         self.scale = ROPE_SCALINGS[config.rope_scaling]
+        self.attention = config.rope_attention or 1.0
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        frequency = rotary_frequency(self.config.rotary_dim, self.config.rope_theta, positions.device)
-        frequency = self.scale(frequency, self.config, positions.amax(dim=1, keepdim=True) + 1)
-        return rotary_tables(positions, frequency)
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the tables for a model whose numbers have the format `dtype`."""
+        config, exact = self.config, torch.promote_types(dtype, torch.float32)
+        frequency = rotary_frequency(config.rotary_dim, config.rope_theta, positions.device, exact)
+        frequency = self.scale(frequency, config, positions.amax(dim=1, keepdim=True) + 1)
+        cos, sin = rotary_tables(positions, frequency)
+        return (cos, sin) if self.attention == 1 else (self.attention * cos, self.attention * sin)
 
 
 def longest_generated(config: ModelConfig, length: int) -> int:
     """Return how many of `length` tokens a text may have that is generated, whose keys are rotated once.
 
-    Past its first context a dynamic scaling rotates them anew with each token.
+    Past its first context a scaling by length rotates them anew.
     """
-    if config.position == "rotary" and config.rope_scaling == "dynamic":
+    if config.rotates_by_length:
         return min(length, config.rope_context)
     return length
 
@@ -146,16 +189,15 @@ def refuse_too_long(config: ModelConfig, length: int, cached: bool) -> None:
     """Refuse texts of `length` tokens that have no positions; `cached` if part of them was read before.
 
     Raises:
-        ValueError: The table of positions is shorter, or a dynamic scaling would have to read all anew.
+        ValueError: The table of positions is shorter, or a scaling by length would have to read all anew.
     """
     if config.position in ABSOLUTE_POSITIONS and length > config.block_size:
         raise ValueError(
             f"{length} tokens do not fit the model's {config.block_size} positions; "
             "shorten the text or train with a larger model.block_size"
         )
-    is_dynamic = config.position == "rotary" and config.rope_scaling == "dynamic"
-    if is_dynamic and cached and length > config.rope_context:
+    if config.rotates_by_length and cached and length > config.rope_context:
         raise ValueError(
-            f"{length} tokens pass the context of {config.rope_context}, where dynamic scaling has "
-            "to read each length anew; shorten the text or read it without a cache"
+            f"{length} tokens pass the context of {config.rope_context}, where {config.rope_scaling} scaling "
+            "has to read each length anew; shorten the text or read it without a cache"
         )

@@ -133,12 +133,15 @@ def _meaning(config: ModelConfig) -> Values:
     unread = {"init", "attention", "base_width"}
     if config.position != "rotary":
         unread |= {"rotary_dim", "rotary_layout"} | {key for key in fields if key.startswith("rope_")}
-    if config.rope_scaling == "none":
-        unread |= {"rope_factor"}
-    if config.rope_scaling in ("none", "linear"):
-        unread |= {"rope_context"}
-    if config.rope_scaling != "llama3":
-        unread |= {"rope_low_freq", "rope_high_freq"}
+    read_by = {
+        "rope_factor": ("linear", "dynamic", "llama3", "yarn"),
+        "rope_context": ("dynamic", "llama3", "yarn", "longrope"),
+        **dict.fromkeys(("rope_low_freq", "rope_high_freq"), ("llama3",)),
+        **dict.fromkeys(("rope_beta_fast", "rope_beta_slow", "rope_truncate"), ("yarn",)),
+        "rope_attention": ("yarn", "longrope"),
+        **dict.fromkeys(("rope_short", "rope_long"), ("longrope",)),
+    }
+    unread |= {key for key, scalings in read_by.items() if config.rope_scaling not in scalings}
     if not config.fused_qkv:
         unread |= {"qkv_layout"}
     every = tuple(range(config.n_layer)) if config.sliding_window else ()
@@ -182,64 +185,3 @@ def write_activation(mlp: str, usual: str = "") -> str:
     """Return a name of the activation: the family's usual one, where it means the same."""
     spellings = (_PLAIN | _GATED)[mlp]
     return usual if usual in spellings else spellings[0]
-
-
-# --- rotary positions -----------------------------------------------------------------------------
-
-ROPE_DEFAULTS: Values = {
-    "rope_parameters": None,
-    "rope_scaling": None,
-    "rope_theta": None,
-    "original_max_position_embeddings": None,
-}
-
-
-def read_rope(values: Values) -> Values:
-    """Return rope_* fields from transformers 5's `rope_parameters`, or 4's `rope_theta` and the like."""
-    rope = values["rope_scaling"] or values["rope_parameters"] or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("rope_parameters differ between layers; one set for all layers is known")
-    if kind not in ("default", "linear", "dynamic", "llama3"):
-        raise ValueError(f"rope_type is {reprlib.repr(kind)}; known are default, linear, dynamic and llama3")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 and "partial_rotary_factor" not in values:
-        raise ValueError(f"partial_rotary_factor is {reprlib.repr(rope['partial_rotary_factor'])}; use 1.0")
-    theta = rope.get("rope_theta", values["rope_theta"])
-    numbers: Values = {"rope_theta": 10_000.0 if theta is None else theta}
-    if kind != "default":
-        numbers["rope_factor"] = rope.get("factor")
-    if kind == "llama3":
-        numbers |= {
-            "rope_low_freq": rope.get("low_freq_factor"),
-            "rope_high_freq": rope.get("high_freq_factor"),
-        }
-    for key, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(
-                f"{key} of rope_type {kind} is {reprlib.repr(value)}; it must be a number above 0"
-            )
-    fields = numbers | {"rope_scaling": "none" if kind == "default" else kind}
-    if kind in ("dynamic", "llama3"):
-        fields["rope_context"] = values["max_position_embeddings"]
-    if kind == "llama3":
-        fields["rope_context"] = (
-            values["original_max_position_embeddings"]
-            or rope.get("original_max_position_embeddings")
-            or values["max_position_embeddings"]
-        )
-    return fields
-
-
-def write_rope(config: ModelConfig, partial: float | None = None) -> Values:
-    """Return the keys of transformers 4 and of 5: each takes its default in silence without its own."""
-    kind = "default" if config.rope_scaling == "none" else config.rope_scaling
-    rope: Values = {"rope_type": kind, "rope_theta": config.rope_theta}
-    if partial is not None:
-        rope["partial_rotary_factor"] = partial
-    if kind != "default":
-        rope["factor"] = config.rope_factor
-    if kind == "llama3":
-        rope |= {"low_freq_factor": config.rope_low_freq, "high_freq_factor": config.rope_high_freq}
-        rope["original_max_position_embeddings"] = config.rope_context
-    values: Values = {"rope_theta": config.rope_theta, "rope_parameters": rope}
-    return values if kind == "default" else values | {"rope_scaling": rope}

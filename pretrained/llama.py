@@ -1,15 +1,8 @@
 """Llama and what is built like it (arXiv:2302.13971, arXiv:2407.21783): RMSNorm, SwiGLU, grouped queries."""
 
 from config import ModelConfig
-from pretrained.family import (
-    ROPE_DEFAULTS,
-    Family,
-    Values,
-    read_activation,
-    read_rope,
-    write_activation,
-    write_rope,
-)
+from pretrained.family import Family, Values, read_activation, write_activation
+from pretrained.rope import ROPE_DEFAULTS, read_rope, write_rope
 
 
 def read(values: Values) -> Values:

@@ -1,17 +1,8 @@
 """Phi-1, Phi-1.5, Phi-2 (arXiv:2306.11644): parallel blocks, partial rotary positions, biases everywhere."""
 
-import math
-
 from config import ModelConfig
-from pretrained.family import (
-    ROPE_DEFAULTS,
-    Family,
-    Values,
-    read_activation,
-    read_rope,
-    write_activation,
-    write_rope,
-)
+from pretrained.family import Family, Values, read_activation, write_activation
+from pretrained.rope import ROPE_DEFAULTS, partial_of, read_rope, read_rotary_dim, write_rope
 
 
 def read(values: Values) -> Values:
@@ -22,16 +13,10 @@ def read(values: Values) -> Values:
             f"qk_layernorm norms {usual} dimensions of a head (hidden_size / num_attention_heads), "
             f"but head_dim is {head_dim}; leave one of the two out"
         )
-    rope = values["rope_scaling"] or values["rope_parameters"] or {}
-    factor = rope.get("partial_rotary_factor", values["partial_rotary_factor"])
-    if type(factor) not in (int, float) or not 2 <= head_dim * factor <= head_dim:
-        raise ValueError(
-            f"partial_rotary_factor is {factor}; of {head_dim} dimensions of a head it must leave at least 2"
-        )
     return {
         "n_kv_head": values["num_key_value_heads"] or values["num_attention_heads"],
         "head_dim": head_dim,
-        "rotary_dim": int(head_dim * factor),
+        "rotary_dim": read_rotary_dim(values, head_dim),
         "mlp": read_activation("hidden_act", values["hidden_act"]),
         "attention_dropout": values["attention_dropout"] or 0.0,
         **read_rope(values),
@@ -39,9 +24,7 @@ def read(values: Values) -> Values:
 
 
 def write(config: ModelConfig) -> Values:
-    factor = config.rotary_dim / config.head_dim
-    if int(config.head_dim * factor) < config.rotary_dim:  # It is rounded down when read.
-        factor = math.nextafter(factor, 1)
+    factor = partial_of(config)
     return {
         "num_key_value_heads": config.n_kv_head,
         **({"head_dim": config.head_dim} if config.head_dim * config.n_head != config.n_embd else {}),

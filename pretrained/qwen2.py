@@ -2,15 +2,8 @@
 
 from config import ModelConfig
 from pretrained import llama
-from pretrained.family import (
-    ROPE_DEFAULTS,
-    Family,
-    Values,
-    read_activation,
-    read_rope,
-    write_activation,
-    write_rope,
-)
+from pretrained.family import Family, Values, read_activation, write_activation
+from pretrained.rope import ROPE_DEFAULTS, read_rope, write_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -1,15 +1,8 @@
 """StarCoder2 (arXiv:2402.19173): grouped queries, rotary positions, a sliding window, LayerNorm, no gate."""
 
 from config import ModelConfig
-from pretrained.family import (
-    ROPE_DEFAULTS,
-    Family,
-    Values,
-    read_activation,
-    read_rope,
-    write_activation,
-    write_rope,
-)
+from pretrained.family import Family, Values, read_activation, write_activation
+from pretrained.rope import ROPE_DEFAULTS, read_rope, write_rope
 
 
 def read(values: Values) -> Values:

@@ -53,6 +53,11 @@ def frequencies(config: ModelConfig, positions: Tensor) -> Tensor:
       the text were no longer, and the fastest as before.
     - llama3 (arXiv:2407.21783): pairs with fewer than `low` turns in the first context are divided by the
       factor, those with more than `high` stay, and in between a ramp leads from one to the other.
+    - yarn (arXiv:2309.00071, section 3.2): a ramp over the numbers of the pairs leads from the last pair that
+      stays, which has beta_fast turns in the first context, to the first that is divided by the factor, which
+      has beta_slow. Both numbers are rounded outwards, unless the settings say that they are not.
+    - longrope (arXiv:2402.13753): each pair is divided by a number of its own, of one list in rows that the
+      first context holds, and of another in longer rows.
     """
     n, factor = config.rotary_dim, config.rope_factor
     exponent = torch.arange(0, n, 2, dtype=torch.float64) / n
@@ -71,7 +76,36 @@ def frequencies(config: ModelConfig, positions: Tensor) -> Tensor:
         low, high = config.rope_low_freq, config.rope_high_freq
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return kept * turning + (1 - kept) * turning / factor
+    if config.rope_scaling == "yarn":
+        divided = yarn_ramp(config)
+        return (1 - divided) * turning + divided * turning / factor
+    if config.rope_scaling == "longrope":
+        is_long = positions.amax(dim=1)[:, None, None] >= config.rope_context
+        short, long = (torch.tensor(x, dtype=torch.float64) for x in (config.rope_short, config.rope_long))
+        return turning / long.where(is_long, short)
     return turning
+
+
+def yarn_ramp(config: ModelConfig) -> Tensor:
+    """Return the share, 0 to 1, of each pair (N) that YaRN divides.
+
+    Pair i has L theta^(-2i / n) / (2 pi) turns in a context of L tokens. Solved for i, `beta` turns are those
+    of pair n ln(L / (2 pi beta)) / (2 ln theta).
+    """
+    n, turns = config.rotary_dim, config.rope_context / (2 * math.pi)
+    kept = n * math.log(turns / config.rope_beta_fast) / (2 * math.log(config.rope_theta))
+    squeezed = n * math.log(turns / config.rope_beta_slow) / (2 * math.log(config.rope_theta))
+    if config.rope_truncate:
+        kept, squeezed = float(math.floor(kept)), float(math.ceil(squeezed))
+    kept, squeezed = max(kept, 0.0), min(squeezed, n - 1.0)
+    if kept == squeezed:
+        squeezed += 0.001  # As published code has it.
+    return ((torch.arange(n // 2, dtype=torch.float64) - kept) / (squeezed - kept)).clamp(0, 1)
+
+
+def rotation_factor(config: ModelConfig) -> float:
+    """Return the factor of rotated queries and keys, by which yarn and longrope make attention sharper."""
+    return config.rope_attention if config.rope_scaling in ("yarn", "longrope") else 1.0
 
 
 def rotated(config: ModelConfig, x: Tensor, positions: Tensor) -> Tensor:
@@ -82,7 +116,7 @@ def rotated(config: ModelConfig, x: Tensor, positions: Tensor) -> Tensor:
     """
     n = config.rotary_dim
     angle = (positions[..., None].double() * frequencies(config, positions))[:, :, None, :]
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = (rotation_factor(config) * part for part in (angle.cos(), angle.sin()))
     turned, rest = x[..., :n], x[..., n:]
     if config.rotary_layout == "half":
         first, second = turned[..., : n // 2], turned[..., n // 2 :]

@@ -8,6 +8,7 @@ is where the defaults below are from.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -224,11 +225,36 @@ def rotary(values: Values, head_dim: int, older: bool) -> Values:
     if kind == "default":
         return fields
     context = values["max_position_embeddings"]
-    if kind == "llama3":
-        fields |= {"rope_low_freq": rope["low_freq_factor"], "rope_high_freq": rope["high_freq_factor"]}
+    if kind in ("llama3", "yarn", "longrope"):
         own = rope.get("original_max_position_embeddings")
         context = values.get("original_max_position_embeddings") or own or context
-    return fields | {"rope_scaling": kind, "rope_factor": rope["factor"], "rope_context": context}
+    fields |= {"rope_scaling": kind, "rope_context": context}
+    if kind == "longrope":
+        reached = rope.get("factor") or values["max_position_embeddings"] / context
+        usual = math.sqrt(1 + math.log(reached) / math.log(context)) if reached > 1 else 1.0
+        lists = {f"rope_{name}": tuple(map(float, rope[f"{name}_factor"])) for name in ("short", "long")}
+        return fields | lists | {"rope_attention": rope.get("attention_factor") or usual}
+    fields["rope_factor"] = rope["factor"]
+    if kind == "llama3":
+        fields |= {"rope_low_freq": rope["low_freq_factor"], "rope_high_freq": rope["high_freq_factor"]}
+    if kind == "yarn":
+        fields |= {
+            "rope_beta_fast": rope.get("beta_fast") or 32.0,
+            "rope_beta_slow": rope.get("beta_slow") or 1.0,
+            "rope_truncate": rope.get("truncate", True),
+            "rope_attention": rope.get("attention_factor") or yarn_attention(rope),
+        }
+    return fields
+
+
+def yarn_attention(rope: Values) -> float:
+    """Return YaRN's factor of queries and keys (arXiv:2309.00071, section 3.4): 0.1 ln(factor) + 1.
+
+    Two keys, where both are there, multiply its logarithm in a numerator and in a denominator (DeepSeek).
+    """
+    log = 0.1 * math.log(rope["factor"]) if rope["factor"] > 1 else 0.0
+    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    return (above * log + 1) / (below * log + 1) if above and below else log + 1
 
 
 def behaviour(config: ModelConfig) -> Values:
@@ -236,12 +262,19 @@ def behaviour(config: ModelConfig) -> Values:
     unread = {"init", "attention", "base_width", "dropout", "embed_dropout", "attention_dropout"}
     if config.position != "rotary":
         unread |= {"rotary_dim", "rotary_layout", "rope_theta", "rope_scaling"}
-    if config.position != "rotary" or config.rope_scaling == "none":
+    scaling = config.rope_scaling if config.position == "rotary" else "none"
+    if scaling in ("none", "longrope"):
         unread |= {"rope_factor"}
-    if config.position != "rotary" or config.rope_scaling in ("none", "linear"):
+    if scaling in ("none", "linear"):
         unread |= {"rope_context"}
-    if config.position != "rotary" or config.rope_scaling != "llama3":
+    if scaling != "llama3":
         unread |= {"rope_low_freq", "rope_high_freq"}
+    if scaling != "yarn":
+        unread |= {"rope_beta_fast", "rope_beta_slow", "rope_truncate"}
+    if scaling not in ("yarn", "longrope"):
+        unread |= {"rope_attention"}
+    if scaling != "longrope":
+        unread |= {"rope_short", "rope_long"}
     if not config.fused_qkv:
         unread |= {"qkv_layout"}
     found = {key: value for key, value in vars(config).items() if key not in unread}

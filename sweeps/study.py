@@ -76,7 +76,9 @@ def _opened(storage: optuna.storages.BaseStorage, name: str, settings: SweepSett
         study.set_user_attr("identity", own)
         known = study.user_attrs["identity"]  # If two commands began at once, the later one's counts.
     # A study from before a setting existed did what `before` says of it.
-    later = {key: known.before for key, known in SETTINGS.items() if known.is_later and key in own["config"]}
+    later = {
+        key: known.stored_before for key, known in SETTINGS.items() if known.is_later and key in own["config"]
+    }
     known = known | {"config": later | known["config"]}
     for part in ("objectives", "space", "config"):
         if known[part] != own[part]:

@@ -39,7 +39,7 @@ def prompts_of(model, lengths=(9, 4, 6)) -> list[list[int]]:
 
 
 def n_new(model) -> int:
-    return 3 if model.config.rope_scaling == "dynamic" else 10
+    return 3 if model.config.rotates_by_length else 10
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def n_new(model) -> int:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_token_at_a_time_equals_reading_at_once(name, padded, pairs):  # noqa: F811
     model = pairs(name).ours
-    lengths = SHORT if model.config.rope_scaling == "dynamic" else LENGTHS
+    lengths = SHORT if model.config.rotates_by_length else LENGTHS
     rows = prompts_of(model, lengths if padded else lengths[:1] * 3)
     cache, steps = (
         KVCache(model.config.n_layer, lengths[0]),

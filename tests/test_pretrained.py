@@ -51,6 +51,8 @@ WIDE: dict[str, Any] = {
 }
 TWELVE = WIDE | {"hidden_size": 48, "num_attention_heads": 12}
 SHORT = {"max_position_embeddings": 12}  # the texts below are longer
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 7.5], "factor": 4.0}
 
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -83,6 +85,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi dynamic": ("phi", WIDE | SHORT | rope("dynamic", factor=3.0, partial_rotary_factor=0.7)),
     "phi gelu": ("phi", WIDE | {"hidden_act": "gelu"} | rope("default", partial_rotary_factor=0.5,)
                  | {"hidden_size": 32}),
+    "phi longrope": ("phi", WIDE | {"hidden_size": 32} | rope(
+        "longrope", **LONG, original_max_position_embeddings=64, partial_rotary_factor=0.8)),
     "phi llama3": ("phi", WIDE | rope("llama3", **LLAMA3, partial_rotary_factor=0.7)),
     "phi six of twelve": ("phi", TWELVE | {"num_key_value_heads": 6}
                           | rope("default", partial_rotary_factor=1.0)),
@@ -99,6 +103,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama attention bias": ("llama", WIDE | {"attention_bias": True} | rope("default", rope_theta=123.0)),
     "llama linear": ("llama", WIDE | SHORT | rope("linear", factor=2.5)),
     "llama dynamic": ("llama", WIDE | SHORT | rope("dynamic", factor=2.5)),
+    "llama yarn": ("llama", WIDE | {"head_dim": 16} | rope("yarn", **YARN, beta_fast=3.0, beta_slow=0.5)),
+    "llama yarn not rounded": ("llama", WIDE | {"head_dim": 16} | rope(
+        "yarn", **YARN, truncate=False, beta_slow=0.05, mscale=1.0, mscale_all_dim=0.4)),
+    "llama longrope": ("llama", WIDE | rope("longrope", **LONG, original_max_position_embeddings=12)),
     "llama llama3": ("llama", WIDE | rope("llama3", **LLAMA3)),
     "starcoder2": ("starcoder2", WIDE),
     "starcoder2 window": ("starcoder2", WIDE | {"sliding_window": 5}),
@@ -120,6 +128,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 layer_types": ("qwen2", WIDE | {"use_sliding_window": True, "sliding_window": 4,
                                             "layer_types": [SLIDING, "full_attention", SLIDING]}),
     "qwen2 window unused": ("qwen2", WIDE | {"use_sliding_window": False, "sliding_window": 5}),
+    "qwen2 yarn": ("qwen2", WIDE | rope("yarn", **YARN, attention_factor=1.3)),
     "qwen2 llama3": ("qwen2", WIDE | rope("llama3", **LLAMA3)),
     "qwen2 dynamic": ("qwen2", WIDE | SHORT | {"use_sliding_window": True, "sliding_window": 5,
                                                 "max_window_layers": 0} | rope("dynamic", factor=2.0)),
@@ -239,7 +248,7 @@ def test_left_padding_changes_nothing(name, pairs):
     rows = [tokens[0].tolist(), tokens[1, :13].tolist(), tokens[2, :7].tolist()]
     padded, positions, documents = pad_left(rows)
     ours = pair.ours(padded, positions, documents)
-    if pair.ours.config.rope_scaling == "dynamic":  # there, the longest row of a batch turns all the others
+    if pair.ours.config.rotates_by_length:  # there, the longest row of a batch turns all the others
         for row, ids in enumerate(rows):
             expected = make_oracle(name)(torch.tensor([ids])).logits[0]
             assert gap(ours[row, -len(ids) :], expected) < 1e-5
@@ -252,7 +261,7 @@ def test_left_padding_changes_nothing(name, pairs):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_equals_uncached(name, pairs):
     model = pairs(name).ours
-    end = 12 if model.config.rope_scaling == "dynamic" else 20  # further on it takes no cache: see below
+    end = 12 if model.config.rotates_by_length else 20  # further on it takes no cache: see below
     tokens = tokens_of(model)[:, :end]
     cache = KVCache(model.config.n_layer, end)
     with torch.inference_mode():
@@ -263,7 +272,7 @@ def test_cached_equals_uncached(name, pairs):
 @pytest.mark.parametrize("name", two_of_each_family())
 def test_generated_tokens_are_those_of_reading_all_again(name, pairs):
     model = pairs(name).ours
-    n = 3 if model.config.rope_scaling == "dynamic" else 12
+    n = 3 if model.config.rotates_by_length else 12
     prompts = [tokens_of(model)[0, :9].tolist(), tokens_of(model)[1, :4].tolist()]
     generated = generate_ids(model, prompts, GenerationConfig(max_new_tokens=n))
     for prompt, result in zip(prompts, generated, strict=True):
@@ -391,6 +400,10 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
                                                 each_block(assign("attention.rotary_dim", 6))(m))[0]),
     "scaling ignored": ("llama llama3", no_scaling),
     "dynamic scaling ignored": ("llama dynamic", no_scaling),
+    "yarn ignored": ("llama yarn", no_scaling),
+    "yarn's ramp rounded": ("llama yarn not rounded", settings(rope_truncate=True)),
+    "yarn's attention not sharpened": ("qwen2 yarn", lambda m: setattr(m.rotary, "attention", 1.0)),
+    "longrope's short factors for long rows": ("llama longrope", settings(rope_context=64)),
     "no window": ("starcoder2 window", each_block(assign("attention.has_window", False))),
     "window one too wide": ("qwen2 window", settings(sliding_window=6)),
     "window in every layer": ("qwen2 layer_types", each_block(assign("attention.has_window", True))),

@@ -80,7 +80,7 @@ def test_shards_of_transformers_are_read(folder, tmp_path):
     assert same(load_pretrained(folder).model, load_pretrained(tmp_path / "theirs").model)
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
 @pytest.mark.parametrize("family", ["llama", "phi", "starcoder2", "qwen2"])
 def test_the_config_of_transformers_4_means_the_same(family, kind):
     more = {} if kind == "default" else {"factor": 2.0}

@@ -56,6 +56,10 @@ def test_the_reference_opens_a_published_folder_as_transformers_does(
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
         found = logits_of(settings, weights, Rows(tokens, positions, torch.zeros_like(tokens)))
         torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        exact = pair.ours.double()(tokens)
+        pair.ours.float()
+    assert (found - exact).abs().max() < 1e-9 * exact.abs().max().clamp(min=1), "in fp64"
 
 
 def names_of(model: Decoder) -> tuple[list[str], bool]:

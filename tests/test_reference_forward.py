@@ -31,6 +31,13 @@ SHAPES: list[dict[str, Any]] = [
     {"sliding_window": 7, "window_layers": (1,), "attention_bias": True, "dropout": 0.1},
     {"rope_scaling": "dynamic", "rope_factor": 2.0, "rope_context": 30},
     {"rope_scaling": "linear", "rope_factor": 4.0, "rope_theta": 500.0, "norm_eps": 1e-3},
+    {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_context": 20, "rope_beta_fast": 2.0, "qkv_bias": True},
+    {
+        "rope_scaling": "longrope",
+        "rope_context": 30,
+        "rope_short": (1.0, 1.5, 2.0, 3.0),
+        "rope_long": (2.0, 4.0, 5.0, 9.0),
+    },
     {"n_layer": 1, "n_head": 1, "block_size": 4},
 ]
 

@@ -141,7 +141,8 @@ def config_fingerprint(config: Config) -> str:
     fixed = {
         key: value
         for key, value in flat(config.with_optimizer_defaults()).items()
-        if (known := SETTINGS[key]).on_resume == REFUSED and not (known.is_later and known.before == value)
+        if (known := SETTINGS[key]).on_resume == REFUSED
+        and not (known.is_later and known.stored_before == value)
     }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

@@ -306,7 +306,7 @@ def rows_of(subject: GuardSubject, comparison: Comparison) -> dict[str, Rows]:
         reaches = config.position == "rotary" and config.rope_scaling != "none"
         late = counted[None] + max(0, last) * reaches
         rows["row"] = Rows(tokens.flip(1), late, torch.zeros_like(tokens))
-    if config.position == "rotary" and config.rope_scaling == "dynamic" and config.rope_context < FARTHEST:
+    if config.rotates_by_length and config.rope_context < FARTHEST:
         counted = counted[None] + config.rope_context
         rows["row past the first context"] = Rows(tokens, counted, torch.zeros_like(tokens))
     return rows

@@ -49,7 +49,7 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     """Compare greedy decoding, sampling, beams and the ends of prompts with the reference."""
     model, config = subject.model, subject.config.model
     room = config.block_size
-    if config.rope_scaling == "dynamic":
+    if config.rotates_by_length:
         room = min(room, config.rope_context)
     if room < 2 * NEW:
         comparison.leave_out("generation", f"texts of {room} tokens are too short")
