@@ -104,7 +104,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 def _form(flag: Flag) -> str:
     """Return a flag as it is written, with a word for its value."""
     names = ", ".join([*(f"--{name}" for name in flag.also), flag.name])
-    is_number = flag.holds(int) or flag.holds(float) or flag.item is int
+    is_number = flag.holds(int) or flag.holds(float) or flag.item in (int, float)
     value = "N" if is_number else flag.shown.rpartition(".")[2].removeprefix("--").upper()
     if flag.choices:
         value = f"[{'|'.join(flag.choices)}]" if flag.alone else f"{{{','.join(flag.choices)}}}"

@@ -32,8 +32,8 @@ def penalised(logits: Tensor, seen: Collection[int], penalty: float) -> Tensor:
     A positive logit is divided by the penalty; a negative one is multiplied, which also makes it less likely.
     """
     found = logits.clone()
-    for id in {*seen}:
-        found[id] = logits[id] * penalty if logits[id] < 0 else logits[id] / penalty
+    ids = torch.tensor([*{*seen}])
+    found[ids] = torch.where(logits[ids] < 0, logits[ids] * penalty, logits[ids] / penalty)
     return found
 
 
@@ -63,12 +63,14 @@ def nucleus(p: Tensor, share: float) -> Tensor:
 
     The token with which they reach it is one of them.
     """
-    kept, total = torch.zeros_like(p, dtype=torch.bool), 0.0
-    for id in p.argsort(descending=True, stable=True).tolist():
-        kept[id] = True
-        total += float(p[id])
+    falling = p.argsort(descending=True, stable=True)
+    total, fewest = 0.0, 0
+    for chance in p[falling].tolist():
+        total, fewest = total + chance, fewest + 1
         if total >= share:
             break
+    kept = torch.zeros_like(p, dtype=torch.bool)
+    kept[falling[:fewest]] = True
     return kept
 
 

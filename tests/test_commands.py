@@ -107,7 +107,7 @@ def test_every_switch_stands_alone_or_has_a_value(command: str) -> None:
 @pytest.mark.parametrize("command", FLAGS)
 def test_every_list_is_given_at_once_or_in_parts(command: str) -> None:
     for flag in [flag for flag in {*FLAGS[command].values()} if flag.item and not flag.is_text]:
-        items = ["1", "2", "3"] if flag.item is int else ["a", "*b", "null"]
+        items = {int: ["1", "2", "3"], float: ["0.5", "2", "1e3"]}.get(flag.item, ["a", "*b", "null"])
         one, *others = items
         whole = read_words([flag.name, ",".join(items)], FLAGS[command])
         assert len(whole) == 1 and whole[0].value.count(",") == 2

@@ -184,7 +184,7 @@ MISTAKES = {
     "head_lr: {log: [1e-3, 1], points: 1}": "has 1 points; write a whole number from 2 to 10000",
     "head_lr: {log: [1e-3, 1], points: 10_001}": "has 10001 points; write a whole number from 2",
     "head_lr: [0.1, 0.2]\nmodel: {}": "model is empty; write in it what varies",
-    "model.rope_factor: {float: [2, 4]}": "contradicts the config .*model.rope_scaling is none",
+    "model.rope_factor: {float: [2, 4]}": "contradicts the config .*model.rope_scaling has no factor",
     "beta1: {float: [0.5, 1.5]}": "optimizer.beta1 1.5 contradicts the config: .* must be below 1",
     "seed: [1, 2]\nmodel.n_head: [5, 7]": "contradicts the config .*n_embd 192 is not a multiple",
     "muon_lr: {log: [1e-3, 1e-2], when: {optimizer.name: adamw}}": "never varies",
