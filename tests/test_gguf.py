@@ -294,6 +294,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[], Tokenizer]]] = {
         LLAMA | {"rope_scaling": "dynamic", "rope_factor": 2.0},
         lambda: SMALL,
     ),
+    "yarn": (
+        "llama has no model.rope_scaling yarn",
+        LLAMA | {"rope_scaling": "yarn", "rope_factor": 2.0},
+        lambda: SMALL,
+    ),
     "llama3 elsewhere": (
         "qwen2 has no model.rope_scaling llama3",
         LLAMA | {"qkv_bias": True, "rope_scaling": "llama3", "rope_factor": 2.0},
