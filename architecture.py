@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from modules.activations import GeluTanh, ReluSquared, SwiGLU
+from modules.activations import GeGLUTanh, GeluTanh, ReluSquared, SwiGLU
 from modules.attention import ATTENTIONS, QKV_SPLITS, attention_mask
 from modules.dropout import Dropout
 from modules.linear import Linear
@@ -60,6 +60,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.size,), self.weight, self.eps)
 
 
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose learned scale is 1 + weight, so that weights begin at 0 (Gemma, arXiv:2403.08295)."""
+
+    def __init__(self, size: int, eps: float, weight: bool, bias: bool = False):
+        super().__init__(size, eps, weight, bias)
+        if self.weight is not None:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return super().forward(x)
+        # Not in bf16: there a small weight is lost beside the 1.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(exact), (self.size,), 1 + self.weight.to(exact), self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / std, with learned scale and shift where asked for (Ba et al. 2016, arXiv:1607.06450)."""
 
@@ -76,7 +92,11 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
+    "rms": RMSNorm,
+    "layer": LayerNorm,
+    "rms_offset": OffsetRMSNorm,
+}
 
 
 def build_norm(config: ModelConfig, size: int) -> nn.Module:
@@ -108,6 +128,9 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.attention_dropout)
         self.rotary_dim = config.rotary_dim
         self.rotate = ROTATIONS[config.rotary_layout]
+        self.is_rotated = layer not in config.unrotated_layers
+        # `attend` divides scores by sqrt(head_dim).
+        self.query_scale = config.attention_scale * math.sqrt(config.head_dim) or 1.0
         self.attend = ATTENTIONS[config.attention]
         self.has_window = config.sliding_window > 0 and layer in (config.window_layers or (layer,))
         widths = [self.n_head * self.head_dim, self.n_kv_head * self.head_dim, self.n_kv_head * self.head_dim]
@@ -129,8 +152,10 @@ class Attention(nn.Module):
         q = self.q_norm(q.view(B, T, self.n_head, self.head_dim))
         k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim))
         v = v.view(B, T, self.n_kv_head, self.head_dim)
-        if context.rotary is not None:
+        if context.rotary is not None and self.is_rotated:
             q, k = self._rotated(q, context.rotary), self._rotated(k, context.rotary)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
@@ -181,18 +206,33 @@ class GatedMLP(nn.Module):
         return self.down(self.activation(self.gate(x), self.up(x)))
 
 
+class FusedGatedMLP(nn.Module):
+    """down(activation(gate, up)), where gate and up are the halves of one projection."""
+
+    def __init__(self, config: ModelConfig, activation: nn.Module):
+        super().__init__()
+        self.gate_up = Linear(config.n_embd, 2 * config.n_inner, bias=config.mlp_bias)
+        self.activation = activation
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(*self.gate_up(x).chunk(2, dim=-1)))
+
+
 MLPS: dict[str, tuple[type[MLP] | type[GatedMLP], type[nn.Module]]] = {
     "gelu": (MLP, nn.GELU),
     "gelu_tanh": (MLP, GeluTanh),
     "relu2": (MLP, ReluSquared),
     "swiglu": (GatedMLP, SwiGLU),
+    "geglu_tanh": (GatedMLP, GeGLUTanh),
 }
 
 
-def build_mlp(config: ModelConfig) -> MLP | GatedMLP:
+def build_mlp(config: ModelConfig) -> MLP | GatedMLP | FusedGatedMLP:
     """Return the MLP with the activation that the settings name."""
     mlp, activation = MLPS[config.mlp]
-    return mlp(config, activation())
+    fuses = config.fused_gate and mlp is GatedMLP
+    return (FusedGatedMLP if fuses else mlp)(config, activation())
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -208,10 +248,12 @@ class SequentialBlock(nn.Module):
         self.mlp_norm = build_norm(config, config.n_embd)
         self.mlp = build_mlp(config)
         self.dropout = Dropout(config.dropout or 0.0)
+        self.scale = config.residual_scale
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        attended = self.dropout(self.attention(self.attention_norm(x), context))
+        x = torch.add(x, attended, alpha=self.scale)
+        return torch.add(x, self.dropout(self.mlp(self.mlp_norm(x))), alpha=self.scale)
 
     def cheap_modules(self) -> list[nn.Module]:
         """The modules whose outputs are cheap to recompute in backward."""
@@ -227,20 +269,31 @@ class ParallelBlock(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = build_mlp(config)
         self.dropout = Dropout(config.dropout or 0.0)
+        self.scale = config.residual_scale
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.norm(x)
-        attended, fed = self.attention(y, context), self.mlp(y)
-        return x + self.dropout(attended) + self.dropout(fed)
+        attended, fed = self.dropout(self.attention(y, context)), self.dropout(self.mlp(y))
+        return torch.add(torch.add(x, attended, alpha=self.scale), fed, alpha=self.scale)
 
     def cheap_modules(self) -> list[nn.Module]:
         """The modules whose outputs are cheap to recompute in backward."""
         return [self.norm, *self.mlp.activation.modules()]
 
 
+class TwoNormsBlock(SequentialBlock):
+    """x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own: GPT-NeoX."""
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        attended = self.dropout(self.attention(self.attention_norm(x), context))
+        fed = self.dropout(self.mlp(self.mlp_norm(x)))
+        return torch.add(torch.add(x, attended, alpha=self.scale), fed, alpha=self.scale)
+
+
 BLOCKS: dict[str, type[SequentialBlock] | type[ParallelBlock]] = {
     "sequential": SequentialBlock,
     "parallel": ParallelBlock,
+    "parallel_norms": TwoNormsBlock,
 }
 
 
@@ -370,7 +423,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Return the residual stream after the last norm, (B, T, C).
+        """Return what the head takes, (B, T, C): the residual stream after the last norm, by `logit_divisor`.
 
         Args:
             tokens: (B, T) ids.
@@ -390,12 +443,18 @@ class Decoder(nn.Module):
         rotary = self.rotary(positions, self.embed.weight.dtype) if self.rotary is not None else None
         context = Context(rotary, mask, mask is None and T > 1, cache, window_mask)
         x = self.embed(tokens)
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
         if self.position is not None:
             x = x + self.position(positions)
         x = self.dropout(x)
         for block in self.blocks:
             x = self.run_block(block, x, context)
-        return self.norm(x)
+        return self.to_head(self.norm(x))
+
+    def to_head(self, normed: Tensor) -> Tensor:
+        """Divide what the head takes by `logit_divisor`, and so the logits: the head is linear."""
+        return normed if self.config.logit_divisor == 1 else normed / self.config.logit_divisor
 
     def _masks(
         self, tokens: Tensor, document_ids: Tensor | None, cache: Cache | None, past: int

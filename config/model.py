@@ -12,6 +12,7 @@ from config.uses import (
     CONTEXT_SCALINGS,
     FROM_SCRATCH,
     FUSED_QKV,
+    GATED,
     ROPE_BY_CONTEXT,
     ROPE_LLAMA3,
     ROPE_LONG,
@@ -39,8 +40,8 @@ class ModelConfig:
         n_embd: Width of the residual stream.
         head_dim: Width of a head; 0 means n_embd / n_head.
         n_inner: Width of the MLP; 0 means 4 n_embd.
-        block: `sequential` or `parallel`.
-        norm: `rms` or `layer`.
+        block: `sequential`, `parallel` (one norm for attention and MLP) or `parallel_norms` (a norm each).
+        norm: `rms`, `layer`, or `rms_offset`, whose learned scale is 1 + weight (Gemma).
         norm_eps: Number added to the variance.
         norm_weight: Norms have a learned scale.
         norm_bias: Norms have a learned shift.
@@ -64,19 +65,25 @@ class ModelConfig:
             ln(rope_context)).
         rope_short: `longrope` divides each frequency by its number here in rows of up to rope_context tokens.
         rope_long: By these it divides in longer rows.
+        unrotated_layers: Layers without rotation (NoPE, arXiv:2501.18795), counted from 0.
         sliding_window: A token sees itself and the sliding_window - 1 tokens before it; 0 means all before.
         window_layers: Layers with the sliding window, counted from 0; none named means all.
-        mlp: `gelu`, `gelu_tanh`, `relu2` or `swiglu`.
+        mlp: `gelu`, `gelu_tanh`, `relu2`, or with a gate `swiglu` or `geglu_tanh`.
+        fused_gate: One projection for the gate and what it multiplies.
         qk_norm: Normalise the queries and keys of each head by a `norm`, before they are rotated
             (arXiv:2010.04245).
         fused_qkv: One projection for query, key and value.
         qkv_layout: Order of the fused projection's rows: `blocks` (all queries, keys, values), `heads`
-            (query, key, value of each head in turn: GPTBigCode) or `shards` (query, value and key of a
-            quarter of the heads at a time: CodeGen).
+            (query, key, value of each head in turn: GPTBigCode), `shards` (query, value and key of a
+            quarter of the heads at a time: CodeGen) or `shards8` (of an eighth: CodeGen2).
         qkv_bias: Bias in the query, key and value projections.
         attention_bias: Bias in attention's output projection.
         mlp_bias: Bias in the MLP.
         head_bias: Bias in the head.
+        embed_scale: Factor of the embedding's rows.
+        residual_scale: Factor of what attention and MLP add to the residual stream.
+        attention_scale: Factor of the scores of attention; 0 means 1 / sqrt(head_dim).
+        logit_divisor: The logits are divided by this.
         tie_embeddings: The head shares the embedding's weight.
         dropout: Dropout after the embedding, on attention weights, and on each block's outputs; none given
             means 0, or that of `base`.
@@ -105,8 +112,8 @@ class ModelConfig:
     n_embd: int = setting(192, at_least=1, at_most=2**20, on_resume=REFUSED)
     head_dim: int = setting(0, at_least=1, at_most=2**20, or_zero=True, on_resume=REFUSED)
     n_inner: int = setting(0, at_least=1, at_most=2**22, or_zero=True, on_resume=REFUSED)
-    block: Literal["sequential", "parallel"] = setting("sequential", on_resume=REFUSED)
-    norm: Literal["rms", "layer"] = setting("layer", on_resume=REFUSED)
+    block: Literal["sequential", "parallel", "parallel_norms"] = setting("sequential", on_resume=REFUSED)
+    norm: Literal["rms", "layer", "rms_offset"] = setting("layer", on_resume=REFUSED)
     norm_eps: float = setting(1e-6, above=0, on_resume=REFUSED)
     norm_weight: bool = setting(False, on_resume=REFUSED)
     norm_bias: bool = setting(False, on_resume=REFUSED)
@@ -139,16 +146,26 @@ class ModelConfig:
     rope_long: tuple[float, ...] = setting(
         (), used=(ROPE_LONG,), before=(), compared=False, on_resume=REFUSED
     )
+    unrotated_layers: tuple[int, ...] = setting(
+        (), used=(ROTARY,), before=(), compared=False, on_resume=REFUSED
+    )
     sliding_window: int = setting(0, at_least=1, at_most=2**32, or_zero=True, on_resume=REFUSED)
     window_layers: tuple[int, ...] = setting((), used=(WINDOWED,), compared=False, on_resume=REFUSED)
-    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting("gelu", on_resume=REFUSED)
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu_tanh"] = setting("gelu", on_resume=REFUSED)
+    fused_gate: bool = setting(False, used=(GATED,), before=False, on_resume=REFUSED)
     qk_norm: bool = setting(True, on_resume=REFUSED)
     fused_qkv: bool = setting(False, on_resume=REFUSED)
-    qkv_layout: Literal["blocks", "heads", "shards"] = setting("blocks", used=(FUSED_QKV,), on_resume=REFUSED)
+    qkv_layout: Literal["blocks", "heads", "shards", "shards8"] = setting(
+        "blocks", used=(FUSED_QKV,), on_resume=REFUSED
+    )
     qkv_bias: bool = setting(False, on_resume=REFUSED)
     attention_bias: bool = setting(False, on_resume=REFUSED)
     mlp_bias: bool = setting(False, on_resume=REFUSED)
     head_bias: bool = setting(False, on_resume=REFUSED)
+    embed_scale: float = setting(1.0, above=0, before=1.0, on_resume=REFUSED)
+    residual_scale: float = setting(1.0, above=0, before=1.0, on_resume=REFUSED)
+    attention_scale: float = setting(0.0, above=0, or_zero=True, before=0.0, on_resume=REFUSED)
+    logit_divisor: float = setting(1.0, above=0, before=1.0, on_resume=REFUSED)
     tie_embeddings: bool = setting(False, on_resume=REFUSED)
     dropout: float | None = setting(None, at_least=0, below=1, on_resume=REFUSED)
     embed_dropout: float | None = setting(None, at_least=0, below=1, on_resume=REFUSED)
@@ -193,6 +210,8 @@ class ModelConfig:
             self,
             head_dim=head_dim,
             n_kv_head=n_kv_head,
+            # One spelling: of two settings that mean the same, one would pass for a key that nothing reads.
+            attention_scale=self.attention_scale if self.attention_scale != head_dim**-0.5 else 0.0,
             rotary_dim=rotary_dim if self.position == "rotary" else 0,
             n_inner=self.n_inner or 4 * self.n_embd,
             rope_context=context,
@@ -210,9 +229,9 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)!r}; it must be one of {get_args(kind)}"
                 )
-        if self.norm == "rms" and self.norm_bias:
+        if self.norm != "layer" and self.norm_bias:
             raise ValueError(
-                "model.norm rms has no shift; set model.norm_bias to false or model.norm to layer"
+                f"model.norm {self.norm} has no shift; set model.norm_bias to false or model.norm to layer"
             )
 
     def _refuse_heads(self, head_dim: int, n_kv_head: int, rotary_dim: int) -> None:
@@ -251,11 +270,13 @@ class ModelConfig:
             )
         if self.rope_scaling == "longrope":
             self._refuse_long_factors(rotary_dim)
-        if any(not 0 <= layer < self.n_layer for layer in self.window_layers):
-            raise ValueError(
-                f"model.window_layers {list(self.window_layers)} must be among the {self.n_layer} layers "
-                f"0 to {self.n_layer - 1}"
-            )
+        for key in ("window_layers", "unrotated_layers"):
+            layers: tuple[int, ...] = getattr(self, key)
+            if any(not 0 <= layer < self.n_layer for layer in layers):
+                raise ValueError(
+                    f"model.{key} {list(layers)} must be among the {self.n_layer} layers "
+                    f"0 to {self.n_layer - 1}"
+                )
 
     def _refuse_long_factors(self, rotary_dim: int) -> None:
         """Raise ValueError for factors of `longrope` that are not one positive number for each frequency."""
@@ -285,9 +306,11 @@ class ModelConfig:
                 f"model.qkv_layout {self.qkv_layout} has as many key heads as query heads, not {n_kv_head} "
                 f"and {self.n_head}; set model.qkv_layout to blocks"
             )
-        if self.fused_qkv and self.qkv_layout == "shards" and self.n_head % 4:
+        shards = {"shards": 4, "shards8": 8}.get(self.qkv_layout, 1)
+        if self.fused_qkv and self.n_head % shards:
             raise ValueError(
-                f"model.qkv_layout shards needs a model.n_head that 4 divides, not {self.n_head}; "
+                f"model.qkv_layout {self.qkv_layout} needs a model.n_head that {shards} divides, "
+                f"not {self.n_head}; "
                 "set model.qkv_layout to blocks"
             )
 

@@ -95,6 +95,11 @@ WINDOWED = Use(
     lambda config: config.model.sliding_window > 0,
     "model.sliding_window is 0",
 )
+GATED = Use(
+    "model.mlp is swiglu or geglu_tanh",
+    lambda config: config.model.mlp in ("swiglu", "geglu_tanh"),
+    "model.mlp has no gate",
+)
 FUSED_QKV = Use("model.fused_qkv is true", lambda config: config.model.fused_qkv, "model.fused_qkv is false")
 
 WSD = Use(

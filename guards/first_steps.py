@@ -124,7 +124,7 @@ class FirstSteps:
         for number, (hidden, labels) in self.targets.items():
             rows = hidden.requires_grad_()
             with torch.enable_grad(), subject.precision.autocast():
-                logits = head(rows).float()
+                logits = head(subject.model.to_head(rows)).float()
                 loss = F.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=optimizer.label_smoothing
                 )

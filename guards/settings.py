@@ -315,6 +315,7 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
         block_size=8,
         sliding_window=min(config.sliding_window, TWIN_WINDOW),
         window_layers=(),
+        unrotated_layers=(),
         rope_context=TWIN_CONTEXT if config.rope_context else 0,
     )
     if config.n_embd > WIDE:  # The same parts in a few heads: the true width would take seconds a key.

@@ -137,7 +137,8 @@ def affordable(subject: GuardSubject, batch: Batch, passes: float = 1) -> Batch:
 
 def of_each_kind(model: Decoder, last: bool = False) -> set[int]:
     """Return the number of the first block of each kind, or the last: with an attention window, or none."""
-    kinds = [block.get_submodule("attention").has_window for block in model.blocks]
+    attentions = [block.get_submodule("attention") for block in model.blocks]
+    kinds = [(attention.has_window, attention.is_rotated) for attention in attentions]
     return {*(dict(zip(kinds, range(len(kinds)), strict=True)).values() if last else map(kinds.index, kinds))}
 
 

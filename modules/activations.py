@@ -68,6 +68,17 @@ class GeluTanh(nn.Module):
         return F.gelu(x, approximate="tanh")
 
 
+class GeGLUTanh(nn.Module):
+    """gelu(gate) * x with the tanh approximation (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gelu = GeluTanh()
+
+    def forward(self, gate: Tensor, x: Tensor) -> Tensor:
+        return self.gelu(gate) * x
+
+
 class SwiGLU(nn.Module):
     """silu(gate) * x (Shazeer 2020, arXiv:2002.05202)."""
 

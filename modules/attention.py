@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +97,9 @@ def split_heads(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tupl
     return qkv.unflatten(-1, (n_head, 3, head_dim)).unbind(-2)
 
 
-def split_shards(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int) -> tuple[Tensor, ...]:
-    """Split four shards, each query, value and key of a quarter of the heads: CodeGen, a shard a core."""
-    shards = qkv.unflatten(-1, (4, 3, n_head // 4, head_dim))
+def split_shards(qkv: Tensor, n_head: int, n_kv_head: int, head_dim: int, n: int = 4) -> tuple[Tensor, ...]:
+    """Split n shards, each query, value and key of its share of the heads: CodeGen, a shard a core."""
+    shards = qkv.unflatten(-1, (n, 3, n_head // n, head_dim))
     q, v, k = (part.flatten(-3, -2) for part in shards.unbind(-3))  # the value comes second
     return q, k, v
 
@@ -110,4 +111,5 @@ QKV_SPLITS: dict[str, Callable[[Tensor, int, int, int], tuple[Tensor, ...]]] = {
     "blocks": split_blocks,
     "heads": split_heads,
     "shards": split_shards,
+    "shards8": partial(split_shards, n=8),
 }

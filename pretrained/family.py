@@ -11,7 +11,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from config import SETTINGS, Config, ModelConfig
@@ -33,6 +33,8 @@ class Family:
         ignored: Pattern of keys that hold no parameter: masks and tables that old files carry.
         read: config.json -> the other ModelConfig fields.
         write: ModelConfig -> the other keys of config.json.
+        stored: Published module -> its name in files, where that is another.
+        own_code: Classes of `auto_map`, with their modules, that compute what `architecture` does.
     """
 
     model_type: str
@@ -44,6 +46,8 @@ class Family:
     ignored: str
     read: Callable[[Values], Values]
     write: Callable[[ModelConfig], Values]
+    stored: dict[str, str] = field(default_factory=dict)
+    own_code: tuple[str, ...] = ()
 
     def key(self, name: str) -> str:
         """Return the published name of a parameter or module of ours: `head.weight` -> `lm_head.weight`."""
@@ -53,20 +57,30 @@ class Family:
         published = self.modules.get(general) or f"{self.modules[module]}.{suffix}"
         return published.format(layer[1]) if layer else published
 
+    def stored_key(self, name: str) -> str:
+        """Return the name that a parameter of ours has in files: the published one or that of `stored`."""
+        module, _, suffix = self.key(name).rpartition(".")
+        return f"{self.stored.get(module, module)}.{suffix}"
+
 
 # Keys that may be null, with their kind; another key's kind is that of its default.
 OPTIONAL: dict[str, type] = {
     "attention_dropout": float,
     "head_dim": int,
+    "hidden_activation": str,
     "layer_types": list,
     "n_inner": int,
+    "no_rope_layers": list,
     "num_key_value_heads": int,
     "original_max_position_embeddings": int,
     "partial_rotary_factor": float,
+    "rotary_emb_base": float,
+    "rotary_pct": float,
     "rope_parameters": dict,
     "rope_scaling": dict,
     "rope_theta": float,
     "sliding_window": int,
+    "use_bidirectional_attention": bool,
 }
 
 
@@ -79,6 +93,7 @@ def to_model(family: Family, values: Values) -> ModelConfig:
     if values.get("quantization_config") is not None:
         raise ValueError("it is quantised (quantization_config); use the folder of the original weights")
     _refuse_own_code(family, values)
+    _refuse_foreign(family, values)
     values = family.defaults | {key: value for key, value in values.items() if key in family.defaults}
     for key, value in values.items():
         _check(key, value, family.defaults[key])
@@ -101,6 +116,9 @@ def _refuse_own_code(family: Family, values: Values) -> None:
     """Refuse a model whose mathematics stand in code of its folder: CodeGen2 calls itself `codegen`."""
     named = values.get("auto_map")
     own = {key: named[key] for key in _OWN_CLASSES if named.get(key)} if isinstance(named, dict) else named
+    if isinstance(own, dict):
+        # On the hub, a repository may stand before the module: `owner/name--modeling_phi3.Phi3ForCausalLM`.
+        own = {key: name for key, name in own.items() if str(name).rpartition("--")[2] not in family.own_code}
     if own:
         raise ValueError(
             f"auto_map names code of its own, {reprlib.repr(own)}, which is never run, and model_type "
@@ -108,6 +126,46 @@ def _refuse_own_code(family: Family, values: Values) -> None:
             f"is known to compute what {family.architecture} of transformers does, copy the folder and take "
             "auto_map out of config.json"
         )
+
+
+# Keys that change what is computed in the families that read them, and the values at which they do not.
+_CHANGING: dict[str, tuple[Any, ...]] = {
+    "alibi": (False,),
+    "attention_chunk_size": (),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (),
+    "layer_types": (),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "no_rope_layers": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "qk_layernorm": (False,),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1,),
+    "sliding_window": (),
+    "use_bidirectional_attention": (False,),
+    "use_parallel_residual": (False,),
+    "use_qk_norm": (False,),
+}
+
+
+def _refuse_foreign(family: Family, values: Values) -> None:
+    """Refuse a key of another family that would change what is computed, if the model read it."""
+    for key in sorted(_CHANGING.keys() & values.keys() - family.defaults.keys()):
+        value = values[key]
+        is_full = (
+            key == "layer_types" and isinstance(value, list) and {*map(str, value)} <= {"full_attention"}
+        )
+        is_unused = key == "sliding_window" and values.get("use_sliding_window") is False
+        if value is not None and value not in _CHANGING[key] and not is_full and not is_unused:
+            raise ValueError(
+                f"{key} is {reprlib.repr(value)}, which changes what is computed, and a {family.model_type} "
+                "model has no such key; take it out of a copy's config.json if it was trained without it"
+            )
 
 
 def from_model(family: Family, config: ModelConfig) -> Values:
@@ -132,7 +190,9 @@ def _meaning(config: ModelConfig) -> Values:
     fields = asdict(config)
     unread = {"init", "attention", "base_width"}
     if config.position != "rotary":
-        unread |= {"rotary_dim", "rotary_layout"} | {key for key in fields if key.startswith("rope_")}
+        unread |= {"rotary_dim", "rotary_layout", "unrotated_layers"} | {
+            key for key in fields if key.startswith("rope_")
+        }
     read_by = {
         "rope_factor": ("linear", "dynamic", "llama3", "yarn"),
         "rope_context": ("dynamic", "llama3", "yarn", "longrope"),
@@ -142,6 +202,8 @@ def _meaning(config: ModelConfig) -> Values:
         **dict.fromkeys(("rope_short", "rope_long"), ("longrope",)),
     }
     unread |= {key for key, scalings in read_by.items() if config.rope_scaling not in scalings}
+    if config.mlp not in ("swiglu", "geglu_tanh"):
+        unread |= {"fused_gate"}
     if not config.fused_qkv:
         unread |= {"qkv_layout"}
     every = tuple(range(config.n_layer)) if config.sliding_window else ()
@@ -169,6 +231,7 @@ def _check(key: str, value: Any, default: Any) -> None:
 _PLAIN = {"gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh")}
 _PLAIN |= {"gelu": ("gelu", "gelu_python"), "relu2": ("relu2",)}
 _GATED = {"swiglu": ("silu", "swish")}
+_GATED |= {"geglu_tanh": _PLAIN["gelu_tanh"]}
 
 
 def read_activation(key: str, value: str, gated: bool = False) -> str:

@@ -27,7 +27,14 @@ from config import DROPOUTS, ModelConfig
 from config.bars import progress_bar
 from data.cache import SUMS, refuse_changed
 from modules.quantized_linear import KINDS, replace_linear
-from pretrained import codegen, gpt_bigcode, llama, phi, qwen2, starcoder2
+from pretrained import (
+    codegen,
+    gpt_bigcode,
+    llama,
+    phi,
+    qwen2,
+    starcoder2,
+)
 from pretrained.family import Family, Values, from_model, to_model
 from pretrained.folder import (
     BIN,
@@ -46,7 +53,14 @@ from tokenizer import GENERATION, PretrainedTokenizer, Tokenizer, end_ids, load_
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (gpt_bigcode, codegen, phi, llama, starcoder2, qwen2)
+    for module in (
+        gpt_bigcode,
+        codegen,
+        phi,
+        llama,
+        starcoder2,
+        qwen2,
+    )
 }
 THREADS = min(4, os.cpu_count() or 1)
 RUNS = "runs"  # the folder that runs are written to
@@ -185,8 +199,8 @@ def _filled_model(
 ) -> tuple[Decoder, StoredWeights]:
     """Return the model with the weights of `entries`, by published key, and what the disk has of it."""
     shapes = _shapes(folder, config)
-    own = {family.key(name): name for name in shapes}
-    head, embed = family.key("head.weight"), family.key("embed.weight")
+    own = {family.stored_key(name): name for name in shapes}
+    head, embed = family.stored_key("head.weight"), family.stored_key("embed.weight")
     tied = config.tie_embeddings
     if tied:
         del own[head]
@@ -286,8 +300,7 @@ def _on_meta(folder: Path, config: ModelConfig) -> Decoder:
 
 def _shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return every parameter's shape by name; only the first layer is made, since all are alike."""
-    windows = tuple(layer for layer in config.window_layers if layer == 0)
-    one = _on_meta(folder, replace(config, n_layer=1, window_layers=windows))
+    one = _on_meta(folder, replace(config, n_layer=1, window_layers=(), unrotated_layers=()))
     found: dict[str, tuple[int, ...]] = {}
     for name, tensor in one.state_dict().items():
         inner = name.removeprefix("blocks.0.")

@@ -8,7 +8,8 @@ from pretrained.rope import ROPE_DEFAULTS, read_rope, write_rope
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read(values: Values) -> Values:
+def read_windows(values: Values) -> Values:
+    """Return the window and its layers: those of `layer_types`, or from `max_window_layers` on."""
     window = values["sliding_window"] if values["use_sliding_window"] else None
     n_layer, types = values["num_hidden_layers"], values["layer_types"]
     if types is None:
@@ -20,10 +21,26 @@ def read(values: Values) -> Values:
     if len(layers) and not window:
         raise ValueError(f"layer_types names {SLIDING}, but there is no window; set use_sliding_window")
     return {
-        "n_kv_head": values["num_key_value_heads"] or values["num_attention_heads"],
-        "head_dim": values["head_dim"] or values["hidden_size"] // values["num_attention_heads"],
         "sliding_window": window if window and len(layers) else 0,
         "window_layers": list(layers) if window else [],
+    }
+
+
+def write_windows(config: ModelConfig) -> Values:
+    """Return the keys from which `read_windows` gets the window back, but for `max_window_layers`."""
+    layers = config.window_layers or tuple(range(config.n_layer)) if config.sliding_window else ()
+    return {
+        "use_sliding_window": bool(layers),
+        "sliding_window": config.sliding_window or None,
+        "layer_types": [SLIDING if layer in layers else FULL for layer in range(config.n_layer)],
+    }
+
+
+def read(values: Values) -> Values:
+    return {
+        **read_windows(values),
+        "n_kv_head": values["num_key_value_heads"] or values["num_attention_heads"],
+        "head_dim": values["head_dim"] or values["hidden_size"] // values["num_attention_heads"],
         "mlp": read_activation("hidden_act", values["hidden_act"], gated=True),
         "attention_dropout": values["attention_dropout"] or 0.0,
         **read_rope(values),
@@ -31,14 +48,12 @@ def read(values: Values) -> Values:
 
 
 def write(config: ModelConfig) -> Values:
-    layers = config.window_layers or tuple(range(config.n_layer)) if config.sliding_window else ()
+    windows = write_windows(config)
     return {
+        **windows,
         "num_key_value_heads": config.n_kv_head,
         **({"head_dim": config.head_dim} if config.head_dim * config.n_head != config.n_embd else {}),
-        "use_sliding_window": bool(layers),
-        "sliding_window": config.sliding_window or None,
-        "max_window_layers": min(layers, default=config.n_layer),
-        "layer_types": [SLIDING if layer in layers else FULL for layer in range(config.n_layer)],
+        "max_window_layers": [*windows["layer_types"], SLIDING].index(SLIDING),
         "hidden_act": write_activation(config.mlp),
         "attention_dropout": config.attention_dropout,
         **write_rope(config),

@@ -188,7 +188,7 @@ def _tensors(model: Decoder, family: Family) -> dict[str, Tensor]:
     """Return the parameters by published name; a tied head is left out."""
     state = model.state_dict()
     names = [name for name in state if not (name == "head.weight" and model.config.tie_embeddings)]
-    return {family.key(name): state[name] for name in names}
+    return {family.stored_key(name): state[name] for name in names}
 
 
 def _save_weights(

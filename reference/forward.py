@@ -42,8 +42,11 @@ def logits_of(config: ModelConfig, weights: Weights, rows: Rows) -> Tensor:
 
 
 def embedding(config: ModelConfig, weights: Weights, rows: Rows) -> Tensor:
-    """Return the first residual stream (B, T, C): a row of the table for each id, and absolute positions."""
-    x = weights["embed.weight"][rows.tokens].double()
+    """Return the first residual stream (B, T, C): a row of the table for each id, and absolute positions.
+
+    The row is multiplied by `embed_scale`: Gemma's is sqrt(C) (arXiv:2403.08295).
+    """
+    x = config.embed_scale * weights["embed.weight"][rows.tokens].double()
     if config.position == "learned":
         return x + weights["position.weight"][rows.positions].double()
     if config.position == "sinusoidal":
@@ -56,37 +59,42 @@ def block(config: ModelConfig, weights: Weights, layer: int, x: Tensor, rows: Ro
 
     The first is its norm and the last, `residual`, is its output. A sequential block adds attention and then
     the MLP of what that gave, each with a norm before it; a parallel one (CodeGen, Phi) adds both, computed
-    from one norm.
+    from one norm, and GPT-NeoX (arXiv:2204.06745, section 2.1) both from x, each with a norm of its own. What
+    is added is first multiplied by `residual_scale` (Granite).
 
     Args:
         x: (B, T, C), the residual stream before the block.
     """
-    name = f"blocks.{layer}"
+    name, share = f"blocks.{layer}", config.residual_scale
     if config.block == "parallel":
         normed = norm(config, weights, f"{name}.norm", x)
         found = {"norm": normed} | attention(config, weights, layer, normed, rows)
         found |= mlp(config, weights, f"{name}.mlp", normed)
-        return found | {"residual": x + found["attention output"] + found["MLP output"]}
+        return found | {"residual": x + share * found["attention output"] + share * found["MLP output"]}
     normed = norm(config, weights, f"{name}.attention_norm", x)
     found = {"attention norm": normed} | attention(config, weights, layer, normed, rows)
-    middle = x + found["attention output"]
+    if config.block == "parallel_norms":
+        normed = norm(config, weights, f"{name}.mlp_norm", x)
+        found |= {"MLP norm": normed} | mlp(config, weights, f"{name}.mlp", normed)
+        return found | {"residual": x + share * found["attention output"] + share * found["MLP output"]}
+    middle = x + share * found["attention output"]
     normed = norm(config, weights, f"{name}.mlp_norm", middle)
     found |= {"residual after attention": middle, "MLP norm": normed}
     found |= mlp(config, weights, f"{name}.mlp", normed)
-    return found | {"residual": middle + found["MLP output"]}
+    return found | {"residual": middle + share * found["MLP output"]}
 
 
 def norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
     """Normalise the last dimension: LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467).
 
     x is divided by sqrt(mean of squares + norm_eps), LayerNorm's after its mean was taken off; then come the
-    learned scale and shift, where the settings have them.
+    learned scale and shift, where the settings have them. Gemma's scale is 1 + weight (arXiv:2403.08295).
     """
     if config.norm == "layer":
         x = x - x.mean(dim=-1, keepdim=True)
     x = x / (x.square().mean(dim=-1, keepdim=True) + config.norm_eps).sqrt()
     if config.norm_weight:
-        x = x * weights[f"{name}.weight"]
+        x = x * (weights[f"{name}.weight"] + (1 if config.norm == "rms_offset" else 0))
     return x + weights[f"{name}.bias"] if config.norm_bias else x
 
 
@@ -103,7 +111,8 @@ def attention(config: ModelConfig, weights: Weights, layer: int, x: Tensor, rows
     """Return the stages of attention: projections, queries and keys as they meet, heads, and output.
 
     Queries and keys are normalised over each head (`qk_norm`, arXiv:2010.04245, as a norm of the settings'
-    kind), and then rotated.
+    kind), and then rotated, but for layers without positions (NoPE). Another factor of the scores than
+    1 / sqrt(D), `attention_scale`, is made of queries as they meet: `attend` divides by sqrt(D).
     """
     name = f"blocks.{layer}.attention"
     q, k, v = projections(config, weights, name, x)
@@ -111,8 +120,10 @@ def attention(config: ModelConfig, weights: Weights, layer: int, x: Tensor, rows
     if config.qk_norm:
         q, k = norm(config, weights, f"{name}.q_norm", q), norm(config, weights, f"{name}.k_norm", k)
         found |= {"queries normalised": q, "keys normalised": k}
-    if config.position == "rotary":
+    if config.position == "rotary" and layer not in config.unrotated_layers:
         q, k = rotated(config, q, rows.positions), rotated(config, k, rows.positions)
+    if config.attention_scale:
+        q = q * (config.attention_scale * math.sqrt(config.head_dim))
     mixed = attend(q, k, v, visible(rows.documents, window_of(config, layer)))
     out = linear(weights, f"{name}.out", mixed.flatten(2), config.attention_bias)
     return found | {"queries": q, "keys": k, "attention": mixed, "attention output": out}
@@ -137,12 +148,13 @@ def split_fused(config: ModelConfig, fused: Tensor) -> list[Tensor]:
     - blocks: all queries, all keys, all values.
     - heads: query, key and value of the first head, then of the second (GPTBigCode).
     - shards: four shards, one a core of the first training, each with query, value and key of a quarter of
-      the heads, in that order (CodeGen).
+      the heads, in that order (CodeGen). Those of `shards8` are eight (CodeGen2).
     """
     size = config.head_dim
     if config.qkv_layout == "blocks":
         return list(fused.split([config.n_head * size] + 2 * [config.n_kv_head * size], dim=-1))
-    groups, order = (config.n_head, (0, 1, 2)) if config.qkv_layout == "heads" else (4, (0, 2, 1))
+    groups = {"heads": config.n_head, "shards": 4, "shards8": 8}[config.qkv_layout]
+    order = (0, 1, 2) if config.qkv_layout == "heads" else (0, 2, 1)
     parts = fused.unflatten(-1, (groups, 3, config.n_head // groups * size))
     return [parts[..., place, :].flatten(-2) for place in order]
 
@@ -167,12 +179,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 def mlp(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> dict[str, Tensor]:
-    """Return the stages of the MLP: its inner state (B, T, n_inner), and its output (B, T, C)."""
-    up = linear(weights, f"{name}.up", x, config.mlp_bias)
-    if config.mlp == "swiglu":
-        inner = silu(linear(weights, f"{name}.gate", x, config.mlp_bias)) * up
+    """Return the stages of the MLP: its inner state (B, T, n_inner), and its output (B, T, C).
+
+    With a gate (arXiv:2002.05202) the inner state is a product. A fused projection has the gate's rows first.
+    """
+    if config.mlp in GATES and config.fused_gate:
+        gate, up = linear(weights, f"{name}.gate_up", x, config.mlp_bias).tensor_split(2, dim=-1)
+        inner = GATES[config.mlp](gate) * up
+    elif config.mlp in GATES:
+        gate, up = (linear(weights, f"{name}.{part}", x, config.mlp_bias) for part in ("gate", "up"))
+        inner = GATES[config.mlp](gate) * up
     else:
-        inner = ACTIVATIONS[config.mlp](up)
+        inner = ACTIVATIONS[config.mlp](linear(weights, f"{name}.up", x, config.mlp_bias))
     return {"MLP inner": inner, "MLP output": linear(weights, f"{name}.down", inner, config.mlp_bias)}
 
 
@@ -197,15 +215,17 @@ def relu2(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
+GATES = {"swiglu": silu, "geglu_tanh": gelu_tanh}
 
 
 def head(config: ModelConfig, weights: Weights, hidden: Tensor) -> Tensor:
     """Return logits (..., V) of hidden states (..., C).
 
-    A tied head has the embedding's weight, unless an adapter gives it one of its own.
+    A tied head has the embedding's weight, unless an adapter gives it one of its own. Granite divides logits
+    by a constant.
     """
     tied = config.tie_embeddings and "head.weight" not in weights
-    logits = hidden @ weights["embed.weight" if tied else "head.weight"].T
+    logits = hidden @ weights["embed.weight" if tied else "head.weight"].T / config.logit_divisor
     return logits + weights["head.bias"] if config.head_bias else logits
 
 

@@ -75,6 +75,10 @@ PUBLISHED: dict[str, dict[str, str]] = {
 }
 
 
+# Modules that files call otherwise than the classes do.
+STORED: dict[str, dict[str, str]] = {}
+
+
 def published_name(family: str, module: str) -> str:
     """Return the published name of a module, such as `blocks.3.mlp.up`, in the words of a `model_type`."""
     parts = module.split(".")
@@ -107,10 +111,10 @@ class PublishedWeights:
     def key(self, name: str) -> str:
         """Return the published key of a parameter; a tied table may be stored under the head's name."""
         module, _, kind = name.rpartition(".")
-        key = f"{published_name(self.family, module)}.{kind}"
-        if name == "embed.weight" and key not in self.files:
-            return f"{PUBLISHED[self.family]['head']}.{kind}"
-        return key
+        renamed, found = STORED.get(self.family, {}), published_name(self.family, module)
+        if name == "embed.weight" and f"{found}.{kind}" not in self.files:
+            found = PUBLISHED[self.family]["head"]
+        return f"{renamed.get(found, found)}.{kind}"
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return some rows of a parameter by our name, in the file's own number format."""

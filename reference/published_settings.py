@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,7 @@ def settings_of(folder: Path, older: bool = False) -> ModelConfig:
     of_family = {"gpt_bigcode": _gpt_bigcode, "codegen": _codegen}.get(family)
     if of_family is not None:
         return ModelConfig(**of_gpt(values) | of_family(values))
-    of_family = {"llama": _llama, "qwen2": _qwen2, "starcoder2": _starcoder2, "phi": _phi}[family]
-    fields = of_llama(values) | of_family(values)
+    fields = of_llama(values) | OF_LLAMA[family](values)
     return ModelConfig(**fields | rotary(values, fields["head_dim"], older))
 
 
@@ -87,6 +87,17 @@ def activation(values: Values, key: str) -> str:
     if values[key] not in ACTIVATIONS:
         raise ValueError(f"{key} is {values[key]!r}, which the reference does not know")
     return ACTIVATIONS[values[key]]
+
+
+def gate(values: Values) -> str:
+    """Return the `mlp` of an MLP with a gate; ValueError for an activation that is not known."""
+    if values["hidden_act"] in ("silu", "swish"):
+        return "swiglu"
+    if activation(values, "hidden_act") != "gelu_tanh":
+        raise ValueError(
+            f"hidden_act is {values['hidden_act']!r}, which the reference does not know for a gate"
+        )
+    return "geglu_tanh"
 
 
 # --- the words of GPT-2 -------------------------------------------------------------------------------
@@ -179,9 +190,7 @@ def _qwen2(values: Values) -> Values:
 
 
 def _rms_and_gate(values: Values) -> Values:
-    if values["hidden_act"] not in ("silu", "swish"):
-        raise ValueError(f"hidden_act is {values['hidden_act']!r}, which the reference does not know")
-    return {"norm": "rms", "norm_eps": values["rms_norm_eps"], "mlp": "swiglu"}
+    return {"norm": "rms", "norm_eps": values["rms_norm_eps"], "mlp": gate(values)}
 
 
 def _starcoder2(values: Values) -> Values:
@@ -208,6 +217,14 @@ def _phi(values: Values) -> Values:
         "mlp": activation(values, "hidden_act"),
         **dict.fromkeys(("qkv_bias", "attention_bias", "mlp_bias", "head_bias"), True),
     }
+
+
+OF_LLAMA: dict[str, Callable[[Values], Values]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "starcoder2": _starcoder2,
+    "phi": _phi,
+}
 
 
 def rotary(values: Values, head_dim: int, older: bool) -> Values:
@@ -261,7 +278,7 @@ def behaviour(config: ModelConfig) -> Values:
     """Return the fields of settings that bear on a model's logits, windows by layer, each in one spelling."""
     unread = {"init", "attention", "base_width", "dropout", "embed_dropout", "attention_dropout"}
     if config.position != "rotary":
-        unread |= {"rotary_dim", "rotary_layout", "rope_theta", "rope_scaling"}
+        unread |= {"rotary_dim", "rotary_layout", "rope_theta", "rope_scaling", "unrotated_layers"}
     scaling = config.rope_scaling if config.position == "rotary" else "none"
     if scaling in ("none", "longrope"):
         unread |= {"rope_factor"}
@@ -275,6 +292,8 @@ def behaviour(config: ModelConfig) -> Values:
         unread |= {"rope_attention"}
     if scaling != "longrope":
         unread |= {"rope_short", "rope_long"}
+    if config.mlp not in ("swiglu", "geglu_tanh"):
+        unread |= {"fused_gate"}
     if not config.fused_qkv:
         unread |= {"qkv_layout"}
     found = {key: value for key, value in vars(config).items() if key not in unread}

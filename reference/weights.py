@@ -59,8 +59,12 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             add_norm(f"{block}.attention.q_norm", config.head_dim)
             add_norm(f"{block}.attention.k_norm", config.head_dim)
         add(f"{block}.attention.out", width, heads, config.attention_bias)
-        for part in ("gate", "up") if config.mlp == "swiglu" else ("up",):
-            add(f"{block}.mlp.{part}", inner, width, config.mlp_bias)
+        gated = config.mlp in ("swiglu", "geglu_tanh")
+        if gated and config.fused_gate:
+            add(f"{block}.mlp.gate_up", 2 * inner, width, config.mlp_bias)
+        else:
+            for part in ("gate", "up") if gated else ("up",):
+                add(f"{block}.mlp.{part}", inner, width, config.mlp_bias)
         add(f"{block}.mlp.down", width, inner, config.mlp_bias)
     add_norm("norm", width)
     add("head", config.vocab_size, width, config.head_bias)
@@ -77,7 +81,7 @@ def start_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Start:
     if name.endswith(".bias"):
         return Start("constant", 0.0)
     if len(shape) == 1:
-        return Start("constant", 1.0)
+        return Start("constant", 0.0 if config.norm == "rms_offset" else 1.0)
     starts = {"normal": _normal, "xavier": _xavier, "zero_output": _zero_output}
     return starts[config.init](config, name, shape)
 

@@ -55,7 +55,8 @@ def measure(request: dict[str, Any]) -> Cost:
     config = Config.from_dict(request["config"])
     shape = request["model"] | {"n_layer": request["n_layer"]}
     shape["vocab_size"] = max(shape["vocab_size"], IDS)
-    shape["window_layers"] = [layer for layer in shape["window_layers"] if layer < request["n_layer"]]
+    for key in ("window_layers", "unrotated_layers"):
+        shape[key] = [layer for layer in shape[key] if layer < request["n_layer"]]
     device = choose_device(config.train.device)
     precision = choose_precision(device, config.train.precision)
     model = make_model(

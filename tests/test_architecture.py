@@ -391,6 +391,8 @@ ACTIVATIONS = {
     "relu2": lambda x: torch.where(x > 0, x * x, 0.0),
     "swiglu": lambda x: x / (1 + torch.exp(-x)),
 }
+ACTIVATIONS["geglu_tanh"] = ACTIVATIONS["gelu_tanh"]
+GATED = ("swiglu", "geglu_tanh")
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -406,8 +408,8 @@ def test_mlps_are_their_formulas(name, bias):
         assert (f"{name}.bias" in weights) == bias
         return x @ weights[f"{name}.weight"].T + (weights[f"{name}.bias"] if bias else 0)
 
-    inner = ACTIVATIONS[name](linear(x, "gate" if name == "swiglu" else "up"))
-    expected = linear(inner * linear(x, "up") if name == "swiglu" else inner, "down")
+    inner = ACTIVATIONS[name](linear(x, "gate" if name in GATED else "up"))
+    expected = linear(inner * linear(x, "up") if name in GATED else inner, "down")
     torch.testing.assert_close(mlp(x), expected, atol=1e-4, rtol=1e-5)  # values in the tens
     gradients = []
     for y in (mlp(x), expected):

@@ -131,7 +131,10 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
             "base_format is nf4 and lora.r is 0, by which all of the base would train, and weights can only "
             "in fp32: set lora.r to 1 or more to train adapters, or remove base_format",
         ),
-        (["--model.mlp", "gulu"], "it must be one of gelu, gelu_tanh, relu2, swiglu; did you mean gelu?"),
+        (
+            ["--model.mlp", "gulu"],
+            "it must be one of gelu, gelu_tanh, relu2, swiglu, geglu_tanh; did you mean gelu?",
+        ),
         (["--config", "/no/such.yaml"], "/no/such.yaml"),
         (["--config", "no/such\x1b[2J.yaml"], "--config is no/such\\x1b[2J.yaml, and there is no such file"),
         (["--model.position", "learned", "--model.rope_theta", "5"], "model.position is not rotary"),

@@ -250,6 +250,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
                      "rope_attention of rope_type yarn is 0; it must be a number above 0"),
     "a factor below one": ({"rope_scaling": {"type": "linear", "factor": 0.1}}, "model.rope_factor is 0.1"),
     "no factor": ({"rope_scaling": {"type": "linear"}}, "rope_factor of rope_type linear is None"),
+    "a multiplier of another family": ({"residual_multiplier": 0.22},
+                                       "residual_multiplier is 0.22, which changes what is computed, and a"),
+    "windows of another family": ({"sliding_window": 8}, "sliding_window is 8, which changes what is"),
+    "experts": ({"num_experts": 8}, "num_experts is 8, which changes what is computed"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; known are silu"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "it is quantised"),
 }  # fmt: skip

@@ -38,6 +38,23 @@ SHAPES: list[dict[str, Any]] = [
         "rope_short": (1.0, 1.5, 2.0, 3.0),
         "rope_long": (2.0, 4.0, 5.0, 9.0),
     },
+    {
+        "norm": "rms_offset",
+        "norm_weight": True,
+        "mlp": "geglu_tanh",
+        "embed_scale": 5.6,
+        "tie_embeddings": True,
+    },
+    {
+        "block": "parallel_norms",
+        "norm_weight": True,
+        "fused_qkv": True,
+        "qkv_layout": "heads",
+        "rotary_dim": 4,
+    },
+    {"n_head": 8, "fused_qkv": True, "qkv_layout": "shards8", "qk_norm": False, "mlp": "swiglu"},
+    {"fused_gate": True, "mlp": "swiglu", "unrotated_layers": (1,), "n_kv_head": 1},
+    {"embed_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.05, "logit_divisor": 6.0},
     {"n_layer": 1, "n_head": 1, "block_size": 4},
 ]
 

@@ -22,9 +22,11 @@ def config_of(model: Decoder, config: ModelConfig) -> ModelConfig:
     A large model may have lent some of its blocks (`guards.subject.shortened`).
     """
     windows = tuple(i for i, block in enumerate(model.blocks) if block.get_submodule("attention").has_window)
+    still = tuple(i for i, b in enumerate(model.blocks) if not b.get_submodule("attention").is_rotated)
     if len(model.blocks) < config.n_layer:
         window = config.sliding_window if windows else 0
         config = replace(config, sliding_window=window, window_layers=windows if window else ())
+        config = replace(config, unrotated_layers=still)
     return replace(config, n_layer=len(model.blocks), tie_embeddings=False)
 
 

@@ -200,7 +200,8 @@ class ForwardComparison:
         if not self.large:
             return head(self.config, self.weights, hidden.double().cpu())
         with torch.no_grad():
-            return self.model.head(hidden.to(self.model.embed.weight.dtype)).double().cpu()
+            hidden = self.model.to_head(hidden.to(self.model.embed.weight.dtype))
+            return self.model.head(hidden).double().cpu()
 
     def scores(self, run: Pass, nats: float, tokens: int) -> None:
         """Compare the sum of the nats of validation."""

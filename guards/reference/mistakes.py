@@ -61,9 +61,10 @@ def other_settings(config: ModelConfig) -> dict[str, ModelConfig]:
         "the norm's epsilon left out": {"norm_eps": 0.0},
         "the norm's epsilon 1e-5": {"norm_eps": 1e-5},
         "the norm's epsilon 1e-6": {"norm_eps": 1e-6},
-        "RMSNorm for LayerNorm": {"norm": "rms"},
+        **({"RMSNorm for LayerNorm": {"norm": "rms"}} if config.norm == "layer" else {}),
         "LayerNorm for RMSNorm": {"norm": "layer"},
         "the norm's learned scale not applied": {"norm_weight": False},
+        "the norm's learned scale without the 1 that is added to it": {"norm": "rms"},
         "the norm's learned shift not applied": {"norm_bias": False},
         "the bias of queries, keys and values not added": {"qkv_bias": False},
         "the bias of attention's output not added": {"attention_bias": False},
@@ -75,6 +76,10 @@ def other_settings(config: ModelConfig) -> dict[str, ModelConfig]:
         },
         "all dimensions of a head rotated instead of rotary_dim": {"rotary_dim": config.head_dim},
         "rope_theta left at 10,000": {"rope_theta": 10_000.0},
+        "positions rotated in all layers": {"unrotated_layers": ()},
+        "the factor of rotated queries and keys not applied": {"rope_attention": 1.0},
+        "attention_scale not applied": {"attention_scale": 0.0},
+        "residual_scale not applied": {"residual_scale": 1.0},
         "rope_scaling not applied": {"rope_scaling": "none"},
         "the sliding window ignored": {"sliding_window": 0},
         "the sliding window one token too wide": {"sliding_window": config.sliding_window + 1},
@@ -215,9 +220,9 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 def in_residual(inputs: Inputs, stage: str) -> Explanations:
     """Return what mistakes in adding to the residual stream make of it."""
     stages = block(inputs.config, inputs.weights, inputs.layer, inputs.x, inputs.rows)
-    is_last = stage == "residual"
+    is_last, config_scale = stage == "residual", inputs.config.residual_scale
     before = stages.get("residual after attention", inputs.x) if is_last else inputs.x
-    attention, mlp = stages["attention output"], stages["MLP output"]
+    attention, mlp = (config_scale * stages[part] for part in ("attention output", "MLP output"))
     normed = stages["norm" if "norm" in stages else "MLP norm" if is_last else "attention norm"]
     found: Explanations = {
         "the residual stream not added": lambda: stages[stage] - before,
@@ -250,6 +255,7 @@ def in_embedding(config: ModelConfig, weights: Weights, rows: Rows, expected: Te
     """Return what mistakes make of the first residual stream."""
     width = config.n_embd
     found: Explanations = {
+        "embed_scale not applied": lambda: embedding(replace(config, embed_scale=1.0), weights, rows),
         "positions not added": lambda: embedding(replace(config, position="none"), weights, rows),
         "the embedding multiplied by sqrt(n_embd)": lambda: (
             expected + (math.sqrt(width) - 1) * weights["embed.weight"][rows.tokens].double()
