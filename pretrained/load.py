@@ -33,6 +33,7 @@ from pretrained import (
     llama,
     phi,
     qwen2,
+    qwen3,
     starcoder2,
 )
 from pretrained.family import Family, Values, from_model, to_model
@@ -60,6 +61,7 @@ FAMILIES = {
         llama,
         starcoder2,
         qwen2,
+        qwen3,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

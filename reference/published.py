@@ -72,6 +72,11 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "blocks.{}.mlp.up": "model.layers.{}.mlp.c_fc",
         "blocks.{}.mlp.down": "model.layers.{}.mlp.c_proj",
     },
+    "qwen3": _LLAMA
+    | {
+        "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+        "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    },
 }
 
 

@@ -60,6 +60,13 @@ DEFAULTS: dict[str, Values] = {
         "num_hidden_layers": 24, "num_attention_heads": 32, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
         "qk_layernorm": False, "partial_rotary_factor": 0.5,
     },
+    "qwen3": _OF_LLAMA | {
+        "vocab_size": 151936, "max_position_embeddings": 32768, "hidden_size": 4096,
+        "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+        "attention_bias": False,
+    },
 }  # fmt: skip
 
 
@@ -219,11 +226,18 @@ def _phi(values: Values) -> Values:
     }
 
 
+def _qwen3(values: Values) -> Values:
+    """Return what Qwen3 has (arXiv:2505.09388): Qwen2, normalised queries and keys, one bias."""
+    bias = values["attention_bias"]
+    return _qwen2(values) | {"qk_norm": True, "qkv_bias": bias, "attention_bias": bias}
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "starcoder2": _starcoder2,
     "phi": _phi,
+    "qwen3": _qwen3,
 }
 
 

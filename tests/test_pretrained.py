@@ -50,6 +50,7 @@ WIDE: dict[str, Any] = {
     "vocab_size": 53,
 }
 TWELVE = WIDE | {"hidden_size": 48, "num_attention_heads": 12}
+SMALL = WIDE | {"num_hidden_layers": 2}
 SHORT = {"max_position_embeddings": 12}  # the texts below are longer
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 7.5], "factor": 4.0}
@@ -133,6 +134,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 dynamic": ("qwen2", WIDE | SHORT | {"use_sliding_window": True, "sliding_window": 5,
                                                 "max_window_layers": 0} | rope("dynamic", factor=2.0)),
     "qwen2 head_dim": ("qwen2", WIDE | {"head_dim": 10, "vocab_size": 101} | rope("default", rope_theta=1e6)),
+    "qwen3": ("qwen3", SMALL | {"head_dim": 8}),
+    "qwen3 biases, tied": ("qwen3", SMALL | {"head_dim": 10, "attention_bias": True,
+                                             "tie_word_embeddings": True}),
+    "qwen3 mqa": ("qwen3", SMALL | {"head_dim": 6, "num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
+    "qwen3 window": ("qwen3", SMALL | {"head_dim": 6, "use_sliding_window": True, "sliding_window": 5,
+                                       "max_window_layers": 1}),
+    "qwen3 yarn": ("qwen3", SMALL | {"head_dim": 16} | rope("yarn", **YARN, beta_slow=0.25)),
+    "qwen3 theta": ("qwen3", SMALL | {"head_dim": 8, "num_key_value_heads": 4}
+                    | rope("default", rope_theta=1e6)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -412,6 +422,7 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "one block of queries for heads": ("bigcode mha", each_block(assign("attention.split", split_blocks))),
     "positions one off": ("bigcode mqa", shift_positions),
     "norm eps 1e-6": ("llama mqa", each_block(assign("attention_norm.eps", 1e-6))),
+    "norms of queries left out": ("qwen3", each_block(assign("attention.q_norm", nn.Identity()))),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ _REGISTERED = {
     "phi": "GPT2Tokenizer",
     "starcoder2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
 }
 _WHATEVER_IS_NAMED = ("qwen2",)  # These model types open their class whatever tokenizer_config.json names.
 
