@@ -31,6 +31,7 @@ from pretrained import (
     codegen,
     gpt_bigcode,
     llama,
+    mistral,
     phi,
     qwen2,
     qwen3,
@@ -62,6 +63,7 @@ FAMILIES = {
         starcoder2,
         qwen2,
         qwen3,
+        mistral,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

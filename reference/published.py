@@ -77,6 +77,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
         "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
     },
+    "mistral": _LLAMA,
 }
 
 

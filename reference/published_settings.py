@@ -67,6 +67,11 @@ DEFAULTS: dict[str, Values] = {
         "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
         "attention_bias": False,
     },
+    "mistral": _OF_LLAMA | {
+        "vocab_size": 32000, "max_position_embeddings": 131072, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6, "sliding_window": 4096,
+    },
 }  # fmt: skip
 
 
@@ -232,12 +237,18 @@ def _qwen3(values: Values) -> Values:
     return _qwen2(values) | {"qk_norm": True, "qkv_bias": bias, "attention_bias": bias}
 
 
+def _mistral(values: Values) -> Values:
+    """Return what Mistral has (arXiv:2310.06825): RMSNorm, SwiGLU, no bias, and one window in all layers."""
+    return _rms_and_gate(values) | {"sliding_window": values["sliding_window"] or 0}
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "starcoder2": _starcoder2,
     "phi": _phi,
     "qwen3": _qwen3,
+    "mistral": _mistral,
 }
 
 

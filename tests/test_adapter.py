@@ -58,6 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", ALL),
     "qwen2": ("qwen2", ALL),
     "qwen3": ("qwen3", ALL),
+    "mistral": ("mistral window", ALL),
     "mlp role": ("llama gqa", ALL | {"targets": ("mlp",)}),
     "attention role": ("bigcode mqa", ALL | {"targets": ("attention",)}),
     "pattern": ("llama gqa", ALL | {"targets": ("model.layers.1.*",)}),

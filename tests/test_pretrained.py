@@ -143,6 +143,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 yarn": ("qwen3", SMALL | {"head_dim": 16} | rope("yarn", **YARN, beta_slow=0.25)),
     "qwen3 theta": ("qwen3", SMALL | {"head_dim": 8, "num_key_value_heads": 4}
                     | rope("default", rope_theta=1e6)),
+    "mistral": ("mistral", SMALL),
+    "mistral window": ("mistral", SMALL | {"sliding_window": 5, "tie_word_embeddings": True}),
+    "mistral window of one": ("mistral", SMALL | {"sliding_window": 1, "num_key_value_heads": 1}),
+    "mistral head_dim": ("mistral", SMALL | {"head_dim": 10, "sliding_window": 7, "rms_norm_eps": 1e-3}),
+    "mistral mha": ("mistral", SMALL | {"num_key_value_heads": 4} | rope("default", rope_theta=1e6)),
+    "mistral yarn": ("mistral", SMALL | {"head_dim": 16} | rope("yarn", **YARN, beta_fast=4.0)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -423,6 +429,7 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "positions one off": ("bigcode mqa", shift_positions),
     "norm eps 1e-6": ("llama mqa", each_block(assign("attention_norm.eps", 1e-6))),
     "norms of queries left out": ("qwen3", each_block(assign("attention.q_norm", nn.Identity()))),
+    "no window in mistral": ("mistral window", each_block(assign("attention.has_window", False))),
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ _REGISTERED = {
     "starcoder2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
+    "mistral": AS_THE_FILE,
 }
 _WHATEVER_IS_NAMED = ("qwen2",)  # These model types open their class whatever tokenizer_config.json names.
 
