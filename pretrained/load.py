@@ -33,6 +33,7 @@ from pretrained import (
     llama,
     mistral,
     phi,
+    phi3,
     qwen2,
     qwen3,
     starcoder2,
@@ -64,6 +65,7 @@ FAMILIES = {
         qwen2,
         qwen3,
         mistral,
+        phi3,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

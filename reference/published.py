@@ -78,6 +78,11 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
     },
     "mistral": _LLAMA,
+    "phi3": _LLAMA
+    | {
+        "blocks.{}.attention.qkv": "model.layers.{}.self_attn.qkv_proj",
+        "blocks.{}.mlp.gate_up": "model.layers.{}.mlp.gate_up_proj",
+    },
 }
 
 

@@ -72,6 +72,11 @@ DEFAULTS: dict[str, Values] = {
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6, "sliding_window": 4096,
     },
+    "phi3": _OF_LLAMA | {
+        "vocab_size": 32064, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None,
+    },
 }  # fmt: skip
 
 
@@ -242,6 +247,11 @@ def _mistral(values: Values) -> Values:
     return _rms_and_gate(values) | {"sliding_window": values["sliding_window"] or 0}
 
 
+def _phi3(values: Values) -> Values:
+    """Return what Phi-3 has (arXiv:2404.14219): Mistral with fused projections."""
+    return _mistral(values) | {"fused_qkv": True, "qkv_layout": "blocks", "fused_gate": True}
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -249,6 +259,7 @@ OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "phi": _phi,
     "qwen3": _qwen3,
     "mistral": _mistral,
+    "phi3": _phi3,
 }
 
 

@@ -51,6 +51,7 @@ WIDE: dict[str, Any] = {
 }
 TWELVE = WIDE | {"hidden_size": 48, "num_attention_heads": 12}
 SMALL = WIDE | {"num_hidden_layers": 2}
+PHI3 = SMALL | {"pad_token_id": None}
 SHORT = {"max_position_embeddings": 12}  # the texts below are longer
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 7.5], "factor": 4.0}
@@ -149,6 +150,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral head_dim": ("mistral", SMALL | {"head_dim": 10, "sliding_window": 7, "rms_norm_eps": 1e-3}),
     "mistral mha": ("mistral", SMALL | {"num_key_value_heads": 4} | rope("default", rope_theta=1e6)),
     "mistral yarn": ("mistral", SMALL | {"head_dim": 16} | rope("yarn", **YARN, beta_fast=4.0)),
+    "phi3": ("phi3", PHI3 | {"sliding_window": 5}),
+    "phi3 longrope": ("phi3", PHI3 | {"original_max_position_embeddings": 12} | rope("longrope", **LONG)),
+    "phi3 longrope, short rows": ("phi3", PHI3 | {"original_max_position_embeddings": 32} | rope(
+        "longrope", short_factor=[1, 1.3, 2], long_factor=[2, 3, 7])),
+    "phi3 partial, tied": ("phi3", PHI3 | {"tie_word_embeddings": True, "hidden_size": 32,
+                                           "original_max_position_embeddings": 12}
+                           | rope("longrope", **LONG, attention_factor=1.4, partial_rotary_factor=0.75)),
+    "phi3 mha": ("phi3", PHI3 | {"num_key_value_heads": None, "rms_norm_eps": 1e-3}),
+    "phi3 mqa": ("phi3", PHI3 | {"num_key_value_heads": 1} | rope("default", rope_theta=500.0)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -378,6 +388,17 @@ def swap(a: str, b: str) -> Callable[[Any], None]:
     return change
 
 
+def swap_halves(path: str) -> Callable[[Any], None]:
+    """Swap the halves of the rows of a fused projection."""
+
+    def change(block: nn.Module) -> None:
+        with torch.no_grad():
+            weight = block.get_parameter(f"{path}.weight")
+            weight.copy_(weight.roll(len(weight) // 2, 0))
+
+    return change
+
+
 def settings(**changes: Any) -> Callable[[Decoder], None]:
     """Settings that forward reads from the config."""
 
@@ -430,6 +451,7 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "norm eps 1e-6": ("llama mqa", each_block(assign("attention_norm.eps", 1e-6))),
     "norms of queries left out": ("qwen3", each_block(assign("attention.q_norm", nn.Identity()))),
     "no window in mistral": ("mistral window", each_block(assign("attention.has_window", False))),
+    "up before gate": ("phi3", each_block(swap_halves("mlp.gate_up"))),
 }  # fmt: skip
 
 

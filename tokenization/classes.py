@@ -30,8 +30,12 @@ _REGISTERED = {
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "mistral": AS_THE_FILE,
+    "phi3": AS_THE_FILE,
 }
-_WHATEVER_IS_NAMED = ("qwen2",)  # These model types open their class whatever tokenizer_config.json names.
+_WHATEVER_IS_NAMED = (
+    "qwen2",
+    "phi3",
+)  # These model types open their class whatever tokenizer_config.json names.
 
 _QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
