@@ -36,6 +36,7 @@ from pretrained import (
     phi3,
     qwen2,
     qwen3,
+    stablelm,
     starcoder2,
 )
 from pretrained.family import Family, Values, from_model, to_model
@@ -66,6 +67,7 @@ FAMILIES = {
         qwen3,
         mistral,
         phi3,
+        stablelm,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

@@ -83,6 +83,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "blocks.{}.attention.qkv": "model.layers.{}.self_attn.qkv_proj",
         "blocks.{}.mlp.gate_up": "model.layers.{}.mlp.gate_up_proj",
     },
+    "stablelm": _LLAMA | {"blocks.{}.norm": "model.layers.{}.input_layernorm"},
 }
 
 

@@ -77,6 +77,12 @@ DEFAULTS: dict[str, Values] = {
         "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None,
     },
+    "stablelm": _OF_LLAMA | {
+        "vocab_size": 50304, "max_position_embeddings": 4096, "hidden_size": 2560, "intermediate_size": 6912,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_act": "silu",
+        "layer_norm_eps": 1e-5, "use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False,
+        "partial_rotary_factor": 0.25,
+    },
 }  # fmt: skip
 
 
@@ -252,6 +258,20 @@ def _phi3(values: Values) -> Values:
     return _mistral(values) | {"fused_qkv": True, "qkv_layout": "blocks", "fused_gate": True}
 
 
+def _stablelm(values: Values) -> Values:
+    """Return what StableLM has (arXiv:2404.01226): LayerNorm, SwiGLU, and blocks of either kind."""
+    if values["qk_layernorm"]:
+        raise ValueError("qk_layernorm is true, whose norms of each head the reference does not know")
+    return {
+        "block": "parallel" if values["use_parallel_residual"] else "sequential",
+        "norm": "layer",
+        "norm_eps": values["layer_norm_eps"],
+        "norm_bias": True,
+        "qkv_bias": values["use_qkv_bias"],
+        "mlp": gate(values),
+    }
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -260,6 +280,7 @@ OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "qwen3": _qwen3,
     "mistral": _mistral,
     "phi3": _phi3,
+    "stablelm": _stablelm,
 }
 
 

@@ -52,6 +52,7 @@ WIDE: dict[str, Any] = {
 TWELVE = WIDE | {"hidden_size": 48, "num_attention_heads": 12}
 SMALL = WIDE | {"num_hidden_layers": 2}
 PHI3 = SMALL | {"pad_token_id": None}
+EIGHT = SMALL | {"hidden_size": 32}
 SHORT = {"max_position_embeddings": 12}  # the texts below are longer
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 7.5], "factor": 4.0}
@@ -159,6 +160,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                            | rope("longrope", **LONG, attention_factor=1.4, partial_rotary_factor=0.75)),
     "phi3 mha": ("phi3", PHI3 | {"num_key_value_heads": None, "rms_norm_eps": 1e-3}),
     "phi3 mqa": ("phi3", PHI3 | {"num_key_value_heads": 1} | rope("default", rope_theta=500.0)),
+    "stablelm": ("stablelm", EIGHT),
+    "stablelm parallel": ("stablelm", EIGHT | {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "stablelm bias, tied": ("stablelm", EIGHT | {"use_qkv_bias": True, "tie_word_embeddings": True}),
+    "stablelm all rotary": ("stablelm", EIGHT | {"num_key_value_heads": 4, "layer_norm_eps": 1e-3}
+                            | rope("default", partial_rotary_factor=1.0)),
+    "stablelm mqa": ("stablelm", EIGHT | {"num_key_value_heads": 1} | rope("default", rope_theta=1e6)),
+    "stablelm linear": ("stablelm", EIGHT | rope("linear", factor=2.5, partial_rotary_factor=0.5)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -452,6 +460,7 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "norms of queries left out": ("qwen3", each_block(assign("attention.q_norm", nn.Identity()))),
     "no window in mistral": ("mistral window", each_block(assign("attention.has_window", False))),
     "up before gate": ("phi3", each_block(swap_halves("mlp.gate_up"))),
+    "query bias of a parallel block dropped": ("stablelm parallel", each_block(zero("attention.q.bias"))),
 }  # fmt: skip
 
 

@@ -180,10 +180,18 @@ def test_the_class_of_a_folder_is_foretold(
 
 
 def small(family: str, vocab_size: int) -> Decoder:
-    sizes = {"vocab_size": vocab_size, "n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 32}
+    heads = 8 if family == "codegen2" else 4
+    sizes = {
+        "vocab_size": vocab_size,
+        "n_layer": 1,
+        "n_head": heads,
+        "n_embd": 4 * heads,
+        "block_size": 32,
+    }
     found = FAMILIES[family]
     values = {key: sizes[field] for field, key in found.names.items() if field in sizes}
     more = {"rotary_dim": 4, "intermediate_size": 16, "num_key_value_heads": 4}
+    more |= {"partial_rotary_factor": 0.5, "rotary_pct": 0.5}
     values |= {key: value for key, value in more.items() if key in found.defaults}
     return Decoder(to_model(found, values))
 

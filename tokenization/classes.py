@@ -31,6 +31,7 @@ _REGISTERED = {
     "qwen3": "Qwen2Tokenizer",
     "mistral": AS_THE_FILE,
     "phi3": AS_THE_FILE,
+    "stablelm": AS_THE_FILE,
 }
 _WHATEVER_IS_NAMED = (
     "qwen2",
