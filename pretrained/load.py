@@ -29,6 +29,7 @@ from data.cache import SUMS, refuse_changed
 from modules.quantized_linear import KINDS, replace_linear
 from pretrained import (
     codegen,
+    gemma,
     gpt_bigcode,
     llama,
     mistral,
@@ -68,6 +69,7 @@ FAMILIES = {
         mistral,
         phi3,
         stablelm,
+        gemma,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

@@ -84,6 +84,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "blocks.{}.mlp.gate_up": "model.layers.{}.mlp.gate_up_proj",
     },
     "stablelm": _LLAMA | {"blocks.{}.norm": "model.layers.{}.input_layernorm"},
+    "gemma": _LLAMA,
 }
 
 

@@ -83,6 +83,12 @@ DEFAULTS: dict[str, Values] = {
         "layer_norm_eps": 1e-5, "use_qkv_bias": False, "qk_layernorm": False, "use_parallel_residual": False,
         "partial_rotary_factor": 0.25,
     },
+    "gemma": _OF_LLAMA | {
+        "vocab_size": 256000, "max_position_embeddings": 8192, "hidden_size": 3072,
+        "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+        "attention_bias": False, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 
 
@@ -272,6 +278,19 @@ def _stablelm(values: Values) -> Values:
     }
 
 
+def _gemma(values: Values) -> Values:
+    """Return what Gemma has (arXiv:2403.08295): scales of 1 + weight, rows times sqrt(C), GeGLU by a tanh.
+
+    Its activation is the approximation also where its files say `gelu`.
+    """
+    if values["hidden_act"] != "gelu" and gate(values) != "geglu_tanh":
+        raise ValueError(
+            f"hidden_act is {values['hidden_act']!r}, which the reference does not know for Gemma"
+        )
+    fields = _llama(values | {"hidden_act": "gelu_new", "mlp_bias": False})
+    return fields | {"norm": "rms_offset", "embed_scale": math.sqrt(values["hidden_size"])}
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -281,6 +300,7 @@ OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "mistral": _mistral,
     "phi3": _phi3,
     "stablelm": _stablelm,
+    "gemma": _gemma,
 }
 
 

@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral window", ALL),
     "phi3": ("phi3", ALL | {"targets": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}),
     "stablelm": ("stablelm", ALL | {"targets": ("all-linear", "lm_head")}),
+    "gemma": ("gemma", ALL | {"targets": ("all-linear", "embed_tokens")}),
     "mlp role": ("llama gqa", ALL | {"targets": ("mlp",)}),
     "attention role": ("bigcode mqa", ALL | {"targets": ("attention",)}),
     "pattern": ("llama gqa", ALL | {"targets": ("model.layers.1.*",)}),

@@ -53,6 +53,7 @@ TWELVE = WIDE | {"hidden_size": 48, "num_attention_heads": 12}
 SMALL = WIDE | {"num_hidden_layers": 2}
 PHI3 = SMALL | {"pad_token_id": None}
 EIGHT = SMALL | {"hidden_size": 32}
+PADS = {"pad_token_id": None, "bos_token_id": None}
 SHORT = {"max_position_embeddings": 12}  # the texts below are longer
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 7.5], "factor": 4.0}
@@ -167,6 +168,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                             | rope("default", partial_rotary_factor=1.0)),
     "stablelm mqa": ("stablelm", EIGHT | {"num_key_value_heads": 1} | rope("default", rope_theta=1e6)),
     "stablelm linear": ("stablelm", EIGHT | rope("linear", factor=2.5, partial_rotary_factor=0.5)),
+    "gemma": ("gemma", SMALL | PADS | {"head_dim": 8}),
+    "gemma untied": ("gemma", SMALL | PADS | {"head_dim": 10, "tie_word_embeddings": False,
+                                       "num_key_value_heads": 1}),
+    "gemma bias": ("gemma", SMALL | PADS | {"head_dim": 6, "attention_bias": True}),
+    "gemma gelu": ("gemma", SMALL | PADS | {"head_dim": 8, "hidden_act": "gelu", "rms_norm_eps": 1e-3}),
+    "gemma mha": ("gemma", SMALL | PADS | {"head_dim": 4, "num_key_value_heads": 4}),
+    "gemma linear": ("gemma", SMALL | PADS | {"head_dim": 8} | rope("linear", factor=2.0)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -461,6 +469,8 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "no window in mistral": ("mistral window", each_block(assign("attention.has_window", False))),
     "up before gate": ("phi3", each_block(swap_halves("mlp.gate_up"))),
     "query bias of a parallel block dropped": ("stablelm parallel", each_block(zero("attention.q.bias"))),
+    "norms without their 1": ("gemma", each_block(lambda block: block.attention_norm.weight.data.sub_(1))),
+    "embedding not scaled": ("gemma", settings(embed_scale=1.0)),
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ _REGISTERED = {
     "mistral": AS_THE_FILE,
     "phi3": AS_THE_FILE,
     "stablelm": AS_THE_FILE,
+    "gemma": "GemmaTokenizer",
 }
 _WHATEVER_IS_NAMED = (
     "qwen2",
@@ -55,6 +56,13 @@ DEFAULT_TOKENS = {
         "suffix_token": "▁<SUF>",
         "eot_token": "▁<EOT>",
         "fill_token": "<FILL_ME>",
+    },
+    "GemmaTokenizer": {
+        "unk_token": "<unk>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
     },
 }
 
@@ -131,9 +139,21 @@ def _llama(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, A
 def _code_llama(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
     prefix = config.get("add_prefix_space")
     _metaspace(backend, "never" if prefix is not None and not prefix else "first", True)
+    return {"fuse_unk": True, "byte_fallback": True, "unk_token": _unknown(config)}
+
+
+def _gemma(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous", invert=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return {"fuse_unk": True, "byte_fallback": True, "unk_token": _unknown(config)}
+
+
+def _unknown(config: dict[str, Any]) -> Any:
     unknown = config.get("unk_token", "<unk>")
-    unknown = unknown.get("content") if isinstance(unknown, dict) else unknown
-    return {"fuse_unk": True, "byte_fallback": True, "unk_token": unknown}
+    return unknown.get("content") if isinstance(unknown, dict) else unknown
 
 
 def _metaspace(backend: tokenizers.Tokenizer, scheme: Any, strips: bool) -> None:
@@ -148,4 +168,5 @@ BUILDERS: dict[str, Callable[[tokenizers.Tokenizer, dict[str, Any]], dict[str, A
     "Qwen2Tokenizer": _qwen2,
     "LlamaTokenizer": _llama,
     "CodeLlamaTokenizer": _code_llama,
+    "GemmaTokenizer": _gemma,
 }
