@@ -37,6 +37,7 @@ from pretrained import (
     phi3,
     qwen2,
     qwen3,
+    smollm3,
     stablelm,
     starcoder2,
 )
@@ -70,6 +71,7 @@ FAMILIES = {
         phi3,
         stablelm,
         gemma,
+        smollm3,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

@@ -85,6 +85,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
     },
     "stablelm": _LLAMA | {"blocks.{}.norm": "model.layers.{}.input_layernorm"},
     "gemma": _LLAMA,
+    "smollm3": _LLAMA,
 }
 
 

@@ -89,6 +89,13 @@ DEFAULTS: dict[str, Values] = {
         "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
         "attention_bias": False, "tie_word_embeddings": True,
     },
+    "smollm3": _OF_LLAMA | {
+        "vocab_size": 128256, "max_position_embeddings": 32768, "hidden_size": 2048,
+        "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False,
+        "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4, "layer_types": None,
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,
+    },
 }  # fmt: skip
 
 
@@ -291,6 +298,21 @@ def _gemma(values: Values) -> Values:
     return fields | {"norm": "rms_offset", "embed_scale": math.sqrt(values["hidden_size"])}
 
 
+def _smollm3(values: Values) -> Values:
+    """Return what SmolLM3 has: Llama, no rotation in every fourth layer (arXiv:2501.18795) or those named.
+
+    If there is a window, it is in the layers without a rotation, or in those named.
+    """
+    layers = range(values["num_hidden_layers"])
+    flags = values["no_rope_layers"] or [(i + 1) % values["no_rope_layer_interval"] for i in layers]
+    still = tuple(i for i in layers if not flags[i])
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    types = values["layer_types"] or ["sliding_attention" if window and i in still else "" for i in layers]
+    windowed = tuple(i for i in layers if types[i] == "sliding_attention")
+    windows = {"sliding_window": window or 0 if windowed else 0, "window_layers": windowed}
+    return _llama(values) | windows | {"unrotated_layers": still}
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -301,6 +323,7 @@ OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "phi3": _phi3,
     "stablelm": _stablelm,
     "gemma": _gemma,
+    "smollm3": _smollm3,
 }
 
 

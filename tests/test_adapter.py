@@ -62,6 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", ALL | {"targets": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}),
     "stablelm": ("stablelm", ALL | {"targets": ("all-linear", "lm_head")}),
     "gemma": ("gemma", ALL | {"targets": ("all-linear", "embed_tokens")}),
+    "smollm3": ("smollm3", ALL | {"dora": True}),
     "mlp role": ("llama gqa", ALL | {"targets": ("mlp",)}),
     "attention role": ("bigcode mqa", ALL | {"targets": ("attention",)}),
     "pattern": ("llama gqa", ALL | {"targets": ("model.layers.1.*",)}),

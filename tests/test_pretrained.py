@@ -175,6 +175,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma gelu": ("gemma", SMALL | PADS | {"head_dim": 8, "hidden_act": "gelu", "rms_norm_eps": 1e-3}),
     "gemma mha": ("gemma", SMALL | PADS | {"head_dim": 4, "num_key_value_heads": 4}),
     "gemma linear": ("gemma", SMALL | PADS | {"head_dim": 8} | rope("linear", factor=2.0)),
+    "smollm3": ("smollm3", SMALL | PADS | {"num_hidden_layers": 3, "no_rope_layer_interval": 2}),
+    "smollm3 layers": ("smollm3", SMALL | PADS | {"no_rope_layers": [0, 1], "tie_word_embeddings": False}),
+    "smollm3 window": ("smollm3", SMALL | PADS | {"no_rope_layers": [1, 0, 1], "use_sliding_window": True,
+                                                  "sliding_window": 5}),
+    "smollm3 windows": ("smollm3", SMALL | PADS | {"no_rope_layers": [1, 0], "use_sliding_window": True,
+                                                   "sliding_window": 4,
+                                                   "layer_types": [SLIDING, "full_attention"]}),
+    "smollm3 biases": ("smollm3", SMALL | PADS | {"no_rope_layer_interval": 2, "attention_bias": True,
+                                                  "mlp_bias": True, "num_key_value_heads": 1}),
+    "smollm3 yarn": ("smollm3", SMALL | PADS | {"no_rope_layers": [0, 1], "hidden_size": 48}
+                     | rope("yarn", **YARN, beta_slow=0.25)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -471,6 +482,7 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "query bias of a parallel block dropped": ("stablelm parallel", each_block(zero("attention.q.bias"))),
     "norms without their 1": ("gemma", each_block(lambda block: block.attention_norm.weight.data.sub_(1))),
     "embedding not scaled": ("gemma", settings(embed_scale=1.0)),
+    "all layers rotated": ("smollm3", each_block(assign("attention.is_rotated", True))),
 }  # fmt: skip
 
 
