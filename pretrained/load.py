@@ -31,6 +31,7 @@ from pretrained import (
     codegen,
     gemma,
     gpt_bigcode,
+    granite,
     llama,
     mistral,
     phi,
@@ -72,6 +73,7 @@ FAMILIES = {
         stablelm,
         gemma,
         smollm3,
+        granite,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

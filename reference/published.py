@@ -86,6 +86,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
     "stablelm": _LLAMA | {"blocks.{}.norm": "model.layers.{}.input_layernorm"},
     "gemma": _LLAMA,
     "smollm3": _LLAMA,
+    "granite": _LLAMA,
 }
 
 

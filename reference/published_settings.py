@@ -96,6 +96,12 @@ DEFAULTS: dict[str, Values] = {
         "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4, "layer_types": None,
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,
     },
+    "granite": _OF_LLAMA | {
+        "vocab_size": 32000, "max_position_embeddings": 2048, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+        "residual_multiplier": 1.0, "logits_scaling": 1.0,
+    },
 }  # fmt: skip
 
 
@@ -313,6 +319,16 @@ def _smollm3(values: Values) -> Values:
     return _llama(values) | windows | {"unrotated_layers": still}
 
 
+def _granite(values: Values) -> Values:
+    """Return what Granite has: Llama, factors of embedding, scores and residuals, a divisor of logits."""
+    return _llama(values) | {
+        "embed_scale": values["embedding_multiplier"],
+        "attention_scale": values["attention_multiplier"],
+        "residual_scale": values["residual_multiplier"],
+        "logit_divisor": values["logits_scaling"],
+    }
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -324,6 +340,7 @@ OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "stablelm": _stablelm,
     "gemma": _gemma,
     "smollm3": _smollm3,
+    "granite": _granite,
 }
 
 

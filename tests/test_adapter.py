@@ -63,6 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", ALL | {"targets": ("all-linear", "lm_head")}),
     "gemma": ("gemma", ALL | {"targets": ("all-linear", "embed_tokens")}),
     "smollm3": ("smollm3", ALL | {"dora": True}),
+    "granite": ("granite", ALL | {"targets": ("all-linear", "lm_head")}),
     "mlp role": ("llama gqa", ALL | {"targets": ("mlp",)}),
     "attention role": ("bigcode mqa", ALL | {"targets": ("attention",)}),
     "pattern": ("llama gqa", ALL | {"targets": ("model.layers.1.*",)}),

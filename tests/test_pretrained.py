@@ -54,6 +54,8 @@ SMALL = WIDE | {"num_hidden_layers": 2}
 PHI3 = SMALL | {"pad_token_id": None}
 EIGHT = SMALL | {"hidden_size": 32}
 PADS = {"pad_token_id": None, "bos_token_id": None}
+MULTIPLIED = {"embedding_multiplier": 12.0, "logits_scaling": 0.4, "residual_multiplier": 0.22,
+              "attention_multiplier": 0.3}  # fmt: skip
 SHORT = {"max_position_embeddings": 12}  # the texts below are longer
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 7.5], "factor": 4.0}
@@ -186,6 +188,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                                                   "mlp_bias": True, "num_key_value_heads": 1}),
     "smollm3 yarn": ("smollm3", SMALL | PADS | {"no_rope_layers": [0, 1], "hidden_size": 48}
                      | rope("yarn", **YARN, beta_slow=0.25)),
+    "granite": ("granite", SMALL | MULTIPLIED),
+    "granite scores": ("granite", SMALL | MULTIPLIED | {"attention_multiplier": 0.05,
+                                                        "num_key_value_heads": 4}),
+    "granite biases, tied": ("granite", SMALL | MULTIPLIED | {"attention_bias": True, "mlp_bias": True,
+                                                              "tie_word_embeddings": True}),
+    "granite residual": ("granite", SMALL | {"residual_multiplier": 0.3, "num_key_value_heads": 1}),
+    "granite logits": ("granite", SMALL | {"logits_scaling": 0.2, "rms_norm_eps": 1e-3}),
+    "granite theta": ("granite", SMALL | {"embedding_multiplier": 6} | rope("default", rope_theta=1e6)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -483,6 +493,9 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "norms without their 1": ("gemma", each_block(lambda block: block.attention_norm.weight.data.sub_(1))),
     "embedding not scaled": ("gemma", settings(embed_scale=1.0)),
     "all layers rotated": ("smollm3", each_block(assign("attention.is_rotated", True))),
+    "scores over the root of head_dim": ("granite scores", each_block(assign("attention.query_scale", 1.0))),
+    "residuals not scaled": ("granite residual", each_block(assign("scale", 1.0))),
+    "logits not divided": ("granite logits", settings(logit_divisor=1.0)),
 }  # fmt: skip
 
 

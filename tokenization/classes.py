@@ -33,6 +33,7 @@ _REGISTERED = {
     "phi3": AS_THE_FILE,
     "stablelm": AS_THE_FILE,
     "gemma": "GemmaTokenizer",
+    "granite": AS_THE_FILE,
 }
 _WHATEVER_IS_NAMED = (
     "qwen2",
