@@ -31,6 +31,7 @@ from pretrained import (
     codegen,
     gemma,
     gpt_bigcode,
+    gpt_neox,
     granite,
     llama,
     mistral,
@@ -74,6 +75,7 @@ FAMILIES = {
         gemma,
         smollm3,
         granite,
+        gpt_neox,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)

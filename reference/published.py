@@ -87,11 +87,22 @@ PUBLISHED: dict[str, dict[str, str]] = {
     "gemma": _LLAMA,
     "smollm3": _LLAMA,
     "granite": _LLAMA,
+    "gpt_neox": {
+        "embed": "gpt_neox.embed_in",
+        "blocks.{}.attention_norm": "gpt_neox.layers.{}.input_layernorm",
+        "blocks.{}.attention.qkv": "gpt_neox.layers.{}.attention.query_key_value",
+        "blocks.{}.attention.out": "gpt_neox.layers.{}.attention.dense",
+        "blocks.{}.mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+        "blocks.{}.mlp.up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+        "blocks.{}.mlp.down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+        "norm": "gpt_neox.final_layer_norm",
+        "head": "lm_head",
+    },
 }
 
 
 # Modules that files call otherwise than the classes do.
-STORED: dict[str, dict[str, str]] = {}
+STORED: dict[str, dict[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
 
 
 def published_name(family: str, module: str) -> str:

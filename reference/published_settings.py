@@ -102,6 +102,11 @@ DEFAULTS: dict[str, Values] = {
         "attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
         "residual_multiplier": 1.0, "logits_scaling": 1.0,
     },
+    "gpt_neox": _OF_LLAMA | {
+        "vocab_size": 50432, "max_position_embeddings": 2048, "hidden_size": 6144, "intermediate_size": 24576,
+        "num_hidden_layers": 44, "num_attention_heads": 64, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True, "attention_bias": True, "rotary_pct": 0.25,
+    },
 }  # fmt: skip
 
 
@@ -329,6 +334,22 @@ def _granite(values: Values) -> Values:
     }
 
 
+def _gpt_neox(values: Values) -> Values:
+    """Return what GPT-NeoX has (arXiv:2204.06745): two norms side by side, heads fused, biases."""
+    return {
+        "block": "parallel_norms" if values["use_parallel_residual"] else "sequential",
+        "norm": "layer",
+        "norm_eps": values["layer_norm_eps"],
+        "norm_bias": True,
+        "fused_qkv": True,
+        "qkv_layout": "heads",
+        "qkv_bias": values["attention_bias"],
+        "attention_bias": values["attention_bias"],
+        "mlp": activation(values, "hidden_act"),
+        "mlp_bias": True,
+    }
+
+
 OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -341,6 +362,7 @@ OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "gemma": _gemma,
     "smollm3": _smollm3,
     "granite": _granite,
+    "gpt_neox": _gpt_neox,
 }
 
 
@@ -352,7 +374,8 @@ def rotary(values: Values, head_dim: int, older: bool) -> Values:
     """
     rope = values.get("rope_scaling") or (not older and values.get("rope_parameters")) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta, share = values.get("rope_theta") or 10_000.0, values.get("partial_rotary_factor") or 1.0
+    theta = values.get("rope_theta") or values.get("rotary_emb_base") or 10_000.0  # GPT-NeoX's words.
+    share = values.get("partial_rotary_factor") or values.get("rotary_pct") or 1.0
     if not older:
         theta, share = rope.get("rope_theta", theta), rope.get("partial_rotary_factor", share)
     fields: Values = {"rope_theta": theta, "rotary_dim": int(head_dim * share)}

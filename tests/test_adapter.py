@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", ALL | {"targets": ("all-linear", "embed_tokens")}),
     "smollm3": ("smollm3", ALL | {"dora": True}),
     "granite": ("granite", ALL | {"targets": ("all-linear", "lm_head")}),
+    "gpt_neox": ("gpt_neox", ALL | {"targets": ("all-linear", "lm_head"), "bias": "lora_only"}),
     "mlp role": ("llama gqa", ALL | {"targets": ("mlp",)}),
     "attention role": ("bigcode mqa", ALL | {"targets": ("attention",)}),
     "pattern": ("llama gqa", ALL | {"targets": ("model.layers.1.*",)}),

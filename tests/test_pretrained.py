@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from architecture import Decoder
+from architecture import Decoder, SequentialBlock
 from generation.engine import generate_ids
 from generation.kvcache import KVCache
 from generation.reading import pad_left
@@ -56,6 +56,7 @@ EIGHT = SMALL | {"hidden_size": 32}
 PADS = {"pad_token_id": None, "bos_token_id": None}
 MULTIPLIED = {"embedding_multiplier": 12.0, "logits_scaling": 0.4, "residual_multiplier": 0.22,
               "attention_multiplier": 0.3}  # fmt: skip
+NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"} | {"hidden_size": 32}
 SHORT = {"max_position_embeddings": 12}  # the texts below are longer
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 7.5], "factor": 4.0}
@@ -196,6 +197,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite residual": ("granite", SMALL | {"residual_multiplier": 0.3, "num_key_value_heads": 1}),
     "granite logits": ("granite", SMALL | {"logits_scaling": 0.2, "rms_norm_eps": 1e-3}),
     "granite theta": ("granite", SMALL | {"embedding_multiplier": 6} | rope("default", rope_theta=1e6)),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox sequential": ("gpt_neox", NEOX | {"use_parallel_residual": False, "tie_word_embeddings": True}),
+    "gpt_neox no bias": ("gpt_neox", NEOX | {"attention_bias": False, "layer_norm_eps": 1e-3}),
+    "gpt_neox all rotary": ("gpt_neox", NEOX | rope("default", partial_rotary_factor=1.0)),
+    "gpt_neox gelu_new": ("gpt_neox", NEOX | {"hidden_act": "gelu_new", "num_attention_heads": 2}),
+    "gpt_neox linear": ("gpt_neox", NEOX | rope("linear", factor=2.0, partial_rotary_factor=0.5)),
 }  # fmt: skip
 TOKENS = torch.randint(53, (3, 20), generator=torch.Generator().manual_seed(1))
 
@@ -496,6 +503,7 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "scores over the root of head_dim": ("granite scores", each_block(assign("attention.query_scale", 1.0))),
     "residuals not scaled": ("granite residual", each_block(assign("scale", 1.0))),
     "logits not divided": ("granite logits", settings(logit_divisor=1.0)),
+    "blocks in sequence": ("gpt_neox", each_block(assign("__class__", SequentialBlock))),
 }  # fmt: skip
 
 

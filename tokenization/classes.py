@@ -34,6 +34,7 @@ _REGISTERED = {
     "stablelm": AS_THE_FILE,
     "gemma": "GemmaTokenizer",
     "granite": AS_THE_FILE,
+    "gpt_neox": "GPTNeoXTokenizer",
 }
 _WHATEVER_IS_NAMED = (
     "qwen2",
@@ -116,6 +117,11 @@ def _gpt2(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, An
     return {}
 
 
+def _gpt_neox(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
+    backend.normalizer = normalizers.NFC()
+    return _gpt2(backend, config)
+
+
 def _qwen2(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, Any]:
     prefix = bool(config.get("add_prefix_space"))
     backend.normalizer = normalizers.NFC()
@@ -166,6 +172,7 @@ def _metaspace(backend: tokenizers.Tokenizer, scheme: Any, strips: bool) -> None
 BUILDERS: dict[str, Callable[[tokenizers.Tokenizer, dict[str, Any]], dict[str, Any]]] = {
     "GPT2Tokenizer": _gpt2,
     "CodeGenTokenizer": _gpt2,
+    "GPTNeoXTokenizer": _gpt_neox,
     "Qwen2Tokenizer": _qwen2,
     "LlamaTokenizer": _llama,
     "CodeLlamaTokenizer": _code_llama,

@@ -65,6 +65,8 @@ def as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> d
     bos = named_tokens.get("bos_token")
     if name == "CodeLlamaTokenizer" and bos is not None and token_text(bos) in ids:
         state = state | {"post_processor": start_template(token_text(bos), ids[token_text(bos)])}
+    if name == "GPTNeoXTokenizer" and state.get("post_processor") is not None:
+        state = state | {"post_processor": None}  # The class makes one that adds nothing.
     if state is not before:
         files = files | {TOKENIZER_FILE: json.dumps(state, ensure_ascii=False)}
     return files if named_tokens == config else files | {CONFIG_FILE: json.dumps(named_tokens, indent=2)}
