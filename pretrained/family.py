@@ -122,9 +122,9 @@ def _refuse_own_code(family: Family, values: Values) -> None:
     if own:
         raise ValueError(
             f"auto_map names code of its own, {reprlib.repr(own)}, which is never run, and model_type "
-            f"{family.model_type} does not say what that code computes (CodeGen2 is not CodeGen 1); where it "
-            f"is known to compute what {family.architecture} of transformers does, copy the folder and take "
-            "auto_map out of config.json"
+            f"{family.model_type} does not say what that code computes; where it is known to compute what "
+            f"{family.architecture} of transformers does, take auto_map out of config.json in a copy "
+            "(of CodeGen2, set model_type to codegen2)"
         )
 
 

@@ -29,6 +29,7 @@ from data.cache import SUMS, refuse_changed
 from modules.quantized_linear import KINDS, replace_linear
 from pretrained import (
     codegen,
+    codegen2,
     gemma,
     gpt_bigcode,
     gpt_neox,
@@ -76,6 +77,7 @@ FAMILIES = {
         smollm3,
         granite,
         gpt_neox,
+        codegen2,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)
@@ -283,7 +285,8 @@ def without_memory(config: ModelConfig) -> Decoder:
 def _described(folder: Path, linked: bool) -> tuple[Values, Family, ModelConfig]:
     """Return what config.json holds, and the family and shape that it means."""
     values = read_json(folder, CONFIG, linked)
-    family = FAMILIES.get(str(values.get("model_type")))
+    named = "codegen2" if codegen2.is_codegen2(values) else str(values.get("model_type"))
+    family = FAMILIES.get(named)
     if family is None:
         raise ValueError(
             f"{folder / CONFIG} has model_type {reprlib.repr(values.get('model_type'))}; "

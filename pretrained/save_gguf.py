@@ -84,14 +84,14 @@ class GgufFamily(NamedTuple):
 _TANH = {"mlp": "gelu_tanh"}
 GGUF_FAMILIES = {
     "gpt_bigcode": GgufFamily("starcoder", _TANH),
-    "llama": GgufFamily("llama", {}, ("none", "linear", "llama3"), any_width=True, pairs=True),
+    "llama": GgufFamily("llama", {"mlp": "swiglu"}, ("none", "linear", "llama3"), any_width=True, pairs=True),
     "phi": GgufFamily("phi2", _TANH | {"qk_norm": False}, ("none", "linear"), own_head=True),
     "starcoder2": GgufFamily(
         "starcoder2",
         _TANH | {"qkv_bias": True, "attention_bias": True, "mlp_bias": True},
         ("none", "linear"),
     ),
-    "qwen2": GgufFamily("qwen2", {}, ("none", "linear")),
+    "qwen2": GgufFamily("qwen2", {"mlp": "swiglu"}, ("none", "linear")),
 }
 
 
@@ -159,7 +159,7 @@ def _form_of(config: ModelConfig, model_type: str | None) -> tuple[Family, GgufF
     form = GGUF_FAMILIES.get(family.model_type)
     if form is None:
         raise ValueError(
-            f"llama.cpp has no {family.model_type} models, so that GGUF has no form of this one; export it "
+            f"no form of a {family.model_type} model that llama.cpp opens is known here; export it "
             "with --out FOLDER, or train one with the parts of " + ", ".join(GGUF_FAMILIES)
         )
     lacking = [

@@ -101,8 +101,19 @@ PUBLISHED: dict[str, dict[str, str]] = {
 }
 
 
+PUBLISHED["codegen2"] = PUBLISHED["codegen"]
 # Modules that files call otherwise than the classes do.
 STORED: dict[str, dict[str, str]] = {"gpt_neox": {"lm_head": "embed_out"}}
+
+
+def family_of(folder: Path) -> str:
+    """Return the `model_type` of a published model.
+
+    CodeGen2's folders say `codegen` and name code of their own, as CodeGen 1's do not.
+    """
+    values = json.loads((folder / "config.json").read_text("utf-8"))
+    is_second = values["model_type"] == "codegen" and "AutoModelForCausalLM" in (values.get("auto_map") or ())
+    return "codegen2" if is_second else values["model_type"]
 
 
 def published_name(family: str, module: str) -> str:
@@ -124,7 +135,7 @@ class PublishedWeights:
     """
 
     def __init__(self, folder: Path):
-        self.family: str = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        self.family: str = family_of(folder)
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         if single.exists():

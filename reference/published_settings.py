@@ -15,6 +15,7 @@ from typing import Any
 
 from config import ModelConfig
 from reference.positions import window_of
+from reference.published import family_of
 
 Values = dict[str, Any]
 ACTIVATIONS = {
@@ -110,6 +111,9 @@ DEFAULTS: dict[str, Values] = {
 }  # fmt: skip
 
 
+DEFAULTS["codegen2"] = DEFAULTS["codegen"]
+
+
 def settings_of(folder: Path, older: bool = False) -> ModelConfig:
     """Return the resolved settings of a published model.
 
@@ -120,9 +124,9 @@ def settings_of(folder: Path, older: bool = False) -> ModelConfig:
         ValueError: It has an activation that the decoder does not have.
     """
     stored = json.loads((folder / "config.json").read_text("utf-8"))
-    family = stored["model_type"]
+    family = family_of(folder)
     values = DEFAULTS[family] | stored
-    of_family = {"gpt_bigcode": _gpt_bigcode, "codegen": _codegen}.get(family)
+    of_family = {"gpt_bigcode": _gpt_bigcode, "codegen": _codegen, "codegen2": _codegen2}.get(family)
     if of_family is not None:
         return ModelConfig(**of_gpt(values) | of_family(values))
     fields = of_llama(values) | OF_LLAMA[family](values)
@@ -194,6 +198,11 @@ def _codegen(values: Values) -> Values:
         "qkv_layout": "shards",
         "head_bias": True,
     }
+
+
+def _codegen2(values: Values) -> Values:
+    """Return what CodeGen2 has (arXiv:2305.02309): CodeGen 1 in eight shards, a core each."""
+    return _codegen(values) | {"qkv_layout": "shards8"}
 
 
 # --- the words of Llama -------------------------------------------------------------------------------

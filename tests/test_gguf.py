@@ -280,7 +280,7 @@ def flagged(**flags: bool) -> Callable[[], Tokenizer]:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[], Tokenizer]]] = {
     "CodeGen": (
-        "no codegen models, .*export it with --out FOLDER, or train one with the parts of gpt_bigcode",
+        "no form of a codegen model .*it with --out FOLDER, or train one with the parts of gpt_bigcode",
         PHI | {"fused_qkv": True, "qkv_layout": "shards", "rotary_layout": "interleaved", "qkv_bias": False,
                "attention_bias": False, "n_kv_head": 4},
         lambda: SMALL,

@@ -96,7 +96,7 @@ def test_the_config_of_transformers_4_means_the_same(family, kind):
     assert config.rotary_dim == config.head_dim // (4 if family == "phi" else 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "codegen2"])  # It has none.
 def test_defaults_are_those_of_transformers(family):
     """transformers leaves out what is default, so that a config.json may hold hardly anything."""
     theirs = transformers.CONFIG_MAPPING[family]().to_dict()

@@ -33,7 +33,7 @@ from guards.subject import LARGE
 from modules.quantized_linear import Linear4bit, StoredLinear, n_weights
 from reference.forward import Rows, logits_of
 from reference.peft import PeftAdapter
-from reference.published import PUBLISHED, PublishedWeights, published_name
+from reference.published import PUBLISHED, PublishedWeights, family_of, published_name
 from reference.published_settings import settings_of
 from training.run import TrainedRun
 
@@ -96,7 +96,7 @@ def refuse_other_adapter(folder: Path, run: TrainedRun, allowed: Collection[str]
 
 def _is_known(comparison: Comparison, folder: Path) -> bool:
     """Return whether the reference knows the family of a published model; note it where it does not."""
-    family = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+    family = family_of(folder)
     if family not in PUBLISHED:
         comparison.leave_out("what was exported", f"reference/published.py does not know the family {family}")
     return family in PUBLISHED
@@ -181,7 +181,7 @@ class OpenedAdapter(OpenedWeights):
     def __init__(self, folder: Path, base: Path, model: Decoder, settings: ModelConfig, names: list[str]):
         super().__init__(names)
         self.model = model
-        self.family: str = json.loads((base / "config.json").read_text("utf-8"))["model_type"]
+        self.family: str = family_of(base)
         stored = json.loads((folder / "base.json").read_text("utf-8"))["base_format"]
         self.dtype = torch.float32 if stored == "fp32" else torch.bfloat16
         self.is_tied = settings.tie_embeddings

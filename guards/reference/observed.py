@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
@@ -18,7 +17,7 @@ from lora import Adapted, adapters_of
 from modules.quantized_linear import Linear4bit, StoredLinear
 from reference.adapters import effective, scale, with_rows
 from reference.formats import BLOCK, NESTED_BLOCK, nf4_decoded
-from reference.published import PUBLISHED, published_name
+from reference.published import PUBLISHED, family_of, published_name
 
 ADAPTER = "default"  # The name of the adapter that a run trains.
 TABLES = ("embed", "position")
@@ -138,7 +137,7 @@ def run_weights(subject: GuardSubject) -> RunWeights:
     folder, lora = subject.base_folder, subject.config.lora
     published: Callable[[str], str] = str
     if folder is not None and (lora.rank_pattern or lora.alpha_pattern):
-        family = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+        family = family_of(folder)
         names = adapters_of(subject.model)[ADAPTER].published  # The run's own, of a family that is not known.
         published = partial(published_name, family) if family in PUBLISHED else names.__getitem__
     return RunWeights(subject.model, subject.config.model, lora, published)
