@@ -75,6 +75,8 @@ class DataConfig:
             them apart.
         fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
             models with such tokens (arXiv:2207.14255).
+        fim_order: Order in which a gap is shown: `psm` is prefix, suffix, middle; `spm` is suffix, prefix,
+            middle, of which an engine that has read an earlier prompt reads only what was typed since.
         order: Order of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard
             they are: `easy-first`, `hard-first`, or `hybrid`, sampled from the easiest, whose share grows
             to all.
@@ -99,6 +101,7 @@ class DataConfig:
     loss_on: Literal["completion", "all"] = setting("completion", on_resume=REFUSED)
     heal: bool = setting(True, before=False, on_resume=REFUSED)
     fim_rate: float = setting(0.0, at_least=0, at_most=1, used=(HAS_FIM_TOKENS,), on_resume=REFUSED)
+    fim_order: Literal["psm", "spm"] = setting("psm", used=(HAS_FIM_TOKENS,), before="psm", on_resume=REFUSED)
     order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = setting(
         "shuffled", on_resume=REFUSED
     )

@@ -1,6 +1,7 @@
 """Fill-in-the-middle: the prompt that requests the text between two others (arXiv:2207.14255).
 
     [prefix] encode(before the gap) [suffix] encode(after the gap) [middle] -> the gap, until an end
+    [prefix] [suffix] encode(after the gap) [middle] encode(before the gap) -> the same, the suffix first
 
 The three markers are tokens that the model was trained with; they are found in its tokenizer and put in as
 ids. The texts themselves hold no marker: "<fim_prefix>" inside one of them is encoded as plain text. The
@@ -77,14 +78,15 @@ def fim_prompt_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
         ValueError: See `fim_markers`.
     """
     before, after, middle = fim_markers(tokenizer)
-    return [
-        *tokenizer.before(gap=True),
-        before,
-        *tokenizer.encode(prefix),
-        after,
-        *tokenizer.encode(suffix),
-        middle,
-    ]
+    start, first, second = tokenizer.before(gap=True), tokenizer.encode(prefix), tokenizer.encode(suffix)
+    if tokenizer.suffix_first:
+        return [*start, before, after, *second, middle, *first]
+    return [*start, before, *first, after, *second, middle]
+
+
+def between_place(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """Return the place of the marker between the two texts of a prompt of `fim_prompt_ids`."""
+    return ids.index(fim_markers(tokenizer)[2 if tokenizer.suffix_first else 1])
 
 
 def fim_kept(n_prefix: Any, n_suffix: Any, room: Any) -> tuple[Any, Any]:
@@ -103,13 +105,17 @@ def trim_fim_prompt(tokenizer: Tokenizer, ids: list[int], length: int) -> list[i
     Raises:
         ValueError: `length` is below `fewest_gap_ids`.
     """
-    first, second, _ = fim_markers(tokenizer)
-    start, at = ids.index(first) + 1, ids.index(second)
+    first, *_ = fim_markers(tokenizer)
+    start, at = ids.index(first) + 1, between_place(tokenizer, ids)
     if length < start + 2:
         raise ValueError(
             f"a prompt with a gap cannot be trimmed to {length} tokens; it has three markers"
             + (" and a start" if start > 1 else "")
         )
+    if tokenizer.suffix_first:
+        suffix, prefix = ids[start + 1 : at], ids[at + 1 :]
+        n_prefix, n_suffix = fim_kept(len(prefix), len(suffix), length - start - 2)
+        return [*ids[: start + 1], *suffix[:n_suffix], ids[at], *prefix[len(prefix) - n_prefix :]]
     prefix, suffix = ids[start:at], ids[at + 1 : -1]
     n_prefix, n_suffix = fim_kept(len(prefix), len(suffix), length - start - 2)
     return [*ids[:start], *prefix[len(prefix) - n_prefix :], ids[at], *suffix[:n_suffix], ids[-1]]
@@ -154,7 +160,8 @@ def _between_characters(text: str, place: int) -> int:
 def in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> np.ndarray:
     """Return the ids (n,) of a plain document; one with a gap is put together again, without markers.
 
-    The eos of a document with a gap then stands before its suffix.
+    The eos of a document with a gap then stands before its suffix. With the suffix first nothing stands
+    before its marker, and the prefix before the middle, so that the same parts are put together.
     """
     start = gap_start(ids, markers)
     if markers is None or start is None:

@@ -26,9 +26,9 @@ class Shown(NamedTuple):
     length: The tokens that are shown.
     prompt_length: How many of them are prompt.
     left: Tokens of the prompt that are left out at `left_place`, after its start or its first marker.
-    left_place: The place in the example where they are left out.
+    left_place: The place among the tokens that are shown before which they are left out.
     right: Tokens of a suffix that are left out at `right_place`, its end.
-    right_place: The place where they are left out, counted after `left` was left out.
+    right_place: The place where they are left out, likewise.
     """
 
     length: np.ndarray
@@ -58,10 +58,16 @@ def shown(store: TokenStore, block_size: int) -> Shown:
         raise _LongAnswers(store, unfit, (length - prompt)[unfit], kept[unfit], block_size)
     n_prefix = store.suffix_places - 1 - lead
     n_suffix = prompt - store.suffix_places - 2
+    if store.suffix_first:
+        n_prefix, n_suffix = prompt - store.suffix_places - 1, store.suffix_places - 2 - lead
     prefix_kept, suffix_kept = fim_kept(n_prefix, n_suffix, n_prefix + n_suffix - excess)
     left = np.where(is_fim, n_prefix - prefix_kept, excess)
     right = np.where(is_fim, n_suffix - suffix_kept, 0)
-    return Shown(length - excess, prompt - excess, left, lead + 1, right, prompt - excess - 1)
+    left_place, right_place = lead + 1, prompt - excess - 1
+    if store.suffix_first:
+        right_place = lead + 2 + suffix_kept
+        left_place = np.where(is_fim, right_place + 1, left_place)
+    return Shown(length - excess, prompt - excess, left, left_place, right, right_place)
 
 
 def fitting_row(stores: Iterable[TokenStore], most: int) -> int:
@@ -82,6 +88,7 @@ def is_trimmed(store: TokenStore, block_size: int) -> np.ndarray:
 def gaps_in_sight(store: TokenStore, markers: tuple[int, int, int], block_size: int) -> float:
     """Return the share of tokens in plain documents' gaps whose row shows all three markers; 1 without gaps.
 
+    With the suffix first, the prefix counts with the gap, since it stands behind all markers too.
     It is the mean over all places where rows may be cut, and over `GAPS_READ` documents, evenly spread. A row
     that shows the first marker shows all three.
     """
@@ -101,10 +108,13 @@ def gaps_in_sight(store: TokenStore, markers: tuple[int, int, int], block_size: 
 
 def as_shown(store: TokenStore, number: int, rows: Shown) -> np.ndarray:
     """Return the tokens of one document as rows show them, int64; an example is trimmed."""
-    parts = rows.left, rows.left_place, rows.right, rows.right_place
-    left, start, right, place = (int(part[number]) for part in parts)
-    ids = np.delete(store.document(number), slice(start, start + left))
-    return np.delete(ids, slice(place, place + right))
+    ids = store.document(number)
+    for places, counts in sorted(
+        ((rows.left_place, rows.left), (rows.right_place, rows.right)), key=lambda pair: pair[0][number]
+    ):
+        place, n = int(places[number]), int(counts[number])
+        ids = np.delete(ids, slice(place, place + n))
+    return ids
 
 
 class _LongAnswers(ValueError):

@@ -114,6 +114,8 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examp
         del settings[name]
     if not (settings["heal"] and examples):  # Stores from before the setting have this key.
         del settings["heal"]
+    if settings["fim_order"] == "psm":
+        del settings["fim_order"]
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     parts = [FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, special, settings]
     if known_markers(tokenizer) is not None and tokenizer.before(gap=True):
@@ -182,9 +184,10 @@ def prepare_data(data: DataConfig | RunDocuments, tokenizer: Tokenizer) -> Prepa
         raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
-    if tokenizer.heals != config.heal:
+    own = config.heal, config.fim_order == "spm"
+    if (tokenizer.heals, tokenizer.suffix_first) != own:
         tokenizer = copy.copy(tokenizer)  # The caller's own stays as it is.
-        tokenizer.heals = config.heal
+        tokenizer.heals, tokenizer.suffix_first = own
     record = documents.record
     if record.first_gap:
         fim_markers(tokenizer, f"{record.first_gap} cannot be learned; give prompt and completion")

@@ -43,7 +43,7 @@ SETTLED_NS = 2 * 10**9  # The coarsest clock of a file system that is known here
 WITH_CTIME = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs")
 MOUNTS = Path("/proc/self/mountinfo")
 # Settings that decide nothing of what is read and how it is split.
-NOT_READ_BY = ("source", "cache", "cache_gb", "workers", "heal", "order", "difficulty", "verify")
+NOT_READ_BY = ("source", "cache", "cache_gb", "workers", "heal", "fim_order", "order", "difficulty", "verify")
 
 
 @dataclass

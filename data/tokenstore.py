@@ -33,7 +33,7 @@ import numpy as np
 from config.bars import progress_bar
 from data.cache import InUse
 from data.documents import SPLITS, Document, utf8
-from data.fim import fim_markers, fim_prompt_ids
+from data.fim import between_place, fim_prompt_ids
 from tokenization.healing import healed
 from tokenizer import Tokenizer
 
@@ -110,10 +110,11 @@ class TokenStore:
             plain text. The end that healing drops (tokenization/healing.py) is part of the completion.
         cuts: (n_documents,) int64, characters of the prompt of an example that is tokenised as one text; -1
             where prompt and completion are apart.
-        suffix_places: (n_documents,) int64, the place of the marker between prefix and suffix of an example
+        suffix_places: (n_documents,) int64, the place of the marker between the two texts of an example
             that fills a gap; 0 for all others.
         vocab_size, pad_id: Those of the tokenizer that made the store.
         gap_lead: Tokens that stand before the first marker of a document with a gap, 0 or 1.
+        suffix_first: Whether of the two texts around a gap the suffix comes first.
         tokenizer_fingerprint, fingerprint: The fingerprints of the tokenizer and of the data.
 
     Raises:
@@ -139,6 +140,7 @@ class TokenStore:
             self.vocab_size: int = index["vocab_size"]
             self.pad_id: int | None = index["pad_id"]
             self.gap_lead: int = index.get("gap_lead", 0)
+            self.suffix_first: bool = index.get("suffix_first", False)
             self.tokenizer_fingerprint: str = index["tokenizer"]
             self.fingerprint: str = index["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -257,7 +259,16 @@ def dtype_of(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-INDEX_KEYS = {"format", "dtype", "vocab_size", "pad_id", "gap_lead", "tokenizer", "data", "splits"}
+INDEX_KEYS = {
+    "format",
+    "dtype",
+    "vocab_size",
+    "pad_id",
+    "gap_lead",
+    "tokenizer",
+    "data",
+    "splits",
+}  # of old ones
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -364,7 +375,7 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
             text_ids = tokenizer.encode(text)
             if suffix is not None:
                 prompt_ids = fim_prompt_ids(tokenizer, prompt, suffix)
-                suffix_place = prompt_ids.index(fim_markers(tokenizer)[1])
+                suffix_place = between_place(tokenizer, prompt_ids)
             else:
                 prompt_ids = [*before, *(tokenizer.encode(prompt) if prompt else [])]
                 one_text = _as_one_text(tokenizer, document, prompt_ids)
@@ -386,8 +397,11 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) ->
             continue
         _refuse_loss(tokenizer, text_ids, text, name)
         if suffix is not None:
-            _refuse_loss(tokenizer, prompt_ids[gap_lead + 1 : suffix_place], prompt, f"the prefix of {name}")
-            _refuse_loss(tokenizer, prompt_ids[suffix_place + 1 : -1], suffix, f"the suffix of {name}")
+            parts = prompt_ids[gap_lead + 1 : suffix_place], prompt_ids[suffix_place + 1 : -1]
+            if tokenizer.suffix_first:
+                parts = prompt_ids[suffix_place + 1 :], prompt_ids[gap_lead + 2 : suffix_place]
+            _refuse_loss(tokenizer, parts[0], prompt, f"the prefix of {name}")
+            _refuse_loss(tokenizer, parts[1], suffix, f"the suffix of {name}")
         elif prompt:
             own = _without_start(tokenizer, prompt_ids)
             _refuse_loss(tokenizer, own, prompt, f"the prompt of {name}")
@@ -567,6 +581,8 @@ def build_store(
             for split, writer in writers.items()
         },
     }
+    if tokenizer.suffix_first:
+        index["suffix_first"] = True
     with open(folder / "index.json.tmp", "w", encoding="utf-8") as file:
         json.dump(index | {"sha256": _index_sha256(index)}, file, indent=1)
         file.flush()

@@ -1,8 +1,10 @@
 """The ids of a document: where it starts and ends, what is its prompt, where its gap is.
 
 A plain text is [start] + ids + [end]; with a gap to fill it is [start] [prefix] ids [suffix] ids [middle] ids
-[end] (arXiv:2207.14255). A prompt and its completion are one text, and the prompt ends, for generation and in
-training, where the tokens end that no continuation could change: token healing (arXiv:2410.09303).
+[end], or with the suffix first [start] [prefix] [suffix] ids [middle] ids ids [end], where the prefix stands
+before what fills the gap (arXiv:2207.14255). A prompt and its completion are one text, and the prompt ends,
+for generation and in training, where the tokens end that no continuation could change: token healing
+(arXiv:2410.09303).
 """
 
 from __future__ import annotations
@@ -82,13 +84,13 @@ def plain(document: SourceDocument, tokens: Tokens, data: DataConfig, split: str
     if gap is None:
         return Written(_bounded(tokens, tokens.encode(document.text)), n_bytes=n_bytes)
     text, (start, end) = document.text, gap
-    prompt, _ = _gap_prompt(text[:start], text[end:], tokens, gap_lead)
+    prompt, _ = _gap_prompt(text[:start], text[end:], tokens, data, gap_lead)
     return Written([*prompt, *tokens.encode(text[start:end]), *_end(tokens)], n_bytes=n_bytes)
 
 
-def gap_example(document: SourceDocument, tokens: Tokens, gap_lead: int) -> Written:
+def gap_example(document: SourceDocument, tokens: Tokens, data: DataConfig, gap_lead: int) -> Written:
     """Return the ids of an example that fills a gap, of which the middle is learned."""
-    prompt, place = _gap_prompt(document.prompt or "", document.suffix or "", tokens, gap_lead)
+    prompt, place = _gap_prompt(document.prompt or "", document.suffix or "", tokens, data, gap_lead)
     ids = [*prompt, *tokens.encode(document.text), *_end(tokens)]
     return Written(ids, len(prompt), place, len(utf8(document.text)))
 
@@ -191,11 +193,16 @@ def _bounded(tokens: Tokens, ids: list[int]) -> list[int]:
     return [*_start(tokens), *ids, *_end(tokens)]
 
 
-def _gap_prompt(prefix: str, suffix: str, tokens: Tokens, gap_lead: int) -> tuple[list[int], int]:
-    """Return the ids before a middle, and the place of the marker before the suffix."""
+def _gap_prompt(
+    prefix: str, suffix: str, tokens: Tokens, data: DataConfig, gap_lead: int
+) -> tuple[list[int], int]:
+    """Return the ids before a middle, and the place of the marker between the two texts."""
     markers = markers_of(tokens)
     if markers is None:
         raise ValueError("the tokenizer has no markers of a gap")
     before, between, after = markers
+    if data.fim_order == "spm":
+        ids = [*_start(tokens)[:gap_lead], before, between, *tokens.encode(suffix)]
+        return [*ids, after, *tokens.encode(prefix)], len(ids)
     ids = [*_start(tokens)[:gap_lead], before, *tokens.encode(prefix)]
     return [*ids, between, *tokens.encode(suffix), after], len(ids)

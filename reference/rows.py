@@ -131,12 +131,16 @@ def trimmed(stored: Stored, number: int, room: int) -> tuple[list[int], int]:
         return ids[:1] + ids[1 + excess :], n_prompt - excess
     first, marker = stored.gap_lead + 1, int(stored.suffixes[number])
     prefix, suffix = ids[first:marker], ids[marker + 1 : n_prompt - 1]
+    if stored.suffix_first:  # [prefix] [suffix] ids [middle] ids
+        prefix, suffix = ids[marker + 1 : n_prompt], ids[first + 1 : marker]
     for _ in range(excess):
         if len(suffix) >= len(prefix):
             suffix = suffix[:-1]
         else:
             prefix = prefix[1:]
     shown = [*ids[:first], *prefix, ids[marker], *suffix, *ids[n_prompt - 1 :]]
+    if stored.suffix_first:
+        shown = [*ids[: first + 1], *suffix, ids[marker], *prefix, *ids[n_prompt:]]
     return shown, n_prompt - excess
 
 

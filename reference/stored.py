@@ -16,10 +16,11 @@ class Stored:
         offsets: (documents + 1,) where each document starts in the stream, and the end.
         byte_lengths: (documents,) UTF-8 bytes of the text whose tokens are targets.
         prompts: (documents,) leading tokens that are prompt; 0 for plain text.
-        suffixes: (documents,) the place of the marker before a suffix; 0 without one.
+        suffixes: (documents,) the place of the marker between prefix and suffix; 0 without one.
         cuts: (documents,) characters of a prompt that is one text with its completion; else -1.
         pad: The id of padding.
         gap_lead: How many tokens stand before the first marker of a gap.
+        suffix_first: Whether the suffix of a gap stands before its prefix.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -31,6 +32,7 @@ class Stored:
             name: size // self.dtype.itemsize for name, size in files.items() if name[-4:] == ".bin"
         }
         self.pad, self.gap_lead = index["pad_id"] or 0, index.get("gap_lead", 0)
+        self.suffix_first = index.get("suffix_first", False)
         self.offsets = np.load(folder / f"{split}-offsets.npy")
         self.byte_lengths = np.load(folder / f"{split}-bytes.npy")
         self.holds_examples = f"{split}-prompts.npy" in files

@@ -20,5 +20,8 @@ def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Exa
     suffix = None
     prompt = ids[:prompt_length]
     if gap:
-        prompt, suffix = ids[store.gap_lead + 1 : gap], tokenizer.decode(ids[gap + 1 : prompt_length - 1])
+        prompt, after = ids[store.gap_lead + 1 : gap], ids[gap + 1 : prompt_length - 1]
+        if store.suffix_first:
+            prompt, after = ids[gap + 1 : prompt_length], ids[store.gap_lead + 2 : gap]
+        suffix = tokenizer.decode(after)
     return Example(name, number, tokenizer.decode(prompt), reference, suffix)

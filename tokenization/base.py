@@ -31,6 +31,7 @@ class Tokenizer(ABC):
     eos_ids: tuple[int, ...] = ()  # all ids that end a text, as the configs of a published model name them
     bare_gaps: bool = False  # Prompts with a gap have no start token, as old runs trained them.
     markers: tuple[int, ...] = ()  # ids without a text of their own, which change the text of the next id
+    suffix_first: bool = False  # Whether prompts with a gap have the suffix first, as in training.
     heals: bool = True  # Whether the ends of prompts are healed (tokenization/healing.py), as in training.
 
     @property

@@ -17,6 +17,7 @@ CONFIG_FILE = "tokenizer_config.json"
 KIND_KEY = "plumb_kind"  # the key of tokenizer_config.json for the kind of a tokenizer trained here
 # A key of tokenizer_config.json: false where the model was trained on prompts whose ends were not healed.
 HEALS = "plumb_heals"
+SUFFIX_FIRST = "plumb_suffix_first"
 
 
 def refuse_surrogates(text: str) -> str:

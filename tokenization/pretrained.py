@@ -19,6 +19,7 @@ from tokenization.library import (
     CONFIG_FILE,
     HEALS,
     KIND_KEY,
+    SUFFIX_FIRST,
     TOKENIZER_FILE,
     bytes_by_id,
     encode_batch,
@@ -114,7 +115,8 @@ class PretrainedTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {"eos_ids": self.eos_ids, "bare_gaps": self.bare_gaps, "heals": self.heals}
+        names = "eos_ids", "bare_gaps", "suffix_first", "heals"
+        state = {name: getattr(self, name) for name in names}
         return type(self), (self._files,), state
 
     def _set_prefix_space(self, wanted: Any) -> None:
@@ -199,6 +201,7 @@ class PretrainedTokenizer(Tokenizer):
         """Return this tokenizer with other files."""
         other = PretrainedTokenizer(files)
         other.eos_ids, other.bare_gaps, other.heals = self.eos_ids, self.bare_gaps, self.heals
+        other.suffix_first = self.suffix_first
         return other
 
     def _special_id(self, named: dict[str, Any], key: str) -> int | None:
@@ -332,8 +335,9 @@ class PretrainedTokenizer(Tokenizer):
     def _save(self, folder: Path) -> None:
         """Write the files as they were loaded; vocab.json and merges.txt have become tokenizer.json."""
         config = parse_json(self._files.get(CONFIG_FILE, "{}"), CONFIG_FILE)
-        marked = {key: value for key, value in config.items() if key != HEALS}
+        marked = {key: value for key, value in config.items() if key not in (HEALS, SUFFIX_FIRST)}
         marked |= {} if self.heals else {HEALS: False}
+        marked |= {SUFFIX_FIRST: True} if self.suffix_first else {}
         marked |= {} if self.start_id is None else {STARTS_GAPS: not self.bare_gaps}
         files = self._files if marked == config else self._files | {CONFIG_FILE: json.dumps(marked, indent=2)}
         for name, text in sorted(files.items(), key=lambda item: item[0] == TOKENIZER_FILE):
@@ -360,6 +364,7 @@ class PretrainedTokenizer(Tokenizer):
             raise ValueError(f"in {folder}: {error}") from error
         config = parse_json(files.get(CONFIG_FILE, "{}"), CONFIG_FILE)
         said, tokenizer.heals = config.get(STARTS_GAPS), config.get(HEALS) is not False
+        tokenizer.suffix_first = config.get(SUFFIX_FIRST) is True
         made_here = as_saved or [tokenizer.token_id(token) for token in SPECIALS] == [PAD, BOS, EOS]
         tokenizer.bare_gaps = made_here if said is None else said is False
         return tokenizer

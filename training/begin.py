@@ -134,7 +134,7 @@ def with_tokenizer(
         refuse_changes(folder, config)
     if resumes:
         tokenizer.bare_gaps = gaps_began_bare(folder)
-    tokenizer.heals = config.data.heal
+    tokenizer.heals, tokenizer.suffix_first = config.data.heal, config.data.fim_order == "spm"
     return config, tokenizer
 
 

@@ -31,7 +31,7 @@ def prepare(config: Config) -> str:
     row_may_shrink = base is not None and not config.train.row_length
     documents = RunDocuments(config.data)
     config, tokenizer = with_tokenizer(Path(), config, base, precision.dtype, documents)
-    tokenizer.heals = config.data.heal
+    tokenizer.heals, tokenizer.suffix_first = config.data.heal, config.data.fim_order == "spm"
     data = prepare_data(documents, tokenizer)
     if row_may_shrink:
         config = with_fitting_row(config, data)

@@ -335,7 +335,7 @@ def load_run(
             "restore it from a copy"
         )
     tokenizer = tokenizer.with_start()
-    tokenizer.heals = config.data.heal
+    tokenizer.heals, tokenizer.suffix_first = config.data.heal, config.data.fim_order == "spm"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"{folder / 'tokenizer'} has {tokenizer.vocab_size} ids, and the model of config.yaml beside it "

@@ -115,7 +115,7 @@ def _same_document(
         if document.prompt is None:
             return examples.plain(document, tokens, data, stored.split, stored.gap_lead)
         if document.suffix is not None:
-            return examples.gap_example(document, tokens, stored.gap_lead)
+            return examples.gap_example(document, tokens, data, stored.gap_lead)
         if stored.cuts[number] < 0:
             return examples.apart(document, tokens)
         return examples.one_text(document, tokens, int(stored.prompts[number]))
