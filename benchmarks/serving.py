@@ -1,6 +1,6 @@
 """Measure the engine as a server uses it: requests together, a newcomer, a prefix read once, a cancellation.
 
-    python benchmarks/serving.py [--turns 3] [--dtype float32] [--cases together,newcomer,prefix,cancel]
+    python benchmarks/serving.py [--turns 3] [--dtype float32] [--cases together,newcomer]
 
 The shape is that of a StarCoder of 117M parameters (12 layers x 768, multi-query, a vocabulary of 49,152),
 with random weights. Every figure is a ratio of two times of one run, the median over the turns:
@@ -11,6 +11,8 @@ with random weights. Every figure is a ratio of two times of one run, the median
 - `prefix`: an editor's completion of 1,024 tokens before the cursor, and then a second one 12 tokens further,
   by the time to the first token: without a suffix and with one of 64 tokens in the order prefix, suffix,
   middle; and with one of 1,024 tokens, in that order and in the order suffix, prefix, middle;
+- `speculation`: passes of 4, 8 and 13 tokens over one of 1 token, after 256; and the time of 128 tokens by a
+  step each over that with proposals, once all wrong and once all right;
 - `cancel`: the time that reading 4,096 tokens takes, over the time from `cancel` to the end of the step in
   which such a prompt is gone.
 
@@ -23,7 +25,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +36,7 @@ import torch
 from architecture import Decoder
 from config import ModelConfig
 from generation.engine import Engine
+from generation.kvcache import KVCache
 from generation.requests import Handle, Request
 from generation.settings import GenerationConfig
 
@@ -148,6 +151,46 @@ def cancel(model: Decoder) -> tuple[float, ...]:
     return whole, time.perf_counter() - started
 
 
+class Foreseen:
+    """Proposals of a known text, all of them right or all wrong."""
+
+    def __init__(self, text: list[int], right: bool):
+        self.text, self.right, self.n = text, right, 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.n += len(ids)
+
+    def propose(self, most: int) -> list[int]:
+        found = self.text[self.n : self.n + most]
+        return found if self.right else [id + 1 for id in found]
+
+
+def passes(model: Decoder, sizes: Sequence[int] = (1, 4, 8, 13)) -> tuple[float, ...]:
+    """Return the seconds of passes of so many tokens, each with its logits."""
+    times = []
+    with torch.inference_mode():
+        for size in sizes:
+            seconds = []
+            for _ in range(9):
+                cache = KVCache(model.config.n_layer, 300)
+                model.hidden(torch.tensor([ids(256, 3)]), cache=cache)
+                started = time.perf_counter()
+                model.head(model.hidden(torch.tensor([ids(size, 4)]), cache=cache))
+                seconds.append(time.perf_counter() - started)
+            times.append(median(seconds))
+    return tuple(times)
+
+
+def speculation(model: Decoder, text: list[int], right: bool) -> tuple[float, ...]:
+    """Return the seconds of 128 tokens without and with proposals."""
+    times = []
+    for proposer in (None, lambda: Foreseen(text, right)):
+        engine = Engine(model, proposer=proposer)
+        engine.add(Request(text[:64], GenerationConfig(max_new_tokens=128)))
+        times.append(run(engine))
+    return tuple(times)
+
+
 def repeated(case: Callable[[], tuple[float, ...]], turns: int) -> list[tuple[float, ...]]:
     return [case() for _ in range(turns)]
 
@@ -184,6 +227,20 @@ def main(arguments: argparse.Namespace) -> None:
                 order = "suffix, prefix, middle" if first else "prefix, suffix, middle"
                 name = f"first over second completion, {n_suffix:,} tokens after the cursor, {order}"
                 row(name, [a / b for a, b in times], times)
+        elif case == "speculation":
+            times = repeated(lambda: passes(model), arguments.turns)
+            for place, size in enumerate((4, 8, 13), 1):
+                row(f"a pass of {size} tokens over one of 1", [one[place] / one[0] for one in times], times)
+            engine = Engine(model)
+            handle = engine.add(Request(ids(64, 5), GenerationConfig(max_new_tokens=128)))
+            run(engine)
+            text = [*ids(64, 5), *handle.result()[0].ids]
+            for right in (False, True):
+                times = repeated(
+                    lambda text=text, right=right: speculation(model, text, right), arguments.turns
+                )
+                name = f"128 tokens by steps over proposals that are all {'right' if right else 'wrong'}"
+                row(name, [a / b for a, b in times], times)
         else:
             times = repeated(lambda: cancel(model), arguments.turns)
             row("reading 4,096 tokens over ending them", [a / b for a, b in times], times)
@@ -196,5 +253,5 @@ if __name__ == "__main__":
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--cases", default="together,newcomer,prefix,cancel")
+    parser.add_argument("--cases", default="together,newcomer,prefix,speculation,cancel")
     main(parser.parse_args())

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from architecture import Decoder
 from generation.beams import beam_search
@@ -33,6 +33,7 @@ from generation.rows import LiveRows, nan_sentence, rows_of
 from generation.sampling import row_generator, sample
 from generation.scheduling import UNBOUNDED, EngineLimits, Queue
 from generation.settings import GenerationConfig
+from generation.speculation import Costs, Proposer, Speculation
 from tokenization.healing import Prompt
 
 PIECE = 256  # tokens of prompts that a step reads while somebody waits for a text
@@ -49,12 +50,20 @@ class Engine:
         model: The decoder, in evaluation mode; its weights stay as they are while the engine is used.
         vocab_size: Ids from here on are never chosen; an embedding may be padded with rows no text has.
         limits: The bounds of rows, queue and memory.
+        proposer: Makes what proposes tokens of a text (generation/speculation.py), such as `Lookup`; None is
+            without speculation, which changes no text.
     """
 
-    def __init__(self, model: Decoder, vocab_size: int | None = None, limits: EngineLimits | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        vocab_size: int | None = None,
+        limits: EngineLimits | None = None,
+        proposer: Callable[[], Proposer] | None = None,
+    ):
         if any(module.training for module in model.modules()):
             raise ValueError("the model is in training mode, where dropout would act; call model.eval()")
-        self.model, self.limits = model, limits or EngineLimits()
+        self.model, self.limits, self.proposer = model, limits or EngineLimits(), proposer
         self.queue = Queue(model, self.limits)
         self.prefixes = PrefixCache(self.limits.prefix_bytes)
         self.live = LiveRows(model, vocab_size)
@@ -63,6 +72,7 @@ class Engine:
         self.ready: list[Part] = []  # read, and without a row among the others yet
         self.texts: dict[int, Text] = {}  # under way, by number
         self.numbers = itertools.count()
+        self.costs, self.started = Costs(), 0.0  # when the pass over the rows began, 0 if it was not alone
 
     def add(self, request: Request) -> Handle:
         """Take a request, which begins in a later step.
@@ -177,6 +187,7 @@ class Engine:
     def _read(self) -> None:
         """Read a piece of the prompts that come first, and give those that were read their rows."""
         waited_for = any(one.request.interactive for one in [*self.under_way, *self.queue.waiting])
+        self.started = 0.0 if self.readings else self.started
         left = PIECE if waited_for else LARGE_PIECE
         while self.readings and left > 0:
             reading = self.readings[0]
@@ -193,7 +204,7 @@ class Engine:
         """Keep what a pass has read for later requests; end those that only read."""
         if self.limits.prefix_bytes:
             for row, ids in enumerate(reading.texts):
-                self.prefixes.keep(ids, partial(reading.cache.held, row, length=len(ids)))
+                self.prefixes.keep(ids, partial(reading.cache.held, row))
         if reading.scores:
             self.texts[reading.asked[0].number].handle.prompt_scores = reading.scores
         now, over = time.monotonic(), set[int]()
@@ -215,11 +226,69 @@ class Engine:
         self.ready = []
 
     def _choose(self) -> None:
-        """Choose a token for each text, end those that have come to one, and read the others'."""
+        """Choose tokens for each text, end those that have come to one, and read the others'."""
         live = self.live
-        broken = {live.prompts[row] for row in live.look()}
-        logits, firsts = live.choices()
-        texts = [self.texts[live.prompts[row]] for row in firsts]
+        broken, (logits, firsts) = live.look(), live.choices()
+        rows = self._chosen(logits, firsts, firsts, {live.prompts[row] for row in broken})
+        n, length = len(live.prompts), 1 + max(map(len, live.proposed))
+        if self.started and self.proposer is not None:
+            self.costs.note(n, length, time.perf_counter() - self.started)
+        taken = dict.fromkeys(rows, 0)
+        live.branches = {}
+        # What was proposed is taken for as long as it is what would have been chosen.
+        while rows := [row for row in rows if self._was_proposed(row, taken[row])]:
+            place = taken[rows[0]] + 1
+            taken.update(dict.fromkeys(rows, place))
+            broken = live.look_on(rows, place)
+            numbers = {live.prompts[rows[i]] for i in broken}
+            rows = self._chosen(live.logits, rows, list(range(len(rows))), numbers)
+        going = [row for row in taken if live.prompts[row] in self.texts and not self._failed(row)]
+        kept = close_gaps(going)
+        counts = [taken[row] for row in kept]
+        live.keep(kept)
+        if length > 1 and kept:
+            cost = self.costs.of(n, length) * n / max(1, sum(map(bool, live.proposed)))
+            for number, proposed, n_taken in zip(live.prompts, live.proposed, counts, strict=True):
+                if (speculation := self.texts[number].speculation) is not None and proposed:
+                    speculation.learn(len(proposed), n_taken, cost)
+            live.took(counts)
+        texts = [self.texts[number] for number in live.prompts]
+        self.started = time.perf_counter()
+        live.read([text.ids[-1] for text in texts], self._proposals(texts))
+
+    def _was_proposed(self, row: int, place: int) -> bool:
+        """Return whether the last token of a row's text is the proposed one."""
+        text, proposed = self.texts[self.live.prompts[row]], self.live.proposed[row]
+        return place < len(proposed) and text.ids[-1] == proposed[place]
+
+    def _failed(self, row: int) -> bool:
+        return self.texts[self.live.prompts[row]].handle.error is not None
+
+    def _proposals(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Return what is proposed after each text; none where it would not fit or does not pay."""
+        # A sliding window counts columns, and rows that take unequal numbers of tokens have some without one.
+        if self.proposer is None or (self.model.config.sliding_window and len(texts) > 1):
+            return []
+        found = []
+        for text in texts:
+            if text.speculation is None:
+                text.speculation = Speculation(self.proposer, text.seat.prompt.ids)
+            new = text.ids[text.told :]
+            text.told = len(text.ids)
+            proposed = text.speculation.propose(new, text.seat.limit - len(text.ids) - 1)
+            first = next((i for i, id in enumerate(proposed) if not 0 <= id < self.live.vocab_size), None)
+            found.append(proposed[:first])
+        return found
+
+    def _chosen(
+        self, logits: Tensor, rows: Sequence[int], places: Sequence[int], broken: Collection[int]
+    ) -> list[int]:
+        """Choose a token for each of some texts, whose rows stand at `places` in what was looked at.
+
+        Returns the rows whose texts go on.
+        """
+        live = self.live
+        texts = [self.texts[live.prompts[row]] for row in rows]
         chosen = logits.argmax(dim=-1)
         drawn = [place for place, text in enumerate(texts) if text.generator is not None]
         generators = [text.generator for text in texts if text.generator is not None]
@@ -227,23 +296,30 @@ class Engine:
             chosen = sample(logits, generators)
         elif drawn:
             chosen[drawn] = sample(logits[drawn], generators)
-        index = torch.tensor(firsts, device=live.device) + chosen // live.logits.size(1)
+        branch = chosen // live.logits.size(1)
+        index = torch.tensor(places, device=live.device) + branch
         chosen = chosen % live.logits.size(1)
-        gained, rows = live.log_probs(index, chosen), []
-        for text, row, id, log_p in zip(texts, index.tolist(), chosen.tolist(), gained, strict=True):
+        gained, going = live.log_probs(index, chosen), []
+        offsets = (index - torch.tensor(places, device=live.device)).tolist()
+        found = zip(texts, rows, offsets, index.tolist(), chosen.tolist(), gained, strict=True)
+        for text, row, offset, place, id, log_p in found:
             if live.prompts[row] in broken:
-                place = f" after {len(text.seat.prompt.ids) + len(text.ids)} tokens of the text"
-                text.handle.error = text.handle.error or ValueError(nan_sentence(place))
-            elif self._goes_on(text, row, id, log_p):
-                rows.append(row)
-        live.keep(close_gaps(rows))
-        live.read([self.texts[number].ids[-1] for number in live.prompts])
+                where = f" after {len(text.seat.prompt.ids) + len(text.ids)} tokens of the text"
+                text.handle.error = text.handle.error or ValueError(nan_sentence(where))
+            elif self._goes_on(text, (row + offset, place), id, log_p):
+                going.append(row + offset)
+        return going
 
-    def _goes_on(self, text: Text, row: int, id: int, log_prob: float) -> bool:
-        """Give a text its next token; returns whether others follow."""
+    def _goes_on(self, text: Text, at: tuple[int, int], id: int, log_prob: float) -> bool:
+        """Give a text its next token; returns whether others follow.
+
+        Args:
+            at: Its row, and the row's place in what was looked at.
+        """
         live, request = self.live, text.handle.request
+        row, place = at
         if request.logprobs is not None:
-            text.scores += live.scores(row, id, request.logprobs)
+            text.scores += live.scores(place, id, request.logprobs)
         text.ids += [*live.branches[row].ids, id] if row in live.branches else [id]
         text.log_prob += log_prob
         reason = ""
@@ -258,9 +334,9 @@ class Engine:
         if text.handle.error is None:
             if self.limits.prefix_bytes:
                 whole = [*text.seat.prompt.ids, *text.ids][:-1]  # The last token was never read.
-                self.prefixes.keep(whole, partial(live.cache.held, row, length=len(whole)))
+                self.prefixes.keep(whole, partial(live.cache.held, row))
             text.end(reason)
-        del self.texts[live.prompts[row]]
+        del self.texts[text.number]
         return False
 
 

@@ -28,6 +28,9 @@ class KVCache:
         self.rows = 0  # Rows of the last call; the memory may hold more, of rows that left.
         self.length = 0  # Counts this call's tokens as soon as `extend_documents` has run.
         self._start = 0
+        self.holes = (
+            False  # Whether some row has padding behind its first token, where tokens were forgotten.
+        )
         self._mixed = False  # Whether some row holds more than one document, as padded rows do.
         self._documents: Tensor | None = None
         self._keys: list[Tensor | None] = [None] * n_layer
@@ -102,6 +105,8 @@ class KVCache:
         """
         self.max_length = max_length or self.max_length
         parts = [part for part in (self, *parts) if part.rows]
+        for part in parts:
+            part.close_holes()
         firsts = [part._first_column() for part in parts]
         lengths = [part.length - first for part, first in zip(parts, firsts, strict=True)]
         length = max(lengths)
@@ -134,12 +139,46 @@ class KVCache:
             self._keys[layer] = self._extended(None, keys, 2)
             self._values[layer] = self._extended(None, values, 2)
 
-    def held(self, row: int, start: int, end: int, length: int) -> Tensor:
-        """Copy keys and values (n_layer, 2, H_kv, end - start, D) of a row's tokens, which are `length`."""
-        first = self.length - length  # Padding stands before the row's own tokens.
+    def held(self, row: int, start: int, end: int) -> Tensor:
+        """Copy keys and values (n_layer, 2, H_kv, end - start, D) of a row's tokens from one to another."""
+        columns = self._columns_of(row)[start:end]
         pairs = zip(self._keys, self._values, strict=True)
-        parts = [x[row, :, first + start : first + end] for pair in pairs for x in pair if x is not None]
+        parts = [x[row].index_select(1, columns) for pair in pairs for x in pair if x is not None]
         return torch.stack(parts).unflatten(0, (-1, 2))
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Forget the last tokens of each row, so many (rows,): they were proposed and not taken."""
+        fewest = min(counts)
+        self.length -= fewest
+        for row, n in enumerate(counts):
+            if n > fewest:
+                assert self._documents is not None
+                self._documents[row, self.length - (n - fewest) : self.length] = -1
+                self.holes = self._mixed = True
+
+    def close_holes(self) -> None:
+        """Move the tokens of each row together, so that all padding stands before them."""
+        if not self.holes:
+            return
+        columns = [self._columns_of(row) for row in range(self.rows)]
+        length = max(map(len, columns))
+
+        def moved(x: Tensor, dim: int, fill: int) -> Tensor:
+            new = torch.full_like(x, fill)
+            for row, own in enumerate(columns):
+                new[row].narrow(dim, length - len(own), len(own)).copy_(x[row].index_select(dim, own))
+            return new
+
+        assert self._documents is not None
+        documents = moved(self._documents, 0, -1)
+        self._keys = [None if x is None else moved(x, 1, 0) for x in self._keys]
+        self._values = [None if x is None else moved(x, 1, 0) for x in self._values]
+        self._documents, self.length, self.holes = documents, length, False
+        self._mixed = self._holds_several()
+
+    def _columns_of(self, row: int) -> Tensor:
+        """Return the columns of a row's own tokens, in their order."""
+        return (self._read()[row] >= 0).nonzero()[:, 0]
 
     @property
     def bytes(self) -> int:

@@ -3,8 +3,8 @@
 A page holds a few tokens, and hangs under the page before it: a radix tree over pages (as SGLang's
 RadixAttention, arXiv:2312.07104, has it over texts). Every path begins at the first token of a text, so that
 a page's positions are the same in all texts that share it. Hence it holds for every kind of position: a
-table's, a rotation's by the position alone, and a dynamic scaling's within its first context, past which no
-cache is kept at all.
+table's, a rotation's by the position alone, and a scaling's by the length of the text (dynamic, longrope)
+within its first context, past which no cache is kept at all.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from architecture import Decoder
 from generation.rows import Seat
 from generation.sampling import Score
 from generation.settings import GenerationConfig
+from generation.speculation import Speculation
 from modules.positions import ABSOLUTE_POSITIONS, longest_generated
 from tokenization.healing import Prompt
 
@@ -90,6 +91,8 @@ class Text:
         self.handle, self.sample, self.number, self.seat = handle, sample, number, handle.seat
         self.generator: torch.Generator | None = None
         self.ids: list[int] = []
+        self.speculation: Speculation | None = None
+        self.told = 0  # new tokens that `speculation` knows
         self.log_prob = 0.0
         self.scores: list[Score] = []
 

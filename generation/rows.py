@@ -18,7 +18,7 @@ from torch import Tensor
 
 from architecture import ABSOLUTE_POSITIONS, Decoder
 from generation.kvcache import KVCache
-from generation.reading import Asked, Part, Reading, passes_of
+from generation.reading import Asked, Part, Reading, pad_left, passes_of
 from generation.sampling import Score, adjust_logits, penalize_repetition, scores_of
 from generation.settings import GenerationConfig
 from tokenization.healing import Branch, Prompt
@@ -66,8 +66,12 @@ class LiveRows:
 
     def _empty(self) -> None:
         self.cache = KVCache(self.model.config.n_layer, 0)
-        self.hidden: Tensor | None = None  # (n, C), of the last tokens read
-        self.positions = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # (n, 1), of the same
+        self.hidden: Tensor | None = None  # (n, T, C), of the tokens that the last pass read
+        self.every: Tensor | None = None  # (n, T, V), the logits after them, once they were looked at
+        self.proposed: list[list[int]] = []  # of each row, those of the pass after its last token
+        self.positions = torch.zeros(
+            0, 1, dtype=torch.long, device=self.device
+        )  # (n, 1), last tokens of texts
         self.seen: Tensor | None = None  # (n, V), the tokens of rows that have a repetition penalty
 
     # --- rows that come, go and go on ---------------------------------------------------------------------
@@ -91,8 +95,14 @@ class LiveRows:
             self.cache = parts[0].cache
         else:
             self.cache.join([part.cache for part in parts], columns)
-        self.hidden = hidden if self.hidden is None else torch.cat((self.hidden, hidden))
+        hidden = hidden[:, None]
+        if self.hidden is not None:
+            # A row's tokens end in the last column of a pass.
+            hidden = F.pad(hidden, (0, 0, self.hidden.size(1) - 1, 0))
+            hidden = torch.cat((self.hidden, hidden))
+        self.hidden = hidden
         self.prompts += prompts
+        self.proposed += [[] for _ in prompts]
         for row, branch in enumerate(branches, first):
             if branch is not None:
                 self.branches[row], self.chances[row] = branch, chances[row - first]
@@ -144,6 +154,7 @@ class LiveRows:
         if rows:
             self.cache.select(rows)
         self.prompts = [self.prompts[row] for row in rows]
+        self.proposed = [self.proposed[row] for row in rows]
         self.branches = {i: self.branches[row] for i, row in enumerate(rows) if row in self.branches}
         self.chances = {i: self.chances[row] for i, row in enumerate(rows) if row in self.chances}
         self.positions = self.positions[index]
@@ -152,19 +163,35 @@ class LiveRows:
         if self.seen is not None:
             self.seen = self.seen[index]
 
-    def read(self, ids: Sequence[int]) -> None:
-        """Read one token id for each row, the last that was chosen for it."""
+    def read(self, ids: Sequence[int], proposed: Sequence[list[int]] = ()) -> None:
+        """Read one token id for each row, the last that was chosen for it, and those proposed after it.
+
+        What does not fit the columns of the cache is not proposed.
+        """
         self.branches, self.chances = {}, {}
         if not ids:
             return
-        if self.cache.length == self.cache.max_length:
+        most = max((len(one) for one in proposed), default=0)
+        if self.cache.length + most >= self.cache.max_length:
             self.cache.join(())
-        tokens = torch.tensor(ids, device=self.device)[:, None]
+        room = self.cache.max_length - self.cache.length - 1
+        self.proposed = [one[:room] for one in proposed] or [[] for _ in ids]
+        texts = [[id, *more] for id, more in zip(ids, self.proposed, strict=True)]
         if self.seen is not None:
-            self.seen.scatter_(1, tokens, True)
+            self.seen.scatter_(1, torch.tensor(ids, device=self.device)[:, None], True)
+        tokens, offsets, documents = pad_left(texts, self.device)
+        positions = self.positions + 1 + offsets
         self.positions = self.positions + 1
-        none = torch.zeros_like(tokens)
-        self.hidden = self.model.hidden(tokens, self.positions, none, self.cache)[:, -1]
+        self.hidden = self.model.hidden(tokens, positions, documents, self.cache)
+        self.cache.holes |= any(len(one) != len(texts[0]) for one in texts)
+
+    def took(self, counts: Sequence[int]) -> None:
+        """Keep so many proposed tokens of each row (n,), and forget the others."""
+        taken = torch.tensor(counts, device=self.device)
+        self.positions = self.positions + taken[:, None]
+        self.cache.forget([len(one) - n for one, n in zip(self.proposed, counts, strict=True)])
+        if self.model.config.sliding_window:  # It counts columns, and a row that joined has taken none.
+            self.cache.close_holes()
 
     # --- what may follow ----------------------------------------------------------------------------------
 
@@ -174,7 +201,9 @@ class LiveRows:
         Returns the rows whose logits are NaN or infinite; what is chosen for them means nothing.
         """
         assert self.hidden is not None, "there are no rows"
-        logits = self.model.head(self.hidden).float()
+        self.every = self.model.head(self.hidden)
+        assert self.every is not None
+        logits = self._after(range(len(self.prompts)), 0)
         self.log_total = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1), NaN if any of the row is
         finite = self.log_total[:, 0].isfinite()
         broken = [] if finite.all() else (~finite).nonzero()[:, 0].tolist()
@@ -209,19 +238,47 @@ class LiveRows:
                 self.logits[index] = adjusted.view_as(own)
         return broken
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
+    def look_on(self, rows: Sequence[int], place: int) -> list[int]:
+        """Look at what follows the first `place` proposed tokens of some rows, the last of which was taken.
+
+        All that `look` computes is then of these rows alone. Returns those whose logits are NaN, by place.
+        """
+        if self.seen is not None:
+            for row in rows:
+                self.seen[row, self.proposed[row][place - 1]] = True
+        logits = self._after(rows, place)
+        self.log_total = logits.logsumexp(dim=-1, keepdim=True)
+        finite = self.log_total[:, 0].isfinite()
+        broken = (~finite).nonzero()[:, 0].tolist()
+        self.own_logits, logits, self.given = logits, logits.clone(), {}
+        logits[broken] = 0.0
+        logits[:, self.vocab_size :] = -torch.inf
+        self.logits = self._adjusted(logits, rows)
+        return broken
+
+    def _after(self, rows: Sequence[int], place: int) -> Tensor:
+        """Return the model's logits (rows, V) after the first `place` proposed tokens of rows."""
+        assert self.every is not None
+        if self.every.size(1) == 1:
+            return self.every[:, 0].float()
+        index = [self.every.size(1) - 1 - len(self.proposed[row]) + place for row in rows]
+        return self.every[list(rows), index].float()
+
+    def _adjusted(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Return logits as the settings of each row change them; rows that share settings go together."""
         alike: dict[tuple[float, ...], list[int]] = defaultdict(list)
-        for row, number in enumerate(self.prompts):
+        prompts = self.prompts if rows is None else [self.prompts[row] for row in rows]
+        seen = self.seen if rows is None or self.seen is None else self.seen[list(rows)]
+        for row, number in enumerate(prompts):
             alike[self.seats[number].settings.choosing].append(row)
         if len(alike) == 1:
-            return adjust_logits(logits, self.seen, self.seats[self.prompts[0]].settings)
+            return adjust_logits(logits, seen, self.seats[prompts[0]].settings)
         logits = logits.clone()
-        for rows in alike.values():
-            settings = self.seats[self.prompts[rows[0]]].settings
-            index = torch.tensor(rows, device=self.device)
-            seen = None if self.seen is None else self.seen[index]
-            logits[index] = adjust_logits(logits[index], seen, settings)
+        for same in alike.values():
+            settings = self.seats[prompts[same[0]]].settings
+            index = torch.tensor(same, device=self.device)
+            own = None if seen is None else seen[index]
+            logits[index] = adjust_logits(logits[index], own, settings)
         return logits
 
     def _together(self) -> list[list[int]]:

@@ -24,6 +24,7 @@ from generation.prefixes import PAGE, PrefixCache
 from generation.requests import Generated, Handle, Request
 from generation.scheduling import EngineLimits, QueueFull
 from generation.settings import GenerationConfig
+from generation.speculation import Lookup
 from generation.text import TextRequest, generate
 from tokenization.healing import Branch, Prompt
 from tokenizer import CodeTokenizer
@@ -37,12 +38,25 @@ KINDS = {
         LONG, rope_scaling="llama3", rope_factor=4.0, rope_context=32, rope_low_freq=1.0, rope_high_freq=4.0
     ),
     "dynamic": replace(LONG, rope_scaling="dynamic", rope_factor=2.0, rope_context=128),
+    "yarn": replace(LONG, rope_scaling="yarn", rope_factor=4.0, rope_context=32),
+    "longrope": replace(
+        LONG, rope_scaling="longrope", rope_context=128, rope_short=(1.0, 1.5), rope_long=(2.0, 4.0)
+    ),
     "learned": replace(MODELS["learned"], block_size=128),
     "sinusoidal": replace(MODELS["sinusoidal"], block_size=128),
     "none": replace(MODELS["no position"], block_size=128),
     "window": replace(MODELS["grouped-query"], block_size=128, sliding_window=7),
     "multi-query": replace(MODELS["multi-query"], block_size=128),
 }
+
+
+class Anything(Lookup):
+    """Proposals of any length, of which many are right and paying is never asked for."""
+
+    def propose(self, most: int) -> list[int]:
+        draw = random.Random(len(self.ids))
+        guesses = super().propose(most) or [draw.randrange(40) for _ in range(most)]
+        return guesses[: draw.randrange(most + 1)]
 
 
 def run(engine: Engine, most: int = 2000) -> None:
@@ -91,9 +105,11 @@ def alone(model: Decoder, request: Request) -> list[list[int]]:
     return [one.ids for one in found]
 
 
-def schedule(model: Decoder, seed: int, n: int, limits: EngineLimits) -> tuple[list[Handle], Engine]:
+def schedule(
+    model: Decoder, seed: int, n: int, limits: EngineLimits, proposer: Any = None
+) -> tuple[list[Handle], Engine]:
     """Add n requests at random steps, cancel some, and run until all have ended."""
-    draw, engine = random.Random(seed), Engine(model, None, limits)
+    draw, engine = random.Random(seed), Engine(model, None, limits, proposer)
     handles, texts, cancelled = list[Handle](), list[list[int]](), set[Handle]()
     while len(handles) < n or not all(handle.done for handle in handles):
         while len(handles) < n and draw.random() < 0.4:
@@ -124,7 +140,7 @@ def test_random_schedules_give_what_each_request_gets_alone(kind, seed, monkeypa
     monkeypatch.setattr(engine_module, "A_PASS", 4)
     page = 2 * 2 * model.config.n_kv_head * 4 * 4 * [2, 5, 16][seed]
     limits = EngineLimits(most_rows=[4, 8, 32][seed], prefix_bytes=[0, 30 * page, 1000 * page][seed])
-    handles, engine = schedule(model, seed, 20, limits)
+    handles, engine = schedule(model, seed, 20, limits, [None, Lookup, Anything][seed])
     compare(model, handles)
     assert engine.bytes == 0 and engine.prefixes.bytes <= limits.prefix_bytes
     assert seed == 0 or any(handle.known for handle in handles)
@@ -137,7 +153,7 @@ def test_schedules_of_fifty_requests(seed, monkeypatch):
     monkeypatch.setattr(prefixes, "PAGE", [3, 16][seed % 2])
     kind = list(KINDS.values())[seed % len(KINDS)]
     model = scrambled(kind, seed)
-    handles, _ = schedule(model, 100 + seed, 50, EngineLimits(most_rows=[3, 8, 32][seed % 3]))
+    handles, _ = schedule(model, 100 + seed, 50, EngineLimits(most_rows=[3, 8, 32][seed % 3]), Anything)
     compare(model, handles)
 
 
