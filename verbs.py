@@ -61,6 +61,7 @@ def settings() -> dict[str, tuple[dict[str, type], ...]]:
     from recipes.__main__ import RECIPES
     from scraping.__main__ import COMMANDS
     from selftest.settings import SelftestSettings
+    from serving.settings import ServeConfig
     from suites.settings import EvalConfig
     from sweeps.settings import SweepConfig
     from training.export_config import ExportConfig
@@ -72,6 +73,7 @@ def settings() -> dict[str, tuple[dict[str, type], ...]]:
         "sweep": ({"": SweepConfig}, CONFIG_GROUPS),
         "eval": ({"": EvalConfig},),
         "generate": ({"": CommandConfig},),
+        "serve": ({"": ServeConfig},),
         "export": ({"": ExportConfig},),
         "selftest": ({"": SelftestSettings},),
     }

@@ -12,6 +12,7 @@ programs that open the tokenizer's files put it there: `Tokenizer.before`.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import numpy as np
@@ -174,3 +175,32 @@ def fim_end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the ids that end a middle: eos, the markers, and the begin of another file or text."""
     ends = {tokenizer.token_id(token) for token in ENDS} | {tokenizer.eos_id, *fim_markers(tokenizer)}
     return frozenset(id for id in ends if id is not None)
+
+
+def marked_prompt_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Return the ids of a prompt whose gap is written out in the text; None where its text has no markers.
+
+    Many clients write the three markers into the text of a prompt. A text that has those of the model, in
+    their order, is read with them and with the other tokens of `ENDS` as ids, and all else in it is plain.
+
+    Raises:
+        ValueError: The markers are those of another family.
+    """
+    known = known_markers(tokenizer)
+    for markers in MARKERS:
+        places = [text.rfind(token) for token in markers]
+        if min(places) < 0 or places != sorted(places):
+            continue
+        if known != tuple(tokenizer.token_id(token) for token in markers):
+            own = next((own for own in MARKERS if all(tokenizer.token_id(x) is not None for x in own)), None)
+            needed = (
+                f"send {' '.join(own)}" if own else "the model knows none: send the text before the gap alone"
+            )
+            raise ValueError(f"the prompt has the markers {' '.join(markers)} of another family; {needed}")
+        spelled = {token: tokenizer.token_id(token) for token in (*markers, *ENDS)}
+        special = {token: id for token, id in spelled.items() if id is not None}
+        ids = tokenizer.before(gap=True)
+        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            ids += [special[piece]] if piece in special else tokenizer.encode(piece) if piece else []
+        return ids
+    return None

@@ -98,6 +98,7 @@ def kind_of(kind: Any) -> str:
 
 # What a flag took before config/flags.py read the words of all commands, by command and kind.
 _ALONE, _NOT_ALONE = "alone, or with true or false", "with true or false, never alone"
+_NO_COMMAND = "there was no such command"
 _LIST = "`a,b` or `[a, b]`; of repeated ones the last"
 _MAPPING = "`{NAME: VALUE}`, or with a dot and NAME behind the flag"
 BEFORE = {
@@ -119,6 +120,8 @@ BEFORE = {
     ("scrape", "number"): "with a value",
     ("recipe", "switch"): _ALONE,
     ("recipe", "list"): _LIST,
+    ("serve", "switch"): _NO_COMMAND,
+    ("serve", "list"): _NO_COMMAND,
     ("generate --recipe refactor", "switch"): f"`--write` {_ALONE}; `--check_behaviour` {_NOT_ALONE}",
     ("selftest", "switch"): "alone",
 }

@@ -141,9 +141,9 @@ class TextRequest:
 
     Args:
         tokenizer: The one the model was trained with; its vocab_size is the engine's.
-        text: The prompt, which the completions do not repeat.
+        text: The prompt, which the completions do not repeat; or a Prompt, taken as it is.
         settings: How to choose tokens, and the strings that end a text.
-        suffix: The text after the gap that is filled.
+        suffix: The text after the gap that is filled; of a Prompt, whether it is that of a gap.
         on_text: Called with the number of a sample and the next part of its completion, as soon as nothing
             that follows can change it; together the parts are its text.
         more: Further arguments of `Request`; `on_done` is called with the Completion.
@@ -156,14 +156,15 @@ class TextRequest:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        text: str,
+        text: str | Prompt,
         settings: GenerationConfig,
         suffix: str | None = None,
         on_text: Callable[[int, str], None] | None = None,
         **more: Any,
     ):
         self.tokenizer, self.stop = tokenizer, settings.stop
-        self.prompt = requested_prompt(tokenizer, text, suffix, settings.heal)
+        is_text = isinstance(text, str)
+        self.prompt = requested_prompt(tokenizer, text, suffix, settings.heal) if is_text else text
         self.told: Callable[[int, Completion], None] | None = more.pop("on_done", None)
         self.request = Request(
             self.prompt,

@@ -19,6 +19,7 @@ import preflight
 import recipes.base_config
 import recipes.refactoring
 import scraping.__main__
+import serve
 import suites.settings
 import sweeps.settings
 import trainingmanager
@@ -62,6 +63,7 @@ DOORS: dict[str, tuple[Callable[[list[str]], Any], str]] = {
     "sweep": (sweeps.settings.parse_settings, ""),
     "eval": (suites.settings.parse_settings, "--run r"),
     "generate": (generate.parse_settings, "--run r --prompt p"),
+    "serve": (serve.parse_settings, ""),
     "export": (export.parse_settings, "--run r --out o"),
     "selftest": (preflight.main, ""),
     "generate --recipe refactor": (recipes.refactoring.parse_settings, "--run r --file f"),
@@ -375,13 +377,22 @@ def test_help_imports_neither_torch_nor_the_parser() -> None:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder with the script, and an environment whose python prints its words and exits with 75."""
-    for name in ("plumb", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+    for name in (
+        "plumb",
+        "pyproject.toml",
+        "requirements.txt",
+        "requirements-serve.txt",
+        "requirements-dev.txt",
+    ):
         (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\nexit 75\n")
     python.chmod(0o755)
-    checked = "cat plumb requirements.txt requirements-dev.txt | cksum > .venv/requirements-dev.txt.installed"
+    checked = (
+        "cat plumb requirements.txt requirements-serve.txt requirements-dev.txt | cksum "
+        "> .venv/requirements-dev.txt.installed"
+    )
     subprocess.run(["sh", "-c", checked], cwd=tmp_path, check=True)
     return tmp_path
 

@@ -50,7 +50,16 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 LANGUAGES = {"python", "sh", "bash", "console", "yaml", "diff", "text"}
-DOORS = ("trainingmanager", "eval", "generate", "export", "functional", "hyperparam_tune", "recipes/base")
+DOORS = (
+    "trainingmanager",
+    "eval",
+    "generate",
+    "serve",
+    "export",
+    "functional",
+    "hyperparam_tune",
+    "recipes/base",
+)
 VERBS = verbs()
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 WITH_LINKS = [*(ROOT / name for name in OUTSIDE), *PAGES]

@@ -25,11 +25,12 @@ FLOORS = (
     "pretrained",
     "training",
     "generation",
+    "serving",
     "guards suites",
     "training.api training.beforehand training.begin training.command training.ended training.export "
     "training.loop training.model_card training.overfit training.plan training.prepare training.report",
     "selftest sweeps recipes",
-    "trainingmanager eval hyperparam_tune generate export functional preflight verbs",
+    "trainingmanager eval hyperparam_tune generate serve export functional preflight verbs",
 )
 WITHOUT_TORCH = 3  # So many of the lowest floors need no torch. Scraping, which needs none either, is higher.
 DOORS = set(FLOORS[-1].split())

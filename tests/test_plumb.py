@@ -26,7 +26,13 @@ APT = "apt-get update && apt-get install -y --no-install-recommends"
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder with the script and what it reads, and `bin`, where the machine's commands are put."""
-    for name in ("plumb", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+    for name in (
+        "plumb",
+        "pyproject.toml",
+        "requirements.txt",
+        "requirements-serve.txt",
+        "requirements-dev.txt",
+    ):
         shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "bin").mkdir()
     for name in TOOLS:
@@ -106,6 +112,18 @@ def test_what_is_missing_is_installed_and_each_step_said(clone: Path, rights: di
     assert run(clone, command="docs") == (0, ["plumb: the manual is in site/index.html"])
     more = ["-m pytest", "trainingmanager.py", "-m mkdocs build --strict"]
     assert (clone / "asked").read_text().splitlines() == [*asked, *more]
+
+
+def test_serving_needs_more_than_training_and_has_what_training_needs(clone: Path) -> None:
+    machine = {"git": "exit 0", "bwrap": "exit 0", "python3": NEW}
+    for command in ("train", "serve", "train", "serve", "docs", "serve"):
+        assert run(clone, machine, command)[0] == 0
+    asked = (clone / "asked").read_text().splitlines()
+    assert [line.split()[-1] for line in asked if "pip" in line] == [
+        "requirements.txt",
+        "requirements-serve.txt",
+        "requirements-dev.txt",
+    ]
 
 
 def test_the_flag_of_a_verb_takes_no_word_of_the_user(clone: Path) -> None:

@@ -1,0 +1,1 @@
+"""The completion server: requests of many protocols, one engine, one model."""

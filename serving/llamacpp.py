@@ -1,0 +1,138 @@
+"""llama.cpp's `/completion` and `/infill`, as llama.vim and llama.vscode send them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from data.context import commented
+from generation.settings import GenerationConfig
+from serving.asking import Answer, Asked
+from serving.fields import Body, Refused, number, refuse_given, sampling, stops, switch, text, whole, wrong
+from serving.openai import prompts_of, seed_of
+from serving.protocol import Protocol
+from serving.settings import ServeConfig
+
+MOST_EXTRA = 256  # pieces of other files
+STOP_TYPES = {"eos": "eos", "stop": "word"}  # All others are `limit`.
+
+
+def choosing(body: Body) -> dict[str, Any]:
+    """Return how tokens are chosen; what is absent is as llama.cpp means it.
+
+    Its sampler `infill` takes the likeliest token nearly always; here it always does.
+    """
+    samplers = body.get("samplers")
+    greedy = isinstance(samplers, list) and "infill" in samplers
+    return sampling(
+        0.0 if greedy else number(body, "temperature", 0.8, -1.0, 100.0),
+        number(body, "top_p", 0.95, 0.0, 1.0),
+        whole(body, "top_k", 40, -1, 2**31),
+        number(body, "min_p", 0.05, 0.0, 1.0),
+        repetition_penalty=number(body, "repeat_penalty", 1.0, 0.01, 100.0),
+    )
+
+
+class Completion(Protocol):
+    """`/completion`."""
+
+    def asked(self, body: Body, limits: ServeConfig) -> Asked:
+        """Read a request."""
+        return self._asked(body, limits, prompts_of(body), None)
+
+    def _asked(
+        self, body: Body, limits: ServeConfig, prompts: tuple[str | list[int], ...], suffix: str | None
+    ) -> Asked:
+        if len(prompts) > 1:
+            wrong("prompt", "must be one text here; send several to /v1/completions")
+        refuse_given(body, n_probs=0, n_cmpl=1, grammar="", json_schema=None, lora=None, logit_bias=None)
+        refuse_given(body, presence_penalty=0, frequency_penalty=0, mirostat=0)
+        n_new = whole(body, "n_predict", -1, -2, 2**31)
+        n_new = limits.most_tokens if n_new < 0 else min(n_new, limits.most_tokens)
+        seed = seed_of(body) if body.get("seed") not in (None, -1, 2**32 - 1) else seed_of({})
+        settings = GenerationConfig(
+            max_new_tokens=max(n_new, 1), stop=stops(body), seed=seed, **choosing(body)
+        )
+        wanted = body.get("response_fields") or []
+        if not isinstance(wanted, list) or not all(isinstance(one, str) for one in wanted):
+            wrong("response_fields", "must be a list of names")
+        milliseconds = number(body, "t_max_predict_ms", 0.0, -1.0, 1e9)
+        return Asked(
+            prompts,
+            settings,
+            suffix,
+            n_new=n_new,
+            stream=switch(body, "stream"),
+            seconds=milliseconds / 1000 if milliseconds > 0 else None,
+            fields=tuple(wanted),
+        )
+
+    def whole(self, answer: Answer, tokenizer: Any) -> Any:
+        """Return the object of the text."""
+        (made,) = answer.done
+        return chosen_fields(self._object(answer, made.text), answer.asked.fields)
+
+    def piece(self, answer: Answer, number: int, text: str) -> Any:
+        return {"content": text, "stop": False}
+
+    def last(self, answer: Answer) -> list[Any]:
+        return [self._object(answer, "")]
+
+    def error(self, refused: Refused) -> Any:
+        kinds = {401: "authentication_error", 404: "not_found_error", 503: "unavailable_error"}
+        kind = kinds.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
+        return {"error": {"code": refused.status, "message": refused.sentence, "type": kind}}
+
+    def _object(self, answer: Answer, text: str) -> dict[str, Any]:
+        (made,), (handle,), (fitted,) = answer.done, answer.handles, answer.fitted
+        n, new = answer.n_prompt - handle.known, len(made.ids)
+        first = answer.first or time.monotonic()
+        read, wrote = (max(1000 * span, 1e-3) for span in (first - answer.begun, time.monotonic() - first))
+        return {
+            "content": text,
+            "stop": True,
+            "model": answer.model,
+            "tokens_predicted": new,
+            "tokens_evaluated": answer.n_prompt,
+            "tokens_cached": handle.known,
+            "truncated": fitted.trimmed > 0,
+            "stop_type": STOP_TYPES.get(made.finish_reason, "limit"),
+            "timings": {
+                "prompt_n": n,
+                "prompt_ms": read,
+                "prompt_per_token_ms": read / max(n, 1),
+                "prompt_per_second": 1000 * n / read,
+                "predicted_n": new,
+                "predicted_ms": wrote,
+                "predicted_per_token_ms": wrote / max(new, 1),
+                "predicted_per_second": 1000 * new / wrote,
+            },
+        }
+
+
+class Infill(Completion):
+    """`/infill`: the gap between `input_prefix` with `prompt`, and `input_suffix`."""
+
+    def asked(self, body: Body, limits: ServeConfig) -> Asked:
+        """Read a request; pieces of other files stand before the prefix as comments."""
+        prefix = (text(body, "input_prefix") or "") + (text(body, "prompt") or "")
+        suffix = text(body, "input_suffix") or ""
+        extra = body.get("input_extra") or []
+        if not isinstance(extra, list) or not all(isinstance(one, dict) for one in extra):
+            wrong("input_extra", "must be a list of objects with filename and text")
+        if len(extra) > MOST_EXTRA:
+            wrong("input_extra", f"has {len(extra)} pieces, and a request may have {MOST_EXTRA}")
+        pieces = [(text(one, "filename") or "", text(one, "text") or "") for one in extra]
+        return self._asked(body, limits, (commented(pieces) + prefix,), suffix)
+
+
+def chosen_fields(whole: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields of these names, `timings/prompt_n` by that very key; all where none is named."""
+    found: dict[str, Any] = {}
+    for name in names:
+        value: Any = whole
+        for key in name.split("/"):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            found[name] = value
+    return found if names else whole

@@ -1,0 +1,161 @@
+"""The model that is served: requests in the terms of the engine go in, and what happens to them comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple
+
+from architecture import Decoder
+from generation.requests import Request
+from generation.scheduling import EngineLimits, QueueFull
+from generation.text import Completion, TextRequest
+from serving.asking import Answer, Asked, Fitted, fit, refuse_gap_without_markers
+from serving.ending import Ending
+from serving.fields import Refused
+from serving.loop import EngineLoop
+from serving.settings import ServeConfig
+from tokenizer import Tokenizer
+
+ALIAS = "plumb"  # A name for whatever is served: settings of editors can be pasted as they are.
+
+
+class Event(NamedTuple):
+    """What happened to a request: a part of a text, the end of one, or of all (`number` is -1)."""
+
+    number: int
+    text: str | None = None
+    error: Exception | None = None
+
+
+class Service:
+    """A model and its engine.
+
+    Args:
+        name: The model's name for clients.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str, settings: ServeConfig):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
+                f"{model.config.vocab_size}; serve a model with the tokenizer that it was trained with"
+            )
+        self.model, self.tokenizer, self.name, self.settings = model.eval(), tokenizer, name, settings
+        self.created = int(time.time())
+        limits = EngineLimits(
+            settings.most_rows, settings.most_waiting, settings.most_cache, settings.prefix_cache
+        )
+        self.loop = EngineLoop(self.model, tokenizer.vocab_size, limits)
+        # One thread reads prompts: a long one holds up neither the engine nor the answers.
+        self.reader = ThreadPoolExecutor(1, "reader")
+        self.waiting = 0  # requests that the reader has not read yet
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether no more requests are taken."""
+        return self.loop.ending
+
+    def close(self) -> None:
+        """Take no more requests, and end those that have not begun."""
+        self.loop.close()
+
+    def known_model(self, name: object) -> str:
+        """Return the name of the model that a request asks for.
+
+        Raises:
+            Refused: There is no such model here.
+        """
+        asked = name.removesuffix(":latest") if isinstance(name, str) else name
+        if asked in (None, "", self.name, ALIAS):
+            return self.name
+        raise Refused(404, f"there is no model of that name here; ask for {self.name} or {ALIAS}", "model")
+
+    async def begin(self, asked: Asked, model: str, told: Callable[[Event], None]) -> Answer:
+        """Read the prompts and give them to the engine.
+
+        Args:
+            told: Called in this thread with what happens; the last event is of all.
+
+        Raises:
+            Refused: The request cannot be run, or too many wait.
+        """
+        if self.is_closing:
+            raise Refused(503, "the server ends; ask another one, or later")
+        if self.waiting >= self.settings.most_waiting:
+            raise Refused(429, f"{self.waiting} requests wait, as many as may; send it again later")
+        running = asyncio.get_running_loop()
+
+        def tell(event: Event) -> None:
+            if not running.is_closed():
+                running.call_soon_threadsafe(told, event)
+
+        self.waiting += 1
+        try:
+            return await running.run_in_executor(self.reader, self._begin, asked, model, tell)
+        except QueueFull as error:
+            raise Refused(429, str(error)) from None
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        finally:
+            self.waiting -= 1
+
+    def _begin(self, asked: Asked, model: str, tell: Callable[[Event], None]) -> Answer:
+        asked = replace(asked, suffix=refuse_gap_without_markers(self.tokenizer, asked.suffix))
+        fitted = [fit(self.model, self.tokenizer, asked, prompt) for prompt in asked.prompts]
+        answer = Answer(asked, model, fitted)
+        answer.completions = [None] * (len(fitted) * asked.n)
+        requests = [self._request(answer, place, one, tell) for place, one in enumerate(fitted)]
+        answer.handles = self.loop.add(requests, lambda error: tell(Event(-1, None, error)))
+        return answer
+
+    def _request(self, answer: Answer, place: int, fitted: Fitted, tell: Callable[[Event], None]) -> Request:
+        asked, first = answer.asked, place * answer.asked.n
+        prompt, end = asked.prompts[place], self.settings.end
+        before = prompt if isinstance(prompt, str) else ""
+        cuts = asked.n_new > 0 and asked.logprobs is None and (end != "free" or bool(asked.suffix))
+        endings = [Ending(end, before, asked.suffix) for _ in range(asked.n)] if cuts else []
+
+        def part(sample: int, text: str) -> None:
+            text = endings[sample].feed(text) if endings else text
+            answer.first = answer.first or time.monotonic()
+            if text and asked.stream:
+                tell(Event(first + sample, text))
+
+        def ended(sample: int, made: Completion) -> None:
+            if endings:
+                ending = endings[sample]
+                rest = ending.finish()
+                if rest and asked.stream:
+                    tell(Event(first + sample, rest))
+                made = made._replace(
+                    text=ending.text, finish_reason="stop" if ending.is_over else made.finish_reason
+                )
+            answer.completions[first + sample] = made
+            answer.first = answer.first or time.monotonic()
+            tell(Event(first + sample))
+
+        settings = replace(asked.settings, max_new_tokens=max(fitted.n_new, 1))
+        seconds = min(asked.seconds or self.settings.most_seconds, self.settings.most_seconds)
+        request = TextRequest(
+            self.tokenizer,
+            fitted.prompt,
+            settings,
+            "" if fitted.is_gap else None,
+            part if asked.stream or endings else None,
+            on_done=ended,
+            n=asked.n,
+            first_row=first,
+            logprobs=asked.logprobs,
+            echo=asked.echo and asked.logprobs is not None,
+            read_only=fitted.n_new == 0,
+            seconds=seconds,
+        ).request
+        if not endings:
+            return request
+        stopped = request.stopped
+        assert stopped is not None, "a TextRequest has one"
+        return replace(request, stopped=lambda sample, ids: stopped(sample, ids) or endings[sample].is_over)
