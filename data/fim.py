@@ -199,6 +199,9 @@ def marked_prompt_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
             raise ValueError(f"the prompt has the markers {' '.join(markers)} of another family; {needed}")
         spelled = {token: tokenizer.token_id(token) for token in (*markers, *ENDS)}
         special = {token: id for token, id in spelled.items() if id is not None}
+        prefix, suffix = text[len(markers[0]) : places[1]], text[places[1] + len(markers[1]) : places[2]]
+        if tokenizer.suffix_first and text == "".join([markers[0], prefix, markers[1], suffix, markers[2]]):
+            return fim_prompt_ids(tokenizer, prefix, suffix)  # Written in the order of other models.
         ids = tokenizer.before(gap=True)
         for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
             ids += [special[piece]] if piece in special else tokenizer.encode(piece) if piece else []

@@ -130,7 +130,7 @@ def fit(model: Decoder, tokenizer: Tokenizer, asked: Asked, prompt: str | list[i
         ids = trim_fim_prompt(tokenizer, ids, max(room, fewest_gap_ids(tokenizer)))
     elif whole > room:
         ids = trim_prompt(ids, room, tokenizer.start_id)
-    heal = None if is_text and not asked.echo and not is_gap else False
+    heal = None if is_text and not asked.echo else False
     n_new = min(asked.n_new, size - slack - len(ids))
     return Fitted(as_prompt(tokenizer, ids, heal), is_gap, n_new, whole - len(ids))
 

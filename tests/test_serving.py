@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import socket
@@ -22,7 +23,8 @@ from test_generate_command import STARCODER
 from architecture import Decoder
 from data.fim import MARKERS, fim_prompt_ids, marked_prompt_ids
 from generation.settings import GenerationConfig
-from generation.text import generate
+from generation.text import generate, requested_prompt
+from serving.asking import Asked, fit
 from serving.command import listen, make_server
 from serving.gate import Gate
 from serving.protocol import compact
@@ -204,6 +206,25 @@ def test_markers_in_the_text_are_the_gap_and_other_families_are_told(served: Run
     assert other.status_code == 400 and f"send {' '.join(MARKERS[0])}" in other.json()["error"]["message"]
 
 
+def test_a_gap_is_read_as_generate_reads_it_with_either_text_first(model: Decoder) -> None:
+    """With the suffix first a prompt ends in plain text, which is healed."""
+    other = copy.copy(STARCODER)
+    other.suffix_first = True
+    before, after, middle = MARKERS[0]
+    as_others = f"{before}{PROMPT}{after}{SUFFIX}{middle}"
+    for tokenizer, written_out in (
+        (STARCODER, as_others),
+        (other, f"{before}{after}{SUFFIX}{middle}{PROMPT}"),
+    ):
+        expected = requested_prompt(tokenizer, PROMPT, SUFFIX, None)
+        for prompt, suffix in ((PROMPT, SUFFIX), (written_out, None), (as_others, None)):
+            asked = Asked((prompt,), GenerationConfig(), suffix)
+            found = fit(model, tokenizer, asked, prompt)
+            assert found.is_gap and found.prompt.ids == expected.ids
+            assert found.prompt.dropped == expected.dropped
+    assert expected.dropped
+
+
 def test_a_long_prompt_keeps_what_is_near(served: Running, model: Decoder) -> None:
     long = "x = 1\n" * 500 + PROMPT
     for more in ({}, {"suffix": SUFFIX * 40}):
@@ -353,9 +374,11 @@ def test_a_client_that_goes_away_frees_the_engine_within_a_step(
     connection.close()
     until(lambda: any(handle._reason for handle in handles))
     gone.set()
-    until(lambda: not engine.texts)
+    until(lambda: all(handle.done for handle in handles))
     reasons = [one.finish_reason for handle in handles for one in handle.result()]
-    assert steps[0] <= 2 and "cancelled" in reasons and {*reasons} <= {"cancelled", "eos"}
+    assert (
+        not engine.texts and steps[0] <= 2 and "cancelled" in reasons and {*reasons} <= {"cancelled", "eos"}
+    )
     until(lambda: served.texts() == 0)
 
 
