@@ -221,11 +221,12 @@ def test_the_modules_of_an_exported_folder_need_no_plumb(code_folder, tmp_path):
     assert done.stdout == f"{load_tokenizer(code_folder).prompt_ids('def getHTTP(x): pass')}\n", done.stderr
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of codegen2 transformers has no model.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "codegen2"])
 def test_transformers_opens_the_code_tokenizer_by_its_module_alone(family, own_modules, tmp_path):
     """Without a tokenizer.json it would make one for itself that gives no ids for any text."""
     tokenizer = CodeTokenizer.train([TEXTS[0]] * 20, vocab_size=300)
-    sizes = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 32}
+    sizes = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
     values = {key: sizes[field] for field, key in FAMILIES[family].names.items() if field in sizes}
     more = {"rotary_dim": 4, "intermediate_size": 16, "num_key_value_heads": 4}
     values |= {key: value for key, value in more.items() if key in FAMILIES[family].defaults}

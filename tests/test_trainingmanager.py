@@ -654,9 +654,11 @@ def test_a_run_from_before_the_test_split_goes_on_without_one(
 
     config = replace(config, data=replace(config.data, test_one_in=0, heal=False))
     values = flat(config.with_optimizer_defaults())
-    later = ["data.heal", "data.test_one_in", "model.base_width"]
+    later = ["data.heal", "data.test_one_in", "data.fim_order", "model.base_width"]
     of_rope = ("attention", "truncate", "beta_fast", "beta_slow", "short", "long")
     later += [f"model.rope_{name}" for name in of_rope]
+    of_families = ("unrotated_layers", "fused_gate", "attention_scale", "embed_scale", "residual_scale")
+    later += [f"model.{name}" for name in (*of_families, "logit_divisor")]
     fixed = {
         key: value for key, value in values.items() if SETTINGS[key].on_resume == REFUSED and key not in later
     }
