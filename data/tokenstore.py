@@ -259,16 +259,8 @@ def dtype_of(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-INDEX_KEYS = {
-    "format",
-    "dtype",
-    "vocab_size",
-    "pad_id",
-    "gap_lead",
-    "tokenizer",
-    "data",
-    "splits",
-}  # of old ones
+# The keys of an older index, which has no checksum of itself.
+INDEX_KEYS = {"format", "dtype", "vocab_size", "pad_id", "gap_lead", "tokenizer", "data", "splits"}
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -175,7 +175,6 @@ class Engine:
         if not self.limits.prefix_bytes or not self.readings:
             return set()
         texts = [text for reading in self.readings for text in reading.texts]
-
         waiting = [(handle, handle.seat.prompt.ids) for handle in list(self.queue.waiting)]
         return {
             handle

@@ -28,9 +28,8 @@ class KVCache:
         self.rows = 0  # Rows of the last call; the memory may hold more, of rows that left.
         self.length = 0  # Counts this call's tokens as soon as `extend_documents` has run.
         self._start = 0
-        self.holes = (
-            False  # Whether some row has padding behind its first token, where tokens were forgotten.
-        )
+        # Whether some row has padding behind its first token, where tokens were forgotten.
+        self.holes = False
         self._mixed = False  # Whether some row holds more than one document, as padded rows do.
         self._documents: Tensor | None = None
         self._keys: list[Tensor | None] = [None] * n_layer

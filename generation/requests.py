@@ -129,7 +129,7 @@ class Handle:
 
     @property
     def order(self) -> tuple[bool, int]:
-        """By what requests are ordered: interactive ones come first, then the older."""
+        """The key by which requests are sorted: interactive ones come first, then the older."""
         return not self.request.interactive, self.number
 
     @property

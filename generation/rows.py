@@ -68,10 +68,9 @@ class LiveRows:
         self.cache = KVCache(self.model.config.n_layer, 0)
         self.hidden: Tensor | None = None  # (n, T, C), of the tokens that the last pass read
         self.every: Tensor | None = None  # (n, T, V), the logits after them, once they were looked at
-        self.proposed: list[list[int]] = []  # of each row, those of the pass after its last token
-        self.positions = torch.zeros(
-            0, 1, dtype=torch.long, device=self.device
-        )  # (n, 1), last tokens of texts
+        self.proposed: list[list[int]] = []  # The proposed tokens that the last pass read of each row.
+        # (n, 1), the position of each text's last token that was read.
+        self.positions = torch.zeros(0, 1, dtype=torch.long, device=self.device)
         self.seen: Tensor | None = None  # (n, V), the tokens of rows that have a repetition penalty
 
     # --- rows that come, go and go on ---------------------------------------------------------------------

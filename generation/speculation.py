@@ -104,7 +104,8 @@ class Speculation:
         self.proposer = make()
         self.proposer.extend(prompt)
         self.proposed = self.taken = 0
-        self.length, self.gain = FIRST, 0.5  # of recent proposals: tokens that each brought, less their costs
+        # `gain` is what a recent proposal brought: tokens, less what verifying them cost, in steps.
+        self.length, self.gain = FIRST, 0.5
         self.wait, self.pause = 0, PATIENCE
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:

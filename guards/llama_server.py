@@ -33,8 +33,8 @@ from tokenizer import Tokenizer
 SERVER = "llama-server"
 SECONDS = 300  # For a file to be loaded, and for an answer.
 NEW_TOKENS = 24
-# Relative error of one product by the type of its matrix: what is multiplied with it is rounded to fp16, or
-# in blocks to 8 bits.
+# The relative error of one product by the type of its matrix. llama.cpp rounds the other factor too: to fp16
+# beside 16 and 32 bits, and to blocks of 8 bits beside 8 and 4.
 STEPS = {"F16": 2.0**-10, "F32": 2.0**-10, "Q8_0": 1 / 127, "Q4_0": 1 / 127}
 REMEDY = "compare pretrained/save_gguf.py with how this llama.cpp reads the architecture"
 

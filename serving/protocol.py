@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any
 
 from serving.asking import Answer, Asked
@@ -15,7 +16,7 @@ def compact(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-class Protocol:
+class Protocol(ABC):
     """How clients of one kind ask and are answered; a stream is one of server-sent events.
 
     Attributes:
@@ -24,25 +25,25 @@ class Protocol:
 
     media = "text/event-stream"
 
+    @abstractmethod
     def asked(self, body: Body, limits: ServeConfig) -> Asked:
         """Read a request.
 
         Raises:
             Refused: A field is wrong.
         """
-        raise NotImplementedError
 
     def model(self, body: Body) -> Any:
         """Return the name of the model that is asked for; None for whatever there is."""
         return body.get("model")
 
+    @abstractmethod
     def whole(self, answer: Answer, tokenizer: Any) -> Any:
         """Return the answer of a request that is not streamed."""
-        raise NotImplementedError
 
     def piece(self, answer: Answer, number: int, text: str) -> Any:
-        """Return what tells a part of a text."""
-        raise NotImplementedError
+        """Return what tells a part of a text, in a protocol that streams."""
+        raise AssertionError(f"{type(self).__name__} is not streamed")
 
     def ended(self, answer: Answer, number: int) -> Any:
         """Return what tells that a text has ended, None for nothing."""
@@ -56,6 +57,6 @@ class Protocol:
         """Return the bytes of a part of a stream."""
         return b"data: " + (value.encode() if isinstance(value, str) else compact(value)) + b"\n\n"
 
+    @abstractmethod
     def error(self, refused: Refused) -> Any:
         """Return the body of an error."""
-        raise NotImplementedError

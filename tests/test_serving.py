@@ -207,7 +207,7 @@ def test_markers_in_the_text_are_the_gap_and_other_families_are_told(served: Run
 
 
 def test_a_gap_is_read_as_generate_reads_it_with_either_text_first(model: Decoder) -> None:
-    """With the suffix first a prompt ends in plain text, which is healed."""
+    """A prompt that has the suffix first ends in plain text, whose end is healed."""
     other = copy.copy(STARCODER)
     other.suffix_first = True
     before, after, middle = MARKERS[0]

@@ -36,10 +36,8 @@ _REGISTERED = {
     "granite": AS_THE_FILE,
     "gpt_neox": "GPTNeoXTokenizer",
 }
-_WHATEVER_IS_NAMED = (
-    "qwen2",
-    "phi3",
-)  # These model types open their class whatever tokenizer_config.json names.
+# These model types open their class whatever tokenizer_config.json names.
+_WHATEVER_IS_NAMED = ("qwen2", "phi3")
 
 _QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

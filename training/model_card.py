@@ -29,11 +29,8 @@ from tokenizer import Tokenizer
 from training.run import TrainedRun
 
 CARD = "README.md"
-NAME, SENTENCE, LIST = (
-    100,
-    400,
-    40,
-)  # The most characters of a name and of a sentence, and of entries of a list.
+NAME, SENTENCE = 100, 400  # The most characters of a name, and of a sentence.
+LIST = 40  # The most entries of a list.
 STORES = 200  # Token stores of a cache that are looked at.
 SCORES = {
     "loss": ("loss, nats a token", "{:.4f}"),

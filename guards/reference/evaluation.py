@@ -43,8 +43,8 @@ TOKENS = 600  # Of the test files that the model scores again.
 COUNTED = 100_000  # Training tokens whose n-grams are counted again: 1 s, 100 MB.
 PREDICTED = 1_000  # Tokens that the n-gram model predicts again.
 SEARCHED = 1e9  # Training tokens x tokens of texts that are searched for in them: 1 s.
-LISTED = 10  # The longest runs that an evaluation lists,
-LONG = 50  # and the tokens from which it counts them as long.
+LISTED = 10  # An evaluation lists so many of the longest runs.
+LONG = 50  # An evaluation counts a run of so many tokens as long.
 HITS = {"top1": 1, "top5": 5}
 TIED = 1e-9  # Probabilities that differ by less, relatively, may be in either order.
 
