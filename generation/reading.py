@@ -179,6 +179,7 @@ def branched(model: Decoder, cache: KVCache, hidden: Tensor, asked: Sequence[Ask
             part = KVCache(model.config.n_layer, cache.length + length)
             part.join([cache])
             part.select(rows)
+            part.join(())  # The padding before shorter prompts would count as positions that they have taken.
         last, chances = hidden[rows], hidden.new_zeros(len(rows), length, dtype=torch.float64)
         if length:
             ids = torch.tensor([branch.ids for branch in branches if branch], device=hidden.device)

@@ -28,7 +28,7 @@ from generation.settings import GenerationConfig
 from generation.text import generate
 from tests.decoders import BIASED, scrambled
 from tokenization import healing
-from tokenization.healing import Prompt, healed
+from tokenization.healing import Branch, Prompt, healed
 from tokenizer import SPECIALS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 
 MERGES = [("a", "b"), ("b", "b"), ("Ċ", "Ġ"), ("ab", "bb"), ("ĊĠ", "Ġ"), ("Ġ", "a"), ("bb", "a")]
@@ -295,6 +295,20 @@ def test_a_healed_prompt_needs_no_more_positions_than_it_has(how):
     one_more = replace(settings, max_new_tokens=settings.max_new_tokens + 1)
     with pytest.raises(ValueError, match=f"more than the model's {block} positions"):
         generate_ids(model, prompts, one_more)
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
+def test_a_short_prompt_read_beside_a_long_one_has_its_own_positions(position):
+    """Padding stands before the short prompt, and the ids of its branches come after the long one's end."""
+    dynamic = {"rope_scaling": "dynamic", "rope_factor": 2.0, "rope_context": 16}
+    config = replace(BIASED, position=position, qk_norm=False, block_size=16)
+    model = scrambled(replace(config, **dynamic if position == "rotary" else {}))
+    branches = (Branch((), np.array([3, 4])), Branch((6, 7, 8), np.array([9, 11])))
+    prompts = [Prompt(list(range(1, 15))), Prompt([5, 2], (3,), branches)]
+    settings = GenerationConfig(max_new_tokens=2)
+    together = generate_ids(model, prompts, settings)
+    alone = [generate_ids(model, [prompt], settings)[0] for prompt in prompts]
+    assert [one.ids for one in together] == [one.ids for one in alone]
 
 
 def test_texts_are_streamed_and_stopped_after_the_prompt():

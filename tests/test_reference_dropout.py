@@ -104,13 +104,28 @@ def twice_as_many(
     return true(seed, part, shape, 2 * dropped, dtype)
 
 
+def of_another_seed(seed: int, *args: Any, true: Any = dropouts.kept) -> Any:
+    return true(seed + 1, *args)
+
+
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "kept numbers do not grow": (dropouts, "dropout_factor", without_scale, "dropout of"),
     "every mask is the same": (dropouts, "kept", same_seed, "dropout of"),
     "attention: every mask is the same": (blocked, "kept", same_seed, "attention dropout, difference of two"),
     "attention: too many are dropped": (blocked, "kept", twice_as_many, "attention dropout, "),
-    "attention: one mask for all rows": (blocked, "kept", by_rows, "attention dropout, difference of rows"),
+    "attention: one mask for all rows": (
+        blocked,
+        "kept",
+        by_rows,
+        "attention dropout, difference of (rows|two draws)",
+    ),
     "adapter: every mask is the same": (products, "kept", same_seed, "dropout of the adapter"),
+    "adapter: the mask of another seed": (
+        products,
+        "kept",
+        of_another_seed,
+        "dropout of the adapter .*its mask",
+    ),
     "adapter: one mask for all rows": (products, "kept", by_rows, "dropout of the adapter"),
     "adapter: kept numbers do not grow": (
         products.DropMask,
@@ -128,6 +143,27 @@ def test_a_wrong_dropout_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -
     model, config = adapted() if "adapter" in fault else (decoder(dropout=0.1), LoraConfig())
     with pytest.raises(Differs, match=stage):
         compared(model, lora=config)
+
+
+def test_another_probability_is_named() -> None:
+    model = decoder(dropout=0.1)
+    model.blocks[0].dropout.p = 0.11  # type: ignore[union-attr]
+    with pytest.raises(Differs, match="dropout of block 0, its probability"):
+        compared(model)
+
+
+def test_factors_of_another_scale_are_named() -> None:
+    """Where masks are not derived, as on a GPU, the factors alone show their scale."""
+    drawn = [torch.from_numpy(mask(3, part, (128, 256), 0.5)).double() for part in (0, 1)]
+    dropout.compare_masks(Comparison(), "healthy", [2 * factor for factor in drawn], 0.5)
+    with pytest.raises(Differs, match="its factors"):
+        dropout.compare_masks(Comparison(), "without scale", drawn, 0.5)
+
+
+def test_a_gradient_without_the_mask_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropouts._DropoutByBits, "backward", lambda ctx, *grads: (grads[0], None, None))
+    with pytest.raises(Differs, match=r"dropout of .*, its gradient"):
+        compared(decoder(dropout=0.1))
 
 
 def test_a_backward_pass_with_another_mask_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

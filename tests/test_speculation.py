@@ -78,6 +78,19 @@ def test_rows_that_take_unequal_numbers_share_a_pass(name):
     assert [[*one.seat.prompt.ids, *one.result()[0].ids] for one in handles] == texts
 
 
+def test_a_repetition_penalty_knows_the_tokens_that_were_foreseen():
+    """One text has a penalty and its neighbour has none."""
+    model = scrambled(MODELS["rotary half"])
+    settings = [replace(greedy(30), repetition_penalty=penalty) for penalty in (1.3, 1.0)]
+    texts = [[*PROMPTS[0], *generate_ids(model, [PROMPTS[0]], one)[0].ids] for one in settings]
+    assert texts[0] != texts[1]
+    waiting = iter([Foreseen(text, 12) for text in texts])
+    engine = Engine(model, proposer=lambda: next(waiting))
+    handles = [engine.add(Request(PROMPTS[0], one)) for one in settings]
+    run(engine)
+    assert [[*PROMPTS[0], *one.result()[0].ids] for one in handles] == texts
+
+
 @pytest.mark.parametrize("fault", ["all are kept", "one too few", "holes are seen"])
 def test_a_fault_of_taking_would_be_noticed(fault, monkeypatch):
     took, forget = LiveRows.took, KVCache.forget
