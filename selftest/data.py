@@ -15,6 +15,7 @@ from architecture import Decoder
 from config import DataConfig, ModelConfig
 from data.corpus import split_documents, training_texts
 from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer
+from training.optim import AdamW
 
 WORDS = (
     "add all any ask bag bar bit box bus cap car cat cup cut day dog dot ear egg end eye fan far fit fly fog "
@@ -126,7 +127,7 @@ def train_briefly(model: Decoder, tokenizer: Tokenizer, texts: list[str]) -> Non
     """Train a small model for 60 updates on rows of the texts, so that it knows them a little."""
     ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
     rows = ids[: len(ids) // 33 * 33].view(-1, 33)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         chosen = rows[torch.randint(len(rows), (32,))]
         logits = model(chosen[:, :-1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from architecture import Decoder
-from config import Config, ModelConfig, OptimizerConfig, possible_kinds, unread_rates
+from config import REPOSITORY, Config, ModelConfig, OptimizerConfig, possible_kinds, unread_rates
 from training.optim import (
     SCHEDULES,
     Muon,
@@ -222,3 +224,15 @@ def test_warmup_rises_over_the_steps_asked_for() -> None:
     floor = OptimizerConfig(schedule="linear", warmup_steps=0, min_lr_factor=0.1)
     assert math.isclose(learning_rate_factor(floor, 9, 1.0), 0.1)
     assert math.isclose(learning_rate_factor(floor, 9, 1.7), 0.1)  # past its budget
+
+
+def test_a_step_does_without_the_compiler() -> None:
+    """Its import by torch's decorators took more than a second of every run."""
+    code = (
+        "import sys, torch; from training.optim import AdamW\n"
+        "p = torch.nn.Parameter(torch.ones(2)); optimizer = AdamW([p], lr=0.1, fused=True)\n"
+        "p.grad = torch.ones(2); optimizer.step(); optimizer.zero_grad()\n"
+        "optimizer.load_state_dict(optimizer.state_dict())\n"
+        "sys.exit('torch._dynamo' in sys.modules or not (p < 1).all())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -41,7 +42,35 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Uncompiled(torch.optim.Optimizer):
+    """An optimizer that runs without torch's compiler, which each of these methods of torch would import.
+
+    Their decorators import it to keep it off them. That takes 1.2 s of processor time, and nothing here compiles
+    an optimizer.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return inspect.unwrap(torch.optim.Optimizer.state_dict)(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    """torch's AdamW."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
+class Muon(Uncompiled):
     """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, "Muon").
 
     Matrices of one shape are orthogonalised together in one batched product. The step is scaled by
@@ -176,7 +205,7 @@ def build_optimizers(
         fused = all(p.device.type in ("cpu", "cuda") for p in trainable)
         assert config.beta1 is not None and config.beta2 is not None and config.eps is not None
         betas = (config.beta1, config.beta2)
-        optimizers.append(torch.optim.AdamW(plain["AdamW"], betas=betas, eps=config.eps, fused=fused))
+        optimizers.append(AdamW(plain["AdamW"], betas=betas, eps=config.eps, fused=fused))
 
     grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(grouped) == sorted(map(id, trainable)), "a parameter is in no group, or in two"
