@@ -320,7 +320,7 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
             torch.optim.Optimizer,
             "zero_grad",
             lambda right: (
-                lambda self, **k: (self.param_groups[0]["params"][0].data.mul_(1.1), right(self, **k))
+                lambda self, *a: (self.param_groups[0]["params"][0].data.mul_(1.1), right(self, *a))
             ),
         ),
         "change of",

@@ -46,7 +46,7 @@ from training.begin import train
 from training.checkpoint import checkpoints, first_difference, load_counters, load_state
 from training.log import Log
 from training.loop import Observer, TrainingManager, compile_blocks
-from training.optim import Muon
+from training.optim import AdamW, Muon
 from training.run import load_run
 from training.runfolder import claimed_folder, config_fingerprint, new_folder
 from training.state import RunState, budget_used
@@ -161,7 +161,7 @@ def ignored(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "what", "named"),
     [
-        (torch.optim.AdamW, "load_state_dict", "optimizers/1/state/0"),
+        (AdamW, "load_state_dict", "optimizers/1/state/0"),
         (Muon, "load_state_dict", "optimizers/0/state/0"),
         (torch.amp.GradScaler, "load_state_dict", "scaler/scale"),
         (torch, "set_rng_state", "random/torch"),
