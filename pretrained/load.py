@@ -11,22 +11,21 @@ import re
 import reprlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from architecture import Decoder
 from config import DROPOUTS, ModelConfig
 from config.bars import progress_bar
 from data.cache import SUMS, refuse_changed
 from modules.quantized_linear import KINDS, replace_linear
+from modules.shapes import shapes_only
 from pretrained import (
     codegen,
     codegen2,
@@ -310,7 +309,7 @@ def _eos_ids(folder: Path, values: Values, vocab_size: int, linked: bool) -> tup
 def _on_meta(folder: Path, config: ModelConfig) -> Decoder:
     """Return the model without memory; ValueError if its sizes overflow."""
     try:
-        with torch.device("meta"), _NoInit():
+        with shapes_only():
             return Decoder(config)
     except (RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())
@@ -326,18 +325,6 @@ def _shapes(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         names = [name] if inner == name else [f"blocks.{layer}.{inner}" for layer in range(config.n_layer)]
         found |= dict.fromkeys(names, tuple(tensor.shape))
     return found
-
-
-class _NoInit(TorchFunctionMode):
-    """Leave first weights out: to initialise meta tensors, which have none, imports sympy for 1.6 s."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def _locate(source: str, revision: str | None, local_only: bool) -> tuple[Path, str | None]:

@@ -121,7 +121,11 @@ def beam_search(
     while running and len(ended) < width:
         found = []
         for text in running:
-            for id, more in enumerate(log_probs(text.ids).tolist()):
+            likeliest = log_probs(text.ids).sort(descending=True, stable=True)
+            # Of one text no more than these stay, or are the next after those that do.
+            for more, id in zip(
+                likeliest.values[: width + 1].tolist(), likeliest.indices.tolist(), strict=False
+            ):
                 ids = (*text.ids, id)
                 found.append(Text(ids, text.log_prob + more, id in ends or len(ids) == length))
         found.sort(key=lambda text: -text.log_prob)

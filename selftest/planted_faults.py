@@ -308,7 +308,7 @@ PLANTED_FAULTS = [
         "M8 vocabulary",
         "vocabulary size left at its default",
         "vocabulary-too-large",
-        wrong={"model": {"vocab_size": 50_257}},
+        wrong={"model": {"vocab_size": 4_000}},
     ),
     PlantedFault("M9 path", "validation ran another path", "validation-differs", validation_of_its_own),
     PlantedFault(

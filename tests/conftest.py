@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import re
+import shutil
 import signal
 import sysconfig
 from collections.abc import Generator
@@ -161,6 +162,27 @@ def corpus(tmp_path: Path) -> Path:
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpora of the planted faults, with their base, made once: tests only add runs, or copy it."""
+    from selftest.data import write_base, write_data  # They import torch.
+
+    folder = tmp_path_factory.mktemp("planted")
+    write_data(folder)
+    write_base(folder)
+    return folder
+
+
+def copy_planted(planted: Path, folder: Path, base: bool = True) -> None:
+    """Copy the corpora of `planted` for a test that changes them, and the base; no run and no cache."""
+    bases = ("base", "other-base", "more-tokens")
+    for path in planted.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+        elif path.name in ("long", "graded") or (base and path.name in bases):
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
 
 
 def code_page(name: str, changed: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import copy_planted
 
 import architecture
 import guards.probe
@@ -24,7 +25,7 @@ from guards.faults import FAULTS, Fault
 from guards.first_steps import FirstSteps
 from guards.generation import batch_faults, beam_faults, first_difference, tie
 from modules.precision import Precision
-from selftest.data import write_data
+from selftest import run as selftest_run
 from selftest.faults import base_moved, clip_stored_only, labels_by
 from selftest.planted_faults import EXAMPLES, PLANTED_FAULTS, TUNED, PlantedFault, merged
 from selftest.run import outcome, run_planted, selftest, small_config
@@ -33,10 +34,23 @@ from training.begin import train
 from training.loop import TrainingManager
 
 
+@pytest.fixture(scope="module")
+def folder(planted: Path) -> Path:
+    """Of healthy runs, each of which makes a folder of its own in it."""
+    return planted
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_data(tmp_path)
+def own_folder(planted: Path, tmp_path: Path) -> Path:
+    """Of runs with a fault, which may be in what they build."""
+    copy_planted(planted, tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def base_copied(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test trains a base in each folder; here it is copied."""
+    monkeypatch.setattr(selftest_run, "write_base", lambda folder: copy_planted(planted, folder))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +58,11 @@ def twins() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("plant", PLANTED_FAULTS, ids=lambda plant: plant.name)
+# Neighbours share their healthy twin.
+@pytest.mark.parametrize(
+    "plant", sorted(PLANTED_FAULTS, key=lambda p: repr((p.settings, p.resumed))), ids=lambda plant: plant.name
+)
+@pytest.mark.usefixtures("base_copied")
 def test_a_planted_fault_is_caught_and_its_twin_passes(plant: PlantedFault, twins: dict[str, str]) -> None:
     (result,) = run_planted([plant], twins)
     assert plant.expected in result.caught
@@ -92,7 +110,7 @@ def test_every_guard_is_disabled_in_turn() -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_without_its_guard_a_fault_goes_unseen(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plant = next(plant for plant in PLANTED_FAULTS if plant.name == ALONE[name])
     disable(name, monkeypatch)
@@ -101,7 +119,7 @@ def test_without_its_guard_a_fault_goes_unseen(
         assert "MISSED" in capsys.readouterr().out
         return
     with plant.fault():
-        assert plant.expected not in outcome(small_config(folder, merged(plant.settings, plant.wrong)))
+        assert plant.expected not in outcome(small_config(own_folder, merged(plant.settings, plant.wrong)))
 
 
 HEALTHY: list[dict[str, dict[str, Any]]] = [
@@ -182,17 +200,19 @@ def test_guards_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, se
 
 
 def test_a_fault_names_itself_its_evidence_its_remedy_and_its_override(folder: Path) -> None:
-    config = small_config(folder, {"model": {"vocab_size": 50_257}})
+    config = small_config(folder, {"model": {"vocab_size": 4_000}})
     text = outcome(config)
-    assert text.startswith("vocabulary-too-large: model.vocab_size is 50257 and the tokenizer has ")
+    assert text.startswith("vocabulary-too-large: model.vocab_size is 4000 and the tokenizer has ")
     assert "leave model.vocab_size out" in text and text.endswith("--allow vocabulary-too-large")
     assert "\n" not in text
 
 
-def test_what_leaks_although_it_was_split_by_text_is_not_told_to_be(folder: Path) -> None:
+def test_what_leaks_although_it_was_split_by_text_is_not_told_to_be(own_folder: Path) -> None:
     plant = next(plant for plant in PLANTED_FAULTS if plant.name == "E3 trained on")
     with plant.fault():
-        by_name, by_text = (outcome(small_config(folder, {"data": {"regroup": on}})) for on in (False, True))
+        by_name, by_text = (
+            outcome(small_config(own_folder, {"data": {"regroup": on}})) for on in (False, True)
+        )
     assert by_name.startswith("split-leaks: ") and "let --fix find it" in by_name
     assert by_text.startswith("split-leaks: ") and "is by text already (data.regroup)" in by_text
     assert "--fix" not in by_text
@@ -204,13 +224,13 @@ def test_an_override_is_recorded_and_printed_with_every_score(
     from suites.evaluate import evaluate, table
     from suites.settings import EvalConfig
 
-    settings = {"model": {"vocab_size": 50_257}, "train": {"allow": ("vocabulary-too-large",)}}
+    settings = {"model": {"vocab_size": 4_000}, "train": {"allow": ("vocabulary-too-large",)}}
     config = small_config(folder, settings)
     run = train(config).folder
     assert "ALLOWED vocabulary-too-large: " in capsys.readouterr().err
-    assert "50257" in json.loads((run / "overrides.json").read_text())["vocabulary-too-large"]
+    assert "4000" in json.loads((run / "overrides.json").read_text())["vocabulary-too-large"]
     scores = evaluate(EvalConfig(str(run), samples=0, cache=config.data.cache))
-    assert "TRAINED WITH --allow vocabulary-too-large: model.vocab_size is 50257" in table(scores)
+    assert "TRAINED WITH --allow vocabulary-too-large: model.vocab_size is 4000" in table(scores)
     # Gone on with, the run keeps the record.
     resumed = dataclasses.replace(config.train, run=str(run), resume=True, max_steps=6)
     train(dataclasses.replace(config, train=resumed))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import copy_planted
 
 import architecture
 from guards import preflight
@@ -22,7 +23,6 @@ from guards.reference.rehearsal import put_back, with_exercised_weights
 from guards.reference.steps import moment_tolerance
 from guards.subject import GuardSubject
 from modules.precision import Precision
-from selftest.data import write_data
 from selftest.planted_faults import TUNED, merged
 from selftest.run import begun, outcome, small_config
 from training import beforehand, begin, loop, loss, optim
@@ -32,9 +32,9 @@ FP32: Settings = {"train": {"precision": "fp32"}}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("update")
-    write_data(folder)
+    copy_planted(planted, folder)
     return folder
 
 
@@ -328,14 +328,19 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 }
 
 
+def test_the_run_in_which_those_faults_are_planted_is_healthy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "GUARDS", {})
+    assert outcome(small_config(folder, VALIDATED)) == ""
+
+
 @pytest.mark.parametrize("name", LIVE)
 def test_a_fault_of_a_run_that_trains_is_named(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant, stage = LIVE[name]
-    config = small_config(folder, VALIDATED)
     monkeypatch.setattr(preflight, "GUARDS", {})
-    assert outcome(config) == ""
     plant(monkeypatch)
     assert re.search(f"differs-from-reference: .*{stage}", outcome(small_config(folder, VALIDATED)))
 
@@ -357,9 +362,9 @@ def test_every_healthy_budget_is_derived_alike(
     assert outcome(small_config(folder, merged(VALIDATED, BUDGETS[name]))) == ""
 
 
-def test_a_start_that_the_folder_of_a_base_does_not_name_has_no_bytes(tmp_path: Path) -> None:
+def test_a_start_that_the_folder_of_a_base_does_not_name_has_no_bytes(planted: Path, tmp_path: Path) -> None:
     """Without tokenizer_config.json a document's start decodes to its characters; it was refused."""
-    write_data(tmp_path)
+    copy_planted(planted, tmp_path)
     base = small_config(tmp_path, TUNED).train.base
     assert base is not None
     (Path(base) / "tokenizer_config.json").unlink()

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import copy_planted
 
 import trainingmanager
 from config import CONFIG_GROUPS, Config
 from config.files import REPOSITORY
 from data import prepare
 from selftest import faults
-from selftest.data import write_data
 from selftest.planted_faults import EXAMPLES, GRADED, TUNED, merged
 from selftest.run import small_config
 from training import begin, report
@@ -81,8 +81,8 @@ RUNS: list[dict[str, dict[str, Any]]] = [
 ]
 
 
-def test_every_setting_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_data(tmp_path)
+def test_every_setting_is_read(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_planted(planted, tmp_path)
     monkeypatch.setattr(prepare, "POOL_PAYS_BYTES", 0)
     monkeypatch.setattr(report, "evaluate", lambda settings, data: {"side": "test"})
     monkeypatch.setattr(report, "table", str)
@@ -99,9 +99,9 @@ def test_every_setting_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert keys() - noted == set()
 
 
-def test_a_setting_that_is_set_and_never_read_is_named(tmp_path: Path) -> None:
+def test_a_setting_that_is_set_and_never_read_is_named(planted: Path, tmp_path: Path) -> None:
     """Planted: a schedule that is stored, saved and watched, and never used."""
-    write_data(tmp_path)
+    copy_planted(planted, tmp_path)
     allow = {"train": {"allow": ("schedule-ignored",), "samples": 0}}
     config = small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
     schedule = {"optimizer.schedule", "optimizer.warmup_steps", "optimizer.cooldown"}

@@ -38,7 +38,7 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
         "healthy": {"model.n_layer": 1},
         "too much memory": {"model.n_embd": 2**20, "model.n_head": 2**17},
         "not finite": {"optimizer.head_lr": 1e38, "optimizer.muon_lr": 1e38},
-        "refused": {"model.vocab_size": 2**16},
+        "refused": {"model.vocab_size": 4_000},
         "healthy too": {"model.n_layer": 2},
     }
     path = tiny(
@@ -59,7 +59,7 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
 
 
 def test_a_sweep_of_failures_alone_says_why_and_what_to_do(tmp_path: Path, corpus: Path) -> None:
-    words = ("--config", tiny(tmp_path, corpus), "--model.vocab_size", str(2**16), "--trials", "2")
+    words = ("--config", tiny(tmp_path, corpus), "--model.vocab_size", str(4_000), "--trials", "2")
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     reason = "all 2 trials failed (it stops after 5); the first one: preflight: vocabulary-too-large"

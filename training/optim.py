@@ -45,8 +45,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Uncompiled(torch.optim.Optimizer):
     """An optimizer that runs without torch's compiler, which each of these methods of torch would import.
 
-    Their decorators import it to keep it off them. That takes 1.2 s of processor time, and nothing here compiles
-    an optimizer.
+    Their decorators import it to keep it off them. That takes 1.2 s of processor time, and nothing here
+    compiles an optimizer.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

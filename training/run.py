@@ -26,6 +26,7 @@ from architecture import Decoder, ParallelBlock, SequentialBlock
 from config import BASE_ROW, DROPOUTS, Config, ModelConfig, TrainConfig, write_atomically
 from config.yamlfile import read_yaml
 from lora import add_adapter
+from modules.shapes import shapes_only
 from pretrained import Family, Pretrained, load_pretrained
 from pretrained.folder import DTYPES, shown
 from pretrained.load import TOKENIZER
@@ -524,7 +525,7 @@ def _refuse_giant(config: ModelConfig, manifest: Manifest) -> None:
         # Even without memory a model takes time for each of its layers, and sizes may overflow.
         if config.n_layer > len(shapes) or config.vocab_size * config.n_embd > elements:
             raise ValueError(f"{len(shapes)} tensors of {elements} elements in all are not enough for it")
-        with torch.device("meta"):
+        with shapes_only():
             own = kept_tensors(Decoder(config))
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())
