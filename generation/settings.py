@@ -124,11 +124,15 @@ class CommandConfig(GenerationConfig, OpeningConfig):
         prompt: Text to go on from; several may be given.
         prompt_file: A file that holds one more prompt; `-` is the standard input.
         suffix: The text after a gap: the model fills in the text between prompt and suffix.
+        allow: Names of faults that may pass, of those that a model's first use is examined for.
+        cache: Folder in which a model that was examined is remembered.
     """
 
     prompt: tuple[str, ...] = option((), is_text=True)
     prompt_file: str = ""
     suffix: str | None = option(None, is_text=True)
+    allow: tuple[str, ...] = ()
+    cache: str = "cache"
 
     def __post_init__(self) -> None:
         super().__post_init__()
