@@ -210,7 +210,7 @@ def evaluate_run(
     }
     tasks = tasks_of(names, evaluated, data, settings)  # A suite that cannot be evaluated is refused here.
     worded = worded_tasks(tasks, run, evaluated, data, settings)
-    if not at_the_end:
+    if not at_the_end and settings.predictions is None:
         opened = Opened(Path(settings.checkpoint), run.model, run.tokenizer, settings.which)
         consult(opened, (), allowed_faults(settings), settings.cache)
     if TOKENS in names:
