@@ -117,22 +117,31 @@ class OpeningConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandConfig(GenerationConfig, OpeningConfig):
+class ExaminedConfig(OpeningConfig):
+    """A model that is examined at its first use.
+
+    Args:
+        allow: Names of faults that may pass, of those that a model's first use is examined for.
+        cache: Folder in which a model that was examined is remembered.
+    """
+
+    allow: tuple[str, ...] = ()
+    cache: str = "cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(GenerationConfig, ExaminedConfig):
     """The command line of generation.
 
     Args:
         prompt: Text to go on from; several may be given.
         prompt_file: A file that holds one more prompt; `-` is the standard input.
         suffix: The text after a gap: the model fills in the text between prompt and suffix.
-        allow: Names of faults that may pass, of those that a model's first use is examined for.
-        cache: Folder in which a model that was examined is remembered.
     """
 
     prompt: tuple[str, ...] = option((), is_text=True)
     prompt_file: str = ""
     suffix: str | None = option(None, is_text=True)
-    allow: tuple[str, ...] = ()
-    cache: str = "cache"
 
     def __post_init__(self) -> None:
         super().__post_init__()

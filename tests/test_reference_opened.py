@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ from bare_subjects import decoder
 import generate
 import generation.command as command
 import modules.positions as positions
+import serve
+import serving.command
 from generation.settings import CommandConfig
 from guards.faults import Fault
-from guards.reference.opened import FOLDER, examine
+from guards.reference.comparison import Comparison
+from guards.reference.opened import FOLDER, Opened, compare_opened, examine
 from pretrained import FAMILIES, save_pretrained
 from selftest.data import write_data
 from selftest.run import small_config
@@ -77,6 +81,28 @@ def test_a_file_that_changed_is_compared_again(
     assert "second opinion" in capfd.readouterr().err
 
 
+def test_scores_beside_a_run_change_no_model(
+    models: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(models["run"], tmp_path / "copy")
+    command.write_completions(asked(copy, tmp_path), examine)
+    assert "second opinion" in capfd.readouterr().err
+    (copy / "eval.json").write_text("{}")
+    command.write_completions(asked(copy, tmp_path), examine)
+    assert "second opinion" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run", "published"])
+def test_logits_of_zero_agree(models: dict[str, Path], name: str) -> None:
+    """Where no logit tells tokens apart, only the sum of their chances rounds."""
+    model, tokenizer = command.open_model(asked(models[name], Path()))
+    with torch.no_grad():
+        model.head.weight.zero_()
+        comparison = Comparison()
+        compare_opened(Opened(Path("no folder"), model, tokenizer), TEXTS, comparison)
+    assert comparison.agreed["generation"] < 1e-6
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / FOLDER).write_text("no folder")
     command.write_completions(asked(models["published"], tmp_path), examine)
@@ -94,7 +120,7 @@ def transposed(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_rotation(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, at: right(self, torch.zeros_like(at))
+    return lambda self, at, dtype: right(self, torch.zeros_like(at), dtype)
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
@@ -135,15 +161,22 @@ def test_another_checkpoint_than_the_one_asked_for_is_named(
         command.write_completions(asked(models["run"], tmp_path, which="last"), examine)
 
 
+@pytest.mark.parametrize(
+    ("door", "opens", "own"),
+    [(generate, command, ["--prompt", "x"]), (serve, serving.command, ["--port", "0"])],
+    ids=["generate", "serve"],
+)
 def test_the_command_ends_in_one_sentence(
+    door: ModuleType,
+    opens: ModuleType,
+    own: list[str],
     models: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "open_model", transposed(command.open_model))
-    words = ["--model", str(models["published"]), "--prompt", "x", "--cache", str(tmp_path)]
+    monkeypatch.setattr(opens, "open_model", transposed(opens.open_model))
     with pytest.raises(SystemExit) as ended:
-        generate.main(words)
+        door.main(["--model", str(models["published"]), "--cache", str(tmp_path), *own])
     assert ended.value.code == 2
     assert "To use it all the same: --allow differs-from-reference" in capsys.readouterr().err

@@ -246,17 +246,18 @@ def compare_chances(
     for row, ids in enumerate(live.prompts):
         own = live.own_logits[row].double().cpu()[:words]
         scores = penalised(own, padded[ids], rules.repetition_penalty)
-        off = 8 * torch.finfo(torch.float32).eps * float(scores.abs().max())
+        share = 8 * torch.finfo(torch.float32).eps
+        off = share * float(scores.abs().max())
         if settings.temperature == 0:
             found = live.logits[row].double().cpu()[:words]
             stage = f"scores of tokens, {_said(settings)}"
-            comparison.close(stage, found, scores, off / float(scores.abs().max()), REMEDY)
+            comparison.close(stage, found, scores, share, REMEDY)
             continue
         if keeps_the_same(scores, rules, off):
             found = live.logits[row].double().cpu().softmax(-1)
             expected = torch.zeros_like(found)
             expected[:words] = chances(scores, rules)
-            tolerance = 4 * off / rules.temperature
+            tolerance = 4 * off / rules.temperature + 8 * torch.finfo(torch.float64).eps
             comparison.close(f"chances of a token, {_said(settings)}", found, expected, tolerance, REMEDY)
     if settings.temperature == 0:
         return

@@ -26,7 +26,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import LoraConfig, write_atomically
 from config.files import code_fingerprint
-from generation.settings import CommandConfig
+from generation.settings import ExaminedConfig
 from guards.faults import Fault, refuse_unknown_faults
 from guards.reference import generation
 from guards.reference.comparison import Comparison, Differs
@@ -64,9 +64,11 @@ class Opened:
 
     @property
     def files(self) -> list[Path]:
-        folders = [self.place.parent.parent if self.place.parent.name == "checkpoints" else self.place]
+        place = self.place.parent.parent if self.place.parent.name == "checkpoints" else self.place
+        folders = [place / name for name in OF_A_RUN] if (place / "config.yaml").is_file() else [place]
         folders += [Path(self.adapter)] if self.adapter else []
-        return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in SUFFIXES)
+        found = (path for folder in folders for path in (folder, *folder.rglob("*")))
+        return sorted(path for path in found if path.suffix in SUFFIXES)
 
     @property
     def fingerprint(self) -> str:
@@ -81,6 +83,7 @@ class Opened:
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
+OF_A_RUN = ("config.yaml", "tokenizer", "checkpoints")  # Scores may be added beside them.
 SUFFIXES = {".safetensors", ".json", ".yaml", ".model", ".txt", ".bin"}
 
 
@@ -133,8 +136,8 @@ def compare_opened(opened: Opened, prompts: Sequence[str], comparison: Compariso
     generation.compare_model(generating, comparison, lambda: weights_of(model, {}))
 
 
-def examine(settings: CommandConfig, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> None:
-    """Consult the reference as the command line of generation says."""
+def examine(settings: ExaminedConfig, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """Consult the reference as a command line says."""
     opened = Opened(Path(settings.model), model, tokenizer, settings.which, settings.adapter)
     consult(opened, prompts, settings.allow, settings.cache)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import ModelConfig
 from guards.reference.comparison import Comparison
-from guards.reference.rounding import MOST_ROUNDING, STEP32, of_logits, step_of
+from guards.reference.rounding import MOST_ROUNDING, of_log_sum, of_logits, step_of
 from reference.forward import Rows, Weights, logits_of
 
 REMEDY = "compare the code of generation/ with reference/generation.py"
@@ -36,8 +36,7 @@ class Reader:
         if key not in self.known:
             found = logits_of(self.config, self.weights, _rows(key))[0]
             largest = float(found.abs().max())
-            # Where all logits are near zero, the fp32 of their softmax's logarithm is what rounds.
-            of_log = 4 * STEP32 * (1 + largest + math.log(found.size(-1)))
+            of_log = of_log_sum(largest, found.size(-1))
             self.off = max(self.off, of_logits(self.config, self.step) * largest + of_log)
             self.known[key] = found
         return self.known[key]
