@@ -40,9 +40,10 @@ def main(argv: list[str]) -> None:
     settings = parse_settings(argv)
     with one_sentence():
         from generation.command import write_completions
+        from guards.reference.opened import examine
 
         try:
-            write_completions(settings)
+            write_completions(settings, examine)
         except BrokenPipeError:  # The reader, such as `| head`, has closed the pipe.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # The flush at exit needs a file.
 

@@ -22,9 +22,10 @@ def main(argv: list[str]) -> None:
     """Serve until a signal ends it."""
     settings = parse_settings(argv)
     with one_sentence():
-        from serving.command import serve  # It imports torch, and a typo was answered before.
+        from guards.reference.opened import examine  # It imports torch, and a typo was answered before.
+        from serving.command import serve
 
-        serve(settings)
+        serve(settings, examine)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ BEFORE = {
     ("generate", "free text"): "taken as it is; repeated for several",
     ("export", "switch"): _ALONE,
     ("export", "list"): "there was no such flag",
+    ("generate", "list"): "there was no such flag",
     ("functional.py", "list"): "`1,10` or `[1, 10]`; of repeated ones the last",
     ("scrape", "switch"): _ALONE,
     ("scrape", "list"): _LIST,

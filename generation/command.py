@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,10 +80,18 @@ def read_prompts(settings: CommandConfig) -> list[str]:
     return prompts
 
 
-def write_completions(settings: CommandConfig) -> None:
-    """Write the completions to the standard output, and how they ended to the standard error."""
+def write_completions(
+    settings: CommandConfig,
+    examine: Callable[[CommandConfig, Decoder, Tokenizer, list[str]], None] = lambda *_: None,
+) -> None:
+    """Write the completions to the standard output, and how they ended to the standard error.
+
+    Args:
+        examine: Called with the settings, the opened model and the prompts, before it generates.
+    """
     prompts = read_prompts(settings)
     model, tokenizer = open_model(settings)
+    examine(settings, model, tokenizer, prompts)
     shown = printable if sys.stdout.isatty() else str
 
     def write(text: str) -> None:

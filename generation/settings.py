@@ -117,7 +117,20 @@ class OpeningConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandConfig(GenerationConfig, OpeningConfig):
+class ExaminedConfig(OpeningConfig):
+    """A model that is examined at its first use.
+
+    Args:
+        allow: Names of faults that may pass, of those that a model's first use is examined for.
+        cache: Folder in which a model that was examined is remembered.
+    """
+
+    allow: tuple[str, ...] = ()
+    cache: str = "cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(GenerationConfig, ExaminedConfig):
     """The command line of generation.
 
     Args:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from architecture import Decoder
 from generation.command import open_model
 from serving.gate import Gate, read_token, refuse_open_address
 from serving.settings import ServeConfig
+from tokenizer import Tokenizer
 
 RUNS = Path("runs")
 MISSING = (
@@ -92,13 +95,21 @@ def listen(settings: ServeConfig) -> socket.socket:
     return listener
 
 
-def serve(settings: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, which finish what runs."""
+def serve(
+    settings: ServeConfig,
+    examine: Callable[[ServeConfig, Decoder, Tokenizer, list[str]], None] = lambda *_: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, which finish what runs.
+
+    Args:
+        examine: Called with the settings, the opened model and no prompts, before the first request.
+    """
     token = read_token(settings.token_file, os.environ)
     refuse_open_address(settings.host, settings.is_local, token)
     listener = listen(settings)  # A port in use is told before the model is opened.
     settings = settings if settings.model else replace(settings, model=newest_run())
     model, tokenizer = open_model(settings)
+    examine(settings, model, tokenizer, [])
     from serving.service import Service
 
     service = Service(model, tokenizer, settings.name or name_of(settings.model), settings)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from config import option
-from generation.settings import OpeningConfig
+from generation.settings import ExaminedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(OpeningConfig):
+class ServeConfig(ExaminedConfig):
     """The command line of the server.
 
     Args:

@@ -41,6 +41,7 @@ from dataset import PreparedData
 from generation.settings import GenerationConfig
 from guards.preflight import overrides
 from guards.reference.evaluation import refuse_other_scores
+from guards.reference.opened import Opened, consult
 from lora import adapters_disabled
 from metrics.registry import Metric
 from modules.positions import longest_generated
@@ -157,6 +158,11 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
     return evaluate_published(settings, names, precision)
 
 
+def allowed_faults(settings: EvalConfig) -> tuple[str, ...]:
+    """Return the names of the faults that may pass."""
+    return () if settings.allow != "differs-from-reference" else (settings.allow,)
+
+
 def is_pipe(path: str | None) -> bool:
     """Return whether a file can be read only once, and so not beforehand."""
     return path is not None and Path(path).is_fifo()
@@ -178,6 +184,7 @@ def evaluate_run(
         precision,
     )
     models = judges(evaluated, settings)
+    at_the_end = data is not None  # Of the run, whose start has compared the model.
     if data is None:
         try:
             data = data_of(run, settings)
@@ -203,6 +210,9 @@ def evaluate_run(
     }
     tasks = tasks_of(names, evaluated, data, settings)  # A suite that cannot be evaluated is refused here.
     worded = worded_tasks(tasks, run, evaluated, data, settings)
+    if not at_the_end and settings.predictions is None:
+        opened = Opened(Path(settings.checkpoint), run.model, run.tokenizer, settings.which)
+        consult(opened, (), allowed_faults(settings), settings.cache)
     if TOKENS in names:
         add_token_scores(result, evaluated, data, baseline, settings)
     evaluation = Evaluation(settings, evaluated, data, baseline, models)
@@ -213,7 +223,7 @@ def evaluate_run(
         if settings.memorisation:
             source = data_config(run, settings).source
             record["memorisation"] = memorisation(record, data.train, run.tokenizer, source)
-    refuse_other_scores(result, evaluated, data, settings.allow == "differs-from-reference")
+    refuse_other_scores(result, evaluated, data, bool(allowed_faults(settings)))
     return result
 
 
@@ -239,6 +249,10 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
         }
     tasks = tasks_of(names, evaluated, None, settings)
     worded = worded_tasks(tasks, None, evaluated, None, settings)
+    if evaluated is not None and settings.model is not None:
+        place, adapter = Path(settings.model), settings.adapter or ""
+        opened = Opened(place, evaluated.model, evaluated.tokenizer, adapter=adapter)
+        consult(opened, (), allowed_faults(settings), settings.cache)
     evaluation = Evaluation(settings, evaluated, None, None, judges(evaluated, settings))
     add_suites(result, evaluation, tasks)
     add_worded(result, evaluation, worded)

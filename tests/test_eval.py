@@ -379,7 +379,8 @@ def refusal(settings: EvalConfig, capsys) -> str:
     assert exit.value.code == 2
     said = capsys.readouterr()
     assert all(line.startswith("source: ") for line in said.out.splitlines())  # what is read
-    assert len(said.err.splitlines()) == 1
+    lines = [line for line in said.err.splitlines() if not line.startswith("preflight, first use")]
+    assert len(lines) == 1
     return said.err
 
 

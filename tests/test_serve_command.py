@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_child_serves_and_sigterm_ends_it_with_0(folder: Path, tmp_path: Path) -> None:
     def work() -> None:
         sys.argv = [str(REPOSITORY / "serve.py"), "--model", str(folder), "--port", "0"]
+        sys.argv += ["--cache", str(tmp_path)]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
     out = tmp_path / "out"
@@ -64,6 +65,7 @@ def test_a_child_serves_and_sigterm_ends_it_with_0(folder: Path, tmp_path: Path)
     finally:
         os.kill(child, signal.SIGTERM)
     assert exit_code(child) == 0
+    assert "a second opinion agrees: weights exactly" in out.read_text()
     assert "serving tiny: " in out.read_text() and "Traceback" not in out.read_text()
 
 

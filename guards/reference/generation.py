@@ -8,7 +8,8 @@ text that it gave back.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from guards.subject import GuardSubject, is_large
 from modules.quantized_linear import n_weights
 from reference.generation import Rules, beam_search, chances, draws, interval, penalised
 from tokenization.healing import Prompt
+from tokenizer import Tokenizer
 
 NEW = 4  # Tokens of each continuation.
 LENGTHS = (9, 4, 9, 6, 12)  # Of the prompts.
@@ -45,9 +47,40 @@ SAMPLED: tuple[dict[str, Any], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Generating:
+    """A model that generates, with the settings that the reference takes.
+
+    Args:
+        first_documents: Texts out of which prompts are cut.
+    """
+
+    model: Decoder
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    first_documents: Sequence[Any]
+
+
 def compare(subject: GuardSubject, comparison: Comparison) -> None:
-    """Compare greedy decoding, sampling, beams and the ends of prompts with the reference."""
-    model, config = subject.model, subject.config.model
+    """Compare how the model that will train generates, with weights that hide nothing."""
+    model = subject.model
+    # A bare subject of a test has no documents.
+    texts = () if subject.tokenizer is None else subject.first_documents
+    generating = Generating(model, subject.config.model, subject.tokenizer, texts)
+    with scrambled(subject, set(range(len(model.blocks)))), torch.no_grad():
+        model.eval()
+        compare_model(generating, comparison, lambda: dict(run_weights(subject)))
+
+
+def compare_model(
+    generating: Generating, comparison: Comparison, weights: Callable[[], Mapping[str, Tensor]]
+) -> None:
+    """Compare greedy decoding, sampling, beams and the ends of prompts with the reference.
+
+    Args:
+        weights: Returns those of the model in fp64; only asked for where it is compared.
+    """
+    model, config = generating.model, generating.config
     room = config.block_size
     if config.rotates_by_length:
         room = min(room, config.rope_context)
@@ -58,17 +91,15 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
         comparison.leave_out("generation", f"a model of {n_weights(model):,} weights takes too long")
         return
     is_small = n_weights(model) * TOKENS <= MOST_PRODUCTS
-    with scrambled(subject, set(range(len(model.blocks)))), torch.no_grad():
-        model.eval()
-        reader = Reader(model, config, dict(run_weights(subject)))
-        compare_greedy(model, comparison, reader, prompts_of(config, room, LENGTHS if is_small else FEW))
-        if is_small:
-            compare_sampled(model, comparison, reader, prompts_of(config, room, LENGTHS))
-        else:
-            left = "generation but for greedy decoding"
-            comparison.leave_out(left, f"a model of {n_weights(model):,} weights takes too long")
-        if is_small and subject.tokenizer is not None:
-            compare_prompts(subject, comparison, reader, room - NEW)
+    reader = Reader(model, config, weights())
+    compare_greedy(model, comparison, reader, prompts_of(config, room, LENGTHS if is_small else FEW))
+    if is_small:
+        compare_sampled(model, comparison, reader, prompts_of(config, room, LENGTHS))
+    else:
+        left = "generation but for greedy decoding"
+        comparison.leave_out(left, f"a model of {n_weights(model):,} weights takes too long")
+    if is_small and generating.tokenizer is not None:
+        compare_prompts(generating, comparison, reader, room - NEW)
     if math.isinf(reader.off):
         comparison.leave_out("a part of generation", "rounding alone may change what is generated")
 
@@ -215,17 +246,18 @@ def compare_chances(
     for row, ids in enumerate(live.prompts):
         own = live.own_logits[row].double().cpu()[:words]
         scores = penalised(own, padded[ids], rules.repetition_penalty)
-        off = 8 * torch.finfo(torch.float32).eps * float(scores.abs().max())
+        share = 8 * torch.finfo(torch.float32).eps
+        off = share * float(scores.abs().max())
         if settings.temperature == 0:
             found = live.logits[row].double().cpu()[:words]
             stage = f"scores of tokens, {_said(settings)}"
-            comparison.close(stage, found, scores, off / float(scores.abs().max()), REMEDY)
+            comparison.close(stage, found, scores, share, REMEDY)
             continue
         if keeps_the_same(scores, rules, off):
             found = live.logits[row].double().cpu().softmax(-1)
             expected = torch.zeros_like(found)
             expected[:words] = chances(scores, rules)
-            tolerance = 4 * off / rules.temperature
+            tolerance = 4 * off / rules.temperature + 8 * torch.finfo(torch.float64).eps
             comparison.close(f"chances of a token, {_said(settings)}", found, expected, tolerance, REMEDY)
     if settings.temperature == 0:
         return

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from architecture import Decoder
 from generation.engine import Generated, generate_ids
 from generation.rows import rows_of
 from generation.settings import GenerationConfig
 from guards.reference.comparison import Comparison
 from guards.reference.reader import Reader
-from guards.subject import GuardSubject
 from reference.generation import chances_of_covers
 from reference.tokens import read_tokenizer
 from tokenization.healing import Prompt, healed
@@ -35,6 +36,17 @@ REMEDY = (
 )
 
 
+class Generating(Protocol):
+    """What generates: a model, its tokenizer, and texts out of which prompts are cut."""
+
+    @property
+    def model(self) -> Decoder: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def first_documents(self) -> Sequence[Any]: ...
+
+
 class Cut(NamedTuple):
     """A prompt, its ids as the run makes them, and what the reference writes up to its end or past it."""
 
@@ -43,7 +55,7 @@ class Cut(NamedTuple):
     cover: list[int]
 
 
-def compare_prompts(subject: GuardSubject, comparison: Comparison, reader: Reader, room: int) -> None:
+def compare_prompts(subject: Generating, comparison: Comparison, reader: Reader, room: int) -> None:
     """Compare prompts that are cut out of the first documents.
 
     Args:
@@ -75,7 +87,7 @@ def compare_prompts(subject: GuardSubject, comparison: Comparison, reader: Reade
     compare_healed(subject, comparison, reader, [cut.prompt for cut in cuts if cut.prompt.branches])
 
 
-def _texts(subject: GuardSubject) -> list[tuple[str, int]]:
+def _texts(subject: Generating) -> list[tuple[str, int]]:
     """Return pieces of the first documents, and a place in each."""
     draw = np.random.Generator(np.random.PCG64())
     texts = [document.text for document in subject.first_documents if len(document.text) > 2]
@@ -87,7 +99,7 @@ def _texts(subject: GuardSubject) -> list[tuple[str, int]]:
     return found
 
 
-def _cut(subject: GuardSubject, tokens: Any, text: str, place: int) -> Cut:
+def _cut(subject: Generating, tokens: Any, text: str, place: int) -> Cut:
     whole, end = tokens.encode(text), len(text[:place].encode("utf-8", "surrogatepass"))
     reach = (n for n in range(1, len(whole)) if len(subject.tokenizer.bytes_of(whole[:n]) or b"") >= end)
     start = subject.tokenizer.prompt_ids("")
@@ -103,7 +115,7 @@ def covers(prompt: Prompt) -> list[list[int]]:
     return [[*prompt.ids, *branch.ids, id] for branch in prompt.branches for id in branch.allowed.tolist()]
 
 
-def compare_texts(subject: GuardSubject, comparison: Comparison, stage: str, cut: Cut) -> None:
+def compare_texts(subject: Generating, comparison: Comparison, stage: str, cut: Cut) -> None:
     """See that the text of some covers begins with the prompt, and does not without its last token."""
     start, text = len(subject.tokenizer.prompt_ids("")), cut.text.encode("utf-8", "surrogatepass")
     for branch in cut.prompt.branches:
@@ -115,7 +127,7 @@ def compare_texts(subject: GuardSubject, comparison: Comparison, stage: str, cut
 
 
 def compare_healed(
-    subject: GuardSubject, comparison: Comparison, reader: Reader, prompts: list[Prompt]
+    subject: Generating, comparison: Comparison, reader: Reader, prompts: list[Prompt]
 ) -> None:
     """Compare the chances of what ends the prompts, all read together, and a continuation of each."""
     prompts = sorted(prompts, key=lambda prompt: len(prompt.branches))[:COMPARED]

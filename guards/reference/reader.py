@@ -11,7 +11,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import ModelConfig
 from guards.reference.comparison import Comparison
-from guards.reference.rounding import MOST_ROUNDING, of_logits, step_of
+from guards.reference.rounding import MOST_ROUNDING, of_log_sum, of_logits, step_of
 from reference.forward import Rows, Weights, logits_of
 
 REMEDY = "compare the code of generation/ with reference/generation.py"
@@ -35,7 +35,9 @@ class Reader:
         self.last = key = tuple(text)
         if key not in self.known:
             found = logits_of(self.config, self.weights, _rows(key))[0]
-            self.off = max(self.off, of_logits(self.config, self.step) * float(found.abs().max()))
+            largest = float(found.abs().max())
+            of_log = of_log_sum(largest, found.size(-1))
+            self.off = max(self.off, of_logits(self.config, self.step) * largest + of_log)
             self.known[key] = found
         return self.known[key]
 

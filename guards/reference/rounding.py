@@ -66,3 +66,12 @@ def of_logits(
             sample = logits_of(config, weights, rows)
         noise.append(relative_difference(sample, expected))
     return max(derived, MORE_THAN_SAMPLED * max(noise))
+
+
+def of_log_sum(largest: float, n: int) -> float:
+    """Return by how much fp32 rounds the logarithm of a softmax's sum over n logits up to `largest`.
+
+    In half steps: each distance from the greatest logit rounds by its size, an exponential by two, a sum in
+    pairs by one for each halving, and the result, greatest logit and logarithm, by its own size.
+    """
+    return STEP32 / 2 * (2 * largest + 2 + math.log2(n) + largest + math.log(n))
