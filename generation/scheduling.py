@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import insort
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class Queue:
         n, limits = handle.request.n, self.limits
         if n > limits.most_rows:
             raise ValueError(f"n is {n}, and the engine has {limits.most_rows} places; lower n")
-        needed = self._bytes([handle])
+        needed = self._bytes(handle.rows, handle.seat.longest)
         if needed > limits.most_bytes:
             raise ValueError(
                 f"{handle.rows} rows of up to {handle.seat.longest} tokens take {needed / 1e6:,.1f} MB of "
@@ -71,7 +72,9 @@ class Queue:
                     f"{len(self.waiting)} requests wait, as many as may; send it again when some have ended"
                 )
             # Another list each time: `step` looks at this one without the lock.
-            self.waiting = sorted([*self.waiting, handle], key=lambda one: one.order)
+            waiting = [*self.waiting]
+            insort(waiting, handle, key=lambda one: one.order)
+            self.waiting = waiting
 
     def start(self, under_way: Collection[Handle], delayed: Collection[Handle] = ()) -> list[Handle]:
         """Take the requests that begin now, none before one that comes first and does not fit yet.
@@ -80,20 +83,24 @@ class Queue:
             under_way: Those that have begun.
             delayed: Those that others may pass this time.
         """
-        begun, started = [*under_way], list[Handle]()
-        free = self.limits.most_rows - sum(one.request.n for one in begun)
+        started = list[Handle]()
+        free = self.limits.most_rows - sum(one.request.n for one in under_way)
+        rows = sum(one.rows for one in under_way)
+        longest = max((one.seat.longest for one in under_way), default=0)
         with self.lock:
-            has_room = not begun or free >= FREE_PLACES * self.limits.most_rows
+            has_room = not under_way or free >= FREE_PLACES * self.limits.most_rows
             for handle in self.waiting:
                 if handle in delayed:
                     continue
-                fits = handle.request.n <= free and self._bytes([*begun, handle]) <= self.limits.most_bytes
+                rows, longest = rows + handle.rows, max(longest, handle.seat.longest)
+                needed = self._bytes(rows, longest, not under_way and not started)
+                fits = handle.request.n <= free and needed <= self.limits.most_bytes
                 if not fits or not (has_room or handle.request.interactive):
                     break
                 free -= handle.request.n
-                begun.append(handle)
                 started.append(handle)
-            self.waiting = [one for one in self.waiting if one not in started]
+            begun = {*map(id, started)}
+            self.waiting = [one for one in self.waiting if id(one) not in begun]
         return started
 
     def drop(self, handles: Collection[Handle]) -> None:
@@ -101,11 +108,9 @@ class Queue:
         with self.lock:
             self.waiting = [one for one in self.waiting if one not in handles]
 
-    def _bytes(self, handles: Collection[Handle]) -> int:
-        """Return what the rows of these requests take at most: each as long as the longest may become."""
-        longest = max(one.seat.longest for one in handles)
-        spare = SPARE_COLUMNS if len(handles) > 1 else 0
-        return sum(one.rows for one in handles) * (longest + spare) * self.of_token
+    def _bytes(self, rows: int, longest: int, is_alone: bool = True) -> int:
+        """Return what rows take at most, each as long as the longest may become."""
+        return rows * (longest + (0 if is_alone else SPARE_COLUMNS)) * self.of_token
 
 
 UNBOUNDED = {"most_waiting": math.inf, "most_bytes": math.inf, "prefix_bytes": 0}
