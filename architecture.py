@@ -24,6 +24,7 @@ from modules.attention import ATTENTIONS, QKV_SPLITS, attention_mask
 from modules.dropout import Dropout
 from modules.linear import Linear
 from modules.positions import ABSOLUTE_POSITIONS, ROTATIONS, RotaryTables, refuse_too_long
+from modules.products import Products
 from modules.recompute import CheapRecompute, run_block, run_checkpointed_block
 
 
@@ -385,6 +386,7 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.run_block: Callable[[nn.Module, Tensor, Context], Tensor] = run_block
+        self.products: Products | None = None  # `speed_up` makes them where a model is opened to generate.
         self.grown = False  # True once a base's embedding and head have rows that no file of it holds.
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -435,6 +437,8 @@ class Decoder(nn.Module):
             ValueError: The text is longer than the positions that the model has.
         """
         B, T = tokens.shape
+        if self.products is not None and not torch.is_grad_enabled():
+            self.products.choose(B * T)
         past = cache.length if cache is not None else 0
         refuse_too_long(self.config, past + T, cache is not None)
         if positions is None:

@@ -13,26 +13,49 @@ from architecture import Decoder
 from config.console import printable
 from generation.settings import CommandConfig, OpeningConfig
 from generation.text import generate
-from modules.precision import choose_device
+from modules.precision import DTYPES, choose_device
+from modules.products import speed_up
+from modules.quantized_linear import INTEGERS, hold
 from pretrained import load_pretrained
 from tokenizer import Tokenizer
-from training.run import load_run, open_adapted
+from training.run import hold_run, load_run, open_adapted
 
 
 def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
     """Open the model and tokenizer of --model, on the requested device and in the requested dtype.
 
+    On a CPU its products are measured, so that it generates fast (`modules/products.py`).
+
     Raises:
         ValueError: There is no such model, it cannot be read, or it has no tokenizer.
     """
     device = choose_device(settings.device)
-    dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
     folder = Path(settings.model)
     if folder.is_dir() and not (folder / "config.json").exists():
-        if settings.adapter or settings.held != "full":
-            raise ValueError(f"{folder} is a run; --adapter and --held are for published models")
-        run = load_run(folder, settings.which)
-        return run.model.to(device, dtype), run.tokenizer
+        model, tokenizer = _open_run(settings, folder, device)
+    else:
+        model, tokenizer = _open_published(settings, device)
+    if device.type == "cpu":
+        speed_up(model)
+    return model, tokenizer
+
+
+def _dtype(settings: OpeningConfig) -> torch.dtype | None:
+    """Return the dtype of products and of weights that are no matrices; None is that of the files."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if settings.held in INTEGERS else None
+    return DTYPES[settings.dtype]
+
+
+def _open_run(settings: OpeningConfig, folder: Path, device: torch.device) -> tuple[Decoder, Tokenizer]:
+    if settings.adapter:
+        raise ValueError(f"{folder} is a run; --adapter is for published models")
+    run = load_run(folder, settings.which)
+    hold_run(run, settings.held)
+    return run.model.to(device, _dtype(settings)), run.tokenizer
+
+
+def _open_published(settings: OpeningConfig, device: torch.device) -> tuple[Decoder, Tokenizer]:
     if settings.which != "best":
         raise ValueError(f"{settings.model} is a published model, and --which {settings.which} is for runs")
     if settings.adapter:
@@ -41,13 +64,19 @@ def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
                 "an adapter's folder says which weights it was trained on; "
                 f"leave --dtype {settings.dtype} out, or --adapter"
             )
-        if settings.held == "int8":
-            raise ValueError("an adapter was trained on fp32, bf16 or nf4 weights; leave --held int8 out")
+        if settings.held in INTEGERS:
+            raise ValueError(
+                f"an adapter was trained on fp32, bf16 or nf4 weights; leave --held {settings.held} out"
+            )
         weight_format = "auto" if settings.held == "full" else settings.held
         found = open_adapted(settings.model, settings.adapter, weight_format, device)
     else:
         weight_format = None if settings.held == "full" else settings.held
-        found = load_pretrained(settings.model, dtype, device, weight_format=weight_format)
+        # What is rounded to integers is not rounded to bf16 before.
+        read_as = torch.float32 if settings.held in INTEGERS else _dtype(settings)
+        found = load_pretrained(settings.model, read_as, device, weight_format=weight_format)
+        hold(found.model, weight_format)
+        found.model.to(_dtype(settings))
     if found.tokenizer is None:
         raise ValueError(
             f"{settings.model} has no tokenizer; put the tokenizer.json of the model beside its weights"

@@ -101,8 +101,8 @@ class OpeningConfig:
     Args:
         model: A model folder or a hub id such as `bigcode/starcoder2-3b`, or a run folder or checkpoint.
         adapter: A PEFT folder for `model`, which is then a published one.
-        held: Format that the matrices of a published model are stored in: `full`, or with fewer bits, `int8`
-            or `nf4`.
+        held: Format that the matrices are stored in: `full`, or with fewer bits, `int8`, `int4` or `nf4`. The
+            first two are the fast ones on a CPU; they are computed in bf16 where `dtype` is `auto`.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         dtype: Type of the weights: `auto` (that of the files), `bf16` or `fp32`. An adapter's folder sets it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -110,7 +110,7 @@ class OpeningConfig:
 
     model: str = option(also=("run",))
     adapter: str = ""
-    held: Literal["full", "int8", "nf4"] = "full"
+    held: Literal["full", "int8", "int4", "nf4"] = "full"
     which: Literal["best", "last"] = "best"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"

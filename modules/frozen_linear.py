@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.nf4 import BLOCK, DECODE_ELEMENTS, DecodeRows, checked_weight
+from modules.products import MeasuredProducts, Product, Way, in_onednns_order, onednn_product
 
 # With fewer than 16 tokens on a CPU an eighth of DECODE_ELEMENTS, which stays in the core's own cache, takes
 # 0.7 of the time of 2**20.
@@ -102,7 +103,7 @@ class _Product(torch.autograd.Function):
         return total.to(dtype).view(*grads[0].shape[:-1], in_features), grad_bias, *others
 
 
-class FrozenLinear(nn.Module):
+class FrozenLinear(MeasuredProducts):
     """y = x @ weight^T + bias with a stored weight (out, in) that is not trained.
 
     The stored tensors are buffers under the names of `layout`, so `state_dict` holds them as they are. They
@@ -185,20 +186,44 @@ class FrozenLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that the products use, (out, in) in fp32, decoded anew at each access."""
-        shape, dtype = (self.out_features, self.in_features), torch.float32
+        return self.decoded(torch.float32)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, (out, in), decoded in fp32 and rounded once."""
+        shape = self.out_features, self.in_features
         weight = torch.empty(shape, dtype=dtype, device=self.stored[0].device)
-        scale = self.row_scale(self.stored, dtype)
+        scale = self.row_scale(self.stored, torch.float32)
         with torch.no_grad():
-            for rows, values in decoded_chunks(type(self), shape, self.stored, dtype, shape[0]):
-                weight[rows] = values
-        return weight if scale is None else weight.mul_(scale.unsqueeze(1))
+            for rows, values in decoded_chunks(type(self), shape, self.stored, torch.float32, shape[0]):
+                weight[rows] = values if scale is None else values * scale[rows, None]
+        return weight
 
     @property
     def bits_per_weight(self) -> float:
         """Bits for each weight, by the bytes that are stored; without the bias."""
         return 8 * sum(t.nbytes for t in self.stored) / (self.in_features * self.out_features)
 
+    def ways(self, rows: int, dtype: torch.dtype) -> dict[str, Way]:
+        if dtype not in (torch.float32, torch.bfloat16):
+            return {}
+        size = self.out_features * self.in_features * dtype.itemsize
+        return {"decoded": Way(lambda: self._by_decoded(dtype), self.extra(f"decoded {dtype}", size))}
+
+    def _by_decoded(self, dtype: torch.dtype) -> Product:
+        """Return the product of a copy that is decoded once, for memory that is free."""
+        copy = self.copied(f"decoded {dtype}", lambda: in_onednns_order(self.decoded(dtype)))
+        multiply = onednn_product(copy)
+        return lambda x: multiply(x, self.bias)
+
+    def weight_rows(self, index: Tensor) -> Tensor:
+        return self.weight[index].double()
+
     def forward(self, x: Tensor) -> Tensor:
+        product = self.measured(x)
+        return self.plain(x) if product is None else product(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Multiply x (..., in) by the weight, decoded some rows at a time."""
         if x.size(-1) != self.in_features:
             raise ValueError(
                 f"the input has {x.size(-1):,} features, but this linear takes {self.in_features:,}"
@@ -230,6 +255,7 @@ class FrozenLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Refuse other dtypes and shapes: torch would cast an absmax in fp32 to whole numbers."""
+        self.forget()
         for name, own in zip(self.names, self.stored, strict=True):
             given = state_dict.get(prefix + name)
             if given is not None and (given.dtype, given.shape) != (own.dtype, own.shape):

@@ -1,11 +1,13 @@
 """The kinds of frozen linears, and models whose linears are replaced by them.
 
 quantize_linears(model, "nf4", names)                  every named nn.Linear, in place, one by one
+hold(model, "int4")                                    those of a decoder, to generate with it
 replace_linear(model, name, "nf4", weight)             one, from a tensor just read: a loader's way in
 dequantize_linears(model)                              all of them again as nn.Linear, in fp32
 
 kind   class         bits a weight   for
 nf4    Linear4bit    4.127           QLoRA: 4-bit NormalFloat with double quantisation (arXiv:2305.14314)
+int4   Int4Linear    4.5             decoding: a scale and a zero for 64 weights (modules/integer_linear.py)
 int8   Int8Linear    8 + 32 / in     decoding: one scale an output row
 bf16   StoredLinear  16              a frozen base on hardware that multiplies only in fp32
 """
@@ -21,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from modules.frozen_linear import FrozenLinear
+from modules.integer_linear import Int4Linear, Int8Linear
 from modules.nf4 import (
     BLOCK,
     NESTED_BLOCK,
     NF4,
-    QUANTIZE_ELEMENTS,
     DecodeRows,
     checked_weight,
     dynamic_map,
@@ -139,47 +141,6 @@ class Linear4bit(FrozenLinear):
         return module
 
 
-class Int8Linear(FrozenLinear):
-    """Weights as whole numbers from -127 to 127, times a scale an output row: its largest magnitude / 127."""
-
-    names = ("quantized", "scale")
-
-    @staticmethod
-    def layout(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "quantized": ((out_features, in_features), torch.int8),
-            "scale": ((out_features,), torch.float32),
-        }
-
-    @staticmethod
-    def encode(weight: Tensor) -> tuple[Tensor, ...]:
-        # A normal number at least: the reciprocal of a smaller one may be infinite.
-        scale = torch.maximum(weight.amax(1), weight.amin(1).neg()).float().div_(127)
-        scale.clamp_(min=torch.finfo(torch.float32).tiny)
-        quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        rows = max(1, QUANTIZE_ELEMENTS[weight.device.type] // weight.size(1))
-        for start in range(0, weight.size(0), rows):
-            some = slice(start, start + rows)
-            quantized[some] = (weight[some].float() / scale[some, None]).round_().clamp_(-127, 127)
-        return quantized, scale
-
-    @staticmethod
-    def decoder(stored: tuple[Tensor, ...], rows: int, columns: int, dtype: torch.dtype) -> DecodeRows:
-        quantized, scale = stored
-        values = torch.empty(rows, columns, dtype=dtype, device=scale.device)
-
-        def decode(start: int, stop: int) -> Tensor:
-            weight = values[: stop - start].copy_(quantized[start:stop])
-            return weight if dtype != torch.float16 else weight.mul_(scale[start:stop, None])
-
-        return decode
-
-    @staticmethod
-    def row_scale(stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
-        """Return the scale: cheaper in the outputs than in the rows, but unscaled sums overflow fp16."""
-        return None if dtype == torch.float16 else stored[1]
-
-
 class StoredLinear(FrozenLinear):
     """The weight in 16 bits: fp16 where it comes in fp16, which bf16 would round, or else bf16."""
 
@@ -214,7 +175,13 @@ class StoredLinear(FrozenLinear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-KINDS: dict[str, type[FrozenLinear]] = {"nf4": Linear4bit, "int8": Int8Linear, "bf16": StoredLinear}
+KINDS: dict[str, type[FrozenLinear]] = {
+    "nf4": Linear4bit,
+    "int4": Int4Linear,
+    "int8": Int8Linear,
+    "bf16": StoredLinear,
+}
+INTEGERS = ("int8", "int4")  # kinds to decode with, whose kernels take inputs in bf16
 
 
 # --- models ----------------------------------------------------------------------------------------
@@ -240,6 +207,21 @@ def quantize_linears(model: nn.Module, kind: str, names: Iterable[str]) -> None:
             )
     for name in names:
         replace_linear(model, name, kind, _linear(model, name).weight)
+
+
+def hold(model: nn.Module, kind: str | None) -> None:
+    """Store a decoder's matrices in fewer bits, in place: its blocks', and for INTEGERS its head; None: none.
+
+    The head of a model of 117M parameters is a third of what a step of decoding reads. Where it is the
+    embedding too, that stays as it is, since a step looks up one row a token in it. Matrices that are stored
+    so already stay.
+    """
+    if kind is None:
+        return
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantize_linears(model, kind, [name for name in linears if "blocks." in name])
+    if kind in INTEGERS and "head" in linears:
+        replace_linear(model, "head", kind, _linear(model, "head").weight)
 
 
 def n_weights(model: nn.Module) -> int:

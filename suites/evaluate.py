@@ -51,7 +51,15 @@ from sandbox.problems import read_problems
 from suites import programs
 from suites.completing import CompletionSettings, complete, ngram_complete
 from suites.documents import add_intervals
-from suites.evaluated import EvaluatedModel, data_config, data_of, open_published, published_name
+from suites.evaluated import (
+    EvaluatedModel,
+    data_config,
+    data_of,
+    made_fast,
+    open_published,
+    published_name,
+    weights_held,
+)
 from suites.hidden import Judge
 from suites.kept import Kept
 from suites.memorising import memorisation
@@ -80,7 +88,7 @@ from suites.tokens import (
     tokens_of,
     train_ngram,
 )
-from training.run import TrainedRun, load_run, run_folder
+from training.run import TrainedRun, hold_run, load_run, run_folder
 
 TOKEN_ROWS = 16  # Rows at a time, for token scores.
 
@@ -153,6 +161,8 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
         sandbox.isolation(settings.allow == "unsandboxed")
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
+    if settings.held != "full":
+        precision = dataclasses.replace(precision, reason=f"{precision.reason}; matrices in {settings.held}")
     if settings.checkpoint is not None:
         return evaluate_run(settings, names, precision, data)
     return evaluate_published(settings, names, precision)
@@ -174,13 +184,15 @@ def evaluate_run(
     """Evaluate a run's checkpoint by its held-out files, or by a suite with a file of its own."""
     assert settings.checkpoint is not None
     run = load_run(settings.checkpoint, settings.which, settings.base)
-    run.model.to(precision.device)
+    hold_run(run, settings.held)
+    model = made_fast(run.model.to(precision.device), settings.held, precision)
+    weights = weights_held(run.weights, settings.held)
     evaluated = EvaluatedModel(
-        run.model,
+        model,
         run.tokenizer,
         run.config.row_length,
         run.config.lora.r > 0,
-        run.weights,
+        weights,
         precision,
     )
     models = judges(evaluated, settings)
@@ -201,7 +213,7 @@ def evaluate_run(
         "run": str(run.folder),
         "step": run.step,
         "precision": precision.reason,
-        "fingerprints": run.fingerprints | {"weights": run.weights},
+        "fingerprints": run.fingerprints | {"weights": weights},
         "allowed faults": overrides(run.folder),
         "side": store.split,
         "files": store.n_documents,
@@ -240,8 +252,8 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
     result: dict[str, Any] = {"run": None, "step": None, "precision": precision.reason, "allowed faults": {}}
     evaluated = None
     if settings.model is not None:
-        evaluated = open_published(settings.model, settings.adapter, precision)
-        folder = Path(settings.out or Path("evals") / published_name(settings.model, settings.adapter))
+        evaluated = open_published(settings, precision)
+        folder = Path(settings.out or Path("evals") / published_name(settings))
         result |= {
             "run": str(folder),
             "published": {"model": settings.model, "adapter": settings.adapter},

@@ -13,6 +13,8 @@ from architecture import Decoder
 from config import DataConfig
 from dataset import PreparedData, prepare_data
 from modules.precision import Precision
+from modules.products import speed_up
+from modules.quantized_linear import INTEGERS, hold
 from pretrained import load_pretrained
 from suites.settings import EvalConfig
 from tokenizer import Tokenizer
@@ -63,12 +65,28 @@ def data_config(run: TrainedRun, settings: EvalConfig) -> DataConfig:
     )
 
 
-def open_published(source: str, adapter: str | None, precision: Precision) -> EvaluatedModel:
+def made_fast(model: Decoder, held: str, precision: Precision) -> Decoder:
+    """Return the model with the fastest products, in bf16 where it is held as integers and computed so."""
+    if held in INTEGERS and precision.dtype == torch.bfloat16:
+        model.bfloat16()
+    if precision.device.type == "cpu":
+        speed_up(model)
+    return model
+
+
+def weights_held(fingerprint: str, held: str) -> str:
+    """Return the fingerprint of weights as they are held."""
+    return fingerprint if held == "full" else hashlib.sha256(f"{fingerprint} {held}".encode()).hexdigest()
+
+
+def open_published(settings: EvalConfig, precision: Precision) -> EvaluatedModel:
     """Open a model of a folder or the hub, with an adapter if one is named.
 
     Raises:
         ValueError: It cannot be opened, or has no tokenizer, or that of another model.
     """
+    source, adapter = settings.model, settings.adapter
+    assert source is not None
     if (Path(source) / "config.yaml").is_file():
         raise ValueError(f"{source} is a run; give it as --run")
     if adapter is not None:
@@ -78,19 +96,24 @@ def open_published(source: str, adapter: str | None, precision: Precision) -> Ev
             hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() + found.fingerprint
         )
     else:
-        dtype = torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32
-        found = load_pretrained(source, dtype, precision.device)
-        weights = found.fingerprint
+        is_bf16 = precision.dtype == torch.bfloat16 and settings.held not in INTEGERS
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
+        weight_format = None if settings.held == "full" else settings.held
+        found = load_pretrained(source, dtype, precision.device, weight_format=weight_format)
+        hold(found.model, weight_format)
+        weights = weights_held(found.fingerprint, settings.held)
     if found.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer; put the tokenizer.json of the model beside its weights")
-    model = found.model.to(precision.device)
+    model = made_fast(found.model.to(precision.device), settings.held, precision)
     return EvaluatedModel(
         model, found.tokenizer, model.config.block_size, adapter is not None, weights, precision
     )
 
 
-def published_name(source: str, adapter: str | None) -> str:
+def published_name(settings: EvalConfig) -> str:
     """Return the name of the folder for a published model's scores."""
+    source, adapter = settings.model or "", settings.adapter
     named = source if not Path(source).exists() else Path(source).resolve().name
     name = named.strip("/").replace("/", "--")
+    name += "" if settings.held == "full" else f"-{settings.held}"
     return name if adapter is None else f"{name}+{Path(adapter).resolve().name}"

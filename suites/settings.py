@@ -29,6 +29,7 @@ class EvalConfig:
             data, `next_line` or `pairs`.
         suite_file: The published file of a suite; for `examples` your own .jsonl, .jsonl.gz or .parquet.
         predictions: A JSONL file of predictions made elsewhere, one on each line, in place of the model's.
+        held: Format that the matrices are stored in: `full`, or with fewer bits, `int8`, `int4` or `nf4`.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
         samples: Examples of each suite; 0 leaves the scores of texts out. By default 200 of held-out files,
             and all of a suite's own file.
@@ -70,6 +71,7 @@ class EvalConfig:
     suite: str = ""
     suite_file: str | None = None
     predictions: str | None = None
+    held: Literal["full", "int8", "int4", "nf4"] = "full"
     which: Literal["best", "last"] = "best"
     samples: int | None = None
     max_new_tokens: int = 0
@@ -136,6 +138,10 @@ def mistake(settings: EvalConfig) -> str | None:
         return "--predictions stand in for a model's; leave --model out"
     if settings.adapter is not None and settings.model is None:
         return "--adapter belongs to a published model; give --model FOLDER with it"
+    if settings.held != "full" and settings.adapter is not None:
+        return f"an adapter's folder says which weights it was trained on; leave --held {settings.held} out"
+    if settings.held != "full" and settings.checkpoint is None and settings.model is None:
+        return f"--held {settings.held} is of a model, and none is opened; give --run RUN or --model FOLDER"
     if settings.samples_per_example > 1 and (settings.temperature == 0 or settings.predictions is not None):
         return (
             f"--samples_per_example is {settings.samples_per_example}, and without sampling all of them "

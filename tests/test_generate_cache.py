@@ -18,6 +18,7 @@ from generation.kvcache import KVCache
 from generation.reading import pad_left, read_together
 from generation.settings import GenerationConfig
 from modules import linear
+from modules.products import Product
 
 
 @torch.no_grad()
@@ -54,18 +55,25 @@ def test_batched_cached_greedy_equals_single_uncached(name):
         assert generate_ids(model, [prompt], greedy())[0].ids == ids
 
 
-def test_products_of_few_rows_give_the_same_tokens(monkeypatch):
-    """The product of large matrices, which no small model has: fp32, batched and single, cached and not."""
-    monkeypatch.setattr(linear, "MIN_ELEMENTS", 0)
+@pytest.mark.parametrize("name", ["learned", "grouped-query"])
+@pytest.mark.parametrize("way", ["tiles", "packed"])
+def test_products_of_few_rows_give_the_same_tokens(name, way, monkeypatch):
+    """Each way of a product in the place of the plain one: fp32, batched and single, cached and not."""
     monkeypatch.setattr(linear, "TILE_OUTPUTS", 8)
     rows: set[int] = set()
-    way = linear.few_rows
-    monkeypatch.setattr(linear, "few_rows", lambda x, *rest: rows.add(len(x)) or way(x, *rest))
-    for name in ("learned", "grouped-query"):
-        test_batched_cached_greedy_equals_single_uncached(name)
-        test_cached_logits_equal_uncached_at_every_position(name)
-        assert {len(PROMPTS), len(PROMPTS[-1])} <= rows  # rows of a step, and of a prompt
-        rows.clear()
+
+    def measured(self: linear.Linear, x: torch.Tensor) -> Product | None:
+        n = x.numel() // x.size(-1)
+        found = self.ways(n, x.dtype)
+        if way not in found or torch.is_grad_enabled():
+            return None
+        rows.add(n)
+        return found[way].make()
+
+    monkeypatch.setattr(linear.Linear, "measured", measured)
+    test_batched_cached_greedy_equals_single_uncached(name)
+    test_cached_logits_equal_uncached_at_every_position(name)
+    assert {len(PROMPTS), len(PROMPTS[-1])} <= rows  # rows of a step, and of a prompt
 
 
 @pytest.mark.parametrize("fault", ["padding on the right", "padding seen", "positions count padding"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +17,7 @@ from decoders import Bytes, chain, saying
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import nn
 
 from architecture import Decoder
 from config import ModelConfig
@@ -27,9 +29,12 @@ from generation import text as text_module
 from generation.command import write_completions
 from generation.settings import GenerationConfig
 from generation.text import _Stream, added_text, generate
+from modules.quantized_linear import KINDS
 from pretrained import save_pretrained
+from pretrained.load import FAMILIES
 from tokenization.healing import Prompt
 from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, Tokenizer
+from training.run import hold_run, load_run
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i)\n"] * 3
 END = "<|endoftext|>"
@@ -316,6 +321,37 @@ def test_suffix_and_sampling(folder, capsysbinary):
     assert out.decode() == expected(folder, ["def f("], "):", **chosen)[0] + "\n"
 
 
+OLDER = Path(__file__).parent / "files_of_cf0629c" / "plain"
+
+
+@pytest.mark.parametrize("held", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("source", ["a published model", "a run"])
+def test_matrices_are_held_in_fewer_bits(source, held, folder, capsysbinary):
+    path = str(folder if source == "a published model" else OLDER)
+    full, _ = command.open_model(parse_settings(["--model", path, "--prompt", "x"]))
+    chosen = parse_settings(["--model", path, "--prompt", "def f(", "--held", held, "--max_new_tokens", "4"])
+    model, _ = command.open_model(chosen)
+    linears = {name: module for name, module in full.named_modules() if isinstance(module, nn.Linear)}
+    for name, linear in linears.items():
+        found: Any = model.get_submodule(name)
+        if "blocks." in name or held != "nf4":
+            expected = KINDS[held].from_weight(linear.weight)
+            assert all(torch.equal(*pair) for pair in zip(found.stored, expected.stored, strict=True)), name
+        else:
+            assert isinstance(found, nn.Linear)
+    assert model.embed.weight.dtype == (torch.float32 if held == "nf4" else torch.bfloat16)
+    assert torch.equal(model.embed.weight, full.embed.weight.to(model.embed.weight.dtype))
+    write_completions(chosen)
+    assert capsysbinary.readouterr().err.decode().startswith(("length, 4 tokens", "eos, "))
+
+
+def test_a_run_with_adapters_keeps_its_format():
+    run = replace(load_run(OLDER), family=FAMILIES["gpt_bigcode"])
+    with pytest.raises(ValueError, match=r"run with adapters.* stored as auto; leave --held int8 out"):
+        hold_run(run, "int8")
+    hold_run(run, "full")
+
+
 def test_every_generation_setting_is_a_flag():
     words = [sys.executable, "-X", "importtime", "generate.py", "--help"]
     shown = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
@@ -377,6 +413,7 @@ def test_a_wrong_command_line_is_one_sentence(words, sentence, capsys):
         ({"device": "tpu"}, "device 'tpu' is not"),
         ({"which": "last"}, "is a published model, and --which last is for runs"),
         ({"adapter": "a", "dtype": "bf16"}, "leave --dtype bf16 out, or --adapter"),
+        ({"adapter": "a", "held": "int4"}, "leave --held int4 out"),
     ],
 )
 def test_what_cannot_be_opened_is_one_sentence(change, sentence, folder, tmp_path, monkeypatch):

@@ -75,6 +75,19 @@ def test_a_run_and_its_store_open_and_score_as_before(older: Path, run: str, sou
             assert found[system][name] == pytest.approx(was[system][name], abs=0.005), (system, name)
 
 
+@pytest.mark.parametrize("held", ["int8", "int4", "nf4"])
+def test_a_run_is_scored_with_its_matrices_in_fewer_bits(older: Path, held: Any) -> None:
+    was = json.loads(Path("plain", "eval.json").read_text("utf-8"))
+    asked = EvalConfig("plain", held=held, device="cpu", samples=0, out="out", source="source/texts.jsonl")
+    for precision in ("fp32", "bf16"):
+        found = evaluate(replace(asked, precision=precision))
+        assert found["precision"].endswith(f"; matrices in {held}")
+        assert found["fingerprints"]["weights"] != was["fingerprints"]["weights"]
+        assert was["model"]["loss"] != found["model"]["loss"] == pytest.approx(was["model"]["loss"], rel=0.02)
+    with pytest.raises(ValueError, match=f"run with adapters.*leave --held {held} out"):
+        evaluate(replace(asked, checkpoint="adapter", base="base"))
+
+
 def test_a_killed_run_goes_on_to_the_end_that_it_would_have_had(older: Path) -> None:
     manager = train(resumed("half"))
     assert manager.state.step == 8

@@ -453,7 +453,7 @@ def test_half_precision_sums_over_chunks_are_kept_in_fp32(monkeypatch: pytest.Mo
 @EVERY_KIND
 def test_bits_a_weight(kind: str) -> None:
     module = KINDS[kind].from_weight(normal(512, 512))
-    bits = {"nf4": 4.127, "int8": 8 + 32 / 512, "bf16": 16}[kind]
+    bits = {"nf4": 4.127, "int4": 4.5, "int8": 8 + 32 / 512, "bf16": 16}[kind]
     assert module.bits_per_weight == pytest.approx(bits, abs=1e-3)
     assert sum(t.nbytes for t in module.state_dict().values()) * 8 == module.bits_per_weight * 512 * 512
 
@@ -648,7 +648,10 @@ def test_every_refusal_is_one_sentence_and_changes_nothing() -> None:
             "no module '1.c_atn'; did you mean 1.c_a",
         ),
         (lambda: quantize_linears(model, "nf4", ["1.c_attn", "0"]), "0 is Embedding"),
-        (lambda: quantize_linears(model, "nf3", ["1.c_attn"]), "no kind 'nf3' .* use one of nf4, int8, bf16"),
+        (
+            lambda: quantize_linears(model, "nf3", ["1.c_attn"]),
+            "no kind 'nf3' .* use one of nf4, int4, int8, bf16",
+        ),
         (lambda: quantize_linears(quantised, "nf4", ["1.c_attn"]), "quantised already, as Int8Linear"),
         (lambda: quantize_linears(tied, "nf4", ["head"]), "head.weight is also embed.weight"),
         (lambda: quantize_linears(empty, "nf4", ["1.c_attn"]), "meta device holds no values"),

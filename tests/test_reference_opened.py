@@ -51,7 +51,7 @@ def asked(model: Path, cache: Path, **settings: Any) -> CommandConfig:
 
 
 @pytest.mark.parametrize("name", ["run", "published"])
-@pytest.mark.parametrize("changes", [{}, {"dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bf16"}, {"held": "int8"}, {"held": "int4"}], ids=str)
 def test_the_first_use_agrees_and_the_second_says_nothing(
     models: dict[str, Path],
     name: str,
@@ -61,7 +61,10 @@ def test_the_first_use_agrees_and_the_second_says_nothing(
 ) -> None:
     settings = asked(models[name], tmp_path, **changes)
     command.write_completions(settings, examine)
-    assert "a second opinion agrees: weights exactly, generation to" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "a second opinion agrees: " in said and "generation to" in said
+    assert ("another weight format changes them" in said) == ("held" in changes)
+    assert "weights exactly" in said or "held" in changes
     command.write_completions(settings, examine)
     assert "second opinion" not in capfd.readouterr().err
     command.write_completions(asked(models[name], tmp_path, dtype="fp32"), examine)

@@ -238,6 +238,18 @@ def test_the_command_scores_a_published_model_by_a_file(folder: Path, tmp_path: 
     assert rescore(tmp_path / "evals" / "tiny" / "eval-codexglue_line.json") == 0
 
 
+@pytest.mark.parametrize("held", ["int8", "int4", "nf4"])
+def test_a_published_model_is_scored_with_its_matrices_in_fewer_bits(held: Any, folder: Path, tmp_path: Path):
+    file = str(write(tmp_path / "lines.jsonl", LINES))
+    asked = replace(settings(folder, tmp_path, "codexglue_line", suite_file=file), out=None, held=held)
+    result = evaluation.evaluate(asked)
+    assert result["precision"] == f"fp32, as asked; matrices in {held}"
+    assert result["run"] == f"evals/{folder.name}-{held}"
+    assert result["fingerprints"]["weights"] != load_pretrained(str(folder)).fingerprint
+    assert mistake(replace(asked, adapter="a")) is not None
+    assert mistake(EvalConfig(rescore="x", held=held)) is not None
+
+
 def test_an_adapter_is_scored_beside_its_base(folder: Path, tmp_path: Path):
     base = load_pretrained(str(folder))
     add_adapter(base.model, LoraConfig(r=2, targets=("attention",)), base.family.key)

@@ -26,6 +26,7 @@ from architecture import Decoder, ParallelBlock, SequentialBlock
 from config import BASE_ROW, DROPOUTS, Config, ModelConfig, TrainConfig, write_atomically
 from config.yamlfile import read_yaml
 from lora import add_adapter
+from modules.quantized_linear import hold
 from modules.shapes import shapes_only
 from pretrained import Family, Pretrained, load_pretrained
 from pretrained.folder import DTYPES, shown
@@ -278,6 +279,22 @@ class TrainedRun:
     family: Family | None  # The family of the base that its adapters need; None without adapters.
     weights: str  # SHA-256 of the checkpoint's manifest, which has those of its files, and of the base's.
     base_folder: Path | None  # The files of that base, on this machine.
+
+
+def hold_run(run: TrainedRun, held: str) -> None:
+    """Store the matrices of a run's model in fewer bits, in place, unless `held` is `full`.
+
+    Raises:
+        ValueError: The run has adapters, which belong to weights stored otherwise.
+    """
+    if held == "full":
+        return
+    if run.family is not None:
+        raise ValueError(
+            f"{run.folder} is a run with adapters, which were trained on weights stored as "
+            f"{run.config.train.base_format}; leave --held {held} out"
+        )
+    hold(run.model, held)
 
 
 def run_folder(path: str | Path) -> tuple[Path, str | None]:

@@ -35,7 +35,7 @@ from guards.reference.exported import OpenedModel, compare_weights
 from guards.reference.observed import RunWeights
 from guards.reference.weights import compare_settings
 from lora import adapters_of
-from modules.quantized_linear import Linear4bit, StoredLinear
+from modules.frozen_linear import FrozenLinear
 from reference import checkpoints, scores
 from reference.published import PUBLISHED
 from reference.published_settings import settings_of
@@ -159,7 +159,7 @@ def compare_files(opened: Opened, comparison: Comparison) -> None:
 def compare_published(opened: Opened, comparison: Comparison) -> None:
     """Compare a published model with its folder: the settings, and each weight or a sample of it."""
     model, folder = opened.model, opened.place
-    if opened.adapter or any(isinstance(m, Linear4bit | StoredLinear) for m in model.modules()):
+    if opened.adapter or any(isinstance(m, FrozenLinear) for m in model.modules()):
         comparison.leave_out("the weights", "an adapter or another weight format changes them")
         return
     try:
@@ -193,11 +193,17 @@ def compare_run(opened: Opened, comparison: Comparison) -> None:
     is_one = opened.place.parent.name == "checkpoints"
     folder = opened.place if is_one else chosen(opened.place / "checkpoints", opened.which)
     parameters = dict(opened.model.named_parameters())
+    modules = opened.model.named_modules()
+    held = {f"{name}.weight" for name, module in modules if isinstance(module, FrozenLinear)}
     for name, stored in checkpoints.tensors_of(folder / "model.safetensors").items():
+        if name in held:
+            continue
         if name not in parameters:
             raise Differs(name, f"{folder.name} has it, and the model does not", REMEDY)
         found = parameters[name]
         comparison.close(f"{name} as stored in {folder.name}", found, stored.to(found.dtype), 0.0, REMEDY)
+    if held and not adapters_of(opened.model):
+        comparison.leave_out("the matrices", "another weight format changes them")
     if adapters_of(opened.model):
         comparison.leave_out("the base's weights", "they were compared when the run began")
 
