@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,10 +19,23 @@ from modules.products import speed_up
 from modules.quantized_linear import INTEGERS, hold
 from pretrained import load_pretrained
 from tokenizer import Tokenizer
-from training.run import hold_run, load_run, open_adapted
+from training.run import TrainedRun, hold_run, load_run, open_adapted
+
+
+class Opened(NamedTuple):
+    """A model that was opened to write text, and the run that it is of, if it is of one."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    run: TrainedRun | None = None
 
 
 def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
+    """Return the model and tokenizer of `opened`."""
+    return opened(settings)[:2]
+
+
+def opened(settings: OpeningConfig) -> Opened:
     """Open the model and tokenizer of --model, on the requested device and in the requested dtype.
 
     On a CPU its products are measured, so that it generates fast (`modules/products.py`).
@@ -32,12 +46,12 @@ def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
     device = choose_device(settings.device)
     folder = Path(settings.model)
     if folder.is_dir() and not (folder / "config.json").exists():
-        model, tokenizer = _open_run(settings, folder, device)
+        found = _open_run(settings, folder, device)
     else:
-        model, tokenizer = _open_published(settings, device)
+        found = _open_published(settings, device)
     if device.type == "cpu":
-        speed_up(model)
-    return model, tokenizer
+        speed_up(found.model)
+    return found
 
 
 def _dtype(settings: OpeningConfig) -> torch.dtype | None:
@@ -47,15 +61,15 @@ def _dtype(settings: OpeningConfig) -> torch.dtype | None:
     return DTYPES[settings.dtype]
 
 
-def _open_run(settings: OpeningConfig, folder: Path, device: torch.device) -> tuple[Decoder, Tokenizer]:
+def _open_run(settings: OpeningConfig, folder: Path, device: torch.device) -> Opened:
     if settings.adapter:
         raise ValueError(f"{folder} is a run; --adapter is for published models")
     run = load_run(folder, settings.which)
     hold_run(run, settings.held)
-    return run.model.to(device, _dtype(settings)), run.tokenizer
+    return Opened(run.model.to(device, _dtype(settings)), run.tokenizer, run)
 
 
-def _open_published(settings: OpeningConfig, device: torch.device) -> tuple[Decoder, Tokenizer]:
+def _open_published(settings: OpeningConfig, device: torch.device) -> Opened:
     if settings.which != "best":
         raise ValueError(f"{settings.model} is a published model, and --which {settings.which} is for runs")
     if settings.adapter:
@@ -83,7 +97,7 @@ def _open_published(settings: OpeningConfig, device: torch.device) -> tuple[Deco
         )
     if found.model.embed.weight.dtype == torch.float16 and device.type == "cpu":
         found.model.float()  # A CPU has no fast fp16.
-    return found.model, found.tokenizer
+    return Opened(found.model, found.tokenizer)
 
 
 def read_prompts(settings: CommandConfig) -> list[str]:

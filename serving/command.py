@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from architecture import Decoder
-from generation.command import open_model
+from generation.command import opened
 from serving.gate import Gate, read_token, refuse_open_address
+from serving.scores import known_scores
 from serving.settings import ServeConfig
 from tokenizer import Tokenizer
 
@@ -108,11 +109,12 @@ def serve(
     refuse_open_address(settings.host, settings.is_local, token)
     listener = listen(settings)  # A port in use is told before the model is opened.
     settings = settings if settings.model else replace(settings, model=newest_run())
-    model, tokenizer = open_model(settings)
+    model, tokenizer, run = opened(settings)
     examine(settings, model, tokenizer, [])
     from serving.service import Service
 
-    service = Service(model, tokenizer, settings.name or name_of(settings.model), settings)
+    scores = known_scores(settings, run)
+    service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, scores)
     server = make_server(service, Gate(token, [settings.host, *settings.host_names]), settings)
     host, port = listener.getsockname()[:2]
     scheme = "https" if settings.tls_cert else "http"
@@ -123,7 +125,7 @@ def serve(
     if not settings.is_local and scheme == "http":
         told = "other machines reach it, and the token goes over the network as it is"
         print(f"warning: {told}; give --tls_cert and --tls_key")
-    print(f"listening at {scheme}://{shown}:{port}; Ctrl-C ends it", flush=True)
+    print(f"listening at {scheme}://{shown}:{port}; a page to try it is there; Ctrl-C ends it", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end.
     server.run(sockets=[listener])
     service.close()

@@ -36,16 +36,19 @@ class Service:
 
     Args:
         name: The model's name for clients.
+        scores: What is known of how good the model is, in Markdown.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str, settings: ServeConfig):
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, name: str, settings: ServeConfig, scores: str = ""
+    ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
                 f"{model.config.vocab_size}; serve a model with the tokenizer that it was trained with"
             )
         self.model, self.tokenizer, self.name, self.settings = model.eval(), tokenizer, name, settings
-        self.created = int(time.time())
+        self.created, self.scores = int(time.time()), scores
         limits = EngineLimits(
             settings.most_rows, settings.most_waiting, settings.most_cache, settings.prefix_cache
         )
@@ -116,7 +119,7 @@ class Service:
         asked, first = answer.asked, place * answer.asked.n
         prompt, end = asked.prompts[place], self.settings.end
         before = prompt if isinstance(prompt, str) else ""
-        cuts = asked.n_new > 0 and asked.logprobs is None and (end != "free" or bool(asked.suffix))
+        cuts = asked.n_new > 0 and (end != "free" or bool(asked.suffix))
         endings = [Ending(end, before, asked.suffix) for _ in range(asked.n)] if cuts else []
 
         def part(sample: int, text: str) -> None:
