@@ -16,7 +16,7 @@ with random weights. Every figure is a ratio of two times of one run, the median
 - `cancel`: the time that reading 4,096 tokens takes, over the time from `cancel` to the end of the step in
   which such a prompt is gone.
 
-docs/figures.md has figures, with their machine.
+Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
