@@ -4,17 +4,19 @@
 
 The shape is that of a StarCoder of 117M parameters: 12 layers x 768, multi-query, a vocabulary of 49,152.
 transformers samples and writes the weights once, and both read that folder. They take turns in one process
-with the same threads; each turn continues the same prompts of 64 tokens by 128 greedy tokens. In fp32 all
+with the same threads; each turn continues the same prompts of 64 tokens by `--new` greedy tokens. In fp32 all
 tokens have to agree. The output has medians over the turns, with the range of the ratio; the column after it
 compares the fastest tenth of all single steps, which other processes disturb least.
+
+On a machine that others use too, `--processor` counts the processor's seconds, of one thread.
 
 With `int8`, `int4` and `nf4` ours holds its matrices so, and transformers computes in bf16.
 
 In bf16 two texts differ for good after the first token where they round differently, which comes soon with
-random weights, so the number of equal tokens means little. Instead both read the same text, ours in fp32,
-token by token through their caches, and the last columns tell how far their logits are from those of fp32:
-the root of the mean square over the standard deviation of the logits of a step, and how often the likeliest
-token is that of fp32.
+random weights, so the number of equal tokens means little. With `--gap` both read the same text, ours in
+fp32, token by token through their caches, and the last columns tell how far their logits are from those of
+fp32: the root of the mean square over the standard deviation of the logits of a step, and how often the
+likeliest token is that of fp32.
 
 `--limit` also prints, at one row, the time of each side's step beside its lower bounds: the bytes of all
 weights over the rate at which all threads together read memory (sums of chunks that fit no cache), and the
@@ -26,7 +28,7 @@ llama.cpp on the same shape, with random weights: write a GGUF with its `gguf` p
 `starcoder`, the sizes of SHAPE), `llama-quantize` it to Q8_0 and Q4_0, and run `llama-bench -t 2 -p 0 -n 128`
 on each, in turns with this benchmark.
 
-docs/generate.md has figures, with their machine.
+docs/figures.md has figures, with their machine.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ from modules.quantized_linear import KINDS, hold
 from pretrained import load_pretrained
 
 PROMPT, NEW = 64, 128
+CLOCK = time.perf_counter
 SHAPE = GPTBigCodeConfig(
     vocab_size=49_152,
     n_positions=8_192,
@@ -75,9 +78,9 @@ SHAPE = GPTBigCodeConfig(
 
 def timed(function: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
     """Return a function's seconds and its result."""
-    started = time.perf_counter()
+    started = CLOCK()
     result = function()
-    return time.perf_counter() - started, result
+    return CLOCK() - started, result
 
 
 class Steps:
@@ -86,7 +89,7 @@ class Steps:
     def __init__(self, module: torch.nn.Module):
         self.seconds: list[float] = []
         self.started: list[float] = []
-        module.register_forward_pre_hook(lambda *_: self.started.append(time.perf_counter()))
+        module.register_forward_pre_hook(lambda *_: self.started.append(CLOCK()))
 
     def end(self) -> None:
         """End a text, so that the time until the next one is not counted."""
@@ -103,9 +106,9 @@ def fastest(actions: list[Callable[[], object]], turns: int) -> float:
     best = [math.inf] * len(actions)
     for _ in range(turns):
         for i, action in enumerate(actions):
-            started = time.perf_counter()
+            started = CLOCK()
             action()
-            best[i] = min(best[i], time.perf_counter() - started)
+            best[i] = min(best[i], CLOCK() - started)
     return sum(best)
 
 
@@ -209,7 +212,7 @@ def distances(folder: str, theirs: Any, ours: Decoder, prompts: torch.Tensor) ->
     return f"{found[0][0]:.4f}, {found[1][0]:.4f} | {found[0][1]:.1%}, {found[1][1]:.1%}"
 
 
-def compare(folder: str, format: str, rows: int, turns: int, limit: bool) -> None:
+def compare(folder: str, format: str, rows: int, asked: argparse.Namespace) -> None:
     """Print the row of the table for one format and number of rows."""
     dtype = torch.float32 if format == "float32" else torch.bfloat16
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -223,7 +226,7 @@ def compare(folder: str, format: str, rows: int, turns: int, limit: bool) -> Non
     (_, expected), (_, actual) = timed(them), timed(we)  # this also warms up both
     sides = Steps(theirs.get_input_embeddings()), Steps(ours.embed)
     times = []
-    for _ in range(turns):
+    for _ in range(asked.turns):
         times.append((timed(them)[0], timed(we)[0]))
         for side in sides:
             side.end()
@@ -234,19 +237,19 @@ def compare(folder: str, format: str, rows: int, turns: int, limit: bool) -> Non
         sys.exit(f"error: in fp32 {1 - equal:.1%} of the tokens differ from transformers'")
     ratios = sorted(a / b for a, b in times)
     speeds = [rows * NEW / median(side) for side in zip(*times, strict=True)]
-    gap = " | " if dtype == torch.float32 else distances(folder, theirs, ours, prompts)
+    gap = distances(folder, theirs, ours, prompts) if asked.gap and dtype != torch.float32 else " | "
     print(
         f"| {format} | {rows} | {speeds[0]:.1f} | {speeds[1]:.1f} | {median(ratios):.2f} "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f}) | {quiet:.2f} | {equal:.1%} | {gap} |",
         flush=True,
     )
-    if limit and rows == 1:
+    if asked.limit and rows == 1:
         plain = load_pretrained(folder, dtype).model
         print_limit(ours, (sides[0].quiet(), sides[1].quiet()), plain)
 
 
-def main(turns: int, threads: int, limit: bool, formats: list[str], batches: list[int]) -> None:
-    torch.set_num_threads(threads)
+def main(asked: argparse.Namespace) -> None:
+    torch.set_num_threads(asked.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -257,9 +260,9 @@ def main(turns: int, threads: int, limit: bool, formats: list[str], batches: lis
             "| of quiet steps | equal tokens | gap to fp32, theirs, ours | its tokens |"
         )
         print("|---|---|---|---|---|---|---|---|---|", flush=True)
-        for format in formats:
-            for rows in batches:
-                compare(folder, format, rows, turns, limit)
+        for format in asked.formats:
+            for rows in asked.rows:
+                compare(folder, format, rows, asked)
 
 
 if __name__ == "__main__":
@@ -268,9 +271,15 @@ if __name__ == "__main__":
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--new", type=int, default=NEW)
     formats = ["float32", "bfloat16", "int8", "int4", "nf4"]
     parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--limit", action="store_true")
+    parser.add_argument("--gap", action="store_true")
+    parser.add_argument("--processor", action="store_true")
     arguments = parser.parse_args()
-    main(arguments.turns, arguments.threads, arguments.limit, arguments.formats, arguments.rows)
+    NEW = arguments.new
+    if arguments.processor:
+        CLOCK, arguments.threads = time.process_time, 1
+    main(arguments)

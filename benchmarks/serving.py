@@ -16,7 +16,7 @@ with random weights. Every figure is a ratio of two times of one run, the median
 - `cancel`: the time that reading 4,096 tokens takes, over the time from `cancel` to the end of the step in
   which such a prompt is gone.
 
-docs/figures.md has figures, with their machine.
+Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from generation.engine import Engine
 from generation.kvcache import KVCache
 from generation.requests import Handle, Request
 from generation.settings import GenerationConfig
+from modules.products import speed_up
 
 SHAPE = ModelConfig(
     vocab_size=49_152,
@@ -204,6 +205,7 @@ def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     model = Decoder(SHAPE).to(getattr(torch, arguments.dtype)).eval()
+    speed_up(model)
     first_token(Engine(model), Request(ids(64, 0), GenerationConfig(max_new_tokens=4)))  # warms up
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{size:.0f}M parameters in {arguments.dtype}, {arguments.threads} threads", end="; ")

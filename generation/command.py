@@ -152,6 +152,8 @@ def write_completions(
             write(f"--- completion {number}\n{completion.text}\n")
         if not one:
             print(f"{number}: {completion.finish_reason}, {len(completion.ids)} tokens", file=sys.stderr)
+        if completion.speculation:
+            print(completion.speculation, file=sys.stderr)
     n_tokens = sum(len(completion.ids) for completion in completions)
     reason = f"{completions[0].finish_reason}, " if one else ""
     rate = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s"

@@ -33,7 +33,7 @@ from generation.rows import LiveRows, nan_sentence, rows_of
 from generation.sampling import row_generator, sample
 from generation.scheduling import UNBOUNDED, EngineLimits, Queue
 from generation.settings import GenerationConfig
-from generation.speculation import Costs, Proposer, Speculation
+from generation.speculation import PROPOSERS, Costs, Proposer, Speculation
 from tokenization.healing import Prompt
 
 PIECE = 256  # tokens of prompts that a step reads while somebody waits for a text
@@ -252,8 +252,16 @@ class Engine:
                     speculation.learn(len(proposed), n_taken, cost)
             live.took(counts)
         texts = [self.texts[number] for number in live.prompts]
+        known = self._measured
         self.started = time.perf_counter()
         live.read([text.ids[-1] for text in texts], self._proposals(texts))
+        if self._measured != known:  # Most of the time went into choosing the products of so many rows.
+            self.started = 0.0
+
+    @property
+    def _measured(self) -> int:
+        """How many numbers of rows the model's products were measured for."""
+        return 0 if self.model.products is None else len(self.model.products.done)
 
     def _was_proposed(self, row: int, place: int) -> bool:
         """Return whether the last token of a row's text is the proposed one."""
@@ -407,7 +415,8 @@ def generate_ids(
             assert most_rows is None and on_done is None, "beams of all prompts are under way together"
             with torch.inference_mode():
                 return beam_search(rows_of(model, requested, settings, vocab_size), settings, ends, stopped)
-        engine = Engine(model, vocab_size, EngineLimits(most_rows or len(prompts), **UNBOUNDED))
+        limits = EngineLimits(most_rows or len(prompts), **UNBOUNDED)
+        engine = Engine(model, vocab_size, limits, PROPOSERS[settings.speculate])
         handles = [engine._take(request) for request in requests]
         while engine.step():
             for handle in engine.under_way:

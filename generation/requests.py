@@ -32,12 +32,14 @@ class Generated(NamedTuple):
     finish_reason: `eos`, `stop` (a stop string) or `length` (max_new_tokens); of a request to an engine also
         `time` (its deadline), `cancelled`, or `replaced` by a newer one of its slot.
     scores: Of a request with `logprobs`, each token's own log-probability beside the likeliest others.
+    speculation: How many proposed tokens were taken, in words; empty where none were proposed.
     """
 
     ids: list[int]
     log_prob: float
     finish_reason: str
     scores: tuple[Score, ...] = ()
+    speculation: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class Text:
     def end(self, reason: str) -> None:
         """End the text, and tell the request's caller."""
         handle = self.handle
-        found = Generated(self.ids, self.log_prob, reason, tuple(self.scores))
+        found = Generated(self.ids, self.log_prob, reason, tuple(self.scores), str(self.speculation or ""))
         handle.results[self.sample] = found
         if handle.request.on_done is not None:
             handle.called(handle.request.on_done, self.sample, found)

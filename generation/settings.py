@@ -32,6 +32,8 @@ class GenerationConfig:
         heal: Choose the first tokens among those that begin with the prompt's last ones, which they replace
             (tokenization/healing.py). Not given, it is done unless the run was trained on prompts cut where
             they end.
+        speculate: Verify several proposed tokens in one pass, which changes no text but by rounding: `lookup`
+            proposes what followed the last tokens where they stood before; or `none`.
 
     Raises:
         ValueError: A setting is out of range, or would silently do nothing beside the others.
@@ -48,6 +50,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = option((), is_text=True)
     seed: int = 0
     heal: bool | None = None
+    speculate: Literal["none", "lookup"] = "none"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -81,6 +84,11 @@ class GenerationConfig:
             raise ValueError(
                 f"num_beams is {self.num_beams} but temperature {self.temperature} samples; "
                 "set temperature to 0 or num_beams to 1"
+            )
+        if self.num_beams > 1 and self.speculate != "none":
+            raise ValueError(
+                f"num_beams is {self.num_beams} but speculate {self.speculate} is of single texts; "
+                "set speculate to none or num_beams to 1"
             )
         if self.num_beams == 1 and self.length_penalty != 0:
             raise ValueError(

@@ -14,6 +14,7 @@ more rarely.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -24,9 +25,10 @@ from data.ngram import NGramModel
 SHORTEST = 3  # tokens that have to stand in the text before a proposal follows them
 MOST = 12  # tokens that are proposed at a time
 FIRST = 3  # the same at first
-PATIENCE = 16  # tokens without a proposal after a text's proposals did not pay; twice as many each time
+PATIENCE = 16  # tokens without a proposal, at least, after a text's did not pay; twice as many each time
 COST = 0.1  # what verifying a token costs until it was measured, as a share of a step
 LATEST = 0.3  # share of the newest measurement in a mean
+MOST_LOST = 0.04  # of a text's steps, what proposals that did not pay may have cost
 
 
 class Proposer(Protocol):
@@ -75,6 +77,9 @@ class NGram:
         return self.model.complete([np.array(self.ids)], most)[0].tolist()
 
 
+PROPOSERS: dict[str, Callable[[], Proposer] | None] = {"none": None, "lookup": Lookup}
+
+
 class Costs:
     """What passes over several tokens of so many rows take, by measurements while they run."""
 
@@ -106,7 +111,8 @@ class Speculation:
         self.proposed = self.taken = 0
         # `gain` is what a recent proposal brought: tokens, less what verifying them cost, in steps.
         self.length, self.gain = FIRST, 0.5
-        self.wait, self.pause = 0, PATIENCE
+        # Two tokens without any at first: what a step takes has to be known.
+        self.wait, self.pause, self.lost = 2, PATIENCE, 0.0
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """Return proposals after new tokens, none where they do not pay."""
@@ -124,10 +130,13 @@ class Speculation:
         """
         self.proposed += proposed
         self.taken += taken
+        cost = min(cost, proposed)  # A pass that took longer was held up by other processes.
         self.length = min(MOST, 2 * self.length) if taken == proposed else max(1, taken + 1)
         self.gain += LATEST * (taken - cost - self.gain)
+        self.lost = max(0.0, self.lost + cost - taken)
         if self.gain < 0:
-            self.wait, self.gain, self.length = self.pause, 0.0, FIRST
+            self.wait = max(self.pause, math.ceil(self.lost / MOST_LOST))
+            self.gain, self.length, self.lost = 0.0, FIRST, 0.0
             self.pause *= 2
 
     def __str__(self) -> str:

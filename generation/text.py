@@ -29,6 +29,7 @@ class Completion(NamedTuple):
     ids: list[int]
     log_prob: float
     finish_reason: str
+    speculation: str = ""
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -133,7 +134,8 @@ def completion_of(tokenizer: Tokenizer, prompt: Prompt, result: Generated, stop:
     """Return the text of what was generated, cut before the first of the stop strings."""
     new = result.ids[:-1] if result.finish_reason == "eos" else result.ids
     text, is_cut = cut_at_stop(completed_text(tokenizer, prompt, new), stop)
-    return Completion(text, result.ids, result.log_prob, "stop" if is_cut else result.finish_reason)
+    reason = "stop" if is_cut else result.finish_reason
+    return Completion(text, result.ids, result.log_prob, reason, result.speculation)
 
 
 class TextRequest:

@@ -47,7 +47,9 @@ class Way(NamedTuple):
 
 
 PLAIN = "plain"  # the way of every module, which is never checked
-BUDGET = 0.3  # seconds of measuring for a number of rows; a kind that is not reached takes its first way
+# Seconds of measuring for a number of rows. A kind that is not reached takes its first way, and the plain one
+# for many rows, where the other is for processors without an instruction for bf16.
+BUDGET = 0.3
 TURNS = 3
 HOPELESS = 3.0  # A way that takes so many times the best time with one weight is not tried with others.
 CLEAR = 1.5  # The best way's two best turns agree up to this factor, or it is not remembered.
@@ -197,7 +199,7 @@ class Products:
         x = drawn.to(self.dtype)
         tried = [known] if known in ways else list(ways)
         agreeing = [way for way in tried if self._agrees(way, key, group[0], ways[way], x)]
-        best = agreeing[0] if agreeing else PLAIN
+        best = agreeing[0] if agreeing and (rows < MANY or known in agreeing) else PLAIN
         if agreeing and known not in agreeing and time.perf_counter() < self.deadline:
             best, clear = self._fastest(agreeing, group, rows, x)
             if clear:

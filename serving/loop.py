@@ -11,6 +11,7 @@ from config import memory_is_full
 from generation.engine import Engine
 from generation.requests import Handle, Request
 from generation.scheduling import EngineLimits
+from generation.speculation import PROPOSERS
 
 Over = Callable[[Exception | None], object]  # called once, in the engine's thread
 
@@ -22,11 +23,12 @@ class EngineLoop:
         model: In evaluation mode.
         vocab_size: That of its tokenizer.
         limits: The engine's bounds.
+        speculate: A name of PROPOSERS.
     """
 
-    def __init__(self, model: Decoder, vocab_size: int, limits: EngineLimits):
-        self.model, self.vocab_size, self.limits = model, vocab_size, limits
-        self.engine = Engine(model, vocab_size, limits)
+    def __init__(self, model: Decoder, vocab_size: int, limits: EngineLimits, speculate: str = "none"):
+        self.make = lambda: Engine(model, vocab_size, limits, PROPOSERS[speculate])
+        self.engine = self.make()
         self.lock = threading.Lock()
         self.watched: list[tuple[list[Handle], Over]] = []
         self.wake, self.ending = threading.Event(), False
@@ -87,7 +89,7 @@ class EngineLoop:
         """Call back for what has ended; all of it, with an error of the engine's own."""
         with self.lock:
             if error is not None:
-                self.engine = Engine(self.model, self.vocab_size, self.limits)
+                self.engine = self.make()
             over = [one for one in self.watched if error or all(handle.done for handle in one[0])]
             self.watched = [one for one in self.watched if one not in over]
         for handles, call in over:

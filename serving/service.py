@@ -52,7 +52,7 @@ class Service:
         limits = EngineLimits(
             settings.most_rows, settings.most_waiting, settings.most_cache, settings.prefix_cache
         )
-        self.loop = EngineLoop(self.model, tokenizer.vocab_size, limits)
+        self.loop = EngineLoop(self.model, tokenizer.vocab_size, limits, settings.speculate)
         # One thread reads prompts: a long one holds up neither the engine nor the answers.
         self.reader = ThreadPoolExecutor(1, "reader")
         self.waiting = 0  # requests that the reader has not read yet

@@ -36,6 +36,8 @@ class ServeConfig(ExaminedConfig):
         most_connections: Connections at a time; for one more, the oldest without a request is closed.
         most_cache: Bytes of keys and values of the texts under way, and as many again while texts join.
         prefix_cache: Bytes of keys and values that are kept for later requests; 0 keeps none.
+        speculate: Verify several proposed tokens in one pass, which changes no text but by rounding: `lookup`
+            proposes what followed the last tokens where they stood before; or `none`.
         log_prompts: Print prompts and completions.
     """
 
@@ -57,6 +59,7 @@ class ServeConfig(ExaminedConfig):
     most_connections: int = 256
     most_cache: int = 2**31
     prefix_cache: int = 2**28
+    speculate: Literal["none", "lookup"] = "none"
     log_prompts: bool = False
 
     def __post_init__(self) -> None:

@@ -297,6 +297,14 @@ def test_one_prompt_is_streamed(folder, capsysbinary):
     assert err.startswith(("length, ", "eos, ")) and " tokens/s\n" in err and err.count("\n") == 1
 
 
+def test_a_text_that_was_speculated_is_the_same(folder, capsysbinary):
+    words = ["--model", str(folder), "--prompt", "a = b\n" * 4, "--max_new_tokens", "9"]
+    plain = run(capsysbinary, *words)
+    found = run(capsysbinary, *words, "--speculate", "lookup")
+    assert found[0] == plain[0]
+    assert re.match(r"\d+ of \d+ proposed tokens were taken", found[1]) and "proposed" not in plain[1]
+
+
 def test_texts_are_taken_as_they_are(folder, capsysbinary):
     for text in ("[1, 2]", "null", "--x", "a: b\n  é→", "1", "{"):
         words = [f"--prompt={text}", f"--suffix={text}", "--stop", text, "--stop=never", "--seed", "3"]

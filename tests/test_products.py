@@ -208,6 +208,11 @@ def test_without_time_the_first_way_is_taken(tmp_path, monkeypatch):
     with torch.no_grad():
         model[0](normal(1, 64))
     assert model[0].calls == ["slower"]
+    model.products.choose(MANY)
+    with torch.no_grad():
+        model[0].calls.clear()
+        model[0](normal(MANY, 64))
+    assert not model[0].calls, "the plain way, of many rows"
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error", "one output"])

@@ -20,7 +20,7 @@ from generation.requests import Handle, Request
 from generation.rows import LiveRows
 from generation.scheduling import EngineLimits
 from generation.settings import GenerationConfig
-from generation.speculation import PATIENCE, Costs, Lookup, NGram, Speculation
+from generation.speculation import MOST_LOST, PATIENCE, Costs, Lookup, NGram, Speculation
 
 
 class Foreseen:
@@ -188,4 +188,26 @@ def test_what_passes_cost_decides_whether_a_share_pays():
     for _ in range(6):
         dear.learn(4, 1, 2.0)
         cheap.learn(4, 1, 0.3)
-    assert dear.wait > 0 and cheap.wait <= 0
+    assert dear.wait > 2 >= cheap.wait
+    # What was lost is no more than a share of the tokens that follow without proposals.
+    useless = Speculation(Lookup, [1, 2, 3])
+    useless.learn(3, 0, 90.0)
+    assert useless.wait == 3 / MOST_LOST and useless.propose([4], 5) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_of_the_setting_are_those_without_it(name, temperature, monkeypatch):
+    model = scrambled(replace(MODELS[name], block_size=96))
+    settings = GenerationConfig(max_new_tokens=40, temperature=temperature, seed=3)
+    prompts = [[*prompt, *prompt, *prompt] for prompt in PROMPTS]
+    plain = generate_ids(model, prompts, settings)
+    found = generate_ids(model, prompts, replace(settings, speculate="lookup"))
+    assert [one.ids for one in found] == [one.ids for one in plain]
+    assert all(" proposed tokens were taken" in one.speculation for one in found)
+    assert not any(one.speculation for one in plain)
+
+
+def test_beams_are_not_speculated():
+    with pytest.raises(ValueError, match="num_beams is 2 but speculate lookup"):
+        GenerationConfig(num_beams=2, speculate="lookup")
