@@ -1,6 +1,7 @@
 """The completion server with real clients, of which PLUMB_CLIENTS names a folder (docs/editors.md).
 
-In Neovim a driver types, sees the ghost text by RPC, and takes it by the key that a person would press.
+In Neovim a driver types, sees the ghost text by RPC, and takes it by the key that a person would press; in
+Emacs it calls the commands.
 """
 
 from __future__ import annotations
@@ -67,6 +68,18 @@ def said(*words: str | Path, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def noted(served: Running, monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """Return a list of what the server is asked from now on."""
+    begin, asked = served.service.begin, list[Asked]()
+
+    def begun(one: Asked, *rest: Any) -> Any:
+        asked.append(one)
+        return begin(one, *rest)
+
+    monkeypatch.setattr(served.service, "begin", begun)
+    return asked
 
 
 # --- programs -------------------------------------------------------------------------------------------
@@ -236,13 +249,7 @@ def test_minuet_shows_ghost_text_and_its_key_takes_it(
 ) -> None:
     """What it puts before the text, language and indentation as comments, is its own."""
     minuet, plenary = client("minuet-ai.nvim", "plenary.nvim")
-    begin, asked = served.service.begin, list[Asked]()
-
-    def noted(one: Asked, *rest: Any) -> Any:
-        asked.append(one)
-        return begin(one, *rest)
-
-    monkeypatch.setattr(served.service, "begin", noted)
+    asked = noted(served, monkeypatch)
     monkeypatch.setenv("TERM", "xterm")
     (tmp_path / "init.lua").write_text(MINUET.format(minuet=minuet, plenary=plenary, url=served.url))
     with editing(tmp_path, ["-u", tmp_path / "init.lua"]) as editor:
@@ -253,3 +260,58 @@ def test_minuet_shows_ghost_text_and_its_key_takes_it(
             prompt.endswith(f"\nimport sys\n{BEFORE}") and suffix and suffix.strip("\n") == AFTER.strip("\n")
         )
         take(editor, "<A-A>", written(prompt, suffix))
+
+
+# --- Emacs ----------------------------------------------------------------------------------------------
+
+MINUET_EL = """(progn
+  (add-to-list 'load-path "{minuet}")
+  (require 'minuet)
+  (setq minuet-provider 'openai-fim-compatible)
+  (setq minuet-n-completions 1)
+  (plist-put minuet-openai-fim-compatible-options :end-point "{url}/v1/completions")
+  (plist-put minuet-openai-fim-compatible-options :name "Plumb")
+  (plist-put minuet-openai-fim-compatible-options :model "plumb")
+  (plist-put minuet-openai-fim-compatible-options :api-key "TERM")
+  (minuet-set-optional-options minuet-openai-fim-compatible-options :max_tokens 12)
+  (minuet-set-optional-options minuet-openai-fim-compatible-options :temperature 0))"""
+WRITING = """(progn
+  (switch-to-buffer (get-buffer-create "code.py"))
+  (python-mode)
+  (insert {before})
+  (save-excursion (insert {after}))
+  (minuet-show-suggestion))"""
+BUFFER = '(with-current-buffer "code.py" {})'
+SHOWN = BUFFER.format(
+    """(substring-no-properties (mapconcat
+  (lambda (one) (or (overlay-get one 'after-string) "")) (overlays-in (point-min) (point-max))))"""
+)
+TEXT = BUFFER.format("(buffer-substring-no-properties (point-min) (point-max))")
+
+
+def test_minuet_in_emacs_shows_ghost_text_and_takes_it(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emacs, emacsclient, minuet = client("emacs", "emacsclient", "minuet-ai.el")
+    name, asked = f"plumb-{os.getpid()}", noted(served, monkeypatch)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def done(expression: str) -> str:
+        return said(emacsclient, "-s", name, "--eval", expression)
+
+    def value(expression: str) -> str:
+        return json.loads(json.loads(done(f"(progn (require 'json) (json-encode {expression}))")))
+
+    said(emacs, "-q", f"--daemon={name}")
+    try:
+        done(MINUET_EL.format(minuet=minuet, url=served.url))
+        done(WRITING.format(before=json.dumps(f"import sys\n{BEFORE}"), after=json.dumps(AFTER)))
+        until(lambda: value(SHOWN))
+        (prompt,), suffix = asked[0].prompts, asked[0].suffix
+        assert isinstance(prompt, str) and prompt.endswith(f"import sys\n{BEFORE}") and suffix == AFTER
+        shown = value(SHOWN)
+        assert shown == written(prompt, suffix).strip() and shown
+        done(BUFFER.format("(minuet-accept-suggestion)"))
+        assert value(TEXT) == f"import sys\n{BEFORE}{shown}{AFTER}"
+    finally:
+        done("(kill-emacs)")
