@@ -57,9 +57,11 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def running(settings: ServeConfig = SETTINGS, token: str = "", scores: str = "") -> Iterator[Running]:
-    """A server of the small model on a free port; closed as a signal closes it."""
-    service = Service(scrambled(CONFIG), STARCODER, "tiny", settings, scores)
+def running(
+    settings: ServeConfig = SETTINGS, token: str = "", scores: str = "", model: Decoder | None = None
+) -> Iterator[Running]:
+    """A server of the small model, or of another, on a free port; closed as a signal closes it."""
+    service = Service(model or scrambled(CONFIG), STARCODER, "tiny", settings, scores)
     listener = listen(settings)
     server = make_server(service, Gate(token, [settings.host]), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
