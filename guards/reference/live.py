@@ -52,7 +52,7 @@ class DerivedSteps(FirstSteps):
 
     def _forget(self) -> None:
         super()._forget()
-        self.samples = {}
+        self.samples, self.tokens = {}, self.subject.state.tokens
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         super()._before_step(optimizer, args, kwargs)
@@ -86,10 +86,22 @@ class DerivedSteps(FirstSteps):
         if self.updates < DERIVED:
             comparison = Comparison()
             try:
+                self._compare_counters(comparison)
                 self._compare_budget(comparison)
                 self._compare_changes(comparison)
             except Differs as difference:
                 yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
+
+    def _compare_counters(self, comparison: Comparison) -> None:
+        """Compare by how much the counts of updates and targets rose."""
+        labels = [self._batch(number).labels for number in range(self.subject.config.train.accumulation)]
+        state = self.subject.state
+        comparison.exact(
+            f"counts of updates and targets after update {self.step + 1}",
+            (state.step - self.step, state.tokens - self.tokens),
+            (1, update.n_targets(labels)),
+            "what an update adds to the counts that a checkpoint keeps",
+        )
 
     def _compare_budget(self, comparison: Comparison) -> None:
         """Compare the share of the budget that is used, by which the schedule goes and the run ends."""

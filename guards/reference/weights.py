@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters.layers import Bias, FullCopy, LowRank, TrainableRows
 from config import ModelConfig
+from guards.reference import said
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.observed import adapter_of
 from guards.subject import GuardSubject
@@ -36,6 +37,7 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     """Compare every parameter with where it should come from, before the first update."""
     _names(subject, comparison)
     _memory(subject, comparison)
+    said.compare(subject, comparison)
     if subject.start == "fresh":
         _fresh(subject, comparison)
     base = _base(subject, comparison)
