@@ -293,6 +293,16 @@ def with_another(tokenizer: Tokenizer, ids: list[int]) -> healing.Prompt:
     return found._replace(branches=tuple(more))
 
 
+def dropping_more(tokenizer: Tokenizer, ids: list[int]) -> healing.Prompt:
+    """Return the healed prompt, of which one more token is dropped that all branches begin with."""
+    found = healing.healed(tokenizer, ids)
+    if not found.branches:
+        return found
+    *kept, last = found.ids
+    branches = tuple(branch._replace(ids=(last, *branch.ids)) for branch in found.branches)
+    return healing.Prompt(kept, (last, *found.dropped), branches)
+
+
 PROMPTS: dict[str, tuple[str, Fault]] = {
     "another token is allowed": (
         "text of what may end it",
@@ -301,6 +311,10 @@ PROMPTS: dict[str, tuple[str, Fault]] = {
     "no longer token is known": (
         "could not be chosen|ids of its healed parts",
         lambda patch: patch.setattr(prompts, "healed", lambda tokenizer, ids: healing.Prompt(ids)),
+    ),
+    "what all ends begin with is dropped": (
+        "what all its ends begin with stays",
+        lambda patch: patch.setattr(prompts, "healed", dropping_more),
     ),
     "one token too many is dropped": (
         "ids of its healed parts",
