@@ -228,6 +228,15 @@ def test_how_often_new_tokens_occur_is_counted_again(folder: Path, monkeypatch: 
         rows_guard._new_tokens(adapted, stored, Comparison())
 
 
+def test_counts_of_the_index_are_those_of_the_tables(folder: Path) -> None:
+    subject = subject_of(small(folder, {}))
+    stored = Stored(subject.train.folder, "train")
+    rows_guard._same_tables(subject.train, stored, Comparison())
+    stored.counted["tokens"] -= 1
+    with pytest.raises(Differs, match="index of train: "):
+        rows_guard._same_tables(subject.train, stored, Comparison())
+
+
 def test_it_leaves_no_trace(folder: Path) -> None:
     subject = subject_of(small(folder, HEALTHY["examples"]))
     before = [subject.micro_batch(n) for n in range(4)]

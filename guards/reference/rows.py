@@ -49,6 +49,13 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
 
 
 def _same_tables(store: object, stored: Stored, comparison: Comparison) -> None:
+    counts = {
+        "tokens": int(stored.offsets[-1]),
+        "documents": len(stored),
+        "bytes": int(stored.byte_lengths.sum()),
+    }
+    own = {key: counts[key] for key in stored.counted}
+    comparison.exact(f"index of {stored.split}", stored.counted, own, "its tables say otherwise")
     for name, expected in (
         ("n_documents", len(stored)),
         ("n_tokens", int(stored.lengths.sum())),
