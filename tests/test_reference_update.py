@@ -299,6 +299,14 @@ def with_more_tokens(right: Any) -> Any:
     return wrong
 
 
+def called_skipped(right: Any) -> Any:
+    def wrong(self: loop.TrainingManager, *args: Any) -> None:
+        right(self, *args)
+        self.state.skipped_in_a_row = 1
+
+    return wrong
+
+
 def with_another_epoch(right: Any) -> Any:
     def wrong(self: log.Log, step: int, values: dict[str, float]) -> None:
         right(self, step, values | {key: 2 * x for key, x in values.items() if key == "train/epoch"})
@@ -336,7 +344,11 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "targets counted twice": (
         mutated(loop.TrainingManager, "count_skipped", with_more_tokens),
-        "counts of updates and targets after update 1",
+        "counts of updates, targets and skipped ones after update 1",
+    ),
+    "an update called skipped": (
+        mutated(loop.TrainingManager, "count_skipped", called_skipped),
+        "counts of updates, targets and skipped ones after update 1",
     ),
     "another epoch in the log": (
         mutated(log.Log, "write", with_another_epoch),

@@ -169,6 +169,14 @@ def test_a_matrix_in_4_bits_that_is_another_is_named(base: Path) -> None:
         weights.compare(subject, Comparison())
 
 
+def test_a_base_that_is_not_stored_as_asked_is_named(base: Path) -> None:
+    subject = loaded(base, "bf16", {"r": 4})
+    train = replace(subject.config.train, base_format="nf4")
+    subject.config = replace(subject.config, train=train)
+    with pytest.raises(Differs, match="of the base, in 4 bits: False, and the reference has True"):
+        weights.compare(subject, Comparison())
+
+
 def test_a_scale_that_is_applied_twice_is_named(base: Path) -> None:
     subject = loaded(base, "fp32", {"r": 4})
     layer = next(module for module in subject.model.modules() if isinstance(module, LowRank))

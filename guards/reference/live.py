@@ -53,6 +53,7 @@ class DerivedSteps(FirstSteps):
     def _forget(self) -> None:
         super()._forget()
         self.samples, self.tokens = {}, self.subject.state.tokens
+        self.skipped = self.subject.state.skipped_updates
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         super()._before_step(optimizer, args, kwargs)
@@ -93,13 +94,18 @@ class DerivedSteps(FirstSteps):
                 yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
 
     def _compare_counters(self, comparison: Comparison) -> None:
-        """Compare by how much the counts of updates and targets rose."""
+        """Compare by how much the counts of updates, targets and skipped updates rose."""
         labels = [self._batch(number).labels for number in range(self.subject.config.train.accumulation)]
         state = self.subject.state
         comparison.exact(
-            f"counts of updates and targets after update {self.step + 1}",
-            (state.step - self.step, state.tokens - self.tokens),
-            (1, update.n_targets(labels)),
+            f"counts of updates, targets and skipped ones after update {self.step + 1}",
+            (
+                state.step - self.step,
+                state.tokens - self.tokens,
+                state.skipped_updates - self.skipped,
+                state.skipped_in_a_row,
+            ),
+            (1, update.n_targets(labels), 0, 0),
             "what an update adds to the counts that a checkpoint keeps",
         )
 
