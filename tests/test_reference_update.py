@@ -220,6 +220,10 @@ def halved_in_backward(right: Any) -> Any:
     return wrong
 
 
+def scaled(right: Any) -> Any:
+    return lambda device, enabled: right(device)
+
+
 DECAYED: Settings = {"optimizer": {"weight_decay": 0.5}}
 SMOOTHED: Settings = {"optimizer": {"z_loss": 0.01, "label_smoothing": 0.1}}
 FAULTS: dict[str, tuple[Settings, Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -228,6 +232,7 @@ FAULTS: dict[str, tuple[Settings, Callable[[pytest.MonkeyPatch], None], str]] = 
         mutated(optim, "orthogonalise", lambda right: lambda m: right(m) * 1.02),
         "change of blocks",
     ),
+    "scale": ({}, mutated(torch.amp, "GradScaler", scaled), "gradients that are scaled"),
     "coefficients": (
         {},
         mutated(optim, "POLAR_EXPRESS", lambda right: right[:-1]),
@@ -307,6 +312,15 @@ def called_skipped(right: Any) -> Any:
     return wrong
 
 
+def with_another_validation(right: Any) -> Any:
+    def wrong(self: log.Log, step: int, values: dict[str, float]) -> None:
+        if "eval/loss" in values:
+            right(self, step - 1, values)
+        right(self, step, values)
+
+    return wrong
+
+
 def with_another_epoch(right: Any) -> Any:
     def wrong(self: log.Log, step: int, values: dict[str, float]) -> None:
         right(self, step, values | {key: 2 * x for key, x in values.items() if key == "train/epoch"})
@@ -357,6 +371,10 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "a line too few": (
         mutated(log.Log, "write", without_first_lines),
         "updates with a line in the log",
+    ),
+    "a line of no update": (
+        mutated(log.Log, "write", with_another_validation),
+        "updates after which was validated",
     ),
     "half of the budget": (
         mutated(loop.TrainingManager, "progress", lambda right: lambda self: 2 * right(self)),

@@ -121,6 +121,10 @@ def compare_log(
     steps = [line["step"] for line in lines if "train/loss" in line]
     due = [n for n in range(begun + 1, step + 1) if n == 1 or n % train.log_every == 0]
     comparison.exact("updates with a line in the log", steps, due, LOG)
+    validated = [line["step"] for line in lines if "eval/loss" in line]
+    every = [n for n in (train.validate_every, train.save_every) if n]
+    due = [n for n in range(begun + 1, step) if any(n % often == 0 for often in every)]
+    comparison.exact("updates after which was validated", validated, [*due, step], LOG)
     for line in lines:
         if "train/loss" not in line:
             continue
