@@ -220,10 +220,6 @@ def halved_in_backward(right: Any) -> Any:
     return wrong
 
 
-def scaled(right: Any) -> Any:
-    return lambda device, enabled: right(device)
-
-
 DECAYED: Settings = {"optimizer": {"weight_decay": 0.5}}
 SMOOTHED: Settings = {"optimizer": {"z_loss": 0.01, "label_smoothing": 0.1}}
 FAULTS: dict[str, tuple[Settings, Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -232,7 +228,6 @@ FAULTS: dict[str, tuple[Settings, Callable[[pytest.MonkeyPatch], None], str]] = 
         mutated(optim, "orthogonalise", lambda right: lambda m: right(m) * 1.02),
         "change of blocks",
     ),
-    "scale": ({}, mutated(torch.amp, "GradScaler", scaled), "gradients that are scaled"),
     "coefficients": (
         {},
         mutated(optim, "POLAR_EXPRESS", lambda right: right[:-1]),

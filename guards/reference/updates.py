@@ -68,8 +68,6 @@ def named_fault(subject: GuardSubject) -> Fault | None:
 
 def compare_rules(subject: GuardSubject, comparison: Comparison) -> None:
     """Compare optimizer, rate, decay, betas and eps of every parameter with those of the settings."""
-    scaled, in_fp16 = subject.scaler.is_enabled(), subject.precision.dtype == torch.float16
-    comparison.exact("gradients that are scaled", scaled, in_fp16, "only fp16 needs a scale")
     found = {
         id(p): (type(optimizer).__name__.lower(), group)
         for optimizer in subject.optimizers
