@@ -158,7 +158,7 @@ def _values(path: Path) -> Iterator[tuple[str, Tensor | float | str]]:
             for number, line in enumerate(data.decode().splitlines()):
                 yield from _flat(f"/{number}", json.loads(line))
         else:
-            yield "", repr(data) if b"\0" in data else TIMES.sub("TIME", data.decode())
+            yield "", repr(data) if b"\0" in data else DIGEST.sub("#", TIMES.sub("TIME", data.decode()))
     except Exception:  # A mutant may have written anything.
         yield "", repr(data)
 

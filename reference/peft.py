@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,22 @@ class PeftAdapter:
 
     def _tensor(self, module: str, kind: str) -> Tensor:
         return self.tensors[f"{PREFIX}{module}.{kind}"]
+
+
+def meant(targets: Collection[str], modules: Collection[str]) -> set[str]:
+    """Return the modules that `target_modules` names, by the whole name or by its last parts."""
+    return {name for name in modules if any(f".{name}".endswith(f".{target}") for target in targets)}
+
+
+def shortest(targets: Collection[str], modules: Collection[str]) -> set[str]:
+    """Return the last parts of the names that targets mean, or their whole names where more have those parts.
+
+    Args:
+        modules: Those that could be a target.
+    """
+    names = meant(targets, modules)
+    leaves = {name.rpartition(".")[2] for name in names}
+    return leaves if meant(leaves, modules) == names else names
 
 
 def of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -21,6 +21,7 @@ class Stored:
         pad: The id of padding.
         gap_lead: How many tokens stand before the first marker of a gap.
         suffix_first: Whether the suffix of a gap stands before its prefix.
+        counted: The `tokens`, `documents` and `bytes` that the index says.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -33,6 +34,8 @@ class Stored:
         }
         self.pad, self.gap_lead = index["pad_id"] or 0, index.get("gap_lead", 0)
         self.suffix_first = index.get("suffix_first", False)
+        own = index["splits"][split]
+        self.counted = {key: own[key] for key in ("tokens", "documents", "bytes") if key in own}
         self.offsets = np.load(folder / f"{split}-offsets.npy")
         self.byte_lengths = np.load(folder / f"{split}-bytes.npy")
         self.holds_examples = f"{split}-prompts.npy" in files

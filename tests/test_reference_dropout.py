@@ -51,6 +51,19 @@ def test_dropout_of_the_model_agrees(attention: str, p: float) -> None:
     torch.random.set_rng_state(before)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_number_that_is_drawn_for_nothing_is_named(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawing(self: dropouts.Dropout, x: torch.Tensor) -> torch.Tensor:
+        torch.rand(1)
+        return right(self, x)
+
+    right = dropouts.Dropout.forward
+    compared(decoder(dropout=p))
+    monkeypatch.setattr(dropouts.Dropout, "forward", drawing)
+    with pytest.raises(Differs, match="in evaluation, nothing happens"):
+        compared(decoder(dropout=p))
+
+
 @pytest.mark.parametrize("settings", ADAPTERS, ids=str)
 def test_dropout_of_adapters_agrees_and_leaves_no_trace(settings: dict[str, Any]) -> None:
     model, config = adapted(**settings)
@@ -71,8 +84,9 @@ def test_dropout_beside_stored_weights_agrees() -> None:
     compared(model, lora=config)
 
 
-def test_without_dropout_nothing_is_compared() -> None:
-    assert not compared(decoder()).stages
+def test_without_dropout_it_is_seen_that_nothing_happens() -> None:
+    stages = [stage for stage, _ in compared(decoder()).stages]
+    assert stages and all(stage.endswith("nothing happens") for stage in stages)
 
 
 def test_a_mask_has_its_share_of_zeros_in_every_column_and_row() -> None:

@@ -99,6 +99,12 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
         "top1 of the n-gram",
     ),
     "ranks": (losses, "count_below", lambda right: lambda *args: right(*args) * 0, "top1 of the model"),
+    "files": (
+        suites_evaluate,
+        "add_token_scores",
+        lambda right: lambda result, *rest: (right(result, *rest), result.update(files=1)),
+        "files and bytes",
+    ),
     "nats": (suites_evaluate, "model_scores", doubled, "loss of the model on test document"),
     "longer runs": (memorising, "longest_runs", one_longer, "longest run of sample|memorised text"),
 }

@@ -351,6 +351,18 @@ WRONG_ADAPTERS: dict[str, tuple[str, Callable[..., Any]]] = {
         r"q\.weight, change by the adapter: .*, and the reference has 0;",
         lambda values, _: values.update(target_modules=["k_proj", "down_proj"]),
     ),
+    "whole names are written where parts would do": (
+        r"adapter_config\.json, target_modules: ",
+        lambda values, _: values.update(
+            target_modules=[
+                f"model.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")
+            ]
+        ),
+    ),
+    "the start is not what PEFT writes": (
+        r"adapter_config\.json, init_lora_weights: False, and the reference has True",
+        lambda values, _: values.update(init_lora_weights=False),
+    ),
     "the factors are rounded": (
         r"q\.weight, change by the adapter: differs by",
         lambda _, tensors: tensors.update({k: t.bfloat16().float() for k, t in tensors.items()}),

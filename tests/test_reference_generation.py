@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 from bare_subjects import bare_subject, decoder
+from decoders import scramble
 from test_reference_forward import SHAPES
 
 from architecture import Decoder
 from data.documents import Document
 from generation import engine, reading, rows, sampling
 from generation.kvcache import KVCache
+from generation.prefixes import PrefixCache
 from generation.rows import LiveRows
 from generation.settings import GenerationConfig
 from guards import subject
 from guards.reference import generation, prompts
 from guards.reference.comparison import Comparison, Differs
+from guards.reference.effective import config_of, weights_of
 from reference.generation import Rules, beam_search, chances, draws, interval, nucleus, penalised
 from selftest.data import function
 from tokenization import healing
@@ -32,6 +35,17 @@ TOKENIZERS: dict[str, Tokenizer] = {
     "code": CodeTokenizer.train(TEXTS, 600),
     "bpe": BPETokenizer.train(TEXTS, 600),
 }
+
+
+def served(model: Decoder) -> Comparison:
+    """Compare a model that is asked one request after another."""
+    comparison, config = Comparison(), config_of(model, model.config)
+    comparison.begin("generation")
+    scramble(model)
+    with torch.no_grad():
+        generating = generation.Generating(model, config, None, (), is_served=True)
+        generation.compare_model(generating, comparison, lambda: weights_of(model, {}))
+    return comparison
 
 
 def compared(model: Decoder, tokenizer: Tokenizer | None = None) -> Comparison:
@@ -182,7 +196,7 @@ ENGINE: dict[str, tuple[str, Fault]] = {
         ),
     ),
     "the nucleus lacks its last token": (
-        "chances of a token",
+        "chances of (a token|equal tokens)",
         in_place_of(sampling, "keep_top_p", lambda true, logits, p: true(logits, p * 0.6)),
     ),
     "one seed for all rows": (
@@ -205,6 +219,14 @@ ENGINE: dict[str, tuple[str, Fault]] = {
             lambda true, logits, generators: (true(logits, generators) + 1) % logits.size(1),
         ),
     ),
+    "ties at the last of top-k are dropped": (
+        "chances of equal tokens, .*top_k",
+        in_place_of(
+            sampling,
+            "keep_top_k",
+            lambda true, logits, k: true(logits - 1e-3 * torch.arange(logits.size(1)), k),
+        ),
+    ),
     "every second beam is lost": ("beams", in_place_of(LiveRows, "log_scores", halved)),
 }
 
@@ -220,11 +242,65 @@ def test_a_fault_of_the_engine_is_named(fault: str, monkeypatch: pytest.MonkeyPa
             compared(model)
 
 
+@pytest.mark.parametrize("shape", [{}, {"position": "learned"}, {"sliding_window": 9}], ids=str)
+def test_requests_one_after_another_agree(shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    known, taken = list[int](), list[bool]()
+    find, proposed = PrefixCache.find, engine.Engine._was_proposed
+
+    def found(self: PrefixCache, ids: Any) -> Any:
+        known.append(self.known(ids))
+        return find(self, ids)
+
+    def was_proposed(self: engine.Engine, row: int, place: int) -> bool:
+        taken.append(proposed(self, row, place))
+        return taken[-1]
+
+    monkeypatch.setattr(PrefixCache, "find", found)
+    monkeypatch.setattr(engine.Engine, "_was_proposed", was_proposed)
+    stages = [stage for stage, _ in served(decoder(**shape)).stages]
+    assert "prompt 2, of a later request, 1 foreseen, token 4" in stages and known == [32, 32, 20]
+    assert sum(taken) == (2 if "sliding_window" in shape else 3)  # Rows with a window speculate alone.
+
+
+def negative(true: Any, self: PrefixCache, ids: Any) -> Any:
+    held = true(self, ids)
+    return None if held is None else held * -1
+
+
+def taken_unseen(true: Any, self: engine.Engine, row: int, place: int) -> bool:
+    return place < len(self.live.proposed[row])
+
+
+SERVED: dict[str, Fault] = {
+    "keys and values of another sign": in_place_of(PrefixCache, "find", negative),
+    "what was foreseen is taken": in_place_of(engine.Engine, "_was_proposed", taken_unseen),
+}
+
+
+@pytest.mark.parametrize("fault", SERVED)
+def test_a_fault_between_requests_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = decoder()
+    SERVED[fault](monkeypatch)
+    with pytest.raises(Differs, match=r"of a (first|later) request"):
+        served(model)
+
+
 def with_another(tokenizer: Tokenizer, ids: list[int]) -> healing.Prompt:
     """Return the healed prompt, whose branches allow one more token: byte 0, which no prompt ends in."""
     found = healing.healed(tokenizer, ids)
     more = (branch._replace(allowed=np.insert(branch.allowed, 0, 3)) for branch in found.branches)
     return found._replace(branches=tuple(more))
+
+
+def dropping_more(tokenizer: Tokenizer, ids: list[int]) -> healing.Prompt:
+    """Return the healed prompt, of which one more token is dropped that all branches begin with."""
+    found = healing.healed(tokenizer, ids)
+    if not found.branches:
+        return found
+    *kept, last = found.ids
+    branches = tuple(branch._replace(ids=(last, *branch.ids)) for branch in found.branches)
+    return healing.Prompt(kept, (last, *found.dropped), branches)
 
 
 PROMPTS: dict[str, tuple[str, Fault]] = {
@@ -235,6 +311,10 @@ PROMPTS: dict[str, tuple[str, Fault]] = {
     "no longer token is known": (
         "could not be chosen|ids of its healed parts",
         lambda patch: patch.setattr(prompts, "healed", lambda tokenizer, ids: healing.Prompt(ids)),
+    ),
+    "what all ends begin with is dropped": (
+        "what all its ends begin with stays",
+        lambda patch: patch.setattr(prompts, "healed", dropping_more),
     ),
     "one token too many is dropped": (
         "ids of its healed parts",

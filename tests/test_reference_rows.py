@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,6 +33,7 @@ from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
 from recipes.small_base import with_gaps
 from reference.library import ByteLevelTokens
+from reference.stored import Stored
 from reference.tokens import read_tokenizer
 from selftest.data import function, write_data
 from selftest.run import small_config
@@ -211,6 +213,28 @@ def test_the_naive_tokenizers_write_any_text_as_the_tokenizers_do(folder: Path, 
         assert naive.encode(text) == tokenizer.encode(text)
 
     same()
+
+
+def test_how_often_new_tokens_occur_is_counted_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of(small(folder, {}))
+    first = subject.train.document(0).tolist()[3]
+    config = SimpleNamespace(lora=SimpleNamespace(new_tokens=("return",)))
+    tokenizer = SimpleNamespace(token_id=lambda token: first)
+    adapted: Any = SimpleNamespace(config=config, tokenizer=tokenizer, train=subject.train)
+    stored = Stored(subject.train.folder, "train")
+    rows_guard._new_tokens(adapted, stored, Comparison())
+    monkeypatch.setattr(tokenstore.TokenStore, "occurrences", lambda self, ids: [0 for _ in ids])
+    with pytest.raises(Differs, match="new tokens in training"):
+        rows_guard._new_tokens(adapted, stored, Comparison())
+
+
+def test_counts_of_the_index_are_those_of_the_tables(folder: Path) -> None:
+    subject = subject_of(small(folder, {}))
+    stored = Stored(subject.train.folder, "train")
+    rows_guard._same_tables(subject.train, stored, Comparison())
+    stored.counted["tokens"] -= 1
+    with pytest.raises(Differs, match="index of train: "):
+        rows_guard._same_tables(subject.train, stored, Comparison())
 
 
 def test_it_leaves_no_trace(folder: Path) -> None:

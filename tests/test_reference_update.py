@@ -25,7 +25,7 @@ from guards.subject import GuardSubject
 from modules.precision import Precision
 from selftest.planted_faults import TUNED, merged
 from selftest.run import begun, outcome, small_config
-from training import beforehand, begin, loop, loss, optim
+from training import beforehand, begin, log, loop, loss, optim
 
 Settings = dict[str, dict[str, Any]]
 FP32: Settings = {"train": {"precision": "fp32"}}
@@ -291,6 +291,46 @@ def with_twice_the_targets(right: Any) -> Any:
     return wrong
 
 
+def with_more_tokens(right: Any) -> Any:
+    def wrong(self: loop.TrainingManager, *args: Any) -> None:
+        right(self, *args)
+        self.state.tokens += 1
+
+    return wrong
+
+
+def called_skipped(right: Any) -> Any:
+    def wrong(self: loop.TrainingManager, *args: Any) -> None:
+        right(self, *args)
+        self.state.skipped_in_a_row = 1
+
+    return wrong
+
+
+def with_another_validation(right: Any) -> Any:
+    def wrong(self: log.Log, step: int, values: dict[str, float]) -> None:
+        if "eval/loss" in values:
+            right(self, step - 1, values)
+        right(self, step, values)
+
+    return wrong
+
+
+def with_another_epoch(right: Any) -> Any:
+    def wrong(self: log.Log, step: int, values: dict[str, float]) -> None:
+        right(self, step, values | {key: 2 * x for key, x in values.items() if key == "train/epoch"})
+
+    return wrong
+
+
+def without_first_lines(right: Any) -> Any:
+    def wrong(self: log.Log, step: int, values: dict[str, float]) -> None:
+        if step > 1:
+            right(self, step, values)
+
+    return wrong
+
+
 VALIDATED: Settings = {"train": {"precision": "fp32", "validate_every": 2, "max_steps": 5}}
 # The guards before the first update are switched off: these come later.
 LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -310,6 +350,26 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "patience": (
         lambda monkeypatch: monkeypatch.setattr(loop, "min", max, raising=False),
         "best loss, and the validations",
+    ),
+    "targets counted twice": (
+        mutated(loop.TrainingManager, "count_skipped", with_more_tokens),
+        "counts of updates, targets and skipped ones after update 1",
+    ),
+    "an update called skipped": (
+        mutated(loop.TrainingManager, "count_skipped", called_skipped),
+        "counts of updates, targets and skipped ones after update 1",
+    ),
+    "another epoch in the log": (
+        mutated(log.Log, "write", with_another_epoch),
+        "epoch and learning rate of update 1 in the log",
+    ),
+    "a line too few": (
+        mutated(log.Log, "write", without_first_lines),
+        "updates with a line in the log",
+    ),
+    "a line of no update": (
+        mutated(log.Log, "write", with_another_validation),
+        "updates after which was validated",
     ),
     "half of the budget": (
         mutated(loop.TrainingManager, "progress", lambda right: lambda self: 2 * right(self)),

@@ -15,9 +15,10 @@ from decoders import scramble
 from pretrained_folders import change_json
 from test_reference_forward import SHAPES
 
+import lora
 from adapters.layers import LowRank
 from config import LoraConfig, TrainConfig
-from guards.reference import forward, weights
+from guards.reference import forward, said, weights
 from guards.reference.comparison import Comparison, Differs
 from modules.nf4 import dequantize_nf4, quantize_nf4
 from modules.quantized_linear import Linear4bit
@@ -92,6 +93,28 @@ def test_a_base_and_its_adapters_are_what_files_and_settings_say(
     forward.compare(subject, Comparison())
 
 
+def uncounted(right: Any) -> Any:
+    """Leave one module out of those that have weights."""
+    return lambda model: {name: m for name, m in right(model).items() if name != "blocks.1.mlp.up"}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "stage"),
+    [
+        (lora, "held_modules", uncounted, "table of what trains"),
+        (said, "n_weights", lambda right: lambda model: right(model) + 1, "parameters of the model"),
+        (said, "parameter_groups", lambda right: lambda *args: right(*args)[1:], "table of learning rates"),
+    ],
+)
+def test_what_a_run_says_of_its_parameters_is_counted_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, wrong: Any, stage: str
+) -> None:
+    subject = loaded(base, "fp32", {"r": 4, "train_modules": ("norm",)})
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    with pytest.raises(Differs, match=stage):
+        weights.compare(subject, Comparison())
+
+
 def test_a_setting_that_was_not_read_of_the_base_is_named(base: Path) -> None:
     subject = loaded(base, "fp32", {})
     model = replace(subject.config.model, rope_theta=500.0)
@@ -143,6 +166,14 @@ def test_a_matrix_in_4_bits_that_is_another_is_named(base: Path) -> None:
     assert isinstance(stored, Linear4bit)
     stored.get_buffer("packed").bitwise_not_()
     with pytest.raises(Differs, match=r"mlp\.up\.weight of the base, in 4 bits"):
+        weights.compare(subject, Comparison())
+
+
+def test_a_base_that_is_not_stored_as_asked_is_named(base: Path) -> None:
+    subject = loaded(base, "bf16", {"r": 4})
+    train = replace(subject.config.train, base_format="nf4")
+    subject.config = replace(subject.config, train=train)
+    with pytest.raises(Differs, match="of the base, in 4 bits: False, and the reference has True"):
         weights.compare(subject, Comparison())
 
 

@@ -201,7 +201,8 @@ class TrainingManager:
                 values = self.update()
                 step, self.state.seconds = self.state.step, time.perf_counter() - self.began
                 losses.append(values["train/loss"])
-                if first_steps.after(self.progress(), self.state.skipped_in_a_row > 0):
+                is_finite = math.isfinite(losses[-1]) and math.isfinite(values["train/grad_norm"])
+                if first_steps.after(self.progress(), skipped=not is_finite):
                     record_overrides(self.folder, first_steps.passed)  # Now: a killed run keeps it too.
                 rate = (self.state.tokens - tokens_before) / (self.state.seconds - seconds_before)
                 text = f"step {step}  loss {losses[-1]:.3f}  {rate:,.0f} tokens/s"

@@ -16,7 +16,7 @@ from adapters.layers import LowRank, weight_of
 from guards.reference.comparison import Comparison
 from guards.reference.effective import adapted
 from guards.reference.rounding import STEP32
-from guards.subject import GuardSubject, is_large
+from guards.subject import GuardSubject, is_large, seed
 from lora import LoraLinear
 from modules.dropout import Dropout
 from reference import dropout
@@ -36,6 +36,7 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     try:
         model.train()
         with torch.enable_grad():
+            compare_none(comparison, model, device)
             places = {"the embedding": (config.embed_dropout, "dropout")}
             places |= {f"block {i}": (config.dropout, f"blocks.{i}.dropout") for i in {0, last}}
             for place, (p, name) in places.items():
@@ -54,6 +55,21 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def compare_none(comparison: Comparison, model: nn.Module, device: torch.device) -> None:
+    """See that a dropout of probability 0, or in evaluation, neither changes its input nor draws a number."""
+    x = torch.ones(2, 3, device=device)
+    for name, module in model.named_modules():
+        if not isinstance(module, Dropout):
+            continue
+        for training in [False] if module.p else [False, True]:
+            module.train(training)
+            before = torch.get_rng_state()
+            same = torch.equal(module(x), x) and torch.equal(torch.get_rng_state(), before)
+            stage = f"{name} of {module.p} in {'training' if training else 'evaluation'}, nothing happens"
+            comparison.exact(stage, same, True, REMEDY)
+        module.train()
 
 
 # --- masks --------------------------------------------------------------------------------------------
@@ -102,8 +118,8 @@ def compare_module(
     """Compare a dropout of the residual stream: what it does to ones, forward and backward."""
     comparison.exact(f"{stage}, its probability", cast(Any, module).p, p, "hand the setting to every part")
     factors = []
-    for seed in torch.randint(2**31, (2,)).tolist():
-        torch.manual_seed(seed)
+    for number in torch.randint(2**31, (2,)).tolist():
+        seed(number, device)
         x = torch.ones(SHAPE, requires_grad=True, device=device)
         out = module(x)
         out.backward(torch.ones_like(out))
@@ -111,7 +127,7 @@ def compare_module(
         factors.append(out.detach().double().cpu())
         comparison.close(f"{stage}, its gradient", x.grad, factors[-1], 1e-6, REMEDY)
         if isinstance(module, Dropout) and x.device.type == "cpu":
-            torch.manual_seed(seed)
+            seed(number, device)
             kept = dropout.mask(int(torch.randint(2**62, ())), 0, SHAPE, p)
             expected = torch.from_numpy(kept).double() / (1 - dropout.share(p))
             comparison.close(f"{stage}, its mask", factors[-1], expected, 1e-6, REMEDY)
@@ -179,18 +195,18 @@ def compare_adapter(comparison: Comparison, stage: str, module: LoraLinear, p: f
     with torch.no_grad():
         layer.b.normal_(std=layer.r**-0.5 / max(1.0, abs(layer.scale)))
     try:
-        for seed in torch.randint(2**31, (2,)).tolist():
+        for number in torch.randint(2**31, (2,)).tolist():
             derived = DerivedAdapter(module, layer)
             x = torch.randn(INPUTS, base.in_features, dtype=dtype, device=before.device, requires_grad=True)
             g = torch.randn(INPUTS, base.out_features, dtype=dtype, device=before.device)
-            torch.manual_seed(seed)
+            seed(number, before.device)
             (found,) = torch.autograd.grad((module(x) * g).sum(), x)
             factor, clear = derived.factor(found, g)
             factors.append(factor.where(clear, math.nan))
             with torch.no_grad():
                 x *= clear.to(x.device)  # What is not seen of the mask then decides nothing.
             kept = torch.where(factor > 0.5, 1 / (1 - dropout.share(p)), 0.0)
-            torch.manual_seed(seed)
+            seed(number, before.device)
             out = module(x)
             found = [out, *torch.autograd.grad((out * g).sum(), (layer.a, layer.b))]
             for name, ours, (theirs, tolerance) in zip(
@@ -198,7 +214,7 @@ def compare_adapter(comparison: Comparison, stage: str, module: LoraLinear, p: f
             ):
                 comparison.close(f"{stage}, {name}", ours, theirs, tolerance, REMEDY)
             if before.device.type == "cpu":
-                torch.manual_seed(seed)
+                seed(number, before.device)
                 mask = dropout.mask(int(torch.randint(2**62, ())), 0, (INPUTS, base.in_features), p)
                 same = bool((torch.from_numpy(mask) == (factor > 0.5))[clear].all())
                 comparison.exact(f"{stage}, its mask", same, True, REMEDY)

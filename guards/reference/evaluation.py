@@ -108,6 +108,8 @@ def compare_token_scores(
 ) -> None:
     """Compare the sums of some documents, and the means over all of them."""
     stored, documents = Stored(data.test.folder, data.test.split), result["documents"]
+    counted = {"files": len(stored), "bytes": int(stored.byte_lengths.sum())}
+    comparison.exact("files and bytes", {key: result[key] for key in counted}, counted, "what is counted")
     n = n_weights(evaluated.model)
     most = PRODUCTS / n / (2 if evaluated.adapted else 1)
     chosen = sampled(stored.lengths, min(TOKENS, most))

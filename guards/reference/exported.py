@@ -32,7 +32,7 @@ from guards.reference.weights import SAMPLED, STEP32, as_stored, compare_setting
 from guards.subject import LARGE
 from modules.quantized_linear import Linear4bit, StoredLinear, n_weights
 from reference.forward import Rows, logits_of
-from reference.peft import PeftAdapter
+from reference.peft import PeftAdapter, shortest
 from reference.published import PUBLISHED, PublishedWeights, family_of, published_name
 from reference.published_settings import settings_of
 from training.run import TrainedRun
@@ -90,6 +90,8 @@ def refuse_other_adapter(folder: Path, run: TrainedRun, allowed: Collection[str]
             comparison.leave_out("the base", "its files are not safetensors")
         compare_weights(comparison, weights, opened)
         compare_logits(comparison, run.model, replace(settings, tie_embeddings=False), opened)
+        comparison.begin("settings")
+        compare_adapter_settings(comparison, opened, run.config.lora)
 
     return judged("exported adapter", compare, allowed)
 
@@ -192,6 +194,15 @@ class OpenedAdapter(OpenedWeights):
         except FileNotFoundError:
             self.published = None
 
+    @property
+    def matrices(self) -> list[str]:
+        """The modules whose weight is a matrix."""
+        paths = [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
+        bases = [adapter_of(self.model.get_submodule(path))[0] for path in paths]
+        return [
+            path for path, base in zip(paths, bases, strict=True) if len(shape_of(base, "weight") or ()) == 2
+        ]
+
     def part(self, name: str, rows: slice) -> Tensor:
         base, (path, _, kind) = self.base(name, rows), name.rpartition(".")
         module = published_name(self.family, path)
@@ -269,6 +280,27 @@ def compare_logits(
             comparison.leave_out("a row of logits", "rounding alone may change them")
             return
     comparison.close("logits of a row", found, expected, tolerance, REMEDY)
+
+
+def compare_adapter_settings(comparison: Comparison, opened: OpenedAdapter, lora: LoraConfig) -> None:
+    """Compare adapter_config.json with the run's settings, as whoever reads it will understand them.
+
+    A start that is taken off makes each pair twice as high. Targets are named as shortly as may be.
+    """
+    found, times = opened.adapter.values, 2 if lora.init == "pissa" else 1
+    alpha = lora.alpha * (math.sqrt(times) if lora.rslora else times)
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r * times, "lora_alpha": alpha}
+    expected |= {"lora_dropout": lora.dropout, "bias": lora.bias, "use_rslora": lora.rslora}
+    expected |= {"use_dora": lora.dora, "init_lora_weights": True, "inference_mode": True}
+    for key, value in expected.items():
+        comparison.exact(f"adapter_config.json, {key}", found.get(key), value, REMEDY)
+    able = {published_name(opened.family, path) for path in opened.matrices}
+    able = {module for module in able if not opened.adapter.is_copied(module)}
+    targets = {*found["target_modules"]}
+    comparison.exact("adapter_config.json, target_modules", targets, shortest(targets, able), REMEDY)
+    place = Path(found["base_model_name_or_path"])
+    is_found = place.is_absolute() or not place.exists()
+    comparison.exact("the place of the base, found from any folder", is_found or str(place), True, REMEDY)
 
 
 def row_of(model: Decoder) -> Tensor:

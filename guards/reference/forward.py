@@ -334,11 +334,11 @@ def scrambled(subject: GuardSubject, layers: set[int]) -> Iterator[None]:
     """
     model = subject.model
     modes = {module: module.training for module in model.modules()}
-    inside = tuple(f"blocks.{layer}." for layer in layers)
+    inside, is_small = tuple(f"blocks.{layer}." for layer in layers), not is_large(model)
     chosen = {
         name: p
         for name, p in model.named_parameters()
-        if p.requires_grad and (not is_large(model) or p.dim() < 2 or name.startswith(inside))
+        if p.requires_grad and (is_small or p.dim() < 2 or name.startswith(inside))
     }
     before, scales = {name: p.detach().clone() for name, p in chosen.items()}, scales_of_adapters(model)
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))

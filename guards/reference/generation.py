@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from architecture import Decoder
 from config import ModelConfig
 from generation.engine import Generated, generate_ids
 from generation.rows import rows_of
-from generation.sampling import row_generator, sample
+from generation.sampling import adjust_logits, row_generator, sample
 from generation.settings import GenerationConfig
 from guards.reference.comparison import Comparison
 from guards.reference.forward import scrambled
 from guards.reference.observed import run_weights
 from guards.reference.prompts import compare_prompts
 from guards.reference.reader import REMEDY, Reader
+from guards.reference.served import compare_served
 from guards.subject import GuardSubject, is_large
 from modules.quantized_linear import n_weights
 from reference.generation import Rules, beam_search, chances, draws, interval, penalised
@@ -53,12 +55,14 @@ class Generating:
 
     Args:
         first_documents: Texts out of which prompts are cut.
+        is_served: Compare what a server does with requests that come one after another.
     """
 
     model: Decoder
     config: ModelConfig
     tokenizer: Tokenizer | None
     first_documents: Sequence[Any]
+    is_served: bool = False
 
 
 def compare(subject: GuardSubject, comparison: Comparison) -> None:
@@ -98,6 +102,11 @@ def compare_model(
     else:
         left = "generation but for greedy decoding"
         comparison.leave_out(left, f"a model of {n_weights(model):,} weights takes too long")
+    if is_small and generating.is_served:
+        words, greedy = words_of(model.config), GenerationConfig(max_new_tokens=NEW)
+        runs = Continuations(comparison, reader, words)
+        same = partial(runs.compare, settings=greedy)
+        compare_served(model, comparison, words, room, same, greedy)
     if is_small and generating.tokenizer is not None:
         compare_prompts(generating, comparison, reader, room - NEW)
     if math.isinf(reader.off):
@@ -125,6 +134,7 @@ def compare_greedy(model: Decoder, comparison: Comparison, reader: Reader, promp
     ends = {found[0].ids[0], found[1].ids[1]}
     found = generate_ids(model, prompts, greedy, ends, words, most_rows=PLACES)
     runs.compare("greedy to an end", prompts, found, greedy, ends)
+    compare_ties(comparison)
     for changes in (PENALISED, *SAMPLED):
         compare_chances(model, comparison, prompts[:3], GenerationConfig(**changes), words)
 
@@ -229,6 +239,17 @@ def log_prob_of(after: Tensor, ids: list[int]) -> float:
 
 
 # --- the choice of a token --------------------------------------------------------------------------------
+
+
+def compare_ties(comparison: Comparison) -> None:
+    """Compare which of equally likely tokens are kept, as random logits have none."""
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 2.0, 3.0]])
+    cases: tuple[dict[str, Any], ...] = ({"top_k": 3}, {"top_k": 2, "top_p": 0.6}, {"top_p": 0.7})
+    for changes in cases:
+        settings = GenerationConfig(temperature=1.0, **changes)
+        found = adjust_logits(logits, None, settings)[0].double().softmax(-1)
+        expected = chances(logits[0].double(), rules_of(settings))
+        comparison.close(f"chances of equal tokens, {_said(settings)}", found, expected, 1e-15, REMEDY)
 
 
 def compare_chances(

@@ -52,7 +52,8 @@ class DerivedSteps(FirstSteps):
 
     def _forget(self) -> None:
         super()._forget()
-        self.samples = {}
+        self.samples, self.tokens = {}, self.subject.state.tokens
+        self.skipped = self.subject.state.skipped_updates
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         super()._before_step(optimizer, args, kwargs)
@@ -86,10 +87,27 @@ class DerivedSteps(FirstSteps):
         if self.updates < DERIVED:
             comparison = Comparison()
             try:
+                self._compare_counters(comparison)
                 self._compare_budget(comparison)
                 self._compare_changes(comparison)
             except Differs as difference:
                 yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
+
+    def _compare_counters(self, comparison: Comparison) -> None:
+        """Compare by how much the counts of updates, targets and skipped updates rose."""
+        labels = [self._batch(number).labels for number in range(self.subject.config.train.accumulation)]
+        state = self.subject.state
+        comparison.exact(
+            f"counts of updates, targets and skipped ones after update {self.step + 1}",
+            (
+                state.step - self.step,
+                state.tokens - self.tokens,
+                state.skipped_updates - self.skipped,
+                state.skipped_in_a_row,
+            ),
+            (1, update.n_targets(labels), 0, 0),
+            "what an update adds to the counts that a checkpoint keeps",
+        )
 
     def _compare_budget(self, comparison: Comparison) -> None:
         """Compare the share of the budget that is used, by which the schedule goes and the run ends."""

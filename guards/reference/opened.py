@@ -132,7 +132,7 @@ def compare_opened(opened: Opened, prompts: Sequence[str], comparison: Compariso
     comparison.begin("generation")
     texts = [SimpleNamespace(text=text) for text in prompts]
     config = config_of(model, model.config)
-    generating = generation.Generating(model, config, opened.tokenizer if texts else None, texts)
+    generating = generation.Generating(model, config, opened.tokenizer if texts else None, texts, True)
     generation.compare_model(generating, comparison, lambda: weights_of(model, {}))
 
 

@@ -116,8 +116,14 @@ def covers(prompt: Prompt) -> list[list[int]]:
 
 
 def compare_texts(subject: Generating, comparison: Comparison, stage: str, cut: Cut) -> None:
-    """See that the text of some covers begins with the prompt, and does not without its last token."""
+    """See that the text of some covers begins with the prompt, and does not without its last token.
+
+    What all covers begin with is not dropped.
+    """
     start, text = len(subject.tokenizer.prompt_ids("")), cut.text.encode("utf-8", "surrogatepass")
+    shared = {branch.ids[:1] for branch in cut.prompt.branches}
+    kept = len(shared) != 1 or shared == {()}
+    comparison.exact(f"{stage}, what all its ends begin with stays", kept or shared, True, REMEDY)
     for branch in cut.prompt.branches:
         for id in (int(branch.allowed[0]), int(branch.allowed[-1])):
             ids = [*cut.prompt.ids, *branch.ids, id][start:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -42,11 +43,19 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     comparison.exact(
         "targets of validation by byte", subject.targets_per_byte, targets, "divide tokens by bytes of UTF-8"
     )
+    _new_tokens(subject, stores["train"], comparison)
     _training(subject, stores["train"], comparison, draw)
     _validation(subject, validation, comparison, draw)
 
 
 def _same_tables(store: object, stored: Stored, comparison: Comparison) -> None:
+    counts = {
+        "tokens": int(stored.offsets[-1]),
+        "documents": len(stored),
+        "bytes": int(stored.byte_lengths.sum()),
+    }
+    own = {key: counts[key] for key in stored.counted}
+    comparison.exact(f"index of {stored.split}", stored.counted, own, "its tables say otherwise")
     for name, expected in (
         ("n_documents", len(stored)),
         ("n_tokens", int(stored.lengths.sum())),
@@ -60,6 +69,22 @@ def _same_tables(store: object, stored: Stored, comparison: Comparison) -> None:
 def _n_targets(stored: Stored) -> int:
     """Return the tokens of a split but the first of each document and those of prompts."""
     return int(np.maximum(stored.lengths - np.maximum(stored.prompts, 1), 0).sum())
+
+
+def _new_tokens(subject: GuardSubject, stored: Stored, comparison: Comparison) -> None:
+    """Compare how often new tokens occur in training, of which a warning is made; of a short split."""
+    ids = [
+        id
+        for token in subject.config.lora.new_tokens
+        if (id := subject.tokenizer.token_id(token)) is not None
+    ]
+    if not ids or int(stored.offsets[-1]) > MOST_GRADED:
+        return
+    counts = Counter(id for number in range(len(stored)) for id in stored.document(number))
+    remedy = "count every document of training"
+    comparison.exact(
+        "new tokens in training", subject.train.occurrences(ids), [counts[id] for id in ids], remedy
+    )
 
 
 # --- training --------------------------------------------------------------------------------------

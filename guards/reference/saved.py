@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
+from guards.reference import said
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.effective import config_of, weights_of
 from guards.reference.stored import compare_stored
@@ -63,6 +63,7 @@ def faults(
         if whole:
             compare_scores(subject, comparison, values)
             compare_bytes(subject, comparison, values)
+        said.compare_log(subject, comparison, values, begun.step)
         compare_checkpoint(subject, comparison, values)
         compare_best(subject, comparison, begun)
     except Differs as difference:
@@ -172,9 +173,8 @@ def compare_best(subject: GuardSubject, comparison: Comparison, begun: Begun) ->
 
     Files of an earlier part of the run may have been removed on purpose before this one began.
     """
-    lines = (subject.folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    logged = [json.loads(line) for line in lines]
-    losses = {line["step"]: line["eval/loss"] for line in logged if "eval/loss" in line}
+    lines = said.logged(subject, 0)
+    losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
     found = scores.best_of((manifest["step"], manifest["loss"]) for manifest in _manifests(subject))
     known = [(step, loss) for step, loss in losses.items() if step > begun.step or step in begun.there]
     comparison.exact("best checkpoint", found, scores.best_of(known), "which checkpoints are removed")

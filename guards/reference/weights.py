@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters.layers import Bias, FullCopy, LowRank, TrainableRows
 from config import ModelConfig
+from guards.reference import said
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.observed import adapter_of
 from guards.subject import GuardSubject
@@ -36,6 +37,7 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     """Compare every parameter with where it should come from, before the first update."""
     _names(subject, comparison)
     _memory(subject, comparison)
+    said.compare(subject, comparison)
     if subject.start == "fresh":
         _fresh(subject, comparison)
     base = _base(subject, comparison)
@@ -176,8 +178,11 @@ def _loaded(subject: GuardSubject, comparison: Comparison, base: PublishedWeight
     """Compare the weights of the base in memory with the published files, through the reference's names."""
     for name, shape in shapes(subject.config.model).items():
         module, _, kind = _own(subject, name)
-        stored = base.shape(name)
-        if kind == "weight" and isinstance(module, Linear4bit):
+        stored, in_4_bits = base.shape(name), kind == "weight" and isinstance(module, Linear4bit)
+        asked = subject.config.lora.r > 0 and subject.config.train.base_format == "nf4"
+        asked = asked and name.startswith("blocks.") and len(shape) == 2
+        comparison.exact(f"{name} of the base, in 4 bits", in_4_bits, asked, "what base_format asks for")
+        if isinstance(module, Linear4bit) and in_4_bits:
             _loaded_nf4(comparison, base, name, module)
             continue
         n = stored[0]
