@@ -57,9 +57,11 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def running(settings: ServeConfig = SETTINGS, token: str = "") -> Iterator[Running]:
-    """A server of the small model on a free port; closed as a signal closes it."""
-    service = Service(scrambled(CONFIG), STARCODER, "tiny", settings)
+def running(
+    settings: ServeConfig = SETTINGS, token: str = "", service: Service | None = None
+) -> Iterator[Running]:
+    """A server on a free port, by default of the small model; closed as a signal closes it."""
+    service = service or Service(scrambled(CONFIG), STARCODER, "tiny", settings)
     listener = listen(settings)
     server = make_server(service, Gate(token, [settings.host]), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -177,7 +177,7 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
             tokenizer = PretrainedTokenizer.load(Path(folder))
-        tokenizer.bare_gaps = False  # It had no markers, so that no gap was trained with it.
+        tokenizer.bare_gaps = False  # No gap was trained without the start: older ones have no markers.
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
