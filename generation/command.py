@@ -11,7 +11,7 @@ import torch
 
 from architecture import Decoder
 from config.console import printable
-from generation.settings import CommandConfig, OpeningConfig
+from generation.settings import CommandConfig, OpeningConfig, WeightsConfig
 from generation.text import generate
 from modules.precision import choose_device
 from pretrained import load_pretrained
@@ -19,23 +19,24 @@ from tokenizer import Tokenizer
 from training.run import load_run, open_adapted
 
 
-def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
+def open_model(settings: WeightsConfig) -> tuple[Decoder, Tokenizer]:
     """Open the model and tokenizer of --model, on the requested device and in the requested dtype.
 
     Raises:
         ValueError: There is no such model, it cannot be read, or it has no tokenizer.
     """
+    adapter = settings.adapter if isinstance(settings, OpeningConfig) else ""
     device = choose_device(settings.device)
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
     folder = Path(settings.model)
     if folder.is_dir() and not (folder / "config.json").exists():
-        if settings.adapter or settings.held != "full":
+        if adapter or settings.held != "full":
             raise ValueError(f"{folder} is a run; --adapter and --held are for published models")
         run = load_run(folder, settings.which)
         return run.model.to(device, dtype), run.tokenizer
     if settings.which != "best":
         raise ValueError(f"{settings.model} is a published model, and --which {settings.which} is for runs")
-    if settings.adapter:
+    if adapter:
         if settings.dtype != "auto":
             raise ValueError(
                 "an adapter's folder says which weights it was trained on; "
@@ -44,7 +45,7 @@ def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
         if settings.held == "int8":
             raise ValueError("an adapter was trained on fp32, bf16 or nf4 weights; leave --held int8 out")
         weight_format = "auto" if settings.held == "full" else settings.held
-        found = open_adapted(settings.model, settings.adapter, weight_format, device)
+        found = open_adapted(settings.model, adapter, weight_format, device)
     else:
         weight_format = None if settings.held == "full" else settings.held
         found = load_pretrained(settings.model, dtype, device, weight_format=weight_format)

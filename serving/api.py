@@ -120,7 +120,7 @@ class Exchange:
         while (event := await self.events.get()) is not None and event.number >= 0:
             pass
         self._refuse_failed(event, self.answer)
-        return Json(self.protocol.whole(self.answer, self.service.tokenizer))
+        return Json(self.protocol.whole(self.answer, self.answer.tokenizer))
 
     async def _stream(self, answer: Answer) -> AsyncIterator[bytes]:
         protocol = self.protocol
@@ -182,6 +182,7 @@ class Server:
                 *[Route(path, self._chat, methods=["POST"]) for path in CHATS],
                 Route(TAGS, self._tags, methods=["GET"]),
                 Route("/v1/events", self._events, methods=["POST"]),
+                Route("/v1/adapters", self._adapters, methods=["POST"]),
                 Route("/metrics", self._metrics, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
             ],
@@ -255,7 +256,7 @@ class Server:
 
     async def _tags(self, request: Request) -> Response:
         n = sum(p.numel() for p in self.service.model.parameters())
-        return Json(tags(self.service.name, self.service.created, n))
+        return Json(tags([*self.service.variants], self.service.created, n))
 
     async def _events(self, request: Request) -> Response:
         """Count what became of a completion, which Tabby's clients tell."""
@@ -264,8 +265,19 @@ class Server:
             self.metrics.events.labels(kind).inc()
         return Json({})
 
+    async def _adapters(self, request: Request) -> Response:
+        """Read the adapters again, for whoever has the token."""
+        await self._body(request)
+        if not self.gate.token:
+            raise Refused(403, "adapters are read again for who has the token, and none is set; send SIGHUP")
+        if failed := await self.service.read_adapters():
+            told = "; ".join(f"{name} stays as it was: {one_line(why)}" for name, why in failed.items())
+            raise Refused(409, told)
+        return Json({"read": [*self.service.settings.adapters]})
+
     async def _models(self, request: Request) -> Response:
-        return Json(models(self.service.name, self.service.model.config.block_size, self.service.created))
+        size = self.service.model.config.block_size
+        return Json(models([*self.service.variants], size, self.service.created))
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")

@@ -72,6 +72,7 @@ class Answer:
 
     asked: Asked
     model: str
+    tokenizer: Tokenizer
     fitted: list[Fitted]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))

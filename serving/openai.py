@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from generation.settings import GenerationConfig
@@ -168,7 +169,7 @@ def log_probs(answer: Answer, tokenizer: Tokenizer, place: int, sample: int) -> 
     }
 
 
-def models(name: str, size: int, created: int) -> dict[str, Any]:
-    """Return the list of models: one, with the positions that it was trained with."""
-    one = {"id": name, "object": "model", "created": created, "owned_by": "plumb", "max_model_len": size}
-    return {"object": "list", "data": [one]}
+def models(names: Sequence[str], size: int, created: int) -> dict[str, Any]:
+    """Return the list of models, with the positions that they were trained with."""
+    about = {"object": "model", "created": created, "owned_by": "plumb", "max_model_len": size}
+    return {"object": "list", "data": [{"id": name} | about for name in names]}
