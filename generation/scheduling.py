@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class Queue:
                     f"{len(self.waiting)} requests wait, as many as may; send it again when some have ended"
                 )
             # Another list each time: `step` looks at this one without the lock.
-            self.waiting = sorted([*self.waiting, handle], key=lambda one: one.order)
+            self.waiting = in_turn([*self.waiting, handle])
 
     def start(self, under_way: Collection[Handle], delayed: Collection[Handle] = ()) -> list[Handle]:
         """Take the requests that begin now, none before one that comes first and does not fit yet.
@@ -106,6 +107,18 @@ class Queue:
         longest = max(one.seat.longest for one in handles)
         spare = SPARE_COLUMNS if len(handles) > 1 else 0
         return sum(one.rows for one in handles) * (longest + spare) * self.of_token
+
+
+def in_turn(waiting: Collection[Handle]) -> list[Handle]:
+    """Order requests, interactive ones first, then older; an editor's own hold their places newest first."""
+    ordered = sorted(waiting, key=lambda one: one.order)
+    of_editor: dict[tuple[str | None, bool], list[Handle]] = defaultdict(list)
+    for one in ordered:
+        of_editor[one.request.editor, one.request.interactive].append(one)
+    return [
+        one if one.request.editor is None else of_editor[one.request.editor, one.request.interactive].pop()
+        for one in ordered
+    ]
 
 
 UNBOUNDED = {"most_waiting": math.inf, "most_bytes": math.inf, "prefix_bytes": 0}

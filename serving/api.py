@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -101,8 +102,8 @@ async def read_body(receive: Receive, length: str | None, most: int, seconds: fl
 class Exchange:
     """One request and its answer; whoever asked is watched, and when they go away nothing runs for them."""
 
-    def __init__(self, service: Service, protocol: Protocol):
-        self.service, self.protocol = service, protocol
+    def __init__(self, service: Service, protocol: Protocol, address: str):
+        self.service, self.protocol, self.address = service, protocol, address
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.answer: Answer | None = None
 
@@ -113,6 +114,8 @@ class Exchange:
             asked = self.protocol.asked(body, self.service.settings)
         except ValueError as error:  # Of GenerationConfig: two settings contradict each other.
             raise Refused(400, str(error)) from None
+        if asked.editor:  # Two machines may have one name for theirs.
+            asked = replace(asked, editor=f"{self.address} {asked.editor}")
         self.watch = asyncio.ensure_future(self._watch(receive))
         self.answer = await self.service.begin(asked, model, self.events.put_nowait)
         if asked.stream:
@@ -228,7 +231,7 @@ class Server:
         protocol = protocol_of(request.url.path)
         if protocol is OPENAI and "segments" in body:  # Tabby asks on the same path.
             protocol = TABBY
-        exchange = Exchange(self.service, protocol)
+        exchange = Exchange(self.service, protocol, request.client.host if request.client else "")
         try:
             found = await exchange.run(body, request.receive)
         except Refused:

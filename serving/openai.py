@@ -82,7 +82,8 @@ class OpenAI(Protocol):
             max_new_tokens=max(n_new, 1), stop=stops(body), seed=seed_of(body), **chosen
         )
         usage = switch(inner(body, "stream_options"), "include_usage")
-        return Asked(prompts, settings, suffix, n, n_new, logprobs, echo, stream, usage)
+        editor = text(body, "user") or ""
+        return Asked(prompts, settings, suffix, n, n_new, logprobs, echo, stream, usage, editor=editor)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
         """Return the object of all texts."""

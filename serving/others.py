@@ -191,7 +191,8 @@ class Tabby(OpenAI):
         chosen = sampling(number(body, "temperature", 0.1, 0.0, 100.0))
         settings = GenerationConfig(max_new_tokens=min(64, limits.most_tokens), seed=seed_of(body), **chosen)
         suffix = text(own, "suffix") or None
-        return Asked((one_text(own, "prefix"),), settings, suffix, n_new=settings.max_new_tokens)
+        n_new, editor = settings.max_new_tokens, text(body, "user") or ""
+        return Asked((one_text(own, "prefix"),), settings, suffix, n_new=n_new, editor=editor)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
         """Return the object of the text."""

@@ -215,6 +215,8 @@ class Service:
             read_only=fitted.n_new == 0,
             seconds=seconds,
         ).request
+        # Nobody waits for the answer to a warm-up.
+        request = replace(request, editor=asked.editor or None, interactive=fitted.n_new > 0 or request.echo)
         if not endings:
             return request
         stopped = request.stopped

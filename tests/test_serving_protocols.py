@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import httpx
 import pytest
 from decoders import scrambled
 from test_generate_command import STARCODER
-from test_serving import CONFIG, PROMPT, SETTINGS, SUFFIX, Running, post, running, written
+from test_serving import CONFIG, PROMPT, SETTINGS, SUFFIX, Running, post, running, until, written
 
 from architecture import Decoder
 from data.context import commented
@@ -189,6 +190,56 @@ def test_a_mistake_has_the_protocols_own_body(
     assert answered.status_code == status and answered.content == compact(found)
     error = found["error"] if path in ("/completion", "/infill") else found
     assert set(error) == ERRORS[path]
+
+
+ASKING = {
+    "/v1/completions": {"prompt": "a"},
+    "/completion": {"prompt": "a"},
+    "/infill": {"input_prefix": "a"},
+    "/v1/fim/completions": {"prompt": "a"},
+    "/api/generate": {"prompt": "a"},
+    "/generate": {"inputs": "a"},
+}
+
+
+@pytest.mark.parametrize("path", ASKING)
+def test_a_full_queue_is_429_in_each_protocol(
+    served: Running, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert post(served, ASKING[path], path).status_code == 200
+    monkeypatch.setattr(served.service, "waiting", SETTINGS.most_waiting)
+    answered = post(served, ASKING[path], path)
+    assert answered.status_code == 429 and answered.headers["retry-after"] == "1"
+    assert "8 requests wait, as many as may; send it again later" in answered.text
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/completions", "user"), ("/completion", "id_slot"), ("/infill", "id_slot")]
+)
+def test_the_newest_request_of_an_editor_is_answered_first(path: str, field: str) -> None:
+    """One place, which is taken: then two of one editor come, with another's between them."""
+    with running(replace(SETTINGS, most_rows=1, most_choices=1)) as served:
+        engine, ended = served.service.loop.engine, list[int]()
+        body = ASKING[path] | {"max_tokens": 200, "n_predict": 200, "temperature": 0}
+        held = threading.Event()
+        step = engine.step
+        engine.step = lambda: held.wait(20) and step()  # type: ignore
+
+        def ask(number: int, editor: int) -> threading.Thread:
+            about = {field: str(editor) if field == "user" else editor, "stop": [f"never {number}"]}
+            waiting = served.service.loop.waiting
+            thread = threading.Thread(target=lambda: (post(served, body | about, path), ended.append(number)))
+            thread.start()
+            until(lambda: served.service.loop.waiting > waiting)
+            return thread
+
+        threads = [ask(number, editor) for number, editor in ((1, 1), (2, 2), (3, 1))]
+        order = [handle.request.editor for handle in engine.queue.waiting]
+        assert len({*order}) == 2
+        held.set()
+        for thread in threads:
+            thread.join(20)
+        assert ended == [3, 2, 1]
 
 
 def test_metrics_count_requests_and_tokens(served: Running) -> None:
