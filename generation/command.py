@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,10 +17,23 @@ from generation.text import generate
 from modules.precision import choose_device
 from pretrained import load_pretrained
 from tokenizer import Tokenizer
-from training.run import load_run, open_adapted
+from training.run import TrainedRun, load_run, open_adapted
+
+
+class Opened(NamedTuple):
+    """A model that was opened to write text, and the run that it is of, if it is of one."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    run: TrainedRun | None = None
 
 
 def open_model(settings: WeightsConfig) -> tuple[Decoder, Tokenizer]:
+    """Return the model and tokenizer of `opened`."""
+    return opened(settings)[:2]
+
+
+def opened(settings: WeightsConfig) -> Opened:
     """Open the model and tokenizer of --model, on the requested device and in the requested dtype.
 
     Raises:
@@ -33,7 +47,7 @@ def open_model(settings: WeightsConfig) -> tuple[Decoder, Tokenizer]:
         if adapter or settings.held != "full":
             raise ValueError(f"{folder} is a run; --adapter and --held are for published models")
         run = load_run(folder, settings.which)
-        return run.model.to(device, dtype), run.tokenizer
+        return Opened(run.model.to(device, dtype), run.tokenizer, run)
     if settings.which != "best":
         raise ValueError(f"{settings.model} is a published model, and --which {settings.which} is for runs")
     if adapter:
@@ -55,7 +69,7 @@ def open_model(settings: WeightsConfig) -> tuple[Decoder, Tokenizer]:
         )
     if found.model.embed.weight.dtype == torch.float16 and device.type == "cpu":
         found.model.float()  # A CPU has no fast fp16.
-    return found.model, found.tokenizer
+    return Opened(found.model, found.tokenizer)
 
 
 def read_prompts(settings: CommandConfig) -> list[str]:

@@ -25,6 +25,7 @@ from serving.llamacpp import Completion, Infill
 from serving.metrics import Metrics
 from serving.openai import OpenAI, models
 from serving.others import TGI, Mistral, Ollama, Tabby, tags
+from serving.page import page_routes
 from serving.protocol import Protocol, compact
 from serving.service import Event, Service
 
@@ -130,7 +131,7 @@ class Exchange:
         while (event := await self.events.get()) is not None and event.number >= 0:
             if event.text is not None:
                 yield protocol.line(protocol.piece(answer, event.number, event.text))
-            elif (end := protocol.ended(answer, event.number)) is not None:
+            elif (end := protocol.ended(answer, event.number, answer.tokenizer)) is not None:
                 yield protocol.line(end)
         if event is None:
             return  # The client has gone.
@@ -188,6 +189,7 @@ class Server:
                 Route("/v1/adapters", self._adapters, methods=["POST"]),
                 Route("/metrics", self._metrics, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
+                *page_routes(service),
             ],
             exception_handlers={HTTPException: self._unknown, Refused: self._refused},
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from architecture import Decoder
-from generation.command import open_model
+from generation.command import Opened, opened
 from serving.gate import Gate, read_token, refuse_open_address
+from serving.scores import known_scores
 from serving.settings import ServeConfig
 from tokenizer import Tokenizer
 
@@ -112,9 +113,12 @@ def serve(
     from serving.service import Service
 
     adapters = open_with_adapters(settings) if settings.adapters else None
-    model, tokenizer = (adapters.model, adapters.tokenizer) if adapters else open_model(settings)
+    found = Opened(adapters.model, adapters.tokenizer) if adapters else opened(settings)
+    model, tokenizer, run = found
     examine(settings, model, tokenizer, [])
     service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, adapters)
+    service.scores[service.name] = known_scores(settings.model, run, settings.held)
+    service.scores |= {name: known_scores(folder) for name, folder in settings.adapters.items()}
     server = make_server(service, Gate(token, [settings.host, *settings.host_names]), settings)
     host, port = listener.getsockname()[:2]
     scheme = "https" if settings.tls_cert else "http"
@@ -125,7 +129,7 @@ def serve(
     if not settings.is_local and scheme == "http":
         told = "other machines reach it, and the token goes over the network as it is"
         print(f"warning: {told}; give --tls_cert and --tls_key")
-    print(f"listening at {scheme}://{shown}:{port}; Ctrl-C ends it", flush=True)
+    print(f"listening at {scheme}://{shown}:{port}; a page to try it is there; Ctrl-C ends it", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end.
     if adapters:
         signal.signal(signal.SIGHUP, lambda *_: service.read_adapters_later())

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from serving.fields import Refused
 
-OPEN_PATHS = ("/health",)  # They need no token.
+OPEN_PATHS = ("/health", "/", "/page.css", "/page.js", "/editor.js")  # They need no token.
 
 
 def read_token(token_file: str, environment: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from generation.settings import GenerationConfig
+from generation.text import CONTEXT, added_text
 from serving.asking import Answer, Asked, token_pieces
 from serving.fields import (
     Body,
@@ -73,8 +74,8 @@ class OpenAI(Protocol):
         suffix = text(body, "suffix")
         if suffix is not None and echo:
             wrong("echo", "does not go with suffix; leave one of them out")
-        if stream and (logprobs is not None or echo):
-            wrong("stream", "does not go with logprobs or echo; set it to false")
+        if stream and echo:
+            wrong("stream", "does not go with echo; set one of them to false")
         if not n_new and n > 1:
             wrong("n", "must be 1 where max_tokens is 0: nothing is written")
         chosen = sampling(number(body, "temperature", 1.0, 0.0, 100.0), number(body, "top_p", 1.0, 0.0, 1.0))
@@ -94,19 +95,20 @@ class OpenAI(Protocol):
             before = ""
             if asked.echo:
                 before = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            scores = None if asked.logprobs is None else log_probs(answer, tokenizer, place, sample)
-            choices.append(
-                choice(number_, before + made.text, finish_reason(made.finish_reason)) | {"logprobs": scores}
-            )
+            one = choice(number_, before + made.text, finish_reason(made.finish_reason))
+            choices.append(one | {"logprobs": log_probs(answer, tokenizer, place, sample)})
         return self._object(answer, choices) | {"usage": usage(answer)}
 
     def piece(self, answer: Answer, number: int, text: str) -> Any:
         return self._object(answer, [choice(number, text, None)])
 
-    def ended(self, answer: Answer, number: int) -> Any:
+    def ended(self, answer: Answer, number: int, tokenizer: Tokenizer) -> Any:
+        """Return how a text ended, with the log-probabilities of all its tokens."""
         made = answer.completions[number]
         assert made is not None, "the text has ended"
-        return self._object(answer, [choice(number, "", finish_reason(made.finish_reason))])
+        scores = log_probs(answer, tokenizer, *divmod(number, answer.asked.n))
+        one = choice(number, "", finish_reason(made.finish_reason))
+        return self._object(answer, [one | {"logprobs": scores}])
 
     def last(self, answer: Answer) -> list[Any]:
         counts = [self._object(answer, []) | {"usage": usage(answer)}] if answer.asked.usage else []
@@ -138,11 +140,14 @@ def usage(answer: Answer) -> dict[str, int]:
     return {"prompt_tokens": n, "completion_tokens": new, "total_tokens": n + new}
 
 
-def log_probs(answer: Answer, tokenizer: Tokenizer, place: int, sample: int) -> dict[str, Any]:
+def log_probs(answer: Answer, tokenizer: Tokenizer, place: int, sample: int) -> dict[str, Any] | None:
     """Return the tokens of a text with their log-probabilities, those of the prompt before it with `echo`.
 
-    The first tokens of a text whose prompt was healed begin with the end of the prompt.
+    An offset is where a token begins in the text. The first tokens of a text whose prompt was healed begin
+    with the end of the prompt, before 0, and those that were cut off begin behind the text.
     """
+    if answer.asked.logprobs is None:
+        return None
     handle, prompt = answer.handles[place], answer.fitted[place].prompt
     result = handle.results[sample]
     assert result is not None, "the text has ended"
@@ -154,14 +159,17 @@ def log_probs(answer: Answer, tokenizer: Tokenizer, place: int, sample: int) -> 
         known = known if own else [None, *known]
         ids = [*prompt.ids[own:], *ids]
     pieces = token_pieces(tokenizer, context, ids)
-    offsets, at = [], 0
+    dropped = "" if answer.asked.echo else added_text(tokenizer, context[-CONTEXT:], [*prompt.dropped])
+    offsets, at = [], -len(dropped)
     for piece in pieces:
         offsets.append(at)
         at += len(piece)
-    top = [
-        None if score is None else {token_pieces(tokenizer, context, [id])[0]: p for id, p in score.likeliest}
-        for score in known
-    ]
+    top = []
+    for score in known:
+        # Of several tokens without a text of their own, such as parts of a character, the likeliest is named.
+        likeliest = reversed(score.likeliest) if score else ()
+        top.append(score and {token_pieces(tokenizer, context[-CONTEXT:], [id])[0]: p for id, p in likeliest})
+        context.append(ids[len(top) - 1])
     return {
         "tokens": pieces,
         "token_logprobs": [None if score is None else score.log_prob for score in known],

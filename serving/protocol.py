@@ -45,7 +45,7 @@ class Protocol(ABC):
         """Return what tells a part of a text, in a protocol that streams."""
         raise AssertionError(f"{type(self).__name__} is not streamed")
 
-    def ended(self, answer: Answer, number: int) -> Any:
+    def ended(self, answer: Answer, number: int, tokenizer: Any) -> Any:
         """Return what tells that a text has ended, None for nothing."""
         return None
 

@@ -42,6 +42,7 @@ class Service:
 
     Attributes:
         variants: What each name stands for.
+        scores: What is known of how good each is, in Markdown.
 
     Raises:
         ValueError: The tokenizer is another model's, or an adapter cannot be opened.
@@ -61,7 +62,7 @@ class Service:
                 f"{model.config.vocab_size}; serve a model with the tokenizer that it was trained with"
             )
         self.model, self.name, self.settings, self.adapters = model.eval(), name, settings, adapters
-        self.variants = {name: Variant(tokenizer)}
+        self.variants, self.scores = {name: Variant(tokenizer)}, dict[str, str]()
         if adapters is not None:
             if name in adapters.folders:
                 raise ValueError(f"model and adapter are both called {name}; give --name, or another name")
@@ -177,7 +178,7 @@ class Service:
         asked, first = answer.asked, place * answer.asked.n
         prompt, end = asked.prompts[place], self.settings.end
         before = prompt if isinstance(prompt, str) else ""
-        cuts = asked.n_new > 0 and asked.logprobs is None and (end != "free" or bool(asked.suffix))
+        cuts = asked.n_new > 0 and (end != "free" or bool(asked.suffix))
         endings = [Ending(end, before, asked.suffix) for _ in range(asked.n)] if cuts else []
 
         def part(sample: int, text: str) -> None:

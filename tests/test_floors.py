@@ -25,11 +25,10 @@ FLOORS = (
     "pretrained",
     "training",
     "generation",
-    "serving",
     "guards suites",
     "training.api training.beforehand training.begin training.command training.ended training.export "
     "training.loop training.model_card training.overfit training.plan training.prepare training.report",
-    "selftest sweeps recipes",
+    "selftest serving sweeps recipes",
     "trainingmanager eval hyperparam_tune generate serve export functional preflight verbs",
 )
 WITHOUT_TORCH = 3  # So many of the lowest floors need no torch. Scraping, which needs none either, is higher.

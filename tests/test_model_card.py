@@ -21,6 +21,7 @@ from test_finetune import base_in, config_in, other
 
 import export as command
 from data.sourcefiles import CORPUS
+from serving.scores import known_scores
 from training.begin import train
 from training.export import export
 from training.export_config import ExportConfig
@@ -124,6 +125,23 @@ def test_scores_are_those_of_the_exported_weights_or_none(run: TrainedRun) -> No
     assert "- exact_match: worse than copying by 0.8" in text
     written(run, "eval.json", evaluation(run, fingerprints={"weights": "0" * 64}))
     assert "is of step 3, and of other weights." in card(run) and "1.2500" not in card(run)
+
+
+def test_a_server_tells_of_scores_what_the_card_does(run: TrainedRun, tmp_path: Path) -> None:
+    """Of the run itself, of the folder that it was exported to, and of one that nobody wrote a card for."""
+    written(run, "eval.json", evaluation(run))
+    written(run, "overrides.json", {"future-visible": "a prediction depends on a later token"})
+    told = known_scores(str(run.folder), run)
+    assert "| 1.2500 [1.0000, 1.5000] |" in told and "- future-visible: " in told
+    assert all(line in card(run) for line in told.splitlines()) and "Data" not in told
+    export(ExportConfig(str(tmp_path / "out"), str(run.folder)))
+    assert known_scores(str(tmp_path / "out")).strip() == told.strip()
+    (tmp_path / "out" / "README.md").rename(tmp_path / "README.md")
+    assert known_scores(str(tmp_path / "out")).startswith("No scores of this model are known here")
+    held = known_scores(str(tmp_path), None, "int8")
+    assert held.startswith("The scores are of weights in their own format; here they are held in int8.")
+    (tmp_path / "README.md").write_bytes(b"\xff## Scores\n")
+    assert known_scores(str(tmp_path)).startswith("No scores")
 
 
 def test_faults_that_were_allowed_are_told(run: TrainedRun) -> None:

@@ -58,10 +58,11 @@ class Running(NamedTuple):
 
 @contextlib.contextmanager
 def running(
-    settings: ServeConfig = SETTINGS, token: str = "", service: Service | None = None
+    settings: ServeConfig = SETTINGS, token: str = "", service: Service | None = None, scores: str = ""
 ) -> Iterator[Running]:
     """A server on a free port, by default of the small model; closed as a signal closes it."""
     service = service or Service(scrambled(CONFIG), STARCODER, "tiny", settings)
+    service.scores[service.name] = scores
     listener = listen(settings)
     server = make_server(service, Gate(token, [settings.host]), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -196,6 +197,30 @@ def test_log_probs_are_the_models_own_and_echo_scores_the_prompt(served: Running
     assert alone.logprobs.token_logprobs == pytest.approx(scores.token_logprobs[:n], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "suffix"), [(PROMPT, None), ("def add(a, b):\n    ret", None), (PROMPT, SUFFIX)]
+)
+def test_a_stream_ends_with_the_log_probs_and_the_offsets_find_the_text(
+    served: Running, prompt: str, suffix: str | None
+) -> None:
+    """A token of a healed prompt's end begins before the text, and the rest of the tokens are the text."""
+    asked = {"prompt": prompt, "suffix": suffix, "max_tokens": 12, "temperature": 0, "logprobs": 3}
+    (whole,) = post(served, asked).json()["choices"]
+    chunks = post(served, asked | {"stream": True}).text.split("\n\n")
+    choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks if "{" in chunk]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    scores, last = whole["logprobs"], choices[-1]["logprobs"]
+    assert [choice["logprobs"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
+    assert [last["tokens"], last["text_offset"]] == [scores["tokens"], scores["text_offset"]]
+    assert last["token_logprobs"] == pytest.approx(scores["token_logprobs"], abs=1e-4)
+    before, written_ = -scores["text_offset"][0], "".join(scores["tokens"])
+    assert prompt.endswith(written_[:before]) and (before > 0) == (suffix is None)
+    sure = written_[before:].partition("\ufffd")[0]  # A part of a character is no text yet.
+    assert whole["text"].startswith(sure) and (sure or suffix)
+    for own, top in zip(scores["token_logprobs"], scores["top_logprobs"], strict=True):
+        assert max(top.values()) >= own - 1e-6
+
+
 def test_markers_in_the_text_are_the_gap_and_other_families_are_told(served: Running, model: Decoder) -> None:
     before, after, middle = MARKERS[0]
     text = f"{before}{PROMPT}{after}{SUFFIX}{middle}"
@@ -265,7 +290,7 @@ def test_a_long_prompt_keeps_what_is_near(served: Running, model: Decoder) -> No
         ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not built"),
         ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not built"),
         ({"prompt": "a", "suffix": "b", "echo": True}, 400, "echo does not go with suffix"),
-        ({"prompt": "a", "stream": True, "logprobs": 1}, 400, "stream does not go with"),
+        ({"prompt": "a", "stream": True, "echo": True}, 400, "stream does not go with echo"),
         ({"prompt": "\ud800"}, 400, "surrogate"),
         ({"prompt": "a", "model": "../../etc/passwd"}, 404, "no model of that name here; ask for tiny"),
         ({"prompt": "a" * 30_000}, 413, "larger than 20,000 bytes"),

@@ -32,6 +32,7 @@ CARD = "README.md"
 NAME, SENTENCE = 100, 400  # The most characters of a name, and of a sentence.
 LIST = 40  # The most entries of a list.
 STORES = 200  # Token stores of a cache that are looked at.
+SCORES_HEAD, FAULTS_HEAD = "Scores", "Faults that were allowed"
 SCORES = {
     "loss": ("loss, nats a token", "{:.4f}"),
     "bits_per_byte": ("bits per byte", "{:.4f}"),
@@ -87,14 +88,30 @@ def card_of(exported: Exported) -> str:
     lines += [*_model(exported, base), ""]
     if run is None:
         return "\n".join(lines)
-    for head, part in (
-        ("Scores", [*_scores(run), *_merge(exported)]),
-        ("Data", _data(run)),
-        ("Training", _training(run)),
-        ("Faults that were allowed", _faults(run)),
-    ):
-        lines += [f"## {head}", "", *part, ""] if part else []
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            *_section(SCORES_HEAD, [*_scores(run), *_merge(exported)]),
+            *_section("Data", _data(run)),
+            *_section("Training", _training(run)),
+            *_section(FAULTS_HEAD, _faults(run)),
+        ]
+    )
+
+
+def scores_of_run(run: TrainedRun) -> str:
+    """Return the parts of a run's card on its scores and on the faults that it was allowed to have."""
+    return "\n".join([*_section(SCORES_HEAD, _scores(run)), *_section(FAULTS_HEAD, _faults(run))])
+
+
+def scores_of_card(text: str) -> str:
+    """Return the same parts of a card that was written."""
+    parts = [part for part in f"\n{text}".split("\n## ") if part.startswith((SCORES_HEAD, FAULTS_HEAD))]
+    return "\n".join(f"## {part}" for part in parts)
+
+
+def _section(head: str, part: list[str]) -> list[str]:
+    return [f"## {head}", "", *part, ""] if part else []
 
 
 def _named(base: str | None) -> str | None:
