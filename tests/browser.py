@@ -22,7 +22,7 @@ from typing import Any, Self
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WITHOUT = "no chromium to open it with"
-SECONDS = 20.0  # for anything to come to hold
+SECONDS = 60.0  # for anything to come to hold
 FLAGS = (
     "--headless=new",
     "--no-sandbox",  # It runs as root where tests do.
